@@ -1,0 +1,1 @@
+"""Evaluation of language models: perplexity by position, with carried state, beside count-based baselines."""

@@ -1,0 +1,86 @@
+"""Evaluation inside the training loop: held-out perplexity and a sample of text, at intervals and at the end."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from data.shards import ShardSet
+from evals.baselines import CountBaselines
+from evals.perplexity import evaluate, held_out_rows, text_bytes
+from models.generate import generate
+from training.checkpoint import write_json
+from training.config import Config
+from training.engine import Engine
+from training.metrics import Metrics
+
+
+class Evaluator:
+    """Scores the held-out split of the first data folder with the model in training, split over the ranks."""
+
+    def __init__(self, config: Config, engine: Engine, shards: list[tuple[ShardSet, float]], metrics: Metrics) -> None:
+        self.config, self.engine, self.metrics = config, engine, metrics
+        self.train = shards[0][0]
+        self.held_out = ShardSet(self.train.directory, "valid")
+        self.baselines: dict[str, float] | None = None
+
+    def at(self, step: int) -> None:
+        """Runs what is due after optimizer step `step`."""
+        if step == self.config.total_steps:
+            return  # at_end follows
+        if self.config.eval.every and step % self.config.eval.every == 0:
+            self.perplexity(step)
+        if self.config.eval.sample_every and step % self.config.eval.sample_every == 0:
+            self.sample(step)
+
+    def at_end(self, step: int) -> float:
+        """The last evaluation, written to eval.json as well; returns held-out bits per byte."""
+        result = self.perplexity(step)
+        text = self.sample(step)
+        if self.engine.world.main:
+            write_json(self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": self._baselines(), "sample": text})
+            rows = {"unigram": self._baselines()["unigram"], "bigram": self._baselines()["bigram"], self.config.name: result["bits_per_byte"]}
+            self.metrics.say("held-out bits per byte: " + "   ".join(f"{name} {bits:.3f}" for name, bits in rows.items()))
+        return result["bits_per_byte"]
+
+    def perplexity(self, step: int) -> dict[str, Any]:
+        world, names = self.engine.world, list(self.engine.parameters)
+        length = self.config.train.seq_len
+        with self.engine.gathered(names):
+            part = evaluate(self.engine.module, self.held_out, length=length, chunk=length, max_tokens=self.config.eval.tokens,
+                            rank=world.rank, world_size=world.size, precision=self.config.train.precision)
+        part.nll_nats, tokens, size = world.sum([part.nll_nats, float(part.tokens), float(part.bytes)])
+        part.tokens, part.bytes = int(tokens), int(size)
+        result = part.to_dict()
+        self.metrics.write(step, held_out_loss=part.nats_per_token, perplexity=part.perplexity, bits_per_byte=part.bits_per_byte)
+        self.metrics.say(f"held out after step {step}: perplexity {part.perplexity:.2f}, {part.bits_per_byte:.4f} bits per byte ({part.tokens:,} tokens)")
+        return result
+
+    def sample(self, step: int) -> str:
+        """A greedy-ish continuation of eval.sample_prompt on rank 0 (weights are gathered by all)."""
+        text = ""
+        with self.engine.gathered(list(self.engine.parameters)):
+            if self.engine.world.main:
+                tokenizer = self.train.tokenizer()
+                prompt = torch.tensor([[self.train.eot_id, *tokenizer.encode(self.config.eval.sample_prompt).ids]], device=self.engine.world.device)
+                module = self.engine.module
+                training = module.training
+                module.eval()
+                ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
+                module.train(training)
+                text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
+                with (self.metrics.run_dir / "samples.txt").open("a") as file:
+                    file.write(f"--- step {step}\n{text}\n")
+                self.metrics.say(f"sample after step {step}: {text!r}")
+        self.engine.world.barrier()
+        return text
+
+    def _baselines(self) -> dict[str, float]:
+        if self.baselines is None:
+            counts, rows = CountBaselines(self.train), held_out_rows(self.held_out, self.config.train.seq_len, self.config.eval.tokens)
+            sums = [counts.nll(tokens) for tokens, _ in rows]
+            size = sum(text_bytes(self.held_out, tokens[1:]) for tokens, _ in rows)
+            self.baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
+        return self.baselines

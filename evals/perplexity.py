@@ -1,0 +1,126 @@
+"""Held-out perplexity and bits per byte, whole and by position, in chunks with carried state.
+
+The held-out stream is cut into rows of `length` tokens; a row is fed in chunks whose recurrent state (or KV cache) is carried on, so
+memory does not depend on the length, and logits exist for a piece of a chunk only. B rows, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.shards import ShardSet
+from models.lm import LanguageModel
+
+
+@dataclass
+class Perplexity:
+    """Sums over the scored tokens, and what follows from them. by_position: log2 buckets of the place in the row."""
+
+    nll_nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    by_position: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nll_nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(700.0, self.nats_per_token))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nll_nats / math.log(2) / self.bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        buckets = [{"from": low, "to": 2 * max(low, 1) - 1, "nats_per_token": s / n, "tokens": int(n)} for low, (s, n) in sorted(self.by_position.items())]
+        return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity, "nats_per_token": self.nats_per_token, "tokens": self.tokens,
+                "bytes": self.bytes, "by_position": buckets}
+
+
+def held_out_rows(shards: ShardSet, length: int, max_tokens: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(tokens (n+1,), segment ids (n+1,)) rows of at most `length` inputs that cover the split once, up to `max_tokens` targets."""
+    total = shards.n_tokens - 1
+    budget = total if max_tokens is None else min(total, max_tokens)
+    count = max(1, -(-budget // length))
+    stride = max(length, total // count)  # a part of the split is taken evenly from all of it
+    rows, taken = [], 0
+    for start in range(0, total, stride):
+        n = min(length, total - start, budget - taken)
+        if n <= 0:
+            break
+        tokens = np.asarray(shards.read(start, n + 1)).astype(np.int64)
+        rows.append((tokens, np.cumsum(tokens == shards.eot_id).astype(np.int32)))
+        taken += n
+    return rows
+
+
+def text_bytes(shards: ShardSet, labels: np.ndarray) -> int:
+    """UTF-8 bytes that the label tokens stand for; end-of-text marks stand for none."""
+    text = shards.tokenizer().decode(labels[labels != shards.eot_id].tolist(), skip_special_tokens=True)
+    return max(1, len(text.encode("utf-8", errors="surrogatepass")))
+
+
+def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]]) -> None:
+    """Adds per-token losses at positions first, first+1, ... to log2 buckets {lowest position: [sum, count]}."""
+    positions = np.arange(first, first + nll_BC.shape[1])
+    lows = np.where(positions == 0, 0, 2 ** np.floor(np.log2(np.maximum(positions, 1))).astype(np.int64))
+    for low in np.unique(lows):
+        chosen = nll_BC[:, lows == low]
+        entry = into.setdefault(int(low), [0.0, 0.0])
+        entry[0] += float(chosen.sum())
+        entry[1] += chosen.size
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, shards: ShardSet, *, length: int = 2048, chunk: int = 512, batch: int = 8, max_tokens: int | None = None,
+    rank: int = 0, world_size: int = 1, precision: str = "fp32", on_progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Scores the held-out split with `model` on its own device. Each rank takes its share of rows; sum the results over ranks.
+
+    Documents are reset at their starts as in training, so no token sees another document.
+    """
+    device = next(model.parameters()).device
+    result = Perplexity()
+    rows = held_out_rows(shards, length, max_tokens)[rank::world_size]
+    rows.sort(key=lambda row: -len(row[0]))
+    training = model.training
+    model.eval()
+    for begin in range(0, len(rows), batch):
+        group = rows[begin : begin + batch]
+        while group:  # rows of one length at a time: no padding anywhere
+            same = [row for row in group if len(row[0]) == len(group[0][0])]
+            group = group[len(same) :]
+            _score(model, shards, same, chunk, precision, device, result)
+        if on_progress:
+            on_progress(min(begin + batch, len(rows)), len(rows))
+    model.train(training)
+    return result
+
+
+def _score(
+    model: LanguageModel, shards: ShardSet, rows: list[tuple[np.ndarray, np.ndarray]], chunk: int, precision: str, device: torch.device, result: Perplexity
+) -> None:
+    tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(device)
+    segments_BT = torch.from_numpy(np.stack([segments for _, segments in rows])).to(device)
+    n = tokens_BT.shape[1] - 1
+    state = model.init_state(len(rows), device=device) if n > chunk else None
+    for first in range(0, n, chunk):
+        last = min(first + chunk, n)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = model(tokens_BT[:, first:last], labels=tokens_BT[:, first + 1 : last + 1], segment_ids=segments_BT[:, first:last], state=state, reduction="none")
+        state = output.state
+        nll_BC = output.token_nll.float().cpu().numpy()
+        result.nll_nats += float(nll_BC.sum(dtype=np.float64))
+        result.tokens += nll_BC.size
+        bucket_sums(nll_BC, first, result.by_position)
+    for tokens, _ in rows:
+        result.bytes += text_bytes(shards, tokens[1:])

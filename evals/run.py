@@ -1,0 +1,129 @@
+"""Evaluates a checkpoint.
+
+    python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
+
+`checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json. The result is
+printed and written as JSON (default: eval-SUITE.json beside the weights): numbers, configuration, device, versions, commit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+
+DEFAULTS: dict[str, Any] = {"checkpoint": None, "suite": "perplexity", "data": None, "length": 2048, "chunk": 512, "batch": 8, "max_tokens": None,
+                            "device": "auto", "precision": "fp32", "out": None}
+SUITES = ("perplexity",)
+
+
+def parse_arguments(arguments: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """key=value arguments over `defaults`; integers where the default is one or the value looks like one. Raises UserError."""
+    from training.config import nearest
+
+    values, problems = dict(defaults), []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in defaults:
+            problems.append(f"Unknown argument {argument!r}; {nearest(key, list(defaults))}")
+        elif isinstance(defaults[key], int) or key.startswith("max_"):
+            if not value.isdigit() or int(value) < 1:
+                problems.append(f"{key} must be a whole number above zero, not {value!r}.")
+            else:
+                values[key] = int(value)
+        else:
+            values[key] = value
+    if problems:
+        raise UserError(problems)
+    return values
+
+
+def check(values: dict[str, Any]) -> None:
+    """Raises UserError for what cannot be run."""
+    problems = []
+    if not values["checkpoint"]:
+        problems.append("Say what to evaluate: checkpoint=DIR.")
+    if values["suite"] not in SUITES:
+        problems.append(f"suite is {values['suite']!r}; choose one of {', '.join(SUITES)}.")
+    if values["precision"] not in ("fp32", "bf16"):
+        problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
+    if problems:
+        raise UserError(problems)
+
+
+def run(values: dict[str, Any]) -> dict[str, Any]:
+    """Evaluates and returns the result that is written to JSON."""
+    check(values)
+    from data.shards import ShardSet
+    from evals.baselines import CountBaselines
+    from evals.perplexity import evaluate, held_out_rows, text_bytes
+    from training.checkpoint import load_model, write_json
+    from training.engine import pick_device
+    from training.metrics import environment
+
+    device = pick_device(values["device"])
+    model, tokenizer, meta = load_model(values["checkpoint"], device)
+    folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
+    if not isinstance(folder, str):
+        raise UserError("Say which token shards to score: data=DIR.")
+    try:
+        held_out, train = ShardSet(folder, "valid"), ShardSet(folder, "train")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if held_out.tokenizer().to_str() != tokenizer.to_str():
+        raise UserError(f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json.")
+    start = time.perf_counter()
+    result = evaluate(model, held_out, length=values["length"], chunk=values["chunk"], batch=values["batch"], max_tokens=values["max_tokens"],
+                      precision=values["precision"], on_progress=_progress)
+    seconds = time.perf_counter() - start
+    rows = held_out_rows(held_out, values["length"], values["max_tokens"])
+    counts = CountBaselines(train)
+    sums = [counts.nll(tokens) for tokens, _ in rows]
+    size = sum(text_bytes(held_out, tokens[1:]) for tokens, _ in rows)
+    baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
+    report = {"suite": values["suite"], "arguments": values, "checkpoint": meta["folder"], "step": meta.get("state", {}).get("step"), **result.to_dict(),
+              "baselines_bits_per_byte": baselines, "seconds": seconds, "tokens_per_second": result.tokens / seconds, "environment": environment(device)}
+    out = Path(values["out"] or Path(meta["folder"]) / f"eval-{values['suite']}.json")
+    try:
+        write_json(out, report)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    _show(report, out)
+    return report
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} rows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    base = report["baselines_bits_per_byte"]
+    print(f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} held-out tokens")
+    print(f"counted from the same training tokens: unigram {base['unigram']:.4f}, bigram {base['bigram']:.4f} bits per byte")
+    print("  position        nats/token   tokens")
+    for row in report["by_position"]:
+        print(f"  {row['from']:>6}-{row['to']:<8}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
+    print(f"written to {out}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if any(a in ("-h", "--help", "help") for a in arguments):
+        print(__doc__)
+        return 0
+    try:
+        run(parse_arguments(arguments, DEFAULTS))
+    except UserError as error:
+        for line in error.problems:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Operations with a plain torch reference and, where it pays, Triton kernels."""

@@ -1,0 +1,65 @@
+"""A recurrent cell is its step function; the annotations of its arguments say what each one is.
+
+    def step(z: Pre, c: Pre, a: Rec, h: State): ...; return (h,)
+
+Pre: an input projection of the layer, one value per token and channel. Rec: a learned weight per channel. State: carried over time.
+The step returns its new states in the order of its State arguments; the last one is what the layer emits. It works on tensors of any
+(broadcast) shape, element by element.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # to a type checker all three are tensors
+    Pre = Rec = State = Tensor
+else:
+
+    class Pre:
+        """Annotation: receives an input projection."""
+
+    class Rec:
+        """Annotation: a learned per-channel weight."""
+
+    class State:
+        """Annotation: carried from step to step."""
+
+
+ROLES = {"Pre": "pre", "Rec": "rec", "State": "state"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A step function and the names of its arguments by role."""
+
+    name: str
+    step: Callable[..., tuple[Tensor, ...]]
+    pre: tuple[str, ...]
+    rec: tuple[str, ...]
+    state: tuple[str, ...]
+
+    @staticmethod
+    @functools.cache
+    def from_step(step: Callable[..., Any], name: str | None = None) -> Cell:
+        """Reads the annotations of `step`. Raises ValueError for an argument without a role, or no Pre or no State at all."""
+        found: dict[str, list[str]] = {"pre": [], "rec": [], "state": []}
+        title = name or step.__name__
+        for argument, parameter in inspect.signature(step).parameters.items():
+            annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
+            role = ROLES.get(annotation.rsplit(".", 1)[-1])
+            if role is None:
+                raise ValueError(f"Cell {title}: annotate the argument {argument!r} with Pre, Rec or State.")
+            found[role].append(argument)
+        if not found["state"] or not found["pre"]:
+            raise ValueError(f"Cell {title}: a step needs at least one Pre and one State argument.")
+        return Cell(title, step, tuple(found["pre"]), tuple(found["rec"]), tuple(found["state"]))
+
+    def __call__(self, pre: Sequence[Tensor], rec: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """One step on tensors given in the order of the names."""
+        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))

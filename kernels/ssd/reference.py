@@ -1,0 +1,70 @@
+"""Mamba-2's scan in plain torch: the recurrence itself as the oracle, and the chunked form (matrix products inside chunks of Q steps).
+
+Legend: B batch, T time, H heads, P head width, G groups, N state width, C chunks, Q steps of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _inner(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The definition, one step at a time, in the inputs' dtype."""
+    B, T, H, P = x.shape
+    repeat = H // Bm.shape[2]
+    h = x.new_zeros(B, H, P, Bm.shape[-1]) if h0 is None else h0
+    out = []
+    for t in range(T):
+        if starts is not None:
+            h = h * (~starts[:, t]).to(h.dtype)[:, None, None, None]
+        b, c = Bm[:, t].repeat_interleave(repeat, 1), Cm[:, t].repeat_interleave(repeat, 1)
+        h = torch.exp(dt[:, t] * A)[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
+        out.append((h * c[:, :, None]).sum(-1))
+    return torch.stack(out, 1), h
+
+
+def ssd_chunked(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None, starts: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The same values: quadratic inside chunks, linear across them; no (T, T) matrix beyond a chunk."""
+    dtype, (B, T, H, P), (G, N) = _inner(x.dtype), x.shape, Bm.shape[2:]
+    Q = min(chunk, T)
+    pad, C = -T % Q, -(-T // Q)
+    x_, dt_, B_, C_ = (F.pad(t.to(dtype), (0, 0) * (t.ndim - 2) + (0, pad)).unflatten(1, (C, Q)) for t in (x, dt, Bm, Cm))
+    # A document start decays the state by exp(-inf) = 0; a count of starts keeps the arithmetic finite instead.
+    documents = None if starts is None else F.pad(starts, (0, pad)).unflatten(1, (C, Q)).int().cumsum(2)
+    decay_BCQH = dt_ * A.to(dtype)
+    total_BCQH = decay_BCQH.cumsum(2)
+    weighted = (x_ * dt_[..., None]).unflatten(3, (G, H // G))
+    # Inside a chunk: y_i += sum_{j<=i} (C_i . B_j) exp(total_i - total_j) dt_j x_j
+    scores = torch.einsum("bcign,bcjgn->bcgij", C_, B_)
+    difference = total_BCQH.permute(0, 1, 3, 2)[..., :, None] - total_BCQH.permute(0, 1, 3, 2)[..., None, :]
+    allowed = torch.ones(Q, Q, dtype=torch.bool, device=x.device).tril()
+    if documents is not None:
+        allowed = allowed & (documents[:, :, None, :, None] == documents[:, :, None, None, :])
+    matrix = torch.exp(difference.masked_fill(~allowed, float("-inf"))).unflatten(2, (G, H // G)) * scores[:, :, :, None]
+    y = torch.einsum("bcghij,bcjghp->bcighp", matrix, weighted)
+    # Across chunks: what each adds to the state at its end, and what is left of the state before it.
+    last = total_BCQH[:, :, -1:]
+    to_end = torch.exp(last - total_BCQH)
+    from_start = torch.exp(total_BCQH)
+    through = torch.exp(last[:, :, 0])
+    if documents is not None:
+        to_end = to_end * (documents == documents[:, :, -1:])[..., None]
+        from_start = from_start * (documents == 0)[..., None]
+        through = through * (documents[:, :, -1] == 0)[..., None]
+    added = torch.einsum("bcjgn,bcjghp,bcjgh->bcghpn", B_, weighted, to_end.unflatten(3, (G, H // G))).flatten(2, 3)
+    h = x.new_zeros(B, H, P, N, dtype=dtype) if h0 is None else h0.to(dtype)
+    before = []
+    for c in range(C):
+        before.append(h)
+        h = through[:, c, :, None, None] * h + added[:, c]
+    carried = torch.stack(before, 1).unflatten(2, (G, H // G))
+    y = y + torch.einsum("bcign,bcghpn,bcigh->bcighp", C_, carried, from_start.unflatten(3, (G, H // G)))
+    return y.reshape(B, C * Q, H, P)[:, :T].to(x.dtype), h

@@ -1,0 +1,1 @@
+"""Language models assembled from configs: sequence mixers, cells, blocks, and generation."""

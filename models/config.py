@@ -1,0 +1,92 @@
+"""What a model is made of: one JSON-serialisable tree, the content of a checkpoint's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from models import mixers
+
+
+@dataclass
+class ModelConfig:
+    """`pattern` names the mixer of each layer and repeats over the depth; `mixers` holds the config of each name."""
+
+    vocab_size: int
+    d_model: int = 256
+    n_layers: int = 4
+    pattern: list[str] = field(default_factory=lambda: ["attention"])
+    mixers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"attention": {"type": "attention"}})
+    d_ff: int = -1  # SwiGLU width; -1: 8/3 d_model rounded up to a multiple of 256 (64 below d_model 512); 0: no MLP
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    learnable_residual: bool = False  # a learned scale on the residual input of each sublayer
+    z_loss: float = 0.0  # weight of the squared log-partition
+    init_std: float = 0.02
+    residual_init: str = "depth"  # depth: what writes into the residual stream starts 1/sqrt(2 n_layers) smaller | none
+    head_chunk: int = 2048  # rows of logits alive at once in the loss
+    recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
+
+    @property
+    def mlp_width(self) -> int:
+        if self.d_ff >= 0:
+            return self.d_ff
+        multiple = 256 if self.d_model >= 512 else 64
+        return -(-8 * self.d_model // (3 * multiple)) * multiple
+
+    def mixer_name(self, layer: int) -> str:
+        return self.pattern[layer % len(self.pattern)]
+
+    def problems(self) -> list[str]:
+        """Everything that keeps this from being a model, a sentence each."""
+        found = [f"model.{name} must be above zero, not {value}." for name, value in
+                 (("vocab_size", self.vocab_size), ("d_model", self.d_model), ("n_layers", self.n_layers), ("head_chunk", self.head_chunk)) if value < 1]
+        if self.d_ff < -1:
+            found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {self.d_ff}.")
+        if self.residual_init not in ("depth", "none"):
+            found.append(f"model.residual_init is {self.residual_init!r}; choose depth or none.")
+        if not self.pattern:
+            found.append("model.pattern is empty; name at least one mixer.")
+        for name in dict.fromkeys(self.pattern):
+            if name not in self.mixers:
+                found.append(f"model.pattern names {name!r}, which is not configured; model.mixers holds {', '.join(self.mixers) or 'nothing'} "
+                             f"(add one with +mixer@model.mixers.{name}=OPTION).")
+        for name, mapping in self.mixers.items():
+            found += mixers.parse(name, mapping, self.d_model)[1] if isinstance(mapping, dict) else [f"model.mixers.{name} must be a group of keys."]
+        return found
+
+    @staticmethod
+    def from_dict(mapping: dict[str, Any]) -> ModelConfig:
+        """Reads a mapping. Raises ValueError with one line for every problem."""
+        hints, found, values = typing.get_type_hints(ModelConfig), [], {}
+        for key, value in mapping.items():
+            if key not in hints:
+                close = difflib.get_close_matches(str(key), list(hints), n=1)
+                found.append(f"Unknown key 'model.{key}'; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."))
+                continue
+            wanted = typing.get_origin(hints[key]) or hints[key]
+            if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+                try:
+                    value = float(value)
+                except ValueError:
+                    found.append(f"model.{key} must be a number, not {value!r}.")
+                    continue
+            if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+                found.append(f"model.{key} must be of type {wanted.__name__}, not {value!r}.")
+                continue
+            values[key] = value
+        if "vocab_size" not in mapping:
+            found.append("model.vocab_size is missing.")
+        if found:
+            raise ValueError("\n".join(found))
+        config = ModelConfig(**values)
+        found = config.problems()
+        if found:
+            raise ValueError("\n".join(found))
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,64 @@
+"""The one contract of every sequence mixer: training, prefill, decoding and streaming are the same call.
+
+Legend: B batch, T time, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class SequenceMixer(nn.Module):
+    """Mixes along time, causally. `state=None` trains on whole sequences and returns no state; with `init_state(...)` the same call
+    prefills, decodes (T = 1) and streams: the result does not depend on how a sequence is cut into calls."""
+
+    def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
+        """y (B, T, D) and the new state (None if none was given). segment_ids (B, T) int: a token never sees another segment's."""
+        raise NotImplementedError
+
+    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
+        """The empty state: a dataclass of tensors."""
+        raise NotImplementedError
+
+    def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of the state after T tokens."""
+        raise NotImplementedError
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward FLOPs of one token (2 per multiply-add), averaged over a sequence of T; norms and activations are not counted."""
+        raise NotImplementedError
+
+    def init_weights(self, std: float, n_layers: int) -> None:
+        """Draws all parameters from torch's global generator."""
+        raise NotImplementedError
+
+
+def document_starts(segment_ids: Tensor | None, last_segment_B: Tensor | None = None) -> Tensor | None:
+    """(B, T) bool: where a token's segment differs from the one before it; None without segments.
+
+    last_segment: the segment the carried state ended in (-1: nothing seen yet, which starts nothing as the state is zero anyway).
+    """
+    if segment_ids is None:
+        return None
+    first = segment_ids[:, :1] != last_segment_B[:, None] if last_segment_B is not None else torch.zeros_like(segment_ids[:, :1], dtype=torch.bool)
+    return torch.cat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
+
+
+def last_segment(segment_ids: Tensor | None, before_B: Tensor) -> Tensor:
+    """The segment a state ends in after a call."""
+    return before_B if segment_ids is None else segment_ids[:, -1].to(before_B.dtype)
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in a (nested) dataclass, list or tensor, the segment bookkeeping left out."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, (list, tuple)):
+        return sum(tensor_bytes(item) for item in state)
+    if dataclasses.is_dataclass(state):
+        return sum(tensor_bytes(getattr(state, f.name)) for f in dataclasses.fields(state) if "segment" not in f.name)
+    return 0

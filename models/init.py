@@ -1,0 +1,38 @@
+"""Roles of parameters: tags that optimizer groups, initialisation and precision read, so that nothing matches on names.
+
+no_decay: weight decay leaves it alone. keep_fp32: stays fp32 whatever the precision (recurrence parameters). residual: writes into the
+residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def tag(parameter: nn.Parameter, *names: str, **values: Any) -> nn.Parameter:
+    """Adds roles to `parameter` and returns it."""
+    parameter.roles = {**roles(parameter), **dict.fromkeys(names, True), **values}  # type: ignore[attr-defined]
+    return parameter
+
+
+def roles(parameter: nn.Parameter) -> dict[str, Any]:
+    """The roles of `parameter` (empty for an untagged one)."""
+    return getattr(parameter, "roles", {})
+
+
+def normal_(parameter: torch.Tensor, std: float) -> None:
+    """Truncated normal (three standard deviations), drawn on the CPU so that a seed means the same weights on every device."""
+    draw = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std)
+    with torch.no_grad():
+        parameter.copy_(draw)
+
+
+def init_matrix(parameter: nn.Parameter, std: float, n_layers: int) -> None:
+    """std, divided by sqrt(2 n_layers) for what writes into the residual stream (GPT-2's rule; n_layers = 0 switches it off)."""
+    scale = 1 / math.sqrt(2 * n_layers) if n_layers and roles(parameter).get("residual") else 1.0
+    normal_(parameter, std * scale)

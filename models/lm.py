@@ -1,0 +1,150 @@
+"""The language model: embedding, blocks, norm, head, and a loss that never holds the logits of a whole sequence.
+
+Legend: B batch, T time, D width, V vocabulary, N rows (tokens) of a piece of the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.block import Block
+from models.config import ModelConfig
+from models.contract import tensor_bytes
+from models.init import normal_, tag
+from models.layers import RMSNorm
+
+
+@dataclass
+class LMState:
+    """The states of all layers, in order."""
+
+    layers: list[Any]
+
+    def bytes(self) -> int:
+        return tensor_bytes(self.layers)
+
+
+@dataclass
+class LMOutput:
+    """loss_sum: nats summed over labelled tokens; z_loss_sum: already weighted. Without labels only logits (and state) are filled."""
+
+    loss_sum: Tensor | None = None
+    z_loss_sum: Tensor | None = None
+    token_count: Tensor | None = None
+    token_nll: Tensor | None = None
+    logits: Tensor | None = None
+    state: LMState | None = None
+
+
+def _piece_loss(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
+    """(nats per row, 0 where the label is -100; weighted sum of squared log-partitions), in fp32 or fp64."""
+    logits_NV = F.linear(h_ND, weight_VD)
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    log_z = torch.logsumexp(logits_NV, -1)
+    known = labels_N != -100
+    picked = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
+    return (log_z - picked) * known, z_weight * (log_z.square() * known).sum()
+
+
+class LanguageModel(nn.Module):
+    """Built from a ModelConfig; `init_weights(seed)` draws the parameters (construction leaves them unset, so meta devices work)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        problems = config.problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        tag(self.embedding.weight, "no_decay")
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.checkpointing = False
+
+    def init_weights(self, seed: int) -> None:
+        """Draws every parameter from `seed`, the same on every device and rank; torch's global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            n_layers = self.config.n_layers if self.config.residual_init == "depth" else 0
+            normal_(self.embedding.weight, self.config.init_std)
+            if not self.config.tie_embeddings:
+                normal_(self.head.weight, self.config.init_std)
+            self.norm.init_weights()
+            for block in self.blocks:
+                block.init_weights(self.config.init_std, n_layers)
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """'full' recomputes each layer in the backward pass, 'none' keeps everything."""
+        self.checkpointing = mode == "full"
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None, state: LMState | None = None,
+        *, reduction: str = "sum", last_only: bool = False,
+    ) -> LMOutput:
+        """With labels (B, T; -100 ignored): summed losses, and with reduction='none' the loss of each token. Without: logits (B, T or 1, V).
+
+        state: from `init_state` or an earlier call; the output then carries the next one.
+        """
+        x_BTD = self.embedding(input_ids)
+        layers: list[Any] = []
+        for i, block in enumerate(self.blocks):
+            if self.checkpointing and self.training and state is None and torch.is_grad_enabled():
+                x_BTD, _ = checkpoint(block, x_BTD, None, segment_ids, use_reentrant=False)
+            else:
+                x_BTD, layer_state = block(x_BTD, None if state is None else state.layers[i], segment_ids)
+                layers.append(layer_state)
+        output = LMOutput(state=None if state is None else LMState(layers))
+        if labels is None:
+            output.logits = self.head(self.norm(x_BTD[:, -1:] if last_only else x_BTD))
+            return output
+        return self._loss(self.norm(x_BTD), labels, reduction, output)
+
+    def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
+        rows_ND, labels_N = x_BTD.reshape(-1, x_BTD.shape[-1]), labels.reshape(-1)
+        recompute = self.config.recompute_head and torch.is_grad_enabled() and rows_ND.shape[0] > self.config.head_chunk
+        nll, z = [], []
+        for rows, wanted in zip(rows_ND.split(self.config.head_chunk), labels_N.split(self.config.head_chunk)):
+            if recompute:
+                piece = checkpoint(_piece_loss, rows, self.head.weight, wanted, self.config.z_loss, use_reentrant=False)
+            else:
+                piece = _piece_loss(rows, self.head.weight, wanted, self.config.z_loss)
+            nll.append(piece[0])
+            z.append(piece[1])
+        output.loss_sum = torch.stack([part.sum() for part in nll]).sum()
+        output.z_loss_sum = torch.stack(z).sum()
+        output.token_count = (labels_N != -100).sum()
+        output.token_nll = torch.cat(nll).view_as(labels) if reduction == "none" else None
+        return output
+
+    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:
+        """The empty state for `batch` sequences, on the model's device unless told otherwise."""
+        device = device or self.embedding.weight.device
+        return LMState([block.mixer.init_state(batch, device, dtype) for block in self.blocks])
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part; a tied head counts as none. The values add up to all parameters."""
+        counts = {"embedding": self.embedding.weight.numel(), "head": 0 if self.config.tie_embeddings else self.head.weight.numel()}
+        for layer, block in enumerate(self.blocks):
+            name = f"mixer {self.config.mixer_name(layer)}"
+            counts[name] = counts.get(name, 0) + sum(p.numel() for p in block.mixer.parameters())
+            if block.mlp is not None:
+                counts["mlp"] = counts.get("mlp", 0) + sum(p.numel() for p in block.mlp.parameters())
+        counts["norms and scales"] = sum(p.numel() for p in self.parameters()) - sum(counts.values())
+        return counts
+
+    def flops_per_token(self, T: int) -> int:
+        """Forward FLOPs of one token in a sequence of T, head included, embedding look-up not."""
+        blocks = sum(block.mixer.flops_per_token(T) + (block.mlp.flops_per_token() if block.mlp is not None else 0) for block in self.blocks)
+        return blocks + 2 * self.config.d_model * self.config.vocab_size
+
+    def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        return sum(block.mixer.state_bytes(T, batch, dtype) for block in self.blocks)

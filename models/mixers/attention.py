@@ -1,0 +1,130 @@
+"""Causal softmax attention: grouped queries, rotary positions, sliding window, QK-norm; its state is the KV cache.
+
+Parameter shapes are Llama's. Legend: B batch, T new tokens, L cached and new tokens, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.contract import SequenceMixer
+from models.init import init_matrix, tag
+from models.layers import RMSNorm, rotate
+
+
+@dataclass
+class Config:
+    n_heads: int = 8  # query heads
+    n_kv_heads: int = 0  # key/value heads; 0: as many as query heads
+    head_dim: int = 0  # 0: d_model / n_heads
+    rope: bool = True  # rotary positions
+    rope_theta: float = 10000.0
+    window: int = 0  # a token sees itself and the window-1 before it; 0: all
+    qk_norm: bool = False  # RMSNorm of queries and keys per head
+
+    def problems(self, d_model: int) -> list[str]:
+        found = []
+        if self.n_heads < 1 or self.n_kv_heads < 0 or self.head_dim < 0 or self.window < 0:
+            return ["n_heads must be above zero; n_kv_heads, head_dim and window zero or more."]
+        if not self.head_dim and d_model % self.n_heads:
+            found.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
+        elif self.rope and (self.head_dim or d_model // self.n_heads) % 2:
+            found.append(f"rotary positions need an even head width, not {self.head_dim or d_model // self.n_heads}.")
+        if self.n_kv_heads and self.n_heads % self.n_kv_heads:
+            found.append(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}.")
+        return found
+
+
+@dataclass
+class State:
+    """k (rotated) and v (B, G, L, K), the segment of each cached token (B, L), and how many tokens were seen."""
+
+    k_BGLK: Tensor
+    v_BGLK: Tensor
+    segments_BL: Tensor
+    seen: int
+
+
+class Mixer(SequenceMixer):
+    def __init__(self, config: Config, d_model: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.d_model = config, d_model
+        self.H, self.G = config.n_heads, config.n_kv_heads or config.n_heads
+        self.K = config.head_dim or d_model // config.n_heads
+        self.q_proj = nn.Linear(d_model, self.H * self.K, bias=False)
+        self.k_proj = nn.Linear(d_model, self.G * self.K, bias=False)
+        self.v_proj = nn.Linear(d_model, self.G * self.K, bias=False)
+        self.o_proj = nn.Linear(self.H * self.K, d_model, bias=False)
+        tag(self.o_proj.weight, residual=True)
+        self.q_norm = RMSNorm(self.K) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.K) if config.qk_norm else None
+
+    def init_weights(self, std: float, n_layers: int) -> None:
+        for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            init_matrix(layer.weight, std, n_layers)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.init_weights()
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
+        B, T, _ = x_BTD.shape
+        q_BHTK = self.q_proj(x_BTD).view(B, T, self.H, self.K).transpose(1, 2)
+        k_BGTK = self.k_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
+        v_BGTK = self.v_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        seen = state.seen if state is not None else 0
+        if self.config.rope:
+            positions = torch.arange(seen, seen + T, device=x_BTD.device)
+            q_BHTK, k_BGTK = rotate(q_BHTK, positions, self.config.rope_theta), rotate(k_BGTK, positions, self.config.rope_theta)
+        segments = segment_ids
+        if state is not None:
+            k_BGTK, v_BGTK = torch.cat([state.k_BGLK.to(k_BGTK.dtype), k_BGTK], 2), torch.cat([state.v_BGLK.to(v_BGTK.dtype), v_BGTK], 2)
+            own = segment_ids if segment_ids is not None else self._continue_segment(state, T)
+            segments = torch.cat([state.segments_BL, own.to(state.segments_BL.dtype)], 1)
+        y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
+        y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
+        if state is None:
+            return y, None
+        assert segments is not None
+        keep = max(0, k_BGTK.shape[2] - (self.config.window - 1)) if self.config.window else 0
+        return y, State(k_BGTK[:, :, keep:], v_BGTK[:, :, keep:], segments[:, keep:], seen + T)
+
+    @staticmethod
+    def _continue_segment(state: State, T: int) -> Tensor:
+        B, L = state.segments_BL.shape
+        last = state.segments_BL[:, -1:] if L else state.segments_BL.new_zeros(B, 1)
+        return last.expand(B, T)
+
+    def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
+        T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
+        grouped = self.G != self.H
+        if segments_BL is None and T == L and not (window and window < T):
+            return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=grouped)
+        ahead = torch.arange(L - T, L, device=q_BHTK.device)[:, None] - torch.arange(L, device=q_BHTK.device)
+        seen_TL = ahead >= 0
+        if window:
+            seen_TL = seen_TL & (ahead < window)
+        mask = seen_TL[None, None]
+        if segments_BL is not None:
+            mask = mask & (segments_BL[:, None, -T:, None] == segments_BL[:, None, None, :])
+        return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, enable_gqa=grouped)
+
+    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        empty = torch.zeros(batch, self.G, 0, self.K, device=device, dtype=dtype or self.k_proj.weight.dtype)
+        return State(empty, empty, torch.zeros(batch, 0, device=device, dtype=torch.int32), 0)
+
+    def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        kept = min(T, self.config.window - 1) if self.config.window else T
+        return 2 * batch * self.G * self.K * kept * dtype.itemsize
+
+    def flops_per_token(self, T: int) -> int:
+        projections = 2 * self.d_model * self.K * (2 * self.H + 2 * self.G)
+        window = min(self.config.window or T, T)
+        pairs = window * (window + 1) / 2 + (T - window) * window  # (query, key) pairs of a causal sequence of T
+        return projections + math.ceil(4 * self.H * self.K * pairs / T)

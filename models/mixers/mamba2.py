@@ -1,0 +1,113 @@
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): input-dependent linear recurrence with a matrix state per head, short convolution, gated norm.
+
+Parameter shapes are those of transformers' Mamba2. Legend: B batch, T time, H heads, P head width, G groups, N state width, I inner width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.ssd import ssd
+from models.contract import SequenceMixer, document_starts, last_segment
+from models.init import init_matrix, tag
+from models.layers import CausalConv, RMSNorm
+
+
+@dataclass
+class Config:
+    d_state: int = 128  # N
+    expand: int = 2  # inner width / d_model
+    head_dim: int = 64  # P
+    n_groups: int = 1  # heads that share B and C
+    d_conv: int = 4  # width of the short convolution
+    chunk: int = 256  # steps solved by matrix products at once
+    dt_min: float = 0.001  # initial step sizes, log-uniform
+    dt_max: float = 0.1
+    norm_eps: float = 1e-5
+
+    def problems(self, d_model: int) -> list[str]:
+        if min(self.d_state, self.expand, self.head_dim, self.n_groups, self.chunk) < 1 or self.d_conv < 2:
+            return ["d_state, expand, head_dim, n_groups and chunk must be above zero and d_conv above one."]
+        found, inner = [], self.expand * d_model
+        if inner % self.head_dim:
+            found.append(f"expand x d_model = {inner} is not divisible by head_dim {self.head_dim}.")
+        elif inner // self.head_dim % self.n_groups:
+            found.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
+        if not 0 < self.dt_min < self.dt_max:
+            found.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+        return found
+
+
+@dataclass
+class State:
+    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet)."""
+
+    conv_BWI: Tensor
+    ssm_BHPN: Tensor
+    segment_B: Tensor
+
+
+class Mixer(SequenceMixer):
+    def __init__(self, config: Config, d_model: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.d_model = config, d_model
+        self.inner = config.expand * d_model
+        self.H = self.inner // config.head_dim
+        self.BC = config.n_groups * config.d_state
+        self.in_proj = nn.Linear(d_model, 2 * self.inner + 2 * self.BC + self.H, bias=False)
+        self.conv = CausalConv(self.inner + 2 * self.BC, config.d_conv)
+        self.dt_bias = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
+        self.A_log = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
+        self.D = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
+        self.norm = RMSNorm(self.inner, config.norm_eps)
+        self.out_proj = nn.Linear(self.inner, d_model, bias=False)
+        tag(self.out_proj.weight, residual=True)
+
+    def init_weights(self, std: float, n_layers: int) -> None:
+        """Published initialisation: A in -[1, 16], step sizes log-uniform in [dt_min, dt_max] through the inverse of softplus."""
+        init_matrix(self.in_proj.weight, std, n_layers)
+        init_matrix(self.out_proj.weight, std, n_layers)
+        self.conv.init_weights()
+        self.norm.init_weights()
+        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        with torch.no_grad():
+            dt = torch.exp(torch.rand(self.H) * (high - low) + low).clamp(min=1e-4)
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.A_log.copy_(torch.log(torch.rand(self.H) * 15 + 1))
+            self.D.fill_(1.0)
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
+        B, T, _ = x_BTD.shape
+        z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.inner + 2 * self.BC, self.H], -1)
+        starts = document_starts(segment_ids, state.segment_B if state is not None else None)
+        xBC, conv_state = self.conv(xBC, state.conv_BWI if state is not None else None, starts)
+        x, B_, C_ = F.silu(xBC).split([self.inner, self.BC, self.BC], -1)
+        groups = (self.config.n_groups, self.config.d_state)
+        x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
+        inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
+        dt_BTH = F.softplus(dt.to(inner) + self.dt_bias.to(inner))
+        A_H = -torch.exp(self.A_log.to(inner))
+        y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_.unflatten(-1, groups), C_.unflatten(-1, groups), state.ssm_BHPN if state is not None else None, starts,
+                          chunk=self.config.chunk)
+        y_BTHP = y_BTHP + x_BTHP * self.D.to(x_BTHP.dtype)[:, None]
+        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z))
+        return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
+
+    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        kind = dtype or self.in_proj.weight.dtype
+        inner = torch.float64 if kind == torch.float64 else torch.float32
+        ssm = torch.zeros(batch, self.H, self.config.head_dim, self.config.d_state, device=device, dtype=inner)
+        return State(self.conv.init_state(batch, device, kind), ssm, torch.full((batch,), -1, device=device, dtype=torch.int32))
+
+    def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        return batch * ((self.config.d_conv - 1) * (self.inner + 2 * self.BC) * dtype.itemsize + 4 * self.inner * self.config.d_state)
+
+    def flops_per_token(self, T: int) -> int:
+        """Projections, convolution, and the recurrence counted as a recurrence (update and read: 3 multiply-adds per state element)."""
+        projections = 2 * self.d_model * (2 * self.inner + 2 * self.BC + self.H) + 2 * self.inner * self.d_model
+        return projections + 2 * self.config.d_conv * (self.inner + 2 * self.BC) + 6 * self.inner * self.config.d_state

@@ -1,0 +1,140 @@
+"""The published ParaRNN mixer around any cell: in-projection, short convolution, cell, gated norm, out-projection (arXiv 2510.21450, figure 9).
+
+Legend: B batch, T time, I inner width (the cell's channels), E heads of the input projection, P projections the cell wants, S its states.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.parallel_rnn import parallel_rnn
+from models.cells import available, cell_module, load_cell
+from models.contract import SequenceMixer, document_starts, last_segment
+from models.init import init_matrix, normal_, tag
+from models.layers import CausalConv, RMSNorm
+
+
+@dataclass
+class Config:
+    cell: str = "paragru"  # a file of models/cells/
+    n_heads: int = 4  # blocks of the cell's block-diagonal input projection
+    expand: float = 1.0  # cell channels / d_model
+    d_conv: int = 4  # width of the short convolution; 0: none
+    gate: bool = True  # silu gate from the in-projection
+    norm: bool = True  # RMSNorm of the (gated) states
+    recurrent_bound: str = "clip"  # none | clip (to +-recurrent_max) | tanh (recurrent_max * tanh of the parameter)
+    recurrent_max: float = 0.5
+    norm_eps: float = 1e-5
+
+    def problems(self, d_model: int) -> list[str]:
+        found, inner = [], int(self.expand * d_model)
+        if self.cell not in available():
+            found.append(f"there is no cell {self.cell!r}; models/cells/ holds {', '.join(available())}.")
+        if self.n_heads < 1 or inner < 1:
+            found.append("n_heads and expand must be above zero.")
+        elif inner % self.n_heads:
+            found.append(f"expand x d_model = {inner} is not divisible by n_heads {self.n_heads}.")
+        if self.d_conv < 0 or self.d_conv == 1:
+            found.append("d_conv must be 0 (no convolution) or above one.")
+        if self.recurrent_bound not in ("none", "clip", "tanh"):
+            found.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
+        if self.recurrent_max <= 0:
+            found.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
+        return found
+
+
+@dataclass
+class State:
+    """The last convolution inputs, the cell's states in fp32, and the segment of the last token (-1: none yet)."""
+
+    conv_BWI: Tensor
+    cell_BSI: Tensor
+    segment_B: Tensor
+
+
+class Mixer(SequenceMixer):
+    def __init__(self, config: Config, d_model: int, layer: int) -> None:
+        super().__init__()
+        self.config, self.d_model = config, d_model
+        self.inner = int(config.expand * d_model)
+        self.cell = load_cell(config.cell)
+        P, R, E = len(self.cell.pre), len(self.cell.rec), config.n_heads
+        self.in_proj = nn.Linear(d_model, self.inner * (2 if config.gate else 1), bias=False)
+        self.conv = CausalConv(self.inner, config.d_conv) if config.d_conv else None
+        self.cell_weight = tag(nn.Parameter(torch.empty(E, self.inner // E, P * (self.inner // E))), fan_in=self.inner // E)
+        self.cell_bias = tag(nn.Parameter(torch.empty(P, self.inner)), "no_decay")
+        self.recurrent = tag(nn.Parameter(torch.empty(R, self.inner)), "no_decay", "keep_fp32") if R else None
+        self.norm = RMSNorm(self.inner, config.norm_eps) if config.norm else None
+        self.out_proj = nn.Linear(self.inner, d_model, bias=False)
+        tag(self.out_proj.weight, residual=True)
+
+    def init_weights(self, std: float, n_layers: int) -> None:
+        """Projections as everywhere; input projection of the cell 1/sqrt(fan in); recurrent weights small; biases as the cell asks."""
+        init_matrix(self.in_proj.weight, std, n_layers)
+        init_matrix(self.out_proj.weight, std, n_layers)
+        normal_(self.cell_weight, self.cell_weight.shape[1] ** -0.5)
+        if self.conv is not None:
+            self.conv.init_weights()
+        if self.norm is not None:
+            self.norm.init_weights()
+        with torch.no_grad():
+            self.cell_bias.zero_()
+            for name, value in getattr(cell_module(self.config.cell), "BIAS_INIT", {}).items():
+                low, high = value if isinstance(value, tuple) else (value, value)
+                self.cell_bias[self.cell.pre.index(name)] = torch.linspace(low, high, self.inner)
+            if self.recurrent is not None:
+                normal_(self.recurrent, min(self.config.recurrent_max / 2, self.inner**-0.5))
+
+    def recurrent_weights(self) -> Tensor:
+        """(R, I) as the cell sees them, bounded as configured."""
+        if self.recurrent is None:
+            return self.cell_bias.new_zeros(0, self.inner)
+        limit = self.config.recurrent_max
+        if self.config.recurrent_bound == "clip":
+            return self.recurrent.clamp(-limit, limit)
+        return limit * torch.tanh(self.recurrent / limit) if self.config.recurrent_bound == "tanh" else self.recurrent
+
+    def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
+        B, T, _ = x_BTD.shape
+        projected = self.in_proj(x_BTD)
+        u, gate = projected.chunk(2, -1) if self.config.gate else (projected, None)
+        starts = document_starts(segment_ids, state.segment_B if state is not None else None)
+        conv_state = state.conv_BWI if state is not None else None
+        if self.conv is not None:
+            u, conv_state = self.conv(u, conv_state, starts)
+            u = F.silu(u)
+        E, P = self.config.n_heads, len(self.cell.pre)
+        pre = torch.einsum("btei,eio->bteo", u.unflatten(-1, (E, -1)), self.cell_weight.to(u.dtype))
+        pre_BTPI = pre.unflatten(-1, (P, -1)).transpose(2, 3).reshape(B, T, P, self.inner) + self.cell_bias.to(pre.dtype)
+        states_BTSI, final = parallel_rnn(self.cell, pre_BTPI, self.recurrent_weights(), state.cell_BSI if state is not None else None, starts)
+        h = states_BTSI[:, :, -1]
+        if self.norm is not None:
+            h = self.norm(h)
+        if gate is not None:
+            h = h * F.silu(gate)
+        y = self.out_proj(h)
+        if state is None:
+            return y, None
+        assert conv_state is not None
+        return y, State(conv_state, final, last_segment(segment_ids, state.segment_B))
+
+    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+        kind = dtype or self.in_proj.weight.dtype
+        inner = torch.float64 if kind == torch.float64 else torch.float32
+        conv = self.conv.init_state(batch, device, kind) if self.conv is not None else torch.zeros(batch, 0, self.inner, device=device, dtype=kind)
+        cell = torch.zeros(batch, len(self.cell.state), self.inner, device=device, dtype=inner)
+        return State(conv, cell, torch.full((batch,), -1, device=device, dtype=torch.int32))
+
+    def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        return batch * self.inner * (max(0, self.config.d_conv - 1) * dtype.itemsize + 4 * len(self.cell.state))
+
+    def flops_per_token(self, T: int) -> int:
+        """Projections and convolution; the cell's own few operations per channel are not matrix work and are counted as 2 per weight."""
+        widths = self.d_model * self.inner * (3 if self.config.gate else 2)
+        cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
+        return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))

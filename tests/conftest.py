@@ -1,0 +1,43 @@
+"""Shared fixtures: token shards of a little real text, and a way to run the project's programs as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["experiment=smoke", "train.device=cpu"]
+
+
+@pytest.fixture(scope="session")
+def demo_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a part of the demo corpus with a 512-token BPE."""
+    out = tmp_path_factory.mktemp("shards") / "demo"
+    done = run_program(["-m", "data.prepare", "input=demo", f"out={out}", "tokenizer=bpe:512", "limit_docs=4", "valid_fraction=0.3"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def run_program(arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in the project's root."""
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def train(demo_shards: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """train(run_name, *overrides, launcher=[...]) runs train.py on the small shards; the run folder is tmp_path/run_name."""
+
+    def run(name: str, *overrides: str, launcher: list[str] | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+        arguments = [*(launcher or []), "train.py", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / name}", *overrides]
+        return run_program(arguments, **extra)
+
+    return run

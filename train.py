@@ -1,0 +1,125 @@
+"""Pretrains a language model. One process, torchrun or the deepspeed launcher, CPU or GPU: the same program.
+
+    python train.py                                     the tiny hybrid on the demo corpus
+    deepspeed --num_gpus 8 train.py model=paragru size=400m data=shards data.path=DIR train.precision=bf16
+    python train.py --help                              all groups and keys
+
+It reads top to bottom: build, resume, loop, evaluate, save.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from training import cli
+from training.config import Config
+from training.errors import UserError
+
+
+@hydra.main(version_base=None, config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
+def main(composed: DictConfig) -> float | None:
+    """Hydra's entry: everything a user can get wrong ends in a sentence and status 2."""
+    try:
+        return train(cli.checked(composed), OmegaConf.to_yaml(composed, resolve=True))
+    except UserError as error:
+        cli.report(error)
+        sys.exit(2)
+
+
+def train(config: Config, resolved_yaml: str) -> float | None:
+    """Runs `config` to its end or to a stop request; returns the last held-out bits per byte."""
+    from training.setup import model_config, open_shards, take_up
+
+    if config.dry_run:
+        from training.flops import dry_run_report
+
+        print(dry_run_report(config, *model_config(config, None)))
+        return None
+
+    # Build
+    from data.loader import BatchLoader, build_reader
+    from evals.in_loop import Evaluator
+    from models.lm import LanguageModel
+    from training import checkpoint
+    from training.engine import Engine, start_distributed
+    from training.faults import BadStepPolicy, StopRequest
+    from training.flops import training_flops_per_token
+    from training.metrics import Metrics, Stopwatch
+    from training.schedule import lr_factor
+
+    shards = open_shards(config.data.path, "train")
+    world = start_distributed(config.train.device, config.deepspeed.timeout_minutes)
+    torch.manual_seed(config.seed)
+    settings, _ = model_config(config, shards)
+    model = LanguageModel(settings)
+    model.init_weights(config.seed)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    run_dir = Path(config.run_dir)
+    stop = StopRequest()
+
+    # Resume
+    start = take_up(config, world, model, shards, resolved_yaml)
+    engine = Engine(model, config, world)
+    if start.folder is not None:
+        checkpoint.restore_optimizer(start.folder, engine)
+    metrics = Metrics(run_dir, config, world.device, world.size, training_flops_per_token(model, config.train.seq_len), world.main)
+    metrics.open(start.step, start.wandb_id)
+    metrics.say(start.message)
+    evaluator = Evaluator(config, engine, shards, metrics)
+    policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
+
+    def save(step: int) -> None:
+        watch = Stopwatch()
+        state = {"step": step, "tokens": step * config.tokens_per_step, "fingerprint": [s.fingerprint for s, _ in shards], "wandb_id": metrics.wandb_id}
+        folder = checkpoint.save(run_dir, engine, state, shards[0][0].tokenizer().to_str(), json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)))),
+                                 config.checkpoint.keep, config.checkpoint.milestones)
+        metrics.say(f"saved {folder} in {watch.lap():.1f} s")
+
+    # Loop
+    total, warmup, decay = config.total_steps, config.in_steps(config.schedule.warmup), config.in_steps(config.schedule.decay)
+    step, saved = start.step, start.step
+    reader = build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
+    with BatchLoader(reader, config.train.global_batch, config.train.micro_batch, world.rank, world.size, start.step, config.data.prefetch,
+                     world.device.type == "cuda") as loader:
+        batches = iter(loader)
+        while step < total:
+            if world.any(bool(stop.signal)):
+                break
+            watch = Stopwatch()
+            micro_batches = next(batches)
+            waited = watch.lap()
+            lr = config.optim.lr * lr_factor(step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final)
+            result = engine.step(micro_batches, lr, policy.judge)
+            policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
+            step += 1
+            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped)
+            evaluator.at(step)
+            if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:
+                save(step)
+                saved = step
+
+    # Save, and the last evaluation
+    finished = step >= total
+    if step > saved and (config.checkpoint.at_end or not finished):
+        save(step)
+    if not finished:
+        metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; the same command goes on from there.")
+    bits = evaluator.at_end(step) if finished else None
+    metrics.close()
+    engine.close()
+    return bits
+
+
+def _entry() -> Any:
+    return cli.run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(_entry())

@@ -1,0 +1,1 @@
+"""Training: configuration, the DeepSpeed engine, checkpoints, schedules, metrics and fault handling."""

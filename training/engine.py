@@ -1,0 +1,243 @@
+"""The only place that knows about DeepSpeed, ranks and devices.
+
+`Engine` takes one optimizer step over a list of micro-batches so that the gradient is that of (summed token loss of the whole
+global batch) / (its token count), whatever the split into ranks and micro-batches: DeepSpeed's own divisions are undone.
+Parameters are always fp32; with precision bf16 the matrix products run in bf16 under autocast, recurrences stay fp32.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from data.loader import Batch
+from models.init import roles
+from training.config import Config
+from training.errors import UserError
+from training.optim import SkippableAdamW, build_optimizer
+
+
+@dataclass
+class World:
+    """Where this process stands: rank among world_size, its device, and whether it speaks for all."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks, in fp64; every rank gets the same numbers."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is true on one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(wanted: str) -> torch.device:
+    """auto | cpu | cuda to a device of this rank. Raises UserError when CUDA is asked for and absent."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"train.device is {wanted!r}; choose auto, cpu or cuda.")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no CUDA device; use train.device=auto or install a CUDA build of torch.")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start_distributed(wanted_device: str, timeout_minutes: float = 30.0) -> World:
+    """Joins the process group that the launcher described, or makes one of a single rank."""
+    device = pick_device(wanted_device)
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(key, value)
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        torch.cuda.set_device(device)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build of half a minute, used for inference only
+    if not dist.is_initialized():
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here."""
+    t, ds = config.train, config.deepspeed
+    zero: dict[str, Any] = {"stage": ds.stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
+    if ds.stage:
+        zero |= {"overlap_comm": False, "contiguous_gradients": True}
+    if ds.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": ds.offload_optimizer}
+    if ds.offload_parameters != "none":
+        zero["offload_param"] = {"device": ds.offload_parameters}
+    return {
+        "train_micro_batch_size_per_gpu": t.micro_batch,
+        "gradient_accumulation_steps": t.global_batch // (t.micro_batch * world_size),
+        "gradient_clipping": t.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": None,
+    }
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step measured, equal on all ranks. loss: mean nats per token; skipped: why it was left out, or ''."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: str
+    seconds: float
+
+
+class Engine:
+    """A DeepSpeed engine around a LanguageModel and AdamW."""
+
+    def __init__(self, model: nn.Module, config: Config, world: World) -> None:
+        import deepspeed
+
+        self.config, self.world = config, world
+        self.module = model.to(world.device)
+        self.optimizer: SkippableAdamW = build_optimizer(
+            model, lr=config.optim.lr, betas=(config.optim.betas[0], config.optim.betas[1]), eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+        )
+        self.parameters = dict(model.named_parameters())
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
+        self._assert_dtypes()
+        if config.train.compile:
+            self.deepspeed.compile()
+
+    def _assert_dtypes(self) -> None:
+        cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]
+        assert not cast, f"recurrence parameters must stay fp32, but DeepSpeed cast {cast}"
+
+    @property
+    def stage(self) -> int:
+        return self.config.deepspeed.stage
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+
+    def step(self, micro_batches: list[Batch], lr: float, is_bad: Any = None) -> StepResult:
+        """One optimizer step. `is_bad(loss) -> str` may veto it from the global mean loss (an empty string lets it pass)."""
+        start = time.perf_counter()
+        local_tokens = float(sum((batch.labels != -100).sum().item() for batch in micro_batches))
+        tokens = self.world.sum([local_tokens])[0]
+        scale = self.world.size / tokens  # DeepSpeed averages over ranks; the loss is a sum over tokens
+        self.set_lr(lr)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        self.deepspeed.set_gradient_accumulation_boundary(False)
+        for index, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            batch = batch.to(self.world.device)
+            output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
+            loss_sum += output.loss_sum.detach().double()
+            self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
+        loss = self.world.sum([loss_sum.item()])[0] / tokens
+        skipped = is_bad(loss) if is_bad else ""
+        norm = self._gradient_norm()
+        if not skipped and norm is not None and not _finite(norm):
+            skipped = "gradient norm is not finite"
+        self.optimizer.skip_next = bool(skipped)
+        before = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        self.optimizer.skip_next = False
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+            norm = float(norm) if norm is not None else float("nan")
+        if not skipped and (self.deepspeed.skipped_steps > before or not _finite(norm)):
+            skipped = "gradient norm is not finite"
+        return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start)
+
+    def _gradient_norm(self) -> float | None:
+        """Norm before clipping where gradients are whole on every rank (stage 0); ZeRO tells its own after the step."""
+        if self.stage:
+            return None
+        norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+
+    def gathered(self, names: Iterable[str]) -> Any:
+        """Context in which the named parameters are whole on every rank (ZeRO-3 splits them)."""
+        import deepspeed
+
+        params = [self.parameters[name] for name in names]
+        return deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3)
+
+    def moments(self, name: str, key: str) -> torch.Tensor | None:
+        """The whole optimizer tensor `key` (exp_avg, exp_avg_sq) of a parameter; a collective under ZeRO."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        parameter = self.parameters[name]
+        if not self.stage:
+            state = self.optimizer.state.get(parameter, {})
+            return state.get(key)
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def optimizer_steps(self) -> int:
+        """Updates the optimizer has made (Adam's own counter)."""
+        steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
+        return max(steps, default=0)
+
+    def load_moments(self, tensors: Any, steps: int) -> None:
+        """Sets Adam's moments from `tensors(key, name) -> Tensor` and its counter; works before the first step at any stage."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        inner = self.deepspeed.optimizer
+        flat = getattr(inner, "fp32_partitioned_groups_flat", None) if self.stage == 3 else getattr(inner, "single_partition_of_fp32_groups", None)
+        for p in flat if self.stage and flat is not None else self.parameters.values():
+            self.optimizer.state[p] = {
+                "step": torch.tensor(float(steps), device=p.device),
+                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
+            }
+        if self.stage in (1, 2):
+            inner._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                value = tensors(key, name)
+                if self.stage:
+                    safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)
+                else:
+                    self.optimizer.state[parameter][key].copy_(value)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        self.deepspeed.destroy()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

@@ -1,0 +1,158 @@
+"""What a run says: a line for people, metrics.jsonl for programs, and wandb or TensorBoard where asked. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.config import Config
+from training.flops import device_name, peak_flops
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """High-water mark: device memory on a GPU, resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, commit and command: what another person needs to run the same thing."""
+    import deepspeed
+    import transformers
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).resolve().parent.parent
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return {
+        "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain").strip("unknown")),
+        "python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
+        "device": device_name(device), "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(int(max(0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+class Metrics:
+    """Collects the steps of a run; on other ranks than 0 every method does nothing."""
+
+    def __init__(self, run_dir: Path, config: Config, device: torch.device, world_size: int, flops_per_token: int, main: bool) -> None:
+        self.run_dir, self.config, self.device, self.main = run_dir, config, device, main
+        self.flops_per_token, self.world_size = flops_per_token, world_size
+        self.peak = peak_flops(device_name(device), config.train.precision)
+        self.rate: float | None = None
+        self.wandb_id: str | None = None
+        self.wandb: Any = None
+        self.tensorboard: Any = None
+        self.file: Any = None
+
+    def open(self, step: int, wandb_id: str | None) -> None:
+        """Opens the sinks at `step`; what metrics.jsonl says of later steps belongs to a lost branch and is dropped."""
+        self.wandb_id = wandb_id
+        if not self.main:
+            return
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            rows = [line for line in path.read_text().splitlines() if _row_step(line) <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(row + "\n" for row in rows))
+            os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+        self._open_services(step)
+
+    def _open_services(self, step: int) -> None:
+        log = self.config.logging
+        if log.wandb != "disabled":
+            import wandb
+
+            try:
+                self.wandb = wandb.init(
+                    project=log.wandb_project, entity=log.wandb_entity, name=self.config.name, id=self.wandb_id, resume="allow", mode=log.wandb,
+                    dir=str(self.run_dir), settings=wandb.Settings(silent=True),
+                )
+                self.wandb_id = self.wandb.id
+            except Exception as error:  # a logging service must not cost a run; metrics.jsonl has everything
+                self.say(f"wandb is not available ({type(error).__name__}: {str(error).splitlines()[0]}); going on with metrics.jsonl alone.")
+        if log.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+            except ImportError:
+                self.say("TensorBoard is not installed (pip install 'everywhen[tensorboard]'); going on without it.")
+
+    def say(self, text: str) -> None:
+        if self.main:
+            print(text, flush=True)
+
+    def write(self, step: int, **values: Any) -> None:
+        """One row of metrics.jsonl, and the same to the other sinks."""
+        if not self.main:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+        if self.tensorboard is not None:
+            for key, value in numbers.items():
+                self.tensorboard.add_scalar(key, value, step)
+
+    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, seconds: float, data_wait: float, skipped: str) -> None:
+        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`."""
+        if not self.main:
+            return
+        rate = tokens / (seconds + data_wait)
+        self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
+        mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
+        row = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": step * self.config.tokens_per_step, "tokens_per_second": rate,
+               "seconds": seconds, "data_wait": data_wait, "mfu": mfu, "memory_gib": peak_memory_gib(self.device)}
+        self.write(step, **row, **({"skipped": skipped} if skipped else {}))
+        total = self.config.total_steps
+        if step % self.config.train.log_every and step not in (1, total) and not skipped:
+            return
+        eta = (total - step) * self.config.tokens_per_step / self.rate
+        shown = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
+        line = (f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {shown}  "
+                f"data {100 * data_wait / (seconds + data_wait):.1f}%  mem {row['memory_gib']:.2f}G  ETA {duration(eta)}")
+        self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
+
+    def close(self) -> None:
+        for sink in (self.file, self.tensorboard):
+            if sink is not None:
+                sink.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _row_step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62  # a torn last line
+
+
+class Stopwatch:
+    """Seconds between calls of `lap`."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        passed, self.last = now - self.last, now
+        return passed

@@ -1,0 +1,46 @@
+"""AdamW over role-based parameter groups, with the one addition training needs: a step that can be skipped.
+
+Weight decay goes to matrices only: a parameter tagged `no_decay` (norms, biases, recurrent weights) is never decayed, whatever its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.init import roles
+
+
+class SkippableAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set."""
+
+    skip_next: bool = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        if self.skip_next:
+            return None
+        return super().step(closure)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names."""
+    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["no_decay" not in roles(parameter) and parameter.ndim >= 2].append((name, parameter))
+    return [
+        {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": weight_decay if decayed else 0.0}
+        for decayed, rows in groups.items()
+        if rows
+    ]
+
+
+def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> SkippableAdamW:
+    """AdamW on the groups of `parameter_groups`, fused (one kernel for all tensors) on both CPU and GPU."""
+    groups = parameter_groups(model, weight_decay)
+    for group in groups:
+        group.pop("names")
+    return SkippableAdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

@@ -1,0 +1,103 @@
+"""From a checked Config to the parts of a run: shards, the model's own config, and where to take up training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.shards import ShardSet
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from training import checkpoint
+from training.config import Config
+from training.engine import World
+from training.errors import UserError
+from training.metrics import environment
+
+Shards = list[tuple[ShardSet, float]]
+DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up
+
+
+def open_shards(path: Any, split: str) -> Shards:
+    """The weighted shard sets of data.path (one folder, or {folder: weight}). Raises UserError."""
+    weights = path if isinstance(path, dict) else {path: 1.0}
+    try:
+        shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    tokenizers = {s.tokenizer_sha256 for s, _ in shards}
+    if len(tokenizers) > 1:
+        raise UserError(f"The folders of data.path were made with {len(tokenizers)} different tokenizers; prepare them again with one.")
+    return shards
+
+
+def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, str]:
+    """(the model's config with its vocabulary settled, a note about where the vocabulary comes from)."""
+    wanted, note = config.model.get("vocab_size"), ""
+    if shards is None:
+        try:
+            shards = open_shards(config.data.path, "train")
+        except UserError:
+            note = "" if wanted else " (assumed: no shards at data.path)"
+    if shards is not None:
+        needed = shards[0][0].vocab_size
+        if wanted is not None and wanted < needed:
+            raise UserError(f"model.vocab_size={wanted} is smaller than the {needed} tokens of the shards' tokenizer; leave it null or raise it.")
+        wanted = wanted or -(-needed // 64) * 64
+    return ModelConfig.from_dict({**config.model, "vocab_size": wanted or DRY_RUN_VOCABULARY}), note
+
+
+@dataclass
+class Start:
+    """Where training begins: step 0 without a folder, or the step of a checkpoint."""
+
+    step: int
+    folder: Path | None
+    wandb_id: str | None
+    message: str
+
+
+def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, resolved_yaml: str) -> Start:
+    """Finds the checkpoint to go on from, loads its weights, and writes config and environment into the run folder.
+
+    Raises UserError when the checkpoint is of another model or other data.
+    """
+    run_dir = Path(config.run_dir)
+    problem = ""
+    if world.main:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "config.yaml").write_text(resolved_yaml)
+            checkpoint.write_json(run_dir / "environment.json", environment(world.device))
+        except OSError as error:
+            problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
+    if world.any(bool(problem)):
+        raise UserError(problem or f"The run folder {run_dir} cannot be written.")
+    folder = _checkpoint_of(config, world)
+    counts = sum(model.parameter_counts().values())
+    what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, ZeRO {config.deepspeed.stage}, {config.train.precision}, run folder {run_dir}"
+    if folder is None:
+        return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}")
+    state = checkpoint.read_state(folder)
+    if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
+        raise UserError(f"{folder} was trained on other token shards than {config.data.path}; give those, or train.resume=none with another run_dir.")
+    checkpoint.load_weights(folder, model)
+    return Start(state["step"], folder, state.get("wandb_id"), f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}")
+
+
+def _checkpoint_of(config: Config, world: World) -> Path | None:
+    """Rank 0 looks and verifies; the others take its answer (the step), as ranks may see a shared disk at different moments."""
+    wanted = config.train.resume
+    if wanted == "none":
+        return None
+    if wanted != "auto":
+        folder = checkpoint.find(wanted)
+        problem = checkpoint.verify(folder)
+        if problem:
+            raise UserError(problem)
+        return folder
+    run_dir = Path(config.run_dir)
+    found = checkpoint.newest(run_dir) if world.main else None
+    step = world.sum([float(checkpoint.read_state(found)["step"]) if found else -1.0 if world.main else 0.0])[0]
+    return checkpoint.folder_of(run_dir, int(step)) if step >= 0 else None
