@@ -1,0 +1,1 @@
+"""Data: from documents to token shards, and from shards to batches whose order is a pure function of (seed, step)."""
