@@ -112,12 +112,15 @@ def save(run_dir: Path, engine: Engine, state: dict[str, Any], tokenizer_json: s
 def _collect(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     weights: dict[str, torch.Tensor] = {}
     moments: dict[str, torch.Tensor] = {}
+    stepped = engine.optimizer_steps() > 0
+    if stepped:
+        engine.link_moments()
     for name, parameter in engine.parameters.items():
         with engine.gathered([name]):
             if engine.world.main:
                 weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         for key in ("exp_avg", "exp_avg_sq"):
-            value = engine.moments(name, key) if engine.optimizer_steps() else None
+            value = engine.moments(name, key) if stepped else None
             if engine.world.main and value is not None:
                 moments[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).reshape(weights[name].shape).contiguous()
     return weights, moments

@@ -205,6 +205,13 @@ class Engine:
             return state.get(key)
         return safe_get_full_optimizer_state(parameter, key)
 
+    def link_moments(self) -> None:
+        """Before reading or writing moments: ZeRO-1/2 maps them to parameters after the first group's first step, when the other
+        groups have none yet, and never again by itself."""
+        if self.stage in (1, 2):
+            self.deepspeed.optimizer._hp_optimizer_states_linked = False
+            self.deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
     def optimizer_steps(self) -> int:
         """Updates the optimizer has made (Adam's own counter)."""
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
@@ -222,8 +229,7 @@ class Engine:
                 "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
             }
-        if self.stage in (1, 2):
-            inner._lazy_init_hp_params_optimizer_state()
+        self.link_moments()
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 value = tensors(key, name)

@@ -64,7 +64,7 @@ class Mixer(SequenceMixer):
         self.dt_bias = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
         self.A_log = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
         self.D = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
-        self.norm = RMSNorm(self.inner, config.norm_eps)
+        self.norm = RMSNorm(self.inner, config.norm_eps, config.n_groups)
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
         tag(self.out_proj.weight, residual=True)
 
