@@ -44,13 +44,16 @@ def document_starts(segment_ids: Tensor | None, last_segment_B: Tensor | None = 
     """
     if segment_ids is None:
         return None
-    first = segment_ids[:, :1] != last_segment_B[:, None] if last_segment_B is not None else torch.zeros_like(segment_ids[:, :1], dtype=torch.bool)
+    if last_segment_B is None:
+        first = torch.zeros_like(segment_ids[:, :1], dtype=torch.bool)
+    else:
+        first = segment_ids[:, :1] != last_segment_B[:, None]
     return torch.cat([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1)
 
 
 def last_segment(segment_ids: Tensor | None, before_B: Tensor) -> Tensor:
-    """The segment a state ends in after a call."""
-    return before_B if segment_ids is None else segment_ids[:, -1].to(before_B.dtype)
+    """The segment a state ends in after a call; tokens without ids go on with the one before, or are segment 0 if nothing was before."""
+    return before_B.clamp(min=0) if segment_ids is None else segment_ids[:, -1].to(before_B.dtype)
 
 
 def tensor_bytes(state: Any) -> int:

@@ -5,6 +5,8 @@ Legend: B batch, T time, D width, H heads, K head width, W kernel width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,6 +68,36 @@ def rotate(x_BHTK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BHTK.dtype)
 
 
+class _SegmentedConv(torch.autograd.Function):
+    """The convolution where documents are packed: keeps its input only and masks again in the backward pass; sums in fp32.
+
+    padded (B, W-1+T, D), weight (D, W), bias (D,), document (B, W-1+T): which document each input belongs to.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, weight_DW: Tensor, bias_D: Tensor, document: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, weight_DW, document)
+        history = weight_DW.shape[1] - 1
+        T = padded.shape[1] - history
+        y = padded[:, history:] * weight_DW[:, history] + bias_D
+        for w in range(history):
+            same = document[:, w : w + T] == document[:, history:]
+            y += padded[:, w : w + T] * same[..., None] * weight_DW[:, w]
+        return y.to(padded.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        padded, weight_DW, document = ctx.saved_tensors
+        dy = gradients[0].to(weight_DW.dtype)
+        history, T = weight_DW.shape[1] - 1, dy.shape[1]
+        d_padded, d_weight = torch.zeros_like(padded, dtype=dy.dtype), torch.empty_like(weight_DW)
+        for w in range(history + 1):
+            masked = dy * (document[:, w : w + T] == document[:, history:])[..., None]
+            d_padded[:, w : w + T] += masked * weight_DW[:, w]
+            d_weight[:, w] = (masked * padded[:, w : w + T]).sum((0, 1))
+        return d_padded.to(padded.dtype), d_weight, dy.sum((0, 1)), None
+
+
 class CausalConv(nn.Module):
     """Depthwise causal convolution of width W over (B, T, D), with the last W-1 inputs as its state; it never reaches over a document start."""
 
@@ -89,14 +121,13 @@ class CausalConv(nn.Module):
         history = self.width - 1
         past = x_BTD.new_zeros(B, history, D) if state_BWD is None else state_BWD.to(x_BTD.dtype)
         padded = torch.cat([past, x_BTD], 1)
-        weight, bias = self.weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype)
         if starts_BT is None:
+            weight, bias = self.weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype)
             y = F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=D).transpose(1, 2)
             return y, padded[:, T:]
         document = F.pad(starts_BT.int().cumsum(1), (history, 0))  # carried inputs belong to document 0
-        y = bias.expand(B, T, D)
-        for w in range(self.width):
-            same = document[:, w : w + T] == document[:, history:]
-            y = y + padded[:, w : w + T] * same[..., None] * weight[:, w]
+        inner = torch.promote_types(x_BTD.dtype, torch.float32)
+        with torch.autocast(x_BTD.device.type, enabled=False):
+            y = _SegmentedConv.apply(padded, self.weight.to(inner), self.bias.to(inner), document)
         keep = document[:, T:] == document[:, -1:]
         return y, padded[:, T:] * keep[..., None]

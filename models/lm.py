@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, norm, head, and a loss that never holds the logits of a whole sequence.
 
-Legend: B batch, T time, D width, V vocabulary, N rows (tokens) of a piece of the loss.
+Legend: B batch, T time, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.block import Block
 from models.config import ModelConfig
 from models.contract import tensor_bytes
+from models.head import Head
 from models.init import normal_, tag
 from models.layers import RMSNorm
 
@@ -42,16 +42,6 @@ class LMOutput:
     state: LMState | None = None
 
 
-def _piece_loss(h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_weight: float) -> tuple[Tensor, Tensor]:
-    """(nats per row, 0 where the label is -100; weighted sum of squared log-partitions), in fp32 or fp64."""
-    logits_NV = F.linear(h_ND, weight_VD)
-    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-    log_z = torch.logsumexp(logits_NV, -1)
-    known = labels_N != -100
-    picked = logits_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0]
-    return (log_z - picked) * known, z_weight * (log_z.square() * known).sum()
-
-
 class LanguageModel(nn.Module):
     """Built from a ModelConfig; `init_weights(seed)` draws the parameters (construction leaves them unset, so meta devices work)."""
 
@@ -65,7 +55,7 @@ class LanguageModel(nn.Module):
         tag(self.embedding.weight, "no_decay")
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.checkpointing = False
@@ -83,7 +73,9 @@ class LanguageModel(nn.Module):
                 block.init_weights(self.config.init_std, n_layers)
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """'full' recomputes each layer in the backward pass, 'none' keeps everything."""
+        """'full' recomputes each layer in the backward pass, 'none' keeps everything. Raises ValueError for another mode."""
+        if mode not in ("none", "full"):
+            raise ValueError(f"Activation checkpointing is {mode!r}; choose none or full.")
         self.checkpointing = mode == "full"
 
     def forward(
@@ -97,11 +89,12 @@ class LanguageModel(nn.Module):
         x_BTD = self.embedding(input_ids)
         layers: list[Any] = []
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and self.training and state is None and torch.is_grad_enabled():
-                x_BTD, _ = checkpoint(block, x_BTD, None, segment_ids, use_reentrant=False)
+            before = None if state is None else state.layers[i]
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD, layer_state = block(x_BTD, None if state is None else state.layers[i], segment_ids)
-                layers.append(layer_state)
+                x_BTD, after = block(x_BTD, before, segment_ids)
+            layers.append(after)
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:
             output.logits = self.head(self.norm(x_BTD[:, -1:] if last_only else x_BTD))
@@ -109,20 +102,12 @@ class LanguageModel(nn.Module):
         return self._loss(self.norm(x_BTD), labels, reduction, output)
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
-        rows_ND, labels_N = x_BTD.reshape(-1, x_BTD.shape[-1]), labels.reshape(-1)
-        recompute = self.config.recompute_head and torch.is_grad_enabled() and rows_ND.shape[0] > self.config.head_chunk
-        nll, z = [], []
-        for rows, wanted in zip(rows_ND.split(self.config.head_chunk), labels_N.split(self.config.head_chunk)):
-            if recompute:
-                piece = checkpoint(_piece_loss, rows, self.head.weight, wanted, self.config.z_loss, use_reentrant=False)
-            else:
-                piece = _piece_loss(rows, self.head.weight, wanted, self.config.z_loss)
-            nll.append(piece[0])
-            z.append(piece[1])
-        output.loss_sum = torch.stack([part.sum() for part in nll]).sum()
-        output.z_loss_sum = torch.stack(z).sum()
-        output.token_count = (labels_N != -100).sum()
-        output.token_nll = torch.cat(nll).view_as(labels) if reduction == "none" else None
+        chunk, recompute = self.config.head_chunk, self.config.recompute_head
+        nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute)
+        output.loss_sum = nll_N.sum()
+        output.z_loss_sum = self.config.z_loss * (log_z_N.square() * (labels.flatten() != -100)).sum()
+        output.token_count = (labels != -100).sum()
+        output.token_nll = nll_N.view_as(labels) if reduction == "none" else None
         return output
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LMState:

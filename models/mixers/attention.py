@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from models.contract import SequenceMixer
 from models.init import init_matrix, tag
@@ -42,11 +43,11 @@ class Config:
 
 @dataclass
 class State:
-    """k (rotated) and v (B, G, L, K), the segment of each cached token (B, L), and how many tokens were seen."""
+    """k (rotated) and v (B, G, L, K), the segment of each cached token (B, L) or None while all are segment 0, and the tokens seen."""
 
     k_BGLK: Tensor
     v_BGLK: Tensor
-    segments_BL: Tensor
+    segments_BL: Tensor | None
     seen: int
 
 
@@ -85,27 +86,39 @@ class Mixer(SequenceMixer):
         segments = segment_ids
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k_BGLK.to(k_BGTK.dtype), k_BGTK], 2), torch.cat([state.v_BGLK.to(v_BGTK.dtype), v_BGTK], 2)
-            own = segment_ids if segment_ids is not None else self._continue_segment(state, T)
-            segments = torch.cat([state.segments_BL, own.to(state.segments_BL.dtype)], 1)
+            segments = self._all_segments(state, segment_ids, B, T)
         y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
         y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
         if state is None:
             return y, None
-        assert segments is not None
-        keep = max(0, k_BGTK.shape[2] - (self.config.window - 1)) if self.config.window else 0
-        return y, State(k_BGTK[:, :, keep:], v_BGTK[:, :, keep:], segments[:, keep:], seen + T)
+        drop = max(0, k_BGTK.shape[2] - (self.config.window - 1)) if self.config.window else 0
+        if drop:  # copies, so that the cache does not keep the dropped tokens' memory alive
+            k_BGTK, v_BGTK = k_BGTK[:, :, drop:].clone(), v_BGTK[:, :, drop:].clone()
+            segments = segments[:, drop:].clone() if segments is not None else None
+        return y, State(k_BGTK, v_BGTK, segments, seen + T)
 
     @staticmethod
-    def _continue_segment(state: State, T: int) -> Tensor:
-        B, L = state.segments_BL.shape
-        last = state.segments_BL[:, -1:] if L else state.segments_BL.new_zeros(B, 1)
-        return last.expand(B, T)
+    def _all_segments(state: State, segment_ids: Tensor | None, B: int, T: int) -> Tensor | None:
+        """Segments of cached and new tokens (B, L); None as long as no ids were ever given. Tokens without ids go on with the last segment."""
+        cached = state.segments_BL
+        if segment_ids is None:
+            if cached is None:
+                return None
+            last = cached[:, -1:] if cached.shape[1] else cached.new_zeros(B, 1)
+            return torch.cat([cached, last.expand(B, T)], 1)
+        if cached is None:
+            cached = torch.zeros(B, state.k_BGLK.shape[2], device=segment_ids.device, dtype=torch.int32)
+        return torch.cat([cached, segment_ids.to(cached.dtype)], 1)
 
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
         grouped = self.G != self.H
-        if segments_BL is None and T == L and not (window and window < T):
-            return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=grouped)
+        if window and T > window:
+            return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
+        if segments_BL is None and not (window and window < L):  # no mask in memory
+            if T in (1, L):
+                return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=T > 1, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=causal_lower_right(T, L), enable_gqa=grouped)
         ahead = torch.arange(L - T, L, device=q_BHTK.device)[:, None] - torch.arange(L, device=q_BHTK.device)
         seen_TL = ahead >= 0
         if window:
@@ -115,9 +128,25 @@ class Mixer(SequenceMixer):
             mask = mask & (segments_BL[:, None, -T:, None] == segments_BL[:, None, None, :])
         return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, enable_gqa=grouped)
 
+    def _attend_in_blocks(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
+        """A window W in O(T W) time and memory: each block of W queries sees its own block of keys and the one before."""
+        B, _, T, _ = q_BHTK.shape
+        W, cached = self.config.window, k_BGLK.shape[2] - q_BHTK.shape[2]  # cached <= W - 1
+        before, after, C = W - cached, -T % W, -(-T // W)
+        none = -(2**31)  # segment of the padding; a document's id is never this
+        if segments_BL is None:
+            segments_BL = torch.zeros(B, k_BGLK.shape[2], device=q_BHTK.device, dtype=torch.int32)
+        keys = F.pad(segments_BL.to(torch.int32), (before, after), value=none).unfold(1, 2 * W, W)  # (B, C, 2W)
+        k, v = (F.pad(t, (0, 0, before, after)).unfold(2, 2 * W, W).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k_BGLK, v_BGLK))
+        q = F.pad(q_BHTK, (0, 0, 0, after)).unflatten(2, (C, W)).transpose(1, 2).flatten(0, 1)  # (B C, H, W, K)
+        ahead = torch.arange(W, 2 * W, device=q.device)[:, None] - torch.arange(2 * W, device=q.device)
+        mask = (ahead >= 0) & (ahead < W) & (keys[:, :, W:, None] == keys[:, :, None, :])  # a padded query sees padding: finite, and cut off
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1)[:, None], enable_gqa=self.G != self.H)
+        return y.unflatten(0, (B, C)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
         empty = torch.zeros(batch, self.G, 0, self.K, device=device, dtype=dtype or self.k_proj.weight.dtype)
-        return State(empty, empty, torch.zeros(batch, 0, device=device, dtype=torch.int32), 0)
+        return State(empty, empty, None, 0)
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         kept = min(T, self.config.window - 1) if self.config.window else T
