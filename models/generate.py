@@ -31,6 +31,7 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: floa
     if top_p is not None and top_p < 1:
         ordered, order = logits_BV.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        before[:, 0] = -1.0  # the likeliest token always stays
         logits_BV = ordered.masked_fill(before >= top_p, float("-inf")).gather(-1, order.argsort(-1))
     return torch.multinomial(logits_BV.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits_BV.device)
 

@@ -25,7 +25,7 @@ def _losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Computes the logits again in the backward pass and sums the weight's gradient over the chunks in fp32, whatever the precision of the products.
+    """Computes the logits again in the backward pass, and sums the weight's gradient over the chunks in fp32.
 
     (Autograd over a loop of chunks would add the chunks' gradients in bf16 under autocast.)
     """
@@ -66,7 +66,7 @@ class Head(nn.Linear):
         super().__init__(d_model, vocab_size, bias=False)
 
     def forward(self, h: Tensor, labels_N: Tensor | None = None, *, chunk: int = 2048, recompute: bool = True) -> Any:
-        """Without labels: logits (..., V) of h (..., D). With labels (N,): (nats of each row, 0 where the label is -100; log-partition), both (N,).
+        """Without labels: logits (..., V) of h (..., D). With labels (N,): (nats, 0 where the label is -100; log-partition), both (N,).
 
         recompute: hold `chunk` rows of logits at a time and compute them again in the backward pass; False keeps them all.
         """

@@ -99,7 +99,7 @@ class _SegmentedConv(torch.autograd.Function):
 
 
 class CausalConv(nn.Module):
-    """Depthwise causal convolution of width W over (B, T, D), with the last W-1 inputs as its state; it never reaches over a document start."""
+    """Depthwise causal convolution of width W over (B, T, D), its state the last W-1 inputs; it never reaches over a document start."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()

@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
         self, input_ids: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None, state: LMState | None = None,
         *, reduction: str = "sum", last_only: bool = False,
     ) -> LMOutput:
-        """With labels (B, T; -100 ignored): summed losses, and with reduction='none' the loss of each token. Without: logits (B, T or 1, V).
+        """With labels (B, T; -100 ignored): summed losses, with reduction='none' also each token's. Without: logits (B, T or 1, V).
 
         state: from `init_state` or an earlier call; the output then carries the next one.
         """
@@ -128,7 +128,8 @@ class LanguageModel(nn.Module):
 
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs of one token in a sequence of T, head included, embedding look-up not."""
-        blocks = sum(block.mixer.flops_per_token(T) + (block.mlp.flops_per_token() if block.mlp is not None else 0) for block in self.blocks)
+        blocks = sum(block.mixer.flops_per_token(T) for block in self.blocks)
+        blocks += sum(block.mlp.flops_per_token() for block in self.blocks if block.mlp is not None)
         return blocks + 2 * self.config.d_model * self.config.vocab_size
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:

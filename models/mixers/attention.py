@@ -99,7 +99,7 @@ class Mixer(SequenceMixer):
 
     @staticmethod
     def _all_segments(state: State, segment_ids: Tensor | None, B: int, T: int) -> Tensor | None:
-        """Segments of cached and new tokens (B, L); None as long as no ids were ever given. Tokens without ids go on with the last segment."""
+        """Segments of cached and new tokens (B, L); None while no ids were ever given. Tokens without ids go on with the last one."""
         cached = state.segments_BL
         if segment_ids is None:
             if cached is None:
@@ -140,7 +140,8 @@ class Mixer(SequenceMixer):
         k, v = (F.pad(t, (0, 0, before, after)).unfold(2, 2 * W, W).permute(0, 2, 1, 4, 3).flatten(0, 1) for t in (k_BGLK, v_BGLK))
         q = F.pad(q_BHTK, (0, 0, 0, after)).unflatten(2, (C, W)).transpose(1, 2).flatten(0, 1)  # (B C, H, W, K)
         ahead = torch.arange(W, 2 * W, device=q.device)[:, None] - torch.arange(2 * W, device=q.device)
-        mask = (ahead >= 0) & (ahead < W) & (keys[:, :, W:, None] == keys[:, :, None, :])  # a padded query sees padding: finite, and cut off
+        # A padded query sees padding: finite, and cut off below.
+        mask = (ahead >= 0) & (ahead < W) & (keys[:, :, W:, None] == keys[:, :, None, :])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1)[:, None], enable_gqa=self.G != self.H)
         return y.unflatten(0, (B, C)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 

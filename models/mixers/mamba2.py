@@ -28,6 +28,9 @@ class Config:
     chunk: int = 256  # steps solved by matrix products at once
     dt_min: float = 0.001  # initial step sizes, log-uniform
     dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit_min: float = 0.0  # step sizes are clamped to these at all times; dt_limit_max 0: no upper limit
+    dt_limit_max: float = 0.0
     norm_eps: float = 1e-5
 
     def problems(self, d_model: int) -> list[str]:
@@ -40,6 +43,8 @@ class Config:
             found.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
         if not 0 < self.dt_min < self.dt_max:
             found.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+        if self.dt_limit_min < 0 or self.dt_limit_max and self.dt_limit_max <= self.dt_limit_min:
+            found.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
         return found
 
 
@@ -76,13 +81,12 @@ class Mixer(SequenceMixer):
         self.norm.init_weights()
         low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
         with torch.no_grad():
-            dt = torch.exp(torch.rand(self.H) * (high - low) + low).clamp(min=1e-4)
+            dt = torch.exp(torch.rand(self.H) * (high - low) + low).clamp(min=self.config.dt_floor)
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.copy_(torch.log(torch.rand(self.H) * 15 + 1))
             self.D.fill_(1.0)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
-        B, T, _ = x_BTD.shape
         z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.inner + 2 * self.BC, self.H], -1)
         starts = document_starts(segment_ids, state.segment_B if state is not None else None)
         xBC, conv_state = self.conv(xBC, state.conv_BWI if state is not None else None, starts)
@@ -90,12 +94,13 @@ class Mixer(SequenceMixer):
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
         inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
-        dt_BTH = F.softplus(dt.to(inner) + self.dt_bias.to(inner))
+        dt_BTH = F.softplus(dt.to(inner) + self.dt_bias.to(inner)).clamp(self.config.dt_limit_min, self.config.dt_limit_max or math.inf)
         A_H = -torch.exp(self.A_log.to(inner))
-        y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_.unflatten(-1, groups), C_.unflatten(-1, groups), state.ssm_BHPN if state is not None else None, starts,
-                          chunk=self.config.chunk)
-        y_BTHP = y_BTHP + x_BTHP * self.D.to(x_BTHP.dtype)[:, None]
-        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z))
+        h0 = state.ssm_BHPN if state is not None else None
+        B_BTGN, C_BTGN = B_.unflatten(-1, groups), C_.unflatten(-1, groups)
+        y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk)
+        y_BTHP = y_BTHP + x_BTHP * self.D.to(inner)[:, None]
+        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z).to(x_BTHP.dtype))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:

@@ -29,10 +29,11 @@ class Config:
     norm: bool = True  # RMSNorm of the (gated) states
     recurrent_bound: str = "clip"  # none | clip (to +-recurrent_max) | tanh (recurrent_max * tanh of the parameter)
     recurrent_max: float = 0.5
+    recurrent_init: float = 0.0  # standard deviation of the initial recurrent weights; 0: 1/sqrt(inner width)
     norm_eps: float = 1e-5
 
     def problems(self, d_model: int) -> list[str]:
-        found, inner = [], int(self.expand * d_model)
+        found, inner = [], round(self.expand * d_model)
         if self.cell not in available():
             found.append(f"there is no cell {self.cell!r}; models/cells/ holds {', '.join(available())}.")
         if self.n_heads < 1 or inner < 1:
@@ -45,6 +46,8 @@ class Config:
             found.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
         if self.recurrent_max <= 0:
             found.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
+        if self.recurrent_init < 0:
+            found.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
         return found
 
 
@@ -61,7 +64,7 @@ class Mixer(SequenceMixer):
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model
-        self.inner = int(config.expand * d_model)
+        self.inner = round(config.expand * d_model)
         self.cell = load_cell(config.cell)
         P, R, E = len(self.cell.pre), len(self.cell.rec), config.n_heads
         self.in_proj = nn.Linear(d_model, self.inner * (2 if config.gate else 1), bias=False)
@@ -87,8 +90,12 @@ class Mixer(SequenceMixer):
             for name, value in getattr(cell_module(self.config.cell), "BIAS_INIT", {}).items():
                 low, high = value if isinstance(value, tuple) else (value, value)
                 self.cell_bias[self.cell.pre.index(name)] = torch.linspace(low, high, self.inner)
-            if self.recurrent is not None:
-                normal_(self.recurrent, min(self.config.recurrent_max / 2, self.inner**-0.5))
+        if self.recurrent is not None:
+            normal_(self.recurrent, self.config.recurrent_init or self.inner**-0.5)
+            if self.config.recurrent_bound == "tanh":  # the weights the cell sees start alike, whatever bounds them
+                limit = self.config.recurrent_max
+                with torch.no_grad():
+                    self.recurrent.copy_(torch.atanh((self.recurrent / limit).clamp(-0.99, 0.99)))
 
     def recurrent_weights(self) -> Tensor:
         """(R, I) as the cell sees them, bounded as configured."""
@@ -97,10 +104,17 @@ class Mixer(SequenceMixer):
         limit = self.config.recurrent_max
         if self.config.recurrent_bound == "clip":
             return self.recurrent.clamp(-limit, limit)
-        return limit * torch.tanh(self.recurrent / limit) if self.config.recurrent_bound == "tanh" else self.recurrent
+        return limit * torch.tanh(self.recurrent) if self.config.recurrent_bound == "tanh" else self.recurrent
+
+    def _project(self, u_BTI: Tensor) -> Tensor:
+        """The cell's inputs (B, T, P, I): each head's channels only read that head's, the bias added in the same product."""
+        (B, T, _), E, P = u_BTI.shape, self.config.n_heads, len(self.cell.pre)
+        bias_E1O = self.cell_bias.unflatten(1, (E, -1)).transpose(0, 1).reshape(E, 1, -1)
+        u_ENI = u_BTI.reshape(B * T, E, -1).transpose(0, 1)
+        pre_ENO = torch.baddbmm(bias_E1O.to(u_BTI.dtype), u_ENI, self.cell_weight.to(u_BTI.dtype))
+        return pre_ENO.unflatten(-1, (P, -1)).permute(1, 2, 0, 3).reshape(B, T, P, self.inner)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
-        B, T, _ = x_BTD.shape
         projected = self.in_proj(x_BTD)
         u, gate = projected.chunk(2, -1) if self.config.gate else (projected, None)
         starts = document_starts(segment_ids, state.segment_B if state is not None else None)
@@ -108,10 +122,8 @@ class Mixer(SequenceMixer):
         if self.conv is not None:
             u, conv_state = self.conv(u, conv_state, starts)
             u = F.silu(u)
-        E, P = self.config.n_heads, len(self.cell.pre)
-        pre = torch.einsum("btei,eio->bteo", u.unflatten(-1, (E, -1)), self.cell_weight.to(u.dtype))
-        pre_BTPI = pre.unflatten(-1, (P, -1)).transpose(2, 3).reshape(B, T, P, self.inner) + self.cell_bias.to(pre.dtype)
-        states_BTSI, final = parallel_rnn(self.cell, pre_BTPI, self.recurrent_weights(), state.cell_BSI if state is not None else None, starts)
+        cell_state = state.cell_BSI if state is not None else None
+        states_BTSI, final = parallel_rnn(self.cell, self._project(u), self.recurrent_weights(), cell_state, starts)
         h = states_BTSI[:, :, -1]
         if self.norm is not None:
             h = self.norm(h)
@@ -126,7 +138,7 @@ class Mixer(SequenceMixer):
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
         kind = dtype or self.in_proj.weight.dtype
         inner = torch.float64 if kind == torch.float64 else torch.float32
-        conv = self.conv.init_state(batch, device, kind) if self.conv is not None else torch.zeros(batch, 0, self.inner, device=device, dtype=kind)
+        conv = torch.zeros(batch, max(0, self.config.d_conv - 1), self.inner, device=device, dtype=kind)
         cell = torch.zeros(batch, len(self.cell.state), self.inner, device=device, dtype=inner)
         return State(conv, cell, torch.full((batch,), -1, device=device, dtype=torch.int32))
 
