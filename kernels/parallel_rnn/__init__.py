@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.parallel_rnn import reference
 from kernels.parallel_rnn.cell import Cell
 
-METHODS = ("auto", "sequential", "solve")
+METHODS = ("auto", "sequential", "parallel")
 
 
 def parallel_rnn(
@@ -19,7 +19,8 @@ def parallel_rnn(
     pre (B, T, P, D): input projections in the order of cell.pre. rec (R, D): weights in the order of cell.rec. h0 (B, S, D): states before
     the first step (zeros if None). starts (B, T) bool: True where a document starts and the state is zeroed first.
     Returns (states (B, T, S, D) in pre's dtype, final (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec and h0.
-    method: "sequential" keeps autograd's graph of the loop, "solve" differentiates through the solution, "auto" is "solve".
+    method: "sequential" keeps autograd's graph of the loop, "parallel" solves over time slices and differentiates through the
+    solution, "auto" is "parallel" with as many slices as pay on the device (one on a CPU that the batch already fills).
     Raises ValueError for shapes that do not fit the cell.
     """
     B, _, P, D = pre_BTPD.shape
@@ -32,7 +33,7 @@ def parallel_rnn(
     h0 = torch.zeros(B, S, D, dtype=dtype, device=pre_BTPD.device) if h0_BSD is None else h0_BSD.to(dtype)
     if h0.shape != (B, S, D):
         raise ValueError(f"h0 must be {(B, S, D)}, not {tuple(h0.shape)}.")
-    run = reference.sequential if method == "sequential" else reference.solve
+    run = reference.sequential if method == "sequential" else reference.parallel
     with torch.autocast(pre_BTPD.device.type, enabled=False):
         states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
     return states.to(pre_BTPD.dtype), final

@@ -1,15 +1,20 @@
 """Plain torch solvers of h_t = step(pre_t, rec, h_{t-1}); they run on any device and in float64, and are the oracle of the kernels.
 
-`sequential` is the loop under autograd, the definition itself. `solve` computes the same states by the loop without a graph and
-differentiates through the solution: with the Jacobians J_t at the known states, the adjoint g_{t-1} = J_t^T g_t + dL/dh_{t-1} is one
-linear recurrence backwards in time, and all parameter gradients follow from one vector-Jacobian product over all steps at once
-(arXiv 2510.21450, section 2.6). It saves inputs and states only.
+`sequential` is the loop under autograd, the definition itself. `parallel` cuts time into slices that are walked side by side (multiple
+shooting): only the state at the start of each slice is unknown. A pass from guessed starts gives every slice's end and the product of its
+Jacobians; a scan over the slices corrects the starts (one Newton step); the pass is repeated until no start differs from the end of the
+slice before it. Correction k makes the first k slices exact, so it ends after at most as many corrections as slices.
 
-Legend: B batch, T time, P input projections, R recurrent weights, S states, D channels.
+The backward pass differentiates through the solution: with the Jacobians J_t at the known states, the adjoint
+g_{t-1} = J_t^T g_t + dL/dh_{t-1} is one linear recurrence backwards in time, solved over the same slices, and all parameter gradients
+follow from one vector-Jacobian product over all steps at once (arXiv 2510.21450, section 2.6). Saved are inputs and states only.
+
+Legend: B batch, T time, N slices, L steps a slice, P input projections, R recurrent weights, S states, D channels.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,49 +49,181 @@ def previous(states_BTSD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> T
     return before if starts_BT is None else before * (~starts_BT[:, :, None, None]).to(before.dtype)
 
 
-class _Solve(torch.autograd.Function):
-    """Forward by the loop without a graph, backward by one reversed linear recurrence."""
+@dataclass
+class Report:
+    """What the last call of `parallel` did: corrections made and the largest relative mismatch left at a slice border."""
+
+    slices: int = 1
+    corrections: int = 0
+    residual: float = 0.0
+
+
+last_report = Report()
+
+
+def choose_slices(B: int, T: int, D: int, device: torch.device) -> int:
+    """Slices for a plain torch solve: as many as fill an operation (one on under some 8,000 elements costs a CPU as much as one on none),
+    of at least 32 steps; fewer than four do not repay the corrections, then it is the plain loop (one slice)."""
+    room = (1 << 13 if device.type == "cpu" else 1 << 18) // max(1, B * D)
+    slices = min(room, T // 32, 64)
+    return slices if slices >= 4 else 1
+
+
+def slice_time(tensor: Tensor, n: int, length: int) -> Tensor:
+    """(B, T, ...) -> (B, N, L, ...), zeros after the end."""
+    pad = n * length - tensor.shape[1]
+    if pad:
+        tensor = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], pad, *tensor.shape[2:])], 1)
+    return tensor.unflatten(1, (n, length))
+
+
+def walk(cell: Cell, pre_BNLPD: Tensor, rec_RD: Tensor, start_BNSD: Tensor, keep_BNL: Tensor | None) -> Tensor:
+    """States (B, N, L, S, D) of all slices from the given start states."""
+    out = pre_BNLPD.new_empty(*pre_BNLPD.shape[:3], *start_BNSD.shape[2:])
+    rec, state = rec_RD.unbind(0), start_BNSD.unbind(2)
+    for t in range(pre_BNLPD.shape[2]):
+        if keep_BNL is not None:
+            keep = keep_BNL[:, :, t, None]
+            state = tuple(s * keep for s in state)
+        state = tuple(cell(pre_BNLPD[:, :, t].unbind(2), rec, state))
+        for i, s in enumerate(state):
+            out[:, :, t, i] = s
+    return out
+
+
+def product(J_BNLSSD: Tensor) -> Tensor:
+    """J_L ... J_2 J_1 of every slice, (B, N, S, S, D)."""
+    if J_BNLSSD.shape[-2] == 1:
+        return J_BNLSSD.prod(2)
+    J = J_BNLSSD
+    while J.shape[2] > 1:  # pairs of neighbours, later on the left
+        odd = J[:, :, J.shape[2] & ~1 :]
+        pairs = torch.einsum("bnlijd,bnljkd->bnlikd", J[:, :, 1::2], J[:, :, 0 : J.shape[2] & ~1 : 2])
+        J = torch.cat([pairs, odd], 2)
+    return J[:, :, 0]
+
+
+def corrected(end_BNSD: Tensor, product_BNSSD: Tensor, start_BNSD: Tensor) -> Tensor:
+    """New slice starts: start_{n+1} = end_n + P_n (new start_n - start_n). Where a start did not change, or the product is not finite, the
+    end itself, so that every correction makes one more slice exact whatever the Jacobians are."""
+    new = [start_BNSD[:, 0]]
+    for n in range(start_BNSD.shape[1] - 1):
+        change = new[-1] - start_BNSD[:, n]
+        step = (product_BNSSD[:, n] * change[:, None]).sum(2)
+        same = (change == 0).all(1, keepdim=True) | ~torch.isfinite(step).all(1, keepdim=True)
+        new.append(torch.where(same, end_BNSD[:, n], end_BNSD[:, n] + step))
+    return torch.stack(new, 1)
+
+
+def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None) -> Tensor:
+    """All states (B, T, S, D) by multiple shooting, without a graph."""
+    global last_report
+    B, T, _, D = pre.shape
+    n = max(1, min(slices or choose_slices(B, T, D, pre.device), T))
+    length = -(-T // n)
+    n = -(-T // length)
+    keep = None if starts is None else slice_time((~starts).to(pre.dtype), n, length)
+    pre_N = slice_time(pre, n, length)
+    start = torch.cat([h0[:, None], h0.new_zeros(B, n - 1, *h0.shape[1:])], 1)
+    tolerance = 1e-12 if pre.dtype == torch.float64 else 1e-6
+    for corrections in range(n):
+        states = walk(cell, pre_N, rec, start, keep)
+        end = states[:, :, -1]
+        gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
+        residual = float(gap.max()) if n > 1 and gap.numel() else 0.0
+        last_report = Report(n, corrections, residual)
+        if residual <= tolerance:
+            break
+        before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
+        if keep is not None:
+            before = before * keep[..., None, None]
+        J = jacobian(cell, pre_N, rec, before)
+        if keep is not None:
+            J = J * keep[..., None, None, None]
+        start = corrected(end, product(J), start)
+    else:  # as many corrections as slices: the starts are now the sequential ones
+        states = walk(cell, pre_N, rec, start, keep)
+    return states.flatten(1, 2)[:, :T]
+
+
+class _Parallel(torch.autograd.Function):
+    """Forward by multiple shooting without a graph, backward by one reversed linear recurrence."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        states, final = sequential(cell, pre, rec, h0, starts)
+    def forward(ctx: Any, cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None) -> tuple[Tensor, Tensor]:
+        states = solve(cell, pre, rec, h0, starts, slices)
         ctx.save_for_backward(pre, rec, h0, states, *(() if starts is None else (starts,)))
-        ctx.cell = cell
-        return states, final
+        ctx.cell, ctx.slices = cell, slices
+        return states, states[:, -1].clone() if pre.shape[1] else h0.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         pre, rec, h0, states, *rest = ctx.saved_tensors
-        starts = rest[0] if rest else None
-        return (None, *linear_backward(ctx.cell, pre, rec, h0, starts, states, *gradients), None)
+        return (None, *linear_backward(ctx.cell, pre, rec, h0, rest[0] if rest else None, states, *gradients, slices=ctx.slices), None, None)
 
 
-def jacobian(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, before_BTSD: Tensor) -> Tensor:
-    """d state_i / d previous state_j for every step and channel: (B, T, S, S, D) as [i, j]."""
-    pre, rec, state = pre_BTPD.unbind(2), rec_RD.unbind(0), before_BTSD.unbind(2)
+def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor) -> Tensor:
+    """d state_i / d previous state_j for every step and channel: pre (..., P, D), before (..., S, D) -> (..., S, S, D) as [i, j]."""
+    P, rec, state = pre.unbind(-2), rec_RD.unbind(0), before.unbind(-2)
     columns = []
     for j in range(len(state)):
         tangents = tuple(torch.ones_like(s) if i == j else torch.zeros_like(s) for i, s in enumerate(state))
-        _, column = torch.func.jvp(lambda *s: tuple(cell(pre, rec, s)), state, tangents)
-        columns.append(torch.stack(column, 2))
-    return torch.stack(columns, 3)
+        _, column = torch.func.jvp(lambda *s: tuple(cell(P, rec, s)), state, tangents)
+        columns.append(torch.stack([c.expand_as(state[0]) for c in column], -2))
+    return torch.stack(columns, -2)
+
+
+def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, slices: int | None) -> tuple[Tensor, Tensor]:
+    """g_t = dL/dh_t + J_{t+1}^T g_{t+1} for all t, and J_1^T g_1. One sweep over slices from zero, a scan, one sweep from the true values."""
+    B, T, S, D = d_states.shape
+    n = max(1, min(slices or choose_slices(B, T, D, J.device), T))
+    length = -(-T // n)
+    n = -(-T // length)
+    J_N, d_N = slice_time(J, n, length), slice_time(d_states, n, length)
+    if n * length > T:  # steps after the end pass the adjoint on unchanged
+        J_N[:, -1, T - n * length :] = torch.eye(S, dtype=J.dtype, device=J.device)[:, :, None]
+    carried = torch.cat([d_states.new_zeros(B, n - 1, S, D), d_final[:, None]], 1)
+
+    def sweep(carried: Tensor, out: Tensor | None) -> Tensor:
+        for t in range(length - 1, -1, -1):
+            total = d_N[:, :, t] + carried
+            if out is not None:
+                out[:, :, t] = total
+            carried = J_N[:, :, t, 0] * total if S == 1 else (J_N[:, :, t] * total[:, :, :, None]).sum(2)
+        return carried
+
+    if n > 1:
+        ends, P = sweep(carried, None), product(J_N)
+        passed, change = [carried[:, -1]], ends[:, -1]
+        for i in range(n - 2, -1, -1):
+            passed.append(change)
+            change = ends[:, i] + (P[:, i] * change[:, :, None]).sum(1)
+        carried = torch.stack(passed[::-1], 1)
+    out = torch.empty_like(d_N)
+    d_h0 = sweep(carried, out)[:, 0]
+    return out.flatten(1, 2)[:, :T], d_h0
 
 
 def linear_backward(
-    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, states: Tensor, d_states: Tensor, d_final: Tensor
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    states: Tensor,
+    d_states: Tensor,
+    d_final: Tensor,
+    slices: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of pre, rec and h0 given those of all states and of the final one."""
+    if not pre.shape[1]:
+        return torch.zeros_like(pre), torch.zeros_like(rec), d_final
     before = previous(states, h0, starts)
     with torch.no_grad():
         J = jacobian(cell, pre, rec, before)
         if starts is not None:
             J = J * (~starts[:, :, None, None, None]).to(J.dtype)
-        adjoint = torch.empty_like(d_states)
-        carried = d_final
-        for t in range(states.shape[1] - 1, -1, -1):
-            total = d_states[:, t] + carried
-            adjoint[:, t] = total
-            carried = (J[:, t] * total[:, :, None]).sum(1)
+        adjoint, d_h0 = adjoints(J, d_states, d_final, slices)
     with torch.enable_grad():
         pre_, rec_ = pre.detach().requires_grad_(), rec.detach().requires_grad_()
         new = cell(pre_.unbind(2), rec_.unbind(0), before.detach().unbind(2))
@@ -94,10 +231,12 @@ def linear_backward(
         found = torch.autograd.grad(torch.stack(tuple(n.expand_as(states[:, :, 0]) for n in new), 2), wanted, adjoint, allow_unused=True)
     d_pre = found[0] if found[0] is not None else torch.zeros_like(pre)
     d_rec = found[1] if len(found) > 1 and found[1] is not None else torch.zeros_like(rec)
-    return d_pre, d_rec, carried
+    return d_pre, d_rec, d_h0
 
 
-def solve(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Same values as `sequential`; the backward pass keeps no graph of the loop."""
-    states, final = _Solve.apply(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT)
+def parallel(
+    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, slices: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Same values as `sequential`; the backward pass keeps no graph of the loop. slices: None lets the sizes decide."""
+    states, final = _Parallel.apply(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, slices)
     return states, final
