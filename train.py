@@ -77,17 +77,37 @@ def train(config: Config, resolved_yaml: str) -> float | None:
 
     def save(step: int) -> None:
         watch = Stopwatch()
-        state = {"step": step, "tokens": step * config.tokens_per_step, "fingerprint": [s.fingerprint for s, _ in shards], "wandb_id": metrics.wandb_id}
-        folder = checkpoint.save(run_dir, engine, state, shards[0][0].tokenizer().to_str(), json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)))),
-                                 config.checkpoint.keep, config.checkpoint.milestones)
+        state = {
+            "step": step,
+            "tokens": step * config.tokens_per_step,
+            "fingerprint": [s.fingerprint for s, _ in shards],
+            "wandb_id": metrics.wandb_id,
+        }
+        folder = checkpoint.save(
+            run_dir,
+            engine,
+            state,
+            shards[0][0].tokenizer().to_str(),
+            json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)))),
+            config.checkpoint.keep,
+            config.checkpoint.milestones,
+        )
         metrics.say(f"saved {folder} in {watch.lap():.1f} s")
 
     # Loop
     total, warmup, decay = config.total_steps, config.in_steps(config.schedule.warmup), config.in_steps(config.schedule.decay)
     step, saved = start.step, start.step
     reader = build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
-    with BatchLoader(reader, config.train.global_batch, config.train.micro_batch, world.rank, world.size, start.step, config.data.prefetch,
-                     world.device.type == "cuda") as loader:
+    with BatchLoader(
+        reader,
+        config.train.global_batch,
+        config.train.micro_batch,
+        world.rank,
+        world.size,
+        start.step,
+        config.data.prefetch,
+        world.device.type == "cuda",
+    ) as loader:
         batches = iter(loader)
         while step < total:
             if world.any(bool(stop.signal)):
@@ -95,7 +115,9 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             watch = Stopwatch()
             micro_batches = next(batches)
             waited = watch.lap()
-            lr = config.optim.lr * lr_factor(step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final)
+            lr = config.optim.lr * lr_factor(
+                step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final
+            )
             result = engine.step(micro_batches, lr, policy.judge)
             policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
             step += 1

@@ -94,7 +94,9 @@ class StreamReader:
         self.shard, self.seq_len, self.rows = shards[0][0], seq_len, rows
         self.steps = (self.shard.n_tokens - 1) // rows // seq_len
         if self.steps == 0:
-            raise ValueError(f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch.")
+            raise ValueError(
+                f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch."
+            )
         self.samples_per_epoch = self.steps * rows
 
     def sample(self, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +118,14 @@ class BatchLoader:
     """Iterates over steps from `start_step`: each item is the list of this rank's micro-batches. A thread keeps `prefetch` steps ready."""
 
     def __init__(
-        self, reader: Reader, global_batch: int, micro_batch: int, rank: int = 0, world_size: int = 1, start_step: int = 0, prefetch: int = 4,
+        self,
+        reader: Reader,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        prefetch: int = 4,
         pin: bool = False,
     ) -> None:
         assert global_batch % (micro_batch * world_size) == 0

@@ -85,7 +85,9 @@ def parse(words: list[str]) -> Arguments:
         except (ValueError, KeyError):
             problems.append(f"{key} must be of type {kind}, not {text!r}.")
     arguments = Arguments(**values)
-    problems += [f"Say {key}=..." for key in ("input", "out", "tokenizer") if not getattr(arguments, key) and not any(key in p for p in problems)]
+    problems += [
+        f"Say {key}=..." for key in ("input", "out", "tokenizer") if not getattr(arguments, key) and not any(key in p for p in problems)
+    ]
     if not 0 <= arguments.valid_fraction < 1:
         problems.append(f"valid_fraction must be from 0 up to 1, not {arguments.valid_fraction}.")
     if arguments.shard_tokens < 1 or arguments.limit_docs < 0:
@@ -253,9 +255,20 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
         writer.hold_out_something()
     if not writer.splits["train"].documents:
         shutil.rmtree(partial)
-        raise ValueError(_nothing(arguments, corpus) if not writer.splits["valid"].documents else "Every document fell to the held-out split; lower valid_fraction or give more documents.")
-    meta = {"format": 1, "vocab_size": vocab, "eot_id": eot, "tokenizer_sha256": fingerprint(tokenizer), "identity": identity, "input": arguments.input,
-            "bad_records": dict(corpus.bad)}
+        raise ValueError(
+            _nothing(arguments, corpus)
+            if not writer.splits["valid"].documents
+            else "Every document fell to the held-out split; lower valid_fraction or give more documents."
+        )
+    meta = {
+        "format": 1,
+        "vocab_size": vocab,
+        "eot_id": eot,
+        "tokenizer_sha256": fingerprint(tokenizer),
+        "identity": identity,
+        "input": arguments.input,
+        "bad_records": dict(corpus.bad),
+    }
     if out.exists():
         shutil.rmtree(out)
     writer.finish(out, meta)
@@ -298,7 +311,9 @@ def _write(writer: ShardWriter, corpus: Corpus, encoder: Tokenizer, eot: int, ar
             progress.show(number, tokens, size)
         writer.commit(number)
     except OSError as error:
-        raise ValueError(f"{writer.folder} cannot be written: {error.strerror or error}; free some space and run the same command again.") from error
+        raise ValueError(
+            f"{writer.folder} cannot be written: {error.strerror or error}; free some space and run the same command again."
+        ) from error
     progress.show(number, tokens, size, last=True)
 
 
@@ -329,7 +344,9 @@ def main(words: list[str] | None = None) -> int:
     if meta.get("bad_records"):
         print(f"left out: {_counts(Counter(meta['bad_records']))}")
     for name, split in meta["splits"].items():
-        print(f"{arguments.out} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes, {len(split['shards'])} shard(s)")
+        print(
+            f"{arguments.out} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes, {len(split['shards'])} shard(s)"
+        )
     return 0
 
 

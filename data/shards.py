@@ -25,7 +25,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads((directory / "meta.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{directory} holds no token shards; make them with: python -m data.prepare input=demo out={directory} tokenizer=bpe:2048") from None
+        raise ValueError(
+            f"{directory} holds no token shards; make them with: python -m data.prepare input=demo out={directory} tokenizer=bpe:2048"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
     if meta.get("format") != FORMAT:
@@ -52,7 +54,9 @@ class ShardSet:
         self._starts = np.cumsum([0, *(s["tokens"] for s in part["shards"])])
         self._index = [self._map(s["file"] + ".idx", s["documents"], np.dtype("<u8")) for s in part["shards"]]
         if fingerprint(self.tokenizer()) != self.tokenizer_sha256:
-            raise ValueError(f"{self.directory / 'tokenizer.json'} is not the tokenizer these shards were made with; put the right one back or prepare the data again.")
+            raise ValueError(
+                f"{self.directory / 'tokenizer.json'} is not the tokenizer these shards were made with; put the right one back or prepare the data again."
+            )
 
     def _map(self, name: str, count: int, dtype: np.dtype[Any]) -> np.ndarray:
         path = self.directory / name

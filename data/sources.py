@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import gzip
-import io
 import json
 import lzma
 from collections import Counter
@@ -48,7 +47,9 @@ class Source:
         else:
             found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(self.spec, recursive=True) if Path(p).is_file())
         if not found:
-            raise ValueError(f"There is nothing to read at input={self.spec}; give a file or folder of {', '.join(ENDINGS)}, `demo`, or hf:NAME.")
+            raise ValueError(
+                f"There is nothing to read at input={self.spec}; give a file or folder of {', '.join(ENDINGS)}, `demo`, or hf:NAME."
+            )
         wrong = [p for p in found if not p.name.endswith(ENDINGS)]
         if wrong:
             raise ValueError(f"{wrong[0]} is of a kind that cannot be read; it must end in {', '.join(ENDINGS)}.")
@@ -130,7 +131,7 @@ def _encodable(text: str) -> bool:
 def _open(path: Path) -> Any:
     if path.name.endswith(".gz"):
         return gzip.open(path, "rb")
-    return lzma.open(path, "rb") if path.name.endswith(".xz") else io.open(path, "rb")
+    return lzma.open(path, "rb") if path.name.endswith(".xz") else open(path, "rb")
 
 
 def _parquet_rows(path: Path, field: str) -> Iterator[Any]:

@@ -33,7 +33,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise ValueError(f"A byte-level vocabulary needs at least 257 tokens, not {vocab_size}.")
     tokenizer = _byte_level()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -56,7 +59,9 @@ def load_tokenizer(spec: str) -> Tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(spec, use_fast=True).backend_tokenizer
     except Exception as error:  # tokenizers raises bare Exception, the Hub client many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"The tokenizer {spec} cannot be loaded: {reason}; give a tokenizer.json, a folder with one, a Hub name, bpe:SIZE or bytes.") from error
+        raise ValueError(
+            f"The tokenizer {spec} cannot be loaded: {reason}; give a tokenizer.json, a folder with one, a Hub name, bpe:SIZE or bytes."
+        ) from error
     eot_id(tokenizer)
     return tokenizer
 

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class ShardWriter:
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
         self.splits = {"train": Split(), "valid": Split()}
-        self.files: dict[str, tuple[BinaryIO, BinaryIO]] = {}
+        self.files: dict[str, tuple[IO[bytes], IO[bytes]]] = {}
         self.consumed = 0
 
     def resume(self) -> bool:
@@ -106,7 +106,12 @@ class ShardWriter:
         base, (n, size) = self._base("train"), train.last_document
         tokens = np.fromfile(self.folder / f"{base}.bin", self.dtype)[-n:]
         train.open_tokens, train.open_documents, train.tokens, train.documents, train.bytes = (
-            train.open_tokens - n, train.open_documents - 1, train.tokens - n, train.documents - 1, train.bytes - size)
+            train.open_tokens - n,
+            train.open_documents - 1,
+            train.tokens - n,
+            train.documents - 1,
+            train.bytes - size,
+        )
         os.truncate(self.folder / f"{base}.bin", train.open_tokens * self.dtype.itemsize)
         os.truncate(self.folder / f"{base}.idx", train.open_documents * 8)
         if not train.open_documents:
@@ -118,7 +123,9 @@ class ShardWriter:
         """Closes the shards, writes meta.json last and renames the folder to `final`."""
         for name in self.splits:
             self._close_shard(name)
-        splits = {name: {"tokens": s.tokens, "documents": s.documents, "bytes": s.bytes, "shards": s.shards} for name, s in self.splits.items()}
+        splits = {
+            name: {"tokens": s.tokens, "documents": s.documents, "bytes": s.bytes, "shards": s.shards} for name, s in self.splits.items()
+        }
         content = {**meta, "dtype": self.dtype.name, "splits": splits}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
         for split in splits.values():

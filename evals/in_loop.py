@@ -40,8 +40,14 @@ class Evaluator:
         result = self.perplexity(step)
         text = self.sample(step)
         if self.engine.world.main:
-            write_json(self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": self._baselines(), "sample": text})
-            rows = {"unigram": self._baselines()["unigram"], "bigram": self._baselines()["bigram"], self.config.name: result["bits_per_byte"]}
+            write_json(
+                self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": self._baselines(), "sample": text}
+            )
+            rows = {
+                "unigram": self._baselines()["unigram"],
+                "bigram": self._baselines()["bigram"],
+                self.config.name: result["bits_per_byte"],
+            }
             self.metrics.say("held-out bits per byte: " + "   ".join(f"{name} {bits:.3f}" for name, bits in rows.items()))
         return result["bits_per_byte"]
 
@@ -49,13 +55,23 @@ class Evaluator:
         world, names = self.engine.world, list(self.engine.parameters)
         length = self.config.train.seq_len
         with self.engine.gathered(names):
-            part = evaluate(self.engine.module, self.held_out, length=length, chunk=length, max_tokens=self.config.eval.tokens,
-                            rank=world.rank, world_size=world.size, precision=self.config.train.precision)
+            part = evaluate(
+                self.engine.module,
+                self.held_out,
+                length=length,
+                chunk=length,
+                max_tokens=self.config.eval.tokens,
+                rank=world.rank,
+                world_size=world.size,
+                precision=self.config.train.precision,
+            )
         part.nll_nats, tokens, size = world.sum([part.nll_nats, float(part.tokens), float(part.bytes)])
         part.tokens, part.bytes = int(tokens), int(size)
         result = part.to_dict()
         self.metrics.write(step, held_out_loss=part.nats_per_token, perplexity=part.perplexity, bits_per_byte=part.bits_per_byte)
-        self.metrics.say(f"held out after step {step}: perplexity {part.perplexity:.2f}, {part.bits_per_byte:.4f} bits per byte ({part.tokens:,} tokens)")
+        self.metrics.say(
+            f"held out after step {step}: perplexity {part.perplexity:.2f}, {part.bits_per_byte:.4f} bits per byte ({part.tokens:,} tokens)"
+        )
         return result
 
     def sample(self, step: int) -> str:
@@ -64,7 +80,9 @@ class Evaluator:
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
                 tokenizer = self.train.tokenizer()
-                prompt = torch.tensor([[self.train.eot_id, *tokenizer.encode(self.config.eval.sample_prompt).ids]], device=self.engine.world.device)
+                prompt = torch.tensor(
+                    [[self.train.eot_id, *tokenizer.encode(self.config.eval.sample_prompt).ids]], device=self.engine.world.device
+                )
                 module = self.engine.module
                 training = module.training
                 module.eval()

@@ -40,9 +40,18 @@ class Perplexity:
         return self.nll_nats / math.log(2) / self.bytes
 
     def to_dict(self) -> dict[str, Any]:
-        buckets = [{"from": low, "to": 2 * max(low, 1) - 1, "nats_per_token": s / n, "tokens": int(n)} for low, (s, n) in sorted(self.by_position.items())]
-        return {"bits_per_byte": self.bits_per_byte, "perplexity": self.perplexity, "nats_per_token": self.nats_per_token, "tokens": self.tokens,
-                "bytes": self.bytes, "by_position": buckets}
+        buckets = [
+            {"from": low, "to": 2 * max(low, 1) - 1, "nats_per_token": s / n, "tokens": int(n)}
+            for low, (s, n) in sorted(self.by_position.items())
+        ]
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "nats_per_token": self.nats_per_token,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "by_position": buckets,
+        }
 
 
 def held_out_rows(shards: ShardSet, length: int, max_tokens: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -81,8 +90,17 @@ def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]]) ->
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, shards: ShardSet, *, length: int = 2048, chunk: int = 512, batch: int = 8, max_tokens: int | None = None,
-    rank: int = 0, world_size: int = 1, precision: str = "fp32", on_progress: Callable[[int, int], None] | None = None,
+    model: LanguageModel,
+    shards: ShardSet,
+    *,
+    length: int = 2048,
+    chunk: int = 512,
+    batch: int = 8,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    precision: str = "fp32",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Scores the held-out split with `model` on its own device. Each rank takes its share of rows; sum the results over ranks.
 
@@ -107,7 +125,13 @@ def evaluate(
 
 
 def _score(
-    model: LanguageModel, shards: ShardSet, rows: list[tuple[np.ndarray, np.ndarray]], chunk: int, precision: str, device: torch.device, result: Perplexity
+    model: LanguageModel,
+    shards: ShardSet,
+    rows: list[tuple[np.ndarray, np.ndarray]],
+    chunk: int,
+    precision: str,
+    device: torch.device,
+    result: Perplexity,
 ) -> None:
     tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(device)
     segments_BT = torch.from_numpy(np.stack([segments for _, segments in rows])).to(device)
@@ -116,7 +140,13 @@ def _score(
     for first in range(0, n, chunk):
         last = min(first + chunk, n)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(tokens_BT[:, first:last], labels=tokens_BT[:, first + 1 : last + 1], segment_ids=segments_BT[:, first:last], state=state, reduction="none")
+            output = model(
+                tokens_BT[:, first:last],
+                labels=tokens_BT[:, first + 1 : last + 1],
+                segment_ids=segments_BT[:, first:last],
+                state=state,
+                reduction="none",
+            )
         state = output.state
         nll_BC = output.token_nll.float().cpu().numpy()
         result.nll_nats += float(nll_BC.sum(dtype=np.float64))

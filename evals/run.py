@@ -16,8 +16,18 @@ from typing import Any
 
 from training.errors import UserError
 
-DEFAULTS: dict[str, Any] = {"checkpoint": None, "suite": "perplexity", "data": None, "length": 2048, "chunk": 512, "batch": 8, "max_tokens": None,
-                            "device": "auto", "precision": "fp32", "out": None}
+DEFAULTS: dict[str, Any] = {
+    "checkpoint": None,
+    "suite": "perplexity",
+    "data": None,
+    "length": 2048,
+    "chunk": 512,
+    "batch": 8,
+    "max_tokens": None,
+    "device": "auto",
+    "precision": "fp32",
+    "out": None,
+}
 SUITES = ("perplexity",)
 
 
@@ -75,18 +85,37 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(str(error)) from error
     if held_out.tokenizer().to_str() != tokenizer.to_str():
-        raise UserError(f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json.")
+        raise UserError(
+            f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
+        )
     start = time.perf_counter()
-    result = evaluate(model, held_out, length=values["length"], chunk=values["chunk"], batch=values["batch"], max_tokens=values["max_tokens"],
-                      precision=values["precision"], on_progress=_progress)
+    result = evaluate(
+        model,
+        held_out,
+        length=values["length"],
+        chunk=values["chunk"],
+        batch=values["batch"],
+        max_tokens=values["max_tokens"],
+        precision=values["precision"],
+        on_progress=_progress,
+    )
     seconds = time.perf_counter() - start
     rows = held_out_rows(held_out, values["length"], values["max_tokens"])
     counts = CountBaselines(train)
     sums = [counts.nll(tokens) for tokens, _ in rows]
     size = sum(text_bytes(held_out, tokens[1:]) for tokens, _ in rows)
     baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
-    report = {"suite": values["suite"], "arguments": values, "checkpoint": meta["folder"], "step": meta.get("state", {}).get("step"), **result.to_dict(),
-              "baselines_bits_per_byte": baselines, "seconds": seconds, "tokens_per_second": result.tokens / seconds, "environment": environment(device)}
+    report = {
+        "suite": values["suite"],
+        "arguments": values,
+        "checkpoint": meta["folder"],
+        "step": meta.get("state", {}).get("step"),
+        **result.to_dict(),
+        "baselines_bits_per_byte": baselines,
+        "seconds": seconds,
+        "tokens_per_second": result.tokens / seconds,
+        "environment": environment(device),
+    }
     out = Path(values["out"] or Path(meta["folder"]) / f"eval-{values['suite']}.json")
     try:
         write_json(out, report)
@@ -103,7 +132,9 @@ def _progress(done: int, total: int) -> None:
 
 def _show(report: dict[str, Any], out: Path) -> None:
     base = report["baselines_bits_per_byte"]
-    print(f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} held-out tokens")
+    print(
+        f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} held-out tokens"
+    )
     print(f"counted from the same training tokens: unigram {base['unigram']:.4f}, bigram {base['bigram']:.4f} bits per byte")
     print("  position        nats/token   tokens")
     for row in report["by_position"]:

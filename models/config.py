@@ -42,8 +42,16 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Everything that keeps this from being a model, a sentence each."""
-        found = [f"model.{name} must be above zero, not {value}." for name, value in
-                 (("vocab_size", self.vocab_size), ("d_model", self.d_model), ("n_layers", self.n_layers), ("head_chunk", self.head_chunk)) if value < 1]
+        found = [
+            f"model.{name} must be above zero, not {value}."
+            for name, value in (
+                ("vocab_size", self.vocab_size),
+                ("d_model", self.d_model),
+                ("n_layers", self.n_layers),
+                ("head_chunk", self.head_chunk),
+            )
+            if value < 1
+        ]
         if self.d_ff < -1:
             found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {self.d_ff}.")
         if self.residual_init not in ("depth", "none"):
@@ -52,10 +60,16 @@ class ModelConfig:
             found.append("model.pattern is empty; name at least one mixer.")
         for name in dict.fromkeys(self.pattern):
             if name not in self.mixers:
-                found.append(f"model.pattern names {name!r}, which is not configured; model.mixers holds {', '.join(self.mixers) or 'nothing'} "
-                             f"(add one with +mixer@model.mixers.{name}=OPTION).")
+                found.append(
+                    f"model.pattern names {name!r}, which is not configured; model.mixers holds {', '.join(self.mixers) or 'nothing'} "
+                    f"(add one with +mixer@model.mixers.{name}=OPTION)."
+                )
         for name, mapping in self.mixers.items():
-            found += mixers.parse(name, mapping, self.d_model)[1] if isinstance(mapping, dict) else [f"model.mixers.{name} must be a group of keys."]
+            found += (
+                mixers.parse(name, mapping, self.d_model)[1]
+                if isinstance(mapping, dict)
+                else [f"model.mixers.{name} must be a group of keys."]
+            )
         return found
 
     @staticmethod
@@ -65,7 +79,9 @@ class ModelConfig:
         for key, value in mapping.items():
             if key not in hints:
                 close = difflib.get_close_matches(str(key), list(hints), n=1)
-                found.append(f"Unknown key 'model.{key}'; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."))
+                found.append(
+                    f"Unknown key 'model.{key}'; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}.")
+                )
                 continue
             wanted = typing.get_origin(hints[key]) or hints[key]
             if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

@@ -38,8 +38,16 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: floa
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel, prompt_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.8, top_k: int | None = 50, top_p: float | None = None,
-    seed: int = 0, eos_id: int | None = None, on_token: Callable[[Tensor], None] | None = None,
+    model: LanguageModel,
+    prompt_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_id: int | None = None,
+    on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continues prompt_ids (B, T) int64 by up to max_new_tokens; returns prompt and continuation (B, T + n).
 
@@ -69,7 +77,16 @@ def generate(
     return torch.cat(ids, 1)
 
 
-DEFAULTS: dict[str, Any] = {"checkpoint": None, "prompt": "The ", "max_new_tokens": 100, "temperature": "0.8", "top_k": 50, "top_p": "1.0", "seed": "0", "device": "auto"}
+DEFAULTS: dict[str, Any] = {
+    "checkpoint": None,
+    "prompt": "The ",
+    "max_new_tokens": 100,
+    "temperature": "0.8",
+    "top_k": 50,
+    "top_p": "1.0",
+    "seed": "0",
+    "device": "auto",
+}
 
 
 def _number(values: dict[str, Any], key: str, low: float) -> float:
@@ -119,7 +136,17 @@ def main(arguments: list[str] | None = None) -> int:
             shown = text
 
     prompt = torch.tensor([[eot, *ids]], device=model.embedding.weight.device)
-    generate(model, prompt, values["max_new_tokens"], temperature=temperature, top_k=values["top_k"], top_p=top_p, seed=seed, eos_id=eot, on_token=show)
+    generate(
+        model,
+        prompt,
+        values["max_new_tokens"],
+        temperature=temperature,
+        top_k=values["top_k"],
+        top_p=top_p,
+        seed=seed,
+        eos_id=eot,
+        on_token=show,
+    )
     print()
     return 0
 

@@ -79,8 +79,14 @@ class LanguageModel(nn.Module):
         self.checkpointing = mode == "full"
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, segment_ids: Tensor | None = None, state: LMState | None = None,
-        *, reduction: str = "sum", last_only: bool = False,
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        state: LMState | None = None,
+        *,
+        reduction: str = "sum",
+        last_only: bool = False,
     ) -> LMOutput:
         """With labels (B, T; -100 ignored): summed losses, with reduction='none' also each token's. Without: logits (B, T or 1, V).
 

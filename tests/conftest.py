@@ -29,7 +29,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 def run_program(arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` in the project's root."""
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+    )
 
 
 @pytest.fixture

@@ -78,7 +78,9 @@ def newest(run_dir: Path, warn: Any = print) -> Path | None:
     return None
 
 
-def save(run_dir: Path, engine: Engine, state: dict[str, Any], tokenizer_json: str, run: dict[str, Any], keep: int, milestones: list[int]) -> Path:
+def save(
+    run_dir: Path, engine: Engine, state: dict[str, Any], tokenizer_json: str, run: dict[str, Any], keep: int, milestones: list[int]
+) -> Path:
     """Writes the checkpoint of `state['step']` (a collective call) and then drops the oldest ones beyond `keep`.
 
     Raises UserError when the disk takes no more; what was there before is untouched then.
@@ -105,7 +107,9 @@ def save(run_dir: Path, engine: Engine, state: dict[str, Any], tokenizer_json: s
             problem = str(error)
             shutil.rmtree(temporary, ignore_errors=True)
     if world.any(bool(problem)):
-        raise UserError(f"The checkpoint of step {state['step']} could not be written ({problem or 'see rank 0'}); free space on the disk of {run_dir} and run again.")
+        raise UserError(
+            f"The checkpoint of step {state['step']} could not be written ({problem or 'see rank 0'}); free space on the disk of {run_dir} and run again."
+        )
     return final
 
 
@@ -126,7 +130,15 @@ def _collect(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.T
     return weights, moments
 
 
-def _write(folder: Path, engine: Engine, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], state: dict[str, Any], tokenizer_json: str, run: dict[str, Any]) -> None:
+def _write(
+    folder: Path,
+    engine: Engine,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, torch.Tensor],
+    state: dict[str, Any],
+    tokenizer_json: str,
+    run: dict[str, Any],
+) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(moments, folder / "optimizer.safetensors")
     rng = {"cpu": torch.get_rng_state()}
@@ -136,7 +148,10 @@ def _write(folder: Path, engine: Engine, weights: dict[str, torch.Tensor], momen
     module: Any = engine.module
     write_json(folder / "config.json", module.config.to_dict())
     write_json(folder / "run.json", run)
-    write_json(folder / "state.json", {**state, "optimizer_steps": engine.optimizer_steps(), "world_size": engine.world.size, "zero_stage": engine.stage})
+    write_json(
+        folder / "state.json",
+        {**state, "optimizer_steps": engine.optimizer_steps(), "world_size": engine.world.size, "zero_stage": engine.stage},
+    )
     (folder / "tokenizer.json").write_text(tokenizer_json)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
     for name in files:
@@ -164,7 +179,9 @@ def find(path: str | Path) -> Path:
     """The folder with model.safetensors behind a run folder, a checkpoint, or an exported folder. Raises UserError."""
     folder = Path(path)
     if not folder.exists():
-        raise UserError(f"There is no {folder}; give a run folder, a checkpoint folder, or a folder with model.safetensors and config.json.")
+        raise UserError(
+            f"There is no {folder}; give a run folder, a checkpoint folder, or a folder with model.safetensors and config.json."
+        )
     if (folder / "checkpoints").is_dir():
         found = newest(folder)
         if found is None:
@@ -189,7 +206,9 @@ def load_weights(folder: Path, model: LanguageModel) -> None:
     wrong = sorted(k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape)
     wrong = [k for k in wrong if not (k not in tensors and k in own and _is_tied(model, k))]
     if wrong:
-        raise UserError(f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; use its own model config or another run_dir.")
+        raise UserError(
+            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; use its own model config or another run_dir."
+        )
     model.load_state_dict(tensors, strict=False)
 
 

@@ -51,7 +51,7 @@ def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
         node: Any = base
         parts = item.key_or_group.split(".")
         for depth, part in enumerate(parts):
-            if not isinstance(node, DictConfig) or part not in node:
+            if not isinstance(node, DictConfig) or part not in list(node.keys()):
                 known = [str(k) for k in node] if isinstance(node, DictConfig) else []
                 problems.append(f"Unknown key {'.'.join(parts[: depth + 1])!r}; {nearest(part, known)}")
                 break

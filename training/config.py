@@ -195,9 +195,16 @@ def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str])
 
 def _positive(config: Config) -> list[str]:
     t = config.train
-    rows = {"train.seq_len": t.seq_len, "train.global_batch": t.global_batch, "train.micro_batch": t.micro_batch, "optim.lr": config.optim.lr,
-            "train.log_every": t.log_every, "data.prefetch": config.data.prefetch, "checkpoint.keep": config.checkpoint.keep,
-            "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes}
+    rows = {
+        "train.seq_len": t.seq_len,
+        "train.global_batch": t.global_batch,
+        "train.micro_batch": t.micro_batch,
+        "optim.lr": config.optim.lr,
+        "train.log_every": t.log_every,
+        "data.prefetch": config.data.prefetch,
+        "checkpoint.keep": config.checkpoint.keep,
+        "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
+    }
     optional = {"train.steps": t.steps, "train.tokens": t.tokens}
     rows |= {key: value for key, value in optional.items() if value is not None}
     return [f"{key} must be above zero, not {value}." for key, value in rows.items() if value <= 0]
@@ -225,7 +232,9 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other.")
     rows = t.micro_batch * world_size
     if rows > 0 and t.global_batch % rows:
-        problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {world_size} rank(s) = {rows}.")
+        problems.append(
+            f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {world_size} rank(s) = {rows}."
+        )
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:

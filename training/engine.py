@@ -129,7 +129,10 @@ class Engine:
         self.config, self.world = config, world
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(
-            model, lr=config.optim.lr, betas=(config.optim.betas[0], config.optim.betas[1]), eps=config.optim.eps,
+            model,
+            lr=config.optim.lr,
+            betas=(config.optim.betas[0], config.optim.betas[1]),
+            eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,
         )
         self.parameters = dict(model.named_parameters())
@@ -222,7 +225,11 @@ class Engine:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         inner = self.deepspeed.optimizer
-        flat = getattr(inner, "fp32_partitioned_groups_flat", None) if self.stage == 3 else getattr(inner, "single_partition_of_fp32_groups", None)
+        flat = (
+            getattr(inner, "fp32_partitioned_groups_flat", None)
+            if self.stage == 3
+            else getattr(inner, "single_partition_of_fp32_groups", None)
+        )
         for p in flat if self.stage and flat is not None else self.parameters.values():
             self.optimizer.state[p] = {
                 "step": torch.tensor(float(steps), device=p.device),

@@ -48,7 +48,9 @@ class BadStepPolicy:
         if self.faults.policy == "stop":
             raise UserError(f"Step {step} was not taken: {result.skipped}; lower optim.lr, or let faults.policy=skip leave such steps out.")
         if self.skips > self.faults.max_skips:
-            raise UserError(f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps were left out already.")
+            raise UserError(
+                f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps were left out already."
+            )
 
 
 class StopRequest:

@@ -70,7 +70,9 @@ def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") ->
     total = sum(counts.values())
     flops = training_flops_per_token(model, config.train.seq_len)
     tokens = config.total_steps * config.tokens_per_step
-    lines = [f"{config.name}: {total:,} parameters, {model_config.n_layers} layers of width {model_config.d_model}, vocabulary {model_config.vocab_size:,}{note}"]
+    lines = [
+        f"{config.name}: {total:,} parameters, {model_config.n_layers} layers of width {model_config.d_model}, vocabulary {model_config.vocab_size:,}{note}"
+    ]
     lines += [f"  {part:<24}{count:>16,}  {100 * count / total:5.1f} %" for part, count in counts.items()]
     lines += [
         f"training FLOPs per token at T={config.train.seq_len}: {flops:.3e} (3x forward)",

@@ -36,9 +36,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     return {
-        "command": sys.argv, "commit": git("rev-parse", "HEAD"), "uncommitted_changes": bool(git("status", "--porcelain").strip("unknown")),
-        "python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
-        "device": device_name(device), "cpu_threads": torch.get_num_threads(),
+        "command": sys.argv,
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": git("status", "--porcelain") not in ("", "unknown"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "device": device_name(device),
+        "cpu_threads": torch.get_num_threads(),
     }
 
 
@@ -82,12 +88,20 @@ class Metrics:
 
             try:
                 self.wandb = wandb.init(
-                    project=log.wandb_project, entity=log.wandb_entity, name=self.config.name, id=self.wandb_id, resume="allow", mode=log.wandb,
-                    dir=str(self.run_dir), settings=wandb.Settings(silent=True),
+                    project=log.wandb_project,
+                    entity=log.wandb_entity,
+                    name=self.config.name,
+                    id=self.wandb_id,
+                    resume="allow",
+                    mode=log.wandb,  # type: ignore[arg-type]
+                    dir=str(self.run_dir),
+                    settings=wandb.Settings(silent=True),
                 )
                 self.wandb_id = self.wandb.id
             except Exception as error:  # a logging service must not cost a run; metrics.jsonl has everything
-                self.say(f"wandb is not available ({type(error).__name__}: {str(error).splitlines()[0]}); going on with metrics.jsonl alone.")
+                self.say(
+                    f"wandb is not available ({type(error).__name__}: {str(error).splitlines()[0]}); going on with metrics.jsonl alone."
+                )
         if log.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -112,23 +126,36 @@ class Metrics:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, seconds: float, data_wait: float, skipped: str) -> None:
+    def step(
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, seconds: float, data_wait: float, skipped: str
+    ) -> None:
         """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`."""
         if not self.main:
             return
         rate = tokens / (seconds + data_wait)
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
-        row = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": step * self.config.tokens_per_step, "tokens_per_second": rate,
-               "seconds": seconds, "data_wait": data_wait, "mfu": mfu, "memory_gib": peak_memory_gib(self.device)}
+        row = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": step * self.config.tokens_per_step,
+            "tokens_per_second": rate,
+            "seconds": seconds,
+            "data_wait": data_wait,
+            "mfu": mfu,
+            "memory_gib": peak_memory_gib(self.device),
+        }
         self.write(step, **row, **({"skipped": skipped} if skipped else {}))
         total = self.config.total_steps
         if step % self.config.train.log_every and step not in (1, total) and not skipped:
             return
         eta = (total - step) * self.config.tokens_per_step / self.rate
         shown = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
-        line = (f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {shown}  "
-                f"data {100 * data_wait / (seconds + data_wait):.1f}%  mem {row['memory_gib']:.2f}G  ETA {duration(eta)}")
+        line = (
+            f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {shown}  "
+            f"data {100 * data_wait / (seconds + data_wait):.1f}%  mem {row['memory_gib']:.2f}G  ETA {duration(eta)}"
+        )
         self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
 
     def close(self) -> None:

@@ -43,7 +43,9 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
     if shards is not None:
         needed = shards[0][0].vocab_size
         if wanted is not None and wanted < needed:
-            raise UserError(f"model.vocab_size={wanted} is smaller than the {needed} tokens of the shards' tokenizer; leave it null or raise it.")
+            raise UserError(
+                f"model.vocab_size={wanted} is smaller than the {needed} tokens of the shards' tokenizer; leave it null or raise it."
+            )
         wanted = wanted or -(-needed // 64) * 64
     return ModelConfig.from_dict({**config.model, "vocab_size": wanted or DRY_RUN_VOCABULARY}), note
 
@@ -81,9 +83,13 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}")
     state = checkpoint.read_state(folder)
     if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
-        raise UserError(f"{folder} was trained on other token shards than {config.data.path}; give those, or train.resume=none with another run_dir.")
+        raise UserError(
+            f"{folder} was trained on other token shards than {config.data.path}; give those, or train.resume=none with another run_dir."
+        )
     checkpoint.load_weights(folder, model)
-    return Start(state["step"], folder, state.get("wandb_id"), f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}")
+    return Start(
+        state["step"], folder, state.get("wandb_id"), f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}"
+    )
 
 
 def _checkpoint_of(config: Config, world: World) -> Path | None:

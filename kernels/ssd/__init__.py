@@ -9,8 +9,15 @@ from kernels.ssd import reference
 
 
 def ssd(
-    x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor, h0_BHPN: Tensor | None = None, starts_BT: Tensor | None = None,
-    *, chunk: int = 256,
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    h0_BHPN: Tensor | None = None,
+    starts_BT: Tensor | None = None,
+    *,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """y_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T per head (arXiv 2405.21060).
 

@@ -14,7 +14,9 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def ssd_sequential(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def ssd_sequential(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, one step at a time, in the inputs' dtype."""
     B, T, H, P = x.shape
     repeat = H // Bm.shape[2]
@@ -59,12 +61,13 @@ def ssd_chunked(
         to_end = to_end * (documents == documents[:, :, -1:])[..., None]
         from_start = from_start * (documents == 0)[..., None]
         through = through * (documents[:, :, -1] == 0)[..., None]
-    added = torch.einsum("bcjgn,bcjghp,bcjgh->bcghpn", B_, weighted, to_end.unflatten(3, (G, H // G))).flatten(2, 3)
+    # Two factors at a time: a product of three would pass through a (B, T, H, P, N) intermediate.
+    added = torch.einsum("bcjgn,bcjghp->bcghpn", B_, weighted * to_end.unflatten(3, (G, H // G))[..., None]).flatten(2, 3)
     h = x.new_zeros(B, H, P, N, dtype=dtype) if h0 is None else h0.to(dtype)
     before = []
     for c in range(C):
         before.append(h)
         h = through[:, c, :, None, None] * h + added[:, c]
     carried = torch.stack(before, 1).unflatten(2, (G, H // G))
-    y = y + torch.einsum("bcign,bcghpn,bcigh->bcighp", C_, carried, from_start.unflatten(3, (G, H // G)))
+    y = y + torch.einsum("bcign,bcghpn->bcighp", C_, carried) * from_start.unflatten(3, (G, H // G))[..., None]
     return y.reshape(B, C * Q, H, P)[:, :T].to(x.dtype), h

@@ -44,7 +44,10 @@ def parse(name: str, mapping: dict[str, Any], d_model: int) -> tuple[Any, list[s
             continue
         if key not in hints:
             close = difflib.get_close_matches(str(key), list(hints), n=1)
-            problems.append(f"Unknown key 'model.mixers.{name}.{key}'; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."))
+            problems.append(
+                f"Unknown key 'model.mixers.{name}.{key}'; "
+                + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}.")
+            )
         elif not _fits(value, hints[key]):
             problems.append(f"model.mixers.{name}.{key} must be of type {getattr(hints[key], '__name__', hints[key])}, not {value!r}.")
         else:

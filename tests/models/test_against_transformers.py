@@ -13,9 +13,23 @@ V, D, LAYERS = 97, 48, 3
 
 def test_transformer_gives_llamas_logits() -> None:
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=112, num_hidden_layers=LAYERS, num_attention_heads=4,
-                                          num_key_value_heads=2, rms_norm_eps=1e-5, initializer_range=0.1)).eval()
-    ours = LanguageModel(ModelConfig(vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=112, mixers={"attention": {"type": "attention", "n_heads": 4, "n_kv_heads": 2}})).eval()
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=112,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            initializer_range=0.1,
+        )
+    ).eval()
+    ours = LanguageModel(
+        ModelConfig(
+            vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=112, mixers={"attention": {"type": "attention", "n_heads": 4, "n_kv_heads": 2}}
+        )
+    ).eval()
     names = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
     for i in range(LAYERS):
         a, b = f"blocks.{i}.", f"model.layers.{i}."
@@ -32,15 +46,34 @@ def test_transformer_gives_llamas_logits() -> None:
 def test_mamba2_gives_transformers_logits() -> None:
     torch.manual_seed(0)
     groups = 2
-    theirs = Mamba2ForCausalLM(Mamba2Config(vocab_size=V, hidden_size=D, num_hidden_layers=LAYERS, expand=2, num_heads=6, head_dim=16, state_size=8, n_groups=groups,
-                                            chunk_size=8, tie_word_embeddings=False, layer_norm_epsilon=1e-5, use_conv_bias=True, residual_in_fp32=False)).eval()
+    theirs = Mamba2ForCausalLM(
+        Mamba2Config(
+            vocab_size=V,
+            hidden_size=D,
+            num_hidden_layers=LAYERS,
+            expand=2,
+            num_heads=6,
+            head_dim=16,
+            state_size=8,
+            n_groups=groups,
+            chunk_size=8,
+            tie_word_embeddings=False,
+            layer_norm_epsilon=1e-5,
+            use_conv_bias=True,
+            residual_in_fp32=False,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     mixer = {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": groups, "chunk": 8}
     ours = LanguageModel(ModelConfig(vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=0, pattern=["m"], mixers={"m": mixer})).eval()
     state, copied = theirs.state_dict(), {}
-    copied |= {"embedding.weight": state["backbone.embeddings.weight"], "norm.weight": state["backbone.norm_f.weight"], "head.weight": state["lm_head.weight"]}
+    copied |= {
+        "embedding.weight": state["backbone.embeddings.weight"],
+        "norm.weight": state["backbone.norm_f.weight"],
+        "head.weight": state["lm_head.weight"],
+    }
     for i in range(LAYERS):
         a, b = f"blocks.{i}.", f"backbone.layers.{i}."
         copied[a + "mixer_norm.weight"] = state[b + "norm.weight"]

@@ -117,7 +117,9 @@ def test_every_parameter_is_initialised_and_sane(mixer: Any) -> None:
     mixer.init_weights(0.02, 12)
     for name, p in mixer.named_parameters():
         assert torch.isfinite(p).all(), name
-    assert abs(float(mixer.out_proj.weight.std() if hasattr(mixer, "out_proj") else mixer.o_proj.weight.std()) / (0.02 / 24**0.5) - 1) < 0.15
+    assert (
+        abs(float(mixer.out_proj.weight.std() if hasattr(mixer, "out_proj") else mixer.o_proj.weight.std()) / (0.02 / 24**0.5) - 1) < 0.15
+    )
 
 
 def test_bf16_stays_near_fp32(mixer: Any) -> None:

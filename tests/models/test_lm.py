@@ -12,7 +12,11 @@ from models.init import roles
 from models.lm import LanguageModel
 from training.optim import parameter_groups
 
-MIXERS = {"g": {"type": "rnn", "n_heads": 2}, "m": {"type": "mamba2", "d_state": 8, "head_dim": 16}, "a": {"type": "attention", "n_heads": 2}}
+MIXERS = {
+    "g": {"type": "rnn", "n_heads": 2},
+    "m": {"type": "mamba2", "d_state": 8, "head_dim": 16},
+    "a": {"type": "attention", "n_heads": 2},
+}
 
 
 def small(**changes: object) -> LanguageModel:
@@ -96,7 +100,11 @@ def test_decay_goes_to_matrices_only_and_every_parameter_is_in_one_group() -> No
     for name in ("blocks.0.mixer.recurrent", "blocks.1.mixer.A_log", "norm.weight", "embedding.weight", "blocks.1.mixer.dt_bias"):
         assert name not in decayed
     assert {n for n, p in model.named_parameters() if "keep_fp32" in roles(p)} == {
-        "blocks.0.mixer.recurrent", "blocks.1.mixer.A_log", "blocks.1.mixer.D", "blocks.1.mixer.dt_bias"}
+        "blocks.0.mixer.recurrent",
+        "blocks.1.mixer.A_log",
+        "blocks.1.mixer.D",
+        "blocks.1.mixer.dt_bias",
+    }
 
 
 def test_counts_and_meta_device() -> None:
@@ -116,8 +124,19 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None
 
 def test_config_reports_all_problems_together() -> None:
     with pytest.raises(ValueError) as caught:
-        ModelConfig.from_dict({"vocab_size": 10, "d_model": 30, "pattern": ["a", "nope"], "n_layers": 0,
-                               "mixers": {"a": {"type": "attention", "n_heads": 4, "n_haeds": 3}, "r": {"type": "rnn", "cell": "grru"}, "x": {"type": "attn"}}})
+        ModelConfig.from_dict(
+            {
+                "vocab_size": 10,
+                "d_model": 30,
+                "pattern": ["a", "nope"],
+                "n_layers": 0,
+                "mixers": {
+                    "a": {"type": "attention", "n_heads": 4, "n_haeds": 3},
+                    "r": {"type": "rnn", "cell": "grru"},
+                    "x": {"type": "attn"},
+                },
+            }
+        )
     text = str(caught.value)
     for part in ("n_layers", "nope", "n_haeds", "n_heads", "grru", "'attn'"):
         assert part in text

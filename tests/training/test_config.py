@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from tests.conftest import ROOT, environment, run_program
 
+from tests.conftest import ROOT, environment, run_program
 from training.cli import CONFIG_DIR, checked, compose_config, config_groups
 from training.errors import UserError
 from training.flops import meta_model
@@ -87,4 +87,15 @@ def test_importing_the_packages_needs_no_gpu_and_no_command_line() -> None:
 
 
 def test_configs_lie_where_the_program_looks() -> None:
-    assert CONFIG_DIR.is_dir() and {"model", "size", "mixer", "data", "optim", "schedule", "deepspeed", "logging", "eval", "experiment"} <= set(config_groups())
+    assert CONFIG_DIR.is_dir() and {
+        "model",
+        "size",
+        "mixer",
+        "data",
+        "optim",
+        "schedule",
+        "deepspeed",
+        "logging",
+        "eval",
+        "experiment",
+    } <= set(config_groups())

@@ -1,0 +1,153 @@
+"""The data order: permutations, mixtures, windows and streams, whatever the ranks, micro-batches and restarts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.loader import BatchLoader, build_reader
+from data.order import Mixture, Permutation
+from data.shards import ShardSet
+from data.tokenizer import byte_tokenizer, eot_id, fingerprint
+from data.writer import ShardWriter
+
+
+def make(folder: Path, lengths: list[int], shard_tokens: int = 100, seed: int = 0) -> ShardSet:
+    """Shards of random bytes; token 256 is the end-of-text mark."""
+    tokenizer, rng = byte_tokenizer(), np.random.default_rng(seed)
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True)
+    (partial / "tokenizer.json").write_text(tokenizer.to_str())
+    writer = ShardWriter(partial, np.dtype("uint16"), shard_tokens)
+    for length in lengths:
+        writer.add("train", np.array([256, *rng.integers(0, 256, length)]), length)
+    writer.hold_out_something()
+    writer.finish(folder, {"format": 1, "vocab_size": 257, "eot_id": eot_id(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)})
+    return ShardSet(folder, "train")
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 1000, 4097])
+def test_permutation_is_a_bijection(n: int) -> None:
+    assert sorted(Permutation(n, 3, 0)(np.arange(n)).tolist()) == list(range(n))
+
+
+def test_permutation_depends_on_every_key_and_looks_shuffled() -> None:
+    n = 10_000
+    a, b, c = (Permutation(n, *key)(np.arange(n)) for key in ((0, 0), (1, 0), (0, 1)))
+    assert (a != b).mean() > 0.99 and (a != c).mean() > 0.99
+    assert abs(np.corrcoef(np.arange(n), a)[0, 1]) < 0.05
+    assert abs((np.diff(a) == 1).mean()) < 0.01
+    huge = Permutation(2**40 + 7, 1)(np.arange(1000))
+    assert len(set(huge.tolist())) == 1000 and huge.max() > 2**38
+
+
+def test_mixture_quotas_are_exact_in_every_block_and_indices_run_on() -> None:
+    mixture = Mixture([0.7, 0.2, 0.1], seed=1, block=50)
+    seen: list[list[int]] = [[], [], []]
+    for k in range(200):
+        source, index = mixture(k)
+        seen[source].append(index)
+        if k % 50 == 49:
+            assert [len(s) for s in seen] == [35 * (k + 1) // 50, 10 * (k + 1) // 50, 5 * (k + 1) // 50]
+    assert all(sorted(s) == list(range(len(s))) for s in seen)
+
+
+def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> None:
+    shards = make(tmp_path / "s", [37, 80, 5, 61, 140, 33])
+    reader, T = build_reader([(shards, 1.0)], "windows", 16, 0, 4), 16
+    stream = shards.read(0, shards.n_tokens)
+    for epoch in range(2):
+        starts = sorted(reader.window(k)[1] for k in range(epoch * reader.samples_per_epoch, (epoch + 1) * reader.samples_per_epoch))
+        assert starts == list(range((len(stream) - 1) // T))
+    tokens, segment_ids = reader.sample(3)
+    start = reader.window(3)[1] * T
+    np.testing.assert_array_equal(tokens, stream[start : start + T + 1])
+    expected, current = [], 0
+    for token in tokens:
+        current += int(token == 256)
+        expected.append(current)
+    np.testing.assert_array_equal(segment_ids, expected)
+
+
+def collect(
+    shards: ShardSet, reader: str, world: int, micro: int, start: int, steps: int, prefetch: int = 2
+) -> list[tuple[int, list[int], list[int]]]:
+    """(step, sample ids, flattened inputs) of the whole global batch."""
+    per_rank = []
+    for rank in range(world):
+        with BatchLoader(build_reader([(shards, 1.0)], reader, 8, 5, 8), 8, micro, rank, world, start, prefetch) as loader:
+            batches = iter(loader)
+            per_rank.append([next(batches) for _ in range(steps)])
+    result = []
+    for s in range(steps):
+        rows = [batch for rank in per_rank for batch in rank[s]]
+        result.append((start + s, [i for b in rows for i in b.sample_ids], [t for b in rows for t in b.input_ids.flatten().tolist()]))
+    return result
+
+
+@pytest.mark.parametrize("reader", ["windows", "stream"])
+def test_order_is_independent_of_ranks_micro_batches_prefetch_and_restarts(tmp_path: Path, reader: str) -> None:
+    shards = make(tmp_path / "s", [300, 211, 97, 405])
+    whole = collect(shards, reader, 1, 8, 0, 6)
+    for world, micro, prefetch in ((2, 4, 1), (4, 1, 5), (8, 1, 2), (1, 2, 3)):
+        assert collect(shards, reader, world, micro, 0, 6, prefetch) == whole
+    assert collect(shards, reader, 2, 2, 4, 2) == whole[4:]
+    assert whole[0][1] == list(range(8))  # disjoint and covering, in order of the ranks
+
+
+def test_stream_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
+    shards = make(tmp_path / "s", [300, 211, 97, 405])
+    reader = build_reader([(shards, 1.0)], "stream", 8, 0, 4)
+    for row in range(4):
+        for step in range(reader.steps - 1):
+            a, b = reader.sample(step * 4 + row), reader.sample((step + 1) * 4 + row)
+            assert a[0][-1] == b[0][0] and a[1][-1] == b[1][0]
+
+
+def test_an_error_in_the_thread_reaches_the_consumer_and_closing_never_hangs(tmp_path: Path) -> None:
+    shards = make(tmp_path / "s", [300, 211])
+    reader = build_reader([(shards, 1.0)], "windows", 8, 0, 4)
+    reader.sample = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
+    with BatchLoader(reader, 4, 4) as loader, pytest.raises(ZeroDivisionError):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    "damage,words", [("cut", "bytes instead of"), ("gone", "is missing"), ("meta", "data.prepare"), ("tokenizer", "not the tokenizer")]
+)
+def test_damaged_shards_are_refused_in_a_sentence(tmp_path: Path, damage: str, words: str) -> None:
+    folder = tmp_path / "s"
+    make(folder, [150, 80, 50])
+    file = folder / "train-00000.bin"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-3])
+    elif damage == "gone":
+        file.unlink()
+    elif damage == "meta":
+        (folder / "meta.json").unlink()
+    else:
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(["zebra"])
+        (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    with pytest.raises(ValueError, match=words):
+        ShardSet(folder, "train")
+
+
+def test_too_little_data_is_a_sentence(tmp_path: Path) -> None:
+    shards = make(tmp_path / "s", [20, 20, 20])
+    with pytest.raises(ValueError, match="shorten it"):
+        build_reader([(shards, 1.0)], "windows", 4096, 0, 4)
+    with pytest.raises(ValueError, match="lower train.global_batch"):
+        build_reader([(shards, 1.0)], "stream", 16, 0, 64)
+
+
+def test_reading_across_shard_borders(tmp_path: Path) -> None:
+    shards = make(tmp_path / "s", [90, 90, 90, 90], shard_tokens=100)
+    assert len(shards.meta["splits"]["train"]["shards"]) > 1
+    whole = shards.read(0, shards.n_tokens)
+    for start, n in ((0, 5), (180, 10), (181, 2), (50, 200)):
+        np.testing.assert_array_equal(shards.read(start, n), whole[start : start + n])
+    assert [int(shards.document(i)[0]) for i in range(shards.n_documents)] == [256] * shards.n_documents
+    assert sum(len(shards.document(i)) for i in range(shards.n_documents)) == shards.n_tokens

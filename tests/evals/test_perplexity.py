@@ -1,0 +1,119 @@
+"""Perplexity against brute force, baselines against dictionaries, and the two command lines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.shards import ShardSet
+from evals.baselines import DISCOUNT, CountBaselines
+from evals.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from tests.conftest import run_program
+
+
+@pytest.fixture(scope="module")
+def model(demo_shards: Path) -> LanguageModel:
+    mixers = {
+        "g": {"type": "rnn", "n_heads": 2},
+        "m": {"type": "mamba2", "d_state": 8, "head_dim": 16},
+        "a": {"type": "attention", "n_heads": 2},
+    }
+    built = LanguageModel(ModelConfig(vocab_size=512, d_model=32, n_layers=3, pattern=["g", "m", "a"], mixers=mixers))
+    built.init_weights(0)
+    return built.eval()
+
+
+def test_chunked_evaluation_equals_whole_rows_and_brute_force(model: LanguageModel, demo_shards: Path) -> None:
+    shards = ShardSet(demo_shards, "valid")
+    options = {"length": 100, "max_tokens": 900}
+    whole, chunked = evaluate(model, shards, chunk=100, **options), evaluate(model, shards, chunk=17, batch=3, **options)
+    assert chunked.nll_nats == pytest.approx(whole.nll_nats, rel=1e-6) and chunked.tokens == whole.tokens == 900
+    nats, size = 0.0, 0
+    for tokens, segments in held_out_rows(shards, 100, 900):
+        for segment in np.unique(segments[:-1]):
+            inside = np.flatnonzero(segments[:-1] == segment)
+            ids = torch.from_numpy(tokens[inside])[None]
+            nats += float(F.cross_entropy(model(ids).logits[0], torch.from_numpy(tokens[inside + 1]), reduction="sum"))
+        size += text_bytes(shards, tokens[1:])
+    assert whole.nll_nats == pytest.approx(nats, rel=1e-5)
+    assert whole.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_ranks_share_the_rows(model: LanguageModel, demo_shards: Path) -> None:
+    shards = ShardSet(demo_shards, "valid")
+    whole = evaluate(model, shards, length=64, max_tokens=640)
+    parts = [evaluate(model, shards, length=64, max_tokens=640, rank=r, world_size=3) for r in range(3)]
+    assert sum(p.tokens for p in parts) == whole.tokens and sum(p.nll_nats for p in parts) == pytest.approx(whole.nll_nats, rel=1e-6)
+
+
+def test_rows_cover_the_split_once(demo_shards: Path) -> None:
+    shards = ShardSet(demo_shards, "valid")
+    rows = held_out_rows(shards, 1000, None)
+    assert sum(len(t) - 1 for t, _ in rows) == shards.n_tokens - 1
+    np.testing.assert_array_equal(np.concatenate([t[1:] for t, _ in rows]), shards.read(1, shards.n_tokens - 1))
+
+
+def test_buckets() -> None:
+    sums: dict[int, list[float]] = {}
+    bucket_sums(np.ones((2, 9)), 0, sums)
+    assert {low: n for low, (_, n) in sums.items()} == {0: 2, 1: 2, 2: 4, 4: 8, 8: 2}
+
+
+def test_baselines_against_dictionaries_and_they_are_distributions(demo_shards: Path) -> None:
+    train, valid = ShardSet(demo_shards, "train"), ShardSet(demo_shards, "valid")
+    counts, tokens = CountBaselines(train), valid.read(0, 400).astype(np.int64)
+    stream = train.read(0, train.n_tokens).tolist()
+    one, two, context = Counter(stream), Counter(zip(stream, stream[1:])), Counter(stream[:-1])
+    followers = Counter(v for v, _ in two)
+    V = train.vocab_size
+
+    def p1(w: int) -> float:
+        return (one[w] + 1) / (len(stream) + V)
+
+    def p2(v: int, w: int) -> float:
+        return (max(two[v, w] - DISCOUNT, 0) + DISCOUNT * followers[v] * p1(w)) / context[v] if context[v] else p1(w)
+
+    ids = tokens.tolist()
+    unigram, bigram = counts.nll(tokens)
+    assert unigram == pytest.approx(-sum(math.log(p1(w)) for w in ids[1:]))
+    assert bigram == pytest.approx(-sum(math.log(p2(v, w)) for v, w in zip(ids, ids[1:])))
+    assert sum(p2(ids[5], w) for w in range(V)) == pytest.approx(1.0)
+
+
+def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert (
+        run_program(
+            ["train.py", "experiment=smoke", "train.device=cpu", f"data.path={demo_shards}", f"run_dir={run}", "train.steps=2"]
+        ).returncode
+        == 0
+    )
+    done = run_program(
+        ["-m", "evals.run", f"checkpoint={run}", "suite=perplexity", "length=64", "max_tokens=640", f"out={tmp_path / 'r.json'}"]
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (
+        report["tokens"] == 640
+        and report["baselines_bits_per_byte"]["bigram"] < report["baselines_bits_per_byte"]["unigram"]
+        and "commit" in report["environment"]
+    )
+    done = run_program(["-m", "models.generate", f"checkpoint={run}", "prompt=It was", "max_new_tokens=5", "seed=1"])
+    assert done.returncode == 0 and done.stdout.startswith("It was")
+    for words, part in (
+        (["checkpoint=/nowhere"], "There is no"),
+        ([], "checkpoint=DIR"),
+        ([f"checkpoint={run}", "suite=x"], "choose one of"),
+        ([f"checkpoint={run}", "lenght=3"], "length"),
+    ):
+        done = run_program(["-m", "evals.run", *words])
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
