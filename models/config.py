@@ -10,6 +10,15 @@ from typing import Any
 
 from models import mixers
 
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a word",
+    "list": "a list",
+    "dict": "a group of keys",
+}
+
 
 @dataclass
 class ModelConfig:
@@ -42,34 +51,30 @@ class ModelConfig:
 
     def problems(self) -> list[str]:
         """Everything that keeps this from being a model, a sentence each."""
-        found = [
-            f"model.{name} must be above zero, not {value}."
-            for name, value in (
-                ("vocab_size", self.vocab_size),
-                ("d_model", self.d_model),
-                ("n_layers", self.n_layers),
-                ("head_chunk", self.head_chunk),
-            )
-            if value < 1
-        ]
+        found = []
+        for name in ("vocab_size", "d_model", "n_layers", "head_chunk", "norm_eps", "init_std"):
+            if getattr(self, name) <= 0:
+                found.append(f"model.{name} must be above zero, not {getattr(self, name)}.")
         if self.d_ff < -1:
             found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {self.d_ff}.")
+        if self.z_loss < 0:
+            found.append(f"model.z_loss must be zero or more, not {self.z_loss}.")
         if self.residual_init not in ("depth", "none"):
             found.append(f"model.residual_init is {self.residual_init!r}; choose depth or none.")
         if not self.pattern:
             found.append("model.pattern is empty; name at least one mixer.")
-        for name in dict.fromkeys(self.pattern):
+        for name in dict.fromkeys(map(str, self.pattern)):
             if name not in self.mixers:
+                held = ", ".join(self.mixers) or "nothing"
                 found.append(
-                    f"model.pattern names {name!r}, which is not configured; model.mixers holds {', '.join(self.mixers) or 'nothing'} "
+                    f"model.pattern names {name!r}, which is not configured; model.mixers holds {held} "
                     f"(add one with +mixer@model.mixers.{name}=OPTION)."
                 )
         for name, mapping in self.mixers.items():
-            found += (
-                mixers.parse(name, mapping, self.d_model)[1]
-                if isinstance(mapping, dict)
-                else [f"model.mixers.{name} must be a group of keys."]
-            )
+            if isinstance(mapping, dict):
+                found += mixers.parse(name, mapping, self.d_model)[1]
+            else:
+                found.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
         return found
 
     @staticmethod
@@ -79,27 +84,26 @@ class ModelConfig:
         for key, value in mapping.items():
             if key not in hints:
                 close = difflib.get_close_matches(str(key), list(hints), n=1)
-                found.append(
-                    f"Unknown key 'model.{key}'; " + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}.")
-                )
+                hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."
+                found.append(f"Unknown key 'model.{key}'; {hint}")
                 continue
             wanted = typing.get_origin(hints[key]) or hints[key]
-            if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-                try:
+            if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+                try:  # YAML reads 1e-5 as a string
                     value = float(value)
                 except ValueError:
-                    found.append(f"model.{key} must be a number, not {value!r}.")
-                    continue
+                    pass
             if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-                found.append(f"model.{key} must be of type {wanted.__name__}, not {value!r}.")
+                found.append(f"model.{key} must be {KINDS[wanted.__name__]}, not {value!r}.")
                 continue
             values[key] = value
         if "vocab_size" not in mapping:
             found.append("model.vocab_size is missing.")
-        if found:
-            raise ValueError("\n".join(found))
-        config = ModelConfig(**values)
-        found = config.problems()
+        # The rest is judged with defaults for what could not be read; a default's own consequences are no problem of the user's.
+        config = ModelConfig(**{"vocab_size": 1, **values})
+        unread = [key for key in ("d_model", "mixers", "pattern") if key in mapping and key not in values]
+        if not unread:
+            found += config.problems()
         if found:
             raise ValueError("\n".join(found))
         return config

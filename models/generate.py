@@ -1,6 +1,7 @@
-"""Text from a checkpoint: the prompt is read in chunks in parallel, then one token at a time with the carried state.
+r"""Text from a checkpoint: the prompt is read in chunks in parallel, then one token at a time with the carried state.
 
-    python -m models.generate checkpoint=runs/quickstart prompt="It is a truth" [max_new_tokens=100] [temperature=0.8] [top_k=50] [top_p=1.0] [seed=0] [device=auto]
+    python -m models.generate checkpoint=runs/quickstart prompt="It is a truth" \
+        [max_new_tokens=100] [temperature=0.8] [top_k=50] [top_p=1.0] [seed=0] [device=auto]
 
 temperature=0 is greedy. A recurrent model's state does not grow; attention layers keep their cache.
 """

@@ -39,23 +39,26 @@ def parse(name: str, mapping: dict[str, Any], d_model: int) -> tuple[Any, list[s
     except ValueError as error:
         return None, [f"model.mixers.{name}: {error}."]
     hints, values, problems = typing.get_type_hints(schema), {}, []
+    unread = False  # a key that was meant is missing, so that combinations cannot be judged
     for key, value in mapping.items():
         if key == "type":
             continue
         if key not in hints:
             close = difflib.get_close_matches(str(key), list(hints), n=1)
-            problems.append(
-                f"Unknown key 'model.mixers.{name}.{key}'; "
-                + (f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}.")
-            )
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."
+            problems.append(f"Unknown key 'model.mixers.{name}.{key}'; {hint}")
+            unread |= bool(close) and close[0] not in mapping
         elif not _fits(value, hints[key]):
-            problems.append(f"model.mixers.{name}.{key} must be of type {getattr(hints[key], '__name__', hints[key])}, not {value!r}.")
+            kind = getattr(hints[key], "__name__", hints[key])
+            problems.append(f"model.mixers.{name}.{key} must be of type {kind}, not {value!r}.")
+            unread = True
         else:
             values[key] = value
-    if problems:
+    if unread:
         return None, problems
     config = schema(**values)
-    return config, [f"model.mixers.{name}: {problem}" for problem in config.problems(d_model)]
+    problems += [f"model.mixers.{name}: {problem}" for problem in config.problems(d_model)]
+    return None if problems else config, problems
 
 
 def build(mapping: dict[str, Any], d_model: int, layer: int) -> Any:

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): input-dependent linear recurrence with a matrix state per head, short convolution, gated norm.
+"""Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): a linear recurrence with a matrix state per head, short convolution, gated norm.
 
 Parameter shapes are those of transformers' Mamba2. Legend: B batch, T time, H heads, P head width, G groups, N state width, I inner width.
 """

@@ -1,4 +1,4 @@
-"""The published ParaRNN mixer around any cell: in-projection, short convolution, cell, gated norm, out-projection (arXiv 2510.21450, figure 9).
+"""The published ParaRNN mixer around any cell: in-projection, convolution, cell, gated norm, out-projection (arXiv 2510.21450, fig. 9).
 
 Legend: B batch, T time, I inner width (the cell's channels), E heads of the input projection, P projections the cell wants, S its states.
 """
