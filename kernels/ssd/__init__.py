@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.ssd import reference
 
@@ -25,4 +26,7 @@ def ssd(
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
     """
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        return reference.ssd_chunked(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk)
+        arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk)
+        if torch.is_grad_enabled():  # keep the inputs only: the (chunk, chunk) matrices of all heads are many times larger
+            return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return reference.ssd_chunked(*arguments)

@@ -249,3 +249,19 @@ def test_wrong_types_and_impossible_values_are_told_together() -> None:
     ):
         assert sum(part in line for line in lines) == 1, (part, lines)
     assert not any("norm_eps" in line for line in lines)
+
+
+def test_mamba2_keeps_no_chunk_matrices_for_the_backward_pass() -> None:
+    mixer: Any = mixers.build({"type": "mamba2", "d_state": 4, "head_dim": 4, "chunk": 64}, 32, 0)
+    mixer.init_weights(0.1, 0)
+    kept = 0
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        y, _ = mixer(torch.randn(1, 256, 32))
+    assert kept < 256 * 64 * 16  # one (chunk, chunk) matrix per chunk and head: T * chunk * heads
+    y.sum().backward()
