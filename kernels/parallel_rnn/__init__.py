@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.parallel_rnn import reference
+from kernels.parallel_rnn import launch, op, reference
 from kernels.parallel_rnn.cell import Cell
 
-METHODS = ("auto", "sequential", "parallel")
+METHODS = ("auto", "sequential", "parallel", "triton")
 
 
 def parallel_rnn(
@@ -19,11 +19,11 @@ def parallel_rnn(
     pre (B, T, P, D): input projections in the order of cell.pre. rec (R, D): weights in the order of cell.rec. h0 (B, S, D): states before
     the first step (zeros if None). starts (B, T) bool: True where a document starts and the state is zeroed first.
     Returns (states (B, T, S, D) in pre's dtype, final (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec and h0.
-    method: "sequential" keeps autograd's graph of the loop, "parallel" solves over time slices and differentiates through the
-    solution, "auto" is "parallel" with as many slices as pay on the device (one on a CPU that the batch already fills).
+    method: "sequential" keeps autograd's graph of the loop; "parallel" solves over time slices in plain torch and differentiates through the
+    solution; "triton" runs the kernels generated from the step; "auto" is "triton" on a GPU where the cell can be lowered, else "parallel".
     Raises ValueError for shapes that do not fit the cell.
     """
-    B, _, P, D = pre_BTPD.shape
+    B, T, P, D = pre_BTPD.shape
     R, S = len(cell.rec), len(cell.state)
     if P != len(cell.pre) or rec_RD.shape != (R, D):
         raise ValueError(f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}.")
@@ -33,7 +33,16 @@ def parallel_rnn(
     h0 = torch.zeros(B, S, D, dtype=dtype, device=pre_BTPD.device) if h0_BSD is None else h0_BSD.to(dtype)
     if h0.shape != (B, S, D):
         raise ValueError(f"h0 must be {(B, S, D)}, not {tuple(h0.shape)}.")
-    run = reference.sequential if method == "sequential" else reference.parallel
+    if T == 0:
+        return pre_BTPD.new_zeros(B, 0, S, D), h0
+    if method == "triton" or (method != "sequential" and cell.lowered):  # autograd, which other cells need for their derivatives, is off in ops
+        return op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method)
+    if pre_BTPD.is_cuda and method == "auto" and not torch.compiler.is_compiling():
+        op.warn_once(launch.why_not(cell, pre_BTPD.device))
+    loop = method == "sequential" or reference.mixes_channels(cell)
+    if loop and method == "parallel":
+        raise ValueError(f"Cell {cell.name} mixes channels in its state, so its steps cannot be solved in parallel; use method='sequential'.")
+    run = reference.sequential if loop else reference.parallel
     with torch.autocast(pre_BTPD.device.type, enabled=False):
         states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
     return states.to(pre_BTPD.dtype), final
@@ -41,6 +50,14 @@ def parallel_rnn(
 
 def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor) -> Tensor:
     """One decoding step: the new states (B, S, D) in the dtype of h."""
+    if pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
+        return launch.step(cell, pre_BPD, rec_RD, h_BSD)
     dtype = reference.compute_dtype(pre_BPD)
     new = cell(pre_BPD.to(dtype).unbind(1), rec_RD.to(dtype).unbind(0), h_BSD.to(dtype).unbind(1))
     return torch.stack(new, 1).to(h_BSD.dtype)
+
+
+def last_report() -> dict[str, float]:
+    """What the last forward solve of this process did: slices, corrections, residual at the slice borders, and the share walked in order.
+    Waits for the device: call it when logging."""
+    return launch.last_report()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -34,15 +34,32 @@ else:
 ROLES = {"Pre": "pre", "Rec": "rec", "State": "state"}
 
 
+REGISTRY: dict[str, Cell] = {}  # cells by key: custom ops take strings
+
+
 @dataclass(frozen=True)
 class Cell:
-    """A step function and the names of its arguments by role."""
+    """A step function and the names of its arguments by role. `key` is its name, made unique among the cells of this process;
+    `lowered`: whether kernels and derivatives can be written from its step."""
 
     name: str
     step: Callable[..., tuple[Tensor, ...]]
     pre: tuple[str, ...]
     rec: tuple[str, ...]
     state: tuple[str, ...]
+    key: str = field(init=False, default="", compare=False)
+    lowered: bool = field(init=False, default=False, compare=False)
+
+    def __post_init__(self) -> None:
+        key = next(k for k in (self.name, *(f"{self.name}#{i}" for i in range(2, 1 << 20))) if REGISTRY.get(k) in (None, self))
+        object.__setattr__(self, "key", key)
+        REGISTRY[key] = self
+        from kernels.parallel_rnn.trace import NotLowered, trace  # it needs Cell
+
+        try:
+            object.__setattr__(self, "lowered", trace(self) is not None)
+        except NotLowered:
+            pass  # trace(cell) says why
 
     @staticmethod
     @functools.cache

@@ -14,6 +14,7 @@ Legend: B batch, T time, N slices, L steps a slice, P input projections, R recur
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.codegen import torch_functions
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -47,6 +49,19 @@ def previous(states_BTSD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> T
     """The state each step started from: the one before it, h0 at the first, zero where a document starts."""
     before = torch.cat([h0_BSD[:, None], states_BTSD[:, :-1]], 1)
     return before if starts_BT is None else before * (~starts_BT[:, :, None, None]).to(before.dtype)
+
+
+@functools.cache
+def mixes_channels(cell: Cell) -> bool:
+    """Whether a state of one channel reaches another channel (found by trying): then Jacobians are not diagonal and only the loop is right."""
+    g = torch.Generator().manual_seed(0)
+    pre, rec, state = (torch.rand(len(names), 1, 6, generator=g, dtype=torch.float64) for names in (cell.pre, cell.rec, cell.state))
+    with torch.no_grad():
+        one = torch.stack(tuple(cell(pre.unbind(0), rec[:, 0].unbind(0), state.unbind(0))))
+        state[..., 2] += 0.25
+        two = torch.stack(tuple(cell(pre.unbind(0), rec[:, 0].unbind(0), state.unbind(0))))
+    changed = (one != two).flatten(0, -2).any(0)
+    return bool(changed[[0, 1, 3, 4, 5]].any())
 
 
 @dataclass
@@ -165,6 +180,10 @@ class _Parallel(torch.autograd.Function):
 def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor) -> Tensor:
     """d state_i / d previous state_j for every step and channel: pre (..., P, D), before (..., S, D) -> (..., S, S, D) as [i, j]."""
     P, rec, state = pre.unbind(-2), rec_RD.unbind(0), before.unbind(-2)
+    written = torch_functions(cell)
+    if written is not None:
+        entries = [entry.expand_as(state[0]) for entry in written[0](*P, *rec, *state)]
+        return torch.stack(entries, -2).unflatten(-2, (len(state), len(state)))
     columns = []
     for j in range(len(state)):
         tangents = tuple(torch.ones_like(s) if i == j else torch.zeros_like(s) for i, s in enumerate(state))
@@ -224,14 +243,26 @@ def linear_backward(
         if starts is not None:
             J = J * (~starts[:, :, None, None, None]).to(J.dtype)
         adjoint, d_h0 = adjoints(J, d_states, d_final, slices)
+    d_pre, d_rec = step_gradients(cell, pre, rec, before, adjoint)
+    return d_pre, d_rec, d_h0
+
+
+def step_gradients(cell: Cell, pre: Tensor, rec: Tensor, before: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of pre and rec of all steps at once, given dL/d(new state) of each step."""
+    P, state = pre.unbind(2), before.unbind(2)
+    written = torch_functions(cell)
+    if written is not None:
+        found = written[1](*P, *rec.unbind(0), *state, *adjoint.unbind(2))
+        d_pre = torch.stack([d.expand_as(state[0]) for d in found[: len(P)]], 2)
+        d_rec = [d.expand_as(state[0]).sum((0, 1)) for d in found[len(P) : len(P) + rec.shape[0]]]
+        return d_pre, torch.stack(d_rec) if d_rec else torch.zeros_like(rec)
     with torch.enable_grad():
         pre_, rec_ = pre.detach().requires_grad_(), rec.detach().requires_grad_()
         new = cell(pre_.unbind(2), rec_.unbind(0), before.detach().unbind(2))
         wanted = [pre_, rec_] if rec.numel() else [pre_]
-        found = torch.autograd.grad(torch.stack(tuple(n.expand_as(states[:, :, 0]) for n in new), 2), wanted, adjoint, allow_unused=True)
-    d_pre = found[0] if found[0] is not None else torch.zeros_like(pre)
-    d_rec = found[1] if len(found) > 1 and found[1] is not None else torch.zeros_like(rec)
-    return d_pre, d_rec, d_h0
+        gradients = torch.autograd.grad(torch.stack(tuple(n.expand_as(state[0]) for n in new), 2), wanted, adjoint, allow_unused=True)
+    d_pre = gradients[0] if gradients[0] is not None else torch.zeros_like(pre)
+    return d_pre, gradients[1] if len(gradients) > 1 and gradients[1] is not None else torch.zeros_like(rec)
 
 
 def parallel(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State
+from kernels.parallel_rnn.trace import NotLowered, trace
 from models.cells import available, load_cell
 
 
@@ -111,3 +113,63 @@ def test_messages() -> None:
         Cell.from_step(lambda x, h: (x,))
     with pytest.raises(ValueError, match="no cell"):
         load_cell("nosuch")
+
+
+@pytest.mark.parametrize("name", ["paralstm", "mingru"])
+def test_opcheck(name: str) -> None:
+    cell = load_cell(name)
+    pre, rec, h0, starts = problem(cell, 2, 7, 3, resets=0.3)
+    leaves = [x.requires_grad_() for x in (pre, rec, h0)]
+    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, starts, cell.key, "auto"))
+    leaves = [x.detach().float().requires_grad_() for x in leaves]
+    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, None, cell.key, "parallel"))
+
+
+def test_compile_checkpoint_and_autocast() -> None:
+    cell = load_cell("paragru")
+    pre, rec, h0 = (x.float().requires_grad_() for x in problem(cell, 2, 40, 8)[:3])
+
+    def run(pre: Tensor, rec: Tensor, h0: Tensor) -> Tensor:
+        states, final = parallel_rnn(cell, 2 * pre, rec, h0)
+        return states.sum() + (final**2).sum()
+
+    wanted = torch.autograd.grad(run(pre, rec, h0), (pre, rec, h0))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, pre, rec, h0, use_reentrant=False), (pre, rec, h0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.autograd.grad(run(pre, rec, h0), (pre, rec, h0))
+    for found in (torch.autograd.grad(compiled(pre, rec, h0), (pre, rec, h0)), again, cast):
+        for a, b in zip(found, wanted):
+            assert torch.equal(a, b)
+
+
+def test_non_contiguous_and_empty() -> None:
+    cell = load_cell("paralstm")
+    pre, rec, h0, _ = problem(cell, 2, 9, 6)
+    odd = pre.transpose(1, 3).contiguous().transpose(1, 3)
+    assert torch.equal(parallel_rnn(cell, odd, rec, h0)[0], parallel_rnn(cell, pre, rec, h0)[0])
+    states, final = parallel_rnn(cell, pre[:, :0], rec, h0)
+    assert states.shape == (2, 0, 2, 6) and torch.equal(final, h0)
+
+
+def test_a_cell_that_cannot_be_lowered_says_why() -> None:
+    def mixing(x: Pre, h: State) -> tuple[State]:
+        return (torch.tanh(x + h.roll(1, -1)),)
+
+    def clamped(x: Pre, h: State) -> tuple[State]:
+        return (torch.clamp(x + 0.5 * h, -1.0, 1.0),)
+
+    for step, word in ((mixing, "roll"), (clamped, "clamp")):
+        with pytest.raises(NotLowered, match=word):
+            trace(Cell.from_step(step))
+    with pytest.raises(ValueError, match="method='triton' is not possible"):
+        parallel_rnn(load_cell("paragru"), torch.zeros(1, 2, 3, 4), torch.zeros(3, 4), method="triton")
+    for step in (mixing, clamped):
+        inputs = [torch.randn(2, 40, 1, 4, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64), torch.randn(2, 1, 4, dtype=torch.float64), None]
+        agree(everything(parallel_rnn, Cell.from_step(step), inputs), everything(reference.sequential, Cell.from_step(step), inputs), 1e-10)
+    with pytest.raises(ValueError, match="mixes channels"):
+        parallel_rnn(Cell.from_step(mixing), torch.zeros(1, 2, 1, 4), torch.zeros(0, 4), method="parallel")
+
+
+def test_linear_cells_are_recognised() -> None:
+    assert [name for name in available() if trace(load_cell(name)).linear] == ["mingru", "minlstm"]

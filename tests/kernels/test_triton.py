@@ -1,0 +1,39 @@
+"""The generated Triton kernels without a GPU: their values in the interpreter, and that every one compiles for sm_90."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.cells import available
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_every_kernel_in_the_interpreter() -> None:
+    assert run("interpreted.py", *available(), "three") == "ok"
+
+
+def test_every_kernel_compiles() -> None:
+    found = json.loads(run("compiled.py", "1", *available(), "three"))
+    assert all(len(kernels) == 6 for kernels in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paragru", "paralstm"])
+def test_registers_do_not_spill_where_speed_matters(name: str) -> None:
+    found = json.loads(run("compiled.py", "8", name))[name]
+    assert all(use.get("spilled", 0) == 0 for kernel, use in found.items()), found
