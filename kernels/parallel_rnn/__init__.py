@@ -51,7 +51,8 @@ def parallel_rnn(
 def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor) -> Tensor:
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
-        return launch.step(cell, pre_BPD, rec_RD, h_BSD)
+        with torch.cuda.device_of(pre_BPD):
+            return launch.step(cell, pre_BPD, rec_RD, h_BSD)
     dtype = reference.compute_dtype(pre_BPD)
     new = cell(pre_BPD.to(dtype).unbind(1), rec_RD.to(dtype).unbind(0), h_BSD.to(dtype).unbind(1))
     return torch.stack(new, 1).to(h_BSD.dtype)

@@ -39,7 +39,8 @@ def solve(pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: s
     """(states (B, T, S, D) in the dtype of pre, final (B, S, D) in the dtype of the arithmetic), T >= 1."""
     cell = REGISTRY[key]
     if use_triton(cell, pre, method):
-        return launch.forward(cell, pre, rec, h0, starts)
+        with torch.cuda.device_of(pre):  # Triton launches on the current device
+            return launch.forward(cell, pre, rec, h0, starts)
     dtype = reference.compute_dtype(pre)
     launch._report.clear()
     with torch.autocast(pre.device.type, enabled=False):
@@ -61,12 +62,13 @@ def solve_backward(
     """Gradients of pre, rec and h0, each in the dtype of its tensor."""
     cell = REGISTRY[key]
     if use_triton(cell, pre, method):
-        d_pre, d_rec, d_h0 = launch.backward(cell, pre, rec, h0, starts, states, d_states, d_final)
+        with torch.cuda.device_of(pre):
+            d_pre, d_rec, d_h0 = launch.backward(cell, pre, rec, h0, starts, states, d_states, d_final)
     else:
-        tensors = [x.to(reference.compute_dtype(pre)) for x in (pre, rec, h0)]
-        d = [x.to(tensors[0].dtype) for x in (states, d_states, d_final)]
+        dtype = reference.compute_dtype(pre)
+        x, w, h, y, dy, dh = (t.to(dtype) for t in (pre, rec, h0, states, d_states, d_final))
         with torch.autocast(pre.device.type, enabled=False):
-            d_pre, d_rec, d_h0 = reference.linear_backward(cell, *tensors, starts, *d)
+            d_pre, d_rec, d_h0 = reference.linear_backward(cell, x, w, h, starts, y, dy, dh)
     return d_pre.to(pre.dtype).contiguous(), d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone(memory_format=torch.contiguous_format)
 
 

@@ -174,7 +174,9 @@ class _Parallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         pre, rec, h0, states, *rest = ctx.saved_tensors
-        return (None, *linear_backward(ctx.cell, pre, rec, h0, rest[0] if rest else None, states, *gradients, slices=ctx.slices), None, None)
+        d_states, d_final = gradients
+        starts = rest[0] if rest else None
+        return (None, *linear_backward(ctx.cell, pre, rec, h0, starts, states, d_states, d_final, ctx.slices), None, None)
 
 
 def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor) -> Tensor:

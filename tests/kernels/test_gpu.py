@@ -1,0 +1,88 @@
+"""The Triton kernels on a GPU against the float64 loop, in the sizes and ways the interpreter is too slow for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parallel_rnn import cells, problem
+
+from kernels.parallel_rnn import launch, parallel_rnn, parallel_rnn_step, reference
+from kernels.parallel_rnn.cell import Cell
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def on_gpu(cell: Cell, *sizes: int, dtype: torch.dtype = torch.float32, **options: float) -> list[torch.Tensor]:
+    pre, rec, h0, starts = problem(cell, *sizes, **options)
+    return [pre.to("cuda", dtype), rec.cuda().float(), h0.cuda().float(), None if starts is None else starts.cuda()]
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda c: c.name)
+@pytest.mark.parametrize(("T", "D"), [(1, 5), (2, 1), (31, 33), (257, 65), (1030, 96)])
+@pytest.mark.parametrize(("weight", "bias"), [(0.5, 0.0), (8.0, 0.0), (0.5, -9.2)])
+def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: float) -> None:
+    pre, rec, h0, starts = on_gpu(cell, 2, T, D, weight=weight, bias=bias, resets=0.01)
+    fine = [x.double().requires_grad_() for x in (pre, rec, h0)]
+    leaves = [x.requires_grad_() for x in (pre, rec, h0)]
+    states, final = parallel_rnn(cell, *leaves, starts, method="triton")
+    oracle, end = reference.sequential(cell, *fine, starts)
+    sensitive = weight > 1  # an unstable recurrence amplifies fp32 rounding; the sequential fp32 loop is then the measure
+    if sensitive:
+        loop, _ = reference.sequential(cell, *(x.detach() for x in leaves), starts)
+        allowed = 1e-4 + 10 * (loop - oracle).abs().max().item()
+    else:
+        allowed = 1e-5 * (1 + oracle.abs().max().item())
+    assert (states - oracle).abs().max().item() <= allowed
+    if sensitive:
+        return
+    d, e = torch.randn_like(states), torch.randn_like(final)
+    found = torch.autograd.grad((states * d).sum() + (final * e).sum(), leaves, allow_unused=True)
+    wanted = torch.autograd.grad((oracle * d).sum() + (end * e).sum(), fine, allow_unused=True)
+    for a, b in zip(found, wanted):
+        if b is not None and b.numel():
+            assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda c: c.name)
+def test_bf16_is_as_good_as_the_rounded_oracle(cell: Cell) -> None:
+    pre, rec, h0, _ = on_gpu(cell, 2, 900, 64, dtype=torch.bfloat16)
+    states, _ = parallel_rnn(cell, pre, rec, h0)
+    oracle, _ = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
+    assert (states - oracle).abs().max() <= 1.5 * (oracle.bfloat16() - oracle).abs().max()
+
+
+def test_repeatable_graph_capturable_and_compiled() -> None:
+    cell = cells()[0]
+    pre, rec, h0, _ = on_gpu(cell, 1, 2048, 64)
+    first = parallel_rnn(cell, pre, rec, h0)[0]
+    assert torch.equal(first, parallel_rnn(cell, pre, rec, h0)[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = parallel_rnn(cell, pre, rec, h0)[0]
+    graph.replay()
+    assert torch.equal(captured, first)
+    compiled = torch.compile(lambda *a: parallel_rnn(cell, *a)[0], fullgraph=True)
+    assert torch.equal(compiled(pre, rec, h0), first)
+    with torch.no_grad():
+        assert torch.allclose(parallel_rnn_step(cell, pre[:, 0], rec, h0), first[:, 0], atol=1e-6)
+
+
+def test_unconverged_slices_are_walked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CORRECTIONS", 0)
+    monkeypatch.setattr(launch, "BURN_IN", 0)
+    cell = cells()[0]
+    pre, rec, h0, _ = on_gpu(cell, 1, 1024, 64)
+    states, _ = launch.forward(cell, pre, rec, h0, None)
+    assert launch.last_report()["sequential"] > 0
+    assert (states - reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)[0]).abs().max() < 1e-5
+
+
+def test_beyond_int32_elements() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB")
+    cell = next(c for c in cells() if c.name == "mingru")
+    pre = torch.zeros(1, (1 << 20) + 64, 2, 1088, device="cuda", dtype=torch.bfloat16)  # 2.3e9 elements
+    pre[:, -100:].normal_()
+    states, _ = parallel_rnn(cell, pre, torch.zeros(0, 1088, device="cuda"))
+    tail, _ = reference.sequential(cell, pre[:, -100:].double(), torch.zeros(0, 1088, device="cuda").double(), torch.zeros_like(pre[:, 0, :1]).double(), None)
+    assert (states[:, -100:] - tail).abs().max() < 2e-2
