@@ -2,15 +2,15 @@
 
 Global sample k is found by arithmetic: which source (Mixture), which epoch, which window (Permutation). Step s of a run with G sequences
 per step is samples sG .. sG+G-1, whatever the number of ranks, the micro-batch or the moment the run was resumed.
+Dimensions: R rows fetched at once, T sequence length, L = T + 1 (inputs and the last label).
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from data.order import Mixture, Permutation
 from data.shards import ShardSet
+
+Rows = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -35,25 +37,31 @@ class Batch:
         return Batch(move[0], move[1], move[2], self.sample_ids)
 
     def pin(self) -> Batch:
+        """The batch in page-locked memory, from where copies to a GPU need not be waited for."""
         return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.segment_ids.pin_memory(), self.sample_ids)
 
 
-class Reader(Protocol):
-    """Global sample k as (tokens (T+1,) int64, segment ids (T+1,) int32)."""
+class Reader:
+    """Finds global samples by their number. A reader of another kind only has to define `samples`."""
 
     seq_len: int
     samples_per_epoch: int
 
-    def sample(self, k: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def samples(self, k_R: np.ndarray) -> Rows:
+        """(tokens (R, T+1) int64, segment ids (R, T+1) int32) of the global samples `k_R`."""
+        raise NotImplementedError
+
+    def sample(self, k: int) -> Rows:
+        """(tokens (T+1,), segment ids (T+1,)) of one global sample."""
+        tokens_RL, segments_RL = self.samples(np.array([k], dtype=np.int64))
+        return tokens_RL[0], segments_RL[0]
 
 
-def segments(tokens: np.ndarray, eot: int) -> np.ndarray:
-    """Document number of each token within the row: it rises at every end-of-text mark, which starts a document."""
-    return np.cumsum(tokens == eot, dtype=np.int32)
+class WindowReader(Reader):
+    """Shuffled fixed windows: window i of a source holds inputs iT .. iT+T-1 and their labels; an epoch of a source has each window once.
 
-
-class WindowReader:
-    """Shuffled fixed windows: window i of a source holds inputs iT .. iT+T-1 and their labels; an epoch sees each window once."""
+    The last (n_tokens - 1) % T tokens of a source fill no window and are not read.
+    """
 
     def __init__(self, shards: list[tuple[ShardSet, float]], seq_len: int, seed: int) -> None:
         self.shards, self.seq_len, self.seed = [s for s, _ in shards], seq_len, seed
@@ -68,25 +76,44 @@ class WindowReader:
     def _order(self, source: int, epoch: int) -> Permutation:
         key = (source, epoch)
         if key not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k[1] >= epoch - 1}
+            if len(self._orders) > 4 * len(self.shards):
+                self._orders.clear()
             self._orders[key] = Permutation(self.windows[source], self.seed, source, epoch)
         return self._orders[key]
 
+    def locate(self, k_R: np.ndarray) -> Rows:
+        """(source, window), both (R,) int64, of the global samples `k_R`."""
+        source_R, index_R = self.mixture.locate(k_R)
+        window_R = np.empty_like(index_R)
+        for source in np.unique(source_R).tolist():
+            epoch_R, place_R = np.divmod(index_R, self.windows[source])
+            for epoch in np.unique(epoch_R[source_R == source]).tolist():
+                chosen = (source_R == source) & (epoch_R == epoch)
+                window_R[chosen] = self._order(source, epoch)(place_R[chosen])
+        return source_R, window_R
+
     def window(self, k: int) -> tuple[int, int]:
         """(source, window) of global sample k."""
-        source, index = self.mixture(k)
-        epoch, place = divmod(index, self.windows[source])
-        return source, int(self._order(source, epoch)(place)[0])
+        source, window = self.locate(np.array([k], dtype=np.int64))
+        return int(source[0]), int(window[0])
 
-    def sample(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        source, window = self.window(k)
-        shard = self.shards[source]
-        tokens = shard.read(window * self.seq_len, self.seq_len + 1).astype(np.int64)
-        return tokens, segments(tokens, shard.eot_id)
+    def samples(self, k_R: np.ndarray) -> Rows:
+        source_R, window_R = self.locate(k_R)
+        if len(self.shards) == 1:
+            return self.shards[0].rows(window_R * self.seq_len, self.seq_len + 1)
+        tokens_RL = np.empty((len(k_R), self.seq_len + 1), dtype=np.int64)
+        segments_RL = np.empty((len(k_R), self.seq_len + 1), dtype=np.int32)
+        for source in np.unique(source_R).tolist():
+            chosen = source_R == source
+            tokens_RL[chosen], segments_RL[chosen] = self.shards[source].rows(window_R[chosen] * self.seq_len, self.seq_len + 1)
+        return tokens_RL, segments_RL
 
 
-class StreamReader:
-    """Row b of a global batch reads one long stretch of the data: in the next step it goes on where it stopped. One source."""
+class StreamReader(Reader):
+    """Row b of a global batch reads one long stretch of the data: in the next step it goes on where it stopped. One source.
+
+    Segment ids of a row rise through its stretch and on through the epochs, so a carried state knows when its document has ended.
+    """
 
     def __init__(self, shards: list[tuple[ShardSet, float]], seq_len: int, rows: int) -> None:
         if len(shards) != 1:
@@ -99,23 +126,36 @@ class StreamReader:
             )
         self.samples_per_epoch = self.steps * rows
 
-    def sample(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        step, row = divmod(k, self.rows)
-        first = row * self.steps * self.seq_len
-        start = first + step % self.steps * self.seq_len
-        tokens = self.shard.read(start, self.seq_len + 1).astype(np.int64)
-        # Segment ids must agree from step to step, so they count from the start of the row's stretch.
-        base = np.searchsorted(self.shard.document_starts, start) - np.searchsorted(self.shard.document_starts, first)
-        return tokens, segments(tokens, self.shard.eot_id) + np.int32(base)
+    def samples(self, k_R: np.ndarray) -> Rows:
+        step_R, row_R = np.divmod(np.asarray(k_R, dtype=np.int64), self.rows)
+        epoch_R, place_R = np.divmod(step_R, self.steps)
+        first_R = row_R * (self.steps * self.seq_len)
+        start_R = first_R + place_R * self.seq_len
+        tokens_RL, segments_RL = self.shard.rows(start_R, self.seq_len + 1)
+        opened = self.shard.document_of(first_R)
+        passed = self.shard.document_of(first_R + self.steps * self.seq_len - 1) - opened + 1  # documents of the whole stretch
+        base_R = epoch_R * passed + self.shard.document_of(start_R) - opened
+        return tokens_RL, segments_RL + base_R.astype(np.int32)[:, None]
 
 
-def build_reader(shards: list[tuple[ShardSet, float]], reader: str, seq_len: int, seed: int, rows: int) -> Any:
-    """`windows` or `stream`. Raises ValueError when the data is too short."""
+def build_reader(shards: list[tuple[ShardSet, float]], reader: str, seq_len: int, seed: int, rows: int) -> WindowReader | StreamReader:
+    """`windows` or `stream` (of `rows` rows). Raises ValueError for another name, different tokenizers, or too little data."""
+    if not shards:
+        raise ValueError("There are no token shards to read; give data.path a folder.")
+    if reader not in ("windows", "stream"):
+        raise ValueError(f"data.reader must be windows or stream, not {reader!r}.")
+    if seq_len < 1 or rows < 1:
+        raise ValueError(f"Sequences and batches must have at least one token and row, not {seq_len} and {rows}.")
+    if len({s.tokenizer_sha256 for s, _ in shards}) > 1:
+        raise ValueError("The folders of data.path were made with different tokenizers; prepare them again with one.")
     return WindowReader(shards, seq_len, seed) if reader == "windows" else StreamReader(shards, seq_len, rows)
 
 
 class BatchLoader:
-    """Iterates over steps from `start_step`: each item is the list of this rank's micro-batches. A thread keeps `prefetch` steps ready."""
+    """An iterator over steps from `start_step`: each item is the list of this rank's micro-batches. A thread keeps `prefetch` steps ready.
+
+    An error in the thread is raised by next(), and by every next() after it. Raises ValueError when the batch cannot be divided.
+    """
 
     def __init__(
         self,
@@ -128,23 +168,27 @@ class BatchLoader:
         prefetch: int = 4,
         pin: bool = False,
     ) -> None:
-        assert global_batch % (micro_batch * world_size) == 0
+        if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size) or not 0 <= rank < world_size:
+            raise ValueError(
+                f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {rank} of {world_size}."
+            )
         self.reader, self.global_batch, self.micro_batch, self.pin = reader, global_batch, micro_batch, pin
         self.first_row = rank * (global_batch // world_size)
         self.last_row = self.first_row + global_batch // world_size
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=prefetch)
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, args=(start_step,), name="batches", daemon=True)
         self._thread.start()
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of one step."""
+        k_R = step * self.global_batch + np.arange(self.first_row, self.last_row, dtype=np.int64)
+        tokens_RL, segments_RL = (torch.from_numpy(rows) for rows in self.reader.samples(k_R))
         result = []
-        for begin in range(self.first_row, self.last_row, self.micro_batch):
-            ids = [step * self.global_batch + row for row in range(begin, begin + self.micro_batch)]
-            rows = [self.reader.sample(k) for k in ids]
-            tokens = torch.from_numpy(np.stack([t for t, _ in rows]))
-            segment_ids = torch.from_numpy(np.stack([s for _, s in rows]))
+        for i in range(0, len(k_R), self.micro_batch):
+            tokens, segment_ids = tokens_RL[i : i + self.micro_batch], segments_RL[i : i + self.micro_batch]
+            ids = k_R[i : i + self.micro_batch].tolist()
             batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), segment_ids[:, :-1].contiguous(), ids)
             result.append(batch.pin() if self.pin else batch)
         return result
@@ -153,28 +197,38 @@ class BatchLoader:
         while not self._stop.is_set():
             try:
                 item: Any = self.step(step)
-            except Exception as error:  # surfaces in the consumer
+            except BaseException as error:  # surfaces in the consumer
                 item = error
             while not self._stop.is_set():
                 try:
-                    self._queue.put(item, timeout=0.2)
+                    self._queue.put(item, timeout=0.1)
                     break
                 except queue.Full:
                     continue
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 return
             step += 1
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        while self._error is None and not self._stop.is_set():
+            try:
+                item = self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            if not isinstance(item, BaseException):
+                return item
+            self._error = item
+        if self._error is not None:
+            raise self._error
+        raise StopIteration
 
     def close(self) -> None:
+        """Ends the thread; a read that hangs (a dead network disk) is not waited for."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=5.0)
 
     def __enter__(self) -> BatchLoader:
         return self

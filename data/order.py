@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 
 ROUNDS = 6
+LARGEST_BLOCK = 1_000_000
 
 
 class Permutation:
@@ -44,23 +46,44 @@ class Permutation:
 
 
 class Mixture:
-    """Assigns global sample k to (source, index within it): exact quotas in every block of samples, shuffled inside the block."""
+    """Assigns global sample k to (source, index within it): exact quotas in every block of samples, shuffled inside the block.
 
-    def __init__(self, weights: list[float], seed: int, block: int = 1000) -> None:
-        if not weights or min(weights) < 0 or sum(weights) <= 0:
+    A block has 1000 samples, or more (up to a million) where a small weight would get none of them.
+    """
+
+    def __init__(self, weights: list[float], seed: int, block: int | None = None) -> None:
+        if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
             raise ValueError(f"Mixture weights must be zero or more with a positive sum, not {weights}.")
+        least = min(w for w in weights if w > 0) / sum(weights)
+        if block is None:
+            block = 1000
+            while block * least < 1 and block < LARGEST_BLOCK:
+                block *= 10
         share = np.asarray(weights, dtype=np.float64) / sum(weights) * block
-        quota = np.floor(share).astype(np.int64)
+        if block * least < 0.5:
+            raise ValueError(
+                f"The smallest of the mixture weights {weights} is less than one sample in {block:,}; raise it or set it to 0."
+            )
+        quota = np.floor(share + 1e-9).astype(np.int64)
         for i in np.argsort(quota - share, kind="stable")[: block - int(quota.sum())]:
             quota[i] += 1  # largest remainders
         self.quota, self.block, self.seed = quota, block, seed
         self.source = np.repeat(np.arange(len(weights)), quota)
         self.rank = np.concatenate([np.arange(q) for q in quota])
 
-    def __call__(self, k: int) -> tuple[int, int]:
-        block, place = divmod(k, self.block)
+    def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index in source), both int64, of the global samples `k`."""
+        k = np.asarray(k, dtype=np.int64)
         if len(self.quota) == 1:
-            return 0, k
-        slot = int(Permutation(self.block, self.seed, 7, block)(place)[0])
-        source = int(self.source[slot])
-        return source, block * int(self.quota[source]) + int(self.rank[slot])
+            return np.zeros_like(k), k
+        block, place = np.divmod(k, self.block)
+        slot = np.empty_like(k)
+        for b in np.unique(block):
+            chosen = block == b
+            slot[chosen] = Permutation(self.block, self.seed, 7, int(b))(place[chosen])
+        source = self.source[slot]
+        return source, block * self.quota[source] + self.rank[slot]
+
+    def __call__(self, k: int) -> tuple[int, int]:
+        source, index = self.locate(np.array([k]))
+        return int(source[0]), int(index[0])

@@ -1,12 +1,16 @@
 """Token shards on disk: written once, read by memory map.
 
-A folder holds meta.json, tokenizer.json and per split `train-00000.bin` (token ids) with `train-00000.idx` (uint64: where each document starts,
-in tokens). Every document is the end-of-text mark followed by its tokens, so the label of a document's last token is the next one's mark.
+A folder holds meta.json, tokenizer.json and per split `train-00000.bin` (token ids) with `train-00000.idx` (uint64: where each document
+starts, in tokens of that shard) and `train-00000.len` (uint64: its length as UTF-8). Every document is the end-of-text mark followed by its
+tokens, so the label of a document's last token is the next one's mark. Dimensions: R rows, L tokens of a row.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
+import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,24 +18,26 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import fingerprint
+from data.tokenizer import file_fingerprint
 
 FORMAT = 1
 SPLITS = ("train", "valid")
+OFFSETS = np.dtype("<u8")
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json of a shard folder. Raises ValueError in one sentence."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{directory} holds no token shards; make them with: python -m data.prepare input=demo out={directory} tokenizer=bpe:2048"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{directory} is of format {meta.get('format')}, this program reads {FORMAT}; prepare the data again.")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{directory} is of format {found}, this program reads {FORMAT}; prepare the data again.")
     return meta
 
 
@@ -41,19 +47,26 @@ class ShardSet:
     def __init__(self, directory: str | Path, split: str) -> None:
         self.directory, self.split = Path(directory), split
         self.meta = read_meta(self.directory)
-        if split not in self.meta["splits"]:
-            raise ValueError(f"{self.directory} has no split {split!r}.")
-        part = self.meta["splits"][split]
-        self.dtype = np.dtype(self.meta["dtype"])
-        self.n_tokens, self.n_documents, self.n_bytes = part["tokens"], part["documents"], part["bytes"]
-        self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
-        self.tokenizer_sha256, self.fingerprint = self.meta["tokenizer_sha256"], self.meta["fingerprint"]
+        try:
+            if split not in self.meta["splits"]:
+                raise ValueError(f"{self.directory} has no split {split!r}.")
+            part = self.meta["splits"][split]
+            self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+            self.n_tokens, self.n_documents, self.n_bytes = part["tokens"], part["documents"], part["bytes"]
+            self.vocab_size, self.eot_id = self.meta["vocab_size"], self.meta["eot_id"]
+            self.tokenizer_sha256, self.fingerprint = self.meta["tokenizer_sha256"], self.meta["fingerprint"]
+            self.shards: list[dict[str, Any]] = part["shards"]
+            tokens, documents = [s["tokens"] for s in self.shards], [s["documents"] for s in self.shards]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
         if self.n_tokens < 2:
             raise ValueError(f"{self.directory} has no {split} tokens; prepare it with more text.")
-        self._bins = [self._map(s["file"] + ".bin", s["tokens"], self.dtype) for s in part["shards"]]
-        self._starts = np.cumsum([0, *(s["tokens"] for s in part["shards"])])
-        self._index = [self._map(s["file"] + ".idx", s["documents"], np.dtype("<u8")) for s in part["shards"]]
-        if fingerprint(self.tokenizer()) != self.tokenizer_sha256:
+        self._bins = [self._map(s["file"] + ".bin", s["tokens"], self.dtype) for s in self.shards]
+        self._index = [self._map(s["file"] + ".idx", s["documents"], OFFSETS) for s in self.shards]
+        self._lengths = [self._map(s["file"] + ".len", s["documents"], OFFSETS) for s in self.shards if "bytes" in s]
+        self._first_token = list(itertools.accumulate(tokens, initial=0))  # of every shard, and the end
+        self._first_document = list(itertools.accumulate(documents, initial=0))
+        if file_fingerprint(self.directory / "tokenizer.json") != self.tokenizer_sha256:
             raise ValueError(
                 f"{self.directory / 'tokenizer.json'} is not the tokenizer these shards were made with; put the right one back or prepare the data again."
             )
@@ -64,36 +77,81 @@ class ShardSet:
         if size != count * dtype.itemsize:
             what = "is missing" if size < 0 else f"has {size:,} bytes instead of {count * dtype.itemsize:,}"
             raise ValueError(f"The shard {path} {what}; copy it again or prepare the data again.")
-        return np.memmap(path, dtype=dtype, mode="r") if count else np.zeros(0, dtype)
+        try:
+            return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else np.zeros(0, dtype)
+        except OSError as error:
+            raise ValueError(f"The shard {path} cannot be read: {error.strerror}.") from error
 
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer the shards were made with."""
         return _tokenizer(str(self.directory / "tokenizer.json"), (self.directory / "tokenizer.json").stat().st_mtime_ns)
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens start .. start+n-1 of the split, across shard borders; a view of the map where it can be."""
-        if start < 0 or n < 0 or start + n > self.n_tokens:
-            raise ValueError(f"Tokens {start} to {start + n} are outside the {self.n_tokens} of {self.directory} ({self.split}).")
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        self._check(start, start, n)
+        shard = bisect.bisect_right(self._first_token, start) - 1
         pieces = []
         while n > 0:
-            offset = start - int(self._starts[first])
-            piece = self._bins[first][offset : offset + n]
+            offset = start - self._first_token[shard]
+            piece = self._bins[shard][offset : offset + n]
             pieces.append(piece)
-            start, n, first = start + len(piece), n - len(piece), first + 1
+            start, n, shard = start + len(piece), n - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
 
-    @functools.cached_property
-    def document_starts(self) -> np.ndarray:
-        """int64 token offset of every document, in order."""
-        return np.concatenate([index.astype(np.int64) + int(start) for index, start in zip(self._index, self._starts)])
+    def _check(self, low: int, high: int, n: int) -> None:
+        if low < 0 or n < 0 or high + n > self.n_tokens:
+            raise ValueError(f"Tokens {low} to {high + n} are outside the {self.n_tokens} of {self.directory} ({self.split}).")
 
-    def document(self, i: int) -> np.ndarray:
-        """Tokens of document i, its end-of-text mark first."""
+    def rows(self, start_R: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens (R, n) int64, segment ids (R, n) int32) of the rows that begin at `start_R`; a row's first document is segment 0."""
+        starts = [int(s) for s in start_R]
+        if starts:
+            self._check(min(starts), max(starts), n)
+        tokens_RL, segments_RL = np.empty((len(starts), n), np.int64), np.zeros((len(starts), n), np.int32)
+        for tokens_L, segments_L, start in zip(tokens_RL, segments_RL, starts):
+            shard, done = bisect.bisect_right(self._first_token, start) - 1, 0
+            while done < n:
+                offset = start + done - self._first_token[shard]
+                piece, index = self._bins[shard][offset : offset + n - done], self._index[shard]
+                tokens_L[done : done + len(piece)] = piece
+                first, last = index.searchsorted(np.array([offset, offset + len(piece)], OFFSETS))  # a key of another type would copy it
+                segments_L[(index[first:last] - np.uint64(offset)).astype(np.int64) + done] = 1
+                done, shard = done + len(piece), shard + 1
+        if n:
+            segments_RL[:, 0] = 0
+        return tokens_RL, np.cumsum(segments_RL, axis=1, dtype=np.int32)
+
+    def document_of(self, token: int | np.ndarray) -> np.ndarray:
+        """Number (int64) of the document that holds each token position."""
+        tokens = np.atleast_1d(np.asarray(token, dtype=np.int64))
+        shards = np.searchsorted(self._first_token, tokens, side="right") - 1
+        result = np.empty_like(tokens)
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            offsets = (tokens[chosen] - self._first_token[shard]).astype(OFFSETS)
+            result[chosen] = self._first_document[shard] + self._index[shard].searchsorted(offsets, side="right") - 1
+        return result
+
+    def document(self, i: int) -> tuple[np.ndarray, int]:
+        """(tokens of document i, its end-of-text mark first; its length in UTF-8 bytes)."""
         if not 0 <= i < self.n_documents:
-            raise ValueError(f"There are {self.n_documents} documents in {self.directory} ({self.split}), not {i + 1}.")
-        start = int(self.document_starts[i])
-        end = int(self.document_starts[i + 1]) if i + 1 < self.n_documents else self.n_tokens
-        return self.read(start, end - start)
+            raise ValueError(f"{self.directory} ({self.split}) has documents 0 to {self.n_documents - 1}, not {i}.")
+        if len(self._lengths) != len(self.shards):
+            raise ValueError(f"{self.directory} does not say how long its documents are; prepare the data again.")
+        shard = bisect.bisect_right(self._first_document, i) - 1
+        place, index = i - self._first_document[shard], self._index[shard]
+        end = int(index[place + 1]) if place + 1 < len(index) else len(self._bins[shard])
+        return self._bins[shard][int(index[place]) : end], int(self._lengths[shard][place])
+
+    def verify(self) -> None:
+        """Reads every token file and compares it with its checksum. Raises ValueError at the first that differs."""
+        for shard in self.shards:
+            digest = hashlib.sha256()
+            with (self.directory / f"{shard['file']}.bin").open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+            if shard.get("sha256", digest.hexdigest()) != digest.hexdigest():
+                raise ValueError(f"The shard {self.directory / shard['file']}.bin is damaged; copy it again or prepare the data again.")
 
 
 @functools.lru_cache(maxsize=8)

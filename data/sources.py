@@ -9,6 +9,7 @@ import glob
 import gzip
 import json
 import lzma
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".txt.gz", ".
 
 
 class Source:
-    """Iterates (position, text) over one input. `bad` counts the records left out by kind; with strict the first one is a ValueError."""
+    """Iterates over the texts of one input. `bad` counts the records left out by kind; with strict the first one is a ValueError."""
 
     def __init__(self, spec: str, text_field: str = "text", strict: bool = False) -> None:
         self.spec, self.field, self.strict = spec, text_field, strict
@@ -70,7 +71,7 @@ class Source:
             else:
                 with _open(path) as file:
                     yield from self._texts(iter([file.read()]), str(path))
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
     def _json_lines(self, path: Path) -> Iterator[Any]:
@@ -79,11 +80,11 @@ class Source:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode("utf-8-sig"))
                 except UnicodeDecodeError:
-                    yield line  # counted as not UTF-8
+                    self._reject("not UTF-8", str(path))
                     continue
-                except ValueError:
+                except (ValueError, RecursionError):
                     self._reject("not JSON", str(path))
                     continue
                 yield row.get(self.field) if isinstance(row, dict) else None
@@ -96,8 +97,18 @@ class Source:
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         except Exception as error:  # datasets raises many kinds; the first line says what is the matter
-            raise ValueError(f"The data set {name} cannot be opened: {str(error).splitlines()[0]}") from error
-        for row in rows:
+            raise ValueError(f"The data set {name} cannot be opened: {_first_line(error)}.") from error
+        columns = list(rows.features or ())
+        if columns and self.field not in columns:
+            raise ValueError(f"The data set {name} has no column {self.field!r}; set text_field to one of {', '.join(columns)}.")
+        stream = iter(rows.select_columns([self.field]) if columns else rows)
+        while True:
+            try:
+                row = next(stream, None)
+            except Exception as error:
+                raise ValueError(f"The data set {name} cannot be read on: {_first_line(error)}; the same command goes on here.") from error
+            if row is None:
+                return
             yield row.get(self.field)
 
     def _texts(self, values: Iterator[Any], where: str) -> Iterator[str]:
@@ -118,6 +129,10 @@ class Source:
                 self._reject("not UTF-8", where)
             else:
                 yield value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _encodable(text: str) -> bool:
@@ -144,5 +159,8 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Any]:
         raise ValueError(f"{path} is not a Parquet file.") from error
     if field not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column {field!r}; set text_field to one of {', '.join(file.schema_arrow.names)}.")
-    for batch in file.iter_batches(columns=[field], batch_size=1024):
-        yield from batch.column(0).to_pylist()
+    try:
+        for batch in file.iter_batches(columns=[field], batch_size=1024):
+            yield from batch.column(0).to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}.") from error

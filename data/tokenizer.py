@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
@@ -66,6 +67,16 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return tokenizer
 
 
+def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Id of each of the 256 bytes when `tokenizer` is `byte_tokenizer()`, else None."""
+    if fingerprint(tokenizer) != fingerprint(byte_tokenizer()):
+        return None
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # GPT-2's spelling of bytes: these as themselves,
+    others = iter(range(0x100, 0x200))  # the others from U+0100 on
+    spelling = {b: chr(b) if b in printable else chr(next(others)) for b in range(256)}
+    return np.array([tokenizer.token_to_id(spelling[b]) for b in range(256)], dtype=np.uint32)
+
+
 def eot_id(tokenizer: Tokenizer) -> int:
     """Id of the mark that starts every document. Raises ValueError when the tokenizer has none of the known names."""
     for name in END_NAMES:
@@ -77,6 +88,16 @@ def eot_id(tokenizer: Tokenizer) -> int:
 def fingerprint(tokenizer: Tokenizer) -> str:
     """SHA-256 of the tokenizer's canonical JSON."""
     return hashlib.sha256(json.dumps(json.loads(tokenizer.to_str()), sort_keys=True).encode()).hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """`fingerprint` of a tokenizer.json as it lies on disk, so that a newer library that writes it otherwise does not change it."""
+    try:
+        return hashlib.sha256(json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True).encode()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; put it back or prepare the data again."
+        ) from error
 
 
 def encode_bare(tokenizer: Tokenizer) -> Tokenizer:

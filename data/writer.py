@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+
+ENDINGS = (".bin", ".idx", ".len")
 
 
 @dataclass
@@ -23,118 +26,182 @@ class Split:
     shards: list[dict[str, Any]] = field(default_factory=list)
     open_tokens: int = 0
     open_documents: int = 0
+    open_bytes: int = 0
     tokens: int = 0
     documents: int = 0
     bytes: int = 0
     last_document: list[int] = field(default_factory=lambda: [0, 0])  # tokens and bytes of the newest one
+
+    def count(self, tokens: int, documents: int, size: int) -> None:
+        self.open_tokens, self.open_documents, self.open_bytes = (
+            self.open_tokens + tokens,
+            self.open_documents + documents,
+            self.open_bytes + size,
+        )
+        self.tokens, self.documents, self.bytes = self.tokens + tokens, self.documents + documents, self.bytes + size
 
 
 class ShardWriter:
     """Appends documents to the shards of both splits under `folder`, a `.partial` one."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
-        self.folder, self.dtype, self.shard_tokens = folder, dtype, shard_tokens
+        self.folder, self.dtype, self.shard_tokens = folder, dtype.newbyteorder("<"), shard_tokens
         self.splits = {"train": Split(), "valid": Split()}
-        self.files: dict[str, tuple[IO[bytes], IO[bytes]]] = {}
+        self.files: dict[str, list[IO[bytes]]] = {}
+        self.digests: dict[str, Any] = {}
         self.consumed = 0
 
     def resume(self) -> bool:
-        """Takes up what the journal says; False when there is none."""
+        """Takes up what the journal says; False when there is none. Raises ValueError when files are shorter than it says."""
         try:
             journal = json.loads((self.folder / "journal.json").read_text())
         except (OSError, ValueError):
             return False
+        self._close_files()
         self.splits = {name: Split(**values) for name, values in journal["splits"].items()}
         self.consumed = journal["consumed"]
         for name, split in self.splits.items():
+            for shard in split.shards:
+                self._cut(shard["file"], shard["tokens"], shard["documents"])
             if split.open_documents:
-                base = self._base(name)
-                os.truncate(self.folder / f"{base}.bin", split.open_tokens * self.dtype.itemsize)
-                os.truncate(self.folder / f"{base}.idx", split.open_documents * 8)
+                self._cut(self._base(name), split.open_tokens, split.open_documents)
+                self.digests[name] = _digest(self.folder / f"{self._base(name)}.bin")
         return True
+
+    def _cut(self, base: str, tokens: int, documents: int) -> None:
+        for ending, size in zip(ENDINGS, (tokens * self.dtype.itemsize, documents * 8, documents * 8)):
+            path = self.folder / f"{base}{ending}"
+            if not path.exists() or path.stat().st_size < size:
+                raise ValueError(f"{path} is damaged, so the interrupted run cannot go on; delete {self.folder} and start again.")
+            if path.stat().st_size > size:
+                os.truncate(path, size)
 
     def _base(self, name: str) -> str:
         return f"{name}-{len(self.splits[name].shards):05d}"
 
     def add(self, name: str, tokens: np.ndarray, size: int) -> None:
         """Appends one document (its end-of-text mark first) of `size` UTF-8 bytes to split `name`."""
-        split = self.splits[name]
+        self.extend(name, [tokens], [size])
+
+    def extend(self, name: str, documents: list[np.ndarray], sizes: list[int]) -> None:
+        """Appends documents; a shard ends after the document that brings it to `shard_tokens`."""
+        split, ends = self.splits[name], np.cumsum([len(d) for d in documents])
+        first = 0
+        while first < len(documents):
+            before = int(ends[first - 1]) if first else 0
+            last = min(len(documents), int(np.searchsorted(ends, before + self.shard_tokens - split.open_tokens)) + 1)
+            tokens = np.concatenate(documents[first:last]).astype(self.dtype)
+            starts = split.open_tokens + np.concatenate([[0], ends[first : last - 1] - before])
+            data = tokens.tobytes()
+            self._write(name, (data, starts.astype("<u8").tobytes(), np.array(sizes[first:last], "<u8").tobytes()))
+            self.digests[name].update(data)
+            split.count(len(tokens), last - first, sum(sizes[first:last]))
+            split.last_document = [len(documents[last - 1]), sizes[last - 1]]
+            if split.open_tokens >= self.shard_tokens:
+                self._close_shard(name)
+            first = last
+
+    def _write(self, name: str, blocks: tuple[bytes, ...]) -> None:
         if name not in self.files:
-            mode = "ab" if split.open_documents else "wb"
-            self.files[name] = (open(self.folder / f"{self._base(name)}.bin", mode), open(self.folder / f"{self._base(name)}.idx", mode))
-        data, index = self.files[name]
-        index.write(np.array([split.open_tokens], "<u8").tobytes())
-        data.write(tokens.astype(self.dtype).tobytes())
-        split.open_tokens += len(tokens)
-        split.open_documents += 1
-        split.tokens += len(tokens)
-        split.documents += 1
-        split.bytes += size
-        split.last_document = [len(tokens), size]
-        if split.open_tokens >= self.shard_tokens:
-            self._close_shard(name)
+            mode = "ab" if self.splits[name].open_documents else "wb"
+            self.files[name] = [open(self.folder / f"{self._base(name)}{ending}", mode) for ending in ENDINGS]
+            if mode == "wb":
+                self.digests[name] = hashlib.sha256()
+        for file, block in zip(self.files[name], blocks):
+            file.write(block)
 
     def _close_shard(self, name: str) -> None:
         split, base = self.splits[name], self._base(name)
         for file in self.files.pop(name, ()):
+            _sync(file)
             file.close()
         if split.open_documents:
-            split.shards.append({"file": base, "tokens": split.open_tokens, "documents": split.open_documents})
-        split.open_tokens = split.open_documents = 0
+            split.shards.append(
+                {
+                    "file": base,
+                    "tokens": split.open_tokens,
+                    "documents": split.open_documents,
+                    "bytes": split.open_bytes,
+                    "sha256": self.digests.pop(name).hexdigest(),
+                }
+            )
+        split.open_tokens = split.open_documents = split.open_bytes = 0
+
+    def _close_files(self) -> None:
+        for files in self.files.values():
+            for file in files:
+                file.close()
+        self.files.clear()
 
     def commit(self, consumed: int) -> None:
         """Makes everything so far durable: files first, then the journal by rename."""
         self.consumed = consumed
-        for pair in self.files.values():
-            for file in pair:
-                file.flush()
-                os.fsync(file.fileno())
+        for files in self.files.values():
+            for file in files:
+                _sync(file)
         temporary = self.folder / "journal.tmp"
-        temporary.write_text(json.dumps({"consumed": consumed, "splits": {name: asdict(split) for name, split in self.splits.items()}}))
+        with temporary.open("w") as journal:
+            json.dump({"consumed": consumed, "splits": {name: asdict(split) for name, split in self.splits.items()}}, journal)
+            journal.flush()
+            os.fsync(journal.fileno())
         os.replace(temporary, self.folder / "journal.json")
 
-    def hold_out_something(self) -> None:
-        """Where no document fell to the held-out split, moves the newest training document there (if it is not the only one)."""
-        train, valid = self.splits["train"], self.splits["valid"]
-        if valid.documents or train.documents < 2:
-            return
-        if not train.open_documents:  # the newest document closed its shard: open that again
-            shard = train.shards.pop()
-            train.open_tokens, train.open_documents = shard["tokens"], shard["documents"]
-        for file in self.files.pop("train", ()):
-            file.close()
-        base, (n, size) = self._base("train"), train.last_document
-        tokens = np.fromfile(self.folder / f"{base}.bin", self.dtype)[-n:]
-        train.open_tokens, train.open_documents, train.tokens, train.documents, train.bytes = (
-            train.open_tokens - n,
-            train.open_documents - 1,
-            train.tokens - n,
-            train.documents - 1,
-            train.bytes - size,
-        )
-        os.truncate(self.folder / f"{base}.bin", train.open_tokens * self.dtype.itemsize)
-        os.truncate(self.folder / f"{base}.idx", train.open_documents * 8)
-        if not train.open_documents:
-            (self.folder / f"{base}.bin").unlink()
-            (self.folder / f"{base}.idx").unlink()
-        self.add("valid", tokens, size)
+    def move_newest(self, source: str, target: str) -> None:
+        """Moves the last document of `source` to `target`. A kill at any moment leaves it on exactly one side."""
+        self.commit(self.consumed)
+        split = self.splits[source]
+        if not split.open_documents:  # the newest document closed its shard: that is open again
+            shard = split.shards.pop()
+            split.open_tokens, split.open_documents, split.open_bytes = shard["tokens"], shard["documents"], shard["bytes"]
+        n, size = split.last_document
+        with (self.folder / f"{self._base(source)}.bin").open("rb") as file:
+            file.seek((split.open_tokens - n) * self.dtype.itemsize)
+            tokens = np.frombuffer(file.read(n * self.dtype.itemsize), self.dtype)
+        split.count(-n, -1, -size)
+        self.extend(target, [tokens], [size])
+        self.commit(self.consumed)  # the one moment from which the document counts as moved
+        self.resume()  # cuts it off where it was
 
-    def finish(self, final: Path, meta: dict[str, Any]) -> None:
-        """Closes the shards, writes meta.json last and renames the folder to `final`."""
+    def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
+        """Closes the shards and writes meta.json last; returns it. `publish` then gives the folder its name."""
         for name in self.splits:
             self._close_shard(name)
         splits = {
             name: {"tokens": s.tokens, "documents": s.documents, "bytes": s.bytes, "shards": s.shards} for name, s in self.splits.items()
         }
+        kept = {f"{shard['file']}{ending}" for split in self.splits.values() for shard in split.shards for ending in ENDINGS}
+        for path in self.folder.iterdir():  # what a killed run or a moved document left
+            if path.suffix in ENDINGS and path.name not in kept:
+                path.unlink()
         content = {**meta, "dtype": self.dtype.name, "splits": splits}
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
-        for split in splits.values():
-            for shard in split["shards"]:  # type: ignore[attr-defined]
-                with (self.folder / f"{shard['file']}.bin").open("rb") as file:
-                    while block := file.read(1 << 22):
-                        digest.update(block)
-        content["fingerprint"] = digest.hexdigest()
-        (self.folder / "meta.json").write_text(json.dumps(content, indent=1) + "\n")
-        (self.folder / "journal.json").unlink(missing_ok=True)
-        (self.folder / "identity.json").unlink(missing_ok=True)
-        os.replace(self.folder, final)
+        same = {key: content.get(key) for key in ("format", "dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")}
+        content["fingerprint"] = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()  # of the tokens, not of paths
+        temporary = self.folder / "meta.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, self.folder / "meta.json")
+        return content
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Renames a folder with meta.json to `final`, in place of one that may be there."""
+    for name in ("journal.json", "journal.tmp", "identity.json"):
+        (partial / name).unlink(missing_ok=True)
+    old = final.with_name(final.name + ".replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _digest(path: Path) -> Any:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest

@@ -11,10 +11,10 @@ from data.loader import BatchLoader, build_reader
 from data.order import Mixture, Permutation
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint
-from data.writer import ShardWriter
+from data.writer import ShardWriter, publish
 
 
-def make(folder: Path, lengths: list[int], shard_tokens: int = 100, seed: int = 0) -> ShardSet:
+def make(folder: Path, lengths: list[int], shard_tokens: int = 100, seed: int = 0, hold_out: bool = True) -> ShardSet:
     """Shards of random bytes; token 256 is the end-of-text mark."""
     tokenizer, rng = byte_tokenizer(), np.random.default_rng(seed)
     partial = folder.with_name(folder.name + ".partial")
@@ -23,8 +23,11 @@ def make(folder: Path, lengths: list[int], shard_tokens: int = 100, seed: int = 
     writer = ShardWriter(partial, np.dtype("uint16"), shard_tokens)
     for length in lengths:
         writer.add("train", np.array([256, *rng.integers(0, 256, length)]), length)
-    writer.hold_out_something()
-    writer.finish(folder, {"format": 1, "vocab_size": 257, "eot_id": eot_id(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)})
+    writer.commit(len(lengths))
+    if hold_out:
+        writer.move_newest("train", "valid")
+    writer.finish({"format": 1, "vocab_size": 257, "eot_id": eot_id(tokenizer), "tokenizer_sha256": fingerprint(tokenizer)})
+    publish(partial, folder)
     return ShardSet(folder, "train")
 
 
@@ -64,11 +67,7 @@ def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> Non
     tokens, segment_ids = reader.sample(3)
     start = reader.window(3)[1] * T
     np.testing.assert_array_equal(tokens, stream[start : start + T + 1])
-    expected, current = [], 0
-    for token in tokens:
-        current += int(token == 256)
-        expected.append(current)
-    np.testing.assert_array_equal(segment_ids, expected)
+    np.testing.assert_array_equal(segment_ids, np.cumsum(tokens == 256) - int(tokens[0] == 256))
 
 
 def collect(
@@ -109,7 +108,7 @@ def test_stream_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
 def test_an_error_in_the_thread_reaches_the_consumer_and_closing_never_hangs(tmp_path: Path) -> None:
     shards = make(tmp_path / "s", [300, 211])
     reader = build_reader([(shards, 1.0)], "windows", 8, 0, 4)
-    reader.sample = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
+    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
     with BatchLoader(reader, 4, 4) as loader, pytest.raises(ZeroDivisionError):
         next(iter(loader))
 
@@ -149,5 +148,6 @@ def test_reading_across_shard_borders(tmp_path: Path) -> None:
     whole = shards.read(0, shards.n_tokens)
     for start, n in ((0, 5), (180, 10), (181, 2), (50, 200)):
         np.testing.assert_array_equal(shards.read(start, n), whole[start : start + n])
-    assert [int(shards.document(i)[0]) for i in range(shards.n_documents)] == [256] * shards.n_documents
-    assert sum(len(shards.document(i)) for i in range(shards.n_documents)) == shards.n_tokens
+    documents = [shards.document(i) for i in range(shards.n_documents)]
+    assert all(int(ids[0]) == 256 and n_bytes == len(ids) - 1 for ids, n_bytes in documents)
+    np.testing.assert_array_equal(np.concatenate([ids for ids, _ in documents]), whole)

@@ -33,7 +33,7 @@ TEXTS = [f"Document number {i}. " + "The quick brown fox jumps over the lazy dog
 
 
 def text_of(shards: ShardSet, i: int) -> str:
-    return shards.tokenizer().decode(shards.document(i).tolist(), skip_special_tokens=True)
+    return shards.tokenizer().decode(shards.document(i)[0].tolist(), skip_special_tokens=True)
 
 
 def test_documents_come_back_as_they_were_and_no_split_is_empty(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [t * 40 for t in TEXTS] * 6)
     words = ["-m", "data.prepare", f"input={tmp_path / 'a.jsonl'}", "tokenizer=bpe:300", "shard_tokens=20000"]
     assert run_program([*words, f"out={tmp_path / 'whole'}"]).returncode == 0
-    slow = "import data.prepare as p, time; p.COMMIT_SECONDS = 0; p.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.01), f(*a))[1]; p.main()"
+    slow = "import data.prepare as p, data.encode as e, time; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.01), f(*a))[1]; p.main()"
     process = subprocess.Popen([sys.executable, "-c", slow, *words[2:], f"out={tmp_path / 'killed'}"], cwd=ROOT, env=environment())
     journal = tmp_path / "killed.partial" / "journal.json"
     while not (journal.exists() and json.loads(journal.read_text())["consumed"] > 30):
