@@ -68,8 +68,20 @@ class Mixture:
         for i in np.argsort(quota - share, kind="stable")[: block - int(quota.sum())]:
             quota[i] += 1  # largest remainders
         self.quota, self.block, self.seed = quota, block, seed
-        self.source = np.repeat(np.arange(len(weights)), quota)
-        self.rank = np.concatenate([np.arange(q) for q in quota])
+        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def _table(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, how many of that source came before) of every place in a block. So a source's own order is that of k."""
+        if block not in self._tables:
+            if len(self._tables) >= 4:
+                self._tables.pop(next(iter(self._tables)))
+            slots = Permutation(self.block, self.seed, 7, block)(np.arange(self.block))
+            source = np.repeat(np.arange(len(self.quota)), self.quota)[slots]
+            rank = np.empty(self.block, dtype=np.int64)
+            for i, quota in enumerate(self.quota.tolist()):
+                rank[source == i] = np.arange(quota)
+            self._tables[block] = source, rank
+        return self._tables[block]
 
     def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(source, index in source), both int64, of the global samples `k`."""
@@ -77,12 +89,12 @@ class Mixture:
         if len(self.quota) == 1:
             return np.zeros_like(k), k
         block, place = np.divmod(k, self.block)
-        slot = np.empty_like(k)
-        for b in np.unique(block):
+        source, rank = np.empty_like(k), np.empty_like(k)
+        for b in np.unique(block).tolist():
             chosen = block == b
-            slot[chosen] = Permutation(self.block, self.seed, 7, int(b))(place[chosen])
-        source = self.source[slot]
-        return source, block * self.quota[source] + self.rank[slot]
+            of_block, rank_of_block = self._table(b)
+            source[chosen], rank[chosen] = of_block[place[chosen]], rank_of_block[place[chosen]]
+        return source, block * self.quota[source] + rank
 
     def __call__(self, k: int) -> tuple[int, int]:
         source, index = self.locate(np.array([k]))

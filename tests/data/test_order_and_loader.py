@@ -54,7 +54,7 @@ def test_mixture_quotas_are_exact_in_every_block_and_indices_run_on() -> None:
         seen[source].append(index)
         if k % 50 == 49:
             assert [len(s) for s in seen] == [35 * (k + 1) // 50, 10 * (k + 1) // 50, 5 * (k + 1) // 50]
-    assert all(sorted(s) == list(range(len(s))) for s in seen)
+    assert all(s == list(range(len(s))) for s in seen)  # each source in its own order
 
 
 def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> None:
@@ -151,3 +151,69 @@ def test_reading_across_shard_borders(tmp_path: Path) -> None:
     documents = [shards.document(i) for i in range(shards.n_documents)]
     assert all(int(ids[0]) == 256 and n_bytes == len(ids) - 1 for ids, n_bytes in documents)
     np.testing.assert_array_equal(np.concatenate([ids for ids, _ in documents]), whole)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.0, 3.0, 1.0], [0.9, 0.0995, 0.0005]])
+def test_mixtures_of_any_weights_reach_every_source_that_has_one(weights: list[float]) -> None:
+    mixture = Mixture(weights, seed=0)
+    source, index = mixture.locate(np.arange(2 * mixture.block))
+    for i, weight in enumerate(weights):
+        mine = index[source == i]
+        assert sorted(mine.tolist()) == list(range(len(mine)))
+        assert abs(len(mine) - 2 * mixture.block * weight / sum(weights)) < 2 and (len(mine) > 0) == (weight > 0)
+
+
+@pytest.mark.parametrize("weights", [[], [-1.0, 2.0], [0.0], [float("nan"), 1.0], [1.0, 1e-9]])
+def test_impossible_weights_are_a_sentence(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        Mixture(weights, seed=0)
+
+
+def test_a_mixture_of_folders_has_each_ones_epochs_whole(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "a", [300, 200], seed=1), make(tmp_path / "b", [90, 60, 50], seed=2)
+    reader = build_reader([(a, 0.6), (b, 0.4)], "windows", 8, 3, 8)
+    where = [reader.window(k) for k in range(1000)]
+    assert sum(s == 0 for s, _ in where) == 600
+    for source, shards in ((0, a), (1, b)):
+        mine, n = [w for s, w in where if s == source], (shards.n_tokens - 1) // 8
+        for epoch in range(len(mine) // n):
+            assert sorted(mine[epoch * n : (epoch + 1) * n]) == list(range(n))
+    tokens_RL, segments_RL = reader.samples(np.arange(40, 60))
+    for row, k in enumerate(range(40, 60)):
+        source, window = where[k]
+        np.testing.assert_array_equal(tokens_RL[row], (a, b)[source].read(window * 8, 9))
+        one = reader.sample(k)
+        np.testing.assert_array_equal(tokens_RL[row], one[0])
+        np.testing.assert_array_equal(segments_RL[row], one[1])
+
+
+def test_ranks_are_disjoint_and_cover_the_batch(tmp_path: Path) -> None:
+    reader = build_reader([(make(tmp_path / "s", [300, 211, 97]), 1.0)], "windows", 8, 0, 12)
+    seen = []
+    for rank in range(3):
+        with BatchLoader(reader, 12, 2, rank, 3, start_step=5) as loader:
+            batches = next(loader)
+            assert len(batches) == 2 and batches[0].input_ids.shape == (2, 8)
+            for batch in batches:
+                assert batch.input_ids.dtype == batch.labels.dtype and str(batch.segment_ids.dtype) == "torch.int32"
+                assert (batch.input_ids[:, 1:] == batch.labels[:, :-1]).all()
+            seen += [k for batch in batches for k in batch.sample_ids]
+    assert seen == list(range(60, 72))
+
+
+def test_a_loader_ends_when_closed_and_tells_its_error_again(tmp_path: Path) -> None:
+    reader = build_reader([(make(tmp_path / "s", [300, 211]), 1.0)], "windows", 8, 0, 4)
+    loader = BatchLoader(reader, 4, 4, prefetch=0)
+    next(loader)
+    loader.close()
+    assert list(loader) == [] and not loader._thread.is_alive()
+    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
+    with BatchLoader(reader, 4, 4) as loader:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                next(loader)
+    for bad in ((6, 4, 0, 1), (8, 4, 0, 4), (8, 2, 2, 2), (0, 1, 0, 1)):
+        with pytest.raises(ValueError, match="cannot be divided"):
+            BatchLoader(reader, *bad)
+    with pytest.raises(ValueError, match="windows or stream"):
+        build_reader([(make(tmp_path / "t", [30, 30]), 1.0)], "steam", 8, 0, 4)

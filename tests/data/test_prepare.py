@@ -149,6 +149,22 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert not os.path.exists(tmp_path / "killed.partial")
 
 
+def test_interrupted_from_the_keyboard_is_a_sentence_and_goes_on(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS * 6)
+    words = [f"input={tmp_path / 'a.jsonl'}", "tokenizer=bytes", f"out={tmp_path / 'o'}"]
+    slow = "import data.prepare as p, data.encode as e, time, sys; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.01), f(*a))[1]; sys.exit(p.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "o.partial" / "journal.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 130 and "goes on where this one stopped" in message and "Traceback" not in message
+    assert main(words) == 0 and ShardSet(tmp_path / "o", "train").meta["splits"]["train"]["documents"] > 300
+
+
 def test_special_tokens_spelt_in_a_text_are_text() -> None:
     from data.tokenizer import encode_bare, eot_id
 
