@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> float | None:
 
 def train(config: Config, resolved_yaml: str) -> float | None:
     """Runs `config` to its end or to a stop request; returns the last held-out bits per byte."""
-    from training.setup import model_config, open_shards, take_up
+    from training.setup import model_config, open_reader, open_shards, take_up
 
     if config.dry_run:
         from training.flops import dry_run_report
@@ -44,7 +44,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
         return None
 
     # Build
-    from data.loader import BatchLoader, build_reader
+    from data.loader import BatchLoader
     from evals.in_loop import Evaluator
     from models.lm import LanguageModel
     from training import checkpoint
@@ -55,6 +55,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.schedule import lr_factor
 
     shards = open_shards(config.data.path, "train")
+    reader = open_reader(config, shards)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes)
     torch.manual_seed(config.seed)
     settings, _ = model_config(config, shards)
@@ -97,7 +98,6 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     # Loop
     total, warmup, decay = config.total_steps, config.in_steps(config.schedule.warmup), config.in_steps(config.schedule.decay)
     step, saved = start.step, start.step
-    reader = build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
     with BatchLoader(
         reader,
         config.train.global_batch,

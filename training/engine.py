@@ -222,7 +222,7 @@ class Engine:
 
     def load_moments(self, tensors: Any, steps: int) -> None:
         """Sets Adam's moments from `tensors(key, name) -> Tensor` and its counter; works before the first step at any stage."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         inner = self.deepspeed.optimizer
         flat = (
@@ -240,7 +240,12 @@ class Engine:
         for name, parameter in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 value = tensors(key, name)
-                if self.stage:
+                if self.stage == 3:  # the whole-tensor setter of ZeRO-3 fails where the ranks do not divide the elements
+                    n = parameter.ds_tensor.ds_numel
+                    padded = torch.nn.functional.pad(value.flatten(), (0, n * self.world.size - value.numel()))
+                    own = padded.narrow(0, self.world.rank * n, n).to(self.world.device)
+                    safe_set_local_optimizer_state(parameter, own, key)
+                elif self.stage:
                     safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)
                 else:
                     self.optimizer.state[parameter][key].copy_(value)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.loader import build_reader
 from data.shards import ShardSet
 from models.config import ModelConfig
 from models.lm import LanguageModel
@@ -30,6 +31,14 @@ def open_shards(path: Any, split: str) -> Shards:
     if len(tokenizers) > 1:
         raise UserError(f"The folders of data.path were made with {len(tokenizers)} different tokenizers; prepare them again with one.")
     return shards
+
+
+def open_reader(config: Config, shards: Shards) -> Any:
+    """The reader of data.reader over `shards`. Raises UserError when there is too little data for it."""
+    try:
+        return build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, str]:

@@ -221,7 +221,7 @@ def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(train: Train, tmp_p
     small.mkdir()
     if (
         os.geteuid() != 0
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3500k", "tmpfs", str(small)], capture_output=True, check=False).returncode
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(small)], capture_output=True, check=False).returncode
     ):
         pytest.skip("mounting a small tmpfs needs root")
     try:
