@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ BARS = {"paragru": (1.6, 2.0), "paralstm": (2.0, 2.5)}  # forward, backward: tim
 def milliseconds(f: Callable[[], Any], repeats: int = 20) -> float:
     """Median device time, each run after the level-2 cache was overwritten."""
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    for _ in range(3):
+    for _ in range(min(3, repeats)):
         f()
     times = []
     for _ in range(repeats):
@@ -133,10 +135,10 @@ def layer_row(name: str, B: int, T: int, D: int) -> dict[str, Any]:
 def against_loop(name: str) -> list[dict[str, Any]]:
     """Forward of the naive torch loop (one run) and of the kernels; cuDNN's LSTM at equal width for scale."""
     rows = []
-    for T in (512, 4096):
+    for T in (512, 32768):
         cell, pre, rec, h0 = inputs(name, 1, T, 2048, torch.bfloat16)
         with torch.no_grad():
-            loop = milliseconds(lambda: reference.sequential(cell, pre, rec, h0, None), 2)  # noqa: B023
+            loop = milliseconds(lambda: reference.sequential(cell, pre, rec, h0, None), 1)  # noqa: B023
             ours = milliseconds(lambda: launch.forward(cell, pre, rec, h0, None))  # noqa: B023
         rows.append({"cell": name, "T": T, "loop_ms": loop, "ours_ms": ours, "times": loop / ours})
     return rows
@@ -158,13 +160,111 @@ def sweep(copy: float) -> list[dict[str, Any]]:
     return rows
 
 
+def cudnn_row(kind: str, B: int, T: int, D: int) -> dict[str, Any]:
+    """cuDNN's dense recurrence of equal width: another model (full recurrent matrix), for scale."""
+    net = getattr(torch.nn, kind)(D, D, batch_first=True, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        forward = milliseconds(lambda: net(x), 3)
+    both = milliseconds(lambda: torch.autograd.grad(net(x)[0], (x, *net.parameters()), dy), 3)
+    return {"cudnn": kind, "B": B, "T": T, "D": D, "forward_ms": forward, "fwd_bwd_ms": both}
+
+
+def elementwise_newton(cell: Any, pre: Tensor, rec: Tensor, iterations: int = 3) -> Tensor:
+    """The published algorithm (arXiv 2510.21450) in plain torch, one state: Newton on every h_t at once, each linear system solved by a
+    doubling scan over time, a fixed number of iterations from zero."""
+    h_BTSD = pre.new_zeros(pre.shape[0], pre.shape[1], 1, pre.shape[-1], dtype=torch.float32)
+    x = pre.float()
+    for _ in range(iterations):
+        before = torch.nn.functional.pad(h_BTSD, (0, 0, 0, 0, 1, 0))[:, :-1]
+        a = reference.jacobian(cell, x, rec, before).reshape(before[:, :, 0].shape)
+        b = cell(x.unbind(2), rec.unbind(0), before.unbind(2))[0] - a * before[:, :, 0]
+        shift = 1
+        while shift < b.shape[1]:
+            b = torch.cat((b[:, :shift], b[:, shift:] + a[:, shift:] * b[:, :-shift]), 1)
+            a = torch.cat((a[:, :shift], a[:, shift:] * a[:, :-shift]), 1)
+            shift *= 2
+        h_BTSD = b[:, :, None]
+    return h_BTSD
+
+
+def newton_row(B: int, T: int, D: int) -> dict[str, Any]:
+    cell, pre, rec, h0 = inputs("paragru", B, T, D, torch.bfloat16)
+    with torch.no_grad():
+        found = elementwise_newton(cell, pre, rec)
+        ours = launch.forward(cell, pre, rec, h0, None)[0]
+        error = (found - ours.float()).abs().max().item()
+        return {
+            "B": B,
+            "T": T,
+            "D": D,
+            "newton_3_ms": milliseconds(lambda: elementwise_newton(cell, pre, rec), 5),
+            "largest_difference_to_ours": error,
+        }
+
+
+def time_row(T: int, copy: float) -> dict[str, Any]:
+    """Forward alone against T at (1, T, 2048)."""
+    cell, pre, rec, h0 = inputs("paragru", 1, T, 2048, torch.bfloat16)
+    forward = milliseconds(lambda: launch.forward(cell, pre, rec, h0, None), 10)
+    return {"T": T, "forward_ms": forward, "limit_ms": T * 2048 * 2 * (len(cell.pre) + 1) / copy}
+
+
+def memory_row(name: str, B: int, T: int, D: int) -> dict[str, Any]:
+    """Peak bytes above the inputs, forward and backward, against the floor: states, their gradient and the gradients of the inputs."""
+    cell, pre, rec, _ = inputs(name, B, T, D, torch.bfloat16)
+    leaves = [pre.requires_grad_(), rec.requires_grad_()] if rec.numel() else [pre.requires_grad_()]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    states, _ = parallel_rnn(cell, pre, rec)
+    saved = torch.cuda.memory_allocated() - base
+    torch.autograd.grad(states, leaves, torch.ones_like(states))
+    floor = 2 * B * T * D * (len(cell.pre) + 2 * len(cell.state))
+    peak = torch.cuda.max_memory_allocated() - base
+    return {"cell": name, "saved_bytes": saved, "peak_bytes": peak, "floor_bytes": floor, "peak_over_floor": peak / floor}
+
+
+def graph_row(B: int, T: int, D: int) -> dict[str, Any]:
+    """Replays of a captured forward against plain launches, and torch.compile (fullgraph) against both, by value."""
+    cell, pre, rec, h0 = inputs("paragru", B, T, D, torch.bfloat16)
+    with torch.no_grad():
+        plain = parallel_rnn(cell, pre, rec, h0)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = parallel_rnn(cell, pre, rec, h0)[0]
+        graph.replay()
+        same = torch.equal(plain, captured)
+        replay = milliseconds(graph.replay)
+        compiled = torch.compile(lambda *a: parallel_rnn(cell, *a)[0], fullgraph=True)
+        return {
+            "B": B,
+            "T": T,
+            "D": D,
+            "replay_equal": same,
+            "replay_ms": replay,
+            "compiled_equal": torch.equal(compiled(pre, rec, h0), plain),
+        }
+
+
+def past_int32() -> dict[str, Any]:
+    cell, T, D = load_cell("mingru"), (1 << 20) + 64, 1088
+    pre = torch.zeros(1, T, 2, D, device="cuda", dtype=torch.bfloat16)
+    pre[:, -100:].normal_()
+    none = torch.zeros(0, D, device="cuda")
+    states, _ = parallel_rnn(cell, pre, none)
+    tail, _ = reference.sequential(cell, pre[:, -100:].double(), none.double(), torch.zeros(1, 1, D, device="cuda").double(), None)
+    return {"elements": pre.numel(), "error": (states[:, -100:] - tail).abs().max().item()}
+
+
 def plot(path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = json.loads(path.read_text())["kernels"]
+    rows = [r for r in json.loads(path.read_text())["kernels"] if "cell" in r]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
     for axis, way in zip(axes, ("forward", "backward")):
         for name in sorted({r["cell"] for r in rows}):
@@ -182,6 +282,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--part", type=int, default=60, help="seconds one part may take")
+    parser.add_argument("--total", type=int, default=1200, help="seconds after which no part is begun")
     options = parser.parse_args()
     if options.plot:
         return plot(options.plot)
@@ -189,30 +291,66 @@ def main() -> None:
         sys.exit("This measures a GPU, and there is none here.")
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
 
-    def keep(key: str, make: Callable[[], Any]) -> None:
-        try:
-            result[key] = make()
-        except Exception as problem:  # one failing part must not lose the others
-            result[key] = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-        print(key, json.dumps(result[key]), flush=True)
+    began = time.monotonic()
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"more than {options.part} s")
+
+    signal.signal(signal.SIGALRM, late)
+
+    def keep(key: str, make: Callable[[], Any], append: bool = False) -> None:
+        """One part, in its time box, written at once: neither its failure nor a later timeout loses another."""
+        started = time.monotonic()
+        if started - began > options.total:
+            value: Any = {"skipped": f"after {options.total} s"}
+        else:
+            signal.alarm(options.part)
+            try:
+                value = make()
+            except Exception as problem:
+                value = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+            signal.alarm(0)
+        if append:
+            result.setdefault(key, []).append(value)
+        else:
+            result[key] = value
+        torch.cuda.empty_cache()
+        print(f"{time.monotonic() - started:.1f} s", key, json.dumps(value), flush=True)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    if not options.sweep:
-        keep("accuracy", lambda: {name: accuracy(name) for name in available()})
     keep("copy_bytes_per_ms", bandwidth)
     copy = result["copy_bytes_per_ms"]
     if options.sweep:
         return keep("sweep", lambda: sweep(copy))
-    keep("kernels", lambda: [kernel_row(name, *shape, copy) for name in ("paragru", "paralstm", "mingru", "lstm") for shape in SHAPES])
-    keep("bars", lambda: {n: dict(zip(("forward_over_limit", "backward_over_limit"), BARS[n])) for n in BARS})
-    keep("layers", lambda: [layer_row(name, *shape) for name in ("paragru", "paralstm") for shape in SHAPES[:3:2]])
-    keep("long", lambda: [kernel_row("paragru", 1, T, 1024, copy) for T in (32768, 1 << 20)])
-    keep("loop", lambda: against_loop("paragru") + against_loop("paralstm"))
+    for name in ("paragru", "paralstm"):
+        keep("accuracy", lambda: {name: accuracy(name)}, append=True)  # noqa: B023
+        for shape in SHAPES:
+            keep("kernels", lambda: kernel_row(name, *shape, copy), append=True)  # noqa: B023
+    for name, shape in itertools.product(("paragru", "paralstm"), SHAPES[:3:2]):
+        keep("layers", lambda: layer_row(name, *shape), append=True)  # noqa: B023
+    for T in (32768, 1 << 20):
+        keep("long", lambda: kernel_row("paragru", 1, T, 1024, copy), append=True)  # noqa: B023
+    keep("loop", lambda: against_loop("paragru"))
+    for T in (512, 2048, 8192, 32768, 131072):
+        keep("time", lambda: time_row(T, copy), append=True)  # noqa: B023
+    for T in (512, 2048, 8192, 32768):
+        keep("newton", lambda: newton_row(1, T, 2048), append=True)  # noqa: B023
+    for kind in ("GRU", "LSTM"):
+        keep("cudnn", lambda: cudnn_row(kind, 1, 2048, 2048), append=True)  # noqa: B023
+    for name in ("paragru", "paralstm"):
+        keep("memory", lambda: memory_row(name, 1, 32768, 2048), append=True)  # noqa: B023
+    keep("past_int32", past_int32)
+    for T in (512, 2048):
+        keep("graph", lambda: graph_row(1, T, 2048), append=True)  # noqa: B023
     cell, pre, rec, h0 = inputs("paragru", 8, 1, 2048, torch.bfloat16)
     with torch.no_grad():
         keep("decode_ms", lambda: milliseconds(lambda: parallel_rnn_step(cell, pre[:, 0], rec, h0)))
+    for name in available():
+        if name not in ("paragru", "paralstm"):
+            keep("accuracy", lambda: {name: accuracy(name)}, append=True)  # noqa: B023
+            keep("kernels", lambda: kernel_row(name, *SHAPES[2], copy), append=True)  # noqa: B023
 
 
 if __name__ == "__main__":
