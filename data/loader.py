@@ -20,6 +20,7 @@ from data.order import Mixture, Permutation
 from data.shards import ShardSet
 
 Rows = tuple[np.ndarray, np.ndarray]
+Labelled = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass
@@ -50,6 +51,11 @@ class Reader:
     def samples(self, k_R: np.ndarray) -> Rows:
         """(tokens (R, T+1) int64, segment ids (R, T+1) int32) of the global samples `k_R`."""
         raise NotImplementedError
+
+    def labelled(self, k_R: np.ndarray) -> Labelled:
+        """(inputs (R, T) int64, labels (R, T) int64, segment ids (R, T) int32): here the label of a token is the next one."""
+        tokens_RL, segments_RL = self.samples(k_R)
+        return tokens_RL[:, :-1], tokens_RL[:, 1:], segments_RL[:, :-1]
 
     def sample(self, k: int) -> Rows:
         """(tokens (T+1,), segment ids (T+1,)) of one global sample."""
@@ -184,12 +190,11 @@ class BatchLoader:
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of one step."""
         k_R = step * self.global_batch + np.arange(self.first_row, self.last_row, dtype=np.int64)
-        tokens_RL, segments_RL = (torch.from_numpy(rows) for rows in self.reader.samples(k_R))
+        rows = [torch.from_numpy(part) for part in self.reader.labelled(k_R)]
         result = []
         for i in range(0, len(k_R), self.micro_batch):
-            tokens, segment_ids = tokens_RL[i : i + self.micro_batch], segments_RL[i : i + self.micro_batch]
-            ids = k_R[i : i + self.micro_batch].tolist()
-            batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), segment_ids[:, :-1].contiguous(), ids)
+            inputs, labels, segment_ids = (part[i : i + self.micro_batch].contiguous() for part in rows)
+            batch = Batch(inputs, labels, segment_ids, k_R[i : i + self.micro_batch].tolist())
             result.append(batch.pin() if self.pin else batch)
         return result
 
