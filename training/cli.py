@@ -26,11 +26,12 @@ CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
 
 def config_groups(root: Path = CONFIG_DIR) -> dict[str, list[str]]:
-    """Every config group on disk with its options."""
+    """Every config group on disk with its options; those in a folder of their own are options 'FOLDER/NAME' of the group above."""
     groups: dict[str, list[str]] = {}
     for file in sorted(root.rglob("*.yaml")):
         if file.parent != root:
-            groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
+            group, *rest = file.relative_to(root).with_suffix("").parts
+            groups.setdefault(group, []).append("/".join(rest))
     return groups
 
 
