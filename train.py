@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> float | None:
 
 def train(config: Config, resolved_yaml: str) -> float | None:
     """Runs `config` to its end or to a stop request; returns the last held-out bits per byte."""
-    from training.setup import model_config, open_reader, open_shards, take_up
+    from training.setup import model_config, open_reader, open_sources, take_up
 
     if config.dry_run:
         from training.flops import dry_run_report
@@ -45,7 +45,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
 
     # Build
     from data.loader import BatchLoader
-    from evals.in_loop import Evaluator
+    from evals.in_loop import build_evaluator
     from models.lm import LanguageModel
     from training import checkpoint
     from training.engine import Engine, start_distributed
@@ -54,7 +54,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.metrics import Metrics, Stopwatch
     from training.schedule import lr_factor
 
-    shards = open_shards(config.data.path, "train")
+    shards = open_sources(config, "train")
     reader = open_reader(config, shards)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes)
     torch.manual_seed(config.seed)
@@ -73,7 +73,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     metrics = Metrics(run_dir, config, world.device, world.size, training_flops_per_token(model, config.train.seq_len), world.main)
     metrics.open(start.step, start.wandb_id)
     metrics.say(start.message)
-    evaluator = Evaluator(config, engine, shards, metrics)
+    evaluator = build_evaluator(config, engine, shards, metrics)
     policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
 
     def save(step: int) -> None:

@@ -17,6 +17,15 @@ from training.engine import Engine
 from training.metrics import Metrics
 
 
+def build_evaluator(config: Config, engine: Engine, shards: Any, metrics: Metrics) -> Any:
+    """The evaluation that goes with the data: accuracy for generated tasks, perplexity and text for token shards."""
+    if config.data.reader != "synthetic":
+        return Evaluator(config, engine, shards, metrics)
+    from evals.state_tracking import Evaluator as TaskEvaluator
+
+    return TaskEvaluator(config, engine, metrics)
+
+
 class Evaluator:
     """Scores the held-out split of the first data folder with the model in training, split over the ranks."""
 

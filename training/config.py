@@ -55,6 +55,7 @@ class DataSection:
     path: Any = "runs/data/demo"
     reader: str = "windows"
     prefetch: int = 4
+    task: dict[str, Any] = field(default_factory=dict)  # of reader=synthetic, see data/synthetic
 
 
 @dataclass
@@ -98,6 +99,7 @@ class EvalSection:
     sample_every: int = 0
     sample_prompt: str = "The "
     sample_tokens: int = 60
+    lengths: list[int] = field(default_factory=list)  # of generated tasks
 
 
 @dataclass
@@ -214,7 +216,7 @@ def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
-        ("data.reader", config.data.reader, ("windows", "stream")),
+        ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
@@ -253,9 +255,23 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     if not problems:
         problems += _positive(config) + _choices(config) + _combinations(config, world_size)
     problems += model_problems(config.model)
+    if config.data.reader == "synthetic":
+        problems += task_problems(config)
     if problems:
         raise UserError(problems)
     return config
+
+
+def task_problems(config: Config) -> list[str]:
+    """Problems of generated data: the task's own, and lengths it cannot have."""
+    from data.synthetic import build_task
+
+    try:
+        least = build_task(config.data.task).min_length()
+    except ValueError as error:
+        return str(error).splitlines()
+    rows = [("train.seq_len", config.train.seq_len), *((f"eval.lengths[{i}]", n) for i, n in enumerate(config.eval.lengths))]
+    return [f"{key}={n} is too short for the task; it needs {least} or more." for key, n in rows if n < least]
 
 
 def model_problems(mapping: dict[str, Any]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from data.loader import build_reader
 from data.shards import ShardSet
+from data.synthetic import build_task
+from data.synthetic.source import SyntheticReader, SyntheticSet
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training import checkpoint
@@ -33,9 +35,18 @@ def open_shards(path: Any, split: str) -> Shards:
     return shards
 
 
+def open_sources(config: Config, split: str) -> Any:
+    """What data.reader reads: a generated task, or the shard sets of data.path. Raises UserError."""
+    if config.data.reader != "synthetic":
+        return open_shards(config.data.path, split)
+    return [(SyntheticSet(config.data.task, split), 1.0)]
+
+
 def open_reader(config: Config, shards: Shards) -> Any:
     """The reader of data.reader over `shards`. Raises UserError when there is too little data for it."""
     try:
+        if config.data.reader == "synthetic":
+            return SyntheticReader(build_task(config.data.task), config.train.seq_len, config.seed)
         return build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -46,7 +57,7 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
     wanted, note = config.model.get("vocab_size"), ""
     if shards is None:
         try:
-            shards = open_shards(config.data.path, "train")
+            shards = open_sources(config, "train")
         except UserError:
             note = "" if wanted else " (assumed: no shards at data.path)"
     if shards is not None:
@@ -93,7 +104,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     state = checkpoint.read_state(folder)
     if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
         raise UserError(
-            f"{folder} was trained on other token shards than {config.data.path}; give those, or train.resume=none with another run_dir."
+            f"{folder} was trained on other data than {', '.join(str(s.directory) for s, _ in shards)}; give that, or train.resume=none with another run_dir."
         )
     checkpoint.load_weights(folder, model)
     return Start(

@@ -1,0 +1,69 @@
+"""Tasks generated from a seed: what a recurrent state can track and what it can recall.
+
+    python train.py experiment=synthetic/parity                     ParaGRU; model=mamba2, model=transformer, ... for others
+    python -m evals.state_tracking checkpoint=runs/parity           accuracy by length
+
+A task is one dataclass with a `sample` method, listed in TASKS; its fields are the keys of `data.task`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from typing import Any
+
+from data.synthetic.recall import MQAR, Copying, KeepNth, KHop
+from data.synthetic.task import IGNORE, Draws, Task
+from data.synthetic.tracking import CycleNavigation, ModularArithmetic, Parity, WordProblem
+
+TASKS: dict[str, type[Task]] = {
+    "parity": Parity,
+    "cycle_navigation": CycleNavigation,
+    "modular_arithmetic": ModularArithmetic,
+    "word_problem": WordProblem,
+    "mqar": MQAR,
+    "khop": KHop,
+    "keep_nth": KeepNth,
+    "copying": Copying,
+}
+
+__all__ = ["IGNORE", "TASKS", "Draws", "Task", "build_task", "to_dict"]
+
+
+def _near(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
+
+
+def build_task(mapping: Any) -> Task:
+    """The task of a mapping {name: ..., and the task's own fields}. Raises ValueError with one sentence for every problem."""
+    if not isinstance(mapping, dict) or "name" not in mapping:
+        raise ValueError(f"data.task needs a name: one of {', '.join(TASKS)}.")
+    name = str(mapping["name"])
+    if name not in TASKS:
+        raise ValueError(f"data.task.name is {name!r}; {_near(name, list(TASKS))}")
+    kind, problems, values = TASKS[name], [], {}
+    hints = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
+    for key, value in mapping.items():
+        if key == "name":
+            continue
+        if key not in hints:
+            problems.append(f"Unknown key 'data.task.{key}' of the task {name}; {_near(str(key), list(hints))}")
+        elif type(value) is not hints[key]:
+            kinds = {int: "a whole number", bool: "true or false", str: "a word"}
+            problems.append(f"data.task.{key} must be {kinds[hints[key]]}, not {value!r}.")
+        else:
+            values[key] = value
+    if not problems:
+        task = kind(**values)
+        problems = [f"data.task.{problem}" for problem in task.problems()]
+        if not problems:
+            return task
+    raise ValueError("\n".join(problems))
+
+
+def to_dict(task: Task) -> dict[str, Any]:
+    """The mapping that `build_task` reads back, all fields written out."""
+    name = next(name for name, kind in TASKS.items() if kind is type(task))
+    return {"name": name, **dataclasses.asdict(task)}
