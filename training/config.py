@@ -56,6 +56,7 @@ class DataSection:
     reader: str = "windows"
     prefetch: int = 4
     task: dict[str, Any] = field(default_factory=dict)  # of reader=synthetic, see data/synthetic
+    curriculum: int = 0
 
 
 @dataclass
@@ -263,15 +264,17 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
 
 
 def task_problems(config: Config) -> list[str]:
-    """Problems of generated data: the task's own, and lengths it cannot have."""
+    """Problems of generated data: the task's own, and lengths and seeds it cannot have."""
     from data.synthetic import build_task
+    from data.synthetic.source import SyntheticReader
 
     try:
-        least = build_task(config.data.task).min_length()
+        task = build_task(config.data.task)
+        SyntheticReader(task, config.train.seq_len, config.seed, curriculum=config.data.curriculum)
     except ValueError as error:
         return str(error).splitlines()
-    rows = [("train.seq_len", config.train.seq_len), *((f"eval.lengths[{i}]", n) for i, n in enumerate(config.eval.lengths))]
-    return [f"{key}={n} is too short for the task; it needs {least} or more." for key, n in rows if n < least]
+    least = task.min_length()
+    return [f"eval.lengths holds {n}, which is too short for the task; it needs {least} or more." for n in config.eval.lengths if n < least]
 
 
 def model_problems(mapping: dict[str, Any]) -> list[str]:

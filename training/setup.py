@@ -46,7 +46,7 @@ def open_reader(config: Config, shards: Shards) -> Any:
     """The reader of data.reader over `shards`. Raises UserError when there is too little data for it."""
     try:
         if config.data.reader == "synthetic":
-            return SyntheticReader(build_task(config.data.task), config.train.seq_len, config.seed)
+            return SyntheticReader(build_task(config.data.task), config.train.seq_len, config.seed, curriculum=config.data.curriculum)
         return build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
     except ValueError as error:
         raise UserError(str(error)) from error
