@@ -1,0 +1,425 @@
+"""One report of everything measured under a folder: report.md and a self-contained report.html with the plots inside.
+
+    python -m evals.report OUT
+
+Everything is drawn from the JSON files OUT/MODEL/items/*.json, so a report can be made again at any time, or of several folders copied together.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+Records = dict[str, list[dict[str, Any]]]  # by model
+
+
+def read(out: Path) -> Records:
+    """All item records by model, models in the order of their names; torn files are passed over."""
+    found: Records = {}
+    for path in sorted(out.glob("*/items/*.json")):
+        try:
+            found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def done(records: Records, kind: str) -> dict[str, list[dict[str, Any]]]:
+    return {m: kept for m, rs in records.items() if (kept := [r for r in rs if r["kind"] == kind and r["status"] == "done"])}
+
+
+class Page:
+    """Collects headings, paragraphs, tables and figures; renders Markdown and HTML."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, Any]] = []
+
+    def head(self, text: str) -> None:
+        self.parts.append(("head", text))
+
+    def say(self, text: str) -> None:
+        self.parts.append(("text", text))
+
+    def table(self, columns: list[str], rows: list[list[Any]]) -> None:
+        if rows:
+            self.parts.append(("table", (columns, [[_cell(c) for c in row] for row in rows])))
+
+    def figure(self, name: str, png: bytes | None, caption: str) -> None:
+        if png:
+            self.parts.append(("figure", (name, png, caption)))
+
+    def markdown(self) -> str:
+        lines = []
+        for kind, value in self.parts:
+            if kind == "head":
+                lines += [f"## {value}", ""]
+            elif kind == "text":
+                lines += [value, ""]
+            elif kind == "figure":
+                lines += [f"![{value[2]}](plots/{value[0]}.png)", ""]
+            else:
+                columns, rows = value
+                lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+                lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows] + [""]
+        return "# Evaluation\n\n" + "\n".join(lines)
+
+    def html(self) -> str:
+        style = (
+            "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;"
+            "margin:1em 0}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}th{background:#f3f3f3}img{max-width:100%}"
+        )
+        body = []
+        for kind, value in self.parts:
+            if kind == "head":
+                body.append(f"<h2>{html.escape(value)}</h2>")
+            elif kind == "text":
+                body.append(f"<p>{html.escape(value)}</p>")
+            elif kind == "figure":
+                data = base64.b64encode(value[1]).decode()
+                body.append(
+                    f'<figure><img alt="{html.escape(value[2])}" src="data:image/png;base64,{data}"><figcaption>{html.escape(value[2])}</figcaption></figure>'
+                )
+            else:
+                columns, rows = value
+                cells = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+                lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+                body.append(f"<table><tr>{cells}</tr>{lines}</table>")
+        return f'<!doctype html><meta charset="utf-8"><title>Evaluation</title><style>{style}</style><h1>Evaluation</h1>' + "\n".join(body)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _plot() -> Any:
+    """matplotlib.pyplot without a display, or None."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        return plt
+    except ImportError:
+        return None
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | None]], title: str) -> bytes | None:
+    """Loss by position on a log axis with intervals; a dotted line at each training length. curves: (label, buckets, T)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for i, (label, buckets, T) in enumerate(curves):
+        color = f"C{i % 10}"
+        x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
+        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
+        if all(b.get("low") is not None for b in buckets):
+            axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
+        if T:
+            axes.axvline(T, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="position in the sequence (dotted: training length)", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(plt, figure)
+
+
+def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
+    """Accuracy over length (across) and depth (down)."""
+    if plt is None or not grids:
+        return None
+    grids = sorted(grids, key=lambda g: g["length"])
+    depths = [c["depth"] for c in grids[0]["cells"]]
+    values = [[next((c["accuracy"] for c in g["cells"] if c["depth"] == d), float("nan")) for g in grids] for d in depths]
+    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(grids), 1.5 + 0.35 * len(depths)))
+    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for i, row in enumerate(values):
+        for j, v in enumerate(row):
+            axes.text(j, i, f"{100 * v:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(grids)), [f"{g['length']:,}" for g in grids], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+    axes.set(xlabel="tokens", ylabel="depth", title=title)
+    return _png(plt, figure)
+
+
+def position_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "position")
+    if not found:
+        return
+    page.head("Loss by position")
+    page.say(
+        "delta: nats of the last bucket minus the mean over [T/2, T], T the training length, from many rows of T tokens. Onset: first of up to four successive buckets whose "
+        "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out)."
+    )
+    rows = []
+    for model, items in found.items():
+        for r in items:
+            result, c = r["result"], r["result"]["collapse"]
+            rows.append(
+                [model, result["prompt"], result["length"], result["rows"], result["perplexity"], result.get("bits_per_byte")]
+                + [c.get("delta_at_end"), c.get("onset_0.1"), c.get("onset_0.5"), c.get("forgets_2x"), c.get("verdict")]
+                + [f"{result['tokens_per_second']:,.0f}", _gib(result.get("peak_memory_bytes"))]
+            )
+    columns = "model,prompt,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(
+        ","
+    )
+    page.table(columns, rows)
+    for prompt in sorted({r["result"]["prompt"] for items in found.values() for r in items}):
+        curves = [
+            (m, r["result"]["buckets"], r["settings"].get("T"))
+            for m, items in found.items()
+            for r in items
+            if r["result"]["prompt"] == prompt
+        ]
+        page.figure(
+            f"position-{prompt}", curves_figure(plt, curves, f"Loss by position, {prompt}"), f"Loss by position on {prompt}, 95 % intervals"
+        )
+
+
+def _gib(value: Any) -> Any:
+    return None if value is None else f"{value / 2**30:.2f}"
+
+
+def retrieval_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "retrieval")
+    if not found:
+        return
+    page.head("Retrieval")
+    page.say(
+        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe."
+    )
+    lengths = sorted({r["result"]["length"] for items in found.values() for r in items})
+    for task in sorted({r["result"]["task"] for items in found.values() for r in items}):
+        rows = []
+        for model, items in found.items():
+            by_length = {r["result"]["length"]: r["result"] for r in items if r["result"]["task"] == task}
+            cells = [
+                f"{100 * g['accuracy']:.0f} ({100 * g['low']:.0f}-{100 * g['high']:.0f})" if (g := by_length.get(n)) else "-"
+                for n in lengths
+            ]
+            rows.append([model, *cells])
+        page.say(task)
+        page.table(["model", *[f"{n:,}" for n in lengths]], rows)
+    for model, items in found.items():
+        for task in sorted({r["result"]["task"] for r in items}):
+            grids = [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1]
+            page.figure(f"{task}-{model}", heat_map(plt, grids, f"{model}: {task}"), f"{task}, {model}: accuracy in %")
+
+
+def states_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "states")
+    if not found:
+        return
+    page.head("Recurrent states")
+    page.say(
+        "Growth: variance of a head's state at the end over that at the training length T. top 1 %: share of the sum of squares in the largest "
+        "1 % of entries, mean over heads. Kept: share of heads (channels) that keep over half of the first token at T."
+    )
+    rows = []
+    for model, items in found.items():
+        for r in items:
+            x = r["result"]
+            ratios = sorted(g["variance_ratio"] for g in x["growth"])
+            inside = [s for s in x["snapshots"] if s["position"] <= x["train_length"]] or x["snapshots"][:1]
+            ends = [inside[-1], x["snapshots"][-1]]
+            top = [_mean([v for s in end["states"] for v in s["top"]]) for end in ends]
+            kept = _mean([k["kept_half_T"] for k in x["retention"]])
+            middle = ratios[len(ratios) // 2] if ratios else None
+            rows.append(
+                [
+                    model,
+                    x["prompt"],
+                    x["length"],
+                    middle,
+                    ratios[-1] if ratios else None,
+                    sum(v > 2 for v in ratios),
+                    len(ratios),
+                    *top,
+                    kept,
+                ]
+            )
+    page.table("model,prompt,length,median growth,largest growth,heads over 2,heads,top 1 % at T,top 1 % at end,kept".split(","), rows)
+    for model, items in found.items():
+        for r in items:
+            name = f"states-{r['result']['prompt']}-{model}"
+            page.figure(
+                name,
+                states_figure(plt, r["result"], model),
+                f"{model}, {r['result']['prompt']}: standard deviation of each layer's state, and growth by head",
+            )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
+    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads."""
+    if plt is None:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    names = [(s["layer"], s["name"]) for s in x["snapshots"][0]["states"]]
+    color = plt.get_cmap("viridis")
+    for i, (layer, name) in enumerate(names):
+        y = [(_mean(s["states"][i]["variance"]) or 0) ** 0.5 for s in x["snapshots"]]
+        left.plot(
+            [s["position"] for s in x["snapshots"]], y, color=color(i / max(1, len(names) - 1)), marker=".", label=f"layer {layer} {name}"
+        )
+    left.axvline(x["train_length"], color="k", linestyle=":")
+    left.set(xscale="log", yscale="log", xlabel="tokens (dotted: training length)", ylabel="standard deviation of the state", title=title)
+    left.grid(alpha=0.3)
+    if len(names) <= 12:
+        left.legend(fontsize=7)
+    import math
+
+    heads = max((g["head"] for g in x["growth"]), default=-1) + 1
+    if heads:
+        table = [[float("nan")] * heads for _ in names]
+        for g in x["growth"]:
+            table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
+        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
+        right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
+        figure.colorbar(image)
+    else:
+        right.axis("off")
+    return _png(plt, figure)
+
+
+def remembrance_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "remembrance")
+    if not found:
+        return
+    page.head("Effective remembrance")
+    page.say(
+        "Total variation distance of the next-token distributions with the whole text and with its first t tokens dropped; near 1 at small t: spoilt by its first tokens."
+    )
+    if plt is None:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for i, (model, items) in enumerate(found.items()):
+        for r in items:
+            x, curve = r["result"], r["result"]["curve"]
+            at = [c["dropped"] / x["length"] for c in curve]
+            axes.plot(at, [c["distance"] for c in curve], marker=".", color=f"C{i % 10}", label=f"{model} (T={x['length']:,})")
+            if all(c["low"] is not None for c in curve):
+                axes.fill_between(at, [c["low"] for c in curve], [c["high"] for c in curve], alpha=0.15, color=f"C{i % 10}", linewidth=0)
+    axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    page.figure("remembrance", _png(plt, figure), "Effective remembrance, 95 % intervals")
+
+
+def cures_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "cure")
+    if not found:
+        return
+    page.head("Cures")
+    page.say(
+        "inside: mean loss over [T/2, T], and its change against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py."
+    )
+    rows = []
+    for model, items in found.items():
+        items = sorted(items, key=lambda r: (r["result"]["cure"] != "none", r["result"]["cure"]))
+        base: dict[str, Any] = next((r["result"]["collapse"] for r in items if r["result"]["cure"] == "none"), {})
+        for r in items:
+            x, c = r["result"], r["result"]["collapse"]
+            change = c["level_inside"] - base["level_inside"] if "level_inside" in c and "level_inside" in base else None
+            rows.append(
+                [
+                    model,
+                    x["cure"],
+                    c.get("level_inside"),
+                    change,
+                    x["buckets"][-1]["nats_per_token"],
+                    c.get("delta_at_end"),
+                    c.get("verdict"),
+                ]
+            )
+        curves = [
+            (r["result"]["cure"], r["result"]["buckets"], r["settings"].get("T") if r["result"]["cure"] == "none" else None) for r in items
+        ]
+        page.figure(f"cures-{model}", curves_figure(plt, curves, f"{model}: cures"), f"{model}: loss by position under each cure")
+    page.table("model,cure,inside,change inside,end,delta at end,verdict".split(","), rows)
+
+
+SECTIONS = [position_section, states_section, remembrance_section, cures_section, retrieval_section]
+
+
+def failures(page: Page, records: Records) -> None:
+    rows = [[m, r["item"], r["reason"]] for m, items in records.items() for r in items if r["status"] != "done"]
+    if rows:
+        page.head("Not measured")
+        page.table(["model", "item", "why"], rows)
+
+
+def write_report(out: Path) -> Page:
+    """Writes report.md, plots/*.png and report.html under `out`."""
+    records, plt, page = read(out), _plot(), Page()
+    rows = []
+    for model, items in records.items():
+        d, e = items[0]["model"], items[0]["environment"]
+        rows.append(
+            [
+                model,
+                d["kind"],
+                d["parameters"],
+                d["train_length"],
+                d["carry"],
+                d["precision"],
+                e["device"],
+                e["torch"],
+                e["commit"][:12],
+                len(items),
+            ]
+        )
+    page.table("model,kind,parameters,training length,state carried in,precision,device,torch,commit,items".split(","), rows)
+    if plt is None:
+        page.say("There are no plots: matplotlib is not installed (pip install matplotlib, then python -m evals.report OUT).")
+    for section in SECTIONS:
+        section(page, plt, records)
+    failures(page, records)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for kind, value in page.parts:
+        if kind == "figure":
+            _write(out / "plots" / f"{value[0]}.png", value[1])
+    _write(out / "report.md", page.markdown().encode())
+    _write(out / "report.html", page.html().encode())
+    return page
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print(__doc__)
+        return 2
+    write_report(Path(arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
