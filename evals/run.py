@@ -1,9 +1,15 @@
-"""Evaluates a checkpoint.
+"""Evaluates checkpoints.
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
+    python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|harness|all [out=runs/evals] [train_length=T] [max_length=N]
+        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME]
+        [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
 
-`checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json. The result is
-printed and written as JSON (default: eval-SUITE.json beside the weights): numbers, configuration, device, versions, commit.
+`checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
+second line also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
+with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
+The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
+same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
 """
 
 from __future__ import annotations
@@ -27,8 +33,21 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "precision": "fp32",
     "out": None,
+    "seed": "0",
+    "train_length": None,
+    "max_length": None,
+    "lengths": "",
+    "depths": 5,
+    "samples": None,
+    "rows": None,
+    "cures": "default",
+    "text": None,
+    "only": "",
+    "redo": "false",
+    "gguf": None,
 }
-SUITES = ("perplexity",)
+SUITES = ("perplexity", "quick", "long_context", "harness", "all")
+WHOLE = ("train_length", "samples", "rows")  # whole numbers without a default
 
 
 def parse_arguments(arguments: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +59,7 @@ def parse_arguments(arguments: list[str], defaults: dict[str, Any]) -> dict[str,
         key, equals, value = argument.partition("=")
         if not equals or key not in defaults:
             problems.append(f"Unknown argument {argument!r}; {nearest(key, list(defaults))}")
-        elif isinstance(defaults[key], int) or key.startswith("max_"):
+        elif isinstance(defaults[key], int) or key.startswith("max_") or key in WHOLE:
             if not value.isdigit() or int(value) < 1:
                 problems.append(f"{key} must be a whole number above zero, not {value!r}.")
             else:
@@ -61,8 +80,25 @@ def check(values: dict[str, Any]) -> None:
         problems.append(f"suite is {values['suite']!r}; choose one of {', '.join(SUITES)}.")
     if values["precision"] not in ("fp32", "bf16"):
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
+    if not values["seed"].isdigit():
+        problems.append(f"seed must be a whole number, not {values['seed']!r}.")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in values["lengths"].split(",") if values["lengths"]):
+        problems.append(f"lengths must be whole numbers with commas between them, not {values['lengths']!r}.")
+    if values["redo"] not in ("true", "false"):
+        problems.append(f"redo must be true or false, not {values['redo']!r}.")
     if problems:
         raise UserError(problems)
+
+
+def run_suite(values: dict[str, Any]) -> int:
+    """Every suite but perplexity; returns how many items could not be measured."""
+    from evals.suites import Settings, evaluate
+
+    lengths = [int(part) for part in values["lengths"].split(",")] if values["lengths"] else []
+    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "data", "text", "only")
+    settings = Settings(lengths=lengths, seed=int(values["seed"]), redo=values["redo"] == "true", **{k: values[k] for k in same})
+    paths = [path for path in values["checkpoint"].split(",") if path]
+    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +184,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        run(parse_arguments(arguments, DEFAULTS))
+        values = parse_arguments(arguments, DEFAULTS)
+        check(values)
+        if values["suite"] == "perplexity":
+            run(values)
+        else:
+            if not any(a.startswith("chunk=") for a in arguments):
+                values["chunk"] = 2048
+            run_suite(values)
     except UserError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)

@@ -1,0 +1,288 @@
+"""One report of everything measured under a folder: report.md and a self-contained report.html with the plots inside.
+
+    python -m evals.report OUT
+
+Everything is drawn from the JSON files OUT/MODEL/items/*.json, so a report can be made again at any time, or of several folders copied together.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+Records = dict[str, list[dict[str, Any]]]  # by model
+
+
+def read(out: Path) -> Records:
+    """All item records by model, models in the order of their names; torn files are passed over."""
+    found: Records = {}
+    for path in sorted(out.glob("*/items/*.json")):
+        try:
+            found.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def done(records: Records, kind: str) -> dict[str, list[dict[str, Any]]]:
+    return {m: kept for m, rs in records.items() if (kept := [r for r in rs if r["kind"] == kind and r["status"] == "done"])}
+
+
+class Page:
+    """Collects headings, paragraphs, tables and figures; renders Markdown and HTML."""
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[str, Any]] = []
+
+    def head(self, text: str) -> None:
+        self.parts.append(("head", text))
+
+    def say(self, text: str) -> None:
+        self.parts.append(("text", text))
+
+    def table(self, columns: list[str], rows: list[list[Any]]) -> None:
+        if rows:
+            self.parts.append(("table", (columns, [[_cell(c) for c in row] for row in rows])))
+
+    def figure(self, name: str, png: bytes | None, caption: str) -> None:
+        if png:
+            self.parts.append(("figure", (name, png, caption)))
+
+    def markdown(self) -> str:
+        lines = []
+        for kind, value in self.parts:
+            if kind == "head":
+                lines += [f"## {value}", ""]
+            elif kind == "text":
+                lines += [value, ""]
+            elif kind == "figure":
+                lines += [f"![{value[2]}](plots/{value[0]}.png)", ""]
+            else:
+                columns, rows = value
+                lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+                lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows] + [""]
+        return "# Evaluation\n\n" + "\n".join(lines)
+
+    def html(self) -> str:
+        style = (
+            "body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}table{border-collapse:collapse;"
+            "margin:1em 0}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}th{background:#f3f3f3}img{max-width:100%}"
+        )
+        body = []
+        for kind, value in self.parts:
+            if kind == "head":
+                body.append(f"<h2>{html.escape(value)}</h2>")
+            elif kind == "text":
+                body.append(f"<p>{html.escape(value)}</p>")
+            elif kind == "figure":
+                data = base64.b64encode(value[1]).decode()
+                body.append(
+                    f'<figure><img alt="{html.escape(value[2])}" src="data:image/png;base64,{data}"><figcaption>{html.escape(value[2])}</figcaption></figure>'
+                )
+            else:
+                columns, rows = value
+                cells = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+                lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
+                body.append(f"<table><tr>{cells}</tr>{lines}</table>")
+        return f'<!doctype html><meta charset="utf-8"><title>Evaluation</title><style>{style}</style><h1>Evaluation</h1>' + "\n".join(body)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _plot() -> Any:
+    """matplotlib.pyplot without a display, or None."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        return plt
+    except ImportError:
+        return None
+
+
+def _png(plt: Any, figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | None]], title: str) -> bytes | None:
+    """Loss by position on a log axis with intervals; a dotted line at each training length. curves: (label, buckets, T)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for i, (label, buckets, T) in enumerate(curves):
+        color = f"C{i % 10}"
+        x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
+        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
+        if all(b.get("low") is not None for b in buckets):
+            axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
+        if T:
+            axes.axvline(T, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="position in the sequence (dotted: training length)", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(plt, figure)
+
+
+def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
+    """Accuracy over length (across) and depth (down)."""
+    if plt is None or not grids:
+        return None
+    grids = sorted(grids, key=lambda g: g["length"])
+    depths = [c["depth"] for c in grids[0]["cells"]]
+    values = [[next((c["accuracy"] for c in g["cells"] if c["depth"] == d), float("nan")) for g in grids] for d in depths]
+    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(grids), 1.5 + 0.35 * len(depths)))
+    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for i, row in enumerate(values):
+        for j, v in enumerate(row):
+            axes.text(j, i, f"{100 * v:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(grids)), [f"{g['length']:,}" for g in grids], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+    axes.set(xlabel="tokens", ylabel="depth", title=title)
+    return _png(plt, figure)
+
+
+def position_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "position")
+    if not found:
+        return
+    page.head("Loss by position")
+    page.say(
+        "delta: nats of the last bucket minus the least inside the training length T. Onset: first of up to four successive buckets whose "
+        "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out)."
+    )
+    rows = []
+    for model, items in found.items():
+        for r in items:
+            result, c = r["result"], r["result"]["collapse"]
+            rows.append(
+                [model, result["prompt"], result["length"], result["rows"], result["perplexity"], result.get("bits_per_byte")]
+                + [c.get("delta_at_end"), c.get("onset_0.1"), c.get("onset_0.5"), c.get("forgets_2x"), c.get("verdict")]
+                + [f"{result['tokens_per_second']:,.0f}", _gib(result.get("peak_memory_bytes"))]
+            )
+    columns = "model,prompt,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(
+        ","
+    )
+    page.table(columns, rows)
+    for prompt in sorted({r["result"]["prompt"] for items in found.values() for r in items}):
+        curves = [
+            (m, r["result"]["buckets"], r["settings"].get("T"))
+            for m, items in found.items()
+            for r in items
+            if r["result"]["prompt"] == prompt
+        ]
+        page.figure(
+            f"position-{prompt}", curves_figure(plt, curves, f"Loss by position, {prompt}"), f"Loss by position on {prompt}, 95 % intervals"
+        )
+
+
+def _gib(value: Any) -> Any:
+    return None if value is None else f"{value / 2**30:.2f}"
+
+
+def retrieval_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "retrieval")
+    if not found:
+        return
+    page.head("Retrieval")
+    page.say(
+        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe."
+    )
+    lengths = sorted({r["result"]["length"] for items in found.values() for r in items})
+    for task in sorted({r["result"]["task"] for items in found.values() for r in items}):
+        rows = []
+        for model, items in found.items():
+            by_length = {r["result"]["length"]: r["result"] for r in items if r["result"]["task"] == task}
+            cells = [
+                f"{100 * g['accuracy']:.0f} ({100 * g['low']:.0f}-{100 * g['high']:.0f})" if (g := by_length.get(n)) else "-"
+                for n in lengths
+            ]
+            rows.append([model, *cells])
+        page.say(task)
+        page.table(["model", *[f"{n:,}" for n in lengths]], rows)
+    for model, items in found.items():
+        for task in sorted({r["result"]["task"] for r in items}):
+            grids = [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1]
+            page.figure(f"{task}-{model}", heat_map(plt, grids, f"{model}: {task}"), f"{task}, {model}: accuracy in %")
+
+
+SECTIONS = [position_section, retrieval_section]
+
+
+def failures(page: Page, records: Records) -> None:
+    rows = [[m, r["item"], r["reason"]] for m, items in records.items() for r in items if r["status"] != "done"]
+    if rows:
+        page.head("Not measured")
+        page.table(["model", "item", "why"], rows)
+
+
+def write_report(out: Path) -> Page:
+    """Writes report.md, plots/*.png and report.html under `out`."""
+    records, plt, page = read(out), _plot(), Page()
+    rows = []
+    for model, items in records.items():
+        d, e = items[0]["model"], items[0]["environment"]
+        rows.append(
+            [
+                model,
+                d["kind"],
+                d["parameters"],
+                d["train_length"],
+                d["carry"],
+                d["precision"],
+                e["device"],
+                e["torch"],
+                e["commit"][:12],
+                len(items),
+            ]
+        )
+    page.table("model,kind,parameters,training length,state carried in,precision,device,torch,commit,items".split(","), rows)
+    if plt is None:
+        page.say("There are no plots: matplotlib is not installed (pip install matplotlib, then python -m evals.report OUT).")
+    for section in SECTIONS:
+        section(page, plt, records)
+    failures(page, records)
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for kind, value in page.parts:
+        if kind == "figure":
+            _write(out / "plots" / f"{value[0]}.png", value[1])
+    _write(out / "report.md", page.markdown().encode())
+    _write(out / "report.html", page.html().encode())
+    return page
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print(__doc__)
+        return 2
+    write_report(Path(arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

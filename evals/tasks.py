@@ -1,0 +1,201 @@
+"""Retrieval tasks made from a seed: passkey and its variants, and RULER's tasks that need no downloads.
+
+* passkey: the template of Stuffed Mamba's released code (arXiv 2410.07145, appendix): a five-digit key in a repeated sentence block.
+  `noise=prose` takes the noise from a text, `keys=n` hides n keys under names and asks for one.
+* niah_single, niah_multikey, vt (variable tracking), cwe (common words), fwe (frequent coded words): after RULER (arXiv 2404.06654), in our
+  own wording, without its in-context example. Scores of RULER itself are not comparable.
+* order: just-read-twice prompting (arXiv 2407.05483). D document, Q question: DQ (plain), QDQ, DQDQ, QDDQ.
+
+Prompts are put together from token ids, so a prompt has exactly the length asked for; the same (seed, length, depth, number) gives the
+same ids on every machine.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from evals.adapters import ItemError, TextCoder
+from evals.texts import Text
+
+HEAD = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+ADJECTIVES = (
+    "amber brave calm clever cold dusty eager early faint gentle golden grand green happy heavy honest humble icy jolly kind lively lonely "
+    "loud lucky mellow narrow noble pale plain proud quick quiet rapid rusty silent silver simple steady tender young"
+).split()
+NOUNS = (
+    "anchor apple arrow barrel basket beacon bell bottle bridge button cabin candle canyon carpet castle cellar chapel cherry circle coffee "
+    "copper corner cotton desert dragon engine falcon feather fiddle forest garden harbor hammer island jacket kettle ladder lantern lemon "
+    "market meadow mirror needle orchard packet palace pebble pencil planet pocket river saddle spider temple ticket timber tunnel valley "
+    "violin window"
+).split()
+ORDERS = ("DQ", "QDQ", "DQDQ", "QDDQ")
+NAMES = ("passkey", "niah_single", "niah_multikey", "vt", "cwe", "fwe")
+
+
+@dataclass
+class Sample:
+    """prompt and answer as ids; answers: texts whose recall in a greedy continuation of new_tokens is the score of list tasks."""
+
+    prompt: list[int]
+    answer: list[int]
+    answers: list[str]
+    new_tokens: int
+
+
+@dataclass
+class Task:
+    """A kind of sample. by_ids: scored by exact match of the answer's ids (teacher-forced); else by recall in what greedy decoding writes."""
+
+    name: str
+    noise: str = "repeat"  # repeat | prose
+    keys: int = 1  # keys in the text, one is asked for
+    order: str = "DQ"
+    hops: int = 4
+    by_ids: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES or self.noise not in ("repeat", "prose") or self.order not in ORDERS or self.keys < 1:
+            raise ValueError(
+                f"There is no task {self.label}; tasks are {', '.join(NAMES)}, noise repeat or prose, order {', '.join(ORDERS)}."
+            )
+        self.by_ids = self.name in ("passkey", "niah_single", "niah_multikey")
+
+    @property
+    def label(self) -> str:
+        parts = [self.name, *([self.noise] if self.noise != "repeat" else []), *([f"keys{self.keys}"] if self.keys > 1 else [])]
+        return "-".join([*parts, *([self.order] if self.order != "DQ" else [])])
+
+    @property
+    def has_depth(self) -> bool:
+        return self.by_ids
+
+    def sample(self, coder: TextCoder, length: int, depth: float, number: int, seed: int, text: Text | None = None) -> Sample:
+        """A sample whose prompt has exactly `length` tokens in the order DQ (other orders repeat parts). Raises ItemError if too short."""
+        rng = np.random.default_rng([seed, zlib.crc32(self.label.encode()), length, round(depth * 1000), number])
+        if self.name in ("cwe", "fwe"):
+            return self._words(coder, length, rng)
+        head, needles, question, answer, answers = getattr(self, f"_{self.name}")(rng)
+        depths = [depth, *rng.random(len(needles) - 1).tolist()] if self.has_depth else np.sort(rng.random(len(needles))).tolist()
+        question_ids = coder.encode(question)
+        document = self._document(coder, head, needles, depths, length - len(coder.start_ids) - len(question_ids), rng, text)
+        ids = list(coder.start_ids)
+        for part in self.order:
+            ids += document if part == "D" else question_ids
+        answer_ids = coder.encode(answer)
+        return Sample(ids, answer_ids, answers, len(answer_ids) if self.by_ids else len(answer_ids) + 10)
+
+    def _document(
+        self, coder: TextCoder, head: str, needles: list[str], depths: list[float], length: int, rng: np.random.Generator, text: Text | None
+    ) -> list[int]:
+        head_ids, needle_ids = coder.encode(head), [coder.encode(n + "\n") for n in needles]
+        room = length - len(head_ids) - sum(map(len, needle_ids))
+        if room < 0:
+            least = length - room
+            raise ItemError(
+                f"Task {self.label} does not fit: the head, question and needles alone take {least} tokens more than the question leaves."
+            )
+        noise, step = self._noise(coder, room, rng, text)
+        # As published, a needle stands between whole blocks of noise: at block int(depth (n-1)).
+        places = [step * int(d * max(0, room // step - 1)) if step > 1 else int(d * room) for d in depths]
+        ids, at = list(head_ids), 0
+        for place, needle in sorted(zip(places, needle_ids), key=lambda pair: pair[0]):
+            ids += noise[at:place] + needle
+            at = place
+        return ids + noise[at:]
+
+    def _noise(self, coder: TextCoder, room: int, rng: np.random.Generator, text: Text | None) -> tuple[list[int], int]:
+        """(`room` ids, ids of a block)."""
+        if self.noise == "prose":
+            if text is None:
+                raise ItemError("Prose noise needs a text.")
+            ids = text.rows(1, max(1, room), int(rng.integers(1 << 31)))[0, :room].tolist()
+            return [i for i in ids], 1
+        block = coder.encode(NOISE)
+        return (block * (room // len(block) + 1))[:room], len(block)
+
+    def _passkey(self, rng: np.random.Generator) -> tuple[str, list[str], str, str, list[str]]:
+        keys = [f"{k:05d}" for k in rng.choice(100_000, self.keys, replace=False)]
+        if self.keys == 1:
+            needle, question = f"The passkey is {keys[0]}. Remember it. {keys[0]} is the passkey.", "\nWhat is the pass key? The passkey is"
+            return HEAD, [needle], question, f" {keys[0]}", [keys[0]]
+        names = self._names(rng, self.keys)
+        needles = [f"The passkey of {n} is {k}. Remember it. {k} is the passkey of {n}." for n, k in zip(names, keys)]
+        return HEAD, needles, f"\nWhat is the pass key of {names[0]}? The passkey of {names[0]} is", f" {keys[0]}", [keys[0]]
+
+    @staticmethod
+    def _names(rng: np.random.Generator, n: int) -> list[str]:
+        picked = rng.choice(len(ADJECTIVES) * len(NOUNS), n, replace=False)
+        return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in picked]
+
+    def _niah_single(self, rng: np.random.Generator) -> tuple[str, list[str], str, str, list[str]]:
+        n = max(self.keys, 4) if self.name == "niah_multikey" else 1
+        names, values = self._names(rng, n), [str(v) for v in rng.choice(9_000_000, n, replace=False) + 1_000_000]
+        head = "Some special magic numbers are hidden within the following text. Memorize them; one will be asked for afterwards.\n\n"
+        needles = [f"One of the special magic numbers for {k} is: {v}." for k, v in zip(names, values)]
+        question = f"\nWhat is the special magic number for {names[0]} mentioned in the text? The special magic number for {names[0]} is"
+        return head, needles, question, f" {values[0]}", [values[0]]
+
+    _niah_multikey = _niah_single
+
+    def _vt(self, rng: np.random.Generator) -> tuple[str, list[str], str, str, list[str]]:
+        letters = [chr(65 + i) for i in range(26)]
+        names: list[str] = []
+        while len(names) <= self.hops:
+            name = "".join(rng.choice(letters, 5))
+            if name not in names:
+                names.append(name)
+        value = str(int(rng.integers(10_000, 100_000)))
+        needles = [f"VAR {names[0]} = {value}"] + [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:])]
+        head = "Memorize and follow the chain of variable assignments hidden in the following text.\n\n"
+        question = f"\nWhich variables hold the value {value} at the end? These {len(names)} variables hold the value {value}:"
+        return head, needles, question, " " + " ".join(names), names
+
+    def _words(self, coder: TextCoder, length: int, rng: np.random.Generator) -> Sample:
+        """cwe: ten words occur ten times as often as the others. fwe: coded words by a zeta law of exponent 2, the first three are asked for."""
+        if self.name == "cwe":
+            head, wanted = "Below is a list of words. Some of them occur much more often than the others. Memorize those.\n\n", 10
+            question = f"\nWhat are the {wanted} most common words in the list? The {wanted} most common words are:"
+        else:
+            head, wanted = "Below is a coded text. Count how often each coded word occurs and remember the most frequent ones.\n\n", 3
+            question = f"\nWhat are the {wanted} most frequent coded words? The {wanted} most frequent coded words are:"
+        head_ids, question_ids = coder.encode(head), coder.encode(question)
+        room = length - len(coder.start_ids) - len(head_ids) - len(question_ids)
+        if room < 20 * wanted:
+            raise ItemError(f"Task {self.name} does not fit into {length} tokens; it needs at least {length - room + 20 * wanted}.")
+        vocabulary = (
+            self._names(rng, 300) if self.name == "cwe" else ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 6)) for _ in range(60)]
+        )
+        encoded = {w: coder.encode(" " + w) for w in vocabulary}
+        common = vocabulary[:wanted]
+        if self.name == "cwe":
+            weights = np.array([30.0] * wanted + [3.0] * (len(vocabulary) - wanted))
+        else:
+            weights = np.arange(1, len(vocabulary) + 1) ** -2.0
+        order = self._draw(vocabulary, weights, encoded, room, rng)
+        ids = [i for w in order for i in encoded[w]][:room]
+        while len(ids) < room:  # whole words only, then newlines
+            ids += coder.encode("\n")[: room - len(ids)]
+        answer = coder.encode(" " + " ".join(common))
+        document = head_ids + ids
+        prompt = list(coder.start_ids)
+        for part in self.order:
+            prompt += document if part == "D" else question_ids
+        return Sample(prompt, answer, common, len(answer) + 10)
+
+    @staticmethod
+    def _draw(vocabulary: list[str], weights: np.ndarray, encoded: dict[str, list[int]], room: int, rng: np.random.Generator) -> list[str]:
+        """Words in random order whose counts follow the weights and whose tokens fill at most `room`. Counts are fixed, not drawn, so that
+        the wanted words are surely the most frequent; with little room rare words fall away."""
+        sizes = np.array([len(encoded[w]) for w in vocabulary], dtype=np.float64)
+        low, high = 0.0, float(room)
+        for _ in range(60):
+            scale = (low + high) / 2
+            low, high = (scale, high) if (np.floor(weights * scale) * sizes).sum() <= room else (low, scale)
+        counts = np.floor(weights * low).astype(int)
+        words = [w for w, n in zip(vocabulary, counts) for _ in range(n)]
+        rng.shuffle(words)
+        return words

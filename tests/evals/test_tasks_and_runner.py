@@ -1,0 +1,220 @@
+"""Retrieval tasks by text, figures by brute force, and a runner that fails by the item and resumes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.tokenizer import byte_tokenizer
+from evals import suites
+from evals.adapters import ItemError, own_coder
+from evals.position import collapse
+from evals.report import write_report
+from evals.retrieval import grid, score
+from evals.run import main
+from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
+from evals.suites import Item, guarded, run_items
+from evals.tasks import NAMES, NOISE, Task
+from evals.texts import Text
+from tests.evals.conftest import own_adapter
+
+CODER = own_coder(byte_tokenizer())
+PROSE = Text(np.array(CODER.encode("It is a truth universally acknowledged. " * 400), dtype=np.int64), "test")
+
+
+def test_passkey_text_is_the_published_one() -> None:
+    sample = Task("passkey").sample(CODER, 2000, 0.5, 7, seed=1)
+    assert len(sample.prompt) == 2000 and sample.prompt[0] == CODER.start_ids[0]
+    text = CODER.decode(sample.prompt)
+    key = sample.answers[0]
+    match = re.search(
+        r"(.*?)The passkey is (\d{5})\. Remember it\. (\d{5}) is the passkey\.\n(.*)\nWhat is the pass key\? The passkey is$", text, re.S
+    )
+    assert match and match[2] == match[3] == key and CODER.decode(sample.answer) == " " + key
+    assert match[1].endswith(NOISE) and match[4].startswith(NOISE[:20])
+    assert abs(len(match[1]) / len(text) - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("order", ["DQ", "DQDQ"])
+def test_samples_come_from_the_seed_and_hold_their_answer(name: str, order: str) -> None:
+    task = Task(name, noise="prose" if name in ("passkey", "niah_multikey") else "repeat", keys=3 if name == "passkey" else 1, order=order)
+    a, b = (task.sample(CODER, 3001, 0.3, 5, seed=4, text=PROSE) for _ in range(2))
+    assert a == b
+    assert (
+        task.sample(CODER, 3001, 0.3, 6, seed=4, text=PROSE).prompt
+        != a.prompt
+        != task.sample(CODER, 3001, 0.3, 5, seed=5, text=PROSE).prompt
+    )
+    text = CODER.decode(a.prompt)
+    assert all(answer in text for answer in a.answers)
+    assert len(a.prompt) == 3001 if order == "DQ" else len(a.prompt) > 5000
+
+
+def test_frequent_words_are_the_most_frequent() -> None:
+    for name in ("cwe", "fwe"):
+        sample = Task(name).sample(CODER, 6000, 0.5, 0, seed=0)
+        words = CODER.decode(sample.prompt).split("\n\n")[1].split("\n")[0].split()
+        counts = {w: words.count(w) for w in set(words[:-1])}
+        ranked = sorted(counts, key=lambda w: -counts[w])
+        assert set(ranked[: len(sample.answers)]) == set(sample.answers)
+        assert counts[ranked[len(sample.answers) - 1]] > counts[ranked[len(sample.answers)]]
+
+
+def test_too_short_a_prompt_is_a_sentence() -> None:
+    for name in NAMES:
+        with pytest.raises(ItemError, match="does not fit"):
+            Task(name).sample(CODER, 60, 0.5, 0, seed=0)
+    with pytest.raises(ValueError, match="There is no task"):
+        Task("nonsense")
+
+
+def test_scores_of_a_model_that_always_knows_and_one_that_never_does() -> None:
+    adapter, task = own_adapter(), Task("passkey")
+    samples = [task.sample(CODER, 400, 0.5, n, seed=0) for n in range(3)]
+    written = adapter.greedy(torch.tensor([s.prompt for s in samples]), 6, 100)
+    assert score(adapter, task, samples, 100, 2) == [0.0, 0.0, 0.0]
+    for sample, ids in zip(samples, written.tolist()):
+        sample.answer, sample.answers = ids, [CODER.decode(ids)]
+    assert score(adapter, task, samples, 100, 2) == [1.0, 1.0, 1.0]
+    result = grid(adapter, Task("vt"), 800, [0.1, 0.9], 2, chunk=64)
+    assert len(result["cells"]) == 1 and result["n"] == 2 and 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
+
+
+def test_position_sums_against_brute_force() -> None:
+    rng, length = np.random.default_rng(0), 5003
+    losses = rng.random((9, length))
+    sums, at = PositionSums(length, 9, per_octave=3), 0
+    while at < length:
+        n = int(rng.integers(1, 900))
+        sums.add(at, losses[:4, at : at + n], 0)
+        sums.add(at, losses[4:, at : at + n], 4)
+        at += n
+    buckets, edges = sums.buckets(), log_edges(length, 3)
+    assert edges[0] == 0 and edges[-1] == length and [(b["from"], b["to"]) for b in buckets] == list(zip(edges[:-1], edges[1:]))
+    for b in buckets:
+        part = losses[:, b["from"] : b["to"]]
+        assert b["tokens"] == part.size and b["nats_per_token"] == pytest.approx(part.mean(), rel=1e-12)
+        assert b["low"] <= part.mean() <= b["high"]
+
+
+def test_intervals() -> None:
+    low, high = wilson(190, 200)
+    assert low == pytest.approx(0.9105, abs=5e-4) and high == pytest.approx(
+        0.9726, abs=5e-4
+    )  # R: binom.confint(190, 200, methods="wilson")
+    assert wilson(0, 10)[0] == 0 and 0.2 < wilson(0, 10)[1] < 0.35 and wilson(10, 10)[1] == 1
+    inside = 0
+    for trial in range(100):
+        x = np.random.default_rng(trial).normal(3, 1, 40)
+        low, high = bootstrap_ratio(x, np.ones(40), draws=400)
+        inside += low <= 3 <= high
+    assert 86 <= inside <= 100
+
+
+def curve(values: list[float]) -> list[dict[str, Any]]:
+    edges = [0, *(16 * 2**k for k in range(len(values)))]
+    return [{"from": a, "to": b, "nats_per_token": v} for a, b, v in zip(edges, edges[1:], values)]
+
+
+def test_collapse_criteria() -> None:
+    assert collapse(curve([9, 4, 3, 3, 3, 3, 3]), 64)["verdict"] == "holds"
+    found = collapse(curve([9, 4, 3, 3.05, 3.2, 3.3, 3.4, 3.6]), 64)  # buckets end at 16, 32, 64 | 128, 256, ...
+    assert found["onset_0.1"] == 128 and found["onset_0.5"] == 1024 and found["forgets_2x"] and found["delta_at_end"] == pytest.approx(0.6)
+    spike = collapse(curve([9, 4, 3, 3.0, 3.9, 3.0, 3.0, 3.0, 3.0, 3.0]), 64)
+    assert spike["onset_0.1"] is None and spike["delta_largest"] == pytest.approx(0.9)
+    assert not collapse(curve([9, 4, 3, 8.1]), 64)["forgets_2x"]
+    assert "not measured" in collapse(curve([9, 4, 3]), 4096)["verdict"]
+
+
+def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, calls = own_adapter(), []
+
+    def item(name: str, act: Any) -> Item:
+        def run(progress: Any) -> dict[str, Any]:
+            calls.append(name)
+            return act()
+
+        return Item(name, "position", {"n": 1}, run)
+
+    def memory() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    def stopped() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    good = {"nats_per_token": 1.0, "tokens": 3}
+    items = [item("good", lambda: good), item("memory", memory), item("nan", lambda: {**good, "nats_per_token": float("nan")})]
+    with pytest.raises(KeyboardInterrupt):
+        run_items([*items, item("stopped", stopped)], adapter, tmp_path, False)
+    records = run_items([*items, item("stopped", lambda: good)], adapter, tmp_path, False)
+    assert calls == ["good", "memory", "nan", "stopped", "memory", "nan", "stopped"]
+    assert [r["status"] for r in records] == ["done", "failed", "failed", "done"]
+    assert "Out of memory" in records[1]["reason"] and "not finite" in records[2]["reason"]
+    (tmp_path / "items" / "good.json").write_text('{"torn')
+    with torch.no_grad():
+        next(adapter.model.parameters()).add_(1)
+    run_items(items[:1], adapter, tmp_path, False)
+    assert calls[-1] == "good"
+    parts = [run_items(items[:1] * 5, adapter, tmp_path / "r", False, rank, 3) for rank in range(3)]
+    assert sum(map(len, parts)) == 5
+
+
+def test_bad_models_are_one_sentence_each() -> None:
+    adapter = own_adapter()
+    bench = suites.Bench(
+        adapter, suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128)
+    )
+    assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in bench.items()] == ["done"] * len(bench.items())
+    with torch.no_grad():
+        adapter.model.norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    for item in bench.items():
+        found = guarded(lambda i=item: i.run(lambda a, b: None))
+        assert found["status"] == "failed" and "not finite" in found["reason"]
+    adapter.coder = None
+    found = guarded(lambda: bench.items()[1].run(lambda a, b: None))
+    assert "no tokenizer" in found["reason"]
+
+
+def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        f"checkpoint={hf_folder},{hf_folder}",
+        "suite=quick",
+        "train_length=64",
+        "lengths=320",
+        "samples=1",
+        "depths=2",
+        "rows=1",
+        "device=cpu",
+    ]
+    words += [f"out={tmp_path}", "only=p", "chunk=128"]
+    assert main(words) == 0
+    first = capsys.readouterr().out
+    assert "there already" not in first and main(words) == 0 and "there already" in capsys.readouterr().out
+    suite = json.loads((tmp_path / "llama" / "quick.json").read_text())
+    assert {"commit", "device", "torch"} <= set(suite["items"][0]["environment"]) and suite["settings"]["seed"] == 0
+    assert (tmp_path / "llama-2" / "quick.json").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64" in page and "llama-2" in page and 'src="http' not in page
+    assert "| llama |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["suite=quick"], "checkpoint=DIR"),
+        (["checkpoint=x", "suite=quick", "lengths=a"], "lengths"),
+        (["checkpoint=x", "suite=quick", "seed=-1"], "seed"),
+        (["checkpoint=/nowhere", "suite=quick"], "There is no"),
+        (["checkpoint=x", "suite=quick", "redo=maybe"], "redo"),
+    ],
+)
+def test_mistakes_are_sentences(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2 and part in capsys.readouterr().err
