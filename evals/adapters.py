@@ -418,7 +418,8 @@ class HFAdapter(Adapter):
         or attributes that hold one tensor a layer (older caches, e.g. `ssm_states`)."""
         if state is None:
             return []
-        cache, found = state[1], []
+        cache: Any = state[1]
+        found: list[tuple[int, str, Any, Any]] = []
         parts = getattr(cache, "layers", None)
         for layer, part in enumerate(parts if isinstance(parts, (list, tuple)) else []):
             held = getattr(part, "recurrent_states", None)
@@ -433,7 +434,7 @@ class HFAdapter(Adapter):
             if isinstance(held, Tensor):
                 found += [(layer, name, held, layer) for layer in range(held.shape[0])]
             elif isinstance(held, (list, dict)):
-                keys = range(len(held)) if isinstance(held, list) else list(held)
+                keys: list[Any] = list(range(len(held))) if isinstance(held, list) else list(held)
                 found += [(int(key), name, held, key) for key in keys if isinstance(held[key], Tensor)]
         return found
 

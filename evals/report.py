@@ -224,7 +224,144 @@ def retrieval_section(page: Page, plt: Any, records: Records) -> None:
             page.figure(f"{task}-{model}", heat_map(plt, grids, f"{model}: {task}"), f"{task}, {model}: accuracy in %")
 
 
-SECTIONS = [position_section, retrieval_section]
+def states_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "states")
+    if not found:
+        return
+    page.head("Recurrent states")
+    page.say(
+        "Growth: variance of a head's state at the end over that at the training length T. top 1 %: share of the sum of squares in the largest "
+        "1 % of entries, mean over heads. Kept: share of heads (channels) that keep over half of the first token at T."
+    )
+    rows = []
+    for model, items in found.items():
+        for r in items:
+            x = r["result"]
+            ratios = sorted(g["variance_ratio"] for g in x["growth"])
+            inside = [s for s in x["snapshots"] if s["position"] <= x["train_length"]] or x["snapshots"][:1]
+            ends = [inside[-1], x["snapshots"][-1]]
+            top = [_mean([v for s in end["states"] for v in s["top"]]) for end in ends]
+            kept = _mean([k["kept_half_T"] for k in x["retention"]])
+            middle = ratios[len(ratios) // 2] if ratios else None
+            rows.append(
+                [
+                    model,
+                    x["prompt"],
+                    x["length"],
+                    middle,
+                    ratios[-1] if ratios else None,
+                    sum(v > 2 for v in ratios),
+                    len(ratios),
+                    *top,
+                    kept,
+                ]
+            )
+    page.table("model,prompt,length,median growth,largest growth,heads over 2,heads,top 1 % at T,top 1 % at end,kept".split(","), rows)
+    for model, items in found.items():
+        for r in items:
+            name = f"states-{r['result']['prompt']}-{model}"
+            page.figure(
+                name,
+                states_figure(plt, r["result"], model),
+                f"{model}, {r['result']['prompt']}: standard deviation of each layer's state, and growth by head",
+            )
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
+    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads."""
+    if plt is None:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    names = [(s["layer"], s["name"]) for s in x["snapshots"][0]["states"]]
+    color = plt.get_cmap("viridis")
+    for i, (layer, name) in enumerate(names):
+        y = [(_mean(s["states"][i]["variance"]) or 0) ** 0.5 for s in x["snapshots"]]
+        left.plot(
+            [s["position"] for s in x["snapshots"]], y, color=color(i / max(1, len(names) - 1)), marker=".", label=f"layer {layer} {name}"
+        )
+    left.axvline(x["train_length"], color="k", linestyle=":")
+    left.set(xscale="log", yscale="log", xlabel="tokens (dotted: training length)", ylabel="standard deviation of the state", title=title)
+    left.grid(alpha=0.3)
+    if len(names) <= 12:
+        left.legend(fontsize=7)
+    import math
+
+    heads = max((g["head"] for g in x["growth"]), default=-1) + 1
+    if heads:
+        table = [[float("nan")] * heads for _ in names]
+        for g in x["growth"]:
+            table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
+        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
+        right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
+        figure.colorbar(image)
+    else:
+        right.axis("off")
+    return _png(plt, figure)
+
+
+def remembrance_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "remembrance")
+    if not found:
+        return
+    page.head("Effective remembrance")
+    page.say(
+        "Total variation distance of the next-token distributions with the whole text and with its first t tokens dropped; near 1 at small t: spoilt by its first tokens."
+    )
+    if plt is None:
+        return
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for i, (model, items) in enumerate(found.items()):
+        for r in items:
+            x, curve = r["result"], r["result"]["curve"]
+            at = [c["dropped"] / x["length"] for c in curve]
+            axes.plot(at, [c["distance"] for c in curve], marker=".", color=f"C{i % 10}", label=f"{model} (T={x['length']:,})")
+            if all(c["low"] is not None for c in curve):
+                axes.fill_between(at, [c["low"] for c in curve], [c["high"] for c in curve], alpha=0.15, color=f"C{i % 10}", linewidth=0)
+    axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance", ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    page.figure("remembrance", _png(plt, figure), "Effective remembrance, 95 % intervals")
+
+
+def cures_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "cure")
+    if not found:
+        return
+    page.head("Cures")
+    page.say(
+        "inside: least loss of a bucket inside T, against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py."
+    )
+    rows = []
+    for model, items in found.items():
+        items = sorted(items, key=lambda r: (r["result"]["cure"] != "none", r["result"]["cure"]))
+        base: dict[str, Any] = next((r["result"]["collapse"] for r in items if r["result"]["cure"] == "none"), {})
+        for r in items:
+            x, c = r["result"], r["result"]["collapse"]
+            change = c["least_inside"] - base["least_inside"] if "least_inside" in c and "least_inside" in base else None
+            rows.append(
+                [
+                    model,
+                    x["cure"],
+                    c.get("least_inside"),
+                    change,
+                    x["buckets"][-1]["nats_per_token"],
+                    c.get("delta_at_end"),
+                    c.get("verdict"),
+                ]
+            )
+        curves = [
+            (r["result"]["cure"], r["result"]["buckets"], r["settings"].get("T") if r["result"]["cure"] == "none" else None) for r in items
+        ]
+        page.figure(f"cures-{model}", curves_figure(plt, curves, f"{model}: cures"), f"{model}: loss by position under each cure")
+    page.table("model,cure,inside,change inside,end,delta at end,verdict".split(","), rows)
+
+
+SECTIONS = [position_section, states_section, remembrance_section, cures_section, retrieval_section]
 
 
 def failures(page: Page, records: Records) -> None:

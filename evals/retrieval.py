@@ -50,7 +50,8 @@ def grid(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """One length of the grid: `samples` prompts at each depth (tasks without a depth: that many in all)."""
-    coder, cells = adapter.need_coder(), []
+    coder = adapter.need_coder()
+    cells: list[dict[str, Any]] = []
     depths = depths if task.has_depth else [0.5]
     for i, depth in enumerate(depths):
         made = [task.sample(coder, length, depth, n, seed, text) for n in range(samples)]
@@ -63,7 +64,7 @@ def grid(
         )
         if on_progress:
             on_progress(i + 1, len(depths))
-    total = sum(c["accuracy"] * c["n"] for c in cells)
-    n = sum(c["n"] for c in cells)
+    total = float(sum(c["accuracy"] * c["n"] for c in cells))
+    n = sum(int(c["n"]) for c in cells)
     low, high = wilson(round(total), n)
     return {"task": task.label, "length": length, "cells": cells, "accuracy": total / n, "n": n, "low": low, "high": high, "seed": seed}

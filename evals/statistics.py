@@ -73,8 +73,8 @@ class PositionSums:
             if n.sum() == 0:
                 continue
             over_rows = s.shape[0] >= 8
-            units = (s.sum(1), n.sum(1)) if over_rows else (s[n > 0], n[n > 0])
-            low, high = bootstrap_ratio(*units, seed=seed)
+            unit_sums, unit_counts = (s.sum(1), n.sum(1)) if over_rows else (s[n > 0], n[n > 0])
+            low, high = bootstrap_ratio(unit_sums, unit_counts, seed=seed)
             result.append(
                 {
                     "from": int(self.edges[i]),

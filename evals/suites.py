@@ -6,6 +6,7 @@ Under a launcher (torchrun, deepspeed) the items are shared out over the process
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -95,7 +96,9 @@ class Bench:
         s, suite = self.settings, self.settings.suite
         found: list[Item] = []
         if suite in ("quick", "long_context", "all"):
-            found += self._position() + self._retrieval()
+            found += self._position() + self._states() + self._retrieval()
+        if suite in ("long_context", "all") or (suite == "quick" and s.cures not in ("default", "none")):
+            found += self._cures()
         if suite in ("harness", "all"):
             found += self._harness()
         return [item for item in found if s.only in item.name]
@@ -164,6 +167,65 @@ class Bench:
             return Item(f"{task.label}-{length}", "retrieval", self._common(samples=self.samples, depths=depths, task=task.label), run)
 
         return [item(task, length) for task in tasks for length in self.lengths]
+
+    def _states(self) -> list[Item]:
+        from evals.state_collapse import effective_remembrance, state_curve
+
+        quick = self.settings.suite == "quick"
+        length = min(self.max_length, (4 if quick else 64) * self.T)
+        rows = min(self.rows, 2 if quick else 4)
+
+        def states(prompt: str) -> Item:
+            def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
+                ids = self.rows_of(prompt, rows, length)
+                return {"prompt": prompt, **state_curve(self.adapter, ids, self.T, chunk=self.settings.chunk, on_progress=progress)}
+
+            return Item(f"states-{prompt}", "states", self._common(rows=rows, length=length), run)
+
+        far = min(self.max_length, (2 if quick else 4) * self.T)
+        drops = sorted({0, far // 64, far // 16, far // 8, far // 4, far // 2, 3 * far // 4, 7 * far // 8} - {far - 1})
+
+        def remembered(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            ids = self.rows_of("prose", self.rows, far)
+            return effective_remembrance(self.adapter, ids, drops, chunk=self.settings.chunk, on_progress=progress)
+
+        items = [states("prose")] if self._recurrent() else []
+        if not quick and items:
+            items += [states("constant"), states("random")]
+        return [*items, Item("remembrance", "remembrance", self._common(rows=self.rows, length=far), remembered)]
+
+    def _recurrent(self) -> bool:
+        """Whether there is a state to look at; a model that cannot be asked is left to fail in its items."""
+        try:
+            state = self.adapter.advance(torch.zeros(1, 2, dtype=torch.long), self.adapter.start(1))
+            return bool(self.adapter.layer_states(state))
+        except Exception:
+            return True
+
+    def _cures(self) -> list[Item]:
+        """The position curve under each cure, and without one on the same rows."""
+        from evals import cures
+        from evals.position import collapse, position_curve
+
+        if self.settings.cures == "none":
+            return []
+        chosen = cures.suitable(self.adapter) if self.settings.cures == "default" else cures.parse(self.settings.cures)
+        length, rows = min(self.max_length, 64 * self.T), min(self.rows, 8)
+        chunk = min(self.settings.chunk, max(64, self.T // 4))
+
+        def item(cure: Any) -> Item:
+            def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
+                s = self.settings
+                ids = self.rows_of("prose", rows, length + 1)
+                calibration = self.text.rows(4, self.T, s.seed + 1)
+                setting = cures.Setting(self.T, length, calibration, chunk)
+                with cure.applied(self.adapter, setting) if cure else contextlib.nullcontext():
+                    result = position_curve(self.adapter, ids, chunk=chunk, batch=s.batch, seed=s.seed, on_progress=progress)
+                return {**result, "cure": cure.label if cure else "none", "collapse": collapse(result["buckets"], self.T)}
+
+            return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(rows=rows, length=length, cure_chunk=chunk), run)
+
+        return [item(None), *[item(cure) for cure in chosen]] if chosen else []
 
     def _harness(self) -> list[Item]:
         return []
@@ -267,7 +329,7 @@ def run_items(items: list[Item], adapter: Adapter, folder: Path, redo: bool, ran
             records.append(held)
             continue
         start = time.perf_counter()
-        record = {"item": item.name, "kind": item.kind, "key": key, "settings": item.settings}
+        record: dict[str, Any] = {"item": item.name, "kind": item.kind, "key": key, "settings": item.settings}
 
         def work(item: Item = item) -> dict[str, Any]:
             return item.run(_progress(item.name))

@@ -175,7 +175,7 @@ class Task:
             weights = np.array([30.0] * wanted + [3.0] * (len(vocabulary) - wanted))
         else:
             weights = np.arange(1, len(vocabulary) + 1) ** -2.0
-        order = self._draw(vocabulary, weights, encoded, room, rng)
+        order = self._draw(vocabulary, weights, encoded, room, rng, wanted)
         ids = [i for w in order for i in encoded[w]][:room]
         while len(ids) < room:  # whole words only, then newlines
             ids += coder.encode("\n")[: room - len(ids)]
@@ -186,8 +186,9 @@ class Task:
             prompt += document if part == "D" else question_ids
         return Sample(prompt, answer, common, len(answer) + 10)
 
-    @staticmethod
-    def _draw(vocabulary: list[str], weights: np.ndarray, encoded: dict[str, list[int]], room: int, rng: np.random.Generator) -> list[str]:
+    def _draw(
+        self, vocabulary: list[str], weights: np.ndarray, encoded: dict[str, list[int]], room: int, rng: np.random.Generator, wanted: int
+    ) -> list[str]:
         """Words in random order whose counts follow the weights and whose tokens fill at most `room`. Counts are fixed, not drawn, so that
         the wanted words are surely the most frequent; with little room rare words fall away."""
         sizes = np.array([len(encoded[w]) for w in vocabulary], dtype=np.float64)
@@ -196,6 +197,10 @@ class Task:
             scale = (low + high) / 2
             low, high = (scale, high) if (np.floor(weights * scale) * sizes).sum() <= room else (low, scale)
         counts = np.floor(weights * low).astype(int)
+        least = counts[:wanted].min()
+        if least < 2:
+            raise ItemError(f"Task {self.label} does not fit: with {room} tokens of room a wanted word would occur less than twice.")
+        counts[wanted:] = np.minimum(counts[wanted:], least - 1)
         words = [w for w, n in zip(vocabulary, counts) for _ in range(n)]
         rng.shuffle(words)
         return words
