@@ -25,12 +25,16 @@ def position_curve(
     batch: int = 4,
     per_octave: int = 2,
     seed: int = 0,
+    through: int = 0,
     bytes_per_token: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores rows (R, T+1) of token ids; {'buckets', 'nats_per_token', 'tokens', ...}. One pass over each row, state carried."""
+    """Scores rows (R, T+1) of token ids; {'buckets', 'nats_per_token', 'tokens', ...}. One pass over each row, state carried.
+
+    through: a position that is to be a border of buckets (the training length).
+    """
     R, T = rows_RT.shape[0], rows_RT.shape[1] - 1
-    sums, start, done = PositionSums(T, R, per_octave), time.perf_counter(), 0
+    sums, start, done = PositionSums(T, R, per_octave, through=through), time.perf_counter(), 0
     if adapter.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(adapter.device)
     for row in range(0, R, batch):
@@ -63,25 +67,27 @@ def position_curve(
     return result
 
 
-def collapse(buckets: list[dict[str, Any]], train_length: int) -> dict[str, Any]:
+def collapse(buckets: list[dict[str, Any]], train_length: int, inside: list[dict[str, Any]] | None = None) -> dict[str, Any]:
     """Whether and where the loss turns up past the training length T, from a position curve.
 
-    delta = nats of a bucket - the least nats of a bucket that ends in [T/2, T] (of all buckets that end inside T, if there is none).
+    inside: buckets of a curve over many more rows of length T, where the few long rows say too little about the first T positions.
+    delta = nats of a bucket beyond T - the mean nats over [T/2, T].
     onset_0.1, onset_0.5: start of the first of up to four successive buckets past T, all with delta above that (null: none).
     forgets_2x: the published test (arXiv 2410.07145, section 4.2): no bucket's loss beyond T exceeds twice the largest inside T. The
     bucket of the first tokens, where any model is bad, is left out of that largest loss: with it the test could hardly fail.
     """
-    inside = [b for b in buckets if b["to"] <= train_length]
+    within = [b for b in (inside or buckets) if b["to"] <= train_length]
     beyond = [b for b in buckets if b["from"] >= train_length]
-    if not inside or not beyond:
+    if not within or not beyond:
         return {"verdict": "not measured: the curve does not reach past the training length", "train_length": train_length}
-    near = [b for b in inside if b["to"] >= train_length / 2] or inside
-    least = min(b["nats_per_token"] for b in near)
-    most = max(b["nats_per_token"] for b in (inside[1:] or inside))
-    delta = [b["nats_per_token"] - least for b in beyond]
+    near = [b for b in within if b["from"] >= train_length // 2] or within[-1:]
+    level = sum(b["nats_per_token"] * b["tokens"] for b in near) / sum(b["tokens"] for b in near)
+    most = max(b["nats_per_token"] for b in (within[1:] or within))
+    delta = [b["nats_per_token"] - level for b in beyond]
     result: dict[str, Any] = {
         "train_length": train_length,
-        "least_inside": least,
+        "level_inside": level,
+        "tokens_inside": sum(b["tokens"] for b in near),
         "largest_inside": most,
         "delta_at_end": delta[-1],
         "delta_largest": max(delta),

@@ -166,7 +166,7 @@ def position_section(page: Page, plt: Any, records: Records) -> None:
         return
     page.head("Loss by position")
     page.say(
-        "delta: nats of the last bucket minus the least inside the training length T. Onset: first of up to four successive buckets whose "
+        "delta: nats of the last bucket minus the mean over [T/2, T], T the training length, from many rows of T tokens. Onset: first of up to four successive buckets whose "
         "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out)."
     )
     rows = []
@@ -334,7 +334,7 @@ def cures_section(page: Page, plt: Any, records: Records) -> None:
         return
     page.head("Cures")
     page.say(
-        "inside: least loss of a bucket inside T, against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py."
+        "inside: mean loss over [T/2, T], and its change against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py."
     )
     rows = []
     for model, items in found.items():
@@ -342,12 +342,12 @@ def cures_section(page: Page, plt: Any, records: Records) -> None:
         base: dict[str, Any] = next((r["result"]["collapse"] for r in items if r["result"]["cure"] == "none"), {})
         for r in items:
             x, c = r["result"], r["result"]["collapse"]
-            change = c["least_inside"] - base["least_inside"] if "least_inside" in c and "least_inside" in base else None
+            change = c["level_inside"] - base["level_inside"] if "level_inside" in c and "level_inside" in base else None
             rows.append(
                 [
                     model,
                     x["cure"],
-                    c.get("least_inside"),
+                    c.get("level_inside"),
                     change,
                     x["buckets"][-1]["nats_per_token"],
                     c.get("delta_at_end"),

@@ -32,13 +32,17 @@ def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, draws: int = 1000, see
     return float(low), float(high)
 
 
-def log_edges(length: int, per_octave: int = 2, first: int = 16) -> np.ndarray:
-    """Bucket borders 0, first, first 2^(1/k), ... that end exactly at `length`, all whole numbers. length 0 gives [0]."""
+def log_edges(length: int, per_octave: int = 2, first: int = 16, through: int = 0) -> np.ndarray:
+    """Bucket borders 0, first, first 2^(1/k), ... that end exactly at `length`, all whole numbers; `through` is shifted in as a border,
+    the others keeping their ratio to it. length 0 gives [0]."""
+    if first < through < length:
+        first = round(through / 2 ** int(np.log2(through / first)))
     edges, k = [0], 0
     while (edge := round(first * 2 ** (k / per_octave))) < length:
         edges.append(edge)
         k += 1
-    return np.unique(np.array([*edges, length], dtype=np.int64))
+    inside = [through, through // 2] if first < through < length else []
+    return np.unique(np.array([*edges, *inside, length], dtype=np.int64))
 
 
 class PositionSums:
@@ -46,8 +50,8 @@ class PositionSums:
 
     BLOCK = 1024
 
-    def __init__(self, length: int, rows: int, per_octave: int = 2, first: int = 16) -> None:
-        self.edges = log_edges(length, per_octave, first)
+    def __init__(self, length: int, rows: int, per_octave: int = 2, first: int = 16, through: int = 0) -> None:
+        self.edges = log_edges(length, per_octave, first, through)
         borders = {int(e) for e in self.edges} | set(range(0, length, self.BLOCK))
         self.cells = np.array(sorted(borders))  # starts of cells: never across a bucket's border nor a block's
         self.cells = self.cells[self.cells < length]

@@ -45,7 +45,7 @@ class Settings:
     cures: str = "default"  # default | none | comma-separated, see evals/cures.py
     data: str | None = None
     text: str | None = None
-    only: str = ""  # runs only items whose name contains this
+    only: str = ""  # runs only items whose name contains this (or one of several, with commas between them)
     redo: bool = False
 
 
@@ -101,7 +101,8 @@ class Bench:
             found += self._cures()
         if suite in ("harness", "all"):
             found += self._harness()
-        return [item for item in found if s.only in item.name]
+        parts = s.only.split(",")
+        return [item for item in found if any(part in item.name for part in parts)]
 
     def _common(self, **more: Any) -> dict[str, Any]:
         s = self.settings
@@ -116,10 +117,19 @@ class Bench:
                 size = self.text.bytes_per_token if prompt == "prose" else None
                 ids = self.rows_of(prompt, rows, length + 1)
                 result = position_curve(
-                    self.adapter, ids, chunk=s.chunk, batch=s.batch, seed=s.seed, bytes_per_token=size, on_progress=progress
+                    self.adapter,
+                    ids,
+                    chunk=s.chunk,
+                    batch=s.batch,
+                    seed=s.seed,
+                    through=self.T,
+                    bytes_per_token=size,
+                    on_progress=progress,
                 )
+                short = self._short_rows(prompt, rows)
                 source = self.text.source if prompt == "prose" else f"{prompt} tokens"
-                return {**result, "prompt": prompt, "source": source, "collapse": collapse(result["buckets"], self.T)}
+                judged = collapse(result["buckets"], self.T, short)
+                return {**result, "prompt": prompt, "source": source, "inside": short, "collapse": judged}
 
             return Item(f"position-{prompt}", "position", self._common(rows=rows, length=length), run)
 
@@ -127,6 +137,17 @@ class Bench:
         if self.settings.suite != "quick":
             items += [item("constant", 1, self.max_length), item("random", min(4, self.rows), self.max_length)]
         return items
+
+    def _short_rows(self, prompt: str, rows: int) -> list[dict[str, Any]] | None:
+        """Buckets of many rows of T tokens: what the long rows are judged against. Of constant tokens there is only one row."""
+        from evals.position import position_curve
+
+        if prompt == "constant" or self.max_length <= self.T:
+            return None
+        count = max(rows, (1 << 14 if self.settings.suite == "quick" else 1 << 17) // self.T)
+        ids = self.rows_of(prompt, count, self.T + 1)
+        batch = max(self.settings.batch, min(256, 8192 // self.T))
+        return position_curve(self.adapter, ids, chunk=self.settings.chunk, batch=batch, seed=self.settings.seed)["buckets"]
 
     def _retrieval(self) -> list[Item]:
         from evals.retrieval import grid
@@ -220,8 +241,12 @@ class Bench:
                 calibration = self.text.rows(4, self.T, s.seed + 1)
                 setting = cures.Setting(self.T, length, calibration, chunk)
                 with cure.applied(self.adapter, setting) if cure else contextlib.nullcontext():
-                    result = position_curve(self.adapter, ids, chunk=chunk, batch=s.batch, seed=s.seed, on_progress=progress)
-                return {**result, "cure": cure.label if cure else "none", "collapse": collapse(result["buckets"], self.T)}
+                    result = position_curve(
+                        self.adapter, ids, chunk=chunk, batch=s.batch, seed=s.seed, through=self.T, on_progress=progress
+                    )
+                    short = self._short_rows("prose", rows)
+                judged = collapse(result["buckets"], self.T, short)
+                return {**result, "cure": cure.label if cure else "none", "inside": short, "collapse": judged}
 
             return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(rows=rows, length=length, cure_chunk=chunk), run)
 
