@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from data.shards import ShardSet
+from evals.adapters import ItemError, OwnAdapter
 from evals.baselines import CountBaselines
 from evals.perplexity import evaluate, held_out_rows, text_bytes
+from evals.position import collapse, position_curve
+from evals.texts import Text
 from models.generate import generate
 from training.checkpoint import write_json
 from training.config import Config
@@ -81,6 +84,32 @@ class Evaluator:
         self.metrics.say(
             f"held out after step {step}: perplexity {part.perplexity:.2f}, {part.bits_per_byte:.4f} bits per byte ({part.tokens:,} tokens)"
         )
+        if self.config.eval.long_length:
+            result["long"] = self.long(step)
+        return result
+
+    def long(self, step: int) -> dict[str, Any]:
+        """A position curve of eval.long_length tokens with carried state and no resets, on rank 0 (weights are gathered by all)."""
+        settings, result = self.config.eval, {}
+        with self.engine.gathered(list(self.engine.parameters)):
+            if self.engine.world.main:
+                tokens = self.held_out.read(0, self.held_out.n_tokens)
+                text = Text(tokens, str(self.held_out.directory), self.held_out.n_bytes / self.held_out.n_tokens)
+                model, T = self.engine.module, self.config.train.seq_len
+                training = model.training
+                adapter = OwnAdapter(model, None, self.config.name, "", self.config.train.precision)
+                rows = text.rows(settings.long_rows, settings.long_length + 1, 0)
+                try:
+                    result = position_curve(adapter, rows, chunk=max(T, 512), through=T)
+                    result["collapse"] = collapse(result["buckets"], T)
+                    self.metrics.write(step, long_loss=result["buckets"][-1]["nats_per_token"], **_numbers(result["collapse"]))
+                    self.metrics.say(
+                        f"position curve to {settings.long_length:,} tokens after step {step}: {result['collapse']['verdict']}"
+                    )
+                except ItemError as error:
+                    self.metrics.say(f"position curve after step {step} not measured: {error}")
+                model.train(training)
+        self.engine.world.barrier()
         return result
 
     def sample(self, step: int) -> str:
@@ -111,3 +140,7 @@ class Evaluator:
             size = sum(text_bytes(self.held_out, tokens[1:]) for tokens, _ in rows)
             self.baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
         return self.baselines
+
+
+def _numbers(judged: dict[str, Any]) -> dict[str, float]:
+    return {f"long_{key}": float(judged[key]) for key in ("delta_at_end", "delta_largest") if key in judged}

@@ -15,6 +15,7 @@ from typing import Any
 from training.errors import UserError
 from training.schedule import KINDS
 
+STARTS = ("zero", "pass", "random", "fitted")  # of training.initial_state, which needs torch
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -29,6 +30,9 @@ class TrainSection:
     grad_clip: float = 1.0
     compile: bool = False
     activation_checkpointing: str = "none"
+    initial_state: str = "zero"
+    initial_sigma: float = 1.0
+    initial_drop: float = 0.1
     device: str = "auto"
     log_every: int = 10
     resume: str = "auto"
@@ -101,6 +105,8 @@ class EvalSection:
     sample_prompt: str = "The "
     sample_tokens: int = 60
     lengths: list[int] = field(default_factory=list)  # of generated tasks
+    long_length: int = 0
+    long_rows: int = 8
 
 
 @dataclass
@@ -218,6 +224,7 @@ def _choices(config: Config) -> list[str]:
         ("train.precision", config.train.precision, PRECISIONS),
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
+        ("train.initial_state", config.train.initial_state, STARTS),
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
@@ -242,6 +249,12 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
+    if t.initial_sigma < 0 or not 0 <= t.initial_drop <= 1:
+        problems.append(
+            f"train.initial_sigma must be zero or more and train.initial_drop between 0 and 1, not {t.initial_sigma} and {t.initial_drop}."
+        )
+    if config.eval.long_length < 0 or config.eval.long_rows < 1:
+        problems.append("eval.long_length must be zero (none) or more and eval.long_rows above zero.")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
         problems.append(f"optim.betas must be two numbers from 0 up to 1, not {config.optim.betas}.")
     if config.faults.spike_factor and config.faults.spike_factor <= 1:

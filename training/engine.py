@@ -23,6 +23,7 @@ from data.loader import Batch
 from models.init import roles
 from training.config import Config
 from training.errors import UserError
+from training.initial_state import InitialStates
 from training.optim import SkippableAdamW, build_optimizer
 
 
@@ -136,6 +137,8 @@ class Engine:
             weight_decay=config.optim.weight_decay,
         )
         self.parameters = dict(model.named_parameters())
+        t = config.train
+        self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
         self._assert_dtypes()
         if config.train.compile:
@@ -165,7 +168,10 @@ class Engine:
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             batch = batch.to(self.world.device)
-            output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
+            start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, self.config.data.reader == "stream")
+            output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
+            if start_state is not None:
+                self.initial.after(index, output.state)
             loss_sum += output.loss_sum.detach().double()
             self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
         loss = self.world.sum([loss_sum.item()])[0] / tokens

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODES = ("zero", "pass", "random", "fitted")
+from training.config import STARTS
+
+MODES = STARTS
 CACHES = ("k_", "v_")  # fields of attention's state
 
 
