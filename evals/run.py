@@ -2,7 +2,7 @@
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
     python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|harness|all [out=runs/evals] [train_length=T] [max_length=N]
-        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME]
+        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
@@ -41,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "samples": None,
     "rows": None,
     "cures": "default",
+    "tasks": "",
     "text": None,
     "only": "",
     "redo": "false",
@@ -95,7 +96,7 @@ def run_suite(values: dict[str, Any]) -> int:
     from evals.suites import Settings, evaluate
 
     lengths = [int(part) for part in values["lengths"].split(",")] if values["lengths"] else []
-    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "data", "text", "only")
+    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(lengths=lengths, seed=int(values["seed"]), redo=values["redo"] == "true", **{k: values[k] for k in same})
     paths = [path for path in values["checkpoint"].split(",") if path]
     return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
