@@ -6,7 +6,7 @@
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
-second line also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
+second line (state_tracking: see evals/state_tracking.py) also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
 with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
 The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
@@ -47,7 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "redo": "false",
     "gguf": None,
 }
-SUITES = ("perplexity", "quick", "long_context", "harness", "all")
+SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
 WHOLE = ("train_length", "samples", "rows")  # whole numbers without a default
 
 
@@ -184,6 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(__doc__)
         return 0
+    if "suite=state_tracking" in arguments:  # one checkpoint of a generated task, with keys of its own
+        from evals.state_tracking import main as state_tracking
+
+        return state_tracking([a for a in arguments if a != "suite=state_tracking"])
     try:
         values = parse_arguments(arguments, DEFAULTS)
         check(values)
