@@ -361,7 +361,23 @@ def cures_section(page: Page, plt: Any, records: Records) -> None:
     page.table("model,cure,inside,change inside,end,delta at end,verdict".split(","), rows)
 
 
-SECTIONS = [position_section, states_section, remembrance_section, cures_section, retrieval_section]
+def harness_section(page: Page, plt: Any, records: Records) -> None:
+    found = done(records, "harness")
+    if not found:
+        return
+    page.head("lm-evaluation-harness")
+    rows = []
+    for model, items in found.items():
+        for r in items:
+            for key, value in r["result"]["figures"].items():
+                metric, _, kind = key.partition(",")
+                if kind and "stderr" not in metric:
+                    error = r["result"]["figures"].get(f"{metric}_stderr,{kind}")
+                    rows.append([model, r["result"]["task"], metric, value, error, r["result"]["samples"]])
+    page.table(["model", "task", "metric", "value", "standard error", "documents"], rows)
+
+
+SECTIONS = [position_section, states_section, remembrance_section, cures_section, retrieval_section, harness_section]
 
 
 def failures(page: Page, records: Records) -> None:

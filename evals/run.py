@@ -2,11 +2,11 @@
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
     python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|harness|all [out=runs/evals] [train_length=T] [max_length=N]
-        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME]
+        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
-second line also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
+second line (state_tracking: see evals/state_tracking.py) also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
 with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
 The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
@@ -41,12 +41,13 @@ DEFAULTS: dict[str, Any] = {
     "samples": None,
     "rows": None,
     "cures": "default",
+    "tasks": "",
     "text": None,
     "only": "",
     "redo": "false",
     "gguf": None,
 }
-SUITES = ("perplexity", "quick", "long_context", "harness", "all")
+SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
 WHOLE = ("train_length", "samples", "rows")  # whole numbers without a default
 
 
@@ -95,7 +96,7 @@ def run_suite(values: dict[str, Any]) -> int:
     from evals.suites import Settings, evaluate
 
     lengths = [int(part) for part in values["lengths"].split(",")] if values["lengths"] else []
-    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "data", "text", "only")
+    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(lengths=lengths, seed=int(values["seed"]), redo=values["redo"] == "true", **{k: values[k] for k in same})
     paths = [path for path in values["checkpoint"].split(",") if path]
     return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
@@ -183,6 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
     if any(a in ("-h", "--help", "help") for a in arguments):
         print(__doc__)
         return 0
+    if "suite=state_tracking" in arguments:  # one checkpoint of a generated task, with keys of its own
+        from evals.state_tracking import main as state_tracking
+
+        return state_tracking([a for a in arguments if a != "suite=state_tracking"])
     try:
         values = parse_arguments(arguments, DEFAULTS)
         check(values)

@@ -43,6 +43,7 @@ class Settings:
     batch: int = 8
     seed: int = 0
     cures: str = "default"  # default | none | comma-separated, see evals/cures.py
+    tasks: str = ""  # of the harness, with commas between them; empty: evals.harness.TASKS
     data: str | None = None
     text: str | None = None
     only: str = ""  # runs only items whose name contains this (or one of several, with commas between them)
@@ -253,7 +254,17 @@ class Bench:
         return [item(None), *[item(cure) for cure in chosen]] if chosen else []
 
     def _harness(self) -> list[Item]:
-        return []
+        from evals.harness import TASKS, run_task
+
+        s = self.settings
+
+        def item(task: str) -> Item:
+            def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
+                return run_task(self.adapter, task, chunk=s.chunk, batch=s.batch, limit=s.samples, seed=s.seed)
+
+            return Item(f"harness-{Path(task).stem}", "harness", {"task": task, "limit": s.samples, "seed": s.seed}, run)
+
+        return [item(task) for task in (s.tasks or TASKS).split(",") if task]
 
 
 def fingerprint(adapter: Adapter) -> str:

@@ -225,6 +225,7 @@ def _choices(config: Config) -> list[str]:
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
         ("train.initial_state", config.train.initial_state, STARTS),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
+        ("train.initial_state", config.train.initial_state, STARTS),
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),

@@ -216,6 +216,7 @@ def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path:
         (["checkpoint=x", "suite=quick", "lengths=a"], "lengths"),
         (["checkpoint=x", "suite=quick", "seed=-1"], "seed"),
         (["checkpoint=/nowhere", "suite=quick"], "There is no"),
+        (["suite=state_tracking"], "Say what to evaluate"),
         (["checkpoint=x", "suite=quick", "redo=maybe"], "redo"),
     ],
 )
