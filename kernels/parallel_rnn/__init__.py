@@ -26,9 +26,7 @@ def parallel_rnn(
     B, T, P, D = pre_BTPD.shape
     R, S = len(cell.rec), len(cell.state)
     if P != len(cell.pre) or rec_RD.shape != (R, D):
-        raise ValueError(
-            f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}."
-        )
+        raise ValueError(f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}.")
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
     dtype = reference.compute_dtype(pre_BTPD)
@@ -37,17 +35,13 @@ def parallel_rnn(
         raise ValueError(f"h0 must be {(B, S, D)}, not {tuple(h0.shape)}.")
     if T == 0:
         return pre_BTPD.new_zeros(B, 0, S, D), h0
-    if method == "triton" or (
-        method != "sequential" and cell.lowered
-    ):  # autograd, which other cells need for their derivatives, is off in ops
+    if method == "triton" or (method != "sequential" and cell.lowered):  # autograd, which other cells need for their derivatives, is off in ops
         return op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method)
     if pre_BTPD.is_cuda and method == "auto" and not torch.compiler.is_compiling():
         op.warn_once(launch.why_not(cell, pre_BTPD.device))
     loop = method == "sequential" or reference.mixes_channels(cell)
     if loop and method == "parallel":
-        raise ValueError(
-            f"Cell {cell.name} mixes channels in its state, so its steps cannot be solved in parallel; use method='sequential'."
-        )
+        raise ValueError(f"Cell {cell.name} mixes channels in its state, so its steps cannot be solved in parallel; use method='sequential'.")
     run = reference.sequential if loop else reference.parallel
     with torch.autocast(pre_BTPD.device.type, enabled=False):
         states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)

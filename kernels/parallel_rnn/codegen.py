@@ -89,10 +89,7 @@ def function(name: str, arguments: Sequence[str], results: Sequence[Node], like:
             lines.append(f"    v{len(lines)}_ = {bare(form)}")
         else:
             text[id(node)] = form
-    out = [
-        bare(text[id(n)]) if n.op != "const" else f"{'tl' if forms is FORMS else 'torch'}.zeros_like({like}) + {text[id(n)]}"
-        for n in results
-    ]
+    out = [bare(text[id(n)]) if n.op != "const" else f"{'tl' if forms is FORMS else 'torch'}.zeros_like({like}) + {text[id(n)]}" for n in results]
     return "\n".join([*lines, f"    return {', '.join(out)}"]) + "\n"
 
 
@@ -146,9 +143,7 @@ def forward(traced: Traced, unroll: int) -> str:
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", "begin = first")
     w.put(1, f"o = (b * n + s) * {n_state} * D + d", f"o0 = b * {n_state} * D + d")
-    w.put(
-        1, "if GUESS:  # burn in from zero, or from h0 where the burn-in reaches the beginning", "    begin = tl.maximum(first - BURN, 0)"
-    )
+    w.put(1, "if GUESS:  # burn in from zero, or from h0 where the burn-in reaches the beginning", "    begin = tl.maximum(first - BURN, 0)")
     for i in S:
         w.put(2, f"h{i} = tl.load(H0 + o0 + {i} * D, mask=d < tl.where(begin == 0, D, 0), other=0.0)")
     w.put(1, "else:")
@@ -215,12 +210,7 @@ def correct(traced: Traced) -> str:
     w.put(2, *(f"k{i} = " + " + ".join(f"J{i}{j} * c{j}" for j in S) for i in S))
     w.put(2, "same = same | ~(" + " & ".join(f"(tl.abs(k{i}) <= 3.0e38)" for i in S) + ")")
     for i in S:
-        w.put(
-            2,
-            f"k{i} = e{i} + tl.where(same, 0.0, k{i})",
-            f"tl.store(START + o + {n_state + i} * D, k{i}, mask=inside)",
-            f"c{i} = k{i} - a{i}",
-        )
+        w.put(2, f"k{i} = e{i} + tl.where(same, 0.0, k{i})", f"tl.store(START + o + {n_state + i} * D, k{i}, mask=inside)", f"c{i} = k{i} - a{i}")
     w.put(2, f"o += {n_state} * D", f"oo += {n_state**2} * D")
     w.put(1, "residual = tl.max(tl.where(inside, worst, 0.0), 0)", "tl.store(RESIDUAL + tile, residual)")
     w.put(1, "if residual <= TOLERANCE:", "    tl.store(CONVERGED + tile, 1)")
@@ -233,16 +223,10 @@ def backward(traced: Traced, unroll: int, write: bool) -> str:
     w = Writer(traced, unroll)
     S, U, n_state = w.S, unroll, len(w.S)
     own = "D_PRE, D_REC, D_H0" if write else "END, PROD, D_FINAL"
-    program(
-        w,
-        "gradient" if write else "adjoint",
-        f"PRE, REC, H0, RESET, STATES, D_STATES, CARRY, {own}, T, D, SLICE, sb, st, sp, HAS_RESET: tl.constexpr",
-    )
+    program(w, "gradient" if write else "adjoint", f"PRE, REC, H0, RESET, STATES, D_STATES, CARRY, {own}, T, D, SLICE, sb, st, sp, HAS_RESET: tl.constexpr")
     w.put(1, "s = tl.program_id(1)", "n = tl.num_programs(1)", "b = tl.program_id(2).to(tl.int64)")
     w.weights()
-    w.put(
-        1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d", f"o0 = b * {n_state} * D + d"
-    )
+    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d", f"o0 = b * {n_state} * D + d")
     w.put(1, *(f"first{i} = tl.load(H0 + o0 + {i} * D, mask=inside, other=0.0)" for i in S))
     if write:
         w.put(1, *(f"g{i} = tl.load(CARRY + o + {i} * D, mask=inside, other=0.0)" for i in S))
@@ -260,17 +244,10 @@ def backward(traced: Traced, unroll: int, write: bool) -> str:
         live = f"({t} + {{u}} < last) & ({t} + {{u}} >= first)"
         for u in range(U):
             here = live.format(u=u)
-            w.put(
-                indent, *(f"{prefix}x{k}_{u} = tl.load(p + {u} * st + {k} * sp, mask=d < tl.where({here}, D, 0), other=0.0)" for k in w.P)
-            )
+            w.put(indent, *(f"{prefix}x{k}_{u} = tl.load(p + {u} * st + {k} * sp, mask=d < tl.where({here}, D, 0), other=0.0)" for k in w.P))
             back = f"{here} & ({t} + {u} >= 1)"
-            w.put(
-                indent,
-                *(f"{prefix}h{i}_{u} = tl.load(h + {(u - 1) * n_state + i} * D, mask=d < tl.where({back}, D, 0), other=0.0)" for i in S),
-            )
-            w.put(
-                indent, *(f"{prefix}e{i}_{u} = tl.load(dh + {u * n_state + i} * D, mask=d < tl.where({here}, D, 0), other=0.0)" for i in S)
-            )
+            w.put(indent, *(f"{prefix}h{i}_{u} = tl.load(h + {(u - 1) * n_state + i} * D, mask=d < tl.where({back}, D, 0), other=0.0)" for i in S))
+            w.put(indent, *(f"{prefix}e{i}_{u} = tl.load(dh + {u * n_state + i} * D, mask=d < tl.where({here}, D, 0), other=0.0)" for i in S))
         w.put(indent, "if HAS_RESET:")
         w.put(indent + 1, *(f"{prefix}r{u} = tl.load(q + {u}, mask={live.format(u=u)}, other=0)" for u in range(U)))
 
@@ -316,9 +293,7 @@ def scan_adjoint(traced: Traced) -> str:
     w = Writer(traced, 1)
     S, n_state = w.S, len(w.S)
     program(w, "scan_adjoint", "END, PROD, D_FINAL, CARRY, N, D")
-    w.put(
-        1, "b = tl.program_id(1).to(tl.int64)", f"o = (b * N + N - 1) * {n_state} * D + d", f"oo = (b * N + N - 1) * {n_state**2} * D + d"
-    )
+    w.put(1, "b = tl.program_id(1).to(tl.int64)", f"o = (b * N + N - 1) * {n_state} * D + d", f"oo = (b * N + N - 1) * {n_state**2} * D + d")
     w.put(1, *(f"g{i} = tl.load(D_FINAL + (b * {n_state} + {i}) * D + d, mask=inside, other=0.0)" for i in S))
     w.put(1, *(f"tl.store(CARRY + o + {i} * D, g{i}, mask=inside)" for i in S))
     w.put(1, *(f"g{i} = tl.load(END + o + {i} * D, mask=inside, other=0.0)" for i in S), "for s in range(0, N - 1):")

@@ -138,11 +138,7 @@ def forward(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     if not linear:  # one correction solves a linear cell
         correct()
         walk(h0, 1, -(-T // plan.unroll) * plan.unroll, False, True)
-    exact = (
-        {"residual": torch.zeros_like(residual), "converged": torch.ones_like(done)}
-        if linear
-        else {"residual": residual, "converged": done}
-    )
+    exact = {"residual": torch.zeros_like(residual), "converged": torch.ones_like(done)} if linear else {"residual": residual, "converged": done}
     _report.update(slices=n, count=count, **exact)
     return states, final
 

@@ -69,11 +69,7 @@ def solve_backward(
         x, w, h, y, dy, dh = (t.to(dtype) for t in (pre, rec, h0, states, d_states, d_final))
         with torch.autocast(pre.device.type, enabled=False):
             d_pre, d_rec, d_h0 = reference.linear_backward(cell, x, w, h, starts, y, dy, dh)
-    return (
-        d_pre.to(pre.dtype).contiguous(),
-        d_rec.to(rec.dtype).contiguous(),
-        d_h0.to(h0.dtype).clone(memory_format=torch.contiguous_format),
-    )
+    return d_pre.to(pre.dtype).contiguous(), d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone(memory_format=torch.contiguous_format)
 
 
 @solve_backward.register_fake

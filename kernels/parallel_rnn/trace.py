@@ -120,17 +120,7 @@ class Graph:
         if op == "neg":
             return self.const(-va) if va is not None else (a.arguments[0] if a.op == "neg" else None)
         if op == "add":
-            return (
-                b
-                if va == 0
-                else a
-                if vb == 0
-                else (a - b.arguments[0])
-                if b.op == "neg"
-                else (b - a.arguments[0])
-                if a.op == "neg"
-                else None
-            )
+            return b if va == 0 else a if vb == 0 else (a - b.arguments[0]) if b.op == "neg" else (b - a.arguments[0]) if a.op == "neg" else None
         if op == "sub":
             return a if vb == 0 else -b if va == 0 else self.const(0) if a is b else (a + b.arguments[0]) if b.op == "neg" else None
         if op == "mul":

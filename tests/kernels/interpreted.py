@@ -38,11 +38,7 @@ def check(name: str) -> None:
         states, final = reference.sequential(cell, *leaves, starts)
         d_states, d_final = torch.randn_like(states), torch.randn_like(final)
         wanted = torch.autograd.grad((states * d_states).sum() + (final * d_final).sum(), leaves, allow_unused=True)
-        inputs = [
-            leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
-            *(x.detach().float() for x in leaves[1:]),
-            starts,
-        ]
+        inputs = [leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2), *(x.detach().float() for x in leaves[1:]), starts]
         got, end = launch.forward(cell, *inputs, slices=slices)
         gradients = launch.backward(cell, *inputs, got, d_states.to(dtype), d_final.float(), slices=slices)
         low = dtype != torch.float32

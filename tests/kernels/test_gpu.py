@@ -84,7 +84,5 @@ def test_beyond_int32_elements() -> None:
     pre = torch.zeros(1, (1 << 20) + 64, 2, 1088, device="cuda", dtype=torch.bfloat16)  # 2.3e9 elements
     pre[:, -100:].normal_()
     states, _ = parallel_rnn(cell, pre, torch.zeros(0, 1088, device="cuda"))
-    tail, _ = reference.sequential(
-        cell, pre[:, -100:].double(), torch.zeros(0, 1088, device="cuda").double(), torch.zeros_like(pre[:, 0, :1]).double(), None
-    )
+    tail, _ = reference.sequential(cell, pre[:, -100:].double(), torch.zeros(0, 1088, device="cuda").double(), torch.zeros_like(pre[:, 0, :1]).double(), None)
     assert (states[:, -100:] - tail).abs().max() < 2e-2

@@ -165,12 +165,7 @@ def test_a_cell_that_cannot_be_lowered_says_why() -> None:
     with pytest.raises(ValueError, match="method='triton' is not possible"):
         parallel_rnn(load_cell("paragru"), torch.zeros(1, 2, 3, 4), torch.zeros(3, 4), method="triton")
     for step in (mixing, clamped):
-        inputs = [
-            torch.randn(2, 40, 1, 4, dtype=torch.float64),
-            torch.zeros(0, 4, dtype=torch.float64),
-            torch.randn(2, 1, 4, dtype=torch.float64),
-            None,
-        ]
+        inputs = [torch.randn(2, 40, 1, 4, dtype=torch.float64), torch.zeros(0, 4, dtype=torch.float64), torch.randn(2, 1, 4, dtype=torch.float64), None]
         agree(everything(parallel_rnn, Cell.from_step(step), inputs), everything(reference.sequential, Cell.from_step(step), inputs), 1e-10)
     with pytest.raises(ValueError, match="mixes channels"):
         parallel_rnn(Cell.from_step(mixing), torch.zeros(1, 2, 1, 4), torch.zeros(0, 4), method="parallel")

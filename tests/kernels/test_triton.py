@@ -18,9 +18,7 @@ HERE = Path(__file__).parent
 
 def run(script: str, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
-    )
+    done = subprocess.run([sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
