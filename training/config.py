@@ -223,7 +223,6 @@ def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
-        ("train.initial_state", config.train.initial_state, STARTS),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
         ("schedule.kind", config.schedule.kind, KINDS),
