@@ -28,7 +28,7 @@ from kernels.parallel_rnn import codegen, reference
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import NotLowered, trace
 
-BLOCK = 64  # channels a program owns, a warp for every 32
+BLOCK = 64  # channels a program owns, a warp for every 64
 CORRECTIONS = 2  # Newton steps before the sequential walk
 BURN_IN = 64  # steps walked from zero before a slice, as the first guess of its start
 PROGRAMS = 1024  # wanted at once: some eight on each multiprocessor of a large GPU
@@ -80,7 +80,7 @@ class Plan:
     def __init__(self, cell: Cell, B: int, T: int, D: int, device: torch.device, slices: int | None = None) -> None:
         self.unroll = 2 if device.type == "cpu" else codegen.UNROLL  # the interpreter pays for every statement
         self.block = 16 if device.type == "cpu" else BLOCK if D > 32 else 32
-        self.warps = max(1, self.block // 32)
+        self.warps = max(1, self.block // 64)  # two channels a thread: four-byte loads of bf16
         self.blocks = -(-D // self.block)
         if slices is None:
             slices = min(-(-PROGRAMS // (self.blocks * B)), 64)
