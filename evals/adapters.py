@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from training.errors import UserError
 
 PIECE = 1024  # rows of logits alive at once
+# What outputs call the cache, and with it the argument that takes it back; the newest name first, as older ones live on as aliases of outputs only.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
 FIRST_WORDS = 300  # characters of a foreign library's message that are passed on
 
 
@@ -399,11 +401,7 @@ class HFAdapter(Adapter):
             keywords[state[0]] = state[1]
         target = self._backbone if self.split_head else self.model
         output = target(input_ids=ids_BT, **keywords)
-        cache = None
-        for key in ("past_key_values", "cache_params", "state"):
-            if (value := getattr(output, key, None)) is not None:
-                cache = (key, value)
-                break
+        cache = next(((key, value) for key in CACHES if (value := getattr(output, key, None)) is not None), None)
         return (output[0] if self.split_head else output.logits), cache
 
     def _head(self, hidden: Tensor) -> Tensor:

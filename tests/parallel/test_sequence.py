@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from models import mixers, parallel
+from tests.conftest import ROOT, free_port, run_program
 
 N, D = 4, 16
 CONFIGS = {cell: {"type": "rnn", "cell": cell, "n_heads": 2} for cell in ("paragru", "paralstm", "gru", "lstm", "mingru", "elman")}
@@ -20,9 +18,11 @@ CONFIGS |= {
 }
 
 
-def _rank(rank: int, store: str) -> None:
+def check_rank() -> None:
+    """What each process of the launcher runs."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=N)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for name, mapping in CONFIGS.items():
         counted = []
         for T, packed in ((7, False), (7, True), (13, True)):
@@ -59,5 +59,12 @@ def _rank(rank: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def test_slices_on_four_ranks_equal_one_rank(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path / "store"),), nprocs=N)
+def test_slices_on_four_ranks_equal_one_rank() -> None:
+    done = run_program(["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(N), __file__], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("equal") == N
+
+
+if __name__ == "__main__":
+    check_rank()
+    print("equal")

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, environment
+from tests.conftest import ROOT, SMALL, environment, free_port
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 QUIET = ["eval=end", "eval.tokens=256"]
@@ -24,9 +23,7 @@ QUIET = ["eval=end", "eval.tokens=256"]
 
 def launcher(name: str) -> list[str]:
     """Two CPU ranks on this machine, on a port of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     if name == "deepspeed":
         return ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     return ["-m", "torch.distributed.run", "--master_port", port, "--nproc_per_node", "2"]
