@@ -53,9 +53,11 @@ class TextCoder:
         self.tokenizer, self.start_ids, self.special_ids = tokenizer, start_ids, special_ids
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without start_ids."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
@@ -114,6 +116,7 @@ class Adapter:
         raise ItemError(f"{self.kind} does not let its states be changed.")
 
     def describe(self) -> dict[str, Any]:
+        """What a report says of the model."""
         return {
             "name": self.name,
             "folder": self.folder,
@@ -127,6 +130,7 @@ class Adapter:
         }
 
     def need_coder(self) -> TextCoder:
+        """The coder. Raises ItemError where there is none."""
         if self.coder is None:
             raise ItemError(
                 f"{self.folder} holds no tokenizer that can be read, so texts cannot be made into tokens; put a tokenizer.json beside the weights."
@@ -134,6 +138,7 @@ class Adapter:
         return self.coder
 
     def check_length(self, T: int) -> None:
+        """Raises ItemError for a sequence of T tokens that this model cannot read."""
         if self.position_limit is not None and T > self.position_limit:
             raise ItemError(f"{T:,} tokens are more than the {self.position_limit:,} positions the model has; ask for shorter lengths.")
         if self.carry == "none" and T > 1 << 15:
@@ -454,6 +459,7 @@ def _get(holder: Any, key: Any) -> Tensor:
 
 
 def first_words(error: BaseException) -> str:
+    """The message in one line, cut where it grows long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= FIRST_WORDS else text[:FIRST_WORDS] + " ..."
 
@@ -469,6 +475,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def own_coder(tokenizer: Any) -> TextCoder:
+    """The coder of a tokenizer of ours: documents begin with its end-of-text mark."""
     from data.tokenizer import END_NAMES, encode_bare
 
     specials = {i for name in END_NAMES if (i := tokenizer.token_to_id(name)) is not None}
@@ -545,4 +552,5 @@ def total_variation(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def perplexity(nats: float) -> float:
+    """exp(nats), kept finite."""
     return math.exp(min(700.0, nats))

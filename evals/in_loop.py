@@ -14,9 +14,9 @@ from evals.perplexity import evaluate, held_out_rows, text_bytes
 from evals.position import collapse, position_curve
 from evals.texts import Text
 from models.generate import generate
-from training.checkpoint import write_json
 from training.config import Config
 from training.engine import Engine
+from training.files import write_json
 from training.metrics import Metrics
 
 

@@ -11,10 +11,13 @@ import base64
 import html
 import io
 import json
-import os
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from training.files import write_bytes
 
 Records = dict[str, list[dict[str, Any]]]  # by model
 
@@ -30,7 +33,8 @@ def read(out: Path) -> Records:
     return found
 
 
-def done(records: Records, kind: str) -> dict[str, list[dict[str, Any]]]:
+def done(records: Records, kind: str) -> Records:
+    """The measured items of one kind; models without any are left out."""
     return {m: kept for m, rs in records.items() if (kept := [r for r in rs if r["kind"] == kind and r["status"] == "done"])}
 
 
@@ -48,7 +52,7 @@ class Page:
 
     def table(self, columns: list[str], rows: list[list[Any]]) -> None:
         if rows:
-            self.parts.append(("table", (columns, [[_cell(c) for c in row] for row in rows])))
+            self.parts.append(("table", (columns, [[cell(c) for c in row] for row in rows])))
 
     def figure(self, name: str, png: bytes | None, caption: str) -> None:
         if png:
@@ -64,9 +68,7 @@ class Page:
             elif kind == "figure":
                 lines += [f"![{value[2]}](plots/{value[0]}.png)", ""]
             else:
-                columns, rows = value
-                lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-                lines += ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows] + [""]
+                lines += [markdown_table(*value), ""]
         return "# Evaluation\n\n" + "\n".join(lines)
 
     def html(self) -> str:
@@ -93,7 +95,13 @@ class Page:
         return f'<!doctype html><meta charset="utf-8"><title>Evaluation</title><style>{style}</style><h1>Evaluation</h1>' + "\n".join(body)
 
 
-def _cell(value: Any) -> str:
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in rows])
+
+
+def cell(value: Any) -> str:
+    """A figure as the tables show it."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -103,7 +111,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _plot() -> Any:
+def pyplot() -> Any:
     """matplotlib.pyplot without a display, or None."""
     try:
         import matplotlib
@@ -160,15 +168,7 @@ def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
     return _png(plt, figure)
 
 
-def position_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "position")
-    if not found:
-        return
-    page.head("Loss by position")
-    page.say(
-        "delta: nats of the last bucket minus the mean over [T/2, T], T the training length, from many rows of T tokens. Onset: first of up to four successive buckets whose "
-        "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out)."
-    )
+def position_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
         for r in items:
@@ -198,14 +198,7 @@ def _gib(value: Any) -> Any:
     return None if value is None else f"{value / 2**30:.2f}"
 
 
-def retrieval_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "retrieval")
-    if not found:
-        return
-    page.head("Retrieval")
-    page.say(
-        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe."
-    )
+def retrieval_section(page: Page, plt: Any, found: Records) -> None:
     lengths = sorted({r["result"]["length"] for items in found.values() for r in items})
     for task in sorted({r["result"]["task"] for items in found.values() for r in items}):
         rows = []
@@ -224,15 +217,7 @@ def retrieval_section(page: Page, plt: Any, records: Records) -> None:
             page.figure(f"{task}-{model}", heat_map(plt, grids, f"{model}: {task}"), f"{task}, {model}: accuracy in %")
 
 
-def states_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "states")
-    if not found:
-        return
-    page.head("Recurrent states")
-    page.say(
-        "Growth: variance of a head's state at the end over that at the training length T. top 1 %: share of the sum of squares in the largest "
-        "1 % of entries, mean over heads. Kept: share of heads (channels) that keep over half of the first token at T."
-    )
+def states_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
         for r in items:
@@ -288,8 +273,6 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
     left.grid(alpha=0.3)
     if len(names) <= 12:
         left.legend(fontsize=7)
-    import math
-
     heads = max((g["head"] for g in x["growth"]), default=-1) + 1
     if heads:
         table = [[float("nan")] * heads for _ in names]
@@ -304,14 +287,7 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
     return _png(plt, figure)
 
 
-def remembrance_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "remembrance")
-    if not found:
-        return
-    page.head("Effective remembrance")
-    page.say(
-        "Total variation distance of the next-token distributions with the whole text and with its first t tokens dropped; near 1 at small t: spoilt by its first tokens."
-    )
+def remembrance_section(page: Page, plt: Any, found: Records) -> None:
     if plt is None:
         return
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -328,14 +304,7 @@ def remembrance_section(page: Page, plt: Any, records: Records) -> None:
     page.figure("remembrance", _png(plt, figure), "Effective remembrance, 95 % intervals")
 
 
-def cures_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "cure")
-    if not found:
-        return
-    page.head("Cures")
-    page.say(
-        "inside: mean loss over [T/2, T], and its change against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py."
-    )
+def cures_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
         items = sorted(items, key=lambda r: (r["result"]["cure"] != "none", r["result"]["cure"]))
@@ -361,11 +330,7 @@ def cures_section(page: Page, plt: Any, records: Records) -> None:
     page.table("model,cure,inside,change inside,end,delta at end,verdict".split(","), rows)
 
 
-def harness_section(page: Page, plt: Any, records: Records) -> None:
-    found = done(records, "harness")
-    if not found:
-        return
-    page.head("lm-evaluation-harness")
+def harness_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
         for r in items:
@@ -377,7 +342,47 @@ def harness_section(page: Page, plt: Any, records: Records) -> None:
     page.table(["model", "task", "metric", "value", "standard error", "documents"], rows)
 
 
-SECTIONS = [position_section, states_section, remembrance_section, cures_section, retrieval_section, harness_section]
+# (kind of the items, heading, what its figures mean, what draws them), in the report's order.
+SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
+    (
+        "position",
+        "Loss by position",
+        "delta: nats of the last bucket minus the mean over [T/2, T], T the training length, from many rows of T tokens. Onset: first of up to four successive buckets whose "
+        "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out).",
+        position_section,
+    ),
+    (
+        "states",
+        "Recurrent states",
+        "Growth: variance of a head's state at the end over that at the training length T. top 1 %: share of the sum of squares in the largest "
+        "1 % of entries, mean over heads. Kept: share of heads (channels) that keep over half of the first token at T.",
+        states_section,
+    ),
+    (
+        "remembrance",
+        "Effective remembrance",
+        "Total variation distance of the next-token distributions with the whole text and with its first t tokens dropped; near 1 at small t: spoilt by its first tokens.",
+        remembrance_section,
+    ),
+    (
+        "cure",
+        "Cures",
+        "inside: mean loss over [T/2, T], and its change against none; end: loss of the last bucket. Same rows for all. Formulas and sources: evals/cures.py.",
+        cures_section,
+    ),
+    (
+        "retrieval",
+        "Retrieval",
+        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe.",
+        retrieval_section,
+    ),
+    (
+        "harness",
+        "lm-evaluation-harness",
+        "",
+        harness_section,
+    ),
+]
 
 
 def failures(page: Page, records: Records) -> None:
@@ -389,7 +394,7 @@ def failures(page: Page, records: Records) -> None:
 
 def write_report(out: Path) -> Page:
     """Writes report.md, plots/*.png and report.html under `out`."""
-    records, plt, page = read(out), _plot(), Page()
+    records, plt, page = read(out), pyplot(), Page()
     rows = []
     for model, items in records.items():
         d, e = items[0]["model"], items[0]["environment"]
@@ -410,22 +415,19 @@ def write_report(out: Path) -> Page:
     page.table("model,kind,parameters,training length,state carried in,precision,device,torch,commit,items".split(","), rows)
     if plt is None:
         page.say("There are no plots: matplotlib is not installed (pip install matplotlib, then python -m evals.report OUT).")
-    for section in SECTIONS:
-        section(page, plt, records)
+    for kind, title, meaning, draw in SECTIONS:
+        if found := done(records, kind):
+            page.head(title)
+            if meaning:
+                page.say(meaning)
+            draw(page, plt, found)
     failures(page, records)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
     for kind, value in page.parts:
         if kind == "figure":
-            _write(out / "plots" / f"{value[0]}.png", value[1])
-    _write(out / "report.md", page.markdown().encode())
-    _write(out / "report.html", page.html().encode())
+            write_bytes(out / "plots" / f"{value[0]}.png", value[1])
+    write_bytes(out / "report.md", page.markdown().encode())
+    write_bytes(out / "report.html", page.html().encode())
     return page
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> int:

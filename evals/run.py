@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training.arguments import parse_arguments, program
 from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -29,51 +30,29 @@ DEFAULTS: dict[str, Any] = {
     "length": 2048,
     "chunk": 512,
     "batch": 8,
-    "max_tokens": None,
+    "max_tokens": int,
     "device": "auto",
     "precision": "fp32",
     "out": None,
-    "seed": "0",
-    "train_length": None,
-    "max_length": None,
-    "lengths": "",
+    "seed": 0,
+    "train_length": int,
+    "max_length": int,
+    "lengths": [],
     "depths": 5,
-    "samples": None,
-    "rows": None,
+    "samples": int,
+    "rows": int,
     "cures": "default",
     "tasks": "",
     "text": None,
     "only": "",
-    "redo": "false",
+    "redo": False,
     "gguf": None,
 }
 SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
-WHOLE = ("train_length", "samples", "rows")  # whole numbers without a default
 
 
-def parse_arguments(arguments: list[str], defaults: dict[str, Any]) -> dict[str, Any]:
-    """key=value arguments over `defaults`; integers where the default is one or the value looks like one. Raises UserError."""
-    from training.config import nearest
-
-    values, problems = dict(defaults), []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in defaults:
-            problems.append(f"Unknown argument {argument!r}; {nearest(key, list(defaults))}")
-        elif isinstance(defaults[key], int) or key.startswith("max_") or key in WHOLE:
-            if not value.isdigit() or int(value) < 1:
-                problems.append(f"{key} must be a whole number above zero, not {value!r}.")
-            else:
-                values[key] = int(value)
-        else:
-            values[key] = value
-    if problems:
-        raise UserError(problems)
-    return values
-
-
-def check(values: dict[str, Any]) -> None:
-    """Raises UserError for what cannot be run."""
+def problems_of(values: dict[str, Any]) -> list[str]:
+    """What cannot be run, a sentence each."""
     problems = []
     if not values["checkpoint"]:
         problems.append("Say what to evaluate: checkpoint=DIR.")
@@ -81,35 +60,27 @@ def check(values: dict[str, Any]) -> None:
         problems.append(f"suite is {values['suite']!r}; choose one of {', '.join(SUITES)}.")
     if values["precision"] not in ("fp32", "bf16"):
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
-    if not values["seed"].isdigit():
-        problems.append(f"seed must be a whole number, not {values['seed']!r}.")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in values["lengths"].split(",") if values["lengths"]):
-        problems.append(f"lengths must be whole numbers with commas between them, not {values['lengths']!r}.")
-    if values["redo"] not in ("true", "false"):
-        problems.append(f"redo must be true or false, not {values['redo']!r}.")
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 def run_suite(values: dict[str, Any]) -> int:
     """Every suite but perplexity; returns how many items could not be measured."""
     from evals.suites import Settings, evaluate
 
-    lengths = [int(part) for part in values["lengths"].split(",")] if values["lengths"] else []
-    same = ("suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
-    settings = Settings(lengths=lengths, seed=int(values["seed"]), redo=values["redo"] == "true", **{k: values[k] for k in same})
+    same = ("lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
+    settings = Settings(**{k: values[k] for k in same})
     paths = [path for path in values["checkpoint"].split(",") if path]
     return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluates and returns the result that is written to JSON."""
-    check(values)
     from data.shards import ShardSet
     from evals.baselines import CountBaselines
     from evals.perplexity import evaluate, held_out_rows, text_bytes
-    from training.checkpoint import load_model, write_json
+    from training.checkpoint import load_model
     from training.engine import pick_device
+    from training.files import write_json
     from training.metrics import environment
 
     device = pick_device(values["device"])
@@ -180,28 +151,22 @@ def _show(report: dict[str, Any], out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(a in ("-h", "--help", "help") for a in arguments):
-        print(__doc__)
-        return 0
-    if "suite=state_tracking" in arguments:  # one checkpoint of a generated task, with keys of its own
-        from evals.state_tracking import main as state_tracking
+    """The command line of this module; returns the exit status."""
+    return program(__doc__, _main, arguments)
 
-        return state_tracking([a for a in arguments if a != "suite=state_tracking"])
-    try:
-        values = parse_arguments(arguments, DEFAULTS)
-        check(values)
-        if values["suite"] == "perplexity":
-            run(values)
-        else:
-            if not any(a.startswith("chunk=") for a in arguments):
-                values["chunk"] = 2048
-            run_suite(values)
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+
+def _main(words: list[str]) -> None:
+    if "suite=state_tracking" in words:  # one checkpoint of a generated task, with keys of its own
+        from evals.state_tracking import main_of_words
+
+        return main_of_words([word for word in words if word != "suite=state_tracking"])
+    values = parse_arguments(words, DEFAULTS, problems_of)
+    if values["suite"] == "perplexity":
+        run(values)
+    else:
+        if not any(word.startswith("chunk=") for word in words):
+            values["chunk"] = 2048
+        run_suite(values)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ import torch
 from data.synthetic import build_task, to_dict
 from data.synthetic.task import IGNORE, SEED_BITS, Draws, Task
 from models.lm import LanguageModel
+from training.arguments import parse_arguments, program
 from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
-    "lengths": None,
+    "lengths": [],
     "sequences": 1000,
     "seed": 0,
     "batch": 64,
@@ -239,7 +240,7 @@ class Evaluator:
 
     def at_end(self, step: int) -> float:
         """Accuracy by length, written to eval.json as well; returns the share of wrong answers at the training length."""
-        from training.checkpoint import write_json
+        from training.files import write_json
 
         lengths = self.config.eval.lengths or default_lengths(self.length, self.task)
         rows = [self._row(n) for n in lengths]
@@ -275,37 +276,16 @@ class Evaluator:
         return Counts.from_flat(world.sum(counts.flat())).to_dict(length)
 
 
-def _arguments(arguments: list[str]) -> dict[str, Any]:
-    """key=value arguments over DEFAULTS. Raises UserError with all problems."""
-    from training.config import nearest
-
-    values, problems = dict(DEFAULTS), []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in DEFAULTS:
-            problems.append(f"Unknown argument {argument!r}; {nearest(key, list(DEFAULTS))}")
-        elif key == "lengths":
-            parts = value.strip("[]").split(",")
-            if all(p.strip().isdigit() and int(p) > 0 for p in parts):
-                values[key] = [int(p) for p in parts]
-            else:
-                problems.append(f"lengths must be whole numbers above zero with commas between, not {value!r}.")
-        elif isinstance(DEFAULTS[key], int):
-            if value.isdigit() and int(value) >= (key != "seed"):
-                values[key] = int(value)
-            else:
-                problems.append(f"{key} must be a whole number{'' if key == 'seed' else ' above zero'}, not {value!r}.")
-        else:
-            values[key] = value
+def problems_of(values: dict[str, Any]) -> list[str]:
+    """What cannot be run, a sentence each."""
+    problems = []
     if not values["checkpoint"]:
         problems.append("Say what to evaluate: checkpoint=DIR.")
     if values["precision"] not in ("fp32", "bf16"):
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
     if values["seed"] >= 1 << SEED_BITS:
         problems.append(f"seed must be below {1 << SEED_BITS}, not {values['seed']}.")
-    if problems:
-        raise UserError(problems)
-    return values
+    return problems
 
 
 def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -328,8 +308,9 @@ def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Loads, evaluates, writes and returns the report."""
-    from training.checkpoint import load_model, write_json
+    from training.checkpoint import load_model
     from training.engine import pick_device
+    from training.files import write_json
     from training.metrics import environment
 
     device = pick_device(values["device"])
@@ -355,18 +336,14 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
+def main_of_words(words: list[str]) -> None:
+    """What the command line asks for; `evals.run` comes here too. Raises UserError."""
+    run(parse_arguments(words, DEFAULTS, problems_of))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(a in ("-h", "--help", "help") for a in arguments):
-        print(__doc__)
-        return 0
-    try:
-        run(_arguments(arguments))
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line of this module; returns the exit status."""
+    return program(__doc__, main_of_words, arguments)
 
 
 if __name__ == "__main__":

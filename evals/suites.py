@@ -23,6 +23,8 @@ import torch
 from evals.adapters import Adapter, ItemError, first_words, load_adapter
 from evals.texts import Text, constant_rows, open_text, random_rows
 from training.errors import UserError
+from training.files import write_json
+from training.metrics import environment
 
 FORMAT = 1  # raise it when the meaning of an item changes: older results are then made anew
 SUITES = ("quick", "long_context", "harness", "all")
@@ -276,33 +278,6 @@ def fingerprint(adapter: Adapter) -> str:
     return digest.hexdigest()[:16]
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, commit and command; training.metrics has the fuller one, which needs DeepSpeed."""
-    import platform
-    import subprocess
-
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    try:
-        import transformers
-
-        version = transformers.__version__
-    except ImportError:
-        version = "none"
-    return {
-        "command": sys.argv,
-        "commit": done.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version,
-        "device": name,
-        "device_type": device.type,
-        "cpu_threads": torch.get_num_threads(),
-    }
-
-
 def guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """{'status': 'done', 'result': ...} or {'status': 'failed', 'reason': one sentence}. Only what a user stops passes through."""
     try:
@@ -326,22 +301,6 @@ def _not_finite(value: Any, path: str = "") -> str:
     if isinstance(value, list):
         return next((p for i, v in enumerate(value) if (p := _not_finite(v, f"{path}[{i}]"))), "")
     return path if isinstance(value, float) and not math.isfinite(value) and path.endswith("nats_per_token") else ""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON under a temporary name, then renamed; NaN becomes null, as JSON has none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(_clean(value), indent=1, default=str) + "\n")
-    os.replace(temporary, path)
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_item(path: Path, key: str) -> dict[str, Any] | None:

@@ -104,7 +104,7 @@ def _number(values: dict[str, Any], key: str, low: float) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
-    from evals.run import parse_arguments
+    from training.arguments import parse_arguments
     from training.checkpoint import load_model
     from training.engine import pick_device
     from training.errors import UserError

@@ -24,22 +24,26 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-DEFAULTS = {
+from evals.report import cell, markdown_table, write_report  # noqa: E402
+from training.arguments import parse_arguments, program  # noqa: E402
+from training.files import write_json  # noqa: E402
+
+DEFAULTS: dict[str, Any] = {
     "data": "runs/data/study",
     "out": "runs/study",
-    "train_seconds": "100",
-    "together": "4",
+    "train_seconds": 100.0,
+    "together": 4,
     "only": "",
-    "toy": "false",
+    "toy": False,
     "device": "auto",
     "arm": "",
-    "cures": "true",
-    "seed": "0",
+    "cures": True,
+    "seed": 0,
     "precision": "bf16",
-    "tokens_per_step": "32768",
-    "steps": "3000",
-    "lr": "2e-3",
-    "dt_max": "0.1",  # smaller: Mamba-2 starts with longer memories
+    "tokens_per_step": 32768,
+    "steps": 3000,
+    "lr": 2e-3,
+    "dt_max": 0.1,  # smaller: Mamba-2 starts with longer memories
 }
 SHORT, LONG = 128, 1024
 ARMS: dict[str, dict[str, Any]] = {
@@ -80,14 +84,7 @@ def model_config(arm: dict[str, Any], vocab_size: int, toy: bool, dt_max: float)
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def train(name: str, values: dict[str, str], device: str) -> None:
+def train(name: str, values: dict[str, Any], device: str) -> None:
     """Trains one arm and saves its weights; progress and figures in train.json."""
     import numpy as np
     import torch
@@ -100,16 +97,16 @@ def train(name: str, values: dict[str, str], device: str) -> None:
     from training.optim import build_optimizer
     from training.schedule import lr_factor
 
-    arm, toy, seed = ARMS[name], values["toy"] == "true", int(values["seed"])
+    arm, toy, seed = ARMS[name], values["toy"], values["seed"]
     folder = Path(values["out"]) / "arms" / name
     T = arm["T"] // 4 if toy else arm["T"]
     shards = ShardSet(values["data"], "train")
-    config = model_config(arm, shards.vocab_size, toy, float(values["dt_max"]))
+    config = model_config(arm, shards.vocab_size, toy, values["dt_max"])
     model = LanguageModel(ModelConfig.from_dict(config))
     model.init_weights(seed)
     model = model.to(device).train()
-    optimizer = build_optimizer(model, lr=float(values["lr"]), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    rows, limit, steps = max(1, int(values["tokens_per_step"]) // T), float(values["train_seconds"]), int(values["steps"])
+    optimizer = build_optimizer(model, lr=values["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    rows, limit, steps = max(1, values["tokens_per_step"] // T), values["train_seconds"], values["steps"]
     initial = InitialStates(arm.get("initial", "zero"), seed=seed)
     rng, log, start, step = np.random.default_rng([seed, T]), [], time.perf_counter(), 0
     progress = 0.0
@@ -119,7 +116,7 @@ def train(name: str, values: dict[str, str], device: str) -> None:
         tokens, _ = shards.rows(rng.integers(0, shards.n_tokens - T - 1, rows), T + 1)
         ids = torch.from_numpy(tokens).to(device, non_blocking=True)
         for group in optimizer.param_groups:
-            group["lr"] = float(values["lr"]) * lr_factor(round(progress * 10_000), 10_000, kind="wsd", warmup=300, decay=2000, final=0.0)
+            group["lr"] = values["lr"] * lr_factor(round(progress * 10_000), 10_000, kind="wsd", warmup=300, decay=2000, final=0.0)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
             output = model(ids[:, :-1], labels=ids[:, 1:], state=initial.before(model, 0, rows))
         loss = output.loss_sum / output.token_count
@@ -169,11 +166,11 @@ def train(name: str, values: dict[str, str], device: str) -> None:
     )
 
 
-def measure(name: str, values: dict[str, str], device: str) -> None:
+def measure(name: str, values: dict[str, Any], device: str) -> None:
     """The suites' items on a trained arm."""
     from evals.suites import Settings, evaluate
 
-    folder, toy = Path(values["out"]) / "arms" / name, values["toy"] == "true"
+    folder, toy = Path(values["out"]) / "arms" / name, values["toy"]
     T = json.loads((folder / "run.json").read_text())["train"]["seq_len"]
     longest = 32 * T if toy else (32768 if T <= SHORT else 65536)
     common: dict[str, Any] = {
@@ -184,7 +181,7 @@ def measure(name: str, values: dict[str, str], device: str) -> None:
         "chunk": 2048,
         "batch": 8,
     }
-    cures = values["cures"] == "true" and name == "mamba2-n256-t128"
+    cures = values["cures"] and name == "mamba2-n256-t128"
     out = Path(values["out"]) / "evals"
     only = "position-prose,states-prose,remembrance,passkey-512" + (",cure-" if cures else "")
     settings = Settings(
@@ -193,7 +190,7 @@ def measure(name: str, values: dict[str, str], device: str) -> None:
     evaluate([str(folder)], settings, out, values["device"], values["precision"] if device.startswith("cuda") else "fp32")
 
 
-def million(values: dict[str, str], device: str) -> None:
+def million(values: dict[str, Any], device: str) -> None:
     """Position curve of 2^20 tokens through untrained 35M models: time, and peak memory at two lengths."""
     import numpy as np
     import torch
@@ -201,11 +198,11 @@ def million(values: dict[str, str], device: str) -> None:
     from data.shards import ShardSet
     from evals.adapters import ItemError, OwnAdapter
     from evals.position import position_curve
-    from evals.suites import environment
     from models.config import ModelConfig
     from models.lm import LanguageModel
+    from training.metrics import environment
 
-    toy, path = values["toy"] == "true", Path(values["out"]) / "million.json"
+    toy, path = values["toy"], Path(values["out"]) / "million.json"
     shards = ShardSet(values["data"], "train")
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     lengths = (2048, 8192) if toy else (1 << 16, 1 << 20)
@@ -268,26 +265,14 @@ def table(out: Path) -> None:
         rows.append(row)
     write_json(out / "table.json", rows)
     columns = list(dict.fromkeys(k for row in rows for k in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [
-            f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
-            for v in (row.get(c, "-") for c in columns)
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    text = markdown_table(columns, [[cell(row.get(c)) for c in columns] for row in rows])
+    (out / "table.md").write_text(text + "\n")
+    print(text, flush=True)
 
 
-def main() -> int:
-    values = dict(DEFAULTS)
-    for argument in sys.argv[1:]:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in values:
-            print(__doc__)
-            print(f"error: unknown argument {argument!r}; keys are {', '.join(DEFAULTS)}.", file=sys.stderr)
-            return 2
-        values[key] = value
+def main(words: list[str]) -> int:
+    """What the command line asks for; returns the exit status. Raises UserError."""
+    values = parse_arguments(words, DEFAULTS)
     import torch
 
     device = "cuda" if values["device"] in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
@@ -302,10 +287,10 @@ def main() -> int:
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
     failed = []
     while waiting or running:
-        while waiting and len(running) < int(values["together"]):
+        while waiting and len(running) < values["together"]:
             name = waiting.pop(0)
-            words = [f"{k}={v}" for k, v in values.items() if k != "arm"] + [f"arm={name}"]
-            running.append((name, subprocess.Popen([sys.executable, __file__, *words], env={**os.environ, "PYTHONPATH": str(ROOT)})))
+            same = [f"{k}={v}" for k, v in values.items() if k != "arm"]
+            running.append((name, subprocess.Popen([sys.executable, __file__, *same, f"arm={name}"], env={**os.environ, "PYTHONPATH": str(ROOT)})))
         time.sleep(0.2)
         for pair in [p for p in running if p[1].poll() is not None]:
             running.remove(pair)
@@ -314,8 +299,6 @@ def main() -> int:
             table(out)
     if not values["only"] or values["only"] in "million":
         million(values, device)
-    from evals.report import write_report
-
     write_report(out / "evals")
     table(out)
     write_json(out / "study.json", {"seconds": time.perf_counter() - start, "failed": failed, "settings": values})
@@ -326,4 +309,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(__doc__, main))

@@ -18,9 +18,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -30,7 +28,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from evals.report import pyplot  # noqa: E402
+from training.arguments import parse_arguments, program  # noqa: E402
+from training.config import nearest  # noqa: E402
 from training.errors import UserError  # noqa: E402
+from training.files import write_json  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "out": "runs/state_tracking",
@@ -86,34 +88,17 @@ LEAST_SECONDS = 4.0
 
 
 def arguments(given: list[str]) -> dict[str, Any]:
-    """key=value arguments (or --key value) over DEFAULTS. Raises UserError with all problems."""
-    from training.config import nearest
+    """key=value arguments over DEFAULTS, tasks and mixers as lists. Raises UserError with all problems."""
 
-    words: list[str] = []
-    for word in given:
-        if words and words[-1].startswith("--") and "=" not in words[-1]:
-            words[-1] += "=" + word
-        else:
-            words.append(word)
-    values, problems = dict(DEFAULTS), []
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not equals or key not in DEFAULTS:
-            problems.append(f"Unknown argument {word!r}; {nearest(key, list(DEFAULTS))}")
-            continue
-        try:
-            default = DEFAULTS[key]
-            values[key] = value.lower() in ("1", "true", "yes") if isinstance(default, bool) else type(default)(value)
-        except ValueError:
-            problems.append(f"{key} must be a number, not {value!r}.")
-    for key, known in (("tasks", TASKS), ("mixers", MIXERS)):
-        chosen = [name.strip() for name in values[key].split(",") if name.strip() not in ("", "all")] or list(known)
-        problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in chosen if name not in known]
-        values[key] = chosen
-    problems += [f"{key} must be above zero, not {values[key]}." for key in ("seeds", "length", "layers", "sequences") if values[key] < 1]
-    if problems:
-        raise UserError(problems)
-    return values
+    def chosen(values: dict[str, Any]) -> list[str]:
+        problems = []
+        for key, known in (("tasks", TASKS), ("mixers", MIXERS)):
+            names = [name.strip() for name in values[key].split(",") if name.strip() not in ("", "all")] or list(known)
+            problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
+            values[key] = names
+        return problems
+
+    return parse_arguments(given, DEFAULTS, chosen)
 
 
 def build_model(layers: list[dict[str, Any]], vocabulary: int, bound: float | None) -> Any:
@@ -274,12 +259,6 @@ def train_cell(settings: dict[str, Any], seed: int, device: Any, seconds: float,
     }
 
 
-def write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
 def read_cell(out: Path, task: str, mixer: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:
     """A finished cell of the same settings, or None."""
     try:
@@ -388,20 +367,16 @@ def table(cells: list[dict[str, Any]], values: dict[str, Any]) -> str:
 
 def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str:
     """Accuracy by length, a panel a task and a line a mixer (best seed). Returns what was done, for people."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
+    plt = pyplot()
+    if plt is None:
         return "matplotlib is not installed, so there is no plot; minutes=0 draws it elsewhere from the same folder."
     tasks = [t for t in values["tasks"] if any(c["task"] == t for c in cells)]
     if not tasks:
         return "There is nothing to plot yet."
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.5), squeeze=False, sharey=True)
-    colours, marks = dict(zip(MIXERS, pyplot.get_cmap("tab10").colors)), dict(zip(MIXERS, "o^sDv<>Px"))
+    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.5), squeeze=False, sharey=True)
+    colours, marks = dict(zip(MIXERS, plt.get_cmap("tab10").colors)), dict(zip(MIXERS, "o^sDv<>Px"))
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks):
@@ -428,36 +403,21 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     figure.tight_layout(rect=(0, 0.06, 1, 0.99))
     temporary = path.with_name("." + path.name)
     figure.savefig(temporary, dpi=130)
-    pyplot.close(figure)
+    plt.close(figure)
     os.replace(temporary, path)
     return f"plot: {path}"
 
 
-def environment(device: str) -> dict[str, Any]:
-    import torch
-
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "command": ["python", *sys.argv],
-        "commit": git("rev-parse", "HEAD"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
-        "cores": os.cpu_count(),
-    }
-
-
 def report(values: dict[str, Any], device: str, seconds: float) -> None:
     """Writes table.json, table.md and the plot from the cells on disk, and prints the table."""
+    import torch
+
+    from training.metrics import environment
+
     cells, out = collect(values), Path(values["out"])
     text = table(cells, values)
     summary = [{key: cell[key] for key in cell if key != "curve"} for cell in cells]
-    write_json(out / "table.json", {"arguments": values, "seconds": seconds, "environment": environment(device), "cells": summary})
+    write_json(out / "table.json", {"arguments": values, "seconds": seconds, "environment": environment(torch.device(device)), "cells": summary})
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\n{len(cells)} cells of {len(values['tasks']) * len(values['mixers']) * values['seeds']}: {out / 'table.json'}")
     try:
@@ -466,12 +426,10 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
         print(f"The plot could not be drawn: {type(error).__name__}: {error}")
 
 
-def main() -> None:
-    if any(word in ("-h", "--help", "help") for word in sys.argv[1:]):
-        print(__doc__)
-        return
+def main(words: list[str]) -> None:
+    """What the command line asks for. Raises UserError."""
     began = time.time()
-    values = arguments(sys.argv[1:])
+    values = arguments(words)
     import torch
 
     device = values["device"] if values["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -505,9 +463,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(program(__doc__, main))

@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.engine import Engine
 from training.errors import UserError
+from training.files import write_json
 
 MARKER = "COMPLETE.json"
 
@@ -35,13 +36,6 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 22):
             result.update(block)
     return result.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """JSON under a temporary name, then renamed: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:

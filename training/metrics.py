@@ -27,8 +27,13 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device, commit and command: what another person needs to run the same thing."""
-    import deepspeed
-    import transformers
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
 
     def git(*arguments: str) -> str:
         root = Path(__file__).resolve().parent.parent
@@ -41,9 +46,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "uncommitted_changes": git("status", "--porcelain") not in ("", "unknown"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
+        **{package: installed(package) for package in ("triton", "deepspeed", "transformers")},
         "device": device_name(device),
+        "device_type": device.type,
         "cpu_threads": torch.get_num_threads(),
     }
 

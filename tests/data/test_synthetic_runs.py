@@ -15,10 +15,11 @@ import torch
 
 from data.synthetic import build_task
 from data.synthetic.task import Draws
-from evals.state_tracking import Counts, _arguments, count, default_lengths, evaluate, evaluate_checkpoint
+from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.conftest import ROOT, run_program
+from training.arguments import parse_arguments
 from training.errors import UserError
 
 
@@ -96,10 +97,10 @@ def test_what_goes_wrong_at_one_length_is_said_there() -> None:
 
 
 def test_arguments() -> None:
-    values = _arguments(["checkpoint=x", "lengths=[10,20]", "sequences=3", "seed=0"])
+    values = parse_arguments(["checkpoint=x", "lengths=[10,20]", "sequences=3", "seed=0"], DEFAULTS, problems_of)
     assert values["lengths"] == [10, 20] and values["sequences"] == 3
     with pytest.raises(UserError) as caught:
-        _arguments(["lenghts=1", "lengths=a", "batch=0", "precision=fp8", "seed=2000000"])
+        parse_arguments(["lenghts=1", "lengths=a", "batch=0", "precision=fp8", "seed=2000000"], DEFAULTS, problems_of)
     assert len(caught.value.problems) == 6 and "'lengths'" in caught.value.problems[0]
     assert default_lengths(10, build_task({"name": "mqar"})) == [10, 20, 40, 80]
 

@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 
 VOCABULARY = 320
+HF = {"vocab_size": VOCABULARY, "num_hidden_layers": 2, "bos_token_id": None, "eos_token_id": None}
 
 
 def loud(model: Any, std: float = 0.15) -> Any:
@@ -31,15 +32,7 @@ def llama() -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
+        hidden_size=48, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, **HF
     )
     return loud(LlamaForCausalLM(config))
 
@@ -49,17 +42,7 @@ def mamba2() -> Any:
 
     torch.manual_seed(0)
     config = Mamba2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        head_dim=16,
-        num_heads=4,
-        state_size=8,
-        n_groups=1,
-        chunk_size=16,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+        hidden_size=32, head_dim=16, num_heads=4, state_size=8, n_groups=1, chunk_size=16, pad_token_id=0, **HF
     )
     return loud(Mamba2ForCausalLM(config))
 

@@ -1,0 +1,49 @@
+"""key=value command lines, and files written whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.arguments import parse_arguments, program
+from training.errors import UserError
+from training.files import write_json
+
+DEFAULTS = {"path": None, "name": "a", "rows": 3, "seed": 0, "lr": 0.5, "toy": False, "lengths": [], "limit": int}
+
+
+def test_a_default_says_what_its_key_takes() -> None:
+    assert parse_arguments([], DEFAULTS) == {**DEFAULTS, "limit": None}
+    words = ["path=x=y", "name=", "rows=7", "--seed", "0", "--lr=2e-3", "toy=True", "lengths=[1, 20]", "limit=5"]
+    assert parse_arguments(words, DEFAULTS) == {
+        "path": "x=y", "name": "", "rows": 7, "seed": 0, "lr": 2e-3, "toy": True, "lengths": [1, 20], "limit": 5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["rows=0", "rows=-1", "rows=1.5", "seed=x", "lr=fast", "toy=maybe", "lengths=1,,2", "lengths=0", "limit=0", "rwos=1", "path"])
+def test_every_mistake_is_a_sentence_and_all_are_told(word: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_arguments([word, "nothing=1"], DEFAULTS, lambda values: ["And one more."])
+    assert len(caught.value.problems) == 3 and word.partition("=")[0] in caught.value.problems[0]
+
+
+def test_a_program_ends_in_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(words: list[str]) -> None:
+        raise UserError(["One.", "Two."])
+
+    assert program("How to.", run, ["--help"]) == 0 and capsys.readouterr().out == "How to.\n"
+    assert program("How to.", run, []) == 2 and capsys.readouterr().err == "error: One.\nerror: Two.\n"
+    assert program("", lambda words: 3, []) == 3
+
+
+def test_json_is_whole_and_is_json(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": [float("nan"), 1.5, float("inf")], 2: (path,)})
+    assert json.loads(path.read_text()) == {"a": [None, 1.5, None], "2": [str(path)]}
+    with pytest.raises(RecursionError):
+        circle: list[object] = []
+        circle.append(circle)
+        write_json(path, circle)
+    assert json.loads(path.read_text())["2"] and [p.name for p in path.parent.iterdir()] == ["x.json"]
