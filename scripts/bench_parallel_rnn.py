@@ -4,6 +4,7 @@ in the same run.
 
     python scripts/bench_parallel_rnn.py --out docs/results/parallel_rnn/gpu.json            # everything, some minutes
     python scripts/bench_parallel_rnn.py --out sweep.json --sweep                            # launch sizes only
+    python scripts/bench_parallel_rnn.py --corrections docs/results/parallel_rnn/corrections.json    # on the CPU, seconds
     python scripts/bench_parallel_rnn.py --plot docs/results/parallel_rnn/gpu.json           # draws the JSON
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from kernels.parallel_rnn import launch, parallel_rnn, parallel_rnn_step, reference
 from models.cells import available, cell_module, load_cell
+from training.files import write_json
 
 SHAPES = [(16, 2048, 2048), (4, 8192, 2048), (1, 32768, 2048), (1, 2048, 2048), (1, 512, 2048)]
 BARS = {"paragru": (1.6, 2.0), "paralstm": (2.0, 2.5)}  # forward, backward: times their byte limits
@@ -149,11 +151,12 @@ def sweep(copy: float) -> list[dict[str, Any]]:
     from kernels.parallel_rnn import codegen
 
     defaults = {"BLOCK": launch.BLOCK, "BURN_IN": launch.BURN_IN, "PROGRAMS": launch.PROGRAMS, "UNROLL": codegen.UNROLL}
-    tried = {"BLOCK": (32, 128), "BURN_IN": (0, 256), "PROGRAMS": (512, 2048), "UNROLL": (4, 16)}
+    defaults |= {"PROGRAMS_BACK": launch.PROGRAMS_BACK, "UNROLL_BACK": codegen.UNROLL_BACK}
+    tried = {"BLOCK": (32, 128), "BURN_IN": (0, 256), "PROGRAMS": (512, 2048), "UNROLL": (4, 16), "PROGRAMS_BACK": (1024, 8192), "UNROLL_BACK": (1, 4)}
     rows = []
     for key, value in [("", 0), *((k, v) for k, values in tried.items() for v in values)]:
         for name, value_ in {**defaults, **({key: value} if key else {})}.items():
-            setattr(codegen if name == "UNROLL" else launch, name, value_)
+            setattr(codegen if name.startswith("UNROLL") else launch, name, value_)
         for cell, shape in itertools.product(("paragru", "paralstm"), ((16, 2048, 2048), (1, 32768, 2048), (1, 2048, 2048))):
             rows.append({"changed": f"{key}={value}" if key else "defaults", **kernel_row(cell, *shape, copy)})
             print(json.dumps(rows[-1]), flush=True)
@@ -258,23 +261,84 @@ def past_int32() -> dict[str, Any]:
     return {"elements": pre.numel(), "error": (states[:, -100:] - tail).abs().max().item()}
 
 
+@torch.no_grad()
+def correction_row(name: str, scale: float) -> dict[str, Any]:
+    """Largest error of 31 slice starts (64 steps each) after 0, 1, ... corrections, float64, any device; the first guess is the slice before
+    walked from zero. Recurrent weights are normal with deviation `scale`."""
+    N, L = 32, 64
+    cell, pre, rec, h0 = inputs(name, 1, N * L, 64, torch.float64, "cpu")
+    rec = (rec * (scale * 64**0.5)).double()
+    exact = reference.sequential(cell, pre, rec, h0.double(), None)[0][:, L - 1 : -1 : L]
+    sliced = reference.slice_time(pre, N, L)
+    start = torch.zeros(1, N, len(cell.state), 64, dtype=torch.float64)
+    start[:, 1:] = reference.walk(cell, sliced, rec, start, None)[:, :-1, -1]
+    errors = []
+    for _ in range(9):
+        errors.append(float((start[:, 1:] - exact).abs().max()))
+        states = reference.walk(cell, sliced, rec, start, None)
+        J = reference.jacobian(cell, sliced, rec, torch.cat([start[:, :, None], states[:, :, :-1]], 2))
+        start = reference.corrected(states[:, :, -1], reference.product(J), start)
+    return {"cell": name, "deviation": scale, "errors": errors}
+
+
+def corrections(path: Path) -> None:
+    """Writes the errors by correction to `path`; needs no GPU."""
+    rows = [correction_row(name, scale) for name in ("paragru", "paralstm") for scale in (2048**-0.5, 0.5, 2.0, 8.0)]
+    write_json(path, {"torch": torch.__version__, "device": "cpu", "rows": rows})
+
+
 def plot(path: Path) -> None:
-    import matplotlib
+    """time.png: time by length against limit, Newton, loop and cuDNN; limits.png: times over the byte limit; corrections.png, if
+    corrections.json lies beside."""
+    from evals.report import pyplot
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = [r for r in json.loads(path.read_text())["kernels"] if "cell" in r]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
+    plt, result = pyplot(), json.loads(path.read_text())
+    if plt is None:
+        sys.exit("Plots need matplotlib: pip install matplotlib.")
+    figure, axis = plt.subplots(figsize=(9.5, 4.5))
+    times, newton = result["time"], result["newton"]
+    axis.plot([r["T"] for r in times], [r["forward_ms"] for r in times], "o-", label="parallel solve")
+    axis.plot([r["T"] for r in times], [r["limit_ms"] for r in times], "k--", label="byte limit")
+    axis.plot([r["T"] for r in newton], [r["newton_3_ms"] for r in newton], "s-", label="3 elementwise Newton steps, torch")
+    loop = result["loop"]
+    axis.plot([r["T"] for r in loop], [r["loop_ms"] for r in loop], "^-", label="torch loop")
+    gru = [r for r in result["cudnn"] if r.get("cudnn") == "GRU"]
+    axis.plot([r["T"] for r in gru], [r["forward_ms"] for r in gru], "x", markersize=9, label="cuDNN GRU (dense weights)")
+    axis.set(xscale="log", yscale="log", xlabel="time steps", ylabel="ms", title=f"ParaGRU forward, width 2048, {result['device']}")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    _save(plt, figure, path.with_name("time.png"))
+    rows = [r for r in result["kernels"] if r.get("cell") in BARS and r["D"] == 2048]
+    names = sorted({r["cell"] for r in rows})
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, way in zip(axes, ("forward", "backward")):
-        for name in sorted({r["cell"] for r in rows}):
-            mine = sorted((r["B"] * r["T"], r[f"{way}_ms"], r[f"{way}_limit_ms"]) for r in rows if r["cell"] == name and r["D"] == 2048)
-            (line,) = axis.loglog([m[0] for m in mine], [m[1] for m in mine], "o", label=name)
-            axis.loglog([m[0] for m in mine], [m[2] for m in mine], "--", color=line.get_color())
-        axis.set(title=f"{way} (dashed: byte limit)", xlabel="tokens", ylabel="ms")
-        axis.legend()
+        for i, name in enumerate(names):
+            mine = [r for r in rows if r["cell"] == name]
+            at = [k + 0.8 * i / len(names) for k in range(len(mine))]
+            axis.bar(at, [r[f"{way}_ms"] / r[f"{way}_limit_ms"] for r in mine], 0.75 / len(names), label=name)
+            axis.set_xticks(range(len(mine)), [f"({r['B']}, {r['T']:,})" for r in mine], rotation=30)
+        axis.axhline(1, color="k", linestyle="--", linewidth=1)
+        axis.set(yscale="log", title=way, xlabel="(sequences, steps)", ylabel="times the byte limit (dashed)")
+    axes[1].legend(fontsize=8)
+    _save(plt, figure, path.with_name("limits.png"))
+    beside = path.with_name("corrections.json")
+    if not beside.exists():
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    rows = json.loads(beside.read_text())["rows"]
+    for axis, name in zip(axes, ("paragru", "paralstm")):
+        for r in (r for r in rows if r["cell"] == name):
+            axis.plot([max(e, 1e-17) for e in r["errors"]], "o-", label=f"{r['deviation']:.3g}")
+        axis.set(yscale="log", title=name, xlabel="corrections", ylabel="largest error of a slice's start")
+        axis.grid(alpha=0.3)
+    axes[1].legend(title="deviation of\nthe weights", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    _save(plt, figure, path.with_name("corrections.png"))
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path.with_suffix(".svg"))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -282,11 +346,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--corrections", type=Path, help="error by number of corrections, on the CPU, to this file")
     parser.add_argument("--part", type=int, default=60, help="seconds one part may take")
     parser.add_argument("--total", type=int, default=1200, help="seconds after which no part is begun")
     options = parser.parse_args()
     if options.plot:
         return plot(options.plot)
+    if options.corrections:
+        return corrections(options.corrections)
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -317,8 +384,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         print(f"{time.monotonic() - started:.1f} s", key, json.dumps(value), flush=True)
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.out, result)
 
     keep("copy_bytes_per_ms", bandwidth)
     copy = result["copy_bytes_per_ms"]

@@ -26,6 +26,7 @@ from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import Node, NotLowered, Traced, order, trace
 
 UNROLL = 8  # steps loaded ahead
+UNROLL_BACK = 2  # a step of the backward pass carries more: fewer ahead leave registers for more programs at once
 
 HEADER = '''"""Kernels of the cell {name}, written by kernels/parallel_rnn/codegen.py."""
 import triton
@@ -331,9 +332,9 @@ def source(cell: Cell, unroll: int = UNROLL) -> str:
         function("step_vjp", [*arguments, *cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
         forward(traced, unroll),
         correct(traced),
-        backward(traced, max(1, unroll // 2), False),  # it carries more per step: fewer ahead, so that registers do not spill
+        backward(traced, min(unroll, UNROLL_BACK), False),
         scan_adjoint(traced),
-        backward(traced, max(1, unroll // 2), True),
+        backward(traced, min(unroll, UNROLL_BACK), True),
         decode(traced),
     ]
     return "\n\n".join(parts)

@@ -31,7 +31,8 @@ from kernels.parallel_rnn.trace import NotLowered, trace
 BLOCK = 64  # channels a program owns, a warp for every 64
 CORRECTIONS = 2  # Newton steps before the sequential walk
 BURN_IN = 64  # steps walked from zero before a slice, as the first guess of its start
-PROGRAMS = 1024  # wanted at once: some eight on each multiprocessor of a large GPU
+PROGRAMS, SLICES = 1024, 64  # programs wanted, some eight on each multiprocessor of a large GPU, and most slices
+PROGRAMS_BACK, SLICES_BACK = 4096, 128  # the backward pass has no corrections, which more slices would make dearer
 _report: dict[str, Any] = {}
 
 
@@ -77,13 +78,14 @@ def why_not(cell: Cell, device: torch.device) -> str:
 class Plan:
     """Sizes of a launch: channels a program, warps, slices of how many steps, and steps of burn-in."""
 
-    def __init__(self, cell: Cell, B: int, T: int, D: int, device: torch.device, slices: int | None = None) -> None:
+    def __init__(self, cell: Cell, B: int, T: int, D: int, device: torch.device, slices: int | None = None, back: bool = False) -> None:
         self.unroll = 2 if device.type == "cpu" else codegen.UNROLL  # the interpreter pays for every statement
         self.block = 16 if device.type == "cpu" else BLOCK if D > 32 else 32
         self.warps = max(1, self.block // 64)  # two channels a thread: four-byte loads of bf16
         self.blocks = -(-D // self.block)
         if slices is None:
-            slices = min(-(-PROGRAMS // (self.blocks * B)), 64)
+            programs, most = (PROGRAMS_BACK, SLICES_BACK) if back else (PROGRAMS, SLICES)
+            slices = min(-(-programs // (self.blocks * B)), most)
             if slices < 2 or T < 128:
                 slices = 1
             slices = min(slices, max(1, T // 64))
@@ -163,7 +165,7 @@ def backward(
     pre, rec, h0 = ready(pre), rec.float().contiguous(), h0.float().contiguous()
     d_states, d_final = d_states.contiguous(), d_final.float().contiguous()
     (B, T, P, D), R, S = pre.shape, len(cell.rec), len(cell.state)
-    plan = Plan(cell, B, T, D, pre.device, slices)
+    plan = Plan(cell, B, T, D, pre.device, slices, back=True)
     module = kernels(cell, plan.unroll)
     n, grid = plan.slices, (plan.blocks, plan.slices, B)
     reset = states if starts is None else starts.contiguous().view(torch.uint8)

@@ -1,5 +1,6 @@
 """Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled}}}.
-Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 paragru` (8: steps ahead)"""
+Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 paragru` (8: steps ahead); with `--golden` at
+the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from kernels.parallel_rnn import launch  # noqa: E402
 
 FP32 = {"REC", "H0", "START", "END", "PROD", "FINAL", "RESIDUAL", "CARRY", "D_REC", "D_H0", "D_FINAL"}
 BF16 = {"PRE", "STATES", "D_STATES", "D_PRE", "H", "NEW"}
-CONSTANTS = {"HAS_RESET": True, "GUESS": True, "CHECK": True, "SLICED": True, "BD": 64}
+CONSTANTS = {"HAS_RESET": True, "GUESS": True, "CHECK": True, "SLICED": True, "BD": launch.BLOCK}
+WARPS = max(1, launch.BLOCK // 64)
+GOLDEN = Path(__file__).with_name("resources.json")
 
 
 def kind(name: str) -> str:
@@ -45,7 +48,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(re.findall(r"REG:(\d+)", text)[-1]), "spilled": int(re.findall(r"STACK:(\d+)", text)[-1])}
 
 
-def main(unroll: int, names: list[str]) -> None:
+def main(unroll: int, names: list[str], golden: bool) -> None:
     out: dict[str, dict[str, dict[str, int]]] = {}
     for name in names:
         module = launch.kernels(next(c for c in cells() if c.name == name), unroll)
@@ -55,11 +58,14 @@ def main(unroll: int, names: list[str]) -> None:
             signature = {a: kind(a) for a in fn.arg_names}
             constants = {a: CONSTANTS[a] for a in fn.arg_names if a in CONSTANTS}
             source = ASTSource(fn=fn, signature=signature, constexprs=constants)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
             assert ".target sm_90" in made.asm["ptx"]
             out[name][kernel] = resources(made.asm["cubin"])
     print(json.dumps(out))
+    if golden:
+        lines = {"triton": triton.__version__, "steps_ahead": unroll, "cells": out}
+        GOLDEN.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), [word for word in sys.argv[2:] if word != "--golden"], "--golden" in sys.argv)

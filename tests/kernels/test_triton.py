@@ -33,7 +33,12 @@ def test_every_kernel_compiles() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["paragru", "paralstm"])
-def test_registers_do_not_spill_where_speed_matters(name: str) -> None:
-    found = json.loads(run("compiled.py", "8", name))[name]
-    assert all(use.get("spilled", 0) == 0 for kernel, use in found.items()), found
+def test_registers_are_those_of_the_golden_file_and_none_spill_where_speed_matters() -> None:
+    """Another release of Triton may count otherwise: then only spilling is a failure."""
+    import triton
+
+    golden = json.loads((HERE / "resources.json").read_text())
+    found = json.loads(run("compiled.py", str(golden["steps_ahead"]), *golden["cells"]))
+    assert all(use.get("spilled", 0) == 0 for name in ("paragru", "paralstm") for use in found[name].values()), found
+    if triton.__version__ == golden["triton"]:
+        assert found == golden["cells"], "If the change is wanted: python tests/kernels/compiled.py 8 paragru paralstm gru lstm --golden"
