@@ -1,0 +1,1 @@
+"""To the Hugging Face Hub and back: export, verification, import, push."""

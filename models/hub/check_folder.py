@@ -1,0 +1,72 @@
+"""Loads exported folders as a stranger would, with transformers alone, and writes down what they compute. Run by file name in a fresh process:
+
+    python -I models/hub/check_folder.py JOB.json
+
+JOB.json: {"folders": [{"folder", "ids" (rows of token ids), "new_tokens", "out"}]}. Each `out` receives logits in fp32 and bf16, the greedy
+continuation of the first row; beside it, as JSON, the class, config and what AutoTokenizer makes of `sample`. The project itself cannot be imported here, which is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HIDDEN = ("models", "kernels", "training", "data", "evals", "train")
+
+
+class Hide:
+    """A finder of modules that does not find the project's packages (raising instead would break those who only ask whether there is one)."""
+
+    def __init__(self, finder: Any) -> None:
+        self.finder = finder
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
+
+
+def look(job: dict[str, Any]) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, ids = job["folder"], torch.tensor(job["ids"])
+    found: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
+        with torch.no_grad():
+            tensors[name] = model(input_ids=ids).logits.float().contiguous()
+        if name == "fp32":
+            found["class"] = type(model).__name__
+            found["config"] = model.config.to_dict()
+            found["parameters"] = sum(p.numel() for p in model.parameters())
+            text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], eos_token_id=None)
+            tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
+    if (Path(folder) / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        coded = tokenizer(job["sample"], add_special_tokens=False).input_ids
+        found["tokenizer"] = {"ids": coded, "text": tokenizer.decode(coded), "eos": tokenizer.eos_token_id}
+    save_file(tensors, job["out"])
+    Path(job["out"] + ".json").write_text(json.dumps(found, default=str))
+
+
+def main() -> int:
+    sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+    try:
+        import models  # noqa: F401
+    except ModuleNotFoundError:
+        pass
+    else:
+        raise SystemExit("the project is importable in the process that should not see it")
+    for job in json.loads(Path(sys.argv[1]).read_text())["folders"]:
+        look(job)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

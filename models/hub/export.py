@@ -1,0 +1,193 @@
+"""Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
+
+    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0]
+
+CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
+with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from data.tokenizer import eot_id
+from models.config import ModelConfig
+from models.hub.card import model_card
+from models.hub.native import Stock, stock
+from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
+from models.lm import LanguageModel
+from training.checkpoint import find, load_model, write_json
+from training.errors import UserError
+
+CHECKER = Path(__file__).with_name("check_folder.py")
+GREEDY = 64
+ATOL = 1e-4
+SAMPLE = "Say 1 thing,\n then another: naïve."
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a checkpoint folder. Raises UserError."""
+    try:
+        return ModelConfig.from_dict(read_object(folder / "config.json"))
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
+def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) -> Stock:
+    """Everything of the export but its verification. Raises UserError for a model no stock class is, or weights that are another model's."""
+    config, weights = read_config(source), Weights(source)
+    facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
+    target, reason = stock(config, int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048))
+    if target is None:
+        raise UserError(f"{source} cannot be exported: no class of transformers is this model, because {reason}.")
+    with torch.device("meta"):
+        shapes = {name: tuple(value.shape) for name, value in LanguageModel(config).state_dict().items()}
+    if config.tie_embeddings:
+        shapes.pop("head.weight")
+    wrong = [n for n in shapes if n not in weights.where or weights.shape(n) != shapes[n]]
+    if wrong:
+        raise UserError(f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}.")
+    names = {target.name(ours): ours for ours in shapes}
+    kept = DTYPES[dtype]
+
+    def get(name: str) -> Tensor:
+        tensor = weights.tensor(names[name])
+        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(kept)
+
+    sizes = {name: kept.itemsize * torch.Size(shapes[ours]).numel() for name, ours in names.items()}
+    write_shards(out, sizes, get, limit)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
+    eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
+    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
+    write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+    write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
+    (out / "README.md").write_text(model_card(source, config, target.architecture, facts, sum(s // kept.itemsize for s in sizes.values()), licence))
+    return target
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None) -> int | None:
+    if tokenizer is None:
+        return None
+    shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
+    try:
+        eot = eot_id(tokenizer)
+    except ValueError:
+        return None
+    mark = tokenizer.id_to_token(eot)
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": mark, "eos_token": mark, "pad_token": mark, "padding_side": "left"}
+    write_json(out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})})
+    return eot
+
+
+def verify(pairs: list[tuple[Path, Path]], dtype: str = "fp32") -> None:
+    """Compares each (checkpoint, exported folder) in one fresh process without this project. Raises UserError naming what differs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = []
+        for i, (source, folder) in enumerate(pairs):
+            vocabulary = read_config(source).vocab_size
+            ids = torch.randint(0, vocabulary, (2, 37), generator=torch.Generator().manual_seed(i))
+            jobs.append({"folder": str(folder), "ids": ids.tolist(), "new_tokens": GREEDY, "sample": SAMPLE, "out": f"{scratch}/{i}"})
+        Path(scratch, "job.json").write_text(json.dumps({"folders": jobs}))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
+        done = subprocess.run([sys.executable, "-I", str(CHECKER), f"{scratch}/job.json"], cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"The exported folder cannot be loaded by transformers, so nothing was written: {last}")
+        for (source, _), job in zip(pairs, jobs):
+            problem = _differences(source, job, dtype)
+            if problem:
+                raise UserError(f"The exported folder is not the model of {source}, so nothing was written: {problem}.")
+
+
+@torch.no_grad()
+def _differences(source: Path, job: dict[str, Any], dtype: str) -> str:
+    found, seen = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
+    model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
+    weights = Weights(source)
+    own = {n: weights.tensor(n).to(DTYPES[dtype]).float() for n in weights.names()}
+    model.load_state_dict(own, strict=False)
+    ours = model(ids).logits
+    worst = float((ours - found["fp32"]).abs().max())
+    if not worst < ATOL:
+        return f"its fp32 logits differ by {worst:.2g}"
+    with torch.autocast("cpu", torch.bfloat16):
+        rounding = float((model(ids).logits.float() - ours).abs().max())
+    worst = float((found["bf16"] - ours).abs().max())
+    if not worst <= 4 * rounding + 0.02 * float(ours.abs().max()):
+        return f"its bf16 logits are off by {worst:.2g} where this project's are by {rounding:.2g}"
+    state, last = model.init_state(1), ids[:1]
+    for step in range(job["new_tokens"]):
+        output = model(last, state=state, last_only=True)
+        state = output.state
+        top = output.logits[0, -1].topk(2).values
+        chosen = int(found["greedy"][0, step])
+        # A tie within rounding may fall either way; both then go on with the same token.
+        if float(top[0] - output.logits[0, -1, chosen]) > ATOL:
+            return f"its greedy text differs at token {step + 1}"
+        last = found["greedy"][:, step : step + 1]
+    wrong = [key for key, value in read_object(Path(job["folder"]) / "config.json").items() if key in seen["config"] and key != "dtype" and seen["config"][key] != value]
+    if wrong:
+        return f"transformers reads another {wrong[0]} from its config.json"
+    if "tokenizer" in seen:
+        tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+        if seen["tokenizer"]["ids"] != tokenizer.encode(SAMPLE, add_special_tokens=False).ids:
+            return "its tokenizer splits text differently"
+    return ""
+
+
+def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0") -> Path:
+    """The verified folder `out`. Raises UserError; then `out` does not exist."""
+    source, final, limit = find(checkpoint), Path(out), parse_size(shard_size)
+    if dtype not in DTYPES:
+        raise UserError(f"The dtype is {dtype!r}; choose fp32 or bf16.")
+    if final.exists():
+        raise UserError(f"{final} exists already; remove it or give another folder.")
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write_folder(source, temporary, dtype, limit, licence)
+        verify([(source, temporary)], dtype)
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of this module; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("out")
+    parser.add_argument("--shard-size", default="5GB")
+    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--licence", default="apache-2.0")
+    values = parser.parse_args(arguments)
+    try:
+        folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence)
+    except UserError as error:
+        for line in error.problems:
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

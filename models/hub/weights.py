@@ -1,0 +1,136 @@
+"""Safetensors folders, whole or in shards: read a tensor at a time, written a shard at a time, so that a model need not fit in memory.
+
+Nothing is ever unpickled: a folder that holds a pickle is refused, and so is an index that names files outside its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.errors import UserError
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+INDEX = "model.safetensors.index.json"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON; fetch or export the folder again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; fetch or export the folder again.")
+    return value
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises UserError if the folder holds a file that would have to be unpickled."""
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if found:
+        raise UserError(f"{folder} holds a pickle ({found[0]}), which can run code when read; convert it to safetensors and remove it.")
+
+
+class Weights:
+    """The tensors of a folder by name, read when asked for. Raises UserError for a missing, unreadable or escaping file."""
+
+    def __init__(self, folder: Path) -> None:
+        refuse_pickles(folder)
+        self.folder, self.files = folder, {}
+        if (folder / INDEX).exists():
+            table = read_object(folder / INDEX).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+                raise UserError(f"{folder / INDEX} has no weight_map of file names; fetch or export the folder again.")
+            for file in sorted(set(table.values())):
+                escapes = Path(file).name != file or (folder / file).resolve().parent != folder.resolve()
+                if escapes and not (Path(file).name == file and _blob(folder, file)):
+                    raise UserError(f"{folder / INDEX} names {file!r}, which lies outside its folder; this folder is not safe to load.")
+            self.where = {str(k): str(v) for k, v in table.items()}
+        elif (folder / "model.safetensors").exists():
+            self.where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        else:
+            raise UserError(f"{folder} holds neither model.safetensors nor {INDEX}.")
+        for name, file in self.where.items():
+            if name not in self._names(file):
+                raise UserError(f"{folder / file} does not hold the tensor {name} that the index promises; fetch or export the folder again.")
+
+    def _names(self, file: str) -> Any:
+        if file not in self.files:
+            self._open(file)
+        return self.files[file][1]
+
+    def _open(self, file: str) -> Any:
+        if file not in self.files:
+            try:
+                handle = safe_open(self.folder / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.folder / file} cannot be read: {error}.") from error
+            self.files[file] = (handle, set(handle.keys()))
+        return self.files[file][0]
+
+    def names(self) -> list[str]:
+        return list(self.where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open(self.where[name]).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._open(self.where[name]).get_tensor(name)
+
+
+def _blob(folder: Path, file: str) -> bool:
+    """Whether a link leads into the blob store of the Hub's own cache, as snapshots there do."""
+    store = folder.resolve().parent.parent / "blobs"
+    return folder.resolve().parent.name == "snapshots" and (folder / file).resolve().parent == store
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '5GB', '200MB', '12KB' or a number. Raises UserError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+    number, unit = text.strip().upper(), 1
+    for name, value in units.items():
+        if number.endswith(name):
+            number, unit = number[: -len(name)], value
+            break
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise UserError(f"The shard size is {text!r}; write it as 5GB, 200MB or a number of bytes.")
+    return size
+
+
+def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tensor], limit: int) -> list[str]:
+    """Writes tensors `sizes` (bytes by name) as model.safetensors, or shards of at most `limit` bytes with an index (a tensor is never cut)."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    files = ["model.safetensors"]
+    if len(groups) > 1:
+        files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    for file, names in zip(files, groups):
+        save_file({name: get(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if len(groups) > 1:
+        table = {name: file for file, names in zip(files, groups) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return files
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

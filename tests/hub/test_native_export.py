@@ -1,0 +1,129 @@
+"""Stock exports: the same numbers in a process that has only transformers, and one sentence for everything that cannot be exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.tokenizer import byte_tokenizer
+from models.config import ModelConfig
+from models.hub.export import export, main, verify, write_folder
+from models.hub.native import stock
+from models.hub.weights import Weights, parse_size
+from models.lm import LanguageModel
+from training.errors import UserError
+
+ATTENTION = {"type": "attention", "n_heads": 6, "n_kv_heads": 2}
+MAMBA = {"type": "mamba2", "d_state": 7, "head_dim": 12, "n_groups": 2, "chunk": 5}
+
+
+def config(mixer: dict[str, Any], **values: Any) -> ModelConfig:
+    return ModelConfig(**{"vocab_size": 269, "d_model": 48, "n_layers": 3, "d_ff": 72, "pattern": ["x"], "mixers": {"x": mixer}, **values})
+
+
+def checkpoint(folder: Path, settings: ModelConfig) -> Path:
+    """A checkpoint whose predictions differ from token to token."""
+    torch.manual_seed(0)
+    model = LanguageModel(settings)
+    model.init_weights(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.add_(0.15 * torch.randn_like(p)) if "A_log" not in name else None
+    folder.mkdir(parents=True)
+    tensors = {k: v for k, v in model.state_dict().items() if not (settings.tie_embeddings and k == "head.weight")}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    return folder
+
+
+FAMILIES = {
+    "llama": config(ATTENTION),
+    "llama_tied": config({**ATTENTION, "rope_theta": 500.0, "head_dim": 10}, tie_embeddings=True, norm_eps=1e-6),
+    "mistral": config({**ATTENTION, "window": 9}),
+    "qwen3": config({**ATTENTION, "qk_norm": True}),
+    "mamba2": config(MAMBA, d_ff=0, tie_embeddings=True),
+}
+
+
+def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
+    pairs = []
+    for name, settings in FAMILIES.items():
+        source, out = checkpoint(tmp_path / "runs" / name, settings), tmp_path / "out" / name
+        out.mkdir(parents=True)
+        target = write_folder(source, out, "fp32", 50_000, "apache-2.0")
+        assert target.architecture.lower().startswith(name.split("_")[0])
+        assert (out / "model.safetensors.index.json").exists()
+        pairs.append((source, out))
+    verify(pairs)
+    out = pairs[0][1]
+    weights, own = Weights(out), load_file(pairs[0][0] / "model.safetensors")
+    assert all(torch.equal(weights.tensor("model.layers.1.mlp.up_proj.weight"), own["blocks.1.mlp.up.weight"]) for _ in range(1))
+    first = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]["model.layers.2.self_attn.q_proj.weight"]
+    changed = load_file(out / first)
+    changed["model.layers.2.self_attn.q_proj.weight"] = changed["model.layers.2.self_attn.q_proj.weight"].roll(1, 0)
+    save_file(changed, out / first, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="logits differ"):
+        verify(pairs[:1])
+
+
+@pytest.mark.parametrize(
+    "settings,reason",
+    [
+        (config(ATTENTION, d_ff=0), "no MLP"),
+        (config(ATTENTION, learnable_residual=True), "learned scales"),
+        (config({**ATTENTION, "rope": False}), "rotary"),
+        (config({**ATTENTION, "qk_norm": True}, norm_eps=1e-6), "epsilon"),
+        (config({**MAMBA, "norm_eps": 1e-6}, d_ff=0), "epsilon"),
+        (config(MAMBA), "MLP beside"),
+        (config({**MAMBA, "dt_limit_max": 0.1}, d_ff=0), "limited"),
+        (config({"type": "rnn", "n_heads": 4}), "rnn"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "different mixers"),
+    ],
+)
+def test_a_near_miss_is_no_stock_class(settings: ModelConfig, reason: str) -> None:
+    found, why = stock(settings)
+    assert found is None and reason in why
+
+
+def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = checkpoint(tmp_path / "c", FAMILIES["llama"])
+    (tmp_path / "taken").mkdir()
+    assert main([str(source), str(tmp_path / "taken")]) == 2 and "exists already" in capsys.readouterr().err
+    for size in ("many", "0", "-3GB"):
+        with pytest.raises(UserError, match="shard size"):
+            parse_size(size)
+    with pytest.raises(UserError, match="dtype"):
+        export(source, tmp_path / "o", dtype="fp8")
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "norm.weight": torch.ones(47)}, source / "model.safetensors")
+    with pytest.raises(UserError, match="another shape, the first is norm.weight"):
+        export(source, tmp_path / "o")
+    (source / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="cannot be read"):
+        export(source, tmp_path / "o")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "taken"]
+
+
+def test_unsafe_folders_are_refused(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c", FAMILIES["llama"])
+    for file in ("../c2.safetensors", "/etc/passwd", "sub/x.safetensors"):
+        folder = tmp_path / "escape"
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": file}}))
+        with pytest.raises(UserError, match="outside its folder"):
+            Weights(folder)
+    link = tmp_path / "link"
+    link.mkdir()
+    (link / "a.safetensors").symlink_to(source / "model.safetensors")
+    (link / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"norm.weight": "a.safetensors"}}))
+    with pytest.raises(UserError, match="outside its folder"):
+        Weights(link)
+    (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(UserError, match="holds a pickle"):
+        export(source, tmp_path / "o")
