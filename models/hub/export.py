@@ -29,7 +29,7 @@ from models.hub.card import model_card
 from models.hub.native import Stock, stock
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.lm import LanguageModel
-from training.checkpoint import find, load_model, write_json
+from training.checkpoint import find, write_json
 from training.errors import UserError
 
 CHECKER = Path(__file__).with_name("check_folder.py")

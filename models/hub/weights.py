@@ -46,7 +46,8 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         refuse_pickles(folder)
-        self.folder, self.files = folder, {}
+        self.folder = folder
+        self.files: dict[str, tuple[Any, set[str]]] = {}
         if (folder / INDEX).exists():
             table = read_object(folder / INDEX).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
