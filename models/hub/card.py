@@ -46,8 +46,9 @@ def model_card(source: Path, config: ModelConfig, architecture: str, facts: dict
     if length := (run.get("train") or {}).get("seq_len"):
         lines.append(f"| training length | {length} tokens |")
     lines += ["", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['folder = "."  # or the name of this repository', "tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    code = ", trust_remote_code=True" if architecture.startswith("Everywhen") else ""
+    lines += ['folder = "."  # or the name of this repository', f"tokenizer = AutoTokenizer.from_pretrained(folder{code})"]
+    lines += [f"model = AutoModelForCausalLM.from_pretrained(folder{code})"]
     lines += ['inputs = tokenizer(tokenizer.bos_token + "The ", return_tensors="pt")', "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))", "```", ""]
     lines += ["Every training document began with the end-of-text token; start prompts with it.", ""]
     rows = _evaluations(source)

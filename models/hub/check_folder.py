@@ -47,12 +47,35 @@ def look(job: dict[str, Any]) -> None:
             found["parameters"] = sum(p.numel() for p in model.parameters())
             text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], eos_token_id=None)
             tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
+            if found["class"].startswith("Everywhen") and job.get("ways"):
+                found["ways"] = ways(model, ids)
     if (Path(folder) / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         coded = tokenizer(job["sample"], add_special_tokens=False).input_ids
         found["tokenizer"] = {"ids": coded, "text": tokenizer.decode(coded), "eos": tokenizer.eos_token_id}
     save_file(tensors, job["out"])
     Path(job["out"] + ".json").write_text(json.dumps(found, default=str))
+
+
+def ways(model: Any, ids: Any) -> dict[str, bool]:
+    """Whether other ways of generating with the project's own cache give what they should."""
+    import torch
+
+    def text(rows: Any, mask: Any = None, **options: Any) -> Any:
+        options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "eos_token_id": None, **options}
+        return model.generate(rows, attention_mask=torch.ones_like(rows) if mask is None else mask, **options)[:, rows.shape[1] :]
+
+    one, short = ids[:1], ids[:1, 5:]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    padded = torch.cat([ids[:1] * mask[:1], ids[1:]])
+    return {
+        "uncached": torch.equal(text(one), text(one, use_cache=False)),
+        "beams": torch.equal(text(one, num_beams=3), text(one, num_beams=3, use_cache=False)),
+        "padding": torch.equal(text(padded, mask), torch.cat([text(short), text(ids[1:])])),
+        "assisted": torch.equal(text(one, assistant_model=model), text(one)),
+        "lookup": torch.equal(text(torch.cat([one, one], 1), prompt_lookup_num_tokens=3), text(torch.cat([one, one], 1))),
+    }
 
 
 def main() -> int:

@@ -26,6 +26,7 @@ from torch import Tensor
 from data.tokenizer import eot_id
 from models.config import ModelConfig
 from models.hub.card import model_card
+from models.hub.custom import custom, write_code
 from models.hub.native import Stock, stock
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.lm import LanguageModel
@@ -47,12 +48,14 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) -> Stock:
-    """Everything of the export but its verification. Raises UserError for a model no stock class is, or weights that are another model's."""
+    """Everything of the export but its verification. Raises UserError for weights that are another model's."""
     config, weights = read_config(source), Weights(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
-    target, reason = stock(config, int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048))
+    length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048)
+    target = stock(config, length)[0]
     if target is None:
-        raise UserError(f"{source} cannot be exported: no class of transformers is this model, because {reason}.")
+        target = custom(config, length)
+        write_code(config, out)
     with torch.device("meta"):
         shapes = {name: tuple(value.shape) for name, value in LanguageModel(config).state_dict().items()}
     if config.tie_embeddings:

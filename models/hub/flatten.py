@@ -1,0 +1,115 @@
+"""One readable modeling file from the project's own source: the template with the mixers, cells and layers it needs in front of it.
+
+Definitions are taken as they are written, without what only training needs; imports of this project are resolved, all others kept.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = "models.hub.template"
+OURS = ("models", "kernels", "training", "data", "evals")
+PROVIDED = {"parallel_rnn", "ssd", "load_cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems"}
+
+
+class Module:
+    """The source of a module: its top-level definitions and where its other names come from."""
+
+    def __init__(self, name: str) -> None:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.origin is not None, name
+        self.name, self.source = name, Path(spec.origin).read_text()
+        self.tree = ast.parse(self.source)
+        self.definitions: dict[str, ast.stmt] = {}
+        self.imports: dict[str, tuple[str, str, str]] = {}
+        for node in self.tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                self.definitions[node.name] = node
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    if isinstance(target, ast.Name):
+                        self.definitions[target.id] = node
+            elif isinstance(node, ast.ImportFrom):
+                for a in node.names:
+                    self.imports[a.asname or a.name] = (node.module or "", a.name, f"from {node.module} import {a.name}" + (f" as {a.asname}" if a.asname else ""))
+            elif isinstance(node, ast.Import):
+                for a in node.names:
+                    self.imports[(a.asname or a.name).split(".")[0]] = (a.name, "", f"import {a.name}" + (f" as {a.asname}" if a.asname else ""))
+
+
+class Flattener:
+    def __init__(self) -> None:
+        self.modules: dict[str, Module] = {}
+        self.pieces: list[str] = []
+        self.external: set[str] = set()
+        self.done: set[tuple[str, int]] = set()
+
+    def module(self, name: str) -> Module:
+        return self.modules.setdefault(name, Module(name))
+
+    def add(self, module: str, name: str, rename: dict[str, str] | None = None) -> None:
+        """The definition of `name`, after everything it uses."""
+        source = self.module(module)
+        node: Any = source.definitions[name]
+        if (module, node.lineno) in self.done:
+            return
+        self.done.add((module, node.lineno))
+        if isinstance(node, ast.ClassDef):
+            cut = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in DROPPED]
+        else:
+            cut = []
+        inside = {id(child) for method in cut for child in ast.walk(method)}
+        for used in (n.id for n in ast.walk(node) if isinstance(n, ast.Name) and id(n) not in inside):
+            if used in source.definitions and used != name:
+                self.add(module, used, rename)
+            elif used in source.imports:
+                self._import(module, *source.imports[used])
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        gone = {i for m in cut for i in range(min([m.lineno, *(d.lineno for d in m.decorator_list)]), (m.end_lineno or 0) + 1)}
+        lines = source.source.splitlines()
+        text = "\n".join(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in gone)
+        text = re.sub(r"\n{3,}", "\n\n", text).rstrip()
+        if cut and len(node.body) == len(cut) + (ast.get_docstring(node) is not None) and ast.get_docstring(node) is None:
+            text += "\n    pass"
+        for old, new in (rename or {}).items():
+            text = re.sub(rf"\b{old}\b", new, text)
+        self.pieces.append(text)
+
+    def _import(self, module: str, origin: str, name: str, line: str) -> None:
+        if origin.split(".")[0] not in OURS:
+            self.external.add(line)
+        elif name == "EverywhenConfig":
+            self.external.add("from .configuration_everywhen import EverywhenConfig")
+        elif module == TEMPLATE or name not in PROVIDED:
+            self.add(origin, name)
+
+
+def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
+    """The text of modeling_everywhen.py with these mixer types and cells."""
+    from models.mixers import available
+
+    flat = Flattener()
+    for name in flat.module(TEMPLATE).definitions:
+        if name in ("MIXERS", "CELLS", "KEEP_FP32", "Pre", "Rec", "State"):
+            flat.add(TEMPLATE, name)
+    for cell in cells:
+        flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
+    for kind in types:
+        assert kind in available(), kind
+        titles = {name: f"{kind.title()}{name}" for name in ("Config", "State", "Mixer")}
+        flat.add(f"models.mixers.{kind}", "Mixer", titles)
+    for name in flat.module(TEMPLATE).definitions:
+        flat.add(TEMPLATE, name)
+    tables = [
+        "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
+        "CELLS.update({" + ", ".join(f'"{c}": step_{c}' for c in cells) + "})",
+        "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
+    ]
+    title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
+    return "\n\n\n".join([title + "\n\nfrom __future__ import annotations\n\n" + "\n".join(sorted(flat.external)), *flat.pieces, "\n".join(tables)]) + "\n"

@@ -1,0 +1,264 @@
+"""The model class of an exported folder; `flatten` puts what it needs of this project's source in front of it.
+
+Legend: B batch, T time, D width, P input projections, R recurrent weights, S states of a cell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from kernels.ssd.reference import ssd_chunked
+from models.hub.configuration_everywhen import EverywhenConfig
+from models.init import tag
+from models.layers import RMSNorm, SwiGLU
+
+MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
+CELLS: dict[str, Any] = {}  # name: step function
+KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
+Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
+
+
+class Cell:
+    """A recurrent cell: its step function and the names of its arguments by role."""
+
+    def __init__(self, step: Any) -> None:
+        roles = {name: str(p.annotation) for name, p in inspect.signature(step).parameters.items()}
+        self.step = step
+        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
+
+    def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
+        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+
+
+def load_cell(name: str) -> Cell:
+    return Cell(CELLS[name])
+
+
+def parallel_rnn(cell: Any, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """All states (B, T, S, D) and the last (B, S, D), step by step in fp32; a document start zeroes the state first."""
+    B, T, _, D = pre_BTPD.shape
+    dtype = torch.float64 if pre_BTPD.dtype == torch.float64 else torch.float32
+    state = tuple((torch.zeros(B, len(cell.state), D, device=pre_BTPD.device) if h0_BSD is None else h0_BSD).to(dtype).unbind(1))
+    rec, out = rec_RD.to(dtype).unbind(0), []
+    for t in range(T):
+        if starts_BT is not None:
+            state = tuple(s * (~starts_BT[:, t, None]).to(dtype) for s in state)
+        state = tuple(cell(pre_BTPD[:, t].to(dtype).unbind(1), rec, state))
+        out.append(torch.stack(state, 1))
+    return torch.stack(out, 1).to(pre_BTPD.dtype), out[-1]
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int) -> Any:
+    """Mamba-2's scan."""
+    return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk)
+
+
+def each(change: Any, value: Any) -> Any:
+    """`value` with `change` applied to every tensor in it (lists, dataclasses)."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return [each(change, v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(value, **{f.name: each(change, getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
+
+
+class EverywhenCache(Cache):
+    """The states of all layers after the tokens seen. To take tokens back, which a recurrent state cannot, the states at an earlier place
+    are kept with the tokens since, and those are read again."""
+
+    is_compileable = False
+    is_croppable = True
+    is_initialized = True
+    is_linear = [False]
+    is_sliding = [False]
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.reset()
+
+    def reset(self) -> None:
+        self.states: Any = None
+        self.seen = 0
+        self.anchor: Any = None
+        self.anchor_seen = 0
+        self.since: list[Any] = []  # [ids or None, segments] of each call since the anchor
+        self.pending: Any = None  # [ids, segments] to be read before anything else
+
+    def __len__(self) -> int:
+        return 0 if self.states is None else len(self.states)
+
+    @property
+    def batch_size(self) -> int:
+        return 0 if not self.since else int(self.since[0][1].shape[0])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return -1
+
+    def activate_past_recording(self) -> None:
+        """The past is always recorded."""
+
+    def crop(self, tokens: int) -> None:
+        """Takes back -tokens tokens; a positive number says how many stay."""
+        target = self.seen + tokens if tokens <= 0 else min(tokens, self.seen)
+        if target == self.seen:
+            return
+        if target < self.anchor_seen or any(piece[0] is None for piece in self.since):
+            raise ValueError("These tokens can no longer be taken back from the cache.")
+        ids, segments = (torch.cat(parts, 1)[:, : target - self.anchor_seen] for parts in zip(*self.since))
+        self.states, self.seen, self.since = self.anchor, target, []
+        self.pending = [ids, segments] if ids.shape[1] else None
+
+    def _change(self, change: Any) -> None:
+        self.states, self.anchor, self.since, self.pending = (each(change, v) for v in (self.states, self.anchor, self.since, self.pending))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda t: t[indices])
+
+
+class Block(nn.Module):
+    """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); s are learned scales or 1."""
+
+    def __init__(self, config: Any, layer: int) -> None:
+        super().__init__()
+        D, width = config.hidden_size, config.intermediate_size
+        settings = dict(config.mixers[config.pattern[layer % len(config.pattern)]])
+        Settings, Mixer = MIXERS[settings.pop("type")]
+        self.mixer_norm = RMSNorm(D, config.rms_norm_eps)
+        self.mixer = Mixer(Settings(**settings), D, layer)
+        self.mlp_norm = RMSNorm(D, config.rms_norm_eps) if width else None
+        self.mlp = SwiGLU(D, width) if width else None
+        self.residual_scale = tag(nn.Parameter(torch.empty(1 + bool(width), D)), "no_decay") if config.learnable_residual else None
+
+    def forward(self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None) -> tuple[Tensor, Any]:
+        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
+        x_BTD = self._keep(x_BTD, 0) + y
+        if self.mlp is not None and self.mlp_norm is not None:
+            x_BTD = self._keep(x_BTD, 1) + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD, state
+
+    def _keep(self, x_BTD: Tensor, which: int) -> Tensor:
+        return x_BTD if self.residual_scale is None else x_BTD * self.residual_scale[which].to(x_BTD.dtype)
+
+
+class EverywhenPreTrainedModel(PreTrainedModel):
+    config_class = EverywhenConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Block"]
+    _keep_in_fp32_modules_strict = KEEP_FP32
+
+
+class EverywhenModel(EverywhenPreTrainedModel):
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """attention_mask (B, L): zeros on the left are padding, which the text never sees."""
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache and cache is None:
+            cache = EverywhenCache()
+        segments = self._segments(attention_mask, x_BTD, cache)
+        if cache is None:
+            x_BTD, _ = self._run(x_BTD, None, segments)
+        else:
+            if cache.states is None:
+                cache.states = cache.anchor = [b.mixer.init_state(x_BTD.shape[0], x_BTD.device, x_BTD.dtype) for b in self.layers]
+            if cache.pending is not None:
+                ids, before = cache.pending
+                _, cache.states = self._run(self.embed_tokens(ids), cache.states, before)
+                cache.anchor, cache.anchor_seen, cache.pending = cache.states, cache.seen, None
+            known = torch.zeros(x_BTD.shape[:2], dtype=torch.int32, device=x_BTD.device) if segments is None else segments
+            cache.since.append([input_ids, known])
+            x_BTD, cache.states = self._run(x_BTD, cache.states, segments)
+            cache.seen += x_BTD.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **{CACHE: cache})
+
+    def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any]]:
+        after = []
+        for i, block in enumerate(self.layers):
+            x_BTD, state = block(x_BTD, None if states is None else states[i], segments)
+            after.append(state)
+        return x_BTD, after
+
+    @staticmethod
+    def _segments(mask: Tensor | None, x_BTD: Tensor, cache: Any) -> Tensor | None:
+        """Text is segment 0 and padding segment 1; None where all is text. One decoded token is text."""
+        T = x_BTD.shape[1]
+        if mask is None or mask.ndim != 2 or (T == 1 and cache is not None and cache.seen) or bool(mask[:, -T:].all()):
+            return None
+        segments = (mask[:, -T:] == 0).to(torch.int32)
+        if cache is not None and bool(segments[:, -1].any()):
+            raise ValueError("Padding must be on the left of the text: set tokenizer.padding_side = 'left'.")
+        return segments
+
+
+class EverywhenForCausalLM(EverywhenPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = EverywhenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> None:
+        if model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE] = EverywhenCache()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        cache = past_key_values if cache is None else cache
+        output: Any = self.model(input_ids, attention_mask, cache, inputs_embeds=inputs_embeds, use_cache=use_cache)
+        rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, rows])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: output[CACHE] if CACHE in output else None})
