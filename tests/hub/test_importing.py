@@ -1,0 +1,98 @@
+"""Import: transformers' own folders give their own logits, a round trip gives back every bit, and what does not fit is one sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.hub.export import read_config, write_folder
+from models.hub.importing import import_folder, main, read_stock
+from models.lm import LanguageModel
+from tests.hub.test_custom_export import FAMILIES as CUSTOM
+from tests.hub.test_native_export import FAMILIES, checkpoint
+from training.checkpoint import load_model
+from training.errors import UserError
+
+
+def stock_model(kind: str) -> Any:
+    import transformers as t
+
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3}
+    if kind == "mamba2":
+        config: Any = t.Mamba2Config(**common, num_heads=6, head_dim=12, state_size=7, n_groups=2, chunk_size=5, time_step_limit=(0.0, 0.3))
+        model: Any = t.Mamba2ForCausalLM(config)
+    else:
+        more = {"intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.2, "head_dim": 8}
+        if kind == "qwen3":
+            model = t.Qwen3ForCausalLM(t.Qwen3Config(**common, **more, rms_norm_eps=1e-5, tie_word_embeddings=True))
+        else:
+            model = t.LlamaForCausalLM(t.LlamaConfig(**common, **more, rope_parameters={"rope_type": "default", "rope_theta": 777.0}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mamba2"])
+def test_a_stock_folder_gives_its_own_logits(kind: str, tmp_path: Path) -> None:
+    theirs = stock_model(kind)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
+    config, tensors = read_stock(tmp_path / "hf")
+    ours = LanguageModel(config).eval()
+    ours.load_state_dict(tensors, strict=False)
+    ids = torch.randint(0, 101, (2, 23))
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *CUSTOM])
+def test_the_round_trip_is_exact(name: str, tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c", {**FAMILIES, **CUSTOM}[name])
+    (tmp_path / "hf").mkdir()
+    write_folder(source, tmp_path / "hf", "fp32", 40_000, "mit")
+    back = import_folder(tmp_path / "hf", tmp_path / "back")
+    before, after = load_file(source / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    (tmp_path / "again").mkdir()
+    write_folder(back, tmp_path / "again", "fp32", 40_000, "mit")
+    one, two = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("hf", "again"))
+    assert {k: v for k, v in one.items() if not k.startswith(("time_step", "initializer"))}.items() <= two.items()
+    model, _, _ = load_model(back)
+    ids = torch.randint(0, read_config(source).vocab_size, (1, 19))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load_model(source)[0](ids).logits)
+
+
+def test_what_does_not_fit_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hf"
+    stock_model("llama").save_pretrained(folder)
+    good, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+    def refused(part: str, **changes: Any) -> None:
+        capsys.readouterr()
+        (folder / "config.json").write_text(json.dumps({**good, **changes}))
+        assert main([str(folder), str(tmp_path / "o")]) == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1, error
+        assert not (tmp_path / "o").exists()
+
+    refused("hidden_act", hidden_act="gelu")
+    refused("attention_bias", attention_bias=True)
+    refused("rotary", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    refused("is a gpt2 model", model_type="gpt2")
+    refused("has shape", intermediate_size=49)
+    refused("lacks the tensor", num_hidden_layers=4)
+    refused("no place for", num_hidden_layers=2)
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in good.items() if k != "vocab_size"}))
+    with pytest.raises(UserError, match="vocab_size"):
+        read_stock(folder)
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, folder / "model.safetensors")
+    refused("lacks the tensor model.norm.weight")
+    (folder / "x.pkl").write_bytes(b"")
+    refused("pickle")
