@@ -1,6 +1,6 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
 
-    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0]
+    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0] [--push org/name]
 
 CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
 with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read.
@@ -28,6 +28,7 @@ from models.config import ModelConfig
 from models.hub.card import model_card
 from models.hub.custom import custom, write_code
 from models.hub.native import Stock, stock
+from models.hub.push import check_name, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.lm import LanguageModel
 from training.checkpoint import find, write_json
@@ -181,14 +182,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", default="5GB")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--licence", default="apache-2.0")
+    parser.add_argument("--push", metavar="org/name")
     values = parser.parse_args(arguments)
     try:
+        if values.push:
+            check_name(values.push)
         folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence)
+        print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+        if values.push:
+            print(f"pushed: {push(folder, values.push)}")
     except UserError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)
         return 2
-    print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
     return 0
 
 

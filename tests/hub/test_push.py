@@ -1,0 +1,54 @@
+"""A push through huggingface_hub's own client to a server that speaks the Hub's protocol: whole, cut off and taken up, and refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.hub.push import check_name
+from tests.conftest import ROOT, environment
+from tests.hub.hub_server import Hub
+from training.errors import UserError
+
+
+def push(hub: Hub, folder: Path, name: str, token: str | None = "right") -> subprocess.CompletedProcess[str]:
+    home = {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder.parent / "home"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    settings = {k: v for k, v in environment(**home).items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    if token:
+        settings["HF_TOKEN"] = token
+    command = [sys.executable, "-m", "models.hub.push", str(folder), name]
+    return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
+    folder, hub = tmp_path / "out", Hub("right")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "README.md").write_text("# a model\n")
+    for i in range(3):
+        save_file({"x": torch.full((7, 11), float(i))}, folder / f"model-0000{i + 1}-of-00003.safetensors")
+    for token, name, part in ((None, "org/tiny", "no Hub token"), ("wrong", "org/tiny", "write access"), ("right", "tiny", "org/name")):
+        refused = push(hub, folder, name, token)
+        assert refused.returncode == 2 and part in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+        assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
+    hub.drop_after = 1
+    cut = push(hub, folder, "org/tiny")
+    assert cut.returncode == 2 and "run the same command again" in cut.stderr, cut.stderr
+    assert hub.repositories == {"org/tiny": {}} and len(hub.blobs) == 1
+    hub.drop_after = None
+    done = push(hub, folder, "org/tiny")
+    assert done.returncode == 0 and "pushed: " in done.stdout, done.stderr
+    assert hub.uploads == 3  # what had arrived was not sent again
+    assert hub.repositories["org/tiny"] == {p.name: p.read_bytes() for p in folder.iterdir()}
+    hub.shutdown()
+
+
+@pytest.mark.parametrize("name", ["", "tiny", "a/b/c", "org/", "org/a b", "org/na--me", "../x", "org/x.git"])
+def test_a_wrong_name_is_a_sentence(name: str) -> None:
+    with pytest.raises(UserError, match="org/name"):
+        check_name(name)
