@@ -227,13 +227,25 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
 
     meta: {'folder', 'step', 'run'} where known. Raises UserError in one sentence for anything that is not such a folder.
     """
-    folder = find(path)
+    from models.hub.importing import is_foreign, read_stock
+
+    foreign = is_foreign(Path(path))
+    folder = Path(path) if foreign else find(path)
+    tensors: dict[str, torch.Tensor] = {}
     try:
-        config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        if foreign:
+            config, tensors = read_stock(folder)
+        else:
+            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     model = LanguageModel(config)
-    load_weights(folder, model)
+    if foreign:
+        model.load_state_dict(tensors, strict=False)
+    else:
+        load_weights(folder, model)
     if not (folder / "tokenizer.json").exists():
         raise UserError(f"{folder} holds no tokenizer.json.")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -62,9 +62,21 @@ def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
     return problems
 
 
+def spelled_out(arguments: list[str]) -> list[str]:
+    """`model=hf:PATH` as Hydra takes it: the transformer's training settings, everything else from the folder."""
+    found = []
+    for argument in arguments:
+        if argument.startswith("model=hf:"):
+            path = argument.removeprefix("model=hf:").replace("\\", "\\\\").replace("'", "\\'")
+            found += ["model=transformer", f"+model.init_from='{path}'"]
+        else:
+            found.append(argument)
+    return found
+
+
 def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
     """The composed configuration of `arguments`. Raises UserError naming every override that does not fit."""
-    groups = config_groups(config_dir)
+    groups, arguments = config_groups(config_dir), spelled_out(arguments)
     problems: list[str] = []
     overrides: list[Override] = []
     for argument in arguments:
@@ -111,6 +123,7 @@ def report(error: UserError | ValueError) -> None:
 def run(main: Callable[[], Any]) -> int:
     """Runs the Hydra entry point after all overrides have been checked. Returns the exit status."""
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    sys.argv[1:] = spelled_out(sys.argv[1:])
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     plain = len(overrides) == len(sys.argv) - 1  # flags such as --help, --cfg and --multirun are Hydra's own business
     try:

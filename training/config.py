@@ -295,6 +295,10 @@ def model_problems(mapping: dict[str, Any]) -> list[str]:
     from models.config import ModelConfig
 
     try:
+        if "init_from" in mapping:
+            from models.hub.importing import resolved
+
+            mapping = resolved(mapping)
         ModelConfig.from_dict({**mapping, "vocab_size": mapping.get("vocab_size") or 256})
     except ValueError as error:
         return str(error).splitlines()

@@ -11,6 +11,7 @@ from data.shards import ShardSet
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader, SyntheticSet
 from models.config import ModelConfig
+from models.hub.importing import load_into, resolved
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config import Config
@@ -54,7 +55,8 @@ def open_reader(config: Config, shards: Shards) -> Any:
 
 def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, str]:
     """(the model's config with its vocabulary settled, a note about where the vocabulary comes from)."""
-    wanted, note = config.model.get("vocab_size"), ""
+    model = resolved(config.model)
+    wanted, note = model.get("vocab_size"), ""
     if shards is None:
         try:
             shards = open_sources(config, "train")
@@ -67,7 +69,7 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
                 f"model.vocab_size={wanted} is smaller than the {needed} tokens of the shards' tokenizer; leave it null or raise it."
             )
         wanted = wanted or -(-needed // 64) * 64
-    return ModelConfig.from_dict({**config.model, "vocab_size": wanted or DRY_RUN_VOCABULARY}), note
+    return ModelConfig.from_dict({**model, "vocab_size": wanted or DRY_RUN_VOCABULARY}), note
 
 
 @dataclass
@@ -100,7 +102,10 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     counts = sum(model.parameter_counts().values())
     what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, ZeRO {config.deepspeed.stage}, {config.train.precision}, run folder {run_dir}"
     if folder is None:
-        return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}")
+        origin = config.model.get("init_from")
+        if origin:
+            load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
+        return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}")
     state = checkpoint.read_state(folder)
     if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
         raise UserError(

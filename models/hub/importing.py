@@ -1,6 +1,7 @@
 """Stock Llama-shaped and Mamba-2 folders, and this project's exported ones, as checkpoints of this project.
 
     python -m models.hub.importing FOLDER OUT       # OUT: a checkpoint for evaluation, generation and export
+    python train.py model=hf:FOLDER ...             # training goes on from its weights
 
 Nothing is unpickled and no code of the folder is run. What a stock config says that our models do not have is refused by name.
 """
@@ -154,6 +155,33 @@ def _limited(config: ModelConfig) -> Stock | None:
     """The names of a Mamba-2 with limited step sizes, which we do not export as a stock class but can read."""
     mixer = {k: v for k, v in config.mixers["mamba2"].items() if not k.startswith("dt_limit")}
     return stock(ModelConfig.from_dict({**config.to_dict(), "mixers": {"mamba2": mixer}}))[0]
+
+
+ARCHITECTURE = ("vocab_size", "d_model", "n_layers", "norm_eps", "tie_embeddings", "d_ff", "pattern", "mixers", "learnable_residual")
+
+
+def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A model section whose `init_from` names a folder: the architecture is the folder's, the rest (z_loss, head_chunk, ...) stays."""
+    mapping = dict(mapping)
+    folder = mapping.pop("init_from", None)
+    if not folder:
+        return mapping
+    if not (Path(str(folder)) / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
+    found = read_stock_config(Path(str(folder))).to_dict()
+    return {**mapping, **{key: found[key] for key in ARCHITECTURE}}
+
+
+def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None) -> None:
+    """The folder's weights into `model`. tokenizer: of the data; raises UserError when the folder's has another vocabulary."""
+    _, tensors = read_stock(folder)
+    path = Path(folder) / "tokenizer.json"
+    if tokenizer is not None and path.is_file():
+        from tokenizers import Tokenizer
+
+        if Tokenizer.from_file(str(path)).get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"{folder} has another tokenizer than the data; prepare the data with tokenizer={path}.")
+    model.load_state_dict(tensors, strict=False)
 
 
 def import_folder(folder: str | Path, out: str | Path) -> Path:
