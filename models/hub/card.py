@@ -27,7 +27,8 @@ def model_card(source: Path, config: ModelConfig, architecture: str, facts: dict
     """The text of README.md."""
     run, state = facts.get("run", {}), facts.get("state", {})
     name = str(run.get("name") or source.name)
-    pattern = ", ".join(config.mixer_name(i) for i in range(min(config.n_layers, len(config.pattern))))
+    mixers = [config.mixers[config.mixer_name(i)] for i in range(min(config.n_layers, len(config.pattern)))]
+    pattern = ", ".join(m["type"] + (f" ({m.get('cell', 'paragru')})" if m["type"] == "rnn" else "") for m in mixers)
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {licence}", "tags:", "- everywhen", "---", f"# {name}", ""]
     lines += [
         f"A language model of {parameters:,} parameters, loaded by transformers as `{architecture}`.",

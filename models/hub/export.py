@@ -30,6 +30,7 @@ from models.hub.custom import custom, write_code
 from models.hub.native import Stock, stock
 from models.hub.push import check_name, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
+from models.init import roles
 from models.lm import LanguageModel
 from training.checkpoint import find, write_json
 from training.errors import UserError
@@ -58,7 +59,9 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) 
         target = custom(config, length)
         write_code(config, out)
     with torch.device("meta"):
-        shapes = {name: tuple(value.shape) for name, value in LanguageModel(config).state_dict().items()}
+        model = LanguageModel(config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    exact = {name for name, p in model.named_parameters() if roles(p).get("keep_fp32")}  # recurrence parameters
     if config.tie_embeddings:
         shapes.pop("head.weight")
     wrong = [n for n in shapes if n not in weights.where or weights.shape(n) != shapes[n]]
@@ -69,9 +72,10 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) 
 
     def get(name: str) -> Tensor:
         tensor = weights.tensor(names[name])
-        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(kept)
+        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(torch.float32 if names[name] in exact else kept)
 
-    sizes = {name: kept.itemsize * torch.Size(shapes[ours]).numel() for name, ours in names.items()}
+    counts = {name: torch.Size(shapes[ours]).numel() for name, ours in names.items()}
+    sizes = {name: (4 if names[name] in exact else kept.itemsize) * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
     eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
@@ -79,7 +83,7 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) 
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
     write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
-    (out / "README.md").write_text(model_card(source, config, target.architecture, facts, sum(s // kept.itemsize for s in sizes.values()), licence))
+    (out / "README.md").write_text(model_card(source, config, target.architecture, facts, sum(counts.values()), licence))
     return target
 
 
@@ -97,7 +101,7 @@ def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit
     return eot
 
 
-def verify(pairs: list[tuple[Path, Path]], dtype: str = "fp32") -> None:
+def verify(pairs: list[tuple[Path, Path]]) -> None:
     """Compares each (checkpoint, exported folder) in one fresh process without this project. Raises UserError naming what differs."""
     with tempfile.TemporaryDirectory() as scratch:
         jobs = []
@@ -112,17 +116,19 @@ def verify(pairs: list[tuple[Path, Path]], dtype: str = "fp32") -> None:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"The exported folder cannot be loaded by transformers, so nothing was written: {last}")
         for (source, _), job in zip(pairs, jobs):
-            problem = _differences(source, job, dtype)
+            problem = _differences(source, job)
             if problem:
                 raise UserError(f"The exported folder is not the model of {source}, so nothing was written: {problem}.")
 
 
 @torch.no_grad()
-def _differences(source: Path, job: dict[str, Any], dtype: str) -> str:
+def _differences(source: Path, job: dict[str, Any]) -> str:
     found, seen = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
     model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
-    weights = Weights(source)
-    own = {n: weights.tensor(n).to(DTYPES[dtype]).float() for n in weights.names()}
+    weights, written = Weights(source), read_object(Path(job["folder"]) / "config.json")
+    kept = DTYPES["bf16" if written["dtype"] == "bfloat16" else "fp32"]
+    exact = {n for n, p in model.named_parameters() if roles(p).get("keep_fp32")}
+    own = {n: weights.tensor(n).to(torch.float32 if n in exact else kept).float() for n in weights.names()}
     model.load_state_dict(own, strict=False)
     ours = model(ids).logits
     worst = float((ours - found["fp32"]).abs().max())
@@ -143,7 +149,7 @@ def _differences(source: Path, job: dict[str, Any], dtype: str) -> str:
         if float(top[0] - output.logits[0, -1, chosen]) > ATOL:
             return f"its greedy text differs at token {step + 1}"
         last = found["greedy"][:, step : step + 1]
-    wrong = [key for key, value in read_object(Path(job["folder"]) / "config.json").items() if key in seen["config"] and key != "dtype" and seen["config"][key] != value]
+    wrong = [key for key, value in written.items() if key in seen["config"] and key != "dtype" and seen["config"][key] != value]
     if wrong:
         return f"transformers reads another {wrong[0]} from its config.json"
     if "tokenizer" in seen:
@@ -165,7 +171,7 @@ def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_folder(source, temporary, dtype, limit, licence)
-        verify([(source, temporary)], dtype)
+        verify([(source, temporary)])
         os.replace(temporary, final)
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error

@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from models.config import ModelConfig
 from models.hub.export import CHECKER, verify, write_folder
 from tests.hub.test_native_export import ATTENTION, MAMBA, checkpoint, config
@@ -33,8 +36,12 @@ def test_the_exported_code_gives_the_checkpoints_numbers(tmp_path: Path) -> None
     for name, settings in FAMILIES.items():
         source, out = checkpoint(tmp_path / "runs" / name, settings), tmp_path / "out" / name
         out.mkdir(parents=True)
-        assert write_folder(source, out, "fp32", 10**9, "apache-2.0").architecture == "EverywhenForCausalLM"
+        dtype = "bf16" if name == "paralstm" else "fp32"
+        assert write_folder(source, out, dtype, 10**9, "apache-2.0").architecture == "EverywhenForCausalLM"
         code = (out / "modeling_everywhen.py").read_text()
+        if dtype == "bf16":
+            kinds = {k: v.dtype for k, v in load_file(out / "model.safetensors").items()}
+            assert kinds["model.layers.0.mixer.recurrent"] == torch.float32 and kinds["model.norm.weight"] == torch.bfloat16
         assert "from models" not in code and "from kernels" not in code
         pairs.append((source, out))
     verify(pairs)
