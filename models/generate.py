@@ -1,43 +1,35 @@
 r"""Text from a checkpoint: the prompt is read in chunks in parallel, then one token at a time with the carried state.
 
     python -m models.generate checkpoint=runs/quickstart prompt="It is a truth" \
-        [max_new_tokens=100] [temperature=0.8] [top_k=50] [top_p=1.0] [seed=0] [device=auto]
+        [prompts=FILE] [max_new_tokens=100] [temperature=0.8] [top_k=50] [top_p=1.0] [min_p=0] [repetition_penalty=1.0] \
+        [stop=TEXT] [stop_ids=1,2] [batch=8] [seed=0] [device=auto] [precision=fp32] \
+        [document=FILE] [save=FILE] [resume=FILE]
 
-temperature=0 is greedy. A recurrent model's state does not grow; attention layers keep their cache.
+temperature=0 is greedy. stop ends a text where it appears (several: a JSON list; \n is a line's end). prompts=FILE holds one prompt a
+line; they run `batch` at a time. A recurrent model's state does not grow; attention layers keep their cache.
+
+A long text is read once and asked many questions: document=FILE is read first, save=FILE keeps the session, resume=FILE goes on with it;
+prompt and prompts then continue it, each from the same place. See docs/generation.md.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.lm import LanguageModel
+from models.sampling import Sampling, TextStream, sample
+from models.session import Session, left_pad
 
-PREFILL_CHUNK = 2048
-
-
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
-    """One token id per row (B,). top_k keeps the k likeliest, top_p the smallest set that holds that much probability."""
-    logits_BV = logits_BV.float()
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV / temperature
-    if top_k:
-        kth = logits_BV.topk(min(top_k, logits_BV.shape[-1]), -1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < kth, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits_BV.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        before[:, 0] = -1.0  # the likeliest token always stays
-        logits_BV = ordered.masked_fill(before >= top_p, float("-inf")).gather(-1, order.argsort(-1))
-    return torch.multinomial(logits_BV.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits_BV.device)
+__all__ = ["Session", "generate", "left_pad", "sample"]
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompt_ids: Tensor,
@@ -46,67 +38,208 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = 50,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     eos_id: int | None = None,
+    stop_ids: Sequence[int] = (),
+    lengths: Sequence[int] | None = None,
+    stop_when: Callable[[int, int], bool] | None = None,
     on_token: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Continues prompt_ids (B, T) int64 by up to max_new_tokens; returns prompt and continuation (B, T + n).
 
-    A row that has produced eos_id goes on with eos_id; generation ends when all have. Raises ValueError for an empty prompt.
+    lengths: row b is its last lengths[b] ids, padding before (see `left_pad`). A row ends with eos_id, one of stop_ids, or when
+    stop_when(row, token) says so, and goes on with eos_id; generation ends when all have. Raises ValueError for an empty prompt or a
+    sampling value out of its range.
     """
-    if prompt_ids.ndim != 2 or prompt_ids.shape[1] == 0:
-        raise ValueError("The prompt must hold at least one token.")
-    generator = torch.Generator().manual_seed(seed)
-    state = model.init_state(prompt_ids.shape[0])
-    output: Any = None
-    for piece in prompt_ids.split(PREFILL_CHUNK, 1):
-        output = model(piece, state=state, last_only=True)
-        state = output.state
-    ids, done = [prompt_ids], torch.zeros(prompt_ids.shape[0], dtype=torch.bool, device=prompt_ids.device)
-    for _ in range(max_new_tokens):
-        token_B = sample(output.logits[:, -1], temperature, top_k, top_p, generator)
-        if eos_id is not None:
-            token_B = torch.where(done, torch.full_like(token_B, eos_id), token_B)
-            done = done | (token_B == eos_id)
-        ids.append(token_B[:, None])
-        if on_token is not None:
-            on_token(token_B)
-        if eos_id is not None and bool(done.all()):
-            break
-        output = model(token_B[:, None], state=state, last_only=True)
-        state = output.state
-    return torch.cat(ids, 1)
+    session = Session(model, prompt_ids, lengths, seed)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    stops = [*([] if eos_id is None else [eos_id]), *stop_ids]
+    session.generate(max_new_tokens, sampling, stop_ids=stops, stop_when=stop_when, on_token=on_token)
+    return session.ids_BT
 
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
-    "prompt": "The ",
+    "prompt": None,
+    "prompts": None,
+    "document": None,
+    "save": None,
+    "resume": None,
     "max_new_tokens": 100,
     "temperature": "0.8",
-    "top_k": 50,
+    "top_k": "50",
     "top_p": "1.0",
+    "min_p": "0",
+    "repetition_penalty": "1.0",
+    "stop": "",
+    "stop_ids": "",
+    "batch": 8,
     "seed": "0",
     "device": "auto",
+    "precision": "fp32",
 }
 
 
-def _number(values: dict[str, Any], key: str, low: float) -> float:
+def _number(values: dict[str, Any], key: str, kind: type = float) -> Any:
     from training.errors import UserError
 
     try:
-        number = float(values[key])
+        return kind(values[key])
     except ValueError:
-        number = low - 1
-    if number < low:
-        raise UserError(f"{key} must be a number of at least {low:g}, not {values[key]!r}.")
-    return number
+        raise UserError(f"{key} must be a {'whole ' if kind is int else ''}number, not {values[key]!r}.") from None
+
+
+def _stops(values: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """(stop strings, stop ids). Raises UserError."""
+    from training.errors import UserError
+
+    text, ids = values["stop"], values["stop_ids"]
+    if text.startswith("["):
+        try:
+            strings = json.loads(text)
+        except ValueError:
+            strings = None
+        if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+            raise UserError(f'stop must be a text or a JSON list of texts such as ["\\n\\n", "Q:"], not {text!r}.')
+    else:
+        strings = [text.replace("\\n", "\n").replace("\\t", "\t")] if text else []
+    parts = [part.strip() for part in ids.split(",")] if ids else []
+    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
+        raise UserError(f"stop_ids must be token ids below {vocab_size} with commas between them, not {ids!r}.")
+    return strings, [int(part) for part in parts]
+
+
+def _lines(path: str, key: str) -> str:
+    from training.errors import UserError
+
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise UserError(f"{key}={path} cannot be read: {reason}.") from error
+
+
+class Writer:
+    """The command: what is read, asked and shown."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        """Raises UserError for anything that cannot be done, before anything is read."""
+        from data.tokenizer import eot_id
+        from models.decode import cast
+        from training.checkpoint import load_model
+        from training.engine import pick_device
+        from training.errors import UserError
+
+        self.values = values
+        if not values["checkpoint"]:
+            raise UserError("Say what to generate from: checkpoint=DIR.")
+        if values["prompt"] is not None and values["prompts"] is not None:
+            raise UserError("Give prompt=TEXT or prompts=FILE, not both.")
+        if values["resume"] and values["document"]:
+            raise UserError("Give document=FILE to read a text or resume=FILE to go on with a session, not both.")
+        if values["save"] and values["prompts"]:
+            raise UserError("save=FILE keeps one text; give one prompt, or leave prompts out and ask them with resume=FILE.")
+        if values["precision"] not in ("fp32", "bf16"):
+            raise UserError(f"precision is {values['precision']!r}; choose fp32 or bf16.")
+        keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        numbers = {key: _number(values, key, int if key == "top_k" else float) for key in keys}
+        self.seed = _number(values, "seed", int)
+        try:
+            self.sampling = Sampling(**numbers)
+        except ValueError as error:
+            raise UserError(str(error).splitlines()) from error
+        self.prompts = self._prompts()
+        self.document = _lines(values["document"], "document") if values["document"] else None
+        self.model, self.tokenizer, _ = load_model(values["checkpoint"], pick_device(values["device"]))
+        if values["precision"] == "bf16":
+            cast(self.model, torch.bfloat16)
+        self.device = self.model.embedding.weight.device
+        self.eot = eot_id(self.tokenizer)
+        self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
+        self.stop_ids = [self.eot, *stop_ids]
+        self.start = Session.load(values["resume"], self.model) if values["resume"] else None
+        if self.start is not None and len(self.start.ids_BT) > 1:
+            raise UserError(f"The session {values['resume']} holds several texts side by side; the command goes on with one.")
+
+    def _prompts(self) -> list[str]:
+        from training.errors import UserError
+
+        if self.values["prompts"] is None:
+            return [self.values["prompt"] if self.values["prompt"] is not None else "The "]
+        found = [line for line in _lines(self.values["prompts"], "prompts").splitlines() if line.strip()]
+        if not found:
+            raise UserError(f"prompts={self.values['prompts']} holds no prompt; write one a line.")
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def run(self) -> None:
+        if self.document is not None:
+            ids = torch.tensor([[self.eot, *self.ids(self.document)]], device=self.device)
+            self.start = Session(self.model, ids, seed=self.seed).read(self.progress)
+        if self.start is not None:
+            self.ask(self.start)
+        elif len(self.prompts) == 1:
+            ids_1 = [self.eot, *self.ids(self.prompts[0])]
+            self.show(Session(self.model, torch.tensor([ids_1], device=self.device), seed=self.seed), self.prompts[0], ids_1)
+        else:
+            for first in range(0, len(self.prompts), self.values["batch"]):
+                self.show_batch(self.prompts[first : first + self.values["batch"]], self.seed + first)
+
+    def ask(self, start: Session) -> None:
+        """Every prompt from the same place. A document without a prompt is only read (and saved)."""
+        if self.document is not None and self.values["prompt"] is None and self.values["prompts"] is None:
+            if self.values["save"]:
+                start.save(self.values["save"])
+            return
+        asked = self.prompts if self.values["prompt"] is not None or self.values["prompts"] else [""]
+        for prompt in asked:
+            session = start.copy()
+            if prompt:
+                session.append(torch.tensor([self.ids(prompt)], device=self.device))
+            self.show(session, prompt, session.ids_BT[0, -8:].tolist())
+
+    @staticmethod
+    def progress(read: int, total: int) -> None:
+        print(f"\rread {read} of {total} tokens", end="" if read < total - 1 else "\n", file=sys.stderr, flush=True)
+
+    def show(self, session: Session, prompt: str, before: list[int]) -> None:
+        """One text, as it comes."""
+        stream = TextStream(self.tokenizer, before, self.stop)
+        print(prompt, end="", flush=True)
+
+        def stop_when(row: int, token: int) -> bool:
+            print(stream.push(token), end="", flush=True)
+            return stream.stopped
+
+        session.generate(self.values["max_new_tokens"], self.sampling, stop_ids=self.stop_ids, stop_when=stop_when)
+        print(stream.finish(), flush=True)
+        if self.values["save"]:
+            session.save(self.values["save"])
+
+    def show_batch(self, prompts: list[str], seed: int) -> None:
+        """Several texts side by side, printed when all are written."""
+        rows = [[self.eot, *self.ids(p)] for p in prompts]
+        streams = [TextStream(self.tokenizer, row, self.stop) for row in rows]
+        ids_BT, lengths = left_pad(rows, self.eot, self.device)
+
+        def stop_when(row: int, token: int) -> bool:
+            streams[row].push(token)
+            return streams[row].stopped
+
+        session = Session(self.model, ids_BT, lengths, seed)
+        session.generate(self.values["max_new_tokens"], self.sampling, stop_ids=self.stop_ids, stop_when=stop_when)
+        for prompt, stream in zip(prompts, streams):
+            stream.finish()
+            print(prompt + stream.text, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
     from training.arguments import parse_arguments
-    from training.checkpoint import load_model
-    from training.engine import pick_device
     from training.errors import UserError
 
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -114,41 +247,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        values = parse_arguments(arguments, DEFAULTS)
-        if not values["checkpoint"]:
-            raise UserError("Say what to generate from: checkpoint=DIR.")
-        temperature, top_p, seed = _number(values, "temperature", 0), _number(values, "top_p", 0), int(_number(values, "seed", 0))
-        model, tokenizer, _ = load_model(values["checkpoint"], pick_device(values["device"]))
+        Writer(parse_arguments(arguments, DEFAULTS)).run()
     except UserError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)
         return 2
-    from data.tokenizer import eot_id
-
-    eot, shown, ids = eot_id(tokenizer), values["prompt"], tokenizer.encode(values["prompt"]).ids
-    print(shown, end="", flush=True)
-
-    def show(token_B: Tensor) -> None:
-        nonlocal shown
-        ids.append(int(token_B[0]))
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-
-    prompt = torch.tensor([[eot, *ids]], device=model.embedding.weight.device)
-    generate(
-        model,
-        prompt,
-        values["max_new_tokens"],
-        temperature=temperature,
-        top_k=values["top_k"],
-        top_p=top_p,
-        seed=seed,
-        eos_id=eot,
-        on_token=show,
-    )
-    print()
     return 0
 
 

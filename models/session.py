@@ -1,0 +1,208 @@
+"""A text that a model has read and goes on with: the carried state, all ids, and the generator of the draws.
+
+    session = Session(model, ids_BT)         # reads nothing yet
+    session.read()                           # all but the last token, in chunks
+    question = session.copy().append(ids)    # the text read so far is not read again
+    new_ids = question.generate(100, Sampling(temperature=0))
+    question.save("talk.session")            # and later: Session.load("talk.session", model)
+
+Rows of different lengths are padded on the left. Padding is a segment of its own (0, the text 1), which no mixer sees across, so that a
+padded row goes on as it would alone. Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.lm import LanguageModel, LMState
+from models.sampling import Sampling
+
+CHUNK = 2048  # tokens read at once
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None) -> tuple[Tensor, list[int]]:
+    """(ids (B, T), the length of each row): the prompts flush right. Raises ValueError for an empty one."""
+    lengths = [len(p) for p in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError("The prompt must hold at least one token.")
+    rows = [[pad_id] * (max(lengths) - len(p)) + list(p) for p in prompts]
+    return torch.tensor(rows, dtype=torch.long, device=device), lengths
+
+
+class Session:
+    """The state has always read all of `ids_BT` but what lies at and after `read_to`, at least the last token: its logits choose the next."""
+
+    def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
+        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row."""
+        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0 or (lengths is not None and min(lengths) < 1):
+            raise ValueError("The prompt must hold at least one token.")
+        self.model, self.ids_BT = model, ids_BT
+        B, T = ids_BT.shape
+        self.padding = [0] * B if lengths is None else [T - n for n in lengths]
+        self.state = model.init_state(B)
+        self.read_to = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def append(self, ids_BT: Tensor) -> Session:
+        """More text for every row."""
+        self.ids_BT = torch.cat([self.ids_BT, ids_BT.to(self.ids_BT)], 1)
+        return self
+
+    def copy(self) -> Session:
+        """Another session that goes on from here. The states are shared: no mixer writes into what an earlier state holds."""
+        other = Session.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other.padding = list(self.padding)
+        other.generator = torch.Generator()
+        other.generator.set_state(self.generator.get_state())
+        return other
+
+    @torch.no_grad()
+    def read(self, progress: Callable[[int, int], None] | None = None) -> Session:
+        """Brings the state up to the last token. progress(tokens read, tokens of the text) is called after each chunk."""
+        last = self.ids_BT.shape[1] - 1
+        while self.read_to < last:
+            self._feed(min(self.read_to + CHUNK, last))
+            if progress is not None:
+                progress(self.read_to, last + 1)
+        return self
+
+    def _feed(self, end: int) -> Tensor:
+        """Reads up to `end`; the logits (B, V) after the last token of it."""
+        piece = self.ids_BT[:, self.read_to : end]
+        segments = None
+        if 0 < max(self.padding) and self.read_to <= max(self.padding):  # later tokens go on with the segment before them
+            place = torch.arange(self.read_to, end, device=piece.device)
+            segments = (place >= torch.tensor(self.padding, device=piece.device)[:, None]).to(torch.int32)
+        return self._step(piece, segments)
+
+    def _step(self, piece_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        output = self.model(piece_BT, state=self.state, segment_ids=segments_BT, last_only=True)
+        assert output.logits is not None and output.state is not None
+        self.state = output.state
+        self.read_to += piece_BT.shape[1]
+        return output.logits[:, -1]
+
+    def _seen(self, vocab_size: int) -> Tensor:
+        """(B, V) bool: the tokens each row holds, padding left out."""
+        place = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
+        real = place >= torch.tensor(self.padding, device=place.device)[:, None]
+        ids = torch.where(real, self.ids_BT, self.ids_BT[:, -1:])
+        return torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        stop_ids: Sequence[int] = (),
+        fill_id: int | None = None,
+        stop_when: Callable[[int, int], bool] | None = None,
+        on_token: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """The new ids (B, n), n <= max_new_tokens, also appended to the session.
+
+        A row ends with one of stop_ids, or when stop_when(row, token) says so; it goes on with fill_id (the first stop id unless given)
+        until all rows have ended. on_token is given each step's ids (B,).
+        """
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.ids_BT.device)
+        fill = fill_id if fill_id is not None else stop_ids[0] if len(stop_ids) else 0
+        done_B = torch.zeros(len(self.ids_BT), dtype=torch.bool, device=self.ids_BT.device)
+        ending = len(stop_ids) > 0 or stop_when is not None
+        seen_BV = self._seen(self.model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+        self.read()
+        new: list[Tensor] = []
+        for _ in range(max_new_tokens):
+            logits_BV = self._step(new[-1][:, None]) if new else self._feed(self.ids_BT.shape[1])
+            token_B = sampling.draw(logits_BV, self.generator, seen_BV)
+            token_B = torch.where(done_B, torch.full_like(token_B, fill), token_B)
+            new.append(token_B)
+            if seen_BV is not None:
+                seen_BV.scatter_(1, token_B[:, None], True)
+            if on_token is not None:
+                on_token(token_B)
+            if len(stop_ids):
+                done_B = done_B | torch.isin(token_B, stops)
+            if stop_when is not None:
+                said = [done or stop_when(row, int(t)) for row, (done, t) in enumerate(zip(done_B.tolist(), token_B.tolist()))]
+                done_B = torch.tensor(said, device=done_B.device)
+            if ending and bool(done_B.all()):
+                break
+        new_BN = torch.stack(new, 1) if new else self.ids_BT[:, :0]
+        self.ids_BT = torch.cat([self.ids_BT, new_BN], 1)
+        return new_BN
+
+    def save(self, path: str | Path) -> None:
+        """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written."""
+        from training.errors import UserError
+
+        path = Path(path)
+        tensors = {"ids": self.ids_BT, "generator": self.generator.get_state()}
+        plain: list[dict[str, int | None]] = []
+        for i, part in enumerate(self.state.layers):
+            values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+            tensors |= {f"layers.{i}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+            plain.append({name: value for name, value in values.items() if not isinstance(value, Tensor)})
+        header = {
+            "format": 1,
+            "model": model_hash(self.model),
+            "tokens": self.ids_BT.shape[1],
+            "read_to": self.read_to,
+            "padding": self.padding,
+            "layers": plain,
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            save_file(whole, temporary, metadata={"everywhen_session": json.dumps(header)})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"The session {path} cannot be written: {reason}; choose another file or free space.") from error
+
+    @staticmethod
+    def load(path: str | Path, model: LanguageModel) -> Session:
+        """The session of a file. Raises UserError in one sentence for a torn file, one that holds none, or another model's."""
+        from training.errors import UserError
+
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("everywhen_session", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise UserError(f"The session {path} cannot be read: {getattr(error, 'strerror', None) or error}; save it again.") from error
+        if not isinstance(header, dict) or header.get("format") != 1:
+            raise UserError(f"{path} holds no session; give a file that save= wrote.")
+        if header["model"] != model_hash(model):
+            raise UserError(f"The session {path} belongs to another model; give the checkpoint it was saved with.")
+        device = model.embedding.weight.device
+        session = Session(model, tensors["ids"].to(device))
+        layers = []
+        for i, (empty, plain) in enumerate(zip(session.state.layers, header["layers"])):
+            own = {name.split(".", 2)[2]: t.to(device) for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
+            layers.append(dataclasses.replace(empty, **own, **plain))
+        session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
+        session.generator.set_state(tensors["generator"])
+        return session
+
+
+def model_hash(model: LanguageModel) -> str:
+    """SHA-256 of the model's config and of some of every parameter's values: another training of the same shape is another model."""
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()
+        some = values[:: max(1, values.numel() // 16)][:17].to("cpu", torch.float64)
+        digest.update(name.encode() + some.numpy().tobytes())
+    return digest.hexdigest()
