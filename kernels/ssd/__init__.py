@@ -26,6 +26,8 @@ def ssd(
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
     """
     with torch.autocast(x_BTHP.device.type, enabled=False):
+        if x_BTHP.shape[1] == 1 and h0_BHPN is not None and not torch.is_grad_enabled():  # decoding
+            return reference.ssd_step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT)
         arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk)
         if torch.is_grad_enabled():  # keep the inputs only: the (chunk, chunk) matrices of all heads are many times larger
             return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)

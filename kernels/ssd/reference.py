@@ -31,6 +31,20 @@ def ssd_sequential(
     return torch.stack(out, 1), h
 
 
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One step (T = 1) of the recurrence, heads grouped rather than B and C repeated; h0 is left as it is."""
+    dtype, (B, _, H, P), (G, N) = _inner(x.dtype), x.shape, Bm.shape[2:]
+    dt_BH = dt[:, 0].to(dtype)
+    decay_BH = torch.exp(dt_BH * A.to(dtype))
+    if starts is not None:
+        decay_BH = decay_BH * (~starts).to(dtype)
+    added = dt_BH[..., None] * x[:, 0].to(dtype)
+    kept = h0.to(dtype) * decay_BH[..., None, None]
+    h = torch.addcmul(kept.view(B, G, H // G * P, N), added.view(B, G, H // G * P, 1), Bm[:, 0, :, None].to(dtype))
+    y = h @ Cm[:, 0, :, :, None].to(dtype)
+    return y.view(B, 1, H, P).to(x.dtype), h.view(B, H, P, N)
+
+
 def ssd_chunked(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None, starts: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.parallel_rnn import parallel_rnn
+from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
 from models.cells import available, cell_module, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, normal_, tag
@@ -123,7 +123,13 @@ class Mixer(SequenceMixer):
             u, conv_state = self.conv(u, conv_state, starts)
             u = F.silu(u)
         cell_state = state.cell_BSI if state is not None else None
-        states_BTSI, final = parallel_rnn(self.cell, self._project(u), self.recurrent_weights(), cell_state, starts)
+        pre_BTPI, rec_RI = self._project(u), self.recurrent_weights()
+        if cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
+            before = cell_state if starts is None else cell_state * (~starts[..., None]).to(cell_state.dtype)
+            final = parallel_rnn_step(self.cell, pre_BTPI[:, 0], rec_RI, before)
+            states_BTSI = final[:, None].to(pre_BTPI.dtype)
+        else:
+            states_BTSI, final = parallel_rnn(self.cell, pre_BTPI, rec_RI, cell_state, starts)
         h = states_BTSI[:, :, -1]
         if self.norm is not None:
             h = self.norm(h)
