@@ -1,11 +1,22 @@
-"""Decoding at speed: weights in the precision of inference."""
+"""Decoding at speed: weights in the precision of inference, and one step of the model as a CUDA graph.
+
+    decoder = Decoder(model, state, capacity=2048)   # state: after the prompt, from model(..., state=...)
+    logits_BV = decoder.step(token_B)                # as often as there is room
+
+The step reads and writes tensors that stay where they are. On a CUDA device it is captured once and replayed; elsewhere the same step
+runs as it is. Legend: B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from models.init import roles
-from models.lm import LanguageModel
+from models.lm import LanguageModel, LMState
 
 
 def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
@@ -14,3 +25,76 @@ def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
         if "keep_fp32" not in roles(parameter):
             parameter.data = parameter.data.to(dtype)
     return model
+
+
+def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
+    """A copy of `state` whose tensors a step writes into: caches get room for `capacity` tokens."""
+    layers: list[Any] = []
+    for block, part in zip(model.blocks, state.layers):
+        mixer: Any = block.mixer
+        if hasattr(mixer, "fixed_state"):
+            layers.append(mixer.fixed_state(part, capacity))
+        else:
+            tensors = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+            layers.append(dataclasses.replace(part, **{name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)}))
+    return LMState(layers)
+
+
+def _tensors(state: LMState) -> list[Tensor]:
+    return [t for part in state.layers for f in dataclasses.fields(part) if isinstance(t := getattr(part, f.name), Tensor)]
+
+
+class Decoder:
+    """Raises ValueError for a capacity that the state does not fit in, and when it is used up."""
+
+    def __init__(self, model: LanguageModel, state: LMState, capacity: int, *, compiled: bool = False) -> None:
+        """capacity: the most tokens a cache holds, those read included. compiled: torch.compile fuses the step's small operations."""
+        cached = [part.k_BGLK.shape[2] for part in state.layers if hasattr(part, "k_BGLK")]
+        self.room = capacity - max(cached) if cached else -1  # -1: nothing grows
+        if cached and self.room < 1:
+            raise ValueError(f"The cache holds {max(cached)} tokens already; a capacity of {capacity} leaves no room.")
+        self.model, self.state = model, fixed(model, state, capacity)
+        device = model.embedding.weight.device
+        rows = _tensors(state)[0].shape[0]
+        self.token_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.logits_BV = torch.zeros(rows, model.config.vocab_size, dtype=model.head.weight.dtype, device=device)
+        self._step: Any = torch.compile(self._once, dynamic=False) if compiled else self._once
+        self.graph = self._capture() if device.type == "cuda" else None
+
+    def _once(self) -> None:
+        output = self.model(self.token_B1, state=self.state, last_only=True)
+        self.logits_BV.copy_(output.logits[:, -1])
+        for old, new in zip(_tensors(self.state), _tensors(output.state)):
+            if old is not new:
+                old.copy_(new)
+
+    @torch.no_grad()
+    def _capture(self) -> Any:
+        before = [t.clone() for t in _tensors(self.state)]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up: kernels are built and workspaces allocated outside the graph
+            for _ in range(3):
+                for old, new in zip(_tensors(self.state), before):
+                    old.copy_(new)
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        for old, new in zip(_tensors(self.state), before):
+            old.copy_(new)
+        return graph
+
+    @torch.no_grad()
+    def step(self, token_B: Tensor) -> Tensor:
+        """The logits (B, V) after one more token a row; the tensor is written over by the next step."""
+        if self.room == 0:
+            raise ValueError("The cache is full; make a Decoder with a larger capacity.")
+        self.room -= self.room > 0
+        self.token_B1.copy_(token_B[:, None])
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._step()
+        return self.logits_BV

@@ -6,7 +6,7 @@ Parameter shapes are Llama's. Legend: B batch, T new tokens, L cached and new to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,34 @@ class State:
     v_BGLK: Tensor
     segments_BL: Tensor | None
     seen: int
+    room: Room | None = field(default=None, init=False, repr=False, compare=False)
+
+
+class Room:
+    """Buffers (B, G, C, K) that k and v are the first `used` tokens of. Whoever holds exactly those may write the next ones in place; a state
+    that others have gone on from finds `used` changed and copies, so that no state is ever written into."""
+
+    def __init__(self, k_BGLK: Tensor, v_BGLK: Tensor, capacity: int) -> None:
+        B, G, L, K = k_BGLK.shape
+        self.k, self.v = k_BGLK.new_empty(B, G, capacity, K), v_BGLK.new_empty(B, G, capacity, K)
+        self.k[:, :, :L], self.v[:, :, :L], self.used = k_BGLK, v_BGLK, L
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.used + k_BGTK.shape[2]
+        self.k[:, :, self.used : end], self.v[:, :, self.used : end], self.used = k_BGTK, v_BGTK, end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+
+@dataclass
+class FixedState:
+    """A cache of fixed size for graphs of one decoding step: buffers (B, G, C, K), each place's segment, and the tokens seen as a tensor.
+    A step writes into it."""
+
+    k_BGCK: Tensor
+    v_BGCK: Tensor
+    segments_BC: Tensor
+    seen: Tensor  # (1,): tokens in the buffers
+    offset: int = 0  # tokens that a window dropped before
 
 
 class Mixer(SequenceMixer):
@@ -72,20 +100,24 @@ class Mixer(SequenceMixer):
             if norm is not None:
                 norm.init_weights()
 
-    def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
+    def forward(
+        self, x_BTD: Tensor, state: State | FixedState | None = None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, State | FixedState | None]:
         B, T, _ = x_BTD.shape
         q_BHTK = self.q_proj(x_BTD).view(B, T, self.H, self.K).transpose(1, 2)
         k_BGTK = self.k_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
         v_BGTK = self.v_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        if isinstance(state, FixedState):
+            return self._fixed_step(q_BHTK, k_BGTK, v_BGTK, state), state
         seen = state.seen if state is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
             q_BHTK, k_BGTK = rotate(q_BHTK, positions, self.config.rope_theta), rotate(k_BGTK, positions, self.config.rope_theta)
         segments = segment_ids
         if state is not None:
-            k_BGTK, v_BGTK = torch.cat([state.k_BGLK.to(k_BGTK.dtype), k_BGTK], 2), torch.cat([state.v_BGLK.to(v_BGTK.dtype), v_BGTK], 2)
+            k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
             segments = self._all_segments(state, segment_ids, B, T)
         y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
         y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
@@ -95,7 +127,47 @@ class Mixer(SequenceMixer):
         if drop:  # copies, so that the cache does not keep the dropped tokens' memory alive
             k_BGTK, v_BGTK = k_BGTK[:, :, drop:].clone(), v_BGTK[:, :, drop:].clone()
             segments = segments[:, drop:].clone() if segments is not None else None
-        return y, State(k_BGTK, v_BGTK, segments, seen + T)
+        after = State(k_BGTK, v_BGTK, segments, seen + T)
+        after.room = None if drop else room
+        return y, after
+
+    def _joined(self, state: State, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor, Room | None]:
+        """Cached and new keys and values. Decoding writes into a buffer that grows by doubling; a window, which stays short, is copied."""
+        cached, room = state.k_BGLK.shape[2], state.room
+        if torch.is_grad_enabled() or self.config.window or k_BGTK.shape[2] > 1 or state.k_BGLK.dtype != k_BGTK.dtype:
+            k, v = torch.cat([state.k_BGLK.to(k_BGTK.dtype), k_BGTK], 2), torch.cat([state.v_BGLK.to(v_BGTK.dtype), v_BGTK], 2)
+            return k, v, None
+        if room is None or room.used != cached or cached + 1 > room.k.shape[2]:
+            room = Room(state.k_BGLK, state.v_BGLK, max(64, 2 * cached))
+        return *room.append(k_BGTK, v_BGTK), room
+
+    def fixed_state(self, state: State, capacity: int) -> FixedState:
+        """A copy of `state` with room for `capacity` tokens in all (a window keeps only its own). What follows is of the last token's segment."""
+        room, cached = Room(state.k_BGLK, state.v_BGLK, capacity), state.k_BGLK.shape[2]
+        room.k[:, :, cached:], room.v[:, :, cached:] = 0, 0
+        segments = torch.zeros(room.k.shape[0], capacity, dtype=torch.int32, device=room.k.device)
+        if state.segments_BL is not None:
+            segments[:, :cached] = state.segments_BL
+            segments[:, cached:] = state.segments_BL[:, -1:]
+        offset = state.seen - cached
+        return FixedState(room.k, room.v, segments, torch.tensor([cached], device=room.k.device), offset)
+
+    def _fixed_step(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedState) -> Tensor:
+        B, _, T, _ = q_BHTK.shape
+        assert T == 1, "a fixed cache takes one token at a time"
+        if self.config.rope:
+            position = state.seen + state.offset
+            q_BHTK, k_BGTK = rotate(q_BHTK, position, self.config.rope_theta), rotate(k_BGTK, position, self.config.rope_theta)
+        state.k_BGCK.index_copy_(2, state.seen, k_BGTK.to(state.k_BGCK.dtype))
+        state.v_BGCK.index_copy_(2, state.seen, v_BGTK.to(state.v_BGCK.dtype))
+        place = torch.arange(state.k_BGCK.shape[2], device=q_BHTK.device)
+        visible = place <= state.seen
+        if self.config.window:
+            visible = visible & (place > state.seen - self.config.window)
+        mask = (visible & (state.segments_BC == state.segments_BC[:, -1:]))[:, None, None]
+        y = F.scaled_dot_product_attention(q_BHTK, state.k_BGCK, state.v_BGCK, attn_mask=mask, enable_gqa=self.G != self.H)
+        state.seen.add_(1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, 1, self.H * self.K))
 
     @staticmethod
     def _all_segments(state: State, segment_ids: Tensor | None, B: int, T: int) -> Tensor | None:

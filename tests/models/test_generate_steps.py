@@ -9,7 +9,10 @@ import torch
 
 from kernels.ssd import reference
 from models import mixers
+from models.decode import Decoder, cast
+from models.session import Session, left_pad
 from tests.models.test_contract import CONFIGS, SEGMENTS, D, T, mapping_of, x_of
+from tests.models.test_generate import HYBRID, MIXERS, prompts, small
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS], ids=["one-document", "packed"])
@@ -40,3 +43,44 @@ def test_ssd_step_equals_the_definition(start: bool) -> None:
     starts = torch.tensor([[True], [False], [True]]) if start else None
     for ours, exact in zip(reference.ssd_step(x, dt, A, B_, C_, h0, starts), reference.ssd_sequential(x, dt, A, B_, C_, h0, starts)):
         torch.testing.assert_close(ours, exact, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_the_fixed_step_gives_what_growing_states_give(name: str, padded: bool) -> None:
+    model = small([name, name])
+    ids, lengths = left_pad(prompts(9, 4) if padded else prompts(9, 9), 0)
+    session = Session(model, ids, lengths).read()
+    decoder = Decoder(model, session.state, 20)
+    expected, given = [session._feed(9)], [decoder.step(ids[:, -1]).clone()]
+    for token in torch.tensor(prompts(10, 10)).unbind(1):
+        with torch.no_grad():
+            expected.append(session._step(token[:, None]))
+        given.append(decoder.step(token).clone())
+    torch.testing.assert_close(torch.stack(given), torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_cache_is_refused_and_a_recurrence_never_fills() -> None:
+    ids = torch.tensor(prompts(6))
+    for pattern, grows in ((HYBRID, True), (["paragru", "mamba2"], False)):
+        model = small(pattern)
+        state = Session(model, ids).read().state
+        decoder = Decoder(model, state, 7)
+        for _ in range(2):
+            decoder.step(ids[:, 0])
+        if grows:
+            with pytest.raises(ValueError, match="full"):
+                decoder.step(ids[:, 0])
+            with pytest.raises(ValueError, match="leaves no room"):
+                Decoder(model, state, 5)
+        else:
+            decoder.step(ids[:, 0])
+
+
+def test_bf16_weights_keep_the_recurrences_parameters_and_decode() -> None:
+    model = cast(small(HYBRID), torch.bfloat16)
+    assert model.head.weight.dtype == torch.bfloat16 and model.blocks[0].mixer.recurrent.dtype == torch.float32
+    session = Session(model, torch.tensor(prompts(6))).read()
+    fp32 = small(HYBRID)(session.ids_BT).logits[:, -1]
+    low = Decoder(model, session.state, 9).step(session.ids_BT[:, -1]).float()
+    assert (low - fp32).norm() / fp32.norm() < 0.1
