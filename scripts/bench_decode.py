@@ -1,11 +1,11 @@
 """Decoding speed: tokens/s, the share of what reading the weights once a step allows, and state bytes per sequence.
 
-    python scripts/bench_decode.py [out=docs/results/decode.json] [seconds=60] [only=paragru-400m] [compiled=true] [toy=true]
+    python scripts/bench_decode.py [out=docs/results/decode.json] [seconds=60] [only=paragru-400m] [compiled=false] [toy=true]
 
-Random weights in bf16 (the recurrences' own parameters in fp32), one step as a CUDA graph, greedy. The state after 1k or 128k tokens
-is real for lengths of 1k; for 128k a recurrence's state has the same size and is taken over, and an attention cache is filled with
-random numbers, since the time of a step depends on neither. Before timing, the decoder's logits are compared with the model's own.
-An item that does not fit in memory says so. The JSON is written after every item. toy=true runs small models on any machine.
+Random weights in bf16 (the recurrences' own parameters in fp32), one step as a CUDA graph, greedy. The time of a step does
+not depend on what was read, so a state is made by reading 64 tokens, and an attention cache is filled to 1k or 128k with random numbers.
+Before timing, the decoder's logits are compared with the model's own.
+compiled=true lets torch.compile fuse the step first. An item that does not fit in memory says so. The JSON is written after every item. toy=true runs small models on any machine.
 """
 
 from __future__ import annotations
