@@ -41,7 +41,12 @@ def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
 
 
 def _tensors(state: LMState) -> list[Tensor]:
-    return [t for part in state.layers for f in dataclasses.fields(part) if isinstance(t := getattr(part, f.name), Tensor)]
+    found = []
+    for part in state.layers:  # plain loops: torch.compile reads this too
+        for value in part.__dict__.values():
+            if isinstance(value, Tensor):
+                found.append(value)
+    return found
 
 
 class Decoder:
