@@ -239,20 +239,9 @@ class Writer:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
-    from training.arguments import parse_arguments
-    from training.errors import UserError
+    from training.arguments import parse_arguments, program
 
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(a in ("-h", "--help", "help") for a in arguments):
-        print(__doc__)
-        return 0
-    try:
-        Writer(parse_arguments(arguments, DEFAULTS)).run()
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return program(__doc__, lambda words: Writer(parse_arguments(words, DEFAULTS)).run(), arguments)
 
 
 if __name__ == "__main__":

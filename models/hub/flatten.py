@@ -13,8 +13,8 @@ from typing import Any
 
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "ssd", "load_cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
-DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems"}
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole"}
 
 
 class Module:

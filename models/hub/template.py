@@ -57,6 +57,11 @@ def parallel_rnn(cell: Any, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor | N
     return torch.stack(out, 1).to(pre_BTPD.dtype), out[-1]
 
 
+def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor) -> Tensor:
+    """The states (B, S, D) after one token."""
+    return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None)[1].to(h_BSD.dtype)
+
+
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int) -> Any:
     """Mamba-2's scan."""
     return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk)
