@@ -74,7 +74,8 @@ def each(change: Any, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [each(change, v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: each(change, getattr(value, f.name)) for f in dataclasses.fields(value)})
+        fields = [f.name for f in dataclasses.fields(value) if f.init]  # others are made again when they are missed
+        return dataclasses.replace(value, **{name: each(change, getattr(value, name)) for name in fields})
     return value
 
 
