@@ -72,6 +72,9 @@ class Mixer(SequenceMixer):
             if norm is not None:
                 norm.init_weights()
 
+    def why_whole(self, T: int = 1 << 62) -> str:
+        return ""
+
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         B, T, _ = x_BTD.shape
         q_BHTK = self.q_proj(x_BTD).view(B, T, self.H, self.K).transpose(1, 2)
@@ -79,7 +82,7 @@ class Mixer(SequenceMixer):
         v_BGTK = self.v_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
-        seen = state.seen if state is not None else 0
+        seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
             q_BHTK, k_BGTK = rotate(q_BHTK, positions, self.config.rope_theta), rotate(k_BGTK, positions, self.config.rope_theta)
@@ -87,6 +90,8 @@ class Mixer(SequenceMixer):
         if state is not None:
             k_BGTK, v_BGTK = torch.cat([state.k_BGLK.to(k_BGTK.dtype), k_BGTK], 2), torch.cat([state.v_BGLK.to(v_BGTK.dtype), v_BGTK], 2)
             segments = self._all_segments(state, segment_ids, B, T)
+        elif self.slice is not None:
+            k_BGTK, v_BGTK, segments = self.slice.keys(k_BGTK, v_BGTK, segment_ids, self.config.window)
         y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
         y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
         if state is None:
