@@ -56,7 +56,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
 
     shards = open_sources(config, "train")
     reader = open_reader(config, shards)
-    world = start_distributed(config.train.device, config.deepspeed.timeout_minutes)
+    world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)
     torch.manual_seed(config.seed)
     settings, _ = model_config(config, shards)
     model = LanguageModel(settings)
@@ -102,11 +102,12 @@ def train(config: Config, resolved_yaml: str) -> float | None:
         reader,
         config.train.global_batch,
         config.train.micro_batch,
-        world.rank,
-        world.size,
+        world.replica,
+        world.replicas,
         start.step,
         config.data.prefetch,
         world.device.type == "cuda",
+        world.slice_of,
     ) as loader:
         batches = iter(loader)
         while step < total:

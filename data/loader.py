@@ -2,6 +2,7 @@
 
 Global sample k is found by arithmetic: which source (Mixture), which epoch, which window (Permutation). Step s of a run with G sequences
 per step is samples sG .. sG+G-1, whatever the number of ranks, the micro-batch or the moment the run was resumed.
+Ranks that share sequences read the same rows and keep their slice of the time, labels and segments included.
 Dimensions: R rows fetched at once, T sequence length, L = T + 1 (inputs and the last label).
 """
 
@@ -173,12 +174,18 @@ class BatchLoader:
         start_step: int = 0,
         prefetch: int = 4,
         pin: bool = False,
+        slice_of: tuple[int, int] = (0, 1),
     ) -> None:
+        """rank and world_size count the groups that read different rows; slice_of: (n, N) keeps the n-th of N slices of time."""
         if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size) or not 0 <= rank < world_size:
             raise ValueError(
                 f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {rank} of {world_size}."
             )
         self.reader, self.global_batch, self.micro_batch, self.pin = reader, global_batch, micro_batch, pin
+        if not 0 <= slice_of[0] < slice_of[1] or reader.seq_len % slice_of[1]:
+            raise ValueError(f"Sequences of {reader.seq_len} tokens have no slice {slice_of[0]} of {slice_of[1]}.")
+        T = reader.seq_len // slice_of[1]
+        self.time = slice(slice_of[0] * T, (slice_of[0] + 1) * T)
         self.first_row = rank * (global_batch // world_size)
         self.last_row = self.first_row + global_batch // world_size
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
@@ -190,7 +197,7 @@ class BatchLoader:
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of one step."""
         k_R = step * self.global_batch + np.arange(self.first_row, self.last_row, dtype=np.int64)
-        rows = [torch.from_numpy(part) for part in self.reader.labelled(k_R)]
+        rows = [torch.from_numpy(part[:, self.time]) for part in self.reader.labelled(k_R)]
         result = []
         for i in range(0, len(k_R), self.micro_batch):
             inputs, labels, segment_ids = (part[i : i + self.micro_batch].contiguous() for part in rows)

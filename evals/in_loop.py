@@ -71,7 +71,7 @@ class Evaluator:
                 self.engine.module,
                 self.held_out,
                 length=length,
-                chunk=length,
+                chunk=length // world.sequence,  # no more at once than in training
                 max_tokens=self.config.eval.tokens,
                 rank=world.rank,
                 world_size=world.size,

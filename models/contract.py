@@ -6,15 +6,23 @@ Legend: B batch, T time, D model width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from models.parallel import Slice
+
 
 class SequenceMixer(nn.Module):
     """Mixes along time, causally. `state=None` trains on whole sequences and returns no state; with `init_state(...)` the same call
-    prefills, decodes (T = 1) and streams: the result does not depend on how a sequence is cut into calls."""
+    prefills, decodes (T = 1) and streams: the result does not depend on how a sequence is cut into calls.
+
+    slice: set by models.parallel.split while x is one rank's part of the time of longer sequences; forward asks it for what lies before.
+    """
+
+    slice: Slice | None = None
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
         """y (B, T, D) and the new state (None if none was given). segment_ids (B, T) int: a token never sees another segment's."""
@@ -31,6 +39,10 @@ class SequenceMixer(nn.Module):
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs of one token (2 per multiply-add), averaged over a sequence of T; norms and activations are not counted."""
         raise NotImplementedError
+
+    def why_whole(self, T: int = 1 << 62) -> str:
+        """Why time cannot be split over ranks in slices of T tokens, or ''."""
+        return f"{type(self).__module__} has no form for it"
 
     def init_weights(self, std: float, n_layers: int) -> None:
         """Draws all parameters from torch's global generator."""

@@ -115,6 +115,10 @@ class CausalConv(nn.Module):
     def init_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)
 
+    def why_whole(self, T: int) -> str:
+        """Why slices of T tokens are too short to lie on different ranks, or ''."""
+        return "" if T >= self.width - 1 else f"slices of {T} token(s) are shorter than the {self.width - 1} a convolution looks back"
+
     def forward(self, x_BTD: Tensor, state_BWD: Tensor | None, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """(convolved x, the last W-1 inputs, zeroed where they belong to an earlier document)."""
         B, T, D = x_BTD.shape

@@ -1,26 +1,25 @@
-"""Sequence parallelism: one layer over a sequence whose time is cut into equal slices, one on each rank of a process group.
+"""Sequence parallelism: time cut into equal slices, one on each rank of a process group.
 
-Recurrences exchange border values only, whatever the length: nonlinear cells their end states and the products of their Jacobians (multiple
-shooting with one slice a rank, certified at the borders), Mamba-2 its states and decays, convolutions their last inputs. Attention gathers
-keys and values. Gradients of parameters are those of this rank's slice: sum them over the group.
+`with split(model, group):` gives every mixer a `Slice`, which its forward asks for what lies before its own tokens. Recurrences exchange
+border values only, whatever the length: nonlinear cells their end states and the products of their Jacobians (multiple shooting with one
+slice a rank, certified at the borders), Mamba-2 its states and decays, convolutions their last inputs. Attention gathers keys and values.
+Gradients of parameters are those of this rank's slice: sum them over the group.
 
-Legend: B batch, T time of a slice, N ranks, D width, S states of a cell, W convolution width.
+Legend: B batch, T time of a slice, N ranks, D width, S states of a cell, H heads, P head width, M state width of Mamba-2.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.parallel_rnn import parallel_rnn, reference
-from kernels.ssd import ssd
 from models.contract import SequenceMixer, document_starts
-from models.layers import rotate
 
 traffic = {"bytes": 0}  # received by this process since it was last set to zero
 
@@ -50,23 +49,67 @@ class _Gather(torch.autograd.Function):
         return total[dist.get_rank(ctx.group)], None
 
 
-def starts_of(segment_ids: Tensor | None, group: Any) -> Tensor | None:
-    """document_starts of this slice, the slice before it considered."""
-    if segment_ids is None:
-        return None
-    rank, last_NB = dist.get_rank(group), _all(segment_ids[:, -1], group)
-    return document_starts(segment_ids, last_NB[rank - 1] if rank else segment_ids[:, 0])
+class Slice:
+    """This rank's slice of time among those of `group` (None: all ranks), in the order of the ranks; slices are equally long.
 
+    Its methods are collective: all ranks of the group call them in the same order, also in the backward pass.
+    """
 
-def halo(x_BTD: Tensor, width: int, segment_ids: Tensor | None, group: Any) -> Tensor:
-    """The last width-1 inputs of the slice before, zero where they belong to an earlier document than its last token."""
-    if x_BTD.shape[1] < width - 1:
-        raise ValueError(f"A slice of {x_BTD.shape[1]} tokens is shorter than the {width - 1} a convolution looks back; use fewer ranks.")
-    tail = x_BTD[:, x_BTD.shape[1] - width + 1 :]
-    if segment_ids is not None:
-        tail = tail * (segment_ids[:, segment_ids.shape[1] - width + 1 :] == segment_ids[:, -1:])[..., None]
-    gathered, rank = _Gather.apply(tail, group), dist.get_rank(group)
-    return gathered[rank - 1] if rank else gathered[0] * 0
+    def __init__(self, group: Any = None) -> None:
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+
+    @torch.compiler.disable
+    def starts(self, segment_ids: Tensor | None) -> Tensor | None:
+        """document_starts of this slice, the slice before it considered."""
+        if segment_ids is None:
+            return None
+        last_NB = _all(segment_ids[:, -1], self.group)
+        return document_starts(segment_ids, last_NB[self.rank - 1] if self.rank else segment_ids[:, 0])
+
+    @torch.compiler.disable
+    def halo(self, x_BTD: Tensor, width: int, segment_ids: Tensor | None) -> Tensor:
+        """The last width-1 inputs of the slice before, zero where they belong to an earlier document than its last token."""
+        T = x_BTD.shape[1]
+        if T < width - 1:
+            raise ValueError(f"A slice of {T} tokens is shorter than the {width - 1} a convolution looks back; use fewer ranks.")
+        tail = x_BTD[:, T - width + 1 :]
+        if segment_ids is not None:
+            tail = tail * (segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None]
+        gathered = _Gather.apply(tail, self.group)
+        return gathered[self.rank - 1] if self.rank else gathered[0] * 0
+
+    @torch.compiler.disable
+    def states(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None) -> Tensor:
+        """States (B, T, S, D) of a nonlinear cell; arguments as of `parallel_rnn`."""
+        with torch.autocast(pre.device.type, enabled=False):
+            return _Across.apply(cell, pre, rec, starts, self.group)
+
+    @torch.compiler.disable
+    def carried(self, end_BHPM: Tensor, decay_BTH: Tensor, C_BTGM: Tensor, starts: Tensor | None) -> Tensor:
+        """What the state before the slice adds to Mamba-2's outputs (B, T, H, P), given the slice's own end from an empty state and the
+        logarithm of each step's decay."""
+        left_BTH = torch.exp(decay_BTH.cumsum(1))  # what is left of the state before the slice
+        if starts is not None:
+            left_BTH = left_BTH * (starts.cumsum(1) == 0)[..., None]
+        both = _Gather.apply(torch.cat([end_BHPM.flatten(2), left_BTH[:, -1, :, None]], -1), self.group)
+        before = [both[0, ..., :-1] * 0]
+        for n in range(self.size - 1):
+            before.append(both[n, ..., -1:] * before[-1] + both[n, ..., :-1])
+        h0_BHPM = torch.stack(before)[self.rank].view_as(end_BHPM)
+        C_BTHM = C_BTGM.to(end_BHPM.dtype).repeat_interleave(end_BHPM.shape[1] // C_BTGM.shape[2], 2)
+        with torch.autocast(end_BHPM.device.type, enabled=False):
+            return torch.einsum("bthn,bhpn->bthp", C_BTHM, h0_BHPM) * left_BTH[..., None]
+
+    @torch.compiler.disable
+    def keys(self, k_BGTK: Tensor, v_BGTK: Tensor, segment_ids: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and segments of this slice and of what it sees before it."""
+        both = _Gather.apply(torch.stack([k_BGTK, v_BGTK.to(k_BGTK.dtype)]), self.group)[: self.rank + 1]
+        k, v = (torch.cat(list(both[:, i]), 2) for i in (0, 1))
+        segments = None if segment_ids is None else torch.cat(list(_all(segment_ids, self.group)[: self.rank + 1]), 1)
+        if window:
+            keep = k_BGTK.shape[2] + window - 1
+            k, v, segments = k[:, :, -keep:], v[:, :, -keep:], None if segments is None else segments[:, -keep:]
+        return k, v, segments
 
 
 class _Across(torch.autograd.Function):
@@ -115,74 +158,21 @@ def _jacobians(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor |
     return J if starts is None else J * (~starts[:, :, None, None, None]).to(dtype)
 
 
-def _rnn(mixer: Any, x_BTD: Tensor, segment_ids: Tensor | None, group: Any) -> Tensor:
-    if reference.mixes_channels(mixer.cell):
-        raise ValueError(f"Cell {mixer.cell.name} mixes channels in its state, so its time cannot be split over ranks.")
-    projected = mixer.in_proj(x_BTD)
-    u, gate = projected.chunk(2, -1) if mixer.config.gate else (projected, None)
-    starts = starts_of(segment_ids, group)
-    if mixer.conv is not None:
-        u = F.silu(mixer.conv(u, halo(u, mixer.conv.width, segment_ids, group), starts)[0])
-    pre = mixer._project(u)
-    with torch.autocast(x_BTD.device.type, enabled=False):
-        h = _Across.apply(mixer.cell, pre, mixer.recurrent_weights(), starts, group)[:, :, -1]
-    h = mixer.norm(h) if mixer.norm is not None else h
-    return mixer.out_proj(h if gate is None else h * F.silu(gate))
+@contextmanager
+def split(model: nn.Module, group: Any = None) -> Iterator[None]:
+    """Inside, calls of `model` without a state are slices of time: rank n of `group` (None: all ranks) holds the n-th.
 
-
-def _mamba2(mixer: Any, x_BTD: Tensor, segment_ids: Tensor | None, group: Any) -> Tensor:
-    c = mixer.config
-    z, xBC, dt = mixer.in_proj(x_BTD).split([mixer.inner, mixer.inner + 2 * mixer.BC, mixer.H], -1)
-    starts = starts_of(segment_ids, group)
-    xBC = F.silu(mixer.conv(xBC, halo(xBC, mixer.conv.width, segment_ids, group), starts)[0])
-    x, B_, C_ = xBC.split([mixer.inner, mixer.BC, mixer.BC], -1)
-    inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
-    dt = F.softplus(dt.to(inner) + mixer.dt_bias.to(inner)).clamp(c.dt_limit_min, c.dt_limit_max or math.inf)
-    A = -torch.exp(mixer.A_log.to(inner))
-    x, B_, C_ = x.unflatten(-1, (mixer.H, c.head_dim)), B_.unflatten(-1, (c.n_groups, c.d_state)), C_.unflatten(-1, (c.n_groups, c.d_state))
-    y, end = ssd(x, dt, A, B_, C_, None, starts, chunk=c.chunk)
-    left = torch.exp((dt * A).cumsum(1))  # what is left of the state before the slice, (B, T, H)
-    if starts is not None:
-        left = left * (starts.cumsum(1) == 0)[..., None]
-    both = _Gather.apply(torch.cat([end.flatten(2), left[:, -1, :, None]], -1), group)
-    before = [both[0, ..., :-1] * 0]
-    for n in range(both.shape[0] - 1):
-        before.append(both[n, ..., -1:] * before[-1] + both[n, ..., :-1])
-    h0 = torch.stack(before)[dist.get_rank(group)].view_as(end)
-    C_heads = C_.to(inner).repeat_interleave(mixer.H // c.n_groups, 2)
-    y = y + torch.einsum("bthn,bhpn->bthp", C_heads, h0) * left[..., None] + x * mixer.D.to(inner)[:, None]
-    return mixer.out_proj(mixer.norm(y.flatten(2), gate=z).to(x.dtype))
-
-
-def _attention(mixer: Any, x_BTD: Tensor, segment_ids: Tensor | None, group: Any) -> Tensor:
-    B, T, _ = x_BTD.shape
-    rank = dist.get_rank(group)
-    q = mixer.q_proj(x_BTD).view(B, T, mixer.H, mixer.K).transpose(1, 2)
-    k = mixer.k_proj(x_BTD).view(B, T, mixer.G, mixer.K).transpose(1, 2)
-    v = mixer.v_proj(x_BTD).view(B, T, mixer.G, mixer.K).transpose(1, 2)
-    if mixer.q_norm is not None and mixer.k_norm is not None:
-        q, k = mixer.q_norm(q), mixer.k_norm(k)
-    if mixer.config.rope:
-        positions = torch.arange(rank * T, (rank + 1) * T, device=x_BTD.device)
-        q, k = rotate(q, positions, mixer.config.rope_theta), rotate(k, positions, mixer.config.rope_theta)
-    both = _Gather.apply(torch.stack([k, v.to(k.dtype)]), group)[: rank + 1]
-    segments = None if segment_ids is None else torch.cat(list(_all(segment_ids, group)[: rank + 1]), 1)
-    k, v = (torch.cat(list(both[:, i]), 2) for i in (0, 1))
-    if mixer.config.window:
-        keep = T + mixer.config.window - 1
-        k, v, segments = k[:, :, -keep:], v[:, :, -keep:], None if segments is None else segments[:, -keep:]
-    return mixer.o_proj(mixer._attend(q, k, v, segments).transpose(1, 2).reshape(B, T, -1))
-
-
-FORWARD = {"rnn": _rnn, "mamba2": _mamba2, "attention": _attention}
-
-
-def forward(mixer: SequenceMixer, x_BTD: Tensor, segment_ids: Tensor | None = None, group: Any = None) -> Tensor:
-    """y (B, T, D) of this rank's slice; slices are equally long and in the order of the ranks of `group` (None: all).
-
-    Raises ValueError for a mixer that has no such form, and for slices shorter than a convolution's history.
+    The backward pass belongs inside too. Raises ValueError for a mixer that cannot be split.
     """
-    kind = type(mixer).__module__.rsplit(".", 1)[-1]
-    if kind not in FORWARD:
-        raise ValueError(f"Mixer {kind} cannot be split over ranks in time; these can: {', '.join(FORWARD)}.")
-    return FORWARD[kind](mixer, x_BTD, segment_ids, group)
+    parts = [module for module in model.modules() if isinstance(module, SequenceMixer)]
+    reasons = [reason for part in parts if (reason := part.why_whole())]
+    if reasons:
+        raise ValueError(f"Time cannot be split over ranks: {reasons[0]}.")
+    own = Slice(group)
+    try:
+        for part in parts:
+            part.slice = own
+        yield
+    finally:
+        for part in parts:
+            part.slice = None

@@ -39,6 +39,11 @@ class TrainSection:
 
 
 @dataclass
+class ParallelSection:
+    sequence: int = 1
+
+
+@dataclass
 class CheckpointSection:
     every: int = 0
     keep: int = 2
@@ -124,6 +129,7 @@ class Config:
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     faults: FaultSection = field(default_factory=FaultSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
@@ -210,6 +216,7 @@ def _positive(config: Config) -> list[str]:
         "train.micro_batch": t.micro_batch,
         "optim.lr": config.optim.lr,
         "train.log_every": t.log_every,
+        "parallel.sequence": config.parallel.sequence,
         "data.prefetch": config.data.prefetch,
         "checkpoint.keep": config.checkpoint.keep,
         "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
@@ -240,11 +247,16 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     problems, t, ds = [], config.train, config.deepspeed
     if (t.steps is None) == (t.tokens is None):
         problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other.")
-    rows = t.micro_batch * world_size
+    N = config.parallel.sequence
+    if config.dry_run:  # asks what a run on other machines would cost
+        world_size = N
+    replicas = world_size // N if N > 0 and world_size % N == 0 else world_size
+    rows = t.micro_batch * replicas
     if rows > 0 and t.global_batch % rows:
-        problems.append(
-            f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {world_size} rank(s) = {rows}."
-        )
+        whom = f"{replicas} rank(s)" if replicas == world_size else f"{replicas} group(s) of {N} ranks"
+        problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
+    if N > 1:
+        problems += _sequence(config, world_size)
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
@@ -262,6 +274,36 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     return problems
 
 
+def _sequence(config: Config, world_size: int) -> list[str]:
+    """What keeps sequences from being cut over ranks, the mixers left out."""
+    problems, t, N = [], config.train, config.parallel.sequence
+    if world_size % N:
+        problems.append(f"parallel.sequence {N} does not divide the {world_size} rank(s) of this run; change it or start a multiple of {N}.")
+    if t.seq_len % N:
+        problems.append(f"parallel.sequence {N} does not divide train.seq_len {t.seq_len}; change one.")
+    if t.initial_state != "zero":
+        problems.append(f"parallel.sequence above 1 needs train.initial_state=zero, not {t.initial_state}.")
+    return problems
+
+
+def split_problems(config: Config) -> list[str]:
+    """The mixers that cannot have their time cut over the ranks of parallel.sequence, a sentence each."""
+    import torch
+
+    from models import mixers
+    from models.config import ModelConfig
+
+    N, problems = config.parallel.sequence, []
+    model = ModelConfig.from_dict({**config.model, "vocab_size": config.model.get("vocab_size") or 256})
+    for name in dict.fromkeys(model.pattern):
+        with torch.device("meta"):
+            mixer = mixers.build(model.mixers[name], model.d_model, 0)
+        reason = mixer.why_whole(config.train.seq_len // N)
+        if reason:
+            problems.append(f"parallel.sequence {N}: mixer {name} cannot be split over ranks, as {reason}; set it to 1 or change the mixer.")
+    return problems
+
+
 def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     """The validated Config of a resolved mapping. Raises UserError with every problem found."""
     problems: list[str] = []
@@ -271,6 +313,8 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     problems += model_problems(config.model)
     if config.data.reader == "synthetic":
         problems += task_problems(config)
+    if not problems and config.parallel.sequence > 1:
+        problems += split_problems(config)
     if problems:
         raise UserError(problems)
     return config

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from data.loader import Batch
 from models.init import roles
+from models.parallel import split
 from training.config import Config
 from training.errors import UserError
 from training.initial_state import InitialStates
@@ -29,11 +31,30 @@ from training.optim import SkippableAdamW, build_optimizer
 
 @dataclass
 class World:
-    """Where this process stands: rank among world_size, its device, and whether it speaks for all."""
+    """Where this process stands: rank among world_size, its device, and whether it speaks for all.
+
+    sequence: neighbouring ranks that share rows and hold a slice of their time each; group: their process group.
+    """
 
     rank: int
     size: int
     device: torch.device
+    sequence: int = 1
+    group: Any = None
+
+    @property
+    def replica(self) -> int:
+        """Which of the `replicas` sets of rows this rank reads."""
+        return self.rank // self.sequence
+
+    @property
+    def replicas(self) -> int:
+        return self.size // self.sequence
+
+    @property
+    def slice_of(self) -> tuple[int, int]:
+        """(n, N): this rank holds the n-th of N slices of time."""
+        return self.rank % self.sequence, self.sequence
 
     @property
     def main(self) -> bool:
@@ -67,8 +88,8 @@ def pick_device(wanted: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start_distributed(wanted_device: str, timeout_minutes: float = 30.0) -> World:
-    """Joins the process group that the launcher described, or makes one of a single rank."""
+def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequence: int = 1) -> World:
+    """Joins the process group that the launcher described, or makes one of a single rank; every `sequence` ranks share rows."""
     device = pick_device(wanted_device)
     for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(key, value)
@@ -85,7 +106,11 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0) -> Worl
         backend = "gloo" if device.type == "cpu" else "nccl"
         timeout = datetime.timedelta(minutes=timeout_minutes)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    rank, size, group = dist.get_rank(), dist.get_world_size(), None
+    for first in range(0, size, sequence) if sequence > 1 else ():  # every rank has to take part in making every group
+        made = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
+        group = made if first <= rank < first + sequence else group
+    return World(rank, size, device, sequence, group)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -100,7 +125,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_param"] = {"device": ds.offload_parameters}
     return {
         "train_micro_batch_size_per_gpu": t.micro_batch,
-        "gradient_accumulation_steps": t.global_batch // (t.micro_batch * world_size),
+        "gradient_accumulation_steps": t.global_batch // (t.micro_batch * (world_size // config.parallel.sequence)),
         "gradient_clipping": t.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -169,11 +194,13 @@ class Engine:
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             batch = batch.to(self.world.device)
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, self.config.data.reader == "stream")
-            output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
-            if start_state is not None:
-                self.initial.after(index, output.state)
-            loss_sum += output.loss_sum.detach().double()
-            self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
+            # Losses and gradients of slices are sums over tokens like those of rows, so the scale is the same for both.
+            with split(self.module, self.world.group) if self.world.sequence > 1 else nullcontext():
+                output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
+                if start_state is not None:
+                    self.initial.after(index, output.state)
+                loss_sum += output.loss_sum.detach().double()
+                self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
         loss = self.world.sum([loss_sum.item()])[0] / tokens
         skipped = is_bad(loss) if is_bad else ""
         norm = self._gradient_norm()

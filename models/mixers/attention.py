@@ -100,6 +100,9 @@ class Mixer(SequenceMixer):
             if norm is not None:
                 norm.init_weights()
 
+    def why_whole(self, T: int = 1 << 62) -> str:
+        return ""
+
     def forward(
         self, x_BTD: Tensor, state: State | FixedState | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, State | FixedState | None]:
@@ -111,7 +114,7 @@ class Mixer(SequenceMixer):
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         if isinstance(state, FixedState):
             return self._fixed_step(q_BHTK, k_BGTK, v_BGTK, state), state
-        seen = state.seen if state is not None else 0
+        seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
             q_BHTK, k_BGTK = rotate(q_BHTK, positions, self.config.rope_theta), rotate(k_BGTK, positions, self.config.rope_theta)
@@ -119,6 +122,8 @@ class Mixer(SequenceMixer):
         if state is not None:
             k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
             segments = self._all_segments(state, segment_ids, B, T)
+        elif self.slice is not None:
+            k_BGTK, v_BGTK, segments = self.slice.keys(k_BGTK, v_BGTK, segment_ids, self.config.window)
         y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
         y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
         if state is None:

@@ -86,10 +86,17 @@ class Mixer(SequenceMixer):
             self.A_log.copy_(torch.log(torch.rand(self.H) * 15 + 1))
             self.D.fill_(1.0)
 
+    def why_whole(self, T: int = 1 << 62) -> str:
+        return self.conv.why_whole(T)
+
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.inner + 2 * self.BC, self.H], -1)
-        starts = document_starts(segment_ids, state.segment_B if state is not None else None)
-        xBC, conv_state = self.conv(xBC, state.conv_BWI if state is not None else None, starts)
+        if self.slice is not None and state is None:
+            starts, past = self.slice.starts(segment_ids), self.slice.halo(xBC, self.conv.width, segment_ids)
+        else:
+            starts = document_starts(segment_ids, state.segment_B if state is not None else None)
+            past = state.conv_BWI if state is not None else None
+        xBC, conv_state = self.conv(xBC, past, starts)
         x, B_, C_ = F.silu(xBC).split([self.inner, self.BC, self.BC], -1)
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
@@ -99,6 +106,8 @@ class Mixer(SequenceMixer):
         h0 = state.ssm_BHPN if state is not None else None
         B_BTGN, C_BTGN = B_.unflatten(-1, groups), C_.unflatten(-1, groups)
         y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk)
+        if self.slice is not None and state is None:
+            y_BTHP = y_BTHP + self.slice.carried(ssm, dt_BTH * A_H, C_BTGN, starts)
         y_BTHP = y_BTHP + x_BTHP * self.D.to(inner)[:, None]
         y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z).to(x_BTHP.dtype))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))

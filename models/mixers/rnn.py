@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
+from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
 from models.cells import available, cell_module, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, normal_, tag
@@ -114,17 +114,26 @@ class Mixer(SequenceMixer):
         pre_ENO = torch.baddbmm(bias_E1O.to(u_BTI.dtype), u_ENI, self.cell_weight.to(u_BTI.dtype))
         return pre_ENO.unflatten(-1, (P, -1)).permute(1, 2, 0, 3).reshape(B, T, P, self.inner)
 
+    def why_whole(self, T: int = 1 << 62) -> str:
+        if reference.mixes_channels(self.cell):
+            return f"cell {self.cell.name} mixes channels in its state"
+        return self.conv.why_whole(T) if self.conv is not None else ""
+
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
         u, gate = projected.chunk(2, -1) if self.config.gate else (projected, None)
-        starts = document_starts(segment_ids, state.segment_B if state is not None else None)
+        own = self.slice if state is None else None
+        starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
         if self.conv is not None:
+            conv_state = own.halo(u, self.conv.width, segment_ids) if own else conv_state
             u, conv_state = self.conv(u, conv_state, starts)
             u = F.silu(u)
         cell_state = state.cell_BSI if state is not None else None
         pre_BTPI, rec_RI = self._project(u), self.recurrent_weights()
-        if cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
+        if own:
+            states_BTSI = own.states(self.cell, pre_BTPI, rec_RI, starts)
+        elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             before = cell_state if starts is None else cell_state * (~starts[..., None]).to(cell_state.dtype)
             final = parallel_rnn_step(self.cell, pre_BTPI[:, 0], rec_RI, before)
             states_BTSI = final[:, None].to(pre_BTPI.dtype)

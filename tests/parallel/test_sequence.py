@@ -41,8 +41,9 @@ def check_rank() -> None:
             own = slice(rank * T, (rank + 1) * T)
             part = x.detach()[:, own].clone().requires_grad_()
             parallel.traffic["bytes"] = 0
-            y = parallel.forward(mixer, part, None if segments is None else segments[:, own])
-            (y * weight[:, own]).sum().backward()
+            with parallel.split(mixer):
+                y = mixer(part, None, None if segments is None else segments[:, own])[0]
+                (y * weight[:, own]).sum().backward()
             counted.append((packed, parallel.traffic["bytes"]))
 
             def close(a: torch.Tensor, b: torch.Tensor, what: str, name: str = name) -> None:
