@@ -52,6 +52,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.faults import BadStepPolicy, StopRequest
     from training.flops import training_flops_per_token
     from training.metrics import Metrics, Stopwatch
+    from training.observe import SignOfLife
     from training.schedule import lr_factor
 
     shards = open_sources(config, "train")
@@ -67,6 +68,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
 
     # Resume
     start = take_up(config, world, model, shards, resolved_yaml)
+    life = SignOfLife(run_dir, world.rank)
     engine = Engine(model, config, world)
     if start.folder is not None:
         checkpoint.restore_optimizer(start.folder, engine)
@@ -123,10 +125,12 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
             step += 1
             metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped)
+            life.beat(step, saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:
                 save(step)
                 saved = step
+                life.beat(step, saved)
 
     # Save, and the last evaluation
     finished = step >= total
@@ -136,6 +140,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
         metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; the same command goes on from there.")
     bits = evaluator.at_end(step) if finished else None
     metrics.close()
+    life.close()
     engine.close()
     return bits
 

@@ -1,4 +1,4 @@
-"""What training does when something goes wrong: bad steps (non-finite, spikes) and requests to stop (SIGTERM, SIGINT)."""
+"""What training does when something goes wrong: bad steps (non-finite, spikes) and requests to stop (SIGTERM, SIGINT, SIGUSR1)."""
 
 from __future__ import annotations
 
@@ -54,15 +54,18 @@ class BadStepPolicy:
 
 
 class StopRequest:
-    """Set by SIGTERM and SIGINT; training looks at it between steps, on all ranks together. A second signal ends the process."""
+    """Set by SIGTERM, SIGINT and SIGUSR1; training looks at it between steps, on all ranks together. A second SIGINT ends the process.
+
+    A second SIGTERM does not: launchers send one to ranks that are already busy saving.
+    """
 
     def __init__(self) -> None:
         self.signal = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> Any:
-        if self.signal:
+        if self.signal == "SIGINT" and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.signal = signal.Signals(number).name

@@ -1,0 +1,162 @@
+"""The supervisor over small stand-in jobs: each scripted failure, with its exit status and with no process left over."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from training import observe, supervisor
+from training.errors import UserError
+from training.supervisor import MISTAKE, STOPPED, STUCK, USED_UP, Settings, Supervisor, descendants, parse
+
+RANK = f"""
+import json, os, socket, subprocess, sys, time, pathlib
+folder = pathlib.Path(os.environ["{observe.FOLDER}"])
+tries = folder / "tries"
+n = int(tries.read_text()) + 1 if tries.exists() else 1
+def beat(step, saved, rank=0):
+    part = folder / "part"
+    part.write_text(json.dumps(dict(host=socket.gethostname(), pid=os.getpid(), step=step, saved=saved)))
+    os.replace(part, folder / f"rank-{{rank:05d}}.json")
+tries.write_text(str(n))
+"""
+
+
+def supervise(tmp_path: Path, script: str, **settings: float) -> tuple[int, list[str], Supervisor]:
+    said: list[str] = []
+    (tmp_path / "job.py").write_text(RANK + script)
+    made = Supervisor(
+        Settings(folder=str(tmp_path / "ranks"), **{"backoff": 0.0, **settings}), [sys.executable, str(tmp_path / "job.py")], said.append
+    )  # type: ignore[arg-type]
+    before = set(descendants(os.getpid()))
+    status = made.run()
+    assert set(descendants(os.getpid())) <= before, "processes were left behind"
+    return status, said, made
+
+
+def tries(tmp_path: Path) -> int:
+    return int((tmp_path / "ranks" / "tries").read_text())
+
+
+def test_a_job_that_fails_with_new_checkpoints_is_restarted_until_it_finishes(tmp_path: Path) -> None:
+    status, said, made = supervise(tmp_path, "beat(n * 10, n * 10); sys.exit(0 if n == 4 else 1)", restarts=5)
+    assert status == 0 and tries(tmp_path) == 4
+    assert sum(line.startswith("restart ") for line in said) == 3 and "from step 30" in "".join(said)
+    rows = [json.loads(line) for line in (tmp_path / "ranks" / "supervisor.jsonl").read_text().splitlines()]
+    assert [r["attempt"] for r in rows] == [1, 2, 3, 4]
+
+
+def test_restarts_run_out_stand_still_and_mistakes_are_told_apart(tmp_path: Path) -> None:
+    for name, script, restarts, wanted, attempts in [
+        ("out", "beat(n, n); sys.exit(1)", 2, USED_UP, 3),
+        ("still", "beat(7, 0); sys.exit(1)", 9, STUCK, 2),
+        ("mute", "sys.exit(1)", 9, STUCK, 2),
+        ("mistake", "sys.exit(2)", 9, MISTAKE, 1),
+        ("killed", "beat(n, n); os.kill(os.getpid(), 9)", 1, USED_UP, 2),
+    ]:
+        (tmp_path / name).mkdir()
+        status, _, _ = supervise(tmp_path / name, script, restarts=restarts)
+        assert (status, tries(tmp_path / name)) == (wanted, attempts), name
+
+
+def test_children_in_sessions_of_their_own_do_not_outlive_a_dead_launcher(tmp_path: Path) -> None:
+    script = """
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(300)"
+for _ in range(2):
+    p = subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.PIPE)
+    p.stdout.readline()
+os.kill(os.getpid(), 9)
+"""
+    status, said, _ = supervise(tmp_path, script, restarts=0)
+    assert status == USED_UP and any("killed 2 process(es)" in line for line in said)
+
+
+def test_a_hung_rank_writes_its_stacks_and_is_restarted(tmp_path: Path) -> None:
+    script = f"""
+sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+from training.observe import SignOfLife
+if n > 1:
+    sys.exit(0)
+life = SignOfLife(pathlib.Path("/nowhere"), 3)
+life.beat(1, 1)
+def the_collective_that_never_ends():
+    time.sleep(300)
+the_collective_that_never_ends()
+"""
+    status, said, _ = supervise(tmp_path, script, restarts=1, timeout=1.5)
+    assert status == 0 and tries(tmp_path) == 2
+    assert any("no rank took a step" in line and "rank-00003.stacks" in line for line in said)
+    assert "the_collective_that_never_ends" in (tmp_path / "ranks" / "attempt-1-rank-00003.stacks").read_text()
+
+
+def test_a_stop_request_reaches_the_ranks_but_not_the_launcher(tmp_path: Path) -> None:
+    script = """
+import signal
+if len(sys.argv) == 1:   # the launcher: a TERM would kill it, and its status is the rank's
+    sys.exit(subprocess.call([sys.executable, __file__, "rank"]))
+def stop(*_):
+    (folder / "saved_in_peace").write_text("yes"); sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+beat(5, 5); (folder / "ready").write_text("")
+time.sleep(300)
+"""
+
+    def press() -> None:
+        while not (tmp_path / "ranks" / "ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=press, daemon=True).start()
+    status, said, _ = supervise(tmp_path, script, restarts=3)
+    assert status == STOPPED and (tmp_path / "ranks" / "saved_in_peace").exists()
+    assert "stopped on SIGTERM" in said[-1]
+
+
+def test_what_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
+    script = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); beat(1, 0); (folder / 'ready').write_text(''); time.sleep(300)"
+
+    def press() -> None:
+        while not (tmp_path / "ranks" / "ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    status, said, _ = supervise(tmp_path, script, grace=0.3)
+    assert status == STOPPED and any("still running" in line for line in said)
+
+
+def test_mistakes_in_the_call_are_sentences(tmp_path: Path) -> None:
+    for arguments, words in [
+        (["true"], "'--' is missing"),
+        (["restart=3", "--", "true"], "the options are restarts="),
+        (["restarts=x", "--", "true"], "whole number"),
+        (["timeout=-1", "--", "true"], "zero or more"),
+        (["timeout=nan", "--", "true"], "zero or more"),
+        (["--"], "no command"),
+        (["--", "no-such-program"], "no program"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            parse(arguments)
+    with pytest.raises(UserError) as both:
+        parse(["a=1", "timeout=x", "--"])
+    assert len(both.value.problems) == 3
+    assert parse(["--", "true", "run_dir=here"])[0].folder == "here/supervisor"
+    assert supervisor.main(["true"]) == MISTAKE
+
+
+def test_signs_of_life_are_files_that_name_host_process_step_and_save(tmp_path: Path) -> None:
+    life = observe.SignOfLife(tmp_path, 2)
+    life.beat(7, 4)
+    row = json.loads((tmp_path / "ranks" / "rank-00002.json").read_text())
+    assert row == {"host": socket.gethostname(), "pid": os.getpid(), "step": 7, "saved": 4}
+    os.kill(os.getpid(), signal.SIGUSR2)
+    life.close()
+    assert "test_signs_of_life" in (tmp_path / "ranks" / "rank-00002.stacks").read_text()

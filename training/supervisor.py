@@ -1,0 +1,307 @@
+"""Keeps a job running: restarts it after a failure or a hang, passes stop requests on, and leaves no process behind.
+
+    python -m training.supervisor restarts=5 timeout=600 -- deepspeed --num_gpus 8 train.py experiment=NAME checkpoint.every=500
+
+Every attempt goes on from the newest whole checkpoint, because that is what train.py does by itself. The ranks tell how they are in
+small files of `folder` (training/observe.py); silence of all of them for `timeout` seconds is a hang: each writes the stacks of its threads to
+rank-XXXXX.stacks there, then all are killed and the job starts again. Exit status: 0 finished; 2 a mistake in the call, or the job ended with
+2 itself (its own message says what to mend); 3 restarts used up; 4 no new checkpoint in two attempts; 75 stopped on request, call again to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import UserError
+from training.observe import FOLDER
+
+FINISHED, MISTAKE, USED_UP, STUCK, STOPPED = 0, 2, 3, 4, 75
+FRUITLESS = 2  # attempts in a row without a new checkpoint before giving up
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass
+class Settings:
+    """Options of the command line. Times in seconds; `folder` is by default RUN_DIR/supervisor where the command names a run_dir."""
+
+    restarts: int = 3
+    timeout: float = 0.0  # 0: a hang is not looked for
+    startup: float = 1800.0  # silence allowed before the first step, where kernels are compiled and other nodes waited for
+    backoff: float = 5.0  # before the first restart; doubles up to five minutes, starts over after a new checkpoint
+    grace: float = 300.0  # from a stop request until what still runs is killed
+    folder: str = ""
+
+
+def parse(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
+    """(settings, command) of `[key=value ...] -- COMMAND ...`. Raises UserError with every problem."""
+    if "--" not in arguments:
+        raise UserError("Write: python -m training.supervisor [restarts=N] [timeout=SECONDS] -- COMMAND; the '--' is missing.")
+    split = list(arguments).index("--")
+    command, problems = list(arguments[split + 1 :]), []
+    values: dict[str, Any] = {}
+    kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
+    for argument in arguments[:split]:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in kinds:
+            problems.append(f"Cannot use {argument!r}; the options are {', '.join(f'{k}=' for k in kinds)}.")
+            continue
+        try:
+            values[key] = kinds[key](value)
+            if kinds[key] is not str and not 0 <= values[key] < float("inf"):
+                raise ValueError
+        except ValueError:
+            problems.append(f"{key} must be {'a whole number' if kinds[key] is int else 'a number'} of zero or more, not {value!r}.")
+    if not command:
+        problems.append("There is no command after '--'.")
+    elif shutil.which(command[0]) is None:
+        problems.append(f"There is no program {command[0]!r}.")
+    if problems:
+        raise UserError(problems)
+    settings = Settings(**values)
+    if not settings.folder:
+        run_dir = [a.partition("=")[2] for a in command if a.startswith("run_dir=")]
+        settings.folder = str(Path(run_dir[-1]) / "supervisor" if run_dir else Path("runs") / "supervisor" / str(os.getpid()))
+    return settings, command
+
+
+def parents() -> dict[int, int]:
+    """Parent of every process, zombies included."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                found[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+    return found
+
+
+def descendants(root: int, leave: frozenset[int] = frozenset()) -> list[int]:
+    """All processes below `root`, whatever their session or group, without those under `leave`."""
+    children: dict[int, list[int]] = {}
+    for child, parent in parents().items():
+        children.setdefault(parent, []).append(child)
+    found, queue = [], [root]
+    while queue:
+        below = [c for c in children.get(queue.pop(), []) if c not in leave]
+        found += below
+        queue += below
+    return found
+
+
+class Job:
+    """One attempt: the command, everything it starts, and the files of its ranks.
+
+    Launchers put ranks into sessions of their own and may die before them, so a process group does not hold a job together. This
+    process makes itself the reaper of its descendants instead: whoever loses a parent becomes its child and is found, killed and reaped.
+    """
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.folder = folder
+        self.others = frozenset(descendants(os.getpid()))
+        self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, FOLDER: str(folder)})
+        self.started = time.time()
+
+    def poll(self) -> int | None:
+        """Exit status of the command itself, None while it runs; reaps orphans that ended."""
+        status = self.process.poll()
+        for pid in self._living(direct=True):
+            if pid != self.process.pid:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+        return status
+
+    def _living(self, direct: bool = False) -> list[int]:
+        if direct:
+            return [child for child, parent in parents().items() if parent == os.getpid() and child not in self.others]
+        return descendants(os.getpid(), self.others)
+
+    def ranks(self) -> dict[int, Path]:
+        """The training processes of this machine by process id, with their files."""
+        living, found = set(self._living()), {}
+        for path, row in rank_files(self.folder):
+            if row.get("host") == socket.gethostname() and row.get("pid") in living:
+                found[row["pid"]] = path
+        return found
+
+    def silence(self) -> tuple[float, bool]:
+        """(seconds since any rank was heard of, whether one was heard at all)."""
+        times = [path.stat().st_mtime for path, row in rank_files(self.folder) if row.get("step") is not None]
+        return time.time() - max(times, default=self.started), bool(times)
+
+    def ask_to_stop(self, number: int) -> None:
+        """Tells the ranks alone, so that launchers do not kill them in their save; without known ranks tells every process."""
+        send(list(self.ranks()) or self._living(), number)
+
+    def dump_stacks(self, wait: float = 10.0) -> list[Path]:
+        """Has every rank of this machine write its stacks; returns the files written."""
+        ranks = self.ranks()
+        files = [path.with_suffix(".stacks") for path in ranks.values()]
+        send(list(ranks), signal.SIGUSR2)
+        send(list(ranks), signal.SIGCONT)  # a stopped process hears nothing before
+        end = time.monotonic() + wait
+        while time.monotonic() < end and any(not f.exists() or not f.stat().st_size for f in files):
+            time.sleep(0.05)
+        time.sleep(0.2)
+        return [f for f in files if f.exists() and f.stat().st_size]
+
+    def kill(self) -> int:
+        """Kills and reaps whatever is left; returns how many processes that were."""
+        killed: set[int] = set()
+        while self.poll() is None or self._living():
+            left = self._living()
+            killed |= set(left)
+            send(left, signal.SIGKILL)
+            time.sleep(0.02)
+        return len(killed)
+
+
+def send(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def rank_files(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """What the ranks last wrote."""
+    found = []
+    for path in sorted(folder.glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            found.append((path, json.loads(path.read_text())))
+    return found
+
+
+class Supervisor:
+    """Runs a command until it has finished; see the module's text for what `run` returns."""
+
+    def __init__(self, settings: Settings, command: list[str], say: Any = None) -> None:
+        self.settings, self.command = settings, command
+        self.folder = Path(settings.folder)
+        self.say = say or (lambda text: print(f"supervisor: {text}", file=sys.stderr, flush=True))
+        self.asked = 0
+        self.attempt = 0
+
+    def note(self, text: str, **values: Any) -> None:
+        """A line for people, and the same in supervisor.jsonl."""
+        self.say(text)
+        with contextlib.suppress(OSError), (self.folder / "supervisor.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), "attempt": self.attempt, "what": text, **values}) + "\n")
+
+    def run(self) -> int:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._signals(), subreaper():
+            saved, fruitless, backoff = 0, 0, self.settings.backoff
+            while True:
+                status = self._attempt()
+                if self.asked:
+                    self.note(f"stopped on {signal.Signals(self.asked).name}; the same command goes on from the last checkpoint.")
+                    return STOPPED
+                if status in (FINISHED, MISTAKE):
+                    self.note("finished." if not status else "the job ended with status 2, a mistake that a restart does not mend.")
+                    return FINISHED if not status else MISTAKE
+                now = max((row.get("saved") or 0 for _, row in rank_files(self.folder)), default=-1)
+                fruitless, backoff = (fruitless + 1, backoff) if now <= saved else (0, self.settings.backoff)
+                saved = max(saved, now)
+                if self.attempt > self.settings.restarts:
+                    self.note(f"giving up after {self.settings.restarts} restart(s); the last status was {status}.", status=status)
+                    return USED_UP
+                if fruitless >= FRUITLESS:
+                    self.note(f"giving up: {FRUITLESS} attempts in a row ended with status {status} and no new checkpoint.", status=status)
+                    return STUCK
+                self.note(f"restart {self.attempt} of {self.settings.restarts} in {backoff:g} s, from step {max(saved, 0)}.", saved=saved)
+                self._wait(backoff)
+                backoff = min(2 * backoff, 300.0)
+
+    def _attempt(self) -> int:
+        """Runs the command once. Returns its status; -9 for a hang."""
+        self.attempt += 1
+        for path in self.folder.glob("rank-*"):
+            if path.suffix == ".stacks" and path.stat().st_size:
+                path.rename(path.with_name(f"attempt-{self.attempt - 1}-{path.name}"))
+            elif path.suffix != ".json":
+                path.unlink()
+        for path, row in rank_files(self.folder):  # keeps what was saved, forgets that the rank was alive
+            path.write_text(json.dumps({"saved": row.get("saved")}))
+        if self.asked:
+            return STOPPED
+        job = Job(self.command, self.folder)
+        forwarded, deadline = 0, float("inf")
+        try:
+            while (status := job.poll()) is None:
+                if self.asked and not forwarded:
+                    forwarded, deadline = self.asked, time.monotonic() + self.settings.grace
+                    job.ask_to_stop(signal.SIGTERM)
+                if time.monotonic() > deadline:
+                    self.note(f"still running {self.settings.grace:g} s after the stop request; killed.")
+                    return -signal.SIGKILL
+                silent, heard = job.silence()
+                if self.settings.timeout and not forwarded and silent > (self.settings.timeout if heard else self.settings.startup):
+                    files = [str(f) for f in job.dump_stacks()]
+                    self.note(
+                        f"no rank took a step for {silent:.0f} s; stacks in {', '.join(files) or 'no file (no rank answered)'}.", stacks=files
+                    )
+                    return -signal.SIGKILL
+                time.sleep(0.05)
+            return status
+        finally:
+            left = job.kill()
+            if left:
+                self.note(f"killed {left} process(es) that the job had left.", left=left)
+
+    def _wait(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.asked:
+            time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(number: int, frame: Any) -> None:
+            self.asked = number
+
+        before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def subreaper() -> Iterator[None]:
+    """Orphaned descendants become children of this process (Linux)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line. Returns the exit status."""
+    if any(a in ("-h", "--help") for a in (arguments[: arguments.index("--")] if "--" in arguments else arguments)):
+        print(__doc__)
+        return FINISHED
+    try:
+        settings, command = parse(arguments)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return MISTAKE
+    return Supervisor(settings, command).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
