@@ -133,7 +133,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [t * 40 for t in TEXTS] * 6)
     words = ["-m", "data.prepare", f"input={tmp_path / 'a.jsonl'}", "tokenizer=bpe:300", "shard_tokens=20000"]
     assert run_program([*words, f"out={tmp_path / 'whole'}"]).returncode == 0
-    slow = "import data.prepare as p, data.encode as e, time; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.01), f(*a))[1]; p.main()"
+    slow = "import data.prepare as p, data.encode as e, time; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.1), f(*a))[1]; p.main()"
     process = subprocess.Popen([sys.executable, "-c", slow, *words[2:], f"out={tmp_path / 'killed'}"], cwd=ROOT, env=environment())
     journal = tmp_path / "killed.partial" / "journal.json"
     while not (journal.exists() and json.loads(journal.read_text())["consumed"] > 30):
@@ -152,7 +152,7 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_interrupted_from_the_keyboard_is_a_sentence_and_goes_on(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 6)
     words = [f"input={tmp_path / 'a.jsonl'}", "tokenizer=bytes", f"out={tmp_path / 'o'}"]
-    slow = "import data.prepare as p, data.encode as e, time, sys; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.01), f(*a))[1]; sys.exit(p.main())"
+    slow = "import data.prepare as p, data.encode as e, time, sys; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.1), f(*a))[1]; sys.exit(p.main())"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
