@@ -6,37 +6,54 @@ import torch
 from torch import Tensor
 
 from kernels.parallel_rnn import launch, op, reference
-from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.cell import Cell, biased
 
 METHODS = ("auto", "sequential", "parallel", "triton")
+SAVES = ("states", "borders")
 
 
 def parallel_rnn(
-    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None = None, starts_BT: Tensor | None = None, *, method: str = "auto"
+    cell: Cell,
+    pre_BTPD: Tensor,
+    rec_RD: Tensor,
+    h0_BSD: Tensor | None = None,
+    starts_BT: Tensor | None = None,
+    *,
+    bias_PD: Tensor | None = None,
+    method: str = "auto",
+    emitted: bool = False,
+    save: str = "states",
 ) -> tuple[Tensor, Tensor]:
     """Solves h_t = step(pre_t, rec, h_{t-1}) for all t.
 
-    pre (B, T, P, D): input projections in the order of cell.pre. rec (R, D): weights in the order of cell.rec. h0 (B, S, D): states before
-    the first step (zeros if None). starts (B, T) bool: True where a document starts and the state is zeroed first.
-    Returns (states (B, T, S, D) in pre's dtype, final (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec and h0.
+    pre (B, T, P, D): input projections in the order of cell.pre; or (B, T, P, E, K) with D = E K, in any layout whose last dimension is
+    dense (a block-diagonal projection makes (E, B, T, P, K), which is read as it lies). rec (R, D): weights in the order of cell.rec.
+    bias (P, D), or None: added to the projections.
+    h0 (B, S, D): states before the first step (zeros if None). starts (B, T) bool: True where a document starts and the state is zeroed first.
+    Returns (states (B, T, S, D) in pre's dtype, final (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec and h0. With
+    `emitted` the last state alone instead of all, (B, T, D), which spares a copy where S > 1.
     method: "sequential" keeps autograd's graph of the loop; "parallel" solves over time slices in plain torch and differentiates through the
     solution; "triton" runs the kernels generated from the step; "auto" is "triton" on a GPU where the cell can be lowered, else "parallel".
+    save: what the backward pass keeps besides the inputs: "states", or "borders", every 64th state, from which it makes the others again.
     Raises ValueError for shapes that do not fit the cell.
     """
-    B, T, P, D = pre_BTPD.shape
+    (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
     R, S = len(cell.rec), len(cell.state)
     if P != len(cell.pre) or rec_RD.shape != (R, D):
         raise ValueError(f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}.")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
+    if method not in METHODS or save not in SAVES:
+        raise ValueError(f"method is {method!r} and save {save!r}; choose one of {', '.join(METHODS)}, and one of {', '.join(SAVES)}.")
+    if bias_PD is not None:
+        cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
     dtype = reference.compute_dtype(pre_BTPD)
     h0 = torch.zeros(B, S, D, dtype=dtype, device=pre_BTPD.device) if h0_BSD is None else h0_BSD.to(dtype)
     if h0.shape != (B, S, D):
         raise ValueError(f"h0 must be {(B, S, D)}, not {tuple(h0.shape)}.")
     if T == 0:
-        return pre_BTPD.new_zeros(B, 0, S, D), h0
+        return pre_BTPD.new_zeros((B, 0, D) if emitted else (B, 0, S, D)), h0
     if method == "triton" or (method != "sequential" and cell.lowered):  # autograd, which other cells need for their derivatives, is off in ops
-        return op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method)
+        out, kept, final, _ = op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method, save == "borders")
+        return out if emitted else op.joined(out, kept), final
     if pre_BTPD.is_cuda and method == "auto" and not torch.compiler.is_compiling():
         op.warn_once(launch.why_not(cell, pre_BTPD.device))
     loop = method == "sequential" or reference.mixes_channels(cell)
@@ -44,12 +61,15 @@ def parallel_rnn(
         raise ValueError(f"Cell {cell.name} mixes channels in its state, so its steps cannot be solved in parallel; use method='sequential'.")
     run = reference.sequential if loop else reference.parallel
     with torch.autocast(pre_BTPD.device.type, enabled=False):
-        states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
-    return states.to(pre_BTPD.dtype), final
+        states, final = run(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), h0, starts_BT)
+    states = states.to(pre_BTPD.dtype)
+    return states[:, :, -1] if emitted else states, final
 
 
-def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor) -> Tensor:
+def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
     """One decoding step: the new states (B, S, D) in the dtype of h."""
+    if bias_PD is not None:
+        cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
     if pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
         with torch.cuda.device_of(pre_BPD):
             return launch.step(cell, pre_BPD, rec_RD, h_BSD)
@@ -58,7 +78,21 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
     return torch.stack(new, 1).to(h_BSD.dtype)
 
 
+def transfer(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, states_BTSD: Tensor) -> Tensor:
+    """The product J_T ... J_1 of the Jacobians of all steps at the solved states, (B, S, S, D) in the dtype of the arithmetic; a reset makes
+    it zero. What a change of h0 does to the final state, to first order."""
+    if op.use_triton(cell, pre_BTPD, "auto"):
+        with torch.cuda.device_of(pre_BTPD):
+            return launch.transfer(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, *op.parts(states_BTSD))
+    dtype = reference.compute_dtype(pre_BTPD)
+    before = reference.previous(states_BTSD.to(dtype), h0_BSD.to(dtype), starts_BT)
+    J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), before)
+    if starts_BT is not None:
+        J = J * (~starts_BT[:, :, None, None, None]).to(dtype)
+    return reference.product(J[:, None])[:, 0]
+
+
 def last_report() -> dict[str, float]:
-    """What the last forward solve of this process did: slices, corrections, residual at the slice borders, and the share walked in order.
-    Waits for the device: call it when logging."""
+    """What forward solves over several slices did since the last call: tiles solved, most corrections, residual at the slice borders, and the
+    share walked in order. Waits for the device: call it when logging."""
     return launch.last_report()

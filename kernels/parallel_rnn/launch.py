@@ -2,11 +2,11 @@
 
 Generated source is kept in a cache folder (EVERYWHEN_CACHE, or ~/.cache/everywhen), because Triton reads the source of a kernel from its file.
 
-Nothing here waits for the device. The forward pass launches a fixed number of kernels: a pass over the slices, CORRECTIONS times (a Newton
-step on the starts, another pass), and a last pass that walks the whole sequence in order. Each one returns at once for the (batch row,
-channel block)s that have converged, so what is returned is either certified or sequential. `last_report()` tells which, when asked.
+Nothing here waits for the device. With several slices the forward pass is a fixed number of launches: walk, CORRECTIONS + 1 times mend, and
+finish. Programs with nothing to do return at once, and what has not converged finish walks in order, so what is returned is either certified
+or sequential. Counters on the device tell which; `last_report()` reads them, when asked.
 
-Legend: B batch, T time, N slices, P input projections, R recurrent weights, S states, D channels.
+Legend: B batch, T time, N slices, P input projections, R recurrent weights, S states, E heads of K channels, D = E K channels.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import no_triton
-from kernels.parallel_rnn import codegen, reference
+from kernels.dispatch import interpreted, no_triton
+from kernels.parallel_rnn import codegen
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import NotLowered, trace
 
-BLOCK = 64  # channels a program owns, a warp for every 64
-CORRECTIONS = 2  # Newton steps before the sequential walk
-BURN_IN = 64  # steps walked from zero before a slice, as the first guess of its start
-PROGRAMS, SLICES = 1024, 64  # programs wanted, some eight on each multiprocessor of a large GPU, and most slices
-PROGRAMS_BACK, SLICES_BACK = 4096, 128  # the backward pass has no corrections, which more slices would make dearer
-_report: dict[str, Any] = {}
+BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
+CORRECTIONS = 2  # Newton steps on the slice starts before the walk in order
+MARK = 32  # steps from one fp32 state kept to the next
+PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
+PROGRAMS_BACK = 4
+_stats: dict[torch.device, Tensor] = {}
 
 
 def cache_folder() -> Path:
@@ -47,9 +47,9 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def kernels(cell: Cell, unroll: int) -> ModuleType:
+def kernels(cell: Cell, ahead: int, back: int, maths: str) -> ModuleType:
     """The module of a cell's kernels. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    text = codegen.source(cell, unroll)
+    text = codegen.source(cell, ahead, back, maths)
     name = f"{cell.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     path = cache_folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
@@ -75,120 +75,172 @@ def why_not(cell: Cell, device: torch.device) -> str:
     return ""
 
 
-class Plan:
-    """Sizes of a launch: channels a program, warps, slices of how many steps, and steps of burn-in."""
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
-    def __init__(self, cell: Cell, B: int, T: int, D: int, device: torch.device, slices: int | None = None, back: bool = False) -> None:
-        self.unroll = 2 if device.type == "cpu" else codegen.UNROLL  # the interpreter pays for every statement
-        self.block = 16 if device.type == "cpu" else BLOCK if D > 32 else 32
-        self.warps = max(1, self.block // 64)  # two channels a thread: four-byte loads of bf16
+
+class Plan:
+    """Sizes of a launch: steps ahead, channels a program, and slices of how many steps. A program runs on one scheduler of a multiprocessor
+    and is bound by the latency of a step, so T is cut only as far as gives each scheduler a program: fewer slices, fewer corrections."""
+
+    def __init__(self, pre: Tensor, slices: int | None = None, back: bool = False) -> None:
+        (B, T), D = pre.shape[:2], pre.shape[3:].numel()
+        small = interpreted()  # the interpreter pays for every statement
+        self.ahead, self.back = (2, 2) if small else (codegen.AHEAD, codegen.AHEAD_BACK)
+        self.mark = 4 if small else MARK
+        self.block = 16 if small else BLOCK if D > 32 else 32
+        self.warps = max(1, self.block // 64)
         self.blocks = -(-D // self.block)
         if slices is None:
-            programs, most = (PROGRAMS_BACK, SLICES_BACK) if back else (PROGRAMS, SLICES)
-            slices = min(-(-programs // (self.blocks * B)), most)
-            if slices < 2 or T < 128:
-                slices = 1
-            slices = min(slices, max(1, T // 64))
-        steps = -(-T // slices)
-        self.slice = -(-steps // self.unroll) * self.unroll
+            wanted = (PROGRAMS_BACK if back else PROGRAMS) * multiprocessors(pre.device)
+            slices = min(max(1, round(wanted / (self.blocks * B))), SLICES, max(1, T // self.mark))
+        self.slice = -(-T // (slices * self.mark)) * self.mark
         self.slices = -(-T // self.slice)
-        burn = 0 if trace(cell).linear else min(BURN_IN, self.slice)
-        self.burn = burn // self.unroll * self.unroll
+        self.even = T % (self.back if back else self.ahead) == 0 and D % self.block == 0
+        self.grid = (self.blocks * B, self.slices)
 
 
-def ready(pre: Tensor) -> Tensor:
-    """Strides over batch, time and projection are free; channels must be neighbours."""
-    return pre if pre.stride(-1) == 1 or pre.shape[-1] == 1 else pre.contiguous()
+class Layout:
+    """How a tensor (B, T, P, E, K) lies in memory: channels of a head are neighbours, all else has strides."""
+
+    def __init__(self, pre: Tensor) -> None:
+        self.tensor = pre if pre.stride(-1) == 1 or pre.shape[-1] == 1 else pre.contiguous()
+        self.batch, self.time, self.projection, head, _ = self.tensor.stride()
+        self.head, self.se = (pre.shape[-1], head) if pre.shape[-2] > 1 else (pre.shape[-1], 0)
 
 
-def forward(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None) -> tuple[Tensor, Tensor]:
-    """(states (B, T, S, D) in pre's dtype, final (B, S, D) fp32)."""
-    pre, rec, h0 = ready(pre), rec.float().contiguous(), h0.float().contiguous()
-    (B, T, _, D), S = pre.shape, len(cell.state)
-    plan = Plan(cell, B, T, D, pre.device, slices)
-    module = kernels(cell, plan.unroll)
-    states, final = pre.new_empty(B, T, S, D), h0.new_empty(B, S, D)
-    reset = states if starts is None else starts.contiguous().view(torch.uint8)
-    n = plan.slices
-    start, end = h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, D)
-    product = h0.new_empty(B, n, S, S, D)
-    done = torch.zeros(B, plan.blocks, dtype=torch.int32, device=pre.device)
-    strides = (pre.stride(0), pre.stride(1), pre.stride(2))
-
-    def walk(source: Tensor, n: int, length: int, guess: bool, check: bool) -> None:
-        module.forward[(plan.blocks, n, B)](
-            pre, rec, h0, reset, states, source, end, product, final, done, T, D, length, plan.burn, *strides,
-            HAS_RESET=starts is not None, GUESS=guess, CHECK=check, SLICED=n > 1, BD=plan.block, num_warps=plan.warps,
-        )  # fmt: skip
-
-    if n == 1:
-        walk(h0, 1, plan.slice, False, False)
-        _report.clear()
-        reference.last_report = reference.Report()
-        return states, final
-    residual, count = torch.zeros(B, plan.blocks, device=pre.device), torch.zeros_like(done)
-    tolerance = 1e-6 if pre.dtype == torch.float32 else 1e-5
-
-    def correct() -> None:
-        module.correct[(plan.blocks, B)](start, end, product, done, residual, count, n, D, tolerance, BD=plan.block, num_warps=plan.warps)
-
-    linear = trace(cell).linear
-    walk(start, n, plan.slice, True, False)
-    for _ in range(1 if linear else CORRECTIONS):
-        correct()
-        walk(start, n, plan.slice, False, True)
-    if not linear:  # one correction solves a linear cell
-        correct()
-        walk(h0, 1, -(-T // plan.unroll) * plan.unroll, False, True)
-    exact = {"residual": torch.zeros_like(residual), "converged": torch.ones_like(done)} if linear else {"residual": residual, "converged": done}
-    _report.update(slices=n, count=count, **exact)
-    return states, final
-
-
-def last_report() -> dict[str, float]:
-    """Of the last sliced forward pass: slices, most corrections, largest residual at its last check, and the share of (batch row, channel
-    block)s that were walked in order because they had not converged. Waits for the device: call it when logging, not every step."""
-    if not _report:
-        plain = reference.last_report
-        return {"slices": plain.slices, "corrections": plain.corrections, "residual": plain.residual, "sequential": 0.0}
-    sequential = 1 - _report["converged"].float().mean().item()
-    return {
-        "slices": _report["slices"], "corrections": int(_report["count"].max()), "residual": float(_report["residual"].max()), "sequential": sequential
+def _sizes(plan: Plan, pre: Tensor, starts: Tensor | None) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """(pre as the kernels read it, run-time sizes, compile-time sizes and options)."""
+    at = Layout(pre)
+    constants = {
+        "D": pre.shape[3:].numel(), "HEAD": at.head, "ST": at.time, "SP": at.projection, "MARK": plan.mark, "HAS_RESET": starts is not None,
+        "EVEN": plan.even, "BD": plan.block, "num_warps": plan.warps,
     }  # fmt: skip
+    return at.tensor, (pre.shape[1], plan.slice, at.batch, at.se), constants
+
+
+def _module(cell: Cell, plan: Plan) -> ModuleType:
+    return kernels(cell, plan.ahead, plan.back, "portable" if interpreted() or torch.version.hip else "ptx")
+
+
+def _heads(pre: Tensor) -> Tensor:
+    return pre.unsqueeze(3) if pre.dim() == 4 else pre
+
+
+def _counters(device: torch.device) -> Tensor:
+    """Largest residual, most corrections, tiles solved over slices, and tiles walked in order, since they were last read."""
+    if device not in _stats:
+        _stats[device] = torch.zeros(4, device=device)
+    return _stats[device]
+
+
+def forward(
+    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None, borders: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D) and kept (B, T, S - 1, D) states in pre's dtype, final (B, S, D) fp32, marks (B, M, S, D) fp32; without `borders`
+    and with one slice there are none: (B, 0, S, D))."""
+    pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
+    (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
+    plan = Plan(pre, slices)
+    module, n = _module(cell, plan), plan.slices
+    emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
+    marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
+    reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
+    linear = trace(cell).linear
+    rounds = 0 if n == 1 else 1 if linear else CORRECTIONS + 1
+    begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
+    products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
+    source, sizes, constants = _sizes(plan, pre, starts)
+    module.walk[plan.grid](
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, linear and n > 1, borders or n > 1, *sizes, **constants
+    )
+    if n == 1:
+        return emitted, kept, ends[0, :, 0], marks
+    final, stats = torch.empty_like(h0), _counters(pre.device)
+    tolerance = 1e-6 if pre.dtype == torch.float32 else 1e-5
+    for k in range(rounds):
+        old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
+        module.mend[plan.grid](
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance, linear or k > 0, *sizes, **constants
+        )
+    last = (begins[rounds], ends[rounds], products[rounds])
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance, rounds > 0, *sizes, **constants)
+    return emitted, kept, final, marks
+
+
+def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """The states again from the marks, every stretch between two of them at once."""
+    pre, rec = _heads(pre), rec.float().contiguous()
+    (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
+    plan = Plan(pre, marks.shape[1])
+    emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
+    begins = torch.cat([h0.float()[:, None], marks[:, :-1]], 1)
+    reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
+    source, sizes, constants = _sizes(plan, pre, starts)
+    _module(cell, plan).walk[plan.grid](
+        source, rec, begins, reset, emitted, kept, marks, begins, torch.empty_like(marks), marks, True, False, False, *sizes, **constants
+    )
+    return emitted, kept
+
+
+def last_report(device: torch.device | None = None) -> dict[str, float]:
+    """Of the forward passes over several slices since the last call: tiles (batch row, channel block) solved, most corrections, largest
+    residual at their last check, and the share that had to be walked in order. Waits for the device: call it when logging, not every step."""
+    found = [(d, t) for d, t in _stats.items() if device is None or d == device]
+    residual, corrections, tiles, walked = torch.stack([t.cpu() for _, t in found]).amax(0).tolist() if found else (0.0, 0.0, 0.0, 0.0)
+    for _, t in found:
+        t.zero_()
+    return {"tiles": int(tiles), "corrections": int(corrections), "residual": residual, "sequential": walked / max(1.0, tiles)}
 
 
 def backward(
-    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, states: Tensor, d_states: Tensor, d_final: Tensor,
-    slices: int | None = None,
+    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor,
+    d_kept: Tensor | None, d_final: Tensor, slices: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of pre (its dtype), rec and h0 (fp32)."""
-    pre, rec, h0 = ready(pre), rec.float().contiguous(), h0.float().contiguous()
-    d_states, d_final = d_states.contiguous(), d_final.float().contiguous()
-    (B, T, P, D), R, S = pre.shape, len(cell.rec), len(cell.state)
-    plan = Plan(cell, B, T, D, pre.device, slices, back=True)
-    module = kernels(cell, plan.unroll)
-    n, grid = plan.slices, (plan.blocks, plan.slices, B)
-    reset = states if starts is None else starts.contiguous().view(torch.uint8)
-    sizes = (T, D, plan.slice, pre.stride(0), pre.stride(1), pre.stride(2))
-    options = {"HAS_RESET": starts is not None, "BD": plan.block, "num_warps": plan.warps}
-    carry = d_final
+    """Gradients of pre (its dtype, and its layout if it is dense), rec and h0 (fp32)."""
+    whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()
+    d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
+    (B, T), D, R, S = pre.shape[:2], rec.shape[1], len(cell.rec), len(cell.state)
+    plan = Plan(pre, slices, back=True)
+    module, n = _module(cell, plan), plan.slices
+    reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
+    d_pre = torch.empty_like(pre)
+    to = Layout(d_pre)
+    partial, d_h0 = h0.new_empty(B, n, R, D), torch.empty_like(h0)
+    ends, products = (h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, S, D)) if n > 1 else (h0, h0)
+    source, sizes, constants = _sizes(plan, pre, starts)
+    with_kept = d_kept is not None and S > 1
+    tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
+    outputs = (to.tensor, partial, d_h0, d_final, ends, products, to.batch, to.se, to.time, to.projection)
+    module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
-        end, product, carry = h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, S, D), h0.new_empty(B, n, S, D)
-        module.adjoint[grid](pre, rec, h0, reset, states, d_states, carry, end, product, d_final, *sizes, **options)
-        module.scan_adjoint[(plan.blocks, B)](end, product, d_final, carry, n, D, BD=plan.block, num_warps=plan.warps)
-    d_pre = torch.empty(B, T, P, D, dtype=pre.dtype, device=pre.device)
-    partial, d_h0 = h0.new_empty(B, n, max(R, 1), D), torch.empty_like(h0)
-    module.gradient[grid](pre, rec, h0, reset, states, d_states, carry, d_pre, partial, d_h0, *sizes, **options)
-    return d_pre, partial.sum((0, 1))[:R], d_h0
+        tolerance = 1e-6 if pre.dtype == torch.float32 else 1e-5
+        module.mend_gradient[plan.grid](*tensors, *outputs, tolerance, with_kept, *sizes, **constants)
+    return to.tensor.view(whole.shape) if whole.dim() == 4 else to.tensor, partial.sum((0, 1)), d_h0
+
+
+def transfer(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor) -> Tensor:
+    """(B, S, S, D) fp32: the product J_T ... J_1 of the Jacobians of all steps at the solved states, zero across resets."""
+    from kernels.parallel_rnn.reference import product
+
+    pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
+    B, D, S = len(pre), rec.shape[1], len(cell.state)
+    plan = Plan(pre, back=True)
+    reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
+    products = h0.new_empty(B, plan.slices, S, S, D)
+    source, sizes, constants = _sizes(plan, pre, starts)
+    _module(cell, plan).transfer[plan.grid](source, rec, h0, reset, emitted, kept, products, *sizes, **constants)
+    return product(products[:, None])[:, 0]
 
 
 def step(cell: Cell, pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:
-    """One decoding step in one kernel."""
-    pre, h = ready(pre), h.contiguous()
+    """One decoding step in one kernel: pre (B, P, D), h (B, S, D)."""
+    pre, h = pre if pre.stride(-1) == 1 else pre.contiguous(), h.contiguous()
     B, _, D = pre.shape
-    plan = Plan(cell, B, 1, D, pre.device)
+    plan = Plan(pre[:, None])
     new = torch.empty_like(h)
-    kernels(cell, plan.unroll).decode[(plan.blocks, B)](
-        pre, rec.float().contiguous(), h, new, D, pre.stride(0), pre.stride(1), BD=plan.block, num_warps=plan.warps
+    _module(cell, plan).decode[(plan.blocks * B,)](
+        pre, rec.float().contiguous(), h, new, pre.stride(0), pre.stride(1), D, BD=plan.block, num_warps=plan.warps
     )
     return new

@@ -1,7 +1,10 @@
 """The custom ops everywhen::parallel_rnn and its backward: one name for torch.compile, autocast and activation checkpointing, whatever
-solves underneath. Saved for backward are the inputs and the states, in the dtype of pre.
+solves underneath. Saved for backward are the inputs and the states, in the dtype of pre; with `borders` only every 64th state, in fp32.
 
-Legend: B batch, T time, P input projections, R recurrent weights, S states, D channels.
+The state a cell emits (its last) and those it keeps to itself are two tensors, so that a layer that reads the emitted one alone neither
+copies it nor brings a gradient of zeros for the others.
+
+Legend: B batch, T time, P input projections, R recurrent weights, S states, D channels, M marks.
 """
 
 import functools
@@ -34,58 +37,96 @@ def use_triton(cell: Cell, pre: Tensor, method: str) -> bool:
     return not reason and (method == "triton" or pre.is_cuda)
 
 
+def flat(pre: Tensor) -> Tensor:
+    """(B, T, P, E, K) as (B, T, P, D)."""
+    return pre.flatten(3) if pre.dim() == 5 else pre
+
+
+def parts(states: Tensor) -> tuple[Tensor, Tensor]:
+    """(emitted, kept) of all states (B, T, S, D), contiguous tensors of their own."""
+    return states[:, :, -1].clone(memory_format=torch.contiguous_format), states[:, :, :-1].clone(memory_format=torch.contiguous_format)
+
+
+def joined(emitted: Tensor, kept: Tensor) -> Tensor:
+    """All states (B, T, S, D)."""
+    return torch.cat([kept, emitted[:, :, None]], 2) if kept.shape[2] else emitted[:, :, None]
+
+
 @torch.library.custom_op("everywhen::parallel_rnn", mutates_args=())
-def solve(pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str) -> tuple[Tensor, Tensor]:
-    """(states (B, T, S, D) in the dtype of pre, final (B, S, D) in the dtype of the arithmetic), T >= 1."""
+def solve(
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D) and kept (B, T, S - 1, D) in the dtype of pre, final (B, S, D) in the dtype of the arithmetic, marks (B, M, S, D));
+    T >= 1. Without borders there are no marks."""
     cell = REGISTRY[key]
     if use_triton(cell, pre, method):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            return launch.forward(cell, pre, rec, h0, starts)
+            emitted, kept, final, marks = launch.forward(cell, pre, rec, h0, starts, borders=borders)
+        return emitted, kept, final, marks if borders else h0.new_empty(0, dtype=torch.float32)
     dtype = reference.compute_dtype(pre)
-    launch._report.clear()
     with torch.autocast(pre.device.type, enabled=False):
-        states = reference.solve(cell, pre.to(dtype), rec.to(dtype), h0.to(dtype), starts)
-    return states.to(pre.dtype).contiguous(), states[:, -1].clone()
+        states = reference.solve(cell, flat(pre).to(dtype), rec.to(dtype), h0.to(dtype), starts)
+    marks = torch.cat([states[:, launch.MARK - 1 : -1 : launch.MARK], states[:, -1:]], 1) if borders else states.new_empty(0)
+    return *parts(states.to(pre.dtype)), states[:, -1].clone(), marks
 
 
 @solve.register_fake
-def _(pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str) -> tuple[Tensor, Tensor]:
-    B, T, _, D = pre.shape
-    S = h0.shape[1]
-    return pre.new_empty(B, T, S, D), pre.new_empty(B, S, D, dtype=reference.compute_dtype(pre))
+def _(
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, T), S, D = pre.shape[:2], h0.shape[1], h0.shape[2]
+    inner = reference.compute_dtype(pre)
+    marks = h0.new_empty((B, -(-T // launch.MARK), S, D) if borders else (0,), dtype=inner)
+    return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D), pre.new_empty(B, S, D, dtype=inner), marks
 
 
 @torch.library.custom_op("everywhen::parallel_rnn_backward", mutates_args=())
 def solve_backward(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], states: Tensor, d_states: Tensor, d_final: Tensor, key: str, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of pre, rec and h0, each in the dtype of its tensor."""
-    cell = REGISTRY[key]
-    if use_triton(cell, pre, method):
-        with torch.cuda.device_of(pre):
-            d_pre, d_rec, d_h0 = launch.backward(cell, pre, rec, h0, starts, states, d_states, d_final)
-    else:
-        dtype = reference.compute_dtype(pre)
-        x, w, h, y, dy, dh = (t.to(dtype) for t in (pre, rec, h0, states, d_states, d_final))
-        with torch.autocast(pre.device.type, enabled=False):
-            d_pre, d_rec, d_h0 = reference.linear_backward(cell, x, w, h, starts, y, dy, dh)
-    return d_pre.to(pre.dtype).contiguous(), d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone(memory_format=torch.contiguous_format)
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
+    d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre, rec and h0, each in the dtype of its tensor. emitted and kept are empty where the marks stand for them."""
+    cell, triton = REGISTRY[key], use_triton(REGISTRY[key], pre, method)
+    dtype, borders = reference.compute_dtype(pre), marks.numel() > 0
+    with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
+        if triton:
+            if borders:
+                emitted, kept = launch.restore(cell, pre, rec, h0, starts, marks)
+            d_pre, d_rec, d_h0 = launch.backward(cell, pre, rec, h0, starts, emitted, kept, d_emitted, d_kept, d_final)
+        else:
+            x, w, h, dh = flat(pre).to(dtype), rec.to(dtype), h0.to(dtype), d_final.to(dtype)
+            states = reference.solve(cell, x, w, h, starts) if borders else joined(emitted, kept).to(dtype)
+            d_kept = torch.zeros_like(states[:, :, :-1]) if d_kept is None else d_kept.to(dtype)
+            d_states = joined(d_emitted.to(dtype), d_kept)
+            d_pre, d_rec, d_h0 = reference.linear_backward(cell, x, w, h, starts, states, d_states, dh)
+    return torch.empty_like(pre).copy_(d_pre.view(pre.shape)) if not triton else d_pre, d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone()
 
 
 @solve_backward.register_fake
 def _(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], states: Tensor, d_states: Tensor, d_final: Tensor, key: str, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (pre, rec, h0))
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
+    d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(pre), rec.new_empty(rec.shape), h0.new_empty(h0.shape)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    pre, rec, h0, starts, ctx.key, ctx.method = inputs
-    ctx.save_for_backward(pre, rec, h0, starts, output[0])
+    pre, rec, h0, starts, ctx.key, ctx.method, borders = inputs
+    emitted, kept, _, marks = output
+    none = marks.new_empty(0)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pre, rec, h0, starts, *((none, none, marks) if borders else (emitted, kept, marks)))
 
 
-def _differentiate(ctx: Any, d_states: Tensor, d_final: Tensor) -> tuple[Any, ...]:
-    return (*solve_backward(*ctx.saved_tensors, d_states, d_final, ctx.key, ctx.method), None, None, None)
+def _differentiate(ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, d_marks: Tensor | None) -> tuple[Any, ...]:
+    pre, rec, h0, starts, emitted, kept, marks = ctx.saved_tensors
+    B, T = pre.shape[:2]
+    if d_emitted is None:
+        d_emitted = pre.new_zeros(B, T, h0.shape[2])
+    if d_final is None:
+        d_final = torch.zeros_like(h0)
+    gradients = solve_backward(pre, rec, h0, starts, emitted, kept, marks, d_emitted, d_kept, d_final, ctx.key, ctx.method)
+    return (*gradients, None, None, None, None)
 
 
 solve.register_autograd(_differentiate, setup_context=_save)

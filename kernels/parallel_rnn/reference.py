@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.codegen import torch_functions
+from kernels.parallel_rnn.expressions import torch_functions
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

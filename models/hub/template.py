@@ -43,23 +43,27 @@ def load_cell(name: str) -> Cell:
     return Cell(CELLS[name])
 
 
-def parallel_rnn(cell: Any, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-    """All states (B, T, S, D) and the last (B, S, D), step by step in fp32; a document start zeroes the state first."""
+def parallel_rnn(
+    cell: Any, pre_BTPEK: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor, emitted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The emitted state of every step (B, T, D) and all states of the last (B, S, D), step by step in fp32; a document start zeroes the
+    state first."""
+    pre_BTPD = pre_BTPEK.flatten(3)
     B, T, _, D = pre_BTPD.shape
     dtype = torch.float64 if pre_BTPD.dtype == torch.float64 else torch.float32
     state = tuple((torch.zeros(B, len(cell.state), D, device=pre_BTPD.device) if h0_BSD is None else h0_BSD).to(dtype).unbind(1))
-    rec, out = rec_RD.to(dtype).unbind(0), []
+    rec, out, bias = rec_RD.to(dtype).unbind(0), [], bias_PD.to(dtype)
     for t in range(T):
         if starts_BT is not None:
             state = tuple(s * (~starts_BT[:, t, None]).to(dtype) for s in state)
-        state = tuple(cell(pre_BTPD[:, t].to(dtype).unbind(1), rec, state))
-        out.append(torch.stack(state, 1))
-    return torch.stack(out, 1).to(pre_BTPD.dtype), out[-1]
+        state = tuple(cell((pre_BTPD[:, t].to(dtype) + bias).unbind(1), rec, state))
+        out.append(state[-1])
+    return torch.stack(out, 1).to(pre_BTPD.dtype), torch.stack(state, 1)
 
 
-def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor) -> Tensor:
+def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor) -> Tensor:
     """The states (B, S, D) after one token."""
-    return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None)[1].to(h_BSD.dtype)
+    return parallel_rnn(cell, pre_BPD[:, None, :, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int) -> Any:

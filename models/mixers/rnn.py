@@ -1,6 +1,7 @@
 """The published ParaRNN mixer around any cell: in-projection, convolution, cell, gated norm, out-projection (arXiv 2510.21450, fig. 9).
 
-Legend: B batch, T time, I inner width (the cell's channels), E heads of the input projection, P projections the cell wants, S its states.
+Legend: B batch, T time, I inner width (the cell's channels), E heads of the input projection with K = I / E channels, P projections the cell
+wants, S its states.
 """
 
 from __future__ import annotations
@@ -107,12 +108,11 @@ class Mixer(SequenceMixer):
         return limit * torch.tanh(self.recurrent) if self.config.recurrent_bound == "tanh" else self.recurrent
 
     def _project(self, u_BTI: Tensor) -> Tensor:
-        """The cell's inputs (B, T, P, I): each head's channels only read that head's, the bias added in the same product."""
+        """The cell's inputs without their bias, (B, T, P, E, K): each head's channels only read that head's. The product's layout is kept."""
         (B, T, _), E, P = u_BTI.shape, self.config.n_heads, len(self.cell.pre)
-        bias_E1O = self.cell_bias.unflatten(1, (E, -1)).transpose(0, 1).reshape(E, 1, -1)
         u_ENI = u_BTI.reshape(B * T, E, -1).transpose(0, 1)
-        pre_ENO = torch.baddbmm(bias_E1O.to(u_BTI.dtype), u_ENI, self.cell_weight.to(u_BTI.dtype))
-        return pre_ENO.unflatten(-1, (P, -1)).permute(1, 2, 0, 3).reshape(B, T, P, self.inner)
+        pre_ENO = torch.bmm(u_ENI, self.cell_weight.to(u_BTI.dtype))
+        return pre_ENO.view(E, B, T, P, -1).permute(1, 2, 3, 0, 4)
 
     def why_whole(self, T: int = 1 << 62) -> str:
         if reference.mixes_channels(self.cell):
@@ -130,16 +130,16 @@ class Mixer(SequenceMixer):
             u, conv_state = self.conv(u, conv_state, starts)
             u = F.silu(u)
         cell_state = state.cell_BSI if state is not None else None
-        pre_BTPI, rec_RI = self._project(u), self.recurrent_weights()
+        pre_BTPEK, rec_RI, bias_PI = self._project(u), self.recurrent_weights(), self.cell_bias
         if own:
-            states_BTSI = own.states(self.cell, pre_BTPI, rec_RI, starts)
+            pre_BTPI = pre_BTPEK.flatten(3) + bias_PI.to(pre_BTPEK.dtype)
+            h = own.states(self.cell, pre_BTPI, rec_RI, starts)[:, :, -1]
         elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             before = cell_state if starts is None else cell_state * (~starts[..., None]).to(cell_state.dtype)
-            final = parallel_rnn_step(self.cell, pre_BTPI[:, 0], rec_RI, before)
-            states_BTSI = final[:, None].to(pre_BTPI.dtype)
+            final = parallel_rnn_step(self.cell, pre_BTPEK[:, 0].flatten(2), rec_RI, before, bias_PI)
+            h = final[:, None, -1].to(pre_BTPEK.dtype)
         else:
-            states_BTSI, final = parallel_rnn(self.cell, pre_BTPI, rec_RI, cell_state, starts)
-        h = states_BTSI[:, :, -1]
+            h, final = parallel_rnn(self.cell, pre_BTPEK, rec_RI, cell_state, starts, bias_PD=bias_PI, emitted=True)
         if self.norm is not None:
             h = self.norm(h)
         if gate is not None:

@@ -1,6 +1,6 @@
 """Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled}}}.
-Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 paragru` (8: steps ahead); with `--golden` at
-the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
+Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 4 paragru` (steps of a group, forward and backward);
+with `--golden` at the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
 
@@ -20,21 +20,20 @@ from test_parallel_rnn import cells  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.parallel_rnn import launch  # noqa: E402
+from kernels.parallel_rnn import codegen, launch  # noqa: E402
 
-FP32 = {"REC", "H0", "START", "END", "PROD", "FINAL", "RESIDUAL", "CARRY", "D_REC", "D_H0", "D_FINAL"}
-BF16 = {"PRE", "STATES", "D_STATES", "D_PRE", "H", "NEW"}
-CONSTANTS = {"HAS_RESET": True, "GUESS": True, "CHECK": True, "SLICED": True, "BD": launch.BLOCK}
-WARPS = max(1, launch.BLOCK // 64)
+BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
+SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "NEWTON": True, "SLICED": True, "WITH_KEPT": False}
 GOLDEN = Path(__file__).with_name("resources.json")
+D = 2048
 
 
 def kind(name: str) -> str:
-    if name in CONSTANTS:
-        return "constexpr"
-    if name in FP32 or name in BF16:
-        return "*fp32" if name in FP32 else "*bf16"
-    return {"RESET": "*u8", "CONVERGED": "*i32", "COUNT": "*i32", "TOLERANCE": "fp32"}.get(name, "i32")
+    if name in BF16:
+        return "*bf16"
+    if name in ("TOLERANCE", "ROUND"):
+        return "fp32"
+    return "*u8" if name == "RESET" else "*fp32" if name.isupper() and name not in ("T", "SLICE") else "i32"
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -48,24 +47,27 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(re.findall(r"REG:(\d+)", text)[-1]), "spilled": int(re.findall(r"STACK:(\d+)", text)[-1])}
 
 
-def main(unroll: int, names: list[str], golden: bool) -> None:
+def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
     out: dict[str, dict[str, dict[str, int]]] = {}
     for name in names:
-        module = launch.kernels(next(c for c in cells() if c.name == name), unroll)
+        cell = next(c for c in cells() if c.name == name)
+        module = launch.kernels(cell, ahead, back, "ptx")
+        P = len(cell.pre)
+        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "BD": launch.BLOCK}
         out[name] = {}
-        for kernel in ("forward", "correct", "adjoint", "scan_adjoint", "gradient", "decode"):
+        for kernel in codegen.KERNELS:
             fn = getattr(module, kernel)
-            signature = {a: kind(a) for a in fn.arg_names}
-            constants = {a: CONSTANTS[a] for a in fn.arg_names if a in CONSTANTS}
-            source = ASTSource(fn=fn, signature=signature, constexprs=constants)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+            signature = {a: "constexpr" if a in constants else kind(a) for a in fn.arg_names}
+            aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a] not in ("constexpr", "fp32") and a != "n"}
+            source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": max(1, launch.BLOCK // 64)})
             assert ".target sm_90" in made.asm["ptx"]
             out[name][kernel] = resources(made.asm["cubin"])
     print(json.dumps(out))
     if golden:
-        lines = {"triton": triton.__version__, "steps_ahead": unroll, "cells": out}
+        lines = {"triton": triton.__version__, "ahead": ahead, "back": back, "cells": out}
         GOLDEN.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), [word for word in sys.argv[2:] if word != "--golden"], "--golden" in sys.argv)
+    main(int(sys.argv[1]), int(sys.argv[2]), [word for word in sys.argv[3:] if word != "--golden"], "--golden" in sys.argv)

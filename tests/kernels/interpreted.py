@@ -13,7 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 from test_parallel_rnn import cells, problem  # noqa: E402
 
-from kernels.parallel_rnn import launch, reference  # noqa: E402
+from kernels.parallel_rnn import launch, op, reference  # noqa: E402
+from kernels.parallel_rnn.cell import Cell, biased  # noqa: E402
 from kernels.parallel_rnn.trace import trace  # noqa: E402
 
 
@@ -23,15 +24,15 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check(name: str) -> None:
     cell = next(c for c in cells() if c.name == name)
-    for T, slices, weight, resets, dtype, burn, corrections in (
-        (1, 1, 0.5, 0.0, torch.float32, 64, 2),
-        (13, 3, 0.5, 0.15, torch.float32, 2, 2),
-        (9, 4, 8.0, 0.0, torch.float32, 0, 0),  # not converged: must be walked in order
-        (9, 4, 0.5, 0.0, torch.float32, 0, 3),
-        (6, 2, 0.5, 0.0, torch.float16, 0, 2),
+    for T, D, slices, weight, resets, dtype, corrections in (
+        (1, 5, 1, 0.5, 0.0, torch.float32, 2),
+        (13, 5, 3, 0.5, 0.15, torch.float32, 2),
+        (32, 16, 4, 0.5, 0.1, torch.float32, 2),  # whole groups and tiles: no masks
+        (18, 17, 4, 8.0, 0.0, torch.float32, -1),  # not converged: must be walked in order
+        (18, 5, 4, 0.5, 0.0, torch.float32, 3),
+        (10, 5, 2, 0.5, 0.0, torch.float16, 2),
     ):
-        launch.BURN_IN, launch.CORRECTIONS = burn, corrections
-        D = 17 if weight > 1 else 5
+        launch.CORRECTIONS = corrections
         pre, rec, h0, starts = problem(cell, 1 if weight > 1 else 2, T, D, weight, resets=resets)
         pre = pre.to(dtype).double()
         leaves = [x.float().double().requires_grad_() for x in (pre, rec, h0)]
@@ -39,8 +40,11 @@ def check(name: str) -> None:
         d_states, d_final = torch.randn_like(states), torch.randn_like(final)
         wanted = torch.autograd.grad((states * d_states).sum() + (final * d_final).sum(), leaves, allow_unused=True)
         inputs = [leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2), *(x.detach().float() for x in leaves[1:]), starts]
-        got, end = launch.forward(cell, *inputs, slices=slices)
-        gradients = launch.backward(cell, *inputs, got, d_states.to(dtype), d_final.float(), slices=slices)
+        launch.last_report()
+        emitted, kept, end, marks = launch.forward(cell, *inputs, slices=slices, borders=True)
+        report, got = launch.last_report(), op.joined(emitted, kept)
+        d_emitted, d_kept = op.parts(d_states.to(dtype))
+        gradients = launch.backward(cell, *inputs, emitted, kept, d_emitted, d_kept, d_final.float(), slices=slices)
         low = dtype != torch.float32
         case = f"{name} T={T} slices={slices} weight={weight} {dtype}"
         assert got.dtype == dtype and gap(got, states) < (1e-3 if low else 1e-5), f"{case}: states {gap(got, states):.1e}"
@@ -48,14 +52,38 @@ def check(name: str) -> None:
         for label, a, b in zip(("pre", "rec", "h0"), gradients, wanted):
             if b is not None:
                 assert gap(a, b) < (1e-2 if low else 1e-4), f"{case}: d {label} {gap(a, b):.1e}"
-        report = launch.last_report()
-        if corrections == 0 and not trace(cell).linear:
+        again = op.joined(*launch.restore(cell, *inputs, marks))
+        assert gap(again, got.double()) < 1e-5, f"{case}: states from marks {gap(again, got.double()):.1e}"
+        total = launch.transfer(cell, *inputs, emitted, kept)
+        J = reference.jacobian(cell, inputs[0].double(), leaves[1], reference.previous(got.double(), leaves[2], starts)).detach()
+        J = J if starts is None else J * (~starts[:, :, None, None, None]).double()
+        assert gap(total, reference.product(J[:, None])[:, 0]) < 1e-4, f"{case}: product of Jacobians"
+        if corrections < 0 and not trace(cell).linear:
             assert report["sequential"] > 0, report
         if corrections == 3:
             assert report["sequential"] == 0 and report["residual"] < 1e-6, report
         print(case, report)
     one = launch.step(cell, inputs[0][:, 0], inputs[1], inputs[2])
     assert gap(one, states[:, 0]) < 1e-3
+    heads(cell)
+
+
+def heads(cell: Cell) -> None:
+    """Inputs in the layout of a block-diagonal projection, with a bias inside, one gradient for the emitted states alone."""
+    cell = biased(cell)
+    P, (B, T, E, K) = len(cell.pre), (1, 8, 3, 16)
+    g = torch.Generator().manual_seed(3)
+    pre = torch.randn(E, B, T, P, K, generator=g).permute(1, 2, 3, 0, 4)
+    rec, h0 = (torch.rand(n, E * K, generator=g) - 0.5 for n in (len(cell.rec), len(cell.state)))
+    leaves = [x.double().requires_grad_() for x in (pre.flatten(3), rec, h0[None])]
+    states, _ = reference.sequential(cell, *leaves, None)
+    d = torch.randn(B, T, E * K, generator=g)
+    wanted = torch.autograd.grad((states[:, :, -1] * d).sum(), leaves)
+    emitted, kept, final, _ = launch.forward(cell, pre, rec, h0[None], None, slices=2)
+    gradients = launch.backward(cell, pre, rec, h0[None], None, emitted, kept, d, None, torch.zeros_like(final), slices=2)
+    assert gap(emitted, states[:, :, -1]) < 1e-5 and gradients[0].stride() == pre.stride()
+    for a, b in zip((gradients[0].flatten(3), *gradients[1:]), wanted):
+        assert gap(a, b) < 1e-4
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_opcheck(name: str) -> None:
     leaves = [x.requires_grad_() for x in (pre, rec, h0)]
     torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, starts, cell.key, "auto"))
     leaves = [x.detach().float().requires_grad_() for x in leaves]
-    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, None, cell.key, "parallel"))
+    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, None, cell.key, "parallel", False))
 
 
 def test_compile_checkpoint_and_autocast() -> None:

@@ -1,0 +1,182 @@
+"""Emits the forward kernels of a cell: walk, mend, finish, decode (what they are for: kernels/parallel_rnn/codegen.py)."""
+
+from __future__ import annotations
+
+from kernels.parallel_rnn.trace import Traced
+from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
+
+
+def _steps(w: Writer, indent: int, product: str | None) -> None:
+    """One group of steps from h (and products J, where `product`, a condition, holds), states stored."""
+    hs = w.each("h{i}", w.S)
+    for u in range(w.U):
+        w.put(indent, f"go = t + {u} < last", "if HAS_RESET:", *(f"    h{i} = tl.where(r{u} != 0, 0.0, h{i})" for i in w.S))
+        plain = [f"{w.each('y{i}', w.S)} = {w.call('step', u, hs)}"]
+        if product:
+            w.put(indent, f"if {product}:")
+            w.put(indent + 1, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"J{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, J{{i}}{{j}})")))
+            w.put(indent + 1, f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))} = {w.call('step_and_jacobian', u, hs)}")
+            w.put(indent + 1, *(f"k{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
+            w.put(indent + 1, *w.matrix("J{i}{j} = _keep(go, k{i}{j}, J{i}{j}, EVEN)"))
+            if product != "True":
+                w.put(indent, "else:", *(f"    {line}" for line in plain))
+        else:
+            w.put(indent, *plain)
+        w.put(indent, *(f"h{i} = _keep(go, y{i}, h{i}, EVEN)" for i in w.S))
+        w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live('go')}, EVEN)" for i in w.S))
+
+
+def _enter(w: Writer, t: str, pipelined: bool = False) -> None:
+    """Pointers at step t and, unless a pipelined loop does them, the first group's loads."""
+    w.put(1, f"p = PRE + b * sb + {t}.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", f"q = RESET + b * T + {t}")
+    w.state_pointers(1, t)
+    w.put(1, f"mark = MARKS + (b * ((T + MARK - 1) // MARK) + {t} // MARK) * {len(w.S)} * D + d")
+    if not pipelined:
+        w.load_inputs(1, "", t)
+    w.load_resets(1, "", t)
+
+
+def _ahead(w: Writer, indent: int) -> None:
+    w.put(indent, f"ahead = tl.where(t + {w.U} < last, {w.U}, 0)  # the last group is loaded twice", "p += ahead * ST")
+    w.load_inputs(indent, "n", f"t + {w.U}")
+    w.ahead_resets(indent)
+
+
+def _marks(w: Writer, indent: int) -> None:
+    w.put(indent, f"if ((t + {w.U}) % MARK == 0) | (t + {w.U} >= last):")
+    w.put(indent + 1, *(f"tl.store(mark + {i} * D, h{i}, mask=inside)" for i in w.S), f"mark += {len(w.S)} * D")
+
+
+def walk(traced: Traced, unroll: int) -> str:
+    w, n_state = Writer(traced, unroll), len(traced.cell.state)
+    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
+    w.weights()
+    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d")
+    w.put(1, "if GIVEN:", *(f"    h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S))
+    known = live("s == 0")
+    w.put(1, "else:  # slices start from zero, the first one from h0", *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S))
+    w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
+    w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
+    _enter(w, "first", pipelined=True)
+    w.put(1, f"for t in tl.range(first, last, {unroll}, num_stages={STAGES}):")
+    w.load_inputs(2, "", "t")
+    w.put(2, "p += %d * ST" % unroll)
+    w.ahead_resets(2)
+    _steps(w, 2, "PRODUCT")
+    w.move(2, str(unroll))
+    w.put(2, "if WITH_MARKS:")
+    _marks(w, 3)
+    w.next_resets(2)
+    w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
+    w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
+    return w.text()
+
+
+def _store_products(w: Writer, to: str = "PRODUCTS", form: str = "J{i}{j}") -> list[str]:
+    n = len(w.S)
+    return [f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store({to} + oo + ({{i}} * {n} + {{j}}) * D, {form}, mask=inside)")]
+
+
+def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None:
+    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change. With `worst` also the largest
+    change so far, and the first slice whose start changes by more than the tolerance. Several slices are loaded at once."""
+    n = len(w.S)
+    group = range(max(1, 24 // (n * (n + 2))))
+    w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n} * D + d")
+    w.put(indent, *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S), *(f"c{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(indent, f"for k in range(0, {count}, {len(group)}):")
+    deep = indent + 1
+    for u in group:
+        here = live(f"k + {u} < {count}")
+        w.put(deep, *(f"e{i}_{u} = {w.vector('ENDS', 'o', u * n + i, here)}" for i in w.S))
+        w.put(deep, *(f"a{i}_{u} = {w.vector('STARTS', 'o', (u + 1) * n + i, here)}" for i in w.S))
+        w.put(deep, f"if {newton}:")
+        entry = f"tl.load(PRODUCTS + oo + ({u} * {n * n} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"
+        w.put(deep + 1, *w.matrix(f"j{{i}}{{j}}_{u} = {entry}"))
+    for u in group:
+        w.put(deep, *(f"k{i} = e{i}_{u}" for i in w.S))
+        w.put(deep, f"if {newton}:" + ("  # a slice whose start is unchanged has its exact end, whatever the Jacobian" if u == 0 else ""))
+        w.put(deep + 1, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
+        w.put(deep + 1, "fine = " + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S), *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
+        w.put(deep, f"more = k + {u} < {count}")
+        w.put(deep, *(f"h{i} = tl.where(more, k{i}, h{i})" for i in w.S), *(f"c{i} = tl.where(more, k{i} - a{i}_{u}, c{i})" for i in w.S))
+        if worst:
+            w.put(deep, f"gap = _far(a0_{u}, k0)", *(f"gap = tl.maximum(gap, _far(a{i}_{u}, k{i}))" for i in w.S[1:]))
+            w.put(deep, f"gap = tl.max(tl.where({live('more')}, gap, 0.0), 0)", "worst = tl.maximum(worst, gap)")
+            w.put(deep, f"bad = tl.where((gap > TOLERANCE) & (bad == n), k + {u + 1}, bad)")
+    w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * n * n} * D")
+
+
+def mend(traced: Traced, unroll: int) -> str:
+    w, n = Writer(traced, unroll), len(traced.cell.state)
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
+    w.begin("mend", f"{own}, NEWTON: tl.constexpr,\n        {SIZES}")
+    w.put(1, "if NEWTON:")
+    _chain(w, 2, "s", "True", worst=False)
+    w.put(1, "else:", f"    o = (b * n + tl.maximum(s - 1, 0)) * {n} * D + d")
+    w.put(2, *(f"a{i} = {w.vector('STARTS', f'o + tl.where(s > 0, {n} * D, 0)', i)}" for i in w.S))
+    w.put(2, *(f"h{i} = tl.where(s > 0, {w.vector('ENDS', 'o', i)}, a{i})" for i in w.S), *(f"c{i} = h{i} - a{i}" for i in w.S))
+    w.put(1, "gap = _far(h0 - c0, h0)", *(f"gap = tl.maximum(gap, _far(h{i} - c{i}, h{i}))" for i in w.S[1:]))
+    w.put(1, f"o = (b * n + s) * {n} * D + d")
+    w.put(1, "if tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE:  # this slice started where the one before it ends")
+    w.put(2, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i} - c{i}, mask=inside)" for i in w.S))
+    w.put(2, *(f"tl.store(NEW_ENDS + o + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S))
+    w.put(2, f"oo = (b * n + s) * {n * n} * D + d")
+    old = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask={live('NEWTON')}, other=0.0)"
+    w.put(2, *w.matrix(f"tl.store(NEW_PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, {old}, mask=inside)"), "return")
+    w.put(1, "tl.atomic_max(STATS + 1, ROUND)")
+    w.weights()
+    w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
+    w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
+    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
+    _enter(w, "first")
+    w.put(1, "t = first", "met = 0 * first", "while (t < last) & (met == 0):")
+    _ahead(w, 2)
+    _steps(w, 2, "True")
+    w.move(2, str(unroll))
+    w.put(2, f"if ((t + {unroll}) % MARK == 0) & (t + {unroll} < last):  # where the old and the new walk have met, the rest of the old one is right")
+    w.put(3, f"gap = _far({w.vector('mark', '0', 0)}, h0)", *(f"gap = tl.maximum(gap, _far({w.vector('mark', '0', i)}, h{i}))" for i in w.S[1:]))
+    w.put(3, "met = (tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE).to(tl.int32)")
+    _marks(w, 2)
+    w.next_group(2)
+    w.put(2, f"t += {unroll}")
+    w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
+    w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
+    w.put(1, *_store_products(w, "NEW_PRODUCTS", "tl.where(met != 0, 0.0, J{i}{j})"))
+    return w.text()
+
+
+def finish(traced: Traced, unroll: int) -> str:
+    w, n = Writer(traced, unroll), len(traced.cell.state)
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE, NEWTON: tl.constexpr"
+    w.begin("finish", f"{own},\n        {SIZES}", sliced=False)
+    w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
+    _chain(w, 1, "n - 1", "NEWTON", worst=True)
+    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)")
+    w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"final = FINAL + b * {n} * D + d")
+    w.put(1, "if bad == n:", *(f"    tl.store(final + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S), "    return")
+    w.put(1, "tl.atomic_add(STATS + 3, 1.0)")
+    w.weights()
+    w.put(1, f"o = (b * n + bad - 1) * {n} * D + d", *(f"h{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
+    w.put(1, "first = bad * SLICE", "last = T")
+    _enter(w, "first")
+    w.put(1, f"for t in range(first, last, {unroll}):")
+    _ahead(w, 2)
+    _steps(w, 2, None)
+    w.move(2, str(unroll))
+    _marks(w, 2)
+    w.next_group(2)
+    w.put(1, *(f"tl.store(final + {i} * D, h{i}, mask=inside)" for i in w.S))
+    return w.text()
+
+
+def decode(traced: Traced) -> str:
+    w = Writer(traced, 1)
+    w.begin("decode", "PRE, REC, H, NEW, sb, sp, D: tl.constexpr, BD: tl.constexpr", sliced=False)
+    w.put(1, f"o = b * {len(w.S)} * D + d")
+    w.weights()
+    w.put(1, *(f"x{k}_0 = tl.load(PRE + b * sb + {k} * sp + d, mask=inside, other=0.0)" for k in w.P))
+    w.put(1, *(f"h{i} = tl.load(H + o + {i} * D, mask=inside, other=0.0).to(tl.float32)" for i in w.S))
+    w.put(1, f"{w.each('y{i}', w.S)} = {w.call('step', 0, w.each('h{i}', w.S))}")
+    w.put(1, *(f"tl.store(NEW + o + {i} * D, y{i}, mask=inside)" for i in w.S))
+    return w.text()

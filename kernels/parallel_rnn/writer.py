@@ -1,0 +1,194 @@
+"""What the emitters of the kernels share: names, address arithmetic, loads of groups of steps.
+
+Names in the generated source: x{k}_{u} input projection k of step u of the group, w{r} weights, h{i} states, a{i} the states before a step,
+e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians.
+
+Loads run ahead of the arithmetic, or each step would wait for memory. `walk` and `gradient`, which move nearly all bytes, do it by asynchronous
+copies to shared memory, STAGES groups of steps deep (Triton's pipelined loops). The others, whose loops end early, load one group ahead into
+registers (names that begin with n), which the compiler moves down again to some extent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernels.parallel_rnn.trace import Traced
+
+HELPERS = '''
+@triton.jit
+def _sigmoid(x):
+    return _reciprocal(1.0 + _exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 * _reciprocal(1.0 + _exp2(-2.8853900817779268 * x)) - 1.0
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + _exp2(-1.4426950408889634 * tl.abs(x)))
+
+
+@triton.jit
+def _get(p, live, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(p)
+    else:
+        return tl.load(p, mask=live, other=0.0)
+
+
+@triton.jit
+def _put(p, x, live, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(p, x)
+    else:
+        tl.store(p, x, mask=live)
+
+
+@triton.jit
+def _keep(go, new, old, EVEN: tl.constexpr):  # steps after the end leave a value as it is
+    if EVEN:
+        return new
+    else:
+        return tl.where(go, new, old)
+
+
+@triton.jit
+def _far(x, y):  # relative distance; not finite counts as far
+    gap = tl.abs(x - y) / (1.0 + tl.abs(y))
+    return tl.where(gap <= 3.0e38, gap, 3.0e38)
+
+
+@triton.jit
+def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
+    return tl.where(x == 0.0, 0.0, J * x)
+
+
+@triton.jit
+def _columns(tile, se, D: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr):  # offsets of a tile's channels, which lie in heads of HEAD
+    if HEAD == D:
+        return tile * BD + tl.arange(0, BD)
+    elif HEAD % BD == 0:
+        return (tile * BD // HEAD).to(tl.int64) * se + (tile * BD % HEAD + tl.arange(0, BD))
+    else:
+        d = tile * BD + tl.arange(0, BD)
+        return (d // HEAD).to(tl.int64) * se + d % HEAD
+'''
+STAGES = 4  # groups of steps in flight in the loops that copy to shared memory
+MATHS = {
+    "ptx": '''
+@triton.jit
+def _exp2(x):
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+''',
+    "portable": '''
+@triton.jit
+def _exp2(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def _reciprocal(x):
+    return 1.0 / x
+
+''',
+}
+SIZES = "T, SLICE, sb, se, D: tl.constexpr, HEAD: tl.constexpr, ST: tl.constexpr, SP: tl.constexpr, MARK: tl.constexpr,\n"
+SIZES += "        HAS_RESET: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr"
+
+
+def live(condition: str) -> str:
+    """The mask of a tile's channels under a scalar condition (written so that Triton's interpreter takes it too)."""
+    return f"d < tl.where({condition}, D, 0)"
+
+
+class Writer:
+    """Lines of one kernel with indentation, over the names a cell's kernels share."""
+
+    def __init__(self, traced: Traced, unroll: int) -> None:
+        cell = traced.cell
+        self.traced, self.U = traced, unroll
+        self.P, self.R, self.S = range(len(cell.pre)), range(len(cell.rec)), range(len(cell.state))
+        self.n_kept = len(cell.state) - 1  # states besides the emitted one
+        self.lines: list[str] = []
+
+    def put(self, indent: int, *lines: str) -> None:
+        self.lines += ["    " * indent + line for line in lines if line]
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    def each(self, form: str, over: Sequence[int], **extra: int) -> str:
+        return ", ".join(form.format(i=i, **extra) for i in over)
+
+    def call(self, function: str, u: int, *states: str) -> str:
+        arguments = [self.each("x{i}_{u}.to(tl.float32)", self.P, u=u), self.each("w{i}", self.R), *states]
+        return f"{function}({', '.join(a for a in arguments if a)})"
+
+    def matrix(self, form: str) -> list[str]:
+        return [form.format(i=i, j=j) for i in self.S for j in self.S]
+
+    def product(self, left: str, right: str, i: int, j: int) -> str:
+        """Entry (i, j) of a product of S x S matrices; forms over i, m and m, j."""
+        return " + ".join(left.format(i=i, m=m) + " * " + right.format(m=m, j=j) for m in self.S)
+
+    def begin(self, name: str, arguments: str, sliced: bool = True) -> None:
+        """The kernel's head: its tile of channels, its slice s of n, its batch row b, and the recurrent weights."""
+        self.put(0, "@triton.jit", f"def {name}({arguments}):")
+        self.put(1, "BLOCKS: tl.constexpr = (D + BD - 1) // BD", "tile = tl.program_id(0) % BLOCKS", "b = (tl.program_id(0) // BLOCKS).to(tl.int64)")
+        self.put(1, "d = tile * BD + tl.arange(0, BD)", "inside = d < D")
+        if sliced:
+            self.put(1, "s = tl.program_id(1)", "n = tl.num_programs(1)")
+
+    def weights(self) -> None:
+        for r in self.R:
+            self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
+
+    def vector(self, name: str, where: str, i: int, live: str = "inside") -> str:
+        """Load of entry i of a small fp32 array (..., S, D) at offset `where`."""
+        return f"tl.load({name} + {where} + {i} * D, mask={live}, other=0.0)"
+
+    def state_pointers(self, indent: int, t: str, emitted: str = "EMITTED", kept: str = "KEPT", prefix: str = "") -> None:
+        """Pointers to the states after step t: the last state lies in EMITTED (B, T, D), the others in KEPT (B, T, S - 1, D)."""
+        self.put(indent, f"{prefix}emit = {emitted} + (b * T + {t}) * D + d")
+        if self.n_kept:
+            self.put(indent, f"{prefix}kept = {kept} + (b * T + {t}) * {self.n_kept} * D + d")
+
+    def state(self, i: int, u: int, prefix: str = "") -> str:
+        """Address of state i, u steps after the pointers."""
+        return f"{prefix}emit + {u} * D" if i == self.n_kept else f"{prefix}kept + {u * self.n_kept + i} * D"
+
+    def move(self, indent: int, by: str, prefix: str = "") -> None:
+        self.put(indent, f"{prefix}emit += {by} * D")
+        if self.n_kept:
+            self.put(indent, f"{prefix}kept += {by} * {self.n_kept} * D")
+
+    def load_inputs(self, indent: int, prefix: str, t: str) -> None:
+        """Inputs of the group at t, where p points."""
+        for u in range(self.U):
+            for k in self.P:
+                self.put(indent, f"{prefix}x{k}_{u} = _get(p + ({u} * ST + {k} * SP), {live(f'{t} + {u} < last')}, EVEN)")
+
+    def load_resets(self, indent: int, prefix: str, t: str) -> None:
+        """Resets of the group at t, where q points."""
+        self.put(indent, "if HAS_RESET:")
+        self.put(indent + 1, *(f"{prefix}r{u} = tl.load(q + {u}, mask={t} + {u} < last, other=0)" for u in range(self.U)))
+
+    def ahead_resets(self, indent: int) -> None:
+        self.put(indent, f"q += {self.U}")
+        self.load_resets(indent, "n", f"t + {self.U}")
+
+    def next_resets(self, indent: int) -> None:
+        self.put(indent, "if HAS_RESET:", *(f"    r{u} = nr{u}" for u in range(self.U)))
+
+    def next_group(self, indent: int) -> None:
+        """The group loaded ahead becomes the present one."""
+        self.put(indent, *(f"x{k}_{u} = nx{k}_{u}" for u in range(self.U) for k in self.P))
+        self.next_resets(indent)
