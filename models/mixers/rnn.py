@@ -121,14 +121,14 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
-        u, gate = projected.chunk(2, -1) if self.config.gate else (projected, None)
         own = self.slice if state is None else None
         starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
         if self.conv is not None:
-            conv_state = own.halo(u, self.conv.width, segment_ids) if own else conv_state
-            u, conv_state = self.conv(u, conv_state, starts)
-            u = F.silu(u)
+            conv_state = own.halo(projected[..., : self.inner], self.conv.width, segment_ids) if own else conv_state
+            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts)
+        else:
+            u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], -1)
         cell_state = state.cell_BSI if state is not None else None
         pre_BTPI, rec_RI = self._project(u), self.recurrent_weights()
         if own:
@@ -139,11 +139,11 @@ class Mixer(SequenceMixer):
             states_BTSI = final[:, None].to(pre_BTPI.dtype)
         else:
             states_BTSI, final = parallel_rnn(self.cell, pre_BTPI, rec_RI, cell_state, starts)
-        h = states_BTSI[:, :, -1]
         if self.norm is not None:
-            h = self.norm(h)
-        if gate is not None:
-            h = h * F.silu(gate)
+            columns = (self.inner, projected.shape[-1]) if self.conv is not None else (0, 0)
+            h = self.norm.last_state(states_BTSI, gate if self.config.gate else None, columns=columns)
+        else:
+            h = states_BTSI[:, :, -1] * F.silu(gate) if self.config.gate else states_BTSI[:, :, -1]
         y = self.out_proj(h)
         if state is None:
             return y, None
