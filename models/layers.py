@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
         self.weight = tag(nn.Parameter(torch.ones(dim)), "no_decay")
         self.eps, self.groups = eps, groups
 
-    def forward(self, x: Tensor, gate: Tensor | None = None, *, dtype: torch.dtype | None = None, columns: tuple[int, int] = (0, 0)) -> Tensor:
+    def forward(
+        self, x: Tensor, gate: Tensor | None = None, *, dtype: torch.dtype | None = None, columns: tuple[int, int] = (0, 0)
+    ) -> Tensor:
         """Normalises x, or x * silu(gate) as Mamba-2 does; in `dtype`, by default that in which matrix products take x.
 
         columns (first, of): the gate is columns of the projection that a `CausalConv` splits.

@@ -30,7 +30,11 @@ from models import mixers
 from training.files import write_json
 
 SHAPES = [(16, 2048, 2048), (1, 32768, 2048)]
-MIXERS: dict[str, dict[str, Any]] = {"paragru": {"type": "rnn"}, "paralstm": {"type": "rnn", "cell": "paralstm"}, "mamba2": {"type": "mamba2"}}
+MIXERS: dict[str, dict[str, Any]] = {
+    "paragru": {"type": "rnn"},
+    "paralstm": {"type": "rnn", "cell": "paralstm"},
+    "mamba2": {"type": "mamba2"},
+}
 
 
 def inputs(B: int, T: int, D: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -53,15 +57,15 @@ def gaps(found: list[Tensor], wanted: list[Tensor], names: list[str], largest: b
 
 def accuracy(dtype: torch.dtype) -> dict[str, Any]:
     """Errors against torch's own gradients in float64, at (2, 700, 96); for the output, those of the rounded oracle beside them."""
-    from kernels.gated_norm import triton as norm_triton
-    from kernels.short_conv import triton as conv_triton
+    from kernels.gated_norm import launch as norm_launch
+    from kernels.short_conv import launch as conv_launch
 
     p = inputs(2, 700, 96, dtype)
     fine = {k: v.double().requires_grad_() for k, v in p.items() if k not in ("starts", "dy")}
     conv = [p["x"], p["history"], p["weight"], p["bias"], p["starts"], True]
     oracle = conv_reference.short_conv(*(fine[k] for k in ("x", "history", "weight", "bias")), p["starts"], True)
     wanted = torch.autograd.grad(oracle, [fine[k] for k in ("x", "history", "weight", "bias")], p["dy"].double())
-    got = [conv_triton.convolve(*conv), *conv_triton.convolve_backward(p["dy"], *conv)]
+    got = [conv_launch.convolve(*conv), *conv_launch.convolve_backward(p["dy"], *conv)]
     out = {"conv": gaps(got, [oracle.detach(), *wanted], ["y", "dx", "dhistory", "dweight", "dbias"], True)}
     out["conv"]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).abs().max())
     for name, gate, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
@@ -69,7 +73,7 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
         oracle = norm_reference.gated_norm(*leaves, 1e-5, 1, first)
         wanted = torch.autograd.grad(oracle, [leaf for leaf in leaves if leaf is not None], p["dy"].double())
         given = (p["h"], p["gate"] if gate else None, p["norm"], 1e-5, 1, first)
-        got = [norm_triton.norm(*given, dtype), *(g for g in norm_triton.norm_backward(p["dy"], *given) if g is not None)]
+        got = [norm_launch.norm(*given, dtype), *(g for g in norm_launch.norm_backward(p["dy"], *given) if g is not None)]
         out[name] = gaps(got, [oracle.detach(), *wanted], ["y", "dh", *(["dgate"] if gate else []), "dweight"], True)
         out[name]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).abs().max())
     return out
@@ -77,8 +81,8 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
 
 def kernel_rows(B: int, T: int, D: int, copy: float) -> dict[str, Any]:
     """bf16; reads and writes of (B, T, D) each pass needs: 2 and 3 (convolution), 3 and 5 (gated norm), 2 and 3 (norm)."""
-    from kernels.gated_norm import triton as norm_triton
-    from kernels.short_conv import triton as conv_triton
+    from kernels.gated_norm import launch as norm_launch
+    from kernels.short_conv import launch as conv_launch
 
     p = inputs(B, T, D, torch.bfloat16)
     conv = (p["x"], None, p["weight"], p["bias"], None, True)
@@ -86,16 +90,16 @@ def kernel_rows(B: int, T: int, D: int, copy: float) -> dict[str, Any]:
     gated, first = (p["h"], p["gate"], p["norm"], 1e-5, 1, True), (p["h"], p["gate"], p["norm"], 1e-5, 1, False)
     plain = (p["h"], None, p["norm"], 1e-5, 1, False)
     passes: dict[str, tuple[int, Callable[[], Any]]] = {
-        "conv forward": (2, lambda: conv_triton.convolve(*conv)),
-        "conv backward": (3, lambda: conv_triton.convolve_backward(p["dy"], *conv)),
-        "conv forward, documents": (2, lambda: conv_triton.convolve(*packed)),
-        "conv backward, documents": (3, lambda: conv_triton.convolve_backward(p["dy"], *packed)),
-        "norm, gate forward": (3, lambda: norm_triton.norm(*gated, torch.bfloat16)),
-        "norm, gate backward": (5, lambda: norm_triton.norm_backward(p["dy"], *gated)),
-        "gate, norm forward": (3, lambda: norm_triton.norm(*first, torch.bfloat16)),
-        "gate, norm backward": (5, lambda: norm_triton.norm_backward(p["dy"], *first)),
-        "norm forward": (2, lambda: norm_triton.norm(*plain, torch.bfloat16)),
-        "norm backward": (3, lambda: norm_triton.norm_backward(p["dy"], *plain)),
+        "conv forward": (2, lambda: conv_launch.convolve(*conv)),
+        "conv backward": (3, lambda: conv_launch.convolve_backward(p["dy"], *conv)),
+        "conv forward, documents": (2, lambda: conv_launch.convolve(*packed)),
+        "conv backward, documents": (3, lambda: conv_launch.convolve_backward(p["dy"], *packed)),
+        "norm, gate forward": (3, lambda: norm_launch.norm(*gated, torch.bfloat16)),
+        "norm, gate backward": (5, lambda: norm_launch.norm_backward(p["dy"], *gated)),
+        "gate, norm forward": (3, lambda: norm_launch.norm(*first, torch.bfloat16)),
+        "gate, norm backward": (5, lambda: norm_launch.norm_backward(p["dy"], *first)),
+        "norm forward": (2, lambda: norm_launch.norm(*plain, torch.bfloat16)),
+        "norm backward": (3, lambda: norm_launch.norm_backward(p["dy"], *plain)),
         "torch rms_norm forward": (2, lambda: torch.nn.functional.rms_norm(p["h"], (D,), p["norm"].bfloat16(), 1e-5)),
     }
     rows: dict[str, Any] = {}
@@ -169,8 +173,8 @@ def profile(name: str, B: int, T: int, D: int) -> list[dict[str, Any]]:
 
 def sweep(B: int, T: int, D: int, copy: float) -> list[dict[str, Any]]:
     """Launch sizes away from the defaults."""
-    from kernels.gated_norm import triton as norm_triton
-    from kernels.short_conv import triton as conv_triton
+    from kernels.gated_norm import launch as norm_launch
+    from kernels.short_conv import launch as conv_launch
 
     p = inputs(B, T, D, torch.bfloat16)
     conv, gated = (p["x"], None, p["weight"], p["bias"], None, True), (p["h"], p["gate"], p["norm"], 1e-5, 1, True)
@@ -187,12 +191,12 @@ def sweep(B: int, T: int, D: int, copy: float) -> list[dict[str, Any]]:
         for name, value in before.items():
             setattr(module, name, value)
 
-    tried(conv_triton, 2, lambda: conv_triton.convolve(*conv), BLOCK=(128, 256), UNROLL=(4, 8), SLICE=(32, 64, 128))
+    tried(conv_launch, 2, lambda: conv_launch.convolve(*conv), BLOCK=(128, 256), UNROLL=(4, 8), SLICE=(32, 64, 128))
     back = {"BLOCK_BACK": (64, 128), "UNROLL_BACK": (2, 4, 8), "SLICE_BACK": (64, 128, 256)}
-    tried(conv_triton, 3, lambda: conv_triton.convolve_backward(p["dy"], *conv), **back)
-    tried(norm_triton, 3, lambda: norm_triton.norm(*gated, torch.bfloat16), PER_WARP=(256, 512, 1024))
+    tried(conv_launch, 3, lambda: conv_launch.convolve_backward(p["dy"], *conv), **back)
+    tried(norm_launch, 3, lambda: norm_launch.norm(*gated, torch.bfloat16), PER_WARP=(256, 512, 1024))
     back = {"PER_WARP_BACK": (128, 256, 512), "PROGRAMS_BACK": (512, 1024, 2048)}
-    tried(norm_triton, 5, lambda: norm_triton.norm_backward(p["dy"], *gated), **back)
+    tried(norm_launch, 5, lambda: norm_launch.norm_backward(p["dy"], *gated), **back)
     return rows
 
 

@@ -31,7 +31,13 @@ def gated_norm(
 
 
 def last_state_norm(
-    states_BTSD: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None, *, columns: tuple[int, int] = (0, 0)
+    states_BTSD: Tensor,
+    gate: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    columns: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """`gated_norm(states[:, :, -1], gate, ..., norm_first=True)`, whose gradient is made in the shape of the states."""
     if op.use_triton(states_BTSD, 1):

@@ -36,10 +36,10 @@ def norm(
     inside a tensor of so many columns, from `first_column` on."""
     x = h[:, :, -1] if last_state else h
     if use_triton(h, groups) and x.numel():
-        from kernels.gated_norm import triton
+        from kernels.gated_norm import launch
 
         with torch.cuda.device_of(h):  # Triton launches on the current device
-            return triton.norm(x, gate, weight, eps, groups, norm_first, dtype)
+            return launch.norm(x, gate, weight, eps, groups, norm_first, dtype)
     return reference.gated_norm(x, gate, weight, eps, groups, norm_first, dtype).contiguous()
 
 
@@ -76,13 +76,21 @@ def norm_backward(
 
 
 def _launch(
-    dy: Tensor, h: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, norm_first: bool, last_state: bool, out: Tensor | None
+    dy: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    groups: int,
+    norm_first: bool,
+    last_state: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels.gated_norm import triton
+    from kernels.gated_norm import launch
 
     x, states = (h[:, :, -1], h.shape[2]) if last_state else (h, 1)
     with torch.cuda.device_of(h):
-        dh, d_gate, d_weight = triton.norm_backward(dy, x, gate, weight, eps, groups, norm_first, states, out)
+        dh, d_gate, d_weight = launch.norm_backward(dy, x, gate, weight, eps, groups, norm_first, states, out)
     return dh.view(h.shape), h.new_empty(0) if d_gate is None else d_gate, d_weight
 
 
@@ -101,11 +109,12 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     h, gate, weight = ctx.saved_tensors
     settings = (ctx.eps, ctx.groups, ctx.norm_first, ctx.last_state)
-    if ctx.columns and gate is not None and type(dy) is Tensor and not torch.compiler.is_compiling() and use_triton(h, ctx.groups) and dy.numel():
+    eager = type(dy) is Tensor and not torch.compiler.is_compiling()
+    if ctx.columns and gate is not None and eager and use_triton(h, ctx.groups) and dy.numel():
         whole = torch.empty(*gate.shape[:-1], ctx.columns, dtype=gate.dtype, device=gate.device)
         d_gate = whole[..., ctx.first_column : ctx.first_column + gate.shape[-1]]
         dh, _, d_weight = _launch(dy, h, gate, weight, *settings, d_gate)
-        d_gate.whole = whole  # type: ignore[attr-defined]  (short_conv.op.Columns writes the other columns)
+        d_gate.whole = whole  # type: ignore[attr-defined]  # short_conv.op.Columns writes the other columns
     else:
         dh, d_gate, d_weight = norm_backward(dy, h, gate, weight, *settings)
     return (dh, None if gate is None else d_gate, d_weight, *[None] * 7)

@@ -34,7 +34,13 @@ def gated_norm(
 
 
 def last_state_norm(
-    states_BTSD: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None, *, columns: tuple[int, int] = (0, 0)
+    states_BTSD: Tensor,
+    gate: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    *,
+    columns: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The norm of the last state, then the gate."""
     return gated_norm(states_BTSD[:, :, -1], gate, weight_D, eps, 1, True, dtype)

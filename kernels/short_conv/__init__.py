@@ -25,7 +25,13 @@ def short_conv(
 
 
 def short_conv_columns(
-    x_BTC: Tensor, first: int, history_BHD: Tensor | None, weight_DW: Tensor, bias_D: Tensor, starts_BT: Tensor | None = None, silu: bool = False
+    x_BTC: Tensor,
+    first: int,
+    history_BHD: Tensor | None,
+    weight_DW: Tensor,
+    bias_D: Tensor,
+    starts_BT: Tensor | None = None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The columns before `first`, `short_conv` of the D columns from there, and the columns after them.
 

@@ -22,10 +22,10 @@ def use_triton(x: Tensor) -> bool:
 def convolve(x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool) -> Tensor:
     """y (B, T, D) in the dtype of x, T >= 1, W >= 2."""
     if use_triton(x):
-        from kernels.short_conv import triton
+        from kernels.short_conv import launch
 
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            return triton.convolve(x, history, weight, bias, starts, silu)
+            return launch.convolve(x, history, weight, bias, starts, silu)
     return reference.short_conv(x, history, weight, bias, starts, silu).clone(memory_format=torch.contiguous_format)
 
 
@@ -40,14 +40,21 @@ def convolve_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, history (empty without one), weight and bias, each in the dtype of its tensor."""
     if use_triton(x):
-        from kernels.short_conv import triton
+        from kernels.short_conv import launch
 
         with torch.cuda.device_of(x):
-            dx, d_history, d_weight, d_bias = triton.convolve_backward(dy, x, history, weight, bias, starts, silu)
+            dx, d_history, d_weight, d_bias = launch.convolve_backward(dy, x, history, weight, bias, starts, silu)
         return dx, x.new_empty(0) if d_history is None else d_history, d_weight, d_bias
     found = reference.short_conv_backward(dy, x, history, weight, bias, starts, silu)
-    dx, d_weight, d_bias = (f.to(t.dtype, memory_format=torch.contiguous_format, copy=True) for f, t in zip(found[:1] + found[2:], (x, weight, bias)))
-    return dx, x.new_empty(0) if history is None else found[1].to(history.dtype, memory_format=torch.contiguous_format, copy=True), d_weight, d_bias
+    dx, d_weight, d_bias = (
+        f.to(t.dtype, memory_format=torch.contiguous_format, copy=True) for f, t in zip(found[:1] + found[2:], (x, weight, bias))
+    )
+    return (
+        dx,
+        x.new_empty(0) if history is None else found[1].to(history.dtype, memory_format=torch.contiguous_format, copy=True),
+        d_weight,
+        d_bias,
+    )
 
 
 @convolve_backward.register_fake
@@ -92,11 +99,13 @@ class Columns(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, before: Tensor | None, dy: Tensor | None, after: Tensor | None) -> tuple[Any, ...]:
-        from kernels.short_conv import triton
+        from kernels.short_conv import launch
 
         x, history, weight, bias, starts = ctx.saved_tensors
         first, end = ctx.first, ctx.first + weight.shape[0]
-        wholes = [w for w in (getattr(g, "whole", None) for g in (before, after)) if w is not None and w.shape == x.shape and w.dtype == x.dtype]
+        wholes = [
+            w for w in (getattr(g, "whole", None) for g in (before, after)) if w is not None and w.shape == x.shape and w.dtype == x.dtype
+        ]
         whole = wholes[0] if wholes else torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for part, gradient in ((whole[..., :first], before), (whole[..., end:], after)):
             if gradient is None:
@@ -105,7 +114,7 @@ class Columns(torch.autograd.Function):
                 part.copy_(gradient)
         dy = torch.zeros_like(x[..., first:end]) if dy is None else dy
         with torch.cuda.device_of(x):
-            _, d_history, d_weight, d_bias = triton.convolve_backward(
+            _, d_history, d_weight, d_bias = launch.convolve_backward(
                 dy, x[..., first:end], history, weight, bias, starts, ctx.silu, whole[..., first:end]
             )
         return whole, d_history, d_weight, d_bias, None, None, None

@@ -99,7 +99,13 @@ def short_conv_backward(
 
 
 def short_conv_columns(
-    x_BTC: Tensor, first: int, history_BHD: Tensor | None, weight_DW: Tensor, bias_D: Tensor, starts_BT: Tensor | None = None, silu: bool = False
+    x_BTC: Tensor,
+    first: int,
+    history_BHD: Tensor | None,
+    weight_DW: Tensor,
+    bias_D: Tensor,
+    starts_BT: Tensor | None = None,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The columns before `first`, `short_conv` of the D columns from there, and the columns after them."""
     D = weight_DW.shape[0]
@@ -110,7 +116,9 @@ def short_conv_columns(
 def last_inputs(x_BTD: Tensor, history_BHD: Tensor | None, width: int, starts_BT: Tensor | None) -> Tensor:
     """(B, H, D): the history of the next call, zero where it belongs to an earlier document than the last token."""
     T, H = x_BTD.shape[1], width - 1
-    last = x_BTD[:, T - H :].clone() if T >= H else with_history(x_BTD, history_BHD, width)[:, T:]  # not a view, which keeps all inputs alive
+    last = (
+        x_BTD[:, T - H :].clone() if T >= H else with_history(x_BTD, history_BHD, width)[:, T:]
+    )  # not a view, which keeps all inputs alive
     if starts_BT is None:
         return last
     tail = F.pad(starts_BT[:, max(0, T - H) :].int(), (max(0, H - T), 0))  # of the inputs kept; what was carried starts nothing

@@ -1,4 +1,4 @@
-"""Triton kernels of the short convolution, and their launches.
+"""Triton kernels of the short convolution; `launch.py` runs them.
 
 A program owns BD neighbouring channels of one slice of time and walks it, the last inputs in registers, so that every input is read once
 (and W-1 more at a slice's border). UNROLL rows are loaded before the arithmetic of the first. A document start empties those registers.
@@ -10,15 +10,10 @@ Legend: B batch, T time, D channels, W width, H = W-1 inputs of history.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+# mypy: ignore-errors
+# (arguments of kernels are pointers and numbers of Triton's own kinds, and variables change type with the constants)
 import triton
 import triton.language as tl
-from torch import Tensor
-
-BLOCK, UNROLL, SLICE = 256, 8, 64  # channels a program (a warp), rows loaded ahead, steps of a slice
-BLOCK_BACK, UNROLL_BACK, SLICE_BACK = 128, 4, 128
 
 
 @triton.jit
@@ -179,65 +174,3 @@ def backward(
     for k in tl.static_range(W):
         tl.store(o + k * D, sums[k], mask=d < D)
     tl.store(o + W * D, d_bias, mask=d < D)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Strides over batch and time are free; channels must be neighbours."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-class Plan:
-    """Channels, warps, rows loaded ahead, steps a slice, slices."""
-
-    def __init__(self, T: int, D: int, device: torch.device, back: bool) -> None:
-        block, self.unroll, steps = (BLOCK_BACK, UNROLL_BACK, SLICE_BACK) if back else (BLOCK, UNROLL, SLICE)
-        self.block = min(block, max(16, triton.next_power_of_2(D)))
-        if device.type == "cpu":  # the interpreter pays for every statement
-            self.block, self.unroll, steps = 16, 2, 8
-        self.warps = max(1, self.block // 256)
-        self.steps = min(-(-T // self.unroll) * self.unroll, steps)
-        self.slices = -(-T // self.steps)
-        self.blocks = -(-D // self.block)
-
-
-def _arguments(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, starts: Tensor | None, silu: bool) -> tuple[Any, dict[str, Any]]:
-    past = x if history is None else channels_last(history)
-    reset = x if starts is None else starts.contiguous().view(torch.uint8)
-    flags = {"W": weight.shape[1], "SILU": silu, "HAS_HISTORY": history is not None, "HAS_STARTS": starts is not None}
-    return (x, past, weight.contiguous(), bias.contiguous(), reset), flags
-
-
-def convolve(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, starts: Tensor | None, silu: bool) -> Tensor:
-    """y (B, T, D), contiguous, in x's dtype; T >= 1."""
-    x = channels_last(x)
-    B, T, D = x.shape
-    plan = Plan(T, D, x.device, back=False)
-    tensors, flags = _arguments(x, history, weight, bias, starts, silu)
-    y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
-    past = tensors[1]
-    forward[(plan.blocks * plan.slices * B,)](
-        *tensors, y, T, D, plan.steps, plan.slices, x.stride(0), x.stride(1), past.stride(0), past.stride(1),
-        **flags, U=plan.unroll, BD=plan.block, num_warps=plan.warps,
-    )  # fmt: skip
-    return y
-
-
-def convolve_backward(
-    dy: Tensor, x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, starts: Tensor | None, silu: bool, dx: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of x (written into `dx` if given: free strides, channels neighbours), history, weight and bias."""
-    x, dy = channels_last(x), channels_last(dy)
-    (B, T, D), W = x.shape, weight.shape[1]
-    plan = Plan(T, D, x.device, back=True)
-    tensors, flags = _arguments(x, history, weight, bias, starts, silu)
-    dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if dx is None else dx
-    d_history = None if history is None else torch.empty(B, W - 1, D, dtype=history.dtype, device=x.device)
-    partial = torch.empty(B * plan.slices, W + 1, D, dtype=torch.float32, device=x.device)
-    past = tensors[1]
-    backward[(plan.blocks * plan.slices * B,)](
-        *tensors, dy, dx, dx if d_history is None else d_history, partial, T, D, plan.steps, plan.slices,
-        x.stride(0), x.stride(1), past.stride(0), past.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1),
-        **flags, U=plan.unroll, BD=plan.block, num_warps=plan.warps,
-    )  # fmt: skip
-    total = partial.sum(0)
-    return dx, d_history, total[:W].T.to(weight.dtype).contiguous(), total[W].to(bias.dtype)

@@ -41,11 +41,19 @@ def test_convolution(dtype: torch.dtype, B: int, T: int, D: int, W: int) -> None
         given = [t for t in (wide, past, weight, bias) if t is not None]
         fine = [t.detach().double().requires_grad_() for t in given]
         x, *rest = fine if past is not None else [fine[0], None, *fine[1:]]
-        compare(short_conv(wide[..., D:], past, weight, bias, reset, silu), conv_reference.short_conv(x[..., D:], *rest, reset, silu), given, fine, dtype)
+        compare(
+            short_conv(wide[..., D:], past, weight, bias, reset, silu),
+            conv_reference.short_conv(x[..., D:], *rest, reset, silu),
+            given,
+            fine,
+            dtype,
+        )
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize(("shape", "groups"), [((2, 3, 1), 1), ((2, 77, 33), 1), ((5, 2048), 1), ((2, 9, 6144), 2), ((2, 3, 5, 64), 1), ((1, 3, 16384), 1)])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 3, 1), 1), ((2, 77, 33), 1), ((5, 2048), 1), ((2, 9, 6144), 2), ((2, 3, 5, 64), 1), ((1, 3, 16384), 1)]
+)
 def test_norm(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
     D = shape[-1]
     for gated, first in ((True, True), (True, False), (False, False)):
