@@ -78,4 +78,4 @@ def convolve_backward(
         **flags, U=plan.unroll, BD=plan.block, num_warps=plan.warps,
     )  # fmt: skip
     total = partial.sum(0)
-    return dx, d_history, total[:W].T.to(weight.dtype).contiguous(), total[W].to(bias.dtype)
+    return dx, d_history, total[:W].T.to(weight.dtype).contiguous(), total[W].to(bias.dtype, copy=True)
