@@ -67,7 +67,7 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
     wanted = torch.autograd.grad(oracle, [fine[k] for k in ("x", "history", "weight", "bias")], p["dy"].double())
     got = [conv_launch.convolve(*conv), *conv_launch.convolve_backward(p["dy"], *conv)]
     out = {"conv": gaps(got, [oracle.detach(), *wanted], ["y", "dx", "dhistory", "dweight", "dbias"], True)}
-    out["conv"]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).abs().max())
+    out["conv"]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).detach().abs().max())
     for name, gate, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
         leaves = [fine["h"], fine["gate"] if gate else None, fine["norm"]]
         oracle = norm_reference.gated_norm(*leaves, 1e-5, 1, first)
@@ -75,7 +75,7 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
         given = (p["h"], p["gate"] if gate else None, p["norm"], 1e-5, 1, first)
         got = [norm_launch.norm(*given, dtype), *(g for g in norm_launch.norm_backward(p["dy"], *given) if g is not None)]
         out[name] = gaps(got, [oracle.detach(), *wanted], ["y", "dh", *(["dgate"] if gate else []), "dweight"], True)
-        out[name]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).abs().max())
+        out[name]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).detach().abs().max())
     return out
 
 

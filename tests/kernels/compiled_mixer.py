@@ -46,7 +46,9 @@ def main(golden: bool) -> None:
     out: dict[str, dict[str, int]] = {}
     gpu = torch.device("cuda")
     for back in (False, True):
-        fn, plan = (conv.kernels.backward, conv.Plan(4096, 2048, gpu, True)) if back else (conv.kernels.forward, conv.Plan(4096, 2048, gpu, False))
+        fn, plan = (
+            (conv.kernels.backward, conv.Plan(4096, 2048, gpu, True)) if back else (conv.kernels.forward, conv.Plan(4096, 2048, gpu, False))
+        )
         for packed in (False, True):
             flags = {"W": 4, "SILU": True, "HAS_HISTORY": packed, "HAS_STARTS": packed, "U": plan.unroll, "BD": plan.block}
             out[f"convolution {'backward' if back else 'forward'}{', documents' * packed}"] = made(fn, flags, plan.warps)

@@ -12,6 +12,7 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels.gated_norm import gated_norm, last_state_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
@@ -94,11 +95,11 @@ def chains() -> None:
     """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
     B, T, I, before = 2, 9, 6, 3
     for S in (1, 2):
-        given, fine = leaves(torch.randn(B, T, before + 2 * I), torch.randn(I, 4), torch.randn(I), torch.randn(I))
+        given, fine = leaves(*(torch.randn(s) for s in ((B, T, before + 2 * I), (B, 3, I), (I, 4), (I,), (I,))))
         starts = torch.rand(B, T) < 0.3
 
-        def chain(conv: object, norm: object, projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-            _, u, gate = conv(projected, before, None, weight, bias, starts, True)  # type: ignore[operator]  # noqa: B023
+        def chain(conv: object, norm: object, projected: Tensor, history: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+            _, u, gate = conv(projected, before, history, weight, bias, starts, True)  # type: ignore[operator]  # noqa: B023
             return norm(u[:, :, None] * torch.tensor([2.0, 3.0]).to(u)[:S, None], gate, scale, 1e-5, columns=(before + I, before + 2 * I))  # type: ignore[operator]  # noqa: B023
 
         y = chain(short_conv_columns, last_state_norm, *present(given))
@@ -111,6 +112,8 @@ def chains() -> None:
         assert not moved, f"the projection's gradient was put together from parts: {moved}"
         two = torch.autograd.grad(chain(short_conv_columns, last_state_norm, *present(given)), present(given), d)
         assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
+        again = checkpoint(lambda *a: chain(short_conv_columns, last_state_norm, *a), *present(given), use_reentrant=False)
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, present(given), d), one)), "not under checkpointing"
         compiled = torch.compile(lambda *a: chain(short_conv_columns, last_state_norm, *a), backend="aot_eager", fullgraph=True)
         for a, b in zip(torch.autograd.grad(compiled(*present(given)), present(given), d), one):
             torch.testing.assert_close(a, b)
