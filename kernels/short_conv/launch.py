@@ -15,6 +15,7 @@ from kernels.short_conv import triton as kernels
 BLOCK, UNROLL, SLICE = 256, 8, 64  # channels a program, rows loaded ahead, steps of a slice
 BLOCK_BACK, UNROLL_BACK, SLICE_BACK = 128, 4, 128
 PER_WARP = 256  # channels of a warp
+PROGRAMS, SHORTEST = 1024, 16  # programs wanted before slices are longer than this
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -23,17 +24,18 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 class Plan:
-    """Channels, warps, rows loaded ahead, steps a slice, slices."""
+    """Channels, warps, rows loaded ahead, steps a slice, slices: long slices read less twice, short ones make more programs."""
 
-    def __init__(self, T: int, D: int, device: torch.device, back: bool) -> None:
-        block, self.unroll, steps = (BLOCK_BACK, UNROLL_BACK, SLICE_BACK) if back else (BLOCK, UNROLL, SLICE)
+    def __init__(self, B: int, T: int, D: int, device: torch.device, back: bool) -> None:
+        block, self.unroll, longest = (BLOCK_BACK, UNROLL_BACK, SLICE_BACK) if back else (BLOCK, UNROLL, SLICE)
         self.block = min(block, max(16, 1 << (D - 1).bit_length()))
         if device.type == "cpu":  # the interpreter pays for every statement
-            self.block, self.unroll, steps = 16, 2, 8
+            self.block, self.unroll, longest = 16, 2, 8
         self.warps = max(1, self.block // PER_WARP)
-        self.steps = min(-(-T // self.unroll) * self.unroll, steps)
-        self.slices = -(-T // self.steps)
         self.blocks = -(-D // self.block)
+        steps = min(T, longest, max(SHORTEST, B * T * self.blocks // PROGRAMS))
+        self.steps = -(-steps // self.unroll) * self.unroll
+        self.slices = -(-T // self.steps)
 
 
 def _arguments(
@@ -49,7 +51,7 @@ def convolve(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, st
     """y (B, T, D), contiguous, in x's dtype; T >= 1."""
     x = channels_last(x)
     B, T, D = x.shape
-    plan = Plan(T, D, x.device, back=False)
+    plan = Plan(B, T, D, x.device, back=False)
     tensors, flags = _arguments(x, history, weight, bias, starts, silu)
     y = torch.empty(B, T, D, dtype=x.dtype, device=x.device)
     past = tensors[1]
@@ -66,7 +68,7 @@ def convolve_backward(
     """Gradients of x (written into `dx` if given: free strides, channels neighbours), history, weight and bias."""
     x, dy = channels_last(x), channels_last(dy)
     (B, T, D), W = x.shape, weight.shape[1]
-    plan = Plan(T, D, x.device, back=True)
+    plan = Plan(B, T, D, x.device, back=True)
     tensors, flags = _arguments(x, history, weight, bias, starts, silu)
     dx = torch.empty(B, T, D, dtype=x.dtype, device=x.device) if dx is None else dx
     d_history = None if history is None else torch.empty(B, W - 1, D, dtype=history.dtype, device=x.device)

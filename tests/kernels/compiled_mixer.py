@@ -47,7 +47,9 @@ def main(golden: bool) -> None:
     gpu = torch.device("cuda")
     for back in (False, True):
         fn, plan = (
-            (conv.kernels.backward, conv.Plan(4096, 2048, gpu, True)) if back else (conv.kernels.forward, conv.Plan(4096, 2048, gpu, False))
+            (conv.kernels.backward, conv.Plan(8, 4096, 2048, gpu, True))
+            if back
+            else (conv.kernels.forward, conv.Plan(8, 4096, 2048, gpu, False))
         )
         for packed in (False, True):
             flags = {"W": 4, "SILU": True, "HAS_HISTORY": packed, "HAS_STARTS": packed, "U": plan.unroll, "BD": plan.block}
