@@ -7,6 +7,8 @@ import os
 
 import torch
 
+INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 def interpreted() -> bool:
     """Triton kernels run in its interpreter, on CPU tensors (tests)."""
@@ -17,6 +19,6 @@ def no_triton(device: torch.device) -> str:
     """Empty if Triton kernels can run on tensors of this device, else one sentence."""
     if device.type != "cuda" and not interpreted():
         return "Triton kernels need tensors on a GPU."
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "Triton is not installed."
     return ""

@@ -5,13 +5,19 @@ Legend: B batch, T time, D width, H heads, K head width, W kernel width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated_norm import gated_norm
+from kernels.short_conv import last_inputs, short_conv_columns
 from models.init import init_matrix, normal_, tag
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products take x: autocast's for fp32, else its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
 
 
 class RMSNorm(nn.Module):
@@ -22,15 +28,21 @@ class RMSNorm(nn.Module):
         self.weight = tag(nn.Parameter(torch.ones(dim)), "no_decay")
         self.eps, self.groups = eps, groups
 
-    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Normalises x, or x * silu(gate) as Mamba-2 does."""
-        inner = torch.float64 if x.dtype == torch.float64 else torch.float32
-        y = x.to(inner)
-        if gate is not None:
-            y = y * F.silu(gate.to(inner))
-        grouped = y.unflatten(-1, (self.groups, -1))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self.eps)
-        return (grouped.flatten(-2) * self.weight.to(inner)).to(x.dtype)
+    def forward(
+        self,
+        x: Tensor,
+        gate: Tensor | None = None,
+        *,
+        norm_first: bool = False,
+        dtype: torch.dtype | None = None,
+        columns: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
+        matrix products take x.
+
+        columns (first, of): the gate is columns of the projection that a `CausalConv` splits.
+        """
+        return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)
@@ -68,38 +80,8 @@ def rotate(x_BHTK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BHTK.dtype)
 
 
-class _SegmentedConv(torch.autograd.Function):
-    """The convolution where documents are packed: keeps its input only and masks again in the backward pass; sums in fp32.
-
-    padded (B, W-1+T, D), weight (D, W), bias (D,), document (B, W-1+T): which document each input belongs to.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, padded: Tensor, weight_DW: Tensor, bias_D: Tensor, document: Tensor) -> Tensor:
-        ctx.save_for_backward(padded, weight_DW, document)
-        history = weight_DW.shape[1] - 1
-        T = padded.shape[1] - history
-        y = padded[:, history:] * weight_DW[:, history] + bias_D
-        for w in range(history):
-            same = document[:, w : w + T] == document[:, history:]
-            y += padded[:, w : w + T] * same[..., None] * weight_DW[:, w]
-        return y.to(padded.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        padded, weight_DW, document = ctx.saved_tensors
-        dy = gradients[0].to(weight_DW.dtype)
-        history, T = weight_DW.shape[1] - 1, dy.shape[1]
-        d_padded, d_weight = torch.zeros_like(padded, dtype=dy.dtype), torch.empty_like(weight_DW)
-        for w in range(history + 1):
-            masked = dy * (document[:, w : w + T] == document[:, history:])[..., None]
-            d_padded[:, w : w + T] += masked * weight_DW[:, w]
-            d_weight[:, w] = (masked * padded[:, w : w + T]).sum((0, 1))
-        return d_padded.to(padded.dtype), d_weight, dy.sum((0, 1)), None
-
-
 class CausalConv(nn.Module):
-    """Depthwise causal convolution of width W over (B, T, D), its state the last W-1 inputs; it never reaches over a document start."""
+    """Depthwise causal convolution of width W over (B, T, D) and SiLU, its state the last W-1 inputs; it never reaches over a document start."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -119,23 +101,13 @@ class CausalConv(nn.Module):
         """Why slices of T tokens are too short to lie on different ranks, or ''."""
         return "" if T >= self.width - 1 else f"slices of {T} token(s) are shorter than the {self.width - 1} a convolution looks back"
 
-    def forward(self, x_BTD: Tensor, state_BWD: Tensor | None, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(convolved x, the last W-1 inputs, zeroed where they belong to an earlier document)."""
-        B, T, D = x_BTD.shape
-        history = self.width - 1
-        past = x_BTD.new_zeros(B, history, D) if state_BWD is None else state_BWD.to(x_BTD.dtype)
-        padded = torch.cat([past, x_BTD], 1)
-        if starts_BT is None and T == 1 and not torch.is_grad_enabled():  # decoding: a product is cheaper than a convolution's setting up
-            inner = torch.promote_types(x_BTD.dtype, torch.float32)
-            y = (padded.to(inner) * self.weight.to(inner).T).sum(1, keepdim=True) + self.bias.to(inner)
-            return y.to(x_BTD.dtype), padded[:, 1:]
-        if starts_BT is None:
-            weight, bias = self.weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype)
-            y = F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=D).transpose(1, 2)
-            return y, padded[:, T:]
-        document = F.pad(starts_BT.int().cumsum(1), (history, 0))  # carried inputs belong to document 0
-        inner = torch.promote_types(x_BTD.dtype, torch.float32)
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            y = _SegmentedConv.apply(padded, self.weight.to(inner), self.bias.to(inner), document)
-        keep = document[:, T:] == document[:, -1:]
-        return y, padded[:, T:] * keep[..., None]
+    def forward(
+        self, x_BTC: Tensor, first: int, state_BWD: Tensor | None, starts_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Splits a projection of C columns: those before `first`, the D from there convolved, those after, and the new state (None if
+        none was given): the last W-1 inputs, zeroed where they belong to an earlier document."""
+        past = None if state_BWD is None else state_BWD.to(x_BTC.dtype)
+        before, y, after = short_conv_columns(x_BTC, first, past, self.weight, self.bias, starts_BT, silu=True)
+        if past is None:
+            return before, y, after, None
+        return before, y, after, last_inputs(x_BTC[..., first : first + self.weight.shape[0]], past, self.width, starts_BT)

@@ -14,6 +14,7 @@ from typing import Any
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
 PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+IN_TORCH = ("kernels.short_conv", "kernels.gated_norm")  # operations whose reference.py has the same functions
 DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole"}
 
 
@@ -87,7 +88,7 @@ class Flattener:
         elif name == "EverywhenConfig":
             self.external.add("from .configuration_everywhen import EverywhenConfig")
         elif module == TEMPLATE or name not in PROVIDED:
-            self.add(origin, name)
+            self.add(f"{origin}.reference" if origin in IN_TORCH else origin, name)
 
 
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:

@@ -90,14 +90,15 @@ class Mixer(SequenceMixer):
         return self.conv.why_whole(T)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
-        z, xBC, dt = self.in_proj(x_BTD).split([self.inner, self.inner + 2 * self.BC, self.H], -1)
+        projected = self.in_proj(x_BTD)
         if self.slice is not None and state is None:
-            starts, past = self.slice.starts(segment_ids), self.slice.halo(xBC, self.conv.width, segment_ids)
+            starts = self.slice.starts(segment_ids)
+            past = self.slice.halo(projected[..., self.inner : -self.H], self.conv.width, segment_ids)
         else:
             starts = document_starts(segment_ids, state.segment_B if state is not None else None)
             past = state.conv_BWI if state is not None else None
-        xBC, conv_state = self.conv(xBC, past, starts)
-        x, B_, C_ = F.silu(xBC).split([self.inner, self.BC, self.BC], -1)
+        z, xBC, dt, conv_state = self.conv(projected, self.inner, past, starts)
+        x, B_, C_ = xBC.split([self.inner, self.BC, self.BC], -1)
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
         inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
@@ -109,7 +110,7 @@ class Mixer(SequenceMixer):
         if self.slice is not None and state is None:
             y_BTHP = y_BTHP + self.slice.carried(ssm, dt_BTH * A_H, C_BTGN, starts)
         y_BTHP = y_BTHP + x_BTHP * self.D.to(inner)[:, None]
-        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z).to(x_BTHP.dtype))
+        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:

@@ -121,14 +121,14 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
-        u, gate = projected.chunk(2, -1) if self.config.gate else (projected, None)
         own = self.slice if state is None else None
         starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
         if self.conv is not None:
-            conv_state = own.halo(u, self.conv.width, segment_ids) if own else conv_state
-            u, conv_state = self.conv(u, conv_state, starts)
-            u = F.silu(u)
+            conv_state = own.halo(projected[..., : self.inner], self.conv.width, segment_ids) if own else conv_state
+            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts)
+        else:
+            u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], -1)
         cell_state = state.cell_BSI if state is not None else None
         pre_BTPEK, rec_RI, bias_PI = self._project(u), self.recurrent_weights(), self.cell_bias
         if own:
@@ -140,9 +140,11 @@ class Mixer(SequenceMixer):
             h = final[:, None, -1].to(pre_BTPEK.dtype)
         else:
             h, final = parallel_rnn(self.cell, pre_BTPEK, rec_RI, cell_state, starts, bias_PD=bias_PI, emitted=True)
+        gate = gate if self.config.gate else None
         if self.norm is not None:
-            h = self.norm(h)
-        if gate is not None:
+            columns = (self.inner, projected.shape[-1]) if self.conv is not None else (0, 0)
+            h = self.norm(h, gate, norm_first=True, columns=columns)
+        elif gate is not None:
             h = h * F.silu(gate)
         y = self.out_proj(h)
         if state is None:

@@ -165,20 +165,22 @@ def test_packed_convolution_and_its_gradients() -> None:
     past = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     starts = document_starts(segments, torch.tensor([0, 3]))
     assert starts is not None
-    y, state = conv(x, past, starts)
+    wide = torch.cat([torch.randn(2, 9, 2, dtype=torch.float64), x, torch.randn(2, 9, 1, dtype=torch.float64)], -1)
+    before, y, after, state = conv(wide, 2, past, starts)
+    assert torch.equal(before, wide[..., :2]) and torch.equal(after, wide[..., 5:])
     for b in range(2):
         for t in range(9):
             wanted = conv.bias
             for j in range(4):
                 if not bool(starts[b, max(0, t - j + 1) : t + 1].any()):
                     wanted = wanted + conv.weight[:, 3 - j] * (x[b, t - j] if t >= j else past[b, 3 + t - j])
-            torch.testing.assert_close(y[b, t], wanted)
+            torch.testing.assert_close(y[b, t], F.silu(wanted))
     torch.testing.assert_close(state, x[:, 6:])
     assert torch.autograd.gradcheck(lambda x, past, w, b: conv_with(conv, x, past, starts, w, b), (x, past, conv.weight, conv.bias))
 
 
 def conv_with(conv: CausalConv, x: torch.Tensor, past: torch.Tensor, starts: Any, weight: torch.Tensor, bias: torch.Tensor) -> Any:
-    return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x, past, starts))[0]
+    return torch.func.functional_call(conv, {"weight": weight, "bias": bias}, (x, 0, past, starts))[1]
 
 
 def test_head_loss_gradients_and_their_precision() -> None:

@@ -1,0 +1,47 @@
+"""short_conv: the causal depthwise convolution of a few taps in front of a recurrence, with its SiLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.short_conv import op, reference
+from kernels.short_conv.reference import last_inputs
+
+__all__ = ["last_inputs", "short_conv", "short_conv_columns"]
+
+
+def short_conv(
+    x_BTD: Tensor, history_BHD: Tensor | None, weight_DW: Tensor, bias_D: Tensor, starts_BT: Tensor | None = None, silu: bool = False
+) -> Tensor:
+    """y_t = act(bias + sum_w weight[:, w] x_{t-W+1+w}), act the identity or SiLU; y (B, T, D) in x's dtype, sums in fp32 on a GPU.
+
+    history (B, W-1, D): the inputs before the first (zeros if None). starts (B, T) bool: no tap reaches over a document start.
+    x may be some columns of a larger tensor. Differentiable in x, history, weight and bias.
+    """
+    if op.use_triton(x_BTD) and weight_DW.shape[1] > 1 and x_BTD.shape[1]:
+        return op.convolve(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
+    return reference.short_conv(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
+
+
+def short_conv_columns(
+    x_BTC: Tensor,
+    first: int,
+    history_BHD: Tensor | None,
+    weight_DW: Tensor,
+    bias_D: Tensor,
+    starts_BT: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns before `first`, `short_conv` of the D columns from there, and the columns after them.
+
+    As splitting x, but on a GPU the gradient of x is made in one piece. Give what comes before or after to `gated_norm` with `columns`,
+    and its gradient is not copied either.
+    """
+    D = weight_DW.shape[0]
+    if op.use_triton(x_BTC) and weight_DW.shape[1] > 1 and x_BTC.shape[1] and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return op.Columns.apply(x_BTC, history_BHD, weight_DW, bias_D, starts_BT, first, silu)
+    if op.use_triton(x_BTC):
+        before, own, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
+        return before, short_conv(own, history_BHD, weight_DW, bias_D, starts_BT, silu), after
+    return reference.short_conv_columns(x_BTC, first, history_BHD, weight_DW, bias_D, starts_BT, silu)

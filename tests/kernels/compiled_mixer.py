@@ -1,0 +1,69 @@
+"""Compiles the short convolution's and the gated norm's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
+spilled}}. Its own process: Triton must not be in its interpreter. With `--golden` the figures go to resources_mixer.json, to be looked at
+and committed when a kernel was changed on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from compiled import resources  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.gated_norm import launch as norm  # noqa: E402
+from kernels.short_conv import launch as conv  # noqa: E402
+
+FP32 = {"WEIGHT", "BIAS", "PARTIAL"}
+ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
+GOLDEN = Path(__file__).with_name("resources_mixer.json")
+
+
+def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name.isupper() and len(name) > 1 or name in "XYH":
+            return {"STARTS": "*u8", "EPS": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
+        return "i32"
+
+    aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and name not in ODD and kind(name) != "fp32"]
+    source = ASTSource(fn, {name: kind(name) for name in fn.arg_names}, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert ".target sm_90" in kernel.asm["ptx"]
+    return resources(kernel.asm["cubin"])
+
+
+def main(golden: bool) -> None:
+    out: dict[str, dict[str, int]] = {}
+    gpu = torch.device("cuda")
+    for back in (False, True):
+        fn, plan = (
+            (conv.kernels.backward, conv.Plan(8, 4096, 2048, gpu, True))
+            if back
+            else (conv.kernels.forward, conv.Plan(8, 4096, 2048, gpu, False))
+        )
+        for packed in (False, True):
+            flags = {"W": 4, "SILU": True, "HAS_HISTORY": packed, "HAS_STARTS": packed, "U": plan.unroll, "BD": plan.block}
+            out[f"convolution {'backward' if back else 'forward'}{', documents' * packed}"] = made(fn, flags, plan.warps)
+        for K in (2048, 4096):
+            BR, BK, warps = norm.tile(K, gpu, norm.PER_WARP_BACK if back else norm.PER_WARP)
+            for label, gated, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
+                flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK, **({"S": 1} if back else {})}
+                name = f"{label} {'backward' if back else 'forward'} {K}"
+                out[name] = made(norm.kernels.backward if back else norm.kernels.forward, flags, warps)
+    print(json.dumps(out))
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main("--golden" in sys.argv)

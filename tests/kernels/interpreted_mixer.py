@@ -1,0 +1,127 @@
+"""Runs the short convolution's and the gated norm's kernels in Triton's interpreter and compares them with torch's own gradients in float64.
+Its own process: the interpreter is chosen when Triton is imported. `python tests/kernels/interpreted_mixer.py`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from kernels.gated_norm import gated_norm, last_state_norm  # noqa: E402
+from kernels.gated_norm import op as norm_op  # noqa: E402
+from kernels.gated_norm import reference as norm_reference  # noqa: E402
+from kernels.short_conv import op as conv_op  # noqa: E402
+from kernels.short_conv import reference as conv_reference  # noqa: E402
+from kernels.short_conv import short_conv, short_conv_columns  # noqa: E402
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def agree(y: Tensor, oracle: Tensor, given: list[Tensor], fine: list[Tensor], case: str) -> None:
+    """Values and gradients; 1.5 times the rounding of the output where that is half precision."""
+    low = y.dtype != torch.float32
+    oracle_y = oracle.detach()
+    error, rounding = (y.detach() - oracle_y).abs().max().item(), (oracle_y.to(y.dtype) - oracle_y).abs().max().item()
+    assert error <= (1.5 * rounding if low else 1e-5 * (1 + oracle_y.abs().max().item())), f"{case}: y {error:.1e}"
+    d = torch.randn(y.shape).to(y.dtype)
+    for i, (a, b) in enumerate(zip(torch.autograd.grad(y, given, d), torch.autograd.grad(oracle, fine, d.double()))):
+        gap = ((a - b).norm() / (1e-3 + b.norm())).item()
+        assert gap < (2e-3 if low else 1e-4) and a.dtype == given[i].dtype, f"{case}: gradient {i} {gap:.1e}"
+    print(case)
+
+
+def leaves(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    given = [None if t is None else t.requires_grad_() for t in tensors]
+    return given, [None if t is None else t.detach().double().requires_grad_() for t in given]
+
+
+def present(tensors: list[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def convolutions() -> None:
+    for B, T, D, W, past, resets, silu, dtype in (
+        (2, 13, 5, 4, True, 0.3, True, torch.float32),
+        (1, 1, 1, 4, True, 0.0, True, torch.float32),
+        (2, 2, 3, 4, True, 0.4, True, torch.float32),  # T < W
+        (2, 3, 17, 4, False, 0.0, False, torch.float32),
+        (1, 19, 17, 3, False, 0.2, True, torch.float32),
+        (1, 21, 3, 6, True, 0.2, True, torch.float32),
+        (1, 9, 4, 2, True, 0.2, True, torch.float16),
+    ):
+        history = torch.randn(B, W - 1, D).to(dtype) if past else None
+        given, fine = leaves(torch.randn(B, T, 3 * D).to(dtype), history, torch.randn(D, W), torch.randn(D))
+        starts = torch.rand(B, T) < resets if resets else None
+        assert given[0] is not None and fine[0] is not None
+        y = short_conv(given[0][..., D : 2 * D], *given[1:], starts, silu)  # type: ignore[arg-type]
+        oracle = conv_reference.short_conv(fine[0][..., D : 2 * D], *fine[1:], starts, silu)  # type: ignore[arg-type]
+        agree(y, oracle, present(given), present(fine), f"convolution {(B, T, D, W)} {dtype}")
+    x, weight, bias = (t.requires_grad_() for t in (torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3)))
+    history, starts = torch.randn(2, 3, 3, requires_grad=True), torch.rand(2, 5) < 0.3
+    torch.library.opcheck(conv_op.convolve, (x, history, weight, bias, starts, True), test_utils=CHECKS)
+    torch.library.opcheck(conv_op.convolve, (x, None, weight, bias, None, False), test_utils=CHECKS)
+
+
+def norms() -> None:
+    for shape, groups, gated, first, dtype in (
+        ((2, 5, 6), 1, True, True, torch.float32),
+        ((2, 5, 6), 2, True, False, torch.float32),
+        ((7, 1), 1, False, False, torch.float32),
+        ((3, 2, 3, 10), 1, False, False, torch.float32),
+        ((2, 3, 34), 2, True, True, torch.float32),
+        ((2, 3, 33), 1, True, True, torch.float16),
+    ):
+        D = shape[-1]
+        wide = torch.randn(*shape[:-1], 3 * D).to(dtype) if gated else None
+        given, fine = leaves(torch.randn(shape).to(dtype), wide, torch.randn(D))
+        y, oracle = (
+            norm(t[0], None if t[1] is None else t[1][..., D : 2 * D], t[2], 1e-5, groups, first)  # type: ignore[operator]
+            for norm, t in ((gated_norm, given), (norm_reference.gated_norm, fine))
+        )
+        agree(y, oracle, present(given), present(fine), f"norm {shape} {groups} {dtype}")
+    h, gate, weight = (t.requires_grad_() for t in (torch.randn(2, 3, 2, 6), torch.randn(2, 3, 6), torch.randn(6)))
+    torch.library.opcheck(norm_op.norm, (h, gate, weight, 1e-5, 1, True, torch.float32, True, 6, 12), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, False, 0, 0), test_utils=CHECKS)
+
+
+def chains() -> None:
+    """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
+    B, T, I, before = 2, 9, 6, 3
+    for S in (1, 2):
+        given, fine = leaves(*(torch.randn(s) for s in ((B, T, before + 2 * I), (B, 3, I), (I, 4), (I,), (I,))))
+        starts = torch.rand(B, T) < 0.3
+
+        def chain(conv: object, norm: object, projected: Tensor, history: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+            _, u, gate = conv(projected, before, history, weight, bias, starts, True)  # type: ignore[operator]  # noqa: B023
+            return norm(u[:, :, None] * torch.tensor([2.0, 3.0]).to(u)[:S, None], gate, scale, 1e-5, columns=(before + I, before + 2 * I))  # type: ignore[operator]  # noqa: B023
+
+        y = chain(short_conv_columns, last_state_norm, *present(given))
+        oracle = chain(conv_reference.short_conv_columns, norm_reference.last_state_norm, *present(fine))
+        agree(y, oracle, present(given), present(fine), f"chain, {S} states")
+        d = torch.randn(B, T, I)
+        with torch.profiler.profile(record_shapes=True) as record:
+            one = torch.autograd.grad(chain(short_conv_columns, last_state_norm, *present(given)), present(given), d)
+        moved = [e.key for e in record.key_averages(True) if e.key in ("aten::cat", "aten::copy_") and [B, T, I] in e.input_shapes]
+        assert not moved, f"the projection's gradient was put together from parts: {moved}"
+        two = torch.autograd.grad(chain(short_conv_columns, last_state_norm, *present(given)), present(given), d)
+        assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
+        again = checkpoint(lambda *a: chain(short_conv_columns, last_state_norm, *a), *present(given), use_reentrant=False)
+        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, present(given), d), one)), "not under checkpointing"
+        compiled = torch.compile(lambda *a: chain(short_conv_columns, last_state_norm, *a), backend="aot_eager", fullgraph=True)
+        for a, b in zip(torch.autograd.grad(compiled(*present(given)), present(given), d), one):
+            torch.testing.assert_close(a, b)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    convolutions()
+    norms()
+    chains()
+    print("ok")

@@ -1,0 +1,145 @@
+"""The short convolution and the gated norm on a GPU against float64, in the sizes and ways the interpreter is too slow for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gated_norm import gated_norm, last_state_norm
+from kernels.gated_norm import op as norm_op
+from kernels.gated_norm import reference as norm_reference
+from kernels.short_conv import op as conv_op
+from kernels.short_conv import reference as conv_reference
+from kernels.short_conv import short_conv, short_conv_columns
+from models import mixers
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def leaves(*sizes: tuple[int, ...], dtypes: list[torch.dtype]) -> list[Tensor]:
+    return [torch.randn(s, device="cuda").to(d).requires_grad_() for s, d in zip(sizes, dtypes)]
+
+
+def compare(y: Tensor, oracle: Tensor, given: list[Tensor], fine: list[Tensor], dtype: torch.dtype) -> None:
+    rounded = (oracle.to(dtype) - oracle).abs().max().item()
+    assert (y - oracle).abs().max() <= (1e-5 * (1 + oracle.abs().max()) if dtype == torch.float32 else 1.5 * rounded)
+    d = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, given, d), torch.autograd.grad(oracle, fine, d.double())):
+        assert (a - b).norm() <= LIMITS[dtype] * (1e-3 + b.norm())
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("B", "T", "D", "W"), [(2, 1, 1, 4), (2, 2, 5, 4), (3, 131, 33, 3), (1, 515, 2048, 4), (2, 300, 384, 7)])
+def test_convolution(dtype: torch.dtype, B: int, T: int, D: int, W: int) -> None:
+    wide, history, weight, bias = leaves((B, T, 2 * D), (B, W - 1, D), (D, W), (D,), dtypes=[dtype, dtype, torch.float32, torch.float32])
+    starts = torch.rand(B, T, device="cuda") < 0.1
+    for reset, past, silu in ((starts, history, True), (None, None, True), (None, history, False), (starts, None, True)):
+        given = [t for t in (wide, past, weight, bias) if t is not None]
+        fine = [t.detach().double().requires_grad_() for t in given]
+        x, *rest = fine if past is not None else [fine[0], None, *fine[1:]]
+        compare(
+            short_conv(wide[..., D:], past, weight, bias, reset, silu),
+            conv_reference.short_conv(x[..., D:], *rest, reset, silu),
+            given,
+            fine,
+            dtype,
+        )
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 3, 1), 1), ((2, 77, 33), 1), ((5, 2048), 1), ((2, 9, 6144), 2), ((2, 3, 5, 64), 1), ((1, 3, 16384), 1)]
+)
+def test_norm(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
+    D = shape[-1]
+    for gated, first in ((True, True), (True, False), (False, False)):
+        h, wide, weight = leaves(shape, (*shape[:-1], 2 * D), (D,), dtypes=[dtype, dtype, torch.float32])
+        given = [h, wide, weight] if gated else [h, weight]
+        fine = [t.detach().double().requires_grad_() for t in given]
+        z = fine[1][..., D:] if gated else None
+        y = gated_norm(h, wide[..., D:] if gated else None, weight, 1e-5, groups, first)
+        compare(y, norm_reference.gated_norm(fine[0], z, fine[-1], 1e-5, groups, first), given, fine, dtype)
+
+
+@pytest.mark.parametrize("S", [1, 2])
+def test_split_projection_and_no_copy_of_the_gates_gradient(S: int) -> None:
+    B, T, I = 2, 65, 48
+    given = leaves((B, T, 2 * I), (I, 4), (I,), (I,), dtypes=[torch.float32] * 4)
+    starts = torch.rand(B, T, device="cuda") < 0.1
+
+    def chain(conv: Any, norm: Any, projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        _, u, gate = conv(projected, 0, None, weight, bias, starts, True)
+        return norm(u[:, :, None] * torch.tensor([2.0, 3.0]).to(u)[:S, None], gate, scale, 1e-5, columns=(I, 2 * I))
+
+    fine = [t.detach().double().requires_grad_() for t in given]
+    y = chain(short_conv_columns, last_state_norm, *given)
+    compare(y, chain(conv_reference.short_conv_columns, norm_reference.last_state_norm, *fine), given, fine, torch.float32)
+    d = torch.randn_like(y)
+    with torch.profiler.profile(record_shapes=True) as record:
+        torch.autograd.grad(chain(short_conv_columns, last_state_norm, *given), given, d)
+    assert not [e.key for e in record.key_averages(True) if e.key in ("aten::cat", "aten::copy_") and [B, T, I] in e.input_shapes]
+
+
+@pytest.mark.parametrize("mapping", [{"type": "rnn"}, {"type": "rnn", "cell": "paralstm", "gate": False}, {"type": "mamba2"}], ids=str)
+@pytest.mark.parametrize("low", [False, True])
+def test_mixers_as_in_plain_torch(mapping: dict[str, Any], low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build(mapping, 128, 0)
+    mixer.init_weights(0.1, 0)
+    mixer.cuda()
+    x = torch.randn(2, 70, 128, device="cuda", requires_grad=True)
+    segments = (torch.rand(2, 70, device="cuda") < 0.05).cumsum(1)
+
+    def step() -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=low):
+            y = mixer(x, segment_ids=segments)[0]
+        parts, state = [], mixer.init_state(2, "cuda")
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=low):
+            for a, b in ((0, 1), (1, 3), (3, 40), (40, 70)):
+                part, state = mixer(x[:, a:b], state, segments[:, a:b])
+                parts.append(part)
+        assert (torch.cat(parts, 1) - y).norm() <= (2e-2 if low else 1e-5) * y.norm()
+        return [y, *torch.autograd.grad(y.float().square().sum(), (x, *mixer.parameters()))]
+
+    ours = step()
+    monkeypatch.setattr(conv_op, "use_triton", lambda x: False)
+    monkeypatch.setattr(norm_op, "use_triton", lambda h, groups: False)
+    for a, b in zip(ours, step()):
+        assert (a.float() - b.float()).norm() <= (4e-2 if low else 2e-3) * (1e-3 + b.float().norm())
+
+
+def test_repeatable_graph_capturable_and_compiled() -> None:
+    given = leaves((2, 600, 512), (256, 4), (256,), (256,), dtypes=[torch.bfloat16, *[torch.float32] * 3])
+
+    def chain(projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        _, u, gate = short_conv_columns(projected, 0, None, weight, bias, None, True)
+        return last_state_norm(u[:, :, None], gate, scale, 1e-5, columns=(256, 512))
+
+    first = [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]
+    assert all(torch.equal(a, b) for a, b in zip(first, [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]))
+    compiled = torch.compile(chain, fullgraph=True)
+    for a, b in zip([compiled(*given), *torch.autograd.grad(compiled(*given).sum(), given)], first):
+        assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = chain(*given)
+    graph.replay()
+    assert torch.equal(captured, first[0])
+
+
+def test_beyond_int32_elements() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB")
+    T, D = (1 << 20) + 64, 2112  # 2.2e9 elements
+    x = torch.zeros(1, T, D, device="cuda", dtype=torch.bfloat16)
+    x[:, -100:].normal_()
+    weight, bias = torch.randn(D, 4, device="cuda"), torch.randn(D, device="cuda")
+    tail = x[:, -100:].double()
+    y = short_conv(x, None, weight, bias, None, True)[:, -90:]
+    assert (y - conv_reference.short_conv(tail, None, weight.double(), bias.double(), None, True)[:, -90:]).abs().max() < 5e-2
+    y = gated_norm(x, x, bias, 1e-5, 1, True)[:, -90:]
+    assert (y - norm_reference.gated_norm(tail, tail, bias.double(), 1e-5, 1, True)[:, -90:]).abs().max() < 0.1

@@ -1,0 +1,74 @@
+"""The short convolution and the gated norm without a GPU: their kernels in the interpreter and compiled, their operations in plain torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.gated_norm import op as norm_op
+from kernels.gated_norm import reference as norm_reference
+from kernels.short_conv import op as conv_op
+from kernels.short_conv import reference as conv_reference
+from tests.kernels.test_triton import run
+
+HERE = Path(__file__).parent
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def test_every_kernel_in_the_interpreter() -> None:
+    assert run("interpreted_mixer.py") == "ok"
+
+
+@pytest.mark.slow
+def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
+    """Another release of Triton may count otherwise: then only spilling is a failure."""
+    import triton
+
+    golden, found = json.loads((HERE / "resources_mixer.json").read_text()), json.loads(run("compiled_mixer.py"))
+    assert found and all(use.get("spilled", 0) == 0 for use in found.values()), found
+    if triton.__version__ == golden["triton"]:
+        assert found == golden["kernels"], "If the change is wanted: python tests/kernels/compiled_mixer.py --golden"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the operations then run kernels")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_operations_without_kernels(dtype: torch.dtype) -> None:
+    """Their written-out gradients in plain torch against autograd's."""
+    torch.manual_seed(0)
+    x, history, weight, bias = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((2, 7, 6), (2, 3, 6), (6, 4), (6,)))
+    gate, states = torch.randn(2, 7, 6, dtype=dtype, requires_grad=True), torch.randn(2, 7, 2, 6, dtype=dtype, requires_grad=True)
+    starts = torch.rand(2, 7) < 0.3
+    conv = (x, history, weight, bias, starts, True)
+    norm = (states, gate, bias, 1e-5, 1, True, dtype, True, 6, 12)
+    torch.library.opcheck(conv_op.convolve, conv, test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm, norm, test_utils=CHECKS)
+    for found, wanted, leaves in (
+        (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
+        (norm_op.norm(*norm), norm_reference.last_state_norm(states, gate, bias, 1e-5), (states, gate, bias)),
+        (
+            norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype, False, 0, 0),
+            norm_reference.gated_norm(x, gate, bias, 1e-5, 2),
+            (x, gate, bias),
+        ),
+    ):
+        torch.testing.assert_close(found, wanted)
+        d = torch.randn_like(found)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves, d), torch.autograd.grad(wanted, leaves, d))
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 9])
+def test_history_of_the_next_call(T: int) -> None:
+    torch.manual_seed(T)
+    x, history, starts = torch.randn(4, T, 2), torch.randn(4, 3, 2), torch.rand(4, T) < 0.3
+    for reset in (None, starts):
+        found = conv_reference.last_inputs(x, history, 4, reset)
+        padded = torch.cat([history, x], 1)
+        for b in range(4):
+            for i in range(3):
+                place = T + i - 3  # of this input in x
+                behind = reset is not None and bool(reset[b, max(0, place + 1) :].any())
+                assert torch.equal(found[b, i], torch.zeros(2) if behind else padded[b, T + i])
