@@ -39,7 +39,7 @@ class Pass:
 
 # Chosen once for every length and batch.
 FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 2), Pass(64, 64, 4, 3, 8, 8, 2)
-FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 4, 1), Pass(32, 32, 4, 1, 8, 4, 1)  # operands of four bytes
+FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
 
 

@@ -13,8 +13,8 @@ Legend: b batch row, c chunk, h head, g group, i row of a chunk (its output), j 
 
 from __future__ import annotations
 
-# mypy: disable-error-code="no-untyped-def"  (arguments of kernels are pointers and numbers of Triton's own kinds)
-
+# Arguments of kernels are pointers and numbers of Triton's own kinds.
+# mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
 
