@@ -127,7 +127,9 @@ def training(compiled: bool, seconds: float = 20.0) -> dict[str, Any]:
     mixer = {"type": "mamba2", "d_state": 64, "chunk": 64}
     config = ModelConfig(vocab_size=50432, d_model=1024, n_layers=48, pattern=["mamba2"], mixers={"mamba2": mixer}, d_ff=0)
     torch.manual_seed(0)
-    model = LanguageModel(config).cuda()
+    model = LanguageModel(config)
+    model.init_weights(0)
+    model = model.cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(0, 50432, (16, 2048), device="cuda")
     run = torch.compile(model) if compiled else model
