@@ -2,8 +2,8 @@
 
 Saved for the backward pass are the inputs only; it walks over the states again. Sums over heads and chunks are of partial sums in a fixed
 order, so results repeat bit for bit. Matrix products take bf16 operands where x is bf16; fp16 is lifted to fp32, whose range the states
-need, and multiplied with tf32's precision, which is fp16's; fp32 is multiplied in three tf32 products. Sums, decays and the carried state are
-fp32 throughout; states kept between the kernels are in the dtype of the operands.
+need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays and the carried state are fp32 throughout; states kept
+between the kernels are in the dtype of the operands.
 
 Legend: B batch, T time, H heads, P head width, G groups, N state width, Q steps of a chunk.
 """
@@ -83,10 +83,9 @@ class Problem:
         self.Q = self.sizes.Q
         self.chunks = -(-self.T // self.Q)
         self.state_dtype = torch.bfloat16 if self.narrow else torch.float32
-        products = {torch.bfloat16: "ieee", torch.float16: "tf32", torch.float32: "tf32x3"}
         self.options: dict[str, Any] = {
             "HAS_STARTS": starts is not None, "FINE": x.dtype == torch.float32, "Q": self.Q,
-            "DOT": tl.bfloat16 if self.narrow else tl.float32, "PRECISION": products[x.dtype],
+            "DOT": tl.bfloat16 if self.narrow else tl.float32, "PRECISION": "tf32x3" if wide else "ieee",
         }  # fmt: skip
         self._prepare(dt, starts)
 

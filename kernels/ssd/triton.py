@@ -180,7 +180,7 @@ def query_gradients(
         within = tl.sum(pairs, 0)
         after = tl.sum(pairs * step[None, :], 1) - within * step
         after += tl.sum(tl.dot(query, tl.trans(state), input_precision=PRECISION) * dy.to(tl.float32), 1) * left
-        d_query = tl.dot((dy.to(tl.float32) * left[:, None]).to(DOT), state, acc=d_query, input_precision=PRECISION)
+        d_query += tl.dot(dy, state, input_precision=PRECISION) * left[:, None]  # scaled after: rounding a scaled operand would show
         tl.store(AFTER + row + q, after)
         tl.store(WITHIN + row + q, within)
     share = (b * chunks + c) * tl.num_programs(1) + tl.program_id(1)
@@ -237,7 +237,7 @@ def key_gradients(
         weight = (scores * tl.exp(tl.where(allowed, gap, float("-inf")))).to(DOT)
         dx = tl.dot(key, tl.trans(d_state), input_precision=PRECISION) * right[:, None]
         added = tl.sum(dx * x.to(tl.float32), 1)
-        d_key = tl.dot((x.to(tl.float32) * (right * step)[:, None]).to(DOT), d_state, acc=d_key, input_precision=PRECISION)
+        d_key += tl.dot(x, d_state, input_precision=PRECISION) * (right * step)[:, None]
         dx = tl.dot(weight, dy, acc=dx, input_precision=PRECISION) * step[:, None]
         if HAS_SKIP:
             dx += dy.to(tl.float32) * tl.load(D + h)

@@ -38,12 +38,14 @@ def test_fp32(sizes: tuple[int, ...], decay: float, starts: float) -> None:
 @pytest.mark.parametrize("sizes", [(2, 600, 8, 64, 1, 128), (1, 513, 20, 64, 2, 64), (2, 257, 3, 40, 1, 32)], ids=str)
 @pytest.mark.parametrize(("decay", "starts"), [(1.0, 0.0), (50.0, 0.02), (0.01, 0.01)])
 def test_16_bits(sizes: tuple[int, ...], dtype: torch.dtype, decay: float, starts: float) -> None:
-    """Outputs in 16 bits no worse than 1.5 times their own rounding and one rounding of the operands; fp32 gradients to a percent."""
+    """Against what the oracle's own answers lose when rounded to the dtype: y and dx 1.5 times, dB and dC (whose rounding is of sums over heads)
+    1.75 times, what comes in fp32 a small multiple."""
     found, wanted, _ = compare(sizes, decay=decay, starts=starts, dtype=dtype)
-    unit = torch.finfo(dtype).eps
     for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
-        limit = 1.5 * unit if b.norm() > 1e-3 * b.numel() ** 0.5 else 1.0
-        limit = max(limit, 1e-2) if name in ("ddt", "dA") else limit
+        if b.norm() < 1e-3 * b.numel() ** 0.5:
+            continue  # forgotten: nothing to compare with
+        times = {"y": 1.5, "dx": 1.5, "dB": 1.75, "dC": 1.75}.get(name, 3.0)
+        limit = times * distance(b.to(dtype), b)
         assert distance(a, b) <= limit, f"{name}: {distance(a, b):.1e}, allowed {limit:.1e}"
 
 
