@@ -91,11 +91,12 @@ def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
 
 def _own_scan(original: Any, hook: ScanHook, now: list[int]) -> Any:
     def ssd(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Any = None, starts: Any = None, **options: Any
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Any = None, starts: Any = None, *, D_H: Any = None, **options: Any
     ) -> tuple[Tensor, Tensor]:
         assert starts is None, "evaluations feed one document at a time"
         with torch.autocast(x.device.type, enabled=False):
-            return hook(now[0], Scan(x, dt, A, B, C, h0), lambda s: original(s.x, s.dt, s.A, s.B, s.C, s.h0, None, **options))
+            y, h = hook(now[0], Scan(x, dt, A, B, C, h0), lambda s: original(s.x, s.dt, s.A, s.B, s.C, s.h0, None, **options))
+            return (y if D_H is None else y + x * D_H[:, None]), h  # the skip sees x as it is, whatever the hook made of it
 
     return ssd
 

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-INSTALLED = importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the look-up
 
 
 def interpreted() -> bool:
@@ -19,6 +19,6 @@ def no_triton(device: torch.device) -> str:
     """Empty if Triton kernels can run on tensors of this device, else one sentence."""
     if device.type != "cuda" and not interpreted():
         return "Triton kernels need tensors on a GPU."
-    if not INSTALLED:
+    if not HAS_TRITON:
         return "Triton is not installed."
     return ""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.ssd import reference
+from kernels.ssd import launch, op, reference
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"Mamba-2's scan runs in plain torch, slowly. {reason}", stacklevel=3)
 
 
 def ssd(
@@ -19,16 +27,24 @@ def ssd(
     starts_BT: Tensor | None = None,
     *,
     chunk: int = 256,
+    D_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = C_t h_t with h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T per head (arXiv 2405.21060).
+    """y_t = C_t h_t + D x_t with h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T per head (arXiv 2405.21060).
 
     dt is positive (after softplus), A negative; heads share B and C in G groups. starts (B, T) bool zeroes the state before a step.
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
+    On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps.
     """
+    if x_BTHP.shape[1] == 1 and h0_BHPN is not None and not torch.is_grad_enabled():  # decoding
+        with torch.autocast(x_BTHP.device.type, enabled=False):
+            return reference.ssd_step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, D_H)
+    reason = launch.why_not(x_BTHP)
+    if not reason:
+        return op.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, h0_BHPN, starts_BT)
+    if x_BTHP.is_cuda and x_BTHP.dtype != torch.float64 and not torch.compiler.is_compiling():
+        _warn_once(reason)
     with torch.autocast(x_BTHP.device.type, enabled=False):
-        if x_BTHP.shape[1] == 1 and h0_BHPN is not None and not torch.is_grad_enabled():  # decoding
-            return reference.ssd_step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT)
-        arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk)
+        arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk, D_H)
         if torch.is_grad_enabled():  # keep the inputs only: the (chunk, chunk) matrices of all heads are many times larger
             return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)
         return reference.ssd_chunked(*arguments)

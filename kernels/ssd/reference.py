@@ -14,8 +14,12 @@ def _inner(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _skipped(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    return y if D is None else y + x.to(y.dtype) * D.to(y.dtype)[:, None]
+
+
 def ssd_sequential(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition, one step at a time, in the inputs' dtype."""
     B, T, H, P = x.shape
@@ -28,10 +32,13 @@ def ssd_sequential(
         b, c = Bm[:, t].repeat_interleave(repeat, 1), Cm[:, t].repeat_interleave(repeat, 1)
         h = torch.exp(dt[:, t] * A)[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
         out.append((h * c[:, :, None]).sum(-1))
-    return torch.stack(out, 1), h
+    y = torch.stack(out, 1)
+    return y if D is None else y + x * D[:, None], h
 
 
-def ssd_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+def ssd_step(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor, starts: Tensor | None, D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One step (T = 1) of the recurrence, heads grouped rather than B and C repeated; h0 is left as it is."""
     dtype, (B, _, H, P), (G, N) = _inner(x.dtype), x.shape, Bm.shape[2:]
     dt_BH = dt[:, 0].to(dtype)
@@ -42,11 +49,12 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tenso
     kept = h0.to(dtype) * decay_BH[..., None, None]
     h = torch.addcmul(kept.view(B, G, H // G * P, N), added.view(B, G, H // G * P, 1), Bm[:, 0, :, None].to(dtype))
     y = h @ Cm[:, 0, :, :, None].to(dtype)
-    return y.view(B, 1, H, P).to(x.dtype), h.view(B, H, P, N)
+    y = y.view(B, 1, H, P)
+    return _skipped(y, x, D).to(x.dtype), h.view(B, H, P, N)
 
 
 def ssd_chunked(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None, starts: Tensor | None, chunk: int
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None, starts: Tensor | None, chunk: int, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same values: quadratic inside chunks, linear across them; no (T, T) matrix beyond a chunk."""
     dtype, (B, T, H, P), (G, N) = _inner(x.dtype), x.shape, Bm.shape[2:]
@@ -84,4 +92,4 @@ def ssd_chunked(
         h = through[:, c, :, None, None] * h + added[:, c]
     carried = torch.stack(before, 1).unflatten(2, (G, H // G))
     y = y + torch.einsum("bcign,bcghpn->bcighp", C_, carried) * from_start.unflatten(3, (G, H // G))[..., None]
-    return y.reshape(B, C * Q, H, P)[:, :T].to(x.dtype), h
+    return _skipped(y.reshape(B, C * Q, H, P)[:, :T], x, D).to(x.dtype), h

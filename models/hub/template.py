@@ -66,9 +66,9 @@ def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor,
     return parallel_rnn(cell, pre_BPD[:, None, :, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int) -> Any:
-    """Mamba-2's scan."""
-    return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk)
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
+    """Mamba-2's scan and skip."""
+    return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
 
 
 def each(change: Any, value: Any) -> Any:

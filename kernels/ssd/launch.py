@@ -1,0 +1,179 @@
+"""Runs the Triton kernels of `triton.py`; imports Triton only when a kernel is first wanted.
+
+Saved for the backward pass are the inputs only; it walks over the states again. Sums over heads and chunks are of partial sums in a fixed
+order, so results repeat bit for bit. Matrix products take bf16 operands where x is bf16; fp16 is lifted to fp32, whose range the states
+need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays and the carried state are fp32 throughout; states kept
+between the kernels are in the dtype of the operands.
+
+Legend: B batch, T time, H heads, P head width, G groups, N state width, Q steps of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import interpreted, no_triton
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PREPARED = 16  # heads a program of `prepare` takes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Sizes of a pass: steps of a chunk; of `walk` the columns of N a program owns, warps and stages; of the kernel over all chunks the heads a
+    program takes one after the other, warps and stages."""
+
+    Q: int
+    columns: int
+    walk_warps: int
+    walk_stages: int
+    heads: int
+    warps: int
+    stages: int
+
+
+# Chosen once for every length and batch.
+FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 2), Pass(64, 64, 4, 3, 8, 8, 2)
+FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
+ROWS = 64  # rows of P a program of `walk` owns
+
+
+def why_not(x: Tensor) -> str:
+    """Empty if the kernels can run on this tensor, else one sentence."""
+    return no_triton(x.device) or ("" if x.dtype in DTYPES else f"The scan's kernels have no {x.dtype}.")
+
+
+def kernels() -> ModuleType:
+    from kernels.ssd import triton
+
+    return triton
+
+
+def pad(width: int) -> int:
+    """The power of two that holds width, at least the 16 of a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In this dtype, and neighbours along the last dimension; other strides are free."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class Problem:
+    """The arguments of one call in the form the kernels take, and what all kernels of a pass share."""
+
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, starts: Tensor | None, back: bool) -> None:
+        import triton.language as tl
+
+        self.module = kernels()
+        self.narrow = x.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no bf16 products
+        wide = x.dtype != torch.bfloat16
+        self.sizes = (BACKWARD_WIDE if wide else BACKWARD) if back else (FORWARD_WIDE if wide else FORWARD)
+        if interpreted():
+            self.sizes = Pass(16, 16, 4, 1, 2, 4, 1)
+        self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
+        (self.B, self.T, self.H, self.P), (self.G, self.N) = x.shape, Bm.shape[2:]
+        self.R = self.H // self.G
+        self.Q = self.sizes.Q
+        self.chunks = -(-self.T // self.Q)
+        self.state_dtype = torch.bfloat16 if self.narrow else torch.float32
+        self.options: dict[str, Any] = {
+            "HAS_STARTS": starts is not None, "FINE": x.dtype == torch.float32, "Q": self.Q,
+            "DOT": tl.bfloat16 if self.narrow else tl.float32, "PRECISION": "tf32x3" if wide else "ieee",
+        }  # fmt: skip
+        self._prepare(dt, starts)
+
+    def fp32(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+
+    def _prepare(self, dt: Tensor, starts: Tensor | None) -> None:
+        length, fine = self.chunks * self.Q, self.options["FINE"]
+        self.step, self.total = self.fp32(self.B, self.H, length), self.fp32(self.B, self.H, length)
+        self.low = self.fp32(self.B, self.H, length) if fine else self.total
+        self.document = self.total if starts is None else torch.empty(self.B, length, dtype=torch.int32, device=dt.device)
+        marks, strides = (dt, (0, 0)) if starts is None else (starts.view(torch.uint8), starts.stride())
+        self.module.prepare[(self.B * self.chunks, -(-self.H // PREPARED))](
+            dt, self.A, marks, self.step, self.total, self.low, self.document, self.T, self.H, self.chunks, *dt.stride(), *strides,
+            HAS_STARTS=starts is not None, FINE=fine, Q=self.Q, BH=PREPARED,
+        )  # fmt: skip
+
+    def walk(self, x: Tensor, key: Tensor, first: Tensor | None, entering: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(states entering each chunk; the last state; nothing). Given these states: (their gradients as they leave each chunk; the gradient of
+        h0; parts of what each chunk's whole decay is asked for)."""
+        B, H, P, N, s = self.B, self.H, self.P, self.N, self.sizes
+        states = torch.empty(B, self.chunks, H, P, N, dtype=self.state_dtype, device=x.device)
+        begin = torch.zeros(B, H, P, N, device=x.device) if first is None else first.float().contiguous()
+        last = torch.empty_like(begin)
+        rows, columns = min(ROWS, pad(P)), min(s.columns, pad(N))
+        tiles = -(-N // columns)
+        passed = last if entering is None else self.fp32(B, self.chunks, H, tiles * P)
+        programs = B * H * -(-P // rows) * tiles
+        self.module.walk[(programs,)](
+            x, key, self.step, self.total, self.low, self.document, begin, states, last,
+            states if entering is None else entering, passed, self.T, H, self.R, self.chunks, P, N,
+            *x.stride()[:3], *key.stride()[:3], REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
+        )  # fmt: skip
+        return states, last, passed
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share the heads of a group."""
+        return -(-self.R // self.sizes.heads)
+
+    def shared(self) -> tuple[Any, ...]:
+        return self.T, self.H, self.R, self.blocks, self.chunks, self.P, self.N
+
+    def tiles(self, skip: Tensor | None) -> dict[str, Any]:
+        s = self.sizes
+        return {
+            "HAS_SKIP": skip is not None, "BP": pad(self.P), "BN": pad(self.N), "HEADS": s.heads, "STAGES": s.stages,
+            "num_warps": s.warps, **self.options,
+        }  # fmt: skip
+
+
+def forward(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32)."""
+    this = Problem(x, dt, A, Bm, Cm, starts, back=False)
+    states, final, _ = this.walk(this.x, this.Bm, h0)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    this.module.outputs[(this.B * this.chunks, this.G * this.blocks)](
+        this.x, this.Bm, this.Cm, this.A if D is None else D.float().contiguous(), this.step, this.total, this.low, this.document, states, y,
+        *this.shared(), *this.x.stride()[:3], *this.Bm.stride()[:3], *this.Cm.stride()[:3], **this.tiles(D),
+    )  # fmt: skip
+    return y, final
+
+
+def backward(
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None, starts: Tensor | None, dy: Tensor, d_final: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
+    this = Problem(x, dt, A, Bm, Cm, starts, back=True)
+    dy = ready(dy, x.dtype)
+    states, _, _ = this.walk(this.x, this.Bm, h0)
+    d_states, d_h0, passed = this.walk(dy, this.Cm, d_final, states)
+    B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
+    dx, d_dt, d_A = torch.empty(x.shape, dtype=x.dtype, device=x.device), this.fp32(B, T, H), this.fp32(B * this.chunks, H)
+    d_D = None if D is None else torch.empty_like(d_A)
+    kind = x.dtype if this.blocks == 1 else torch.float32
+    d_B, d_C = (torch.empty(B, T, width, this.N, dtype=kind, device=x.device) for _ in range(2))
+    d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
+    after, within = torch.empty_like(this.total), torch.empty_like(this.total)
+    grid, read, strides = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*dy.stride()[:3], *this.Bm.stride()[:3], *this.Cm.stride()[:3])
+    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *this.x.stride()[:3], *strides), this.tiles(D)
+    this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
+    skip = this.A if D is None else D.float().contiguous()
+    this.module.key_gradients[grid](
+        *read, this.A, skip, *sums, d_states, d_scores, passed, after, within, dx, d_dt, d_A, d_B, passed.shape[-1], *sizes,
+        PARTS=pad(passed.shape[-1]), **tiles,
+    )  # fmt: skip
+    if this.blocks > 1:
+        d_B, d_C = (d.unflatten(2, (this.G, this.blocks)).sum(3).to(x.dtype) for d in (d_B, d_C))
+    return dx, d_dt, d_A.sum(0), d_B, d_C, None if d_D is None else d_D.sum(0), d_h0

@@ -1,0 +1,69 @@
+"""Compiles the scan's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers, spilled, shared}}. Its own process:
+Triton must not be in its interpreter. `python tests/kernels/compiled_ssd.py bf16 64 128` (dtype, P, N); with `--golden` at the end the
+figures go to resources_ssd.json, to be looked at and committed when a kernel was changed on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from compiled import resources  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.ssd import launch  # noqa: E402
+
+LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX"}  # in the dtype of x
+STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}
+GOLDEN = Path(__file__).with_name("resources_ssd.json")
+
+
+def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int]:
+    """Resources of one kernel; `walk_back` and `prepare_back` are the backward pass's."""
+    wide, back = dtype != "bf16", name.endswith(("_back", "gradients"))
+    s: launch.Pass = (launch.BACKWARD_WIDE if wide else launch.BACKWARD) if back else (launch.FORWARD_WIDE if wide else launch.FORWARD)
+    s = launch.Pass(**{**s.__dict__, **changes})
+    fn = getattr(launch.kernels(), name.removesuffix("_back"))
+    walk = fn.arg_names[1] == "K"
+    constants = {
+        "HAS_STARTS": True, "HAS_SKIP": True, "FINE": dtype == "fp32", "REVERSE": back, "DOT": tl.float32 if wide else tl.bfloat16,
+        "PRECISION": "tf32x3" if wide else "ieee", "Q": s.Q, "BH": launch.PREPARED, "HEADS": s.heads, "STAGES": s.stages,
+        "BP": min(launch.ROWS, launch.pad(P)) if walk else launch.pad(P), "BN": min(s.columns, launch.pad(N)) if walk else launch.pad(N),
+        "PARTS": launch.pad(-(-N // s.columns) * P),
+    }  # fmt: skip
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in LIKE_X:
+            return f"*{dtype}"
+        if argument in STATES:
+            return "*fp32" if wide else "*bf16"
+        return {"STARTS": "*u8", "DOCUMENT": "*i32"}.get(argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32")
+
+    signature = {a: "i32" if a in ("T", "H", "R", "P", "N") else kind(a) for a in fn.arg_names}
+    aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in ("T", "R", "chunks", "blocks", "starts_t", "dt_h")]
+    source = ASTSource(fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    warps, stages = (s.walk_warps, s.walk_stages) if walk else (4, 1) if name.startswith("prepare") else (s.warps, 3)
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    assert ".target sm_90" in kernel.asm["ptx"]
+    return {**resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
+
+
+def main(dtype: str, P: int, N: int, golden: bool) -> None:
+    out = {name: made(name, dtype, P, N) for name in ("prepare", "walk", "walk_back", "outputs", "query_gradients", "key_gradients")}
+    print(json.dumps(out))
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, P, N], "kernels": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "--golden" in sys.argv)

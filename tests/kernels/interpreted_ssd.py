@@ -1,0 +1,75 @@
+"""Runs the scan's Triton kernels in its interpreter and compares them with the float64 loop. Its own process: the interpreter is chosen when
+Triton is imported. `python tests/kernels/interpreted_ssd.py`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+from ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
+
+from kernels.ssd import op, ssd  # noqa: E402
+
+CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
+    ((2, 37, 6, 24, 2, 40), {"starts": 0.1}),
+    ((1, 1, 2, 16, 1, 16), {}),
+    ((1, 7, 3, 8, 1, 5), {"starts": 0.3}),
+    ((1, 48, 2, 16, 2, 16), {"decay": 50.0}),
+    ((1, 40, 5, 70, 1, 20), {"decay": 0.01}),
+    ((1, 33, 2, 16, 1, 16), {"dtype": torch.bfloat16}),
+    ((1, 33, 2, 16, 1, 16), {"dtype": torch.float16, "starts": 0.1}),
+]
+
+
+def scan(*arguments: Any, D: Any) -> Any:
+    return ssd(*arguments, D_H=D)
+
+
+def check(sizes: tuple[int, ...], options: dict[str, Any], borders: bool = False) -> None:
+    tensors, starts = problem(*sizes, **options)
+    if borders:  # at the first step, at the border of chunks, just before one, and the last step
+        starts = torch.zeros(sizes[:2], dtype=torch.bool)
+        starts[0, [0, 16, 31, sizes[1] - 1]] = True
+    low = options.get("dtype", torch.float32) != torch.float32
+    dy, d_final = torch.randn(tensors[0].shape).to(tensors[0].dtype), torch.randn(tensors[5].shape)
+    wanted, found = oracle(tensors, starts, dy, d_final), answers(scan, tensors, starts, dy, d_final)
+    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+        limit = 1e-2 if low else 1e-5 if name in ("y", "final") else 1e-4
+        error = gap(a, b) if name in ("y", "final") or low else distance(a, b)
+        print(sizes, options, name, f"{error:.1e}")
+        assert a.shape == b.shape and error < limit, f"{sizes} {options}: {name} is off by {error:.1e}"
+    again = answers(scan, tensors, starts, dy, d_final)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+
+
+def without_options() -> None:
+    """No h0, no skip; equal to both given as zeros."""
+    tensors, _ = problem(1, 20, 2, 16, 1, 16)
+    y, final = ssd(*tensors[:5])
+    same, end = ssd(*tensors[:5], torch.zeros_like(tensors[5]), torch.zeros(1, 20, dtype=torch.bool), D_H=torch.zeros(2))
+    assert torch.equal(y, same) and torch.equal(final, end)
+
+
+def registered() -> None:
+    tensors, starts = problem(1, 19, 2, 16, 1, 16, starts=0.2)
+    x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
+    for skip, begin, new in ((D, h0, starts), (None, None, None)):
+        torch.library.opcheck(op.scan, (x, dt, A, Bm, Cm, skip, begin, new))
+    with torch.no_grad():
+        dy, d_final = torch.randn(x.shape), torch.randn(h0.shape)
+        torch.library.opcheck(op.scan_backward, (x, dt, A, Bm, Cm, D, h0, starts, dy, d_final), test_utils=("test_schema", "test_faketensor"))
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        check(*case)
+    check((1, 35, 2, 16, 1, 16), {}, borders=True)
+    without_options()
+    registered()
+    print("ok")
