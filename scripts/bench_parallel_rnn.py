@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from kernels.parallel_rnn import launch, parallel_rnn, parallel_rnn_step, reference
+from kernels.parallel_rnn import launch, op, parallel_rnn, parallel_rnn_step, reference
 from models.cells import available, cell_module, load_cell
 from training.files import write_json
 
@@ -72,38 +72,45 @@ def inputs(name: str, B: int, T: int, D: int, dtype: torch.dtype, device: str = 
 
 
 def accuracy(name: str) -> dict[str, float]:
-    """Largest errors against the float64 loop at (2, 1500, 96), slices forced."""
+    """Largest errors against the float64 loop at (2, 700, 64), several slices."""
     out: dict[str, float] = {}
-    for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 40.0)):
-        cell, pre, rec, h0 = inputs(name, 2, 1500, 96, dtype)
-        rec = rec * scale
-        leaves = [x.double().requires_grad_() for x in (pre, rec, h0)]
-        states, final = reference.sequential(cell, *leaves, None)
-        d = torch.randn(states.shape, device="cuda").to(dtype)
-        wanted = torch.autograd.grad((states * d).sum(), leaves, allow_unused=True)
-        got, _ = launch.forward(cell, pre, rec, h0, None)
-        tag = f"{str(dtype)[6:]} weights x{scale:g}"
-        out[f"{tag}: forward abs"] = (got - states).abs().max().item()
-        out[f"{tag}: forward abs of the rounded oracle"] = (states.to(dtype) - states).abs().max().item()
-        for label, a, b in zip(("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, got, d, torch.zeros_like(h0)), wanted):
-            if b is not None and b.numel():
-                out[f"{tag}: d {label} rel"] = ((a - b).norm() / b.norm()).item()
+    for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 12.0)):
+        cell, pre, rec, h0 = inputs(name, 2, 700, 64, dtype)
+        rec = rec * (scale * (64 / 2048) ** 0.5)
+        fine = [x.double() for x in (pre, rec, h0)]
+        with torch.no_grad():
+            states, _ = reference.sequential(cell, *fine, None)
+        d = torch.randn(states[:, :, -1].shape, device="cuda").to(dtype)
+        wanted = reference.linear_backward(cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2]))
+        launch.last_report()
+        emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None)
+        tag, exact = f"{str(dtype)[6:]} weights x{scale:g}", states[:, :, -1]
         out.update({f"{tag}: {k}": v for k, v in launch.last_report().items()})
+        out[f"{tag}: forward abs"] = (emitted - exact).abs().max().item()
+        out[f"{tag}: forward abs of the rounded oracle"] = (exact.to(dtype) - exact).abs().max().item()
+        for label, a, b in zip(("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, emitted, kept, d, None, torch.zeros_like(final)), wanted):
+            if b.numel():
+                out[f"{tag}: d {label} rel"] = ((a - b).norm() / b.norm()).item()
     return out
 
 
-def kernel_row(name: str, B: int, T: int, D: int, copy: float) -> dict[str, Any]:
+def kernel_row(name: str, B: int, T: int, D: int, copy: float, memory: float = 0.0) -> dict[str, Any]:
+    """Times of the solve and of its gradient (of the emitted state's, as in a layer) against the bytes they must move: P + S values a channel
+    and step forward, 2 P + S + 1 backward. memory: bias of the gate that lets the state change; at -9 it lives for 8,000 steps."""
     cell, pre, rec, h0 = inputs(name, B, T, D, torch.bfloat16)
+    if memory:
+        pre[:, :, 0] += memory if name == "paragru" else -memory
     P, S = len(cell.pre), len(cell.state)
-    states, final = launch.forward(cell, pre, rec, h0, None)
+    launch.last_report()
+    emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None)
     report = launch.last_report()
-    d_states, d_final = torch.randn_like(states), torch.zeros_like(final)
+    d_emitted, d_final = torch.randn_like(emitted), torch.zeros_like(final)
     unit = B * T * D * 2 / copy
     row = {
-        "cell": name, "B": B, "T": T, "D": D, **report,
+        "cell": name, "B": B, "T": T, "D": D, "memory": memory, "slices": launch.Plan(pre[:, :, :, None]).slices, **report,
         "forward_ms": milliseconds(lambda: launch.forward(cell, pre, rec, h0, None)), "forward_limit_ms": unit * (P + S),
-        "backward_ms": milliseconds(lambda: launch.backward(cell, pre, rec, h0, None, states, d_states, d_final)),
-        "backward_limit_ms": unit * (2 * P + 2 * S),
+        "backward_ms": milliseconds(lambda: launch.backward(cell, pre, rec, h0, None, emitted, kept, d_emitted, None, d_final)),
+        "backward_limit_ms": unit * (2 * P + S + 1),
     }  # fmt: skip
     for way in ("forward", "backward"):
         row[f"{way}_over_limit"] = row[f"{way}_ms"] / row[f"{way}_limit_ms"]
@@ -122,11 +129,12 @@ def layer_row(name: str, B: int, T: int, D: int) -> dict[str, Any]:
     x = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(4, D // 4, P * D // 4, device="cuda", dtype=torch.bfloat16) * (D / 4) ** -0.5).requires_grad_()
     rec = (torch.randn(len(cell.rec), D, device="cuda") * D**-0.5).requires_grad_()
+    bias = torch.zeros(P, D, device="cuda", requires_grad=True)
     dy = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16)
 
     def layer() -> None:
-        pre = torch.einsum("btei,eio->bteo", x.unflatten(-1, (4, -1)), weight).unflatten(-1, (P, -1)).transpose(2, 3).reshape(B, T, P, D)
-        torch.autograd.grad(parallel_rnn(cell, pre, rec)[0][:, :, -1], (x, weight, rec), dy)
+        pre = torch.einsum("btei,eio->bteo", x.unflatten(-1, (4, -1)), weight).unflatten(-1, (P, -1)).transpose(2, 3)
+        torch.autograd.grad(parallel_rnn(cell, pre, rec, bias_PD=bias, emitted=True)[0], (x, weight, rec, bias), dy)
 
     def block() -> None:
         torch.autograd.grad(mixer(x)[0], (x, *mixer.parameters()), dy)
@@ -148,19 +156,39 @@ def against_loop(name: str) -> list[dict[str, Any]]:
 
 def sweep(copy: float) -> list[dict[str, Any]]:
     """Launch sizes: one at a time away from the defaults, GRU and LSTM, two shapes."""
-    from kernels.parallel_rnn import codegen
+    from kernels.parallel_rnn import backward_source, codegen, forward_source
 
-    defaults = {"BLOCK": launch.BLOCK, "BURN_IN": launch.BURN_IN, "PROGRAMS": launch.PROGRAMS, "UNROLL": codegen.UNROLL}
-    defaults |= {"PROGRAMS_BACK": launch.PROGRAMS_BACK, "UNROLL_BACK": codegen.UNROLL_BACK}
-    tried = {"BLOCK": (32, 128), "BURN_IN": (0, 256), "PROGRAMS": (512, 2048), "UNROLL": (4, 16), "PROGRAMS_BACK": (1024, 8192), "UNROLL_BACK": (1, 4)}
+    places = {"PROGRAMS": launch, "PROGRAMS_BACK": launch, "AHEAD": codegen, "AHEAD_BACK": codegen, "STAGES": forward_source, "STAGES_BACK": backward_source}
+    tried = {"PROGRAMS": (8,), "PROGRAMS_BACK": (8,), "AHEAD": (4, 16), "AHEAD_BACK": (2, 8), "STAGES": (3, 5), "STAGES_BACK": (3, 5)}
     rows = []
     for key, value in [("", 0), *((k, v) for k, values in tried.items() for v in values)]:
-        for name, value_ in {**defaults, **({key: value} if key else {})}.items():
-            setattr(codegen if name.startswith("UNROLL") else launch, name, value_)
-        for cell, shape in itertools.product(("paragru", "paralstm"), ((16, 2048, 2048), (1, 32768, 2048), (1, 2048, 2048))):
+        name = key.replace("STAGES_BACK", "STAGES")
+        usual = getattr(places[key], name) if key else 0
+        if key:
+            setattr(places[key], name, value)
+        launch.kernels.cache_clear()
+        for cell, shape in itertools.product(("paragru", "paralstm"), ((16, 2048, 2048), (1, 32768, 2048))):
             rows.append({"changed": f"{key}={value}" if key else "defaults", **kernel_row(cell, *shape, copy)})
             print(json.dumps(rows[-1]), flush=True)
+        if key:
+            setattr(places[key], name, usual)
     return rows
+
+
+def peer_row(kind: str, B: int, T: int, D: int) -> dict[str, Any]:
+    """pararnn-torch, where it is installed: its whole layer (input projection and solve), forward and backward with every gradient."""
+    import pararnn
+
+    net = getattr(pararnn, kind)(D, D, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(B, T, D, device="cuda", dtype=torch.bfloat16)
+
+    def layer() -> None:
+        out = pararnn.newton_apply(net, x)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out, (x, *net.parameters()), dy, allow_unused=True)
+
+    return {"peer": f"pararnn-torch {pararnn.__version__} {kind}", "B": B, "T": T, "D": D, "layer_fwd_bwd_ms": milliseconds(layer, 5)}
 
 
 def cudnn_row(kind: str, B: int, T: int, D: int) -> dict[str, Any]:
@@ -214,19 +242,20 @@ def time_row(T: int, copy: float) -> dict[str, Any]:
     return {"T": T, "forward_ms": forward, "limit_ms": T * 2048 * 2 * (len(cell.pre) + 1) / copy}
 
 
-def memory_row(name: str, B: int, T: int, D: int) -> dict[str, Any]:
-    """Peak bytes above the inputs, forward and backward, against the floor: states, their gradient and the gradients of the inputs."""
+def memory_row(name: str, B: int, T: int, D: int, save: str) -> dict[str, Any]:
+    """Peak bytes above the inputs, forward and backward, against the floor: states, the emitted one's gradient and the gradients of the inputs."""
     cell, pre, rec, _ = inputs(name, B, T, D, torch.bfloat16)
     leaves = [pre.requires_grad_(), rec.requires_grad_()] if rec.numel() else [pre.requires_grad_()]
+    parallel_rnn(cell, pre, rec, emitted=True, save=save)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    states, _ = parallel_rnn(cell, pre, rec)
+    states, _ = parallel_rnn(cell, pre, rec, emitted=True, save=save)
     saved = torch.cuda.memory_allocated() - base
     torch.autograd.grad(states, leaves, torch.ones_like(states))
-    floor = 2 * B * T * D * (len(cell.pre) + 2 * len(cell.state))
+    floor = 2 * B * T * D * (len(cell.pre) + len(cell.state) + 1)
     peak = torch.cuda.max_memory_allocated() - base
-    return {"cell": name, "saved_bytes": saved, "peak_bytes": peak, "floor_bytes": floor, "peak_over_floor": peak / floor}
+    return {"cell": name, "save": save, "saved_bytes": saved, "peak_bytes": peak, "floor_bytes": floor, "peak_over_floor": peak / floor}
 
 
 def graph_row(B: int, T: int, D: int) -> dict[str, Any]:
@@ -394,8 +423,12 @@ def main() -> None:
         keep("accuracy", lambda: {name: accuracy(name)}, append=True)  # noqa: B023
         for shape in SHAPES:
             keep("kernels", lambda: kernel_row(name, *shape, copy), append=True)  # noqa: B023
+        for shape in SHAPES[:3]:
+            keep("corrected", lambda: kernel_row(name, *shape, copy, memory=-5.0), append=True)  # noqa: B023
     for name, shape in itertools.product(("paragru", "paralstm"), SHAPES[:3:2]):
         keep("layers", lambda: layer_row(name, *shape), append=True)  # noqa: B023
+    for kind in ("ParaGRU", "ParaLSTM"):
+        keep("peers", lambda: peer_row(kind, 16, 2048, 2048), append=True)  # noqa: B023
     for T in (32768, 1 << 20):
         keep("long", lambda: kernel_row("paragru", 1, T, 1024, copy), append=True)  # noqa: B023
     keep("loop", lambda: against_loop("paragru"))
@@ -406,7 +439,8 @@ def main() -> None:
     for kind in ("GRU", "LSTM"):
         keep("cudnn", lambda: cudnn_row(kind, 1, 2048, 2048), append=True)  # noqa: B023
     for name in ("paragru", "paralstm"):
-        keep("memory", lambda: memory_row(name, 1, 32768, 2048), append=True)  # noqa: B023
+        for save in ("states", "borders"):
+            keep("memory", lambda: memory_row(name, 1, 32768, 2048, save), append=True)  # noqa: B023
     keep("past_int32", past_int32)
     for T in (512, 2048):
         keep("graph", lambda: graph_row(1, T, 2048), append=True)  # noqa: B023

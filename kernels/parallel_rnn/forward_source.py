@@ -60,7 +60,7 @@ def walk(traced: Traced, unroll: int) -> str:
     _enter(w, "first", pipelined=True)
     w.put(1, f"for t in tl.range(first, last, {unroll}, num_stages={STAGES}):")
     w.load_inputs(2, "", "t")
-    w.put(2, "p += %d * ST" % unroll)
+    w.put(2, f"p += {unroll} * ST")
     w.ahead_resets(2)
     _steps(w, 2, "PRODUCT")
     w.move(2, str(unroll))

@@ -107,7 +107,7 @@ class Layout:
     def __init__(self, pre: Tensor) -> None:
         self.tensor = pre if pre.stride(-1) == 1 or pre.shape[-1] == 1 else pre.contiguous()
         self.batch, self.time, self.projection, head, _ = self.tensor.stride()
-        self.head, self.se = (pre.shape[-1], head) if pre.shape[-2] > 1 else (pre.shape[-1], 0)
+        self.head, self.se = int(pre.shape[-1]), int(head) if pre.shape[-2] > 1 else 0
 
 
 def _sizes(plan: Plan, pre: Tensor, starts: Tensor | None) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
@@ -201,7 +201,7 @@ def backward(
     """Gradients of pre (its dtype, and its layout if it is dense), rec and h0 (fp32)."""
     whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
-    (B, T), D, R, S = pre.shape[:2], rec.shape[1], len(cell.rec), len(cell.state)
+    B, D, R, S = len(pre), rec.shape[1], len(cell.rec), len(cell.state)
     plan = Plan(pre, slices, back=True)
     module, n = _module(cell, plan), plan.slices
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)

@@ -103,6 +103,26 @@ def test_gradcheck(name: str) -> None:
     assert torch.autograd.gradcheck(lambda *a: parallel_rnn(cell, *a, starts, method="parallel"), inputs)
 
 
+def test_heads_bias_emitted_and_borders() -> None:
+    cell = load_cell("paralstm")
+    (P, R, S), (E, B, T, K) = (len(cell.pre), len(cell.rec), len(cell.state)), (3, 2, 70, 4)
+    g = torch.Generator().manual_seed(0)
+    pre = torch.randn(E, B, T, P, K, generator=g, dtype=torch.float64).requires_grad_()
+    rec, bias = (torch.randn(n, E * K, generator=g, dtype=torch.float64).mul(0.3).requires_grad_() for n in (R, P))
+    h0 = torch.randn(B, S, E * K, generator=g, dtype=torch.float64).requires_grad_()
+    leaves, d = (pre, rec, bias, h0), torch.randn(B, T, E * K, generator=g, dtype=torch.float64)
+    flat = pre.permute(1, 2, 3, 0, 4).flatten(3)
+    wanted, _ = parallel_rnn(cell, flat + bias, rec, h0, method="sequential", emitted=True)
+    gradients = torch.autograd.grad((wanted * d).sum(), leaves)
+    for save in ("states", "borders"):
+        found, _ = parallel_rnn(cell, pre.permute(1, 2, 3, 0, 4), rec, h0, bias_PD=bias, emitted=True, save=save)
+        assert torch.allclose(found, wanted, atol=1e-11)
+        for a, b in zip(torch.autograd.grad((found * d).sum(), leaves), gradients):
+            assert torch.allclose(a, b, atol=1e-9)
+    step = parallel_rnn_step(cell, flat[:, 0].detach(), rec, h0, bias)
+    assert torch.allclose(step[:, -1], wanted[:, 0], atol=1e-11)
+
+
 def test_messages() -> None:
     cell = load_cell("paragru")
     with pytest.raises(ValueError, match="takes pre"):
@@ -120,7 +140,8 @@ def test_opcheck(name: str) -> None:
     cell = load_cell(name)
     pre, rec, h0, starts = problem(cell, 2, 7, 3, resets=0.3)
     leaves = [x.requires_grad_() for x in (pre, rec, h0)]
-    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, starts, cell.key, "auto"))
+    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, starts, cell.key, "auto", False))
+    torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, starts, cell.key, "auto", True))
     leaves = [x.detach().float().requires_grad_() for x in leaves]
     torch.library.opcheck(torch.ops.everywhen.parallel_rnn.default, (*leaves, None, cell.key, "parallel", False))
 
