@@ -104,7 +104,7 @@ def cell_step(cell: Cell, u_BI: Tensor, weight_EKO: Tensor, bias_PI: Tensor, rec
     """The cell's inputs, projected head by head (weight (E, I/E, P I/E), as in models/mixers/rnn.py), and its step on the state in place."""
     (E, K, PO), P, D = weight_EKO.shape, len(cell.pre), bias_PI.shape[1]
     O = PO // P  # noqa: E741
-    BN, BK = (16, 16) if interpreted() else (16, min(256, _power(K)))
+    BN, BK = (16, 16) if interpreted() else (8 if D < 132 * 16 else 16, min(256, _power(K)))
     _cell_kernels(cell).project_and_step[(u_BI.shape[0], -(-O // BN), E)](
         u_BI, weight_EKO, bias_PI, rec_RI, state_BSI, D, K, O, u_BI.stride(0), BN=BN, BK=BK, num_warps=4, **_options()
     )
