@@ -48,6 +48,9 @@ FAMILIES = {
     "mistral": config({**ATTENTION, "window": 9}),
     "qwen3": config({**ATTENTION, "qk_norm": True}),
     "mamba2": config(MAMBA, d_ff=0, tie_embeddings=True),
+    "bamba": ModelConfig(
+        vocab_size=269, d_model=48, n_layers=5, d_ff=72, pattern=["m", "m", "a"], mixers={"m": {**MAMBA, "n_groups": 1}, "a": {**ATTENTION, "rope_theta": 700.0}}
+    ),
 }
 
 
@@ -83,7 +86,9 @@ def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
         (config(MAMBA), "MLP beside"),
         (config({**MAMBA, "dt_limit_max": 0.1}, d_ff=0), "limited"),
         (config({"type": "rnn", "n_heads": 4}), "rnn"),
-        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "different mixers"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "groups"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": {**ATTENTION, "window": 3}, "m": MAMBA}), "window"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": {"type": "rnn"}}), "different mixers"),
     ],
 )
 def test_a_near_miss_is_no_stock_class(settings: ModelConfig, reason: str) -> None:
