@@ -8,8 +8,28 @@ from __future__ import annotations
 import sys
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.codegen import HEADER, function
+from kernels.parallel_rnn.codegen import function
 from kernels.parallel_rnn.trace import trace
+
+MATHS = '''@triton.jit
+def _exp2(x):
+    return tl.exp2(x)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + _exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def _tanh(x):
+    return 2.0 / (1.0 + _exp2(-2.8853900817779268 * x)) - 1.0
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + _exp2(-1.4426950408889634 * tl.abs(x)))
+'''
 
 
 def source(cell: Cell) -> str:
@@ -42,7 +62,8 @@ def source(cell: Cell) -> str:
         *(f"    tl.store(STATE + (b * {S} + {s}) * D + d, y{s}, mask=here)" for s in range(S)),
     ]
     step = function("step", [*cell.pre, *cell.rec, *cell.state], trace(cell).new, cell.state[0])
-    return "\n\n".join([HEADER.format(name=cell.name), step, "\n".join(lines) + "\n"])
+    header = f'"""The decoding step of the cell {cell.name}, written by kernels/decode_step/cell.py."""\nimport triton\nimport triton.language as tl\n'
+    return "\n\n".join([header, MATHS, step, "\n".join(lines) + "\n"])
 
 
 if __name__ == "__main__":
