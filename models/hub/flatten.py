@@ -60,7 +60,7 @@ class Flattener:
         """The definition of `name`, after everything it uses."""
         source = self.module(module)
         node: Any = source.definitions[name]
-        if (module, node.lineno) in self.done:
+        if (module, node.lineno) in self.done or name == "triton":  # HEADER has it
             return
         self.done.add((module, node.lineno))
         if isinstance(node, ast.ClassDef):
@@ -111,8 +111,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
         titles = {name: f"{kind.title()}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
     for name in flat.module(TEMPLATE).definitions:
-        if name != "triton":  # HEADER has it
-            flat.add(TEMPLATE, name)
+        flat.add(TEMPLATE, name)
     flat.pieces += kernels
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
