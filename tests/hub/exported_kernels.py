@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from models.config import ModelConfig
 from models.hub.export import write_folder
 from models.lm import LanguageModel
-from tests.hub.test_native_export import checkpoint
+from tests.hub.folders import checkpoint
 from training.checkpoint import load_model
 
 

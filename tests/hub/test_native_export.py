@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.tokenizer import byte_tokenizer
 from models.config import ModelConfig
 from models.hub.export import export, main, verify, write_folder
 from models.hub.native import stock
 from models.hub.weights import Weights, parse_size
-from models.lm import LanguageModel
+from tests.hub.folders import checkpoint
 from training.errors import UserError
 
 ATTENTION = {"type": "attention", "n_heads": 6, "n_kv_heads": 2}
@@ -24,22 +23,6 @@ MAMBA = {"type": "mamba2", "d_state": 7, "head_dim": 12, "n_groups": 2, "chunk":
 
 def config(mixer: dict[str, Any], **values: Any) -> ModelConfig:
     return ModelConfig(**{"vocab_size": 269, "d_model": 48, "n_layers": 3, "d_ff": 72, "pattern": ["x"], "mixers": {"x": mixer}, **values})
-
-
-def checkpoint(folder: Path, settings: ModelConfig) -> Path:
-    """A checkpoint whose predictions differ from token to token."""
-    torch.manual_seed(0)
-    model = LanguageModel(settings)
-    model.init_weights(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(0.15 * torch.randn_like(p)) if "A_log" not in name else None
-    folder.mkdir(parents=True)
-    tensors = {k: v for k, v in model.state_dict().items() if not (settings.tie_embeddings and k == "head.weight")}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
-    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    return folder
 
 
 FAMILIES = {
