@@ -4,6 +4,8 @@ with one token a step, the time is that of reading the weights, and of starting 
 Legend: B rows, N outputs, K inputs, H heads, P head width, M state width, W convolution width.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 import triton
 import triton.language as tl
 

@@ -157,8 +157,11 @@ def read_stock(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder} holds no config.json; give the folder of a Llama-shaped, Mamba-2 or exported model.")
     config, weights = read_stock_config(folder), Weights(folder)
     own = read_object(folder / "config.json")["model_type"] == "everywhen"
-    target: Stock | None = custom(config, 1) if own else stock(config)[0] or _limited(config)
-    assert target is not None
+    target, why = (custom(config, 1), "") if own else stock(config)
+    if target is None and config.pattern == ["mamba2"]:
+        target = _limited(config)
+    if target is None:
+        raise UserError(f"{folder} cannot be imported: {why}.")
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in LanguageModel(config).state_dict().items()}
     if config.tie_embeddings:
