@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.codegen import function
+from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.trace import trace
 
 MATHS = '''@triton.jit

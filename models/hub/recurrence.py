@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kernels.decode_step.cell import MATHS
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.codegen import IN_TORCH, function
+from kernels.parallel_rnn.expressions import IN_TORCH, function
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 HEADER = """try:  # on a GPU the recurrences run in kernels, if there is Triton
