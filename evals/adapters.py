@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.hub.weights import Weights
 from training.errors import UserError
 
 PIECE = 1024  # rows of logits alive at once
@@ -530,8 +531,10 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UserError("This is no checkpoint of ours, and transformers is not installed: pip install transformers.") from error
+    if gguf is None:
+        Weights(folder)  # refuses pickles, and an index that leads out of the folder
     try:
-        options = {"gguf_file": gguf} if gguf else {}
+        options: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
         hf: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=True, **options)
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded by transformers: {first_words(error)}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels import decode_step
 from models import mixers
 from models.config import ModelConfig
 from models.init import tag
@@ -32,6 +34,23 @@ class Block(nn.Module):
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = self._keep(x_BTD, 1) + self.mlp(self.mlp_norm(x_BTD))
         return x_BTD, state
+
+    def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
+        """forward over one token, x (fp32) and the state written over, or None: see SequenceMixer.fused_step."""
+        keep = [None, None] if self.residual_scale is None else list(self.residual_scale.detach())
+        mix = self.mixer.fused_step(x_BD, self.mixer_norm, keep[0], state)
+        if mix is None or self.mlp is None:
+            return mix
+        norm, mlp = self.mlp_norm, self.mlp
+        assert norm is not None
+        inner_BF = x_BD.new_empty(x_BD.shape[0], mlp.gate.out_features)
+
+        def step() -> None:
+            mix()
+            decode_step.project(x_BD, mlp.gate.weight, inner_BF, norm_K=norm.weight, eps=norm.eps, pair_NK=mlp.up.weight)
+            decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
+
+        return step
 
     def _keep(self, x_BTD: Tensor, which: int) -> Tensor:
         return x_BTD if self.residual_scale is None else x_BTD * self.residual_scale[which].to(x_BTD.dtype)

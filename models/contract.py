@@ -6,12 +6,14 @@ Legend: B batch, T time, D model width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from models.layers import RMSNorm
     from models.parallel import Slice
 
 
@@ -31,6 +33,11 @@ class SequenceMixer(nn.Module):
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Any:
         """The empty state: a dataclass of tensors."""
         raise NotImplementedError
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: Any) -> Callable[[], None] | None:
+        """What takes x <- keep x + mixer(norm(x)) over one token in a few kernels, writing over x (fp32) and the state (of models/decode.py);
+        None: there is no such form, and forward is called."""
+        return None
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the state after T tokens."""

@@ -4,17 +4,19 @@
     logits_BV = decoder.step(token_B)                # as often as there is room
 
 The step reads and writes tensors that stay where they are. On a CUDA device it is captured once and replayed; elsewhere the same step
-runs as it is. Legend: B rows, V vocabulary.
+runs as it is. For few rows the step is made of fused kernels (kernels/decode_step) where every layer has them. Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import decode_step
 from models.init import roles
 from models.lm import LanguageModel, LMState
 
@@ -36,7 +38,7 @@ def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
             layers.append(mixer.fixed_state(part, capacity))
         else:
             tensors = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-            layers.append(dataclasses.replace(part, **{name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)}))
+            layers.append(dataclasses.replace(part, **{name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if isinstance(t, Tensor)}))
     return LMState(layers)
 
 
@@ -50,10 +52,11 @@ def _tensors(state: LMState) -> list[Tensor]:
 
 
 class Decoder:
-    """Raises ValueError for a capacity that the state does not fit in, and when it is used up."""
+    """Raises ValueError for a capacity that the state does not fit in, and when it is used up. The model's weights must not change meanwhile."""
 
-    def __init__(self, model: LanguageModel, state: LMState, capacity: int, *, compiled: bool = False) -> None:
-        """capacity: the most tokens a cache holds, those read included. compiled: torch.compile fuses the step's small operations."""
+    def __init__(self, model: LanguageModel, state: LMState, capacity: int, *, compiled: bool = False, fused: bool | None = None) -> None:
+        """capacity: the most tokens a cache holds, those read included. compiled: torch.compile fuses the step's small operations.
+        fused: the kernels of kernels/decode_step; None: where they can run, for as few rows as they are made for."""
         cached = [part.k_BGLK.shape[2] for part in state.layers if hasattr(part, "k_BGLK")]
         self.room = capacity - max(cached) if cached else -1  # -1: nothing grows
         if cached and self.room < 1:
@@ -63,8 +66,32 @@ class Decoder:
         rows = _tensors(state)[0].shape[0]
         self.token_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(rows, model.config.vocab_size, dtype=model.head.weight.dtype, device=device)
-        self._step: Any = torch.compile(self._once, dynamic=False) if compiled else self._once
+        if fused is None:
+            fused = not compiled and device.type == "cuda" and not decode_step.why_not(device, rows) and model.head.weight.dtype != torch.float64
+        plan = self._plan() if fused else None
+        self.fused = plan is not None
+        once = self._once if plan is None else plan
+        self._step: Any = torch.compile(once, dynamic=False) if compiled else once
         self.graph = self._capture() if device.type == "cuda" else None
+
+    def _plan(self) -> Callable[[], None] | None:
+        """The step in fused kernels; None if a layer has no such form. The residual stream is fp32 there."""
+        model = self.model
+        x_BD = torch.zeros(len(self.token_B1), model.config.d_model, device=self.token_B1.device)
+        steps = [block.fused_step(x_BD, part) for block, part in zip(model.blocks, self.state.layers)]
+        if any(step is None for step in steps):
+            return None
+        for part in self.state.layers:
+            if hasattr(part, "segment_B"):
+                part.segment_B.clamp_(min=0)  # as last_segment does
+
+        def once() -> None:
+            x_BD.copy_(model.embedding(self.token_B1[:, 0]))
+            for step in steps:
+                step()
+            decode_step.project(x_BD, model.head.weight, self.logits_BV, norm_K=model.norm.weight, eps=model.norm.eps)
+
+        return torch.no_grad()(once)
 
     def _once(self) -> None:
         output = self.model(self.token_B1, state=self.state, last_only=True)
@@ -103,3 +130,9 @@ class Decoder:
         else:
             self._step()
         return self.logits_BV
+
+    def release(self) -> LMState:
+        """The state after all steps, as the model takes it. The decoder is used up: the state shares its tensors."""
+        self.room = 0
+        parts = zip(self.model.blocks, self.state.layers)
+        return LMState([block.mixer.open_state(part) if hasattr(block.mixer, "open_state") else part for block, part in parts])

@@ -24,10 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.decode import Decoder
 from models.lm import LanguageModel, LMState
 from models.sampling import Sampling
 
 CHUNK = 2048  # tokens read at once
+GRAPH_FROM = 16  # new tokens from which capturing a step is worth while
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device | str | None = None) -> tuple[Tensor, list[int]]:
@@ -110,11 +112,13 @@ class Session:
         fill_id: int | None = None,
         stop_when: Callable[[int, int], bool] | None = None,
         on_token: Callable[[Tensor], None] | None = None,
+        graph: bool | None = None,
     ) -> Tensor:
         """The new ids (B, n), n <= max_new_tokens, also appended to the session.
 
         A row ends with one of stop_ids, or when stop_when(row, token) says so; it goes on with fill_id (the first stop id unless given)
-        until all rows have ended. on_token is given each step's ids (B,).
+        until all rows have ended. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
+        None: on a GPU, where the text is long enough to repay the capture.
         """
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.ids_BT.device)
         fill = fill_id if fill_id is not None else stop_ids[0] if len(stop_ids) else 0
@@ -123,8 +127,18 @@ class Session:
         seen_BV = self._seen(self.model.config.vocab_size) if sampling.repetition_penalty != 1 else None
         self.read()
         new: list[Tensor] = []
+        decoder: Decoder | None = None
+        if graph is None:
+            graph = self.ids_BT.is_cuda and max_new_tokens >= GRAPH_FROM
         for _ in range(max_new_tokens):
-            logits_BV = self._step(new[-1][:, None]) if new else self._feed(self.ids_BT.shape[1])
+            if not new:
+                logits_BV = self._feed(self.ids_BT.shape[1])
+            elif graph:
+                decoder = decoder or Decoder(self.model, self.state, self.ids_BT.shape[1] + max_new_tokens)
+                logits_BV = decoder.step(new[-1])
+                self.read_to += 1
+            else:
+                logits_BV = self._step(new[-1][:, None])
             token_B = sampling.draw(logits_BV, self.generator, seen_BV)
             token_B = torch.where(done_B, torch.full_like(token_B, fill), token_B)
             new.append(token_B)
@@ -139,6 +153,8 @@ class Session:
                 done_B = torch.tensor(said, device=done_B.device)
             if ending and bool(done_B.all()):
                 break
+        if decoder is not None:
+            self.state = decoder.release()
         new_BN = torch.stack(new, 1) if new else self.ids_BT[:, :0]
         self.ids_BT = torch.cat([self.ids_BT, new_BN], 1)
         return new_BN

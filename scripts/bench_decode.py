@@ -1,19 +1,25 @@
 """Decoding speed: tokens/s, the share of what reading the weights once a step allows, and state bytes per sequence.
 
-    python scripts/bench_decode.py [out=docs/results/decode.json] [seconds=60] [only=paragru-400m] [compiled=false] [toy=true]
+    python scripts/bench_decode.py [out=docs/results/decode/decode.json] [budget=170] [only=paragru-400m] [compiled=false] [toy=true]
+    python scripts/bench_decode.py plot=docs/results/decode/decode.json      # draws decode.png beside it
 
-Random weights in bf16 (the recurrences' own parameters in fp32), one step as a CUDA graph, greedy. The time of a step does
-not depend on what was read, so a state is made by reading 64 tokens, and an attention cache is filled to 1k or 128k with random numbers.
-Before timing, the decoder's logits are compared with the model's own.
-compiled=true lets torch.compile fuse the step first. An item that does not fit in memory says so. The JSON is written after every item. toy=true runs small models on any machine.
+Random weights in bf16 (the recurrences' own parameters in fp32), one step as a CUDA graph, greedy. A recurrent model reads `context` random
+tokens in chunks (one sequence, its state then repeated for every row); an attention cache is filled with random numbers. Before timing, the
+decoder's logits are compared with the model's own. Beside it, transformers' generate on the exported folder, its steps timed after the prompt.
+The bound is the time to read all weights but the embedding at the speed of a measured copy. compiled=true lets torch.compile fuse the step
+instead of the project's kernels. What does not fit in memory, or in `budget` seconds, is left out and says so; the JSON is written after
+every item. toy=true runs small models on any machine.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-import os
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from kernels import decode_step  # noqa: E402
 from models.config import ModelConfig  # noqa: E402
 from models.decode import Decoder, cast  # noqa: E402
-from models.lm import LanguageModel  # noqa: E402
+from models.lm import LanguageModel, LMState  # noqa: E402
+from training.files import write_json  # noqa: E402
+from training.metrics import environment  # noqa: E402
 
 # As configs/size and configs/model have them: width, layers, layers without an MLP, attention heads, Mamba-2 state.
 SIZES = {"400m": (1024, 24, 48, 8, 64), "1b": (2048, 24, 48, 16, 128), "toy": (64, 2, 4, 4, 16)}
@@ -69,12 +78,32 @@ def bandwidth(device: torch.device) -> float:
     return 2 * n / best
 
 
+def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
+    """All layers get the same random weights, drawn once: what they are does not matter to the time."""
+    one = LanguageModel(dataclasses.replace(config, n_layers=len(config.pattern), vocab_size=8))
+    one.init_weights(0)
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        model.embedding.weight.normal_(0, 0.02)
+        model.head.weight.normal_(0, 0.02)
+        model.norm.weight.fill_(1)
+        for i, block in enumerate(model.blocks):
+            block.load_state_dict(one.blocks[i % len(one.blocks)].state_dict())
+    return cast(model, torch.bfloat16).eval()
+
+
 @torch.no_grad()
-def state_at(model: LanguageModel, batch: int, context: int) -> Any:
-    """The state after a short text, caches filled up to `context`."""
+def state_at(model: LanguageModel, context: int) -> Any:
+    """The state of one sequence after `context` random tokens; attention caches are filled with random numbers."""
     device = model.embedding.weight.device
-    ids = torch.randint(model.config.vocab_size, (batch, min(context, 64)), device=device)
-    state = model(ids, state=model.init_state(batch), last_only=True).state
+    state = model.init_state(1)
+    caches = any(hasattr(part, "k_BGLK") for part in state.layers)
+    chunk = 4096
+    for first in range(0, 1 if caches else context, chunk):
+        ids = torch.randint(model.config.vocab_size, (1, min(chunk, context - first)), device=device)
+        state = model(ids, state=state, last_only=True).state
     for part in state.layers:
         if hasattr(part, "k_BGLK"):
             B, G, _, K = part.k_BGLK.shape
@@ -84,17 +113,26 @@ def state_at(model: LanguageModel, batch: int, context: int) -> Any:
     return state
 
 
+def repeated(state: Any, batch: int) -> Any:
+    """The state of one row for `batch` rows."""
+    layers = []
+    for part in state.layers:
+        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+        layers.append(type(part)(**{k: v.repeat_interleave(batch, 0) if isinstance(v, torch.Tensor) else v for k, v in values.items()}))
+    return LMState(layers)
+
+
 @torch.no_grad()
-def measure(model: LanguageModel, batch: int, context: int, seconds: float, compiled: bool, copy: float) -> dict[str, Any]:
+def measure(model: LanguageModel, one: Any, batch: int, context: int, compiled: bool, copy: float) -> dict[str, Any]:
     device, started = model.embedding.weight.device, time.perf_counter()
-    state = state_at(model, batch, context)
+    state = repeated(one, batch)
     token = torch.randint(model.config.vocab_size, (batch,), device=device)
     expected = model(token[:, None], state=state, last_only=True).logits[:, -1].float()
     decoder = Decoder(model, state, context + 1024, compiled=compiled)
     del state
     error = float((decoder.step(token).float() - expected).norm() / expected.norm())
     times: list[float] = []
-    while len(times) < 10 and (len(times) < 3 or time.perf_counter() - started < seconds):
+    while len(times) < 10:
         wait(device)
         begin = time.perf_counter()
         for _ in range(20):
@@ -111,56 +149,139 @@ def measure(model: LanguageModel, batch: int, context: int, seconds: float, comp
         "share_with_state": (weights + batch * state_bytes) / copy / step,
         "weight_bytes": weights,
         "state_bytes_per_sequence": state_bytes,
+        "fused_kernels": decoder.fused,
         "logits_error_relative": error,
         "seconds_in_all": time.perf_counter() - started,
     }
 
 
+@torch.no_grad()
+def measure_transformers(model: LanguageModel, batch: int, context: int, new: int = 24) -> dict[str, Any]:
+    """transformers' generate on the exported folder: the time of `new` more tokens after the prompt and one token."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from models.hub.export import write_folder
+
+    device = model.embedding.weight.device
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch, "c"), Path(scratch, "hf")
+        source.mkdir()
+        out.mkdir()
+        save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, source / "model.safetensors")
+        (source / "config.json").write_text(json.dumps(model.config.to_dict()))
+        architecture = write_folder(source, out, "bf16", 10**12, "apache-2.0").architecture
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, trust_remote_code=True).to(device).eval()
+    ids = torch.randint(model.config.vocab_size, (batch, context), device=device)
+
+    def run(tokens: int) -> float:
+        wait(device)
+        begin = time.perf_counter()
+        theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None)
+        wait(device)
+        return time.perf_counter() - begin
+
+    run(2)
+    first, whole = run(1), run(1 + new)
+    step = (whole - first) / new
+    return {"class": architecture, "tokens_per_s": batch / step, "ms_per_step": 1e3 * step, "ms_prompt": 1e3 * first}
+
+
+def plot(path: Path) -> None:
+    """Tokens/s of every item, at batch 1 and at the larger batch, drawn from the JSON."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    report = json.loads(path.read_text())
+    items = {k: v for k, v in report["items"].items() if "tokens_per_s" in v}
+    batches = sorted({key.split(" batch ")[1].split()[0] for key in items}, key=int)
+    figure, axes = pyplot.subplots(1, len(batches), figsize=(7 * len(batches), 0.3 * len(items) / len(batches) + 2), squeeze=False)
+    for axis, batch in zip(axes[0], batches):
+        rows = {k.replace(f" batch {batch}", ""): v["tokens_per_s"] for k, v in items.items() if f" batch {batch} " in k}
+        axis.barh(list(rows), list(rows.values()), color=["0.6" if "transformers" in k else "tab:blue" for k in rows])
+        axis.invert_yaxis()
+        axis.set(title=f"batch {batch}, {report['device']}", xlabel="tokens/s")
+        axis.bar_label(axis.containers[0], fmt="%.0f", padding=2)
+    figure.tight_layout()
+    figure.savefig(path.with_suffix(".png"), dpi=100)
+
+
+class Bench:
+    """Measures item after item and keeps the file whole."""
+
+    def __init__(self, options: dict[str, str]) -> None:
+        self.started, self.budget = time.perf_counter(), float(options["budget"])
+        self.compiled, self.out, self.only = options["compiled"] == "true", Path(options["out"]), options["only"]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.toy = options["toy"] == "true"
+        if self.device.type == "cpu" and not self.toy:
+            sys.exit("error: This measures a GPU; toy=true runs small models on a CPU.")
+        self.copy = bandwidth(self.device)
+        self.report: dict[str, Any] = {
+            **environment(self.device),
+            "compiled": self.compiled,
+            "dependent_launch": decode_step.dependent_launch,
+            "copy_bytes_per_s": self.copy,
+            "items": {},
+        }
+
+    def item(self, key: str, work: Callable[[], dict[str, Any]]) -> None:
+        if time.perf_counter() - self.started > self.budget:
+            row: dict[str, Any] = {"skipped": "no time left"}
+        else:
+            try:
+                row = work()
+            except torch.OutOfMemoryError:
+                row = {"skipped": "out of memory"}
+        self.report["items"][key] = row
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.out, self.report)
+        shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+        print(f"{key}: {shown}", flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def run(self) -> None:
+        for size in ["toy"] if self.toy else ["400m", "1b"]:
+            for family in ("paragru", "mamba2", "transformer"):
+                if self.only not in f"{family}-{size}" or time.perf_counter() - self.started > self.budget:
+                    continue
+                model = random_model(config_of(family, size), self.device)
+                for context in (32, 100) if self.toy else (1024, 131072):
+                    one = state_at(model, context)
+                    for batch in (1, 4) if self.toy else (1, 64):
+                        if 2.2 * batch * model.state_bytes(context) > memory(self.device):
+                            row = {"skipped": "its cache does not fit in memory", "state_bytes_per_sequence": model.state_bytes(context)}
+                            self.item(f"{family}-{size} batch {batch} context {context}", lambda row=row: row)
+                            continue
+                        work = functools.partial(measure, model, one, batch, context, self.compiled, self.copy)
+                        self.item(f"{family}-{size} batch {batch} context {context}", work)
+                    del one
+                for batch, context in ((1, 32),) if self.toy else ((1, 1024), (64, 64)):
+                    if batch == 1 or size != "1b":
+                        work = functools.partial(measure_transformers, model, batch, context, 4 if self.toy else 24)
+                        self.item(f"{family}-{size} by transformers batch {batch} context {context}", work)
+                del model
+
+
+def memory(device: torch.device) -> float:
+    """Bytes that are free."""
+    return torch.cuda.mem_get_info()[0] if device.type == "cuda" else 8e9
+
+
 def main() -> None:
-    options = {"out": "docs/results/decode.json", "seconds": "60", "only": "", "compiled": "false", "toy": "false"}
+    options = {"out": "docs/results/decode/decode.json", "budget": "170", "only": "", "compiled": "false", "toy": "false", "plot": ""}
     for argument in sys.argv[1:]:
         key, _, value = argument.partition("=")
         if key not in options:
             sys.exit(f"error: Unknown argument {argument!r}; known are {', '.join(options)}.")
         options[key] = value
-    toy, compiled = options["toy"] == "true", options["compiled"] == "true"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not toy:
-        sys.exit("error: This measures a GPU; toy=true runs small models on a CPU.")
-    copy, out = bandwidth(device), Path(options["out"])
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "compiled": compiled,
-        "copy_bytes_per_s": copy,
-        "items": {},
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for size in ["toy"] if toy else ["400m", "1b"]:
-        for family in ("paragru", "mamba2", "transformer"):
-            if options["only"] not in f"{family}-{size}":
-                continue
-            with torch.device(device):
-                model = cast(LanguageModel(config_of(family, size)), torch.bfloat16).eval()
-            model.init_weights(0)
-            for batch in (1, 4) if toy else (1, 64):
-                for context in (32, 100) if toy else (1024, 131072):
-                    key = f"{family}-{size} batch {batch} context {context}"
-                    try:
-                        row = measure(model, batch, context, float(options["seconds"]), compiled, copy)
-                    except torch.OutOfMemoryError:
-                        row = {"skipped": "out of memory", "state_bytes_per_sequence": model.state_bytes(context)}
-                    report["items"][key] = row
-                    temporary = out.with_name(out.name + ".tmp")
-                    temporary.write_text(json.dumps(report, indent=2) + "\n")
-                    os.replace(temporary, out)
-                    shown = ", ".join(
-                        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-                    )
-                    print(f"{key}: {shown}", flush=True)
-                    if device.type == "cuda":
-                        torch.cuda.empty_cache()
-            del model
+    if options["plot"]:
+        plot(Path(options["plot"]))
+    else:
+        Bench(options).run()
 
 
 if __name__ == "__main__":

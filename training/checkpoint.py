@@ -228,9 +228,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
     meta: {'folder', 'step', 'run'} where known. Raises UserError in one sentence for anything that is not such a folder.
     """
     from models.hub.importing import is_foreign, read_stock
+    from models.hub.weights import refuse_pickles
 
     foreign = is_foreign(Path(path))
     folder = Path(path) if foreign else find(path)
+    refuse_pickles(folder)
     tensors: dict[str, torch.Tensor] = {}
     try:
         if foreign:

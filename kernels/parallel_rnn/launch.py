@@ -46,11 +46,9 @@ def cache_folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="everywhen-"))
 
 
-@functools.cache
-def kernels(cell: Cell, ahead: int, back: int, maths: str) -> ModuleType:
-    """The module of a cell's kernels. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    text = codegen.source(cell, ahead, back, maths)
-    name = f"{cell.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def load_source(name: str, text: str) -> ModuleType:
+    """The module of generated source, kept in a file named by its content. Raises ImportError without Triton."""
+    name = f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     path = cache_folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:  # other ranks may write the same file
@@ -61,6 +59,12 @@ def kernels(cell: Cell, ahead: int, back: int, maths: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def kernels(cell: Cell, ahead: int, back: int, maths: str) -> ModuleType:
+    """The module of a cell's kernels. Raises NotLowered (the cell) or ImportError (no Triton)."""
+    return load_source(cell.name, codegen.source(cell, ahead, back, maths))
 
 
 def why_not(cell: Cell, device: torch.device) -> str:

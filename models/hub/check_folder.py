@@ -47,12 +47,15 @@ def look(job: dict[str, Any]) -> None:
             found["parameters"] = sum(p.numel() for p in model.parameters())
             text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], eos_token_id=None)
             tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
-            if found["class"].startswith("Everywhen") and job.get("ways"):
-                found["ways"] = ways(model, ids)
+            if job.get("ways"):
+                found["ways"] = ways(model, ids) if found["class"].startswith("Everywhen") else {}
+                whole = model
     if (Path(folder) / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         coded = tokenizer(job["sample"], add_special_tokens=False).input_ids
         found["tokenizer"] = {"ids": coded, "text": tokenizer.decode(coded), "eos": tokenizer.eos_token_id}
+        if job.get("ways"):
+            found["ways"] |= as_text(whole, tokenizer, folder)
     save_file(tensors, job["out"])
     Path(job["out"] + ".json").write_text(json.dumps(found, default=str))
 
@@ -76,6 +79,25 @@ def ways(model: Any, ids: Any) -> dict[str, bool]:
         "assisted": torch.equal(text(one, assistant_model=model), text(one)),
         "lookup": torch.equal(text(torch.cat([one, one], 1), prompt_lookup_num_tokens=3), text(torch.cat([one, one], 1))),
     }
+
+
+def as_text(model: Any, tokenizer: Any, folder: str) -> dict[str, bool]:
+    """Whether the pipeline and a streamer give the text that generate does."""
+    from transformers import TextStreamer, pipeline
+
+    class Kept(TextStreamer):
+        text = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.text += text
+
+    prompt, options = "The end", {"do_sample": False, "max_new_tokens": 9}
+    inputs = tokenizer(prompt, return_tensors="pt")
+    plain = tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True)
+    streamer = Kept(tokenizer, skip_special_tokens=True)
+    model.generate(**inputs, **options, streamer=streamer)
+    pipe = pipeline("text-generation", model=folder, tokenizer=tokenizer, trust_remote_code=True)
+    return {"streamed": streamer.text == plain, "pipeline": pipe(prompt, **options)[0]["generated_text"] == plain}
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -61,5 +62,8 @@ def write_code(config: ModelConfig, out: Path) -> None:
     with torch.device("meta"):
         model = LanguageModel(config)
     kept = sorted({f"mixer.{n.rsplit('.', 1)[-1]}" for n, p in model.named_parameters() if roles(p).get("keep_fp32")})
-    (out / "modeling_everywhen.py").write_text(modeling(types, cells, kept))
-    (out / "configuration_everywhen.py").write_text(Path(__file__).with_name("configuration_everywhen.py").read_text())
+    code = modeling(types, cells, kept)
+    (out / "modeling_everywhen.py").write_text(code)
+    # transformers finds the class of a model by that of its config: with another modeling file it must be another one.
+    mark = f"# goes with the modeling_everywhen.py of sha256 {hashlib.sha256(code.encode()).hexdigest()[:16]}\n"
+    (out / "configuration_everywhen.py").write_text(Path(__file__).with_name("configuration_everywhen.py").read_text() + mark)

@@ -1,6 +1,6 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
 
-    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0] [--push org/name]
+    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0] [--evals DIR] [--push org/name]
 
 CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
 with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.tokenizer import eot_id
 from models.config import ModelConfig
-from models.hub.card import model_card
+from models.hub.card import write_card
 from models.hub.custom import custom, write_code
 from models.hub.native import Stock, stock
 from models.hub.push import check_name, push
@@ -49,8 +49,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
-def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) -> Stock:
-    """Everything of the export but its verification. Raises UserError for weights that are another model's."""
+def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, evals: Path | None = None) -> Stock:
+    """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
     config, weights = read_config(source), Weights(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
     length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048)
@@ -83,7 +83,7 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str) 
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
     write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
-    (out / "README.md").write_text(model_card(source, config, target.architecture, facts, sum(counts.values()), licence))
+    write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
     return target
 
 
@@ -159,18 +159,20 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
     return ""
 
 
-def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0") -> Path:
-    """The verified folder `out`. Raises UserError; then `out` does not exist."""
+def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0", evals: str | None = None) -> Path:
+    """The verified folder `out`. evals: a folder that evals.run wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
     source, final, limit = find(checkpoint), Path(out), parse_size(shard_size)
     if dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose fp32 or bf16.")
+    if evals is not None and not Path(evals).is_dir():
+        raise UserError(f"{evals} is no folder; give the one that evals.run wrote.")
     if final.exists():
         raise UserError(f"{final} exists already; remove it or give another folder.")
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_folder(source, temporary, dtype, limit, licence)
+        write_folder(source, temporary, dtype, limit, licence, Path(evals) if evals else None)
         verify([(source, temporary)])
         os.replace(temporary, final)
     except OSError as error:
@@ -188,12 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", default="5GB")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--licence", default="apache-2.0")
+    parser.add_argument("--evals", metavar="DIR", help="a folder that evals.run wrote (OUT or OUT/MODEL), for the model card")
     parser.add_argument("--push", metavar="org/name")
     values = parser.parse_args(arguments)
     try:
         if values.push:
             check_name(values.push)
-        folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence)
+        folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals)
         print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
         if values.push:
             print(f"pushed: {push(folder, values.push)}")

@@ -11,11 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from models.hub.recurrence import HEADER, written
+
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
 IN_TORCH = ("kernels.short_conv", "kernels.gated_norm")  # operations whose reference.py has the same functions
-DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole"}
+DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
 
 
 class Module:
@@ -58,7 +60,7 @@ class Flattener:
         """The definition of `name`, after everything it uses."""
         source = self.module(module)
         node: Any = source.definitions[name]
-        if (module, node.lineno) in self.done:
+        if (module, node.lineno) in self.done or name == "triton":  # HEADER has it
             return
         self.done.add((module, node.lineno))
         if isinstance(node, ast.ClassDef):
@@ -93,24 +95,29 @@ class Flattener:
 
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     """The text of modeling_everywhen.py with these mixer types and cells."""
+    from models.cells import load_cell
     from models.mixers import available
 
     flat = Flattener()
+    plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for name in flat.module(TEMPLATE).definitions:
         if name in ("MIXERS", "CELLS", "KEEP_FP32", "Pre", "Rec", "State"):
             flat.add(TEMPLATE, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
+    flat.pieces += plain
     for kind in types:
         assert kind in available(), kind
         titles = {name: f"{kind.title()}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
     for name in flat.module(TEMPLATE).definitions:
         flat.add(TEMPLATE, name)
+    flat.pieces += kernels
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
-        "CELLS.update({" + ", ".join(f'"{c}": step_{c}' for c in cells) + "})",
+        "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
     ]
     title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
-    return "\n\n\n".join([title + "\n\nfrom __future__ import annotations\n\n" + "\n".join(sorted(flat.external)), *flat.pieces, "\n".join(tables)]) + "\n"
+    imports = "\n".join(sorted(flat.external))
+    return "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"

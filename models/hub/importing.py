@@ -50,10 +50,12 @@ def read_stock_config(folder: Path) -> ModelConfig:
             config = _llama(values, folder)
         elif kind == "mamba2":
             config = _mamba2(values, folder)
+        elif kind == "bamba":
+            config = _bamba(values, folder)
         elif kind == "everywhen":
             config = _own(values)
         else:
-            raise UserError(f"{folder} is a {kind} model; these can be imported: {', '.join((*LLAMA_SHAPED, 'mamba2', 'everywhen'))}.")
+            raise UserError(f"{folder} is a {kind} model; these can be imported: {', '.join((*LLAMA_SHAPED, 'mamba2', 'bamba', 'everywhen'))}.")
         return ModelConfig.from_dict(config)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'} does not say {error.args[0]!r}; export or fetch the folder again.") from error
@@ -106,6 +108,33 @@ def _mamba2(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**_common(values, eps), "d_ff": 0, "pattern": ["mamba2"], "mixers": {"mamba2": mixer}}
 
 
+def _bamba(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    _need(values, folder, {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "mamba_conv_bias": True, "mamba_proj_bias": False})
+    rope = values.get("rope_parameters") or {}
+    scaled = rope.get("rope_type") or (values.get("rope_scaling") or {}).get("type") or "default"
+    if scaled != "default" or float(rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 0.5))) != 1.0:
+        raise UserError(f"{folder} cannot be imported: its rotary positions are scaled or partial ({scaled}), and only plain ones are supported.")
+    heads, where = values["num_attention_heads"], set(values.get("attn_layer_indices") or [])
+    low, high = (float(v) if not isinstance(v, dict) else math.inf for v in values.get("time_step_limit") or (0.0, math.inf))
+    if low or not math.isinf(high):
+        raise UserError(f"{folder} cannot be imported: its time_step_limit is not that of the class.")
+    eps = float(values.get("rms_norm_eps", 1e-5))
+    attention = {"type": "attention", "n_heads": heads, "n_kv_heads": values.get("num_key_value_heads") or heads, "rope_theta": float(rope.get("rope_theta", 10000.0))}
+    mamba = {
+        "type": "mamba2",
+        "d_state": values["mamba_d_state"],
+        "expand": values["mamba_expand"],
+        "head_dim": values["mamba_expand"] * values["hidden_size"] // values["mamba_n_heads"],
+        "n_groups": values["mamba_n_groups"],
+        "d_conv": values["mamba_d_conv"],
+        "chunk": values.get("mamba_chunk_size", 256),
+        "norm_eps": eps,
+    }
+    pattern = ["attention" if i in where else "mamba2" for i in range(values["num_hidden_layers"])]
+    known = {name: mixer for name, mixer in (("attention", attention), ("mamba2", mamba)) if name in pattern}
+    return {**_common(values, eps), "d_ff": values["intermediate_size"], "pattern": pattern, "mixers": known}
+
+
 def _own(values: dict[str, Any]) -> dict[str, Any]:
     extra = {"d_ff": values["intermediate_size"], "pattern": values["pattern"], "mixers": values["mixers"]}
     return {**_common(values, float(values["rms_norm_eps"])), **extra, "learnable_residual": values["learnable_residual"]}
@@ -128,8 +157,11 @@ def read_stock(folder: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise UserError(f"{folder} holds no config.json; give the folder of a Llama-shaped, Mamba-2 or exported model.")
     config, weights = read_stock_config(folder), Weights(folder)
     own = read_object(folder / "config.json")["model_type"] == "everywhen"
-    target: Stock | None = custom(config, 1) if own else stock(config)[0] or _limited(config)
-    assert target is not None
+    target, why = (custom(config, 1), "") if own else stock(config)
+    if target is None and config.pattern == ["mamba2"]:
+        target = _limited(config)
+    if target is None:
+        raise UserError(f"{folder} cannot be imported: {why}.")
     with torch.device("meta"):
         shapes = {n: tuple(t.shape) for n, t in LanguageModel(config).state_dict().items()}
     if config.tie_embeddings:

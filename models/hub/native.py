@@ -48,15 +48,26 @@ MAMBA2_RULES = [
     (r"blocks\.(\d+)\.mixer\.conv\.(weight|bias)", r"backbone.layers.\1.mixer.conv1d.\2"),
     (r"blocks\.(\d+)\.mixer\.(.*)", r"backbone.layers.\1.mixer.\2"),
 ]
+BAMBA_RULES = [
+    (r"embedding\.weight", "model.embed_tokens.weight"),
+    (r"norm\.weight", "model.final_layernorm.weight"),
+    (r"head\.weight", "lm_head.weight"),
+    (r"blocks\.(\d+)\.mixer_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
+    (r"blocks\.(\d+)\.mlp_norm\.weight", r"model.layers.\1.pre_ff_layernorm.weight"),
+    (r"blocks\.(\d+)\.mlp\.(gate|up|down)\.weight", r"model.layers.\1.feed_forward.\2_proj.weight"),
+    (r"blocks\.(\d+)\.mixer\.([qkvo]_proj)\.weight", r"model.layers.\1.self_attn.\2.weight"),
+    (r"blocks\.(\d+)\.mixer\.conv\.(weight|bias)", r"model.layers.\1.mamba.conv1d.\2"),
+    (r"blocks\.(\d+)\.mixer\.(.*)", r"model.layers.\1.mamba.\2"),
+]
 
 
 def stock(config: ModelConfig, max_positions: int = 2048) -> tuple[Stock | None, str]:
     """(the stock class that is this model, or None; why none is, in a few words). max_positions: of config.json, the training length."""
     used = sorted({config.mixer_name(layer) for layer in range(config.n_layers)})
-    if len(used) > 1:
-        return None, "its layers have different mixers"
     if config.learnable_residual:
         return None, "its residual stream has learned scales"
+    if len(used) > 1:
+        return _bamba(config, used, max_positions)
     mapping = config.mixers[used[0]]
     mixer, problems = mixers.parse(used[0], mapping, config.d_model)
     assert mixer is not None, problems
@@ -103,6 +114,58 @@ def _attention(config: ModelConfig, mixer: Any, max_positions: int) -> tuple[Sto
     if mixer.window:
         values["sliding_window"] = mixer.window
     return Stock(architecture, values, LLAMA_RULES), ""
+
+
+def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[Stock | None, str]:
+    """Layers of Mamba-2 and of attention, each with SwiGLU: transformers' Bamba."""
+    types = {name: str(config.mixers[name]["type"]) for name in used}
+    if sorted(types.values()) != ["attention", "mamba2"]:
+        return None, "its layers have different mixers, and not one kind of Mamba-2 and one of attention"
+    parsed = {types[name]: mixers.parse(name, config.mixers[name], config.d_model)[0] for name in used}
+    attention, mamba = parsed["attention"], parsed["mamba2"]
+    wants = [
+        ("it has no MLP", not config.mlp_width),
+        ("its attention has no rotary positions", not attention.rope),
+        ("its attention has a window", attention.window),
+        ("its attention has QK-norm", attention.qk_norm),
+        ("its attention heads are not d_model / n_heads wide", attention.head_dim not in (0, config.d_model / attention.n_heads)),
+        ("its Mamba-2 shares B and C in several groups, which its norm follows in newer releases of the stock class only", mamba.n_groups > 1),
+        ("the norm inside its Mamba-2 has another epsilon than its other norms", mamba.norm_eps != config.norm_eps),
+        ("its step sizes are limited", mamba.dt_limit_min or mamba.dt_limit_max),
+    ]
+    for reason, so in wants:
+        if so:
+            return None, reason
+    values: dict[str, Any] = {
+        "model_type": "bamba",
+        "architectures": ["BambaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.n_layers,
+        "attn_layer_indices": [i for i in range(config.n_layers) if types[config.mixer_name(i)] == "attention"],
+        "num_attention_heads": attention.n_heads,
+        "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta, "partial_rotary_factor": 1.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "mamba_expand": mamba.expand,
+        "mamba_n_heads": mamba.expand * config.d_model // mamba.head_dim,
+        "mamba_d_head": mamba.head_dim,
+        "mamba_d_state": mamba.d_state,
+        "mamba_n_groups": mamba.n_groups,
+        "mamba_d_conv": mamba.d_conv,
+        "mamba_chunk_size": mamba.chunk,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+    }
+    return Stock("BambaForCausalLM", values, BAMBA_RULES), ""
 
 
 def _mamba2(config: ModelConfig, mixer: Any) -> tuple[Stock | None, str]:

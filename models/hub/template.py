@@ -6,7 +6,9 @@ Legend: B batch, T time, D width, P input projections, R recurrent weights, S st
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import os
 from typing import Any
 
 import torch
@@ -15,59 +17,93 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from kernels.ssd.reference import ssd_chunked
+from kernels.parallel_rnn.reference import compute_dtype, mixes_channels, parallel, sequential
+from kernels.ssd.reference import ssd_chunked, ssd_step
 from models.hub.configuration_everywhen import EverywhenConfig
 from models.init import tag
 from models.layers import RMSNorm, SwiGLU
 
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
-CELLS: dict[str, Any] = {}  # name: step function
+CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel); the last two may be None
+triton: Any = None  # the module, in the exported file, if it is installed
 KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
 Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
 
 
 class Cell:
-    """A recurrent cell: its step function and the names of its arguments by role."""
+    """A recurrent cell: its step function, the names of its arguments by role, its derivatives in torch and its kernel (or None)."""
 
-    def __init__(self, step: Any) -> None:
-        roles = {name: str(p.annotation) for name, p in inspect.signature(step).parameters.items()}
-        self.step = step
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.step, self.derivatives, self.kernel = CELLS[name]
+        roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
         self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
 
     def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
         return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
 
 
+@functools.cache
 def load_cell(name: str) -> Cell:
-    return Cell(CELLS[name])
+    return Cell(name)
+
+
+def torch_functions(cell: Cell) -> Any:
+    return cell.derivatives
 
 
 def parallel_rnn(
-    cell: Any, pre_BTPEK: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor, emitted: bool = True
+    cell: Any, pre: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor | None = None, emitted: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The emitted state of every step (B, T, D) and all states of the last (B, S, D), step by step in fp32; a document start zeroes the
-    state first."""
-    pre_BTPD = pre_BTPEK.flatten(3)
-    B, T, _, D = pre_BTPD.shape
-    dtype = torch.float64 if pre_BTPD.dtype == torch.float64 else torch.float32
-    state = tuple((torch.zeros(B, len(cell.state), D, device=pre_BTPD.device) if h0_BSD is None else h0_BSD).to(dtype).unbind(1))
-    rec, out, bias = rec_RD.to(dtype).unbind(0), [], bias_PD.to(dtype)
-    for t in range(T):
-        if starts_BT is not None:
-            state = tuple(s * (~starts_BT[:, t, None]).to(dtype) for s in state)
-        state = tuple(cell((pre_BTPD[:, t].to(dtype) + bias).unbind(1), rec, state))
-        out.append(state[-1])
-    return torch.stack(out, 1).to(pre_BTPD.dtype), torch.stack(state, 1)
+    """All states (B, T, S, D), with `emitted` only the last one's (B, T, D), and the final states (B, S, D); a document start zeroes the state
+    first. pre (B, T, P, D) or (B, T, P, heads, D / heads). Without gradients and on a GPU by the cell's kernel; else in plain torch, over
+    many slices of time at once."""
+    pre_BTPD = pre.flatten(3)
+    if bias_PD is not None:
+        pre_BTPD = pre_BTPD + bias_PD.to(pre_BTPD.dtype)
+    (B, T, _, D), dtype = pre_BTPD.shape, compute_dtype(pre_BTPD)
+    h0 = (torch.zeros(B, len(cell.state), D, device=pre.device) if h0_BSD is None else h0_BSD).to(dtype)
+    learning = torch.is_grad_enabled() and (pre.requires_grad or rec_RD.requires_grad or h0.requires_grad)
+    if has_kernel(cell, pre_BTPD) and T and not learning:
+        states, final = walk_on_gpu(cell, pre_BTPD, rec_RD, h0, starts_BT)
+    else:
+        run = sequential if T == 1 or mixes_channels(cell) else parallel
+        with torch.autocast(pre.device.type, enabled=False):
+            states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
+        states = states.to(pre.dtype)
+    return states[:, :, -1] if emitted else states, final
 
 
-def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor) -> Tensor:
+def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
     """The states (B, S, D) after one token."""
-    return parallel_rnn(cell, pre_BPD[:, None, :, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
+    return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
+
+
+def has_kernel(cell: Any, pre: Tensor) -> bool:
+    """Whether the cell's Triton kernel can run."""
+    placed = pre.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return placed and triton is not None and cell.kernel is not None and pre.dtype != torch.float64
+
+
+def walk_on_gpu(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(states, final) by the cell's kernel."""
+    pre = pre if pre.stride(-1) == 1 else pre.contiguous()
+    (B, T, _, D), S = pre.shape, len(cell.state)
+    rec, h0 = rec.detach().float().contiguous(), h0.float().contiguous()
+    states, final = pre.new_empty(B, T, S, D), torch.empty_like(h0)
+    flags = states if starts is None else starts.contiguous().view(torch.uint8)
+    with torch.cuda.device_of(pre):  # Triton launches on the current device
+        cell.kernel[(-(-D // 64), B)](
+            pre, rec, h0, flags, states, final, T, D, *pre.stride()[:3], HAS_STARTS=starts is not None, BLOCK=64, num_warps=1
+        )
+    return states, final
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
     """Mamba-2's scan and skip."""
+    if x.shape[1] == 1 and h0 is not None:
+        return ssd_step(x, dt, A, B_, C_, h0, starts, D_H)
     return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
 
 

@@ -6,6 +6,7 @@ Parameter shapes are Llama's. Legend: B batch, T new tokens, L cached and new to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from kernels import decode_step
 from models.contract import SequenceMixer
 from models.init import init_matrix, tag
 from models.layers import RMSNorm, rotate
@@ -158,8 +160,11 @@ class Mixer(SequenceMixer):
         return FixedState(room.k, room.v, segments, torch.tensor([cached], device=room.k.device), offset)
 
     def _fixed_step(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedState) -> Tensor:
-        B, _, T, _ = q_BHTK.shape
-        assert T == 1, "a fixed cache takes one token at a time"
+        assert q_BHTK.shape[2] == 1, "a fixed cache takes one token at a time"
+        return self.o_proj(self._fixed_attend(q_BHTK, k_BGTK, v_BGTK, state)[:, None])
+
+    def _fixed_attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedState) -> Tensor:
+        """What the heads read (B, H K) for the next token, which is added to the cache."""
         if self.config.rope:
             position = state.seen + state.offset
             q_BHTK, k_BGTK = rotate(q_BHTK, position, self.config.rope_theta), rotate(k_BGTK, position, self.config.rope_theta)
@@ -172,7 +177,32 @@ class Mixer(SequenceMixer):
         mask = (visible & (state.segments_BC == state.segments_BC[:, -1:]))[:, None, None]
         y = F.scaled_dot_product_attention(q_BHTK, state.k_BGCK, state.v_BGCK, attn_mask=mask, enable_gqa=self.G != self.H)
         state.seen.add_(1)
-        return self.o_proj(y.transpose(1, 2).reshape(B, 1, self.H * self.K))
+        return y.flatten(1)
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: FixedState) -> Callable[[], None]:
+        sizes = {"q": (self.q_proj, self.H), "k": (self.k_proj, self.G), "v": (self.v_proj, self.G)}
+        rows = {name: x_BD.new_empty(x_BD.shape[0], heads * self.K) for name, (_, heads) in sizes.items()}
+        dtype = state.k_BGCK.dtype
+
+        def step() -> None:
+            for name, (layer, _) in sizes.items():
+                decode_step.project(x_BD, layer.weight, rows[name], norm_K=norm.weight, eps=norm.eps)
+            q, k, v = (rows[name].to(dtype).view(-1, heads, 1, self.K) for name, (_, heads) in sizes.items())
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            y_BI = self._fixed_attend(q, k, v, state)
+            decode_step.project(y_BI, self.o_proj.weight, x_BD, add=True, keep_N=keep_D)
+
+        return step
+
+    def open_state(self, state: FixedState) -> State:
+        """The State of a FixedState, whose tensors it shares."""
+        cached = int(state.seen)
+        first = max(0, cached - (self.config.window - 1)) if self.config.window else 0
+        segments = state.segments_BC[:, first:cached]
+        return State(
+            state.k_BGCK[:, :, first:cached], state.v_BGCK[:, :, first:cached], segments if bool(segments.any()) else None, cached + state.offset
+        )
 
     @staticmethod
     def _all_segments(state: State, segment_ids: Tensor | None, B: int, T: int) -> Tensor | None:

@@ -6,12 +6,14 @@ Parameter shapes are those of transformers' Mamba2. Legend: B batch, T time, H h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import decode_step
 from kernels.ssd import ssd
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, tag
@@ -111,6 +113,27 @@ class Mixer(SequenceMixer):
             y_BTHP = y_BTHP + self.slice.carried(ssm, dt_BTH * A_H, C_BTGN, starts)
         y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
+        c = self.config
+        if self.norm.groups > 1:  # the kernel's norm is over the whole row
+            return None
+        inner = self.inner
+        row_BI = x_BD.new_empty(x_BD.shape[0], self.in_proj.out_features)
+        y_BI = x_BD.new_empty(x_BD.shape[0], inner)
+        conv = decode_step.Convolution(inner, self.conv.weight, self.conv.bias, state.conv_BWI)
+        z, x, B_, C_, dt = row_BI.split([inner, inner, self.BC, self.BC, self.H], -1)
+        own = (self.dt_bias.detach().float(), self.A_log.detach().float(), self.D.detach().float())
+
+        def step() -> None:
+            decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(0, inner))
+            decode_step.ssm(x, B_, C_, dt, *own, state.ssm_BHPN, y_BI, c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf)
+            out = self.out_proj.weight
+            decode_step.project(
+                y_BI, out, x_BD, norm_K=self.norm.weight, eps=self.norm.eps, gate_BK=z, gate_first=True, add=True, keep_N=keep_D
+            )
+
+        return step
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
         kind = dtype or self.in_proj.weight.dtype

@@ -7,12 +7,14 @@ wants, S its states.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import decode_step
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
 from models.cells import available, cell_module, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
@@ -151,6 +153,25 @@ class Mixer(SequenceMixer):
             return y, None
         assert conv_state is not None
         return y, State(conv_state, final, last_segment(segment_ids, state.segment_B))
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
+        if not self.cell.lowered:
+            return None
+        inner, groups = self.inner, self.config.n_heads
+        projected_BI = x_BD.new_empty(x_BD.shape[0], self.in_proj.out_features)
+        rec_RI = self.recurrent_weights().detach().float().contiguous()
+        weight = self.cell_weight.detach().reshape(groups, inner // groups, -1)
+        gate = projected_BI[:, inner:] if self.config.gate else None
+        conv = None if self.conv is None else decode_step.Convolution(0, self.conv.weight, self.conv.bias, state.conv_BWI)
+        after, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+
+        def step() -> None:
+            decode_step.project(x_BD, self.in_proj.weight, projected_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(inner, 2 * inner))
+            decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
+            h_BI = state.cell_BSI[:, -1]
+            decode_step.project(h_BI, self.out_proj.weight, x_BD, norm_K=after, eps=eps, gate_BK=gate, add=True, keep_N=keep_D)
+
+        return step
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
         kind = dtype or self.in_proj.weight.dtype

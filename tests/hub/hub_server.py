@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub(ThreadingHTTPServer):
-    """token: the one that may write. drop_after: blobs taken before connections are cut (None: never)."""
+    """token: the one that may write. drop_after: blobs or parts taken before connections are cut (None: never). part_size: larger files are
+    uploaded in parts of so many bytes, as the Hub asks for those over 5 GB."""
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -21,6 +22,8 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.uploads = 0
+        self.part_size = 1 << 62
+        self.parts: dict[str, dict[int, bytes]] = {}
         self.drop_after: int | None = None
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -60,8 +63,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _any(self) -> None:
         hub, body, path = self.server, self._body(), unquote(urlparse(self.path).path)
-        if m := re.fullmatch(r"/blob/(\w+)", path):
-            return self._blob(m[1], body)
+        if m := re.fullmatch(r"/blob/(\w+)(?:/(\d+|all))?", path):
+            return self._blob(m[1], body, m[2])
         if self.headers.get("Authorization") not in (f"Bearer {hub.token}",):
             return self._answer({"error": "no"}, 401)
         if path == "/api/whoami-v2":
@@ -81,7 +84,11 @@ class Handler(BaseHTTPRequestHandler):
             objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
             for o in objects:
                 if o["oid"] not in hub.blobs:
-                    o["actions"] = {"upload": {"href": f"{hub.address}/blob/{o['oid']}", "header": {}}}
+                    where = f"{hub.address}/blob/{o['oid']}"
+                    o["actions"] = {"upload": {"href": where, "header": {}}}
+                    if o["size"] > hub.part_size:
+                        urls = {f"{i + 1:05d}": f"{where}/{i + 1}" for i in range(-(-o["size"] // hub.part_size))}
+                        o["actions"]["upload"] = {"href": f"{where}/all", "header": {"chunk_size": str(hub.part_size), **urls}}
             return self._answer({"transfer": "basic", "objects": objects}, kind="application/vnd.git-lfs+json")
         if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/.+", path):
             return self._commit(m[1], body)
@@ -92,17 +99,27 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer({"id": m[1], "modelId": m[1], "sha": "a" * 40, "private": False, "tags": [], "siblings": [{"rfilename": f} for f in files]})
         return self._answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
-    def _blob(self, oid: str, body: bytes) -> None:
+    def _blob(self, oid: str, body: bytes, part: str | None) -> None:
         hub = self.server
+        if part == "all":
+            numbers = [p["partNumber"] for p in json.loads(body)["parts"]]
+            body = b"".join(hub.parts[oid][n] for n in sorted(numbers))
+            return self._keep(oid, body)
         with hub.lock:
             if hub.drop_after is not None and hub.uploads >= hub.drop_after:
                 self.close_connection = True
                 self.connection.close()
                 return
             hub.uploads += 1
+        if part is not None:
+            hub.parts.setdefault(oid, {})[int(part)] = body
+            return self._answer(ETag=f'"{part}"')
+        return self._keep(oid, body)
+
+    def _keep(self, oid: str, body: bytes) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
             return self._answer({"error": "another content"}, 422)
-        hub.blobs[oid] = body
+        self.server.blobs[oid] = body
         return self._answer()
 
     def _commit(self, name: str, body: bytes) -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.tokenizer import byte_tokenizer
 from models.config import ModelConfig
 from models.hub.export import export, main, verify, write_folder
 from models.hub.native import stock
 from models.hub.weights import Weights, parse_size
-from models.lm import LanguageModel
+from tests.conftest import run_program
+from tests.hub.folders import checkpoint
 from training.errors import UserError
 
 ATTENTION = {"type": "attention", "n_heads": 6, "n_kv_heads": 2}
@@ -26,28 +26,15 @@ def config(mixer: dict[str, Any], **values: Any) -> ModelConfig:
     return ModelConfig(**{"vocab_size": 269, "d_model": 48, "n_layers": 3, "d_ff": 72, "pattern": ["x"], "mixers": {"x": mixer}, **values})
 
 
-def checkpoint(folder: Path, settings: ModelConfig) -> Path:
-    """A checkpoint whose predictions differ from token to token."""
-    torch.manual_seed(0)
-    model = LanguageModel(settings)
-    model.init_weights(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.add_(0.15 * torch.randn_like(p)) if "A_log" not in name else None
-    folder.mkdir(parents=True)
-    tensors = {k: v for k, v in model.state_dict().items() if not (settings.tie_embeddings and k == "head.weight")}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(settings.to_dict()))
-    (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
-    return folder
-
-
 FAMILIES = {
     "llama": config(ATTENTION),
     "llama_tied": config({**ATTENTION, "rope_theta": 500.0, "head_dim": 10}, tie_embeddings=True, norm_eps=1e-6),
     "mistral": config({**ATTENTION, "window": 9}),
     "qwen3": config({**ATTENTION, "qk_norm": True}),
     "mamba2": config(MAMBA, d_ff=0, tie_embeddings=True),
+    "bamba": ModelConfig(
+        vocab_size=269, d_model=48, n_layers=5, d_ff=72, pattern=["m", "m", "a"], mixers={"m": {**MAMBA, "n_groups": 1}, "a": {**ATTENTION, "rope_theta": 700.0}}
+    ),
 }
 
 
@@ -83,7 +70,9 @@ def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
         (config(MAMBA), "MLP beside"),
         (config({**MAMBA, "dt_limit_max": 0.1}, d_ff=0), "limited"),
         (config({"type": "rnn", "n_heads": 4}), "rnn"),
-        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "different mixers"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "groups"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": {**ATTENTION, "window": 3}, "m": MAMBA}), "window"),
+        (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": {"type": "rnn"}}), "different mixers"),
     ],
 )
 def test_a_near_miss_is_no_stock_class(settings: ModelConfig, reason: str) -> None:
@@ -127,3 +116,19 @@ def test_unsafe_folders_are_refused(tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match="holds a pickle"):
         export(source, tmp_path / "o")
+    for command in (["-m", "models.generate", f"checkpoint={source}"], ["-m", "evals.run", f"checkpoint={source}", "suite=quick"]):
+        done = run_program(command)
+        assert done.returncode == 2 and "holds a pickle" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_evaluation_refuses_what_would_have_to_be_unpickled_or_leads_away(kind: str, tmp_path: Path) -> None:
+    from evals.adapters import load_adapter
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../../secret.safetensors"}}))
+    with pytest.raises(UserError, match="outside its folder"):
+        load_adapter(str(tmp_path))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
+    with pytest.raises(UserError, match="holds a pickle"):
+        load_adapter(str(tmp_path))

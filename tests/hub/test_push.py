@@ -48,6 +48,23 @@ def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
     hub.shutdown()
 
 
+def test_a_large_file_goes_in_parts_and_is_taken_up(tmp_path: Path) -> None:
+    folder, hub = tmp_path / "out", Hub("right")
+    hub.part_size = 100_000
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({"x": torch.rand(90_000)}, folder / "model.safetensors")
+    hub.drop_after = 2
+    cut = push(hub, folder, "org/large")
+    assert cut.returncode == 2 and "run the same command again" in cut.stderr, cut.stderr
+    assert hub.repositories == {"org/large": {}} and not hub.blobs
+    hub.drop_after = None
+    done = push(hub, folder, "org/large")
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["org/large"] == {p.name: p.read_bytes() for p in folder.iterdir()} and len(hub.parts) == 1
+    hub.shutdown()
+
+
 @pytest.mark.parametrize("name", ["", "tiny", "a/b/c", "org/", "org/a b", "org/na--me", "../x", "org/x.git"])
 def test_a_wrong_name_is_a_sentence(name: str) -> None:
     with pytest.raises(UserError, match="org/name"):

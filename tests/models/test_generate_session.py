@@ -87,3 +87,16 @@ def test_the_command_reads_once_and_asks_many(folder: Path, tmp_path: Path, caps
     assert status == 2 and "not both" in err
     status, _, err = run(capsys, *common, f"resume={folder / 'model.safetensors'}")
     assert status == 2 and "holds no session" in err
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_steps_of_a_decoder_leave_the_same_session(name: str) -> None:
+    model = small([name, "window"])
+    ids_BT, lengths = left_pad(prompts(9, 4), 0)
+    plain, stepped = (Session(model, ids_BT, lengths, seed=3) for _ in range(2))
+    for graph in (True, False, True):  # each goes on from what the other way left
+        given, expected = stepped.generate(6, DRAW, graph=graph), plain.generate(6, DRAW, graph=False)
+        assert torch.equal(given, expected) and stepped.read_to == plain.read_to
+    question = torch.tensor(prompts(5, 5))
+    logits = [s.append(question).read()._feed(s.ids_BT.shape[1]) for s in (plain, stepped)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,57 @@
+"""Exports small models and compares their code with the checkpoint where the recurrences run in kernels, and gradients where they do not:
+`TRITON_INTERPRET=1 python tests/hub/exported_kernels.py SCRATCH`, or on a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.config import ModelConfig
+from models.hub.export import write_folder
+from models.lm import LanguageModel
+from tests.hub.folders import checkpoint
+from training.checkpoint import load_model
+
+
+def check(folder: Path, cell: str, device: str) -> None:
+    settings = ModelConfig(
+        vocab_size=67, d_model=48, n_layers=1, d_ff=24, pattern=["a"], mixers={"a": {"type": "rnn", "cell": cell, "n_heads": 2, "expand": 1.5}}
+    )
+    source, out = checkpoint(folder / "c", settings), folder / "hf"
+    out.mkdir()
+    write_folder(source, out, "fp32", 10**9, "apache-2.0")
+    theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).to(device).eval()
+    ours: LanguageModel = load_model(source)[0]
+    T = 9 if device == "cpu" else 300
+    ids, mask = torch.randint(1, 67, (2, T)), torch.ones(2, T, dtype=torch.long)
+    mask[0, :3] = 0  # padding starts a text anew
+    code = sys.modules[type(theirs).__module__]
+    walked = []
+    plain = code.walk_on_gpu  # type: ignore[attr-defined]
+    code.walk_on_gpu = lambda *a: walked.append(1) or plain(*a)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = torch.stack([ours(row[keep.bool()][None]).logits[0, -1] for row, keep in zip(ids, mask)])
+        given = theirs(ids.to(device), attention_mask=mask.to(device)).logits[:, -1].cpu()
+        new = [theirs.generate(ids[1:].to(device), max_new_tokens=5, do_sample=False, use_cache=c, eos_token_id=None) for c in (True, False)]
+    gap = float((given - expected).abs().max())
+    assert gap < 1e-4 and torch.equal(*new) and len(walked) > 5, (cell, gap, len(walked))
+    theirs.train()
+    theirs(ids.to(device), labels=ids.to(device)).loss.backward()
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
+    output = ours(ids, labels)
+    (output.loss_sum / output.token_count).backward()
+    pairs = [(theirs.model.embed_tokens.weight, ours.embedding.weight)]
+    if ours.blocks[0].mixer.recurrent is not None:
+        pairs.append((theirs.model.layers[0].mixer.recurrent, ours.blocks[0].mixer.recurrent))
+    for one, two in pairs:
+        torch.testing.assert_close(one.grad.cpu(), two.grad, atol=1e-5, rtol=1e-3)
+    print(cell, f"{gap:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    for number, name in enumerate(("paragru", "paralstm", "mingru")):
+        check(Path(sys.argv[1], str(number)), name, "cuda" if torch.cuda.is_available() else "cpu")
+    print("ok")

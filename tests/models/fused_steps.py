@@ -1,0 +1,62 @@
+"""Decodes a few tokens with fused kernels and with the model's forward; `TRITON_INTERPRET=1 python tests/models/fused_steps.py`, or on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from models.config import ModelConfig
+from models.decode import Decoder, cast
+from models.lm import LanguageModel
+
+GRU: dict[str, Any] = {"type": "rnn", "n_heads": 4}
+MAMBA: dict[str, Any] = {"type": "mamba2", "d_state": 6, "head_dim": 12, "chunk": 5}
+ATTENTION: dict[str, Any] = {"type": "attention", "n_heads": 4, "n_kv_heads": 2}
+CASES: dict[str, dict[str, Any]] = {
+    "gru": {"mixers": {"a": GRU}, "learnable_residual": True},
+    "bare lstm": {"mixers": {"a": {**GRU, "cell": "paralstm", "d_conv": 0, "gate": False, "norm": False, "expand": 1.5}}, "d_ff": 0},
+    "mingru": {"mixers": {"a": {**GRU, "cell": "mingru", "recurrent_bound": "tanh"}}},
+    "mamba2": {"mixers": {"a": MAMBA}, "d_ff": 0},
+    "limited": {"mixers": {"a": {**MAMBA, "dt_limit_min": 0.3, "dt_limit_max": 0.9}}, "tie_embeddings": True},
+    "hybrid": {"mixers": {"a": GRU, "b": MAMBA, "c": ATTENTION, "d": {**ATTENTION, "window": 5, "qk_norm": True}}, "learnable_residual": True},
+}
+
+
+def check(name: str, device: str, low: bool) -> None:
+    torch.manual_seed(0)
+    limit = 0.1 if low else 2e-5 if device == "cpu" else 1e-4
+    settings = {"d_ff": 60, **CASES[name]}
+    names = list(settings["mixers"])
+    with torch.device(device):
+        model = LanguageModel(ModelConfig(vocab_size=67, d_model=48, n_layers=len(names), pattern=names, **settings)).eval()
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.15 * torch.randn_like(p))
+    if low:
+        cast(model, torch.bfloat16)
+    ids = torch.randint(67, (2, 9), device=device)
+    with torch.no_grad():
+        state = model(ids, state=model.init_state(2)).state
+        fused = Decoder(model, state, 30, fused=True)
+        assert fused.fused, name
+        for token in torch.randint(67, (3, 2), device=device):
+            expected = model(token[:, None], state=state)
+            state = expected.state
+            gap = float((fused.step(token).float() - expected.logits[:, -1].float()).abs().max())
+            assert gap < limit, (name, low, gap)
+        left = fused.release()
+        token = torch.randint(67, (2, 2), device=device)
+        gap = float((model(token, state=left).logits - model(token, state=state).logits).float().abs().max())
+        assert gap < limit, (name, low, "released", gap)
+    print(name, "bf16" if low else "fp32", f"{gap:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    for case in CASES:
+        check(case, where, False)
+    check("gru", where, True)
+    check("mamba2", where, True)
+    print("ok")
