@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, free_port, run_program
 from tests.training.test_runs import losses
 from training import agreement
-from training.config import Config
+from training.config import Config, DataSection
 from training.engine import World
 from training.errors import UserError
+from training.metrics import Metrics
+from training.setup import open_reader, open_shards
 
 WORDS = [*SMALL, "eval=end", "eval.tokens=256", "eval.sample_tokens=1", "train.micro_batch=2", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=9"]
 
@@ -141,3 +146,41 @@ def test_code_counts_as_it_lies_there(tmp_path: Path) -> None:
     before = agreement.code_hash(tmp_path)
     (tmp_path / "models" / "x.py").write_text("2")
     assert before != agreement.code_hash(tmp_path) == agreement.code_hash(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_unreachable_wandb_costs_a_warning(demo_shards: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "eval=end", "eval.tokens=256", "train.steps=2", "logging.wandb=online"]
+    away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    done = run_program(["train.py", *words], **away)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("wandb is not available") == 1 and "`wandb sync` uploads later" in done.stdout
+    assert len(losses(tmp_path / "run")) == 2 and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_wandb_that_fails_in_the_middle_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        def log(self, *_: object, **__: object) -> None:
+            raise OSError("connection lost")
+
+    metrics = Metrics(tmp_path, Config(), torch.device("cpu"), 1, 1, True)
+    metrics.open(0, None)
+    metrics.wandb = Failing()
+    for step in (1, 2):
+        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+    metrics.close()
+    assert capsys.readouterr().out.count("connection lost") == 1
+    assert losses(tmp_path) == {1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize("change", ["cut", "lost"])
+def test_shards_that_change_under_a_reader_are_named(change: str, demo_shards: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo_shards, data)
+    with BatchLoader(open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), 4, 4, prefetch=1) as loader:
+        assert loader.fetch()[1] == ""
+        path = data / "train-00000.bin"
+        path.unlink() if change == "lost" else os.truncate(path, 1000)
+        found = [loader.fetch() for _ in range(4)]
+    assert found[-1][0] == [] and str(path) in found[-1][1]
+    assert ("was lost during the run" if change == "lost" else "has 1,000 bytes now") in found[-1][1]
