@@ -47,14 +47,22 @@ def _whole(tensors: dict[str, Tensor]) -> list[Stretch]:
     return [Stretch(name, 0, tensor.detach().view(-1)) for name, tensor in tensors.items()]
 
 
+def _swapped(engine: Any) -> bool:
+    """Whether weights or moments lie on a disk between steps; DeepSpeed then hands out copies, on the device."""
+    return "nvme" in (engine.config.deepspeed.offload_optimizer, engine.config.deepspeed.offload_parameters)
+
+
 def held_weights(engine: Any) -> list[Stretch]:
-    """This rank's fp32 weights: whole parameters, under ZeRO-3 its stretch of each."""
+    """This rank's fp32 weights: whole parameters, under ZeRO-3 its stretch of each (views, or copies where DeepSpeed keeps them on a disk)."""
     if engine.stage != 3:
         return _whole(engine.parameters)
-    rank, found = engine.world.rank, []
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    rank, found, swapped = engine.world.rank, [], _swapped(engine)
     for name, p in engine.parameters.items():
         n = p.ds_tensor.ds_numel  # of each rank's stretch; the last ones may be padding
-        found.append(Stretch(name, rank * n, p.ds_tensor.detach().view(-1)[: max(0, min(n, p.ds_numel - rank * n))]))
+        values = safe_get_local_fp32_param(p).cpu() if swapped else p.ds_tensor.detach()
+        found.append(Stretch(name, rank * n, values.view(-1)[: max(0, min(n, p.ds_numel - rank * n))]))
     return [s for s in found if s.values.numel()]
 
 
@@ -64,9 +72,14 @@ def held_moments(engine: Any, key: str) -> list[Stretch]:
     if not engine.stage:
         return _whole({name: engine.optimizer.state[p][key] for name, p in engine.parameters.items()})
     if engine.stage == 3:
-        ranges = {s.name: s for s in held_weights(engine)}
-        values = {name: inner._get_fp32_opt_state_partition(engine.parameters[name], True, key)[0] for name in ranges}
-        return [Stretch(name, s.first, values[name].view(-1)[: s.values.numel()]) for name, s in ranges.items()]
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        found, swapped = [], _swapped(engine)
+        for s in held_weights(engine):
+            p = engine.parameters[s.name]
+            values = safe_get_local_optimizer_state(p, key).cpu() if swapped else inner._get_fp32_opt_state_partition(p, True, key)[0]
+            found.append(Stretch(s.name, s.first, values.view(-1)[: s.values.numel()]))
+        return found
     engine.link_moments()
     mapped = [(name, p._hp_mapping) for name, p in engine.parameters.items() if p._hp_mapping is not None]
     return [Stretch(name, m.lp_fragment_address.start, m.get_optim_state_fragment(key).view(-1)) for name, m in mapped]
@@ -107,3 +120,14 @@ def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: in
     for key in MOMENTS:
         for s in held_moments(engine, key):
             s.values.copy_(read(f"{key}.{s.name}", s.first, s.end))
+            if _swapped(engine):
+                _store(engine, s, key)
+
+
+def _store(engine: Any, stretch: Stretch, key: str) -> None:
+    """Gives a moment that lies on a disk back to DeepSpeed, padded as it keeps it."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    p = engine.parameters[stretch.name]
+    values = torch.nn.functional.pad(stretch.values, (0, p.ds_tensor.ds_numel - stretch.values.numel()))
+    safe_set_local_optimizer_state(p, values.to(engine.world.device), key)

@@ -31,8 +31,8 @@ class Run:
     """A tiny model at a ZeRO stage with its data, from the start or from a checkpoint."""
 
     def __init__(self, world: World, shards: str, stage: int, folder: Path | None = None) -> None:
-        words = ["experiment=smoke", "train.device=cpu", f"data.path={shards}", "size.d_model=48", f"deepspeed=zero{stage}", "train.micro_batch=1"]
-        self.config, self.world = checked(compose_config(words)), world
+        words = ["experiment=smoke", "train.device=cpu", f"data.path={shards}", "size.d_model=48", "model.mixers.mamba2.head_dim=16", "train.micro_batch=1"]
+        self.config, self.world = checked(compose_config([*words, f"deepspeed=zero{stage}"])), world
         sources = open_shards(self.config.data.path, "train")
         self.model = LanguageModel(model_config(self.config, sources)[0])
         self.model.init_weights(0 if folder is None else 1)

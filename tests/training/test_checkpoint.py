@@ -49,7 +49,7 @@ def test_four_ranks_write_what_two_and_one_read_at_every_stage(demo_shards: Path
         loaded = work("load", ranks, demo_shards, tmp_path)
         assert len(loaded) == (16 if ranks == 2 else 4)
         for pair, row in loaded.items():
-            assert row["differ"] == [] and row["steps"] == 2, (ranks, pair, row)
+            assert row["differ"] == [] and row["steps"] == 3, (ranks, pair, row)
             assert row["loss"] == pytest.approx(saved[f"zero{pair[0]}"]["loss"], rel=1e-6), (ranks, pair)
 
 
@@ -103,6 +103,30 @@ def test_stretches_are_read_across_files(tmp_path: Path) -> None:
             assert torch.equal(weights.stretch("w", first, end), whole.view(-1)[first:end])
 
 
+def test_export_and_loading_read_what_several_ranks_wrote(tmp_path: Path) -> None:
+    from models.hub.export import write_folder
+    from tests.hub.test_native_export import FAMILIES
+    from tests.hub.test_native_export import checkpoint as made
+
+    whole, cut = made(tmp_path / "whole", FAMILIES["llama"]), tmp_path / "cut"
+    cut.mkdir()
+    tensors, table = load_file(whole / "model.safetensors"), {n: {"shape": list(t.shape), "parts": []} for n, t in load_file(whole / "model.safetensors").items()}
+    for rank in range(3):
+        part = share([Stretch(n, 0, t.view(-1)) for n, t in tensors.items()], rank, 3)
+        write_tensors(cut / f"model-{rank}.safetensors", {s.name: s.values for s in part})
+        for s in part:
+            table[s.name]["parts"].append([f"model-{rank}.safetensors", s.first, s.end])
+    (cut / "model.index.json").write_text(json.dumps({"tensors": table}))
+    for name in ("config.json", "tokenizer.json"):
+        (cut / name).write_bytes((whole / name).read_bytes())
+    for source in (whole, cut):
+        (tmp_path / f"out-{source.name}").mkdir()
+        write_folder(source, tmp_path / f"out-{source.name}", "bf16", 1 << 40, "apache-2.0")
+    assert (tmp_path / "out-whole" / "model.safetensors").read_bytes() == (tmp_path / "out-cut" / "model.safetensors").read_bytes()
+    a, b = (checkpoint.load_model(folder)[0].state_dict() for folder in (whole, cut))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
 @pytest.mark.parametrize(
     "parts",
     [
@@ -150,7 +174,7 @@ def test_a_step_waits_for_the_snapshot_and_for_the_save_before_it(tmp_path: Path
         saver.finish()
         rows = saver.news()
     assert [r["saved_step"] for r in rows] == [1, 2] and saver.saved == 2 and "step waited" in said[0] and "written in" in said[0]
-    assert all(0 < r["save_snapshot"] <= r["save_wait"] <= r["save_seconds"] for r in rows) and rows[1]["save_wait"] > 0.05
+    assert all(0 < r["save_snapshot"] <= r["save_wait"] <= r["save_seconds"] for r in rows)
     for step, first in ((1, 0.0), (2, 100.0)):
         assert torch.equal(Weights(checkpoint.folder_of(tmp_path, step)).tensor("w"), torch.arange(5.0) + first)
         assert checkpoint.verify(checkpoint.folder_of(tmp_path, step)) == ""
