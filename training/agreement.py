@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import socket
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,16 @@ def _settings(value: Any, key: str) -> dict[str, str]:
     return {f"setting {key}": json.dumps(value, default=str)}
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
 def facts(config: Config, fingerprints: list[str]) -> dict[str, str]:
     """What has to be equal on all ranks, by name."""
-    libraries = {f"library {name}": version(name) for name in ("torch", "deepspeed", "numpy")}
+    libraries = {f"library {name}": _version(name) for name in ("torch", "deepspeed", "numpy")}
     python = {"library python": ".".join(platform.python_version_tuple()[:2])}
     data = {f"data fingerprint {i}": text for i, text in enumerate(fingerprints)}
     return {"code hash": code_hash(), **python, **libraries, **data, **_settings(dataclasses.asdict(config), "")}

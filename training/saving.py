@@ -10,6 +10,7 @@ a number that rank 0 drew at the start of the run, so that parts of a run that d
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -149,9 +150,9 @@ class Saver:
         self.world.barrier()
         if self.world.main:
             shutil.rmtree(self._temporary(self.writing), ignore_errors=True)
-        raise UserError(
-            f"The checkpoint of step {self.writing} could not be written ({problem}); free space on the disk of {self.run_dir} and run again."
-        )
+        full = any(os.strerror(number) in problem for number in (errno.ENOSPC, errno.EDQUOT))
+        advice = f"free space on the disk of {self.run_dir}" if full else f"see to {self.run_dir}"
+        raise UserError(f"The checkpoint of step {self.writing} could not be written ({problem}); {advice} and run again.")
 
     def _settle(self) -> None:
         if self.thread is not None and not self.thread.is_alive() and (folder_of(self.run_dir, self.writing) / MARKER).exists():
