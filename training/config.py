@@ -218,11 +218,11 @@ def _positive(config: Config) -> list[str]:
         "train.global_batch": t.global_batch,
         "train.micro_batch": t.micro_batch,
         "optim.lr": config.optim.lr,
+        "checkpoint.hook_minutes": config.checkpoint.hook_minutes,
         "train.log_every": t.log_every,
         "parallel.sequence": config.parallel.sequence,
         "data.prefetch": config.data.prefetch,
         "checkpoint.keep": config.checkpoint.keep,
-        "checkpoint.hook_minutes": config.checkpoint.hook_minutes,
         "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
     }
     optional = {"train.steps": t.steps, "train.tokens": t.tokens}

@@ -1,4 +1,4 @@
-"""How the ranks of a run are doing: signs of life and stacks for the supervisor."""
+"""How the ranks of a run are doing: signs of life and stacks for the supervisor, agreement at the start."""
 
 from __future__ import annotations
 
