@@ -35,7 +35,7 @@ def main(composed: DictConfig) -> float | None:
 
 def train(config: Config, resolved_yaml: str) -> float | None:
     """Runs `config` to its end or to a stop request; returns the last held-out bits per byte."""
-    from training.setup import model_config, open_reader, open_sources, take_up
+    from training.setup import model_config, open_data, take_up
 
     if config.dry_run:
         from training.flops import dry_run_report
@@ -48,16 +48,18 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from evals.in_loop import build_evaluator
     from models.lm import LanguageModel
     from training import checkpoint
+    from training.agreement import agree
     from training.engine import Engine, start_distributed
     from training.faults import BadStepPolicy, StopRequest
     from training.flops import training_flops_per_token
     from training.metrics import Metrics, Stopwatch
     from training.observe import SignOfLife
+    from training.saving import Saver
     from training.schedule import lr_factor
 
-    shards = open_sources(config, "train")
-    reader = open_reader(config, shards)
+    shards, reader, problem = open_data(config)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)
+    agree(world, config, [s.fingerprint for s, _ in shards or ()], problem)
     torch.manual_seed(config.seed)
     settings, _ = model_config(config, shards)
     model = LanguageModel(settings)
@@ -78,46 +80,46 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     evaluator = build_evaluator(config, engine, shards, metrics)
     policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
 
-    def save(step: int) -> None:
-        watch = Stopwatch()
-        state = {
-            "step": step,
-            "tokens": step * config.tokens_per_step,
-            "fingerprint": [s.fingerprint for s, _ in shards],
-            "wandb_id": metrics.wandb_id,
-        }
-        folder = checkpoint.save(
-            run_dir,
-            engine,
-            state,
-            shards[0][0].tokenizer().to_str(),
-            json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)))),
-            config.checkpoint.keep,
-            config.checkpoint.milestones,
-        )
-        metrics.say(f"saved {folder} in {watch.lap():.1f} s")
+    documents = {
+        "config.json": json.dumps(settings.to_dict(), indent=1) + "\n",
+        "run.json": json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)), indent=1) + "\n",
+        "tokenizer.json": shards[0][0].tokenizer().to_str(),
+    }
+
+    def state(step: int) -> dict[str, Any]:
+        fingerprints = [s.fingerprint for s, _ in shards]
+        return {"step": step, "tokens": step * config.tokens_per_step, "fingerprint": fingerprints, "wandb_id": metrics.wandb_id}
+
+    def tell(saver: Saver, step: int) -> None:
+        for row in saver.news():
+            metrics.write(step, **row)
 
     # Loop
     total, warmup, decay = config.total_steps, config.in_steps(config.schedule.warmup), config.in_steps(config.schedule.decay)
-    step, saved = start.step, start.step
-    with BatchLoader(
-        reader,
-        config.train.global_batch,
-        config.train.micro_batch,
-        world.replica,
-        world.replicas,
-        start.step,
-        config.data.prefetch,
-        world.device.type == "cuda",
-        world.slice_of,
-    ) as loader:
-        batches = iter(loader)
+    step, saved, trouble = start.step, start.step, ""
+    with (
+        Saver(run_dir, engine, config.checkpoint, documents, metrics.say, config.deepspeed.timeout_minutes, start.step) as saver,
+        BatchLoader(
+            reader,
+            config.train.global_batch,
+            config.train.micro_batch,
+            world.replica,
+            world.replicas,
+            start.step,
+            config.data.prefetch,
+            world.device.type == "cuda",
+            world.slice_of,
+        ) as loader,
+    ):
         while step < total:
-            if world.any(bool(stop.signal)):
-                break
             watch = Stopwatch()
-            micro_batches = next(batches)
+            micro_batches, trouble = loader.fetch()
             waited = watch.lap()
+            asked, lost, broken = world.sum([float(bool(text)) for text in (stop.signal, trouble, saver.problem)])
+            if broken:
+                saver.raise_together()
+            if asked or lost:
+                break
             lr = config.optim.lr * lr_factor(
                 step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final
             )
@@ -125,20 +127,27 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
             step += 1
             metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped)
-            life.beat(step, saved)
+            life.beat(step, saver.saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:
-                save(step)
+                saver.save(state(step))
                 saved = step
-                life.beat(step, saved)
+            tell(saver, step)
+            life.beat(step, saver.saved)
 
-    # Save, and the last evaluation
-    finished = step >= total
-    if step > saved and (config.checkpoint.at_end or not finished):
-        save(step)
-    if not finished:
-        metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; the same command goes on from there.")
-    bits = evaluator.at_end(step) if finished else None
+        # Save, and the last evaluation
+        finished = step >= total
+        if step > saved and (config.checkpoint.at_end or not finished):
+            saver.save(state(step))
+        saver.finish()
+        tell(saver, step)
+        life.beat(step, saver.saved)
+        reasons = [text for text in world.texts(trouble) if text]
+        if reasons:
+            raise UserError(f"{reasons[0]} Training stopped after step {step}.")
+        if not finished:
+            metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; the same command goes on from there.")
+        bits = evaluator.at_end(step) if finished else None
     metrics.close()
     life.close()
     engine.close()

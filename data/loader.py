@@ -237,6 +237,13 @@ class BatchLoader:
             raise self._error
         raise StopIteration
 
+    def fetch(self) -> tuple[list[Batch], str]:
+        """(the next step's micro-batches, ''), or ([], a sentence) when the data can no longer be read: then all ranks have to stop together."""
+        try:
+            return next(self), ""
+        except (OSError, ValueError) as error:
+            return [], str(error)
+
     def close(self) -> None:
         """Ends the thread; a read that hangs (a dead network disk) is not waited for."""
         self._stop.set()

@@ -89,6 +89,7 @@ class ShardSet:
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens start .. start+n-1 of the split, across shard borders; a view of the map where it can be."""
         self._check(start, start, n)
+        self._intact(start, start + n)
         shard = bisect.bisect_right(self._first_token, start) - 1
         pieces = []
         while n > 0:
@@ -97,6 +98,17 @@ class ShardSet:
             pieces.append(piece)
             start, n, shard = start + len(piece), n - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
+
+    def _intact(self, low: int, high: int) -> None:
+        """Raises ValueError when a shard with tokens low .. high was cut or removed since it was opened; reading it could kill the process."""
+        for shard in range(bisect.bisect_right(self._first_token, low) - 1, bisect.bisect_left(self._first_token, high)):
+            path = self.directory / (self.shards[shard]["file"] + ".bin")
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise ValueError(f"The shard {path} was lost during the run ({error.strerror}); put it back and run again.") from None
+            if size != self.shards[shard]["tokens"] * self.dtype.itemsize:
+                raise ValueError(f"The shard {path} was changed during the run and has {size:,} bytes now; put it back and run again.")
 
     def _check(self, low: int, high: int, n: int) -> None:
         if low < 0 or n < 0 or high + n > self.n_tokens:
@@ -107,6 +119,8 @@ class ShardSet:
         starts = [int(s) for s in start_R]
         if starts:
             self._check(min(starts), max(starts), n)
+            for start in starts:
+                self._intact(start, start + n)
         tokens_RL, segments_RL = np.empty((len(starts), n), np.int64), np.zeros((len(starts), n), np.int32)
         for tokens_L, segments_L, start in zip(tokens_RL, segments_RL, starts):
             shard, done = bisect.bisect_right(self._first_token, start) - 1, 0

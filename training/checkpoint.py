@@ -3,28 +3,29 @@
 A folder checkpoints/step-XXXXXXXX holds model.safetensors (fp32), optimizer.safetensors (Adam's moments by parameter name),
 config.json (the model), run.json (the run), state.json (step, tokens, data fingerprint), rng.safetensors, tokenizer.json and,
 written last, COMPLETE.json with the size and SHA-256 of every other file. It is written under a temporary name and renamed.
+Several ranks write model-00001-of-0000N.safetensors and so on, each its part, and model.index.json and optimizer.index.json
+say where the stretches of every tensor lie. training/saving.py writes them; models/hub/weights.py reads the tensors of both.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from models.config import ModelConfig
+from models.hub.weights import Weights
 from models.lm import LanguageModel
-from training.engine import Engine
+from training.engine import Engine, World
 from training.errors import UserError
-from training.files import write_json
+from training.local_state import load_moments
 
 MARKER = "COMPLETE.json"
 
@@ -47,141 +48,71 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MARKER).exists())
 
 
-def verify(folder: Path, hashes: bool = True) -> str:
-    """'' when every file is as the marker says, else one sentence."""
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def verify(folder: Path, rank: int = 0, size: int = 1, only: Callable[[str], bool] = lambda name: True) -> str:
+    """'' when the files are as the marker says, else one sentence. Of `size` ranks each reads every size-th file; `only` chooses by name."""
     try:
         marker = json.loads((folder / MARKER).read_text())
-    except (OSError, ValueError):
+        files = sorted(marker["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
+        if marker["format"] not in (1, 2):
+            return f"{folder} is of format {marker['format']}, this program reads 1 and 2."
+    except (OSError, ValueError, KeyError, TypeError):
         return f"{folder} is not a complete checkpoint."
-    for name, entry in marker["files"].items():
+    for name, entry in [item for item in files if only(item[0])][rank::size]:
         path = folder / name
-        if not path.exists() or path.stat().st_size != entry["bytes"]:
-            return f"{path} is missing or cut short."
-        if hashes and digest(path) != entry["sha256"]:
-            return f"{path} does not have the content it was saved with."
+        try:
+            if not path.exists() or path.stat().st_size != entry["bytes"]:
+                return f"{path} is missing or cut short."
+            if digest(path) != entry["sha256"]:
+                return f"{path} does not have the content it was saved with."
+        except OSError as error:
+            return f"{path} cannot be read: {error.strerror}."
     return ""
 
 
-def newest(run_dir: Path, warn: Any = print) -> Path | None:
+def newest(run_dir: Path, warn: Callable[[str], Any] = print, only: Callable[[str], bool] = lambda name: True) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are named through `warn` and passed over."""
     for folder in reversed(checkpoints(run_dir)):
-        problem = verify(folder)
+        problem = verify(folder, only=only)
         if not problem:
             return folder
         warn(f"passing over a damaged checkpoint: {problem}")
     return None
 
 
-def save(
-    run_dir: Path, engine: Engine, state: dict[str, Any], tokenizer_json: str, run: dict[str, Any], keep: int, milestones: list[int]
-) -> Path:
-    """Writes the checkpoint of `state['step']` (a collective call) and then drops the oldest ones beyond `keep`.
-
-    Raises UserError when the disk takes no more; what was there before is untouched then.
-    """
-    final = folder_of(run_dir, state["step"])
-    temporary = final.with_name(".tmp-" + final.name)
-    world = engine.world
-    problem = ""
-    if world.main:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        except OSError as error:
-            problem = str(error)
-    weights, moments = _collect(engine)
-    if world.main and not problem:
-        try:
-            _write(temporary, engine, weights, moments, state, tokenizer_json, run)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            _sync(final.parent)
-            _drop_old(run_dir, keep, milestones)
-        except (OSError, SafetensorError) as error:
-            problem = str(error)
-            shutil.rmtree(temporary, ignore_errors=True)
-    if world.any(bool(problem)):
-        raise UserError(
-            f"The checkpoint of step {state['step']} could not be written ({problem or 'see rank 0'}); free space on the disk of {run_dir} and run again."
-        )
-    return final
-
-
-def _collect(engine: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    weights: dict[str, torch.Tensor] = {}
-    moments: dict[str, torch.Tensor] = {}
-    stepped = engine.optimizer_steps() > 0
-    if stepped:
-        engine.link_moments()
-    for name, parameter in engine.parameters.items():
-        with engine.gathered([name]):
-            if engine.world.main:
-                weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
-        for key in ("exp_avg", "exp_avg_sq"):
-            value = engine.moments(name, key) if stepped else None
-            if engine.world.main and value is not None:
-                moments[f"{key}.{name}"] = value.detach().to("cpu", torch.float32, copy=True).reshape(weights[name].shape).contiguous()
-    return weights, moments
-
-
-def _write(
-    folder: Path,
-    engine: Engine,
-    weights: dict[str, torch.Tensor],
-    moments: dict[str, torch.Tensor],
-    state: dict[str, Any],
-    tokenizer_json: str,
-    run: dict[str, Any],
-) -> None:
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(moments, folder / "optimizer.safetensors")
-    rng = {"cpu": torch.get_rng_state()}
-    if engine.world.device.type == "cuda":
-        rng["cuda"] = torch.cuda.get_rng_state(engine.world.device)
-    save_file(rng, folder / "rng.safetensors")
-    module: Any = engine.module
-    write_json(folder / "config.json", module.config.to_dict())
-    write_json(folder / "run.json", run)
-    write_json(
-        folder / "state.json",
-        {**state, "optimizer_steps": engine.optimizer_steps(), "world_size": engine.world.size, "zero_stage": engine.stage},
-    )
-    (folder / "tokenizer.json").write_text(tokenizer_json)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
-    for name in files:
-        _sync(folder / name)
-    write_json(folder / MARKER, {"format": 1, "files": files})
-    _sync(folder / MARKER)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _drop_old(run_dir: Path, keep: int, milestones: list[int]) -> None:
-    for folder in checkpoints(run_dir)[:-keep]:
-        if int(folder.name.removeprefix("step-")) not in milestones:
-            (folder / MARKER).unlink()  # an interrupted removal leaves something that is plainly no checkpoint
-            shutil.rmtree(folder, ignore_errors=True)
+def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = print) -> Path | None:
+    """`newest` for all ranks at once: rank 0 lists the checkpoints, as ranks may see a shared disk at different moments, and each reads
+    a part of the files. Whoever finds damage says so."""
+    candidates = checkpoints(run_dir) if world.main else []
+    while True:
+        own = (float(step_of(candidates.pop())) if candidates else -1.0) if world.main else 0.0
+        step = int(world.sum([own])[0])
+        if step < 0:
+            return None
+        folder = folder_of(run_dir, step)
+        problem = verify(folder, world.rank, world.size)
+        if problem:
+            warn(f"passing over a damaged checkpoint: {problem}")
+        if not world.any(bool(problem)):
+            return folder
 
 
 def find(path: str | Path) -> Path:
-    """The folder with model.safetensors behind a run folder, a checkpoint, or an exported folder. Raises UserError."""
+    """The folder with the weights behind a run folder, a checkpoint, or an exported folder. Raises UserError."""
     folder = Path(path)
     if not folder.exists():
         raise UserError(
             f"There is no {folder}; give a run folder, a checkpoint folder, or a folder with model.safetensors and config.json."
         )
     if (folder / "checkpoints").is_dir():
-        found = newest(folder)
+        found = newest(folder, only=lambda name: not name.startswith("optimizer"))
         if found is None:
             raise UserError(f"{folder} holds no complete checkpoint yet.")
         return found
-    if not (folder / "model.safetensors").exists() or not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("model.safetensors", "model.index.json")) or not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no model.safetensors with a config.json.")
     return folder
 
@@ -190,20 +121,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
+@torch.no_grad()
 def load_weights(folder: Path, model: LanguageModel) -> None:
-    """Loads model.safetensors into `model`. Raises UserError when the shapes or names are another model's."""
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}.") from error
-    own = model.state_dict()
-    wrong = sorted(k for k in own.keys() | tensors.keys() if k not in own or k not in tensors or own[k].shape != tensors[k].shape)
-    wrong = [k for k in wrong if not (k not in tensors and k in own and _is_tied(model, k))]
+    """Loads the weights of a checkpoint into `model`, a tensor at a time. Raises UserError when the shapes or names are another model's."""
+    weights, own = Weights(folder), model.state_dict()
+    theirs = {name: weights.shape(name) for name in weights.names()}
+    wrong = sorted(k for k in own.keys() | theirs.keys() if k not in own or k not in theirs or tuple(own[k].shape) != theirs[k])
+    wrong = [k for k in wrong if not (k not in theirs and k in own and _is_tied(model, k))]
     if wrong:
         raise UserError(
             f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; use its own model config or another run_dir."
         )
-    model.load_state_dict(tensors, strict=False)
+    for name in theirs:
+        own[name].copy_(weights.tensor(name))
 
 
 def _is_tied(model: LanguageModel, name: str) -> bool:
@@ -214,8 +144,7 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Adam's moments and the random state; weights were loaded before the engine was made."""
     state = read_state(folder)
     if state["optimizer_steps"]:
-        with safe_open(folder / "optimizer.safetensors", "pt") as file:
-            engine.load_moments(lambda key, name: file.get_tensor(f"{key}.{name}"), state["optimizer_steps"])
+        load_moments(engine, Weights(folder, "optimizer").stretch, state["optimizer_steps"])
     rng = load_file(folder / "rng.safetensors")
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and engine.world.device.type == "cuda":

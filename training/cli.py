@@ -114,8 +114,8 @@ def checked(config: DictConfig) -> Config:
 
 
 def report(error: UserError | ValueError) -> None:
-    """Prints the sentences of an error on stderr, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
+    """Prints the sentences of an error on stderr, once on each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
 

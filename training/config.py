@@ -49,6 +49,9 @@ class CheckpointSection:
     keep: int = 2
     milestones: list[int] = field(default_factory=list)
     at_end: bool = True
+    background: bool = True
+    hook: str = ""
+    hook_minutes: float = 10.0
 
 
 @dataclass
@@ -215,6 +218,7 @@ def _positive(config: Config) -> list[str]:
         "train.global_batch": t.global_batch,
         "train.micro_batch": t.micro_batch,
         "optim.lr": config.optim.lr,
+        "checkpoint.hook_minutes": config.checkpoint.hook_minutes,
         "train.log_every": t.log_every,
         "parallel.sequence": config.parallel.sequence,
         "data.prefetch": config.data.prefetch,
@@ -267,6 +271,8 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         )
     if config.eval.long_length < 0 or config.eval.long_rows < 1:
         problems.append("eval.long_length must be zero (none) or more and eval.long_rows above zero.")
+    if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
+        problems.append("checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'.")
     if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
         problems.append(f"optim.betas must be two numbers from 0 up to 1, not {config.optim.betas}.")
     if config.faults.spike_factor and config.faults.spike_factor <= 1:

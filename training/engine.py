@@ -76,6 +76,18 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def texts(self, own: str) -> list[str]:
+        """The text of every rank, on every rank."""
+        if self.size == 1:
+            return [own]
+        data = own.encode()
+        lengths = [int(n) for n in self.sum([float(len(data)) if r == self.rank else 0.0 for r in range(self.size)])]
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=self.device)
+        padded[: len(data)] = torch.tensor(list(data), dtype=torch.uint8)
+        found = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(found, padded)
+        return [bytes(row[:n].tolist()).decode() for row, n in zip(found, lengths)]
+
 
 def pick_device(wanted: str) -> torch.device:
     """auto | cpu | cuda to a device of this rank. Raises UserError when CUDA is asked for and absent."""
@@ -231,16 +243,6 @@ class Engine:
         params = [self.parameters[name] for name in names]
         return deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3)
 
-    def moments(self, name: str, key: str) -> torch.Tensor | None:
-        """The whole optimizer tensor `key` (exp_avg, exp_avg_sq) of a parameter; a collective under ZeRO."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        parameter = self.parameters[name]
-        if not self.stage:
-            state = self.optimizer.state.get(parameter, {})
-            return state.get(key)
-        return safe_get_full_optimizer_state(parameter, key)
-
     def link_moments(self) -> None:
         """Before reading or writing moments: ZeRO-1/2 maps them to parameters after the first group's first step, when the other
         groups have none yet, and never again by itself."""
@@ -252,36 +254,6 @@ class Engine:
         """Updates the optimizer has made (Adam's own counter)."""
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         return max(steps, default=0)
-
-    def load_moments(self, tensors: Any, steps: int) -> None:
-        """Sets Adam's moments from `tensors(key, name) -> Tensor` and its counter; works before the first step at any stage."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        inner = self.deepspeed.optimizer
-        flat = (
-            getattr(inner, "fp32_partitioned_groups_flat", None)
-            if self.stage == 3
-            else getattr(inner, "single_partition_of_fp32_groups", None)
-        )
-        for p in flat if self.stage and flat is not None else self.parameters.values():
-            self.optimizer.state[p] = {
-                "step": torch.tensor(float(steps), device=p.device),
-                "exp_avg": torch.zeros_like(p, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(p, memory_format=torch.preserve_format),
-            }
-        self.link_moments()
-        for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                value = tensors(key, name)
-                if self.stage == 3:  # the whole-tensor setter of ZeRO-3 fails where the ranks do not divide the elements
-                    n = parameter.ds_tensor.ds_numel
-                    padded = torch.nn.functional.pad(value.flatten(), (0, n * self.world.size - value.numel()))
-                    own = padded.narrow(0, self.world.rank * n, n).to(self.world.device)
-                    safe_set_local_optimizer_state(parameter, own, key)
-                elif self.stage:
-                    safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)
-                else:
-                    self.optimizer.state[parameter][key].copy_(value)
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -89,24 +89,15 @@ class Metrics:
     def _open_services(self, step: int) -> None:
         log = self.config.logging
         if log.wandb != "disabled":
-            import wandb
-
             try:
-                self.wandb = wandb.init(
-                    project=log.wandb_project,
-                    entity=log.wandb_entity,
-                    name=self.config.name,
-                    id=self.wandb_id,
-                    resume="allow",
-                    mode=log.wandb,  # type: ignore[arg-type]
-                    dir=str(self.run_dir),
-                    settings=wandb.Settings(silent=True),
-                )
-                self.wandb_id = self.wandb.id
+                self._open_wandb(log.wandb)
             except Exception as error:  # a logging service must not cost a run; metrics.jsonl has everything
-                self.say(
-                    f"wandb is not available ({type(error).__name__}: {str(error).splitlines()[0]}); going on with metrics.jsonl alone."
-                )
+                try:
+                    self._open_wandb("offline")
+                    then = f"logging into {self.run_dir / 'wandb'}, which `wandb sync` uploads later"
+                except Exception:
+                    then = "going on with metrics.jsonl alone"
+                self.say(f"wandb is not available ({type(error).__name__}: {str(error).splitlines()[0]}); {then}.")
         if log.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -114,6 +105,22 @@ class Metrics:
                 self.tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
             except ImportError:
                 self.say("TensorBoard is not installed (pip install 'everywhen[tensorboard]'); going on without it.")
+
+    def _open_wandb(self, mode: Any) -> None:
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds in which a service that can be reached answers
+        import wandb
+
+        self.wandb = wandb.init(
+            project=self.config.logging.wandb_project,
+            entity=self.config.logging.wandb_entity,
+            name=self.config.name,
+            id=self.wandb_id,
+            resume="allow",
+            mode=mode,
+            dir=str(self.run_dir),
+            settings=wandb.Settings(silent=True),
+        )
+        self.wandb_id = self.wandb.id
 
     def say(self, text: str) -> None:
         if self.main:
@@ -126,7 +133,11 @@ class Metrics:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+            try:
+                self.wandb.log(numbers, step=step)
+            except Exception as error:
+                self.wandb = None
+                self.say(f"wandb failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); going on with metrics.jsonl alone.")
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
@@ -168,7 +179,10 @@ class Metrics:
             if sink is not None:
                 sink.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:
+                self.say(f"wandb did not finish ({type(error).__name__}); metrics.jsonl has everything.")
 
 
 def _row_step(line: str) -> int:

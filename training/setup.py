@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from training import checkpoint
 from training.config import Config
 from training.engine import World
 from training.errors import UserError
+from training.files import write_json
 from training.metrics import environment
 
 Shards = list[tuple[ShardSet, float]]
@@ -51,6 +53,17 @@ def open_reader(config: Config, shards: Shards) -> Any:
         return build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def open_data(config: Config) -> tuple[Any, Any, str]:
+    """(sources, reader, ''), or (None, None, why not): a rank that cannot read its data must not leave the others waiting for it."""
+    try:
+        shards = open_sources(config, "train")
+        return shards, open_reader(config, shards), ""
+    except UserError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return None, None, str(error)
 
 
 def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, str]:
@@ -93,7 +106,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.yaml").write_text(resolved_yaml)
-            checkpoint.write_json(run_dir / "environment.json", environment(world.device))
+            write_json(run_dir / "environment.json", environment(world.device))
         except OSError as error:
             problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
     if world.any(bool(problem)):
@@ -118,17 +131,14 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
 
 
 def _checkpoint_of(config: Config, world: World) -> Path | None:
-    """Rank 0 looks and verifies; the others take its answer (the step), as ranks may see a shared disk at different moments."""
+    """The folder that train.resume means; all ranks verify it together."""
     wanted = config.train.resume
     if wanted == "none":
         return None
     if wanted != "auto":
         folder = checkpoint.find(wanted)
-        problem = checkpoint.verify(folder)
-        if problem:
-            raise UserError(problem)
+        problems = [text for text in world.texts(checkpoint.verify(folder, world.rank, world.size)) if text]
+        if problems:
+            raise UserError(problems[0])
         return folder
-    run_dir = Path(config.run_dir)
-    found = checkpoint.newest(run_dir) if world.main else None
-    step = world.sum([float(checkpoint.read_state(found)["step"]) if found else -1.0 if world.main else 0.0])[0]
-    return checkpoint.folder_of(run_dir, int(step)) if step >= 0 else None
+    return checkpoint.newest_together(Path(config.run_dir), world)

@@ -112,7 +112,8 @@ class Job:
         self.folder = folder
         self.others = frozenset(descendants(os.getpid()))
         self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, FOLDER: str(folder)})
-        self.started = time.time()
+        self.heard = time.monotonic()
+        self.last: dict[Path, int] = {}
 
     def poll(self) -> int | None:
         """Exit status of the command itself, None while it runs; reaps orphans that ended."""
@@ -137,9 +138,11 @@ class Job:
         return found
 
     def silence(self) -> tuple[float, bool]:
-        """(seconds since any rank was heard of, whether one was heard at all)."""
-        times = [path.stat().st_mtime for path, row in rank_files(self.folder) if row.get("step") is not None]
-        return time.time() - max(times, default=self.started), bool(times)
+        """(seconds since any rank was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
+        seen = {path: path.stat().st_mtime_ns for path, row in rank_files(self.folder) if row.get("step") is not None}
+        if seen != self.last:
+            self.last, self.heard = seen, time.monotonic()
+        return time.monotonic() - self.heard, bool(seen)
 
     def ask_to_stop(self, number: int) -> None:
         """Tells the ranks alone, so that launchers do not kill them in their save; without known ranks tells every process."""

@@ -32,8 +32,9 @@ from models.hub.push import check_name, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
-from training.checkpoint import find, write_json
+from training.checkpoint import find
 from training.errors import UserError
+from training.files import write_json
 
 CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64

@@ -218,7 +218,7 @@ def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None) -
 
 def import_folder(folder: str | Path, out: str | Path) -> Path:
     """Writes a checkpoint (model.safetensors in fp32, config.json, tokenizer.json) under a temporary name, then renames it to `out`."""
-    from training.checkpoint import write_json
+    from training.files import write_json
 
     folder, final = Path(folder), Path(out)
     if final.exists():

@@ -1,11 +1,17 @@
 """Safetensors folders, whole or in shards: read a tensor at a time, written a shard at a time, so that a model need not fit in memory.
 
+Three layouts are read: STEM.safetensors; the Hub's shards with model.safetensors.index.json (a tensor is never cut); and the checkpoints of
+several ranks with STEM.index.json, where a tensor is cut into stretches of its flattened elements that lie in different files.
+
 Nothing is ever unpickled: a folder that holds a pickle is refused, and so is an index that names files outside its folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,7 @@ from training.errors import UserError
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 INDEX = "model.safetensors.index.json"
+BLOCK = 1 << 24  # bytes hashed and written at once
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -42,13 +49,19 @@ def refuse_pickles(folder: Path) -> None:
 
 
 class Weights:
-    """The tensors of a folder by name, read when asked for. Raises UserError for a missing, unreadable or escaping file."""
+    """The tensors of a folder by name, read when asked for. Raises UserError for a missing, unreadable or escaping file.
 
-    def __init__(self, folder: Path) -> None:
+    stem: model, or optimizer for the moments of a checkpoint.
+    """
+
+    def __init__(self, folder: Path, stem: str = "model") -> None:
         refuse_pickles(folder)
         self.folder = folder
         self.files: dict[str, tuple[Any, set[str]]] = {}
-        if (folder / INDEX).exists():
+        self.cut: dict[str, tuple[tuple[int, ...], list[tuple[str, int, int]]]] = {}  # shape, and (file, first, end) of each stretch
+        if (folder / f"{stem}.index.json").exists():
+            self._read_cut(folder / f"{stem}.index.json")
+        elif stem == "model" and (folder / INDEX).exists():
             table = read_object(folder / INDEX).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
                 raise UserError(f"{folder / INDEX} has no weight_map of file names; fetch or export the folder again.")
@@ -57,13 +70,28 @@ class Weights:
                 if escapes and not (Path(file).name == file and _blob(folder, file)):
                     raise UserError(f"{folder / INDEX} names {file!r}, which lies outside its folder; this folder is not safe to load.")
             self.where = {str(k): str(v) for k, v in table.items()}
-        elif (folder / "model.safetensors").exists():
-            self.where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+        elif (folder / f"{stem}.safetensors").exists():
+            self.where = dict.fromkeys(self._open(f"{stem}.safetensors").keys(), f"{stem}.safetensors")
         else:
-            raise UserError(f"{folder} holds neither model.safetensors nor {INDEX}.")
-        for name, file in self.where.items():
+            raise UserError(f"{folder} holds neither {stem}.safetensors nor {INDEX if stem == 'model' else f'{stem}.index.json'}.")
+        for name, file in [*self.where.items(), *((n, part[0]) for n, (_, parts) in self.cut.items() for part in parts)]:
             if name not in self._names(file):
                 raise UserError(f"{folder / file} does not hold the tensor {name} that the index promises; fetch or export the folder again.")
+
+    def _read_cut(self, path: Path) -> None:
+        """The index of a checkpoint of several ranks; every element has to be there once."""
+        try:
+            for name, entry in read_object(path)["tensors"].items():
+                parts = sorted((str(f), int(a), int(b)) for f, a, b in entry["parts"])
+                parts.sort(key=lambda part: part[1])
+                ends = [0, *(b for _, _, b in parts)]
+                whole = ends[-1] == math.prod(entry["shape"]) and all(a == end for (_, a, _), end in zip(parts, ends))
+                if not whole or any(Path(f).name != f for f, _, _ in parts):
+                    raise ValueError
+                self.cut[str(name)] = (tuple(int(n) for n in entry["shape"]), parts)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{path} is not the index of a checkpoint; use another checkpoint of the run.") from error
+        self.where = {name: parts[0][0] for name, (_, parts) in self.cut.items() if parts}
 
     def _names(self, file: str) -> Any:
         if file not in self.files:
@@ -83,10 +111,23 @@ class Weights:
         return list(self.where)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self.where[name]).get_slice(name).get_shape())
+        return self.cut[name][0] if name in self.cut else tuple(self._open(self.where[name]).get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        return self._open(self.where[name]).get_tensor(name)
+        if name not in self.cut:
+            return self._open(self.where[name]).get_tensor(name)
+        shape, _ = self.cut[name]
+        return self.stretch(name, 0, math.prod(shape)).view(shape)
+
+    def stretch(self, name: str, first: int, end: int) -> Tensor:
+        """The elements first .. end-1 of the flattened tensor; only the pages that hold them are read."""
+        if name not in self.cut:
+            return self.tensor(name).view(-1)[first:end]
+        found = []
+        for file, a, b in self.cut[name][1]:
+            if a < end and first < b:
+                found.append(self._open(file).get_tensor(name).view(-1)[max(first - a, 0) : end - a])
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
 
 def _blob(folder: Path, file: str) -> bool:
@@ -132,6 +173,32 @@ def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tenso
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return files
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], cancel: threading.Event | None = None) -> dict[str, Any]:
+    """Writes fp32 or uint8 CPU tensors as a safetensors file and returns its {bytes, sha256}, hashed on the way out.
+
+    The library would first copy everything, and the file would have to be read again for its hash. `cancel` ends it early with an OSError.
+    """
+    kinds, header, offset = {torch.float32: "F32", torch.uint8: "U8"}, {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for part in (len(text).to_bytes(8, "little") + text, *(tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values())):
+            view = memoryview(part)
+            for i in range(0, len(view), BLOCK):
+                if cancel is not None and cancel.is_set():
+                    raise OSError("given up")
+                block = view[i : i + BLOCK]
+                digest.update(block)
+                while len(block):
+                    block = block[file.write(block) or 0 :]
+            size += len(view)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -97,6 +97,18 @@ the_collective_that_never_ends()
     assert "the_collective_that_never_ends" in (tmp_path / "ranks" / "attempt-1-rank-00003.stacks").read_text()
 
 
+def test_a_disk_whose_clock_is_wrong_makes_no_hang(tmp_path: Path) -> None:
+    script = """
+for step in range(1, 9):
+    beat(step, 0)
+    os.utime(folder / "rank-00000.json", (step * 1000, step * 1000) if step % 2 else (4e9 + step, 4e9 + step))
+    time.sleep(0.3)
+sys.exit(0)
+"""
+    status, said, _ = supervise(tmp_path, script, restarts=0, timeout=1.5, startup=30)
+    assert status == 0 and not any("no rank took a step" in line for line in said)
+
+
 def test_a_stop_request_reaches_the_ranks_but_not_the_launcher(tmp_path: Path) -> None:
     script = """
 import signal

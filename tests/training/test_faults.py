@@ -1,0 +1,186 @@
+"""Faults put into runs of two ranks: each ends as it should, and the run that goes on from there equals the one nothing happened to, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.loader import BatchLoader
+from tests.conftest import ROOT, SMALL, environment, free_port, run_program
+from tests.training.test_runs import losses
+from training import agreement
+from training.config import Config, DataSection
+from training.engine import World
+from training.errors import UserError
+from training.metrics import Metrics
+from training.setup import open_reader, open_shards
+
+WORDS = [*SMALL, "eval=end", "eval.tokens=256", "eval.sample_tokens=1", "train.micro_batch=2", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=9"]
+
+
+def launcher() -> list[str]:
+    return ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", "2", "-m", "tests.training.inject"]
+
+
+def start(run: Path, data: Path, inject: str = "", *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return run_program([*launcher(), *WORDS, f"data.path={data}", f"run_dir={run}", *words], INJECT=inject, **extra)
+
+
+@pytest.fixture(scope="module")
+def whole(demo_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the run that nothing happens to."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = start(run, demo_shards)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return losses(run)
+
+
+def kept(run: Path) -> list[str]:
+    return sorted(p.parent.name[-1] for p in (run / "checkpoints").glob("step-*/COMPLETE.json"))
+
+
+def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
+    """Ended with our sentence, said once, and no traceback of ours (the launcher shows its own)."""
+    assert done.returncode != 0 and done.stderr.count(words) == 1, done.stdout + done.stderr[-3000:]
+    assert "training/saving.py" not in done.stderr and 'train.py", line' not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_faults_of_saves_data_and_clocks(whole: dict[int, float], demo_shards: Path, tmp_path: Path) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(demo_shards, data)
+    refused(start(run, data, "seed 1 0"), "Rank 1 (")
+    assert not run.exists()
+
+    # a rank dies in the middle of its part of a save: the half is no checkpoint
+    assert start(run, data, "kill 1 4").returncode != 0
+    assert kept(run) == ["2"] and list((run / "checkpoints").glob(".tmp-*"))
+
+    # one rank's disk is full: both end, nothing half-written stays
+    done = start(run, data, "full 1 4")
+    assert "step-00000002 at step 2" in done.stdout
+    refused(done, "could not be written (rank 1: No space left on device); free space on the disk")
+    assert kept(run) == ["2"] and not list((run / "checkpoints").glob(".tmp-*"))
+
+    # token shards are cut while they are read: the steps taken are saved
+    done = start(run, data, "cut 0 3", "data.prefetch=1")
+    refused(done, "was changed during the run")
+    reached = max(int(k) for k in kept(run))
+    assert 5 <= reached < 8, done.stdout
+    shutil.copyfile(demo_shards / "train-00000.bin", data / "train-00000.bin")
+
+    # a bit of the newest checkpoint flips: the one before it is used, and one rank's clock and random states do not matter
+    shard = run / "checkpoints" / f"step-{reached:08d}" / "optimizer-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    before = max(int(k) for k in kept(run) if int(k) < reached)
+    done = start(run, data, "clock 1 0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{shard} does not have the content it was saved with" in done.stdout and f"step-{before:08d} at step {before}" in done.stdout
+    assert losses(run) == whole
+    assert "8" in kept(run)
+
+
+@pytest.mark.slow
+def test_a_hung_rank_of_a_run_is_found_and_the_run_finishes(whole: dict[int, float], demo_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    supervisor = [sys.executable, "-m", "training.supervisor", "restarts=1", "timeout=15", "startup=240", "backoff=0", "--", sys.executable]
+    done = subprocess.run(
+        [*supervisor, *launcher(), *WORDS, f"data.path={demo_shards}", f"run_dir={run}"],
+        cwd=ROOT,
+        env=environment(INJECT="hang 1 6", INJECT_ONCE=str(tmp_path / "once")),
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "no rank took a step" in done.stderr and (tmp_path / "once").exists()
+    stacks = {p.name: p.read_text() for p in (run / "supervisor").glob("attempt-1-rank-*.stacks")}
+    assert len(stacks) == 2 and "in hang" in stacks["attempt-1-rank-00001.stacks"]
+    assert "engine.py" in stacks["attempt-1-rank-00000.stacks"], "the other rank waits in its step"
+    assert losses(run) == whole
+
+
+class Ranks(World):
+    """A world whose other ranks say what they are given."""
+
+    def __init__(self, *others: dict[str, Any]) -> None:
+        self.rank, self.size, self.others = 0, 1 + len(others), others
+
+    def texts(self, own: str) -> list[str]:
+        return [own, *(json.dumps({**json.loads(own), **other}) for other in self.others)]
+
+
+def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config(model={"mixers": {"a": {"n": 1}}})
+    own = agreement.facts(config, ["f"])
+    agreement.agree(Ranks({"host": "b"}), config, ["f"])
+    for key, value, words in [
+        ("setting train.seq_len", "512", r"Rank 2 \(b\) differs from rank 0 .* in setting train.seq_len: 512 there, 256 here; start every"),
+        ("setting model.mixers.a.n", "2", "setting model.mixers.a.n: 2 there, 1 here"),
+        ("code hash", "x", "in code hash: x there, .* same checkout"),
+        ("library torch", "1.0", "in library torch: 1.0 there, .* same environment"),
+        ("data fingerprint 0", "g", "in data fingerprint 0: g there, f here"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            agreement.agree(Ranks({}, {"host": "b", "facts": {**own, key: value}}), config, ["f"])
+    with pytest.raises(UserError, match="and 1 more: 1 there, 0 here"):
+        agreement.agree(Ranks({"facts": {**own, "setting seed": "1", "setting train.steps": "9"}}), config, ["f"])
+    with pytest.raises(UserError, match=r"^Rank 1 \(c\): no data$"):
+        agreement.agree(Ranks({"host": "c", "problem": "no data"}), config, ["f"])
+
+
+def test_code_counts_as_it_lies_there(tmp_path: Path) -> None:
+    for name in agreement.CODE:
+        (tmp_path / name).write_text("1") if name.endswith(".py") else (tmp_path / name).mkdir()
+    before = agreement.code_hash(tmp_path)
+    (tmp_path / "models" / "x.py").write_text("2")
+    assert before != agreement.code_hash(tmp_path) == agreement.code_hash(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_unreachable_wandb_costs_a_warning(demo_shards: Path, tmp_path: Path) -> None:
+    words = [*SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "eval=end", "eval.tokens=256", "train.steps=2", "logging.wandb=online"]
+    away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    done = run_program(["train.py", *words], **away)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.stdout + done.stderr).count("wandb is not available") == 1 and "`wandb sync` uploads later" in done.stdout
+    assert len(losses(tmp_path / "run")) == 2 and list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_a_wandb_that_fails_in_the_middle_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Failing:
+        def log(self, *_: object, **__: object) -> None:
+            raise OSError("connection lost")
+
+    metrics = Metrics(tmp_path, Config(), torch.device("cpu"), 1, 1, True)
+    metrics.open(0, None)
+    metrics.wandb = Failing()
+    for step in (1, 2):
+        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+    metrics.close()
+    assert capsys.readouterr().out.count("connection lost") == 1
+    assert losses(tmp_path) == {1: 1.0, 2: 1.0}
+
+
+@pytest.mark.parametrize("change", ["cut", "lost"])
+def test_shards_that_change_under_a_reader_are_named(change: str, demo_shards: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(demo_shards, data)
+    with BatchLoader(open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), 4, 4, prefetch=1) as loader:
+        assert loader.fetch()[1] == ""
+        path = data / "train-00000.bin"
+        path.unlink() if change == "lost" else os.truncate(path, 1000)
+        found = [loader.fetch() for _ in range(4)]
+    assert found[-1][0] == [] and str(path) in found[-1][1]
+    assert ("was lost during the run" if change == "lost" else "has 1,000 bytes now") in found[-1][1]

@@ -1,0 +1,133 @@
+"""What this rank keeps of the weights and of Adam's moments, as views of live memory: what checkpoints read from and load into.
+
+A rank holds stretches of flattened parameters: ZeRO-1 and 2 cut the moments of a whole group into equal stretches, ZeRO-3 cuts every
+parameter and its moments. What all ranks hold alike is shared out for writing. Nothing here is gathered or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Stretch:
+    """Elements first .. first+len-1 of the flattened tensor `name`; values (len,): a view of live memory."""
+
+    name: str
+    first: int
+    values: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.first + self.values.numel()
+
+
+def share(stretches: list[Stretch], rank: int, size: int) -> list[Stretch]:
+    """The part of `rank` when what all ranks hold alike is cut into `size` equal stretches; tensors are cut where a border falls."""
+    total = sum(s.values.numel() for s in stretches)
+    low, high = rank * total // size, (rank + 1) * total // size
+    found, passed = [], 0
+    for s in stretches:
+        n = s.values.numel()
+        a, b = max(low - passed, 0), min(high - passed, n)
+        if a < b:
+            found.append(Stretch(s.name, s.first + a, s.values[a:b]))
+        passed += n
+    return found
+
+
+def _whole(tensors: dict[str, Tensor]) -> list[Stretch]:
+    return [Stretch(name, 0, tensor.detach().view(-1)) for name, tensor in tensors.items()]
+
+
+def _swapped(engine: Any) -> bool:
+    """Whether weights or moments lie on a disk between steps; DeepSpeed then hands out copies, on the device."""
+    return "nvme" in (engine.config.deepspeed.offload_optimizer, engine.config.deepspeed.offload_parameters)
+
+
+def held_weights(engine: Any) -> list[Stretch]:
+    """This rank's fp32 weights: whole parameters, under ZeRO-3 its stretch of each (views, or copies where DeepSpeed keeps them on a disk)."""
+    if engine.stage != 3:
+        return _whole(engine.parameters)
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    rank, found, swapped = engine.world.rank, [], _swapped(engine)
+    for name, p in engine.parameters.items():
+        n = p.ds_tensor.ds_numel  # of each rank's stretch; the last ones may be padding
+        values = safe_get_local_fp32_param(p).cpu() if swapped else p.ds_tensor.detach()
+        found.append(Stretch(name, rank * n, values.view(-1)[: max(0, min(n, p.ds_numel - rank * n))]))
+    return [s for s in found if s.values.numel()]
+
+
+def held_moments(engine: Any, key: str) -> list[Stretch]:
+    """This rank's stretches of the moment `key`; the optimizer must have stepped or been given moments."""
+    inner = engine.deepspeed.optimizer
+    if not engine.stage:
+        return _whole({name: engine.optimizer.state[p][key] for name, p in engine.parameters.items()})
+    if engine.stage == 3:
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        found, swapped = [], _swapped(engine)
+        for s in held_weights(engine):
+            p = engine.parameters[s.name]
+            values = safe_get_local_optimizer_state(p, key).cpu() if swapped else inner._get_fp32_opt_state_partition(p, True, key)[0]
+            found.append(Stretch(s.name, s.first, values.view(-1)[: s.values.numel()]))
+        return found
+    engine.link_moments()
+    mapped = [(name, p._hp_mapping) for name, p in engine.parameters.items() if p._hp_mapping is not None]
+    return [Stretch(name, m.lp_fragment_address.start, m.get_optim_state_fragment(key).view(-1)) for name, m in mapped]
+
+
+def owned(engine: Any) -> Iterator[tuple[str, Stretch]]:
+    """('model' or 'optimizer', stretch) for all that this rank writes; over the ranks every element comes once."""
+    rank, size = engine.world.rank, engine.world.size
+    weights = held_weights(engine)
+    for s in weights if engine.stage == 3 else share(weights, rank, size):
+        yield "model", s
+    if engine.optimizer_steps():
+        for key in MOMENTS:
+            held = held_moments(engine, key)
+            for s in held if engine.stage else share(held, rank, size):
+                yield "optimizer", Stretch(f"{key}.{s.name}", s.first, s.values)
+
+
+def owned_elements(engine: Any) -> int:
+    """How many fp32 numbers `owned` gives once the optimizer has stepped."""
+    weights = held_weights(engine)
+    weights = weights if engine.stage == 3 else share(weights, engine.world.rank, engine.world.size)
+    own = sum(s.values.numel() for s in weights)
+    if engine.stage in (0, 3):
+        return 3 * own
+    return own + 2 * sum(p._hp_mapping.lp_fragment_address.numel for p in engine.parameters.values() if p._hp_mapping is not None)
+
+
+def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: int) -> None:
+    """Sets Adam's moments from `read(name, first, end)` and its counter; works before the first step at any stage, each rank for itself."""
+    flat = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
+    held = getattr(engine.deepspeed.optimizer, flat[engine.stage]) if engine.stage else engine.parameters.values()
+    for p in held:
+        engine.optimizer.state[p] = {
+            "step": torch.tensor(float(steps), device=p.device),
+            **{key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS},
+        }
+    for key in MOMENTS:
+        for s in held_moments(engine, key):
+            s.values.copy_(read(f"{key}.{s.name}", s.first, s.end))
+            if _swapped(engine):
+                _store(engine, s, key)
+
+
+def _store(engine: Any, stretch: Stretch, key: str) -> None:
+    """Gives a moment that lies on a disk back to DeepSpeed, padded as it keeps it."""
+    from deepspeed.utils import safe_set_local_optimizer_state
+
+    p = engine.parameters[stretch.name]
+    values = torch.nn.functional.pad(stretch.values, (0, p.ds_tensor.ds_numel - stretch.values.numel()))
+    safe_set_local_optimizer_state(p, values.to(engine.world.device), key)
