@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -113,16 +114,41 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     return World(rank, size, device, sequence, group)
 
 
+def check_tools(config: Config, device: torch.device) -> None:
+    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
+
+    ds, problems = config.deepspeed, []
+    if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
+        if not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja") and AsyncIOBuilder().is_compatible(verbose=False)):
+            problems.append(
+                "Offload to nvme runs through DeepSpeed's async_io, which is compiled on first use; install a C++ compiler, ninja and libaio's"
+                " headers (libaio-dev), or offload to cpu."
+            )
+    if ds.quantized_weights or ds.quantized_gradients:
+        if device.type != "cuda" or not (shutil.which("nvcc") and shutil.which("ninja") and QuantizerBuilder().is_compatible(verbose=False)):
+            problems.append(
+                "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
+                " nvcc and ninja installed, or set both to false."
+            )
+    if problems:
+        raise UserError(problems)
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here."""
     t, ds = config.train, config.deepspeed
     zero: dict[str, Any] = {"stage": ds.stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
     if ds.stage:
         zero |= {"overlap_comm": False, "contiguous_gradients": True}
-    if ds.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": ds.offload_optimizer}
-    if ds.offload_parameters != "none":
-        zero["offload_param"] = {"device": ds.offload_parameters}
+    if ds.stage == 3:
+        zero |= {"zero_hpz_partition_size": ds.hpz, "zero_quantized_weights": ds.quantized_weights}
+        zero["zero_quantized_gradients"] = ds.quantized_gradients
+    for key, device in {"offload_optimizer": ds.offload_optimizer, "offload_param": ds.offload_parameters}.items():
+        if device != "none":
+            zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
+        if device == "nvme":
+            zero[key]["nvme_path"] = ds.nvme_path
     return {
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": t.global_batch // (t.micro_batch * (world_size // config.parallel.sequence)),
@@ -152,6 +178,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
 
+        check_tools(config, world.device)
         self.config, self.world = config, world
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(
