@@ -52,8 +52,9 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.faults import BadStepPolicy, StopRequest
     from training.flops import training_flops_per_token
     from training.metrics import Metrics, Stopwatch
-    from training.observe import SignOfLife
+    from training.observe import RankWatch, SignOfLife
     from training.schedule import lr_factor
+    from training.trace import Tracer
 
     shards = open_sources(config, "train")
     reader = open_reader(config, shards)
@@ -75,6 +76,8 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     metrics = Metrics(run_dir, config, world.device, world.size, training_flops_per_token(model, config.train.seq_len), world.main)
     metrics.open(start.step, start.wandb_id)
     metrics.say(start.message)
+    ranks = RankWatch(world, config.train.log_every)
+    tracer = Tracer(config.profile, run_dir, world.rank, world.device, start.step + config.profile_start, config.profile_steps, metrics.say)
     evaluator = build_evaluator(config, engine, shards, metrics)
     policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
 
@@ -121,10 +124,13 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             lr = config.optim.lr * lr_factor(
                 step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final
             )
+            tracer.before(step + 1)
             result = engine.step(micro_batches, lr, policy.judge)
             policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
             step += 1
-            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped)
+            tracer.after(step)
+            seen = ranks.step(step, result, waited)
+            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped, seen)
             life.beat(step, saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:
@@ -133,6 +139,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
                 life.beat(step, saved)
 
     # Save, and the last evaluation
+    tracer.close()
     finished = step >= total
     if step > saved and (config.checkpoint.at_end or not finished):
         save(step)

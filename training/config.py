@@ -126,6 +126,9 @@ class Config:
     run_dir: str = "runs/dev"
     seed: int = 0
     dry_run: bool = False
+    profile: bool = False
+    profile_start: int = 5
+    profile_steps: int = 3
     model: dict[str, Any] = field(default_factory=dict)
     size: dict[str, Any] = field(default_factory=dict)
     train: TrainSection = field(default_factory=TrainSection)
@@ -223,6 +226,8 @@ def _positive(config: Config) -> list[str]:
         "parallel.sequence": config.parallel.sequence,
         "data.prefetch": config.data.prefetch,
         "checkpoint.keep": config.checkpoint.keep,
+        "profile_start": config.profile_start,
+        "profile_steps": config.profile_steps,
         "deepspeed.hpz": config.deepspeed.hpz,
         "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
     }

@@ -24,6 +24,7 @@ from torch import nn
 from data.loader import Batch
 from models.init import roles
 from models.parallel import split
+from training.clock import CommunicationClock
 from training.config import Config
 from training.errors import UserError
 from training.initial_state import InitialStates
@@ -34,7 +35,8 @@ from training.optim import SkippableAdamW, build_optimizer
 class World:
     """Where this process stands: rank among world_size, its device, and whether it speaks for all.
 
-    sequence: neighbouring ranks that share rows and hold a slice of their time each; group: their process group.
+    sequence: neighbouring ranks that share rows and hold a slice of their time each; group: their process group; clock: of
+    communication, None with a single rank.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class World:
     device: torch.device
     sequence: int = 1
     group: Any = None
+    clock: CommunicationClock | None = None
 
     @property
     def replica(self) -> int:
@@ -73,6 +76,13 @@ class World:
         """True on every rank when it is true on one."""
         return self.sum([float(flag)])[0] > 0
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The values of every rank, in order, on every rank."""
+        table = [0.0] * (len(values) * self.size)
+        table[len(values) * self.rank : len(values) * (self.rank + 1)] = values
+        table = self.sum(table)
+        return [table[a : a + len(values)] for a in range(0, len(table), len(values))]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -98,6 +108,9 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
         torch.cuda.set_device(device)
+    clock = CommunicationClock(device) if int(os.environ["WORLD_SIZE"]) > 1 else None
+    if clock is not None:
+        clock.install()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
@@ -111,7 +124,7 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     for first in range(0, size, sequence) if sequence > 1 else ():  # every rank has to take part in making every group
         made = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
         group = made if first <= rank < first + sequence else group
-    return World(rank, size, device, sequence, group)
+    return World(rank, size, device, sequence, group, clock)
 
 
 def check_tools(config: Config, device: torch.device) -> None:
@@ -163,13 +176,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 @dataclass
 class StepResult:
-    """What one optimizer step measured, equal on all ranks. loss: mean nats per token; skipped: why it was left out, or ''."""
+    """What one optimizer step measured, equal on all ranks but for the times. loss: mean nats per token; skipped: why it was left out, or '';
+    communication: seconds of `seconds` in which this rank stood still for others."""
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: str
     seconds: float
+    communication: float = 0.0
 
 
 class Engine:
@@ -210,7 +225,9 @@ class Engine:
 
     def step(self, micro_batches: list[Batch], lr: float, is_bad: Any = None) -> StepResult:
         """One optimizer step. `is_bad(loss) -> str` may veto it from the global mean loss (an empty string lets it pass)."""
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), self.world.clock
+        if clock is not None:
+            clock.lap()
         local_tokens = float(sum((batch.labels != -100).sum().item() for batch in micro_batches))
         tokens = self.world.sum([local_tokens])[0]
         scale = self.world.size / tokens  # DeepSpeed averages over ranks; the loss is a sum over tokens
@@ -242,7 +259,7 @@ class Engine:
             norm = float(norm) if norm is not None else float("nan")
         if not skipped and (self.deepspeed.skipped_steps > before or not _finite(norm)):
             skipped = "gradient norm is not finite"
-        return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start)
+        return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start, clock.lap() if clock is not None else 0.0)
 
     def _gradient_norm(self) -> float | None:
         """Norm before clipping where gradients are whole on every rank (stage 0); ZeRO tells its own after the step."""
@@ -313,6 +330,8 @@ class Engine:
     def close(self) -> None:
         """Leaves the process group."""
         self.deepspeed.destroy()
+        if self.world.clock is not None:
+            self.world.clock.remove()
         if dist.is_initialized():
             dist.destroy_process_group()
 
