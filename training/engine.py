@@ -129,16 +129,18 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
 
 def check_tools(config: Config, device: torch.device) -> None:
     """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder, QuantizerBuilder
-
     ds, problems = config.deepspeed, []
     if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
         if not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja") and AsyncIOBuilder().is_compatible(verbose=False)):
             problems.append(
                 "Offload to nvme runs through DeepSpeed's async_io, which is compiled on first use; install a C++ compiler, ninja and libaio's"
                 " headers (libaio-dev), or offload to cpu."
             )
     if ds.quantized_weights or ds.quantized_gradients:
+        from deepspeed.ops.op_builder import QuantizerBuilder
+
         if device.type != "cuda" or not (shutil.which("nvcc") and shutil.which("ninja") and QuantizerBuilder().is_compatible(verbose=False)):
             problems.append(
                 "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
