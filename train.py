@@ -53,9 +53,10 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.faults import BadStepPolicy, StopRequest
     from training.flops import training_flops_per_token
     from training.metrics import Metrics, Stopwatch
-    from training.observe import SignOfLife
+    from training.observe import RankWatch, SignOfLife
     from training.saving import Saver
     from training.schedule import lr_factor
+    from training.trace import Tracer
 
     shards, reader, problem = open_data(config)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)
@@ -77,6 +78,8 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     metrics = Metrics(run_dir, config, world.device, world.size, training_flops_per_token(model, config.train.seq_len), world.main)
     metrics.open(start.step, start.wandb_id)
     metrics.say(start.message)
+    ranks = RankWatch(world, config.train.log_every)
+    tracer = Tracer(config.profile, run_dir, world.rank, world.device, start.step + config.profile_start, config.profile_steps, metrics.say)
     evaluator = build_evaluator(config, engine, shards, metrics)
     policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
 
@@ -123,10 +126,13 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             lr = config.optim.lr * lr_factor(
                 step, total, kind=config.schedule.kind, warmup=warmup, decay=decay, final=config.schedule.final
             )
+            tracer.before(step + 1)
             result = engine.step(micro_batches, lr, policy.judge)
             policy.record(step, result, [i for batch in micro_batches for i in batch.sample_ids])
             step += 1
-            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped)
+            tracer.after(step)
+            seen = ranks.step(step, result, waited)
+            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped, seen)
             life.beat(step, saver.saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:
@@ -136,6 +142,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             life.beat(step, saver.saved)
 
         # Save, and the last evaluation
+        tracer.close()
         finished = step >= total
         if step > saved and (config.checkpoint.at_end or not finished):
             saver.save(state(step))

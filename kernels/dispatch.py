@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the look-up
+_planning = False
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Inside, tensors without storage count as tensors on a GPU: ops with fake implementations are chosen (training/memory.py)."""
+    global _planning
+    before, _planning = _planning, True
+    try:
+        yield
+    finally:
+        _planning = before
+
+
+def planned() -> bool:
+    """Inside `planning`: whoever launches kernels outside a custom op returns tensors of the right shapes instead."""
+    return _planning
 
 
 def interpreted() -> bool:
@@ -17,7 +36,7 @@ def interpreted() -> bool:
 
 def no_triton(device: torch.device) -> str:
     """Empty if Triton kernels can run on tensors of this device, else one sentence."""
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not interpreted() and not _planning:
         return "Triton kernels need tensors on a GPU."
     if not HAS_TRITON:
         return "Triton is not installed."

@@ -93,6 +93,10 @@ class DeepSpeedSection:
     stage: int = 1
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
+    nvme_path: str | None = None
+    hpz: int = 1
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
     bucket_bytes: int = 200_000_000
     timeout_minutes: float = 30.0
 
@@ -125,6 +129,9 @@ class Config:
     run_dir: str = "runs/dev"
     seed: int = 0
     dry_run: bool = False
+    profile: bool = False
+    profile_start: int = 5
+    profile_steps: int = 3
     model: dict[str, Any] = field(default_factory=dict)
     size: dict[str, Any] = field(default_factory=dict)
     train: TrainSection = field(default_factory=TrainSection)
@@ -223,6 +230,9 @@ def _positive(config: Config) -> list[str]:
         "parallel.sequence": config.parallel.sequence,
         "data.prefetch": config.data.prefetch,
         "checkpoint.keep": config.checkpoint.keep,
+        "profile_start": config.profile_start,
+        "profile_steps": config.profile_steps,
+        "deepspeed.hpz": config.deepspeed.hpz,
         "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
     }
     optional = {"train.steps": t.steps, "train.tokens": t.tokens}
@@ -239,8 +249,8 @@ def _choices(config: Config) -> list[str]:
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
-        ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu")),
-        ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu")),
+        ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
+        ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
         ("faults.policy", config.faults.policy, ("stop", "skip")),
         ("logging.wandb", config.logging.wandb, ("online", "offline", "disabled")),
     ]
@@ -265,6 +275,7 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
+    problems += _zero(config, world_size)
     if t.initial_sigma < 0 or not 0 <= t.initial_drop <= 1:
         problems.append(
             f"train.initial_sigma must be zero or more and train.initial_drop between 0 and 1, not {t.initial_sigma} and {t.initial_drop}."
@@ -277,6 +288,23 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"optim.betas must be two numbers from 0 up to 1, not {config.optim.betas}.")
     if config.faults.spike_factor and config.faults.spike_factor <= 1:
         problems.append(f"faults.spike_factor {config.faults.spike_factor} must be above 1, or 0 to leave spikes alone.")
+    return problems
+
+
+def _zero(config: Config, world_size: int) -> list[str]:
+    """Offload to disk and ZeRO++: what they need and cannot be combined with."""
+    problems, ds = [], config.deepspeed
+    if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
+        if ds.stage != 3:
+            problems.append(f"Offload to nvme needs deepspeed.stage=3, not {ds.stage}.")
+        if not ds.nvme_path:
+            problems.append("Offload to nvme needs deepspeed.nvme_path, a folder on a fast local disk.")
+    plus = {"hpz": ds.hpz > 1, "quantized_weights": ds.quantized_weights, "quantized_gradients": ds.quantized_gradients}
+    problems += [f"deepspeed.{key} needs deepspeed.stage=3, not {ds.stage}." for key, on in plus.items() if on and ds.stage != 3]
+    if ds.hpz > 1 and world_size % ds.hpz and not config.dry_run:
+        problems.append(f"deepspeed.hpz {ds.hpz} does not divide the {world_size} rank(s) of this run; use the number of ranks of a node.")
+    if ds.quantized_weights and config.train.precision != "fp32":
+        problems.append("DeepSpeed does not quantise weights under autocast: set deepspeed.quantized_weights=false or train.precision=fp32.")
     return problems
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from torch import nn
 from data.loader import Batch
 from models.init import roles
 from models.parallel import split
+from training.clock import CommunicationClock
 from training.config import Config
 from training.errors import UserError
 from training.initial_state import InitialStates
@@ -33,7 +35,8 @@ from training.optim import SkippableAdamW, build_optimizer
 class World:
     """Where this process stands: rank among world_size, its device, and whether it speaks for all.
 
-    sequence: neighbouring ranks that share rows and hold a slice of their time each; group: their process group.
+    sequence: neighbouring ranks that share rows and hold a slice of their time each; group: their process group; clock: of
+    communication, None with a single rank.
     """
 
     rank: int
@@ -41,6 +44,7 @@ class World:
     device: torch.device
     sequence: int = 1
     group: Any = None
+    clock: CommunicationClock | None = None
 
     @property
     def replica(self) -> int:
@@ -71,6 +75,13 @@ class World:
     def any(self, flag: bool) -> bool:
         """True on every rank when it is true on one."""
         return self.sum([float(flag)])[0] > 0
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The values of every rank, in order, on every rank."""
+        table = [0.0] * (len(values) * self.size)
+        table[len(values) * self.rank : len(values) * (self.rank + 1)] = values
+        table = self.sum(table)
+        return [table[a : a + len(values)] for a in range(0, len(table), len(values))]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -109,6 +120,9 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     else:
         torch.cuda.set_device(device)
+    clock = CommunicationClock(device) if int(os.environ["WORLD_SIZE"]) > 1 else None
+    if clock is not None:
+        clock.install()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
@@ -122,7 +136,30 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     for first in range(0, size, sequence) if sequence > 1 else ():  # every rank has to take part in making every group
         made = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
         group = made if first <= rank < first + sequence else group
-    return World(rank, size, device, sequence, group)
+    return World(rank, size, device, sequence, group, clock)
+
+
+def check_tools(config: Config, device: torch.device) -> None:
+    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
+    ds, problems = config.deepspeed, []
+    if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        if not (shutil.which(os.environ.get("CXX", "c++")) and shutil.which("ninja") and AsyncIOBuilder().is_compatible(verbose=False)):
+            problems.append(
+                "Offload to nvme runs through DeepSpeed's async_io, which is compiled on first use; install a C++ compiler, ninja and libaio's"
+                " headers (libaio-dev), or offload to cpu."
+            )
+    if ds.quantized_weights or ds.quantized_gradients:
+        from deepspeed.ops.op_builder import QuantizerBuilder
+
+        if device.type != "cuda" or not (shutil.which("nvcc") and shutil.which("ninja") and QuantizerBuilder().is_compatible(verbose=False)):
+            problems.append(
+                "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
+                " nvcc and ninja installed, or set both to false."
+            )
+    if problems:
+        raise UserError(problems)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -131,10 +168,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": ds.stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
     if ds.stage:
         zero |= {"overlap_comm": False, "contiguous_gradients": True}
-    if ds.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": ds.offload_optimizer}
-    if ds.offload_parameters != "none":
-        zero["offload_param"] = {"device": ds.offload_parameters}
+    if ds.stage == 3:
+        zero |= {"zero_hpz_partition_size": ds.hpz, "zero_quantized_weights": ds.quantized_weights}
+        zero["zero_quantized_gradients"] = ds.quantized_gradients
+    for key, device in {"offload_optimizer": ds.offload_optimizer, "offload_param": ds.offload_parameters}.items():
+        if device != "none":
+            zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
+        if device == "nvme":
+            zero[key]["nvme_path"] = ds.nvme_path
     return {
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": t.global_batch // (t.micro_batch * (world_size // config.parallel.sequence)),
@@ -149,13 +190,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 @dataclass
 class StepResult:
-    """What one optimizer step measured, equal on all ranks. loss: mean nats per token; skipped: why it was left out, or ''."""
+    """What one optimizer step measured, equal on all ranks but for the times. loss: mean nats per token; skipped: why it was left out, or '';
+    communication: seconds of `seconds` in which this rank stood still for others."""
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: str
     seconds: float
+    communication: float = 0.0
 
 
 class Engine:
@@ -164,6 +207,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
 
+        check_tools(config, world.device)
         self.config, self.world = config, world
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(
@@ -195,7 +239,9 @@ class Engine:
 
     def step(self, micro_batches: list[Batch], lr: float, is_bad: Any = None) -> StepResult:
         """One optimizer step. `is_bad(loss) -> str` may veto it from the global mean loss (an empty string lets it pass)."""
-        start = time.perf_counter()
+        start, clock = time.perf_counter(), self.world.clock
+        if clock is not None:
+            clock.lap()
         local_tokens = float(sum((batch.labels != -100).sum().item() for batch in micro_batches))
         tokens = self.world.sum([local_tokens])[0]
         scale = self.world.size / tokens  # DeepSpeed averages over ranks; the loss is a sum over tokens
@@ -227,7 +273,7 @@ class Engine:
             norm = float(norm) if norm is not None else float("nan")
         if not skipped and (self.deepspeed.skipped_steps > before or not _finite(norm)):
             skipped = "gradient norm is not finite"
-        return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start)
+        return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start, clock.lap() if clock is not None else 0.0)
 
     def _gradient_norm(self) -> float | None:
         """Norm before clipping where gradients are whole on every rank (stage 0); ZeRO tells its own after the step."""
@@ -258,6 +304,8 @@ class Engine:
     def close(self) -> None:
         """Leaves the process group."""
         self.deepspeed.destroy()
+        if self.world.clock is not None:
+            self.world.clock.remove()
         if dist.is_initialized():
             dist.destroy_process_group()
 

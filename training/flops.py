@@ -11,6 +11,7 @@ import torch
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.config import Config
+from training.memory import report
 
 # Dense TFLOP/s by (part of the device's name, precision). fp32 training runs without TF32 here, hence the plain fp32 rates.
 PEAKS: list[tuple[str, dict[str, float]]] = [
@@ -49,20 +50,6 @@ def meta_model(config: ModelConfig) -> LanguageModel:
         return LanguageModel(config)
 
 
-def memory_by_stage(parameters: int, world_sizes: tuple[int, ...] = (1, 2, 8, 64)) -> dict[int, dict[int, float]]:
-    """GiB a rank needs for parameters, gradients and Adam's moments (all fp32): {stage: {world size: GiB}}, without activations."""
-    table: dict[int, dict[int, float]] = {}
-    for stage in (0, 1, 2, 3):
-        row = {}
-        for world in world_sizes:
-            weights = 4 / (world if stage == 3 else 1)
-            gradients = 4 / (world if stage >= 2 else 1)
-            moments = (8 if stage == 0 else 12) / (world if stage >= 1 else 1)  # ZeRO keeps a flat fp32 master copy as well
-            row[world] = parameters * (weights + gradients + moments) / 2**30
-        table[stage] = row
-    return table
-
-
 def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") -> str:
     """What dry_run=true prints: parameters by part, FLOPs, memory by ZeRO stage and world size, tokens and steps."""
     model = meta_model(model_config)
@@ -78,9 +65,5 @@ def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") ->
         f"training FLOPs per token at T={config.train.seq_len}: {flops:.3e} (3x forward)",
         f"steps {config.total_steps:,} of {config.tokens_per_step:,} tokens: {tokens:.3e} tokens, {tokens * flops:.3e} FLOPs",
         f"state carried per sequence at T={config.train.seq_len}: {model.state_bytes(config.train.seq_len) / 2**20:.2f} MiB",
-        "memory per rank for weights, gradients and Adam, GiB (activations come on top):",
     ]
-    table = memory_by_stage(total)
-    lines.append("  ZeRO stage " + "".join(f"{world:>10} ranks" for world in table[0]))
-    lines += [f"  {stage:>10} " + "".join(f"{gib:>16.2f}" for gib in row.values()) for stage, row in table.items()]
-    return "\n".join(lines)
+    return "\n".join(lines + report(config, model_config, model))

@@ -25,6 +25,14 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def memory_gib(device: torch.device) -> tuple[float, float, float]:
+    """(allocated, reserved, peak): of torch's allocator on a GPU; resident memory now, the same, and its high-water mark on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.memory_reserved(device) / 2**30, peak_memory_gib(device)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    return resident, resident, peak_memory_gib(device)
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, device, commit and command: what another person needs to run the same thing."""
     from importlib.metadata import PackageNotFoundError, version
@@ -143,9 +151,18 @@ class Metrics:
                 self.tensorboard.add_scalar(key, value, step)
 
     def step(
-        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, seconds: float, data_wait: float, skipped: str
+        self,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        seconds: float,
+        data_wait: float,
+        skipped: str,
+        ranks: dict[str, Any] | None = None,
     ) -> None:
-        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`."""
+        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`. ranks: of observe.RankWatch, at intervals."""
         if not self.main:
             return
         rate = tokens / (seconds + data_wait)
@@ -162,7 +179,7 @@ class Metrics:
             "mfu": mfu,
             "memory_gib": peak_memory_gib(self.device),
         }
-        self.write(step, **row, **({"skipped": skipped} if skipped else {}))
+        self.write(step, **row, **({"skipped": skipped} if skipped else {}), **(ranks or {}))
         total = self.config.total_steps
         if step % self.config.train.log_every and step not in (1, total) and not skipped:
             return
@@ -172,6 +189,9 @@ class Metrics:
             f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {shown}  "
             f"data {100 * data_wait / (seconds + data_wait):.1f}%  mem {row['memory_gib']:.2f}G  ETA {duration(eta)}"
         )
+        if ranks and self.world_size > 1:
+            share, slowest = 100 * ranks["communication_share"], ranks["slowest_rank"]
+            line += f"  comm {share:.1f}%  slowest rank {slowest} ({ranks['slowest_ratio']:.2f}x)"
         self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
 
     def close(self) -> None:

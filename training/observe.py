@@ -1,4 +1,4 @@
-"""How the ranks of a run are doing: signs of life and stacks for the supervisor, agreement at the start."""
+"""How the ranks of a run are doing: signs of life and stacks for the supervisor; times and memory of every rank for the log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import signal
 import socket
 import time
 from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.engine import StepResult, World
 
 FOLDER = "EVERYWHEN_RANKS"  # set by training/supervisor.py
 BEAT_SECONDS = 0.5  # a file a rank is written at most this often
@@ -50,3 +55,41 @@ class SignOfLife:
     def close(self) -> None:
         faulthandler.unregister(signal.SIGUSR2)
         self.stacks.close()
+
+
+class RankWatch:
+    """Times and memory of every rank, gathered by one small collective each `every` steps."""
+
+    COLUMNS = ("own_seconds", "communication", "data_wait", "allocated_gib", "reserved_gib", "peak_gib")
+
+    def __init__(self, world: World, every: int) -> None:
+        self.world, self.every = world, every
+        self.steps, self.times = 0, [0.0, 0.0, 0.0]
+        self.seconds = 0.0
+
+    def step(self, step: int, result: StepResult, waited: float) -> dict[str, Any]:
+        """Adds a step; at intervals returns what metrics.jsonl is to say of the ranks, means over the interval, else {}.
+
+        own_seconds: of a step, communication left out. The slowest rank is the one with the most of it; the others wait for it.
+        """
+        from training.metrics import memory_gib
+
+        self.steps += 1
+        self.seconds += result.seconds + waited
+        own = result.seconds + waited - result.communication
+        self.times = [a + b for a, b in zip(self.times, (own, result.communication, waited))]
+        if step % self.every:
+            return {}
+        rows = self.world.gather([*(t / self.steps for t in self.times), *memory_gib(self.world.device)])
+        columns = {name: [round(row[i], 6) for row in rows] for i, name in enumerate(self.COLUMNS)}
+        owns = columns["own_seconds"]
+        slowest = max(range(len(owns)), key=lambda rank: owns[rank])
+        share = sum(columns["communication"]) / len(rows) * self.steps / self.seconds if self.seconds else 0.0
+        self.steps, self.times, self.seconds = 0, [0.0, 0.0, 0.0], 0.0
+        return {
+            "slowest_rank": slowest,
+            "slowest_ratio": owns[slowest] / median(owns) if median(owns) > 0 else 1.0,
+            "communication_share": share,
+            **{key: max(columns[key]) for key in ("allocated_gib", "reserved_gib", "peak_gib")},
+            "ranks": columns,
+        }

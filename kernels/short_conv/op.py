@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kernels.dispatch import no_triton
+from kernels.dispatch import no_triton, planned
 from kernels.short_conv import reference
 
 # ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
@@ -113,6 +113,9 @@ class Columns(torch.autograd.Function):
             elif getattr(gradient, "whole", None) is not whole:
                 part.copy_(gradient)
         dy = torch.zeros_like(x[..., first:end]) if dy is None else dy
+        if planned():  # tensors without storage: shapes only
+            d_history = None if history is None else torch.empty_like(history)
+            return whole, d_history, torch.empty_like(weight), torch.empty_like(bias), None, None, None
         with torch.cuda.device_of(x):
             _, d_history, d_weight, d_bias = launch.convolve_backward(
                 dy, x[..., first:end], history, weight, bias, starts, ctx.silu, whole[..., first:end]

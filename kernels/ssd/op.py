@@ -61,8 +61,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Any, ...]:
-    *gradients, d_D, d_h0 = scan_backward(*ctx.saved_tensors, dy, d_final)
-    D, h0 = ctx.saved_tensors[5:7]
+    saved = ctx.saved_tensors  # read once: activation checkpointing unpacks a tensor a single time
+    *gradients, d_D, d_h0 = scan_backward(*saved, dy, d_final)
+    D, h0 = saved[5:7]
     return (*gradients, None if D is None else d_D, None if h0 is None else d_h0, None)
 
 

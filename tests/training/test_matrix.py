@@ -1,0 +1,57 @@
+"""A slice of scripts/matrix.py: losses of ZeRO stages, offload, accumulation and recomputation are those of plain torch in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from scripts import matrix
+from tests.conftest import run_program
+from training.cli import checked, compose_config
+from training.errors import UserError
+
+SLICE = {
+    1: ["zero0, accumulation 2, recomputation full", "zero1, accumulation 1, recomputation none", "zero2, accumulation 2, offload optimizer"],
+    2: [
+        "zero0, accumulation 1, recomputation none",
+        "zero1, accumulation 2, offload optimizer",
+        "zero2, accumulation 2, recomputation full",
+        "zero3, accumulation 2, recomputation none",
+        "zero3, accumulation 1, offload optimizer and parameters",
+        "zero3, accumulation 1, hpz 2",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_are_those_of_plain_torch(ranks: int, demo_shards: Path) -> None:
+    rows = matrix.compare(matrix.plain(str(demo_shards)), matrix.in_processes(ranks, str(demo_shards), SLICE[ranks], False), ranks)
+    assert len(rows) == len(SLICE[ranks])
+    assert all(row["equal"] for row in rows), matrix.table(rows)
+
+
+@pytest.mark.parametrize(
+    "words,expected",
+    [
+        (["deepspeed=zero3", "deepspeed.offload_optimizer=nvme"], "deepspeed.nvme_path"),
+        (["deepspeed=zero2", "deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=/tmp"], "deepspeed.stage=3"),
+        (["deepspeed=zero1", "deepspeed.quantized_gradients=true"], "quantized_gradients needs deepspeed.stage=3"),
+        (["deepspeed=zero3", "deepspeed.hpz=2"], "does not divide the 1 rank"),
+        (["deepspeed=zero3", "deepspeed.quantized_weights=true", "train.precision=bf16"], "under autocast"),
+    ],
+)
+def test_what_cannot_be_combined_is_a_sentence(words: list[str], expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        checked(compose_config(words))
+
+
+def test_offload_and_quantisation_that_would_need_a_compiler_are_refused_in_a_sentence(demo_shards: Path, tmp_path: Path) -> None:
+    common = ["train.py", "experiment=smoke", "train.device=cpu", f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "deepspeed=zero3"]
+    for words, part in (
+        (["deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={tmp_path}"], "offload to cpu"),
+        (["deepspeed.quantized_weights=true"], "set both to false"),
+    ):
+        done = run_program([*common, *words], CXX="no-such-compiler")
+        assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr + done.stdout, done.stderr

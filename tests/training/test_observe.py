@@ -1,0 +1,56 @@
+"""What a run says of its ranks: the one that holds the others up is named, and profiles are written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.conftest import free_port, run_program
+from tests.training.test_runs import QUIET, launcher, ok
+
+SLOW_RANK = """
+import json, sys, time
+from training.engine import StepResult, start_distributed
+from training.observe import RankWatch
+world = start_distributed("cpu")
+watch = RankWatch(world, 2)
+for step in (1, 2):
+    world.clock.lap()
+    began = time.perf_counter()
+    if world.rank == 1:
+        time.sleep(1.0)
+    world.sum([1.0])
+    said = watch.step(step, StepResult(0.0, 0.0, 1, "", time.perf_counter() - began, world.clock.lap()), 0.0)
+    assert bool(said) == (step == 2)
+if world.main:
+    print(json.dumps(said))
+"""
+
+
+def test_a_slow_rank_is_named_and_the_other_is_seen_to_wait(tmp_path: Path) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(SLOW_RANK)
+    command = ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", "2", str(program)]
+    done = run_program(command, PYTHONPATH=".")
+    said = json.loads([line for line in ok(done).splitlines() if line.startswith("{")][-1])
+    assert said["slowest_rank"] == 1 and said["slowest_ratio"] > 1
+    own, waited = said["ranks"]["own_seconds"], said["ranks"]["communication"]
+    assert own[1] > own[0] and waited[0] > waited[1] and all(len(column) == 2 for column in said["ranks"].values())
+
+
+def test_profile_writes_a_trace_of_every_rank_and_the_log_names_the_ranks(
+    train: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out = ok(train("run", *QUIET, "profile=true", "profile_start=2", "profile_steps=2", launcher=launcher("torchrun")))
+    assert "slowest rank" in out and "profile written" in out
+    folder = tmp_path / "run" / "profile"
+    assert {p.name for p in folder.iterdir()} == {f"{kind}-rank0000{r}.{end}" for kind, end in (("trace", "json.gz"), ("operations", "txt")) for r in (0, 1)}
+    with gzip.open(folder / "trace-rank00001.json.gz", "rt") as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert any("addmm" in n or "aten::mm" in n for n in names)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = [row for row in rows if "ranks" in row]
+    assert seen and all(0 <= row["communication_share"] <= 1 and row["peak_gib"] > 0 for row in seen)
