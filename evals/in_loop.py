@@ -71,14 +71,20 @@ class Evaluator:
                 self.engine.module,
                 self.held_out,
                 length=length,
-                chunk=length // world.sequence,  # no more at once than in training
+                chunk=length,
+                batch=8 if world.sequence == 1 else max(1, min(8, 65536 * world.sequence // length)),
                 max_tokens=self.config.eval.tokens,
-                rank=world.rank,
-                world_size=world.size,
+                rank=world.replica,
+                world_size=world.replicas,
                 precision=self.config.train.precision,
+                slice_of=world.slice_of,
+                process_group=world.group,
             )
-        part.nll_nats, tokens, size = world.sum([part.nll_nats, float(part.tokens), float(part.bytes)])
+        lows = [0, *(1 << i for i in range(length.bit_length()))]
+        positions = [value for low in lows for value in part.by_position.get(low, (0.0, 0.0))]
+        part.nll_nats, tokens, size, *positions = world.sum([part.nll_nats, float(part.tokens), float(part.bytes), *positions])
         part.tokens, part.bytes = int(tokens), int(size)
+        part.by_position = {low: positions[2 * i : 2 * i + 2] for i, low in enumerate(lows) if positions[2 * i + 1]}
         result = part.to_dict()
         self.metrics.write(step, held_out_loss=part.nats_per_token, perplexity=part.perplexity, bits_per_byte=part.bits_per_byte)
         self.metrics.say(

@@ -16,6 +16,7 @@ import torch
 
 from data.shards import ShardSet
 from models.lm import LanguageModel
+from models.parallel import split
 
 
 @dataclass
@@ -100,11 +101,15 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     precision: str = "fp32",
+    slice_of: tuple[int, int] = (0, 1),
+    process_group: Any = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Scores the held-out split with `model` on its own device. Each rank takes its share of rows; sum the results over ranks.
 
-    Documents are reset at their starts as in training, so no token sees another document.
+    slice_of (n, N) and process_group: N ranks take the same rows, and this one the n-th slice of their time at once (models.parallel).
+    Rows that N does not divide, or that are too short, are left to the first of them. Documents are reset at their starts as in training,
+    so no token sees another document.
     """
     device = next(model.parameters()).device
     result = Perplexity()
@@ -117,7 +122,12 @@ def evaluate(
         while group:  # rows of one length at a time: no padding anywhere
             same = [row for row in group if len(row[0]) == len(group[0][0])]
             group = group[len(same) :]
-            _score(model, shards, same, chunk, precision, device, result)
+            part, rest = divmod(len(same[0][0]) - 1, slice_of[1])
+            if slice_of[1] > 1 and not rest and not any(block.mixer.why_whole(part) for block in model.blocks):
+                with split(model, process_group):
+                    _score(model, shards, same, chunk, precision, device, result, slice_of)
+            elif slice_of[0] == 0:
+                _score(model, shards, same, chunk, precision, device, result)
         if on_progress:
             on_progress(min(begin + batch, len(rows)), len(rows))
     model.train(training)
@@ -132,13 +142,16 @@ def _score(
     precision: str,
     device: torch.device,
     result: Perplexity,
+    slice_of: tuple[int, int] = (0, 1),
 ) -> None:
+    """Adds the rows, or of a slice of their time its part, to `result`."""
     tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(device)
     segments_BT = torch.from_numpy(np.stack([segments for _, segments in rows])).to(device)
-    n = tokens_BT.shape[1] - 1
-    state = model.init_state(len(rows), device=device) if n > chunk else None
-    for first in range(0, n, chunk):
-        last = min(first + chunk, n)
+    n, N = tokens_BT.shape[1] - 1, slice_of[1]
+    begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N
+    state = model.init_state(len(rows), device=device) if end - begin > chunk else None
+    for first in range(begin, end, chunk):
+        last = min(first + chunk, end)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             output = model(
                 tokens_BT[:, first:last],
@@ -152,5 +165,5 @@ def _score(
         result.nll_nats += float(nll_BC.sum(dtype=np.float64))
         result.tokens += nll_BC.size
         bucket_sums(nll_BC, first, result.by_position)
-    for tokens, _ in rows:
+    for tokens, _ in rows if slice_of[0] == 0 else ():
         result.bytes += text_bytes(shards, tokens[1:])

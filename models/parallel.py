@@ -1,52 +1,121 @@
 """Sequence parallelism: time cut into equal slices, one on each rank of a process group.
 
 `with split(model, group):` gives every mixer a `Slice`, which its forward asks for what lies before its own tokens. Recurrences exchange
-border values only, whatever the length: nonlinear cells their end states and the products of their Jacobians (multiple shooting with one
-slice a rank, certified at the borders), Mamba-2 its states and decays, convolutions their last inputs. Attention gathers keys and values.
+border values only, whatever the length, and each rank then runs its ordinary kernel once with the right start; in the backward pass the
+adjoint of a slice's final state is fetched from the right in the same way (`_FromRight`) and the ordinary backward runs once with it.
+Attention swaps time for heads (Ulysses) where the heads divide, needs a halo only under a window, and else gathers keys and values.
 Gradients of parameters are those of this rank's slice: sum them over the group.
 
-Legend: B batch, T time of a slice, N ranks, D width, S states of a cell, H heads, P head width, M state width of Mamba-2.
+Legend: B batch, T time of a slice, N ranks, D width, S states of a cell, H heads, G key/value heads, K head width, P head width and
+M state width of Mamba-2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.parallel_rnn import parallel_rnn, reference
+from kernels.parallel_rnn import adjoint, parallel_rnn, reference, solved
+from kernels.parallel_rnn.cell import biased
+from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
 
-traffic = {"bytes": 0}  # received by this process since it was last set to zero
+BURN_IN = 256  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
 
 
-def _all(value: Tensor, group: Any) -> Tensor:
-    """(N, ...): the tensors of all ranks, without a graph."""
-    value = value.detach().contiguous()
-    parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, value, group=group)
-    traffic["bytes"] += value.nbytes * (len(parts) - 1)
-    return torch.stack(parts)
+@dataclass
+class Traffic:
+    """What this process received from others, in bytes by purpose, and what its nonlinear solves needed, since `clear`."""
+
+    received: Counter[str] = field(default_factory=Counter)
+    solves: int = 0
+    corrections: int = 0
+
+    def clear(self) -> None:
+        self.received.clear()
+        self.solves = self.corrections = 0
 
 
-class _Gather(torch.autograd.Function):
-    """`_all` with a gradient: what all ranks ask of this rank's value. Every rank must keep the result in its graph."""
+traffic = Traffic()
+
+
+class _Shift(torch.autograd.Function):
+    """The tensor of the rank before (zeros on the first); its gradient goes the other way. Every rank must keep the result in its graph."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return _all(value, group)
+    def forward(ctx: Any, value: Tensor, own: Slice, purpose: str) -> Tensor:
+        ctx.own, ctx.purpose = own, purpose
+        return own.pass_on(value.detach(), 1, purpose)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.own.pass_on(gradients[0], -1, ctx.purpose), None, None
+
+
+class _Swap(torch.autograd.Function):
+    """(N, ...): part n of every rank goes to rank n; the parts that come are stacked in the order of their ranks. Its own inverse."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, own: Slice) -> Tensor:
+        ctx.own = own
+        return own.swap(value.detach())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = gradients[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        traffic["bytes"] += total.nbytes
-        return total[dist.get_rank(ctx.group)], None
+        return ctx.own.swap(gradients[0]), None
+
+
+class _Gather(torch.autograd.Function):
+    """(N, ...): the tensors of all ranks; the gradient is what all ranks ask of this rank's. Every rank must keep the result in its graph."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, own: Slice, purpose: str) -> Tensor:
+        ctx.own, ctx.purpose = own, purpose
+        return own.gather(value.detach(), purpose)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.own.swap(gradients[0], ctx.purpose).sum(0), None, None
+
+
+class _FromRight(torch.autograd.Function):
+    """The outputs of a slice's recurrence as they are. In the backward pass, the adjoint that its final state gets from the slices after it.
+
+    local(d_outputs, *tensors) tells (adjoint of the slice's start if nothing came to its end, what is left at the start of an adjoint at
+    the end); the adjoint is linear, so these two from every rank are enough, and no gradient of the start itself is needed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, outputs: Tensor, final: Tensor, own: Slice, local: Callable[..., tuple[Tensor, Tensor]], *tensors: Tensor | None
+    ) -> Tensor:
+        ctx.own, ctx.local = own, local
+        ctx.save_for_backward(*tensors)
+        ctx.like = final.dtype
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        own, tensors = ctx.own, ctx.saved_tensors
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            start, through = ctx.local(gradients[0], *tensors)
+        starts, throughs = own.gather_two(start, through, "adjoints")
+        final = torch.zeros_like(start)
+        for n in range(own.size - 1, own.rank, -1):
+            final = starts[n] + _reach(throughs[n], final)
+        return gradients[0], final.to(ctx.like), None, None, *(None for _ in tensors)
+
+
+def _reach(through: Tensor, value: Tensor) -> Tensor:
+    """through applied to value: Jacobians (B, S, S, D) to (B, S, D), or decays (B, H) to (B, H, P, M)."""
+    return (through * value[:, None]).sum(2) if value.ndim == 3 else through[..., None, None] * value
 
 
 class Slice:
@@ -57,14 +126,66 @@ class Slice:
 
     def __init__(self, group: Any = None) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._segments: tuple[Tensor, Tensor] | None = None  # of a slice, and what was found of them: all layers ask the same
+        self._starts: tuple[Tensor, Tensor | None] | None = None
+
+    # What crosses the borders
+
+    def gather(self, value: Tensor, purpose: str) -> Tensor:
+        """(N, ...): the tensors of all ranks, without a graph."""
+        value = value.contiguous()
+        parts = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(parts, value, group=self.group)
+        traffic.received[purpose] += value.nbytes * (self.size - 1)
+        return torch.stack(parts)
+
+    def gather_two(self, a: Tensor, b: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
+        """`gather` of two tensors of one type in one message."""
+        both = self.gather(torch.cat([a.flatten(), b.flatten()]), purpose)
+        return both[:, : a.numel()].view(-1, *a.shape), both[:, a.numel() :].view(-1, *b.shape)
+
+    def swap(self, value: Tensor, purpose: str = "attention") -> Tensor:
+        value = value.contiguous()
+        out = torch.empty_like(value)
+        dist.all_to_all_single(out, value, group=self.group)
+        traffic.received[purpose] += value.nbytes * (self.size - 1) // self.size
+        return out
+
+    def pass_on(self, value: Tensor, by: int, purpose: str) -> Tensor:
+        """What the rank `by` places before holds; zeros where there is none."""
+        value, out = value.contiguous(), torch.zeros_like(value, memory_format=torch.contiguous_format)
+        to, source = self.rank + by, self.rank - by
+        work = []
+        for operation, tensor, peer in ((dist.isend, value, to), (dist.irecv, out, source)):
+            if 0 <= peer < self.size:
+                work.append(
+                    dist.P2POp(operation, tensor, peer if self.group is None else dist.get_global_rank(self.group, peer), self.group)
+                )
+        for request in dist.batch_isend_irecv(work) if work else ():
+            request.wait()
+        traffic.received[purpose] += out.nbytes if 0 <= source < self.size else 0
+        return out
+
+    # What mixers ask for
 
     @torch.compiler.disable
     def starts(self, segment_ids: Tensor | None) -> Tensor | None:
         """document_starts of this slice, the slice before it considered."""
         if segment_ids is None:
             return None
-        last_NB = _all(segment_ids[:, -1], self.group)
-        return document_starts(segment_ids, last_NB[self.rank - 1] if self.rank else segment_ids[:, 0])
+        if self._starts is None or self._starts[0] is not segment_ids:
+            before = self.pass_on(segment_ids[:, -1], 1, "segments")
+            self._starts = segment_ids, document_starts(segment_ids, before if self.rank else segment_ids[:, 0])
+        return self._starts[1]
+
+    @torch.compiler.disable
+    def all_segments(self, segment_ids: Tensor | None) -> Tensor | None:
+        """(B, N T): the segments of all slices."""
+        if segment_ids is None:
+            return None
+        if self._segments is None or self._segments[0] is not segment_ids:
+            self._segments = segment_ids, self.gather(segment_ids, "segments").transpose(0, 1).flatten(1)
+        return self._segments[1]
 
     @torch.compiler.disable
     def halo(self, x_BTD: Tensor, width: int, segment_ids: Tensor | None) -> Tensor:
@@ -75,87 +196,106 @@ class Slice:
         tail = x_BTD[:, T - width + 1 :]
         if segment_ids is not None:
             tail = tail * (segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None]
-        gathered = _Gather.apply(tail, self.group)
-        return gathered[self.rank - 1] if self.rank else gathered[0] * 0
+        return _Shift.apply(tail, self, "halo")
 
     @torch.compiler.disable
-    def states(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None) -> Tensor:
-        """States (B, T, S, D) of a nonlinear cell; arguments as of `parallel_rnn`."""
+    def states(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None, bias: Tensor) -> Tensor:
+        """Emitted states (B, T, D) of a nonlinear cell; arguments as of `parallel_rnn`.
+
+        Multiple shooting with one slice a rank: solve from a guessed start; where the ends do not meet the starts, correct all starts by
+        the slices' Jacobian products and solve again. N - 1 corrections make every slice exact, whatever the Jacobians are.
+        """
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(pre.dtype, 1e-5)
+        cell, rec = biased(cell), torch.cat([rec.to(bias.dtype), bias])
         with torch.autocast(pre.device.type, enabled=False):
-            return _Across.apply(cell, pre, rec, starts, self.group)
+            start = self._guess(cell, pre, rec, starts)
+            for correction in range(self.size):
+                h0 = start[:, self.rank].contiguous()
+                emitted, kept, final = solved(cell, pre, rec, h0, starts)
+                end = self.gather(final.detach(), "states").transpose(0, 1)
+                gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
+                traffic.solves += 1
+                # All ranks hold the same numbers, so all stop together.
+                if correction == self.size - 1 or not gap.numel() or float(gap.max()) <= tolerance:
+                    break
+                traffic.corrections += 1
+                product = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)[1]
+                start = reference.corrected(end, self.gather(product, "products").transpose(0, 1), start)
+            return _FromRight.apply(emitted, final, self, _OfCell(cell), pre, rec, h0, starts, emitted, kept)
+
+    @torch.no_grad()
+    def _guess(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None) -> Tensor:
+        """First guess (B, N, S, D) of all slices' starts: zero, then each slice's end if its last steps alone made it."""
+        first = max(0, pre.shape[1] - BURN_IN)
+        _, end = parallel_rnn(cell, pre[:, first:], rec, None, None if starts is None else starts[:, first:], emitted=True)
+        ends = self.gather(end, "states").transpose(0, 1)
+        return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
 
     @torch.compiler.disable
-    def carried(self, end_BHPM: Tensor, decay_BTH: Tensor, C_BTGM: Tensor, starts: Tensor | None) -> Tensor:
-        """What the state before the slice adds to Mamba-2's outputs (B, T, H, P), given the slice's own end from an empty state and the
-        logarithm of each step's decay."""
-        left_BTH = torch.exp(decay_BTH.cumsum(1))  # what is left of the state before the slice
-        if starts is not None:
-            left_BTH = left_BTH * (starts.cumsum(1) == 0)[..., None]
-        both = _Gather.apply(torch.cat([end_BHPM.flatten(2), left_BTH[:, -1, :, None]], -1), self.group)
-        before = [both[0, ..., :-1] * 0]
-        for n in range(self.size - 1):
-            before.append(both[n, ..., -1:] * before[-1] + both[n, ..., :-1])
-        h0_BHPM = torch.stack(before)[self.rank].view_as(end_BHPM)
-        C_BTHM = C_BTGM.to(end_BHPM.dtype).repeat_interleave(end_BHPM.shape[1] // C_BTGM.shape[2], 2)
-        with torch.autocast(end_BHPM.device.type, enabled=False):
-            return torch.einsum("bthn,bhpn->bthp", C_BTHM, h0_BHPM) * left_BTH[..., None]
+    def scan(
+        self, x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGM: Tensor, C_BTGM: Tensor, D_H: Tensor, starts: Tensor | None, chunk: int
+    ) -> Tensor:
+        """Mamba-2's outputs (B, T, H, P); arguments as of `ssd`. The end of the slice from an empty state comes from one matrix product, so
+        that the scan runs once, with the right start."""
+        with torch.autocast(x_BTHP.device.type, enabled=False):
+            with torch.no_grad():
+                end, through = border.end_state(x_BTHP, dt_BTH, A_H, B_BTGM, starts)
+                ends, throughs = self.gather_two(end, through, "states")
+                h0 = torch.zeros_like(end)
+                for n in range(self.rank):
+                    h0 = ends[n] + _reach(throughs[n], h0)
+            y, final = ssd(x_BTHP, dt_BTH, A_H, B_BTGM, C_BTGM, h0, starts, chunk=chunk, D_H=D_H)
+            return _FromRight.apply(y, final, self, border.start_adjoint, dt_BTH, A_H, C_BTGM, starts)
+
+    def swaps(self, H: int, G: int) -> bool:
+        """Whether the heads can be dealt out to the ranks."""
+        return H % self.size == 0 and (G % self.size == 0 or self.size % G == 0)
+
+    @torch.compiler.disable
+    def to_heads(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All of the time of this rank's share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509), in one message; key/value heads that are
+        fewer than the ranks are sent to several."""
+        N, dtype = self.size, q_BHTK.dtype
+        k, v = (t.to(dtype).repeat_interleave(max(1, N // t.shape[1]), 1) for t in (k_BGTK, v_BGTK))
+        parts = torch.cat([t.unflatten(1, (N, -1)).transpose(0, 1) for t in (q_BHTK, k, v)], 2)  # (N, B, heads, T, K)
+        whole = _Swap.apply(parts, self).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        return whole.split([q_BHTK.shape[1] // N, k.shape[1] // N, v.shape[1] // N], 1)
+
+    @torch.compiler.disable
+    def to_time(self, y_BHTK: Tensor) -> Tensor:
+        """Back from all of the time of some heads to this slice of all heads."""
+        parts = y_BHTK.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)
+        return _Swap.apply(parts, self).transpose(0, 1).flatten(1, 2)
 
     @torch.compiler.disable
     def keys(self, k_BGTK: Tensor, v_BGTK: Tensor, segment_ids: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and segments of this slice and of what it sees before it."""
-        both = _Gather.apply(torch.stack([k_BGTK, v_BGTK.to(k_BGTK.dtype)]), self.group)[: self.rank + 1]
-        k, v = (torch.cat(list(both[:, i]), 2) for i in (0, 1))
-        segments = None if segment_ids is None else torch.cat(list(_all(segment_ids, self.group)[: self.rank + 1]), 1)
-        if window:
-            keep = k_BGTK.shape[2] + window - 1
-            k, v, segments = k[:, :, -keep:], v[:, :, -keep:], None if segments is None else segments[:, -keep:]
-        return k, v, segments
+        """Keys, values and segments of this slice and of what it sees before it: a halo if the window allows, else all slices before."""
+        both, back = torch.stack([k_BGTK, v_BGTK.to(k_BGTK.dtype)]), window - 1
+        segments = self.all_segments(segment_ids)
+        T = k_BGTK.shape[2]
+        if window and back <= T:
+            both = torch.cat([_Shift.apply(both[..., T - back :, :], self, "attention"), both], 3)
+            both = both if self.rank else both[..., back:, :]  # a cut, not a way around, so that the first rank's graph holds the exchange
+        else:
+            both = torch.cat(list(_Gather.apply(both, self, "attention")[: self.rank + 1]), 3)
+            both = both[..., -(T + back) :, :] if window else both
+        if segments is not None:
+            last = (self.rank + 1) * T
+            segments = segments[:, last - both.shape[3] : last]
+        return both[0], both[1], segments
 
 
-class _Across(torch.autograd.Function):
-    """States (B, T, S, D) of this rank's slice of one long recurrence."""
+@dataclass(frozen=True)
+class _OfCell:
+    """The local adjoint of a cell's slice, as _FromRight calls it."""
 
-    @staticmethod
-    def forward(ctx: Any, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None, group: Any) -> Tensor:
-        rank, N = dist.get_rank(group), dist.get_world_size(group)
-        dtype = reference.compute_dtype(pre)
-        start = pre.new_zeros(pre.shape[0], N, len(cell.state), pre.shape[-1], dtype=dtype)
-        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        for correction in range(N):
-            h0 = start[:, rank].contiguous()
-            states, final = parallel_rnn(cell, pre, rec, h0, starts)
-            J = _jacobians(cell, pre, rec, h0, starts, states)
-            both = _all(torch.cat([final.to(dtype)[:, None], reference.product(J[:, None])[:, 0]], 1), group).transpose(0, 1)
-            end, P = both[:, :, 0], both[:, :, 1:]
-            gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
-            if correction == N - 1 or not gap.numel() or float(gap.max()) <= tolerance:
-                break  # all ranks hold the same numbers, so all stop together; N - 1 corrections make every slice exact
-            start = reference.corrected(end, P, start)
-        ctx.save_for_backward(pre, rec, h0, states, *(() if starts is None else (starts,)))
-        ctx.cell, ctx.group = cell, group
-        return states
+    cell: Any
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        pre, rec, h0, states, *rest = ctx.saved_tensors
-        starts, dtype = rest[0] if rest else None, h0.dtype
-        rank, N = dist.get_rank(ctx.group), dist.get_world_size(ctx.group)
-        J = _jacobians(ctx.cell, pre, rec, h0, starts, states)
-        d_states = gradients[0].to(dtype)
-        _, local = reference.adjoints(J, d_states, torch.zeros_like(h0), None)
-        both = _all(torch.cat([local[:, None], reference.product(J[:, None])[:, 0]], 1), ctx.group)
-        carried = torch.zeros_like(h0)
-        for n in range(N - 1, rank, -1):
-            carried = both[n, :, 0] + (both[n, :, 1:] * carried[:, :, None]).sum(1)
-        w, x = rec.to(dtype), pre.to(dtype)
-        d_pre, d_rec, _ = reference.linear_backward(ctx.cell, x, w, h0, starts, states.to(dtype), d_states, carried)
-        return None, d_pre.to(pre.dtype), d_rec.to(rec.dtype), None, None
-
-
-def _jacobians(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, states: Tensor) -> Tensor:
-    dtype = h0.dtype
-    J = reference.jacobian(cell, pre.to(dtype), rec.to(dtype), reference.previous(states.to(dtype), h0, starts))
-    return J if starts is None else J * (~starts[:, :, None, None, None]).to(dtype)
+    def __call__(
+        self, d_emitted: Tensor, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        start, product = adjoint(self.cell, pre, rec, h0, starts, (emitted, kept), d_emitted)
+        return start, product.transpose(1, 2)
 
 
 @contextmanager

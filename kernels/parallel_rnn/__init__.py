@@ -66,6 +66,16 @@ def parallel_rnn(
     return states[:, :, -1] if emitted else states, final
 
 
+def solved(
+    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D), kept (B, T, S - 1, D), final (B, S, D)) of `parallel_rnn`, in parts as the kernels leave them; T >= 1."""
+    if cell.lowered:
+        return op.solve(pre_BTPD, rec_RD, h0_BSD, starts_BT, cell.key, "auto", False)[:3]
+    states, final = parallel_rnn(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT)
+    return states[:, :, -1], states[:, :, :-1], final
+
+
 def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if bias_PD is not None:
@@ -78,18 +88,27 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
     return torch.stack(new, 1).to(h_BSD.dtype)
 
 
-def transfer(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, states_BTSD: Tensor) -> Tensor:
-    """The product J_T ... J_1 of the Jacobians of all steps at the solved states, (B, S, S, D) in the dtype of the arithmetic; a reset makes
-    it zero. What a change of h0 does to the final state, to first order."""
+@torch.no_grad()
+def adjoint(
+    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, states: tuple[Tensor, Tensor],
+    d_emitted_BTD: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradient (B, S, D) of h0 from that of the emitted states alone, the product J_T ... J_1 of the Jacobians of all steps (B, S, S, D)),
+    in the dtype of the arithmetic, at the solved `states` (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product
+    zero. It is what a change of h0 does to the final state, to first order; an adjoint g of the final state adds product^T g to that of h0."""
+    emitted, kept = states
     if op.use_triton(cell, pre_BTPD, "auto"):
         with torch.cuda.device_of(pre_BTPD):
-            return launch.transfer(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, *op.parts(states_BTSD))
+            return launch.adjoint(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, emitted, kept, d_emitted_BTD)
     dtype = reference.compute_dtype(pre_BTPD)
-    before = reference.previous(states_BTSD.to(dtype), h0_BSD.to(dtype), starts_BT)
-    J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), before)
+    all_states, h0 = op.joined(emitted, kept).to(dtype), h0_BSD.to(dtype)
+    J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT))
     if starts_BT is not None:
         J = J * (~starts_BT[:, :, None, None, None]).to(dtype)
-    return reference.product(J[:, None])[:, 0]
+    d_states = torch.zeros_like(all_states)
+    if d_emitted_BTD is not None:
+        d_states[:, :, -1] = d_emitted_BTD
+    return reference.adjoints(J, d_states, torch.zeros_like(h0), None)[1], reference.product(J[:, None])[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -171,14 +171,17 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
 
 
 def transfer(traced: Traced, unroll: int) -> str:
-    """Products of the Jacobians of each slice at known states."""
+    """Products M of the Jacobians of each slice at known states, and what the gradients d of its states come to at its start: the sum of
+    M^T d as the product grows, so that one walk forwards gives both."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("transfer", f"PRE, REC, H0, RESET, EMITTED, KEPT, PRODUCTS,\n        {SIZES}")
+    w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, "p = PRE + b * sb + first.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + first")
+    w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
+    w.state_pointers(1, "first", "D_EMITTED", "D_KEPT", "d_")
     w.put(1, f"for t in range(first, last, {unroll}):", "    back = tl.where(t == 0, 0, 1)")
     w.load_inputs(2, "", "t")
     w.load_resets(2, "", "t")
@@ -194,7 +197,14 @@ def transfer(traced: Traced, unroll: int) -> str:
         w.put(2, *(f"m{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
         w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
         w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"))
+        w.put(2, "if WITH_STATES:", f"    e = _get({w.state(w.n_kept, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)")
+        w.put(3, *(f"g{j} += J{w.n_kept}{j} * e" for j in w.S))
+        w.put(2, "if WITH_KEPT:" if w.n_kept else "")
+        for i in range(w.n_kept):
+            w.put(3, f"e = _get({w.state(i, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)", *(f"g{j} += J{i}{j} * e" for j in w.S))
     w.put(2, f"p += {unroll} * ST", f"q += {unroll}")
     w.move(2, str(unroll))
+    w.move(2, str(unroll), "d_")
+    w.put(1, "if WITH_STATES:", *(f"    tl.store(ENDS + (b * n + s) * {n} * D + {i} * D + d, g{i}, mask=inside)" for i in w.S))
     w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
     return w.text()

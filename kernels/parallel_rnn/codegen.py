@@ -8,7 +8,7 @@ registers (kernels/parallel_rnn/writer.py has the names and how loads run ahead)
     finish         the certificate; a tile that has not converged is walked in order from the first slice that does not fit
     gradient       the reversed walk: gradients of pre, h0, partial sums of rec, each slice as if no later one had a gradient
     mend_gradient  what later slices pass down, exactly (adjoints are linear), until it has died away
-    transfer       products of Jacobians at known states (sequences over ranks)
+    transfer       products of Jacobians and adjoints of starts at known states (sequences over ranks)
     decode         one step
 """
 

@@ -224,18 +224,30 @@ def backward(
     return to.tensor.view(whole.shape) if whole.dim() == 4 else to.tensor, partial.sum((0, 1)), d_h0
 
 
-def transfer(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor) -> Tensor:
-    """(B, S, S, D) fp32: the product J_T ... J_1 of the Jacobians of all steps at the solved states, zero across resets."""
+def adjoint(
+    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor | None = None,
+    d_kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradient (B, S, D) of h0 from those of the states alone, zero without any; product J_T ... J_1 (B, S, S, D) of the Jacobians of all
+    steps at the solved states, zero across resets), fp32. One walk over the inputs."""
     from kernels.parallel_rnn.reference import product
 
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     B, D, S = len(pre), rec.shape[1], len(cell.state)
     plan = Plan(pre, back=True)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    products = h0.new_empty(B, plan.slices, S, S, D)
+    products, ends = h0.new_empty(B, plan.slices, S, S, D), h0.new_zeros(B, plan.slices, S, D)
     source, sizes, constants = _sizes(plan, pre, starts)
-    _module(cell, plan).transfer[plan.grid](source, rec, h0, reset, emitted, kept, products, *sizes, **constants)
-    return product(products[:, None])[:, 0]
+    with_states, with_kept = d_emitted is not None, d_kept is not None and S > 1
+    gradients = (d_emitted.contiguous() if d_emitted is not None else emitted, d_kept.contiguous() if d_kept is not None and S > 1 else emitted)
+    _module(cell, plan).transfer[plan.grid](
+        source, rec, h0, reset, emitted, kept, *gradients, products, ends, with_states, with_kept, *sizes, **constants
+    )
+    # Each slice maps an adjoint g at its end to product^T g + its own at its start; [[product^T, own], [0, 1]] composes such maps.
+    last = torch.cat([torch.zeros_like(ends), torch.ones_like(ends[:, :, :1])], 2)[:, :, None]
+    maps = torch.cat([torch.cat([products.transpose(2, 3), ends[:, :, :, None]], 3), last], 2)
+    whole = product(maps.flip(1)[:, None])[:, 0]
+    return whole[:, :S, S].contiguous(), whole[:, :S, :S].transpose(1, 2).contiguous()
 
 
 def step(cell: Cell, pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ from kernels import decode_step
 from models.contract import SequenceMixer
 from models.init import init_matrix, tag
 from models.layers import RMSNorm, rotate
+
+if TYPE_CHECKING:
+    from models.parallel import Slice
+
+
+MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
 
 
 @dataclass
@@ -124,9 +131,10 @@ class Mixer(SequenceMixer):
         if state is not None:
             k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
             segments = self._all_segments(state, segment_ids, B, T)
-        elif self.slice is not None:
-            k_BGTK, v_BGTK, segments = self.slice.keys(k_BGTK, v_BGTK, segment_ids, self.config.window)
-        y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
+        if self.slice is not None and state is None:
+            y_BHTK = self._across(self.slice, q_BHTK, k_BGTK, v_BGTK, segment_ids)
+        else:
+            y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
         y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
         if state is None:
             return y, None
@@ -137,6 +145,15 @@ class Mixer(SequenceMixer):
         after = State(k_BGTK, v_BGTK, segments, seen + T)
         after.room = None if drop else room
         return y, after
+
+    def _across(self, own: Slice, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segment_ids: Tensor | None) -> Tensor:
+        """Of a slice of time: all of the time for some heads where the heads divide among the ranks, unless a window needs only a halo."""
+        window = self.config.window
+        if (window and window - 1 <= q_BHTK.shape[2]) or not own.swaps(self.H, self.G):
+            k_BGLK, v_BGLK, segments = own.keys(k_BGTK, v_BGTK, segment_ids, window)
+            return self._attend(q_BHTK, k_BGLK, v_BGLK, segments)
+        q, k, v = own.to_heads(q_BHTK, k_BGTK, v_BGTK)
+        return own.to_time(self._attend(q, k, v, own.all_segments(segment_ids)))
 
     def _joined(self, state: State, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor, Room | None]:
         """Cached and new keys and values. Decoding writes into a buffer that grows by doubling; a window, which stays short, is copied."""
@@ -219,13 +236,15 @@ class Mixer(SequenceMixer):
 
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
-        grouped = self.G != self.H
+        grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
         if window and T > window:
             return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         if segments_BL is None and not (window and window < L):  # no mask in memory
             if T in (1, L):
                 return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=T > 1, enable_gqa=grouped)
             return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=causal_lower_right(T, L), enable_gqa=grouped)
+        if segments_BL is not None and not window and segments_BL.shape[0] * T * L > MASK_ELEMENTS:
+            return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         ahead = torch.arange(L - T, L, device=q_BHTK.device)[:, None] - torch.arange(L, device=q_BHTK.device)
         seen_TL = ahead >= 0
         if window:
@@ -234,6 +253,26 @@ class Mixer(SequenceMixer):
         if segments_BL is not None:
             mask = mask & (segments_BL[:, None, -T:, None] == segments_BL[:, None, None, :])
         return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, enable_gqa=grouped)
+
+    @staticmethod
+    @torch.compiler.disable
+    def _attend_documents(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor) -> Tensor:
+        """One document at a time, so that no mask is held: for long sequences, whose documents are large enough to fill a device. Waits for it."""
+        T, L, rows = q_BHTK.shape[2], k_BGLK.shape[2], []
+        for b, changed in enumerate((segments_BL[:, 1:] != segments_BL[:, :-1]).cpu()):
+            cuts, parts = [0, *(changed.nonzero()[:, 0] + 1).tolist(), L], []
+            for a, e in zip(cuts, cuts[1:]):
+                if e <= L - T:
+                    continue
+                n = e - max(a, L - T)
+                q, k, v = q_BHTK[b : b + 1, :, e - n - (L - T) : e - (L - T)], k_BGLK[b : b + 1, :, a:e], v_BGLK[b : b + 1, :, a:e]
+                grouped = q.shape[1] != k.shape[1]
+                if n in (1, e - a):
+                    parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=grouped))
+                else:
+                    parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, e - a), enable_gqa=grouped))
+            rows.append(torch.cat(parts, 2))
+        return torch.cat(rows)
 
     def _attend_in_blocks(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         """A window W in O(T W) time and memory: each block of W queries sees its own block of keys and the one before."""
@@ -249,7 +288,7 @@ class Mixer(SequenceMixer):
         ahead = torch.arange(W, 2 * W, device=q.device)[:, None] - torch.arange(2 * W, device=q.device)
         # A padded query sees padding: finite, and cut off below.
         mask = (ahead >= 0) & (ahead < W) & (keys[:, :, W:, None] == keys[:, :, None, :])
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1)[:, None], enable_gqa=self.G != self.H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(0, 1)[:, None], enable_gqa=q.shape[1] != k.shape[1])
         return y.unflatten(0, (B, C)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:

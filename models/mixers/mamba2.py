@@ -108,9 +108,11 @@ class Mixer(SequenceMixer):
         A_H = -torch.exp(self.A_log.to(inner))
         h0 = state.ssm_BHPN if state is not None else None
         B_BTGN, C_BTGN = B_.unflatten(-1, groups), C_.unflatten(-1, groups)
-        y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=self.D.to(inner))
+        D_H = self.D.to(inner)
         if self.slice is not None and state is None:
-            y_BTHP = y_BTHP + self.slice.carried(ssm, dt_BTH * A_H, C_BTGN, starts)
+            y_BTHP = self.slice.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts, self.config.chunk)
+        else:
+            y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
         y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
 

@@ -134,8 +134,7 @@ class Mixer(SequenceMixer):
         cell_state = state.cell_BSI if state is not None else None
         pre_BTPEK, rec_RI, bias_PI = self._project(u), self.recurrent_weights(), self.cell_bias
         if own:
-            pre_BTPI = pre_BTPEK.flatten(3) + bias_PI.to(pre_BTPEK.dtype)
-            h = own.states(self.cell, pre_BTPI, rec_RI, starts)[:, :, -1]
+            h = own.states(self.cell, pre_BTPEK, rec_RI, starts, bias_PI)
         elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             before = cell_state if starts is None else cell_state * (~starts[..., None]).to(cell_state.dtype)
             final = parallel_rnn_step(self.cell, pre_BTPEK[:, 0].flatten(2), rec_RI, before, bias_PI)

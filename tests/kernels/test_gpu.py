@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_parallel_rnn import cells, problem
 
-from kernels.parallel_rnn import launch, parallel_rnn, parallel_rnn_step, reference
+from kernels.parallel_rnn import adjoint, launch, op, parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -87,6 +87,17 @@ def test_borders_alone_give_the_same_gradients(name: str) -> None:
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))
     for a, b in zip(*gradients):
         assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda c: c.name)
+def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
+    pre, rec, h0, starts = on_gpu(cell, 2, 700, 65, resets=0.002)
+    states, _ = parallel_rnn(cell, pre, rec, h0, starts)
+    d_emitted = torch.ones_like(states[:, :, -1])
+    found = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
+    wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
+    for a, b in zip(found, wanted):
+        assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 
 def test_beyond_int32_elements() -> None:

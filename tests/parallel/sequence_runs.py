@@ -17,21 +17,34 @@ from training.engine import Engine, World, start_distributed
 from training.setup import model_config, open_reader, open_shards
 
 MODELS = ("hybrid", "mamba2", "paralstm", "transformer")
+VARIANTS = {
+    "plain": [],
+    "bf16": ["train.precision=bf16"],
+    "stream": ["data.reader=stream"],
+    "recompute": ["train.activation_checkpointing=full"],
+    "compile": [],
+}
+# (model, ranks of a sequence, ZeRO stage, variant); the rest of the ranks is data parallel
 RUNS = {
-    1: [(model, 1, 1) for model in MODELS],
-    2: [*((model, 2, 1) for model in MODELS), ("hybrid", 2, 3)],
-    4: [*((model, 4, 1) for model in MODELS), ("hybrid", 2, 1)],
+    1: [*((model, 1, 1, "plain") for model in MODELS), ("hybrid", 1, 1, "bf16"), ("hybrid", 1, 1, "stream")],
+    2: [
+        *(("hybrid", 2, stage, variant) for stage, variant in ((1, "plain"), (0, "bf16"), (1, "stream"), (3, "recompute"), (1, "compile"))),
+    ],
+    4: [*((model, 4, 1, "plain") for model in MODELS), ("hybrid", 2, 2, "recompute")],
 }
 
 
-def losses(world: World, shards: str, model: str, stage: int, *more: str) -> list[float]:
-    """Losses of four steps of the tiny `model`."""
+def losses(world: World, shards: str, model: str, stage: int, *more: str, compiled: bool = False) -> list[float]:
+    """Losses of four steps of the tiny `model`; compiled: traced as train.compile=true does, without the minutes of its C++ compiler."""
     overrides = ["experiment=smoke", "train.device=cpu", f"data.path={shards}", f"model={model}", "train.micro_batch=1"]
     config = checked(compose_config([*overrides, f"deepspeed=zero{stage}", f"parallel.sequence={world.sequence}", *more]))
     sources = open_shards(config.data.path, "train")
     lm = LanguageModel(model_config(config, sources)[0])
     lm.init_weights(0)
+    lm.set_activation_checkpointing(config.train.activation_checkpointing)
     engine = Engine(lm, config, world)
+    if compiled:
+        engine.deepspeed.compile(backend="aot_eager")
     loader = BatchLoader(open_reader(config, sources), 4, 1, world.replica, world.replicas, slice_of=world.slice_of)
     with loader:
         found = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
@@ -42,16 +55,16 @@ def losses(world: World, shards: str, model: str, stage: int, *more: str) -> lis
 def main(shards: str, out: str) -> None:
     torch.set_num_threads(1)
     ranks, found = int(os.environ["WORLD_SIZE"]), {}
-    for model, N, stage in RUNS[ranks]:
+    for model, N, stage, variant in RUNS[ranks]:
         world = start_distributed("cpu", sequence=N)
-        where = str(N) if N == ranks else f"{N}x{ranks // N}"
-        found[model if ranks == 1 else f"{model} {where} zero{stage}"] = losses(world, shards, model, stage)
+        where = "one" if ranks == 1 else f"{N}x{ranks // N} zero{stage}"
+        found[f"{model} {variant} {where}"] = losses(world, shards, model, stage, *VARIANTS[variant], compiled=variant == "compile")
     if ranks == 2:  # bytes that cross a layer's borders do not grow with the sequence
         world, counted = start_distributed("cpu", sequence=2), []
         for T in (32, 64):
-            parallel.traffic["bytes"] = 0
+            parallel.traffic.clear()
             losses(world, shards, "mamba2", 1, f"train.seq_len={T}")
-            counted.append(parallel.traffic["bytes"])
+            counted.append(parallel.traffic.received.total())
         assert counted[0] == counted[1] > 0, counted
     if world.main:
         Path(out).write_text(json.dumps(found))

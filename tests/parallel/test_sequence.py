@@ -1,21 +1,71 @@
-"""Four ranks with a quarter of the time each against one rank with all of it, in float64: outputs, gradients, bytes exchanged."""
+"""Four ranks with a quarter of the time each against one rank with all of it, in float64: outputs, gradients, bytes exchanged. Every file of
+configs/mixer is tried, as it stands but smaller, and some others."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
+import yaml
 
 from models import mixers, parallel
+from models.mixers import attention
 from tests.conftest import ROOT, free_port, run_program
 
 N, D = 4, 16
-CONFIGS = {cell: {"type": "rnn", "cell": cell, "n_heads": 2} for cell in ("paragru", "paralstm", "gru", "lstm", "mingru", "elman")}
-CONFIGS |= {
-    "bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0},
-    "mamba2": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
-    "attention": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
-    "window": {"type": "attention", "n_heads": 4, "window": 6},
+SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    p.stem: {**yaml.safe_load(p.read_text()), **SMALLER.get(p.stem, {})} for p in sorted((ROOT / "configs/mixer").glob("*.yaml"))
 }
+CONFIGS |= {
+    "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
+    "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
+    "attention-few-keys": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},  # sent to two ranks each
+    "attention-gathered": {"type": "attention", "n_heads": 2},  # heads that four ranks cannot share
+    "window-gathered": {"type": "attention", "n_heads": 2, "window": 12},  # reaches over more than a slice
+    "window-swapped": {"type": "attention", "n_heads": 4, "window": 12},
+}
+GROWS = ("attention", "window-swapped", "window-gathered")  # bytes grow with T: the rest must not
+
+
+def check_mixer(name: str, T: int, packed: bool, rank: int) -> int:
+    """Compares one mixer with itself on one rank; returns the bytes this rank received."""
+    torch.manual_seed(0)
+    mixer = mixers.build(CONFIGS[name], D, 0)
+    mixer.init_weights(0.4, 0)
+    mixer.double()
+    x, weight = torch.randn(2, N * T, D).double().requires_grad_(), torch.randn(2, N * T, D).double()
+    # Documents that end on a border, just after one, and one that spans three ranks.
+    cuts = torch.tensor([[2, T, T + 1], [T - 1, 3 * T + 2, 3 * T + 3]])
+    segments = (torch.arange(N * T) >= cuts[..., None]).sum(1).int() if packed else None
+    whole = mixer(x, segment_ids=segments)[0]
+    (whole * weight).sum().backward()
+    exact = {n: p.grad.clone() for n, p in mixer.named_parameters()}
+    mixer.zero_grad()
+    own = slice(rank * T, (rank + 1) * T)
+    part = x.detach()[:, own].clone().requires_grad_()
+    parallel.traffic.clear()
+    with parallel.split(mixer):
+        y = mixer(part, None, None if segments is None else segments[:, own].contiguous())[0]
+        (y * weight[:, own]).sum().backward()
+    received = {purpose: n for purpose, n in parallel.traffic.received.items() if purpose != "segments"}
+
+    def close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+        assert (a - b).norm() <= 1e-8 * b.norm().clamp(min=1e-3), (name, T, packed, what, float((a - b).norm()), float(b.norm()))
+
+    close(y, whole[:, own], "y")
+    close(part.grad, x.grad[:, own], "dx")
+    for n, p in mixer.named_parameters():
+        total = p.grad if p.grad is not None else torch.zeros_like(p)
+        dist.all_reduce(total)
+        close(total, exact[n], n)
+    solves, corrections = parallel.traffic.solves, parallel.traffic.corrections
+    if solves:  # how many depends on the numbers; the bytes of each do not grow with T
+        S = len(mixer.cell.state)
+        assert received.pop("products", 0) == corrections * 2 * S * S * D * 8 * (N - 1)
+        received["states"] //= 1 + solves
+    return sum(received.values())
 
 
 def check_rank() -> None:
@@ -23,45 +73,21 @@ def check_rank() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for name, mapping in CONFIGS.items():
-        counted = []
-        for T, packed in ((7, False), (7, True), (13, True)):
-            torch.manual_seed(0)
-            mixer = mixers.build(mapping, D, 0)
-            mixer.init_weights(0.4, 0)
-            mixer.double()
-            x, weight = torch.randn(2, N * T, D).double().requires_grad_(), torch.randn(2, N * T, D).double()
-            # Documents that end on a border, just after one, and one that spans three ranks.
-            cuts = torch.tensor([[2, T, T + 1], [T - 1, 3 * T + 2, 3 * T + 3]])
-            segments = (torch.arange(N * T) >= cuts[..., None]).sum(1).int() if packed else None
-            whole = mixer(x, segment_ids=segments)[0]
-            (whole * weight).sum().backward()
-            exact = {n: p.grad.clone() for n, p in mixer.named_parameters()}
-            mixer.zero_grad()
-            own = slice(rank * T, (rank + 1) * T)
-            part = x.detach()[:, own].clone().requires_grad_()
-            parallel.traffic["bytes"] = 0
-            with parallel.split(mixer):
-                y = mixer(part, None, None if segments is None else segments[:, own])[0]
-                (y * weight[:, own]).sum().backward()
-            counted.append((packed, parallel.traffic["bytes"]))
-
-            def close(a: torch.Tensor, b: torch.Tensor, what: str, name: str = name) -> None:
-                assert (a - b).norm() <= 1e-8 * b.norm().clamp(min=1e-3), (name, what, float((a - b).norm()), float(b.norm()))
-
-            close(y, whole[:, own], "y")
-            close(part.grad, x.grad[:, own], "dx")
-            for n, p in mixer.named_parameters():
-                total = p.grad if p.grad is not None else torch.zeros_like(p)
-                dist.all_reduce(total)
-                close(total, exact[n], n)
-        if name in ("mingru", "mamba2"):  # one exchange each: bytes do not depend on T
-            assert counted[1] == counted[2], (name, counted)
+    for name in CONFIGS:
+        check_mixer(name, 7, False, rank)
+        short, long = (check_mixer(name, T, True, rank) for T in (7, 13))
+        if not name.startswith(GROWS):
+            assert short == long, (name, short, long)
+    attention.MASK_ELEMENTS = 0  # documents one by one
+    for name in ("attention", "attention-gathered"):
+        check_mixer(name, 7, True, rank)
     dist.destroy_process_group()
 
 
 def test_slices_on_four_ranks_equal_one_rank() -> None:
-    done = run_program(["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(N), __file__], PYTHONPATH=str(ROOT))
+    done = run_program(
+        ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(N), __file__], PYTHONPATH=str(ROOT)
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("equal") == N
 

@@ -28,10 +28,10 @@ def launch(ranks: int, out: Path, shards: Path) -> dict[str, list[float]]:
 def test_losses_of_two_and_four_ranks_are_those_of_one(demo_shards: Path, tmp_path: Path) -> None:
     one, two, four = (launch(n, tmp_path / f"{n}.json", demo_shards) for n in (1, 2, 4))
     for name, losses in {**two, **four}.items():
-        exact = one[name.split()[0]]
+        model, variant, _, _ = name.split()
+        exact = one[f"{model} {'plain' if variant in ('recompute', 'compile') else variant} one"]
         assert len(losses) == len(exact) == 4 and exact[0] != exact[-1]
-        assert np.allclose(losses, exact, rtol=1e-5, atol=0), (name, losses, exact)
-    assert {"hybrid 2 zero1", "hybrid 2 zero3", "hybrid 4 zero1", "hybrid 2x2 zero1"} <= {*two, *four}
+        assert np.allclose(losses, exact, rtol=2e-3 if variant == "bf16" else 1e-5, atol=0), (name, losses, exact)
 
 
 def test_a_run_goes_on_with_another_number_of_slices(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -45,6 +45,15 @@ def test_a_run_goes_on_with_another_number_of_slices(train, tmp_path: Path) -> N
         done = train(name, *quiet, *overrides, launcher=started)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "moved")]
+    # Loss by position over ranks: a finished run only evaluates.
+    found = [json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"]]
+    done = train("moved", *quiet, "train.steps=5", "parallel.sequence=2", launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found.append(json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"])
+    assert found[0]["tokens"] == found[1]["tokens"] == 256 and len(found[0]["by_position"]) == 6
+    assert np.isclose(found[0]["bits_per_byte"], found[1]["bits_per_byte"], rtol=1e-5)
+    for a, b in zip(*(part["by_position"] for part in found)):
+        assert a["from"] == b["from"] and a["tokens"] == b["tokens"] and np.isclose(a["nats_per_token"], b["nats_per_token"], rtol=1e-4)
     whole, moved = ([row["loss"] for row in part if "loss" in row] for part in rows)
     assert len(whole) == 5 and np.allclose(moved, whole, rtol=1e-5, atol=0)
 

@@ -1,0 +1,235 @@
+"""What each rank of scripts/bench_multi_gpu.py runs: a list of cases one after another in one process group, a JSON row of each.
+
+    torchrun --nproc_per_node N scripts/multi_gpu_worker.py CASES.json ROWS.jsonl
+
+A case is {"id", "kind": "train" or "layer", ...}; rank 0 writes its row as soon as it is done. The first case that fails ends the worker,
+because ranks that wait for each other cannot go on; the rest is for another call.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.loader import BatchLoader, Reader, Rows  # noqa: E402
+from models import mixers, parallel  # noqa: E402
+from models.config import ModelConfig  # noqa: E402
+from models.lm import LanguageModel  # noqa: E402
+from training.cli import checked, compose_config  # noqa: E402
+from training.engine import Engine, World, start_distributed  # noqa: E402
+from training.flops import device_name, peak_flops, training_flops_per_token  # noqa: E402
+from training.metrics import peak_memory_gib  # noqa: E402
+
+VOCABULARY = 50432
+
+
+class RandomTokens(Reader):
+    """Sample k is a pure function of k: tokens of a skewed distribution, so that there is something to learn; one document a row."""
+
+    def __init__(self, seq_len: int, vocabulary: int) -> None:
+        self.seq_len, self.vocabulary, self.samples_per_epoch = seq_len, vocabulary, 1 << 40
+
+    def samples(self, k_R: np.ndarray) -> Rows:
+        u = np.stack([np.random.default_rng(int(k)).random(self.seq_len + 1) for k in k_R])
+        return (self.vocabulary * u**4).astype(np.int64), np.zeros(u.shape, dtype=np.int32)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def fresh(device: torch.device) -> None:
+    """Nothing of the case before is counted in this one's memory or traffic."""
+    gc.collect()
+    parallel.traffic.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def over_ranks(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def quick_weights(model: nn.Module) -> None:
+    """Weights for timing, drawn on the device: a minute less for a billion parameters than `init_weights`."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02) if p.ndim > 1 and p.shape[0] > 2 else p.fill_(1.0)
+
+
+def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Steps of a whole model through the training engine, as train.py takes them."""
+    config = checked(compose_config([*case["overrides"], f"parallel.sequence={world.sequence}"]))
+    torch.manual_seed(0)
+    with torch.device(world.device):
+        model = LanguageModel(ModelConfig.from_dict({**config.model, "vocab_size": case.get("vocabulary", VOCABULARY)}))
+    if case.get("init") == "own":
+        model.init_weights(0)
+    else:
+        quick_weights(model)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    flops = training_flops_per_token(model, config.train.seq_len)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = Engine(model, config, world)
+    reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
+    t, losses, seconds, samples = config.train, [], [], []
+    with BatchLoader(reader, t.global_batch, t.micro_batch, world.replica, world.replicas, slice_of=world.slice_of) as loader:
+        for _, batches in zip(range(case["steps"]), loader):
+            parallel.traffic.clear()
+            wait(world.device)
+            dist.barrier()
+            start = time.perf_counter()
+            losses.append(engine.step(batches, case.get("lr", 1e-4)).loss)
+            wait(world.device)
+            seconds.append(time.perf_counter() - start)
+            samples.append([i for batch in batches for i in batch.sample_ids])
+    step_seconds = statistics.median(seconds[len(seconds) // 3 :])
+    rate = t.global_batch * t.seq_len / step_seconds / world.size
+    peak = peak_flops(device_name(world.device), t.precision)
+    row = {
+        "parameters": parameters,
+        "seq_len": t.seq_len,
+        "micro_batch": t.micro_batch,
+        "losses": losses,
+        "step_seconds": step_seconds,
+        "tokens_per_second_per_gpu": rate,
+        "mfu": rate * flops / peak if peak else None,
+        "memory_gib": max(over_ranks(peak_memory_gib(world.device))),
+        "samples": sorted(set(sum(sum(over_ranks(samples), []), []))),
+        **traffic_row(),
+    }
+    engine.deepspeed.destroy()
+    return row
+
+
+def traffic_row() -> dict[str, Any]:
+    t = parallel.traffic
+    largest: dict[str, int] = {}
+    for received in over_ranks(dict(t.received)):
+        largest = {key: max(largest.get(key, 0), received.get(key, 0)) for key in {**largest, **received}}
+    return {"received_bytes": largest, "solves": t.solves, "corrections": t.corrections}
+
+
+def parts_of(mapping: dict[str, Any], D: int, x_BTD: Tensor, weight_BTD: Tensor, segments: Tensor, low: bool) -> list[Tensor]:
+    """[output, gradient of x, gradients of all parameters] of one layer; inside `split` those of a slice."""
+    mixer = layer_of(mapping, D, x_BTD.device)
+    x = x_BTD.clone().requires_grad_()
+    with parallel.split(mixer) if mapping.get("split") else torch.enable_grad():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            y = mixer(x, None, segments)[0]
+        (y.float() * weight_BTD).sum().backward()
+    assert x.grad is not None
+    return [y.detach().float(), x.grad.float(), *(p.grad.float() for p in mixer.parameters() if p.grad is not None)]
+
+
+def layer_of(mapping: dict[str, Any], D: int, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    mixer = mixers.build({k: v for k, v in mapping.items() if k != "split"}, D, 0)
+    mixer.init_weights(0.02, 0)
+    return mixer.to(device)
+
+
+def difference(case: dict[str, Any], world: World, T: int, low: bool) -> float:
+    """Largest relative difference between slices over the ranks and the whole on this one: outputs and all gradients, packed documents."""
+    D, device = case["D"], world.device
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(1, T, D, generator=g).to(device) for _ in range(2))
+    segments = (torch.arange(T)[None] > T * 2 // 3).int().to(device)
+    own = slice(world.rank * T // world.size, (world.rank + 1) * T // world.size)
+    whole = parts_of(case["mixer"], D, x, weight, segments, low)
+    part = parts_of({**case["mixer"], "split": True}, D, x[:, own], weight[:, own], segments[:, own].contiguous(), low)
+    for gradient in part[2:]:
+        dist.all_reduce(gradient)
+    exact = [whole[0][:, own], whole[1][:, own], *whole[2:]]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(part, exact))
+
+
+def layer_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Forward and backward of one mixer whose time is cut over all ranks: correct first, then time, memory and bytes."""
+    D, T = case["D"], case["T"]
+    row: dict[str, Any] = {}
+    if case.get("check"):
+        worst = [max(over_ranks(difference(case, world, case["check"], low))) for low in (False, True)]
+        row["difference_fp32"], row["difference_bf16"] = worst
+        row["correct"] = worst[0] < 1e-3 and worst[1] < 5e-2
+    row |= timed(case, D, T // world.size, world, True)
+    if case.get("alone"):
+        alone = None
+        if world.main:
+            try:
+                alone = timed(case, D, T, world, False)
+            except torch.OutOfMemoryError:
+                alone = {"error": "out of memory"}
+        dist.barrier()
+        row["one_gpu"] = alone
+        if alone and "seconds" in alone:
+            row["speedup"] = alone["seconds"] / row["seconds"]
+    return row
+
+
+def timed(case: dict[str, Any], D: int, T: int, world: World, over: bool) -> dict[str, Any]:
+    """Seconds of a forward and backward pass in bf16; over: as one slice of all ranks, else T on this rank alone."""
+    device = world.device
+    fresh(device)
+    mixer = layer_of(case["mixer"], D, device)
+    x = torch.randn(1, T, D, device=device, dtype=torch.bfloat16).requires_grad_()
+    segments = torch.zeros(1, T, device=device, dtype=torch.int32)
+    seconds: list[float] = []
+    repeats = 2
+    while len(seconds) < repeats:
+        parallel.traffic.clear()
+        wait(device)
+        if over:
+            dist.barrier()
+        start = time.perf_counter()
+        with parallel.split(mixer) if over else torch.enable_grad():
+            with torch.autocast(device.type, torch.bfloat16):
+                y = mixer(x, None, segments)[0]
+            y.backward(x.detach().to(y.dtype))
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        x.grad = None
+        if len(seconds) == 2:  # how often is rank 0's to say, for all
+            wanted = 2 + min(4, int(2 / max(seconds[1], 1e-3)))
+            repeats = over_ranks(wanted)[0] if over else wanted
+    row = {"seconds": statistics.median(seconds[1:]), "first_seconds": seconds[0], "memory_gib": peak_memory_gib(device)}
+    return {**row, "memory_gib": max(over_ranks(row["memory_gib"])), **traffic_row()} if over else row
+
+
+def main(cases: str, rows: str) -> None:
+    worlds: dict[int, World] = {}
+    for case in json.loads(Path(cases).read_text()):
+        sequence = case.get("sequence", 1)
+        if sequence not in worlds:
+            worlds[sequence] = start_distributed("auto", 5.0, sequence)
+        world = worlds[sequence]
+        fresh(world.device)
+        start = time.perf_counter()
+        row = (layer_case if case["kind"] == "layer" else train_case)(case, world)
+        row = {**case, "gpus": world.size, "device": device_name(world.device), **row, "case_seconds": time.perf_counter() - start}
+        if world.main:
+            with Path(rows).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
