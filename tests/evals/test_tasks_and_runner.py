@@ -14,7 +14,7 @@ import torch
 from data.tokenizer import byte_tokenizer
 from evals import suites
 from evals.adapters import ItemError, own_coder
-from evals.position import collapse
+from evals.position import collapse, position_curve, windows
 from evals.report import write_report
 from evals.retrieval import grid, score
 from evals.run import main
@@ -131,9 +131,29 @@ def test_collapse_criteria() -> None:
     spike = collapse(curve([9, 4, 3, 3.0, 3.9, 3.0, 3.0, 3.0, 3.0, 3.0]), 64)
     assert spike["onset_0.1"] is None and spike["delta_largest"] == pytest.approx(0.9)
     assert not collapse(curve([9, 4, 3, 8.1]), 64)["forgets_2x"]
-    many = curve([9, 4, 2.5])  # rows of length T know the level inside better
-    assert collapse(curve([9, 4, 3, 3.05, 3.2]), 64, many)["delta_at_end"] == pytest.approx(0.7)
+    harder = {"inside": curve([9, 4, 2.5]), "by_place": curve([9, 4, 2.5, 3.0, 3.1])}  # the text, not the model, gets worse
+    found = collapse(curve([9, 4, 3, 3.05, 3.2]), 64, harder)
+    assert found["delta"] == pytest.approx([0.05, 0.1]) and found["level_inside"] == 2.5
     assert "not measured" in collapse(curve([9, 4, 3]), 4096)["verdict"]
+
+
+def test_windows_score_every_token_once_with_at_most_T_before_it() -> None:
+    adapter, T = own_adapter("mg", d_model=16, n_layers=2), 20
+    for length in (100, 93, 21):
+        rows = np.random.default_rng(length).integers(0, 256, (3, length + 1))
+        found, total, first = windows(adapter, rows, T, batch=7), 0.0, 0
+        for start in [*range(0, length - T + 1, 10), length - T]:
+            ids = torch.from_numpy(rows[:, start : start + T + 1])
+            nll, _ = adapter.losses(ids[:, :-1], ids[:, 1:], adapter.start(3))
+            total += float(nll[:, first - start :].sum()) if first < start + T else 0.0
+            first = start + T
+        assert sum(b["tokens"] for b in found["by_place"]) == 3 * length
+        assert sum(b["nats_per_token"] * b["tokens"] for b in found["by_place"]) == pytest.approx(total, rel=1e-5)
+        assert found["inside"][-1]["to"] == T and sum(b["tokens"] for b in found["inside"]) == found["windows"] * T
+        curve_of_rows = position_curve(adapter, rows, chunk=13, through=T)["buckets"]
+        assert [b["to"] for b in curve_of_rows] == [b["to"] for b in found["by_place"]]
+        assert curve_of_rows[0]["nats_per_token"] == pytest.approx(found["by_place"][0]["nats_per_token"], rel=1e-5)
+        assert collapse(curve_of_rows, T, found)["delta"][0] != 0
 
 
 def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
