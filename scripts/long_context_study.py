@@ -109,8 +109,8 @@ def million(values: dict[str, Any], device: str) -> None:
             )
 
 
-def table(out: Path) -> None:
-    """table.json and table.md from what lies there."""
+def table(out: Path) -> str:
+    """table.json and table.md from what lies there; the latter's text."""
     rows = []
     for name in ARMS:
         path = out / "arms" / name / "train.json"
@@ -133,7 +133,7 @@ def table(out: Path) -> None:
     columns = list(dict.fromkeys(k for row in rows for k in row))
     text = markdown_table(columns, [[cell(row.get(c)) for c in columns] for row in rows])
     (out / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    return text
 
 
 def plot(out: Path) -> None:
@@ -202,6 +202,7 @@ def run_arms(values: dict[str, Any], gpus: int, start: float) -> list[str]:
             status = running.pop(name)[1].returncode
             print(f"[{time.perf_counter() - start:.0f} s] {name} ended with status {status}", flush=True)
             failed += [name] if status else []
+            table(out)
     return failed
 
 
@@ -223,7 +224,7 @@ def main(words: list[str]) -> int:
     gpus = (values["gpus"] or torch.cuda.device_count()) if device.type == "cuda" else 1
     failed = run_arms(values, gpus, start)
     write_report(out / "evals")
-    table(out)
+    print(table(out), flush=True)
     plot(out)
     write_json(out / "study.json", {"seconds": time.perf_counter() - start, "failed": failed, "settings": values, "gpus": gpus})
     print(
