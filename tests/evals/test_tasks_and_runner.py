@@ -13,7 +13,7 @@ import torch
 
 from data.tokenizer import byte_tokenizer
 from evals import suites
-from evals.adapters import ItemError, own_coder
+from evals.adapters import HFAdapter, ItemError, own_coder
 from evals.position import collapse, position_curve, windows
 from evals.report import write_report
 from evals.retrieval import grid, score
@@ -22,7 +22,8 @@ from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.suites import Item, guarded, run_items
 from evals.tasks import NAMES, NOISE, Task
 from evals.texts import Text
-from tests.evals.conftest import own_adapter
+from tests.conftest import run_program
+from tests.evals.conftest import VOCABULARY, own_adapter
 
 CODER = own_coder(byte_tokenizer())
 PROSE = Text(np.array(CODER.encode("It is a truth universally acknowledged. " * 400), dtype=np.int64), "test")
@@ -203,6 +204,28 @@ def test_bad_models_are_one_sentence_each() -> None:
     adapter.coder = None
     found = guarded(lambda: next(i for i in bench.items() if i.name == "passkey-300").run(lambda a, b: None))
     assert "no tokenizer" in found["reason"]
+
+
+def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goes_on() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
+    adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
+    chosen = suites.Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64)
+    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in suites.Bench(adapter, chosen).items()}
+    assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
+    assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, tmp_path: Path) -> None:
+    words = [f"checkpoint={hf_folder}", "suite=quick", "train_length=64", "max_length=256", "lengths=320", "samples=1", "depths=1", "rows=1"]
+    done = run_program(["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evals.run", *words, "device=cpu", f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
+    assert {r["item"] for r in kept} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in kept)
+    assert {line[:5] for line in done.stdout.splitlines() if "llama:" in line} <= {"[1/1]", "[1/2]", "[2/2]"}
+    assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
 
 def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
