@@ -46,7 +46,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "paragru-t128": {"pattern": ["g"], "N": 0, "T": SHORT},
     "hybrid-t128": {"pattern": ["g", "m", "g", "a"], "N": 64, "T": SHORT},
     "mamba2-n256-t64-slow": {"pattern": ["m"], "N": 256, "T": SHORTER, "mixer": SLOW},
-    "mamba2-n256-t128-slow-pass": {"pattern": ["m"], "N": 256, "T": SHORT, "mixer": SLOW, "initial": "pass"},
     "mamba2-n256-t128-then-pass": {"pattern": ["m"], "N": 256, "T": SHORT, "initial": "pass", "from": "mamba2-n256-t128", "share": 0.1},
     "mamba2-n256-t128-slow-then-pass": {
         "pattern": ["m"], "N": 256, "T": SHORT, "mixer": SLOW, "initial": "pass", "from": "mamba2-n256-t128-slow", "share": 0.1,
