@@ -25,7 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.report import cell, markdown_table, pyplot, write_report  # noqa: E402
+from evals.figures import pyplot  # noqa: E402
+from evals.report import cell, markdown_table, write_report  # noqa: E402
 from evals.study import ARMS, measure, train  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
 from training.files import write_json  # noqa: E402

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.report import pyplot  # noqa: E402
+from evals.figures import pyplot  # noqa: E402
 from evals.small_models import LENGTHS, MIXERS, TASKS, settings_of, train_cell  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
 from training.config import nearest  # noqa: E402
