@@ -11,7 +11,7 @@ from data.shards import ShardSet
 from evals.adapters import ItemError, OwnAdapter
 from evals.baselines import CountBaselines
 from evals.perplexity import evaluate, held_out_rows, text_bytes
-from evals.position import collapse, position_curve
+from evals.position import collapse, position_curve, windows
 from evals.texts import Text
 from models.generate import generate
 from training.config import Config
@@ -107,7 +107,8 @@ class Evaluator:
                 rows = text.rows(settings.long_rows, settings.long_length + 1, 0)
                 try:
                     result = position_curve(adapter, rows, chunk=max(T, 512), through=T)
-                    result["collapse"] = collapse(result["buckets"], T)
+                    same = windows(adapter, rows, T, chunk=max(T, 512)) if settings.long_length > T else None
+                    result["collapse"] = collapse(result["buckets"], T, same)
                     self.metrics.write(step, long_loss=result["buckets"][-1]["nats_per_token"], **_numbers(result["collapse"]))
                     self.metrics.say(
                         f"position curve to {settings.long_length:,} tokens after step {step}: {result['collapse']['verdict']}"

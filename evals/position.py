@@ -67,28 +67,61 @@ def position_curve(
     return result
 
 
-def collapse(buckets: list[dict[str, Any]], train_length: int, inside: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+def windows(adapter: Adapter, rows_RT: np.ndarray, train_length: int, *, chunk: int = 2048, batch: int = 64, seed: int = 0) -> dict[str, Any]:
+    """What the model makes of the same rows (R, L+1) when it only ever sees T tokens: windows of T that start afresh every T/2.
+
+    by_place: buckets like those of `position_curve`, every token scored with T/2 to T tokens before it (in the first window with those
+    there are), so that two curves over the same tokens can be compared, whatever the text is like there. inside: buckets by the place in
+    the window. Raises ItemError as `position_curve` does.
+    """
+    (R, wide), T = rows_RT.shape, train_length
+    length, half = wide - 1, max(1, train_length // 2)
+    starts = list(range(0, length - T + 1, half))
+    if starts[-1] + T < length:
+        starts.append(length - T)
+    place, inside, covered = PositionSums(length, R, through=T), PositionSums(T, R * len(starts)), 0
+    group = max(1, batch // R)
+    for a in range(0, len(starts), group):
+        part = starts[a : a + group]
+        ids = np.concatenate([rows_RT[:, start : start + T + 1] for start in part])
+        scored: list[np.ndarray] = []
+
+        def each(first: int, nll: torch.Tensor, state: Any, scored: list[np.ndarray] = scored) -> None:
+            scored.append(nll.float().cpu().numpy())
+
+        adapter.stream(torch.from_numpy(ids), chunk, each)
+        nll = np.concatenate(scored, 1)
+        inside.add(0, nll, a * R)
+        for i, start in enumerate(part):
+            place.add(covered, nll[i * R : (i + 1) * R, covered - start :])
+            covered = start + T
+    return {"by_place": place.buckets(seed), "inside": inside.buckets(seed), "windows": R * len(starts)}
+
+
+def collapse(buckets: list[dict[str, Any]], train_length: int, compared: dict[str, Any] | None = None) -> dict[str, Any]:
     """Whether and where the loss turns up past the training length T, from a position curve.
 
-    inside: buckets of a curve over many more rows of length T, where the few long rows say too little about the first T positions.
-    delta = nats of a bucket beyond T - the mean nats over [T/2, T].
+    compared: what `windows` gives for the same rows. delta of a bucket beyond T: its nats minus those of the same tokens in windows of T
+    (without `compared`: minus the mean over [T/2, T], which also shows where the text itself gets harder).
     onset_0.1, onset_0.5: start of the first of up to four successive buckets past T, all with delta above that (null: none).
     forgets_2x: the published test (arXiv 2410.07145, section 4.2): no bucket's loss beyond T exceeds twice the largest inside T. The
     bucket of the first tokens, where any model is bad, is left out of that largest loss: with it the test could hardly fail.
     """
-    within = [b for b in (inside or buckets) if b["to"] <= train_length]
+    within = [b for b in (compared["inside"] if compared else buckets) if b["to"] <= train_length]
     beyond = [b for b in buckets if b["from"] >= train_length]
     if not within or not beyond:
         return {"verdict": "not measured: the curve does not reach past the training length", "train_length": train_length}
     near = [b for b in within if b["from"] >= train_length // 2] or within[-1:]
     level = sum(b["nats_per_token"] * b["tokens"] for b in near) / sum(b["tokens"] for b in near)
     most = max(b["nats_per_token"] for b in (within[1:] or within))
-    delta = [b["nats_per_token"] - level for b in beyond]
+    same = {b["to"]: b["nats_per_token"] for b in compared["by_place"]} if compared else {}
+    delta = [b["nats_per_token"] - same.get(b["to"], level) for b in beyond]
     result: dict[str, Any] = {
         "train_length": train_length,
         "level_inside": level,
         "tokens_inside": sum(b["tokens"] for b in near),
         "largest_inside": most,
+        "delta": delta,
         "delta_at_end": delta[-1],
         "delta_largest": max(delta),
         "longest": beyond[-1]["to"],

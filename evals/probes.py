@@ -191,18 +191,21 @@ def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
             original = module.parallel_rnn
 
             def watched(
-                cell: Any, pre: Tensor, rec: Tensor, h0: Any = None, starts: Any = None, original: Any = original, **options: Any
-            ) -> Any:
-                states, final = original(cell, pre, rec, h0, starts, **options)
+                cell: Any, pre: Tensor, rec: Tensor, h0: Any = None, starts: Any = None, *, original: Any = original,
+                bias_PD: Tensor | None = None, emitted: bool = False, **options: Any,
+            ) -> Any:  # fmt: skip
+                states, final = original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
                 wide = torch.promote_types(pre.dtype, torch.float32)
+                inputs = pre.flatten(3) if pre.dim() == 5 else pre
                 before = torch.zeros_like(final)[:, None] if h0 is None else h0.to(final.dtype)[:, None]
                 before = torch.cat([before.to(wide), states[:, :-1].to(wide)], 1)
                 with torch.autocast(pre.device.type, enabled=False):
                     for a in range(0, pre.shape[1], 512):  # (S, S) derivatives of a piece at a time
-                        J = jacobian(cell, pre[:, a : a + 512].to(wide), rec.to(wide), before[:, a : a + 512])
+                        piece = inputs[:, a : a + 512].to(wide) + (0 if bias_PD is None else bias_PD.to(wide))
+                        J = jacobian(cell, piece, rec.to(wide), before[:, a : a + 512])
                         for i, name in enumerate(cell.state):
                             found.add(now[0], name, J[..., i, i, :].abs().clamp(min=1e-30).log())
-                return states, final
+                return states[:, :, -1] if emitted else states, final
 
             stack.enter_context(_replaced(module, "parallel_rnn", watched))
         yield

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from evals.figures import curves_figure, heat_map, mean, png, pyplot, rise_figure, states_figure
 from training.files import write_bytes
 
 Records = dict[str, list[dict[str, Any]]]  # by model
@@ -111,63 +110,6 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def pyplot() -> Any:
-    """matplotlib.pyplot without a display, or None."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        return plt
-    except ImportError:
-        return None
-
-
-def _png(plt: Any, figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | None]], title: str) -> bytes | None:
-    """Loss by position on a log axis with intervals; a dotted line at each training length. curves: (label, buckets, T)."""
-    if plt is None or not curves:
-        return None
-    figure, axes = plt.subplots(figsize=(9, 4.5))
-    for i, (label, buckets, T) in enumerate(curves):
-        color = f"C{i % 10}"
-        x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
-        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
-        if all(b.get("low") is not None for b in buckets):
-            axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
-        if T:
-            axes.axvline(T, color=color, linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="position in the sequence (dotted: training length)", ylabel="nats per token", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return _png(plt, figure)
-
-
-def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
-    """Accuracy over length (across) and depth (down)."""
-    if plt is None or not grids:
-        return None
-    grids = sorted(grids, key=lambda g: g["length"])
-    depths = [c["depth"] for c in grids[0]["cells"]]
-    values = [[next((c["accuracy"] for c in g["cells"] if c["depth"] == d), float("nan")) for g in grids] for d in depths]
-    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(grids), 1.5 + 0.35 * len(depths)))
-    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for i, row in enumerate(values):
-        for j, v in enumerate(row):
-            axes.text(j, i, f"{100 * v:.0f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(grids)), [f"{g['length']:,}" for g in grids], rotation=45)
-    axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-    axes.set(xlabel="tokens", ylabel="depth", title=title)
-    return _png(plt, figure)
-
-
 def position_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
@@ -192,6 +134,14 @@ def position_section(page: Page, plt: Any, found: Records) -> None:
         page.figure(
             f"position-{prompt}", curves_figure(plt, curves, f"Loss by position, {prompt}"), f"Loss by position on {prompt}, 95 % intervals"
         )
+        rises = [
+            (m, r["result"]["buckets"], r["result"]["collapse"])
+            for m, items in found.items()
+            for r in items
+            if r["result"].get("same_in_windows") and r["result"]["prompt"] == prompt
+        ]
+        caption = f"{prompt}: loss above that of the same tokens in windows of the training length"
+        page.figure(f"rise-{prompt}", rise_figure(plt, rises, f"Rise beyond the training length, {prompt}"), caption)
 
 
 def _gib(value: Any) -> Any:
@@ -225,8 +175,8 @@ def states_section(page: Page, plt: Any, found: Records) -> None:
             ratios = sorted(g["variance_ratio"] for g in x["growth"])
             inside = [s for s in x["snapshots"] if s["position"] <= x["train_length"]] or x["snapshots"][:1]
             ends = [inside[-1], x["snapshots"][-1]]
-            top = [_mean([v for s in end["states"] for v in s["top"]]) for end in ends]
-            kept = _mean([k["kept_half_T"] for k in x["retention"]])
+            top = [mean([v for s in end["states"] for v in s["top"]]) for end in ends]
+            kept = mean([k["kept_half_T"] for k in x["retention"]])
             middle = ratios[len(ratios) // 2] if ratios else None
             rows.append(
                 [
@@ -252,41 +202,6 @@ def states_section(page: Page, plt: Any, found: Records) -> None:
             )
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
-    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads."""
-    if plt is None:
-        return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    names = [(s["layer"], s["name"]) for s in x["snapshots"][0]["states"]]
-    color = plt.get_cmap("viridis")
-    for i, (layer, name) in enumerate(names):
-        y = [(_mean(s["states"][i]["variance"]) or 0) ** 0.5 for s in x["snapshots"]]
-        left.plot(
-            [s["position"] for s in x["snapshots"]], y, color=color(i / max(1, len(names) - 1)), marker=".", label=f"layer {layer} {name}"
-        )
-    left.axvline(x["train_length"], color="k", linestyle=":")
-    left.set(xscale="log", yscale="log", xlabel="tokens (dotted: training length)", ylabel="standard deviation of the state", title=title)
-    left.grid(alpha=0.3)
-    if len(names) <= 12:
-        left.legend(fontsize=7)
-    heads = max((g["head"] for g in x["growth"]), default=-1) + 1
-    if heads:
-        table = [[float("nan")] * heads for _ in names]
-        for g in x["growth"]:
-            table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
-        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
-        right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
-        right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
-        figure.colorbar(image)
-    else:
-        right.axis("off")
-    return _png(plt, figure)
-
-
 def remembrance_section(page: Page, plt: Any, found: Records) -> None:
     if plt is None:
         return
@@ -301,7 +216,7 @@ def remembrance_section(page: Page, plt: Any, found: Records) -> None:
     axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    page.figure("remembrance", _png(plt, figure), "Effective remembrance, 95 % intervals")
+    page.figure("remembrance", png(plt, figure), "Effective remembrance, 95 % intervals")
 
 
 def cures_section(page: Page, plt: Any, found: Records) -> None:
@@ -327,6 +242,12 @@ def cures_section(page: Page, plt: Any, found: Records) -> None:
             (r["result"]["cure"], r["result"]["buckets"], r["settings"].get("T") if r["result"]["cure"] == "none" else None) for r in items
         ]
         page.figure(f"cures-{model}", curves_figure(plt, curves, f"{model}: cures"), f"{model}: loss by position under each cure")
+        rises = [(r["result"]["cure"], r["result"]["buckets"], r["result"]["collapse"]) for r in items]
+        page.figure(
+            f"cures-rise-{model}",
+            rise_figure(plt, rises, f"{model}: cures, rise beyond T"),
+            f"{model}: rise beyond the training length under each cure",
+        )
     page.table("model,cure,inside,change inside,end,delta at end,verdict".split(","), rows)
 
 

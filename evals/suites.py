@@ -26,7 +26,7 @@ from training.errors import UserError
 from training.files import write_json
 from training.metrics import environment
 
-FORMAT = 1  # raise it when the meaning of an item changes: older results are then made anew
+FORMAT = 2  # raise it when the meaning of an item changes: older results are then made anew
 SUITES = ("quick", "long_context", "harness", "all")
 
 
@@ -129,10 +129,10 @@ class Bench:
                     bytes_per_token=size,
                     on_progress=progress,
                 )
-                short = self._short_rows(prompt, rows)
+                same = self._windows(prompt, ids)
                 source = self.text.source if prompt == "prose" else f"{prompt} tokens"
-                judged = collapse(result["buckets"], self.T, short)
-                return {**result, "prompt": prompt, "source": source, "inside": short, "collapse": judged}
+                judged = collapse(result["buckets"], self.T, same)
+                return {**result, "prompt": prompt, "source": source, "same_in_windows": same, "collapse": judged}
 
             return Item(f"position-{prompt}", "position", self._common(rows=rows, length=length), run)
 
@@ -141,16 +141,14 @@ class Bench:
             items += [item("constant", 1, self.max_length), item("random", min(4, self.rows), self.max_length)]
         return items
 
-    def _short_rows(self, prompt: str, rows: int) -> list[dict[str, Any]] | None:
-        """Buckets of many rows of T tokens: what the long rows are judged against. Of constant tokens there is only one row."""
-        from evals.position import position_curve
+    def _windows(self, prompt: str, ids: Any) -> dict[str, Any] | None:
+        """The same rows in windows of T tokens, which the long ones are judged against. Of constant tokens there is only one row."""
+        from evals.position import windows
 
-        if prompt == "constant" or self.max_length <= self.T:
+        if prompt == "constant" or ids.shape[1] - 1 <= self.T:
             return None
-        count = max(rows, (1 << 14 if self.settings.suite == "quick" else 1 << 17) // self.T)
-        ids = self.rows_of(prompt, count, self.T + 1)
         batch = max(self.settings.batch, min(256, 8192 // self.T))
-        return position_curve(self.adapter, ids, chunk=self.settings.chunk, batch=batch, seed=self.settings.seed)["buckets"]
+        return windows(self.adapter, ids, self.T, chunk=self.settings.chunk, batch=batch, seed=self.settings.seed)
 
     def _retrieval(self) -> list[Item]:
         from evals.retrieval import grid
@@ -247,9 +245,9 @@ class Bench:
                     result = position_curve(
                         self.adapter, ids, chunk=chunk, batch=s.batch, seed=s.seed, through=self.T, on_progress=progress
                     )
-                    short = self._short_rows("prose", rows)
-                judged = collapse(result["buckets"], self.T, short)
-                return {**result, "cure": cure.label if cure else "none", "inside": short, "collapse": judged}
+                    same = self._windows("prose", ids)
+                judged = collapse(result["buckets"], self.T, same)
+                return {**result, "cure": cure.label if cure else "none", "same_in_windows": same, "collapse": judged}
 
             return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(rows=rows, length=length, cure_chunk=chunk), run)
 

@@ -319,7 +319,7 @@ def corrections(path: Path) -> None:
 def plot(path: Path) -> None:
     """time.png: time by length against limit, Newton, loop and cuDNN; limits.png: times over the byte limit; corrections.png, if
     corrections.json lies beside."""
-    from evals.report import pyplot
+    from evals.figures import pyplot
 
     plt, result = pyplot(), json.loads(path.read_text())
     if plt is None:

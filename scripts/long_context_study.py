@@ -1,19 +1,20 @@
 """A bounded study of state collapse: small models trained on one corpus, looked at far beyond their training length.
 
-    python -m data.prepare input=CORPUS out=runs/data/study tokenizer=bpe:4096 valid_fraction=0.02
-    python scripts/long_context_study.py data=runs/data/study out=runs/study [train_seconds=100] [together=4] [dt_max=0.1] [only=PART] [toy=true] [device=auto] [cures=true]
+    python -m data.prepare input=CORPUS out=runs/data/study tokenizer=bpe:4096 valid_fraction=0.03
+    python scripts/long_context_study.py data=runs/data/study out=runs/study [minutes=8] [tokens=1e8] [together=6] [gpus=0] [only=PART,PART]
+        [layers=8] [width=256] [lr=2e-3] [tokens_per_step=16384] [cures=true] [million=true] [seed=0] [device=auto] [toy=true]
 
-Arms: Mamba-2 with two state sizes x two training lengths, one of them with state passing, a parallel GRU and a hybrid. Each arm is a process
-(`together` of them at a time on the device) that trains for at most `train_seconds`, saves a checkpoint and evaluates it with the suites of
-evals/ (position curve, states, remembrance, passkey). Then a position curve of 2^20 tokens goes through an untrained 35M Mamba-2 and ParaGRU,
-with peak memory at 2^16 and 2^20. Every result is JSON as soon as it is there; table.md, table.json and evals/report.html at the end. What is
-there already is not done again.
+The arms are in evals/study.py: Mamba-2 with two state sizes x two training lengths, with state passing from scratch and at the end, a ladder of
+harder settings (longer memories at the start, a shorter training length), a parallel GRU and a hybrid. Each arm is a process (`together` of
+them on each of the `gpus`; 0: all there are) that trains for `tokens`, or for its share of `minutes` if that is less, saves a checkpoint
+and evaluates it with the suites of evals/ (position curve, states, remembrance, passkey, cures). Position curves of 2^20 tokens through untrained
+models, with peak memory at 2^16 and 2^20, come first. Every result is JSON as soon as it is there; table.md, table.json, study.png and
+evals/report.html at the end. What is there already is not done again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -24,174 +25,43 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from evals.figures import pyplot  # noqa: E402
 from evals.report import cell, markdown_table, write_report  # noqa: E402
+from evals.study import ARMS, measure, train  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
 from training.files import write_json  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "data": "runs/data/study",
     "out": "runs/study",
-    "train_seconds": 100.0,
-    "together": 4,
+    "minutes": 8.0,
+    "tokens": 1e8,  # of an arm
+    "train_seconds": 0.0,  # at most, of an arm; 0: its share of `minutes`
+    "together": 6,
+    "gpus": 0,
     "only": "",
     "toy": False,
     "device": "auto",
-    "arm": "",
+    "arm": "",  # a worker's
     "cures": True,
+    "million": True,
     "seed": 0,
     "precision": "bf16",
-    "tokens_per_step": 32768,
-    "steps": 3000,
+    "layers": 8,
+    "width": 256,
+    "tokens_per_step": 16384,
     "lr": 2e-3,
-    "dt_max": 0.1,  # smaller: Mamba-2 starts with longer memories
 }
-SHORT, LONG = 128, 1024
-ARMS: dict[str, dict[str, Any]] = {
-    "mamba2-n256-t128": {"pattern": ["m"], "N": 256, "T": SHORT},
-    "mamba2-n256-t128-pass": {"pattern": ["m"], "N": 256, "T": SHORT, "initial": "pass"},
-    "mamba2-n32-t128": {"pattern": ["m"], "N": 32, "T": SHORT},
-    "mamba2-n256-t1024": {"pattern": ["m"], "N": 256, "T": LONG},
-    "mamba2-n32-t1024": {"pattern": ["m"], "N": 32, "T": LONG},
-    "paragru-t128": {"pattern": ["g"], "N": 0, "T": SHORT},
-    "hybrid-t128": {"pattern": ["g", "m", "g", "a"], "N": 64, "T": SHORT},
+MILLION: dict[str, tuple[dict[str, Any], int]] = {  # mixer and layers of width 384, with an embedding of 32,768
+    "mamba2-20m": ({"type": "mamba2", "d_state": 64}, 8),
+    "mamba2-35m": ({"type": "mamba2", "d_state": 64}, 22),
+    "paragru-35m": ({"type": "rnn", "cell": "paragru", "n_heads": 4}, 12),
 }
-
-
-def model_config(arm: dict[str, Any], vocab_size: int, toy: bool, dt_max: float) -> dict[str, Any]:
-    d, layers = (64, 2) if toy else (256, 6)
-    mixers = {
-        "m": {
-            "type": "mamba2",
-            "d_state": min(arm["N"], 16) if toy else arm["N"],
-            "head_dim": 32 if toy else 64,
-            "chunk": 64,
-            "dt_max": dt_max,
-        },
-        "g": {"type": "rnn", "cell": "paragru", "n_heads": 4},
-        "a": {"type": "attention", "n_heads": 4},
-    }
-    pattern = arm["pattern"]
-    if len(pattern) > 1:
-        layers = len(pattern)
-    return {
-        "vocab_size": -(-vocab_size // 64) * 64,
-        "d_model": d,
-        "n_layers": layers,
-        "pattern": pattern,
-        "mixers": {name: mixers[name] for name in dict.fromkeys(pattern)},
-        "d_ff": 0 if pattern == ["m"] else -1,
-        "tie_embeddings": True,
-    }
-
-
-def train(name: str, values: dict[str, Any], device: str) -> None:
-    """Trains one arm and saves its weights; progress and figures in train.json."""
-    import numpy as np
-    import torch
-    from safetensors.torch import save_file
-
-    from data.shards import ShardSet
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
-    from training.initial_state import InitialStates
-    from training.optim import build_optimizer
-    from training.schedule import lr_factor
-
-    arm, toy, seed = ARMS[name], values["toy"], values["seed"]
-    folder = Path(values["out"]) / "arms" / name
-    T = arm["T"] // 4 if toy else arm["T"]
-    shards = ShardSet(values["data"], "train")
-    config = model_config(arm, shards.vocab_size, toy, values["dt_max"])
-    model = LanguageModel(ModelConfig.from_dict(config))
-    model.init_weights(seed)
-    model = model.to(device).train()
-    optimizer = build_optimizer(model, lr=values["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    rows, limit, steps = max(1, values["tokens_per_step"] // T), values["train_seconds"], values["steps"]
-    initial = InitialStates(arm.get("initial", "zero"), seed=seed)
-    rng, log, start, step = np.random.default_rng([seed, T]), [], time.perf_counter(), 0
-    progress = 0.0
-    bf16 = values["precision"] == "bf16" and device.startswith("cuda")
-    while progress < 1:
-        # One tokenised stream with end-of-text marks and no resets, as the evaluations feed it.
-        tokens, _ = shards.rows(rng.integers(0, shards.n_tokens - T - 1, rows), T + 1)
-        ids = torch.from_numpy(tokens).to(device, non_blocking=True)
-        for group in optimizer.param_groups:
-            group["lr"] = values["lr"] * lr_factor(round(progress * 10_000), 10_000, kind="wsd", warmup=300, decay=2000, final=0.0)
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
-            output = model(ids[:, :-1], labels=ids[:, 1:], state=initial.before(model, 0, rows))
-        loss = output.loss_sum / output.token_count
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if output.state is not None:
-            initial.after(0, output.state)
-        step += 1
-        seconds = time.perf_counter() - start
-        progress = max(step / steps, seconds / limit)
-        if step in (1, 10) or step % 100 == 0 or progress >= 1:
-            log.append(
-                {"step": step, "loss": float(loss.detach()), "gradient_norm": float(norm), "seconds": seconds, "tokens": step * rows * T}
-            )
-            print(
-                f"{name}: step {step}, {log[-1]['tokens']:,} tokens, loss {log[-1]['loss']:.4f}, {step * rows * T / seconds:,.0f} tokens/s",
-                flush=True,
-            )
-            if not math.isfinite(log[-1]["loss"]):
-                break
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in dict(model.named_parameters()).items()}, folder / "model.safetensors")
-    write_json(folder / "config.json", config)
-    (folder / "tokenizer.json").write_text(shards.tokenizer().to_str())
-    write_json(folder / "run.json", {"train": {"seq_len": T}, "data": {"path": values["data"]}})
-    state = sum(b.mixer.state_bytes(1) // 4 for b in model.blocks if not hasattr(b.mixer, "q_proj"))  # type: ignore[operator, union-attr]
-    peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else None
-    write_json(
-        folder / "train.json",
-        {
-            "arm": name,
-            **arm,
-            "T": T,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "state_elements_about": state,
-            "tokens": step * rows * T,
-            "steps": step,
-            "loss": log[-1]["loss"],
-            "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": peak,
-            "data_fingerprint": shards.fingerprint,
-            "settings": values,
-            "log": log,
-        },
-    )
-
-
-def measure(name: str, values: dict[str, Any], device: str) -> None:
-    """The suites' items on a trained arm."""
-    from evals.suites import Settings, evaluate
-
-    folder, toy = Path(values["out"]) / "arms" / name, values["toy"]
-    T = json.loads((folder / "run.json").read_text())["train"]["seq_len"]
-    longest = 32 * T if toy else (32768 if T <= SHORT else 65536)
-    common: dict[str, Any] = {
-        "train_length": T,
-        "max_length": longest,
-        "data": values["data"],
-        "rows": 2 if toy else 8,
-        "chunk": 2048,
-        "batch": 8,
-    }
-    cures = values["cures"] and name == "mamba2-n256-t128"
-    out = Path(values["out"]) / "evals"
-    only = "position-prose,states-prose,remembrance,passkey-512" + (",cure-" if cures else "")
-    settings = Settings(
-        suite="long_context", only=only, lengths=[512], samples=10, depths=5, cures="default" if cures else "none", **common
-    )
-    evaluate([str(folder)], settings, out, values["device"], values["precision"] if device.startswith("cuda") else "fp32")
+MEASURING = 45.0  # seconds kept for the last arms' evaluation
 
 
 def million(values: dict[str, Any], device: str) -> None:
-    """Position curve of 2^20 tokens through untrained 35M models: time, and peak memory at two lengths."""
+    """Position curve of 2^20 tokens through untrained models: time, and peak memory at two lengths."""
     import numpy as np
     import torch
 
@@ -205,26 +75,24 @@ def million(values: dict[str, Any], device: str) -> None:
     toy, path = values["toy"], Path(values["out"]) / "million.json"
     shards = ShardSet(values["data"], "train")
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    lengths = (2048, 8192) if toy else (1 << 16, 1 << 20)
-    for name in ("mamba2", "paragru"):
-        mixer = {"type": "mamba2", "d_state": 64} if name == "mamba2" else {"type": "rnn", "cell": "paragru", "n_heads": 4}
+    for name, (mixer, layers) in MILLION.items():
         config = ModelConfig.from_dict(
             {
                 "vocab_size": -(-shards.vocab_size // 64) * 64 if toy else 32768,
                 "d_model": 64 if toy else 384,
-                "n_layers": 2 if toy else (22 if name == "mamba2" else 12),
+                "n_layers": 2 if toy else layers,
                 "pattern": ["x"],
                 "mixers": {"x": mixer},
-                "d_ff": 0 if name == "mamba2" else -1,
+                "d_ff": 0 if mixer["type"] == "mamba2" else -1,
                 "tie_embeddings": True,
             }
         )
         model = LanguageModel(config)
         model.init_weights(0)
         adapter = OwnAdapter(model.to(device), None, name, name, "bf16" if device.startswith("cuda") else "fp32")
-        for length in lengths:
+        for length in (2048, 8192) if toy else (1 << 16, 1 << 20):
             key = f"{name}-{length}"
-            if key in results and "seconds" in results[key]:
+            if "seconds" in results.get(key, {}):
                 continue
             ids = np.arange(length + 1) % min(shards.n_tokens, length + 1)
             tokens = np.asarray(shards.read(0, min(shards.n_tokens, length + 1)))[ids].astype(np.int64)[None]
@@ -235,28 +103,27 @@ def million(values: dict[str, Any], device: str) -> None:
             parameters = sum(p.numel() for p in model.parameters())
             results[key] = {**result, "parameters": parameters, "environment": environment(torch.device(device))}
             write_json(path, results)
+            speed, peak = result.get("tokens_per_second", float("nan")), result.get("peak_memory_bytes") or 0
             print(
-                f"{key}: {result.get('seconds', float('nan')):.1f} s, peak {result.get('peak_memory_bytes') or 0:,} bytes {result.get('failed', '')}",
+                f"{key}: {parameters:,} parameters, {result.get('seconds', float('nan')):.1f} s, {speed:,.0f} tokens/s, peak {peak:,} bytes {result.get('failed', '')}",
                 flush=True,
             )
 
 
-def table(out: Path) -> None:
-    """table.json and table.md from what lies there."""
+def table(out: Path) -> str:
+    """table.json and table.md from what lies there; the latter's text."""
     rows = []
-    for path in sorted((out / "arms").glob("*/train.json")):
+    for name in ARMS:
+        path = out / "arms" / name / "train.json"
+        if not path.exists():
+            continue
         arm = json.loads(path.read_text())
-        row = {k: arm[k] for k in ("arm", "T", "parameters", "state_elements_about", "tokens", "loss")}
+        row = {k: arm[k] for k in ("arm", "T", "parameters", "state_elements", "tokens", "loss")}
         items = {p.stem: json.loads(p.read_text()) for p in (out / "evals" / arm["arm"] / "items").glob("*.json")}
         if (p := items.get("position-prose", {})).get("status") == "done":
             c = p["result"]["collapse"]
-            row |= {"inside": c.get("level_inside"), "delta": c.get("delta_at_end"), "longest": c.get("longest")}
-            row |= {
-                "onset 0.1": c.get("onset_0.1"),
-                "onset 0.5": c.get("onset_0.5"),
-                "passes 2x": c.get("forgets_2x"),
-                "verdict": c.get("verdict"),
-            }
+            row |= {"inside": c.get("level_inside"), "delta": c.get("delta_at_end"), "largest": c.get("delta_largest"), "longest": c.get("longest")}
+            row |= {"onset 0.1": c.get("onset_0.1"), "onset 0.5": c.get("onset_0.5"), "passes 2x": c.get("forgets_2x"), "verdict": c.get("verdict")}
         if (s := items.get("states-prose", {})).get("status") == "done" and s["result"]["growth"]:
             ratios = sorted(g["variance_ratio"] for g in s["result"]["growth"])
             row |= {"median growth": ratios[len(ratios) // 2], "largest growth": ratios[-1]}
@@ -267,7 +134,77 @@ def table(out: Path) -> None:
     columns = list(dict.fromkeys(k for row in rows for k in row))
     text = markdown_table(columns, [[cell(row.get(c)) for c in columns] for row in rows])
     (out / "table.md").write_text(text + "\n")
-    print(text, flush=True)
+    return text
+
+
+def plot(out: Path) -> None:
+    """study.png: rise of the loss over position in training lengths, an arm a line, and how it came about in training."""
+    plt = pyplot()
+    arms = [json.loads(p.read_text()) for name in ARMS if (p := out / "arms" / name / "train.json").exists()]
+    if plt is None or not arms:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
+    for i, arm in enumerate(arms):
+        style = {"color": plt.get_cmap("tab20")(i % 20), "label": arm["arm"], "linestyle": "--" if "pass" in arm["arm"] else "-"}
+        path = out / "evals" / arm["arm"] / "items" / "position-prose.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if record.get("status") == "done":
+            result = record["result"]
+            x = [(b["from"] * b["to"]) ** 0.5 / arm["T"] for b in result["buckets"] if b["from"] >= arm["T"]]
+            left.plot(x, result["collapse"]["delta"], marker=".", markersize=4, **style)
+        grown = [(h["tokens"] / 1e6, h["collapse"]["delta_at_end"]) for h in arm["history"] if "delta_at_end" in h.get("collapse", {})]
+        if len(grown) > 1:
+            right.plot(*zip(*grown), marker=".", **style)
+    left.set(xscale="log", xlabel="position / training length", ylabel="nats above the same tokens in windows of T", title="Held-out text")
+    right.set(xlabel="million tokens trained on", ylabel="rise at 64 training lengths, nats", title="In the course of training")
+    for axes in (left, right):
+        axes.axhline(0.1, color="grey", linewidth=0.8, linestyle=":")
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "study.png", dpi=110)
+    plt.close(figure)
+
+
+def start_arm(name: str, values: dict[str, Any], seconds: float, gpu: int) -> subprocess.Popen[bytes]:
+    """A worker process for one arm on one GPU."""
+    given = values | {"train_seconds": round(seconds, 1), "arm": name}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    seen = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    if values["device"] == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen else str(gpu)
+    return subprocess.Popen([sys.executable, __file__, *(f"{k}={v}" for k, v in given.items())], env=environment)
+
+
+def run_arms(values: dict[str, Any], gpus: int, start: float) -> list[str]:
+    """Trains and measures all arms that are not there yet, so many at a time; the names of those that failed."""
+    out, slots = Path(values["out"]), values["together"] * gpus
+    waiting = [name for name in ARMS if any(part in name for part in values["only"].split(","))]
+    running: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
+    failed: list[str] = []
+
+    def ready(name: str) -> bool:
+        base = ARMS[name].get("from")
+        return base is None or (out / "arms" / base / "train.json").exists()
+
+    while waiting or running:
+        while len(running) < slots and (name := next((n for n in waiting if ready(n)), "")):
+            left = 60 * values["minutes"] - (time.perf_counter() - start) - MEASURING
+            seconds = values["train_seconds"] or max(5.0, left * min(1.0, slots / max(1, len(waiting) + len(running))))
+            waiting.remove(name)
+            used = [gpu for gpu, _ in running.values()]
+            gpu = min(range(gpus), key=used.count)
+            running[name] = (gpu, start_arm(name, values, seconds, gpu))
+        if not running:  # what is left waits for arms that failed
+            failed += waiting
+            break
+        time.sleep(0.2)
+        for name in [n for n, (_, p) in running.items() if p.poll() is not None]:
+            status = running.pop(name)[1].returncode
+            print(f"[{time.perf_counter() - start:.0f} s] {name} ended with status {status}", flush=True)
+            failed += [name] if status else []
+            table(out)
+    return failed
 
 
 def main(words: list[str]) -> int:
@@ -275,33 +212,22 @@ def main(words: list[str]) -> int:
     values = parse_arguments(words, DEFAULTS)
     import torch
 
-    device = "cuda" if values["device"] in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    out, start = Path(values["out"]), time.perf_counter()
+    device = torch.device("cuda" if values["device"] in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    values["device"], out, start = device.type, Path(values["out"]), time.perf_counter()
     if values["arm"]:  # a worker
         if not (out / "arms" / values["arm"] / "train.json").exists():
             train(values["arm"], values, device)
         measure(values["arm"], values, device)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    waiting = [name for name in ARMS if values["only"] in name]
-    running: list[tuple[str, subprocess.Popen[bytes]]] = []
-    failed = []
-    while waiting or running:
-        while waiting and len(running) < values["together"]:
-            name = waiting.pop(0)
-            same = [f"{k}={v}" for k, v in values.items() if k != "arm"]
-            running.append((name, subprocess.Popen([sys.executable, __file__, *same, f"arm={name}"], env={**os.environ, "PYTHONPATH": str(ROOT)})))
-        time.sleep(0.2)
-        for pair in [p for p in running if p[1].poll() is not None]:
-            running.remove(pair)
-            print(f"[{time.perf_counter() - start:.0f} s] {pair[0]} ended with status {pair[1].returncode}", flush=True)
-            failed += [pair[0]] if pair[1].returncode else []
-            table(out)
-    if not values["only"] or values["only"] in "million":
-        million(values, device)
+    if values["million"]:
+        million(values, device.type)
+    gpus = (values["gpus"] or torch.cuda.device_count()) if device.type == "cuda" else 1
+    failed = run_arms(values, gpus, start)
     write_report(out / "evals")
-    table(out)
-    write_json(out / "study.json", {"seconds": time.perf_counter() - start, "failed": failed, "settings": values})
+    print(table(out), flush=True)
+    plot(out)
+    write_json(out / "study.json", {"seconds": time.perf_counter() - start, "failed": failed, "settings": values, "gpus": gpus})
     print(
         f"done in {time.perf_counter() - start:.0f} s; failed: {failed or 'none'}; {out}/table.md, {out}/evals/report.html, {out}/million.json"
     )

@@ -5,12 +5,12 @@
     python scripts/state_tracking_table.py tasks=parity,mqar mixers=paragru,mamba2 seeds=1 minutes=2 workers=8 out=runs/state_tracking
     python scripts/state_tracking_table.py minutes=0                          only the table and the plot of what is there
 
-Several worker processes share the device, as one such model does not fill it. Each result is a file in OUT/cells, written when it is
-known; the same command goes on where it stopped. Needs torch, numpy and this repository (no launcher, no DeepSpeed, no Hydra).
+Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
+(evals/small_models.py). Each result is a file in OUT/cells, written when it is known; the same command goes on where it stopped. Needs
+torch, numpy and this repository (no launcher, no DeepSpeed, no Hydra).
 Cells end when the task is solved (after a short fall of the learning rate), after `steps`, or when their share of the time is used up.
-Published settings (arXiv 2510.21450, table 6): one layer, width and state 64, 4 heads, convolution 4, no MLP, length 100. Instead of 3000
-passes over 10,000 samples with batch 16 and a rate of 5e-4, data here are fresh for every batch, batches and rate are larger, and lengths
-rise from an eighth to the whole.
+Published settings (arXiv 2510.21450, table 6): one layer, width and state 64, 4 heads, convolution 4, no MLP, length 100, 3000 passes over
+10,000 samples with batch 16 and a rate of 5e-4. Here: 40,000 samples, a larger batch and rate, and lengths that rise from an eighth to the whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.report import pyplot  # noqa: E402
+from evals.figures import pyplot  # noqa: E402
+from evals.small_models import LENGTHS, MIXERS, TASKS, settings_of, train_cell  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
 from training.config import nearest  # noqa: E402
 from training.errors import UserError  # noqa: E402
@@ -36,13 +37,14 @@ from training.files import write_json  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "out": "runs/state_tracking",
-    "tasks": "parity,mqar,1-hop,2-hop,2-hop-2L,S3",  # in order of importance, or all
-    "mixers": "paragru,paralstm,mamba2,attention,dense_gru,hybrid",  # or all
+    "tasks": "parity,mqar,1-hop,2-next,2-hop,2-hop-2L,S3,A5,mod-5",  # in order of importance, or all
+    "mixers": "paragru,paralstm,mamba2,transformer,dense_gru",  # or all
     "seeds": 3,
     "minutes": 6.0,
-    "workers": 0,  # 0: one a core less two, at most 14; one on a CPU
+    "workers": 0,  # processes; 0: a third of the cores, at most 6; one on a CPU
+    "streams": 0,  # cells a process trains at a time; 0: 4 on a GPU, one on a CPU
     "steps": 0,  # 0: those of the task
-    "batch": 0,  # 0: 128 on a GPU, 64 on a CPU; MQAR takes twice as many
+    "batch": 0,  # 0: 64; MQAR takes twice as many
     "length": 100,
     "layers": 1,  # of all but the hybrid and the tasks that say otherwise
     "device": "auto",
@@ -50,40 +52,6 @@ DEFAULTS: dict[str, Any] = {
     "again": False,  # train what is there already once more
 }
 
-# Task settings, in order of importance. bound: of the diagonal cells' recurrent weights (published: none for parity, 0.9 elsewhere;
-# none for the other automata too, since a bound keeps a channel from flipping). 2L: two layers, where one cannot hand a token on.
-TASKS: dict[str, dict[str, Any]] = {
-    "parity": {"task": {"name": "parity"}, "bound": None, "steps": 6000},
-    "mqar": {"task": {"name": "mqar", "pairs": 2, "symbols": 128}, "bound": 0.9, "steps": 10000, "lr": 2e-2, "batches": 2},
-    "1-hop": {"task": {"name": "khop", "hops": 1, "symbols": 10}, "bound": 0.9, "steps": 8000},
-    "2-hop": {"task": {"name": "khop", "hops": 2, "symbols": 5}, "bound": 0.9, "steps": 12000},
-    "2-hop-2L": {"task": {"name": "khop", "hops": 2, "symbols": 5}, "bound": 0.9, "steps": 6000, "layers": 2},
-    "S3": {"task": {"name": "word_problem", "group": "s3"}, "bound": None, "steps": 8000},
-    "A5": {"task": {"name": "word_problem", "group": "a5"}, "bound": None, "steps": 8000},
-    "mod-5": {"task": {"name": "modular_arithmetic", "modulus": 5}, "bound": None, "steps": 8000},
-    "cycle-5": {"task": {"name": "cycle_navigation", "modulus": 5}, "bound": None, "steps": 6000},
-    "keep-5th": {"task": {"name": "keep_nth", "n": 5, "symbols": 128}, "bound": 0.9, "steps": 6000},
-    "copying": {"task": {"name": "copying", "tokens": 8, "symbols": 14}, "bound": 0.9, "steps": 8000},
-    "mqar-8": {"task": {"name": "mqar", "pairs": 8, "symbols": 128}, "bound": 0.9, "steps": 10000, "lr": 2e-2, "batches": 2},
-    "S5": {"task": {"name": "word_problem", "group": "s5"}, "bound": None, "steps": 8000},
-}
-# Mixers of the layers. dense_*: torch.nn's cells with full recurrent matrices; gru and lstm: the project's diagonal ones.
-MIXERS: dict[str, list[dict[str, Any]]] = {
-    "paragru": [{"type": "rnn", "cell": "paragru"}],
-    "mamba2": [{"type": "mamba2", "d_state": 64, "head_dim": 32}],
-    "attention": [{"type": "attention", "n_heads": 4}],
-    "paralstm": [{"type": "rnn", "cell": "paralstm"}],
-    "dense_gru": [{"dense": "GRU"}],
-    "dense_lstm": [{"dense": "LSTM"}],
-    "hybrid": [{"type": "rnn", "cell": "paragru"}, {"type": "attention", "n_heads": 4}],
-    "gru": [{"type": "rnn", "cell": "gru"}],
-    "lstm": [{"type": "rnn", "cell": "lstm"}],
-}
-WIDTH, LR, WARMUP, BLOCK, INIT_STD = 64, 1e-2, 100, 10, 0.125
-SPREAD = 1.0  # of the initial recurrent weights of unbounded diagonal LSTM cells: all seeds then learn parity; with 1/sqrt(width) a third
-CURRICULUM = 0.6  # of the run at most for sequences of 1/8, 1/4 and 1/2 of the length; 98 % right answers end a stage sooner
-SOLVED = 0.9995
-LENGTHS = (0.5, 1, 2, 4, 8)
 LEAST_SECONDS = 4.0
 
 
@@ -101,164 +69,6 @@ def arguments(given: list[str]) -> dict[str, Any]:
     return parse_arguments(given, DEFAULTS, chosen)
 
 
-def build_model(layers: list[dict[str, Any]], vocabulary: int, bound: float | None) -> Any:
-    """A LanguageModel without MLPs; 'dense' layers are torch.nn's LSTM or GRU inside the same block."""
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
-
-    mixers: dict[str, dict[str, Any]] = {}
-    for i, layer in enumerate(layers):
-        mixers[f"m{i}"] = {"type": "attention", "n_heads": 4} if "dense" in layer else dict(layer)
-        if layer.get("type") == "rnn":
-            if bound is None and layer["cell"] in ("lstm", "paralstm"):
-                mixers[f"m{i}"]["recurrent_init"] = SPREAD
-            mixers[f"m{i}"] |= {"recurrent_bound": "none"} if bound is None else {"recurrent_bound": "clip", "recurrent_max": bound}
-    model = LanguageModel(
-        ModelConfig(
-            vocab_size=vocabulary,
-            d_model=WIDTH,
-            n_layers=len(layers),
-            pattern=list(mixers),
-            mixers=mixers,
-            d_ff=0,
-            recompute_head=False,
-            init_std=INIT_STD,
-        )
-    )
-    for block, layer in zip(model.blocks, layers):
-        if "dense" in layer:
-            block.mixer = _dense_mixer(layer["dense"])
-    return model
-
-
-def _dense_mixer(kind: str) -> Any:
-    import torch
-    from torch import nn
-
-    from models.contract import SequenceMixer
-
-    class Dense(SequenceMixer):
-        """torch.nn.GRU or LSTM and an output projection."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = getattr(nn, kind)(WIDTH, WIDTH, batch_first=True)
-            self.out = nn.Linear(WIDTH, WIDTH, bias=False)
-
-        def init_weights(self, std: float, n_layers: int) -> None:
-            self.rnn.reset_parameters()
-            self.out.reset_parameters()
-
-        def forward(self, x_BTD: Any, state: Any = None, segment_ids: Any = None) -> tuple[Any, Any]:
-            y, after = self.rnn(x_BTD, state)
-            return self.out(y), None if state is None else after
-
-        def init_state(self, batch: int, device: Any = None, dtype: Any = None) -> Any:
-            zero = torch.zeros(1, batch, WIDTH, device=device, dtype=dtype)
-            return (zero, zero.clone()) if kind == "LSTM" else zero
-
-    return Dense()
-
-
-def settings_of(task: str, mixer: str, values: dict[str, Any]) -> dict[str, Any]:
-    """All that decides a cell's result but its seed and the clock."""
-    chosen = TASKS[task]
-    layers = MIXERS[mixer] if len(MIXERS[mixer]) > 1 else MIXERS[mixer] * chosen.get("layers", values["layers"])
-    return {
-        "task": chosen["task"],
-        "layers": layers,
-        "recurrent_max": chosen["bound"],
-        "recurrent_init_unbounded_lstm": SPREAD,
-        "width": WIDTH,
-        "length": values["length"],
-        "batch": values["batch"] * chosen.get("batches", 1),
-        "steps": values["steps"] or chosen["steps"],
-        "lr": chosen.get("lr", LR),
-        "init_std": INIT_STD,
-        "curriculum": CURRICULUM,
-        "warmup": WARMUP,
-        "betas": [0.9, 0.999],
-        "weight_decay": 1e-6,
-        "grad_clip": 1.0,
-    }
-
-
-def train_cell(settings: dict[str, Any], seed: int, device: Any, seconds: float, sequences: int) -> dict[str, Any]:
-    """Trains one model and scores it by length. The learning rate falls as a cosine of steps or time, whichever is further."""
-    import numpy as np
-    import torch
-
-    from data.synthetic import build_task
-    from data.synthetic.source import SyntheticReader
-    from evals.state_tracking import evaluate
-    from training.optim import build_optimizer
-    from training.schedule import lr_factor
-
-    task, T, B, steps = build_task(settings["task"]), settings["length"], settings["batch"], settings["steps"]
-    model = build_model(settings["layers"], len(task.vocabulary()), settings["recurrent_max"])
-    model.init_weights(seed)
-    model = model.to(device)
-    betas = (settings["betas"][0], settings["betas"][1])
-    optimizer = build_optimizer(model, lr=settings["lr"], betas=betas, eps=1e-8, weight_decay=settings["weight_decay"])
-    warmup, every = min(settings["warmup"], steps // 10), max(BLOCK, min(100, steps // 10) // BLOCK * BLOCK)
-    stages = [n for n in (T // 8, T // 4, T // 2) if n >= max(4, task.min_length())] + [T]
-    stage, taken, step, solved, ended = 0, 0, 0, 0, "steps"
-    curve: list[list[float]] = []
-    for n in stages:  # kernels are compiled before the clock starts
-        tokens = torch.zeros(B * T // n, n, dtype=torch.long, device=device)
-        output = model(tokens, labels=tokens)
-        output.loss_sum.backward()
-        optimizer.zero_grad()
-    start = time.perf_counter()
-    while step < steps:
-        passed = max(step / steps, (time.perf_counter() - start) / seconds)
-        if passed >= 1 or solved and step >= solved + max(100, solved // 4):
-            ended = "time"
-            break
-        n = stages[stage]
-        rows = B * T // n
-        reader = SyntheticReader(task, n, seed)
-        drawn = reader.labelled(taken + np.arange(BLOCK * rows))
-        taken += BLOCK * rows
-        inputs, labels = (torch.from_numpy(part).view(BLOCK, rows, n).to(device) for part in drawn[:2])
-        for i in range(BLOCK):
-            factor = lr_factor(step if step < warmup else max(warmup, int(passed * steps)), steps, kind="cosine", warmup=warmup)
-            if solved:
-                factor *= max(0.0, 1 - (step - solved) / max(100, solved // 4))
-            for group in optimizer.param_groups:
-                group["lr"] = settings["lr"] * factor
-            output = model(inputs[i], labels=labels[i])
-            loss = output.loss_sum / output.token_count
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
-            optimizer.step()
-            step += 1
-        if step % every == 0 and not solved:
-            row = evaluate(model, task, [n], sequences=256, batch=256, seed=seed)["lengths"][0]
-            if "error" in row:
-                ended = "diverged"
-                break
-            curve.append([step, n, float(loss.detach()), row["accuracy"]])
-            if n == T:
-                solved = step if row["accuracy"] >= SOLVED else 0
-            elif row["accuracy"] >= 0.98 or passed >= CURRICULUM * (stage + 1) / (len(stages) - 1):
-                stage += 1
-    trained = time.perf_counter() - start
-    lengths = sorted({max(task.min_length(), round(m * T)) for m in LENGTHS})
-    result = evaluate(model, task, lengths, train_length=T, sequences=sequences, batch=250, seed=seed)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": step,
-        "ended": "solved" if solved else ended,
-        "seconds": trained,
-        "seconds_allowed": seconds,
-        "accuracy": result["accuracy"],
-        "lengths": result["lengths"],
-        "curve": curve,
-    }
-
-
 def read_cell(out: Path, task: str, mixer: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:
     """A finished cell of the same settings, or None."""
     try:
@@ -268,47 +78,67 @@ def read_cell(out: Path, task: str, mixer: str, seed: int, settings: dict[str, A
     return found if found.get("settings") == settings and "error" not in found else None
 
 
+def start_cell(
+    number: int, values: dict[str, Any], cells: list[tuple[str, str, int]], deadline: float, device: Any
+) -> tuple[dict[str, Any], Any] | None:
+    """(what the cell is, its training), or None when too little time is left."""
+    left, slots = deadline - time.time(), values["workers"] * values["streams"]
+    # Others are half through theirs on average; a tenth goes to scoring.
+    task, mixer, seed = cells[number]
+    weights = [TASKS[other].get("weight", 1) for other, _, _ in cells[number:]]
+    share = left * slots * weights[0] / (sum(weights) + slots / 2) * 0.9
+    seconds = min(max(share, LEAST_SECONDS), left - 2.0)
+    if seconds < LEAST_SECONDS * 0.9:
+        return None
+    settings = settings_of(task, mixer, values)
+    cell = {"task": task, "mixer": mixer, "seed": seed, "settings": settings}
+    return cell, train_cell(settings, seed, device, seconds, values["sequences"])
+
+
 def work(values: dict[str, Any], cells: list[tuple[str, str, int]], taken: Any, deadline: float, device_name: str) -> None:
-    """One worker: takes cells until none or no time is left. `taken` counts those given out; `deadline` is of time.time()."""
+    """One worker: takes cells until none or no time is left, `streams` at a time. `taken` counts those given out; `deadline` is of time.time()."""
     import torch
 
     torch.set_num_threads(1)
-    device, out = torch.device(device_name), Path(values["out"])
-    if device.type == "cuda":
-        torch.zeros(1, device=device)
-    while True:
-        with taken.get_lock():
-            number = taken.value
-            taken.value += 1
-        if number >= len(cells):
-            return
-        left = deadline - time.time()
-        # Other workers are half through theirs on average; a tenth goes to scoring.
-        share = left * values["workers"] / (len(cells) - number + values["workers"] / 2) * 0.9
-        seconds = min(max(share, LEAST_SECONDS), left - 2.0)
-        if seconds < LEAST_SECONDS * 0.9:
-            return
-        task, mixer, seed = cells[number]
-        settings = settings_of(task, mixer, values)
-        cell: dict[str, Any] = {"task": task, "mixer": mixer, "seed": seed, "settings": settings}
-        try:
-            cell |= train_cell(settings, seed, device, seconds, values["sequences"])
-        except Exception as error:  # one cell's failure is its own result; a device that is lost ends the worker
-            cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            cell["traceback"] = traceback.format_exc()
-        write_json(out / "cells" / f"{task}.{mixer}.{seed}.json", cell)
-        if "error" in cell:
-            print(f"[{number + 1}/{len(cells)}] {task:9} {mixer:10} seed {seed}  {cell['error']}", flush=True)
-            if device.type == "cuda" and "CUDA" in cell["error"] and "OutOfMemory" not in cell["error"]:
+    device = torch.device(device_name)
+    running: list[tuple[int, dict[str, Any], Any]] = []
+    more = True
+    while more or running:
+        while more and len(running) < values["streams"]:
+            with taken.get_lock():
+                number = taken.value
+                taken.value += 1
+            started = start_cell(number, values, cells, deadline, device) if number < len(cells) else None
+            more = started is not None
+            if started is not None:
+                running.append((number, *started))
+        for entry in list(running):
+            number, cell, training = entry
+            try:
+                next(training)
+                continue
+            except StopIteration as end:
+                cell |= end.value
+            except Exception as error:  # one cell's failure is its own result; a device that is lost ends the worker
+                cell["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                cell["traceback"] = traceback.format_exc()
+            running.remove(entry)
+            keep(cell, Path(values["out"]), f"[{number + 1}/{len(cells)}]")
+            if device.type == "cuda" and "CUDA" in cell.get("error", "") and "OutOfMemory" not in cell["error"]:
                 return
-            continue
-        shown = "  ".join(
-            f"{row['length']}: {100 * row['accuracy']:.1f}" if "error" not in row else f"{row['length']}: ?" for row in cell["lengths"]
-        )
-        print(
-            f"[{number + 1}/{len(cells)}] {task:9} {mixer:10} seed {seed}  {shown}  ({cell['ended']}, {cell['steps']} steps, {cell['seconds']:.0f} s)",
-            flush=True,
-        )
+
+
+def keep(cell: dict[str, Any], out: Path, place: str) -> None:
+    """Writes a cell and says what became of it."""
+    name = f"{place} {cell['task']:9} {cell['mixer']:11} seed {cell['seed']}"
+    write_json(out / "cells" / f"{cell['task']}.{cell['mixer']}.{cell['seed']}.json", cell)
+    if "error" in cell:
+        print(f"{name}  {cell['error']}", flush=True)
+        return
+    shown = "  ".join(
+        f"{row['length']}: {100 * row['accuracy']:.1f}" if "error" not in row else f"{row['length']}: ?" for row in cell["lengths"]
+    )
+    print(f"{name}  {shown}  ({cell['ended']}, {cell['steps']} steps, {cell['seconds']:.0f} s)", flush=True)
 
 
 def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -435,9 +265,9 @@ def main(words: list[str]) -> None:
     device = values["device"] if values["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
-    values["batch"] = values["batch"] or (128 if device == "cuda" else 64)
-    if not values["workers"]:
-        values["workers"] = max(1, min(14, (os.cpu_count() or 1) - 2)) if device == "cuda" else 1
+    values["batch"] = values["batch"] or 64
+    values["workers"] = values["workers"] or (max(1, min(6, (os.cpu_count() or 1) // 3)) if device == "cuda" else 1)
+    values["streams"] = values["streams"] or (4 if device == "cuda" else 1)
     out = Path(values["out"])
     (out / "cells").mkdir(parents=True, exist_ok=True)
     cells = [(task, mixer, seed) for seed in range(values["seeds"]) for task in values["tasks"] for mixer in values["mixers"]]
@@ -446,7 +276,7 @@ def main(words: list[str]) -> None:
     deadline = began + 60 * values["minutes"]
     if cells and values["minutes"] > 0:
         print(
-            f"{len(cells)} cells to train on {device} with {values['workers']} worker(s), {values['minutes']:g} minutes, batch {values['batch']}"
+            f"{len(cells)} cells to train on {device} with {values['workers']} worker(s) of {values['streams']} cell(s), {values['minutes']:g} minutes, batch {values['batch']}"
         )
         spawn = multiprocessing.get_context("spawn")
         taken = spawn.Value("i", 0)

@@ -9,6 +9,7 @@ import numpy as np
 from data.synthetic.task import IGNORE, Draws, Task, choose_problem, least_problem, only_last
 
 WHERE = ("every", "last")
+RULES = ("hop", "successor")
 
 
 @dataclass
@@ -50,17 +51,20 @@ class MQAR(Task):
 
 @dataclass
 class KHop(Task):
-    """k-hop induction heads (Sanford, Hsu and Telgarsky 2024): from position t go to the position after the last earlier occurrence of
-    its token, `hops` times; the answer is the token there. Positions from where the way ends are not asked for.
+    """Induction. rule "hop" (Sanford, Hsu and Telgarsky 2024): from position t go to the position after the last earlier occurrence of its
+    token, `hops` times; the answer is the token there. Positions from where the way ends are not asked for.
+    rule "successor": the answer is the token `hops` places after the last occurrence of this one, of those that are `hops` places or more
+    back. With one hop both are the same; with two, the first asks for a look-up in what an earlier look-up gave.
     """
 
     hops: int = 1
     symbols: int = 10
+    rule: str = "hop"
     answers: str = "every"
 
     def problems(self) -> list[str]:
         found = least_problem("hops", self.hops, 1) + least_problem("symbols", self.symbols, 1)
-        return found + choose_problem("answers", self.answers, WHERE)
+        return found + choose_problem("rule", self.rule, RULES) + choose_problem("answers", self.answers, WHERE)
 
     def vocabulary(self) -> list[str]:
         return [f"t{i}" for i in range(self.symbols)]
@@ -69,18 +73,23 @@ class KHop(Task):
         return self.hops * self.symbols + 1  # no two positions go to the same one, so each hop loses at most `symbols` more of them
 
     def sample(self, draws: Draws, T: int) -> tuple[np.ndarray, np.ndarray]:
-        inputs, rows = draws.below(T, self.symbols), np.arange(draws.rows)
-        after = np.empty_like(inputs)  # position after the last earlier occurrence, -1: none
-        last = np.full((draws.rows, self.symbols), -2)
-        for t in range(T):
-            token = inputs[:, t]
-            after[:, t] = last[rows, token] + 1
-            last[rows, token] = t
-        place = np.broadcast_to(np.arange(T), inputs.shape)
-        for _ in range(self.hops):
-            place = np.where(place < 0, -1, np.take_along_axis(after, np.maximum(place, 0), 1))
+        inputs = draws.below(T, self.symbols)
+        place = self._after(inputs, self.hops if self.rule == "successor" else 1)
+        if self.rule == "hop":
+            after, place = place, np.broadcast_to(np.arange(T), inputs.shape)
+            for _ in range(self.hops):
+                place = np.where(place < 0, -1, np.take_along_axis(after, np.maximum(place, 0), 1))
         labels = np.where(place < 0, IGNORE, np.take_along_axis(inputs, np.maximum(place, 0), 1))
         return inputs, labels if self.answers == "every" else only_last(labels)
+
+    def _after(self, inputs: np.ndarray, distance: int) -> np.ndarray:
+        """(R, T): `distance` places after the last occurrence of each token at least that far back, -1 where there is none."""
+        after, rows = np.full_like(inputs, -1), np.arange(len(inputs))
+        last = np.full((len(inputs), self.symbols), -1 - distance)
+        for t in range(distance, inputs.shape[1]):
+            last[rows, inputs[:, t - distance]] = t - distance
+            after[:, t] = last[rows, inputs[:, t]] + distance
+        return after
 
 
 @dataclass

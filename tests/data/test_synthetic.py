@@ -28,6 +28,8 @@ MAPPINGS = [
     {"name": "mqar", "pairs": 1, "symbols": 4},
     {"name": "khop", "hops": 1, "symbols": 7},
     {"name": "khop", "hops": 2, "symbols": 5},
+    {"name": "khop", "hops": 2, "symbols": 5, "rule": "successor"},
+    {"name": "khop", "hops": 3, "symbols": 4, "rule": "successor", "answers": "last"},
     {"name": "khop", "hops": 4, "symbols": 3, "answers": "last"},
     {"name": "keep_nth", "n": 5, "symbols": 11},
     {"name": "keep_nth", "n": 1, "symbols": 11, "answers": "last"},
@@ -96,6 +98,10 @@ def khop(x: list[int], m: dict) -> list[int]:
     out = []
     for t in range(len(x)):
         place: int | None = t
+        if m["rule"] == "successor":
+            earlier = [i for i in range(t - m["hops"] + 1) if x[i] == x[t]]
+            out.append(x[earlier[-1] + m["hops"]] if earlier else IGNORE)
+            continue
         for _ in range(m["hops"]):
             earlier = [i for i in range(place) if x[i] == x[place]] if place is not None else []
             place = earlier[-1] + 1 if earlier else None

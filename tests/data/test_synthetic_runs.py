@@ -15,6 +15,7 @@ import torch
 
 from data.synthetic import build_task
 from data.synthetic.task import Draws
+from evals.small_models import finish
 from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
@@ -156,11 +157,11 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("mixer", ["paragru", "paralstm", "mamba2", "attention", "dense_gru", "dense_lstm", "hybrid", "gru", "lstm"])
+@pytest.mark.parametrize("mixer", ["paragru", "paralstm", "mamba2", "transformer", "dense_gru", "dense_lstm", "hybrid", "gru", "lstm"])
 def test_every_mixer_of_the_table_trains(script: ModuleType, mixer: str) -> None:
     values = script.arguments(["length=16", "steps=20"]) | {"batch": 4}
     settings = script.settings_of("S3", mixer, values)
-    result = script.train_cell(settings, 0, torch.device("cpu"), 60.0, 20)
+    result = finish(script.train_cell(settings, 0, torch.device("cpu"), 60.0, 20))
     assert result["steps"] == 20 and result["ended"] == "steps" and [r["length"] for r in result["lengths"]] == [8, 16, 32, 64, 128]
     assert result["accuracy"] == result["lengths"][1]["accuracy"] and len(result["curve"]) == 2
 
@@ -169,7 +170,7 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
     values = script.arguments(
         ["--tasks", "parity", "mixers=dense_gru", "--seeds=2", "length=8", "steps=1000", "sequences=50", f"out={tmp_path}"]
     )
-    values |= {"batch": 64, "workers": 1}
+    values |= {"batch": 64, "workers": 1, "streams": 2}
     (tmp_path / "cells").mkdir()
     cells, deadline = [("parity", "dense_gru", 0), ("parity", "dense_gru", 1)], script.time.time() + 300
     taken = script.multiprocessing.get_context("spawn").Value("i", 1)

@@ -227,9 +227,9 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
 
     original = rnn.parallel_rnn
 
-    def note(cell: Any, pre: Any, rec: Any, h0: Any, starts: Any) -> Any:
-        taken.update(pre=pre.double(), rec=rec.double())
-        return original(cell, pre, rec, h0, starts)
+    def note(cell: Any, pre: Any, rec: Any, h0: Any, starts: Any, *, bias_PD: Any, **options: Any) -> Any:
+        taken.update(pre=pre.flatten(3).double() + bias_PD.double(), rec=rec.double())
+        return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
 
     rnn.parallel_rnn = note
     try:

@@ -13,8 +13,8 @@ import torch
 
 from data.tokenizer import byte_tokenizer
 from evals import suites
-from evals.adapters import ItemError, own_coder
-from evals.position import collapse
+from evals.adapters import HFAdapter, ItemError, own_coder
+from evals.position import collapse, position_curve, windows
 from evals.report import write_report
 from evals.retrieval import grid, score
 from evals.run import main
@@ -22,7 +22,8 @@ from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.suites import Item, guarded, run_items
 from evals.tasks import NAMES, NOISE, Task
 from evals.texts import Text
-from tests.evals.conftest import own_adapter
+from tests.conftest import run_program
+from tests.evals.conftest import VOCABULARY, own_adapter
 
 CODER = own_coder(byte_tokenizer())
 PROSE = Text(np.array(CODER.encode("It is a truth universally acknowledged. " * 400), dtype=np.int64), "test")
@@ -131,9 +132,29 @@ def test_collapse_criteria() -> None:
     spike = collapse(curve([9, 4, 3, 3.0, 3.9, 3.0, 3.0, 3.0, 3.0, 3.0]), 64)
     assert spike["onset_0.1"] is None and spike["delta_largest"] == pytest.approx(0.9)
     assert not collapse(curve([9, 4, 3, 8.1]), 64)["forgets_2x"]
-    many = curve([9, 4, 2.5])  # rows of length T know the level inside better
-    assert collapse(curve([9, 4, 3, 3.05, 3.2]), 64, many)["delta_at_end"] == pytest.approx(0.7)
+    harder = {"inside": curve([9, 4, 2.5]), "by_place": curve([9, 4, 2.5, 3.0, 3.1])}  # the text, not the model, gets worse
+    found = collapse(curve([9, 4, 3, 3.05, 3.2]), 64, harder)
+    assert found["delta"] == pytest.approx([0.05, 0.1]) and found["level_inside"] == 2.5
     assert "not measured" in collapse(curve([9, 4, 3]), 4096)["verdict"]
+
+
+def test_windows_score_every_token_once_with_at_most_T_before_it() -> None:
+    adapter, T = own_adapter("mg", d_model=16, n_layers=2), 20
+    for length in (100, 93, 21):
+        rows = np.random.default_rng(length).integers(0, 256, (3, length + 1))
+        found, total, first = windows(adapter, rows, T, batch=7), 0.0, 0
+        for start in [*range(0, length - T + 1, 10), length - T]:
+            ids = torch.from_numpy(rows[:, start : start + T + 1])
+            nll, _ = adapter.losses(ids[:, :-1], ids[:, 1:], adapter.start(3))
+            total += float(nll[:, first - start :].sum()) if first < start + T else 0.0
+            first = start + T
+        assert sum(b["tokens"] for b in found["by_place"]) == 3 * length
+        assert sum(b["nats_per_token"] * b["tokens"] for b in found["by_place"]) == pytest.approx(total, rel=1e-5)
+        assert found["inside"][-1]["to"] == T and sum(b["tokens"] for b in found["inside"]) == found["windows"] * T
+        curve_of_rows = position_curve(adapter, rows, chunk=13, through=T)["buckets"]
+        assert [b["to"] for b in curve_of_rows] == [b["to"] for b in found["by_place"]]
+        assert curve_of_rows[0]["nats_per_token"] == pytest.approx(found["by_place"][0]["nats_per_token"], rel=1e-5)
+        assert collapse(curve_of_rows, T, found)["delta"][0] != 0
 
 
 def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +204,28 @@ def test_bad_models_are_one_sentence_each() -> None:
     adapter.coder = None
     found = guarded(lambda: next(i for i in bench.items() if i.name == "passkey-300").run(lambda a, b: None))
     assert "no tokenizer" in found["reason"]
+
+
+def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goes_on() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
+    adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
+    chosen = suites.Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64)
+    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in suites.Bench(adapter, chosen).items()}
+    assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
+    assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, tmp_path: Path) -> None:
+    words = [f"checkpoint={hf_folder}", "suite=quick", "train_length=64", "max_length=256", "lengths=320", "samples=1", "depths=1", "rows=1"]
+    done = run_program(["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evals.run", *words, "device=cpu", f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
+    assert {r["item"] for r in kept} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in kept)
+    assert {line[:5] for line in done.stdout.splitlines() if "llama:" in line} <= {"[1/1]", "[1/2]", "[2/2]"}
+    assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
 
 def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,117 @@
+"""The plots of a report, each drawn from results as they lie in the JSON; None where matplotlib is not installed."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot without a display, or None."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        return plt
+    except ImportError:
+        return None
+
+
+def png(plt: Any, figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | None]], title: str) -> bytes | None:
+    """Loss by position on a log axis with intervals; a dotted line at each training length. curves: (label, buckets, T)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for i, (label, buckets, T) in enumerate(curves):
+        color = f"C{i % 10}"
+        x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
+        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
+        if all(b.get("low") is not None for b in buckets):
+            axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
+        if T:
+            axes.axvline(T, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="position in the sequence (dotted: training length)", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return png(plt, figure)
+
+
+def rise_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], dict[str, Any]]], title: str) -> bytes | None:
+    """Loss beyond the training length T above that of the same tokens in windows of T, over position / T. curves: (label, buckets, collapse)."""
+    curves = [c for c in curves if "delta" in c[2]]
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for label, buckets, judged in curves:
+        T = judged["train_length"]
+        x = [(b["from"] * b["to"]) ** 0.5 / T for b in buckets if b["from"] >= T]
+        axes.plot(x, judged["delta"], label=label, marker=".", markersize=4)
+    for limit in (0, 0.1, 0.5):
+        axes.axhline(limit, color="k", linestyle=":", linewidth=1 if limit else 0.5)
+    axes.set(xscale="log", xlabel="position / training length", ylabel="rise, nats per token (dotted: 0.1 and 0.5)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return png(plt, figure)
+
+
+def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
+    """Accuracy over length (across) and depth (down)."""
+    if plt is None or not grids:
+        return None
+    grids = sorted(grids, key=lambda g: g["length"])
+    depths = [c["depth"] for c in grids[0]["cells"]]
+    values = [[next((c["accuracy"] for c in g["cells"] if c["depth"] == d), float("nan")) for g in grids] for d in depths]
+    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(grids), 1.5 + 0.35 * len(depths)))
+    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for i, row in enumerate(values):
+        for j, v in enumerate(row):
+            axes.text(j, i, f"{100 * v:.0f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(len(grids)), [f"{g['length']:,}" for g in grids], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+    axes.set(xlabel="tokens", ylabel="depth", title=title)
+    return png(plt, figure)
+
+
+def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
+    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads."""
+    if plt is None:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    names = [(s["layer"], s["name"]) for s in x["snapshots"][0]["states"]]
+    color = plt.get_cmap("viridis")
+    for i, (layer, name) in enumerate(names):
+        y = [(mean(s["states"][i]["variance"]) or 0) ** 0.5 for s in x["snapshots"]]
+        left.plot(
+            [s["position"] for s in x["snapshots"]], y, color=color(i / max(1, len(names) - 1)), marker=".", label=f"layer {layer} {name}"
+        )
+    left.axvline(x["train_length"], color="k", linestyle=":")
+    left.set(xscale="log", yscale="log", xlabel="tokens (dotted: training length)", ylabel="standard deviation of the state", title=title)
+    left.grid(alpha=0.3)
+    if len(names) <= 12:
+        left.legend(fontsize=7)
+    heads = max((g["head"] for g in x["growth"]), default=-1) + 1
+    if heads:
+        table = [[float("nan")] * heads for _ in names]
+        for g in x["growth"]:
+            table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
+        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
+        right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
+        figure.colorbar(image)
+    else:
+        right.axis("off")
+    return png(plt, figure)

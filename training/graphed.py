@@ -1,0 +1,89 @@
+"""A whole training step as one CUDA graph, for models so small that launching their kernels takes longer than running them.
+
+    step = GraphedStep(lambda ids, labels: train_on(ids, labels), optimizer)
+    loss, = step(ids, labels)                     # the first calls run as written, then one launch replays all of it
+
+The step may do anything that needs no answer from the device: forward, backward, clipping, the optimizer. Its inputs are copied into fixed
+tensors before a replay, and its outputs are fixed tensors that the next replay overwrites. On a CPU, and where a step cannot be captured,
+it stays an ordinary call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Step = Callable[..., tuple[Tensor, ...]]
+WARMUP = 3  # ordinary calls before the capture: kernels are compiled and the optimizer's moments made in them
+
+
+class Rate:
+    """The learning rate of an optimizer, a tensor on the device where a graph must read it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self.tensor = torch.zeros((), device=device) if device.type == "cuda" else None
+        for group in optimizer.param_groups:
+            if self.tensor is not None:
+                group["lr"], group["capturable"] = self.tensor, True
+
+    def set(self, rate: float) -> None:
+        """Enqueues the change; steps launched before keep the old rate."""
+        if self.tensor is not None:
+            self.tensor.fill_(rate)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+class GraphedStep:
+    """`step(*tensors) -> tensors`, captured at call number WARMUP + 1 on the current stream, which must not be the default one.
+
+    why_not: why the step runs as written, empty while it is captured (or will be).
+    """
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self.step, self.calls = step, 0
+        self.why_not = "" if device.type == "cuda" else "there is no GPU"
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+        self.calls += 1
+        if self.why_not or self.calls <= WARMUP:
+            return self.step(*given)
+        if self.graph is None:
+            self._capture(given)
+            if self.why_not:
+                return self.step(*given)
+        assert self.graph is not None
+        for held, new in zip(self.inputs, given):
+            if held is not new:
+                held.copy_(new)
+        self.graph.replay()
+        return self.outputs
+
+    def _capture(self, given: tuple[Tensor, ...]) -> None:
+        """Records the step without running it; a step that cannot be recorded runs as written from here on."""
+        self.inputs = tuple(t.clone() for t in given)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        problem = ""
+        try:
+            self.outputs = self.step(*self.inputs)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            problem = problem or str(error).splitlines()[0]
+        if problem:
+            self.why_not = problem
+            warnings.warn(f"A training step was not captured as a CUDA graph and runs as written ({problem}).", stacklevel=3)
+        else:
+            self.graph = graph
