@@ -99,7 +99,7 @@ class Bench:
     def cases(self, part: str, cases: list[dict[str, Any]], ranks: int, seconds: float) -> None:
         """Runs the cases in one process group; after one that fails the rest goes into a new one."""
         end = time.monotonic() + min(seconds, self.left())
-        cases = [{"part": part, **case} for case in cases]
+        cases, said = [{"part": part, **case} for case in cases], ""
         while cases and end - time.monotonic() > 20:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / "cases.json").write_text(json.dumps(cases))
@@ -115,7 +115,7 @@ class Bench:
             self.add(**cases[0], gpus=ranks, error=said)
             cases = cases[1:]
         if cases:
-            self.add(part=part, gpus=ranks, not_run=[case["id"] for case in cases])
+            self.add(part=part, gpus=ranks, not_run=[case["id"] for case in cases], said=said[-500:])
 
 
 def sequence(bench: Bench) -> None:

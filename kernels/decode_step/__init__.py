@@ -19,7 +19,8 @@ from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import load_source
 
 ROWS = 8  # with more rows a matrix product reads the weights once for all of them
-dependent_launch = False  # a kernel may start before the one before it ends, and read its weights meanwhile
+# A kernel may start before the one before it ends, and read its weights meanwhile; None: where the device can. A fifth faster on an H100.
+dependent_launch: bool | None = None
 
 
 def why_not(device: torch.device, rows: int) -> str:
@@ -41,8 +42,15 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def overlapped() -> bool:
+    """Whether kernels are launched dependently."""
+    if dependent_launch is not None:
+        return dependent_launch
+    return not interpreted() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def _options() -> dict[str, bool]:
-    return {"PDL": dependent_launch, **({"launch_pdl": True} if dependent_launch else {})}
+    return {"PDL": True, "launch_pdl": True} if overlapped() else {"PDL": False}
 
 
 def tile(N: int, K: int) -> tuple[int, int, int]:
