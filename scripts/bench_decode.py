@@ -203,7 +203,9 @@ def plot(path: Path) -> None:
         axis.barh(list(rows), list(rows.values()), color=["0.6" if "transformers" in k else "tab:blue" for k in rows])
         axis.invert_yaxis()
         axis.set(title=f"batch {batch}, {report['device']}", xlabel="tokens/s")
-        axis.bar_label(axis.containers[0], fmt="%.0f", padding=2)
+        axis.bar_label(axis.containers[0], fmt="{:,.0f}", padding=2)
+        axis.margins(x=0.15)
+        axis.locator_params(axis="x", nbins=5)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=100)
 
