@@ -192,6 +192,8 @@ class Metrics:
         if ranks and self.world_size > 1:
             share, slowest = 100 * ranks["communication_share"], ranks["slowest_rank"]
             line += f"  comm {share:.1f}%  slowest rank {slowest} ({ranks['slowest_ratio']:.2f}x)"
+        if ranks and ranks.get("solve_sequential"):
+            line += f"  recurrences walked in order {100 * ranks['solve_sequential']:.1f}%"
         self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
 
     def close(self) -> None:

@@ -61,6 +61,7 @@ class RankWatch:
     """Times and memory of every rank, gathered by one small collective each `every` steps."""
 
     COLUMNS = ("own_seconds", "communication", "data_wait", "allocated_gib", "reserved_gib", "peak_gib")
+    SOLVE = ("tiles", "residual", "corrections", "sequential")
 
     def __init__(self, world: World, every: int) -> None:
         self.world, self.every = world, every
@@ -71,7 +72,9 @@ class RankWatch:
         """Adds a step; at intervals returns what metrics.jsonl is to say of the ranks, means over the interval, else {}.
 
         own_seconds: of a step, communication left out. The slowest rank is the one with the most of it; the others wait for it.
+        solve_*: the certificate of nonlinear recurrences solved over time slices on a GPU, the worst of all ranks, layers and steps.
         """
+        from kernels.parallel_rnn import last_report
         from training.metrics import memory_gib
 
         self.steps += 1
@@ -80,7 +83,9 @@ class RankWatch:
         self.times = [a + b for a, b in zip(self.times, (own, result.communication, waited))]
         if step % self.every:
             return {}
-        rows = self.world.gather([*(t / self.steps for t in self.times), *memory_gib(self.world.device)])
+        solve = last_report()
+        rows = self.world.gather([*(t / self.steps for t in self.times), *memory_gib(self.world.device), *(solve[name] for name in self.SOLVE)])
+        solves = {name: max(row[len(self.COLUMNS) + i] for row in rows) for i, name in enumerate(self.SOLVE)}
         columns = {name: [round(row[i], 6) for row in rows] for i, name in enumerate(self.COLUMNS)}
         owns = columns["own_seconds"]
         slowest = max(range(len(owns)), key=lambda rank: owns[rank])
@@ -91,5 +96,6 @@ class RankWatch:
             "slowest_ratio": owns[slowest] / median(owns) if median(owns) > 0 else 1.0,
             "communication_share": share,
             **{key: max(columns[key]) for key in ("allocated_gib", "reserved_gib", "peak_gib")},
+            **({f"solve_{name}": solves[name] for name in self.SOLVE[1:]} if solves["tiles"] else {}),
             "ranks": columns,
         }

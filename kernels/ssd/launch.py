@@ -10,7 +10,7 @@ Legend: B batch, T time, H heads, P head width, G groups, N state width, Q steps
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +38,7 @@ class Pass:
 
 
 # Chosen once for every length and batch.
-FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 2), Pass(64, 64, 4, 3, 8, 8, 2)
+FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 3), Pass(64, 64, 4, 3, 8, 8, 3)
 FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
 
@@ -77,6 +77,8 @@ class Problem:
         self.sizes = (BACKWARD_WIDE if wide else BACKWARD) if back else (FORWARD_WIDE if wide else FORWARD)
         if interpreted():
             self.sizes = Pass(16, 16, 4, 1, 2, 4, 1)
+        elif max(pad(x.shape[-1]), pad(Bm.shape[-1]) // 2) > 64:  # three stages of wider heads do not fit into shared memory
+            self.sizes = replace(self.sizes, stages=min(self.sizes.stages, 2))
         self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
         (self.B, self.T, self.H, self.P), (self.G, self.N) = x.shape, Bm.shape[2:]
         self.R = self.H // self.G

@@ -8,8 +8,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.conftest import free_port, run_program
 from tests.training.test_runs import QUIET, launcher, ok
+from training.engine import StepResult
+from training.observe import RankWatch
 
 SLOW_RANK = """
 import json, sys, time
@@ -54,3 +59,19 @@ def test_profile_writes_a_trace_of_every_rank_and_the_log_names_the_ranks(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     seen = [row for row in rows if "ranks" in row]
     assert seen and all(0 <= row["communication_share"] <= 1 and row["peak_gib"] > 0 for row in seen)
+
+
+def test_the_certificate_of_the_recurrences_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    class World:
+        device = torch.device("cpu")
+
+        def gather(self, row: list[float]) -> list[list[float]]:
+            return [row, [*row[:-3], 3e-6, 2.0, 0.25]]  # another rank's solves went worse
+
+    found = iter([{"tiles": 0, "residual": 0.0, "corrections": 0, "sequential": 0.0}, {"tiles": 64, "residual": 1e-7, "corrections": 1, "sequential": 0.0}])
+    monkeypatch.setattr("kernels.parallel_rnn.last_report", lambda: next(found))
+    watch = RankWatch(World(), 1)  # type: ignore[arg-type]
+    result = StepResult(0.0, 0.0, 1, "", 0.1, 0.0)
+    assert not [key for key in watch.step(1, result, 0.0) if key.startswith("solve_")]  # nothing was solved over slices
+    said = watch.step(2, result, 0.0)
+    assert (said["solve_residual"], said["solve_corrections"], said["solve_sequential"]) == (3e-6, 2.0, 0.25)
