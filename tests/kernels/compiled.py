@@ -33,6 +33,8 @@ def kind(name: str) -> str:
         return "*bf16"
     if name in ("TOLERANCE", "ROUND"):
         return "fp32"
+    if name == "REACH":
+        return "*i32"
     return "*u8" if name == "RESET" else "*fp32" if name.isupper() and name not in ("T", "SLICE") else "i32"
 
 
