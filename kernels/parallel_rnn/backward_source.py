@@ -11,7 +11,7 @@ TENSORS = "PRE, REC, H0, RESET, EMITTED, KEPT, D_EMITTED, D_KEPT"
 def _loads(w: Writer) -> None:
     """The group at t: inputs, states before each step, incoming gradients. Only the very first state lies before the tensor: h0."""
     w.put(2, "back = tl.where(t == 0, 0, 1)")
-    w.load_inputs(2, "", "t")
+    w.load_inputs(2, "t")
     for u in range(w.U):
         here = live(f"t + {u} < last")
         for i in w.S:
@@ -169,8 +169,8 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
     w.state_pointers(1, "first", "D_EMITTED", "D_KEPT", "d_")
-    w.put(1, f"for t in range(first, last, {unroll}):", "    back = tl.where(t == 0, 0, 1)")
-    w.load_inputs(2, "", "t")
+    w.put(1, f"for t in tl.range(first, last, {unroll}, num_stages={STAGES}):", "    back = tl.where(t == 0, 0, 1)")
+    w.load_inputs(2, "t")
     w.load_resets(2, "", "t")
     for u in range(unroll):
         w.put(2, f"go = t + {u} < last")

@@ -31,6 +31,7 @@ from kernels.parallel_rnn.trace import NotLowered, trace
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
 CORRECTIONS = 2  # Newton steps on the slice starts before the walk in order
 MARK = 32  # steps from one fp32 state kept to the next
+STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
 MOST_SLICES = 65535  # the second dimension of a launch
@@ -96,7 +97,7 @@ class Plan:
         (B, T), D = pre.shape[:2], pre.shape[3:].numel()
         small = interpreted()  # the interpreter pays for every statement
         self.ahead, self.back = (2, 2) if small else (codegen.AHEAD, codegen.AHEAD_BACK)
-        self.mark = 4 if small else MARK
+        self.mark, self.stretch = (4, 4) if small else (MARK, STRETCH)
         self.block = 16 if small else BLOCK if D > 32 else 32
         self.warps = max(1, self.block // 64)
         self.blocks = -(-D // self.block)
@@ -178,7 +179,7 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, *sizes, **constants
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, plan.stretch, *sizes, **constants
         )
     last = (begins[rounds], ends[rounds], products[rounds])
     module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **constants)
