@@ -71,10 +71,10 @@ def _store_gradients(w: Writer, u: int) -> None:
     w.put(2, *(f"_put(dp + ({u} * D_ST + {k} * D_SP), y{k}, {live('go')}, EVEN)" for k in w.P))
 
 
-def _head(w: Writer, name: str, own: str) -> None:
+def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
     n = len(w.S)
     extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, REACH, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
-    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}")
+    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", after=after)
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n} * D + d", f"o0 = b * {n} * D + d")
     w.put(1, *(f"first{i} = {w.vector('H0', 'o0', i)}" for i in w.S), *(f"dw{r} = tl.zeros((BD,), tl.float32)" for r in w.R))
@@ -118,7 +118,7 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     """Adjoints are linear: with the true adjoint at a slice's end, f more than `gradient` had, what it wrote is right again below REACH, and
     the weights' gradients lack those of f."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    _head(w, "mend_gradient", "")
+    _head(w, "mend_gradient", "", after=True)
     w.put(1, "if s == n - 1:", "    return")
     w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"oo = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
     group = range(1, 1 + max(1, 24 // (n * (n + 1))))

@@ -108,7 +108,7 @@ def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
-    w.begin("mend", f"{own}, NEWTON: tl.constexpr, STRETCH: tl.constexpr,\n        {SIZES}")
+    w.begin("mend", f"{own}, NEWTON: tl.constexpr, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
     w.put(1, "if NEWTON:")
     _chain(w, 2, "s", "True", worst=False)
     w.put(1, "else:", f"    o = (b * n + tl.maximum(s - 1, 0)) * {n} * D + d")
@@ -144,7 +144,7 @@ def mend(traced: Traced, unroll: int) -> str:
 def finish(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE, NEWTON: tl.constexpr"
-    w.begin("finish", f"{own},\n        {SIZES}", sliced=False)
+    w.begin("finish", f"{own},\n        {SIZES}", sliced=False, after=True)
     w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
     _chain(w, 1, "n - 1", "NEWTON", worst=True)
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import interpreted, no_triton
+from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn import codegen
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import NotLowered, trace
@@ -137,6 +137,12 @@ def _heads(pre: Tensor) -> Tensor:
     return pre.unsqueeze(3) if pre.dim() == 4 else pre
 
 
+def dependently(constants: dict[str, Any]) -> dict[str, Any]:
+    """Options of a launch that reads what the launch before it writes."""
+    dependent = overlapped()
+    return {**constants, "DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
+
+
 def tolerance(pre: Tensor) -> float:
     """Relative distance under which two states, or an adjoint's remainder, count as the same."""
     return 1e-6 if pre.dtype == torch.float32 else 1e-5
@@ -166,7 +172,7 @@ def forward(
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     linear = trace(cell).linear
-    rounds = 0 if n == 1 else 1 if linear else CORRECTIONS + 1
+    rounds = min(1 if linear else CORRECTIONS + 1, n - 1)
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
@@ -175,14 +181,14 @@ def forward(
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
-    final, stats = torch.empty_like(h0), _counters(pre.device)
+    final, stats, after = torch.empty_like(h0), _counters(pre.device), dependently(constants)
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, plan.stretch, *sizes, **constants
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **constants)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **after)
     return emitted, kept, final, marks
 
 
@@ -236,7 +242,8 @@ def backward(
     outputs = (to.tensor, partial, d_h0, d_final, ends, products, reach, tolerance(pre), to.batch, to.se, to.time, to.projection)
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
-        module.mend_gradient[plan.grid](*tensors, *outputs, with_kept, *sizes, **constants)
+        after = dependently(constants)
+        module.mend_gradient[plan.grid](*tensors, *outputs, with_kept, *sizes, **after)
     if to.tensor is not d_pre:  # a layout the kernels cannot write
         d_pre.copy_(to.tensor)
     return d_whole, partial.sum((0, 1)), d_h0

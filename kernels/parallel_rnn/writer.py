@@ -139,13 +139,16 @@ class Writer:
         """Entry (i, j) of a product of S x S matrices; forms over i, m and m, j."""
         return " + ".join(left.format(i=i, m=m) + " * " + right.format(m=m, j=j) for m in self.S)
 
-    def begin(self, name: str, arguments: str, sliced: bool = True) -> None:
-        """The kernel's head: its tile of channels, its slice s of n, its batch row b, and the recurrent weights."""
-        self.put(0, "@triton.jit", f"def {name}({arguments}):")
+    def begin(self, name: str, arguments: str, sliced: bool = True, after: bool = False) -> None:
+        """The kernel's head: its tile of channels, its slice s of n, its batch row b. `after`: it may be launched before the kernel whose
+        results it reads has ended (kernels/dispatch.py), and waits for it here."""
+        self.put(0, "@triton.jit", f"def {name}({arguments}{', DEPENDENT: tl.constexpr' if after else ''}):")
         self.put(1, "BLOCKS: tl.constexpr = (D + BD - 1) // BD", "tile = tl.program_id(0) % BLOCKS", "b = (tl.program_id(0) // BLOCKS).to(tl.int64)")
         self.put(1, "d = tile * BD + tl.arange(0, BD)", "inside = d < D")
         if sliced:
             self.put(1, "s = tl.program_id(1)", "n = tl.num_programs(1)")
+        if after:
+            self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()", "    tl.extra.cuda.gdc_wait()")
 
     def weights(self) -> None:
         for r in self.R:
