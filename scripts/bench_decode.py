@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels import decode_step  # noqa: E402
+from kernels.dispatch import overlapped  # noqa: E402
 from models.config import ModelConfig  # noqa: E402
 from models.decode import Decoder, cast  # noqa: E402
 from models.lm import LanguageModel, LMState  # noqa: E402
@@ -224,7 +224,7 @@ class Bench:
         self.report: dict[str, Any] = {
             **environment(self.device),
             "compiled": self.compiled,
-            "dependent_launch": decode_step.overlapped(),
+            "dependent_launch": overlapped(),
             "copy_bytes_per_s": self.copy,
             "items": {},
         }

@@ -4,6 +4,7 @@ in the same run.
 
     python scripts/bench_parallel_rnn.py --out docs/results/parallel_rnn/gpu.json            # everything, some minutes
     python scripts/bench_parallel_rnn.py --out sweep.json --sweep                            # launch sizes only
+    python scripts/bench_parallel_rnn.py --out part.json --only kernels corrected            # some parts
     python scripts/bench_parallel_rnn.py --corrections docs/results/parallel_rnn/corrections.json    # on the CPU, seconds
     python scripts/bench_parallel_rnn.py --plot docs/results/parallel_rnn/gpu.json           # draws the JSON
 """
@@ -11,10 +12,13 @@ in the same run.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import os
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from torch import Tensor
 from kernels.parallel_rnn import launch, op, parallel_rnn, parallel_rnn_step, reference
 from models.cells import available, cell_module, load_cell
 from training.files import write_json
+from training.metrics import environment
 
 SHAPES = [(16, 2048, 2048), (4, 8192, 2048), (1, 32768, 2048), (1, 2048, 2048), (1, 512, 2048)]
 BARS = {"paragru": (1.6, 2.0), "paralstm": (2.0, 2.5)}  # forward, backward: times their byte limits
@@ -71,9 +76,9 @@ def inputs(name: str, B: int, T: int, D: int, dtype: torch.dtype, device: str = 
     return cell, pre, rec, torch.zeros(B, len(cell.state), D, device=device)
 
 
-def accuracy(name: str) -> dict[str, float]:
+def accuracy(name: str) -> dict[str, Any]:
     """Largest errors against the float64 loop at (2, 700, 64), several slices."""
-    out: dict[str, float] = {}
+    out: dict[str, Any] = {"cell": name}
     for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 12.0)):
         cell, pre, rec, h0 = inputs(name, 2, 700, 64, dtype)
         rec = rec * (scale * (64 / 2048) ** 0.5)
@@ -142,37 +147,44 @@ def layer_row(name: str, B: int, T: int, D: int) -> dict[str, Any]:
     return {"cell": name, "B": B, "T": T, "D": D, "layer_fwd_bwd_ms": milliseconds(layer, 10), "mixer_fwd_bwd_ms": milliseconds(block, 10)}
 
 
-def against_loop(name: str) -> list[dict[str, Any]]:
-    """Forward of the naive torch loop (one run) and of the kernels; cuDNN's LSTM at equal width for scale."""
-    rows = []
-    for T in (512, 32768):
-        cell, pre, rec, h0 = inputs(name, 1, T, 2048, torch.bfloat16)
-        with torch.no_grad():
-            loop = milliseconds(lambda: reference.sequential(cell, pre, rec, h0, None), 1)  # noqa: B023
-            ours = milliseconds(lambda: launch.forward(cell, pre, rec, h0, None))  # noqa: B023
-        rows.append({"cell": name, "T": T, "loop_ms": loop, "ours_ms": ours, "times": loop / ours})
-    return rows
+def against_loop(name: str, T: int) -> dict[str, Any]:
+    """Forward of the naive torch loop (one run) and of the kernels."""
+    cell, pre, rec, h0 = inputs(name, 1, T, 2048, torch.bfloat16)
+    with torch.no_grad():
+        loop = milliseconds(lambda: reference.sequential(cell, pre, rec, h0, None), 1)
+        ours = milliseconds(lambda: launch.forward(cell, pre, rec, h0, None))
+    return {"cell": name, "T": T, "loop_ms": loop, "ours_ms": ours, "times": loop / ours}
 
 
-def sweep(copy: float) -> list[dict[str, Any]]:
-    """Launch sizes: one at a time away from the defaults, GRU and LSTM, two shapes."""
+def decode_row(name: str, B: int, D: int) -> dict[str, Any]:
+    cell, pre, rec, h0 = inputs(name, B, 1, D, torch.bfloat16)
+    with torch.no_grad():
+        return {"cell": name, "B": B, "D": D, "ms": milliseconds(lambda: parallel_rnn_step(cell, pre[:, 0], rec, h0))}
+
+
+def sweep(copy: float, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Launch sizes: one at a time away from the defaults; GRU and LSTM, large and small problems, short and long memories. Each row goes
+    to `keep` as soon as it is there."""
     from kernels.parallel_rnn import backward_source, codegen, forward_source
 
-    places = {"PROGRAMS": launch, "PROGRAMS_BACK": launch, "AHEAD": codegen, "AHEAD_BACK": codegen, "STAGES": forward_source, "STAGES_BACK": backward_source}
-    tried = {"PROGRAMS": (8,), "PROGRAMS_BACK": (8,), "AHEAD": (4, 16), "AHEAD_BACK": (2, 8), "STAGES": (3, 5), "STAGES_BACK": (3, 5)}
-    rows = []
-    for key, value in [("", 0), *((k, v) for k, values in tried.items() for v in values)]:
-        name = key.replace("STAGES_BACK", "STAGES")
-        usual = getattr(places[key], name) if key else 0
-        if key:
-            setattr(places[key], name, value)
+    tried: list[tuple[str, Any, int]] = [("defaults", None, 0)]
+    for place, key, values in (
+        (launch, "PROGRAMS", (8, 16)), (launch, "PROGRAMS_BACK", (8, 16)), (launch, "BLOCK", (32,)), (launch, "STRETCH", (64, 256)),
+        (launch, "CORRECTIONS", (1, 3)), (codegen, "AHEAD", (4, 16)), (codegen, "AHEAD_BACK", (2, 8)), (forward_source, "STAGES", (3, 6)),
+        (backward_source, "STAGES", (3, 6)),
+    ):  # fmt: skip
+        tried += [(key if place is not backward_source else "STAGES of the backward kernels", (place, key), value) for value in values]
+    for label, where, value in tried:
+        usual = getattr(*where) if where else 0
+        if where:
+            setattr(*where, value)
         launch.kernels.cache_clear()
-        for cell, shape in itertools.product(("paragru", "paralstm"), ((16, 2048, 2048), (1, 32768, 2048))):
-            rows.append({"changed": f"{key}={value}" if key else "defaults", **kernel_row(cell, *shape, copy)})
-            print(json.dumps(rows[-1]), flush=True)
-        if key:
-            setattr(places[key], name, usual)
-    return rows
+        for cell, shape, memory in itertools.product(("paragru", "paralstm"), (*SHAPES[::2], SHAPES[3]), (0.0, -5.0)):
+            if memory == 0.0 or shape[1] == 32768:
+                keep({"changed": f"{label}={value}" if where else label, **kernel_row(cell, *shape, copy, memory)})
+        if where:
+            setattr(*where, usual)
+    launch.kernels.cache_clear()
 
 
 def peer_row(kind: str, B: int, T: int, D: int) -> dict[str, Any]:
@@ -370,6 +382,73 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
+def parts(copy: float) -> list[tuple[str, Callable[[], Any]]]:
+    """(key of the JSON, what makes one of its rows), the most telling first."""
+    pair, out = ("paragru", "paralstm"), []
+
+    def add(key: str, make: Callable[..., Any], *arguments: Any, **named: Any) -> None:
+        out.append((key, functools.partial(make, *arguments, **named)))
+
+    for name in pair:
+        add("accuracy", accuracy, name)
+        for shape in SHAPES:
+            add("kernels", kernel_row, name, *shape, copy)
+        for shape in SHAPES[:3]:
+            add("corrected", kernel_row, name, *shape, copy, memory=-5.0)
+    for name, shape in itertools.product(pair, SHAPES[:3:2]):
+        add("layers", layer_row, name, *shape)
+    for T in (512, 2048):
+        add("graph", graph_row, 1, T, 2048)
+    for kind in ("ParaGRU", "ParaLSTM"):
+        add("peers", peer_row, kind, 16, 2048, 2048)
+    for T in (32768, 1 << 20):
+        add("long", kernel_row, "paragru", 1, T, 1024, copy)
+    for T in (512, 32768):
+        add("loop", against_loop, "paragru", T)
+    for T in (512, 2048, 8192, 32768, 131072):
+        add("time", time_row, T, copy)
+    for T in (512, 2048, 8192, 32768):
+        add("newton", newton_row, 1, T, 2048)
+    for kind in ("GRU", "LSTM"):
+        add("cudnn", cudnn_row, kind, 1, 2048, 2048)
+    for name, save in itertools.product(pair, ("states", "borders")):
+        add("memory", memory_row, name, 1, 32768, 2048, save)
+    add("past_int32", past_int32)
+    add("decode", decode_row, "paragru", 8, 2048)
+    for name in available():
+        if name not in pair:
+            add("accuracy", accuracy, name)
+            add("kernels", kernel_row, name, *SHAPES[2], copy)
+    return out
+
+
+COMPILED = ("accuracy", "kernels", "corrected", "layers", "graph", "memory", "decode")  # keys whose kernels are compiled beforehand
+
+
+def warm(share: int, of: int) -> None:
+    """Runs every of-th part that compiles kernels once, unmeasured: Triton keeps what it compiled on disk."""
+    global milliseconds
+
+    def once(f: Callable[[], Any], repeats: int = 0) -> float:
+        f()
+        return 1.0
+
+    milliseconds = once
+    wanted = [make for key, make in parts(1.0) if key in COMPILED]
+    for make in wanted[share::of]:
+        try:
+            make()
+        except Exception as problem:  # the measured run says it
+            print(f"warm: {type(problem).__name__}: {problem}"[:300], flush=True)
+
+
+def warm_up(processes: int) -> None:
+    command = [sys.executable, __file__, "--warm"]
+    running = [subprocess.Popen([*command, f"{i}/{processes}"]) for i in range(processes)]
+    for process in running:
+        process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -378,6 +457,9 @@ def main() -> None:
     parser.add_argument("--corrections", type=Path, help="error by number of corrections, on the CPU, to this file")
     parser.add_argument("--part", type=int, default=60, help="seconds one part may take")
     parser.add_argument("--total", type=int, default=1200, help="seconds after which no part is begun")
+    parser.add_argument("--only", nargs="*", help="keys of the JSON to measure; all if not given")
+    parser.add_argument("--processes", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="that compile kernels first, side by side")
+    parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plot:
         return plot(options.plot)
@@ -385,8 +467,10 @@ def main() -> None:
         return corrections(options.corrections)
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-
+    if options.warm:
+        share, of = options.warm.split("/")
+        return warm(int(share), int(of))
+    result: dict[str, Any] = {**environment(torch.device("cuda")), "copy_bytes_per_ms": bandwidth()}
     began = time.monotonic()
 
     def late(*_: Any) -> None:
@@ -394,63 +478,32 @@ def main() -> None:
 
     signal.signal(signal.SIGALRM, late)
 
-    def keep(key: str, make: Callable[[], Any], append: bool = False) -> None:
-        """One part, in its time box, written at once: neither its failure nor a later timeout loses another."""
-        started = time.monotonic()
-        if started - began > options.total:
-            value: Any = {"skipped": f"after {options.total} s"}
-        else:
-            signal.alarm(options.part)
-            try:
-                value = make()
-            except Exception as problem:
-                value = {"error": f"{type(problem).__name__}: {problem}"[:500]}
-            signal.alarm(0)
-        if append:
-            result.setdefault(key, []).append(value)
-        else:
-            result[key] = value
-        torch.cuda.empty_cache()
-        print(f"{time.monotonic() - started:.1f} s", key, json.dumps(value), flush=True)
+    def keep(key: str, row: Any) -> None:
+        """Written at once: neither a failure nor a later timeout loses a row."""
+        result.setdefault(key, []).append(row)
+        print(f"{time.monotonic() - began:.1f} s", key, json.dumps(row), flush=True)
         if options.out:
             write_json(options.out, result)
 
-    keep("copy_bytes_per_ms", bandwidth)
-    copy = result["copy_bytes_per_ms"]
     if options.sweep:
-        return keep("sweep", lambda: sweep(copy))
-    for name in ("paragru", "paralstm"):
-        keep("accuracy", lambda: {name: accuracy(name)}, append=True)  # noqa: B023
-        for shape in SHAPES:
-            keep("kernels", lambda: kernel_row(name, *shape, copy), append=True)  # noqa: B023
-        for shape in SHAPES[:3]:
-            keep("corrected", lambda: kernel_row(name, *shape, copy, memory=-5.0), append=True)  # noqa: B023
-    for name, shape in itertools.product(("paragru", "paralstm"), SHAPES[:3:2]):
-        keep("layers", lambda: layer_row(name, *shape), append=True)  # noqa: B023
-    for kind in ("ParaGRU", "ParaLSTM"):
-        keep("peers", lambda: peer_row(kind, 16, 2048, 2048), append=True)  # noqa: B023
-    for T in (32768, 1 << 20):
-        keep("long", lambda: kernel_row("paragru", 1, T, 1024, copy), append=True)  # noqa: B023
-    keep("loop", lambda: against_loop("paragru"))
-    for T in (512, 2048, 8192, 32768, 131072):
-        keep("time", lambda: time_row(T, copy), append=True)  # noqa: B023
-    for T in (512, 2048, 8192, 32768):
-        keep("newton", lambda: newton_row(1, T, 2048), append=True)  # noqa: B023
-    for kind in ("GRU", "LSTM"):
-        keep("cudnn", lambda: cudnn_row(kind, 1, 2048, 2048), append=True)  # noqa: B023
-    for name in ("paragru", "paralstm"):
-        for save in ("states", "borders"):
-            keep("memory", lambda: memory_row(name, 1, 32768, 2048, save), append=True)  # noqa: B023
-    keep("past_int32", past_int32)
-    for T in (512, 2048):
-        keep("graph", lambda: graph_row(1, T, 2048), append=True)  # noqa: B023
-    cell, pre, rec, h0 = inputs("paragru", 8, 1, 2048, torch.bfloat16)
-    with torch.no_grad():
-        keep("decode_ms", lambda: milliseconds(lambda: parallel_rnn_step(cell, pre[:, 0], rec, h0)))
-    for name in available():
-        if name not in ("paragru", "paralstm"):
-            keep("accuracy", lambda: {name: accuracy(name)}, append=True)  # noqa: B023
-            keep("kernels", lambda: kernel_row(name, *SHAPES[2], copy), append=True)  # noqa: B023
+        return sweep(result["copy_bytes_per_ms"], functools.partial(keep, "sweep"))
+    if options.processes > 1:
+        warm_up(options.processes)
+        print(f"{time.monotonic() - began:.1f} s: kernels compiled", flush=True)
+    for key, make in parts(result["copy_bytes_per_ms"]):
+        if options.only and key not in options.only:
+            continue
+        if time.monotonic() - began > options.total:
+            keep(key, {"skipped": f"after {options.total} s"})
+            continue
+        signal.alarm(options.part)
+        try:
+            row = make()
+        except Exception as problem:
+            row = {"error": f"{type(problem).__name__}: {problem}"[:500]}
+        signal.alarm(0)
+        torch.cuda.empty_cache()
+        keep(key, row)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from kernels.decode_step import cell as cell_source
-from kernels.dispatch import interpreted, no_triton
+from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import load_source
 
 ROWS = 8  # with more rows a matrix product reads the weights once for all of them
-# A kernel may start before the one before it ends, and read its weights meanwhile; None: where the device can. A fifth faster on an H100.
-dependent_launch: bool | None = None
 
 
 def why_not(device: torch.device, rows: int) -> str:
@@ -40,13 +38,6 @@ class Convolution:
 
 def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
-
-
-def overlapped() -> bool:
-    """Whether kernels are launched dependently."""
-    if dependent_launch is not None:
-        return dependent_launch
-    return not interpreted() and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def _options() -> dict[str, bool]:

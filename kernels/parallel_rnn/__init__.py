@@ -49,8 +49,11 @@ def parallel_rnn(
     h0 = torch.zeros(B, S, D, dtype=dtype, device=pre_BTPD.device) if h0_BSD is None else h0_BSD.to(dtype)
     if h0.shape != (B, S, D):
         raise ValueError(f"h0 must be {(B, S, D)}, not {tuple(h0.shape)}.")
-    if T == 0:
-        return pre_BTPD.new_zeros((B, 0, D) if emitted else (B, 0, S, D)), h0
+    if starts_BT is not None and (starts_BT.shape != (B, T) or starts_BT.dtype != torch.bool):
+        raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts_BT.dtype} of {tuple(starts_BT.shape)}.")
+    if B * T * D == 0:
+        nothing = 0 * (pre_BTPD.sum() + rec_RD.sum().to(pre_BTPD.dtype))  # for autograd: gradients of zero, not none
+        return pre_BTPD.new_zeros((B, T, D) if emitted else (B, T, S, D)) + nothing, h0
     if method == "triton" or (method != "sequential" and cell.lowered):  # autograd, which other cells need for their derivatives, is off in ops
         out, kept, final, _ = op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method, save == "borders")
         return out if emitted else op.joined(out, kept), final

@@ -8,48 +8,39 @@ from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 TENSORS = "PRE, REC, H0, RESET, EMITTED, KEPT, D_EMITTED, D_KEPT"
 
 
-def _loads(w: Writer, indent: int, prefix: str, t: str) -> None:
+def _loads(w: Writer) -> None:
     """The group at t: inputs, states before each step, incoming gradients. Only the very first state lies before the tensor: h0."""
-    w.put(indent, f"back = tl.where({t} == 0, 0, 1)")
-    w.load_inputs(indent, prefix, t)
+    w.put(2, "back = tl.where(t == 0, 0, 1)")
+    w.load_inputs(2, "t")
     for u in range(w.U):
-        here = live(f"{t} + {u} < last")
+        here = live(f"t + {u} < last")
         for i in w.S:
             before = w.state(i, u - 1) if u else w.state(i, 0) + f" - back * {'D' if i == w.n_kept else f'{w.n_kept} * D'}"
-            w.put(indent, f"{prefix}a{i}_{u} = _get({before}, {here}, EVEN)")
-        w.put(indent, f"{prefix}e{w.n_kept}_{u} = _get({w.state(w.n_kept, u, 'd_')}, {here}, EVEN)")
+            w.put(2, f"a{i}_{u} = _get({before}, {here}, EVEN)")
+        w.put(2, f"e{w.n_kept}_{u} = _get({w.state(w.n_kept, u, 'd_')}, {here}, EVEN)")
         if w.n_kept:
-            w.put(indent, "if WITH_KEPT:")
-            w.put(indent + 1, *(f"{prefix}e{i}_{u} = _get({w.state(i, u, 'd_')}, {here}, EVEN)" for i in range(w.n_kept)))
+            w.put(2, "if WITH_KEPT:", *(f"    e{i}_{u} = _get({w.state(i, u, 'd_')}, {here}, EVEN)" for i in range(w.n_kept)))
 
 
-def _enter(w: Writer, pipelined: bool = False) -> None:
+def _enter(w: Writer) -> None:
+    """Pointers at the last group of the slice."""
     w.put(1, f"top = first + ((last - first - 1) // {w.U}) * {w.U}")
     w.put(1, "p = PRE + b * sb + top.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + top")
     w.state_pointers(1, "top")
     w.state_pointers(1, "top", "D_EMITTED", "D_KEPT", "d_")
     w.put(1, "dp = D_PRE + b * d_sb + top.to(tl.int64) * D_ST + _columns(tile, d_se, D, HEAD, BD)")
-    if not pipelined:
-        _loads(w, 1, "", "top")
     w.load_resets(1, "", "top")
 
 
-def _down(w: Writer, by: str) -> None:
-    """Input pointers to the group before."""
-    w.put(2, f"p -= {by} * ST")
-    w.move(2, f"-{by}")
-    w.move(2, f"-{by}", "d_")
-
-
-def _ahead_resets(w: Writer) -> None:
-    w.put(2, f"ahead = tl.where(t - {w.U} >= first, {w.U}, 0)  # the last group is loaded twice", "q -= ahead")
+def _loop(w: Writer, steps: str) -> None:
+    """Groups downwards from the top, `steps` steps in all, with their loads; pointers move to the group before."""
+    w.put(1, f"for done in tl.range(0, {steps}, {w.U}, num_stages={STAGES}):", "    t = top - done")
+    _loads(w)
+    w.put(2, f"p -= {w.U} * ST")
+    w.move(2, f"-{w.U}")
+    w.move(2, f"-{w.U}", "d_")
+    w.put(2, f"ahead = tl.where(t - {w.U} >= first, {w.U}, 0)  # the last group's resets are loaded twice", "q -= ahead")
     w.load_resets(2, "n", "(t - ahead)")
-
-
-def _ahead(w: Writer) -> None:
-    _ahead_resets(w)
-    _down(w, "ahead")
-    _loads(w, 2, "n", "(t - ahead)")
 
 
 def _before(w: Writer, u: int) -> None:
@@ -62,14 +53,6 @@ def _before(w: Writer, u: int) -> None:
     w.put(2, f"z{w.n_kept} = e{w.n_kept}_{u}.to(tl.float32) + g{w.n_kept}", *(f"z{i} = g{i}" for i in range(w.n_kept)))
     if w.n_kept:
         w.put(2, "if WITH_KEPT:", *(f"    z{i} += e{i}_{u}.to(tl.float32)" for i in range(w.n_kept)))
-
-
-def _next(w: Writer) -> None:
-    w.next_group(2)
-    for u in range(w.U):
-        w.put(2, *(f"a{i}_{u} = na{i}_{u}" for i in w.S), f"e{w.n_kept}_{u} = ne{w.n_kept}_{u}")
-        if w.n_kept:
-            w.put(2, "if WITH_KEPT:", *(f"    e{i}_{u} = ne{i}_{u}" for i in range(w.n_kept)))
 
 
 def _gradients(w: Writer, u: int, names: tuple[str, str, str], cotangent: str) -> None:
@@ -88,26 +71,28 @@ def _store_gradients(w: Writer, u: int) -> None:
     w.put(2, *(f"_put(dp + ({u} * D_ST + {k} * D_SP), y{k}, {live('go')}, EVEN)" for k in w.P))
 
 
-def _head(w: Writer, name: str, own: str) -> None:
+def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
     n = len(w.S)
-    extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
-    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}")
+    extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, REACH, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
+    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", after=after)
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n} * D + d", f"o0 = b * {n} * D + d")
     w.put(1, *(f"first{i} = {w.vector('H0', 'o0', i)}" for i in w.S), *(f"dw{r} = tl.zeros((BD,), tl.float32)" for r in w.R))
 
 
 def gradient(traced: Traced, unroll: int) -> str:
+    """REACH: the first step of the last group of steps, counted backwards, at whose upper end the product of the Jacobians from the slice's
+    end is still over the tolerance: so far down an adjoint from later slices has to be carried."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
     _head(w, "gradient", "SLICED: tl.constexpr, ")
     last_slice = live("s == n - 1")
     w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i, last_slice)}  # later slices bring theirs in mend_gradient" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
-    _enter(w, pipelined=True)
-    w.put(1, f"for done in tl.range(0, last - first, {unroll}, num_stages={STAGES}):", "    t = top - done")
-    _loads(w, 2, "", "t")
-    _down(w, str(unroll))
-    _ahead_resets(w)
+    _enter(w)
+    w.put(1, "reach = tl.zeros((BD,), tl.int32) + top")
+    _loop(w, "last - first")
+    w.put(2, "if SLICED:", "    fits = tl.abs(J00) <= TOLERANCE  # not a number does not fit")
+    w.put(3, *(f"fits = fits & (tl.abs(J{i}{j}) <= TOLERANCE)" for i in w.S for j in w.S if i or j), "reach = tl.where(fits, reach, t)")
     for u in reversed(range(unroll)):
         _before(w, u)
         _gradients(w, u, ("y", "c", "k"), "z{i}")
@@ -125,14 +110,15 @@ def gradient(traced: Traced, unroll: int) -> str:
     w.put(1, "if s == 0:", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
     w.put(1, "if SLICED:", *(f"    tl.store(ENDS + o + {i} * D, g{i}, mask=inside)" for i in w.S), f"    oo = (b * n + s) * {n * n} * D + d")
     w.put(2, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
+    w.put(2, "tl.store(REACH + (b * n + s) * D + d, reach, mask=inside)")
     return w.text()
 
 
 def mend_gradient(traced: Traced, unroll: int) -> str:
-    """Adjoints are linear: with the true adjoint at a slice's end, c more than `gradient` had, what it wrote is right again where the
-    difference f has died away, and the weights' gradients lack those of f."""
+    """Adjoints are linear: with the true adjoint at a slice's end, f more than `gradient` had, what it wrote is right again below REACH, and
+    the weights' gradients lack those of f."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    _head(w, "mend_gradient", "TOLERANCE, ")
+    _head(w, "mend_gradient", "", after=True)
     w.put(1, "if s == n - 1:", "    return")
     w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"oo = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
     group = range(1, 1 + max(1, 24 // (n * (n + 1))))
@@ -145,10 +131,17 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
         w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_times(j{i}{j}_{u}, f{j})" for j in w.S) for i in w.S))
         w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S))
     w.put(2, f"o -= {len(group) * n} * D", f"oo -= {len(group) * n * n} * D")
-    w.put(1, *(f"g{i} = f{i}" for i in w.S), *(f"size{i} = tl.abs(f{i})" for i in w.S))
+    w.put(1, "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S), "if tl.max(tl.where(inside & some, 1, 0), 0) == 0:", "    return")
     _enter(w)
-    w.put(1, "t = top", "met = 0 * first", "while (t >= first) & (met == 0):")
-    _ahead(w)
+    w.put(1, "finite = " + " & ".join(f"(tl.abs(f{i}) <= 3.0e38)" for i in w.S))
+    w.put(1, "reach = tl.load(REACH + (b * n + s) * D + d, mask=inside, other=0)")
+    w.put(1, "stop = tl.min(tl.where(inside & some, tl.where(finite, reach, first), top), 0)")
+    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", "if s == 0:")
+    entry = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
+    w.put(2, *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, f{j})" for j in w.S) for i in w.S))
+    w.put(2, *(f"tl.store(D_H0 + o0 + {i} * D, k{i}, mask=inside)" for i in w.S))
+    w.put(1, *(f"g{i} = f{i}" for i in w.S))
+    _loop(w, f"top - stop + {unroll}")
     for u in reversed(range(unroll)):
         _before(w, u)
         _gradients(w, u, ("y", "_c", "k"), "z{i}")
@@ -157,16 +150,10 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
         w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
         _reset_and_keep(w, u, "k", "g")
         _reset_and_keep(w, u, "m", "f")
-    w.put(2, *(f"size{i} = tl.maximum(size{i}, tl.abs(g{i}))" for i in w.S))
     w.put(2, f"dp -= {unroll} * D_ST")
-    w.put(2, "if t % MARK == 0:", "    over = tl.where(tl.abs(f0) > TOLERANCE * size0, 1, 0)")
-    w.put(3, *(f"over = tl.maximum(over, tl.where(tl.abs(f{i}) > TOLERANCE * size{i}, 1, 0))" for i in w.S[1:]))
-    w.put(3, "met = 1 - tl.max(tl.where(inside, over, 0), 0)")
-    _next(w)
-    w.put(2, f"t -= {unroll}")
+    w.next_resets(2)
     for r in w.R:
         w.put(1, f"dw = D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d", f"tl.store(dw, tl.load(dw, mask=inside, other=0.0) + dw{r}, mask=inside)")
-    w.put(1, "if (s == 0) & (met == 0):", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
     return w.text()
 
 
@@ -182,8 +169,8 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
     w.state_pointers(1, "first", "D_EMITTED", "D_KEPT", "d_")
-    w.put(1, f"for t in range(first, last, {unroll}):", "    back = tl.where(t == 0, 0, 1)")
-    w.load_inputs(2, "", "t")
+    w.put(1, f"for t in tl.range(first, last, {unroll}, num_stages={STAGES}):", "    back = tl.where(t == 0, 0, 1)")
+    w.load_inputs(2, "t")
     w.load_resets(2, "", "t")
     for u in range(unroll):
         w.put(2, f"go = t + {u} < last")

@@ -26,20 +26,26 @@ def _steps(w: Writer, indent: int, product: str | None) -> None:
         w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live('go')}, EVEN)" for i in w.S))
 
 
-def _enter(w: Writer, t: str, pipelined: bool = False) -> None:
-    """Pointers at step t and, unless a pipelined loop does them, the first group's loads."""
+def _enter(w: Writer, t: str) -> None:
+    """Pointers at step t."""
     w.put(1, f"p = PRE + b * sb + {t}.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", f"q = RESET + b * T + {t}")
     w.state_pointers(1, t)
     w.put(1, f"mark = MARKS + (b * ((T + MARK - 1) // MARK) + {t} // MARK) * {len(w.S)} * D + d")
-    if not pipelined:
-        w.load_inputs(1, "", t)
     w.load_resets(1, "", t)
 
 
-def _ahead(w: Writer, indent: int) -> None:
-    w.put(indent, f"ahead = tl.where(t + {w.U} < last, {w.U}, 0)  # the last group is loaded twice", "p += ahead * ST")
-    w.load_inputs(indent, "n", f"t + {w.U}")
-    w.ahead_resets(indent)
+def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, marks: str = "True") -> None:
+    """All groups of steps from `start` to `end`, pointers moving along."""
+    w.put(indent, f"for t in tl.range({start}, {end}, {w.U}, num_stages={STAGES}):")
+    w.load_inputs(indent + 1, "t")
+    w.put(indent + 1, f"p += {w.U} * ST", f"q += {w.U}")
+    w.load_resets(indent + 1, "n", f"t + {w.U}")
+    _steps(w, indent + 1, product)
+    w.move(indent + 1, str(w.U))
+    if marks != "True":
+        w.put(indent + 1, f"if {marks}:")
+    _marks(w, indent + 1 + (marks != "True"))
+    w.next_resets(indent + 1)
 
 
 def _marks(w: Writer, indent: int) -> None:
@@ -57,16 +63,8 @@ def walk(traced: Traced, unroll: int) -> str:
     w.put(1, "else:  # slices start from zero, the first one from h0", *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S))
     w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
-    _enter(w, "first", pipelined=True)
-    w.put(1, f"for t in tl.range(first, last, {unroll}, num_stages={STAGES}):")
-    w.load_inputs(2, "", "t")
-    w.put(2, f"p += {unroll} * ST")
-    w.ahead_resets(2)
-    _steps(w, 2, "PRODUCT")
-    w.move(2, str(unroll))
-    w.put(2, "if WITH_MARKS:")
-    _marks(w, 3)
-    w.next_resets(2)
+    _enter(w, "first")
+    _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS")
     w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
     return w.text()
@@ -110,7 +108,7 @@ def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
-    w.begin("mend", f"{own}, NEWTON: tl.constexpr,\n        {SIZES}")
+    w.begin("mend", f"{own}, NEWTON: tl.constexpr, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
     w.put(1, "if NEWTON:")
     _chain(w, 2, "s", "True", worst=False)
     w.put(1, "else:", f"    o = (b * n + tl.maximum(s - 1, 0)) * {n} * D + d")
@@ -130,16 +128,13 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
     _enter(w, "first")
-    w.put(1, "t = first", "met = 0 * first", "while (t < last) & (met == 0):")
-    _ahead(w, 2)
-    _steps(w, 2, "True")
-    w.move(2, str(unroll))
-    w.put(2, f"if ((t + {unroll}) % MARK == 0) & (t + {unroll} < last):  # where the old and the new walk have met, the rest of the old one is right")
-    w.put(3, f"gap = _far({w.vector('mark', '0', 0)}, h0)", *(f"gap = tl.maximum(gap, _far({w.vector('mark', '0', i)}, h{i}))" for i in w.S[1:]))
-    w.put(3, "met = (tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE).to(tl.int32)")
-    _marks(w, 2)
-    w.next_group(2)
-    w.put(2, f"t += {unroll}")
+    w.put(1, "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
+    w.put(2, "to = tl.minimum(from_ + STRETCH, last)  # where the old and the new walk have met there, the rest of the old one is right")
+    seen = live("to < last")
+    w.put(2, *(f"a{i} = {w.vector('mark', f'(STRETCH // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
+    _loop(w, 2, "from_", "to", "True")
+    w.put(2, "gap = _far(a0, h0)", *(f"gap = tl.maximum(gap, _far(a{i}, h{i}))" for i in w.S[1:]))
+    w.put(2, "met = ((tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE) & (to < last)).to(tl.int32)", "from_ = to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *_store_products(w, "NEW_PRODUCTS", "tl.where(met != 0, 0.0, J{i}{j})"))
@@ -149,7 +144,7 @@ def mend(traced: Traced, unroll: int) -> str:
 def finish(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE, NEWTON: tl.constexpr"
-    w.begin("finish", f"{own},\n        {SIZES}", sliced=False)
+    w.begin("finish", f"{own},\n        {SIZES}", sliced=False, after=True)
     w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
     _chain(w, 1, "n - 1", "NEWTON", worst=True)
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)")
@@ -160,12 +155,7 @@ def finish(traced: Traced, unroll: int) -> str:
     w.put(1, f"o = (b * n + bad - 1) * {n} * D + d", *(f"h{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
     w.put(1, "first = bad * SLICE", "last = T")
     _enter(w, "first")
-    w.put(1, f"for t in range(first, last, {unroll}):")
-    _ahead(w, 2)
-    _steps(w, 2, None)
-    w.move(2, str(unroll))
-    _marks(w, 2)
-    w.next_group(2)
+    _loop(w, 1, "first", "last", None)
     w.put(1, *(f"tl.store(final + {i} * D, h{i}, mask=inside)" for i in w.S))
     return w.text()
 

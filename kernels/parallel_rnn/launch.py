@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import interpreted, no_triton
+from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn import codegen
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import NotLowered, trace
@@ -31,18 +31,22 @@ from kernels.parallel_rnn.trace import NotLowered, trace
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
 CORRECTIONS = 2  # Newton steps on the slice starts before the walk in order
 MARK = 32  # steps from one fp32 state kept to the next
+STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
+MOST_SLICES = 65535  # the second dimension of a launch
 _stats: dict[torch.device, Tensor] = {}
 
 
+@functools.cache
 def cache_folder() -> Path:
-    """Where generated source lies; a temporary folder where home cannot be written."""
-    wanted = Path(os.environ.get("EVERYWHEN_CACHE", Path.home() / ".cache" / "everywhen")) / "parallel_rnn"
+    """Where generated source lies; a temporary folder of this process where it cannot be written."""
+    wanted = Path(os.environ.get("EVERYWHEN_CACHE") or Path.home() / ".cache" / "everywhen") / "parallel_rnn"
     try:
         wanted.mkdir(parents=True, exist_ok=True)
-        return wanted
-    except OSError:
+        with tempfile.TemporaryFile(dir=wanted):
+            return wanted
+    except (OSError, RuntimeError):
         return Path(tempfile.mkdtemp(prefix="everywhen-"))
 
 
@@ -53,6 +57,7 @@ def load_source(name: str, text: str) -> ModuleType:
     if not path.exists() or path.read_text() != text:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as part:  # other ranks may write the same file
             part.write(text)
+        os.chmod(part.name, 0o644)  # other users of a shared cache read it
         os.replace(part.name, path)
     spec = importlib.util.spec_from_file_location(f"everywhen_kernels_{name}", path)
     assert spec is not None and spec.loader is not None
@@ -92,7 +97,7 @@ class Plan:
         (B, T), D = pre.shape[:2], pre.shape[3:].numel()
         small = interpreted()  # the interpreter pays for every statement
         self.ahead, self.back = (2, 2) if small else (codegen.AHEAD, codegen.AHEAD_BACK)
-        self.mark = 4 if small else MARK
+        self.mark, self.stretch = (4, 4) if small else (MARK, STRETCH)
         self.block = 16 if small else BLOCK if D > 32 else 32
         self.warps = max(1, self.block // 64)
         self.blocks = -(-D // self.block)
@@ -132,10 +137,25 @@ def _heads(pre: Tensor) -> Tensor:
     return pre.unsqueeze(3) if pre.dim() == 4 else pre
 
 
+def dependently(constants: dict[str, Any]) -> dict[str, Any]:
+    """Options of a launch that reads what the launch before it writes."""
+    dependent = overlapped()
+    return {**constants, "DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
+
+
+def tolerance(pre: Tensor) -> float:
+    """Relative distance under which two states, or an adjoint's remainder, count as the same."""
+    return 1e-6 if pre.dtype == torch.float32 else 1e-5
+
+
 def _counters(device: torch.device) -> Tensor:
     """Largest residual, most corrections, tiles solved over slices, and tiles walked in order, since they were last read."""
     if device not in _stats:
-        _stats[device] = torch.zeros(4, device=device)
+        with torch.inference_mode(False):  # a tensor that later calls may change
+            counters = torch.zeros(4, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return counters  # the graph's own: each replay would set it to zero
+        _stats[device] = counters
     return _stats[device]
 
 
@@ -152,7 +172,7 @@ def forward(
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     linear = trace(cell).linear
-    rounds = 0 if n == 1 else 1 if linear else CORRECTIONS + 1
+    rounds = min(1 if linear else CORRECTIONS + 1, n - 1)
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
@@ -161,29 +181,30 @@ def forward(
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
-    final, stats = torch.empty_like(h0), _counters(pre.device)
-    tolerance = 1e-6 if pre.dtype == torch.float32 else 1e-5
+    final, stats, after = torch.empty_like(h0), _counters(pre.device), dependently(constants)
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance, linear or k > 0, *sizes, **constants
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance, rounds > 0, *sizes, **constants)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **after)
     return emitted, kept, final, marks
 
 
 def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, marks: Tensor) -> tuple[Tensor, Tensor]:
-    """The states again from the marks, every stretch between two of them at once."""
+    """The states again from the marks, every stretch between two of them at once (of very long sequences, between every few)."""
     pre, rec = _heads(pre), rec.float().contiguous()
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
-    plan = Plan(pre, marks.shape[1])
+    plan = Plan(pre, min(marks.shape[1], MOST_SLICES))
+    marks = marks[:, plan.slice // plan.mark - 1 :: plan.slice // plan.mark]
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
-    begins = torch.cat([h0.float()[:, None], marks[:, :-1]], 1)
+    begins = torch.cat([h0.float()[:, None], marks], 1)[:, : plan.slices].contiguous()
+    ends = torch.empty_like(begins)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).walk[plan.grid](
-        source, rec, begins, reset, emitted, kept, marks, begins, torch.empty_like(marks), marks, True, False, False, *sizes, **constants
+        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, True, False, False, *sizes, **constants
     )
     return emitted, kept
 
@@ -202,26 +223,30 @@ def backward(
     cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor,
     d_kept: Tensor | None, d_final: Tensor, slices: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of pre (its dtype, and its layout if it is dense), rec and h0 (fp32)."""
+    """Gradients of pre (its dtype, laid out as torch.empty_like does), rec and h0 (fp32)."""
     whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     B, D, R, S = len(pre), rec.shape[1], len(cell.rec), len(cell.state)
     plan = Plan(pre, slices, back=True)
     module, n = _module(cell, plan), plan.slices
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    d_pre = torch.empty_like(pre)
+    d_whole = torch.empty_like(whole)
+    d_pre = _heads(d_whole)
     to = Layout(d_pre)
     partial, d_h0 = h0.new_empty(B, n, R, D), torch.empty_like(h0)
     ends, products = (h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, S, D)) if n > 1 else (h0, h0)
+    reach = torch.empty(B, n, D, dtype=torch.int32, device=h0.device) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     with_kept = d_kept is not None and S > 1
     tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
-    outputs = (to.tensor, partial, d_h0, d_final, ends, products, to.batch, to.se, to.time, to.projection)
+    outputs = (to.tensor, partial, d_h0, d_final, ends, products, reach, tolerance(pre), to.batch, to.se, to.time, to.projection)
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
-        tolerance = 1e-6 if pre.dtype == torch.float32 else 1e-5
-        module.mend_gradient[plan.grid](*tensors, *outputs, tolerance, with_kept, *sizes, **constants)
-    return to.tensor.view(whole.shape) if whole.dim() == 4 else to.tensor, partial.sum((0, 1)), d_h0
+        after = dependently(constants)
+        module.mend_gradient[plan.grid](*tensors, *outputs, with_kept, *sizes, **after)
+    if to.tensor is not d_pre:  # a layout the kernels cannot write
+        d_pre.copy_(to.tensor)
+    return d_whole, partial.sum((0, 1)), d_h0
 
 
 def adjoint(
@@ -238,6 +263,8 @@ def adjoint(
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     products, ends = h0.new_empty(B, plan.slices, S, S, D), h0.new_zeros(B, plan.slices, S, D)
     source, sizes, constants = _sizes(plan, pre, starts)
+    if d_kept is not None and d_emitted is None:
+        d_emitted = torch.zeros_like(emitted)
     with_states, with_kept = d_emitted is not None, d_kept is not None and S > 1
     gradients = (d_emitted.contiguous() if d_emitted is not None else emitted, d_kept.contiguous() if d_kept is not None and S > 1 else emitted)
     _module(cell, plan).transfer[plan.grid](

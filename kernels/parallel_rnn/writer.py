@@ -3,9 +3,9 @@
 Names in the generated source: x{k}_{u} input projection k of step u of the group, w{r} weights, h{i} states, a{i} the states before a step,
 e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians.
 
-Loads run ahead of the arithmetic, or each step would wait for memory. `walk` and `gradient`, which move nearly all bytes, do it by asynchronous
-copies to shared memory, STAGES groups of steps deep (Triton's pipelined loops). The others, whose loops end early, load one group ahead into
-registers (names that begin with n), which the compiler moves down again to some extent.
+Loads run ahead of the arithmetic, or each step would wait for memory: loops are pipelined by Triton, which copies asynchronously to shared
+memory, STAGES groups of steps deep. (Loads into registers a group ahead do not do it, the compiler moves them down again.) `mend`, which ends
+early, does it a stretch of steps at a time. Resets are a byte a step for all channels, and are loaded one group ahead (names that begin with n).
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
 def _columns(tile, se, D: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr):  # offsets of a tile's channels, which lie in heads of HEAD
     if HEAD == D:
         return tile * BD + tl.arange(0, BD)
-    elif HEAD % BD == 0:
-        return (tile * BD // HEAD).to(tl.int64) * se + (tile * BD % HEAD + tl.arange(0, BD))
+    elif HEAD % BD == 0:  # the remainder is a multiple of BD: some releases of Triton do not see it, and copy nothing asynchronously
+        return (tile * BD // HEAD).to(tl.int64) * se + (tl.multiple_of(tile * BD % HEAD, BD) + tl.arange(0, BD))
     else:
         d = tile * BD + tl.arange(0, BD)
         return (d // HEAD).to(tl.int64) * se + d % HEAD
@@ -139,13 +139,16 @@ class Writer:
         """Entry (i, j) of a product of S x S matrices; forms over i, m and m, j."""
         return " + ".join(left.format(i=i, m=m) + " * " + right.format(m=m, j=j) for m in self.S)
 
-    def begin(self, name: str, arguments: str, sliced: bool = True) -> None:
-        """The kernel's head: its tile of channels, its slice s of n, its batch row b, and the recurrent weights."""
-        self.put(0, "@triton.jit", f"def {name}({arguments}):")
+    def begin(self, name: str, arguments: str, sliced: bool = True, after: bool = False) -> None:
+        """The kernel's head: its tile of channels, its slice s of n, its batch row b. `after`: it may be launched before the kernel whose
+        results it reads has ended (kernels/dispatch.py), and waits for it here."""
+        self.put(0, "@triton.jit", f"def {name}({arguments}{', DEPENDENT: tl.constexpr' if after else ''}):")
         self.put(1, "BLOCKS: tl.constexpr = (D + BD - 1) // BD", "tile = tl.program_id(0) % BLOCKS", "b = (tl.program_id(0) // BLOCKS).to(tl.int64)")
         self.put(1, "d = tile * BD + tl.arange(0, BD)", "inside = d < D")
         if sliced:
             self.put(1, "s = tl.program_id(1)", "n = tl.num_programs(1)")
+        if after:
+            self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()", "    tl.extra.cuda.gdc_wait()")
 
     def weights(self) -> None:
         for r in self.R:
@@ -170,25 +173,16 @@ class Writer:
         if self.n_kept:
             self.put(indent, f"{prefix}kept += {by} * {self.n_kept} * D")
 
-    def load_inputs(self, indent: int, prefix: str, t: str) -> None:
+    def load_inputs(self, indent: int, t: str) -> None:
         """Inputs of the group at t, where p points."""
         for u in range(self.U):
             for k in self.P:
-                self.put(indent, f"{prefix}x{k}_{u} = _get(p + ({u} * ST + {k} * SP), {live(f'{t} + {u} < last')}, EVEN)")
+                self.put(indent, f"x{k}_{u} = _get(p + ({u} * ST + {k} * SP), {live(f'{t} + {u} < last')}, EVEN)")
 
     def load_resets(self, indent: int, prefix: str, t: str) -> None:
         """Resets of the group at t, where q points."""
         self.put(indent, "if HAS_RESET:")
         self.put(indent + 1, *(f"{prefix}r{u} = tl.load(q + {u}, mask={t} + {u} < last, other=0)" for u in range(self.U)))
 
-    def ahead_resets(self, indent: int) -> None:
-        self.put(indent, f"q += {self.U}")
-        self.load_resets(indent, "n", f"t + {self.U}")
-
     def next_resets(self, indent: int) -> None:
         self.put(indent, "if HAS_RESET:", *(f"    r{u} = nr{u}" for u in range(self.U)))
-
-    def next_group(self, indent: int) -> None:
-        """The group loaded ahead becomes the present one."""
-        self.put(indent, *(f"x{k}_{u} = nx{k}_{u}" for u in range(self.U) for k in self.P))
-        self.next_resets(indent)

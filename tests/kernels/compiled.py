@@ -1,4 +1,5 @@
-"""Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled}}}.
+"""Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled, copies}}}
+(copies: asynchronous ones to shared memory in its text).
 Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 4 paragru` (steps of a group, forward and backward);
 with `--golden` at the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
 
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
-SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "NEWTON": True, "SLICED": True, "WITH_KEPT": False}
+SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "NEWTON": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True}
 GOLDEN = Path(__file__).with_name("resources.json")
 D = 2048
 
@@ -33,6 +34,8 @@ def kind(name: str) -> str:
         return "*bf16"
     if name in ("TOLERANCE", "ROUND"):
         return "fp32"
+    if name == "REACH":
+        return "*i32"
     return "*u8" if name == "RESET" else "*fp32" if name.isupper() and name not in ("T", "SLICE") else "i32"
 
 
@@ -53,7 +56,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
         cell = next(c for c in cells() if c.name == name)
         module = launch.kernels(cell, ahead, back, "ptx")
         P = len(cell.pre)
-        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "BD": launch.BLOCK}
+        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH, "BD": launch.BLOCK}
         out[name] = {}
         for kernel in codegen.KERNELS:
             fn = getattr(module, kernel)
@@ -62,7 +65,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": max(1, launch.BLOCK // 64)})
             assert ".target sm_90" in made.asm["ptx"]
-            out[name][kernel] = resources(made.asm["cubin"])
+            out[name][kernel] = {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
     print(json.dumps(out))
     if golden:
         lines = {"triton": triton.__version__, "ahead": ahead, "back": back, "cells": out}
