@@ -22,7 +22,7 @@ from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.suites import Item, guarded, run_items
 from evals.tasks import NAMES, NOISE, Task
 from evals.texts import Text
-from tests.conftest import run_program
+from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 
 CODER = own_coder(byte_tokenizer())
@@ -220,7 +220,7 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
 @pytest.mark.slow
 def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, tmp_path: Path) -> None:
     words = [f"checkpoint={hf_folder}", "suite=quick", "train_length=64", "max_length=256", "lengths=320", "samples=1", "depths=1", "rows=1"]
-    done = run_program(["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evals.run", *words, "device=cpu", f"out={tmp_path}"])
+    done = run_ranks(2, ["-m", "evals.run", *words, "device=cpu", f"out={tmp_path}"])
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
     assert {r["item"] for r in kept} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in kept)
