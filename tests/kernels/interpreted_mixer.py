@@ -21,6 +21,7 @@ from kernels.gated_norm import reference as norm_reference  # noqa: E402
 from kernels.short_conv import op as conv_op  # noqa: E402
 from kernels.short_conv import reference as conv_reference  # noqa: E402
 from kernels.short_conv import short_conv, short_conv_columns  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -120,6 +121,7 @@ def chains() -> None:
 
 
 if __name__ == "__main__":
+    patch_once()
     torch.manual_seed(0)
     convolutions()
     norms()
