@@ -16,7 +16,9 @@ from kernels.short_conv import reference as conv_reference
 from kernels.short_conv import short_conv, short_conv_columns
 from models import mixers
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
