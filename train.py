@@ -1,7 +1,7 @@
 """Pretrains a language model. One process, torchrun or the deepspeed launcher, CPU or GPU: the same program.
 
     python train.py                                     the tiny hybrid on the demo corpus
-    deepspeed --num_gpus 8 train.py model=paragru size=400m data=shards data.path=DIR train.precision=bf16
+    deepspeed --num_gpus 8 train.py model=paragru size=400m data=shards data.path=DIR train.precision=bf16 train.global_batch=64
     python train.py --help                              all groups and keys
 
 It reads top to bottom: build, resume, loop, evaluate, save.

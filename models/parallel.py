@@ -27,6 +27,7 @@ from kernels.parallel_rnn.cell import biased
 from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
 
+untraced = torch._disable_dynamo  # torch.compiler.disable, but the compiler is loaded with the first call, not here
 BURN_IN = 256  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
 
 
@@ -168,7 +169,7 @@ class Slice:
 
     # What mixers ask for
 
-    @torch.compiler.disable
+    @untraced
     def starts(self, segment_ids: Tensor | None) -> Tensor | None:
         """document_starts of this slice, the slice before it considered."""
         if segment_ids is None:
@@ -178,7 +179,7 @@ class Slice:
             self._starts = segment_ids, document_starts(segment_ids, before if self.rank else segment_ids[:, 0])
         return self._starts[1]
 
-    @torch.compiler.disable
+    @untraced
     def all_segments(self, segment_ids: Tensor | None) -> Tensor | None:
         """(B, N T): the segments of all slices."""
         if segment_ids is None:
@@ -187,7 +188,7 @@ class Slice:
             self._segments = segment_ids, self.gather(segment_ids, "segments").transpose(0, 1).flatten(1)
         return self._segments[1]
 
-    @torch.compiler.disable
+    @untraced
     def halo(self, x_BTD: Tensor, width: int, segment_ids: Tensor | None) -> Tensor:
         """The last width-1 inputs of the slice before, zero where they belong to an earlier document than its last token."""
         T = x_BTD.shape[1]
@@ -198,7 +199,7 @@ class Slice:
             tail = tail * (segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None]
         return _Shift.apply(tail, self, "halo")
 
-    @torch.compiler.disable
+    @untraced
     def states(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None, bias: Tensor) -> Tensor:
         """Emitted states (B, T, D) of a nonlinear cell; arguments as of `parallel_rnn`.
 
@@ -231,7 +232,7 @@ class Slice:
         ends = self.gather(end, "states").transpose(0, 1)
         return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
 
-    @torch.compiler.disable
+    @untraced
     def scan(
         self, x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGM: Tensor, C_BTGM: Tensor, D_H: Tensor, starts: Tensor | None, chunk: int
     ) -> Tensor:
@@ -251,7 +252,7 @@ class Slice:
         """Whether the heads can be dealt out to the ranks."""
         return H % self.size == 0 and (G % self.size == 0 or self.size % G == 0)
 
-    @torch.compiler.disable
+    @untraced
     def to_heads(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All of the time of this rank's share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509), in one message; key/value heads that are
         fewer than the ranks are sent to several."""
@@ -261,13 +262,13 @@ class Slice:
         whole = _Swap.apply(parts, self).permute(1, 2, 0, 3, 4).flatten(2, 3)
         return whole.split([q_BHTK.shape[1] // N, k.shape[1] // N, v.shape[1] // N], 1)
 
-    @torch.compiler.disable
+    @untraced
     def to_time(self, y_BHTK: Tensor) -> Tensor:
         """Back from all of the time of some heads to this slice of all heads."""
         parts = y_BHTK.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3, 4)
         return _Swap.apply(parts, self).transpose(0, 1).flatten(1, 2)
 
-    @torch.compiler.disable
+    @untraced
     def keys(self, k_BGTK: Tensor, v_BGTK: Tensor, segment_ids: Tensor | None, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and segments of this slice and of what it sees before it: a halo if the window allows, else all slices before."""
         both, back = torch.stack([k_BGTK, v_BGTK.to(k_BGTK.dtype)]), window - 1

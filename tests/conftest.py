@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["experiment=smoke", "train.device=cpu"]
 
@@ -35,8 +37,16 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def run_program(arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS` in the project's root."""
+def run_ranks(ranks: int, arguments: list[str], timeout: float = 300, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` on the ranks of one machine, as torchrun starts them but without its process and the loading of libraries."""
+    shared = environment(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), **extra)
+    return run_forked(arguments, [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)], timeout)
+
+
+def run_program(arguments: list[str], timeout: float = 300, *, started: bool = False, **extra: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` in the project's root: forked (tests/forked.py), or really `started` by a shell's means."""
+    if not started and arguments[:2] != ["-m", "torch.distributed.run"]:
+        return run_forked(arguments, [environment(**extra)], timeout)
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -44,10 +54,15 @@ def run_program(arguments: list[str], timeout: float = 300, **extra: str) -> sub
 
 @pytest.fixture
 def train(demo_shards: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """train(run_name, *overrides, launcher=[...]) runs train.py on the small shards; the run folder is tmp_path/run_name."""
+    """train(run_name, *overrides) runs train.py on the small shards; the run folder is tmp_path/run_name. launcher: words before train.py,
+    all processes are then really started; ranks: so many forked ones."""
 
-    def run(name: str, *overrides: str, launcher: list[str] | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
-        arguments = [*(launcher or []), "train.py", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / name}", *overrides]
-        return run_program(arguments, **extra)
+    def run(
+        name: str, *overrides: str, launcher: list[str] | None = None, ranks: int = 1, **extra: str
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = ["train.py", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / name}", *overrides]
+        if ranks > 1:
+            return run_ranks(ranks, arguments, **extra)
+        return run_program([*(launcher or []), *arguments], started=bool(launcher), **extra)
 
     return run

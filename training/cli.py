@@ -91,16 +91,16 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictC
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base=None, config_dir=str(config_dir)):
         try:
+            return compose("train", arguments)
+        except (HydraException, OmegaConfBaseException) as error:  # of the first problem; are there keys that do not exist?
+            first = error
+        try:
             base = compose("train", [o.input_line or "" for o, g in zip(overrides, is_group) if g or o.is_add() or o.is_force_add()])
         except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(" ".join(str(error).split())) from error
-        problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base)
-        if problems:
-            raise UserError(problems)
-        try:
-            return compose("train", arguments)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            first = error
+        else:
+            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base)
+        raise UserError(problems or " ".join(str(first).split())) from first
 
 
 def checked(config: DictConfig) -> Config:

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,20 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     return World(rank, size, device, sequence, group, clock)
 
 
+
+def load_muon_uncompiled() -> None:
+    """ZeRO asks whether an optimizer is DeepSpeed's Muon, which it loads for that; loading it would load torch.compile for functions that
+    are not called here, seconds of every start."""
+    from deepspeed.runtime import compiler
+
+    compile_all, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_all
+
+
 def check_tools(config: Config, device: torch.device) -> None:
     """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
     ds, problems = config.deepspeed, []
@@ -208,6 +222,7 @@ class Engine:
         import deepspeed
 
         check_tools(config, world.device)
+        load_muon_uncompiled()
         self.config, self.world = config, world
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(

@@ -26,20 +26,5 @@ def gated_norm(
     columns (first, of): the gate is columns from `first` on of a projection that `short_conv_columns` splits; its gradient is then made there.
     """
     if op.use_triton(h, groups):
-        return op.norm(h, gate, weight_D, eps, groups, norm_first, dtype or h.dtype, False, *columns)
+        return op.norm(h, gate, weight_D, eps, groups, norm_first, dtype or h.dtype, *columns)
     return reference.gated_norm(h, gate, weight_D, eps, groups, norm_first, dtype)
-
-
-def last_state_norm(
-    states_BTSD: Tensor,
-    gate: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    *,
-    columns: tuple[int, int] = (0, 0),
-) -> Tensor:
-    """`gated_norm(states[:, :, -1], gate, ..., norm_first=True)`, whose gradient is made in the shape of the states."""
-    if op.use_triton(states_BTSD, 1):
-        return op.norm(states_BTSD.contiguous(), gate, weight_D, eps, 1, True, dtype or states_BTSD.dtype, True, *columns)
-    return reference.last_state_norm(states_BTSD, gate, weight_D, eps, dtype)

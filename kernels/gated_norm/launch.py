@@ -1,6 +1,6 @@
 """Launches the kernels of the gated RMSNorm; imports Triton, so it is imported when a kernel is first wanted.
 
-Legend: B batch, T time, D width, G groups, K = D / G channels of a group, S states of which the last is normed.
+Legend: B batch, T time, D width, G groups, K = D / G channels of a group.
 """
 
 from __future__ import annotations
@@ -43,12 +43,9 @@ def norm(h: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int
 
 def norm_backward(
     dy: Tensor, h: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, norm_first: bool,
-    states: int = 1, d_gate: Tensor | None = None,
+    d_gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """Gradients of h, gate (written into `d_gate` if given: free strides, channels neighbours) and weight.
-
-    states > 1: h is the last of so many neighbouring rows of a contiguous (B, T, S, D), and so is its gradient; the others get zeros.
-    """
+    """Gradients of h, gate (written into `d_gate` if given: free strides, channels neighbours) and weight."""
     x, g, weight = rows(h), rows(dy), weight.contiguous()
     z = x if gate is None else rows(gate)
     (B, T, D), K = x.shape, x.shape[2] // groups
@@ -57,17 +54,15 @@ def norm_backward(
     each = -(-N // min(PROGRAMS_BACK, -(-N // BR)))
     each = -(-each // BR) * BR
     programs = -(-N // each)
-    dh = torch.empty(B, T, states, D, dtype=h.dtype, device=h.device)
-    last = dh[:, :, -1]
+    dh = torch.empty(B, T, D, dtype=h.dtype, device=h.device)
     if gate is not None and d_gate is None:
         d_gate = torch.empty(z.shape, dtype=gate.dtype, device=gate.device)
     assert d_gate is None or d_gate.ndim == 3
-    e = last if d_gate is None else d_gate
+    e = dh if d_gate is None else d_gate
     partial = torch.empty(programs, D, dtype=torch.float32, device=h.device)
     kernels.backward[(programs, groups)](
-        g, x, z, weight, last, e, partial, N, T, K, each, eps, g.stride(0), g.stride(1), x.stride(0), x.stride(1), z.stride(0), z.stride(1),
-        last.stride(0), last.stride(1), e.stride(0), e.stride(1),
-        G=groups, S=states, HAS_GATE=gate is not None, NORM_FIRST=norm_first, BR=BR, BK=BK, num_warps=warps,
+        g, x, z, weight, dh, e, partial, N, T, K, each, eps, g.stride(0), g.stride(1), x.stride(0), x.stride(1), z.stride(0), z.stride(1),
+        dh.stride(0), dh.stride(1), e.stride(0), e.stride(1),
+        G=groups, HAS_GATE=gate is not None, NORM_FIRST=norm_first, BR=BR, BK=BK, num_warps=warps,
     )  # fmt: skip
-    d_h = dh if states > 1 else dh.view(h.shape)
-    return d_h, None if gate is None else e.reshape(gate.shape), partial.sum(0).to(weight.dtype)
+    return dh.view(h.shape), None if gate is None else e.reshape(gate.shape), partial.sum(0).to(weight.dtype)

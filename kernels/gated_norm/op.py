@@ -1,6 +1,6 @@
 """The custom ops everywhen::gated_norm and its backward. Saved for backward are the inputs.
 
-Legend: B batch, T time, S states, D width.
+Legend: D width.
 """
 
 from typing import Any, Optional
@@ -28,19 +28,16 @@ def norm(
     groups: int,
     norm_first: bool,
     dtype: torch.dtype,
-    last_state: bool,
     first_column: int,
     columns: int,
 ) -> Tensor:
-    """y (..., D) in `dtype`. last_state: h is (B, T, S, D), of which the last state is normed. columns > 0: the gradient of gate is made
-    inside a tensor of so many columns, from `first_column` on."""
-    x = h[:, :, -1] if last_state else h
-    if use_triton(h, groups) and x.numel():
+    """y (..., D) in `dtype`. columns > 0: the gradient of gate is made inside a tensor of so many columns, from `first_column` on."""
+    if use_triton(h, groups) and h.numel():
         from kernels.gated_norm import launch
 
         with torch.cuda.device_of(h):  # Triton launches on the current device
-            return launch.norm(x, gate, weight, eps, groups, norm_first, dtype)
-    return reference.gated_norm(x, gate, weight, eps, groups, norm_first, dtype).contiguous()
+            return launch.norm(h, gate, weight, eps, groups, norm_first, dtype)
+    return reference.gated_norm(h, gate, weight, eps, groups, norm_first, dtype).contiguous()
 
 
 @norm.register_fake
@@ -52,26 +49,21 @@ def _(
     groups: int,
     norm_first: bool,
     dtype: torch.dtype,
-    last_state: bool,
     first_column: int,
     columns: int,
 ) -> Tensor:
-    shape = (*h.shape[:2], h.shape[-1]) if last_state else h.shape
-    return h.new_empty(shape, dtype=dtype)
+    return h.new_empty(h.shape, dtype=dtype)
 
 
 @torch.library.custom_op("everywhen::gated_norm_backward", mutates_args=())
 def norm_backward(
-    dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool, last_state: bool
+    dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, gate (empty without one) and weight, each in the dtype of its tensor."""
     if use_triton(h, groups) and dy.numel():
-        return _launch(dy, h, gate, weight, eps, groups, norm_first, last_state, None)
-    found = reference.gated_norm_backward(dy, h[:, :, -1] if last_state else h, gate, weight, eps, groups, norm_first)
+        return _launch(dy, h, gate, weight, eps, groups, norm_first, None)
+    found = reference.gated_norm_backward(dy, h, gate, weight, eps, groups, norm_first)
     dh, d_gate, d_weight = (f.to((h if t is None else t).dtype).contiguous() for f, t in zip(found, (h, gate, weight)))
-    if last_state:
-        dh, last = torch.zeros(h.shape, dtype=h.dtype, device=h.device), dh
-        dh[:, :, -1] = last
     return dh, d_gate, d_weight
 
 
@@ -83,32 +75,30 @@ def _launch(
     eps: float,
     groups: int,
     norm_first: bool,
-    last_state: bool,
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.gated_norm import launch
 
-    x, states = (h[:, :, -1], h.shape[2]) if last_state else (h, 1)
     with torch.cuda.device_of(h):
-        dh, d_gate, d_weight = launch.norm_backward(dy, x, gate, weight, eps, groups, norm_first, states, out)
-    return dh.view(h.shape), h.new_empty(0) if d_gate is None else d_gate, d_weight
+        dh, d_gate, d_weight = launch.norm_backward(dy, h, gate, weight, eps, groups, norm_first, out)
+    return dh, h.new_empty(0) if d_gate is None else d_gate, d_weight
 
 
 @norm_backward.register_fake
 def _(
-    dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool, last_state: bool
+    dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(0) if gate is None else gate.new_empty(gate.shape), weight.new_empty(weight.shape)
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    h, gate, weight, ctx.eps, ctx.groups, ctx.norm_first, _, ctx.last_state, ctx.first_column, ctx.columns = inputs
+    h, gate, weight, ctx.eps, ctx.groups, ctx.norm_first, _, ctx.first_column, ctx.columns = inputs
     ctx.save_for_backward(h, gate, weight)
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     h, gate, weight = ctx.saved_tensors
-    settings = (ctx.eps, ctx.groups, ctx.norm_first, ctx.last_state)
+    settings = (ctx.eps, ctx.groups, ctx.norm_first)
     eager = type(dy) is Tensor and not torch.compiler.is_compiling()
     if ctx.columns and gate is not None and eager and use_triton(h, ctx.groups) and dy.numel():
         whole = torch.empty(*gate.shape[:-1], ctx.columns, dtype=gate.dtype, device=gate.device)
@@ -117,7 +107,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         d_gate.whole = whole  # type: ignore[attr-defined]  # short_conv.op.Columns writes the other columns
     else:
         dh, d_gate, d_weight = norm_backward(dy, h, gate, weight, *settings)
-    return (dh, None if gate is None else d_gate, d_weight, *[None] * 7)
+    return (dh, None if gate is None else d_gate, d_weight, *[None] * 6)
 
 
 norm.register_autograd(_differentiate, setup_context=_save)

@@ -33,19 +33,6 @@ def gated_norm(
     return y.to(dtype or h.dtype)
 
 
-def last_state_norm(
-    states_BTSD: Tensor,
-    gate: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    dtype: torch.dtype | None = None,
-    *,
-    columns: tuple[int, int] = (0, 0),
-) -> Tensor:
-    """The norm of the last state, then the gate."""
-    return gated_norm(states_BTSD[:, :, -1], gate, weight_D, eps, 1, True, dtype)
-
-
 def gated_norm_backward(
     dy: Tensor, h: Tensor, gate: Tensor | None, weight_D: Tensor, eps: float, groups: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

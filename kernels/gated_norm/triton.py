@@ -3,7 +3,7 @@
 A program holds whole groups of some rows in registers: one read of every input, one write of every output. The gradient of the weight is
 one partial sum a program, added in a fixed order.
 
-Legend: B batch, T time, D width, G groups, K = D / G channels of a group, S states of which the last is normed.
+Legend: B batch, T time, D width, G groups, K = D / G channels of a group.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def forward(
 @triton.jit
 def backward(
     DY, H, GATE, WEIGHT, DH, DGATE, PARTIAL, N, T, K, ROWS, EPS, syb, syt, shb, sht, sgb, sgt, sdb, sdt, seb, sett,
-    G: tl.constexpr, S: tl.constexpr, HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    G: tl.constexpr, HAS_GATE: tl.constexpr, NORM_FIRST: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(1)
     k = tl.arange(0, BK)[None, :]
@@ -84,8 +84,5 @@ def backward(
                 d_gate = dv * x * slope
                 dv = dv * z * s
             tl.store(DGATE + b * seb + t * sett + c, d_gate.to(DGATE.dtype.element_ty), mask=inside)
-        out = DH + b * sdb + t * sdt + c
-        tl.store(out, dv.to(DH.dtype.element_ty), mask=inside)
-        for i in tl.static_range(1, S):  # the states that are not normed
-            tl.store(out - i * (G * K), tl.zeros((BR, BK), DH.dtype.element_ty), mask=inside)
+        tl.store(DH + b * sdb + t * sdt + c, dv.to(DH.dtype.element_ty), mask=inside)
     tl.store(PARTIAL + tl.program_id(0).to(tl.int64) * (G * K) + c, tl.sum(d_weight, 0)[None, :], mask=k < K)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ class Cell:
     lowered: bool = field(init=False, default=False, compare=False)
 
     def __post_init__(self) -> None:
-        key = next(k for k in (self.name, *(f"{self.name}#{i}" for i in range(2, 1 << 20))) if REGISTRY.get(k) in (None, self))
+        numbered = (f"{self.name}#{i}" for i in itertools.count(2))
+        key = next(k for k in itertools.chain([self.name], numbered) if REGISTRY.get(k) in (None, self))
         object.__setattr__(self, "key", key)
         REGISTRY[key] = self
         from kernels.parallel_rnn.trace import NotLowered, trace  # it needs Cell

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from kernels import decode_step
 from models.contract import SequenceMixer
@@ -25,6 +24,14 @@ if TYPE_CHECKING:
 
 
 MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
+
+
+
+def causal_mask(T: int, L: int) -> Tensor:
+    """The mask under which the last of T queries sees all of L keys, one before it L - 1, and so on; torch never writes it out."""
+    from torch.nn.attention.bias import causal_lower_right  # loads torch.compile, more than a second that most programs need not wait
+
+    return causal_lower_right(T, L)
 
 
 @dataclass
@@ -242,7 +249,7 @@ class Mixer(SequenceMixer):
         if segments_BL is None and not (window and window < L):  # no mask in memory
             if T in (1, L):
                 return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=T > 1, enable_gqa=grouped)
-            return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=causal_lower_right(T, L), enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=causal_mask(T, L), enable_gqa=grouped)
         if segments_BL is not None and not window and segments_BL.shape[0] * T * L > MASK_ELEMENTS:
             return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         ahead = torch.arange(L - T, L, device=q_BHTK.device)[:, None] - torch.arange(L, device=q_BHTK.device)
@@ -255,7 +262,7 @@ class Mixer(SequenceMixer):
         return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, enable_gqa=grouped)
 
     @staticmethod
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, but loading the compiler when it is called
     def _attend_documents(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor) -> Tensor:
         """One document at a time, so that no mask is held: for long sequences, whose documents are large enough to fill a device. Waits for it."""
         T, L, rows = q_BHTK.shape[2], k_BGLK.shape[2], []
@@ -270,7 +277,7 @@ class Mixer(SequenceMixer):
                 if n in (1, e - a):
                     parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=grouped))
                 else:
-                    parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n, e - a), enable_gqa=grouped))
+                    parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(n, e - a), enable_gqa=grouped))
             rows.append(torch.cat(parts, 2))
         return torch.cat(rows)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from evals.adapters import Adapter, HFAdapter, ItemError, load_adapter, pieces
 from evals.position import position_curve
@@ -140,5 +141,8 @@ def test_folders_are_loaded_or_refused_in_a_sentence(hf_folder: Path, tmp_path: 
     with pytest.raises(UserError, match="holds no config.json"):
         load_adapter(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-like-it"}))
+    with pytest.raises(UserError, match="holds neither model.safetensors"):
+        load_adapter(str(tmp_path))
+    save_file({"w": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="cannot be loaded by transformers"):
         load_adapter(str(tmp_path))

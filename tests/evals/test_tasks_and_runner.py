@@ -21,8 +21,8 @@ from evals.run import main
 from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.suites import Item, guarded, run_items
 from evals.tasks import NAMES, NOISE, Task
-from evals.texts import Text
-from tests.conftest import run_program
+from evals.texts import DEMO, Text, read_documents
+from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 
 CODER = own_coder(byte_tokenizer())
@@ -217,10 +217,17 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few pages of a book, which are soon read."""
+    path = tmp_path_factory.mktemp("pages") / "pages.txt"
+    path.write_text(read_documents(DEMO, 30_000)[0])
+    return path
+
+
+def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, pages: Path, tmp_path: Path) -> None:
     words = [f"checkpoint={hf_folder}", "suite=quick", "train_length=64", "max_length=256", "lengths=320", "samples=1", "depths=1", "rows=1"]
-    done = run_program(["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "evals.run", *words, "device=cpu", f"out={tmp_path}"])
+    done = run_ranks(2, ["-m", "evals.run", *words, "device=cpu", f"out={tmp_path}", f"text={pages}"])
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
     assert {r["item"] for r in kept} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in kept)
@@ -228,7 +235,7 @@ def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, tmp
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
 
-def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         f"checkpoint={hf_folder},{hf_folder}",
         "suite=quick",
@@ -239,7 +246,7 @@ def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, tmp_path:
         "rows=1",
         "device=cpu",
     ]
-    words += [f"out={tmp_path}", "only=p", "chunk=128"]
+    words += [f"out={tmp_path}", f"text={pages}", "only=p", "chunk=128"]
     assert main(words) == 0
     first = capsys.readouterr().out
     assert "there already" not in first and main(words) == 0 and "there already" in capsys.readouterr().out

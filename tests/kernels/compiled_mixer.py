@@ -57,7 +57,7 @@ def main(golden: bool) -> None:
         for K in (2048, 4096):
             BR, BK, warps = norm.tile(K, gpu, norm.PER_WARP_BACK if back else norm.PER_WARP)
             for label, gated, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
-                flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK, **({"S": 1} if back else {})}
+                flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK}
                 name = f"{label} {'backward' if back else 'forward'} {K}"
                 out[name] = made(norm.kernels.backward if back else norm.kernels.forward, flags, warps)
     print(json.dumps(out))

@@ -16,6 +16,7 @@ from test_parallel_rnn import cells, problem  # noqa: E402
 from kernels.parallel_rnn import launch, op, reference  # noqa: E402
 from kernels.parallel_rnn.cell import Cell, Pre, State, biased  # noqa: E402
 from kernels.parallel_rnn.trace import trace  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -23,6 +24,7 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def check(name: str) -> None:
+    torch.manual_seed(0)
     cell = next(c for c in cells() if c.name == name)
     for T, D, slices, weight, resets, dtype, corrections in (
         (1, 5, 1, 0.5, 0.0, torch.float32, 2),
@@ -40,6 +42,12 @@ def check(name: str) -> None:
         states, final = reference.sequential(cell, *leaves, starts)
         d_states, d_final = torch.randn_like(states), torch.randn_like(final)
         wanted = torch.autograd.grad((states * d_states).sum() + (final * d_final).sum(), leaves, allow_unused=True)
+        rounding = [0.0] * 3
+        if weight > 1:  # an unstable recurrence amplifies the rounding of its states: the loop in fp32 then says how much
+            rough = [x.detach().float().requires_grad_() for x in leaves]
+            loop, end = reference.sequential(cell, *rough, starts)
+            found = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
+            rounding = [0.0 if b is None else gap(a, b) for a, b in zip(found, wanted)]
         inputs = [leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2), *(x.detach().float() for x in leaves[1:]), starts]
         launch.last_report()
         emitted, kept, end, marks = launch.forward(cell, *inputs, slices=slices, borders=True)
@@ -50,9 +58,9 @@ def check(name: str) -> None:
         case = f"{name} T={T} slices={slices} weight={weight} {dtype}"
         assert got.dtype == dtype and gap(got, states) < (1e-3 if low else 1e-5), f"{case}: states {gap(got, states):.1e}"
         assert gap(end, final) < (1e-3 if low else 1e-5), f"{case}: final {gap(end, final):.1e}"
-        for label, a, b in zip(("pre", "rec", "h0"), gradients, wanted):
+        for label, a, b, error in zip(("pre", "rec", "h0"), gradients, wanted, rounding):
             if b is not None:
-                assert gap(a, b) < (1e-2 if low else 1e-3 if weight > 1 else 1e-4), f"{case}: d {label} {gap(a, b):.1e}"  # chaos amplifies rounding
+                assert gap(a, b) < (1e-2 if low else 1e-4) + 4 * error, f"{case}: d {label} {gap(a, b):.1e}, loop {error:.1e}"
         again = op.joined(*launch.restore(cell, *inputs, marks))
         assert gap(again, got.double()) < 1e-5, f"{case}: states from marks {gap(again, got.double()):.1e}"
         start, total = launch.adjoint(cell, *inputs, emitted, kept, *op.parts(d_states.to(dtype)))
@@ -161,6 +169,7 @@ def layouts_and_sizes() -> None:
 
 
 if __name__ == "__main__":
+    patch_once()
     adjoints_that_return()
     walks_that_meet()
     not_a_number_is_passed_on()

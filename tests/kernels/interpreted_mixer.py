@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path[:0] = [str(Path(__file__).parents[2])]
@@ -14,12 +15,13 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from kernels.gated_norm import gated_norm, last_state_norm  # noqa: E402
+from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
 from kernels.short_conv import op as conv_op  # noqa: E402
 from kernels.short_conv import reference as conv_reference  # noqa: E402
 from kernels.short_conv import short_conv, short_conv_columns  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -86,40 +88,40 @@ def norms() -> None:
             for norm, t in ((gated_norm, given), (norm_reference.gated_norm, fine))
         )
         agree(y, oracle, present(given), present(fine), f"norm {shape} {groups} {dtype}")
-    h, gate, weight = (t.requires_grad_() for t in (torch.randn(2, 3, 2, 6), torch.randn(2, 3, 6), torch.randn(6)))
-    torch.library.opcheck(norm_op.norm, (h, gate, weight, 1e-5, 1, True, torch.float32, True, 6, 12), test_utils=CHECKS)
-    torch.library.opcheck(norm_op.norm, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, False, 0, 0), test_utils=CHECKS)
+    h, gate, weight = (t.requires_grad_() for t in (torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(6)))
+    torch.library.opcheck(norm_op.norm, (h, gate, weight, 1e-5, 1, True, torch.float32, 6, 12), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, 0, 0), test_utils=CHECKS)
 
 
 def chains() -> None:
     """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
     B, T, I, before = 2, 9, 6, 3
-    for S in (1, 2):
-        given, fine = leaves(*(torch.randn(s) for s in ((B, T, before + 2 * I), (B, 3, I), (I, 4), (I,), (I,))))
-        starts = torch.rand(B, T) < 0.3
+    given, fine = leaves(*(torch.randn(s) for s in ((B, T, before + 2 * I), (B, 3, I), (I, 4), (I,), (I,))))
+    starts = torch.rand(B, T) < 0.3
 
-        def chain(conv: object, norm: object, projected: Tensor, history: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-            _, u, gate = conv(projected, before, history, weight, bias, starts, True)  # type: ignore[operator]  # noqa: B023
-            return norm(u[:, :, None] * torch.tensor([2.0, 3.0]).to(u)[:S, None], gate, scale, 1e-5, columns=(before + I, before + 2 * I))  # type: ignore[operator]  # noqa: B023
+    def chain(conv: Any, norm: Any, projected: Tensor, history: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+        _, u, gate = conv(projected, before, history, weight, bias, starts, True)
+        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(before + I, before + 2 * I))
 
-        y = chain(short_conv_columns, last_state_norm, *present(given))
-        oracle = chain(conv_reference.short_conv_columns, norm_reference.last_state_norm, *present(fine))
-        agree(y, oracle, present(given), present(fine), f"chain, {S} states")
-        d = torch.randn(B, T, I)
-        with torch.profiler.profile(record_shapes=True) as record:
-            one = torch.autograd.grad(chain(short_conv_columns, last_state_norm, *present(given)), present(given), d)
-        moved = [e.key for e in record.key_averages(True) if e.key in ("aten::cat", "aten::copy_") and [B, T, I] in e.input_shapes]
-        assert not moved, f"the projection's gradient was put together from parts: {moved}"
-        two = torch.autograd.grad(chain(short_conv_columns, last_state_norm, *present(given)), present(given), d)
-        assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
-        again = checkpoint(lambda *a: chain(short_conv_columns, last_state_norm, *a), *present(given), use_reentrant=False)
-        assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, present(given), d), one)), "not under checkpointing"
-        compiled = torch.compile(lambda *a: chain(short_conv_columns, last_state_norm, *a), backend="aot_eager", fullgraph=True)
-        for a, b in zip(torch.autograd.grad(compiled(*present(given)), present(given), d), one):
-            torch.testing.assert_close(a, b)
+    y = chain(short_conv_columns, gated_norm, *present(given))
+    oracle = chain(conv_reference.short_conv_columns, norm_reference.gated_norm, *present(fine))
+    agree(y, oracle, present(given), present(fine), "chain")
+    d = torch.randn(B, T, I)
+    with torch.profiler.profile(record_shapes=True) as record:
+        one = torch.autograd.grad(chain(short_conv_columns, gated_norm, *present(given)), present(given), d)
+    moved = [e.key for e in record.key_averages(True) if e.key in ("aten::cat", "aten::copy_") and [B, T, I] in e.input_shapes]
+    assert not moved, f"the projection's gradient was put together from parts: {moved}"
+    two = torch.autograd.grad(chain(short_conv_columns, gated_norm, *present(given)), present(given), d)
+    assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
+    again = checkpoint(lambda *a: chain(short_conv_columns, gated_norm, *a), *present(given), use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(again, present(given), d), one)), "not under checkpointing"
+    compiled = torch.compile(lambda *a: chain(short_conv_columns, gated_norm, *a), backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(*present(given)), present(given), d), one):
+        torch.testing.assert_close(a, b)
 
 
 if __name__ == "__main__":
+    patch_once()
     torch.manual_seed(0)
     convolutions()
     norms()

@@ -15,6 +15,7 @@ import torch  # noqa: E402
 from ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
 
 from kernels.ssd import op, ssd  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 
 CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 37, 6, 24, 2, 40), {"starts": 0.1}),
@@ -67,6 +68,7 @@ def registered() -> None:
 
 
 if __name__ == "__main__":
+    patch_once()
     for case in CASES:
         check(*case)
     check((1, 35, 2, 16, 1, 16), {}, borders=True)

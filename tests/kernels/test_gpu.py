@@ -9,7 +9,9 @@ from test_parallel_rnn import cells, problem
 from kernels.parallel_rnn import adjoint, launch, op, parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 
 def on_gpu(cell: Cell, *sizes: int, dtype: torch.dtype = torch.float32, **options: float) -> list[torch.Tensor]:

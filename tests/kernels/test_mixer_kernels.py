@@ -40,17 +40,17 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     """Their written-out gradients in plain torch against autograd's."""
     torch.manual_seed(0)
     x, history, weight, bias = (torch.randn(s, dtype=dtype, requires_grad=True) for s in ((2, 7, 6), (2, 3, 6), (6, 4), (6,)))
-    gate, states = torch.randn(2, 7, 6, dtype=dtype, requires_grad=True), torch.randn(2, 7, 2, 6, dtype=dtype, requires_grad=True)
+    gate, h = (torch.randn(2, 7, 6, dtype=dtype, requires_grad=True) for _ in range(2))
     starts = torch.rand(2, 7) < 0.3
     conv = (x, history, weight, bias, starts, True)
-    norm = (states, gate, bias, 1e-5, 1, True, dtype, True, 6, 12)
+    norm = (h, gate, bias, 1e-5, 1, True, dtype, 6, 12)
     torch.library.opcheck(conv_op.convolve, conv, test_utils=CHECKS)
     torch.library.opcheck(norm_op.norm, norm, test_utils=CHECKS)
     for found, wanted, leaves in (
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
-        (norm_op.norm(*norm), norm_reference.last_state_norm(states, gate, bias, 1e-5), (states, gate, bias)),
+        (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),
         (
-            norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype, False, 0, 0),
+            norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype, 0, 0),
             norm_reference.gated_norm(x, gate, bias, 1e-5, 2),
             (x, gate, bias),
         ),

@@ -55,6 +55,10 @@ def check(name: str, device: str, low: bool) -> None:
 
 if __name__ == "__main__":
     where = "cuda" if torch.cuda.is_available() else "cpu"
+    if where == "cpu":
+        from tests.kernels.interpreter import patch_once
+
+        patch_once()
     for case in CASES:
         check(case, where, False)
     check("gru", where, True)

@@ -11,7 +11,7 @@ import yaml
 
 from models import mixers, parallel
 from models.mixers import attention
-from tests.conftest import ROOT, free_port, run_program
+from tests.conftest import ROOT, run_ranks
 
 N, D = 4, 16
 SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
@@ -85,9 +85,7 @@ def check_rank() -> None:
 
 
 def test_slices_on_four_ranks_equal_one_rank() -> None:
-    done = run_program(
-        ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(N), __file__], PYTHONPATH=str(ROOT)
-    )
+    done = run_ranks(N, [__file__], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("equal") == N
 

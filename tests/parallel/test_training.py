@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.loader import BatchLoader, Reader
-from tests.conftest import SMALL, free_port, run_program
+from tests.conftest import SMALL, run_ranks
 from training.cli import checked, compose_config
 from training.errors import UserError
 
@@ -19,8 +19,7 @@ WORK = Path(__file__).with_name("sequence_runs.py")
 
 def launch(ranks: int, out: Path, shards: Path) -> dict[str, list[float]]:
     """What sequence_runs.py measured on `ranks` ranks: {cell: losses}."""
-    launcher = ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(ranks)]
-    done = run_program([*launcher, "-m", "tests.parallel.sequence_runs", str(shards), str(out)])
+    done = run_ranks(ranks, ["-m", "tests.parallel.sequence_runs", str(shards), str(out)])
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -36,18 +35,17 @@ def test_losses_of_two_and_four_ranks_are_those_of_one(demo_shards: Path, tmp_pa
 
 def test_a_run_goes_on_with_another_number_of_slices(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     quiet = ["eval=end", "eval.tokens=256", "schedule=constant", "eval.sample_tokens=1"]
-    launcher = ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", "2"]
-    for name, overrides, started in (
-        ("whole", ["train.steps=5"], None),
-        ("moved", ["train.steps=3", "parallel.sequence=2"], launcher),
-        ("moved", ["train.steps=5"], None),
+    for name, overrides, ranks in (
+        ("whole", ["train.steps=5"], 1),
+        ("moved", ["train.steps=3", "parallel.sequence=2"], 2),
+        ("moved", ["train.steps=5"], 1),
     ):
-        done = train(name, *quiet, *overrides, launcher=started)
+        done = train(name, *quiet, *overrides, ranks=ranks)
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "moved")]
     # Loss by position over ranks: a finished run only evaluates.
     found = [json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"]]
-    done = train("moved", *quiet, "train.steps=5", "parallel.sequence=2", launcher=launcher)
+    done = train("moved", *quiet, "train.steps=5", "parallel.sequence=2", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     found.append(json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"])
     assert found[0]["tokens"] == found[1]["tokens"] == 256 and len(found[0]["by_position"]) == 6

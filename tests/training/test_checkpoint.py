@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.hub.weights import Weights, write_tensors
-from tests.conftest import ROOT, SMALL, environment, free_port, run_program
+from tests.conftest import ROOT, SMALL, environment, run_ranks
 from training import checkpoint, saving
 from training.config import CheckpointSection
 from training.engine import World
@@ -28,8 +28,7 @@ from training.local_state import Stretch, share
 
 
 def work(what: str, ranks: int, shards: Path, folder: Path) -> dict[str, Any]:
-    launcher = ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", str(ranks)]
-    done = run_program([*launcher, "-m", "tests.training.reshape", what, str(shards), str(folder)])
+    done = run_ranks(ranks, ["-m", "tests.training.reshape", what, str(shards), str(folder)])
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((folder / f"{what}{ranks}.json").read_text())
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from data.loader import BatchLoader
-from tests.conftest import ROOT, SMALL, environment, free_port, run_program
-from tests.training.test_runs import losses
+from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
+from tests.training.test_runs import launcher, losses
 from training import agreement
 from training.config import Config, DataSection
 from training.engine import World
@@ -26,12 +26,8 @@ from training.setup import open_reader, open_shards
 WORDS = [*SMALL, "eval=end", "eval.tokens=256", "eval.sample_tokens=1", "train.micro_batch=2", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=9"]
 
 
-def launcher() -> list[str]:
-    return ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", "2", "-m", "tests.training.inject"]
-
-
 def start(run: Path, data: Path, inject: str = "", *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    return run_program([*launcher(), *WORDS, f"data.path={data}", f"run_dir={run}", *words], INJECT=inject, **extra)
+    return run_ranks(2, ["-m", "tests.training.inject", *WORDS, f"data.path={data}", f"run_dir={run}", *words], INJECT=inject, **extra)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +91,7 @@ def test_a_hung_rank_of_a_run_is_found_and_the_run_finishes(whole: dict[int, flo
     run = tmp_path / "run"
     supervisor = [sys.executable, "-m", "training.supervisor", "restarts=1", "timeout=15", "startup=240", "backoff=0", "--", sys.executable]
     done = subprocess.run(
-        [*supervisor, *launcher(), *WORDS, f"data.path={demo_shards}", f"run_dir={run}"],
+        [*supervisor, *launcher("torchrun"), "-m", "tests.training.inject", *WORDS, f"data.path={demo_shards}", f"run_dir={run}"],
         cwd=ROOT,
         env=environment(INJECT="hang 1 6", INJECT_ONCE=str(tmp_path / "once")),
         capture_output=True,

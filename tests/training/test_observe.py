@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import free_port, run_program
-from tests.training.test_runs import QUIET, launcher, ok
+from tests.conftest import ROOT, run_ranks
+from tests.training.test_runs import QUIET, ok
 from training.engine import StepResult
 from training.observe import RankWatch
 
@@ -38,8 +38,7 @@ if world.main:
 def test_a_slow_rank_is_named_and_the_other_is_seen_to_wait(tmp_path: Path) -> None:
     program = tmp_path / "slow.py"
     program.write_text(SLOW_RANK)
-    command = ["-m", "torch.distributed.run", "--master_port", free_port(), "--nproc_per_node", "2", str(program)]
-    done = run_program(command, PYTHONPATH=".")
+    done = run_ranks(2, [str(program)], PYTHONPATH=str(ROOT))
     said = json.loads([line for line in ok(done).splitlines() if line.startswith("{")][-1])
     assert said["slowest_rank"] == 1 and said["slowest_ratio"] > 1
     own, waited = said["ranks"]["own_seconds"], said["ranks"]["communication"]
@@ -49,7 +48,7 @@ def test_a_slow_rank_is_named_and_the_other_is_seen_to_wait(tmp_path: Path) -> N
 def test_profile_writes_a_trace_of_every_rank_and_the_log_names_the_ranks(
     train: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    out = ok(train("run", *QUIET, "profile=true", "profile_start=2", "profile_steps=2", launcher=launcher("torchrun")))
+    out = ok(train("run", *QUIET, "profile=true", "profile_start=2", "profile_steps=2", ranks=2))
     assert "slowest rank" in out and "profile written" in out
     folder = tmp_path / "run" / "profile"
     assert {p.name for p in folder.iterdir()} == {f"{kind}-rank0000{r}.{end}" for kind, end in (("trace", "json.gz"), ("operations", "txt")) for r in (0, 1)}

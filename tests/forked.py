@@ -1,0 +1,161 @@
+"""Programs of this project in processes that are forked from one which has loaded torch, DeepSpeed and transformers already.
+
+A small run spends most of its time on loading them. What runs is the program itself, from its first line and in a process of its own, with
+the arguments, environment and outputs that a shell would give it. The parent (`python -m tests.forked`) has a single thread, reads one JSON
+line a request, forks its processes, waits for all of them and answers with their exit statuses.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADED = ("deepspeed", "hydra", "safetensors.torch", "torch._dynamo", "transformers", "transformers.modeling_utils")
+STARTED = ("data.loader", "training.checkpoint", "training.engine", "training.metrics", "training.saving", "training.setup")
+GRACE = 10.0  # seconds
+
+
+class Server:
+    """The forking process of this test process; started with the first request."""
+
+    process: subprocess.Popen[str] | None = None
+
+    def run(self, jobs: list[dict[str, Any]], timeout: float) -> list[int]:
+        """Exit statuses of `jobs`, negative for signals. When one fails the others have GRACE to end. Raises subprocess.TimeoutExpired."""
+        if self.process is None:
+            outer = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+            command = [sys.executable, "-m", "tests.forked"]
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=outer, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            )
+            atexit.register(self.stop)
+        assert self.process.stdin is not None and self.process.stdout is not None
+        guard = threading.Timer(timeout, self.stop)
+        guard.start()
+        try:
+            self.process.stdin.write(json.dumps(jobs) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        finally:
+            guard.cancel()
+        if not answer:
+            self.stop()
+            raise subprocess.TimeoutExpired(str(jobs[0]["arguments"]), timeout)
+        return json.loads(answer)
+
+    def stop(self) -> None:
+        process, self.process = self.process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+server = Server()
+
+
+def run_forked(arguments: list[str], environments: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENTS` (a script, -m module or -c code) in the project's root, once with each environment at the same time. The result
+    has the outputs of all, one after another, and the status of the first that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[f"{folder}/{i}.{name}" for name in ("out", "err")] for i in range(len(environments))]
+        jobs = [{"arguments": arguments, "environment": e, "outputs": o} for e, o in zip(environments, outputs)]
+        statuses = server.run(jobs, timeout)
+        out, err = ("".join(Path(o[i]).read_text() for o in outputs) for i in (0, 1))
+    return subprocess.CompletedProcess(arguments, next((s for s in statuses if s), 0), out, err)
+
+
+def child(job: dict[str, Any]) -> int:
+    """Becomes the program; returns its exit status."""
+    for number, path in enumerate(job["outputs"], start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+    kind, *rest = job["arguments"] if job["arguments"][0] in ("-m", "-c") else ("", *job["arguments"])
+    sys.argv = rest if kind != "-c" else ["-c", *rest[1:]]
+    sys.path[:1] = [str(ROOT) if kind else str((ROOT / rest[0]).parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    try:
+        if kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(rest[0], run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def fork(job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        status = child(job)
+        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter ends: threads first
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status & 0xFF)
+
+
+def statuses(pids: list[int]) -> list[int]:
+    """Waits for all. Ranks that are left when one has failed get the time to end by themselves, then they are killed."""
+    found: dict[int, int] = {}
+    end = float("inf")
+    while len(found) < len(pids):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in pids:
+            found[pid] = os.waitstatus_to_exitcode(status)
+            end = min(end, time.monotonic() + GRACE) if found[pid] else end
+        elif time.monotonic() > end:
+            for left in set(pids) - found.keys():
+                os.kill(left, signal.SIGKILL)
+            end = float("inf")
+        else:
+            time.sleep(0.01)
+    return [found[pid] for pid in pids]
+
+
+def serve() -> None:
+    import importlib
+    import logging
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    for name in (*LOADED, *STARTED):
+        importlib.import_module(name)
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        print(json.dumps(statuses([fork(job) for job in json.loads(line)])), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
