@@ -19,7 +19,7 @@ from training import checkpoint
 from training.config import Config
 from training.engine import World
 from training.errors import UserError
-from training.files import write_json
+from training.files import lock, write_json
 from training.metrics import environment
 
 Shards = list[tuple[ShardSet, float]]
@@ -88,12 +88,13 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
 
 @dataclass
 class Start:
-    """Where training begins: step 0 without a folder, or the step of a checkpoint."""
+    """Where training begins: step 0 without a folder, or the step of a checkpoint. held: rank 0's lock of the run folder, for the run."""
 
     step: int
     folder: Path | None
     wandb_id: str | None
     message: str
+    held: list[Any]
 
 
 def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, resolved_yaml: str) -> Start:
@@ -102,7 +103,13 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     Raises UserError when the checkpoint is of another model or other data.
     """
     run_dir = Path(config.run_dir)
-    _on_main(world, run_dir, lambda: run_dir.mkdir(parents=True, exist_ok=True))
+    held: list[Any] = []
+
+    def own() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
+
+    _on_main(world, run_dir, own)
     folder = _checkpoint_of(config, world)
     if folder is not None:
         try:
@@ -129,10 +136,11 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         origin = config.model.get("init_from")
         if origin:
             load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
-        return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}")
+        told = f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}"
+        return Start(0, None, None, told, held)
     branches = _branches(run_dir, folder, config.train.resume != "auto") if world.main else ""
     message = f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}{branches}"
-    return Start(state["step"], folder, state.get("wandb_id"), message)
+    return Start(state["step"], folder, state.get("wandb_id"), message, held)
 
 
 def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:
@@ -141,10 +149,13 @@ def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:
     if world.main:
         try:
             write()
+        except UserError as error:
+            problem = str(error)
         except OSError as error:
             problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
-    if world.any(bool(problem)):
-        raise UserError(problem or f"The run folder {run_dir} cannot be written.")
+    problem = world.texts(problem)[0]
+    if problem:
+        raise UserError(problem)
 
 
 def _branches(run_dir: Path, chosen: Path, by_name: bool) -> str:

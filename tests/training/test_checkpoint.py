@@ -23,6 +23,7 @@ from training import checkpoint, saving, setup
 from training.config import CheckpointSection, Config
 from training.engine import World
 from training.errors import UserError
+from training.files import lock
 from training.hook import Hook
 from training.local_state import Stretch, share
 from training.supervisor import parents
@@ -286,6 +287,22 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
             checkpoint.find_and_read(tmp_path, lambda folder: (saver.save({"step": saver.saved + 1}), checkpoint.read_state(folder)))
         with pytest.raises(FileNotFoundError):
             checkpoint.find_and_read(tmp_path, lambda folder: (folder / "nothing").read_text())
+
+
+def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    code = "import pathlib, sys, time; from training.files import lock; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"belongs to process {other.pid} of .*; stop it, or give another run_dir"):
+        lock(tmp_path, here=0.0)
+    threading.Timer(0.3, other.kill).start()
+    held = lock(tmp_path)
+    assert (tmp_path / "lock").read_text().split()[1] == str(os.getpid())
+    other.wait()
+    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+        lock(tmp_path, here=0.0)
+    held.close()
+    lock(tmp_path, here=0.0).close()
 
 
 def test_rank_0_says_what_train_resume_means(tmp_path: Path) -> None:
