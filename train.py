@@ -101,7 +101,16 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     total, warmup, decay = config.total_steps, config.in_steps(config.schedule.warmup), config.in_steps(config.schedule.decay)
     step, saved, trouble = start.step, start.step, ""
     with (
-        Saver(run_dir, engine, config.checkpoint, documents, metrics.say, config.deepspeed.timeout_minutes, start.step) as saver,
+        Saver(
+            run_dir,
+            engine,
+            config.checkpoint,
+            documents,
+            metrics.say,
+            config.deepspeed.timeout_minutes,
+            start.step,
+            lambda: life.beat(step, saver.saved),
+        ) as saver,
         BatchLoader(
             reader,
             config.train.global_batch,
@@ -153,7 +162,8 @@ def train(config: Config, resolved_yaml: str) -> float | None:
         if reasons:
             raise UserError(f"{reasons[0]} Training stopped after step {step}.")
         if not finished:
-            metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; the same command goes on from there.")
+            how = "the same command" if config.train.resume == "auto" else "the same command with train.resume=auto"
+            metrics.say(f"stopped by {stop.signal or 'another rank'} after step {step}; {how} goes on from there.")
         bits = evaluator.at_end(step) if finished else None
     metrics.close()
     life.close()

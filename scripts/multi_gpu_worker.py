@@ -1,13 +1,15 @@
-"""What each rank of scripts/bench_multi_gpu.py runs: a list of cases one after another in one process group, a JSON row of each.
+"""What each rank of scripts/bench_multi_gpu.py runs: the cases that are put into a folder, one after another in one process group.
 
-    torchrun --nproc_per_node N scripts/multi_gpu_worker.py CASES.json ROWS.jsonl
+    torchrun --nproc_per_node N scripts/multi_gpu_worker.py FOLDER
 
-A case is {"id", "kind": "train" or "layer", ...}; rank 0 writes its row as soon as it is done. The first case that fails ends the worker,
-because ranks that wait for each other cannot go on; the rest is for another call.
+FOLDER/case-00000.json, case-00001.json, ... appear there one by one; a case is {"id", "kind": "train" or "layer", ...} and its row goes into
+row-00000.json and so on. Every rank looks for the next case by itself, so that nothing waits on a GPU meanwhile. The file `end` ends the
+worker, and so does the first case that fails, because ranks that wait for each other cannot go on, and a bench that no longer touches `alive`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import statistics
@@ -30,10 +32,12 @@ from models.config import ModelConfig  # noqa: E402
 from models.lm import LanguageModel  # noqa: E402
 from training.cli import checked, compose_config  # noqa: E402
 from training.engine import Engine, World, start_distributed  # noqa: E402
+from training.files import write_json  # noqa: E402
 from training.flops import device_name, peak_flops, training_flops_per_token  # noqa: E402
 from training.metrics import peak_memory_gib  # noqa: E402
 
 VOCABULARY = 50432
+SILENCE = 60.0  # seconds after which a bench that does not touch `alive` is taken for dead
 
 
 class RandomTokens(Reader):
@@ -89,14 +93,16 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, world)
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
-    t, losses, seconds, samples = config.train, [], [], []
+    t, losses, seconds, samples, standing = config.train, [], [], [], []
     with BatchLoader(reader, t.global_batch, t.micro_batch, world.replica, world.replicas, slice_of=world.slice_of) as loader:
         for _, batches in zip(range(case["steps"]), loader):
             parallel.traffic.clear()
             wait(world.device)
             dist.barrier()
             start = time.perf_counter()
-            losses.append(engine.step(batches, case.get("lr", 1e-4)).loss)
+            result = engine.step(batches, case.get("lr", 1e-4))
+            losses.append(result.loss)
+            standing.append(result.communication / result.seconds)
             wait(world.device)
             seconds.append(time.perf_counter() - start)
             samples.append([i for batch in batches for i in batch.sample_ids])
@@ -108,7 +114,9 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "seq_len": t.seq_len,
         "micro_batch": t.micro_batch,
         "losses": losses,
+        "first_step_seconds": seconds[0],
         "step_seconds": step_seconds,
+        "communication_share": statistics.mean(over_ranks(statistics.median(standing[len(standing) // 3 :]))),
         "tokens_per_second_per_gpu": rate,
         "mfu": rate * flops / peak if peak else None,
         "memory_gib": max(over_ranks(peak_memory_gib(world.device))),
@@ -213,23 +221,33 @@ def timed(case: dict[str, Any], D: int, T: int, world: World, over: bool) -> dic
     return {**row, "memory_gib": max(over_ranks(row["memory_gib"])), **traffic_row()} if over else row
 
 
-def main(cases: str, rows: str) -> None:
-    worlds: dict[int, World] = {}
-    for case in json.loads(Path(cases).read_text()):
-        sequence = case.get("sequence", 1)
-        if sequence not in worlds:
-            worlds[sequence] = start_distributed("auto", 5.0, sequence)
-        world = worlds[sequence]
+def next_case(folder: Path, number: int) -> dict[str, Any] | None:
+    """Waits for the case; None when there is to be no more."""
+    path = folder / f"case-{number:05d}.json"
+    while not path.exists():
+        try:
+            if (folder / "end").exists() or time.time() - (folder / "alive").stat().st_mtime > SILENCE:
+                return None
+        except FileNotFoundError:
+            return None
+        time.sleep(0.02)
+    return dict(json.loads(path.read_text()))
+
+
+def main(folder: str) -> None:
+    world = start_distributed("auto", 5.0)
+    cut = dataclasses.replace(world, sequence=world.size, group=dist.new_group(list(range(world.size))))
+    number = 0
+    while (case := next_case(Path(folder), number)) is not None:
         fresh(world.device)
-        start = time.perf_counter()
-        row = (layer_case if case["kind"] == "layer" else train_case)(case, world)
-        row = {**case, "gpus": world.size, "device": device_name(world.device), **row, "case_seconds": time.perf_counter() - start}
+        start, held = time.perf_counter(), torch.cuda.memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+        row = (layer_case if case["kind"] == "layer" else train_case)(case, cut if case.get("sequence", 1) > 1 else world)
+        row |= {"held_before_gib": held, "case_seconds": time.perf_counter() - start}
         if world.main:
-            with Path(rows).open("a") as file:
-                file.write(json.dumps(row) + "\n")
-    dist.barrier()
+            write_json(Path(folder) / f"row-{number:05d}.json", {**case, "gpus": world.size, "device": device_name(world.device), **row})
+        number += 1
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:2])

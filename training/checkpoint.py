@@ -2,7 +2,9 @@
 
 A folder checkpoints/step-XXXXXXXX holds model.safetensors (fp32), optimizer.safetensors (Adam's moments by parameter name),
 config.json (the model), run.json (the run), state.json (step, tokens, data fingerprint), rng.safetensors, tokenizer.json and,
-written last, COMPLETE.json with the size and SHA-256 of every other file. It is written under a temporary name and renamed.
+written last, COMPLETE.json with the size and SHA-256 of every other file and the number of checkpoints that the run folder had
+got before it. It is written under a temporary name and renamed. The newest is the one written last, whatever its step: who
+went back to an older one is on a new branch, and no clock is asked, as those of machines differ.
 Several ranks write model-00001-of-0000N.safetensors and so on, each its part, and model.index.json and optimizer.index.json
 say where the stretches of every tensor lie. training/saving.py writes them; models/hub/weights.py reads the tensors of both.
 """
@@ -14,7 +16,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,9 @@ from training.errors import UserError
 from training.local_state import load_moments
 
 MARKER = "COMPLETE.json"
+ATTEMPTS = 5  # at reading a checkpoint of a run that goes on and drops old ones
+
+T = TypeVar("T")
 
 
 def digest(path: Path) -> str:
@@ -43,9 +48,18 @@ def folder_of(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def order_of(folder: Path) -> int:
+    """The how-manieth checkpoint of its run folder this is, counted from 1 as they were written; 0 where the marker does not say."""
+    try:
+        return int(json.loads((folder / MARKER).read_text())["order"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MARKER).exists())
+    """The complete checkpoints of a run, in the order in which they were written."""
+    found = [p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MARKER).exists()]
+    return sorted(found, key=lambda p: (order_of(p), step_of(p)))
 
 
 def step_of(folder: Path) -> int:
@@ -66,7 +80,7 @@ def verify(folder: Path, rank: int = 0, size: int = 1, only: Callable[[str], boo
         try:
             if not path.exists() or path.stat().st_size != entry["bytes"]:
                 return f"{path} is missing or cut short."
-            if digest(path) != entry["sha256"]:
+            if digest(path) != entry.get("sha256"):
                 return f"{path} does not have the content it was saved with."
         except OSError as error:
             return f"{path} cannot be read: {error.strerror}."
@@ -74,24 +88,33 @@ def verify(folder: Path, rank: int = 0, size: int = 1, only: Callable[[str], boo
 
 
 def newest(run_dir: Path, warn: Callable[[str], Any] = print, only: Callable[[str], bool] = lambda name: True) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones are named through `warn` and passed over."""
-    for folder in reversed(checkpoints(run_dir)):
+    """The newest checkpoint that verifies; damaged ones are named through `warn` and passed over, and those that the run itself drops or
+    replaces meanwhile are not damaged."""
+    damaged: set[tuple[Path, int]] = set()
+    while True:
+        found = [(folder, order_of(folder)) for folder in checkpoints(run_dir)]
+        candidates = [item for item in found if item not in damaged]
+        if not candidates:
+            return None
+        folder, order = candidates[-1]
         problem = verify(folder, only=only)
         if not problem:
             return folder
-        warn(f"passing over a damaged checkpoint: {problem}")
-    return None
+        if (folder / MARKER).exists() and order_of(folder) == order:
+            damaged.add((folder, order))
+            warn(f"passing over a damaged checkpoint: {problem}")
 
 
 def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = print) -> Path | None:
     """`newest` for all ranks at once: rank 0 lists the checkpoints, as ranks may see a shared disk at different moments, and each reads
     a part of the files. Whoever finds damage says so."""
-    candidates = checkpoints(run_dir) if world.main else []
+    tried: set[int] = set()
     while True:
-        own = (float(step_of(candidates.pop())) if candidates else -1.0) if world.main else 0.0
-        step = int(world.sum([own])[0])
+        candidates = [step for step in map(step_of, checkpoints(run_dir)) if step not in tried] if world.main else []
+        step = int(world.sum([(candidates or [-1])[-1] if world.main else 0.0])[0])
         if step < 0:
             return None
+        tried.add(step)
         folder = folder_of(run_dir, step)
         problem = verify(folder, world.rank, world.size)
         if problem:
@@ -115,6 +138,18 @@ def find(path: str | Path) -> Path:
     if not any((folder / name).exists() for name in ("model.safetensors", "model.index.json")) or not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no model.safetensors with a config.json.")
     return folder
+
+
+def find_and_read(path: str | Path, read: Callable[[Path], T]) -> T:
+    """`read(find(path))`; where a run in progress drops that checkpoint under the reader, the newest is read instead. Raises UserError."""
+    for _ in range(ATTEMPTS):
+        folder = find(path)
+        try:
+            return read(folder)
+        except Exception:  # each library has its own for a file that is gone
+            if folder == Path(path) or (folder / MARKER).exists():
+                raise
+    raise UserError(f"The run in {path} drops its checkpoints before they can be read; give one of its milestones or a larger checkpoint.keep.")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -156,11 +191,19 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
 
     meta: {'folder', 'step', 'run'} where known. Raises UserError in one sentence for anything that is not such a folder.
     """
-    from models.hub.importing import is_foreign, read_stock
+    from models.hub.importing import is_foreign
+
+    if is_foreign(Path(path)):
+        model, tokenizer, meta = _read_model(Path(path), True)
+    else:
+        model, tokenizer, meta = find_and_read(path, lambda folder: _read_model(folder, False))
+    return model.to(device).eval(), tokenizer, meta
+
+
+def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
+    from models.hub.importing import read_stock
     from models.hub.weights import refuse_pickles
 
-    foreign = is_foreign(Path(path))
-    folder = Path(path) if foreign else find(path)
     refuse_pickles(folder)
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -184,4 +227,4 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
     for name in ("state", "run"):
         if (folder / f"{name}.json").exists():
             meta[name] = json.loads((folder / f"{name}.json").read_text())
-    return model.to(device).eval(), tokenizer, meta
+    return model, tokenizer, meta

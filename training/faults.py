@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -43,7 +44,7 @@ class BadStepPolicy:
         self.skips += 1
         if self.log is not None:
             entry = {"step": step, "why": result.skipped, "loss": result.loss, "grad_norm": result.grad_norm, "sample_ids": sample_ids}
-            with self.log.open("a") as file:
+            with contextlib.suppress(OSError), self.log.open("a") as file:  # a full disk must not end rank 0 alone
                 file.write(json.dumps(entry) + "\n")
         if self.faults.policy == "stop":
             raise UserError(f"Step {step} was not taken: {result.skipped}; lower optim.lr, or let faults.policy=skip leave such steps out.")

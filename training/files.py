@@ -1,12 +1,18 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Files that are whole or not there: written under a temporary name, then renamed; and a folder that one process has for itself."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
+import socket
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from training.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -20,6 +26,33 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON; NaN and infinities become null, as JSON has none, and what JSON does not know its text."""
     write_bytes(path, (json.dumps(_finite(value), indent=1, default=str) + "\n").encode())
+
+
+def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
+    """Makes `folder` this process's own while the file returned lives; the kernel lets it go when the process ends, however it does.
+
+    Waits seconds for a process of this machine or of another one that is about to end: a disk over the network hears of a dead machine late.
+    Raises UserError when somebody else has it. A file system without locks gives it to everybody.
+    """
+    file = (folder / "lock").open("a+")
+    start = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().split() or ["another", "machine"]
+            if time.monotonic() - start > (here if owner[0] == socket.gethostname() else elsewhere):
+                raise UserError(f"{folder} belongs to process {owner[-1]} of {owner[0]}, which still runs; stop it, or give another run_dir.") from None
+            time.sleep(0.2)
+        except OSError:
+            return file
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} {os.getpid()}\n")
+        file.flush()
+    return file
 
 
 def _finite(value: Any) -> Any:

@@ -112,11 +112,17 @@ def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: in
     """Sets Adam's moments from `read(name, first, end)` and its counter; works before the first step at any stage, each rank for itself."""
     flat = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
     held = getattr(engine.deepspeed.optimizer, flat[engine.stage]) if engine.stage else engine.parameters.values()
-    for p in held:
+    inner = engine.deepspeed.optimizer
+    for i, p in enumerate(held):
+        away = _swapped(engine) and inner._swappable_optimizer_subgroup(i)
+        if away:  # empty while it lies on the disk
+            inner._optimizer_states_and_gradient_swap_in(i)
         engine.optimizer.state[p] = {
             "step": torch.tensor(float(steps), device=p.device),
             **{key: torch.zeros_like(p, memory_format=torch.preserve_format) for key in MOMENTS},
         }
+        if away:
+            inner._optimizer_states_and_gradient_swap_out(i)
     for key in MOMENTS:
         for s in held_moments(engine, key):
             s.values.copy_(read(f"{key}.{s.name}", s.first, s.end))

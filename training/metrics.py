@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -79,6 +80,7 @@ class Metrics:
         self.wandb: Any = None
         self.tensorboard: Any = None
         self.file: Any = None
+        self.unwritten = 0
 
     def open(self, step: int, wandb_id: str | None) -> None:
         """Opens the sinks at `step`; what metrics.jsonl says of later steps belongs to a lost branch and is dropped."""
@@ -138,7 +140,12 @@ class Metrics:
         """One row of metrics.jsonl, and the same to the other sinks."""
         if not self.main:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:  # rank 0 must not end alone here; a checkpoint that cannot be written ends all in a sentence
+            self.unwritten += 1
+            if self.unwritten == 1:
+                self.say(f"{self.run_dir / 'metrics.jsonl'} cannot be written ({error.strerror}); free space, or rows are lost.")
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         if self.wandb is not None:
             try:
@@ -199,7 +206,8 @@ class Metrics:
     def close(self) -> None:
         for sink in (self.file, self.tensorboard):
             if sink is not None:
-                sink.close()
+                with contextlib.suppress(OSError):  # of a full disk, told before
+                    sink.close()
         if self.wandb is not None:
             try:
                 self.wandb.finish()

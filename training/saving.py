@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from models.hub.weights import write_tensors
-from training.checkpoint import MARKER, checkpoints, digest, folder_of, step_of
+from training.checkpoint import MARKER, checkpoints, digest, folder_of, order_of, step_of
 from training.config import CheckpointSection
 from training.engine import Engine
 from training.errors import UserError
@@ -85,33 +85,50 @@ class Saver:
         say: Callable[[str], Any],
         minutes: float = 30.0,
         saved: int = 0,
+        alive: Callable[[], Any] = lambda: None,
     ) -> None:
         """documents: text files that every checkpoint gets, by name; minutes: how long rank 0 waits for the others' parts; saved: the
-        step of the checkpoint that the run started from."""
+        step of the checkpoint that the run started from; alive: called now and then while the end of the run waits for the hook."""
         self.run_dir, self.engine, self.world, self.settings, self.documents = run_dir, engine, engine.world, settings, documents
-        self.say, self.minutes, self.saved = say, minutes, saved
+        self.say, self.minutes, self.saved, self.alive = say, minutes, saved, alive
         self.token = f"{int(self.world.sum([float(secrets.randbits(40)) if self.world.main else 0.0])[0]):x}"
         self.memory = HostMemory(self.world.device)
         if settings.background and (settings.every or settings.milestones):
-            self.memory.reserve(owned_elements(engine), lock=True)
+            with contextlib.suppress(RuntimeError):  # the first save tries again and says so on all ranks
+                self.memory.reserve(owned_elements(engine), lock=True)
         self.hook = Hook(settings.hook, run_dir / "hook.log", say) if settings.hook and self.world.main else None
         self.thread: threading.Thread | None = None
         self.cancel = threading.Event()
         self.problem = ""
         self.writing = -1  # the step that is being written
-        self.started = 0.0
-        self.waited = {"save_wait": 0.0, "save_snapshot": 0.0}
         self.numbers: list[dict[str, Any]] = []
         if self.world.main:
             for left in (run_dir / "checkpoints").glob(".tmp-*"):  # of runs that died
                 shutil.rmtree(left, ignore_errors=True)
+            if self.hook is not None:
+                self.hook.take_up(folder_of(run_dir, saved))
 
     def save(self, state: dict[str, Any]) -> None:
         """Takes the checkpoint of `state['step']`. Returns when its snapshot is taken and the one before is written; with
         checkpoint.background=false when it is written. Raises UserError on all ranks when one could not write."""
-        self.started = time.perf_counter()
+        started = time.perf_counter()
         self.finish()
         alone = time.perf_counter()
+        self.writing = state["step"]
+        try:
+            arguments = self._snapshot(state)
+        except (OSError, RuntimeError, MemoryError) as error:  # memory, as a rule; the others hear of it where they next look, and end as well
+            self.problem = f"rank {self.world.rank}: {error}"
+        else:
+            now = time.perf_counter()
+            times = {"started": started, "save_wait": now - started, "save_snapshot": now - alone}
+            self.thread = threading.Thread(target=self._work, args=(*arguments, times), name="checkpoint", daemon=True)
+            self.thread.start()
+        if not self.settings.background:
+            self.finish()
+
+    def _snapshot(self, state: dict[str, Any]) -> tuple[list[tuple[str, str, int, Tensor]], dict[str, list[int]], dict[str, Any], dict[str, Tensor]]:
+        """What the thread writes: copies of this rank's stretches, the shapes of all parameters, the state and the random states."""
         found = list(owned(self.engine))
         copies = self.memory.take([s.values for _, s in found])
         stretches = [(kind, s.name, s.first, copy) for (kind, s), copy in zip(found, copies)]
@@ -120,14 +137,7 @@ class Saver:
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
         steps = self.engine.optimizer_steps()
         state = {**state, "optimizer_steps": steps, "world_size": self.world.size, "zero_stage": self.engine.stage}
-        shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.parameters.items()}
-        self.writing = state["step"]
-        self.thread = threading.Thread(target=self._work, args=(stretches, shapes, state, rng), name="checkpoint", daemon=True)
-        now = time.perf_counter()
-        self.waited = {"save_wait": now - self.started, "save_snapshot": now - alone}
-        self.thread.start()
-        if not self.settings.background:
-            self.finish()
+        return stretches, {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.engine.parameters.items()}, state, rng
 
     def finish(self) -> None:
         """Waits until what is being written is complete. Raises UserError on all ranks when one could not write."""
@@ -162,7 +172,7 @@ class Saver:
         """On rank 0, once for each finished save: its step, bytes, seconds that the step waited (of that for the snapshot, the rest being the save
         before it) and that it took until it was complete."""
         self._settle()
-        rows, self.numbers = self.numbers, []
+        rows = [self.numbers.pop(0) for _ in range(len(self.numbers))]
         for row in rows:
             folder = folder_of(self.run_dir, row["saved_step"])
             self.say(f"saved {folder}: step waited {row['save_wait']:.3f} s, written in {row['save_seconds']:.2f} s")
@@ -172,7 +182,14 @@ class Saver:
         final = folder_of(self.run_dir, step)
         return final.with_name(f".tmp-{final.name}-{self.token}")
 
-    def _work(self, stretches: list[tuple[str, str, int, Tensor]], shapes: dict[str, list[int]], state: dict[str, Any], rng: dict[str, Tensor]) -> None:
+    def _work(
+        self,
+        stretches: list[tuple[str, str, int, Tensor]],
+        shapes: dict[str, list[int]],
+        state: dict[str, Any],
+        rng: dict[str, Tensor],
+        times: dict[str, float],
+    ) -> None:
         """The thread: this rank's files, and on rank 0 what makes them a checkpoint."""
         folder = self._temporary(state["step"])
         try:
@@ -187,7 +204,7 @@ class Saver:
                 _sync(folder / name)
             write_json(folder / _part(self.world.rank), {"files": files, "parts": parts})
             if self.world.main:
-                self._complete(folder, state["step"], shapes)
+                self._complete(folder, state["step"], shapes, times)
         except Exception as error:  # whatever it is, the run has to hear of it
             self.problem = f"rank {self.world.rank}: {getattr(error, 'strerror', None) or error}"
 
@@ -205,8 +222,9 @@ class Saver:
             entries += [[name, file, first, first + values.numel()] for name, first, values in own]
         return files, parts
 
-    def _complete(self, folder: Path, step: int, shapes: dict[str, list[int]]) -> None:
-        """Rank 0: collects the parts, writes indices and marker, renames, drops what is too old. Raises OSError."""
+    def _complete(self, folder: Path, step: int, shapes: dict[str, list[int]], times: dict[str, float]) -> None:
+        """Rank 0: collects the parts, writes indices and marker, renames, drops what is too old. Raises OSError until the checkpoint has its name;
+        what goes wrong after that is told, as the run has lost nothing."""
         files: dict[str, Any] = {}
         tensors: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
         for rank in range(self.world.size):
@@ -227,26 +245,23 @@ class Saver:
             size = (folder / name).stat().st_size
             if size != entry["bytes"]:
                 raise OSError(f"{name} has {size} bytes instead of {entry['bytes']}")
-        write_json(folder / MARKER, {"format": 2, "files": files})
+        order = 1 + max((order_of(other) for other in checkpoints(self.run_dir)), default=0)
+        write_json(folder / MARKER, {"format": 2, "order": order, "files": files})
         _sync(folder / MARKER)
         _sync(folder)
         final = folder_of(self.run_dir, step)
-        if final.exists():
-            (final / MARKER).unlink(missing_ok=True)
-            shutil.rmtree(final)
+        if final.exists():  # of another branch of the run, or damaged
+            _drop(final)
         os.replace(folder, final)
-        _sync(final.parent)
-        self.numbers.append(
-            {
-                "saved_step": step,
-                **self.waited,
-                "save_seconds": time.perf_counter() - self.started,
-                "save_bytes": sum(entry["bytes"] for entry in files.values()),
-            }
-        )
+        times["save_seconds"] = time.perf_counter() - times.pop("started")
+        self.numbers.append({"saved_step": step, **times, "save_bytes": sum(entry["bytes"] for entry in files.values())})
         if self.hook is not None:
             self.hook.add(final)
-        self._drop_old()
+        try:
+            _sync(final.parent)
+            self._drop_old()
+        except OSError as error:
+            self.say(f"an older checkpoint than {final.name} could not be dropped ({error.strerror}); the run goes on.")
 
     def _await_part(self, path: Path, rank: int) -> dict[str, Any]:
         end = time.monotonic() + 60 * self.minutes
@@ -262,8 +277,7 @@ class Saver:
     def _drop_old(self) -> None:
         for folder in checkpoints(self.run_dir)[: -self.settings.keep]:
             if step_of(folder) not in self.settings.milestones and not (self.hook is not None and self.hook.needs(folder)):
-                (folder / MARKER).unlink()  # an interrupted removal leaves something that is plainly no checkpoint
-                shutil.rmtree(folder, ignore_errors=True)
+                _drop(folder)
 
     def __enter__(self) -> Saver:
         return self
@@ -275,11 +289,18 @@ class Saver:
             self.thread.join(None if agreed else GRACE)
         self.cancel.set()
         if self.hook is not None:
-            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0)
+            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0, self.alive)
             with contextlib.suppress(OSError):
                 self._drop_old()
         if self.thread is None or not self.thread.is_alive():
             self.memory.release()
+
+
+def _drop(folder: Path) -> None:
+    """Removes a checkpoint, renamed first: an interrupted removal leaves what nobody takes for one and the next run removes. Raises OSError."""
+    gone = folder.with_name(f".tmp-dropped-{folder.name}-{secrets.token_hex(4)}")
+    os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _part(rank: int) -> str:

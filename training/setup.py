@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from training import checkpoint
 from training.config import Config
 from training.engine import World
 from training.errors import UserError
-from training.files import write_json
+from training.files import lock, write_json
 from training.metrics import environment
 
 Shards = list[tuple[ShardSet, float]]
@@ -87,12 +88,13 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
 
 @dataclass
 class Start:
-    """Where training begins: step 0 without a folder, or the step of a checkpoint."""
+    """Where training begins: step 0 without a folder, or the step of a checkpoint. held: rank 0's lock of the run folder, for the run."""
 
     step: int
     folder: Path | None
     wandb_id: str | None
     message: str
+    held: list[Any]
 
 
 def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, resolved_yaml: str) -> Start:
@@ -101,33 +103,71 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     Raises UserError when the checkpoint is of another model or other data.
     """
     run_dir = Path(config.run_dir)
-    problem = ""
-    if world.main:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.yaml").write_text(resolved_yaml)
-            write_json(run_dir / "environment.json", environment(world.device))
-        except OSError as error:
-            problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
-    if world.any(bool(problem)):
-        raise UserError(problem or f"The run folder {run_dir} cannot be written.")
+    held: list[Any] = []
+
+    def own() -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        held.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
+
+    _on_main(world, run_dir, own)
     folder = _checkpoint_of(config, world)
+    if folder is not None:
+        try:
+            state = checkpoint.read_state(folder)
+            if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
+                raise UserError(
+                    f"{folder} was trained on other data than {', '.join(str(s.directory) for s, _ in shards)}; "
+                    "give that, or train.resume=none with another run_dir."
+                )
+            checkpoint.load_weights(folder, model)
+        except Exception as error:
+            if (folder / checkpoint.MARKER).exists():
+                raise
+            raise UserError(f"{folder} was dropped by its run while it was read; start again, or resume from one of its milestones.") from error
+
+    def settings() -> None:
+        (run_dir / "config.yaml").write_text(resolved_yaml)
+        write_json(run_dir / "environment.json", environment(world.device))
+
+    _on_main(world, run_dir, settings)  # not before here: a refused start leaves what the run folder says of its run
     counts = sum(model.parameter_counts().values())
     what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, ZeRO {config.deepspeed.stage}, {config.train.precision}, run folder {run_dir}"
     if folder is None:
         origin = config.model.get("init_from")
         if origin:
             load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
-        return Start(0, None, None, f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}")
-    state = checkpoint.read_state(folder)
-    if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
-        raise UserError(
-            f"{folder} was trained on other data than {', '.join(str(s.directory) for s, _ in shards)}; give that, or train.resume=none with another run_dir."
-        )
-    checkpoint.load_weights(folder, model)
-    return Start(
-        state["step"], folder, state.get("wandb_id"), f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}"
-    )
+        told = f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}"
+        return Start(0, None, None, told, held)
+    branches = _branches(run_dir, folder, config.train.resume != "auto") if world.main else ""
+    message = f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}{branches}"
+    return Start(state["step"], folder, state.get("wandb_id"), message, held)
+
+
+def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:
+    """`write()` on rank 0. Raises UserError on every rank when the run folder does not take it."""
+    problem = ""
+    if world.main:
+        try:
+            write()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
+    problem = world.texts(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _branches(run_dir: Path, chosen: Path, by_name: bool) -> str:
+    """A sentence where the run folder holds checkpoints of higher steps than `chosen`, which is the one written last or asked for by name."""
+    limit, order = checkpoint.read_state(chosen)["step"], checkpoint.order_of(chosen)
+    higher = [f for f in checkpoint.checkpoints(run_dir) if checkpoint.step_of(f) > limit and (by_name or checkpoint.order_of(f) < order)]
+    if not higher:
+        return ""
+    last = max(higher, key=checkpoint.step_of)
+    if by_name:
+        return f"; what is saved from here on counts as newer than {last.name} of this run folder"
+    return f", the one saved last; {last.name} is of a branch that was left before, and train.resume={last} would go back to it"
 
 
 def _checkpoint_of(config: Config, world: World) -> Path | None:
@@ -135,10 +175,20 @@ def _checkpoint_of(config: Config, world: World) -> Path | None:
     wanted = config.train.resume
     if wanted == "none":
         return None
-    if wanted != "auto":
-        folder = checkpoint.find(wanted)
-        problems = [text for text in world.texts(checkpoint.verify(folder, world.rank, world.size)) if text]
-        if problems:
-            raise UserError(problems[0])
-        return folder
-    return checkpoint.newest_together(Path(config.run_dir), world)
+    if wanted == "auto":
+        return checkpoint.newest_together(Path(config.run_dir), world)
+    folder, kind = Path(wanted), ""
+    if world.main:  # ranks may see a shared disk at different moments, so that only one of them looks
+        kind = "run" if (folder / "checkpoints").is_dir() else "checkpoint" if folder.exists() else "nothing"
+    kind = world.texts(kind)[0]
+    if kind == "nothing":
+        raise UserError(f"There is no {folder} to resume from; give a run folder or a checkpoint folder, or train.resume=auto.")
+    if kind == "run":
+        found = checkpoint.newest_together(folder, world)
+        if found is None:
+            raise UserError(f"{folder} holds no complete checkpoint yet; give another run folder or train.resume=none.")
+        return found
+    problems = [text for text in world.texts(checkpoint.verify(folder, world.rank, world.size)) if text]
+    if problems:
+        raise UserError(problems[0])
+    return folder

@@ -2,7 +2,8 @@
 
     python -m training.supervisor restarts=5 timeout=600 -- deepspeed --num_gpus 8 train.py experiment=NAME checkpoint.every=500
 
-Every attempt goes on from the newest whole checkpoint, because that is what train.py does by itself. The ranks tell how they are in
+Every attempt goes on from the newest whole checkpoint, because that is what train.py does by itself; a train.resume= in the command holds
+until a checkpoint has been written after it. The ranks tell how they are in
 small files of `folder` (training/observe.py); silence of all of them for `timeout` seconds is a hang: each writes the stacks of its threads to
 rank-XXXXX.stacks there, then all are killed and the job starts again. Exit status: 0 finished; 2 a mistake in the call, or the job ended with
 2 itself (its own message says what to mend); 3 restarts used up; 4 no new checkpoint in two attempts; 75 stopped on request, call again to go on.
@@ -114,6 +115,7 @@ class Job:
         self.process = subprocess.Popen(command, start_new_session=True, env={**os.environ, FOLDER: str(folder)})
         self.heard = time.monotonic()
         self.last: dict[Path, int] = {}
+        self.began: int | None = None  # the step of the checkpoint that this attempt started from
 
     def poll(self) -> int | None:
         """Exit status of the command itself, None while it runs; reaps orphans that ended."""
@@ -138,8 +140,11 @@ class Job:
         return found
 
     def silence(self) -> tuple[float, bool]:
-        """(seconds since any rank was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
-        seen = {path: path.stat().st_mtime_ns for path, row in rank_files(self.folder) if row.get("step") is not None}
+        """(seconds since any rank of this machine was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
+        rows = [(path, row) for path, row in rank_files(self.folder) if row.get("step") is not None and row.get("host") == socket.gethostname()]
+        if rows and self.began is None:
+            self.began = min(row.get("saved") or 0 for _, row in rows)
+        seen = {path: path.stat().st_mtime_ns for path, _ in rows}
         if seen != self.last:
             self.last, self.heard = seen, time.monotonic()
         return time.monotonic() - self.heard, bool(seen)
@@ -195,6 +200,7 @@ class Supervisor:
         self.say = say or (lambda text: print(f"supervisor: {text}", file=sys.stderr, flush=True))
         self.asked = 0
         self.attempt = 0
+        self.began: int | None = None
 
     def note(self, text: str, **values: Any) -> None:
         """A line for people, and the same in supervisor.jsonl."""
@@ -205,7 +211,7 @@ class Supervisor:
     def run(self) -> int:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._signals(), subreaper():
-            saved, fruitless, backoff = 0, 0, self.settings.backoff
+            saved, fruitless, backoff = self._saved(0), 0, self.settings.backoff
             while True:
                 status = self._attempt()
                 if self.asked:
@@ -214,29 +220,38 @@ class Supervisor:
                 if status in (FINISHED, MISTAKE):
                     self.note("finished." if not status else "the job ended with status 2, a mistake that a restart does not mend.")
                     return FINISHED if not status else MISTAKE
-                now = max((row.get("saved") or 0 for _, row in rank_files(self.folder)), default=-1)
-                fruitless, backoff = (fruitless + 1, backoff) if now <= saved else (0, self.settings.backoff)
-                saved = max(saved, now)
+                now = self._saved(saved)
+                advanced = self.began is not None and now > self.began
+                if advanced:
+                    self.command = ["train.resume=auto" if a.startswith("train.resume=") else a for a in self.command]
+                # A lower step is new as well: of a branch from an older checkpoint.
+                fruitless, backoff = (0, self.settings.backoff) if advanced or now != saved else (fruitless + 1, backoff)
+                saved = now
                 if self.attempt > self.settings.restarts:
                     self.note(f"giving up after {self.settings.restarts} restart(s); the last status was {status}.", status=status)
                     return USED_UP
                 if fruitless >= FRUITLESS:
                     self.note(f"giving up: {FRUITLESS} attempts in a row ended with status {status} and no new checkpoint.", status=status)
                     return STUCK
-                self.note(f"restart {self.attempt} of {self.settings.restarts} in {backoff:g} s, from step {max(saved, 0)}.", saved=saved)
+                self.note(f"restart {self.attempt} of {self.settings.restarts} in {backoff:g} s, from step {saved}.", saved=saved)
                 self._wait(backoff)
                 backoff = min(2 * backoff, 300.0)
 
     def _attempt(self) -> int:
         """Runs the command once. Returns its status; -9 for a hang."""
         self.attempt += 1
+        here = socket.gethostname()
+        hosts = {path.stem: row.get("host", here) for path, row in rank_files(self.folder)}
         for path in self.folder.glob("rank-*"):
+            if hosts.get(path.stem, here) != here:
+                continue  # another machine's, whose own supervisor sees to it
             if path.suffix == ".stacks" and path.stat().st_size:
                 path.rename(path.with_name(f"attempt-{self.attempt - 1}-{path.name}"))
             elif path.suffix != ".json":
                 path.unlink()
         for path, row in rank_files(self.folder):  # keeps what was saved, forgets that the rank was alive
-            path.write_text(json.dumps({"saved": row.get("saved")}))
+            if hosts.get(path.stem, here) == here:
+                path.write_text(json.dumps({"host": here, "saved": row.get("saved")}))
         if self.asked:
             return STOPPED
         job = Job(self.command, self.folder)
@@ -259,9 +274,14 @@ class Supervisor:
                 time.sleep(0.05)
             return status
         finally:
+            self.began = job.began
             left = job.kill()
             if left:
                 self.note(f"killed {left} process(es) that the job had left.", left=left)
+
+    def _saved(self, otherwise: int) -> int:
+        """The step of the newest checkpoint that the ranks know of."""
+        return max((row.get("saved") or 0 for _, row in rank_files(self.folder)), default=otherwise)
 
     def _wait(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -273,7 +293,9 @@ class Supervisor:
         def handle(number: int, frame: Any) -> None:
             self.asked = number
 
-        before = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        # The job is in a session of its own, so a terminal that closes must not take the supervisor alone; under nohup it is not heard at all.
+        heard = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        before = {n: signal.signal(n, handle) for n in heard}
         try:
             yield
         finally:

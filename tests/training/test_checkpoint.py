@@ -18,13 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.hub.weights import Weights, write_tensors
-from tests.conftest import ROOT, SMALL, environment, run_ranks
-from training import checkpoint, saving
-from training.config import CheckpointSection
+from tests.conftest import ROOT, SMALL, environment, free_port, run_program, run_ranks
+from training import checkpoint, saving, setup
+from training.config import CheckpointSection, Config
 from training.engine import World
 from training.errors import UserError
+from training.files import lock
 from training.hook import Hook
 from training.local_state import Stretch, share
+from training.supervisor import parents
 
 
 def work(what: str, ranks: int, shards: Path, folder: Path) -> dict[str, Any]:
@@ -147,12 +149,12 @@ class Alone(World):
         self.rank, self.size, self.device = 0, 1, torch.device("cpu")
 
 
-def saver_of(run: Path, **settings: Any) -> tuple[saving.Saver, list[str]]:
+def saver_of(run: Path, start: int = 0, **settings: Any) -> tuple[saving.Saver, list[str]]:
     """A Saver over one parameter of five numbers whose checkpoints are all it does."""
     parameter = torch.nn.Parameter(torch.arange(5.0))
     engine: Any = SimpleNamespace(world=Alone(), stage=0, parameters={"w": parameter}, optimizer_steps=lambda: 0)
     said: list[str] = []
-    return saving.Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append), said
+    return saving.Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append, saved=start), said
 
 
 def test_a_step_waits_for_the_snapshot_and_for_the_save_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +166,9 @@ def test_a_step_waits_for_the_snapshot_and_for_the_save_before_it(tmp_path: Path
         weights = saver.engine.parameters["w"].data
         weights += 100  # training goes on
         assert checkpoint.checkpoints(tmp_path) == [] and saver.news() == [] and saver.saved == 0
+        before = time.perf_counter()
+        time.sleep(0.3)
+        waited = time.perf_counter() - before
         second = threading.Thread(target=saver.save, args=({"step": 2},))
         second.start()
         time.sleep(0.1)
@@ -174,6 +179,7 @@ def test_a_step_waits_for_the_snapshot_and_for_the_save_before_it(tmp_path: Path
         rows = saver.news()
     assert [r["saved_step"] for r in rows] == [1, 2] and saver.saved == 2 and "step waited" in said[0] and "written in" in said[0]
     assert all(0 < r["save_snapshot"] <= r["save_wait"] <= r["save_seconds"] for r in rows)
+    assert rows[0]["save_seconds"] > waited, "counted from its own start"
     for step, first in ((1, 0.0), (2, 100.0)):
         assert torch.equal(Weights(checkpoint.folder_of(tmp_path, step)).tensor("w"), torch.arange(5.0) + first)
         assert checkpoint.verify(checkpoint.folder_of(tmp_path, step)) == ""
@@ -188,6 +194,145 @@ def test_an_error_of_the_writer_is_the_runs_and_leaves_nothing(tmp_path: Path, m
         saver.save({"step": 2})
         saver.finish()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_snapshot_for_which_there_is_no_memory_is_told_where_all_ranks_hear_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, _ = saver_of(tmp_path)
+    monkeypatch.setattr(saver.memory, "take", lambda tensors: (_ for _ in ()).throw(RuntimeError("can't allocate memory")))
+    with pytest.raises(UserError, match=r"step 3 could not be written \(rank 0: can't allocate memory\)"), saver:
+        saver.save({"step": 3})
+        assert saver.problem, "the loop asks for it with the other ranks"
+        saver.finish()
+    assert checkpoint.checkpoints(tmp_path) == []
+
+
+def test_an_old_one_that_cannot_be_dropped_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, said = saver_of(tmp_path)
+    monkeypatch.setattr(saver, "_drop_old", lambda: (_ for _ in ()).throw(OSError(13, "Permission denied")))
+    with saver:
+        for step in (1, 2):
+            saver.save({"step": step})
+            saver.finish()
+            assert saver.saved == step and checkpoint.verify(checkpoint.folder_of(tmp_path, step)) == ""
+    assert sum("could not be dropped (Permission denied)" in line for line in said) == 2
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step_of(folder) for folder in checkpoint.checkpoints(run)]
+
+
+def test_who_goes_back_to_an_older_checkpoint_keeps_the_newer_work(tmp_path: Path) -> None:
+    first, _ = saver_of(tmp_path, keep=9, background=False)
+    with first:
+        for step in (1, 2, 6, 7):
+            first.save({"step": step})
+    branch, _ = saver_of(tmp_path, start=2, keep=2, background=False)
+    with branch:
+        branch.save({"step": 4})
+        assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 4) == checkpoint.newest_together(tmp_path, Alone())
+        assert steps(tmp_path) == [7, 4]
+        branch.save({"step": 7})  # takes the place of the other branch's
+        assert steps(tmp_path) == [4, 7] and checkpoint.read_state(checkpoint.folder_of(tmp_path, 7))["step"] == 7
+        branch.save({"step": 8})
+    assert steps(tmp_path) == [7, 8] and not list((tmp_path / "checkpoints").glob(".*"))
+    older, newest = (checkpoint.folder_of(tmp_path, step) for step in (7, 8))
+    assert setup._branches(tmp_path, newest, False) == "" and f"newer than {newest.name}" in setup._branches(tmp_path, older, True)
+    with saver_of(tmp_path, start=7, keep=2, background=False)[0] as back:
+        back.save({"step": 7})
+    told = setup._branches(tmp_path, older, False)
+    assert f"the one saved last; {newest.name} is of a branch that was left" in told and f"train.resume={newest}" in told
+
+
+def test_a_damaged_checkpoint_does_not_push_out_what_comes_after_it(tmp_path: Path) -> None:
+    first, _ = saver_of(tmp_path, keep=2, background=False)
+    with first:
+        first.save({"step": 2})
+        first.save({"step": 4})
+    (checkpoint.folder_of(tmp_path, 4) / "model.safetensors").write_bytes(b"")
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path, said.append) == checkpoint.folder_of(tmp_path, 2) and "missing or cut short" in said[0]
+    again, _ = saver_of(tmp_path, start=2, keep=1, background=False)
+    with again:
+        again.save({"step": 3})
+    assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 3)
+
+
+def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saver, _ = saver_of(tmp_path, keep=1, background=False)
+    verify, warned = checkpoint.verify, []
+    with saver:
+        saver.save({"step": 1})
+
+        def meanwhile(folder: Path, *arguments: Any, **more: Any) -> str:
+            if saver.saved < 3:
+                saver.save({"step": saver.saved + 1})
+            return verify(folder, *arguments, **more)
+
+        monkeypatch.setattr(checkpoint, "verify", meanwhile)
+        assert checkpoint.newest(tmp_path, warned.append) == checkpoint.folder_of(tmp_path, 3) and warned == []
+        monkeypatch.setattr(checkpoint, "verify", verify)
+        (checkpoint.folder_of(tmp_path, 3) / "state.json").unlink()
+        with pytest.raises(UserError, match="no complete checkpoint"):
+            checkpoint.find(tmp_path)
+        saver.save({"step": 4})
+
+        def read(folder: Path) -> int:
+            if saver.saved < 6:
+                saver.save({"step": saver.saved + 1})
+            return int(checkpoint.read_state(folder)["step"])
+
+        assert checkpoint.find_and_read(tmp_path, read) == 6
+        with pytest.raises(UserError, match="drops its checkpoints before they can be read"):
+            checkpoint.find_and_read(tmp_path, lambda folder: (saver.save({"step": saver.saved + 1}), checkpoint.read_state(folder)))
+        with pytest.raises(FileNotFoundError):
+            checkpoint.find_and_read(tmp_path, lambda folder: (folder / "nothing").read_text())
+
+
+def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    code = "import pathlib, sys, time; from training.files import lock; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"belongs to process {other.pid} of .*; stop it, or give another run_dir"):
+        lock(tmp_path, here=0.0)
+    threading.Timer(0.3, other.kill).start()
+    held = lock(tmp_path)
+    assert (tmp_path / "lock").read_text().split()[1] == str(os.getpid())
+    other.wait()
+    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+        lock(tmp_path, here=0.0)
+    held.close()
+    lock(tmp_path, here=0.0).close()
+
+
+def test_rank_0_says_what_train_resume_means(tmp_path: Path) -> None:
+    class Second(World):
+        """Rank 1, to whom rank 0 says `first`, and the step it has found."""
+
+        def __init__(self, first: str, step: float = -1.0) -> None:
+            self.rank, self.size, self.device, self.first, self.step = 1, 2, torch.device("cpu"), first, step
+
+        def texts(self, own: str) -> list[str]:
+            return [self.first, own]
+
+        def sum(self, values: list[float]) -> list[float]:
+            found, self.step = self.step, -1.0
+            return [found]
+
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    saver, _ = saver_of(tmp_path / "run", keep=9)
+    with saver:
+        for step in (1, 2):
+            saver.save({"step": step})
+    config = Config(run_dir=str(tmp_path / "other"))
+    config.train.resume = str(tmp_path / "run")
+    assert setup._checkpoint_of(config, Second("run", 1.0)) == checkpoint.folder_of(tmp_path / "run", 1), "rank 0 does not see the second yet"
+    with pytest.raises(UserError, match="There is no"):
+        setup._checkpoint_of(config, Second("nothing"))
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        setup._checkpoint_of(config, Second("run"))
+    assert setup._checkpoint_of(config, Alone()) == checkpoint.folder_of(tmp_path / "run", 2)
 
 
 def test_old_ones_go_milestones_stay_and_what_a_dead_run_left_is_removed(tmp_path: Path) -> None:
@@ -237,7 +382,55 @@ def test_a_hook_is_ended_at_the_limit_and_overtaken_checkpoints_are_skipped(tmp_
     assert hook.needs(tmp_path / "a") and not hook.needs(tmp_path / "b") and hook.needs(tmp_path / "c")
     hook.close(0.1)
     assert "skipped for b" in said[0] and any("did not finish in 0.1 s for a, c" in line for line in said)
-    assert hook.process.poll() is not None
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Children of this process, zombies included."""
+    return [pid for pid, parent in parents().items() if parent == os.getpid()]
+
+
+def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, reached = threading.Event(), threading.Event()
+    monkeypatch.setattr("training.hook.shlex.quote", lambda text: (reached.set(), gate.wait(), text)[2])
+    hook = Hook("exec sleep 300 {folder}", tmp_path / "hook.log", lambda text: None)
+    hook.add(tmp_path / "a")
+    reached.wait()
+    closing = threading.Thread(target=hook.close, args=(0.0,), daemon=True)
+    closing.start()
+    time.sleep(0.1)
+    gate.set()
+    closing.join(20)
+    assert not closing.is_alive() and hook.process is None
+
+
+def test_a_hook_that_cannot_be_started_gives_the_next_checkpoint_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    popen, broken = subprocess.Popen, [True]
+    monkeypatch.setattr("training.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k))
+    hook = Hook("touch {folder}-done", tmp_path / "hook.log", said.append)
+    hook.add(tmp_path / "a")
+    while not said and hook.thread.is_alive():
+        time.sleep(0.01)
+    broken.clear()
+    hook.add(tmp_path / "b")
+    signs: list[int] = []
+    hook.close(30, lambda: signs.append(1))
+    assert "could not run for a (odd name)" in said[0] and (tmp_path / "b-done").exists() and signs
+
+
+def test_a_checkpoint_whose_hook_was_cut_short_is_handed_on_by_the_next_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cut, said = saver_of(tmp_path / "run", hook=f"echo {{folder}} >> {out}; sleep 300", hook_minutes=0.001)
+    with cut:
+        cut.save({"step": 1})
+    assert any("did not finish" in line for line in said)
+    for _ in range(3):
+        again, said = saver_of(tmp_path / "run", hook=f"echo {{folder}} >> {out}", start=1)
+        with again:
+            again.finish()
+        assert said == []
+    assert len(out.read_text().splitlines()) == 2, "once cut short, once whole"
 
 
 def test_sigterm_in_the_middle_of_a_save_waits_for_it(demo_shards: Path, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
 from tests.training.test_runs import launcher, losses
 from training import agreement
-from training.config import Config, DataSection
-from training.engine import World
+from training.config import Config, DataSection, FaultSection
+from training.engine import StepResult, World
 from training.errors import UserError
+from training.faults import BadStepPolicy
 from training.metrics import Metrics
 from training.setup import open_reader, open_shards
 
@@ -167,6 +168,19 @@ def test_a_wandb_that_fails_in_the_middle_is_left_out(tmp_path: Path, capsys: py
     metrics.close()
     assert capsys.readouterr().out.count("connection lost") == 1
     assert losses(tmp_path) == {1: 1.0, 2: 1.0}
+
+
+def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, Config(), torch.device("cpu"), 2, 1, True)
+    metrics.open(0, None)
+    metrics.file = open("/dev/full", "w", buffering=1)
+    for step in (1, 2):
+        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+    metrics.close()
+    assert capsys.readouterr().out.count("metrics.jsonl cannot be written (No space left on device)") == 1
+    policy = BadStepPolicy(FaultSection(policy="skip"), Path("/dev/full"))
+    policy.record(1, StepResult(1.0, float("nan"), 1, "gradient norm is not finite", 1.0), [1])
+    assert policy.skips == 1
 
 
 @pytest.mark.parametrize("change", ["cut", "lost"])

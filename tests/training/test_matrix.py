@@ -8,6 +8,7 @@ import pytest
 
 from scripts import matrix
 from tests.conftest import run_program
+from tests.training.test_runs import Train, losses, ok
 from training.cli import checked, compose_config
 from training.errors import UserError
 
@@ -55,3 +56,18 @@ def test_offload_and_quantisation_that_would_need_a_compiler_are_refused_in_a_se
     ):
         done = run_program([*common, *words], CXX="no-such-compiler")
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr + done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_moments_on_a_disk_are_written_and_taken_up_like_others(train: Train, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io needs libaio's headers")
+    words = ["size.d_model=256", "eval=end", "eval.tokens=256", "schedule=constant", "checkpoint.every=2", "train.steps=4", "deepspeed=zero3"]  # groups over 1 MB
+    nvme = ["deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={tmp_path}"]
+    ok(train("memory", *words))
+    ok(train("disk", *words, *nvme, "train.steps=2"))
+    ok(train("disk", *words, *nvme))
+    memory, disk = losses(tmp_path / "memory"), losses(tmp_path / "disk")
+    assert memory.keys() == disk.keys() and all(abs(memory[n] / disk[n] - 1) < 1e-6 for n in memory)

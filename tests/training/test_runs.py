@@ -168,7 +168,9 @@ def test_mistakes_with_data_and_checkpoints_are_sentences(train: Train, demo_sha
         file.truncate(1000)
     mistake(train("b", f"data.path={cut}"), "bytes instead of")
     ok(train("c", *QUIET, "train.steps=1"))
+    own = (tmp_path / "c" / "config.yaml").read_text()
     mistake(train("c", *QUIET, "size.d_model=64"), "holds another model")
+    assert (tmp_path / "c" / "config.yaml").read_text() == own
     mistake(train("d", "train.device=cuda"), "sees no CUDA device")
     mistake(train("e", "train.seq_len=10000000"), "shorten it")
     mistake(train("f", "model.vocab_size=100"), "smaller than")

@@ -132,6 +132,52 @@ time.sleep(300)
     assert "stopped on SIGTERM" in said[-1]
 
 
+def test_a_train_resume_holds_until_a_checkpoint_was_written_after_it(tmp_path: Path) -> None:
+    script = """
+resume, began, ended = sys.argv[1].partition("=")[2], *[(100, 100), (100, 300), (300, 350)][n - 1]
+with (folder / "seen").open("a") as seen:
+    seen.write(resume + " ")
+beat(began, began); time.sleep(0.5)
+beat(ended, ended)
+sys.exit(0 if n == 3 else 1)
+"""
+    (tmp_path / "ranks").mkdir()
+    (tmp_path / "job.py").write_text(RANK + script)
+    old = {"host": socket.gethostname(), "pid": 1, "step": 500, "saved": 500}  # what the abandoned branch had reached
+    (tmp_path / "ranks" / "rank-00000.json").write_text(json.dumps(old))
+    command = [sys.executable, str(tmp_path / "job.py"), "train.resume=older"]
+    made = Supervisor(Settings(folder=str(tmp_path / "ranks"), backoff=0.0), command, lambda text: None)
+    assert made.run() == 0 and (tmp_path / "ranks" / "seen").read_text() == "older older auto "
+
+
+def test_the_files_of_another_machines_ranks_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    other = json.dumps({"host": "another", "pid": 1, "step": 3, "saved": 2})
+    (tmp_path / "ranks" / "rank-00001.json").write_text(other)
+    (tmp_path / "ranks" / "rank-00001.stacks").write_text("")
+    script = """
+for _ in range(8):   # the other machine's ranks do not make up for the silence of this one's
+    beat(1, 0) if _ == 0 else (folder / "rank-00001.json").touch(); time.sleep(0.3)
+"""
+    status, said, _ = supervise(tmp_path, script, restarts=0, timeout=1)
+    assert status == USED_UP and any("no rank took a step" in line for line in said)
+    assert (tmp_path / "ranks" / "rank-00001.json").read_text() == other and (tmp_path / "ranks" / "rank-00001.stacks").exists()
+
+
+def test_a_terminal_that_closes_stops_the_job_unless_under_nohup(tmp_path: Path) -> None:
+    script = """
+import signal
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+beat(1, 0); os.kill(os.getppid(), signal.SIGHUP); time.sleep(3)
+"""
+    assert supervise(tmp_path, script)[0] == STOPPED
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert supervise(tmp_path, script)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_what_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -> None:
     script = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); beat(1, 0); (folder / 'ready').write_text(''); time.sleep(300)"
 

@@ -75,7 +75,8 @@ def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes
     reached = max(losses(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / f"step-{reached:08d}" / "COMPLETE.json").exists(), out[-3000:]
     (stubs / "requeued").unlink()
-    done = subprocess.run(words(reached + 2), cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=200, check=False)
+    again = {**slurm, "SLURM_RESTART_COUNT": "1"}  # then what it was told to begin from counts no more
+    done = subprocess.run([*words(reached + 2), "train.resume=/nowhere"], cwd=ROOT, env=again, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout + done.stderr
     assert max(losses(tmp_path / "run")) == reached + 2 and not (stubs / "requeued").exists() and not (tmp_path / "hosts.17").exists()
 
