@@ -16,7 +16,7 @@ from models.hub.recurrence import HEADER, written
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
 PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
-IN_TORCH = ("kernels.short_conv", "kernels.gated_norm")  # operations whose reference.py has the same functions
+IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.mamba2_step")  # operations whose reference.py has the same functions
 DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
 
 
