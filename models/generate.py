@@ -141,6 +141,10 @@ class Writer:
             raise UserError("Give document=FILE to read a text or resume=FILE to go on with a session, not both.")
         if values["save"] and values["prompts"]:
             raise UserError("save=FILE keeps one text; give one prompt, or leave prompts out and ask them with resume=FILE.")
+        if values["save"] and not Path(values["save"]).absolute().parent.is_dir():
+            raise UserError(f"save={values['save']} lies in no folder; make the folder first or give another file.")
+        if values["device"] == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda, but torch sees no CUDA device; use device=auto or install a CUDA build of torch.")
         if values["precision"] not in ("fp32", "bf16"):
             raise UserError(f"precision is {values['precision']!r}; choose fp32 or bf16.")
         keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

@@ -28,7 +28,7 @@ from models.config import ModelConfig
 from models.hub.card import write_card
 from models.hub.custom import custom, write_code
 from models.hub.native import Stock, stock
-from models.hub.push import check_name, push
+from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
@@ -162,7 +162,7 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
 
 def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0", evals: str | None = None) -> Path:
     """The verified folder `out`. evals: a folder that evals.run wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
-    source, final, limit = find(checkpoint), Path(out), parse_size(shard_size)
+    source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
     if dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose fp32 or bf16.")
     if evals is not None and not Path(evals).is_dir():
@@ -197,8 +197,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if values.push:
             check_name(values.push)
+            check_token()
         folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals)
-        print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+        print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
         if values.push:
             print(f"pushed: {push(folder, values.push)}")
     except UserError as error:
