@@ -27,6 +27,7 @@ from data.tokenizer import eot_id
 from models.config import ModelConfig
 from models.hub.card import write_card
 from models.hub.custom import custom, write_code
+from models.hub.importing import KEPT
 from models.hub.native import Stock, stock
 from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
@@ -54,7 +55,8 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
     config, weights = read_config(source), Weights(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
-    length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048)
+    imported = read_object(source / "imported.json") if (source / "imported.json").exists() else {}
+    length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
     target = stock(config, length)[0]
     if target is None:
         target = custom(config, length)
@@ -80,9 +82,13 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
     eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
-    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    marks = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ends = {key: imported.get(key) if imported else eot for key in marks}
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
     write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+    for name in KEPT:  # an imported checkpoint's own
+        if imported and (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
     write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
     return target
