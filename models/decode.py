@@ -102,19 +102,20 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> Any:
-        before = [t.clone() for t in _tensors(self.state)]
+        changed = [value for part in self.state.layers for name, value in vars(part).items() if isinstance(value, Tensor) and name not in getattr(part, "appended", ())]
+        before = [t.clone() for t in changed]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # warm up: kernels are built and workspaces allocated outside the graph
             for _ in range(3):
-                for old, new in zip(_tensors(self.state), before):
+                for old, new in zip(changed, before):
                     old.copy_(new)
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        for old, new in zip(_tensors(self.state), before):
+        for old, new in zip(changed, before):
             old.copy_(new)
         return graph
 

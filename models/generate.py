@@ -128,6 +128,7 @@ class Writer:
         """Raises UserError for anything that cannot be done, before anything is read."""
         from data.tokenizer import eot_id
         from models.decode import cast
+        from models.hub.importing import end_ids
         from training.checkpoint import load_model
         from training.engine import pick_device
         from training.errors import UserError
@@ -141,6 +142,10 @@ class Writer:
             raise UserError("Give document=FILE to read a text or resume=FILE to go on with a session, not both.")
         if values["save"] and values["prompts"]:
             raise UserError("save=FILE keeps one text; give one prompt, or leave prompts out and ask them with resume=FILE.")
+        if values["save"] and not Path(values["save"]).absolute().parent.is_dir():
+            raise UserError(f"save={values['save']} lies in no folder; make the folder first or give another file.")
+        if values["device"] == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda, but torch sees no CUDA device; use device=auto or install a CUDA build of torch.")
         if values["precision"] not in ("fp32", "bf16"):
             raise UserError(f"precision is {values['precision']!r}; choose fp32 or bf16.")
         keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -152,13 +157,13 @@ class Writer:
             raise UserError(str(error).splitlines()) from error
         self.prompts = self._prompts()
         self.document = _lines(values["document"], "document") if values["document"] else None
-        self.model, self.tokenizer, _ = load_model(values["checkpoint"], pick_device(values["device"]))
+        self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"]))
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)
         self.device = self.model.embedding.weight.device
         self.eot = eot_id(self.tokenizer)
         self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
-        self.stop_ids = [self.eot, *stop_ids]
+        self.stop_ids = [self.eot, *end_ids(Path(meta["folder"])), *stop_ids]  # a folder from elsewhere may have an end of its own
         self.start = Session.load(values["resume"], self.model) if values["resume"] else None
         if self.start is not None and len(self.start.ids_BT) > 1:
             raise UserError(f"The session {values['resume']} holds several texts side by side; the command goes on with one.")

@@ -70,10 +70,11 @@ class SwiGLU(nn.Module):
 
 
 def rotate(x_BHTK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of Llama; angles in fp32."""
+    """Rotary position embedding (Su et al. 2021) in the half-split layout of Llama; angles in fp32, each rounded as in transformers: far out,
+    another rounding of the frequencies is another angle."""
     K = x_BHTK.shape[-1]
     inner = torch.float64 if x_BHTK.dtype == torch.float64 else torch.float32
-    frequency = theta ** (-torch.arange(0, K, 2, device=x_BHTK.device, dtype=inner) / K)
+    frequency = 1.0 / theta ** (torch.arange(0, K, 2, device=x_BHTK.device, dtype=inner) / K)
     angle = positions_T.to(inner)[:, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     a, b = x_BHTK.to(inner).chunk(2, -1)

@@ -1,14 +1,15 @@
 """Decoding speed: tokens/s, the share of what reading the weights once a step allows, and state bytes per sequence.
 
-    python scripts/bench_decode.py [out=docs/results/decode/decode.json] [budget=170] [only=paragru-400m] [compiled=false] [toy=true]
+    python scripts/bench_decode.py [out=docs/results/decode/decode.json] [seconds=240] [only=paragru-400m] [compiled=false] [toy=true]
     python scripts/bench_decode.py plot=docs/results/decode/decode.json      # draws decode.png beside it
 
 Random weights in bf16 (the recurrences' own parameters in fp32), one step as a CUDA graph, greedy. A recurrent model reads `context` random
 tokens in chunks (one sequence, its state then repeated for every row); an attention cache is filled with random numbers. Before timing, the
-decoder's logits are compared with the model's own. Beside it, transformers' generate on the exported folder, its steps timed after the prompt.
+decoder's logits are compared with the model's own (where memory allows both). Beside it, transformers' generate on the exported folder, its steps timed after the prompt.
 The bound is the time to read all weights but the embedding at the speed of a measured copy. compiled=true lets torch.compile fuse the step
-instead of the project's kernels. What does not fit in memory, or in `budget` seconds, is left out and says so; the JSON is written after
-every item. toy=true runs small models on any machine.
+instead of the project's kernels. The 1B models come first and transformers last. What does not fit in memory, or in `seconds`, is left out and
+says so; the JSON is written after every item, and the same command (commit, versions, device) goes on with what is missing in it.
+only: items whose name holds this. toy=true runs small models on any machine.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from training.metrics import environment  # noqa: E402
 # As configs/size and configs/model have them: width, layers, layers without an MLP, attention heads, Mamba-2 state.
 SIZES = {"400m": (1024, 24, 48, 8, 64), "1b": (2048, 24, 48, 16, 128), "toy": (64, 2, 4, 4, 16)}
 VOCABULARY = 50304
+FAMILIES = ("paragru", "mamba2", "transformer")
+NO_TIME = "no time left"
 
 
 def config_of(family: str, size: str) -> ModelConfig:
@@ -95,13 +98,13 @@ def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
 
 
 @torch.no_grad()
-def state_at(model: LanguageModel, context: int) -> Any:
-    """The state of one sequence after `context` random tokens; attention caches are filled with random numbers."""
+def state_at(model: LanguageModel, context: int, state: Any = None, seen: int = 0) -> Any:
+    """The state of one sequence after `context` random tokens, of which `state` has `seen`; attention caches are filled with random numbers."""
     device = model.embedding.weight.device
-    state = model.init_state(1)
+    state = model.init_state(1) if state is None else state
     caches = any(hasattr(part, "k_BGLK") for part in state.layers)
     chunk = 4096
-    for first in range(0, 1 if caches else context, chunk):
+    for first in range(seen, seen + 1 if caches else context, chunk):
         ids = torch.randint(model.config.vocab_size, (1, min(chunk, context - first)), device=device)
         state = model(ids, state=state, last_only=True).state
     for part in state.layers:
@@ -125,12 +128,16 @@ def repeated(state: Any, batch: int) -> Any:
 @torch.no_grad()
 def measure(model: LanguageModel, one: Any, batch: int, context: int, compiled: bool, copy: float) -> dict[str, Any]:
     device, started = model.embedding.weight.device, time.perf_counter()
-    state = repeated(one, batch)
+    state = repeated(one, batch) if batch > 1 else one
     token = torch.randint(model.config.vocab_size, (batch,), device=device)
-    expected = model(token[:, None], state=state, last_only=True).logits[:, -1].float()
+    expected = None
+    if 2.2 * batch * model.state_bytes(context) < memory(device):  # the model's own step may double a cache
+        expected = model(token[:, None], state=state, last_only=True).logits[:, -1].float()
+        empty_cache(device)
     decoder = Decoder(model, state, context + 1024, compiled=compiled)
     del state
-    error = float((decoder.step(token).float() - expected).norm() / expected.norm())
+    first = decoder.step(token).float()
+    error = None if expected is None else float((first - expected).norm() / expected.norm())
     times: list[float] = []
     while len(times) < 10:
         wait(device)
@@ -210,28 +217,43 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=100)
 
 
+SAME = ("commit", "uncommitted_changes", "torch", "triton", "transformers", "device", "compiled", "dependent_launch")  # of runs whose items may stand side by side
+
+
 class Bench:
     """Measures item after item and keeps the file whole."""
 
     def __init__(self, options: dict[str, str]) -> None:
-        self.started, self.budget = time.perf_counter(), float(options["budget"])
+        self.started, self.seconds = time.perf_counter(), float(options["seconds"])
         self.compiled, self.out, self.only = options["compiled"] == "true", Path(options["out"]), options["only"]
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.toy = options["toy"] == "true"
         if self.device.type == "cpu" and not self.toy:
             sys.exit("error: This measures a GPU; toy=true runs small models on a CPU.")
-        self.copy = bandwidth(self.device)
-        self.report: dict[str, Any] = {
-            **environment(self.device),
-            "compiled": self.compiled,
-            "dependent_launch": overlapped(),
-            "copy_bytes_per_s": self.copy,
-            "items": {},
-        }
+        self.report: dict[str, Any] = {**environment(self.device), "compiled": self.compiled, "dependent_launch": overlapped()}
+        before = json.loads(self.out.read_text()) if self.out.exists() else {}
+        if before and any(before.get(key) != self.report[key] for key in SAME):
+            sys.exit(f"error: {self.out} was measured with another commit, version or device; give another out=FILE or remove it.")
+        self.copy = before.get("copy_bytes_per_s") or bandwidth(self.device)
+        items = {key: row for key, row in before.get("items", {}).items() if row.get("skipped") != NO_TIME}
+        self.report |= {"copy_bytes_per_s": self.copy, "items": items}
+
+    def late(self) -> bool:
+        return time.perf_counter() - self.started > self.seconds
+
+    def wanted(self, keys: list[str]) -> bool:
+        """Whether one of these items is still to be measured; those there is no time for are marked so."""
+        missing = [key for key in keys if self.only in key and key not in self.report["items"]]
+        if missing and self.late():
+            for key in missing:
+                self.item(key, dict)
+        return bool(missing) and not self.late()
 
     def item(self, key: str, work: Callable[[], dict[str, Any]]) -> None:
-        if time.perf_counter() - self.started > self.budget:
-            row: dict[str, Any] = {"skipped": "no time left"}
+        if self.only not in key or self.report["items"].get(key, {"skipped": NO_TIME}).get("skipped") != NO_TIME:
+            return
+        if self.late():
+            row: dict[str, Any] = {"skipped": NO_TIME}
         else:
             try:
                 row = work()
@@ -241,45 +263,86 @@ class Bench:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.out, self.report)
         shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-        print(f"{key}: {shown}", flush=True)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        print(f"{time.perf_counter() - self.started:.0f} s  {key}: {shown}", flush=True)
+        empty_cache(self.device)
 
     def run(self) -> None:
-        for size in ["toy"] if self.toy else ["400m", "1b"]:
-            for family in ("paragru", "mamba2", "transformer"):
-                if self.only not in f"{family}-{size}" or time.perf_counter() - self.started > self.budget:
-                    continue
-                model = random_model(config_of(family, size), self.device)
-                for context in (32, 100) if self.toy else (1024, 131072):
-                    one = state_at(model, context)
-                    for batch in (1, 4) if self.toy else (1, 64):
-                        if 2.2 * batch * model.state_bytes(context) > memory(self.device):
-                            row = {"skipped": "its cache does not fit in memory", "state_bytes_per_sequence": model.state_bytes(context)}
-                            self.item(f"{family}-{size} batch {batch} context {context}", lambda row=row: row)
-                            continue
-                        work = functools.partial(measure, model, one, batch, context, self.compiled, self.copy)
-                        self.item(f"{family}-{size} batch {batch} context {context}", work)
-                    del one
-                for batch, context in ((1, 32),) if self.toy else ((1, 1024), (64, 64)):
-                    if batch == 1 or size != "1b":
-                        work = functools.partial(measure_transformers, model, batch, context, 4 if self.toy else 24)
-                        self.item(f"{family}-{size} by transformers batch {batch} context {context}", work)
-                del model
+        sizes = ["toy"] if self.toy else ["1b", "400m"]
+        for size in sizes:
+            for family in FAMILIES:
+                self.steps(family, size)
+        for size in sizes:
+            for family in FAMILIES:
+                self.beside(family, size)
+
+    def steps(self, family: str, size: str) -> None:
+        """The model's own decoding, at every context and batch."""
+        contexts, batches = ((32, 100), (1, 12)) if self.toy else ((1024, 131072), (1, 64))
+        name = f"{family}-{size}"
+        plain = f"{name} batch {batches[1]} context {contexts[0]}, step in plain torch"
+        keys = {(c, b): f"{name} batch {b} context {c}" for c in contexts for b in batches}
+        if not self.wanted([*keys.values(), *([plain] if family == "mamba2" else [])]):
+            return
+        model = random_model(config_of(family, size), self.device)
+        one, seen = None, 0
+        for context in contexts:
+            if not self.wanted([keys[context, b] for b in batches]) and not (family == "mamba2" and context == contexts[0] and self.wanted([plain])):
+                continue
+            one, seen = state_at(model, context, one, seen), context
+            for batch in batches:
+                copies = 1 if batch == 1 else 2  # the decoder's, and before it one of a row for all
+                if 1.1 * copies * batch * model.state_bytes(context + 1024) > memory(self.device):
+                    row = {"skipped": "its cache does not fit in memory", "state_bytes_per_sequence": model.state_bytes(context)}
+                    self.item(keys[context, batch], lambda row=row: row)
+                else:
+                    self.item(keys[context, batch], functools.partial(measure, model, one, batch, context, self.compiled, self.copy))
+            if family == "mamba2" and context == contexts[0]:
+                self.item(plain, functools.partial(in_plain_torch, measure, model, one, batches[1], context, self.compiled, self.copy))
+
+    def beside(self, family: str, size: str) -> None:
+        """transformers on the exported folder."""
+        new, name = 4 if self.toy else 24, f"{family}-{size} by transformers"
+        cases = {f"{name} batch {b} context {c}": (b, c) for b, c in (((1, 32),) if self.toy else ((1, 1024), (64, 64))) if b == 1 or size != "1b"}
+        if self.wanted(list(cases)):
+            model = random_model(config_of(family, size), self.device)
+            for key, (batch, context) in cases.items():
+                self.item(key, functools.partial(measure_transformers, model, batch, context, new))
+
+
+def in_plain_torch(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`work` without the kernel of Mamba-2's step, for comparison."""
+    from kernels.mamba2_step import reference
+    from models.mixers import mamba2
+
+    kernel, mamba2.mamba2_step = mamba2.mamba2_step, reference.mamba2_step
+    try:
+        return work(*arguments)
+    finally:
+        mamba2.mamba2_step = kernel
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def memory(device: torch.device) -> float:
     """Bytes that are free."""
+    empty_cache(device)
     return torch.cuda.mem_get_info()[0] if device.type == "cuda" else 8e9
 
 
 def main() -> None:
-    options = {"out": "docs/results/decode/decode.json", "budget": "170", "only": "", "compiled": "false", "toy": "false", "plot": ""}
+    options = {"out": "docs/results/decode/decode.json", "seconds": "240", "only": "", "compiled": "false", "toy": "false", "plot": ""}
     for argument in sys.argv[1:]:
-        key, _, value = argument.partition("=")
+        key, _, value = argument.removeprefix("--").partition("=")
         if key not in options:
             sys.exit(f"error: Unknown argument {argument!r}; known are {', '.join(options)}.")
         options[key] = value
+    try:
+        float(options["seconds"])
+    except ValueError:
+        sys.exit(f"error: seconds must be a number, not {options['seconds']!r}.")
     if options["plot"]:
         plot(Path(options["plot"]))
     else:

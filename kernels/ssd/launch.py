@@ -69,9 +69,8 @@ class Problem:
     """The arguments of one call in the form the kernels take, and what all kernels of a pass share."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, starts: Tensor | None, back: bool) -> None:
-        import triton.language as tl
-
         self.module = kernels()
+        tl = self.module.tl
         self.narrow = x.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no bf16 products
         wide = x.dtype != torch.bfloat16
         self.sizes = (BACKWARD_WIDE if wide else BACKWARD) if back else (FORWARD_WIDE if wide else FORWARD)

@@ -145,11 +145,15 @@ def write_card(
     length = (run.get("train") or {}).get("seq_len")
     page = report.Page()
     architecture_section(page, config, architecture, parameters)
-    use_section(page, architecture, (out / "tokenizer_config.json").exists())
+    imported = (source / "imported.json").exists()  # trained elsewhere, we do not know how
+    use_section(page, architecture, (out / "tokenizer_config.json").exists() and not imported)
     training_section(page, facts, source)
     evaluation_section(page, source, evals, length)
     page.head("Limits")
-    page.say("A base model: not tuned to follow instructions, not filtered, and likely to state what is false.")
+    if imported:
+        page.say("The weights were imported; what they were trained on, and for what, is not recorded here.")
+    else:
+        page.say("A base model: not tuned to follow instructions, not filtered, and likely to state what is false.")
     if length:
         page.say(f"It was trained on sequences of {length} tokens; what it does beyond them must be measured (`python -m evals.run suite=long_context`).")
     page.say("The full model and training configuration is in `everywhen.json`.")

@@ -27,8 +27,9 @@ from data.tokenizer import eot_id
 from models.config import ModelConfig
 from models.hub.card import write_card
 from models.hub.custom import custom, write_code
+from models.hub.importing import KEPT
 from models.hub.native import Stock, stock
-from models.hub.push import check_name, push
+from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
@@ -54,7 +55,8 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
     config, weights = read_config(source), Weights(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
-    length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or 2048)
+    imported = read_object(source / "imported.json") if (source / "imported.json").exists() else {}
+    length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
     target = stock(config, length)[0]
     if target is None:
         target = custom(config, length)
@@ -80,9 +82,13 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
     eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
-    ends = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+    marks = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ends = {key: imported.get(key) if imported else eot for key in marks}
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
     write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+    for name in KEPT:  # an imported checkpoint's own
+        if imported and (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
     write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
     return target
@@ -162,7 +168,7 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
 
 def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0", evals: str | None = None) -> Path:
     """The verified folder `out`. evals: a folder that evals.run wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
-    source, final, limit = find(checkpoint), Path(out), parse_size(shard_size)
+    source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
     if dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose fp32 or bf16.")
     if evals is not None and not Path(evals).is_dir():
@@ -197,8 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if values.push:
             check_name(values.push)
+            check_token()
         folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals)
-        print(f"wrote {folder}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+        print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
         if values.push:
             print(f"pushed: {push(folder, values.push)}")
     except UserError as error:

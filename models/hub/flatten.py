@@ -16,7 +16,17 @@ from models.hub.recurrence import HEADER, written
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
 PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
-IN_TORCH = ("kernels.short_conv", "kernels.gated_norm")  # operations whose reference.py has the same functions
+IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.mamba2_step")  # operations whose reference.py has the same functions
+SCAN = {  # what kernels/ssd has under names that say nothing among others
+    "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
+    "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",
+}  # fmt: skip
+SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without gradients. Time is cut into chunks of Q steps: `scan_prepare` sums the logarithms
+# of the decays within each chunk (LOW: what rounding took from them) and counts document starts, `scan_walk` carries the state from chunk to
+# chunk, `scan_outputs` takes all chunks at once. b batch row, c chunk, h head, g group, i and j rows of a chunk, P head width, N state width."""
+SCAN_KERNELS = '''def scan_kernels() -> Any:
+    """The scan's kernels by name."""
+    return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs)'''
 DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
 
 
@@ -35,7 +45,7 @@ class Module:
                 self.definitions[node.name] = node
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                for target in targets:
+                for target in (t for whole in targets for t in (whole.elts if isinstance(whole, ast.Tuple) else [whole])):
                     if isinstance(target, ast.Name):
                         self.definitions[target.id] = node
             elif isinstance(node, ast.ImportFrom):
@@ -52,6 +62,7 @@ class Flattener:
         self.pieces: list[str] = []
         self.external: set[str] = set()
         self.done: set[tuple[str, int]] = set()
+        self.instead: dict[tuple[str, str], str] = {}  # (module, name): text written in place of the definition
 
     def module(self, name: str) -> Module:
         return self.modules.setdefault(name, Module(name))
@@ -63,6 +74,9 @@ class Flattener:
         if (module, node.lineno) in self.done or name == "triton":  # HEADER has it
             return
         self.done.add((module, node.lineno))
+        if (module, name) in self.instead:
+            self.pieces.append(self.instead[module, name])
+            return
         if isinstance(node, ast.ClassDef):
             cut = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name in DROPPED]
         else:
@@ -82,15 +96,27 @@ class Flattener:
             text += "\n    pass"
         for old, new in (rename or {}).items():
             text = re.sub(rf"\b{old}\b", new, text)
-        self.pieces.append(text)
+        self.pieces.append(text.replace("@triton.jit", "@jit"))  # of HEADER
 
     def _import(self, module: str, origin: str, name: str, line: str) -> None:
+        if origin.split(".")[0] == "triton":  # HEADER has it
+            return
         if origin.split(".")[0] not in OURS:
             self.external.add(line)
         elif name == "EverywhenConfig":
             self.external.add("from .configuration_everywhen import EverywhenConfig")
         elif module == TEMPLATE or name not in PROVIDED:
             self.add(f"{origin}.reference" if origin in IN_TORCH else origin, name)
+
+
+def add_scan(flat: Flattener) -> None:
+    """The forward kernels of Mamba-2's scan and what launches them: `ssd_on_gpu`."""
+    flat.pieces.append(SCAN_TEXT)
+    flat.external.add("from types import SimpleNamespace")
+    flat.instead["kernels.ssd.launch", "kernels"] = SCAN_KERNELS
+    for name in ("prepare", "walk", "outputs"):
+        flat.add("kernels.ssd.triton", name, SCAN)
+    flat.add("kernels.ssd.launch", "forward", SCAN)
 
 
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
@@ -101,7 +127,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     flat = Flattener()
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for name in flat.module(TEMPLATE).definitions:
-        if name in ("MIXERS", "CELLS", "KEEP_FP32", "Pre", "Rec", "State"):
+        if name in ("MIXERS", "CELLS", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
             flat.add(TEMPLATE, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
@@ -113,11 +139,21 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     for name in flat.module(TEMPLATE).definitions:
         flat.add(TEMPLATE, name)
     flat.pieces += kernels
+    scans = "mamba2" in types
+    if scans:
+        add_scan(flat)
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
+        *(["SCAN.append(ssd_on_gpu)"] if scans else []),
     ]
     title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
     imports = "\n".join(sorted(flat.external))
-    return "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"
+    text = "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"
+    body = ast.parse(text).body
+    names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    names += [n.id for whole in body if isinstance(whole, ast.Assign) for target in whole.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice, f"two definitions have one name in the flattened file: {twice}"
+    return text

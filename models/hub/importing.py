@@ -27,6 +27,8 @@ from models.lm import LanguageModel
 from training.errors import UserError
 
 LLAMA_SHAPED = ("llama", "mistral", "qwen3")
+KEPT = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")  # for the export back
+FACTS = ("max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def is_foreign(folder: Path) -> bool:
@@ -147,6 +149,7 @@ def _common(values: dict[str, Any], eps: float) -> dict[str, Any]:
         "n_layers": values["num_hidden_layers"],
         "norm_eps": eps,
         "tie_embeddings": bool(values.get("tie_word_embeddings", False)),
+        "init_std": float(values.get("initializer_range", 0.02)),
     }
 
 
@@ -216,8 +219,25 @@ def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None) -
     model.load_state_dict(tensors, strict=False)
 
 
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What config.json says beside the architecture, which an export of the imported checkpoint says again."""
+    values = read_object(folder / "config.json")
+    return {key: values[key] for key in FACTS if values.get(key) is not None}
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The ids that end a text by the folder's generation_config.json or config.json; none where these say nothing."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+        if ids:
+            return ids
+    return []
+
+
 def import_folder(folder: str | Path, out: str | Path) -> Path:
-    """Writes a checkpoint (model.safetensors in fp32, config.json, tokenizer.json) under a temporary name, then renames it to `out`."""
+    """Writes a checkpoint (model.safetensors in fp32, config.json, imported.json, and the folder's tokenizer and generation settings) under a
+    temporary name, then renames it to `out`."""
     from training.files import write_json
 
     folder, final = Path(folder), Path(out)
@@ -230,8 +250,10 @@ def import_folder(folder: str | Path, out: str | Path) -> Path:
         temporary.mkdir(parents=True)
         write_shards(temporary, {n: t.nbytes for n, t in tensors.items()}, tensors.__getitem__, 1 << 62)
         write_json(temporary / "config.json", config.to_dict())
-        if (folder / "tokenizer.json").is_file():
-            shutil.copyfile(folder / "tokenizer.json", temporary / "tokenizer.json")
+        write_json(temporary / "imported.json", facts_of(folder))
+        for name in KEPT:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, temporary / name)
         os.replace(temporary, final)
     except OSError as error:
         raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error

@@ -2,7 +2,7 @@
 
     python -m models.hub.push FOLDER org/name [--private]
 
-The token is the one of `hf auth login`, or HF_TOKEN. When the upload is interrupted nothing is visible yet; the same command goes on with what is missing.
+The token is the one of `hf auth login`, or HF_TOKEN. When the upload is interrupted nothing is visible yet; this command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ def check_name(repository: str) -> None:
         raise UserError(f"The repository name is {repository!r}; write it as org/name with letters, digits, '-', '_' and '.'.")
 
 
+def check_token() -> None:
+    """Raises UserError unless there is a token to write with."""
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise UserError("There is no Hub token; run `hf auth login` or set HF_TOKEN.")
+
+
 def push(folder: str | Path, repository: str, private: bool = False) -> str:
     """Creates the repository if it is not there, uploads the folder, and returns the commit's address. Raises UserError."""
     from huggingface_hub import HfApi
@@ -32,9 +40,8 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     check_name(repository)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; export the checkpoint first.")
-    api = HfApi()
-    if not api.token and not _token():
-        raise UserError("There is no Hub token; run `hf auth login` or set HF_TOKEN.")
+    check_token()
+    api, again = HfApi(), f"`python -m models.hub.push {folder} {repository}` goes on with it."
     try:
         api.create_repo(repository, exist_ok=True, private=private)
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model", ignore_patterns=[".*"])
@@ -42,17 +49,11 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
         status = error.response.status_code if error.response is not None else 0
         if status in (401, 403):
             raise UserError(f"The Hub does not let this token write to {repository}; use a token with write access to it.") from error
-        raise UserError(f"The Hub refused the upload to {repository} (status {status}); run the same command again to go on.") from error
+        raise UserError(f"The Hub refused the upload to {repository} (status {status}); {again}") from error
     except Exception as error:  # the client's transport raises its own kinds
         words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"The upload to {repository} was interrupted ({words}); run the same command again to go on.") from error
+        raise UserError(f"The upload to {repository} was interrupted ({words}); {again}") from error
     return str(done.commit_url)
-
-
-def _token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from kernels.parallel_rnn.reference import compute_dtype, mixes_channels, parallel, sequential
-from kernels.ssd.reference import ssd_chunked, ssd_step
+from kernels.ssd.reference import ssd_chunked
 from models.hub.configuration_everywhen import EverywhenConfig
 from models.init import tag
 from models.layers import RMSNorm, SwiGLU
@@ -26,6 +26,7 @@ from models.layers import RMSNorm, SwiGLU
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
 CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel); the last two may be None
 triton: Any = None  # the module, in the exported file, if it is installed
+SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
 KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
 Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
@@ -101,10 +102,23 @@ def walk_on_gpu(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor 
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
-    """Mamba-2's scan and skip."""
-    if x.shape[1] == 1 and h0 is not None:
-        return ssd_step(x, dt, A, B_, C_, h0, starts, D_H)
+    """Mamba-2's scan and skip: without gradients and on a GPU in kernels, else in plain torch in chunks of time."""
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B_, C_, D_H, h0))
+    if SCAN and not learning and x.shape[1] and can_scan(x):
+        try:
+            with torch.cuda.device_of(x):
+                return SCAN[0](x, dt, A, B_, C_, D_H, h0, starts)
+        except triton.OutOfResources:  # less shared memory than the kernels were made for
+            SCAN.clear()
     return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
+
+
+def can_scan(x: Tensor) -> bool:
+    """Whether the scan's kernels can run: those of a GPU with products of bfloat16."""
+    if triton is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    suits = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return suits or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def each(change: Any, value: Any) -> Any:

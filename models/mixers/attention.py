@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +87,8 @@ class Room:
 class FixedState:
     """A cache of fixed size for graphs of one decoding step: buffers (B, G, C, K), each place's segment, and the tokens seen as a tensor.
     A step writes into it."""
+
+    appended: ClassVar[tuple[str, ...]] = ("k_BGCK", "v_BGCK")  # a step writes behind what was seen only
 
     k_BGCK: Tensor
     v_BGCK: Tensor

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.mamba2_step import mamba2_step
 from kernels.ssd import ssd
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, tag
@@ -52,11 +53,13 @@ class Config:
 
 @dataclass
 class State:
-    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet)."""
+    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet). in_place: a decoding step
+    writes over the matrix states."""
 
     conv_BWI: Tensor
     ssm_BHPN: Tensor
     segment_B: Tensor
+    in_place: bool = False
 
 
 class Mixer(SequenceMixer):
@@ -93,6 +96,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
+        if state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():
+            return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
             starts = self.slice.starts(segment_ids)
             past = self.slice.halo(projected[..., self.inner : -self.H], self.conv.width, segment_ids)
@@ -115,6 +120,24 @@ class Mixer(SequenceMixer):
             y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
         y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
+
+    def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:
+        starts, c = document_starts(segment_ids, state.segment_B), self.config
+        y_BI, conv, ssm = mamba2_step(
+            projected_B1E[:, 0], state.conv_BWI, self.conv.weight, self.conv.bias, self.dt_bias, self.A_log, self.D, state.ssm_BHPN,
+            None if starts is None else starts[:, 0], c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf, state.in_place,
+        )  # fmt: skip
+        y = self.out_proj(self.norm(y_BI[:, None], gate=projected_B1E[..., : self.inner], dtype=y_BI.dtype))
+        return y, State(conv, ssm, last_segment(segment_ids, state.segment_B), state.in_place)
+
+    def fixed_state(self, state: State, capacity: int) -> State:
+        """A copy of `state` that a decoding step writes into."""
+        return State(state.conv_BWI.clone(memory_format=torch.contiguous_format), state.ssm_BHPN.clone(memory_format=torch.contiguous_format),
+                     state.segment_B.clone(), True)  # fmt: skip
+
+    def open_state(self, state: State) -> State:
+        """The same tensors as a state that nothing writes into."""
+        return replace(state, in_place=False)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
         c = self.config

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.tokenizer import byte_tokenizer
+from models.generate import generate
 from models.hub.export import read_config, write_folder
-from models.hub.importing import import_folder, main, read_stock
+from models.hub.importing import end_ids, import_folder, main, read_stock
 from models.lm import LanguageModel
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
@@ -49,6 +51,46 @@ def test_a_stock_folder_gives_its_own_logits(kind: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 101, (2, 23))
     with torch.no_grad():
         assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+
+
+def test_a_published_kind_of_llama_is_taken_over_whole(tmp_path: Path) -> None:
+    """Tied embeddings, grouped queries, a large rotary base, its own end of text: logits far out, greedy text, and the way back."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 100_000.0}
+    theirs = t.LlamaForCausalLM(
+        t.LlamaConfig(
+            vocab_size=269, hidden_size=72, num_hidden_layers=3, intermediate_size=100, num_attention_heads=9, num_key_value_heads=3, head_dim=8,
+            initializer_range=0.3, rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=4096, rope_parameters=rope,
+            bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    folder, back = tmp_path / "hf", tmp_path / "back"
+    theirs.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "bos_token_id": 1}))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "\x02"}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    ours = load_model(folder)[0]
+    ids = torch.randint(0, 269, (1, 1500))
+    with torch.no_grad():
+        found, wanted = ours(ids).logits, theirs(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()  # with frequencies rounded in another way: 5e-5
+    prompt = ids[:, :9]
+    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None)
+    assert torch.equal(generate(ours, prompt, 64, temperature=0), text)
+    assert end_ids(import_folder(folder, back)) == [2, 7]
+    (tmp_path / "out").mkdir()
+    write_folder(back, tmp_path / "out", "fp32", 10**9, "apache-2.0")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys() and all(before[k].numpy().tobytes() == after[k].numpy().tobytes() for k in before)
+    one, two = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "out"))
+    assert not [(key, value, one.get(key)) for key, value in two.items() if one.get(key) != value]
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "imported" in card and "end-of-text" not in card and "base model" not in card
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *CUSTOM])

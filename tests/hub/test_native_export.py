@@ -99,6 +99,13 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, capsys: pyte
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "taken"]
 
 
+def test_a_relative_folder_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(tmp_path / "c", FAMILIES["llama"])
+    monkeypatch.chdir(tmp_path)
+    assert main(["c", "out/o"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "out/o/config.json").is_file() and [p.name for p in (tmp_path / "out").iterdir()] == ["o"]
+
+
 def test_unsafe_folders_are_refused(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c", FAMILIES["llama"])
     for file in ("../c2.safetensors", "/etc/passwd", "sub/x.safetensors"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.hub.push import check_name
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, run_program
 from tests.hub.hub_server import Hub
 from training.errors import UserError
 
@@ -32,13 +32,15 @@ def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
     (folder / "README.md").write_text("# a model\n")
     for i in range(3):
         save_file({"x": torch.full((7, 11), float(i))}, folder / f"model-0000{i + 1}-of-00003.safetensors")
+    early = run_program(["-m", "models.hub.export", str(folder), str(tmp_path / "x"), "--push", "org/x"], HF_TOKEN="", HF_HOME=str(tmp_path / "none"))
+    assert early.returncode == 2 and "no Hub token" in early.stderr  # before anything is exported
     for token, name, part in ((None, "org/tiny", "no Hub token"), ("wrong", "org/tiny", "write access"), ("right", "tiny", "org/name")):
         refused = push(hub, folder, name, token)
         assert refused.returncode == 2 and part in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
         assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
     hub.drop_after = 1
     cut = push(hub, folder, "org/tiny")
-    assert cut.returncode == 2 and "run the same command again" in cut.stderr, cut.stderr
+    assert cut.returncode == 2 and f"models.hub.push {folder} org/" in cut.stderr, cut.stderr
     assert hub.repositories == {"org/tiny": {}} and len(hub.blobs) == 1
     hub.drop_after = None
     done = push(hub, folder, "org/tiny")
@@ -56,7 +58,7 @@ def test_a_large_file_goes_in_parts_and_is_taken_up(tmp_path: Path) -> None:
     save_file({"x": torch.rand(90_000)}, folder / "model.safetensors")
     hub.drop_after = 2
     cut = push(hub, folder, "org/large")
-    assert cut.returncode == 2 and "run the same command again" in cut.stderr, cut.stderr
+    assert cut.returncode == 2 and f"models.hub.push {folder} org/" in cut.stderr, cut.stderr
     assert hub.repositories == {"org/large": {}} and not hub.blobs
     hub.drop_after = None
     done = push(hub, folder, "org/large")

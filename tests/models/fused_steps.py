@@ -40,16 +40,21 @@ def check(name: str, device: str, low: bool) -> None:
     with torch.no_grad():
         state = model(ids, state=model.init_state(2)).state
         fused = Decoder(model, state, 30, fused=True)
-        assert fused.fused, name
+        plain = Decoder(model, state, 30, fused=False)  # the model's forward, writing over its own states
+        kept = [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")]
+        assert fused.fused and not plain.fused, name
         for token in torch.randint(67, (3, 2), device=device):
             expected = model(token[:, None], state=state)
             state = expected.state
             gap = float((fused.step(token).float() - expected.logits[:, -1].float()).abs().max())
             assert gap < limit, (name, low, gap)
-        left = fused.release()
+            gap = float((plain.step(token).float() - expected.logits[:, -1].float()).abs().max())
+            assert gap < limit, (name, low, "plain", gap)
+        assert kept == [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")], name
         token = torch.randint(67, (2, 2), device=device)
-        gap = float((model(token, state=left).logits - model(token, state=state).logits).float().abs().max())
-        assert gap < limit, (name, low, "released", gap)
+        for decoder in (plain, fused):
+            gap = float((model(token, state=decoder.release()).logits - model(token, state=state).logits).float().abs().max())
+            assert gap < limit, (name, low, "released", gap)
     print(name, "bf16" if low else "fp32", f"{gap:.1e}", flush=True)
 
 

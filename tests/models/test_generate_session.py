@@ -83,6 +83,8 @@ def test_the_command_reads_once_and_asks_many(folder: Path, tmp_path: Path, caps
     begun = run(capsys, *common, "prompt=It was", f"save={half}")[1].rstrip("\n")
     status, rest, _ = run(capsys, *common, f"resume={half}")
     assert status == 0 and begun.startswith("It was") and rest
+    status, _, err = run(capsys, *common, "prompt=a", f"save={tmp_path / 'none' / 's'}")
+    assert status == 2 and "make the folder first" in err
     status, _, err = run(capsys, *common, f"resume={session}", "document=x")
     assert status == 2 and "not both" in err
     status, _, err = run(capsys, *common, f"resume={folder / 'model.safetensors'}")

@@ -1,0 +1,75 @@
+"""One token of Mamba-2 between its two projections, in one kernel: convolution, step size, recurrence and skip.
+
+A program owns some rows of one head's state, which it reads and writes once: with many rows of the batch that is what takes the time. The
+convolution of B and C, which a group's heads share, is made again by each of them, from the cache.
+
+Legend: b row of the batch, h head, g group, p row and n column of a head's state, C channels of the convolution, W its width.
+"""
+
+from __future__ import annotations
+
+# Arguments of kernels are pointers and numbers of Triton's own kinds.
+# mypy: disable-error-code="no-untyped-def"
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e)): small e keep all their digits."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    q = s * s
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _convolved(ROW, PAST, NEXT, CONV, CONV_BIAS, c, inside, written, start, C, W: tl.constexpr, HAS_STARTS: tl.constexpr):
+    """Convolution and silu of the channels c; their inputs are moved on from PAST to NEXT, both (W-1, C), of channels below `written`."""
+    x = tl.load(ROW + c, mask=inside, other=0.0)
+    mixed = tl.load(CONV_BIAS + c, mask=inside, other=0.0).to(tl.float32)
+    mixed += x.to(tl.float32) * tl.load(CONV + c * W + W - 1, mask=inside, other=0.0).to(tl.float32)
+    for w in tl.static_range(W - 1):
+        before = tl.load(PAST + w * C + c, mask=inside, other=0.0)
+        if HAS_STARTS:
+            before = tl.where(start, 0.0, before)
+        mixed += before.to(tl.float32) * tl.load(CONV + c * W + w, mask=inside, other=0.0).to(tl.float32)
+        if w > 0:
+            tl.store(NEXT + (w - 1) * C + c, before.to(NEXT.dtype.element_ty), mask=inside & (c < written))
+    tl.store(NEXT + (W - 2) * C + c, x.to(NEXT.dtype.element_ty), mask=inside & (c < written))
+    return mixed / (1.0 + tl.exp2(-1.4426950408889634 * mixed))
+
+
+@triton.jit
+def step(
+    ROWS, PAST, CONV, CONV_BIAS, DT_BIAS, A_LOG, SKIP, STATE, STARTS, Y, NEXT, AFTER, H, P, N, groups, C, row_stride, low, high,
+    HAS_STARTS: tl.constexpr, W: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """ROWS (B, I + C + H) hold the gate, x B C and dt; PAST and NEXT are (B, W-1, C), STATE and AFTER (B, H, P, N) and may be the same."""
+    tiles = tl.cdiv(P, BP)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), bh % H
+    p, n = tile * BP + tl.arange(0, BP), tl.arange(0, BN)
+    in_p, in_n = p < P, n < N
+    both = in_p[:, None] & in_n[None, :]
+    place = ((b * H + h) * P + p)[:, None] * N + n[None, :]
+    state = tl.load(STATE + place, mask=both, other=0.0)
+    row = ROWS + b * row_stride + H * P
+    past, following = PAST + b * (W - 1) * C, NEXT + b * (W - 1) * C
+    start = tl.load(STARTS + b) != 0 if HAS_STARTS else False
+    dt = _softplus(tl.load(row + C + h).to(tl.float32) + tl.load(DT_BIAS + h).to(tl.float32))
+    dt = tl.minimum(tl.maximum(dt, low), high)
+    kept = tl.exp(-dt * tl.exp(tl.load(A_LOG + h).to(tl.float32)))
+    if HAS_STARTS:
+        kept = tl.where(start, 0.0, kept)
+    heads = H // groups
+    shared = H * P + h // heads * N + n
+    once = tl.where((h % heads == 0) & (tile == 0), C, 0)  # one of a group's programs moves the inputs of B and C on
+    x = _convolved(row, past, following, CONV, CONV_BIAS, h * P + p, in_p, C, start, C, W, HAS_STARTS)
+    into = _convolved(row, past, following, CONV, CONV_BIAS, shared, in_n, once, start, C, W, HAS_STARTS)
+    out = _convolved(row, past, following, CONV, CONV_BIAS, shared + groups * N, in_n, once, start, C, W, HAS_STARTS)
+    state = kept * state + (dt * x)[:, None] * into[None, :]
+    tl.store(AFTER + place, state, mask=both)
+    y = tl.sum(state * out[None, :], 1) + tl.load(SKIP + h).to(tl.float32) * x
+    tl.store(Y + (b * H + h) * P + p, y.to(Y.dtype.element_ty), mask=in_p)

@@ -1,0 +1,56 @@
+"""Compiles the decoding step of Mamba-2 to sm_90 without a GPU and prints one line of JSON: {case: {registers, spilled}}. Its own process:
+Triton must not be in its interpreter. With `--golden` the figures go to resources_mamba2_step.json, to be looked at and committed when the
+kernel was changed on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import triton  # noqa: E402
+from compiled import resources  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.mamba2_step import tile  # noqa: E402
+from kernels.mamba2_step.triton import step  # noqa: E402
+
+KINDS = {"STARTS": "*u8", "low": "fp32", "high": "fp32"}
+ACTIVATIONS = {"ROWS", "PAST", "CONV", "CONV_BIAS", "Y", "NEXT"}
+ODD = {"groups"}  # a number that need not be a multiple of 16
+GOLDEN = Path(__file__).with_name("resources_mamba2_step.json")
+
+
+def made(dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, int]:
+    BP, BN = tile(B, H, P, N)
+    constants = {"HAS_STARTS": starts, "W": 4, "BP": BP, "BN": BN}
+    signature = {
+        a: "constexpr" if a in constants else KINDS.get(a) or (f"*{dtype}" if a in ACTIVATIONS else "*fp32" if a.isupper() and len(a) > 1 else "i32")
+        for a in step.arg_names
+    }
+    aligned = [i for i, a in enumerate(step.arg_names) if a not in constants and a not in ODD and signature[a] != "fp32"]
+    source = ASTSource(step, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert ".target sm_90" in kernel.asm["ptx"]
+    return {**resources(kernel.asm["cubin"]), "rows": BP, "wide_loads": kernel.asm["ptx"].count("ld.global.v4")}
+
+
+def main(golden: bool) -> None:
+    out = {
+        "400m, batch 64": made("bf16", 64, 32, 64, 64, False),
+        "1b, batch 64": made("bf16", 64, 64, 64, 128, False),
+        "1b, batch 64, documents": made("bf16", 64, 64, 64, 128, True),
+        "fp32, batch 2": made("fp32", 2, 8, 40, 256, True),
+    }
+    print(json.dumps(out))
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main("--golden" in sys.argv)

@@ -1,0 +1,44 @@
+"""Runs the decoding step of Mamba-2 in Triton's interpreter and compares it with the recurrence and the convolution written out in float64.
+Its own process: the interpreter is chosen when Triton is imported. `python tests/kernels/interpreted_mamba2_step.py`"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+
+from kernels.mamba2_step import _step, mamba2_step  # noqa: E402
+from tests.kernels.mamba2_step_cases import CASES, problem, written_out  # noqa: E402
+
+
+def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, low: float, high: float) -> None:
+    arguments = problem(*sizes, dtype=dtype, resets=resets)
+    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
+    wanted = written_out(*arguments, low, high)
+    found = mamba2_step(*arguments, low, high)
+    assert all(torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor)))), "an input was written over"
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
+    for name, a, b in zip(("y", "past", "ssm"), found, wanted):
+        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
+        limit = 1.01 * rounding + 2e-6 * (1 + float(b.abs().max()))
+        assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
+    ssm = arguments[7]
+    again = mamba2_step(*arguments, low, high, in_place=True)
+    assert again[2] is ssm and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
+    print(sizes, dtype, flush=True)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for case in CASES:
+        check(*case)
+    given = problem(2, 4, 3, 5, 2, 4, dtype=torch.float32, resets=True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(_step, (*given[:9], torch.empty_like(given[7]), given[9], 0.0, math.inf), test_utils=tests)
+    print("ok")

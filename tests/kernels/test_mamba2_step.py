@@ -1,0 +1,58 @@
+"""The decoding step of Mamba-2: its plain form against the definition, its kernel in the interpreter, compiled for sm_90, and on a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.mamba2_step import mamba2_step, reference
+from tests.kernels.mamba2_step_cases import CASES, problem, written_out
+from tests.kernels.test_triton import run
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: str(c[0]))
+def test_the_plain_form_is_the_definition(case: Any) -> None:
+    torch.manual_seed(0)
+    sizes, _, resets, low, high = case
+    arguments = [a.double() if isinstance(a, torch.Tensor) and a.dtype != torch.bool else a for a in problem(*sizes, torch.float32, resets)]
+    for a, b in zip(mamba2_step(*arguments, low, high), written_out(*arguments, low, high)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    ssm = arguments[7]
+    expected = reference.mamba2_step(*arguments, low, high)[2]
+    assert not torch.equal(ssm, expected)
+    assert mamba2_step(*arguments, low, high, in_place=True)[2] is ssm and torch.equal(ssm, expected)
+
+
+def test_the_kernel_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    assert run("interpreted_mamba2_step.py") == "ok"
+
+
+@pytest.mark.slow
+def test_the_kernel_compiles_with_wide_loads_and_does_not_spill() -> None:
+    """Another release of Triton may count otherwise: then only spilling is a failure."""
+    triton = pytest.importorskip("triton")
+    golden, found = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
+    assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in found.values()), found
+    if triton.__version__ == golden["triton"]:
+        assert found == golden["kernels"], "If the change is wanted: python tests/kernels/compiled_mamba2_step.py --golden"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(64, 3, 64, 128, 1, 4), (5, 4, 64, 64, 2, 4), (3, 2, 40, 256, 1, 4), (2, 3, 17, 33, 3, 3)], ids=str)
+def test_the_kernel_on_a_gpu(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    arguments = problem(*sizes, dtype=dtype, resets=True, device="cuda")
+    wanted = written_out(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments), 0.0, math.inf)
+    for a, b in zip(mamba2_step(*arguments, 0.0, math.inf), wanted):
+        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
+        assert float((a.cpu().double() - b).abs().max()) <= 1.01 * rounding + 1e-5 * (1 + float(b.abs().max()))
