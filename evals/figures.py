@@ -68,6 +68,23 @@ def rise_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], dict[str
     return png(plt, figure)
 
 
+def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]]) -> bytes | None:
+    """Accuracy by length with intervals; a dotted line at each training length. curves: (label, rows, T)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for i, (label, rows, T) in enumerate(curves):
+        rows = [r for r in rows if "accuracy" in r]
+        x, color = [r["length"] for r in rows], f"C{i % 10}"
+        axes.plot(x, [100 * r["accuracy"] for r in rows], marker=".", color=color, label=label)
+        axes.fill_between(x, [100 * r["ci95"][0] for r in rows], [100 * r["ci95"][1] for r in rows], alpha=0.15, color=color, linewidth=0)
+        axes.axvline(T, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", ylim=(0, 103), xlabel="tokens (dotted: training length)", ylabel="right answers, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return png(plt, figure)
+
+
 def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
     """Accuracy over length (across) and depth (down)."""
     if plt is None or not grids:
@@ -109,6 +126,7 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
         for g in x["growth"]:
             table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
         image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        right.set_xticks(range(heads) if heads <= 16 else range(0, heads, -(-heads // 16)))
         right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
         right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
         figure.colorbar(image)
