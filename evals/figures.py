@@ -74,7 +74,7 @@ def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]
         return None
     figure, axes = plt.subplots(figsize=(9, 4.5))
     for i, (label, rows, T) in enumerate(curves):
-        rows = [r for r in rows if "accuracy" in r]
+        rows = sorted((r for r in rows if "accuracy" in r), key=lambda r: r["length"])
         x, color = [r["length"] for r in rows], f"C{i % 10}"
         axes.plot(x, [100 * r["accuracy"] for r in rows], marker=".", color=color, label=label)
         axes.fill_between(x, [100 * r["ci95"][0] for r in rows], [100 * r["ci95"][1] for r in rows], alpha=0.15, color=color, linewidth=0)
@@ -125,7 +125,8 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
         table = [[float("nan")] * heads for _ in names]
         for g in x["growth"]:
             table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
-        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        most = max(4.0, *(abs(v) for row in table for v in row if v == v))
+        image = right.imshow(table, cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
         right.set_xticks(range(heads) if heads <= 16 else range(0, heads, -(-heads // 16)))
         right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
         right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")

@@ -49,7 +49,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Initial -A of a head, whose memory is 1 / (dt A) tokens. With the usual 1 to 16 no state grows beyond insertion / A, whatever the step size; with
 # these it goes on growing for 600 to a million tokens at the usual step sizes, unless training teaches it to forget.
-SLOW = (0.001, 0.016)
+SLOW, MIDDLE = (0.001, 0.016), (0.1, 1.0)
 HISTORY = (0.1, 0.5)  # and at the end
 KEEP = 60.0  # seconds between two savings of an arm in training
 
@@ -85,6 +85,7 @@ def study_arms(size: str) -> dict[str, dict[str, Any]]:
         f"mamba2-n{n}-t{t}": mamba2("small", "long", beyond=64),
         f"{large}-{short}-pass": mamba2("large", "short", initial="pass"),
         f"{large}-{short}-then-pass": mamba2("large", "short", initial="pass", share=0.1, **{"from": f"{large}-{short}"}),
+        f"{large}-{short}-middle": mamba2("large", "short", decay=MIDDLE),
         f"{large}-t{T['shorter']}-slow": mamba2("large", "shorter", **slow),
     }
 
