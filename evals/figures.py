@@ -27,6 +27,11 @@ def png(plt: Any, figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def line(i: int) -> dict[str, str]:
+    """Colour and dashes of the i-th line of a plot; thirty can be told apart."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+
+
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -39,7 +44,7 @@ def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | 
     for i, (label, buckets, T) in enumerate(curves):
         color = f"C{i % 10}"
         x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
-        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
+        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, marker=".", markersize=4, **line(i))
         if all(b.get("low") is not None for b in buckets):
             axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
         if T:
@@ -56,10 +61,10 @@ def rise_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], dict[str
     if plt is None or not curves:
         return None
     figure, axes = plt.subplots(figsize=(9, 4.5))
-    for label, buckets, judged in curves:
+    for i, (label, buckets, judged) in enumerate(curves):
         T = judged["train_length"]
         x = [(b["from"] * b["to"]) ** 0.5 / T for b in buckets if b["from"] >= T]
-        axes.plot(x, judged["delta"], label=label, marker=".", markersize=4)
+        axes.plot(x, judged["delta"], label=label, marker=".", markersize=4, **line(i))
     for limit in (0, 0.1, 0.5):
         axes.axhline(limit, color="k", linestyle=":", linewidth=1 if limit else 0.5)
     axes.set(xscale="log", xlabel="position / training length", ylabel="rise, nats per token (dotted: 0.1 and 0.5)", title=title)
@@ -76,7 +81,7 @@ def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]
     for i, (label, rows, T) in enumerate(curves):
         rows = sorted((r for r in rows if "accuracy" in r), key=lambda r: r["length"])
         x, color = [r["length"] for r in rows], f"C{i % 10}"
-        axes.plot(x, [100 * r["accuracy"] for r in rows], marker=".", color=color, label=label)
+        axes.plot(x, [100 * r["accuracy"] for r in rows], marker=".", label=label, **line(i))
         axes.fill_between(x, [100 * r["ci95"][0] for r in rows], [100 * r["ci95"][1] for r in rows], alpha=0.15, color=color, linewidth=0)
         axes.axvline(T, color=color, linestyle=":", linewidth=1)
     axes.set(xscale="log", ylim=(0, 103), xlabel="tokens (dotted: training length)", ylabel="right answers, %")

@@ -33,7 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.figures import pyplot  # noqa: E402
+from evals.figures import line, pyplot  # noqa: E402
 from evals.report import cell, markdown_table, write_report  # noqa: E402
 from evals.study import SIZES, TimeUp, measure, study_arms, train  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
@@ -103,7 +103,7 @@ def plot(out: Path, names: list[str]) -> None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
     for i, arm in enumerate(arms):
-        style = {"color": plt.get_cmap("tab20")(i % 20), "label": arm["arm"], "linestyle": "--" if "pass" in arm["arm"] else "-"}
+        style = line(i) | {"label": arm["arm"]}
         path = out / "evals" / arm["arm"] / "items" / "position-prose.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         if record.get("status") == "done":
