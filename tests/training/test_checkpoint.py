@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.hub.weights import Weights, write_tensors
-from tests.conftest import ROOT, SMALL, environment, free_port, run_program, run_ranks
+from tests.conftest import ROOT, SMALL, environment, run_ranks
 from training import checkpoint, saving, setup
 from training.config import CheckpointSection, Config
 from training.engine import World
