@@ -180,7 +180,7 @@ class Adapter:
         nll = torch.cat(found).view_as(labels_BT)
         if not bool(torch.isfinite(nll).all()):
             place = int((~torch.isfinite(nll)).any(0).nonzero()[0])
-            raise ItemError(f"The logits are not finite (first at token {place} of a chunk of {nll.shape[1]}); try precision=fp32.")
+            raise ItemError(self.not_finite(f" (first at token {place} of a chunk of {nll.shape[1]})"))
         return nll, state
 
     def stream(self, ids_BT: Tensor, chunk: int, each: Callable[[int, Tensor, Any], None], batch_state: Any = None) -> Any:
@@ -212,10 +212,15 @@ class Adapter:
             result = self._head(hidden[:, -1])
         return result.to(torch.promote_types(result.dtype, torch.float32))
 
-    @staticmethod
-    def _finite(logits: Tensor) -> Tensor:
+    def not_finite(self, where: str = "") -> str:
+        """The sentence for logits that are no numbers."""
+        if self.precision == "fp32":
+            return f"The logits are not finite{where}, in fp32: the weights hold values that are not finite or grow without bound; take another checkpoint."
+        return f"The logits are not finite{where}; try precision=fp32."
+
+    def _finite(self, logits: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits).all()):
-            raise ItemError("The logits are not finite; try precision=fp32.")
+            raise ItemError(self.not_finite())
         return logits
 
     def hits(self, prompt_BT: Tensor, answer_BA: Tensor, chunk: int) -> Tensor:
@@ -531,6 +536,7 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise UserError("This is no checkpoint of ours, and transformers is not installed: pip install transformers.") from error
+    quiet_transformers()
     if gguf is None:
         Weights(folder)  # refuses pickles, and an index that leads out of the folder
     try:
@@ -542,6 +548,14 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
     limit = getattr(hf.config, "max_position_embeddings", None)
     foreign.train_length = int(limit) if isinstance(limit, int) else None
     return foreign
+
+
+def quiet_transformers() -> None:
+    """No progress bars and hints about other packages: nothing there is of use to who evaluates."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def module_of(instance: Any) -> Any:

@@ -27,6 +27,11 @@ def png(plt: Any, figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def line(i: int) -> dict[str, str]:
+    """Colour and dashes of the i-th line of a plot; thirty can be told apart."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
+
+
 def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -39,7 +44,7 @@ def curves_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int | 
     for i, (label, buckets, T) in enumerate(curves):
         color = f"C{i % 10}"
         x = [max(1, (b["from"] * b["to"]) ** 0.5) for b in buckets]
-        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, color=color, marker=".", markersize=4)
+        axes.plot(x, [b["nats_per_token"] for b in buckets], label=label, marker=".", markersize=4, **line(i))
         if all(b.get("low") is not None for b in buckets):
             axes.fill_between(x, [b["low"] for b in buckets], [b["high"] for b in buckets], alpha=0.15, color=color, linewidth=0)
         if T:
@@ -56,13 +61,30 @@ def rise_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], dict[str
     if plt is None or not curves:
         return None
     figure, axes = plt.subplots(figsize=(9, 4.5))
-    for label, buckets, judged in curves:
+    for i, (label, buckets, judged) in enumerate(curves):
         T = judged["train_length"]
         x = [(b["from"] * b["to"]) ** 0.5 / T for b in buckets if b["from"] >= T]
-        axes.plot(x, judged["delta"], label=label, marker=".", markersize=4)
+        axes.plot(x, judged["delta"], label=label, marker=".", markersize=4, **line(i))
     for limit in (0, 0.1, 0.5):
         axes.axhline(limit, color="k", linestyle=":", linewidth=1 if limit else 0.5)
     axes.set(xscale="log", xlabel="position / training length", ylabel="rise, nats per token (dotted: 0.1 and 0.5)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return png(plt, figure)
+
+
+def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]]) -> bytes | None:
+    """Accuracy by length with intervals; a dotted line at each training length. curves: (label, rows, T)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for i, (label, rows, T) in enumerate(curves):
+        rows = sorted((r for r in rows if "accuracy" in r), key=lambda r: r["length"])
+        x, color = [r["length"] for r in rows], f"C{i % 10}"
+        axes.plot(x, [100 * r["accuracy"] for r in rows], marker=".", label=label, **line(i))
+        axes.fill_between(x, [100 * r["ci95"][0] for r in rows], [100 * r["ci95"][1] for r in rows], alpha=0.15, color=color, linewidth=0)
+        axes.axvline(T, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", ylim=(0, 103), xlabel="tokens (dotted: training length)", ylabel="right answers, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return png(plt, figure)
@@ -108,7 +130,9 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
         table = [[float("nan")] * heads for _ in names]
         for g in x["growth"]:
             table[names.index((g["layer"], g["name"]))][g["head"]] = math.log2(max(g["variance_ratio"], 1e-6))
-        image = right.imshow(table, cmap="coolwarm", vmin=-4, vmax=4, aspect="auto")
+        most = max(4.0, *(abs(v) for row in table for v in row if v == v))
+        image = right.imshow(table, cmap="coolwarm", vmin=-most, vmax=most, aspect="auto")
+        right.set_xticks(range(heads) if heads <= 16 else range(0, heads, -(-heads // 16)))
         right.set_yticks(range(len(names)), [f"{a} {b}" for a, b in names], fontsize=7)
         right.set(xlabel="head", ylabel="layer", title=f"log2 of variance at {x['length']:,} over variance at {x['train_length']:,}")
         figure.colorbar(image)

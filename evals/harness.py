@@ -54,7 +54,7 @@ def score_pairs(adapter: Adapter, pairs: list[tuple[list[int], list[int]]], chun
             log_p, targets = logits.log_softmax(-1), targets.to(logits.device)
             sums = log_p.gather(-1, targets[..., None])[..., 0].double().sum(1)
             if not bool(torch.isfinite(sums).all()):
-                raise ItemError("The logits are not finite; try precision=fp32.")
+                raise ItemError(adapter.not_finite())
             right = (logits.argmax(-1) == targets).all(1)
             for i, nats, exact in zip(part, sums.tolist(), right.tolist()):
                 found[i] = (nats, bool(exact))

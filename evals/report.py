@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evals.figures import curves_figure, heat_map, mean, png, pyplot, rise_figure, states_figure
+from evals.figures import curves_figure, heat_map, mean, png, pyplot, rise_figure, states_figure, tracking_figure
 from training.files import write_bytes
 
 Records = dict[str, list[dict[str, Any]]]  # by model
@@ -110,17 +110,49 @@ def cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def documents_section(page: Page, plt: Any, found: Records) -> None:
+    rows = [
+        [model, x["source"], x["documents"], x["tokens"], x["bytes"], x["bits_per_byte"], _between(x, "bits_per_byte"), x["perplexity"], _between(x, "perplexity")]
+        for model, items in found.items()
+        for x in (r["result"] for r in items)
+    ]
+    page.table("model,text,documents,tokens,bytes,bits/byte,95 %,perplexity,95 %".split(","), rows)
+
+
+def _between(x: dict[str, Any], key: str) -> str:
+    low, high = x.get(f"{key}_low"), x.get(f"{key}_high")
+    return "-" if low is None or high is None else f"{low:.4g}-{high:.4g}"
+
+
+def tracking_section(page: Page, plt: Any, found: Records) -> None:
+    lengths = sorted({row["length"] for items in found.values() for r in items for row in r["result"]["lengths"]})
+    rows, curves = [], []
+    for model, items in found.items():
+        for x in (r["result"] for r in items):
+            by = {row["length"]: row for row in x["lengths"]}
+            cells = []
+            for n in lengths:
+                row = by.get(n, {})
+                low, high = row.get("ci95", (0, 0))
+                cells.append(f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})" if "accuracy" in row else row.get("error", "-"))
+            chance = next((row["chance"] for row in x["lengths"] if "chance" in row), None)
+            rows.append([model, x["task"]["name"], x["train_length"], x["sequences"], *cells, chance and f"{100 * chance:.1f}"])
+            curves.append((f"{model} ({x['task']['name']})", x["lengths"], x["train_length"]))
+    page.table(["model", "task", "trained at", "sequences", *[f"{n:,}" for n in lengths], "chance"], rows)
+    page.figure("state_tracking", tracking_figure(plt, curves), "Right answers by length, 95 % intervals")
+
+
 def position_section(page: Page, plt: Any, found: Records) -> None:
     rows = []
     for model, items in found.items():
         for r in items:
             result, c = r["result"], r["result"]["collapse"]
             rows.append(
-                [model, result["prompt"], result["length"], result["rows"], result["perplexity"], result.get("bits_per_byte")]
+                [model, result.get("source", result["prompt"]), result["length"], result["rows"], result["perplexity"], result.get("bits_per_byte")]
                 + [c.get("delta_at_end"), c.get("onset_0.1"), c.get("onset_0.5"), c.get("forgets_2x"), c.get("verdict")]
                 + [f"{result['tokens_per_second']:,.0f}", _gib(result.get("peak_memory_bytes"))]
             )
-    columns = "model,prompt,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(
+    columns = "model,text,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(
         ","
     )
     page.table(columns, rows)
@@ -266,10 +298,16 @@ def harness_section(page: Page, plt: Any, found: Records) -> None:
 # (kind of the items, heading, what its figures mean, what draws them), in the report's order.
 SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
     (
+        "documents",
+        "Held-out documents",
+        "Each document from its own beginning, or piece by piece where there are few. Bits per byte can be compared between models with different tokenizers where the text is the same; perplexity cannot.",
+        documents_section,
+    ),
+    (
         "position",
         "Loss by position",
-        "delta: nats of the last bucket minus the mean over [T/2, T], T the training length, from many rows of T tokens. Onset: first of up to four successive buckets whose "
-        "delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out).",
+        "delta: nats of a bucket beyond the training length T minus those of the same tokens in windows of T that start afresh (of constant tokens: minus the mean over "
+        "[T/2, T]). Onset: first of up to four successive buckets whose delta exceeds 0.1 or 0.5 nat. 2x: the published test, no bucket beyond T above twice the largest loss inside it (the first bucket left out).",
         position_section,
     ),
     (
@@ -296,6 +334,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
         "Retrieval",
         "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe.",
         retrieval_section,
+    ),
+    (
+        "tracking",
+        "State tracking and recall",
+        "Accuracy in % over all answers of the generated task the model was trained on (95 % interval over sequences), by length; chance is the share of the commonest answer.",
+        tracking_section,
     ),
     (
         "harness",

@@ -1,13 +1,13 @@
 """Evaluates checkpoints.
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
-    python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|harness|all [out=runs/evals] [train_length=T] [max_length=N]
-        [lengths=512,1024] [depths=5] [samples=20] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
+    python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
+        [lengths=512,1024] [depths=5] [samples=20] [sequences=1000] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
-second line (state_tracking: see evals/state_tracking.py) also any Hugging Face causal language model on disk (its own code is run if it brings some). perplexity scores the held-out split
-with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
+second line also any Hugging Face causal language model on disk (its own code is run if it brings some). A model trained on a generated task is
+scored on that task by every suite. perplexity scores the held-out split with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
 The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
 """
@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "lengths": [],
     "depths": 5,
     "samples": int,
+    "sequences": int,
     "rows": int,
     "cures": "default",
     "tasks": "",
@@ -67,7 +68,7 @@ def run_suite(values: dict[str, Any]) -> int:
     """Every suite but perplexity; returns how many items could not be measured."""
     from evals.suites import Settings, evaluate
 
-    same = ("lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
+    same = ("lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(**{k: values[k] for k in same})
     paths = [path for path in values["checkpoint"].split(",") if path]
     return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
@@ -156,10 +157,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> None:
-    if "suite=state_tracking" in words:  # one checkpoint of a generated task, with keys of its own
-        from evals.state_tracking import main_of_words
-
-        return main_of_words([word for word in words if word != "suite=state_tracking"])
     values = parse_arguments(words, DEFAULTS, problems_of)
     if values["suite"] == "perplexity":
         run(values)

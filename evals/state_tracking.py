@@ -301,6 +301,7 @@ def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict
         task = build_task(mapping)
     except ValueError as error:
         raise UserError(str(error).splitlines()) from error
+    print(f"{meta['folder']}\n{HEADING}")
     options = {key: values[key] for key in ("sequences", "seed", "batch", "chunk", "precision")}
     lengths = values["lengths"] or default_lengths(train_length, task)
     return evaluate(model, task, lengths, train_length=train_length, on_progress=lambda row: print(line(row), flush=True), **options)
@@ -315,7 +316,6 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
 
     device = pick_device(values["device"])
     model, _, meta = load_model(values["checkpoint"], device)
-    print(f"{meta['folder']}\n{HEADING}")
     start = time.perf_counter()
     result = evaluate_checkpoint(model, meta, values)
     report = {
@@ -337,7 +337,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def main_of_words(words: list[str]) -> None:
-    """What the command line asks for; `evals.run` comes here too. Raises UserError."""
+    """What the command line asks for. Raises UserError."""
     run(parse_arguments(words, DEFAULTS, problems_of))
 
 

@@ -2,7 +2,7 @@
 training length T.
 
 An arm trains on windows of T tokens of one stream (end-of-text marks, no resets), as the evaluations feed it, for a number of tokens that
-is the same for all arms unless time runs out. On a GPU the tokens lie on the device and a step is one CUDA graph. Training saves weights,
+is the same for all arms; stopped, it goes on where it was. On a GPU the tokens lie on the device and a step is one CUDA graph. Training saves weights,
 train.json, and at 10, 25, 50 and 100 % of the tokens a position curve, since more training may mean less forgetting (arXiv 2410.07145, fig. 8).
 """
 
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from data.shards import ShardSet
@@ -27,44 +28,72 @@ from evals.position import collapse, position_curve, windows
 from evals.texts import Text
 from models.config import ModelConfig
 from models.lm import LanguageModel, LMState
-from training.files import write_json
+from training.files import write_bytes, write_json
 from training.graphed import GraphedStep, Rate
 from training.initial_state import InitialStates
+from training.metrics import environment
 from training.optim import build_optimizer
 from training.schedule import lr_factor
 
-SHORT, LONG, SHORTER = 128, 1024, 64
-SLOW = {"dt_min": 1e-4, "dt_max": 1e-2}  # steps ten times smaller than usual: memories of 6 to 10,000 tokens from the start
-# In order of importance. from: starts from that arm's weights. share: of the tokens of an arm.
-ARMS: dict[str, dict[str, Any]] = {
-    "mamba2-n256-t128": {"pattern": ["m"], "N": 256, "T": SHORT},
-    "mamba2-n256-t128-pass": {"pattern": ["m"], "N": 256, "T": SHORT, "initial": "pass"},
-    "mamba2-n256-t128-slow": {"pattern": ["m"], "N": 256, "T": SHORT, "mixer": SLOW},
-    "mamba2-n32-t128": {"pattern": ["m"], "N": 32, "T": SHORT},
-    "mamba2-n256-t1024": {"pattern": ["m"], "N": 256, "T": LONG},
-    "mamba2-n32-t1024": {"pattern": ["m"], "N": 32, "T": LONG},
-    "paragru-t128": {"pattern": ["g"], "N": 0, "T": SHORT},
-    "hybrid-t128": {"pattern": ["g", "m", "g", "a"], "N": 64, "T": SHORT},
-    "mamba2-n256-t64-slow": {"pattern": ["m"], "N": 256, "T": SHORTER, "mixer": SLOW},
-    "mamba2-n256-t128-then-pass": {"pattern": ["m"], "N": 256, "T": SHORT, "initial": "pass", "from": "mamba2-n256-t128", "share": 0.1},
-    "mamba2-n256-t128-slow-then-pass": {
-        "pattern": ["m"], "N": 256, "T": SHORT, "mixer": SLOW, "initial": "pass", "from": "mamba2-n256-t128-slow", "share": 0.1,
+# Lengths T and Mamba-2 states a head that the arms are made of, their models, their training, and how far (times T) and in how many rows they are
+# looked at.
+SIZES: dict[str, dict[str, Any]] = {
+    "gpu": {
+        "T": {"shorter": 64, "short": 128, "long": 1024}, "N": {"small": 32, "middle": 64, "large": 256}, "head_dim": 64, "chunk": 128,
+        "layers": 8, "width": 256, "tokens": 1e8, "tokens_per_step": 16384, "lr": 2e-3, "hybrid": "gmga", "beyond": 256, "rows": 16,
+    },
+    "cpu": {
+        "T": {"shorter": 16, "short": 32, "long": 256}, "N": {"small": 16, "middle": 32, "large": 128}, "head_dim": 32, "chunk": 32,
+        "layers": 1, "width": 64, "tokens": 3e5, "tokens_per_step": 512, "lr": 4e-3, "hybrid": "ma", "beyond": 64, "rows": 8,
     },
 }  # fmt: skip
-CURED = ("mamba2-n256-t128", "mamba2-n256-t128-slow", "mamba2-n256-t64-slow")  # evaluated under every cure that needs no training
-HISTORY = (0.1, 0.25, 0.5)  # and at the end
-BEYOND = 256  # times T: the longest sequence
+# Initial -A of a head, whose memory is 1 / (dt A) tokens. With the usual 1 to 16 no state grows beyond insertion / A, whatever the step size; with
+# these it goes on growing for 600 to a million tokens at the usual step sizes, unless training teaches it to forget.
+SLOW, MIDDLE = (0.001, 0.016), (0.1, 1.0)
+HISTORY = (0.1, 0.5)  # and at the end
+KEEP = 60.0  # seconds between two savings of an arm in training
 
 
-def training_length(arm: dict[str, Any], toy: bool) -> int:
-    return arm["T"] // 4 if toy else arm["T"]
+class TimeUp(Exception):
+    """The seconds given are over; the arm has been saved as it is."""
+
+
+def study_arms(size: str) -> dict[str, dict[str, Any]]:
+    """The arms of a size, in order of importance. from: starts from that arm's weights. share: of the tokens of an arm. cured: evaluated
+    under every cure that needs no training."""
+    T, N = SIZES[size]["T"], SIZES[size]["N"]
+    short = f"t{T['short']}"
+    large = f"mamba2-n{N['large']}"
+
+    def mamba2(states: str, length: str, **more: Any) -> dict[str, Any]:
+        return {"pattern": ["m"], "N": N[states], "T": T[length], **more}
+
+    slow: dict[str, Any] = {"decay": SLOW}
+    n, t = N["small"], T["long"]
+    return {
+        f"{large}-{short}-slow": mamba2("large", "short", **slow, cured=True),
+        f"{large}-{short}-slow-pass": mamba2("large", "short", **slow, initial="pass"),
+        f"mamba2-n{n}-{short}-slow": mamba2("small", "short", **slow),
+        f"{large}-t{t}-slow": mamba2("large", "long", **slow, beyond=64),
+        f"mamba2-n{n}-t{t}-slow": mamba2("small", "long", **slow, beyond=64),
+        f"paragru-{short}": {"pattern": ["g"], "N": 0, "T": T["short"]},
+        f"hybrid-{short}-slow": {"pattern": list(SIZES[size]["hybrid"]), "N": N["middle"], "T": T["short"], **slow},
+        f"{large}-{short}-slow-then-pass": mamba2("large", "short", **slow, initial="pass", share=0.1, **{"from": f"{large}-{short}-slow"}),
+        f"{large}-{short}": mamba2("large", "short", cured=True),
+        f"mamba2-n{n}-{short}": mamba2("small", "short"),
+        f"{large}-t{t}": mamba2("large", "long", beyond=64),
+        f"mamba2-n{n}-t{t}": mamba2("small", "long", beyond=64),
+        f"{large}-{short}-pass": mamba2("large", "short", initial="pass"),
+        f"{large}-{short}-then-pass": mamba2("large", "short", initial="pass", share=0.1, **{"from": f"{large}-{short}"}),
+        f"{large}-{short}-middle": mamba2("large", "short", decay=MIDDLE),
+        f"{large}-t{T['shorter']}-slow": mamba2("large", "shorter", **slow),
+    }
 
 
 def model_config(arm: dict[str, Any], vocab_size: int, values: dict[str, Any]) -> dict[str, Any]:
-    toy = values["toy"]
-    mamba2 = {"type": "mamba2", "d_state": min(arm["N"], 16) if toy else arm["N"], "head_dim": 32 if toy else 64, "chunk": 128}
+    size = SIZES[values["size"]]
     mixers = {
-        "m": mamba2 | arm.get("mixer", {}),
+        "m": {"type": "mamba2", "d_state": arm["N"], "head_dim": size["head_dim"], "chunk": size["chunk"]},
         "g": {"type": "rnn", "cell": "paragru", "n_heads": 4},
         "a": {"type": "attention", "n_heads": 4},
     }
@@ -72,8 +101,8 @@ def model_config(arm: dict[str, Any], vocab_size: int, values: dict[str, Any]) -
     deep = values["layers"] if pattern == ["m"] else values["layers"] // 2  # blocks with an MLP hold about twice the parameters
     return {
         "vocab_size": -(-vocab_size // 64) * 64,
-        "d_model": 64 if toy else values["width"],
-        "n_layers": max(len(pattern), 2 if toy else deep),
+        "d_model": values["width"],
+        "n_layers": max(len(pattern), deep),
         "pattern": pattern,
         "mixers": {name: mixers[name] for name in dict.fromkeys(pattern)},
         "d_ff": 0 if pattern == ["m"] else -1,
@@ -101,13 +130,16 @@ class Arm:
     """A model in training: its data on the device, its optimizer, and the step."""
 
     def __init__(self, name: str, values: dict[str, Any], device: torch.device) -> None:
-        self.name, self.values, self.device, self.spec = name, values, device, ARMS[name]
+        self.name, self.values, self.device, self.spec = name, values, device, study_arms(values["size"])[name]
         self.folder = Path(values["out"]) / "arms" / name
-        self.T = training_length(self.spec, values["toy"])
+        self.T = self.spec["T"]
         self.shards = ShardSet(values["data"], "train")
         self.config = model_config(self.spec, self.shards.vocab_size, values)
         model = LanguageModel(ModelConfig.from_dict(self.config))
         model.init_weights(values["seed"])
+        for block in model.blocks if "decay" in self.spec else ():
+            if isinstance(A_log := getattr(block.mixer, "A_log", None), nn.Parameter):
+                A_log.data = torch.linspace(*self.spec["decay"], len(A_log)).log()
         if "from" in self.spec:
             weights = load_file(self.folder.parent / self.spec["from"] / "model.safetensors")
             with torch.no_grad():
@@ -163,45 +195,79 @@ class Arm:
             self.model.train()
 
 
+    def keep(self, record: dict[str, Any]) -> None:
+        """Weights, moments and `record` (steps done, log, ...) in one file, so that the arm goes on from here."""
+        tensors = {f"weight.{k}": p for k, p in self.model.named_parameters()}
+        for i, p in enumerate(self._parameters()):
+            tensors |= {f"{name}.{i}": value for name, value in self.optimizer.state[p].items()}
+        held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        write_bytes(self.folder / "under_way.safetensors", save(held, {"record": json.dumps(record)}))
+
+    def resume(self) -> dict[str, Any]:
+        """The record that `keep` was given last, everything else set back to that moment; {} if there is none."""
+        path = self.folder / "under_way.safetensors"
+        if not path.exists():
+            return {}
+        with safe_open(path, "pt") as file:
+            record, tensors = json.loads(file.metadata()["record"]), {key: file.get_tensor(key) for key in file.keys()}
+        with torch.no_grad():
+            for key, p in self.model.named_parameters():
+                p.copy_(tensors[f"weight.{key}"])
+        for i, p in enumerate(self._parameters()):
+            names = [key for key in tensors if key.endswith(f".{i}") and not key.startswith("weight.")]
+            self.optimizer.state[p] = {key.rpartition(".")[0]: tensors[key].to(p.device) for key in names}
+        return record
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
 def train(name: str, values: dict[str, Any], device: torch.device) -> None:
-    """Trains one arm and saves its weights; progress and figures in train.json."""
+    """Trains one arm, from where it was stopped, and saves its weights; progress and figures in train.json. Raises TimeUp."""
     with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
         arm = Arm(name, values, device)
-        log, history, seconds = _loop(arm)
-    _save(arm, log, history, seconds)
+        record = _loop(arm)
+    _save(arm, record)
+    (arm.folder / "under_way.safetensors").unlink(missing_ok=True)
 
 
-def _loop(arm: Arm) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float]:
-    """(log, history of position curves, seconds). Ends with the tokens, with the time, or where the loss is not finite."""
+def _loop(arm: Arm) -> dict[str, Any]:
+    """{step, seconds (looking at the model left out), log, history}. Ends with the tokens or where the loss is not finite.
+
+    Step n draws its windows from (seed, T, n) alone. States handed on from batch to batch are not kept: after a stop they begin at zero.
+    """
     values, tokens_a_step = arm.values, arm.rows * arm.T
     steps = max(1, math.ceil(values["tokens"] * arm.spec.get("share", 1.0) / tokens_a_step))
-    rng, log, history, due = np.random.default_rng([values["seed"], arm.T]), [], [], list(HISTORY)
-    start, step, progress, looking = time.perf_counter(), 0, 0.0, 0.0
-    while progress < 1:
-        loss, norm = arm.step(rng.integers(0, len(arm.tokens) - arm.T - 1, arm.rows), progress)
-        step += 1
+    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "stops": -1, "log": [], "history": []} | arm.resume()
+    record["stops"] += 1
+    start, kept = time.perf_counter() - record["seconds"], time.perf_counter()
+    for step in range(record["step"] + 1, steps + 1):
+        rng = np.random.default_rng([values["seed"], arm.T, step])
+        loss, norm = arm.step(rng.integers(0, len(arm.tokens) - arm.T - 1, arm.rows), (step - 1) / steps)
         if step % 20 == 0:
             loss.item()  # the clock below is the device's too
-        seconds = time.perf_counter() - start - looking
-        progress = max(step / steps, seconds / values["train_seconds"])
-        if step in (1, 10) or step % 200 == 0 or progress >= 1:
-            row = {"step": step, "tokens": step * tokens_a_step, "loss": float(loss), "gradient_norm": float(norm), "seconds": seconds}
-            log.append(row)
-            print(
-                f"{arm.name}: step {step} of {steps}, {row['tokens']:,} tokens, loss {row['loss']:.4f}, {row['tokens'] / seconds:,.0f} tokens/s",
-                flush=True,
-            )
+        record |= {"step": step, "seconds": time.perf_counter() - start}
+        if step in (1, 10) or step % max(1, steps // 20) == 0 or step == steps:
+            row = {"step": step, "tokens": step * tokens_a_step, "loss": float(loss), "gradient_norm": float(norm), "seconds": record["seconds"]}
+            record["log"].append(row)
+            print(f"{arm.name}: step {step} of {steps}, loss {row['loss']:.4f}, {row['tokens'] / row['seconds']:,.0f} tokens/s", flush=True)
             if not math.isfinite(row["loss"]):
                 break
-        if due and progress >= due[0] or progress >= 1:
-            due, began = due[1:], time.perf_counter()
-            history.append({"tokens": step * tokens_a_step, "progress": progress, **arm.curve(8 if values["toy"] else 64, 4)})
-            looking += time.perf_counter() - began
-    return log, history, time.perf_counter() - start
+        if step == steps or step in [math.ceil(part * steps) for part in HISTORY]:
+            looking = time.perf_counter()
+            record["history"].append({"tokens": step * tokens_a_step, "progress": step / steps, **arm.curve(64, SIZES[values["size"]]["rows"] // 4)})
+            start += time.perf_counter() - looking
+        over = values["until"] and time.time() > values["until"]
+        if step < steps and (over or time.perf_counter() - kept > KEEP):
+            kept = time.perf_counter()
+            arm.keep(record)
+            if over:
+                raise TimeUp(f"{arm.name}: stopped after step {step} of {steps}")
+    return record
 
 
-def _save(arm: Arm, log: list[dict[str, Any]], history: list[dict[str, Any]], seconds: float) -> None:
-    folder, values, device = arm.folder, arm.values, arm.device
+def _save(arm: Arm, record: dict[str, Any]) -> None:
+    folder, values, device, log = arm.folder, arm.values, arm.device, record["log"]
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors")
     write_json(folder / "config.json", arm.config)
@@ -219,12 +285,14 @@ def _save(arm: Arm, log: list[dict[str, Any]], history: list[dict[str, Any]], se
         "steps": log[-1]["step"],
         "loss": log[-1]["loss"],
         "tokens_per_second": log[-1]["tokens"] / log[-1]["seconds"],
-        "seconds": seconds,
+        "seconds": record["seconds"],
+        "stops": record["stops"],
         "graphed": not arm.graphed.why_not,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "data_fingerprint": arm.shards.fingerprint,
         "settings": values,
-        "history": history,
+        "environment": environment(device),
+        "history": record["history"],
         "log": log,
     }
     write_json(folder / "train.json", result)
@@ -239,15 +307,16 @@ def measure(name: str, values: dict[str, Any], device: torch.device) -> None:
     """The suites' items on a trained arm."""
     from evals.suites import Settings, evaluate
 
-    folder, toy = Path(values["out"]) / "arms" / name, values["toy"]
-    T = json.loads((folder / "run.json").read_text())["train"]["seq_len"]
-    cures = values["cures"] and name in CURED
-    only = "position-prose,states-prose,remembrance,passkey-512" + (",cure-" if cures else "")
+    arm, size = study_arms(values["size"])[name], SIZES[values["size"]]
+    T = arm["T"]
+    cures = values["cures"] and arm.get("cured", False)
+    only = "position-prose,position-constant,states-prose,states-constant,remembrance" + (",passkey-512" if values["size"] == "gpu" else "") + (",cure-" if cures else "")
     settings = Settings(
         suite="long_context", only=only, lengths=[512], samples=10, depths=5, cures="default" if cures else "none", train_length=T,
-        max_length=(32 if toy else BEYOND if T <= SHORT else 64) * T, data=values["data"], rows=2 if toy else 16, chunk=2048, batch=16,
+        max_length=arm.get("beyond", size["beyond"]) * T, data=values["data"], rows=size["rows"], chunk=2048, batch=16,
     )  # fmt: skip
-    evaluate([str(folder)], settings, Path(values["out"]) / "evals", "auto" if device.type == "cuda" else "cpu", _precision(values, device))
+    folder = str(Path(values["out"]) / "arms" / name)
+    evaluate([folder], settings, Path(values["out"]) / "evals", "auto" if device.type == "cuda" else "cpu", _precision(values, device))
 
 
 def _precision(values: dict[str, Any], device: torch.device) -> str:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -27,7 +27,7 @@ from training.files import write_json
 from training.metrics import environment
 
 FORMAT = 2  # raise it when the meaning of an item changes: older results are then made anew
-SUITES = ("quick", "long_context", "harness", "all")
+SUITES = ("quick", "long_context", "state_tracking", "harness", "all")
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Settings:
     lengths: list[int] = field(default_factory=list)  # of retrieval prompts
     depths: int = 5
     samples: int | None = None  # prompts at each length and depth
-    rows: int | None = None  # sequences of a position curve
+    sequences: int | None = None  # of a generated task, at each length
+    rows: int | None = None  # sequences of a position curve, and documents
     chunk: int = 2048
     batch: int = 8
     seed: int = 0
@@ -57,7 +58,7 @@ class Item:
     """name: unique in a suite; settings: all that the result depends on beside the model; run(progress) -> result."""
 
     name: str
-    kind: str  # position | retrieval | states | remembrance | cure | harness: what the report draws
+    kind: str  # documents | position | retrieval | states | remembrance | cure | tracking | harness: what the report draws
     settings: dict[str, Any]
     run: Callable[[Callable[[int, int], None]], dict[str, Any]]
 
@@ -65,8 +66,12 @@ class Item:
 class Bench:
     """A model with its text, and the items that its suite consists of."""
 
-    def __init__(self, adapter: Adapter, settings: Settings, run_data: Any = None) -> None:
+    def __init__(self, adapter: Adapter, settings: Settings, run: dict[str, Any] | None = None) -> None:
+        """run: what the checkpoint's run.json says."""
         self.adapter, self.settings = adapter, settings
+        data = (run or {}).get("data") or {}
+        self.task: dict[str, Any] | None = data.get("task") if data.get("reader") == "synthetic" else None
+        run_data = data.get("path")
         self.T = settings.train_length or min(adapter.train_length or 512, 8192)
         self._run_data = run_data
         self._text: Text | None = None
@@ -98,18 +103,63 @@ class Bench:
     def items(self) -> list[Item]:
         s, suite = self.settings, self.settings.suite
         found: list[Item] = []
-        if suite in ("quick", "long_context", "all"):
-            found += self._position() + self._states() + self._retrieval()
-        if suite in ("long_context", "all") or (suite == "quick" and s.cures not in ("default", "none")):
-            found += self._cures()
-        if suite in ("harness", "all"):
-            found += self._harness()
+        if suite == "state_tracking" or self.task and suite != "harness":
+            found.append(self._tracking())  # a model of a generated task knows no text
+        else:
+            if suite in ("quick", "long_context", "all"):
+                found += self._documents() + self._position() + self._states() + self._retrieval()
+            if suite in ("long_context", "all") or (suite == "quick" and s.cures not in ("default", "none")):
+                found += self._cures()
+            if suite in ("harness", "all"):
+                found += self._harness()
         parts = s.only.split(",")
         return [item for item in found if any(part in item.name for part in parts)]
 
     def _common(self, **more: Any) -> dict[str, Any]:
         s = self.settings
         return {"T": self.T, "seed": s.seed, "chunk": s.chunk, "data": s.data, "text": s.text, **more}
+
+    def _tracking(self) -> Item:
+        from data.synthetic import build_task
+        from evals.state_tracking import default_lengths, evaluate
+
+        s, quick = self.settings, self.settings.suite == "quick"
+        sequences = s.sequences or (200 if quick else 1000)
+
+        def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            if not self.task:
+                raise ItemError(f"{self.adapter.folder} was not trained on a generated task; train one: python train.py experiment=synthetic/parity")
+            task = build_task(self.task)
+            lengths, model = s.lengths or default_lengths(self.T, task), self.adapter.model
+            result = evaluate(
+                cast(Any, model),
+                task,
+                lengths,
+                train_length=self.T,
+                sequences=sequences,
+                seed=s.seed,
+                batch=max(64, s.batch),
+                chunk=min(s.chunk, 512),
+                precision=self.adapter.precision,
+                on_progress=lambda row: progress(lengths.index(row["length"]) + 1, len(lengths)),
+            )
+            shown = ", ".join(f"{r['length']:,}: {100 * r['accuracy']:.1f} %" if "accuracy" in r else f"{r['length']:,}: -" for r in result["lengths"])
+            return {**result, "sequences": sequences, "summary": f"{result['task']['name']} by length: {shown}"}
+
+        return Item("state_tracking", "tracking", {"lengths": s.lengths, "sequences": sequences, "seed": s.seed, "task": self.task}, run)
+
+    def _documents(self) -> list[Item]:
+        from evals.documents import document_perplexity
+
+        s, quick = self.settings, self.settings.suite == "quick"
+        count, length = s.rows or (16 if quick else 64), min(self.max_length, 4 * self.T)
+
+        def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            documents = self.text.documents(count, length, self.adapter.need_coder().decode)
+            found = document_perplexity(self.adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, on_progress=progress)
+            return {**found, "source": self.text.source, "cut_to": length}
+
+        return [Item("documents", "documents", self._common(documents=count, length=length), run)]
 
     def _position(self) -> list[Item]:
         from evals.position import collapse, position_curve
@@ -371,11 +421,24 @@ def evaluate(paths: list[str], settings: Settings, out: Path, device: str, preci
     for path in paths:
         name = _name(path, names)
         names[name] = path
-        adapter = load_adapter(path, where, precision, gguf)
+        loading = out / name / "items" / "loading.json"
+        try:
+            adapter = load_adapter(path, where, precision, gguf)
+        except (UserError, torch.OutOfMemoryError) as error:
+            if len(paths) == 1:
+                raise
+            failed += 1
+            reason = str(error) if isinstance(error, UserError) else f"The model does not fit into the device's memory ({first_words(error)[:120]})."
+            print(f"{name}: NOT MEASURED: {reason}", flush=True)
+            write_json(loading, _not_loaded(name, path, reason, precision, where))
+            continue
+        loading.unlink(missing_ok=True)
         adapter.name = name
-        bench = Bench(adapter, settings, _run_data(path))
+        bench = Bench(adapter, settings, _run(path))
         items = bench.items()
         if not items:
+            if len(paths) > 1:
+                continue
             raise UserError(f"No item of suite {settings.suite} contains {settings.only!r} in its name.")
         records = run_items(items, adapter, out / name, settings.redo, rank, world)
         failed += sum(r["status"] != "done" for r in records)
@@ -385,6 +448,12 @@ def evaluate(paths: list[str], settings: Settings, out: Path, device: str, preci
     write_report(out)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
     return failed
+
+
+def _not_loaded(name: str, path: str, reason: str, precision: str, device: torch.device) -> dict[str, Any]:
+    """The record of a model that could not be loaded, for the report; the other models go on."""
+    model = {"name": name, "folder": path, "kind": "not loaded", "parameters": None, "train_length": None, "carry": None, "precision": precision}
+    return {"item": "loading", "kind": "loading", "key": "", "status": "failed", "reason": reason, "model": model, "environment": environment(device)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -412,12 +481,11 @@ def _name(path: str, taken: dict[str, str]) -> str:
     return name
 
 
-def _run_data(path: str) -> Any:
-    """The token shards a run was trained on, if `path` is one of ours."""
-    folder = Path(path)
+def _run(path: str) -> dict[str, Any]:
+    """run.json of a checkpoint of ours: its data and training length; {} where there is none."""
     try:
         from training.checkpoint import find
 
-        return json.loads((find(folder) / "run.json").read_text())["data"]["path"]
-    except (OSError, ValueError, KeyError, TypeError, ImportError):
-        return None
+        return dict(json.loads((find(Path(path)) / "run.json").read_text()))
+    except (OSError, ValueError, TypeError, UserError):
+        return {}

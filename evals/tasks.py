@@ -94,10 +94,7 @@ class Task:
         head_ids, needle_ids = coder.encode(head), [coder.encode(n + "\n") for n in needles]
         room = length - len(head_ids) - sum(map(len, needle_ids))
         if room < 0:
-            least = length - room
-            raise ItemError(
-                f"Task {self.label} does not fit: the head, question and needles alone take {least} tokens more than the question leaves."
-            )
+            raise ItemError(f"Task {self.label} does not fit into the length asked for; it needs {-room} tokens more.")
         noise, step = self._noise(coder, room, rng, text)
         # As published, a needle stands between whole blocks of noise: at block int(depth (n-1)).
         places = [step * int(d * max(0, room // step - 1)) if step > 1 else int(d * room) for d in depths]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ DEMO = Path(__file__).resolve().parent.parent / "data" / "demo" / "demo_corpus.j
 
 
 class Text:
-    """One long sequence of token ids and where its documents begin; rows are cut from it at random offsets by seed."""
+    """One long sequence of token ids; rows are cut from it at random offsets by seed. starts: where its documents begin."""
 
-    def __init__(self, ids: np.ndarray, source: str, bytes_per_token: float | None = None) -> None:
-        self.ids, self.source, self.bytes_per_token = ids, source, bytes_per_token
+    def __init__(self, ids: np.ndarray, source: str, bytes_per_token: float | None = None, starts: list[int] | None = None) -> None:
+        self.ids, self.source, self.bytes_per_token, self.starts = ids, source, bytes_per_token, starts or [0]
 
     def rows(self, count: int, length: int, seed: int) -> np.ndarray:
         """(count, length) int64 from random offsets; a row longer than the text goes round to its beginning."""
@@ -29,6 +30,19 @@ class Text:
         offsets = np.random.default_rng([seed, length]).integers(0, max(1, n - length), count)
         index = (offsets[:, None] + np.arange(length)) % n
         return np.asarray(self.ids[index] if length < n else np.take(self.ids, index)).astype(np.int64)
+
+    def documents(self, count: int, length: int, decode: Callable[[list[int]], str]) -> list[tuple[np.ndarray, int]]:
+        """(ids (n+1,), bytes of all but the first) of `count` documents, evenly from all of them, each cut to `length` + 1 ids. Where there
+        are fewer documents, they are cut into pieces of that length, and `count` pieces are taken evenly."""
+        borders = [*self.starts, len(self.ids)]
+        places = list(zip(borders, borders[1:]))
+        if len(places) < count:
+            places = [(a, end) for start, end in places for a in range(start, max(start + 1, end - 1), length)]
+        found = []
+        for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)):
+            ids = np.asarray(self.ids[places[i][0] : min(places[i][1], places[i][0] + length + 1)]).astype(np.int64)
+            found.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
+        return found
 
 
 def read_documents(path: Path, limit_bytes: int) -> list[str]:
@@ -52,9 +66,11 @@ def text_of(coder: TextCoder, path: Path, limit_bytes: int = 8_000_000) -> Text:
     """Tokenised documents, each with the model's start token before it."""
     documents = read_documents(path, limit_bytes)
     ids: list[int] = []
+    starts = []
     for document in documents:
+        starts.append(len(ids))
         ids += [*coder.start_ids, *coder.encode(document)]
-    return Text(np.array(ids, dtype=np.int64), path.name, sum(len(d.encode()) for d in documents) / max(1, len(ids)))
+    return Text(np.array(ids, dtype=np.int64), path.name, sum(len(d.encode()) for d in documents) / max(1, len(ids)), starts)
 
 
 def open_text(adapter: Adapter, data: str | None, text: str | None, run_data: Any = None) -> Text:
@@ -74,7 +90,9 @@ def open_text(adapter: Adapter, data: str | None, text: str | None, run_data: An
         raise UserError(
             f"The shards in {folder} have {shards.vocab_size:,} token kinds, the model {adapter.vocab_size:,}; give shards of its own tokenizer or text=FILE."
         )
-    return Text(np.asarray(shards.read(0, shards.n_tokens)), f"{folder} (held out)", shards.n_bytes / shards.n_tokens)
+    ids = np.asarray(shards.read(0, shards.n_tokens))
+    starts = [0, *(np.flatnonzero(np.diff(shards.document_of(np.arange(shards.n_tokens)))) + 1).tolist()]
+    return Text(ids, f"{folder} (held out)", shards.n_bytes / shards.n_tokens, starts)
 
 
 def constant_rows(adapter: Adapter, count: int, length: int, text: str = "\n") -> np.ndarray:

@@ -3,9 +3,14 @@
 # DIR: a run, a checkpoint, or a Hugging Face causal language model. Keys are those of `python -m evals.run` (suite=quick out=runs/evals ...).
 source "$(dirname "$0")/common.sh"
 [ $# -gt 0 ] || { sed -n '2,3p' "$0" | cut -c3-; exit 2; }
-if [ -z "${NO_SETUP:-}" ]; then setup_venv eval; fi # NO_SETUP=1: use the Python that is on the path
 models=() keys=()
 for argument in "$@"; do case "$argument" in [a-z_]*=*) keys+=("$argument") ;; *) models+=("$argument") ;; esac; done
 [ ${#models[@]} -gt 0 ] || { echo "error: say which folders to evaluate." >&2; exit 2; }
 case " ${keys[*]-} " in *" suite="*) ;; *) keys+=("suite=all") ;; esac
+if [ -z "${NO_SETUP:-}" ]; then # NO_SETUP=1: use the Python that is on the path
+  setup_venv eval
+  case " ${keys[*]} " in *" suite=all "* | *" suite=harness "*)
+    python -c 'import lm_eval' 2>/dev/null || python -m pip install -q -e '.[harness]' || echo "lm-evaluation-harness could not be installed; its items will say so." >&2 ;;
+  esac
+fi
 python -m evals.run "checkpoint=$(IFS=,; echo "${models[*]}")" "${keys[@]}"

@@ -1,21 +1,29 @@
 """A bounded study of state collapse: small models trained on one corpus, looked at far beyond their training length.
 
     python -m data.prepare input=CORPUS out=runs/data/study tokenizer=bpe:4096 valid_fraction=0.03
-    python scripts/long_context_study.py data=runs/data/study out=runs/study [minutes=8] [tokens=1e8] [together=6] [gpus=0] [only=PART,PART]
-        [layers=8] [width=256] [lr=2e-3] [tokens_per_step=16384] [cures=true] [million=true] [seed=0] [device=auto] [toy=true]
+    python scripts/long_context_study.py data=runs/data/study out=runs/study size=gpu seconds=540
+    python scripts/long_context_study.py data=runs/data/study out=runs/study size=cpu together=1        # minutes on one core
+
+Keys (default)
+  size            gpu or cpu: lengths, states, models and tokens, as evals/study.py lists them (gpu where there is one)
+  seconds         this call may take; the arms under way are saved, and the same command goes on with them (0: as long as it takes)
+  only            PART,PART: arms whose names contain one of these (all)
+  together, gpus  arms at a time on each GPU (6), GPUs used (0: all there are)
+  tokens, layers, width, tokens_per_step, lr     instead of those of the size
+  cures, seed, device, precision                 true, 0, auto, bf16 (on a GPU)
 
 The arms are in evals/study.py: Mamba-2 with two state sizes x two training lengths, with state passing from scratch and at the end, a ladder of
-harder settings (longer memories at the start, a shorter training length), a parallel GRU and a hybrid. Each arm is a process (`together` of
-them on each of the `gpus`; 0: all there are) that trains for `tokens`, or for its share of `minutes` if that is less, saves a checkpoint
-and evaluates it with the suites of evals/ (position curve, states, remembrance, passkey, cures). Position curves of 2^20 tokens through untrained
-models, with peak memory at 2^16 and 2^20, come first. Every result is JSON as soon as it is there; table.md, table.json, study.png and
-evals/report.html at the end. What is there already is not done again.
+harder settings (longer memories at the start, a shorter training length), a parallel GRU and a hybrid. Each arm is a process that trains,
+saves a checkpoint and is evaluated with the suites of evals/ (position curve, states, remembrance, passkey, cures). Every result is JSON as
+soon as it is there; table.md, table.json, study.png and evals/report.html at the end. What is there already is not done again.
+Exit status: 0 done, 1 an arm failed, 3 the seconds are over and there is more to do.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,95 +33,42 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.figures import pyplot  # noqa: E402
+from evals.figures import line, pyplot  # noqa: E402
 from evals.report import cell, markdown_table, write_report  # noqa: E402
-from evals.study import ARMS, measure, train  # noqa: E402
+from evals.study import SIZES, TimeUp, measure, study_arms, train  # noqa: E402
 from training.arguments import parse_arguments, program  # noqa: E402
+from training.errors import UserError  # noqa: E402
 from training.files import write_json  # noqa: E402
+from training.metrics import environment  # noqa: E402
 
 DEFAULTS: dict[str, Any] = {
     "data": "runs/data/study",
     "out": "runs/study",
-    "minutes": 8.0,
-    "tokens": 1e8,  # of an arm
-    "train_seconds": 0.0,  # at most, of an arm; 0: its share of `minutes`
+    "size": "",
+    "seconds": 0.0,
+    "only": "",
     "together": 6,
     "gpus": 0,
-    "only": "",
-    "toy": False,
-    "device": "auto",
-    "arm": "",  # a worker's
+    "tokens": 0.0,
+    "layers": 0,
+    "width": 0,
+    "tokens_per_step": 0,
+    "lr": 0.0,
     "cures": True,
-    "million": True,
     "seed": 0,
+    "device": "auto",
     "precision": "bf16",
-    "layers": 8,
-    "width": 256,
-    "tokens_per_step": 16384,
-    "lr": 2e-3,
+    "arm": "",  # of a worker, and the time by which it has to be done
+    "until": 0.0,
 }
-MILLION: dict[str, tuple[dict[str, Any], int]] = {  # mixer and layers of width 384, with an embedding of 32,768
-    "mamba2-20m": ({"type": "mamba2", "d_state": 64}, 8),
-    "mamba2-35m": ({"type": "mamba2", "d_state": 64}, 22),
-    "paragru-35m": ({"type": "rnn", "cell": "paragru", "n_heads": 4}, 12),
-}
-MEASURING = 45.0  # seconds kept for the last arms' evaluation
+OVER = 3  # exit status when the time is over
+GRACE = 20.0  # seconds a worker has to save what it is at
 
 
-def million(values: dict[str, Any], device: str) -> None:
-    """Position curve of 2^20 tokens through untrained models: time, and peak memory at two lengths."""
-    import numpy as np
-    import torch
-
-    from data.shards import ShardSet
-    from evals.adapters import ItemError, OwnAdapter
-    from evals.position import position_curve
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
-    from training.metrics import environment
-
-    toy, path = values["toy"], Path(values["out"]) / "million.json"
-    shards = ShardSet(values["data"], "train")
-    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name, (mixer, layers) in MILLION.items():
-        config = ModelConfig.from_dict(
-            {
-                "vocab_size": -(-shards.vocab_size // 64) * 64 if toy else 32768,
-                "d_model": 64 if toy else 384,
-                "n_layers": 2 if toy else layers,
-                "pattern": ["x"],
-                "mixers": {"x": mixer},
-                "d_ff": 0 if mixer["type"] == "mamba2" else -1,
-                "tie_embeddings": True,
-            }
-        )
-        model = LanguageModel(config)
-        model.init_weights(0)
-        adapter = OwnAdapter(model.to(device), None, name, name, "bf16" if device.startswith("cuda") else "fp32")
-        for length in (2048, 8192) if toy else (1 << 16, 1 << 20):
-            key = f"{name}-{length}"
-            if "seconds" in results.get(key, {}):
-                continue
-            ids = np.arange(length + 1) % min(shards.n_tokens, length + 1)
-            tokens = np.asarray(shards.read(0, min(shards.n_tokens, length + 1)))[ids].astype(np.int64)[None]
-            try:
-                result = position_curve(adapter, tokens, chunk=1024 if toy else 16384)
-            except (ItemError, torch.OutOfMemoryError) as error:
-                result = {"failed": str(error).split("\n")[0]}
-            parameters = sum(p.numel() for p in model.parameters())
-            results[key] = {**result, "parameters": parameters, "environment": environment(torch.device(device))}
-            write_json(path, results)
-            speed, peak = result.get("tokens_per_second", float("nan")), result.get("peak_memory_bytes") or 0
-            print(
-                f"{key}: {parameters:,} parameters, {result.get('seconds', float('nan')):.1f} s, {speed:,.0f} tokens/s, peak {peak:,} bytes {result.get('failed', '')}",
-                flush=True,
-            )
-
-
-def table(out: Path) -> str:
+def table(out: Path, names: list[str]) -> str:
     """table.json and table.md from what lies there; the latter's text."""
     rows = []
-    for name in ARMS:
+    for name in names:
         path = out / "arms" / name / "train.json"
         if not path.exists():
             continue
@@ -124,6 +79,9 @@ def table(out: Path) -> str:
             c = p["result"]["collapse"]
             row |= {"inside": c.get("level_inside"), "delta": c.get("delta_at_end"), "largest": c.get("delta_largest"), "longest": c.get("longest")}
             row |= {"onset 0.1": c.get("onset_0.1"), "onset 0.5": c.get("onset_0.5"), "passes 2x": c.get("forgets_2x"), "verdict": c.get("verdict")}
+        for prompt in ("constant", "random"):
+            if (p := items.get(f"position-{prompt}", {})).get("status") == "done":
+                row[f"delta, {prompt}"] = p["result"]["collapse"].get("delta_at_end")
         if (s := items.get("states-prose", {})).get("status") == "done" and s["result"]["growth"]:
             ratios = sorted(g["variance_ratio"] for g in s["result"]["growth"])
             row |= {"median growth": ratios[len(ratios) // 2], "largest growth": ratios[-1]}
@@ -137,15 +95,15 @@ def table(out: Path) -> str:
     return text
 
 
-def plot(out: Path) -> None:
+def plot(out: Path, names: list[str]) -> None:
     """study.png: rise of the loss over position in training lengths, an arm a line, and how it came about in training."""
     plt = pyplot()
-    arms = [json.loads(p.read_text()) for name in ARMS if (p := out / "arms" / name / "train.json").exists()]
+    arms = [json.loads(p.read_text()) for name in names if (p := out / "arms" / name / "train.json").exists()]
     if plt is None or not arms:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
     for i, arm in enumerate(arms):
-        style = {"color": plt.get_cmap("tab20")(i % 20), "label": arm["arm"], "linestyle": "--" if "pass" in arm["arm"] else "-"}
+        style = line(i) | {"label": arm["arm"]}
         path = out / "evals" / arm["arm"] / "items" / "position-prose.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         if record.get("status") == "done":
@@ -166,72 +124,109 @@ def plot(out: Path) -> None:
     plt.close(figure)
 
 
-def start_arm(name: str, values: dict[str, Any], seconds: float, gpu: int) -> subprocess.Popen[bytes]:
+def start_arm(name: str, values: dict[str, Any], gpu: int) -> subprocess.Popen[bytes]:
     """A worker process for one arm on one GPU."""
-    given = values | {"train_seconds": round(seconds, 1), "arm": name}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     seen = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if values["device"] == "cuda":
-        environment["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen else str(gpu)
-    return subprocess.Popen([sys.executable, __file__, *(f"{k}={v}" for k, v in given.items())], env=environment)
+        variables["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen else str(gpu)
+    return subprocess.Popen([sys.executable, __file__, *(f"{k}={v}" for k, v in (values | {"arm": name}).items())], env=variables)
 
 
-def run_arms(values: dict[str, Any], gpus: int, start: float) -> list[str]:
-    """Trains and measures all arms that are not there yet, so many at a time; the names of those that failed."""
+def run_arms(names: list[str], values: dict[str, Any], gpus: int, start: float) -> tuple[list[str], list[str]]:
+    """Trains and measures the arms, so many at a time, until all are done or the time is over; (those that failed, those not done)."""
     out, slots = Path(values["out"]), values["together"] * gpus
-    waiting = [name for name in ARMS if any(part in name for part in values["only"].split(","))]
+    arms, waiting = study_arms(values["size"]), list(names)
     running: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
     failed: list[str] = []
+    late: list[str] = []
 
     def ready(name: str) -> bool:
-        base = ARMS[name].get("from")
+        base = arms[name].get("from")
         return base is None or (out / "arms" / base / "train.json").exists()
 
     while waiting or running:
-        while len(running) < slots and (name := next((n for n in waiting if ready(n)), "")):
-            left = 60 * values["minutes"] - (time.perf_counter() - start) - MEASURING
-            seconds = values["train_seconds"] or max(5.0, left * min(1.0, slots / max(1, len(waiting) + len(running))))
+        over = values["until"] - time.time() if values["until"] else 1.0
+        while over > 0 and len(running) < slots and (name := next((n for n in waiting if ready(n)), "")):
             waiting.remove(name)
             used = [gpu for gpu, _ in running.values()]
             gpu = min(range(gpus), key=used.count)
-            running[name] = (gpu, start_arm(name, values, seconds, gpu))
-        if not running:  # what is left waits for arms that failed
-            failed += waiting
+            running[name] = (gpu, start_arm(name, values, gpu))
+        if not running:
+            if over <= 0:
+                late += waiting
+            else:  # what is left waits for arms that failed or were not asked for
+                failed += waiting
             break
         time.sleep(0.2)
+        if over < -GRACE:
+            for _, process in running.values():
+                process.send_signal(signal.SIGTERM)
         for name in [n for n, (_, p) in running.items() if p.poll() is not None]:
             status = running.pop(name)[1].returncode
             print(f"[{time.perf_counter() - start:.0f} s] {name} ended with status {status}", flush=True)
-            failed += [name] if status else []
-            table(out)
-    return failed
+            late += [name] if status in (OVER, -signal.SIGTERM) else []
+            failed += [name] if status not in (0, OVER, -signal.SIGTERM) else []
+            table(out, list(arms))
+    return failed, late
+
+
+def work(values: dict[str, Any], device: Any) -> int:
+    """One arm, in a process of its own."""
+    try:
+        if not (Path(values["out"]) / "arms" / values["arm"] / "train.json").exists():
+            train(values["arm"], values, device)
+    except TimeUp as stop:
+        print(stop, flush=True)
+        return OVER
+    measure(values["arm"], values, device)
+    return 0
+
+
+def settle(values: dict[str, Any], cuda: bool) -> None:
+    """Fills in what the size and the machine decide. Raises UserError."""
+    problems = []
+    if values["device"] not in ("auto", "cpu", "cuda") or values["device"] == "cuda" and not cuda:
+        problems.append(f"device={values['device']}: choose auto, cpu or, where PyTorch sees a GPU, cuda.")
+    values["device"] = "cuda" if cuda and values["device"] != "cpu" else "cpu"
+    values["size"] = values["size"] or ("gpu" if values["device"] == "cuda" else "cpu")
+    if values["size"] not in SIZES:
+        raise UserError([*problems, f"size is {values['size']!r}; choose {' or '.join(SIZES)}."])
+    for key in ("tokens", "layers", "width", "tokens_per_step", "lr"):
+        values[key] = values[key] or SIZES[values["size"]][key]
+    if not (Path(values["data"]) / "meta.json").exists():
+        problems.append(f"There are no token shards at {values['data']}; make them with python -m data.prepare.")
+    if not any(part in name for name in study_arms(values["size"]) for part in values["only"].split(",")):
+        problems.append(f"No arm has {values['only']!r} in its name; there are {', '.join(study_arms(values['size']))}.")
+    if problems:
+        raise UserError(problems)
+    if values["seconds"] and not values["until"]:
+        values["until"] = time.time() + values["seconds"]
 
 
 def main(words: list[str]) -> int:
     """What the command line asks for; returns the exit status. Raises UserError."""
+    start = time.perf_counter()
     values = parse_arguments(words, DEFAULTS)
     import torch
 
-    device = torch.device("cuda" if values["device"] in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
-    values["device"], out, start = device.type, Path(values["out"]), time.perf_counter()
-    if values["arm"]:  # a worker
-        if not (out / "arms" / values["arm"] / "train.json").exists():
-            train(values["arm"], values, device)
-        measure(values["arm"], values, device)
-        return 0
+    settle(values, torch.cuda.is_available())
+    device, out = torch.device(values["device"]), Path(values["out"])
+    if values["arm"]:
+        return work(values, device)
     out.mkdir(parents=True, exist_ok=True)
-    if values["million"]:
-        million(values, device.type)
     gpus = (values["gpus"] or torch.cuda.device_count()) if device.type == "cuda" else 1
-    failed = run_arms(values, gpus, start)
+    arms = list(study_arms(values["size"]))
+    failed, late = run_arms([n for n in arms if any(part in n for part in values["only"].split(","))], values, gpus, start)
     write_report(out / "evals")
-    print(table(out), flush=True)
-    plot(out)
-    write_json(out / "study.json", {"seconds": time.perf_counter() - start, "failed": failed, "settings": values, "gpus": gpus})
-    print(
-        f"done in {time.perf_counter() - start:.0f} s; failed: {failed or 'none'}; {out}/table.md, {out}/evals/report.html, {out}/million.json"
-    )
-    return 1 if failed else 0
+    print(table(out, arms), flush=True)
+    plot(out, arms)
+    seconds = time.perf_counter() - start
+    write_json(out / "study.json", {"seconds": seconds, "failed": failed, "not_done": late, "settings": values, "gpus": gpus, "environment": environment(device)})
+    print(f"{seconds:.0f} s; failed: {', '.join(failed) or 'none'}; {out}/table.md, {out}/study.png, {out}/evals/report.html")
+    if late:
+        print(f"The time is over; not done: {', '.join(late)}. The same command goes on with them.")
+    return 1 if failed else OVER if late else 0
 
 
 if __name__ == "__main__":

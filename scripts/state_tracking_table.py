@@ -3,6 +3,8 @@
     python scripts/state_tracking_table.py                                    the main tasks on one GPU (or the CPU) in six minutes
     python scripts/state_tracking_table.py tasks=S3,A5,mod-5 minutes=5        other tasks into the same folder; tasks=all mixers=all: all
     python scripts/state_tracking_table.py tasks=parity,mqar mixers=paragru,mamba2 seeds=1 minutes=2 workers=8 out=runs/state_tracking
+    python scripts/state_tracking_table.py tasks=mqar mixers=paragru,paralstm minutes=8     longer: MQAR wants tens of thousands of steps
+    python scripts/state_tracking_table.py published=true tasks=mqar minutes=180            batch 16, rate 5e-4, 1.9 million steps, as published
     python scripts/state_tracking_table.py minutes=0                          only the table and the plot of what is there
 
 Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
@@ -47,8 +49,9 @@ DEFAULTS: dict[str, Any] = {
     "batch": 0,  # 0: 64; MQAR takes twice as many
     "length": 100,
     "layers": 1,  # of all but the hybrid and the tasks that say otherwise
+    "published": False,  # true: batch, rate, samples and steps of the publication, and no curriculum
     "device": "auto",
-    "sequences": 1000,  # scored at each length in the end
+    "sequences": 1000,  # scored at each length in the end; up to ten times as many where a sequence asks little
     "again": False,  # train what is there already once more
 }
 

@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from data.shards import ShardSet
+from data.tokenizer import byte_tokenizer
+from evals.adapters import ItemError, own_coder
 from evals.baselines import DISCOUNT, CountBaselines
+from evals.documents import document_perplexity
 from evals.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
+from evals.texts import Text
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.conftest import run_program
+from tests.evals.conftest import own_adapter
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,27 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
     ):
         done = run_program(["-m", "evals.run", *words])
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+
+
+def test_documents_are_scored_from_their_own_beginning() -> None:
+    adapter = own_adapter("mg", d_model=16, n_layers=2)
+    rng, sizes = np.random.default_rng(0), [40, 7, 101, 40, 12, 2, 40, 9, 33]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    text = Text(rng.integers(0, 256, sum(sizes)), "test", starts=starts)
+    decode = own_coder(byte_tokenizer()).decode
+    chosen = text.documents(9, 30, decode)
+    assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[starts].tolist()
+    found, total, tokens = document_perplexity(adapter, chosen, chunk=8, batch=2), 0.0, 0
+    for ids, _ in chosen:
+        with torch.no_grad():
+            logits = adapter.model(torch.from_numpy(ids[None, :-1])).logits[0].double()
+        total -= float(logits.log_softmax(-1).gather(1, torch.from_numpy(ids[1:, None])).sum())
+        tokens += len(ids) - 1
+    assert found["tokens"] == tokens and found["nats_per_token"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(size for _, size in chosen), rel=1e-5)
+    assert found["perplexity_low"] < found["perplexity"] < found["perplexity_high"] and "over documents" in found["interval"]
+    pieces = Text(text.ids, "test").documents(5, 30, decode)  # one document: pieces of it
+    assert [len(ids) for ids, _ in pieces] == [31] * 4 + [sum(sizes) - 9 * 30] and pieces[1][0][0] == text.ids[60]
+    assert document_perplexity(adapter, pieces[:1])["perplexity_low"] is None
+    with pytest.raises(ItemError, match="no document of two tokens"):
+        document_perplexity(adapter, [(np.array([1]), 1)])

@@ -259,6 +259,26 @@ def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, pages: Pa
     write_report(tmp_path)
 
 
+def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"checkpoint={tmp_path}/nowhere,{hf_folder}", "suite=state_tracking", "device=cpu", f"out={tmp_path}/out"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "There is no" in said and "was not trained on a generated task" in said
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| nowhere | loading | There is no" in report and "| llama | state_tracking |" in report
+
+
+def test_a_model_of_a_generated_task_is_scored_on_it_by_every_suite(tmp_path: Path) -> None:
+    run = {"data": {"reader": "synthetic", "task": {"name": "parity"}}, "train": {"seq_len": 16}}
+    for suite in ("quick", "long_context", "state_tracking", "all"):
+        items = suites.Bench(own_adapter(), suites.Settings(suite=suite, sequences=20, lengths=[16, 40], train_length=16), run).items()
+        assert [item.name for item in items] == ["state_tracking"]
+    records = run_items(items, own_adapter(), tmp_path / "model", False)
+    assert [row["length"] for row in records[0]["result"]["lengths"]] == [16, 40] and 0 <= records[0]["result"]["accuracy"] <= 1
+    write_report(tmp_path)
+    assert "State tracking and recall" in (tmp_path / "report.md").read_text() and (tmp_path / "plots" / "state_tracking.png").exists()
+
+
 @pytest.mark.parametrize(
     "words, part",
     [
