@@ -187,3 +187,15 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
         script.arguments(["tasks=parity,nope", "mixers=x", "seeds=0", "minuts=3"])
     assert len(caught.value.problems) == 4
     assert "100.0" in capsys.readouterr().out
+
+
+def test_cells_are_judged_over_thousands_of_answers_and_can_have_the_published_settings() -> None:
+    from evals.small_models import PUBLISHED, answers_of, settings_of, stages_of
+
+    mqar, parity = build_task({"name": "mqar"}), build_task({"name": "parity"})
+    assert answers_of(mqar, 100) == 2 and answers_of(parity, 100) == 100
+    assert stages_of(parity, 100) == [12, 25, 50, 100] and stages_of(parity, 100, 0.0) == [100]
+    values = {"layers": 1, "batch": 64, "steps": 0, "length": 100}
+    assert settings_of("mqar", "paragru", values)["batch"] == 128
+    published = settings_of("mqar", "paragru", values | {"published": True})
+    assert {key: published[key] for key in PUBLISHED} == PUBLISHED and published["steps"] * published["batch"] == 3000 * published["samples"]
