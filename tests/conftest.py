@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 
 from tests.forked import run_forked
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # a job in the background of a shell, or under nohup, starts so, and hands it down
+        signal.signal(number, usual)
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["experiment=smoke", "train.device=cpu"]

@@ -12,8 +12,9 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -297,12 +298,25 @@ class Engine:
         norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         return float(torch.linalg.vector_norm(torch.stack(list(norms))))
 
-    def gathered(self, names: Iterable[str]) -> Any:
-        """Context in which the named parameters are whole on every rank (ZeRO-3 splits them)."""
+    @contextmanager
+    def gathered(self, names: Iterable[str]) -> Iterator[None]:
+        """Context in which the named parameters are whole on every rank (ZeRO-3 splits them), and one rank alone may run the module: the
+        hooks by which ZeRO-3 follows the order of submodules, and compares it over ranks, are off."""
         import deepspeed
 
-        params = [self.parameters[name] for name in names]
-        return deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3)
+        if self.stage != 3:
+            yield
+            return
+        kinds = ("_forward_pre_hooks", "_forward_hooks")
+        hooks = [(module, kind, getattr(module, kind)) for module in self.module.modules() for kind in kinds]
+        with deepspeed.zero.GatheredParameters([self.parameters[name] for name in names]):
+            try:
+                for module, kind, _ in hooks:
+                    setattr(module, kind, OrderedDict())
+                yield
+            finally:
+                for module, kind, kept in hooks:
+                    setattr(module, kind, kept)
 
     def link_moments(self) -> None:
         """Before reading or writing moments: ZeRO-1/2 maps them to parameters after the first group's first step, when the other
