@@ -9,6 +9,7 @@ registers (kernels/parallel_rnn/writer.py has the names and how loads run ahead)
     gradient       the reversed walk: gradients of pre, h0, partial sums of rec, each slice as if no later one had a gradient
     mend_gradient  what later slices pass down, exactly (adjoints are linear), until it has died away
     transfer       products of Jacobians and adjoints of starts at known states (sequences over ranks)
+    shoot          of small problems all forward passes in one: all slices of a tile of channels in one program
     decode         one step
 """
 
@@ -16,14 +17,14 @@ from __future__ import annotations
 
 import sys
 
-from kernels.parallel_rnn import backward_source, forward_source
+from kernels.parallel_rnn import backward_source, forward_source, shoot_source
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.trace import trace
 from kernels.parallel_rnn.writer import HELPERS, MATHS
 
-AHEAD, AHEAD_BACK = 8, 4  # steps of a group, the unit in which loads run ahead
-KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "decode")
+AHEAD, AHEAD_BACK, AHEAD_SHOOT = 8, 4, 4  # steps of a group, the unit in which loads run ahead
+KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot", "decode")
 
 
 def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx") -> str:
@@ -48,6 +49,8 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
         backward_source.gradient(traced, back),
         backward_source.mend_gradient(traced, back),
         backward_source.transfer(traced, back),
+        shoot_source.compose(traced),
+        shoot_source.shoot(traced, min(ahead, AHEAD_SHOOT)),
         forward_source.decode(traced),
     ]
     return "\n\n".join(parts)

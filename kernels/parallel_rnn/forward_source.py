@@ -5,8 +5,10 @@ from __future__ import annotations
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
+GROWTH = 2  # a stretch that is mended before old and new are compared is as long as the steps mended so far divided by this
 
-def _steps(w: Writer, indent: int, product: str | None) -> None:
+
+def steps(w: Writer, indent: int, product: str | None) -> None:
     """One group of steps from h (and products J, where `product`, a condition, holds), states stored."""
     hs = w.each("h{i}", w.S)
     for u in range(w.U):
@@ -40,7 +42,7 @@ def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, mar
     w.load_inputs(indent + 1, "t")
     w.put(indent + 1, f"p += {w.U} * ST", f"q += {w.U}")
     w.load_resets(indent + 1, "n", f"t + {w.U}")
-    _steps(w, indent + 1, product)
+    steps(w, indent + 1, product)
     w.move(indent + 1, str(w.U))
     if marks != "True":
         w.put(indent + 1, f"if {marks}:")
@@ -129,9 +131,10 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
     _enter(w, "first")
     w.put(1, "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
-    w.put(2, "to = tl.minimum(from_ + STRETCH, last)  # where the old and the new walk have met there, the rest of the old one is right")
+    w.put(2, f"span = tl.maximum(STRETCH, (from_ - first) // ({GROWTH} * MARK) * MARK)  # the longer it took, the longer it will")
+    w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
     seen = live("to < last")
-    w.put(2, *(f"a{i} = {w.vector('mark', f'(STRETCH // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
+    w.put(2, *(f"a{i} = {w.vector('mark', f'(span // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
     _loop(w, 2, "from_", "to", "True")
     w.put(2, "gap = _far(a0, h0)", *(f"gap = tl.maximum(gap, _far(a{i}, h{i}))" for i in w.S[1:]))
     w.put(2, "met = ((tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE) & (to < last)).to(tl.int32)", "from_ = to")

@@ -30,10 +30,15 @@ from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
 CORRECTIONS = 2  # Newton steps on the slice starts before the walk in order
+PRODUCTS_AT_ONCE = True
 MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
+ROWS, COLUMNS = 64, 16  # slices and channels of a tile of shoot
+SHOOT_STEPS, SHOTS = 4096, 8  # longest sequences it takes, and Newton steps it tries
+SHARED = 160 << 10  # bytes of shared memory for the inputs it has in flight
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 MOST_SLICES = 65535  # the second dimension of a launch
 _stats: dict[torch.device, Tensor] = {}
 
@@ -110,6 +115,29 @@ class Plan:
         self.grid = (self.blocks * B, self.slices)
 
 
+class ShootPlan(Plan):
+    """Sizes of the one launch of a small problem: a tile of channels by all time slices a program."""
+
+    def __init__(self, pre: Tensor, borders: bool) -> None:
+        super().__init__(pre, 1)
+        (B, T), D, small = pre.shape[:2], pre.shape[3:].numel(), interpreted()
+        self.group = min(self.ahead, codegen.AHEAD_SHOOT)
+        self.block, self.rows = (16, 4) if small else (COLUMNS, ROWS)
+        unit = self.mark if borders else self.group
+        self.slice = -(-T // (self.rows * unit)) * unit
+        self.slices = -(-T // self.slice)
+        self.blocks = -(-D // self.block)
+        self.even = T == self.rows * self.slice and D % self.block == 0
+        self.warps = max(1, self.rows * self.block // 64)
+        self.deep = max(1, min(4, SHARED // (pre.shape[2] * self.group * self.rows * self.block * pre.element_size())))
+
+    @staticmethod
+    def fits(pre: Tensor) -> bool:
+        """Whether one wave of programs takes it all, and the others would cut time."""
+        (B, T), D = pre.shape[:2], pre.shape[3:].numel()
+        return 128 <= T <= SHOOT_STEPS and B * -(-D // COLUMNS) <= multiprocessors(pre.device)
+
+
 class Layout:
     """How a tensor (B, T, P, E, K) lies in memory: channels of a head are neighbours, all else has strides."""
 
@@ -144,8 +172,8 @@ def dependently(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def tolerance(pre: Tensor) -> float:
-    """Relative distance under which two states, or an adjoint's remainder, count as the same."""
-    return 1e-6 if pre.dtype == torch.float32 else 1e-5
+    """Relative distance under which two states, or an adjoint's remainder, count as the same: a twentieth of the rounding of 16-bit states."""
+    return TOLERANCE[pre.dtype]
 
 
 def _counters(device: torch.device) -> Tensor:
@@ -165,6 +193,8 @@ def forward(
     """(emitted (B, T, D) and kept (B, T, S - 1, D) states in pre's dtype, final (B, S, D) fp32, marks (B, M, S, D) fp32; without `borders`
     and with one slice there are none: (B, 0, S, D))."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
+    if slices is None and ShootPlan.fits(pre):
+        return shoot(cell, pre, rec, h0, starts, borders)
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
     plan = Plan(pre, slices)
     module, n = _module(cell, plan), plan.slices
@@ -172,12 +202,13 @@ def forward(
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     linear = trace(cell).linear
+    newton = (linear or PRODUCTS_AT_ONCE) and plan.slices > 1
     rounds = min(1 if linear else CORRECTIONS + 1, n - 1)
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, linear and n > 1, borders or n > 1, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, newton, borders or n > 1, *sizes, **constants
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
@@ -185,10 +216,27 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + linear), tolerance(pre), linear or k > 0, plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + newton), tolerance(pre), newton or k > 0, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
     module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **after)
+    return emitted, kept, final, marks
+
+
+def shoot(
+    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, borders: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns, in one launch; pre (B, T, P, E, K)."""
+    (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
+    plan = ShootPlan(pre, borders)
+    emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
+    marks, begins, final = h0.new_empty(B, -(-T // plan.mark) if borders else 0, S, D), h0.new_empty(B, plan.rows, S, D), torch.empty_like(h0)
+    reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
+    source, sizes, constants = _sizes(plan, pre, starts)
+    _module(cell, plan).shoot[(plan.blocks * B,)](
+        source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), tolerance(pre), SHOTS, plan.rows, plan.deep, borders,
+        *sizes, **constants,
+    )  # fmt: skip
     return emitted, kept, final, marks
 
 

@@ -79,6 +79,35 @@ def check(name: str) -> None:
     heads(cell)
 
 
+def at_once(cell: Cell) -> None:
+    """Small problems in one launch: odd sizes, resets, marks, and no Newton steps at all."""
+    for T, D, weight, resets, dtype, shots in (
+        (1, 5, 0.5, 0.0, torch.float32, 8),
+        (16, 16, 0.5, 0.0, torch.float32, 8),  # whole rows and tiles: no masks
+        (33, 5, 0.5, 0.1, torch.float32, 8),
+        (18, 17, 8.0, 0.0, torch.float32, 0),  # each slice from the end of the one before it, in turn
+        (10, 5, 0.5, 0.0, torch.float16, 8),
+    ):
+        launch.SHOTS = shots
+        torch.manual_seed(T)
+        pre, rec, h0, starts = problem(cell, 2, T, D, weight, resets=resets)
+        pre = pre.to(dtype)
+        states, final = reference.sequential(cell, pre.double(), rec, h0, starts)
+        inputs = pre[:, :, :, None], rec.float(), h0.float(), starts
+        launch.last_report()
+        emitted, kept, end, marks = launch.shoot(cell, *inputs, borders=True)
+        report, allowed, case = launch.last_report(), 1e-3 if dtype == torch.float16 else 1e-5, f"{cell.name} at once T={T} weight={weight} {dtype}"
+        assert gap(op.joined(emitted, kept), states) < allowed and gap(end, final) < allowed, case
+        again = op.joined(*launch.restore(cell, pre, *inputs[1:], marks))
+        assert gap(again, op.joined(emitted, kept).double()) < allowed, f"{case}: states from marks"
+        assert all(torch.equal(a, b) for a, b in zip(launch.shoot(cell, *inputs)[:3], (emitted, kept, end))) or T > 16, f"{case}: without marks"
+        assert report["residual"] <= 1e-5 and (report["sequential"] > 0) == (shots == 0), (case, report)
+        assert not trace(cell).linear or shots == 0 or report["corrections"] <= 2, (case, report)
+    launch.SHOTS = 8
+    assert torch.equal(launch.forward(cell, *(x.repeat(1, 13, *[1] * (x.dim() - 2)) if i == 0 else x for i, x in enumerate(inputs)))[2], launch.shoot(
+        cell, inputs[0].repeat(1, 13, 1, 1, 1), *inputs[1:])[2])  # fmt: skip
+
+
 def heads(cell: Cell) -> None:
     """Inputs in the layout of a block-diagonal projection, with a bias inside, one gradient for the emitted states alone."""
     cell = biased(cell)
@@ -176,4 +205,5 @@ if __name__ == "__main__":
     layouts_and_sizes()
     for cell_name in sys.argv[1:]:
         check(cell_name)
+        at_once(next(c for c in cells() if c.name == cell_name))
     print("ok")

@@ -19,6 +19,14 @@ def on_gpu(cell: Cell, *sizes: int, dtype: torch.dtype = torch.float32, **option
     return [pre.to("cuda", dtype), rec.cuda().float(), h0.cuda().float(), None if starts is None else starts.cuda()]
 
 
+@pytest.fixture(params=["at once", "sliced"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small problems in one launch, and by the kernels of large ones."""
+    if request.param == "sliced":
+        monkeypatch.setattr(launch, "SHOOT_STEPS", 0)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("cell", cells(), ids=lambda c: c.name)
 @pytest.mark.parametrize(("T", "D"), [(1, 5), (2, 1), (31, 33), (257, 65), (1030, 96)])
 @pytest.mark.parametrize(("weight", "bias"), [(0.5, 0.0), (8.0, 0.0), (0.5, -9.2)])
@@ -45,6 +53,7 @@ def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: f
             assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("cell", cells(), ids=lambda c: c.name)
 def test_bf16_is_as_good_as_the_rounded_oracle(cell: Cell) -> None:
     pre, rec, h0, _ = on_gpu(cell, 2, 900, 64, dtype=torch.bfloat16)
@@ -53,6 +62,7 @@ def test_bf16_is_as_good_as_the_rounded_oracle(cell: Cell) -> None:
     assert (states - oracle).abs().max() <= 1.5 * (oracle.bfloat16() - oracle).abs().max()
 
 
+@pytest.mark.usefixtures("way")
 def test_repeatable_graph_capturable_and_compiled() -> None:
     cell = cells()[0]
     pre, rec, h0, _ = on_gpu(cell, 1, 2048, 64)
@@ -71,12 +81,28 @@ def test_repeatable_graph_capturable_and_compiled() -> None:
 
 def test_unconverged_slices_are_walked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CORRECTIONS", -1)
+    monkeypatch.setattr(launch, "SHOOT_STEPS", 0)
     cell = cells()[0]
     pre, rec, h0, _ = on_gpu(cell, 1, 1024, 64)
     launch.last_report()
     states, *_ = launch.forward(cell, pre, rec, h0, None)
     assert launch.last_report()["sequential"] > 0
     assert (states - reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)[0][:, :, -1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shots", [0, 8])
+def test_at_once_a_loop_that_does_not_converge_ends_exact(monkeypatch: pytest.MonkeyPatch, shots: int) -> None:
+    """Recurrent weights of 8 at full width; without Newton's steps the slices become exact one by one."""
+    monkeypatch.setattr(launch, "SHOTS", shots)
+    cell = cells()[0]
+    pre, rec, h0, starts = on_gpu(cell, 1, 2048, 2048, weight=8.0 if shots else 0.5, resets=0.001)
+    launch.last_report()
+    states, *_ = launch.forward(cell, pre, rec, h0, starts)
+    report = launch.last_report()
+    loop = reference.sequential(cell, pre, rec, h0, starts)[0][:, :, -1]
+    oracle = reference.sequential(cell, pre.double(), rec.double(), h0.double(), starts)[0][:, :, -1]
+    assert report["residual"] <= 1e-6 and report["tiles"] == 128 and (shots or report["sequential"] > 0), report
+    assert (states - oracle).abs().max() <= 1e-5 + 10 * (loop - oracle).abs().max()
 
 
 @pytest.mark.parametrize("name", ["paragru", "paralstm"])

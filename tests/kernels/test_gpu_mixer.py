@@ -31,7 +31,8 @@ def compare(y: Tensor, oracle: Tensor, given: list[Tensor], fine: list[Tensor], 
     assert (y - oracle).abs().max() <= (1e-5 * (1 + oracle.abs().max()) if dtype == torch.float32 else 1.5 * rounded)
     d = torch.randn_like(y)
     for a, b in zip(torch.autograd.grad(y, given, d), torch.autograd.grad(oracle, fine, d.double())):
-        assert (a - b).norm() <= LIMITS[dtype] * (1e-3 + b.norm())
+        # a norm over one channel has gradients that are differences of equal numbers
+        assert (a - b).norm() <= LIMITS[dtype] * (1e-3 + b.norm()) + 1e-6 * d.norm()
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
@@ -142,5 +143,5 @@ def test_beyond_int32_elements() -> None:
     tail = x[:, -100:].double()
     y = short_conv(x, None, weight, bias, None, True)[:, -90:]
     assert (y - conv_reference.short_conv(tail, None, weight.double(), bias.double(), None, True)[:, -90:]).abs().max() < 5e-2
-    y = gated_norm(x, x, bias, 1e-5, 1, True)[:, -90:]
-    assert (y - norm_reference.gated_norm(tail, tail, bias.double(), 1e-5, 1, True)[:, -90:]).abs().max() < 0.1
+    y, wanted = gated_norm(x, x, bias, 1e-5, 1, True)[:, -90:], norm_reference.gated_norm(tail, tail, bias.double(), 1e-5, 1, True)[:, -90:]
+    assert ((y - wanted).abs() / (1 + wanted.abs())).max() < 1e-2
