@@ -77,9 +77,9 @@ def inputs(name: str, B: int, T: int, D: int, dtype: torch.dtype, device: str = 
 
 
 def accuracy(name: str) -> dict[str, Any]:
-    """Largest errors against the float64 loop at (2, 700, 64), several slices."""
+    """Largest errors against the float64 loop at (2, 700, 64), in one launch (None) and in several slices."""
     out: dict[str, Any] = {"cell": name}
-    for dtype, scale in itertools.product((torch.float32, torch.bfloat16), (1.0, 12.0)):
+    for dtype, scale, slices in itertools.product((torch.float32, torch.bfloat16), (1.0, 12.0), (None, 11)):
         cell, pre, rec, h0 = inputs(name, 2, 700, 64, dtype)
         rec = rec * (scale * (64 / 2048) ** 0.5)
         fine = [x.double() for x in (pre, rec, h0)]
@@ -88,12 +88,14 @@ def accuracy(name: str) -> dict[str, Any]:
         d = torch.randn(states[:, :, -1].shape, device="cuda").to(dtype)
         wanted = reference.linear_backward(cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2]))
         launch.last_report()
-        emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None)
-        tag, exact = f"{str(dtype)[6:]} weights x{scale:g}", states[:, :, -1]
+        emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None, slices=slices)
+        tag, exact = f"{str(dtype)[6:]} weights x{scale:g}{', sliced' if slices else ', at once'}", states[:, :, -1]
         out.update({f"{tag}: {k}": v for k, v in launch.last_report().items()})
         out[f"{tag}: forward abs"] = (emitted - exact).abs().max().item()
         out[f"{tag}: forward abs of the rounded oracle"] = (exact.to(dtype) - exact).abs().max().item()
-        for label, a, b in zip(("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, emitted, kept, d, None, torch.zeros_like(final)), wanted):
+        for label, a, b in zip(
+            ("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, emitted, kept, d, None, torch.zeros_like(final), slices=slices), wanted
+        ):  # fmt: skip
             if b.numel():
                 out[f"{tag}: d {label} rel"] = ((a - b).norm() / b.norm()).item()
     return out
@@ -112,7 +114,7 @@ def kernel_row(name: str, B: int, T: int, D: int, copy: float, memory: float = 0
     d_emitted, d_final = torch.randn_like(emitted), torch.zeros_like(final)
     unit = B * T * D * 2 / copy
     row = {
-        "cell": name, "B": B, "T": T, "D": D, "memory": memory, "slices": launch.Plan(pre[:, :, :, None]).slices, **report,
+        "cell": name, "B": B, "T": T, "D": D, "memory": memory, "slices": launch.plan_of(pre).slices, "at_once": isinstance(launch.plan_of(pre), launch.ShootPlan), **report,
         "forward_ms": milliseconds(lambda: launch.forward(cell, pre, rec, h0, None)), "forward_limit_ms": unit * (P + S),
         "backward_ms": milliseconds(lambda: launch.backward(cell, pre, rec, h0, None, emitted, kept, d_emitted, None, d_final)),
         "backward_limit_ms": unit * (2 * P + S + 1),
@@ -170,7 +172,7 @@ def sweep(copy: float, keep: Callable[[dict[str, Any]], None]) -> None:
     tried: list[tuple[str, Any, int]] = [("defaults", None, 0)]
     for place, key, values in (
         (launch, "PROGRAMS", (8, 16)), (launch, "PROGRAMS_BACK", (8, 16)), (launch, "BLOCK", (32,)), (launch, "STRETCH", (64, 256)),
-        (launch, "CORRECTIONS", (1, 3)), (codegen, "AHEAD", (4, 16)), (codegen, "AHEAD_BACK", (2, 8)), (forward_source, "STAGES", (3, 6)),
+        (launch, "CORRECTIONS", (2, 4)), (codegen, "AHEAD", (4, 16)), (codegen, "AHEAD_BACK", (2, 8)), (forward_source, "STAGES", (3, 6)),
         (backward_source, "STAGES", (3, 6)),
     ):  # fmt: skip
         tried += [(key if place is not backward_source else "STAGES of the backward kernels", (place, key), value) for value in values]

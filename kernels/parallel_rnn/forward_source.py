@@ -77,7 +77,7 @@ def _store_products(w: Writer, to: str = "PRODUCTS", form: str = "J{i}{j}") -> l
     return [f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store({to} + oo + ({{i}} * {n} + {{j}}) * D, {form}, mask=inside)")]
 
 
-def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None:
+def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
     """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change. With `worst` also the largest
     change so far, and the first slice whose start changes by more than the tolerance. Several slices are loaded at once."""
     n = len(w.S)
@@ -90,14 +90,12 @@ def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None
         here = live(f"k + {u} < {count}")
         w.put(deep, *(f"e{i}_{u} = {w.vector('ENDS', 'o', u * n + i, here)}" for i in w.S))
         w.put(deep, *(f"a{i}_{u} = {w.vector('STARTS', 'o', (u + 1) * n + i, here)}" for i in w.S))
-        w.put(deep, f"if {newton}:")
         entry = f"tl.load(PRODUCTS + oo + ({u} * {n * n} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"
-        w.put(deep + 1, *w.matrix(f"j{{i}}{{j}}_{u} = {entry}"))
+        w.put(deep, *w.matrix(f"j{{i}}{{j}}_{u} = {entry}"))
     for u in group:
-        w.put(deep, *(f"k{i} = e{i}_{u}" for i in w.S))
-        w.put(deep, f"if {newton}:" + ("  # a slice whose start is unchanged has its exact end, whatever the Jacobian" if u == 0 else ""))
-        w.put(deep + 1, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
-        w.put(deep + 1, "fine = " + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S), *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
+        w.put(deep, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
+        w.put(deep, "fine = " + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S) + ("  # a slice whose start is unchanged has its exact end" if u == 0 else ""))
+        w.put(deep, *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
         w.put(deep, f"more = k + {u} < {count}")
         w.put(deep, *(f"h{i} = tl.where(more, k{i}, h{i})" for i in w.S), *(f"c{i} = tl.where(more, k{i} - a{i}_{u}, c{i})" for i in w.S))
         if worst:
@@ -110,19 +108,15 @@ def _chain(w: Writer, indent: int, count: str, newton: str, worst: bool) -> None
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
-    w.begin("mend", f"{own}, NEWTON: tl.constexpr, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
-    w.put(1, "if NEWTON:")
-    _chain(w, 2, "s", "True", worst=False)
-    w.put(1, "else:", f"    o = (b * n + tl.maximum(s - 1, 0)) * {n} * D + d")
-    w.put(2, *(f"a{i} = {w.vector('STARTS', f'o + tl.where(s > 0, {n} * D, 0)', i)}" for i in w.S))
-    w.put(2, *(f"h{i} = tl.where(s > 0, {w.vector('ENDS', 'o', i)}, a{i})" for i in w.S), *(f"c{i} = h{i} - a{i}" for i in w.S))
+    w.begin("mend", f"{own}, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
+    _chain(w, 1, "s", worst=False)
     w.put(1, "gap = _far(h0 - c0, h0)", *(f"gap = tl.maximum(gap, _far(h{i} - c{i}, h{i}))" for i in w.S[1:]))
     w.put(1, f"o = (b * n + s) * {n} * D + d")
     w.put(1, "if tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE:  # this slice started where the one before it ends")
     w.put(2, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i} - c{i}, mask=inside)" for i in w.S))
     w.put(2, *(f"tl.store(NEW_ENDS + o + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S))
     w.put(2, f"oo = (b * n + s) * {n * n} * D + d")
-    old = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask={live('NEWTON')}, other=0.0)"
+    old = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
     w.put(2, *w.matrix(f"tl.store(NEW_PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, {old}, mask=inside)"), "return")
     w.put(1, "tl.atomic_max(STATS + 1, ROUND)")
     w.weights()
@@ -146,10 +140,10 @@ def mend(traced: Traced, unroll: int) -> str:
 
 def finish(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE, NEWTON: tl.constexpr"
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE"
     w.begin("finish", f"{own},\n        {SIZES}", sliced=False, after=True)
     w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
-    _chain(w, 1, "n - 1", "NEWTON", worst=True)
+    _chain(w, 1, "n - 1", worst=True)
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)")
     w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"final = FINAL + b * {n} * D + d")
     w.put(1, "if bad == n:", *(f"    tl.store(final + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S), "    return")

@@ -2,9 +2,9 @@
 
 Generated source is kept in a cache folder (EVERYWHEN_CACHE, or ~/.cache/everywhen), because Triton reads the source of a kernel from its file.
 
-Nothing here waits for the device. With several slices the forward pass is a fixed number of launches: walk, CORRECTIONS + 1 times mend, and
-finish. Programs with nothing to do return at once, and what has not converged finish walks in order, so what is returned is either certified
-or sequential. Counters on the device tell which; `last_report()` reads them, when asked.
+Nothing here waits for the device. With several slices the forward pass is a fixed number of launches: walk, CORRECTIONS times mend, and finish.
+Programs with nothing to do return at once, and what has not converged finish walks in order, so what is returned is either certified or
+sequential. A small problem is one launch, of shoot. Counters on the device tell how it went; `last_report()` reads them, when asked.
 
 Legend: B batch, T time, N slices, P input projections, R recurrent weights, S states, E heads of K channels, D = E K channels.
 """
@@ -29,7 +29,7 @@ from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
-CORRECTIONS = 2  # Newton steps on the slice starts before the walk in order
+CORRECTIONS = 3  # Newton steps on the slice starts before the walk in order
 PRODUCTS_AT_ONCE = True
 MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
@@ -138,6 +138,12 @@ class ShootPlan(Plan):
         return 128 <= T <= SHOOT_STEPS and B * -(-D // COLUMNS) <= multiprocessors(pre.device)
 
 
+def plan_of(pre: Tensor, borders: bool = False) -> Plan:
+    """The forward plan of inputs (B, T, P, D) or (B, T, P, E, K)."""
+    pre = _heads(pre)
+    return ShootPlan(pre, borders) if ShootPlan.fits(pre) else Plan(pre)
+
+
 class Layout:
     """How a tensor (B, T, P, E, K) lies in memory: channels of a head are neighbours, all else has strides."""
 
@@ -201,14 +207,12 @@ def forward(
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    linear = trace(cell).linear
-    newton = (linear or PRODUCTS_AT_ONCE) and plan.slices > 1
-    rounds = min(1 if linear else CORRECTIONS + 1, n - 1)
+    rounds = min(1 if trace(cell).linear else CORRECTIONS, n - 1)
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, newton, borders or n > 1, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, n > 1, borders or n > 1, *sizes, **constants
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
@@ -216,10 +220,10 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + newton), tolerance(pre), newton or k > 0, plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), tolerance(pre), plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), rounds > 0, *sizes, **after)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), *sizes, **after)
     return emitted, kept, final, marks
 
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
-SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "NEWTON": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True, "ROWS": launch.ROWS, "DEEP": 3}
+SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True, "ROWS": launch.ROWS, "DEEP": 3}
 GOLDEN = Path(__file__).with_name("resources.json")
 D = 2048
 
