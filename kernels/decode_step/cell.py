@@ -17,13 +17,8 @@ def _exp2(x):
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + _exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 / (1.0 + _exp2(-2.8853900817779268 * x)) - 1.0
+def _logistic(x):  # of an argument that was scaled
+    return 1.0 / (1.0 + _exp2(x))
 
 
 @triton.jit

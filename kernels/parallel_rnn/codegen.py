@@ -39,9 +39,9 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
     parts = [
         header + MATHS[maths].rstrip("\n"),
         HELPERS.strip("\n") + "\n",
-        function("step", arguments, traced.new, like),
+        function("step", arguments, traced.new, like, fixed=cell.rec),
         function("jacobian", arguments, entries, like),
-        function("step_and_jacobian", arguments, [*traced.new, *entries], like),
+        function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=cell.rec),
         function("step_vjp", [*arguments, *cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
         forward_source.walk(traced, ahead),
         forward_source.mend(traced, ahead),

@@ -11,9 +11,11 @@ import torch
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.trace import Node, NotLowered, order, trace
 
+LOG2_E = 1.4426950408889634
+# Through powers of two of a scaled argument. Where a step waits for the step before, `scaled` moves the factor to inputs and weights.
+POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("(2.0 * _logistic({}) - 1.0)", -2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
 FORMS = {
-    "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})", "sigmoid": "_sigmoid({})",
-    "tanh": "_tanh({})", "exp": "_exp2(1.4426950408889634 * {})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "softplus": "_softplus({})",
+    "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "softplus": "_softplus({})",
     "relu": "tl.maximum({}, 0.0)", "positive_mask": "tl.where({} > 0.0, 1.0, 0.0)",
 }  # fmt: skip
 IN_TORCH = {
@@ -32,21 +34,40 @@ def bare(text: str) -> str:
     return text[1:-1] if text.startswith("(") else text
 
 
-def function(name: str, arguments: Sequence[str], results: Sequence[Node], like: str, forms: dict[str, str] = FORMS) -> str:
+def scaled(node: Node, factor: float, written: Callable[[Node], str], fixed: Sequence[str]) -> str:
+    """`node` times a number, by its terms. `written`: the text of a node, a name if it is shared; `fixed`: names that stay the same in all steps."""
+    text = written(node)
+    if node.op in ("add", "sub") and text.startswith("("):
+        return " ".join((scaled(node.arguments[0], factor, written, fixed), "+-"[node.op == "sub"], f"({scaled(node.arguments[1], factor, written, fixed)})"))
+    if node.op == "mul" and text.startswith("("):
+        for one, other in (node.arguments, node.arguments[::-1]):
+            if one.op == "var" and one.arguments[0] in fixed:
+                return f"({factor!r} * {written(one)}) * {written(other)}"
+    return f"{factor!r} * {text}"
+
+
+def function(name: str, arguments: Sequence[str], results: Sequence[Node], like: str, forms: dict[str, str] = FORMS, fixed: Sequence[str] = ()) -> str:
     """A function (jitted, if in Triton) of the expressions; values used once are written in place, shared ones get a line. Constants
-    become tensors shaped as `like`."""
+    become tensors shaped as `like`. fixed: arguments that are the same at every step, of a function on whose latency a loop depends."""
     nodes = order(results)
     uses: dict[int, int] = {}
     for node in nodes:
         for argument in node.arguments if node.op not in ("var", "const") else ():
             uses[id(argument)] = uses.get(id(argument), 0) + 1
+    for node in results:
+        uses[id(node)] = uses.get(id(node), 0) + 1
     text: dict[int, str] = {}
     lines = [("@triton.jit\n" if forms is FORMS else "") + f"def {name}({', '.join(arguments)}):"]
     for node in nodes:
         if node.op in ("var", "const"):
             text[id(node)] = node.arguments[0] if node.op == "var" else repr(node.arguments[0])
             continue
-        form = forms[node.op].format(*(text[id(a)] for a in node.arguments))
+        if node.op in forms:
+            form = forms[node.op].format(*(text[id(a)] for a in node.arguments))
+        else:
+            power, factor = POWERS[node.op]
+            argument = node.arguments[0]
+            form = power.format(scaled(argument, factor, lambda n: text[id(n)], fixed) if fixed else f"{factor!r} * {text[id(argument)]}")
         if uses.get(id(node), 0) > 1 or len(form) > 90:
             text[id(node)] = f"v{len(lines)}_"
             lines.append(f"    v{len(lines)}_ = {bare(form)}")

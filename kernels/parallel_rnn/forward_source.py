@@ -8,8 +8,8 @@ from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 GROWTH = 2  # a stretch that is mended before old and new are compared is as long as the steps mended so far divided by this
 
 
-def steps(w: Writer, indent: int, product: str | None) -> None:
-    """One group of steps from h (and products J, where `product`, a condition, holds), states stored."""
+def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN") -> None:
+    """One group of steps from h (and products J, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)
     for u in range(w.U):
         w.put(indent, f"go = t + {u} < last", "if HAS_RESET:", *(f"    h{i} = tl.where(r{u} != 0, 0.0, h{i})" for i in w.S))
@@ -25,15 +25,15 @@ def steps(w: Writer, indent: int, product: str | None) -> None:
         else:
             w.put(indent, *plain)
         w.put(indent, *(f"h{i} = _keep(go, y{i}, h{i}, EVEN)" for i in w.S))
-        w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live('go')}, EVEN)" for i in w.S))
+        w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live(stored)}, {even})" for i in w.S))
 
 
-def _enter(w: Writer, t: str) -> None:
+def _enter(w: Writer, indent: int, t: str) -> None:
     """Pointers at step t."""
-    w.put(1, f"p = PRE + b * sb + {t}.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", f"q = RESET + b * T + {t}")
-    w.state_pointers(1, t)
-    w.put(1, f"mark = MARKS + (b * ((T + MARK - 1) // MARK) + {t} // MARK) * {len(w.S)} * D + d")
-    w.load_resets(1, "", t)
+    w.put(indent, f"p = PRE + b * sb + {t}.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", f"q = RESET + b * T + {t}")
+    w.state_pointers(indent, t)
+    w.put(indent, f"mark = MARKS + (b * ((T + MARK - 1) // MARK) + {t} // MARK) * {len(w.S)} * D + d")
+    w.load_resets(indent, "", t)
 
 
 def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, marks: str = "True") -> None:
@@ -65,7 +65,7 @@ def walk(traced: Traced, unroll: int) -> str:
     w.put(1, "else:  # slices start from zero, the first one from h0", *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S))
     w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
-    _enter(w, "first")
+    _enter(w, 1, "first")
     _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS")
     w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
@@ -123,8 +123,8 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
-    _enter(w, "first")
     w.put(1, "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
+    _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
     w.put(2, f"span = tl.maximum(STRETCH, (from_ - first) // ({GROWTH} * MARK) * MARK)  # the longer it took, the longer it will")
     w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
     seen = live("to < last")
@@ -151,7 +151,7 @@ def finish(traced: Traced, unroll: int) -> str:
     w.weights()
     w.put(1, f"o = (b * n + bad - 1) * {n} * D + d", *(f"h{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
     w.put(1, "first = bad * SLICE", "last = T")
-    _enter(w, "first")
+    _enter(w, 1, "first")
     _loop(w, 1, "first", "last", None)
     w.put(1, *(f"tl.store(final + {i} * D, h{i}, mask=inside)" for i in w.S))
     return w.text()

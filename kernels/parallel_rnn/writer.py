@@ -16,13 +16,8 @@ from kernels.parallel_rnn.trace import Traced
 
 HELPERS = '''
 @triton.jit
-def _sigmoid(x):
-    return _reciprocal(1.0 + _exp2(-1.4426950408889634 * x))
-
-
-@triton.jit
-def _tanh(x):
-    return 2.0 * _reciprocal(1.0 + _exp2(-2.8853900817779268 * x)) - 1.0
+def _logistic(x):  # of an argument that was scaled: 1 / (1 + 2^x)
+    return _reciprocal(1.0 + _exp2(x))
 
 
 @triton.jit
