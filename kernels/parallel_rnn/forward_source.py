@@ -5,9 +5,6 @@ from __future__ import annotations
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
-GROWTH = 2  # a stretch that is mended before old and new are compared is as long as the steps mended so far divided by this
-
-
 def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN") -> None:
     """One group of steps from h (and products J, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)
@@ -123,15 +120,16 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
+    w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)", "span = STRETCH + 0 * first")
     w.put(1, "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
     _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
-    w.put(2, f"span = tl.maximum(STRETCH, (from_ - first) // ({GROWTH} * MARK) * MARK)  # the longer it took, the longer it will")
     w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
     seen = live("to < last")
     w.put(2, *(f"a{i} = {w.vector('mark', f'(span // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
     _loop(w, 2, "from_", "to", "True")
     w.put(2, "gap = _far(a0, h0)", *(f"gap = tl.maximum(gap, _far(a{i}, h{i}))" for i in w.S[1:]))
-    w.put(2, "met = ((tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE) & (to < last)).to(tl.int32)", "from_ = to")
+    w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & (to < last)).to(tl.int32)")
+    w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK, STRETCH), now, to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *_store_products(w, "NEW_PRODUCTS", "tl.where(met != 0, 0.0, J{i}{j})"))

@@ -35,9 +35,9 @@ MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
-ROWS, COLUMNS = 64, 16  # slices and channels of a tile of shoot
-SHOOT_STEPS, SHOTS = 4096, 8  # longest sequences it takes, and Newton steps it tries
-SHARED = 160 << 10  # bytes of shared memory for the inputs it has in flight
+ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
+SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
+SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 MOST_SLICES = 65535  # the second dimension of a launch
 _stats: dict[torch.device, Tensor] = {}
@@ -128,7 +128,7 @@ class ShootPlan(Plan):
         self.slices = -(-T // self.slice)
         self.blocks = -(-D // self.block)
         self.even = T == self.rows * self.slice and D % self.block == 0
-        self.warps = max(1, self.rows * self.block // 64)
+        self.warps = max(1, self.rows * self.block // (32 * EACH))
         self.deep = max(1, min(4, SHARED // (pre.shape[2] * self.group * self.rows * self.block * pre.element_size())))
 
     @staticmethod

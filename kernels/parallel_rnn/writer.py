@@ -56,6 +56,14 @@ def _far(x, y):  # relative distance; not finite counts as far
 
 
 @triton.jit
+def _next_span(span, was, now, TOLERANCE, MARK: tl.constexpr, STRETCH: tl.constexpr):
+    """Steps until a distance that fell from `was` to `now` within `span` steps is within the tolerance, should it go on so."""
+    fell, left = tl.log2(was / tl.maximum(now, 1.0e-30)), tl.log2(tl.maximum(now / TOLERANCE, 1.0))
+    steps = tl.minimum(span * left / tl.maximum(fell, 0.01), 1.0e6)
+    return tl.maximum((steps / MARK).to(tl.int32) * MARK, STRETCH)
+
+
+@triton.jit
 def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
     return tl.where(x == 0.0, 0.0, J * x)
 

@@ -64,7 +64,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             signature = {a: "constexpr" if a in constants else kind(a) for a in fn.arg_names}
             aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a] not in ("constexpr", "fp32") and a != "n"}
             source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": max(1, tile // 64)})
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)})
             assert ".target sm_90" in made.asm["ptx"]
             out[name][kernel] = {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
     print(json.dumps(out))
