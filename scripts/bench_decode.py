@@ -211,7 +211,7 @@ def plot(path: Path) -> None:
         axis.invert_yaxis()
         axis.set(title=f"batch {batch}, {report['device']}", xlabel="tokens/s")
         axis.bar_label(axis.containers[0], fmt="{:,.0f}", padding=2)
-        axis.margins(x=0.15)
+        axis.set_xlim(0, 1.2 * max(rows.values()))
         axis.locator_params(axis="x", nbins=5)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=100)
