@@ -27,21 +27,22 @@ AHEAD, AHEAD_BACK, AHEAD_SHOOT = 8, 4, 4  # steps of a group, the unit in which 
 KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot", "decode")
 
 
-def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx") -> str:
+def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx", short: bool = True) -> str:
     """All kernels of a cell. maths: "ptx" (NVIDIA's approximate exp2 and reciprocal, 2 and 1 units in the last place) or "portable".
+    short: for inputs in 16 bits, the factors of exponents are moved off the chain of steps (it rounds worse where a gate's terms cancel).
     Raises NotLowered if the step cannot be traced."""
     traced = trace(cell)
     arguments = [*cell.pre, *cell.rec, *cell.state]
     entries = [entry for row in traced.jacobian for entry in row]
-    like = cell.state[0]
+    like, fixed = cell.state[0], cell.rec if short else ()
     cotangents = [f"g_{name}" for name in cell.state]
     header = f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     parts = [
         header + MATHS[maths].rstrip("\n"),
         HELPERS.strip("\n") + "\n",
-        function("step", arguments, traced.new, like, fixed=cell.rec),
+        function("step", arguments, traced.new, like, fixed=fixed),
         function("jacobian", arguments, entries, like),
-        function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=cell.rec),
+        function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=fixed),
         function("step_vjp", [*arguments, *cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
         forward_source.walk(traced, ahead),
         forward_source.mend(traced, ahead),

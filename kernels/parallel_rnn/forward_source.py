@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
+
 def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN") -> None:
     """One group of steps from h (and products J, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)

@@ -72,9 +72,9 @@ def load_source(name: str, text: str) -> ModuleType:
 
 
 @functools.cache
-def kernels(cell: Cell, ahead: int, back: int, maths: str) -> ModuleType:
-    """The module of a cell's kernels. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    return load_source(cell.name, codegen.source(cell, ahead, back, maths))
+def kernels(cell: Cell, ahead: int, back: int, maths: str, short: bool) -> ModuleType:
+    """The module of a cell's kernels, of inputs in 16 bits if `short`. Raises NotLowered (the cell) or ImportError (no Triton)."""
+    return load_source(cell.name, codegen.source(cell, ahead, back, maths, short))
 
 
 def why_not(cell: Cell, device: torch.device) -> str:
@@ -100,6 +100,7 @@ class Plan:
 
     def __init__(self, pre: Tensor, slices: int | None = None, back: bool = False) -> None:
         (B, T), D = pre.shape[:2], pre.shape[3:].numel()
+        self.short = pre.element_size() == 2
         small = interpreted()  # the interpreter pays for every statement
         self.ahead, self.back = (2, 2) if small else (codegen.AHEAD, codegen.AHEAD_BACK)
         self.mark, self.stretch = (4, 4) if small else (MARK, STRETCH)
@@ -120,7 +121,7 @@ class ShootPlan(Plan):
 
     def __init__(self, pre: Tensor, borders: bool) -> None:
         super().__init__(pre, 1)
-        (B, T), D, small = pre.shape[:2], pre.shape[3:].numel(), interpreted()
+        T, D, small = pre.shape[1], pre.shape[3:].numel(), interpreted()
         self.group = min(self.ahead, codegen.AHEAD_SHOOT)
         self.block, self.rows = (16, 4) if small else (COLUMNS, ROWS)
         unit = self.mark if borders else self.group
@@ -164,7 +165,7 @@ def _sizes(plan: Plan, pre: Tensor, starts: Tensor | None) -> tuple[Tensor, tupl
 
 
 def _module(cell: Cell, plan: Plan) -> ModuleType:
-    return kernels(cell, plan.ahead, plan.back, "portable" if interpreted() or torch.version.hip else "ptx")
+    return kernels(cell, plan.ahead, plan.back, "portable" if interpreted() or torch.version.hip else "ptx", plan.short)
 
 
 def _heads(pre: Tensor) -> Tensor:

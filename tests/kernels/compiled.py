@@ -54,7 +54,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
     out: dict[str, dict[str, dict[str, int]]] = {}
     for name in names:
         cell = next(c for c in cells() if c.name == name)
-        module = launch.kernels(cell, ahead, back, "ptx")
+        module = launch.kernels(cell, ahead, back, "ptx", True)
         P = len(cell.pre)
         constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH, }
         out[name] = {}
