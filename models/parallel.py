@@ -28,7 +28,7 @@ from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
 
 untraced = torch._disable_dynamo  # torch.compiler.disable, but the compiler is loaded with the first call, not here
-BURN_IN = 256  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
+BURN_IN = 512  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
 
 
 @dataclass
@@ -206,7 +206,6 @@ class Slice:
         Multiple shooting with one slice a rank: solve from a guessed start; where the ends do not meet the starts, correct all starts by
         the slices' Jacobian products and solve again. N - 1 corrections make every slice exact, whatever the Jacobians are.
         """
-        tolerance = {torch.float64: 1e-12, torch.float32: 1e-6}.get(pre.dtype, 1e-5)
         cell, rec = biased(cell), torch.cat([rec.to(bias.dtype), bias])
         with torch.autocast(pre.device.type, enabled=False):
             start = self._guess(cell, pre, rec, starts)
@@ -217,7 +216,7 @@ class Slice:
                 gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
                 traffic.solves += 1
                 # All ranks hold the same numbers, so all stop together.
-                if correction == self.size - 1 or not gap.numel() or float(gap.max()) <= tolerance:
+                if correction == self.size - 1 or not gap.numel() or float(gap.max()) <= reference.TOLERANCE[pre.dtype]:
                     break
                 traffic.corrections += 1
                 product = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)[1]

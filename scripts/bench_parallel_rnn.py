@@ -331,26 +331,15 @@ def corrections(path: Path) -> None:
 
 
 def plot(path: Path) -> None:
-    """time.png: time by length against limit, Newton, loop and cuDNN; limits.png: times over the byte limit; corrections.png, if
+    """time.png, if it was measured: time by length against limit, Newton, loop and cuDNN; limits.png: times over the byte limit; corrections.png, if
     corrections.json lies beside."""
     from evals.figures import pyplot
 
     plt, result = pyplot(), json.loads(path.read_text())
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
-    figure, axis = plt.subplots(figsize=(9.5, 4.5))
-    times, newton = result["time"], result["newton"]
-    axis.plot([r["T"] for r in times], [r["forward_ms"] for r in times], "o-", label="parallel solve")
-    axis.plot([r["T"] for r in times], [r["limit_ms"] for r in times], "k--", label="byte limit")
-    axis.plot([r["T"] for r in newton], [r["newton_3_ms"] for r in newton], "s-", label="3 elementwise Newton steps, torch")
-    loop = result["loop"]
-    axis.plot([r["T"] for r in loop], [r["loop_ms"] for r in loop], "^-", label="torch loop")
-    gru = [r for r in result["cudnn"] if r.get("cudnn") == "GRU"]
-    axis.plot([r["T"] for r in gru], [r["forward_ms"] for r in gru], "x", markersize=9, label="cuDNN GRU (dense weights)")
-    axis.set(xscale="log", yscale="log", xlabel="time steps", ylabel="ms", title=f"ParaGRU forward, width 2048, {result['device']}")
-    axis.grid(alpha=0.3)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
-    _save(plt, figure, path.with_name("time.png"))
+    if "time" in result:
+        _plot_time(plt, result, path)
     rows = [r for r in result["kernels"] if r.get("cell") in BARS and r["D"] == 2048]
     names = sorted({r["cell"] for r in rows})
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
@@ -361,7 +350,7 @@ def plot(path: Path) -> None:
             axis.bar(at, [r[f"{way}_ms"] / r[f"{way}_limit_ms"] for r in mine], 0.75 / len(names), label=name)
             axis.set_xticks(range(len(mine)), [f"({r['B']}, {r['T']:,})" for r in mine], rotation=30)
         axis.axhline(1, color="k", linestyle="--", linewidth=1)
-        axis.set(yscale="log", title=way, xlabel="(sequences, steps)", ylabel="times the byte limit (dashed)")
+        axis.set(title=way, xlabel="(sequences, steps)", ylabel="times the byte limit (dashed)")
     axes[1].legend(fontsize=8)
     _save(plt, figure, path.with_name("limits.png"))
     beside = path.with_name("corrections.json")
@@ -376,6 +365,22 @@ def plot(path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[1].legend(title="deviation of\nthe weights", fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(plt, figure, path.with_name("corrections.png"))
+
+
+def _plot_time(plt: Any, result: dict[str, Any], path: Path) -> None:
+    figure, axis = plt.subplots(figsize=(9.5, 4.5))
+    times, newton = result["time"], result["newton"]
+    axis.plot([r["T"] for r in times], [r["forward_ms"] for r in times], "o-", label="parallel solve")
+    axis.plot([r["T"] for r in times], [r["limit_ms"] for r in times], "k--", label="byte limit")
+    axis.plot([r["T"] for r in newton], [r["newton_3_ms"] for r in newton], "s-", label="3 elementwise Newton steps, torch")
+    loop = result["loop"]
+    axis.plot([r["T"] for r in loop], [r["loop_ms"] for r in loop], "^-", label="torch loop")
+    gru = [r for r in result["cudnn"] if r.get("cudnn") == "GRU"]
+    axis.plot([r["T"] for r in gru], [r["forward_ms"] for r in gru], "x", markersize=9, label="cuDNN GRU (dense weights)")
+    axis.set(xscale="log", yscale="log", xlabel="time steps", ylabel="ms", title=f"ParaGRU forward, width 2048, {result['device']}")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    _save(plt, figure, path.with_name("time.png"))
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:

@@ -34,7 +34,7 @@ def parallel_rnn(
     `emitted` the last state alone instead of all, (B, T, D), which spares a copy where S > 1.
     method: "sequential" keeps autograd's graph of the loop; "parallel" solves over time slices in plain torch and differentiates through the
     solution; "triton" runs the kernels generated from the step; "auto" is "triton" on a GPU where the cell can be lowered, else "parallel".
-    save: what the backward pass keeps besides the inputs: "states", or "borders", every 64th state, from which it makes the others again.
+    save: what the backward pass keeps besides the inputs: "states", or "borders", every 32nd state, from which it makes the others again.
     Raises ValueError for shapes that do not fit the cell.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()

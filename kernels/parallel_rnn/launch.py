@@ -26,6 +26,7 @@ from torch import Tensor
 from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn import codegen
 from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.reference import TOLERANCE, product
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
@@ -38,7 +39,6 @@ PROGRAMS_BACK = 4
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
 SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
 SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 MOST_SLICES = 65535  # the second dimension of a launch
 _stats: dict[torch.device, Tensor] = {}
 
@@ -178,11 +178,6 @@ def dependently(constants: dict[str, Any]) -> dict[str, Any]:
     return {**constants, "DEPENDENT": dependent, **({"launch_pdl": True} if dependent else {})}
 
 
-def tolerance(pre: Tensor) -> float:
-    """Relative distance under which two states, or an adjoint's remainder, count as the same: a twentieth of the rounding of 16-bit states."""
-    return TOLERANCE[pre.dtype]
-
-
 def _counters(device: torch.device) -> Tensor:
     """Largest residual, most corrections, tiles solved over slices, and tiles walked in order, since they were last read."""
     if device not in _stats:
@@ -221,10 +216,10 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), tolerance(pre), plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), TOLERANCE[pre.dtype], plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, tolerance(pre), *sizes, **after)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, TOLERANCE[pre.dtype], *sizes, **after)
     return emitted, kept, final, marks
 
 
@@ -239,7 +234,7 @@ def shoot(
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).shoot[(plan.blocks * B,)](
-        source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), tolerance(pre), SHOTS, plan.rows, plan.deep, borders,
+        source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), TOLERANCE[pre.dtype], SHOTS, plan.rows, plan.deep, borders,
         *sizes, **constants,
     )  # fmt: skip
     return emitted, kept, final, marks
@@ -292,7 +287,7 @@ def backward(
     source, sizes, constants = _sizes(plan, pre, starts)
     with_kept = d_kept is not None and S > 1
     tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
-    outputs = (to.tensor, partial, d_h0, d_final, ends, products, reach, tolerance(pre), to.batch, to.se, to.time, to.projection)
+    outputs = (to.tensor, partial, d_h0, d_final, ends, products, reach, TOLERANCE[pre.dtype], to.batch, to.se, to.time, to.projection)
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
         after = dependently(constants)
@@ -308,8 +303,6 @@ def adjoint(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gradient (B, S, D) of h0 from those of the states alone, zero without any; product J_T ... J_1 (B, S, S, D) of the Jacobians of all
     steps at the solved states, zero across resets), fp32. One walk over the inputs."""
-    from kernels.parallel_rnn.reference import product
-
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     B, D, S = len(pre), rec.shape[1], len(cell.state)
     plan = Plan(pre, back=True)

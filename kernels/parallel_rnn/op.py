@@ -1,5 +1,5 @@
 """The custom ops everywhen::parallel_rnn and its backward: one name for torch.compile, autocast and activation checkpointing, whatever
-solves underneath. Saved for backward are the inputs and the states, in the dtype of pre; with `borders` only every 64th state, in fp32.
+solves underneath. Saved for backward are the inputs and the states, in the dtype of pre; with `borders` only every 32nd state, in fp32.
 
 The state a cell emits (its last) and those it keeps to itself are two tensors, so that a layer that reads the emitted one alone neither
 copies it nor brings a gradient of zeros for the others.

@@ -24,6 +24,9 @@ from torch import Tensor
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import torch_functions
 
+# Relative distance under which two states, or an adjoint's remainder, count as the same; for 16-bit inputs a twentieth of their rounding.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Arithmetic inside a solve: fp64 for fp64 inputs, fp32 for everything else."""
@@ -140,7 +143,7 @@ def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | Non
     keep = None if starts is None else slice_time((~starts).to(pre.dtype), n, length)
     pre_N = slice_time(pre, n, length)
     start = torch.cat([h0[:, None], h0.new_zeros(B, n - 1, *h0.shape[1:])], 1)
-    tolerance = 1e-12 if pre.dtype == torch.float64 else 1e-6
+    tolerance = TOLERANCE[pre.dtype]
     for corrections in range(n):
         states = walk(cell, pre_N, rec, start, keep)
         end = states[:, :, -1]
