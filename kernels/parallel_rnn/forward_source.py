@@ -110,7 +110,7 @@ def mend(traced: Traced, unroll: int) -> str:
     _chain(w, 1, "s", worst=False)
     w.put(1, "gap = _far(h0 - c0, h0)", *(f"gap = tl.maximum(gap, _far(h{i} - c{i}, h{i}))" for i in w.S[1:]))
     w.put(1, f"o = (b * n + s) * {n} * D + d")
-    w.put(1, "if tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE:  # this slice started where the one before it ends")
+    w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)", "if was <= TOLERANCE:  # this slice started where the one before it ends")
     w.put(2, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i} - c{i}, mask=inside)" for i in w.S))
     w.put(2, *(f"tl.store(NEW_ENDS + o + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S))
     w.put(2, f"oo = (b * n + s) * {n * n} * D + d")
@@ -121,8 +121,7 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
-    w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)", "span = STRETCH + 0 * first")
-    w.put(1, "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
+    w.put(1, "span = STRETCH + 0 * first", "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
     _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
     w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
     seen = live("to < last")

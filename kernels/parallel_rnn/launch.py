@@ -31,7 +31,6 @@ from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
 CORRECTIONS = 3  # Newton steps on the slice starts before the walk in order
-PRODUCTS_AT_ONCE = True
 MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
@@ -113,7 +112,7 @@ class Plan:
         self.slice = -(-T // (slices * self.mark)) * self.mark
         self.slices = -(-T // self.slice)
         self.even = T % (self.back if back else self.ahead) == 0 and D % self.block == 0
-        self.grid = (self.blocks * B, self.slices)
+        self.grid: tuple[int, ...] = (self.blocks * B, self.slices)
 
 
 class ShootPlan(Plan):
@@ -121,7 +120,7 @@ class ShootPlan(Plan):
 
     def __init__(self, pre: Tensor, borders: bool) -> None:
         super().__init__(pre, 1)
-        T, D, small = pre.shape[1], pre.shape[3:].numel(), interpreted()
+        (B, T), D, small = pre.shape[:2], pre.shape[3:].numel(), interpreted()
         self.group = min(self.ahead, codegen.AHEAD_SHOOT)
         self.block, self.rows = (16, 4) if small else (COLUMNS, ROWS)
         unit = self.mark if borders else self.group
@@ -130,6 +129,7 @@ class ShootPlan(Plan):
         self.blocks = -(-D // self.block)
         self.even = T == self.rows * self.slice and D % self.block == 0
         self.warps = max(1, self.rows * self.block // (32 * EACH))
+        self.grid = (self.blocks * B,)
         self.deep = max(1, min(4, SHARED // (pre.shape[2] * self.group * self.rows * self.block * pre.element_size())))
 
     @staticmethod
@@ -139,10 +139,9 @@ class ShootPlan(Plan):
         return 128 <= T <= SHOOT_STEPS and B * -(-D // COLUMNS) <= multiprocessors(pre.device)
 
 
-def plan_of(pre: Tensor, borders: bool = False) -> Plan:
-    """The forward plan of inputs (B, T, P, D) or (B, T, P, E, K)."""
-    pre = _heads(pre)
-    return ShootPlan(pre, borders) if ShootPlan.fits(pre) else Plan(pre)
+def plan_of(pre: Tensor, slices: int | None = None, borders: bool = False) -> Plan:
+    """The forward plan of inputs (B, T, P, E, K); with a number of slices, that of the kernels of large problems."""
+    return ShootPlan(pre, borders) if slices is None and ShootPlan.fits(pre) else Plan(pre, slices)
 
 
 class Layout:
@@ -195,10 +194,10 @@ def forward(
     """(emitted (B, T, D) and kept (B, T, S - 1, D) states in pre's dtype, final (B, S, D) fp32, marks (B, M, S, D) fp32; without `borders`
     and with one slice there are none: (B, 0, S, D))."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
-    if slices is None and ShootPlan.fits(pre):
-        return shoot(cell, pre, rec, h0, starts, borders)
+    plan = plan_of(pre, slices, borders)
+    if isinstance(plan, ShootPlan):
+        return shoot(cell, plan, pre, rec, h0, starts, borders)
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
-    plan = Plan(pre, slices)
     module, n = _module(cell, plan), plan.slices
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
@@ -224,16 +223,15 @@ def forward(
 
 
 def shoot(
-    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, borders: bool = False
+    cell: Cell, plan: ShootPlan, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, borders: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, in one launch; pre (B, T, P, E, K)."""
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
-    plan = ShootPlan(pre, borders)
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks, begins, final = h0.new_empty(B, -(-T // plan.mark) if borders else 0, S, D), h0.new_empty(B, plan.rows, S, D), torch.empty_like(h0)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
-    _module(cell, plan).shoot[(plan.blocks * B,)](
+    _module(cell, plan).shoot[plan.grid](
         source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), TOLERANCE[pre.dtype], SHOTS, plan.rows, plan.deep, borders,
         *sizes, **constants,
     )  # fmt: skip

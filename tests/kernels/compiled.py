@@ -56,7 +56,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
         cell = next(c for c in cells() if c.name == name)
         module = launch.kernels(cell, ahead, back, "ptx", True)
         P = len(cell.pre)
-        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH, }
+        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH}
         out[name] = {}
         for kernel in codegen.KERNELS:
             fn, columns = getattr(module, kernel), launch.COLUMNS if kernel == "shoot" else launch.BLOCK
