@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 100  # seconds of one run
+LIMIT = 200  # seconds of one run
 COMMON = [
     "train.precision=bf16", "train.seq_len=2048", "model.vocab_size=50432", "eval=end", "eval.tokens=2048", "eval.sample_tokens=1",
     "checkpoint.at_end=false", "train.log_every=1", "train.resume=none",

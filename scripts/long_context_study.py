@@ -7,7 +7,7 @@
 Keys (default)
   size            gpu or cpu: lengths, states, models and tokens, as evals/study.py lists them (gpu where there is one)
   seconds         this call may take; the arms under way are saved, and the same command goes on with them (0: as long as it takes)
-  only            PART,PART: arms whose names contain one of these (all)
+  only            PART,PART: arms whose names contain one of these, or match it where it has a * (all)
   together, gpus  arms at a time on each GPU (6), GPUs used (0: all there are)
   tokens, layers, width, tokens_per_step, lr     instead of those of the size
   cures, seed, device, precision                 true, 0, auto, bf16 (on a GPU)
@@ -21,6 +21,7 @@ Exit status: 0 done, 1 an arm failed, 3 the seconds are over and there is more t
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import signal
@@ -183,6 +184,12 @@ def work(values: dict[str, Any], device: Any) -> int:
     return 0
 
 
+def wanted(values: dict[str, Any]) -> list[str]:
+    """The arms that only=... names."""
+    parts = values["only"].split(",")
+    return [n for n in study_arms(values["size"]) if any(fnmatch.fnmatchcase(n, part) if "*" in part else part in n for part in parts)]
+
+
 def settle(values: dict[str, Any], cuda: bool) -> None:
     """Fills in what the size and the machine decide. Raises UserError."""
     problems = []
@@ -196,7 +203,7 @@ def settle(values: dict[str, Any], cuda: bool) -> None:
         values[key] = values[key] or SIZES[values["size"]][key]
     if not (Path(values["data"]) / "meta.json").exists():
         problems.append(f"There are no token shards at {values['data']}; make them with python -m data.prepare.")
-    if not any(part in name for name in study_arms(values["size"]) for part in values["only"].split(",")):
+    if not wanted(values):
         problems.append(f"No arm has {values['only']!r} in its name; there are {', '.join(study_arms(values['size']))}.")
     if problems:
         raise UserError(problems)
@@ -217,7 +224,7 @@ def main(words: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     gpus = (values["gpus"] or torch.cuda.device_count()) if device.type == "cuda" else 1
     arms = list(study_arms(values["size"]))
-    failed, late = run_arms([n for n in arms if any(part in n for part in values["only"].split(","))], values, gpus, start)
+    failed, late = run_arms(wanted(values), values, gpus, start)
     write_report(out / "evals")
     print(table(out, arms), flush=True)
     plot(out, arms)
