@@ -50,7 +50,7 @@ def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: f
     wanted = torch.autograd.grad((oracle * d).sum() + (end * e).sum(), fine, allow_unused=True)
     for a, b in zip(found, wanted):
         if b is not None and b.numel():
-            assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
+            assert (a - b).norm() <= 1e-4 * b.norm() + 3e-7  # fp32 holds tanh, and so 1 - tanh^2, to 1.2e-7
 
 
 @pytest.mark.usefixtures("way")
@@ -92,10 +92,11 @@ def test_unconverged_slices_are_walked_in_order(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("shots", [0, 8])
 def test_at_once_a_loop_that_does_not_converge_ends_exact(monkeypatch: pytest.MonkeyPatch, shots: int) -> None:
-    """Recurrent weights of 8 at full width; without Newton's steps the slices become exact one by one."""
+    """Recurrent weights of 8 at full width; without Newton's steps, and weights with which some channels never forget, the slices become exact
+    one by one."""
     monkeypatch.setattr(launch, "SHOTS", shots)
     cell = cells()[0]
-    pre, rec, h0, starts = on_gpu(cell, 1, 2048, 2048, weight=8.0 if shots else 0.5, resets=0.001)
+    pre, rec, h0, starts = on_gpu(cell, 1, 2048, 2048, weight=8.0 if shots else 2.0, resets=0.001)
     launch.last_report()
     states, *_ = launch.forward(cell, pre, rec, h0, starts)
     report = launch.last_report()

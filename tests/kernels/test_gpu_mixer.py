@@ -142,6 +142,7 @@ def test_beyond_int32_elements() -> None:
     weight, bias = torch.randn(D, 4, device="cuda"), torch.randn(D, device="cuda")
     tail = x[:, -100:].double()
     y = short_conv(x, None, weight, bias, None, True)[:, -90:]
-    assert (y - conv_reference.short_conv(tail, None, weight.double(), bias.double(), None, True)[:, -90:]).abs().max() < 5e-2
+    wanted = conv_reference.short_conv(tail, None, weight.double(), bias.double(), None, True)[:, -90:]
+    assert ((y - wanted).abs() / (1 + wanted.abs())).max() < 1e-2
     y, wanted = gated_norm(x, x, bias, 1e-5, 1, True)[:, -90:], norm_reference.gated_norm(tail, tail, bias.double(), 1e-5, 1, True)[:, -90:]
     assert ((y - wanted).abs() / (1 + wanted.abs())).max() < 1e-2
