@@ -33,7 +33,7 @@ from training.schedule import lr_factor
 # "2-hop", the token two places after the last occurrence (docs/state_tracking.md). weight: of its share of the time.
 TASKS: dict[str, dict[str, Any]] = {
     "parity": {"task": {"name": "parity"}, "bound": None, "steps": 6000},
-    "mqar": {"task": {"name": "mqar", "pairs": 2, "symbols": 128}, "bound": 0.9, "steps": 60000, "lr": 2e-2, "batches": 2, "weight": 5, "samples": 400_000},
+    "mqar": {"task": {"name": "mqar", "pairs": 2, "symbols": 128}, "bound": 0.9, "steps": 120000, "lr": 2e-2, "batches": 2, "weight": 8, "samples": 400_000},
     "1-hop": {"task": {"name": "khop", "hops": 1, "symbols": 10}, "bound": 0.9, "steps": 8000},
     "2-next": {"task": {"name": "khop", "hops": 2, "symbols": 5, "rule": "successor"}, "bound": 0.9, "steps": 8000},
     "2-hop": {"task": {"name": "khop", "hops": 2, "symbols": 5}, "bound": 0.9, "steps": 16000},
