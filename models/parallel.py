@@ -28,6 +28,7 @@ from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
 
 untraced = torch._disable_dynamo  # torch.compiler.disable, but the compiler is loaded with the first call, not here
+SMALL = 1 << 20  # bytes in all that are sent to every rank rather than to a neighbour: sending and receiving costs the host ten times a gather
 BURN_IN = 512  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
 
 
@@ -135,10 +136,10 @@ class Slice:
     def gather(self, value: Tensor, purpose: str) -> Tensor:
         """(N, ...): the tensors of all ranks, without a graph."""
         value = value.contiguous()
-        parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value, group=self.group)
+        parts = value.new_empty(self.size, *value.shape)
+        dist.all_gather_into_tensor(parts.view(-1), value.view(-1), group=self.group)
         traffic.received[purpose] += value.nbytes * (self.size - 1)
-        return torch.stack(parts)
+        return parts
 
     def gather_two(self, a: Tensor, b: Tensor, purpose: str) -> tuple[Tensor, Tensor]:
         """`gather` of two tensors of one type in one message."""
@@ -154,6 +155,9 @@ class Slice:
 
     def pass_on(self, value: Tensor, by: int, purpose: str) -> Tensor:
         """What the rank `by` places before holds; zeros where there is none."""
+        if value.nbytes * self.size <= SMALL:
+            parts, source = self.gather(value, purpose), self.rank - by
+            return parts[source] if 0 <= source < self.size else torch.zeros_like(parts[0])
         value, out = value.contiguous(), torch.zeros_like(value, memory_format=torch.contiguous_format)
         to, source = self.rank + by, self.rank - by
         work = []

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kernels.dispatch import no_triton
+from kernels.dispatch import direct, no_triton, plain
 from kernels.gated_norm import reference
 
 # ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
@@ -19,8 +19,7 @@ def use_triton(h: Tensor, groups: int) -> bool:
     return h.dtype != torch.float64 and h.shape[-1] // groups <= WIDEST and not no_triton(h.device)
 
 
-@torch.library.custom_op("everywhen::gated_norm", mutates_args=())
-def norm(
+def _norm(
     h: Tensor,
     gate: Optional[Tensor],
     weight: Tensor,
@@ -40,7 +39,10 @@ def norm(
     return reference.gated_norm(h, gate, weight, eps, groups, norm_first, dtype).contiguous()
 
 
-@norm.register_fake
+norm_op = torch.library.custom_op("everywhen::gated_norm", _norm, mutates_args=())
+
+
+@norm_op.register_fake
 def _(
     h: Tensor,
     gate: Optional[Tensor],
@@ -55,8 +57,7 @@ def _(
     return h.new_empty(h.shape, dtype=dtype)
 
 
-@torch.library.custom_op("everywhen::gated_norm_backward", mutates_args=())
-def norm_backward(
+def _backward(
     dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of h, gate (empty without one) and weight, each in the dtype of its tensor."""
@@ -84,7 +85,11 @@ def _launch(
     return dh, h.new_empty(0) if d_gate is None else d_gate, d_weight
 
 
-@norm_backward.register_fake
+backward_op = torch.library.custom_op("everywhen::gated_norm_backward", _backward, mutates_args=())
+norm_backward = direct(backward_op, _backward)
+
+
+@backward_op.register_fake
 def _(
     dy: Tensor, h: Tensor, gate: Optional[Tensor], weight: Tensor, eps: float, groups: int, norm_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,8 +104,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     h, gate, weight = ctx.saved_tensors
     settings = (ctx.eps, ctx.groups, ctx.norm_first)
-    eager = type(dy) is Tensor and not torch.compiler.is_compiling()
-    if ctx.columns and gate is not None and eager and use_triton(h, ctx.groups) and dy.numel():
+    if ctx.columns and gate is not None and plain(dy) and use_triton(h, ctx.groups) and dy.numel():
         whole = torch.empty(*gate.shape[:-1], ctx.columns, dtype=gate.dtype, device=gate.device)
         d_gate = whole[..., ctx.first_column : ctx.first_column + gate.shape[-1]]
         dh, _, d_weight = _launch(dy, h, gate, weight, *settings, d_gate)
@@ -110,4 +114,5 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dh, None if gate is None else d_gate, d_weight, *[None] * 6)
 
 
-norm.register_autograd(_differentiate, setup_context=_save)
+norm_op.register_autograd(_differentiate, setup_context=_save)
+norm = direct(norm_op, _norm, _save, _differentiate)

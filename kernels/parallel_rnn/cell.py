@@ -50,6 +50,7 @@ class Cell:
     state: tuple[str, ...]
     key: str = field(init=False, default="", compare=False)
     lowered: bool = field(init=False, default=False, compare=False)
+    with_bias: Cell | None = field(init=False, default=None, compare=False, repr=False)  # see `biased`
 
     def __post_init__(self) -> None:
         numbered = (f"{self.name}#{i}" for i in itertools.count(2))
@@ -77,17 +78,23 @@ class Cell:
             found[role].append(argument)
         if not found["state"] or not found["pre"]:
             raise ValueError(f"Cell {title}: a step needs at least one Pre and one State argument.")
-        return Cell(title, step, tuple(found["pre"]), tuple(found["rec"]), tuple(found["state"]))
+        cell = Cell(title, step, tuple(found["pre"]), tuple(found["rec"]), tuple(found["state"]))
+        object.__setattr__(cell, "with_bias", _with_bias(cell))  # now: torch.compile can look it up, not make it
+        return cell
 
     def __call__(self, pre: Sequence[Tensor], rec: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One step on tensors given in the order of the names."""
         return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
 
 
-@functools.cache
 def biased(cell: Cell) -> Cell:
     """The cell with a bias for each input projection, after its own weights: added where the projection is read, so that neither the sum nor
     the bias's gradient costs a pass over memory."""
+    return _with_bias(cell) if cell.with_bias is None else cell.with_bias
+
+
+@functools.cache
+def _with_bias(cell: Cell) -> Cell:
     names = {name: f"bias_{name}" for name in cell.pre}
 
     def step(**given: Tensor) -> tuple[Tensor, ...]:

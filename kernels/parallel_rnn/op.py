@@ -14,6 +14,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from kernels.dispatch import direct
 from kernels.parallel_rnn import launch, reference
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 
@@ -52,8 +53,7 @@ def joined(emitted: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([kept, emitted[:, :, None]], 2) if kept.shape[2] else emitted[:, :, None]
 
 
-@torch.library.custom_op("everywhen::parallel_rnn", mutates_args=())
-def solve(
+def _solve(
     pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) and kept (B, T, S - 1, D) in the dtype of pre, final (B, S, D) in the dtype of the arithmetic, marks (B, M, S, D));
@@ -70,7 +70,10 @@ def solve(
     return *parts(states.to(pre.dtype)), states[:, -1].clone(), marks
 
 
-@solve.register_fake
+solve_op = torch.library.custom_op("everywhen::parallel_rnn", _solve, mutates_args=())
+
+
+@solve_op.register_fake
 def _(
     pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -80,8 +83,7 @@ def _(
     return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D), pre.new_empty(B, S, D, dtype=inner), marks
 
 
-@torch.library.custom_op("everywhen::parallel_rnn_backward", mutates_args=())
-def solve_backward(
+def _backward(
     pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
     d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -102,7 +104,11 @@ def solve_backward(
     return torch.empty_like(pre).copy_(d_pre.view(pre.shape)) if not triton else d_pre, d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone()
 
 
-@solve_backward.register_fake
+backward_op = torch.library.custom_op("everywhen::parallel_rnn_backward", _backward, mutates_args=())
+solve_backward = direct(backward_op, _backward)
+
+
+@backward_op.register_fake
 def _(
     pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
     d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
@@ -129,4 +135,5 @@ def _differentiate(ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_
     return (*gradients, None, None, None, None)
 
 
-solve.register_autograd(_differentiate, setup_context=_save)
+solve_op.register_autograd(_differentiate, setup_context=_save)
+solve = direct(solve_op, _solve, _save, _differentiate)

@@ -116,8 +116,9 @@ def product(J_BNLSSD: Tensor) -> Tensor:
     J = J_BNLSSD
     while J.shape[2] > 1:  # pairs of neighbours, later on the left
         odd = J[:, :, J.shape[2] & ~1 :]
-        pairs = torch.einsum("bnlijd,bnljkd->bnlikd", J[:, :, 1::2], J[:, :, 0 : J.shape[2] & ~1 : 2])
-        J = torch.cat([pairs, odd], 2)
+        later, earlier = J[:, :, 1::2, :, :, None], J[:, :, 0 : J.shape[2] & ~1 : 2, None]
+        pairs = (later * earlier).sum(4)  # over the states between; S is small, and a product of matrices per channel costs ten launches
+        J = torch.cat([pairs, odd], 2) if odd.shape[2] else pairs
     return J[:, :, 0]
 
 

@@ -19,7 +19,9 @@ def short_conv(
     history (B, W-1, D): the inputs before the first (zeros if None). starts (B, T) bool: no tap reaches over a document start.
     x may be some columns of a larger tensor. Differentiable in x, history, weight and bias.
     """
-    if op.use_triton(x_BTD) and weight_DW.shape[1] > 1 and x_BTD.shape[1]:
+    # Traced, documents go through the op too: torch.compile of torch 2.11 loses gradients of the reference's autograd.Function.
+    wanted = op.use_triton(x_BTD) or starts_BT is not None and torch.compiler.is_compiling()
+    if wanted and weight_DW.shape[1] > 1 and x_BTD.shape[1]:
         return op.convolve(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
     return reference.short_conv(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
 
@@ -41,7 +43,7 @@ def short_conv_columns(
     D = weight_DW.shape[0]
     if op.use_triton(x_BTC) and weight_DW.shape[1] > 1 and x_BTC.shape[1] and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return op.Columns.apply(x_BTC, history_BHD, weight_DW, bias_D, starts_BT, first, silu)
-    if op.use_triton(x_BTC):
+    if op.use_triton(x_BTC) or torch.compiler.is_compiling():
         before, own, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
         return before, short_conv(own, history_BHD, weight_DW, bias_D, starts_BT, silu), after
     return reference.short_conv_columns(x_BTC, first, history_BHD, weight_DW, bias_D, starts_BT, silu)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from kernels.dispatch import no_triton, planned
+from kernels.dispatch import direct, no_triton, planned
 from kernels.short_conv import reference
 
 # ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
@@ -18,8 +18,7 @@ def use_triton(x: Tensor) -> bool:
     return x.dtype != torch.float64 and not no_triton(x.device)
 
 
-@torch.library.custom_op("everywhen::short_conv", mutates_args=())
-def convolve(x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool) -> Tensor:
+def _convolve(x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool) -> Tensor:
     """y (B, T, D) in the dtype of x, T >= 1, W >= 2."""
     if use_triton(x):
         from kernels.short_conv import launch
@@ -29,13 +28,15 @@ def convolve(x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor,
     return reference.short_conv(x, history, weight, bias, starts, silu).clone(memory_format=torch.contiguous_format)
 
 
-@convolve.register_fake
+convolve_op = torch.library.custom_op("everywhen::short_conv", _convolve, mutates_args=())
+
+
+@convolve_op.register_fake
 def _(x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("everywhen::short_conv_backward", mutates_args=())
-def convolve_backward(
+def _backward(
     dy: Tensor, x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, history (empty without one), weight and bias, each in the dtype of its tensor."""
@@ -57,7 +58,11 @@ def convolve_backward(
     )
 
 
-@convolve_backward.register_fake
+backward_op = torch.library.custom_op("everywhen::short_conv_backward", _backward, mutates_args=())
+convolve_backward = direct(backward_op, _backward)
+
+
+@backward_op.register_fake
 def _(
     dy: Tensor, x: Tensor, history: Optional[Tensor], weight: Tensor, bias: Tensor, starts: Optional[Tensor], silu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,7 +81,9 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, None if history is None else d_history, d_weight, d_bias, None, None
 
 
-convolve.register_autograd(_differentiate, setup_context=_save)
+convolve_op.register_autograd(_differentiate, setup_context=_save)
+convolve = direct(convolve_op, _convolve, _save, _differentiate)
+undifferentiated = direct(convolve_op, _convolve)
 
 
 class Columns(torch.autograd.Function):
@@ -94,7 +101,7 @@ class Columns(torch.autograd.Function):
         ctx.save_for_backward(x, history, weight, bias, starts)
         ctx.first, ctx.silu = first, silu
         ctx.set_materialize_grads(False)
-        return x[..., :first], convolve(x[..., first:end], history, weight, bias, starts, silu), x[..., end:]
+        return x[..., :first], undifferentiated(x[..., first:end], history, weight, bias, starts, silu), x[..., end:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

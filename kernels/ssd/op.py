@@ -9,13 +9,13 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from kernels.dispatch import direct
 from kernels.ssd import launch
 
 # ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
 
 
-@torch.library.custom_op("everywhen::ssd", mutates_args=())
-def scan(
+def _scan(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Optional[Tensor], h0: Optional[Tensor], starts: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32), T >= 1."""
@@ -23,7 +23,10 @@ def scan(
         return launch.forward(x, dt, A, Bm, Cm, D, h0, starts)
 
 
-@scan.register_fake
+scan_op = torch.library.custom_op("everywhen::ssd", _scan, mutates_args=())
+
+
+@scan_op.register_fake
 def _(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Optional[Tensor], h0: Optional[Tensor], starts: Optional[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -31,8 +34,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(B, H, P, Bm.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("everywhen::ssd_backward", mutates_args=())
-def scan_backward(
+def _backward(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Optional[Tensor], h0: Optional[Tensor], starts: Optional[Tensor],
     dy: Tensor, d_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -45,7 +47,11 @@ def scan_backward(
     )  # fmt: skip
 
 
-@scan_backward.register_fake
+backward_op = torch.library.custom_op("everywhen::ssd_backward", _backward, mutates_args=())
+scan_backward = direct(backward_op, _backward)
+
+
+@backward_op.register_fake
 def _(
     x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Optional[Tensor], h0: Optional[Tensor], starts: Optional[Tensor],
     dy: Tensor, d_final: Tensor,
@@ -67,4 +73,5 @@ def _differentiate(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Any, ...]:
     return (*gradients, None if D is None else d_D, None if h0 is None else d_h0, None)
 
 
-scan.register_autograd(_differentiate, setup_context=_save)
+scan_op.register_autograd(_differentiate, setup_context=_save)
+scan = direct(scan_op, _scan, _save, _differentiate)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.dispatch import plain
 from models.contract import SequenceMixer
 from models.init import init_matrix, tag
 from models.layers import RMSNorm, rotate
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
-
+PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of which torch has kernels that take packed documents as they lie, without a mask
 
 
 def causal_mask(T: int, L: int) -> Tensor:
@@ -32,6 +33,34 @@ def causal_mask(T: int, L: int) -> Tensor:
     from torch.nn.attention.bias import causal_lower_right  # loads torch.compile, more than a second that most programs need not wait
 
     return causal_lower_right(T, L)
+
+
+def document_bounds(segments_BT: Tensor) -> Tensor:
+    """int32 (documents + 1,): where each document begins in the rows laid end to end, and their end. Found once for a tensor, which all
+    layers are given, as that waits for the device."""
+    known = getattr(segments_BT, "document_bounds", None)
+    if known is None or known[0] != segments_BT._version:
+        first = torch.ones_like(segments_BT, dtype=torch.bool)
+        first[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        known = segments_BT._version, F.pad(first.flatten().nonzero()[:, 0].int(), (0, 1), value=first.numel())
+        segments_BT.document_bounds = known  # type: ignore[attr-defined]
+    return known[1]
+
+
+def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segments_BT: Tensor | None, window: int) -> Tensor:
+    """Causal attention within documents (rows, without segments) by FlashAttention of packed sequences, within `window` tokens if above 0."""
+    from torch.nn.attention import varlen  # loads torch.compile
+
+    (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
+    if segments_BT is None:
+        bounds = torch.arange(0, B * T + 1, T, device=q_BHTK.device, dtype=torch.int32)
+    else:
+        bounds = document_bounds(segments_BT)
+    if G != H:
+        k_BGTK, v_BGTK = k_BGTK.repeat_interleave(H // G, 1), v_BGTK.repeat_interleave(H // G, 1)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHTK, k_BGTK, v_BGTK.to(q_BHTK.dtype)))
+    y = varlen.varlen_attn(q, k.to(q.dtype), v, bounds, bounds, T, T, window_size=(window - 1 if window else -1, 0))
+    return y.view(B, T, H, K).transpose(1, 2)
 
 
 @dataclass
@@ -246,6 +275,8 @@ class Mixer(SequenceMixer):
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
         grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
+        if T == L and (segments_BL is not None or window and T > window) and self._packable(q_BHTK):
+            return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
         if window and T > window:
             return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         if segments_BL is None and not (window and window < L):  # no mask in memory
@@ -262,6 +293,12 @@ class Mixer(SequenceMixer):
         if segments_BL is not None:
             mask = mask & (segments_BL[:, None, -T:, None] == segments_BL[:, None, None, :])
         return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=mask, enable_gqa=grouped)
+
+    @staticmethod
+    def _packable(q_BHTK: Tensor) -> bool:
+        """Whether `packed_attention` can run; its bounds have to be looked at, so nobody may be tracing or capturing."""
+        fits = q_BHTK.is_cuda and q_BHTK.dtype in PACKED_DTYPES and q_BHTK.shape[-1] % 8 == 0 and q_BHTK.shape[-1] <= 256
+        return fits and plain(q_BHTK) and not torch.version.hip and not torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     @torch._disable_dynamo  # torch.compiler.disable, but loading the compiler when it is called

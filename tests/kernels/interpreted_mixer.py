@@ -67,8 +67,8 @@ def convolutions() -> None:
         agree(y, oracle, present(given), present(fine), f"convolution {(B, T, D, W)} {dtype}")
     x, weight, bias = (t.requires_grad_() for t in (torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3)))
     history, starts = torch.randn(2, 3, 3, requires_grad=True), torch.rand(2, 5) < 0.3
-    torch.library.opcheck(conv_op.convolve, (x, history, weight, bias, starts, True), test_utils=CHECKS)
-    torch.library.opcheck(conv_op.convolve, (x, None, weight, bias, None, False), test_utils=CHECKS)
+    torch.library.opcheck(conv_op.convolve_op, (x, history, weight, bias, starts, True), test_utils=CHECKS)
+    torch.library.opcheck(conv_op.convolve_op, (x, None, weight, bias, None, False), test_utils=CHECKS)
 
 
 def norms() -> None:
@@ -89,8 +89,8 @@ def norms() -> None:
         )
         agree(y, oracle, present(given), present(fine), f"norm {shape} {groups} {dtype}")
     h, gate, weight = (t.requires_grad_() for t in (torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(6)))
-    torch.library.opcheck(norm_op.norm, (h, gate, weight, 1e-5, 1, True, torch.float32, 6, 12), test_utils=CHECKS)
-    torch.library.opcheck(norm_op.norm, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, 0, 0), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm_op, (h, gate, weight, 1e-5, 1, True, torch.float32, 6, 12), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm_op, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, 0, 0), test_utils=CHECKS)
 
 
 def chains() -> None:

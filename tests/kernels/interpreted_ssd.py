@@ -61,10 +61,10 @@ def registered() -> None:
     tensors, starts = problem(1, 19, 2, 16, 1, 16, starts=0.2)
     x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
     for skip, begin, new in ((D, h0, starts), (None, None, None)):
-        torch.library.opcheck(op.scan, (x, dt, A, Bm, Cm, skip, begin, new))
+        torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, skip, begin, new))
     with torch.no_grad():
         dy, d_final = torch.randn(x.shape), torch.randn(h0.shape)
-        torch.library.opcheck(op.scan_backward, (x, dt, A, Bm, Cm, D, h0, starts, dy, d_final), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(op.backward_op, (x, dt, A, Bm, Cm, D, h0, starts, dy, d_final), test_utils=("test_schema", "test_faketensor"))
 
 
 if __name__ == "__main__":

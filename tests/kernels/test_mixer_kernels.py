@@ -44,8 +44,8 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     starts = torch.rand(2, 7) < 0.3
     conv = (x, history, weight, bias, starts, True)
     norm = (h, gate, bias, 1e-5, 1, True, dtype, 6, 12)
-    torch.library.opcheck(conv_op.convolve, conv, test_utils=CHECKS)
-    torch.library.opcheck(norm_op.norm, norm, test_utils=CHECKS)
+    torch.library.opcheck(conv_op.convolve_op, conv, test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm_op, norm, test_utils=CHECKS)
     for found, wanted, leaves in (
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
         (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),

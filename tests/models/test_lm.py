@@ -141,3 +141,18 @@ def test_config_reports_all_problems_together() -> None:
     for part in ("n_layers", "nope", "n_haeds", "n_heads", "grru", "'attn'"):
         assert part in text
     assert ModelConfig.from_dict(small().config.to_dict()) == small().config
+
+
+def test_compiled_gradients_equal_those_of_eager_with_packed_documents() -> None:
+    mixers = {"g": {"type": "rnn", "cell": "paralstm", "n_heads": 4}, "m": {"type": "mamba2", "head_dim": 16, "d_state": 8}, "a": {"type": "attention", "n_heads": 4}}
+    model = small(pattern=["g", "m", "a"], n_layers=3, mixers=mixers)
+    ids = torch.randint(0, model.config.vocab_size, (2, 33))
+    segments = (torch.arange(33) >= torch.tensor([[5], [20]])).int()
+    found = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        forward(ids, labels=ids, segment_ids=segments).loss_sum.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)

@@ -78,6 +78,9 @@ def check_rank() -> None:
         short, long = (check_mixer(name, T, True, rank) for T in (7, 13))
         if not name.startswith(GROWS):
             assert short == long, (name, short, long)
+    parallel.SMALL = 0  # halos from neighbour to neighbour, as if they were large
+    for name in ("mamba2", "swa"):
+        check_mixer(name, 7, True, rank)
     attention.MASK_ELEMENTS = 0  # documents one by one
     for name in ("attention", "attention-gathered"):
         check_mixer(name, 7, True, rank)
