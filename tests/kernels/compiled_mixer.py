@@ -1,4 +1,4 @@
-"""Compiles the short convolution's and the gated norm's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
+"""Compiles the short convolution's, the gated norm's and the cross entropy's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
 spilled}}. Its own process: Triton must not be in its interpreter. With `--golden` the figures go to resources_mixer.json, to be looked at
 and committed when a kernel was changed on purpose."""
 
@@ -19,10 +19,12 @@ from compiled import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kernels import cross_entropy  # noqa: E402
+from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
 
-FP32 = {"WEIGHT", "BIAS", "PARTIAL"}
+FP32 = {"WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 
@@ -32,7 +34,7 @@ def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
         if name in constants:
             return "constexpr"
         if name.isupper() and len(name) > 1 or name in "XYH":
-            return {"STARTS": "*u8", "EPS": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
+            return {"STARTS": "*u8", "LABELS": "*i64", "EPS": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
         return "i32"
 
     aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and name not in ODD and kind(name) != "fp32"]
@@ -60,6 +62,8 @@ def main(golden: bool) -> None:
                 flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK}
                 name = f"{label} {'backward' if back else 'forward'} {K}"
                 out[name] = made(norm.kernels.backward if back else norm.kernels.forward, flags, warps)
+    for name in ("losses", "gradient"):
+        out[f"cross entropy {name}"] = made(getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
     print(json.dumps(out))
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")

@@ -15,6 +15,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from kernels import cross_entropy  # noqa: E402
+from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
@@ -42,6 +44,27 @@ def agree(y: Tensor, oracle: Tensor, given: list[Tensor], fine: list[Tensor], ca
 def leaves(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
     given = [None if t is None else t.requires_grad_() for t in tensors]
     return given, [None if t is None else t.detach().double().requires_grad_() for t in given]
+
+
+def cross_entropies() -> None:
+    """Vocabularies below, at and above a block, ignored rows, a row of -inf but for its label, and a NaN, which must stay one."""
+    for V, dtype in ((3, torch.float32), (64, torch.float32), (130, torch.bfloat16), (257, torch.float16)):
+        logits, labels = (4 * torch.randn(6, V)).to(dtype), torch.randint(0, V, (6,))
+        labels[1] = -100
+        logits[2, torch.arange(V) != labels[2]] = -torch.inf
+        fine = logits.double().requires_grad_()
+        nll, log_z = cross_entropy.losses(logits, labels)
+        wanted = cross_reference.losses(fine, labels)
+        torch.testing.assert_close([nll.double(), log_z.double()], [w.detach() for w in wanted], atol=2e-6, rtol=2e-6)
+        g_nll, g_log_z = torch.randn(6), torch.randn(6)
+        (d_oracle,) = torch.autograd.grad((wanted[0] * g_nll).sum() + (wanted[1] * g_log_z).sum(), fine)
+        d = cross_entropy.gradient_(logits.clone(), labels, log_z, g_nll, g_log_z)
+        ulp = torch.finfo(dtype).eps  # the interpreter cuts off what it does not store
+        assert d.dtype == dtype and ((d - d_oracle).abs() <= ulp * d_oracle.abs() + 1e-6).all(), f"cross entropy {V} {dtype}"
+        logits[3, 1] = torch.nan
+        nll, log_z = cross_entropy.losses(logits, labels)
+        assert nll[3].isnan() and log_z[3].isnan() and nll.isfinite().sum() == 5
+        print(f"cross entropy {V} {dtype}")
 
 
 def present(tensors: list[Tensor | None]) -> list[Tensor]:
@@ -123,6 +146,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     torch.manual_seed(0)
+    cross_entropies()
     convolutions()
     norms()
     chains()

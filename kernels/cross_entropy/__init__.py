@@ -1,0 +1,53 @@
+"""cross_entropy: losses of rows of logits, and the gradient of the logits written over them, each in one pass over memory.
+
+In torch operations a pass over (rows, vocabulary) is paid a dozen times, which is more than the head's matrix products take. They are no
+differentiable ops: `models.head` calls them inside its own forward and backward. Legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import reference
+from kernels.dispatch import interpreted, no_triton, plain
+
+BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
+
+
+def kernels_run(logits_NV: Tensor) -> bool:
+    """Whether the kernels take these logits, else plain torch does."""
+    return plain(logits_NV) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
+
+
+def block(V: int) -> int:
+    return 64 if interpreted() else min(BLOCK, 1 << max(7, (V - 1).bit_length()))
+
+
+def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(negative log-likelihood, 0 where the label is -100; log-partition) of each row, fp32 inside and out (fp64 for fp64)."""
+    if not kernels_run(logits_NV):
+        return reference.losses(logits_NV, labels_N)
+    from kernels.cross_entropy import triton as kernels
+
+    logits_NV, (N, V) = logits_NV.contiguous(), logits_NV.shape
+    nll_N, log_z_N = (torch.empty(N, device=logits_NV.device) for _ in range(2))
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
+        kernels.losses[(N,)](logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=block(V), num_warps=WARPS)
+    return nll_N, log_z_N
+
+
+def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Tensor, g_log_z_N: Tensor) -> Tensor:
+    """softmax (g_nll + g_log_z) - onehot g_nll, in the dtype of the logits, which may be written over; g_nll counts as 0 where the label
+    is -100."""
+    g_nll_N = g_nll_N * (labels_N != reference.IGNORED)
+    if not kernels_run(logits_NV):
+        return reference.gradient(logits_NV, labels_N, log_z_N, g_nll_N, g_log_z_N)
+    from kernels.cross_entropy import triton as kernels
+
+    logits_NV, (N, V) = logits_NV.contiguous(), logits_NV.shape
+    given = (labels_N.contiguous(), log_z_N.contiguous(), g_nll_N.float().contiguous(), g_log_z_N.float().contiguous())
+    BV = block(V)
+    with torch.cuda.device_of(logits_NV):
+        kernels.gradient[(N, -(-V // BV))](logits_NV, *given, V, BV=BV, num_warps=WARPS)
+    return logits_NV

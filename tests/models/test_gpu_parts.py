@@ -1,0 +1,81 @@
+"""What models run on a GPU besides the recurrences, against float64: attention over packed documents, the loss, compiled and whole models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import cross_entropy
+from kernels.cross_entropy import reference
+from models import mixers
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from models.mixers import attention
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"n_kv_heads": 2}, {"window": 17}, {"qk_norm": True, "window": 100, "n_kv_heads": 1}], ids=str)
+def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build({"type": "attention", "n_heads": 4, **settings}, 128, 0)
+    mixer.init_weights(0.1, 0)
+    mixer.cuda()
+    x, weight = torch.randn(3, 211, 128, device="cuda"), torch.randn(3, 211, 128, device="cuda")
+    segments = (torch.rand(3, 211, device="cuda") < 0.05).cumsum(1).int() if packed else None
+    calls = []
+    run = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *a: calls.append(0) or run(*a))
+
+    def answers(autocast: bool) -> list[Tensor]:
+        mixer.zero_grad()
+        mixer.double() if not autocast else mixer.float()
+        leaf = x.to(torch.float32 if autocast else torch.float64).requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            y = mixer(leaf, None, segments)[0]
+        (y * weight).sum().backward()
+        return [t.double() for t in (y.detach(), leaf.grad, *(p.grad for p in mixer.parameters()))]
+
+    exact = answers(False)
+    assert not calls
+    found = answers(True)
+    assert bool(calls) == (packed or "window" in settings)
+    for a, b in zip(found, exact):
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.parametrize(("N", "V"), [(1, 5), (33, 1000), (257, 50_432)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
+    logits, labels = (3 * torch.randn(N, V, device="cuda")).to(dtype), torch.randint(0, V, (N,), device="cuda")
+    labels[::7] = -100
+    wanted = reference.losses(logits.double(), labels)
+    nll, log_z = cross_entropy.losses(logits, labels)
+    torch.testing.assert_close([nll.double(), log_z.double()], list(wanted), atol=1e-5, rtol=1e-6)
+    g = [torch.randn(N, device="cuda") for _ in range(2)]
+    d_wanted = reference.gradient(logits.double(), labels, wanted[1], (g[0] * (labels != -100)).double(), g[1].double())
+    d = cross_entropy.gradient_(logits, labels, log_z, *g)
+    assert (d - d_wanted).abs().max() <= 1.1 * (d_wanted.to(dtype) - d_wanted).abs().max() + 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [{"type": "rnn"}, {"type": "rnn", "cell": "paralstm"}, {"type": "mamba2"}, {"type": "attention"}], ids=str)
+def test_compiled_models_equal_eager_ones(layer: dict[str, object]) -> None:
+    """Losses and all gradients of a model with packed documents, in fp32."""
+    model = LanguageModel(ModelConfig.from_dict({"vocab_size": 300, "d_model": 128, "n_layers": 2, "pattern": ["x"], "mixers": {"x": layer}, "d_ff": 192}))
+    model.init_weights(0)
+    model.cuda()
+    ids = torch.randint(0, 300, (2, 301), device="cuda")
+    segments = (torch.arange(301, device="cuda") >= torch.tensor([[50], [200]], device="cuda")).int()
+    found = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        loss = forward(ids, labels=ids, segment_ids=segments).loss_sum
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 2e-4 * (1e-3 + a.norm())
