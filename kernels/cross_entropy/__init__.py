@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.dispatch import interpreted, no_triton, plain
+from kernels.dispatch import interpreted, no_triton, plain, planned
 
 BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
 
 
 def kernels_run(logits_NV: Tensor) -> bool:
     """Whether the kernels take these logits, else plain torch does."""
-    return plain(logits_NV) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
+    return (plain(logits_NV) or planned()) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
 
 
 def block(V: int) -> int:
@@ -32,6 +32,8 @@ def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
     logits_NV, (N, V) = logits_NV.contiguous(), logits_NV.shape
     nll_N, log_z_N = (torch.empty(N, device=logits_NV.device) for _ in range(2))
+    if planned():  # tensors without storage: shapes only
+        return nll_N, log_z_N
     with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
         kernels.losses[(N,)](logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=block(V), num_warps=WARPS)
     return nll_N, log_z_N
@@ -47,6 +49,8 @@ def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Ten
 
     logits_NV, (N, V) = logits_NV.contiguous(), logits_NV.shape
     given = (labels_N.contiguous(), log_z_N.contiguous(), g_nll_N.float().contiguous(), g_log_z_N.float().contiguous())
+    if planned():
+        return logits_NV
     BV = block(V)
     with torch.cuda.device_of(logits_NV):
         kernels.gradient[(N, -(-V // BV))](logits_NV, *given, V, BV=BV, num_warps=WARPS)
