@@ -206,8 +206,8 @@ class Bench:
 Task = tuple[int, dict[str, Any]]
 
 
-def sequence(bench: Bench) -> tuple[list[Task], list[Task]]:
-    """The cases at the shorter length, then the others: short before long, and what is quadratic or plain torch last."""
+def sequence(bench: Bench) -> list[list[Task]]:
+    """The cases at the shorter length, those at the longer, what is quadratic last, and those of other layers."""
     N, D = bench.gpus, 32 if bench.toy else 1024
     short, long = (128 * N, 256 * N) if bench.toy else (131072, 1048576)
     size = "tiny" if bench.toy else "400m"
@@ -227,10 +227,9 @@ def sequence(bench: Bench) -> tuple[list[Task], list[Task]]:
 
     first = [layer(name, short) for name in ("paragru", "mamba2", "attention")]
     first += [whole(model, short) for model in ("paragru", "mamba2", "transformer")]
-    rest = [layer("paragru", long), layer("mamba2", long), whole("paragru", long), whole("mamba2", long)]
-    rest += [layer(name, short) for name in ("paralstm", "window 4096")]
-    rest += [layer(name, long) for name in ("paralstm", "window 4096", "attention")]
-    return first, rest
+    then = [layer("paragru", long), layer("mamba2", long), whole("paragru", long), whole("mamba2", long), layer("attention", long)]
+    rest = [layer(name, T) for T in (short, long) for name in ("paralstm", "window 4096")]
+    return [first, then, rest]
 
 
 def plain(model: str, size: str, stage: int, T: int, micro: int, rows: int) -> list[str]:
@@ -240,8 +239,8 @@ def plain(model: str, size: str, stage: int, T: int, micro: int, rows: int) -> l
     ]
 
 
-def zero(bench: Bench) -> tuple[list[Task], list[Task]]:
-    """ZeRO-1 of the smaller size, each model on one GPU and on all; then equal losses, the other stages and sizes."""
+def zero(bench: Bench) -> list[list[Task]]:
+    """ZeRO-1 of the smaller size, each model on one GPU and on all; equal losses, its other stages and ZeRO-1 of the larger; then the rest."""
     N, T = bench.gpus, 64 if bench.toy else 2048
     sizes = ["tiny"] if bench.toy else bench.sizes
 
@@ -254,13 +253,15 @@ def zero(bench: Bench) -> tuple[list[Task], list[Task]]:
         named = {"part": "zero", "id": "equal losses", "kind": "train", "init": "own", "steps": 20, "lr": 1e-3, "vocabulary": 4096}
         return ranks, {**named, "overrides": plain("hybrid", small, 1, 64 if bench.toy else 1024, rows // ranks, rows)}
 
-    first = [case(model, sizes[0], 1, ranks) for model in MODELS for ranks in (1, N)]
-    rest = [equal(1), equal(N)]
-    for size in sizes:
-        if size != sizes[0]:
-            rest += [case(model, size, 1, ranks) for model in MODELS for ranks in (1, N)]
-        rest += [case(model, size, stage, N) for stage in (3, 2) for model in MODELS]
-    return first, rest
+    def scaled(size: str) -> list[Task]:
+        return [case(model, size, 1, ranks) for model in MODELS for ranks in (1, N)]
+
+    def stages(size: str) -> list[Task]:
+        return [case(model, size, stage, N) for stage in (3, 2) for model in MODELS]
+
+    larger = sizes[1:]
+    then = [equal(1), equal(N), *stages(sizes[0]), *(task for size in larger for task in scaled(size))]
+    return [scaled(sizes[0]), then, [task for size in larger for task in stages(size)]]
 
 
 def small_run(bench: Bench, name: str, folder: Path, ranks: int, steps: int, *more: str) -> list[str]:
@@ -343,7 +344,7 @@ def tasks(bench: Bench, parts: list[str], folder: Path) -> list[tuple[str, str, 
     """(part, id, GPUs, what measures it) of all parts asked for, the most wanted first."""
     found: list[Task] = []
     made = {"zero": zero(bench), "sequence": sequence(bench)}
-    for depth in (0, 1):
+    for depth in range(3):
         for part in ("zero", "sequence"):
             found += made[part][depth] if part in parts else []
     result = [(case["part"], case["id"], ranks, lambda ranks=ranks, case=case: bench.case(ranks, case)) for ranks, case in found]

@@ -18,7 +18,7 @@ def end_state(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, start
     """(state (B, H, P, N) at the end of the slice from an empty one, what is left there of the state before it (B, H))."""
     decay_BTH = dt_BTH * A_H
     # Sums from the end, so that they are exact where anything is left.
-    after_BTH = F.pad(decay_BTH[:, 1:].flip(1).cumsum(1).flip(1), (0, 0, 0, 1))
+    after_BTH = F.pad(_running(decay_BTH[:, 1:].flip(1)).flip(1), (0, 0, 0, 1))
     left_BTH, through_BH = torch.exp(after_BTH), torch.exp(decay_BTH.sum(1))
     if starts is not None:
         documents = starts.int().cumsum(1)
@@ -29,10 +29,15 @@ def end_state(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, start
 
 def start_adjoint(dy_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, C_BTGN: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """(gradient (B, H, P, N) of the state before the slice from its outputs' alone, what is left there of the final state's (B, H))."""
-    left_BTH = torch.exp((dt_BTH * A_H).cumsum(1))
+    left_BTH = torch.exp(_running(dt_BTH * A_H))
     if starts is not None:
         left_BTH = left_BTH * (starts.cumsum(1) == 0)[..., None]
     return _outer(dy_BTHP, left_BTH, C_BTGN), left_BTH[:, -1].contiguous()
+
+
+def _running(x_BTH: Tensor) -> Tensor:
+    """cumsum over time; along another dimension than the last torch gives each column a single thread."""
+    return x_BTH.transpose(1, 2).contiguous().cumsum(2).transpose(1, 2)
 
 
 def _outer(x_BTHP: Tensor, weight_BTH: Tensor, B_BTGN: Tensor) -> Tensor:
