@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
+LONG = 8192  # tokens of a mean document from which attention within one alone, by a better kernel, beats that of all together
 PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of which torch has kernels that take packed documents as they lie, without a mask
 
 
@@ -35,16 +36,22 @@ def causal_mask(T: int, L: int) -> Tensor:
     return causal_lower_right(T, L)
 
 
-def document_bounds(segments_BT: Tensor) -> Tensor:
-    """int32 (documents + 1,): where each document begins in the rows laid end to end, and their end. Found once for a tensor, which all
-    layers are given, as that waits for the device."""
-    known = getattr(segments_BT, "document_bounds", None)
-    if known is None or known[0] != segments_BT._version:
-        first = torch.ones_like(segments_BT, dtype=torch.bool)
-        first[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
-        known = segments_BT._version, F.pad(first.flatten().nonzero()[:, 0].int(), (0, 1), value=first.numel())
-        segments_BT.document_bounds = known  # type: ignore[attr-defined]
-    return known[1]
+def documents_of(segments_BL: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """(int32 (documents + 1,): where each document begins in the rows laid end to end, and their end; the same within each row, on the host).
+    Found once for a tensor, which all layers are given, as that waits for the device."""
+    version = None if segments_BL.is_inference() else segments_BL._version  # None: nobody counts changes, so nothing is kept
+    known = getattr(segments_BL, "documents", None)
+    if known is None or version is None or known[0] != version:
+        L = segments_BL.shape[1]
+        first = torch.ones_like(segments_BL, dtype=torch.bool)
+        first[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+        bounds = F.pad(first.flatten().nonzero()[:, 0].int(), (0, 1), value=first.numel())
+        cuts: list[list[int]] = [[] for _ in range(len(segments_BL))]
+        for at in bounds.tolist()[:-1]:
+            cuts[at // L].append(at % L)
+        known = version, bounds, [[*row, L] for row in cuts]
+        segments_BL.documents = known  # type: ignore[attr-defined]
+    return known[1], known[2]
 
 
 def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segments_BT: Tensor | None, window: int) -> Tensor:
@@ -55,7 +62,7 @@ def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segments_BT
     if segments_BT is None:
         bounds = torch.arange(0, B * T + 1, T, device=q_BHTK.device, dtype=torch.int32)
     else:
-        bounds = document_bounds(segments_BT)
+        bounds = documents_of(segments_BT)[0]
     if G != H:
         k_BGTK, v_BGTK = k_BGTK.repeat_interleave(H // G, 1), v_BGTK.repeat_interleave(H // G, 1)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHTK, k_BGTK, v_BGTK.to(q_BHTK.dtype)))
@@ -276,6 +283,8 @@ class Mixer(SequenceMixer):
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
         grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
         if T == L and (segments_BL is not None or window and T > window) and self._packable(q_BHTK):
+            if segments_BL is not None and not window and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
+                return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
         if window and T > window:
             return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
@@ -305,8 +314,8 @@ class Mixer(SequenceMixer):
     def _attend_documents(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor) -> Tensor:
         """One document at a time, so that no mask is held: for long sequences, whose documents are large enough to fill a device. Waits for it."""
         T, L, rows = q_BHTK.shape[2], k_BGLK.shape[2], []
-        for b, changed in enumerate((segments_BL[:, 1:] != segments_BL[:, :-1]).cpu()):
-            cuts, parts = [0, *(changed.nonzero()[:, 0] + 1).tolist(), L], []
+        for b, cuts in enumerate(documents_of(segments_BL)[1]):
+            parts = []
             for a, e in zip(cuts, cuts[1:]):
                 if e <= L - T:
                     continue
