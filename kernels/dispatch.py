@@ -64,8 +64,8 @@ def plain(tensor: Tensor) -> bool:
 
 def direct(op: Callable[..., Any], implementation: Callable[..., Any], save: Any = None, differentiate: Any = None) -> Callable[..., Any]:
     """Calls a custom op's implementation without the dispatcher where it is not needed, as an autograd.Function if `save` and `differentiate`
-    (what register_autograd takes) are given. A custom op costs 0.2 to 0.8 ms of the host's time forward and backward, several times
-    what its kernels take in a layer of 400M parameters. The first argument is a tensor."""
+    (what register_autograd takes) are given. The dispatcher takes 0.1 to 0.2 ms of the host's time a call (H200, under a profiler), as much
+    as the kernels of a layer of 400M parameters take of the device's. The first argument is a tensor."""
     run = implementation
     if save is not None:
         parts = {"forward": staticmethod(implementation), "setup_context": staticmethod(save), "backward": staticmethod(once_differentiable(differentiate))}
