@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data.loader import Batch
+from models.block import Block
 from models.init import roles
 from models.parallel import split
 from training.clock import CommunicationClock
@@ -234,6 +235,8 @@ class Engine:
             weight_decay=config.optim.weight_decay,
         )
         self.parameters = dict(model.named_parameters())
+        if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
