@@ -271,6 +271,7 @@ def step_gradients(cell: Cell, pre: Tensor, rec: Tensor, before: Tensor, adjoint
     return d_pre, gradients[1] if len(gradients) > 1 and gradients[1] is not None else torch.zeros_like(rec)
 
 
+@torch._disable_dynamo  # cells that cannot be lowered come here, and what writes their derivatives cannot be traced by all releases of torch
 def parallel(
     cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, slices: int | None = None
 ) -> tuple[Tensor, Tensor]:
