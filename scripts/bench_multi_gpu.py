@@ -99,7 +99,7 @@ class Worker:
         return dict(json.loads(row.read_text()))
 
     def said(self) -> str:
-        """The first exception of what the ranks said, then the end: torchrun's own report would fill that."""
+        """The end of what the ranks said, which torchrun's report fills, and the first exception in it."""
         text = (self.folder / "said.txt").read_text(errors="replace")
         raised = re.search(r"^(\[rank\d+\]: *)?[\w.]*(Error|Exception)\b.*", text, re.MULTILINE)
         return text[-1500:] + (f"\n{raised[0][:1000]}" if raised else "")

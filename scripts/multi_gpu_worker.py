@@ -239,11 +239,10 @@ def main(folder: str) -> None:
     cut = dataclasses.replace(world, sequence=world.size, group=dist.new_group(list(range(world.size))))
     number = 0
     while (case := next_case(Path(folder), number)) is not None:
-        fresh(world.device)
         start, held = time.perf_counter(), torch.cuda.memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
         row = (layer_case if case["kind"] == "layer" else train_case)(case, cut if case.get("sequence", 1) > 1 else world)
         row |= {"held_before_gib": held, "case_seconds": time.perf_counter() - start}
-        fresh(world.device)  # the next case may be that of another worker, with which this one shares the GPU
+        fresh(world.device)  # now: the next case may be that of another worker, with which this one shares the GPU
         if world.main:
             write_json(Path(folder) / f"row-{number:05d}.json", {**case, "gpus": world.size, "device": device_name(world.device), **row})
         number += 1

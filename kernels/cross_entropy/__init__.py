@@ -15,8 +15,7 @@ from kernels.dispatch import interpreted, no_triton, plain, planned
 BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
 
 
-def kernels_run(logits_NV: Tensor) -> bool:
-    """Whether the kernels take these logits, else plain torch does."""
+def use_triton(logits_NV: Tensor) -> bool:
     return (plain(logits_NV) or planned()) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
 
 
@@ -26,7 +25,7 @@ def block(V: int) -> int:
 
 def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """(negative log-likelihood, 0 where the label is -100; log-partition) of each row, fp32 inside and out (fp64 for fp64)."""
-    if not kernels_run(logits_NV):
+    if not use_triton(logits_NV):
         return reference.losses(logits_NV, labels_N)
     from kernels.cross_entropy import triton as kernels
 
@@ -42,8 +41,7 @@ def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Tensor, g_log_z_N: Tensor) -> Tensor:
     """softmax (g_nll + g_log_z) - onehot g_nll, in the dtype of the logits, which may be written over; g_nll counts as 0 where the label
     is -100."""
-    g_nll_N = g_nll_N * (labels_N != reference.IGNORED)
-    if not kernels_run(logits_NV):
+    if not use_triton(logits_NV):
         return reference.gradient(logits_NV, labels_N, log_z_N, g_nll_N, g_log_z_N)
     from kernels.cross_entropy import triton as kernels
 

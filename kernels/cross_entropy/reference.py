@@ -21,7 +21,8 @@ def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Tensor, g_log_z_N: Tensor) -> Tensor:
-    """softmax (g_nll + g_log_z) - onehot g_nll in the dtype of the logits."""
+    """softmax (g_nll + g_log_z) - onehot g_nll in the dtype of the logits; g_nll counts as 0 where the label is -100."""
+    g_nll_N = g_nll_N * (labels_N != IGNORED)
     d_NV = (_wide(logits_NV) - log_z_N[:, None]).exp_().mul_((g_nll_N + g_log_z_N)[:, None])
     d_NV.scatter_add_(1, labels_N.clamp(min=0)[:, None], -g_nll_N[:, None])
     return d_NV.to(logits_NV.dtype)

@@ -41,8 +41,9 @@ def gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BV + tl.arange(0, BV)
     at = LOGITS + row * V + column
-    g_nll = tl.load(G_NLL + row)
+    label = tl.load(LABELS + row)
+    g_nll = tl.where(label == -100, 0.0, tl.load(G_NLL + row))
     x = tl.load(at, mask=column < V, other=float("-inf")).to(tl.float32)
     d = tl.exp2((x - tl.load(LOG_Z + row)) * LOG2E) * (g_nll + tl.load(G_LOG_Z + row))
-    d -= tl.where(column == tl.load(LABELS + row), g_nll, 0.0)
+    d -= tl.where(column == label, g_nll, 0.0)
     tl.store(at, d.to(LOGITS.dtype.element_ty), mask=column < V)

@@ -114,5 +114,4 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dh, None if gate is None else d_gate, d_weight, *[None] * 6)
 
 
-norm_op.register_autograd(_differentiate, setup_context=_save)
 norm = direct(norm_op, _norm, _save, _differentiate)

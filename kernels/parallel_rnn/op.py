@@ -135,5 +135,4 @@ def _differentiate(ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_
     return (*gradients, None, None, None, None)
 
 
-solve_op.register_autograd(_differentiate, setup_context=_save)
 solve = direct(solve_op, _solve, _save, _differentiate)

@@ -43,7 +43,5 @@ def short_conv_columns(
     D = weight_DW.shape[0]
     if op.use_triton(x_BTC) and weight_DW.shape[1] > 1 and x_BTC.shape[1] and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return op.Columns.apply(x_BTC, history_BHD, weight_DW, bias_D, starts_BT, first, silu)
-    if op.use_triton(x_BTC) or torch.compiler.is_compiling():
-        before, own, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
-        return before, short_conv(own, history_BHD, weight_DW, bias_D, starts_BT, silu), after
-    return reference.short_conv_columns(x_BTC, first, history_BHD, weight_DW, bias_D, starts_BT, silu)
+    before, own, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
+    return before, short_conv(own, history_BHD, weight_DW, bias_D, starts_BT, silu), after

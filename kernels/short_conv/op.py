@@ -81,7 +81,6 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, None if history is None else d_history, d_weight, d_bias, None, None
 
 
-convolve_op.register_autograd(_differentiate, setup_context=_save)
 convolve = direct(convolve_op, _convolve, _save, _differentiate)
 undifferentiated = direct(convolve_op, _convolve)
 

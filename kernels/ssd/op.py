@@ -73,5 +73,4 @@ def _differentiate(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Any, ...]:
     return (*gradients, None if D is None else d_D, None if h0 is None else d_h0, None)
 
 
-scan_op.register_autograd(_differentiate, setup_context=_save)
 scan = direct(scan_op, _scan, _save, _differentiate)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.dispatch import plain
-from models.contract import SequenceMixer
+from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
 from models.layers import RMSNorm, rotate
 
@@ -43,8 +43,9 @@ def documents_of(segments_BL: Tensor) -> tuple[Tensor, list[list[int]]]:
     known = getattr(segments_BL, "documents", None)
     if known is None or version is None or known[0] != version:
         L = segments_BL.shape[1]
-        first = torch.ones_like(segments_BL, dtype=torch.bool)
-        first[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+        first = document_starts(segments_BL)
+        assert first is not None
+        first[:, :1] = True
         bounds = F.pad(first.flatten().nonzero()[:, 0].int(), (0, 1), value=first.numel())
         cuts: list[list[int]] = [[] for _ in range(len(segments_BL))]
         for at in bounds.tolist()[:-1]:
