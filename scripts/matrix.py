@@ -102,7 +102,7 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
         with BatchLoader(open_reader(config, shards), ROWS, config.train.micro_batch, world.replica, world.replicas) as loader:
             results = [engine.step(batches, config.optim.lr) for _, batches in zip(range(STEPS), loader)]
         found[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
-        engine.deepspeed.destroy()
+        engine.destroy()
     if world.main:
         out.write_text(json.dumps(found))
     world.barrier()

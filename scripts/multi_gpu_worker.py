@@ -123,7 +123,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "samples": sorted(set(sum(sum(over_ranks(samples), []), []))),
         **traffic_row(),
     }
-    engine.deepspeed.destroy()
+    engine.destroy()
     return row
 
 

@@ -32,6 +32,8 @@ from training.errors import UserError
 from training.initial_state import InitialStates
 from training.optim import SkippableAdamW, build_optimizer
 
+LINEAR = nn.functional.linear
+
 
 @dataclass
 class World:
@@ -178,12 +180,19 @@ def check_tools(config: Config, device: torch.device) -> None:
         raise UserError(problems)
 
 
+def overlaps(config: Config, world_size: int) -> bool:
+    """Whether ZeRO communicates on a stream of its own while the model computes, for a second set of buckets. Stage 3 on the stream of the
+    model would not let the host run ahead of the GPU: it waits for all but the last few parameters that were gathered."""
+    ds = config.deepspeed
+    return ds.stage == 3 or (ds.stage > 0 and world_size > 1 and ds.offload_optimizer == "none")
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here."""
     t, ds = config.train, config.deepspeed
     zero: dict[str, Any] = {"stage": ds.stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
     if ds.stage:
-        zero |= {"overlap_comm": False, "contiguous_gradients": True}
+        zero |= {"overlap_comm": overlaps(config, world_size), "contiguous_gradients": True}
     if ds.stage == 3:
         zero |= {"zero_hpz_partition_size": ds.hpz, "zero_quantized_weights": ds.quantized_weights}
         zero["zero_quantized_gradients"] = ds.quantized_gradients
@@ -207,7 +216,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 @dataclass
 class StepResult:
     """What one optimizer step measured, equal on all ranks but for the times. loss: mean nats per token; skipped: why it was left out, or '';
-    communication: seconds of `seconds` in which this rank stood still for others."""
+    communication: seconds of `seconds` in which this rank was in collectives, on a GPU also beside computation."""
 
     loss: float
     grad_norm: float
@@ -333,9 +342,15 @@ class Engine:
         steps = [int(state["step"]) for state in self.optimizer.state.values() if "step" in state]
         return max(steps, default=0)
 
+    def destroy(self) -> None:
+        """Frees what DeepSpeed holds, and puts back the linear map of torch, which stage 3 replaces for the whole process by one that keeps
+        no gathered weight and costs the host more."""
+        self.deepspeed.destroy()
+        nn.functional.linear = LINEAR
+
     def close(self) -> None:
         """Leaves the process group."""
-        self.deepspeed.destroy()
+        self.destroy()
         if self.world.clock is not None:
             self.world.clock.remove()
         if dist.is_initialized():

@@ -30,6 +30,7 @@ from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
 from training.config import Config
+from training.engine import overlaps
 from training.optim import parameter_groups
 
 GIB = 2**30
@@ -219,7 +220,7 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
     P, largest = sum(groups), max(p.numel() for p in model.parameters())
     accumulates = config.train.global_batch > config.train.micro_batch * max(1, world // config.parallel.sequence)
     bucket, part = ds.bucket_bytes, 4 * P / world
-    to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1))
+    to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
     if ds.stage == 0:
         flat = 4 * min(P, PLAIN_BUCKET + largest)
         return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)

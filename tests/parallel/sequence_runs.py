@@ -48,7 +48,7 @@ def losses(world: World, shards: str, model: str, stage: int, *more: str, compil
     loader = BatchLoader(open_reader(config, sources), 2, 1, world.replica, world.replicas, slice_of=world.slice_of)
     with loader:
         found = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
-    engine.deepspeed.destroy()
+    engine.destroy()
     return found
 
 

@@ -66,7 +66,7 @@ class Run:
 
     def close(self) -> None:
         self.loader.close()
-        self.engine.deepspeed.destroy()
+        self.engine.destroy()
 
 
 def save(world: World, shards: str, folder: Path) -> dict[str, Any]:
