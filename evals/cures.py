@@ -328,7 +328,7 @@ def lambda_mask(adapter: Adapter, setting: Setting, first: float = 10, local: fl
 
 
 def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
-    from models.layers import rotate
+    from kernels.rotary.reference import rotate
     from models.mixers.attention import State
 
     theta, rope = mixer.config.rope_theta, mixer.config.rope

@@ -1,16 +1,16 @@
-"""Layers that mixers share: norms, the gated MLP, rotary positions, and the short causal convolution with its state.
+"""Layers that mixers share: norms, the gated MLP, and the short causal convolution with its state.
 
-Legend: B batch, T time, D width, H heads, K head width, W kernel width.
+Legend: B batch, T time, D width, W kernel width.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated_norm import gated_norm
 from kernels.short_conv import last_inputs, short_conv_columns
+from kernels.swiglu import swiglu
 from models.init import init_matrix, normal_, tag
 
 
@@ -59,7 +59,7 @@ class SwiGLU(nn.Module):
         tag(self.down.weight, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.gate, self.up, self.down):
@@ -67,18 +67,6 @@ class SwiGLU(nn.Module):
 
     def flops_per_token(self) -> int:
         return 6 * self.gate.in_features * self.gate.out_features
-
-
-def rotate(x_BHTK: Tensor, positions_T: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of Llama; angles in fp32, each rounded as in transformers: far out,
-    another rounding of the frequencies is another angle."""
-    K = x_BHTK.shape[-1]
-    inner = torch.float64 if x_BHTK.dtype == torch.float64 else torch.float32
-    frequency = 1.0 / theta ** (torch.arange(0, K, 2, device=x_BHTK.device, dtype=inner) / K)
-    angle = positions_T.to(inner)[:, None] * frequency
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x_BHTK.to(inner).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_BHTK.dtype)
 
 
 class CausalConv(nn.Module):

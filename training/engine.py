@@ -343,10 +343,17 @@ class Engine:
         return max(steps, default=0)
 
     def destroy(self) -> None:
-        """Frees what DeepSpeed holds, and puts back the linear map of torch, which stage 3 replaces for the whole process by one that keeps
-        no gathered weight and costs the host more."""
+        """Frees what DeepSpeed holds. Stage 3 leaves two things behind for the life of the process, undone here: a linear map in the place of
+        torch's, which costs the host more, and the model with all of its optimizer in a stack and in a cache."""
         self.deepspeed.destroy()
         nn.functional.linear = LINEAR
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+            parameter_offload.FWD_MODULE_STACK.clear()
+            for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+                for cell in getattr(method, "__closure__", None) or ():
+                    getattr(cell.cell_contents, "cache_clear", bool)()
 
     def close(self) -> None:
         """Leaves the process group."""

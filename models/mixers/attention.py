@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.dispatch import plain
+from kernels.rotary import rotary
 from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
-from models.layers import RMSNorm, rotate
+from models.layers import RMSNorm
 
 if TYPE_CHECKING:
     from models.parallel import Slice
@@ -172,7 +173,7 @@ class Mixer(SequenceMixer):
         seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
-            q_BHTK, k_BGTK = rotate(q_BHTK, positions, self.config.rope_theta), rotate(k_BGTK, positions, self.config.rope_theta)
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, self.config.rope_theta)
         segments = segment_ids
         if state is not None:
             k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
@@ -229,8 +230,7 @@ class Mixer(SequenceMixer):
     def _fixed_attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedState) -> Tensor:
         """What the heads read (B, H K) for the next token, which is added to the cache."""
         if self.config.rope:
-            position = state.seen + state.offset
-            q_BHTK, k_BGTK = rotate(q_BHTK, position, self.config.rope_theta), rotate(k_BGTK, position, self.config.rope_theta)
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, state.seen + state.offset, self.config.rope_theta)
         state.k_BGCK.index_copy_(2, state.seen, k_BGTK.to(state.k_BGCK.dtype))
         state.v_BGCK.index_copy_(2, state.seen, v_BGTK.to(state.v_BGCK.dtype))
         place = torch.arange(state.k_BGCK.shape[2], device=q_BHTK.device)

@@ -153,7 +153,7 @@ def test_clamp_and_restart_bound_the_state() -> None:
 
 def brute_lambda(q: Any, k: Any, v: Any, first: int, local: int) -> torch.Tensor:
     """One query and key at a time: rotary scores depend on the distance alone, capped at `local`. q, k, v (B, H, T, K) not rotated."""
-    from models.layers import rotate
+    from kernels.rotary.reference import rotate
 
     B, H, T, K = q.shape
     out = torch.zeros_like(v)

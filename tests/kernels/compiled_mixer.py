@@ -1,4 +1,4 @@
-"""Compiles the short convolution's, the gated norm's and the cross entropy's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
+"""Compiles the kernels of whole layers but the recurrence (convolution, norm, SwiGLU, rotary positions, loss) to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
 spilled}}. Its own process: Triton must not be in its interpreter. With `--golden` the figures go to resources_mixer.json, to be looked at
 and committed when a kernel was changed on purpose."""
 
@@ -22,9 +22,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import cross_entropy  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
+from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
+from kernels.swiglu import triton as swiglu  # noqa: E402
 
-FP32 = {"WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
+FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 
@@ -33,8 +35,8 @@ def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name.isupper() and len(name) > 1 or name in "XYH":
-            return {"STARTS": "*u8", "LABELS": "*i64", "EPS": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
+        if name.isupper() and len(name) > 1 or name in "XYHQ":
+            return {"STARTS": "*u8", "LABELS": "*i64", "POSITIONS": "*i64", "EPS": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
         return "i32"
 
     aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and name not in ODD and kind(name) != "fp32"]
@@ -64,6 +66,11 @@ def main(golden: bool) -> None:
                 out[name] = made(norm.kernels.backward if back else norm.kernels.forward, flags, warps)
     for name in ("losses", "gradient"):
         out[f"cross entropy {name}"] = made(getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
+    for name in ("forward", "backward"):
+        out[f"swiglu {name}"] = made(getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
+    for name, back in (("rotary", False), ("rotary backward", True)):
+        flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
+        out[name] = made(rotary.turn, flags, rotary.WARPS)
     print(json.dumps(out))
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")

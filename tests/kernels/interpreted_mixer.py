@@ -1,4 +1,4 @@
-"""Runs the short convolution's and the gated norm's kernels in Triton's interpreter and compares them with torch's own gradients in float64.
+"""Runs the kernels of whole layers but the recurrence (convolution, norm, SwiGLU, rotary positions, loss) in Triton's interpreter and compares them with torch's own gradients in float64.
 Its own process: the interpreter is chosen when Triton is imported. `python tests/kernels/interpreted_mixer.py`"""
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
+from kernels.rotary import op as rotary_op  # noqa: E402
+from kernels.rotary import reference as rotary_reference  # noqa: E402
+from kernels.rotary import rotary  # noqa: E402
 from kernels.short_conv import op as conv_op  # noqa: E402
 from kernels.short_conv import reference as conv_reference  # noqa: E402
 from kernels.short_conv import short_conv, short_conv_columns  # noqa: E402
+from kernels.swiglu import op as swiglu_op  # noqa: E402
+from kernels.swiglu import reference as swiglu_reference  # noqa: E402
+from kernels.swiglu import swiglu  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -116,6 +122,41 @@ def norms() -> None:
     torch.library.opcheck(norm_op.norm_op, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, 0, 0), test_utils=CHECKS)
 
 
+def gated_products() -> None:
+    """Sizes below, at and above a block, and tensors that are not contiguous."""
+    for shape, dtype in (((1,), torch.float32), ((4, 16), torch.float32), ((2, 3, 11), torch.float32), ((3, 43), torch.float16)):
+        given, fine = leaves(*(2 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype) for _ in range(2)))
+        parts = [[t[..., ::2] for t in present(tensors)] for tensors in (given, fine)]
+        agree(swiglu(*parts[0]), swiglu_reference.swiglu(*parts[1]), present(given), present(fine), f"swiglu {shape} {dtype}")
+    gate, up = (torch.randn(2, 5, requires_grad=True) for _ in range(2))
+    torch.library.opcheck(swiglu_op.product_op, (gate, up), test_utils=CHECKS)
+
+
+def turned(turn: Any, tensors: list[Tensor], H: int, positions: Tensor) -> Tensor:
+    """Queries as columns of a projection and keys within a wider tensor, both turned, in one vector."""
+    (B, T, _), K = tensors[0].shape, tensors[1].shape[-1] // 2
+    q, k = tensors[0].view(B, T, H, K).transpose(1, 2), tensors[1][..., :K]
+    return torch.cat([x.flatten() for x in turn(q, k, positions, 10000.0)])
+
+
+def rotations() -> None:
+    """Odd times, head widths that are no power of two, more heads than a program takes, fewer keys than queries, strided and far positions."""
+    for B, T, H, G, K, first, dtype in (
+        (1, 1, 1, 1, 2, 0, torch.float32),
+        (2, 7, 4, 2, 6, 3, torch.float32),
+        (1, 5, 9, 3, 16, 4000, torch.float32),
+        (2, 3, 2, 1, 10, 0, torch.float16),
+    ):
+        given, fine = leaves(torch.randn(B, T, H * K).to(dtype), torch.randn(B, G, T, 2 * K).to(dtype))
+        positions = torch.arange(first, first + T)
+        y, oracle = (turned(turn, present(t), H, positions) for turn, t in ((rotary, given), (rotary_reference.rotary, fine)))
+        if first > 1000:  # the oracle's angles are exact, fp32's are not: the plain rotation has the same
+            oracle = turned(rotary_reference.rotary, [t.float() for t in present(fine)], H, positions).double()
+        agree(y, oracle, present(given), present(fine), f"rotary {(B, T, H, G, K)} {dtype}")
+    q, k = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 1, 5, 4, requires_grad=True)
+    torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False), test_utils=CHECKS)
+
+
 def chains() -> None:
     """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
     B, T, I, before = 2, 9, 6, 3
@@ -149,5 +190,7 @@ if __name__ == "__main__":
     cross_entropies()
     convolutions()
     norms()
+    gated_products()
+    rotations()
     chains()
     print("ok")

@@ -1,4 +1,4 @@
-"""The short convolution and the gated norm on a GPU against float64, in the sizes and ways the interpreter is too slow for."""
+"""The operations of whole layers but the recurrence on a GPU against float64, in the sizes and ways the interpreter is too slow for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch import Tensor
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
+from kernels.rotary import reference as rotary_reference
+from kernels.rotary import rotary
 from kernels.short_conv import op as conv_op
 from kernels.short_conv import reference as conv_reference
 from kernels.short_conv import short_conv, short_conv_columns
+from kernels.swiglu import reference as swiglu_reference
+from kernels.swiglu import swiglu
 from models import mixers
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +70,52 @@ def test_norm(dtype: torch.dtype, shape: tuple[int, ...], groups: int) -> None:
         z = fine[1][..., D:] if gated else None
         y = gated_norm(h, wide[..., D:] if gated else None, weight, 1e-5, groups, first)
         compare(y, norm_reference.gated_norm(fine[0], z, fine[-1], 1e-5, groups, first), given, fine, dtype)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(1,), (3, 77, 33), (2, 2048), (5, 100, 2816)])
+def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    given = leaves(shape, shape, dtypes=[dtype, dtype])
+    fine = [t.detach().double().requires_grad_() for t in given]
+    compare(swiglu(*given), swiglu_reference.swiglu(*fine), given, fine, dtype)
+
+
+@pytest.mark.slow
+def test_swiglu_past_the_range_of_32_bits() -> None:
+    gate, up = (torch.zeros(2**31 + 100, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gate[-50:], up[-50:] = 1.0, 2.0
+    y = swiglu(gate, up)
+    assert (y[-50:] == torch.tensor(2 * 0.7310586, dtype=torch.bfloat16)).all() and not y[:-50].any()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(
+    ("B", "T", "H", "G", "K"), [(1, 1, 1, 1, 2), (2, 77, 8, 2, 64), (3, 130, 9, 3, 80), (1, 2048, 8, 8, 128), (2, 5, 33, 1, 256)]
+)
+def test_rotary(dtype: torch.dtype, B: int, T: int, H: int, G: int, K: int) -> None:
+    """Queries as columns of a projection, keys within a wider tensor. Angles are fp32's, the oracle's else exact."""
+    given = leaves((B, T, H * K), (B, G, T, 2 * K), dtypes=[dtype, dtype])
+    fine = [t.detach().double().requires_grad_() for t in given]
+    positions = torch.arange(7, 7 + T, device="cuda")
+    angle = (positions.float()[:, None] * rotary_reference.frequencies(K, 10000.0, positions.device)).double()
+
+    def exactly(q: Tensor, k: Tensor, positions: Tensor, theta: float) -> list[Tensor]:
+        (qa, qb), (ka, kb) = q.chunk(2, -1), k.chunk(2, -1)
+        return [torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1) for a, b in ((qa, qb), (ka, kb))]
+
+    def turned(turn: Any, tensors: list[Tensor]) -> Tensor:
+        q, k = tensors[0].view(B, T, H, K).transpose(1, 2), tensors[1][..., :K]
+        return torch.cat([x.flatten() for x in turn(q, k, positions, 10000.0)])
+
+    compare(turned(rotary, given), turned(exactly, fine), given, fine, dtype)
+
+
+def test_rotary_far_out_turns_as_plain_torch_does() -> None:
+    """At positions of a million fp32's angle is a tenth of a radian off; the kernel's must be the one that the model was trained with."""
+    q, k = (torch.randn(1, 2, 3, 128, device="cuda") for _ in range(2))
+    positions = torch.tensor([1_000_003, 524_287, 100_001], device="cuda")
+    for a, b in zip(rotary(q, k, positions, 10000.0), rotary_reference.rotary(q, k, positions, 10000.0)):
+        torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
 
 
 def test_split_projection_and_no_copy_of_the_gates_gradient() -> None:

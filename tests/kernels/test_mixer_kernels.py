@@ -1,4 +1,4 @@
-"""The short convolution and the gated norm without a GPU: their kernels in the interpreter and compiled, their operations in plain torch."""
+"""The operations of whole layers but the recurrence without a GPU: their kernels in the interpreter and compiled, their operations in plain torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ import torch
 
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
+from kernels.rotary import op as rotary_op
+from kernels.rotary import reference as rotary_reference
 from kernels.short_conv import op as conv_op
 from kernels.short_conv import reference as conv_reference
+from kernels.swiglu import op as swiglu_op
+from kernels.swiglu import reference as swiglu_reference
 from tests.kernels.test_triton import run
 
 HERE = Path(__file__).parent
@@ -44,8 +48,12 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     starts = torch.rand(2, 7) < 0.3
     conv = (x, history, weight, bias, starts, True)
     norm = (h, gate, bias, 1e-5, 1, True, dtype, 6, 12)
+    q, k, positions = x.unflatten(-1, (1, 6)).transpose(1, 2), gate.unflatten(-1, (1, 6)).transpose(1, 2), torch.arange(3, 10)
     torch.library.opcheck(conv_op.convolve_op, conv, test_utils=CHECKS)
     torch.library.opcheck(norm_op.norm_op, norm, test_utils=CHECKS)
+    torch.library.opcheck(swiglu_op.product_op, (gate, h), test_utils=CHECKS)
+    turning = (q.detach().requires_grad_(), k.detach().requires_grad_(), positions, 100.0, False)
+    torch.library.opcheck(rotary_op.turn_op, turning, test_utils=CHECKS)
     for found, wanted, leaves in (
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
         (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),
@@ -53,6 +61,12 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
             norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype, 0, 0),
             norm_reference.gated_norm(x, gate, bias, 1e-5, 2),
             (x, gate, bias),
+        ),
+        (swiglu_op.product(gate, h), swiglu_reference.swiglu(gate, h), (gate, h)),
+        (
+            torch.cat(rotary_op.turn(q, k, positions, 100.0, False)),
+            torch.cat(rotary_reference.rotary(q, k, positions, 100.0)),
+            (x, gate),
         ),
     ):
         torch.testing.assert_close(found, wanted)

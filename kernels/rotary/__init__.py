@@ -1,0 +1,15 @@
+"""rotary: queries and keys turned by their positions (Su et al. 2021), both in one pass."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.rotary import op, reference
+
+
+def rotary(q_BHTK: Tensor, k_BGTK: Tensor, positions_T: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """Both with the pair (i, i + K/2) of every head turned by positions / theta^(2i/K), in their dtype; angles and products in fp32 (fp64 for
+    fp64). positions (T,) int64. Strides are free; what the kernel returns lies as (B, T, heads, K). Differentiable in q and k."""
+    if op.use_triton(q_BHTK, k_BGTK):
+        return op.turn(q_BHTK, k_BGTK, positions_T, theta, False)
+    return reference.rotary(q_BHTK, k_BGTK, positions_T, theta)

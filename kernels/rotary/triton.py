@@ -1,0 +1,74 @@
+"""The Triton kernel of rotary positions, and its launch; imported when it is first wanted.
+
+A program turns some heads of some rows, queries and keys alike, by angles that it finds once.
+
+Legend: B batch, T time, N = B T rows, H query heads, G key heads, K head width.
+"""
+
+from __future__ import annotations
+
+# mypy: ignore-errors
+# (arguments of kernels are pointers and numbers of Triton's own kinds)
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.rotary.reference import frequencies
+
+HEADS, ELEMENTS, WARPS = 4, 1024, 4  # heads and pairs of a program
+
+
+@triton.jit
+def _turn(X, Y, x, y, half, inside, cos, sin):
+    a = tl.load(X + x, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(X + x + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(Y + y, (a * cos - b * sin).to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + y + half, (b * cos + a * sin).to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def turn(
+    Q, KEYS, POSITIONS, FREQUENCIES, YQ, YK, N, T, half, sqb, sqh, sqt, skb, skh, skt,
+    H: tl.constexpr, G: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    k = tl.arange(0, BK)[None, :]
+    inside = (row < N)[:, None] & (k < half)
+    b, t, n = (row // T).to(tl.int64)[:, None], (row % T).to(tl.int64)[:, None], row.to(tl.int64)[:, None]
+    position = tl.load(POSITIONS + row % T, mask=row < N, other=0).to(tl.float32)[:, None]
+    angle = position * tl.load(FREQUENCIES + k, mask=k < half, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    if BACK:
+        sin = -sin
+    for i in tl.static_range(HEADS):
+        h = tl.program_id(1) * HEADS + i
+        if h < H:
+            _turn(Q, YQ, b * sqb + h * sqh + t * sqt + k, (n * H + h) * 2 * half + k, half, inside, cos, sin)
+        elif h < H + G:
+            g = h - H
+            _turn(KEYS, YK, b * skb + g * skh + t * skt + k, (n * G + g) * 2 * half + k, half, inside, cos, sin)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(K, theta, device):
+    return frequencies(K, theta, device)
+
+
+def launch(q_BHTK, k_BGTK, positions_T, theta, back):
+    """Both turned, views (B, heads, T, K) of contiguous (B, T, heads, K); back: the other way, as gradients are."""
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BGTK))
+    (B, H, T, K), G = q.shape, k.shape[1]
+    # A tensor made while a graph is captured is that graph's, and must not be kept.
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    frequency = (frequencies if capturing else _kept)(K, theta, q.device)
+    yq, yk = (torch.empty(B, T, heads, K, dtype=x.dtype, device=x.device) for x, heads in ((q, H), (k, G)))
+    BK = triton.next_power_of_2(K // 2)
+    BR = 2 if q.device.type == "cpu" else min(max(1, ELEMENTS // BK), triton.next_power_of_2(B * T))
+    turn[(triton.cdiv(B * T, BR), triton.cdiv(H + G, HEADS))](
+        q, k, positions_T.contiguous(), frequency, yq, yk, B * T, T, K // 2,
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+        H=H, G=G, BACK=back, HEADS=HEADS, BR=BR, BK=BK, num_warps=WARPS,
+    )  # fmt: skip
+    return yq.transpose(1, 2), yk.transpose(1, 2)
