@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.residual import residual
 from models import mixers
 from models.config import ModelConfig
 from models.init import tag
@@ -30,9 +31,9 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
         y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
-        x_BTD = self._keep(x_BTD, 0) + y
+        x_BTD = self._add(x_BTD, y, 0)
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD = self._keep(x_BTD, 1) + self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), 1)
         return x_BTD, state
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
@@ -52,8 +53,8 @@ class Block(nn.Module):
 
         return step
 
-    def _keep(self, x_BTD: Tensor, which: int) -> Tensor:
-        return x_BTD if self.residual_scale is None else x_BTD * self.residual_scale[which].to(x_BTD.dtype)
+    def _add(self, x_BTD: Tensor, y_BTD: Tensor, which: int) -> Tensor:
+        return x_BTD + y_BTD if self.residual_scale is None else residual(x_BTD, y_BTD, self.residual_scale[which])
 
     def init_weights(self, std: float, n_layers: int) -> None:
         self.mixer_norm.init_weights()

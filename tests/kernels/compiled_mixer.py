@@ -1,4 +1,4 @@
-"""Compiles the kernels of whole layers but the recurrence (convolution, norm, SwiGLU, rotary positions, loss) to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
+"""Compiles the kernels of whole layers but the recurrence (convolution, norm, SwiGLU, residual, rotary positions, loss) to sm_90 without a GPU and prints one line of JSON: {kernel: {registers,
 spilled}}. Its own process: Triton must not be in its interpreter. With `--golden` the figures go to resources_mixer.json, to be looked at
 and committed when a kernel was changed on purpose."""
 
@@ -22,6 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import cross_entropy  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
+from kernels.residual import triton as residual  # noqa: E402
 from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
 from kernels.swiglu import triton as swiglu  # noqa: E402
@@ -68,6 +69,9 @@ def main(golden: bool) -> None:
         out[f"cross entropy {name}"] = made(getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
     for name in ("forward", "backward"):
         out[f"swiglu {name}"] = made(getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
+    BR, BD = residual.tile(32768, 1024, gpu)
+    out["residual forward"] = made(residual.forward, {"BR": BR, "BD": BD}, residual.WARPS)
+    out["residual backward"] = made(residual.backward, {"COPY": True, "BR": BR, "BD": BD}, residual.WARPS)
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
         out[name] = made(rotary.turn, flags, rotary.WARPS)

@@ -11,6 +11,8 @@ from torch import Tensor
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
+from kernels.residual import reference as residual_reference
+from kernels.residual import residual
 from kernels.rotary import reference as rotary_reference
 from kernels.rotary import rotary
 from kernels.short_conv import op as conv_op
@@ -78,6 +80,19 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     given = leaves(shape, shape, dtypes=[dtype, dtype])
     fine = [t.detach().double().requires_grad_() for t in given]
     compare(swiglu(*given), swiglu_reference.swiglu(*fine), given, fine, dtype)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 77, 33), (5, 2048), (3, 1500, 768)])
+def test_residual(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]) -> None:
+    given = leaves(shape, shape, (shape[-1],), dtypes=[*dtypes, torch.float32])
+    fine = [t.detach().double().requires_grad_() for t in given]
+    y, oracle = residual(*given), residual_reference.residual(*fine)
+    compare(y, oracle, given, fine, dtypes[1])
+    assert y.dtype == dtypes[0] and (y - oracle).abs().max() <= 1e-6 * (1 + oracle.abs().max()) or y.dtype != torch.float32
+    d = torch.randn_like(y)
+    one, two = (torch.autograd.grad(residual(*given), given, d) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
 
 
 @pytest.mark.slow

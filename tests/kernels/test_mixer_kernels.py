@@ -11,6 +11,8 @@ import torch
 
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
+from kernels.residual import op as residual_op
+from kernels.residual import reference as residual_reference
 from kernels.rotary import op as rotary_op
 from kernels.rotary import reference as rotary_reference
 from kernels.short_conv import op as conv_op
@@ -52,6 +54,7 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     torch.library.opcheck(conv_op.convolve_op, conv, test_utils=CHECKS)
     torch.library.opcheck(norm_op.norm_op, norm, test_utils=CHECKS)
     torch.library.opcheck(swiglu_op.product_op, (gate, h), test_utils=CHECKS)
+    torch.library.opcheck(residual_op.add_op, (x, h, bias), test_utils=CHECKS)
     turning = (q.detach().requires_grad_(), k.detach().requires_grad_(), positions, 100.0, False)
     torch.library.opcheck(rotary_op.turn_op, turning, test_utils=CHECKS)
     for found, wanted, leaves in (
@@ -62,6 +65,7 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
             norm_reference.gated_norm(x, gate, bias, 1e-5, 2),
             (x, gate, bias),
         ),
+        (residual_op.add(x, h, bias), residual_reference.residual(x, h, bias), (x, h, bias)),
         (swiglu_op.product(gate, h), swiglu_reference.swiglu(gate, h), (gate, h)),
         (
             torch.cat(rotary_op.turn(q, k, positions, 100.0, False)),
