@@ -180,20 +180,28 @@ def check_tools(config: Config, device: torch.device) -> None:
         raise UserError(problems)
 
 
+def stage_of(config: Config, world_size: int) -> int:
+    """The ZeRO stage that is run: the one asked for, but 0 where a single rank has nothing to split or to move to the host. Buckets, a copy of
+    the weights and the host's work for each gradient would buy it nothing."""
+    ds = config.deepspeed
+    moves = ds.offload_optimizer != "none" or ds.offload_parameters != "none" or ds.quantized_weights or ds.quantized_gradients
+    return ds.stage if world_size > 1 or moves else 0
+
+
 def overlaps(config: Config, world_size: int) -> bool:
     """Whether ZeRO communicates on a stream of its own while the model computes, for a second set of buckets. Stage 3 on the stream of the
     model would not let the host run ahead of the GPU: it waits for all but the last few parameters that were gathered."""
-    ds = config.deepspeed
-    return ds.stage == 3 or (ds.stage > 0 and world_size > 1 and ds.offload_optimizer == "none")
+    stage = stage_of(config, world_size)
+    return stage == 3 or (stage > 0 and world_size > 1 and config.deepspeed.offload_optimizer == "none")
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here."""
-    t, ds = config.train, config.deepspeed
-    zero: dict[str, Any] = {"stage": ds.stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
-    if ds.stage:
+    t, ds, stage = config.train, config.deepspeed, stage_of(config, world_size)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
+    if stage:
         zero |= {"overlap_comm": overlaps(config, world_size), "contiguous_gradients": True}
-    if ds.stage == 3:
+    if stage == 3:
         zero |= {"zero_hpz_partition_size": ds.hpz, "zero_quantized_weights": ds.quantized_weights}
         zero["zero_quantized_gradients"] = ds.quantized_gradients
     for key, device in {"offload_optimizer": ds.offload_optimizer, "offload_param": ds.offload_parameters}.items():
@@ -204,7 +212,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": t.global_batch // (t.micro_batch * (world_size // config.parallel.sequence)),
-        "gradient_clipping": t.grad_clip,
+        "gradient_clipping": t.grad_clip if stage else 0.0,  # without ZeRO by `Engine._gradient_norm`
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -249,6 +257,8 @@ class Engine:
         t = config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
+        if world.size == 1 and not self.stage:  # which would copy all gradients into one tensor and back
+            self.deepspeed.enable_backward_allreduce = False
         self._assert_dtypes()
         if config.train.compile:
             self.deepspeed.compile()
@@ -259,7 +269,7 @@ class Engine:
 
     @property
     def stage(self) -> int:
-        return self.config.deepspeed.stage
+        return stage_of(self.config, self.world.size)
 
     def set_lr(self, lr: float) -> None:
         for group in self.deepspeed.optimizer.param_groups:
@@ -304,11 +314,14 @@ class Engine:
         return StepResult(loss, norm, int(tokens), skipped, time.perf_counter() - start, clock.lap() if clock is not None else 0.0)
 
     def _gradient_norm(self) -> float | None:
-        """Norm before clipping where gradients are whole on every rank (stage 0); ZeRO tells its own after the step."""
+        """Norm before clipping where gradients are whole on every rank (stage 0), and clips them; ZeRO tells its own after the step."""
         if self.stage:
             return None
-        norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        return float(torch.linalg.vector_norm(torch.stack(list(norms))))
+        given = [p for p in self.parameters.values() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        if self.config.train.grad_clip:
+            nn.utils.clip_grads_with_norm_(given, self.config.train.grad_clip, norm)
+        return float(norm)
 
     @contextmanager
     def gathered(self, names: Iterable[str]) -> Iterator[None]:

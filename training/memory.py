@@ -30,7 +30,7 @@ from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
 from training.config import Config
-from training.engine import overlaps
+from training.engine import overlaps, stage_of
 from training.optim import parameter_groups
 
 GIB = 2**30
@@ -214,20 +214,20 @@ class Held:
 
 
 def held(config: Config, model: nn.Module, world: int) -> Held:
-    """Of ZeRO stage `config.deepspeed.stage` with the parameters split over `world` ranks."""
-    ds, bf16 = config.deepspeed, config.train.precision == "bf16"
+    """Of the ZeRO stage asked for, which on a single rank is none unless something is moved to the host, over `world` ranks."""
+    ds, stage, bf16 = config.deepspeed, stage_of(config, world), config.train.precision == "bf16"
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0)]
     P, largest = sum(groups), max(p.numel() for p in model.parameters())
     accumulates = config.train.global_batch > config.train.micro_batch * max(1, world // config.parallel.sequence)
     bucket, part = ds.bucket_bytes, 4 * P / world
     to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
-    if ds.stage == 0:
-        flat = 4 * min(P, PLAIN_BUCKET + largest)
+    if stage == 0:
+        flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
         return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
-    step = 4 * max(min(n, SUB_GROUP) if ds.stage == 3 else n for n in groups) / world  # the gradients of a group, flat
+    step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
     norm = 8 * largest / world  # a gradient in fp64 for its norm
-    if ds.stage == 3:
+    if stage == 3:
         buckets = bucket * (1.5 if bf16 else 1.0)
         gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0
         weights = 0.0 if ds.offload_parameters != "none" else part
@@ -237,11 +237,11 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         return Held(weights, 4 * part, 0, buckets + cast, 0, gathered, 0, buckets + max(step, norm), host)
     if to_host:
         temporary, all_gradients = 4.0 * largest, 4.0 * P
-        if ds.stage == 1:
+        if stage == 1:
             earlier, after = all_gradients * accumulates, all_gradients + buckets + cast
             return Held(4 * P + temporary, 0, earlier, buckets, 0, 0, after, 0, 5 * part, not accumulates)
         return Held(4 * P + temporary, 0, 0, buckets + cast, 0, 0, 0, 0, (5 + accumulates) * part)
-    if ds.stage == 1:
+    if stage == 1:
         after = 4 * P + part + buckets + cast
         return Held(4 * P, 3 * part, 4 * P * accumulates, buckets, 0, 0, after, part + max(step, norm), gradients_stay=not accumulates)
     return Held(4 * P, 3 * part, part * accumulates, buckets + cast, part, 0, 0, part * (1 + accumulates) + max(step, norm))
@@ -271,7 +271,7 @@ def estimate(config: Config, model: nn.Module, parts: Activations, world: int) -
     """The peak of one rank among `world`; `model` may lie on the meta device, `parts` is of `activations`."""
     h = held(config, model, world)
     always = h.weights + h.optimizer + CUBLAS
-    early = h.buckets if config.deepspeed.stage == 3 or h.accumulated else 0.0
+    early = h.buckets if stage_of(config, world) == 3 or h.accumulated else 0.0
     forward = always + h.accumulated + early + h.gathered + parts.forward_peak()
     backward = always + h.accumulated + h.buckets + h.partition + h.gathered + parts.backward_peak(h.gradients_stay)
     update = always + max(h.reduction, h.update)
@@ -297,7 +297,7 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
         "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
         "norm, head and loss, at most": float(max(parts.head.forward, parts.head.backward)),
     }
-    lines = [f"memory of a rank, GiB: ZeRO {ds.stage}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
+    lines = [f"memory of a rank, GiB: ZeRO {stage_of(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
     lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
     lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")
