@@ -1,0 +1,54 @@
+"""Run by test_engine.py on some ranks: engines of all stages end, one after another in one process, and leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import weakref
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from data.loader import BatchLoader  # noqa: E402
+from models.config import ModelConfig  # noqa: E402
+from models.lm import LanguageModel  # noqa: E402
+from scripts.multi_gpu_worker import RandomTokens  # noqa: E402
+from training.cli import checked, compose_config  # noqa: E402
+from training.engine import Engine, World, start_distributed  # noqa: E402
+
+OURS = F.linear
+
+
+def left_behind(world: World, stage: int) -> bool:
+    """Whether a model is still there after two steps and the end of its engine."""
+    rows = 2 * world.size
+    config = checked(compose_config(["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"]))
+    model = LanguageModel(ModelConfig.from_dict({**config.model, "vocab_size": 64, "d_model": 32, "n_layers": 2}))
+    model.init_weights(0)
+    engine, alive = Engine(model, config, world), weakref.ref(model)
+    assert engine.stage == (stage if world.size > 1 else 0), "a single rank has nothing to split"
+    with BatchLoader(RandomTokens(16, 64), rows, 2, world.replica, world.replicas) as loader:
+        for _, batches in zip(range(2), loader):
+            assert not engine.step(batches, 1e-3).skipped
+    engine.destroy()
+    assert F.linear is OURS, f"ZeRO-{stage} leaves another linear map than torch's"
+    del engine, model
+    gc.collect()
+    return alive() is not None
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world = start_distributed("cpu")
+    kept = [stage for stage in (3, 1, 2, 0) if left_behind(world, stage)]
+    assert not kept, f"models of ZeRO stages {kept} are kept alive"
+    if world.main:
+        print("ok", os.environ["WORLD_SIZE"])
+
+
+if __name__ == "__main__":
+    main()

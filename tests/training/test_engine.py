@@ -1,0 +1,13 @@
+"""The end of an engine, and what a single rank runs; what its steps compute is compared in test_matrix.py, test_runs.py and tests/parallel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.conftest import run_ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_that_ends_leaves_neither_its_model_nor_another_linear_map(ranks: int) -> None:
+    done = run_ranks(ranks, ["tests/training/ends.py"])
+    assert done.returncode == 0 and f"ok {ranks}" in done.stdout, done.stdout + done.stderr
