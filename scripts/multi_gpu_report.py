@@ -49,10 +49,15 @@ def summary(out: Path) -> list[str]:
     lines, kept = [], []
     for path in sorted(out.glob("rows_*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        kept += [enriched(row, rows) for row in rows]
+        kept += [{"rows": path.stem, **enriched(row, rows)} for row in rows]
         lines += [line_of(row, rows) for row in rows]
     write_json(out / "summary.json", kept)
     return lines
+
+
+def note_of(rows: str) -> str:
+    """What a file of rows is named for beyond its number of GPUs: rows_4_later says `, later`."""
+    return "".join(f", {part}" for part in [" ".join(rows.split("_")[2:])] if part)
 
 
 def draw(out: Path) -> None:
@@ -72,9 +77,13 @@ def draw(out: Path) -> None:
     ):
         if not chosen:
             continue
-        figure, axes = plt.subplots(figsize=(8, 0.35 * len(chosen) + 1.5))
-        axes.barh([f"{r['id']}, {r['gpus']} GPUs" for r in chosen], [r[value] for r in chosen])
+        figure, axes = plt.subplots(figsize=(8, 0.22 * len(chosen) + 1.5))
+        places = range(len(chosen))
+        axes.barh(places, [r[value] for r in chosen])
+        axes.set_yticks(places, [f"{r['id']}, {r['gpus']} GPUs{note_of(r['rows'])}" for r in chosen], fontsize=7)
+        axes.margins(y=0.01)
         axes.invert_yaxis()
+        axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_xlabel(label)
         figure.tight_layout()
         figure.savefig(out / f"{name}.png", dpi=120)

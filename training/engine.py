@@ -259,6 +259,8 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
         if world.size == 1 and not self.stage:  # which would copy all gradients into one tensor and back
             self.deepspeed.enable_backward_allreduce = False
+        if self.stage and config.deepspeed.offload_optimizer == "none":
+            self.deepspeed.optimizer.get_grad_norm_direct = self._norm_over_ranks
         self._assert_dtypes()
         if config.train.compile:
             self.deepspeed.compile()
@@ -322,6 +324,16 @@ class Engine:
         if self.config.train.grad_clip:
             nn.utils.clip_grads_with_norm_(given, self.config.train.grad_clip, norm)
         return float(norm)
+
+    def _norm_over_ranks(self, gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2) -> torch.Tensor:
+        """The norm of a group of parameters from the gradients of this rank's part, -1 if it is not finite, in a few launches: DeepSpeed's own,
+        for which this stands, copies every gradient to fp64, and the GPU waits meanwhile."""
+        own = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if own:
+            squares += torch.stack(torch._foreach_norm(own)).double().square().sum()
+        dist.all_reduce(squares)
+        return torch.where(squares.isfinite(), squares.sqrt(), -1.0).float()
 
     @contextmanager
     def gathered(self, names: Iterable[str]) -> Iterator[None]:

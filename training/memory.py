@@ -226,7 +226,7 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
     step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
-    norm = 8 * largest / world  # a gradient in fp64 for its norm
+    norm = 8 * largest / world if to_host else 0.0  # a gradient in fp64 for its norm
     if stage == 3:
         buckets = bucket * (1.5 if bf16 else 1.0)
         gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0
@@ -234,7 +234,7 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         host = (4 * part if to_host else 0.0) + (part if ds.offload_parameters != "none" else 0.0)
         if to_host:
             return Held(weights, 0, 0, buckets + cast, 0, gathered, 0, norm + buckets, host)
-        return Held(weights, 4 * part, 0, buckets + cast, 0, gathered, 0, buckets + max(step, norm), host)
+        return Held(weights, 4 * part, 0, buckets + cast, 0, gathered, 0, buckets + step, host)
     if to_host:
         temporary, all_gradients = 4.0 * largest, 4.0 * P
         if stage == 1:
@@ -243,8 +243,8 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         return Held(4 * P + temporary, 0, 0, buckets + cast, 0, 0, 0, 0, (5 + accumulates) * part)
     if stage == 1:
         after = 4 * P + part + buckets + cast
-        return Held(4 * P, 3 * part, 4 * P * accumulates, buckets, 0, 0, after, part + max(step, norm), gradients_stay=not accumulates)
-    return Held(4 * P, 3 * part, part * accumulates, buckets + cast, part, 0, 0, part * (1 + accumulates) + max(step, norm))
+        return Held(4 * P, 3 * part, 4 * P * accumulates, buckets, 0, 0, after, part + step, gradients_stay=not accumulates)
+    return Held(4 * P, 3 * part, part * accumulates, buckets + cast, part, 0, 0, part * (1 + accumulates) + step)
 
 
 @dataclass
