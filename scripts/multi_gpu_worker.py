@@ -93,7 +93,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, world)
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
-    t, losses, seconds, samples, standing = config.train, [], [], [], []
+    t, losses, seconds, samples, communication = config.train, [], [], [], []
     with BatchLoader(reader, t.global_batch, t.micro_batch, world.replica, world.replicas, slice_of=world.slice_of) as loader:
         for _, batches in zip(range(case["steps"]), loader):
             parallel.traffic.clear()
@@ -102,7 +102,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
             start = time.perf_counter()
             result = engine.step(batches, case.get("lr", 1e-4))
             losses.append(result.loss)
-            standing.append(result.communication / result.seconds)
+            communication.append(result.communication / result.seconds)
             wait(world.device)
             seconds.append(time.perf_counter() - start)
             samples.append([i for batch in batches for i in batch.sample_ids])
@@ -111,12 +111,13 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     peak = peak_flops(device_name(world.device), t.precision)
     row = {
         "parameters": parameters,
+        "zero_stage_run": engine.stage,
         "seq_len": t.seq_len,
         "micro_batch": t.micro_batch,
         "losses": losses,
         "first_step_seconds": seconds[0],
         "step_seconds": step_seconds,
-        "communication_share": statistics.mean(over_ranks(statistics.median(standing[len(standing) // 3 :]))),
+        "communication_share": statistics.mean(over_ranks(statistics.median(communication[len(communication) // 3 :]))),
         "tokens_per_second_per_gpu": rate,
         "mfu": rate * flops / peak if peak else None,
         "memory_gib": max(over_ranks(peak_memory_gib(world.device))),

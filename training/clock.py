@@ -2,7 +2,7 @@
 
 On a GPU the time is between two events on the stream that has to wait, read when they have passed, so that nothing is synchronised for
 it. It holds what the network needs and what this rank waits for slower ones; the slowest rank therefore has the least of it. ZeRO waits
-on a stream of its own, beside which the model goes on computing: the time is at most what the rank stands still.
+on a stream of its own, beside which the model goes on computing: the time is at least what the rank stands still.
 """
 
 from __future__ import annotations

@@ -195,10 +195,18 @@ def overlaps(config: Config, world_size: int) -> bool:
     return stage == 3 or (stage > 0 and world_size > 1 and config.deepspeed.offload_optimizer == "none")
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here."""
+def bucket_elements(config: Config, world_size: int, largest: int) -> int:
+    """Gradients of a bucket of ZeRO; largest: elements of the largest parameter. Beside computation ZeRO-2 frees gradients that do not fit into
+    a bucket while they are still being sent, so there every one has to."""
+    own = config.deepspeed.bucket_bytes // 4
+    return max(own, largest) if stage_of(config, world_size) == 2 and overlaps(config, world_size) else own
+
+
+def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, owned by us: its defaults that change numerics are all set here. largest: elements of the largest parameter."""
     t, ds, stage = config.train, config.deepspeed, stage_of(config, world_size)
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": ds.bucket_bytes // 4, "allgather_bucket_size": ds.bucket_bytes // 4}
+    bucket = bucket_elements(config, world_size, largest)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": ds.bucket_bytes // 4}
     if stage:
         zero |= {"overlap_comm": overlaps(config, world_size), "contiguous_gradients": True}
     if stage == 3:
@@ -256,7 +264,8 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size))
+        largest = max(p.numel() for p in self.parameters.values())
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size, largest))
         if world.size == 1 and not self.stage:  # which would copy all gradients into one tensor and back
             self.deepspeed.enable_backward_allreduce = False
         if self.stage and config.deepspeed.offload_optimizer == "none":

@@ -29,8 +29,10 @@ from models.block import Block
 from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
+from models.mixers.attention import Mixer as Attention
+from models.mixers.attention import packs
 from training.config import Config
-from training.engine import overlaps, stage_of
+from training.engine import bucket_elements, overlaps, stage_of
 from training.optim import parameter_groups
 
 GIB = 2**30
@@ -87,15 +89,23 @@ def _fused_attention(
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Kernels and attention are chosen as on a GPU, in recomputation too, and tensors have no storage."""
-    attention = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = _fused_attention  # type: ignore[assignment]
+def _as_on_a_gpu(compiled: bool = False) -> Iterator[None]:
+    """Kernels and attention are chosen as on a GPU, in recomputation too, and tensors have no storage. compiled: as torch.compile sees them,
+    where packed documents need a mask."""
+    attention, attend = F.scaled_dot_product_attention, Attention._attend
+
+    def attend_packed(self: Attention, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
+        T, window = q_BHTK.shape[2], self.config.window
+        if not compiled and T == k_BGLK.shape[2] and (segments_BL is not None or window and T > window) and packs(q_BHTK):
+            return _fused_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=q_BHTK.shape[1] != k_BGLK.shape[1])
+        return attend(self, q_BHTK, k_BGLK, v_BGLK, segments_BL)
+
+    F.scaled_dot_product_attention, Attention._attend = _fused_attention, attend_packed  # type: ignore[assignment, method-assign]
     try:
         with planning(), FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
-        F.scaled_dot_product_attention = attention
+        F.scaled_dot_product_attention, Attention._attend = attention, attend  # type: ignore[method-assign]
 
 
 @dataclass
@@ -165,7 +175,7 @@ def activations(config: Config, settings: ModelConfig) -> Activations:
     t = config.train
     rows, T, D = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
     bf16, kinds = t.precision == "bf16", {}
-    with _as_on_a_gpu():
+    with _as_on_a_gpu(t.compile):
         x = torch.empty(rows, T, D, requires_grad=True)
         segments = None if config.data.reader == "synthetic" else torch.zeros(rows, T, dtype=torch.int32)
         for layer in range(settings.n_layers):
@@ -214,12 +224,12 @@ class Held:
 
 
 def held(config: Config, model: nn.Module, world: int) -> Held:
-    """Of the ZeRO stage asked for, which on a single rank is none unless something is moved to the host, over `world` ranks."""
+    """Over `world` ranks of the ZeRO stage that is run, see `training.engine.stage_of`."""
     ds, stage, bf16 = config.deepspeed, stage_of(config, world), config.train.precision == "bf16"
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0)]
     P, largest = sum(groups), max(p.numel() for p in model.parameters())
     accumulates = config.train.global_batch > config.train.micro_batch * max(1, world // config.parallel.sequence)
-    bucket, part = ds.bucket_bytes, 4 * P / world
+    bucket, part = 4.0 * bucket_elements(config, world, largest), 4 * P / world
     to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
     if stage == 0:
         flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
@@ -297,7 +307,8 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
         "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
         "norm, head and loss, at most": float(max(parts.head.forward, parts.head.backward)),
     }
-    lines = [f"memory of a rank, GiB: ZeRO {stage_of(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
+    zero = f"ZeRO {ds.stage}" if stage_of(config, config.parallel.sequence) == ds.stage else "no ZeRO on a single rank"
+    lines = [f"memory of a rank, GiB: {zero}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
     lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
     lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")

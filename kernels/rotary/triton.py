@@ -9,8 +9,6 @@ from __future__ import annotations
 
 # mypy: ignore-errors
 # (arguments of kernels are pointers and numbers of Triton's own kinds)
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -51,23 +49,28 @@ def turn(
             _turn(KEYS, YK, b * skb + g * skh + t * skt + k, (n * G + g) * 2 * half + k, half, inside, cos, sin)
 
 
-@functools.lru_cache(maxsize=64)
-def _kept(K, theta, device):
-    return frequencies(K, theta, device)
+_kept = {}  # frequencies by (K, theta, device)
+
+
+def _frequencies(K, theta, device):
+    """Kept from call to call, but for a tensor made while a graph is captured, which is that graph's."""
+    found = _kept.get((K, theta, device))
+    if found is None:
+        found = frequencies(K, theta, device)
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _kept[K, theta, device] = found
+    return found
 
 
 def launch(q_BHTK, k_BGTK, positions_T, theta, back):
     """Both turned, views (B, heads, T, K) of contiguous (B, T, heads, K); back: the other way, as gradients are."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BGTK))
     (B, H, T, K), G = q.shape, k.shape[1]
-    # A tensor made while a graph is captured is that graph's, and must not be kept.
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    frequency = (frequencies if capturing else _kept)(K, theta, q.device)
     yq, yk = (torch.empty(B, T, heads, K, dtype=x.dtype, device=x.device) for x, heads in ((q, H), (k, G)))
     BK = triton.next_power_of_2(K // 2)
     BR = 2 if q.device.type == "cpu" else min(max(1, ELEMENTS // BK), triton.next_power_of_2(B * T))
     turn[(triton.cdiv(B * T, BR), triton.cdiv(H + G, HEADS))](
-        q, k, positions_T.contiguous(), frequency, yq, yk, B * T, T, K // 2,
+        q, k, positions_T.contiguous(), _frequencies(K, theta, q.device), yq, yk, B * T, T, K // 2,
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         H=H, G=G, BACK=back, HEADS=HEADS, BR=BR, BK=BK, num_warps=WARPS,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from models.hub.recurrence import HEADER, written
 TEMPLATE = "models.hub.template"
 OURS = ("models", "kernels", "training", "data", "evals")
 PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
-IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.residual", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
+IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
     "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.dispatch import plain, planned
+from kernels.dispatch import plain
 from kernels.rotary import rotary
 from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
@@ -56,13 +56,16 @@ def documents_of(segments_BL: Tensor) -> tuple[Tensor, list[list[int]]]:
     return known[1], known[2]
 
 
+def packs(q_BHTK: Tensor) -> bool:
+    """Whether FlashAttention of packed sequences takes queries of this dtype and width."""
+    return q_BHTK.dtype in PACKED_DTYPES and q_BHTK.shape[-1] % 8 == 0 and q_BHTK.shape[-1] <= 256
+
+
 def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segments_BT: Tensor | None, window: int) -> Tensor:
     """Causal attention within documents (rows, without segments) by FlashAttention of packed sequences, within `window` tokens if above 0."""
-    (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
-    if planned():  # tensors without storage have no documents to look at; what is kept is the same without
-        return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=G != H)
     from torch.nn.attention import varlen  # loads torch.compile
 
+    (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
     if segments_BT is None:
         bounds = torch.arange(0, B * T + 1, T, device=q_BHTK.device, dtype=torch.int32)
     else:
@@ -286,7 +289,7 @@ class Mixer(SequenceMixer):
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
         grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
         if T == L and (segments_BL is not None or window and T > window) and self._packable(q_BHTK):
-            if segments_BL is not None and not window and not planned() and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
+            if segments_BL is not None and not window and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
                 return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
         if window and T > window:
@@ -309,10 +312,7 @@ class Mixer(SequenceMixer):
     @staticmethod
     def _packable(q_BHTK: Tensor) -> bool:
         """Whether `packed_attention` can run; its bounds have to be looked at, so nobody may be tracing or capturing."""
-        fits = q_BHTK.dtype in PACKED_DTYPES and q_BHTK.shape[-1] % 8 == 0 and q_BHTK.shape[-1] <= 256
-        if planned():
-            return fits
-        return fits and q_BHTK.is_cuda and plain(q_BHTK) and not torch.version.hip and not torch.cuda.is_current_stream_capturing()
+        return q_BHTK.is_cuda and packs(q_BHTK) and plain(q_BHTK) and not torch.version.hip and not torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     @torch._disable_dynamo  # torch.compiler.disable, but loading the compiler when it is called

@@ -60,13 +60,15 @@ def test_parts_put_together_are_the_whole(model: str, words: list[str]) -> None:
 def test_packed_attention_is_counted_without_a_mask() -> None:
     """As many tokens in longer rows cost no more, where a mask would grow with their length."""
 
-    def kept(T: int, precision: str) -> float:
-        words = [f"train.seq_len={T}", f"train.micro_batch={4096 // T}", f"train.global_batch={4096 // T}", f"train.precision={precision}"]
+    def kept(T: int, *more: str) -> float:
+        words = [f"train.seq_len={T}", f"train.micro_batch={4096 // T}", f"train.global_batch={4096 // T}", *more]
         config = checked(compose_config(["model=transformer", *TINY, *words]))
         return sum(c.saved for c in memory.activations(config, model_config(config, None)[0]).layers)
 
-    assert kept(2048, "bf16") == pytest.approx(kept(256, "bf16"), rel=0.01)
-    assert kept(2048, "fp32") > 1.1 * kept(256, "fp32")  # which the packed kernel does not take
+    bf16 = "train.precision=bf16"
+    assert kept(2048, bf16) == pytest.approx(kept(256, bf16), rel=0.01)
+    for more in ([], [bf16, "train.compile=true"]):  # which the packed kernel does not take
+        assert kept(2048, *more) > 1.1 * kept(256, *more)
 
 
 def test_more_ranks_stages_offload_and_recomputation_need_less() -> None:
