@@ -65,8 +65,9 @@ def plain(tensor: Tensor) -> bool:
 
 def direct(op: CustomOpDef, implementation: Callable[..., Any], save: Any = None, differentiate: Any = None) -> Callable[..., Any]:
     """Calls a custom op's implementation without the dispatcher where it is not needed. `save` and `differentiate` make it differentiable:
-    registered with the op (setup_context and backward), and as an autograd.Function around the implementation. The dispatcher takes 0.1 to 0.2 ms of the host's time a call (H200, under a profiler), as much
-    as the kernels of a layer of 400M parameters take of the device's. The first argument is a tensor."""
+    registered with the op (setup_context and backward), and as an autograd.Function around the implementation. The dispatcher takes 0.1 to
+    0.2 ms of the host's time a call (H200, under a profiler), as much as the kernels of a layer of 400M parameters take of the device's. The
+    first argument is a tensor."""
     run = implementation
     if save is not None:
         op.register_autograd(differentiate, setup_context=save)

@@ -57,7 +57,8 @@ def summary(out: Path) -> list[str]:
 
 def note_of(rows: str) -> str:
     """What a file of rows is named for beyond its number of GPUs: rows_4_later says `, later`."""
-    return "".join(f", {part}" for part in [" ".join(rows.split("_")[2:])] if part)
+    said = " ".join(rows.split("_")[2:])
+    return f", {said}" if said else ""
 
 
 def draw(out: Path) -> None:

@@ -188,6 +188,12 @@ def stage_of(config: Config, world_size: int) -> int:
     return ds.stage if world_size > 1 or moves else 0
 
 
+def zero_run(config: Config, world_size: int) -> str:
+    """What a run says of its ZeRO stage."""
+    stage = config.deepspeed.stage
+    return f"ZeRO {stage}" if stage_of(config, world_size) == stage else "no ZeRO on a single rank"
+
+
 def overlaps(config: Config, world_size: int) -> bool:
     """Whether ZeRO communicates on a stream of its own while the model computes, for a second set of buckets. Stage 3 on the stream of the
     model would not let the host run ahead of the GPU: it waits for all but the last few parameters that were gathered."""
@@ -328,10 +334,9 @@ class Engine:
         """Norm before clipping where gradients are whole on every rank (stage 0), and clips them; ZeRO tells its own after the step."""
         if self.stage:
             return None
-        given = [p for p in self.parameters.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in given if p.grad is not None])
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         if self.config.train.grad_clip:
-            nn.utils.clip_grads_with_norm_(given, self.config.train.grad_clip, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.train.grad_clip, norm)
         return float(norm)
 
     def _norm_over_ranks(self, gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2) -> torch.Tensor:
@@ -386,8 +391,9 @@ class Engine:
 
             parameter_offload.FWD_MODULE_STACK.clear()
             for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
-                for cell in getattr(method, "__closure__", None) or ():
-                    getattr(cell.cell_contents, "cache_clear", bool)()
+                for cell in getattr(method, "__closure__", None) or ():  # the cache is inside a wrapper that does not say so
+                    if hasattr(cell.cell_contents, "cache_clear"):
+                        cell.cell_contents.cache_clear()
 
     def close(self) -> None:
         """Leaves the process group."""

@@ -32,7 +32,7 @@ from models.layers import RMSNorm
 from models.mixers.attention import Mixer as Attention
 from models.mixers.attention import packs
 from training.config import Config
-from training.engine import bucket_elements, overlaps, stage_of
+from training.engine import bucket_elements, overlaps, stage_of, zero_run
 from training.optim import parameter_groups
 
 GIB = 2**30
@@ -95,8 +95,7 @@ def _as_on_a_gpu(compiled: bool = False) -> Iterator[None]:
     attention, attend = F.scaled_dot_product_attention, Attention._attend
 
     def attend_packed(self: Attention, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
-        T, window = q_BHTK.shape[2], self.config.window
-        if not compiled and T == k_BGLK.shape[2] and (segments_BL is not None or window and T > window) and packs(q_BHTK):
+        if not compiled and self._divided(q_BHTK, k_BGLK, segments_BL) and packs(q_BHTK):
             return _fused_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=q_BHTK.shape[1] != k_BGLK.shape[1])
         return attend(self, q_BHTK, k_BGLK, v_BGLK, segments_BL)
 
@@ -236,13 +235,13 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
     step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
-    norm = 8 * largest / world if to_host else 0.0  # a gradient in fp64 for its norm
     if stage == 3:
         buckets = bucket * (1.5 if bf16 else 1.0)
         gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0
         weights = 0.0 if ds.offload_parameters != "none" else part
         host = (4 * part if to_host else 0.0) + (part if ds.offload_parameters != "none" else 0.0)
         if to_host:
+            norm = 8 * largest / world  # a gradient in fp64 for its norm
             return Held(weights, 0, 0, buckets + cast, 0, gathered, 0, norm + buckets, host)
         return Held(weights, 4 * part, 0, buckets + cast, 0, gathered, 0, buckets + step, host)
     if to_host:
@@ -307,8 +306,7 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
         "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
         "norm, head and loss, at most": float(max(parts.head.forward, parts.head.backward)),
     }
-    zero = f"ZeRO {ds.stage}" if stage_of(config, config.parallel.sequence) == ds.stage else "no ZeRO on a single rank"
-    lines = [f"memory of a rank, GiB: {zero}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
+    lines = [f"memory of a rank, GiB: {zero_run(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
     lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
     lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")

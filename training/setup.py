@@ -17,7 +17,7 @@ from models.hub.importing import load_into, resolved
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config import Config
-from training.engine import World, stage_of
+from training.engine import World, zero_run
 from training.errors import UserError
 from training.files import lock, write_json
 from training.metrics import environment
@@ -131,7 +131,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
 
     _on_main(world, run_dir, settings)  # not before here: a refused start leaves what the run folder says of its run
     counts = sum(model.parameter_counts().values())
-    zero = f"ZeRO {config.deepspeed.stage}" if stage_of(config, world.size) == config.deepspeed.stage else "no ZeRO on a single rank"
+    zero = zero_run(config, world.size)
     what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, {zero}, {config.train.precision}, run folder {run_dir}"
     if folder is None:
         origin = config.model.get("init_from")

@@ -9,10 +9,7 @@ Legend: B rows, N outputs, K inputs, H heads, P head width, M state width, W con
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+from kernels.parts import silu
 
 
 @triton.jit
@@ -63,7 +60,7 @@ def project(
         scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
         y *= scale
     if PAIR:
-        y = _silu(y) * (tl.sum(sums2, 1) * scale)
+        y = silu(y) * (tl.sum(sums2, 1) * scale)
     if W > 0:
         C = conv_last - conv_first
         c = n - conv_first
@@ -81,8 +78,8 @@ def project(
             tl.store(past + w * C, before, mask=inside)
         tl.debug_barrier()
         tl.store(past + (W - 2) * C, y.to(PAST.dtype.element_ty), mask=inside)
-        y = tl.where(inside, _silu(mixed), y)
-    y = tl.where((n >= silu_first) & (n < silu_last), _silu(y), y)
+        y = tl.where(inside, silu(mixed), y)
+    y = tl.where((n >= silu_first) & (n < silu_last), silu(y), y)
     place = OUT + b * so + n
     if ADD:
         kept = tl.load(place, mask=here, other=0.0).to(tl.float32)

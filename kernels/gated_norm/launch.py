@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.gated_norm import triton as kernels
+from kernels.parts import runs
 
 PER_WARP, PER_WARP_BACK = 512, 256  # channels of a warp
-PROGRAMS_BACK = 1024  # most programs of the backward pass, each a run of rows and one partial sum
 
 
 def rows(x: Tensor) -> Tensor:
@@ -51,9 +51,7 @@ def norm_backward(
     (B, T, D), K = x.shape, x.shape[2] // groups
     BR, BK, warps = tile(K, x.device, PER_WARP_BACK)
     N = B * T
-    each = -(-N // min(PROGRAMS_BACK, -(-N // BR)))
-    each = -(-each // BR) * BR
-    programs = -(-N // each)
+    each, programs = runs(N, BR)
     dh = torch.empty(B, T, D, dtype=h.dtype, device=h.device)
     if gate is not None and d_gate is None:
         d_gate = torch.empty(z.shape, dtype=gate.dtype, device=gate.device)

@@ -13,10 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+from kernels.parts import sigmoid
 
 
 @triton.jit
@@ -33,7 +30,7 @@ def forward(
     x = tl.load(H + b * shb + t * sht + c, mask=inside, other=0.0).to(tl.float32)
     if HAS_GATE:
         z = tl.load(GATE + b * sgb + t * sgt + c, mask=inside, other=0.0).to(tl.float32)
-        act = z * _sigmoid(z)
+        act = z * sigmoid(z)
         if not NORM_FIRST:
             x *= act
     w = tl.load(WEIGHT + c, mask=k < K, other=0.0).to(tl.float32)
@@ -65,7 +62,7 @@ def backward(
         outer = dy
         if HAS_GATE:
             z = tl.load(GATE + b * sgb + t * sgt + c, mask=inside, other=0.0).to(tl.float32)
-            s = _sigmoid(z)
+            s = sigmoid(z)
             if NORM_FIRST:
                 outer = dy * z * s
             else:

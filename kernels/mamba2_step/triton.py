@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.parts import silu
+
 
 @triton.jit
 def _softplus(x):
@@ -38,7 +40,7 @@ def _convolved(ROW, PAST, NEXT, CONV, CONV_BIAS, c, inside, written, start, C, W
         if w > 0:
             tl.store(NEXT + (w - 1) * C + c, before.to(NEXT.dtype.element_ty), mask=inside & (c < written))
     tl.store(NEXT + (W - 2) * C + c, x.to(NEXT.dtype.element_ty), mask=inside & (c < written))
-    return mixed / (1.0 + tl.exp2(-1.4426950408889634 * mixed))
+    return silu(mixed)
 
 
 @triton.jit

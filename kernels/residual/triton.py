@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.parts import runs
+
 COLUMNS, ELEMENTS, WARPS = 512, 2048, 4
-PROGRAMS_BACK = 1024  # most runs of rows of the backward pass, each one partial sum
 
 
 @triton.jit
@@ -69,8 +70,7 @@ def add_backward(d, x, scale, dtype):
     d, x, D = d.contiguous(), x.contiguous(), x.shape[-1]
     N = x.numel() // D
     BR, BD = tile(N, D, x.device)
-    each = triton.cdiv(triton.cdiv(N, PROGRAMS_BACK), BR) * BR
-    programs = triton.cdiv(N, each)
+    each, programs = runs(N, BR)
     dx, copied = torch.empty_like(x), d.dtype != dtype
     dy = torch.empty(d.shape, dtype=dtype, device=d.device) if copied else d
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)

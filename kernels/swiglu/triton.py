@@ -8,12 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.parts import sigmoid
+
 BLOCK, WARPS = 2048, 8
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
 
 
 @triton.jit
@@ -21,7 +18,7 @@ def forward(GATE, UP, Y, N, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(GATE + i, mask=i < N, other=0.0).to(tl.float32)
     u = tl.load(UP + i, mask=i < N, other=0.0).to(tl.float32)
-    tl.store(Y + i, (z * _sigmoid(z) * u).to(Y.dtype.element_ty), mask=i < N)
+    tl.store(Y + i, (z * sigmoid(z) * u).to(Y.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
@@ -30,7 +27,7 @@ def backward(DY, GATE, UP, D_GATE, D_UP, N, BLOCK: tl.constexpr):
     d = tl.load(DY + i, mask=i < N, other=0.0).to(tl.float32)
     z = tl.load(GATE + i, mask=i < N, other=0.0).to(tl.float32)
     u = tl.load(UP + i, mask=i < N, other=0.0).to(tl.float32)
-    s = _sigmoid(z)
+    s = sigmoid(z)
     tl.store(D_GATE + i, (d * u * s * (1.0 + z * (1.0 - s))).to(D_GATE.dtype.element_ty), mask=i < N)
     tl.store(D_UP + i, (d * z * s).to(D_UP.dtype.element_ty), mask=i < N)
 

@@ -285,10 +285,15 @@ class Mixer(SequenceMixer):
             cached = torch.zeros(B, state.k_BGLK.shape[2], device=segment_ids.device, dtype=torch.int32)
         return torch.cat([cached, segment_ids.to(cached.dtype)], 1)
 
+    def _divided(self, q_BHTK: Tensor, k_BGLK: Tensor, segments_BL: Tensor | None) -> bool:
+        """Whether queries and keys are of the same tokens, and documents or a window keep some apart."""
+        T, window = q_BHTK.shape[2], self.config.window
+        return T == k_BGLK.shape[2] and (segments_BL is not None or 0 < window < T)
+
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
         grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
-        if T == L and (segments_BL is not None or window and T > window) and self._packable(q_BHTK):
+        if self._divided(q_BHTK, k_BGLK, segments_BL) and self._packable(q_BHTK):
             if segments_BL is not None and not window and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
                 return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)

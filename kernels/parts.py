@@ -1,0 +1,26 @@
+"""What several Triton kernels are made of; imports Triton. The short convolution writes its SiLU out: a call there costs it 39 registers."""
+
+from __future__ import annotations
+
+# mypy: ignore-errors
+# (arguments of kernels are pointers and numbers of Triton's own kinds)
+import triton
+import triton.language as tl
+
+RUNS = 1024  # most runs of rows of a backward pass
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp2(-1.4426950408889634 * x))
+
+
+def runs(N: int, tile: int) -> tuple[int, int]:
+    """(rows of a run, runs) of N >= 1 rows taken `tile` at a time: the gradient of a weight is one partial sum a run, so there are not too many."""
+    each = triton.cdiv(triton.cdiv(N, RUNS), tile) * tile
+    return each, triton.cdiv(N, each)
