@@ -116,8 +116,12 @@ class _FromRight(torch.autograd.Function):
 
 
 def _reach(through: Tensor, value: Tensor) -> Tensor:
-    """through applied to value: Jacobians (B, S, S, D) to (B, S, D), or decays (B, H) to (B, H, P, M)."""
-    return (through * value[:, None]).sum(2) if value.ndim == 3 else through[..., None, None] * value
+    """through applied to value: Jacobians (B, S, S, D) to (B, S, D), or decays (B, H) to (B, H, P, M). Nothing comes through zeros, as where
+    a document starts, not even what is not a number."""
+    if value.ndim == 3:
+        return torch.where(through == 0, torch.zeros_like(through), through * value[:, None]).sum(2)
+    through = through[..., None, None]
+    return torch.where(through == 0, torch.zeros_like(value), through * value)
 
 
 class Slice:
@@ -207,8 +211,9 @@ class Slice:
     def states(self, cell: Any, pre: Tensor, rec: Tensor, starts: Tensor | None, bias: Tensor) -> Tensor:
         """Emitted states (B, T, D) of a nonlinear cell; arguments as of `parallel_rnn`.
 
-        Multiple shooting with one slice a rank: solve from a guessed start; where the ends do not meet the starts, correct all starts by
-        the slices' Jacobian products and solve again. N - 1 corrections make every slice exact, whatever the Jacobians are.
+        Multiple shooting with one slice a rank: solve from a guessed start; where a correction of the starts by the slices' Jacobian
+        products would change a slice by more than the tolerance (`reference.effect`), solve again. N - 1 corrections make every slice exact,
+        whatever the Jacobians are.
         """
         cell, rec = biased(cell), torch.cat([rec.to(bias.dtype), bias])
         with torch.autocast(pre.device.type, enabled=False):
@@ -216,15 +221,19 @@ class Slice:
             for correction in range(self.size):
                 h0 = start[:, self.rank].contiguous()
                 emitted, kept, final = solved(cell, pre, rec, h0, starts)
-                end = self.gather(final.detach(), "states").transpose(0, 1)
-                gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
                 traffic.solves += 1
+                if correction == self.size - 1:
+                    break
+                _, product, growth, largest = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)
+                own = torch.cat([final.detach()[:, None], largest[:, None], product, growth], 1)
+                ends, most, products, growths = self.gather(own, "checks").transpose(0, 1).split([1, 1, *product.shape[1:2] * 2], 2)
+                new = reference.corrected(ends[:, :, 0], products, start)
+                effect = reference.effect((new - start)[:, 1:], growths[:, 1:], most[:, 1:, 0])
                 # All ranks hold the same numbers, so all stop together.
-                if correction == self.size - 1 or not gap.numel() or float(gap.max()) <= reference.TOLERANCE[pre.dtype]:
+                if not effect.numel() or float(effect.max()) <= reference.TOLERANCE[pre.dtype]:
                     break
                 traffic.corrections += 1
-                product = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)[1]
-                start = reference.corrected(end, self.gather(product, "products").transpose(0, 1), start)
+                start = new
             return _FromRight.apply(emitted, final, self, _OfCell(cell), pre, rec, h0, starts, emitted, kept)
 
     @torch.no_grad()
@@ -298,7 +307,8 @@ class _OfCell:
     def __call__(
         self, d_emitted: Tensor, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor
     ) -> tuple[Tensor, Tensor]:
-        start, product = adjoint(self.cell, pre, rec, h0, starts, (emitted, kept), d_emitted)
+        start, product, *_ = adjoint(self.cell, pre, rec, h0, starts, (emitted, kept), d_emitted)
+        product = product if starts is None else reference.zeroed(product, starts.any(1)[:, None, None, None])
         return start, product.transpose(1, 2)
 
 

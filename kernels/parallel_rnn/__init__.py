@@ -95,10 +95,12 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
 def adjoint(
     cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, states: tuple[Tensor, Tensor],
     d_emitted_BTD: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(gradient (B, S, D) of h0 from that of the emitted states alone, the product J_T ... J_1 of the Jacobians of all steps (B, S, S, D)),
-    in the dtype of the arithmetic, at the solved `states` (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product
-    zero. It is what a change of h0 does to the final state, to first order; an adjoint g of the final state adds product^T g to that of h0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradient (B, S, D) of h0 from that of the emitted states alone, the product J_T ... J_1 of the Jacobians of all steps (B, S, S, D), the
+    largest absolute entries of such products from the start to any step, likewise, and the largest absolute states (B, S, D)), in the dtype
+    of the arithmetic, at the solved `states` (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product zero. The
+    product is what a change of h0 does to the final state, to first order; an adjoint g of the final state adds product^T g to that of h0.
+    The last two are what `reference.effect` asks for."""
     emitted, kept = states
     if op.use_triton(cell, pre_BTPD, "auto"):
         with torch.cuda.device_of(pre_BTPD):
@@ -106,15 +108,15 @@ def adjoint(
     dtype = reference.compute_dtype(pre_BTPD)
     all_states, h0 = op.joined(emitted, kept).to(dtype), h0_BSD.to(dtype)
     J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT))
-    if starts_BT is not None:
-        J = J * (~starts_BT[:, :, None, None, None]).to(dtype)
+    J = J if starts_BT is None else reference.zeroed(J, starts_BT[:, :, None, None, None])
     d_states = torch.zeros_like(all_states)
     if d_emitted_BTD is not None:
         d_states[:, :, -1] = d_emitted_BTD
-    return reference.adjoints(J, d_states, torch.zeros_like(h0), None)[1], reference.product(J[:, None])[:, 0]
+    product, growth = (x[:, 0].to(dtype) for x in reference.growth(J[:, None]))
+    return reference.adjoints(J, d_states, torch.zeros_like(h0), starts_BT)[1], product, growth, all_states.abs().amax(1)
 
 
 def last_report() -> dict[str, float]:
     """What forward solves over several slices did since the last call: tiles solved, most corrections, residual at the slice borders, and the
-    share walked in order. Waits for the device: call it when logging."""
+    shares walked in order, forward and backward. Waits for the device: call it when logging."""
     return launch.last_report()

@@ -1,4 +1,4 @@
-"""Emits the backward kernels of a cell: gradient, mend_gradient, transfer (what they are for: kernels/parallel_rnn/codegen.py)."""
+"""Emits the backward kernels of a cell: gradient, mend_gradient, finish_gradient, transfer (what they are for: kernels/parallel_rnn/codegen.py)."""
 
 from __future__ import annotations
 
@@ -71,56 +71,82 @@ def _store_gradients(w: Writer, u: int) -> None:
     w.put(2, *(f"_put(dp + ({u} * D_ST + {k} * D_SP), y{k}, {live('go')}, EVEN)" for k in w.P))
 
 
-def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
+def _head(w: Writer, name: str, own: str, after: bool = False, sliced: bool = True) -> None:
     n = len(w.S)
-    extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, REACH, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
-    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", after=after)
+    extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, WINDOWS, FLAGS, WINDOW, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
+    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", sliced=sliced, after=after)
+    w.put(1, "s = 0 * n" if not sliced else "", "flags = FLAGS + tl.program_id(0).to(tl.int64) * (n + 1)")
+    w.put(1, f"o = (b * n + s) * {n} * D + d", f"o0 = b * {n} * D + d")
+
+
+def _open(w: Writer, first: str, last: str) -> None:
     w.weights()
-    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n} * D + d", f"o0 = b * {n} * D + d")
+    w.put(1, f"first = {first}", f"last = {last}")
     w.put(1, *(f"first{i} = {w.vector('H0', 'o0', i)}" for i in w.S), *(f"dw{r} = tl.zeros((BD,), tl.float32)" for r in w.R))
 
 
+def _window(w: Writer, k: str) -> str:
+    """Offset of the window k of slice s: the largest products there and the largest adjoints."""
+    n = len(w.S)
+    return f"((b * n + s) * ((SLICE + WINDOW - 1) // WINDOW) + {k}) * {n * n + n} * D + d"
+
+
 def gradient(traced: Traced, unroll: int) -> str:
-    """REACH: the first step of the last group of steps, counted backwards, at whose upper end the product of the Jacobians from the slice's
-    end is still over the tolerance: so far down an adjoint from later slices has to be carried."""
+    """WINDOWS: of every WINDOW steps of a slice, the largest absolute products of the Jacobians from the slice's end, which say how much of
+    an adjoint from later slices gets there, and the largest adjoints without it. FLAGS: whether a product is of no use: not finite, or it
+    came back after it was too small for fp32, in which it then counts as 1e-30."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
     _head(w, "gradient", "SLICED: tl.constexpr, ")
+    _open(w, "s * SLICE", "tl.minimum(first + SLICE, T)")
     last_slice = live("s == n - 1")
     w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i, last_slice)}  # later slices bring theirs in mend_gradient" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
+    w.put(1, *(f"W{i}{j} = tl.zeros((BD,), tl.float32)" for i in w.S for j in w.S), *(f"Z{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(1, *w.matrix("E{i}{j} = tl.zeros((BD,), tl.float32)  # the largest product since it was too small"))
     _enter(w)
-    w.put(1, "reach = tl.zeros((BD,), tl.int32) + top")
     _loop(w, "last - first")
-    w.put(2, "if SLICED:", "    fits = tl.abs(J00) <= TOLERANCE  # not a number does not fit")
-    w.put(3, *(f"fits = fits & (tl.abs(J{i}{j}) <= TOLERANCE)" for i in w.S for j in w.S if i or j), "reach = tl.where(fits, reach, t)")
     for u in reversed(range(unroll)):
         _before(w, u)
         _gradients(w, u, ("y", "c", "k"), "z{i}")
         _store_gradients(w, u)
         w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
-        w.put(2, "if SLICED:")
+        w.put(2, "if SLICED:", *(f"    Z{i} = _most(Z{i}, tl.abs(z{i}))" for i in w.S))
+        w.put(3, *w.matrix("W{i}{j} = _most(W{i}{j}, tl.abs(J{i}{j}))"))
         w.put(3, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
         w.put(3, *(f"m{i}{j} = {w.product(f'j{{m}}{i}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
         w.put(3, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
         w.put(3, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"))
         _reset_and_keep(w, u, "k", "g")
+    w.put(2, "if SLICED:", *(f"    {line}" for line in w.matrix("E{i}{j} = tl.where(E{i}{j} > 0.0, _most(E{i}{j}, tl.abs(J{i}{j})), 0.0)")))
+    for i in w.S:
+        for j in w.S:
+            w.put(3, f"faint = (tl.abs(J{i}{j}) < 1.0e-30) & (J{i}{j} != 0.0)", f"J{i}{j} = tl.where(faint, 1.0e-30, J{i}{j})")
+            w.put(3, f"E{i}{j} = tl.where(faint, _most(E{i}{j}, 1.0e-30), E{i}{j})")
+    w.put(3, "if (t - first) % WINDOW == 0:", f"    window = WINDOWS + {_window(w, '(t - first) // WINDOW')}")
+    w.put(4, *w.matrix(f"tl.store(window + ({{i}} * {n} + {{j}}) * D, W{{i}}{{j}}, mask=inside)"))
+    w.put(4, *(f"tl.store(window + {n * n + i} * D, Z{i}, mask=inside)" for i in w.S))
+    w.put(3, "going = (t - first) % WINDOW != 0", *w.matrix("W{i}{j} = tl.where(going, W{i}{j}, 0.0)"))
+    w.put(3, *(f"Z{i} = tl.where(going, Z{i}, 0.0)" for i in w.S))
     w.put(2, f"dp -= {unroll} * D_ST")
     w.next_resets(2)
     w.put(1, *(f"tl.store(D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d, dw{r}, mask=inside)" for r in w.R))
     w.put(1, "if s == 0:", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
     w.put(1, "if SLICED:", *(f"    tl.store(ENDS + o + {i} * D, g{i}, mask=inside)" for i in w.S), f"    oo = (b * n + s) * {n * n} * D + d")
     w.put(2, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
-    w.put(2, "tl.store(REACH + (b * n + s) * D + d, reach, mask=inside)")
+    w.put(2, "fine = " + " & ".join(w.matrix("(tl.abs(J{i}{j}) <= 3.0e38) & (E{i}{j} <= 1.0e-15)")))
+    w.put(2, "tl.store(flags + s, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
     return w.text()
 
 
 def mend_gradient(traced: Traced, unroll: int) -> str:
-    """Adjoints are linear: with the true adjoint at a slice's end, f more than `gradient` had, what it wrote is right again below REACH, and
-    the weights' gradients lack those of f."""
+    """Adjoints are linear: with the true adjoint at a slice's end, f more than `gradient` had, what it wrote is right again below the last
+    window in which f counts, and the weights' gradients lack those of f."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
     _head(w, "mend_gradient", "", after=True)
     w.put(1, "if s == n - 1:", "    return")
     w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"oo = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
+    finite = " & ".join(f"(tl.abs(f{i}) <= 3.0e38)" for i in w.S)
+    w.put(1, f"fine = {finite}")
     group = range(1, 1 + max(1, 24 // (n * (n + 1))))
     w.put(1, f"for k in range(0, n - 2 - s, {len(group)}):")
     for u in group:
@@ -129,19 +155,20 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
         w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}} - {u * n * n}) * D, mask={here}, other=0.0)"))
     for u in group:
         w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_times(j{i}{j}_{u}, f{j})" for j in w.S) for i in w.S))
-        w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S))
+        w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S), f"fine = fine & {finite}")
     w.put(2, f"o -= {len(group) * n} * D", f"oo -= {len(group) * n * n} * D")
+    w.put(1, "if s == 0:  # has seen what all slices pass down", "    tl.store(flags + n, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
     w.put(1, "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S), "if tl.max(tl.where(inside & some, 1, 0), 0) == 0:", "    return")
-    _enter(w)
-    w.put(1, "finite = " + " & ".join(f"(tl.abs(f{i}) <= 3.0e38)" for i in w.S))
-    w.put(1, "reach = tl.load(REACH + (b * n + s) * D + d, mask=inside, other=0)")
-    w.put(1, "stop = tl.min(tl.where(inside & some, tl.where(finite, reach, first), top), 0)")
     w.put(1, f"oo = (b * n + s) * {n * n} * D + d", "if s == 0:")
     entry = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
     w.put(2, *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, f{j})" for j in w.S) for i in w.S))
     w.put(2, *(f"tl.store(D_H0 + o0 + {i} * D, k{i}, mask=inside)" for i in w.S))
+    _lowest_window(w)
+    w.put(1, "if lowest < 0:", "    return")
+    _open(w, "s * SLICE", "tl.minimum(first + SLICE, T)")
+    _enter(w)
     w.put(1, *(f"g{i} = f{i}" for i in w.S))
-    _loop(w, f"top - stop + {unroll}")
+    _loop(w, f"top - first - lowest * WINDOW + {unroll}")
     for u in reversed(range(unroll)):
         _before(w, u)
         _gradients(w, u, ("y", "_c", "k"), "z{i}")
@@ -157,14 +184,59 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     return w.text()
 
 
+def _lowest_window(w: Writer) -> None:
+    """lowest: the first window in which f is still more than TOLERANCE of the largest adjoint there and below, -1 if it is nowhere."""
+    n = len(w.S)
+    group = range(max(1, 24 // (n * (n + 1))))
+    w.put(1, "lowest = -1", *(f"most{i} = tl.zeros((BD,), tl.float32)" for i in w.S), "windows = (SLICE + WINDOW - 1) // WINDOW")
+    w.put(1, f"for k in range(0, windows, {len(group)}):", f"    window = WINDOWS + {_window(w, 'k')}")
+    for u in group:
+        here = live(f"k + {u} < windows")
+        w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(window + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
+        w.put(2, *(f"e{i}_{u} = tl.load(window + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
+    for u in group:
+        w.put(2, *(f"most{i} = _most(most{i}, e{i}_{u})" for i in w.S))
+        sums = [" + ".join(f"_times(j{i}{j}_{u}, tl.abs(f{j}))" for j in w.S) for i in w.S]
+        w.put(2, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit")
+        w.put(2, f"counts = tl.max(tl.where(inside & (fits == 0), 1, 0), 0) * (k + {u} < windows).to(tl.int32)")
+        w.put(2, f"lowest = tl.where((counts != 0) & (lowest < 0), k + {u}, lowest)")
+
+
+def finish_gradient(traced: Traced, unroll: int) -> str:
+    """Where a product was of no use, all steps again in order, from the last to the first."""
+    w = Writer(traced, unroll)
+    _head(w, "finish_gradient", "STATS, n, MOST_FLAGS: tl.constexpr, ", after=True, sliced=False)
+    w.put(1, "k = tl.arange(0, MOST_FLAGS)", "bad = tl.max(tl.load(flags + k, mask=k <= n, other=0), 0)")
+    w.put(1, "tl.atomic_add(STATS + 4, 1.0)", "if bad == 0:", "    return", "tl.atomic_add(STATS + 5, 1.0)")
+    _open(w, "0 * n", "T")
+    w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i)}" for i in w.S))
+    _enter(w)
+    _loop(w, "T")
+    for u in reversed(range(unroll)):
+        _before(w, u)
+        _gradients(w, u, ("y", "c", "k"), "z{i}")
+        _store_gradients(w, u)
+        w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
+        _reset_and_keep(w, u, "k", "g")
+    w.put(2, f"dp -= {unroll} * D_ST")
+    w.next_resets(2)
+    w.put(1, *(f"tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
+    if w.R:
+        w.put(1, "for k in range(0, n):", f"    dw = D_REC + (b * n + k) * {len(w.R)} * D + d")
+        w.put(2, *(f"tl.store(dw + {r} * D, tl.where(k == 0, dw{r}, 0.0), mask=inside)" for r in w.R))
+    return w.text()
+
+
 def transfer(traced: Traced, unroll: int) -> str:
-    """Products M of the Jacobians of each slice at known states, and what the gradients d of its states come to at its start: the sum of
-    M^T d as the product grows, so that one walk forwards gives both."""
+    """Products M of the Jacobians of each slice at known states, their largest absolute entries on the way and the largest states that steps
+    start from (what the certificate wants to know), and what the gradients d of its states come to at its start: the sum of M^T d as the
+    product grows, so that one walk forwards gives all."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
+    w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS, GROWTH, LARGEST,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
+    w.put(1, *w.matrix("A{i}{j} = J{i}{j}"), *(f"M{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.put(1, "p = PRE + b * sb + first.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + first")
     w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
@@ -183,7 +255,8 @@ def transfer(traced: Traced, unroll: int) -> str:
         w.put(2, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
         w.put(2, *(f"m{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
         w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
-        w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"))
+        w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"), *w.matrix("A{i}{j} = _most(A{i}{j}, tl.abs(J{i}{j}))"))
+        w.put(2, *(f"M{i} = _most(M{i}, tl.abs(a{i}))" for i in w.S))
         w.put(2, "if WITH_STATES:", f"    e = _get({w.state(w.n_kept, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)")
         w.put(3, *(f"g{j} += J{w.n_kept}{j} * e" for j in w.S))
         w.put(2, "if WITH_KEPT:" if w.n_kept else "")
@@ -193,5 +266,7 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.move(2, str(unroll))
     w.move(2, str(unroll), "d_")
     w.put(1, "if WITH_STATES:", *(f"    tl.store(ENDS + (b * n + s) * {n} * D + {i} * D + d, g{i}, mask=inside)" for i in w.S))
-    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
+    w.put(1, *(f"tl.store(LARGEST + ((b * n + s) * {n} + {i}) * D + d, M{i}, mask=inside)" for i in w.S))
+    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(GROWTH + oo + ({{i}} * {n} + {{j}}) * D, A{{i}}{{j}}, mask=inside)"))
+    w.put(1, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
     return w.text()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton, overlapped
-from kernels.parallel_rnn import codegen
+from kernels.parallel_rnn import codegen, measure_source
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import TOLERANCE, product
 from kernels.parallel_rnn.trace import NotLowered, trace
@@ -35,6 +35,7 @@ MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
+WINDOWS = 16  # parts of a slice, for each of which it is known what an adjoint from later slices does there
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
 SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
 SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
@@ -111,6 +112,7 @@ class Plan:
             slices = min(max(1, round(wanted / (self.blocks * B))), SLICES, max(1, T // self.mark))
         self.slice = -(-T // (slices * self.mark)) * self.mark
         self.slices = -(-T // self.slice)
+        self.window = -(-self.slice // (WINDOWS * self.back)) * self.back
         self.even = T % (self.back if back else self.ahead) == 0 and D % self.block == 0
         self.grid: tuple[int, ...] = (self.blocks * B, self.slices)
 
@@ -178,10 +180,11 @@ def dependently(constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counters(device: torch.device) -> Tensor:
-    """Largest residual, most corrections, tiles solved over slices, and tiles walked in order, since they were last read."""
+    """Largest residual, most corrections, tiles solved over slices and tiles walked in order, the same two of the backward pass, since they
+    were last read."""
     if device not in _stats:
         with torch.inference_mode(False):  # a tensor that later calls may change
-            counters = torch.zeros(4, device=device)
+            counters = torch.zeros(6, device=device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return counters  # the graph's own: each replay would set it to zero
         _stats[device] = counters
@@ -202,12 +205,13 @@ def forward(
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    rounds = min(1 if trace(cell).linear else CORRECTIONS, n - 1)
+    rounds = min(2 if trace(cell).linear else CORRECTIONS, n - 1)  # a linear cell needs one, and another where rounding counts
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
+    measures = h0.new_empty(B, n, measure_source.rows(S), D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, n > 1, borders or n > 1, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, measures, False, n > 1, borders or n > 1, *sizes, **constants
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
@@ -215,10 +219,10 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), TOLERANCE[pre.dtype], plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), TOLERANCE[pre.dtype], plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, TOLERANCE[pre.dtype], *sizes, **after)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, measures, final, stats, n, TOLERANCE[pre.dtype], *sizes, **after)
     return emitted, kept, final, marks
 
 
@@ -250,19 +254,22 @@ def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).walk[plan.grid](
-        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, True, False, False, *sizes, **constants
+        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, ends, True, False, False, *sizes, **constants
     )
     return emitted, kept
 
 
 def last_report(device: torch.device | None = None) -> dict[str, float]:
-    """Of the forward passes over several slices since the last call: tiles (batch row, channel block) solved, most corrections, largest
-    residual at their last check, and the share that had to be walked in order. Waits for the device: call it when logging, not every step."""
+    """Of the passes over several slices since the last call: tiles (batch row, channel block) solved, most corrections, largest residual at
+    their last check, and the shares of tiles that had to be walked in order, forward and backward. Waits for the device: call it when
+    logging, not every step."""
     found = [(d, t) for d, t in _stats.items() if device is None or d == device]
-    residual, corrections, tiles, walked = torch.stack([t.cpu() for _, t in found]).amax(0).tolist() if found else (0.0, 0.0, 0.0, 0.0)
+    read = torch.stack([t.cpu() for _, t in found]).amax(0).tolist() if found else [0.0] * 6
+    residual, corrections, tiles, walked, tiles_back, walked_back = read
     for _, t in found:
         t.zero_()
-    return {"tiles": int(tiles), "corrections": int(corrections), "residual": residual, "sequential": walked / max(1.0, tiles)}
+    shares = {"sequential": walked / max(1.0, tiles), "sequential_backward": walked_back / max(1.0, tiles_back)}
+    return {"tiles": int(tiles), "corrections": int(corrections), "residual": residual, **shares}
 
 
 def backward(
@@ -281,15 +288,18 @@ def backward(
     to = Layout(d_pre)
     partial, d_h0 = h0.new_empty(B, n, R, D), torch.empty_like(h0)
     ends, products = (h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, S, D)) if n > 1 else (h0, h0)
-    reach = torch.empty(B, n, D, dtype=torch.int32, device=h0.device) if n > 1 else h0
+    windows = h0.new_empty(B, n, -(-plan.slice // plan.window), S * S + S, D) if n > 1 else h0
+    flags = torch.empty(plan.grid[0], n + 1, dtype=torch.int32, device=h0.device) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     with_kept = d_kept is not None and S > 1
     tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
-    outputs = (to.tensor, partial, d_h0, d_final, ends, products, reach, TOLERANCE[pre.dtype], to.batch, to.se, to.time, to.projection)
+    outputs = (to.tensor, partial, d_h0, d_final, ends, products, windows, flags, plan.window, TOLERANCE[pre.dtype], to.batch, to.se, to.time, to.projection)
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
         after = dependently(constants)
         module.mend_gradient[plan.grid](*tensors, *outputs, with_kept, *sizes, **after)
+        most = 1 << n.bit_length()  # a power of two above n
+        module.finish_gradient[plan.grid[:1]](*tensors, *outputs, _counters(pre.device), n, most, with_kept, *sizes, **after)
     if to.tensor is not d_pre:  # a layout the kernels cannot write
         d_pre.copy_(to.tensor)
     return d_whole, partial.sum((0, 1)), d_h0
@@ -298,27 +308,33 @@ def backward(
 def adjoint(
     cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor | None = None,
     d_kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradient (B, S, D) of h0 from those of the states alone, zero without any; product J_T ... J_1 (B, S, S, D) of the Jacobians of all
-    steps at the solved states, zero across resets), fp32. One walk over the inputs."""
+    steps at the solved states, zero across resets; the largest absolute entries of such products from the start to any step (B, S, S, D);
+    the largest absolute states (B, S, D)), fp32. One walk over the inputs."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     B, D, S = len(pre), rec.shape[1], len(cell.state)
     plan = Plan(pre, back=True)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     products, ends = h0.new_empty(B, plan.slices, S, S, D), h0.new_zeros(B, plan.slices, S, D)
+    growth, largest = torch.empty_like(products), torch.empty_like(ends)
     source, sizes, constants = _sizes(plan, pre, starts)
     if d_kept is not None and d_emitted is None:
         d_emitted = torch.zeros_like(emitted)
     with_states, with_kept = d_emitted is not None, d_kept is not None and S > 1
     gradients = (d_emitted.contiguous() if d_emitted is not None else emitted, d_kept.contiguous() if d_kept is not None and S > 1 else emitted)
     _module(cell, plan).transfer[plan.grid](
-        source, rec, h0, reset, emitted, kept, *gradients, products, ends, with_states, with_kept, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, *gradients, products, ends, growth, largest, with_states, with_kept, *sizes, **constants
     )
     # Each slice maps an adjoint g at its end to product^T g + its own at its start; [[product^T, own], [0, 1]] composes such maps.
     last = torch.cat([torch.zeros_like(ends), torch.ones_like(ends[:, :, :1])], 2)[:, :, None]
     maps = torch.cat([torch.cat([products.transpose(2, 3), ends[:, :, :, None]], 3), last], 2)
     whole = product(maps.flip(1)[:, None])[:, 0]
-    return whole[:, :S, S].contiguous(), whole[:, :S, :S].transpose(1, 2).contiguous()
+    through, grown = products[:, 0], growth[:, 0]
+    for n in range(1, plan.slices):
+        grown = grown.maximum((growth[:, n, :, :, None] * through.abs()[:, None]).sum(2))
+        through = (products[:, n, :, :, None] * through[:, None]).sum(2)
+    return whole[:, :S, S].contiguous(), whole[:, :S, :S].transpose(1, 2).contiguous(), grown, largest.amax(1)
 
 
 def step(cell: Cell, pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:

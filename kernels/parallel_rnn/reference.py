@@ -2,8 +2,8 @@
 
 `sequential` is the loop under autograd, the definition itself. `parallel` cuts time into slices that are walked side by side (multiple
 shooting): only the state at the start of each slice is unknown. A pass from guessed starts gives every slice's end and the product of its
-Jacobians; a scan over the slices corrects the starts (one Newton step); the pass is repeated until no start differs from the end of the
-slice before it. Correction k makes the first k slices exact, so it ends after at most as many corrections as slices.
+Jacobians; a scan over the slices corrects the starts (one Newton step); the pass is repeated until what a correction would change counts
+nowhere in its slice (`effect`). Correction k makes the first k slices exact, so it ends after at most as many corrections as slices.
 
 The backward pass differentiates through the solution: with the Jacobians J_t at the known states, the adjoint
 g_{t-1} = J_t^T g_t + dL/dh_{t-1} is one linear recurrence backwards in time, solved over the same slices, and all parameter gradients
@@ -24,7 +24,8 @@ from torch import Tensor
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import torch_functions
 
-# Relative distance under which two states, or an adjoint's remainder, count as the same; for 16-bit inputs a twentieth of their rounding.
+# What a gap at a slice's border may do to any later state of the slice, relative to the largest of them (`effect`); likewise to adjoints. For
+# 16-bit inputs a twentieth of their rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 
 
@@ -40,18 +41,22 @@ def sequential(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, sta
     out = []
     for t in range(pre_BTPD.shape[1]):
         if starts_BT is not None:
-            keep = (~starts_BT[:, t, None]).to(pre_BTPD.dtype)
-            state = tuple(s * keep for s in state)
+            state = tuple(zeroed(s, starts_BT[:, t, None]) for s in state)
         state = tuple(cell(pre_BTPD[:, t].unbind(1), rec, state))
         out.append(torch.stack(state, 1))
     states_BTSD = torch.stack(out, 1) if out else pre_BTPD.new_zeros(pre_BTPD.shape[0], 0, len(cell.state), pre_BTPD.shape[-1])
     return states_BTSD, torch.stack(state, 1)
 
 
+def zeroed(tensor: Tensor, where: Tensor) -> Tensor:
+    """Zero where a document starts; selected, not multiplied, so that neither NaN nor infinity gets into the next document."""
+    return torch.where(where, torch.zeros((), dtype=tensor.dtype, device=tensor.device), tensor)
+
+
 def previous(states_BTSD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> Tensor:
     """The state each step started from: the one before it, h0 at the first, zero where a document starts."""
     before = torch.cat([h0_BSD[:, None], states_BTSD[:, :-1]], 1)
-    return before if starts_BT is None else before * (~starts_BT[:, :, None, None]).to(before.dtype)
+    return before if starts_BT is None else zeroed(before, starts_BT[:, :, None, None])
 
 
 @functools.cache
@@ -69,7 +74,7 @@ def mixes_channels(cell: Cell) -> bool:
 
 @dataclass
 class Report:
-    """What the last call of `parallel` did: corrections made and the largest relative mismatch left at a slice border."""
+    """What the last call of `parallel` did: corrections made, and the largest `effect` of what a further one would have changed."""
 
     slices: int = 1
     corrections: int = 0
@@ -95,14 +100,13 @@ def slice_time(tensor: Tensor, n: int, length: int) -> Tensor:
     return tensor.unflatten(1, (n, length))
 
 
-def walk(cell: Cell, pre_BNLPD: Tensor, rec_RD: Tensor, start_BNSD: Tensor, keep_BNL: Tensor | None) -> Tensor:
+def walk(cell: Cell, pre_BNLPD: Tensor, rec_RD: Tensor, start_BNSD: Tensor, starts_BNL: Tensor | None) -> Tensor:
     """States (B, N, L, S, D) of all slices from the given start states."""
     out = pre_BNLPD.new_empty(*pre_BNLPD.shape[:3], *start_BNSD.shape[2:])
     rec, state = rec_RD.unbind(0), start_BNSD.unbind(2)
     for t in range(pre_BNLPD.shape[2]):
-        if keep_BNL is not None:
-            keep = keep_BNL[:, :, t, None]
-            state = tuple(s * keep for s in state)
+        if starts_BNL is not None:
+            state = tuple(zeroed(s, starts_BNL[:, :, t, None]) for s in state)
         state = tuple(cell(pre_BNLPD[:, :, t].unbind(2), rec, state))
         for i, s in enumerate(state):
             out[:, :, t, i] = s
@@ -134,6 +138,30 @@ def corrected(end_BNSD: Tensor, product_BNSSD: Tensor, start_BNSD: Tensor) -> Te
     return torch.stack(new, 1)
 
 
+def growth(J_BNLSSD: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every slice (the product J_L ... J_1, the largest absolute entries of J_t ... J_1 over all t and of the identity), both
+    (B, N, S, S, D) and in fp64, where a product that dies within a slice and grows again is not lost."""
+    J = J_BNLSSD.double()
+    one = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None].expand(J[:, :, 0].shape)
+    if J.shape[3] == 1:
+        products = J.cumprod(2)
+        return products[:, :, -1], products.abs().amax(2).maximum(one)
+    product, largest = one, one
+    for t in range(J.shape[2]):
+        product = (J[:, :, t, :, :, None] * product[:, :, None]).sum(3)
+        largest = largest.maximum(product.abs())
+    return product, largest
+
+
+def effect(change: Tensor, growth: Tensor, largest: Tensor) -> Tensor:
+    """What a change (..., S, D) of a slice's start does to the slice: the largest later change of a state over the largest absolute value of
+    that state, (..., D). growth (..., S, S, D): largest absolute products of Jacobians from the start to any later step; largest
+    (..., S, D). To first order, and an upper bound where states mix. No change has no effect whatever the growth; not finite is infinite."""
+    change = change.abs()[..., None, :, :]
+    later = torch.where(change == 0, torch.zeros((), dtype=growth.dtype, device=growth.device), growth * change).sum(-2)
+    return torch.where(later == 0, torch.zeros_like(later), later / largest).nan_to_num(nan=torch.inf).amax(-2)
+
+
 def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None) -> Tensor:
     """All states (B, T, S, D) by multiple shooting, without a graph."""
     global last_report
@@ -141,27 +169,31 @@ def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | Non
     n = max(1, min(slices or choose_slices(B, T, D, pre.device), T))
     length = -(-T // n)
     n = -(-T // length)
-    keep = None if starts is None else slice_time((~starts).to(pre.dtype), n, length)
+    starts_N = None if starts is None else slice_time(starts, n, length)
     pre_N = slice_time(pre, n, length)
     start = torch.cat([h0[:, None], h0.new_zeros(B, n - 1, *h0.shape[1:])], 1)
-    tolerance = TOLERANCE[pre.dtype]
     for corrections in range(n):
-        states = walk(cell, pre_N, rec, start, keep)
-        end = states[:, :, -1]
-        gap = ((start[:, 1:] - end[:, :-1]).abs() / (1 + end[:, :-1].abs())).nan_to_num(nan=torch.inf)
-        residual = float(gap.max()) if n > 1 and gap.numel() else 0.0
-        last_report = Report(n, corrections, residual)
-        if residual <= tolerance:
+        states = walk(cell, pre_N, rec, start, starts_N)
+        if n == 1:
+            last_report = Report()
             break
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
-        if keep is not None:
-            before = before * keep[..., None, None]
-        J = jacobian(cell, pre_N, rec, before)
-        if keep is not None:
-            J = J * keep[..., None, None, None]
-        start = corrected(end, product(J), start)
+        J = jacobian(cell, pre_N, rec, before if starts_N is None else zeroed(before, starts_N[..., None, None]))
+        J = J if starts_N is None else zeroed(J, starts_N[..., None, None, None])
+        largest = states.abs().amax(2)
+        if n * length > T:  # what is walked after the end counts for nothing
+            rest = T - n * length
+            J[:, -1, rest:] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
+            largest[:, -1] = states[:, -1, :rest].abs().amax(1)
+        product_N, grown = growth(J)
+        new = corrected(states[:, :, -1], product_N.to(start.dtype), start)
+        residual = float(effect((new - start)[:, 1:], grown[:, 1:], largest[:, 1:]).max())
+        last_report = Report(n, corrections, residual)
+        if residual <= TOLERANCE[pre.dtype]:
+            break
+        start = new
     else:  # as many corrections as slices: the starts are now the sequential ones
-        states = walk(cell, pre_N, rec, start, keep)
+        states = walk(cell, pre_N, rec, start, starts_N)
     return states.flatten(1, 2)[:, :T]
 
 
@@ -198,13 +230,16 @@ def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor) -> Tensor:
     return torch.stack(columns, -2)
 
 
-def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, slices: int | None) -> tuple[Tensor, Tensor]:
-    """g_t = dL/dh_t + J_{t+1}^T g_{t+1} for all t, and J_1^T g_1. One sweep over slices from zero, a scan, one sweep from the true values."""
+def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, starts: Tensor | None, slices: int | None = None) -> tuple[Tensor, Tensor]:
+    """g_t = dL/dh_t + J_{t+1}^T g_{t+1} for all t, and J_1^T g_1. One sweep over slices from zero, a scan, one sweep from the true values. The
+    scan's products may over- or underflow where the sweep does not: what comes out of every slice has to be what the scan gave the slice
+    before it, or all is swept once more in one piece."""
     B, T, S, D = d_states.shape
     n = max(1, min(slices or choose_slices(B, T, D, J.device), T))
     length = -(-T // n)
     n = -(-T // length)
     J_N, d_N = slice_time(J, n, length), slice_time(d_states, n, length)
+    starts_N = None if starts is None else slice_time(starts, n, length)
     if n * length > T:  # steps after the end pass the adjoint on unchanged
         J_N[:, -1, T - n * length :] = torch.eye(S, dtype=J.dtype, device=J.device)[:, :, None]
     carried = torch.cat([d_states.new_zeros(B, n - 1, S, D), d_final[:, None]], 1)
@@ -215,6 +250,7 @@ def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, slices: int | None) -
             if out is not None:
                 out[:, :, t] = total
             carried = J_N[:, :, t, 0] * total if S == 1 else (J_N[:, :, t] * total[:, :, :, None]).sum(2)
+            carried = carried if starts_N is None else zeroed(carried, starts_N[:, :, t, None, None])
         return carried
 
     if n > 1:
@@ -225,8 +261,12 @@ def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, slices: int | None) -
             change = ends[:, i] + (P[:, i] * change[:, :, None]).sum(1)
         carried = torch.stack(passed[::-1], 1)
     out = torch.empty_like(d_N)
-    d_h0 = sweep(carried, out)[:, 0]
-    return out.flatten(1, 2)[:, :T], d_h0
+    left = sweep(carried, out)
+    if n > 1:
+        gap, largest = (left[:, 1:] - carried[:, :-1]).abs(), out.abs().amax(2)[:, :-1]
+        if not bool(((gap == 0) | (gap <= 10 * TOLERANCE[J.dtype] * largest)).all()):
+            return adjoints(J, d_states, d_final, starts, 1)
+    return out.flatten(1, 2)[:, :T], left[:, 0]
 
 
 def linear_backward(
@@ -246,9 +286,8 @@ def linear_backward(
     before = previous(states, h0, starts)
     with torch.no_grad():
         J = jacobian(cell, pre, rec, before)
-        if starts is not None:
-            J = J * (~starts[:, :, None, None, None]).to(J.dtype)
-        adjoint, d_h0 = adjoints(J, d_states, d_final, slices)
+        J = J if starts is None else zeroed(J, starts[:, :, None, None, None])
+        adjoint, d_h0 = adjoints(J, d_states, d_final, starts, slices)
     d_pre, d_rec = step_gradients(cell, pre, rec, before, adjoint)
     return d_pre, d_rec, d_h0
 

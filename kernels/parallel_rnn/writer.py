@@ -50,9 +50,14 @@ def _keep(go, new, old, EVEN: tl.constexpr):  # steps after the end leave a valu
 
 
 @triton.jit
-def _far(x, y):  # relative distance; not finite counts as far
-    gap = tl.abs(x - y) / (1.0 + tl.abs(y))
-    return tl.where(gap <= 3.0e38, gap, 3.0e38)
+def _most(x, y):  # the larger one; not a number if one of them is not
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _share(change, largest):  # of the largest; no change is none of it, whatever that is, and what is not finite is too much
+    share = change / largest
+    return tl.where(change == 0.0, 0.0, tl.where((share <= 3.0e38) & (largest <= 1.0e37), share, 3.0e38))
 
 
 @triton.jit

@@ -1,0 +1,91 @@
+"""Emits what a pass over a slice measures for the certificate, and the certificate itself (docs/parallel_solve.md).
+
+Names in the generated source, all per channel; i, j are states:
+    J{i}{j}     product of the Jacobians from the slice's start to here      P{i}{j}  likewise from the start of the group of steps
+    A{i}{j}     largest absolute product from the slice's start to any step  Q{i}{j}  likewise from the start of the group
+    G{i}{j}     ... from any step to any later one                           R{i}{j}  ... from any step to here
+    M{i}        largest absolute state of the slice                          L{i}     ... of its last eighth
+                                                                             N{i}     ... of the group
+Where states mix, products of absolute values stand for absolute values of products: upper bounds. What a group measures costs a step two
+operations for one state; the rest is paid once a group. What is not a number stays so in A, G and M, and is never accepted.
+"""
+
+from __future__ import annotations
+
+from kernels.parallel_rnn.writer import Writer
+
+
+def rows(n: int) -> int:
+    """Rows of D values that a slice's measures take: A, G, M, L."""
+    return 2 * n * n + 2 * n
+
+
+def begin(w: Writer, indent: int, like: str, meets: bool = True) -> None:
+    """Nothing walked yet. like: a tensor of the tile's shape made of zeros. meets: whether G, R and L are wanted too."""
+    for name in "JAGR" if meets else "JA":
+        w.put(indent, *(f"{name}{i}{j} = {like} + {float(i == j)}" for i in w.S for j in w.S))
+    for name in "ML" if meets else "M":
+        w.put(indent, *(f"{name}{i} = {like}" for i in w.S))
+
+
+def step(w: Writer, indent: int, u: int) -> None:
+    """After step u of a group with the Jacobian j, from states that a reset r{u} made zero."""
+    if u == 0:
+        w.put(indent, *(f"P{i}{j} = _keep(go, j{i}{j}, {float(i == j)}, EVEN)" for i in w.S for j in w.S))
+        w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix("P{i}{j} = tl.where((r0 != 0) & go, 0.0, P{i}{j})")))
+        w.put(indent, *w.matrix("Q{i}{j} = tl.abs(P{i}{j})"))
+        return
+    w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"P{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, P{{i}}{{j}})")))
+    w.put(indent, *(f"k{i}{j} = {w.product('j{i}{m}', 'P{m}{j}', i, j)}" for i in w.S for j in w.S))
+    w.put(indent, *w.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"), *w.matrix("Q{i}{j} = _most(Q{i}{j}, tl.abs(P{i}{j}))"))
+
+
+def largest(w: Writer, indent: int, u: int) -> None:
+    w.put(indent, *(f"N{i} = " + (f"_most(N{i}, tl.abs(h{i}))" if u else f"tl.abs(h{i})") for i in w.S))
+
+
+def group(w: Writer, indent: int, meets: bool = True) -> None:
+    """At the end of a group."""
+    w.put(indent, *(f"A{i}{j} = _most(A{i}{j}, {w.product('Q{i}{m}', 'tl.abs(J{m}{j})', i, j)})" for i in w.S for j in w.S))
+    if meets:
+        w.put(indent, *(f"G{i}{j} = _most(G{i}{j}, {w.product('Q{i}{m}', 'R{m}{j}', i, j)})" for i in w.S for j in w.S))
+        w.put(indent, *(f"k{i}{j} = {w.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
+        w.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in w.S for j in w.S))
+        w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, N{i}), L{i})" for i in w.S))
+    w.put(indent, *(f"M{i} = _most(M{i}, N{i})" for i in w.S))
+    w.put(indent, *(f"k{i}{j} = {w.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S), *w.matrix("J{i}{j} = k{i}{j}"))
+
+
+def lift(w: Writer, indent: int) -> None:
+    """A at the end of a slice: a product that became too small for fp32 may have grown again, unseen."""
+    w.put(indent, *w.matrix("A{i}{j} = _most(A{i}{j}, 1.0e-30 * G{i}{j})"))
+
+
+def store(w: Writer, indent: int) -> None:
+    n = len(w.S)
+    w.put(indent, f"om = (b * n + s) * {rows(n)} * D + d")
+    w.put(indent, *(f"tl.store(MEASURES + om + {k} * D, {name}, mask=inside)" for k, name in enumerate(_names(w))))
+
+
+def load(w: Writer, indent: int, names: str) -> None:
+    """The measures `names`, of AGML, that the slice's last walk left, as oA{i}{j} and so on."""
+    w.put(indent, f"om = (b * n + s) * {rows(len(w.S))} * D + d")
+    w.put(indent, *(f"o{name} = {w.vector('MEASURES', 'om', k)}" for k, name in enumerate(_names(w)) if name[0] in names))
+
+
+def _names(w: Writer) -> list[str]:
+    return [*w.matrix("A{i}{j}"), *w.matrix("G{i}{j}"), *(f"M{i}" for i in w.S), *(f"L{i}" for i in w.S)]
+
+
+def effect(w: Writer, indent: int, to: str, change: str, growth: str, largest: str) -> None:
+    """to = what a change of the states does to later ones, relative to the largest of them: the certificate's measure. Forms over i and j."""
+    sums = [" + ".join(f"_times({growth.format(i=i, j=j)}, tl.abs({change.format(i=j)}))" for j in w.S) for i in w.S]
+    w.put(indent, f"{to} = _share({sums[0]}, {largest.format(i=0)})")
+    w.put(indent, *(f"{to} = tl.maximum({to}, _share({sums[i]}, {largest.format(i=i)}))" for i in w.S[1:]))
+
+
+def met(w: Writer, indent: int) -> None:
+    """Measures of a slice whose new walk (as measured until `met` became true) met the old one (prefix o), which stands from there on."""
+    for name, before, old in (("A", "tl.abs(J{m}{j})", "oG{i}{m}"), ("G", "R{m}{j}", "oG{i}{m}")):
+        w.put(indent, *(f"{name}{i}{j} = tl.where(met != 0, _most({name}{i}{j}, {w.product(old, before, i, j)}), {name}{i}{j})" for i in w.S for j in w.S))
+    w.put(indent, *(f"M{i} = tl.where(met != 0, _most(M{i}, oL{i}), M{i})" for i in w.S), *(f"L{i} = tl.where(met != 0, oL{i}, L{i})" for i in w.S))
