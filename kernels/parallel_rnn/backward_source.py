@@ -1,4 +1,4 @@
-"""Emits the backward kernels of a cell: gradient, mend_gradient, finish_gradient, transfer (what they are for: kernels/parallel_rnn/codegen.py)."""
+"""Emits the backward kernels of a cell: gradient, mend_gradient, transfer (what they are for: kernels/parallel_rnn/codegen.py)."""
 
 from __future__ import annotations
 
@@ -71,17 +71,19 @@ def _store_gradients(w: Writer, u: int) -> None:
     w.put(2, *(f"_put(dp + ({u} * D_ST + {k} * D_SP), y{k}, {live('go')}, EVEN)" for k in w.P))
 
 
-def _head(w: Writer, name: str, own: str, after: bool = False, sliced: bool = True) -> None:
+SCALE = 40  # products of Jacobians start from 2^SCALE, so that one which dies may come back from as little as an adjoint itself could
+
+
+def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
     n = len(w.S)
     extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, WINDOWS, FLAGS, WINDOW, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
-    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", sliced=sliced, after=after)
-    w.put(1, "s = 0 * n" if not sliced else "", "flags = FLAGS + tl.program_id(0).to(tl.int64) * (n + 1)")
-    w.put(1, f"o = (b * n + s) * {n} * D + d", f"o0 = b * {n} * D + d")
+    w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", after=after)
+    w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n} * D + d", f"o0 = b * {n} * D + d", "flags = FLAGS + tl.program_id(0) * n")
 
 
-def _open(w: Writer, first: str, last: str) -> None:
+def _open(w: Writer, last: str) -> None:
     w.weights()
-    w.put(1, f"first = {first}", f"last = {last}")
+    w.put(1, "first = s * SLICE", f"last = {last}")
     w.put(1, *(f"first{i} = {w.vector('H0', 'o0', i)}" for i in w.S), *(f"dw{r} = tl.zeros((BD,), tl.float32)" for r in w.R))
 
 
@@ -93,16 +95,14 @@ def _window(w: Writer, k: str) -> str:
 
 def gradient(traced: Traced, unroll: int) -> str:
     """WINDOWS: of every WINDOW steps of a slice, the largest absolute products of the Jacobians from the slice's end, which say how much of
-    an adjoint from later slices gets there, and the largest adjoints without it. FLAGS: whether a product is of no use: not finite, or it
-    came back after it was too small for fp32, in which it then counts as 1e-30."""
+    an adjoint from later slices gets there, and the largest adjoints without it. FLAGS: whether a product is of no use, as it is not finite."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
     _head(w, "gradient", "SLICED: tl.constexpr, ")
-    _open(w, "s * SLICE", "tl.minimum(first + SLICE, T)")
+    _open(w, "tl.minimum(first + SLICE, T)")
     last_slice = live("s == n - 1")
     w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i, last_slice)}  # later slices bring theirs in mend_gradient" for i in w.S))
-    w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
+    w.put(1, *(f"J{i}{j} = tl.full((BD,), {2.0**SCALE * (i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, *(f"W{i}{j} = tl.zeros((BD,), tl.float32)" for i in w.S for j in w.S), *(f"Z{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
-    w.put(1, *w.matrix("E{i}{j} = tl.zeros((BD,), tl.float32)  # the largest product since it was too small"))
     _enter(w)
     _loop(w, "last - first")
     for u in reversed(range(unroll)):
@@ -117,61 +117,49 @@ def gradient(traced: Traced, unroll: int) -> str:
         w.put(3, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
         w.put(3, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"))
         _reset_and_keep(w, u, "k", "g")
-    w.put(2, "if SLICED:", *(f"    {line}" for line in w.matrix("E{i}{j} = tl.where(E{i}{j} > 0.0, _most(E{i}{j}, tl.abs(J{i}{j})), 0.0)")))
-    for i in w.S:
-        for j in w.S:
-            w.put(3, f"faint = (tl.abs(J{i}{j}) < 1.0e-30) & (J{i}{j} != 0.0)", f"J{i}{j} = tl.where(faint, 1.0e-30, J{i}{j})")
-            w.put(3, f"E{i}{j} = tl.where(faint, _most(E{i}{j}, 1.0e-30), E{i}{j})")
-    w.put(3, "if (t - first) % WINDOW == 0:", f"    window = WINDOWS + {_window(w, '(t - first) // WINDOW')}")
+    w.put(2, "if SLICED:", "    going = (t - first) % WINDOW != 0", "    if (t - first) % WINDOW == 0:")
+    w.put(4, f"window = WINDOWS + {_window(w, '(t - first) // WINDOW')}")
     w.put(4, *w.matrix(f"tl.store(window + ({{i}} * {n} + {{j}}) * D, W{{i}}{{j}}, mask=inside)"))
     w.put(4, *(f"tl.store(window + {n * n + i} * D, Z{i}, mask=inside)" for i in w.S))
-    w.put(3, "going = (t - first) % WINDOW != 0", *w.matrix("W{i}{j} = tl.where(going, W{i}{j}, 0.0)"))
-    w.put(3, *(f"Z{i} = tl.where(going, Z{i}, 0.0)" for i in w.S))
+    w.put(3, *w.matrix("W{i}{j} = tl.where(going, W{i}{j}, 0.0)"), *(f"Z{i} = tl.where(going, Z{i}, 0.0)" for i in w.S))
     w.put(2, f"dp -= {unroll} * D_ST")
     w.next_resets(2)
     w.put(1, *(f"tl.store(D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d, dw{r}, mask=inside)" for r in w.R))
     w.put(1, "if s == 0:", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
-    w.put(1, "if SLICED:", *(f"    tl.store(ENDS + o + {i} * D, g{i}, mask=inside)" for i in w.S), f"    oo = (b * n + s) * {n * n} * D + d")
+    w.put(1, "if SLICED:", *(f"    tl.store(ENDS + o + {i} * D, g{i}, mask=inside)" for i in w.S))
     w.put(2, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
-    w.put(2, "fine = " + " & ".join(w.matrix("(tl.abs(J{i}{j}) <= 3.0e38) & (E{i}{j} <= 1.0e-15)")))
-    w.put(2, "tl.store(flags + s, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
+    w.put(2, "fine = " + " & ".join(w.matrix("(tl.abs(J{i}{j}) <= 3.0e38)")), "tl.store(flags + s, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
     return w.text()
 
 
 def mend_gradient(traced: Traced, unroll: int) -> str:
     """Adjoints are linear: with the true adjoint at a slice's end, f more than `gradient` had, what it wrote is right again below the last
-    window in which f counts, and the weights' gradients lack those of f."""
+    window in which f counts, and the weights' gradients lack those of f. In a tile with a product of no use (`bad`) the program of the first
+    slice walks all steps in order, from the last to the first, as if they were one slice."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    _head(w, "mend_gradient", "", after=True)
-    w.put(1, "if s == n - 1:", "    return")
-    w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"oo = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'o', i)}" for i in w.S))
-    finite = " & ".join(f"(tl.abs(f{i}) <= 3.0e38)" for i in w.S)
-    w.put(1, f"fine = {finite}")
-    group = range(1, 1 + max(1, 24 // (n * (n + 1))))
-    w.put(1, f"for k in range(0, n - 2 - s, {len(group)}):")
-    for u in group:
-        here = live(f"k + {u} <= n - 2 - s")
-        w.put(2, *(f"e{i}_{u} = {w.vector('ENDS', 'o', i - u * n, here)}" for i in w.S))
-        w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}} - {u * n * n}) * D, mask={here}, other=0.0)"))
-    for u in group:
-        w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_times(j{i}{j}_{u}, f{j})" for j in w.S) for i in w.S))
-        w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S), f"fine = fine & {finite}")
-    w.put(2, f"o -= {len(group) * n} * D", f"oo -= {len(group) * n * n} * D")
-    w.put(1, "if s == 0:  # has seen what all slices pass down", "    tl.store(flags + n, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
-    w.put(1, "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S), "if tl.max(tl.where(inside & some, 1, 0), 0) == 0:", "    return")
-    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", "if s == 0:")
+    _head(w, "mend_gradient", "STATS, MOST_SLICES: tl.constexpr, ", after=True)
+    _load_windows(w)
+    w.put(1, "k = tl.arange(0, MOST_SLICES)", "bad = tl.max(tl.load(flags + k, mask=k < n, other=0), 0)")
+    w.put(1, "if s == 0:", "    tl.atomic_add(STATS + 4, 1.0)", "    tl.atomic_add(STATS + 5, bad.to(tl.float32))")
+    slot = [f"dw = D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d" for r in w.R]
+    w.put(1, "if (bad != 0) & (s != 0):", *(f"    {line}\n        tl.store(dw, tl.zeros((BD,), tl.float32), mask=inside)" for line in slot), "    return")
+    w.put(1, "if (bad == 0) & (s == n - 1):", "    return")
+    _handed_down(w)
+    w.put(1, "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S), "if (bad == 0) & (tl.max(tl.where(inside & some, 1, 0), 0) == 0):", "    return")
+    w.put(1, "if (bad == 0) & (s == 0):")
     entry = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
-    w.put(2, *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, f{j})" for j in w.S) for i in w.S))
+    w.put(2, *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, {_down(f'f{j}')})" for j in w.S) for i in w.S))
     w.put(2, *(f"tl.store(D_H0 + o0 + {i} * D, k{i}, mask=inside)" for i in w.S))
     _lowest_window(w)
-    w.put(1, "if lowest < 0:", "    return")
-    _open(w, "s * SLICE", "tl.minimum(first + SLICE, T)")
+    w.put(1, "if (bad == 0) & (lowest < 0):", "    return")
+    _open(w, "tl.where(bad != 0, T, tl.minimum(first + SLICE, T))")
     _enter(w)
-    w.put(1, *(f"g{i} = f{i}" for i in w.S))
-    _loop(w, f"top - first - lowest * WINDOW + {unroll}")
+    w.put(1, *(f"g{i} = tl.where(bad != 0, {w.vector('D_FINAL', 'o0', i)}, f{i})" for i in w.S))
+    _loop(w, f"top - first - tl.where(bad != 0, 0, lowest) * WINDOW + {unroll}")
     for u in reversed(range(unroll)):
         _before(w, u)
         _gradients(w, u, ("y", "_c", "k"), "z{i}")
+        w.put(2, *(f"f{i} = tl.where(bad != 0, z{i}, f{i})" for i in w.S))
         _gradients(w, u, ("_y", "c", "m"), "f{i}")
         _store_gradients(w, u)
         w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
@@ -180,51 +168,55 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     w.put(2, f"dp -= {unroll} * D_ST")
     w.next_resets(2)
     for r in w.R:
-        w.put(1, f"dw = D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d", f"tl.store(dw, tl.load(dw, mask=inside, other=0.0) + dw{r}, mask=inside)")
+        w.put(1, slot[r], f"tl.store(dw, tl.where(bad != 0, 0.0, tl.load(dw, mask=inside, other=0.0)) + dw{r}, mask=inside)")
+    w.put(1, "if bad != 0:", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
     return w.text()
+
+
+def _down(value: str) -> str:
+    """An adjoint that is multiplied with a stored product."""
+    return f"{value} * {2.0**-SCALE!r}"
+
+
+def _handed_down(w: Writer) -> None:
+    """f: the adjoint at the slice's end from all slices after it."""
+    n = len(w.S)
+    w.put(1, f"oe = (b * n + n - 1) * {n} * D + d", f"op = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'oe', i)}" for i in w.S))
+    group = range(1, 1 + max(1, 24 // (n * (n + 1))))
+    w.put(1, f"for k in range(0, n - 2 - s, {len(group)}):")
+    for u in group:
+        here = live(f"k + {u} <= n - 2 - s")
+        w.put(2, *(f"e{i}_{u} = {w.vector('ENDS', 'oe', i - u * n, here)}" for i in w.S))
+        w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + op + ({{i}} * {n} + {{j}} - {u * n * n}) * D, mask={here}, other=0.0)"))
+    for u in group:
+        w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_times(j{i}{j}_{u}, {_down(f'f{j}')})" for j in w.S) for i in w.S))
+        w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S))
+    w.put(2, f"oe -= {len(group) * n} * D", f"op -= {len(group) * n * n} * D")
+
+
+def windows(n: int) -> int:
+    """The most windows of a slice of a cell with n states, as many as are loaded at once."""
+    return max(2, min(16, 48 // (n * n + n)))
+
+
+def _load_windows(w: Writer) -> None:
+    """Early, beside what f waits for."""
+    n = len(w.S)
+    w.put(1, f"window = WINDOWS + {_window(w, '0')}", "windows = (SLICE + WINDOW - 1) // WINDOW")
+    for u in range(windows(n)):
+        here = live(f"{u} < windows")
+        w.put(1, *w.matrix(f"w{{i}}{{j}}_{u} = tl.load(window + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
+        w.put(1, *(f"z{i}_{u} = tl.load(window + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
 
 
 def _lowest_window(w: Writer) -> None:
     """lowest: the first window in which f is still more than TOLERANCE of the largest adjoint there and below, -1 if it is nowhere."""
-    n = len(w.S)
-    group = range(max(1, 24 // (n * (n + 1))))
-    w.put(1, "lowest = -1", *(f"most{i} = tl.zeros((BD,), tl.float32)" for i in w.S), "windows = (SLICE + WINDOW - 1) // WINDOW")
-    w.put(1, f"for k in range(0, windows, {len(group)}):", f"    window = WINDOWS + {_window(w, 'k')}")
-    for u in group:
-        here = live(f"k + {u} < windows")
-        w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(window + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
-        w.put(2, *(f"e{i}_{u} = tl.load(window + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
-    for u in group:
-        w.put(2, *(f"most{i} = _most(most{i}, e{i}_{u})" for i in w.S))
-        sums = [" + ".join(f"_times(j{i}{j}_{u}, tl.abs(f{j}))" for j in w.S) for i in w.S]
-        w.put(2, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit")
-        w.put(2, f"counts = tl.max(tl.where(inside & (fits == 0), 1, 0), 0) * (k + {u} < windows).to(tl.int32)")
-        w.put(2, f"lowest = tl.where((counts != 0) & (lowest < 0), k + {u}, lowest)")
-
-
-def finish_gradient(traced: Traced, unroll: int) -> str:
-    """Where a product was of no use, all steps again in order, from the last to the first."""
-    w = Writer(traced, unroll)
-    _head(w, "finish_gradient", "STATS, n, MOST_FLAGS: tl.constexpr, ", after=True, sliced=False)
-    w.put(1, "k = tl.arange(0, MOST_FLAGS)", "bad = tl.max(tl.load(flags + k, mask=k <= n, other=0), 0)")
-    w.put(1, "tl.atomic_add(STATS + 4, 1.0)", "if bad == 0:", "    return", "tl.atomic_add(STATS + 5, 1.0)")
-    _open(w, "0 * n", "T")
-    w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i)}" for i in w.S))
-    _enter(w)
-    _loop(w, "T")
-    for u in reversed(range(unroll)):
-        _before(w, u)
-        _gradients(w, u, ("y", "c", "k"), "z{i}")
-        _store_gradients(w, u)
-        w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
-        _reset_and_keep(w, u, "k", "g")
-    w.put(2, f"dp -= {unroll} * D_ST")
-    w.next_resets(2)
-    w.put(1, *(f"tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
-    if w.R:
-        w.put(1, "for k in range(0, n):", f"    dw = D_REC + (b * n + k) * {len(w.R)} * D + d")
-        w.put(2, *(f"tl.store(dw + {r} * D, tl.where(k == 0, dw{r}, 0.0), mask=inside)" for r in w.R))
-    return w.text()
+    w.put(1, "lowest = -1", *(f"most{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    for u in range(windows(len(w.S))):
+        w.put(1, *(f"most{i} = _most(most{i}, z{i}_{u})" for i in w.S))
+        sums = [" + ".join(f"_times(w{i}{j}_{u}, tl.abs({_down(f'f{j}')}))" for j in w.S) for i in w.S]
+        w.put(1, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit")
+        w.put(1, "counts = tl.max(tl.where(inside & (fits == 0), 1, 0), 0)", f"lowest = tl.where((counts != 0) & (lowest < 0), {u}, lowest)")
 
 
 def transfer(traced: Traced, unroll: int) -> str:

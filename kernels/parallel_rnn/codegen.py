@@ -7,8 +7,7 @@ registers (kernels/parallel_rnn/writer.py has the names and how loads run ahead)
     mend           each slice again from where the one before it ends, or from Newton's step on all starts, until it meets what is there
     finish         the certificate; a tile that has not converged is walked in order from the first slice that does not fit
     gradient       the reversed walk: gradients of pre, h0, partial sums of rec, each slice as if no later one had a gradient
-    mend_gradient  what later slices pass down, exactly (adjoints are linear), as far down as it counts
-    finish_gradient  all steps in order where a product of Jacobians over- or underflowed
+    mend_gradient  what later slices pass down, exactly (adjoints are linear), as far down as it counts; all in order where a product overflowed
     transfer       products of Jacobians and adjoints of starts at known states (sequences over ranks)
     shoot          of small problems all forward passes in one: all slices of a tile of channels in one program
     decode         one step
@@ -25,7 +24,7 @@ from kernels.parallel_rnn.trace import trace
 from kernels.parallel_rnn.writer import HELPERS, MATHS
 
 AHEAD, AHEAD_BACK, AHEAD_SHOOT = 8, 4, 4  # steps of a group, the unit in which loads run ahead
-KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "finish_gradient", "transfer", "shoot", "decode")
+KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot", "decode")
 
 
 def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx", short: bool = True) -> str:
@@ -50,7 +49,6 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
         forward_source.finish(traced, ahead),
         backward_source.gradient(traced, back),
         backward_source.mend_gradient(traced, back),
-        backward_source.finish_gradient(traced, back),
         backward_source.transfer(traced, back),
         shoot_source.compose(traced),
         shoot_source.shoot(traced, min(ahead, AHEAD_SHOOT)),

@@ -19,7 +19,7 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         if product:
             w.put(indent, f"if {product}:")
             w.put(indent + 1, f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))} = {w.call('step_and_jacobian', u, hs)}")
-            measure.step(w, indent + 1, u)
+            measure.step(w, indent + 1, u, meets)
             if product != "True":
                 w.put(indent, "else:", *(f"    {line}" for line in plain))
         else:
@@ -27,11 +27,11 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         w.put(indent, *(f"h{i} = _keep(go, y{i}, h{i}, EVEN)" for i in w.S))
         if product:
             w.put(indent, f"if {product}:")
-            measure.largest(w, indent + 1, u)
+            measure.largest(w, indent + 1, u, meets)
         w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live(stored)}, {even})" for i in w.S))
-    if product:
+    if product and meets:
         w.put(indent, f"if {product}:")
-        measure.group(w, indent + 1, meets)
+        measure.group(w, indent + 1)
 
 
 def _enter(w: Writer, indent: int, t: str) -> None:
@@ -82,25 +82,28 @@ def walk(traced: Traced, unroll: int) -> str:
 
 
 def _store_products(w: Writer, to: str = "PRODUCTS") -> list[str]:
+    """J, and H after it: slices' starts depend on both, so that a round of mend reads the last one's while it writes its own."""
     n = len(w.S)
-    return [f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store({to} + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)")]
+    return [f"oo = (b * n + s) * {n * n + n} * D + d", *w.matrix(f"tl.store({to} + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"),
+            *(f"tl.store({to} + oo + {n * n + i} * D, H{i}, mask=inside)" for i in w.S)]  # fmt: skip
 
 
 def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
-    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change. With `worst` also the largest
-    effect of a change so far, and the first slice where it is above the tolerance. Several slices are loaded at once."""
+    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change, z what is left there of a change of
+    some earlier state by its own size. With `worst` also the largest effect of a change so far, and the first slice where it is above the
+    tolerance. Several slices are loaded at once."""
     n = len(w.S)
-    group = range(max(1, 24 // (n * (n + 2) + worst * n * (n + 1))))
-    w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n} * D + d")
-    w.put(indent, *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S), *(f"c{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    group = range(max(1, 24 // (n * (n + 3) + worst * n * (n + 1))))
+    w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n + n} * D + d")
+    w.put(indent, *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S), *(f"{x}{i} = tl.zeros((BD,), tl.float32)" for x in "cz" for i in w.S))
     w.put(indent, f"for k in range(0, {count}, {len(group)}):")
     deep = indent + 1
     for u in group:
         here = live(f"k + {u} < {count}")
         w.put(deep, *(f"e{i}_{u} = {w.vector('ENDS', 'o', u * n + i, here)}" for i in w.S))
         w.put(deep, *(f"a{i}_{u} = {w.vector('STARTS', 'o', (u + 1) * n + i, here)}" for i in w.S))
-        entry = f"tl.load(PRODUCTS + oo + ({u} * {n * n} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"
-        w.put(deep, *w.matrix(f"j{{i}}{{j}}_{u} = {entry}"))
+        w.put(deep, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
+        w.put(deep, *(f"z{i}_{u} = tl.load(PRODUCTS + oo + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
         if worst:
             w.put(deep, f"om = (b * n + k + {u + 1}) * {measure.rows(n)} * D + d")
             w.put(deep, *(f"A{i}{j}_{u} = {w.vector('MEASURES', 'om', i * n + j, here)}" for i in w.S for j in w.S))
@@ -111,11 +114,12 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
         w.put(deep, *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
         w.put(deep, f"more = k + {u} < {count}")
         w.put(deep, *(f"h{i} = tl.where(more, k{i}, h{i})" for i in w.S), *(f"c{i} = tl.where(more, k{i} - a{i}_{u}, c{i})" for i in w.S))
+        w.put(deep, *(f"z{i} = tl.where(more, tl.maximum(tl.abs(j{i}{i}_{u}) * z{i}, z{i}_{u}), z{i})" for i in w.S))
         if worst:
-            measure.effect(w, deep, "gap", "c{i}", f"A{{i}}{{j}}_{u}", f"M{{i}}_{u}")
+            measure.effect(w, deep, "gap", "c{i}", f"A{{i}}{{j}}_{u}", f"M{{i}}_{u}", "z{i}")
             w.put(deep, f"gap = tl.max(tl.where({live('more')}, gap, 0.0), 0)", "worst = tl.maximum(worst, gap)")
             w.put(deep, f"bad = tl.where((gap > TOLERANCE) & (bad == n), k + {u + 1}, bad)")
-    w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * n * n} * D")
+    w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * (n * n + n)} * D")
 
 
 def mend(traced: Traced, unroll: int) -> str:
@@ -124,21 +128,23 @@ def mend(traced: Traced, unroll: int) -> str:
     w.begin("mend", f"{own}, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
     measure.load(w, 1, "AM")
     _chain(w, 1, "s", worst=False)
-    w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n} * D + d")
+    w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n + n} * D + d")
     old = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
-    measure.effect(w, 1, "gap", "c{i}", "oA{i}{j}", "oM{i}")
+    measure.effect(w, 1, "gap", "c{i}", "oA{i}{j}", "oM{i}", "z{i}")
     w.put(1, "if tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE:  # what this slice found stands")
     w.put(2, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i} - c{i}, mask=inside)" for i in w.S))
     w.put(2, *(f"tl.store(NEW_ENDS + o + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S))
-    w.put(2, *w.matrix(f"tl.store(NEW_PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, {old}, mask=inside)"), "return")
+    w.put(2, *w.matrix(f"tl.store(NEW_PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, {old}, mask=inside)"))
+    w.put(2, *(f"tl.store(NEW_PRODUCTS + oo + {n * n + i} * D, {w.vector('PRODUCTS', 'oo', n * n + i)}, mask=inside)" for i in w.S), "return")
     w.put(1, "tl.atomic_max(STATS + 1, ROUND)")
     measure.load(w, 1, "GL")
-    measure.effect(w, 1, "gap", "c{i}", "oG{i}{j}", "oL{i}")
+    measure.effect(w, 1, "gap", "c{i}", "oG{i}{j}", "oL{i}", "z{i}")
     w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)")
     w.weights()
     w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", TAIL)
     measure.begin(w, 1, "tl.zeros((BD,), tl.float32)")
+    w.put(1, *(f"H{i} = tl.maximum(H{i}, z{i})" for i in w.S))
     w.put(1, "span = STRETCH + 0 * first", "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
     _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
     w.put(2, "to = tl.minimum(tl.where(from_ + span <= tail, from_ + span, last), last)")
@@ -148,14 +154,15 @@ def mend(traced: Traced, unroll: int) -> str:
     _loop(w, 2, "from_", "to", "True")
     measure.load(w, 2, "GL")  # not held over the loop, which needs the registers
     w.put(2, *(f"a{i} = a{i} - h{i}" for i in w.S))
-    measure.effect(w, 2, "gap", "a{i}", "oG{i}{j}", "oL{i}")
+    measure.effect(w, 2, "gap", "a{i}", "oG{i}{j}", "oL{i}", "H{i}")
     w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & here).to(tl.int32)")
-    w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK, STRETCH), now, to")
+    w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK), now, to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     measure.load(w, 1, "GL")
     measure.met(w, 1)
     w.put(1, *w.matrix(f"J{{i}}{{j}} = tl.where(met != 0, {old}, J{{i}}{{j}})"))
+    w.put(1, *(f"H{i} = tl.where(met != 0, {w.vector('PRODUCTS', 'oo', n * n + i)}, H{i})" for i in w.S))
     w.put(1, *_store_products(w, "NEW_PRODUCTS"))
     measure.lift(w, 1)
     measure.store(w, 1)

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton, overlapped
-from kernels.parallel_rnn import codegen, measure_source
+from kernels.parallel_rnn import backward_source, codegen, measure_source
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import TOLERANCE, product
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
-CORRECTIONS = 3  # Newton steps on the slice starts before the walk in order
+CORRECTIONS, CORRECTIONS_FINE = 3, 5  # Newton steps on the slice starts before the walk in order, of inputs in 16 and in 32 bits
 MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
-WINDOWS = 16  # parts of a slice, for each of which it is known what an adjoint from later slices does there
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
 SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
 SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
@@ -98,7 +97,7 @@ class Plan:
     """Sizes of a launch: steps ahead, channels a program, and slices of how many steps. A program runs on one scheduler of a multiprocessor
     and is bound by the latency of a step, so T is cut only as far as gives each scheduler a program: fewer slices, fewer corrections."""
 
-    def __init__(self, pre: Tensor, slices: int | None = None, back: bool = False) -> None:
+    def __init__(self, pre: Tensor, slices: int | None = None, back: bool = False, states: int = 1) -> None:
         (B, T), D = pre.shape[:2], pre.shape[3:].numel()
         self.short = pre.element_size() == 2
         small = interpreted()  # the interpreter pays for every statement
@@ -112,7 +111,7 @@ class Plan:
             slices = min(max(1, round(wanted / (self.blocks * B))), SLICES, max(1, T // self.mark))
         self.slice = -(-T // (slices * self.mark)) * self.mark
         self.slices = -(-T // self.slice)
-        self.window = -(-self.slice // (WINDOWS * self.back)) * self.back
+        self.window = -(-self.slice // (backward_source.windows(states) * self.back)) * self.back
         self.even = T % (self.back if back else self.ahead) == 0 and D % self.block == 0
         self.grid: tuple[int, ...] = (self.blocks * B, self.slices)
 
@@ -205,9 +204,9 @@ def forward(
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    rounds = min(2 if trace(cell).linear else CORRECTIONS, n - 1)  # a linear cell needs one, and another where rounding counts
+    rounds = min(2 if trace(cell).linear else CORRECTIONS if plan.short else CORRECTIONS_FINE, n - 1)  # a linear cell needs one, and another where rounding counts
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
-    products = h0.new_empty(rounds + 1, B, n, S, S, D) if n > 1 else h0
+    products = h0.new_empty(rounds + 1, B, n, S * S + S, D) if n > 1 else h0
     measures = h0.new_empty(B, n, measure_source.rows(S), D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
@@ -280,7 +279,7 @@ def backward(
     whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     B, D, R, S = len(pre), rec.shape[1], len(cell.rec), len(cell.state)
-    plan = Plan(pre, slices, back=True)
+    plan = Plan(pre, slices, True, S)
     module, n = _module(cell, plan), plan.slices
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     d_whole = torch.empty_like(whole)
@@ -289,17 +288,15 @@ def backward(
     partial, d_h0 = h0.new_empty(B, n, R, D), torch.empty_like(h0)
     ends, products = (h0.new_empty(B, n, S, D), h0.new_empty(B, n, S, S, D)) if n > 1 else (h0, h0)
     windows = h0.new_empty(B, n, -(-plan.slice // plan.window), S * S + S, D) if n > 1 else h0
-    flags = torch.empty(plan.grid[0], n + 1, dtype=torch.int32, device=h0.device) if n > 1 else h0
+    flags = torch.empty(plan.grid[0], n, dtype=torch.int32, device=h0.device) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     with_kept = d_kept is not None and S > 1
     tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
     outputs = (to.tensor, partial, d_h0, d_final, ends, products, windows, flags, plan.window, TOLERANCE[pre.dtype], to.batch, to.se, to.time, to.projection)
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
-        after = dependently(constants)
-        module.mend_gradient[plan.grid](*tensors, *outputs, with_kept, *sizes, **after)
-        most = 1 << n.bit_length()  # a power of two above n
-        module.finish_gradient[plan.grid[:1]](*tensors, *outputs, _counters(pre.device), n, most, with_kept, *sizes, **after)
+        most = 1 << (n - 1).bit_length()
+        module.mend_gradient[plan.grid](*tensors, *outputs, _counters(pre.device), most, with_kept, *sizes, **dependently(constants))
     if to.tensor is not d_pre:  # a layout the kernels cannot write
         d_pre.copy_(to.tensor)
     return d_whole, partial.sum((0, 1)), d_h0

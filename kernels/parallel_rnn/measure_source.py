@@ -5,7 +5,8 @@ Names in the generated source, all per channel; i, j are states:
     A{i}{j}     largest absolute product from the slice's start to any step  Q{i}{j}  likewise from the start of the group
     G{i}{j}     ... from any step to any later one                           R{i}{j}  ... from any step to here
     M{i}        largest absolute state of the slice                          L{i}     ... of its last eighth
-                                                                             N{i}     ... of the group
+    H{i}        what is left here of a change of some earlier state by its   N{i}     ... of the group
+                own size: the largest of product times state
 Where states mix, products of absolute values stand for absolute values of products: upper bounds. What a group measures costs a step two
 operations for one state; the rest is paid once a group. What is not a number stays so in A, G and M, and is never accepted.
 """
@@ -26,10 +27,17 @@ def begin(w: Writer, indent: int, like: str, meets: bool = True) -> None:
         w.put(indent, *(f"{name}{i}{j} = {like} + {float(i == j)}" for i in w.S for j in w.S))
     for name in "ML" if meets else "M":
         w.put(indent, *(f"{name}{i} = {like}" for i in w.S))
+    if meets:
+        w.put(indent, *(f"H{i} = tl.abs(h{i})" for i in w.S))
 
 
-def step(w: Writer, indent: int, u: int) -> None:
-    """After step u of a group with the Jacobian j, from states that a reset r{u} made zero."""
+def step(w: Writer, indent: int, u: int, meets: bool) -> None:
+    """After step u of a group with the Jacobian j, from states that a reset r{u} made zero. Without meetings there is no need of groups."""
+    if not meets:
+        w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"J{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, J{{i}}{{j}})")))
+        w.put(indent, *(f"k{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
+        w.put(indent, *w.matrix("J{i}{j} = _keep(go, k{i}{j}, J{i}{j}, EVEN)"), *w.matrix("A{i}{j} = _most(A{i}{j}, tl.abs(J{i}{j}))"))
+        return
     if u == 0:
         w.put(indent, *(f"P{i}{j} = _keep(go, j{i}{j}, {float(i == j)}, EVEN)" for i in w.S for j in w.S))
         w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix("P{i}{j} = tl.where((r0 != 0) & go, 0.0, P{i}{j})")))
@@ -40,18 +48,21 @@ def step(w: Writer, indent: int, u: int) -> None:
     w.put(indent, *w.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"), *w.matrix("Q{i}{j} = _most(Q{i}{j}, tl.abs(P{i}{j}))"))
 
 
-def largest(w: Writer, indent: int, u: int) -> None:
+def largest(w: Writer, indent: int, u: int, meets: bool) -> None:
+    """The states after step u."""
+    if not meets:
+        return w.put(indent, *(f"M{i} = _most(M{i}, tl.abs(h{i}))" for i in w.S))
     w.put(indent, *(f"N{i} = " + (f"_most(N{i}, tl.abs(h{i}))" if u else f"tl.abs(h{i})") for i in w.S))
 
 
-def group(w: Writer, indent: int, meets: bool = True) -> None:
+def group(w: Writer, indent: int) -> None:
     """At the end of a group."""
     w.put(indent, *(f"A{i}{j} = _most(A{i}{j}, {w.product('Q{i}{m}', 'tl.abs(J{m}{j})', i, j)})" for i in w.S for j in w.S))
-    if meets:
-        w.put(indent, *(f"G{i}{j} = _most(G{i}{j}, {w.product('Q{i}{m}', 'R{m}{j}', i, j)})" for i in w.S for j in w.S))
-        w.put(indent, *(f"k{i}{j} = {w.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
-        w.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in w.S for j in w.S))
-        w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, N{i}), L{i})" for i in w.S))
+    w.put(indent, *(f"G{i}{j} = _most(G{i}{j}, {w.product('Q{i}{m}', 'R{m}{j}', i, j)})" for i in w.S for j in w.S))
+    w.put(indent, *(f"k{i}{j} = {w.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
+    w.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in w.S for j in w.S))
+    w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, N{i}), L{i})" for i in w.S))
+    w.put(indent, *(f"H{i} = _most(tl.abs(P{i}{i}) * H{i}, tl.abs(h{i}))" for i in w.S))
     w.put(indent, *(f"M{i} = _most(M{i}, N{i})" for i in w.S))
     w.put(indent, *(f"k{i}{j} = {w.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S), *w.matrix("J{i}{j} = k{i}{j}"))
 
@@ -77,11 +88,15 @@ def _names(w: Writer) -> list[str]:
     return [*w.matrix("A{i}{j}"), *w.matrix("G{i}{j}"), *(f"M{i}" for i in w.S), *(f"L{i}" for i in w.S)]
 
 
-def effect(w: Writer, indent: int, to: str, change: str, growth: str, largest: str) -> None:
-    """to = what a change of the states does to later ones, relative to the largest of them: the certificate's measure. Forms over i and j."""
-    sums = [" + ".join(f"_times({growth.format(i=i, j=j)}, tl.abs({change.format(i=j)}))" for j in w.S) for i in w.S]
-    w.put(indent, f"{to} = _share({sums[0]}, {largest.format(i=0)})")
-    w.put(indent, *(f"{to} = tl.maximum({to}, _share({sums[i]}, {largest.format(i=i)}))" for i in w.S[1:]))
+def effect(w: Writer, indent: int, to: str, change: str, growth: str, largest: str, before: str = "") -> None:
+    """to = what a change of the states does to later ones, relative to the largest of them or, where that is more, to what a change of an
+    earlier state by its own size (`before`) would do: the certificate's measure. Forms over i and j."""
+    for i in w.S:
+        total = " + ".join(f"_times({growth.format(i=i, j=j)}, tl.abs({change.format(i=j)}))" for j in w.S)
+        w.put(indent, f"size = {largest.format(i=i)}")
+        if before:
+            w.put(indent, *(f"size = tl.maximum(size, _times({growth.format(i=i, j=j)}, {before.format(i=j)}))" for j in w.S))
+        w.put(indent, f"{to} = _share({total}, size)" if i == 0 else f"{to} = tl.maximum({to}, _share({total}, size))")
 
 
 def met(w: Writer, indent: int) -> None:

@@ -61,16 +61,16 @@ def _share(change, largest):  # of the largest; no change is none of it, whateve
 
 
 @triton.jit
-def _next_span(span, was, now, TOLERANCE, MARK: tl.constexpr, STRETCH: tl.constexpr):
+def _next_span(span, was, now, TOLERANCE, MARK: tl.constexpr):
     """Steps until a distance that fell from `was` to `now` within `span` steps is within the tolerance, should it go on so."""
     fell, left = tl.log2(was / tl.maximum(now, 1.0e-30)), tl.log2(tl.maximum(now / TOLERANCE, 1.0))
     steps = tl.minimum(span * left / tl.maximum(fell, 0.01), 1.0e6)
-    return tl.maximum((steps / MARK).to(tl.int32) * MARK, STRETCH)
+    return ((steps / MARK).to(tl.int32) + 1) * MARK
 
 
 @triton.jit
-def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
-    return tl.where(x == 0.0, 0.0, J * x)
+def _times(J, x):  # nothing stays nothing, whatever it is multiplied with; nothing passes where a document starts
+    return tl.where((x == 0.0) | (J == 0.0), 0.0, J * x)
 
 
 @triton.jit

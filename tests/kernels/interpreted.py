@@ -34,7 +34,7 @@ def check(name: str) -> None:
         (18, 5, 4, 0.5, 0.0, torch.float32, 4),
         (10, 5, 2, 0.5, 0.0, torch.float16, 3),
     ):
-        launch.CORRECTIONS = corrections
+        launch.CORRECTIONS = launch.CORRECTIONS_FINE = corrections
         torch.manual_seed(T)
         pre, rec, h0, starts = problem(cell, 1 if weight > 1 else 2, T, D, weight, resets=resets)
         pre = pre.to(dtype).double()
