@@ -91,7 +91,7 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if bias_PD is not None:
         cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
-    if pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
+    if cell.lowered and pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
         with torch.cuda.device_of(pre_BPD):
             return launch.step(cell, pre_BPD, rec_RD, h_BSD)
     dtype = reference.compute_dtype(pre_BPD)

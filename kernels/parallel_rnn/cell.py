@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +56,12 @@ class Cell:
     with_bias: Cell | None = field(init=False, default=None, compare=False, repr=False)  # see `biased`
 
     def __post_init__(self) -> None:
-        from kernels.parallel_rnn.trace import NotLowered, trace  # it needs Cell
+        from kernels.parallel_rnn.expressions import check  # it needs Cell
+        from kernels.parallel_rnn.operations import NotLowered
 
         try:
-            trace(self)
+            with _apart():
+                check(self)
         except NotLowered as reason:
             object.__setattr__(self, "why_loop", str(reason))
         numbered = (f"{self.name}#{i}" for i in itertools.count(2))
@@ -102,11 +105,21 @@ class Cell:
     def __call__(self, pre: Sequence[Tensor], rec: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One step on tensors given in the order of the names. Raises ValueError if it returns something else than its states."""
         new, like = returned(self, self.call(pre, rec, state)), state[0]
-        return tuple(n if n.shape == like.shape else n.expand_as(like) for n in new)
+        return tuple(n if n.dim() >= like.dim() else n.expand_as(like) for n in new)  # one of weights alone
 
     def problem(self, width: int) -> str:
-        """One sentence if a step on `width` channels fails, else empty. A lowered step cannot; any other is tried."""
-        return "" if self.lowered else _tried(self, width)
+        """One sentence if a step on tensors of `width` channels, or its gradient, fails, else empty. It is tried, once."""
+        return _tried(self, width)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Inside, tensors are real and on the CPU, whatever the mode outside, and random numbers leave no trace."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        yield
 
 
 def returned(cell: Cell, found: Any) -> tuple[Any, ...]:
@@ -127,10 +140,7 @@ def _failed(cell: Cell, what: str, reason: Exception) -> str:
 
 @functools.cache
 def _tried(cell: Cell, width: int) -> str:
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+    with _apart():
         pre, rec, state = ([torch.rand(*shape, requires_grad=True) * 1.0 for _ in names] for names, shape in ((cell.pre, (2, width)), (cell.rec, (width,)), (cell.state, (2, width))))
         versions = [(name, t, t._version) for name, t in zip((*cell.pre, *cell.rec, *cell.state), (*pre, *rec, *state))]
         try:
@@ -154,10 +164,8 @@ def _tried(cell: Cell, width: int) -> str:
 @functools.cache
 def _kept(cell: Cell) -> int:
     """How many values a channel and step of the loop keeps for its backward pass; 8 where a step cannot be tried on two channels."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     kept: list[Tensor] = []
-    with _disable_current_modes(), torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with _apart():
         given = [[torch.rand(2, requires_grad=True) for _ in names] for names in (cell.pre, cell.rec, cell.state)]
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
@@ -196,4 +204,6 @@ def _with_bias(cell: Cell) -> Cell:
         biases = {name: given.pop(bias) for name, bias in names.items()}
         return cell.step(**{name: value + biases[name] if name in biases else value for name, value in given.items()})
 
-    return Cell(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state)
+    made = Cell(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state)
+    object.__setattr__(made, "why_loop", cell.why_loop or made.why_loop)  # under the name its author knows
+    return made

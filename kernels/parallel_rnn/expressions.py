@@ -11,7 +11,7 @@ import torch
 
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.operations import OPERATIONS, TENSORS_ONLY
-from kernels.parallel_rnn.trace import LARGEST, SMALLEST, Node, Traced, order, trace
+from kernels.parallel_rnn.trace import LARGEST, SMALLEST, Node, NotLowered, Traced, order, trace
 
 LOG2_E = 1.4426950408889634
 # Through powers of two of a scaled argument. Where a step waits for the step before, `scaled` moves the factor to inputs and weights.
@@ -80,7 +80,11 @@ def function(name: str, arguments: Sequence[str], results: Sequence[Node], like:
             lines.append(f"    v{shared}_ = {bare(form)}")
         else:
             text[id(node)] = form
-    out = [bare(text[id(n)]) if n.op != "const" else f"{'tl' if triton else 'torch'}.zeros_like({like}) + {text[id(n)]}" for n in results]
+    out = []
+    for node in results:
+        varies = any(leaf.op == "var" and leaf.arguments[0][0] != "w" for leaf in order([node]))  # else it has the shape of a weight, or none
+        flat = node.op == "const" or triton and not varies
+        out.append(f"{'tl' if triton else 'torch'}.zeros_like({like}) + {text[id(node)]}" if flat else bare(text[id(node)]))
     return "\n".join([*lines, f"    return {', '.join(out)}"]) + "\n"
 
 
@@ -93,6 +97,22 @@ def derivatives(traced: Traced, jacobian: str = "jacobian", gradients: str = "st
         text = f"{head}    return ({result},)\n"
     all_d = [*traced.d_pre, *traced.d_rec, *traced.d_state]
     return text, function(gradients, [*traced.arguments, *traced.cotangents], all_d, like, triton=False)
+
+
+def check(cell: Cell) -> None:
+    """Raises NotLowered unless the step can be traced and does to tensors what was traced (it may ask what it is given), ValueError for a step
+    that no solver can run."""
+    traced = trace(cell)
+    names: dict[str, Any] = {"torch": torch}
+    exec(function("step", traced.arguments, traced.new, "h0", triton=False), names)  # our own text, as below
+    given = [[3 * torch.randn(64, dtype=torch.float64) for _ in role] for role in (cell.pre, cell.rec, cell.state)]
+    try:
+        found = cell(*given)
+    except Exception:  # models say it in a sentence (Cell.problem), and a call of the step says it itself
+        return
+    wanted = names["step"](*given[0], *given[1], *given[2])
+    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(found, wanted if len(found) > 1 else (wanted,))):
+        raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them.")
 
 
 @functools.cache

@@ -42,7 +42,8 @@ class Cell:
         self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
 
     def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
-        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        return tuple(n if n.dim() >= state[0].dim() else n.expand_as(state[0]) for n in new)
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.parallel_rnn import launch
-from kernels.parallel_rnn.cell import Cell, Pre, State
+from kernels.parallel_rnn.cell import Cell, Pre, Rec, State
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.trace import trace, vjp
@@ -35,6 +35,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked": lambda x: x * (x != 1) + (x <= -1).to(x.dtype), "lerp": lambda x: torch.lerp(x, 0.5 * x, torch.sigmoid(x)), "nothing": lambda x: 0.0 * x,
     "same": lambda x: x - x, "one": lambda x: x / x,
 }  # fmt: skip
+def many(x: Pre, y: Pre, a: Rec, b: Rec, c: State, h: State) -> tuple[Tensor, ...]:
+    """Most of what lowers, in one cell."""
+    z = F.softplus(x + a * h, 2.0)
+    gate = torch.where((h > 0) & (x <= 1.0), torch.sigmoid(y), 0.5 * F.silu(y).tanh())
+    c = torch.clamp(c, -2.0, 2.0) * gate + F.gelu(x, approximate="tanh") - torch.maximum(c, b * x) / (1 + z)
+    h = torch.sin(c) + 0.1 * F.leaky_relu(h) * torch.exp2(-torch.abs(c)) + torch.expm1(-z) * (h != 0)
+    return c, h - torch.log1p(c * c) ** 1.5 + torch.rsqrt(1 + c**2) + torch.lerp(h, y, gate)
+
+
 TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 NAN, INF = float("nan"), float("inf")
 KERNEL = """
@@ -122,10 +131,40 @@ def check(x: Tensor, ways: list[tuple[bool, str]], talk: bool = False) -> None:
             assert error <= 4 * allowed, f"slope of {name}, {'short' if short else 'exact'}, {maths}: off by {error:.1e} at {at!r}"
 
 
+def elsewhere() -> None:
+    """A cell of many functions in the decoding kernel and in the kernel of an exported file: right to fp32, its tails too."""
+    from kernels import decode_step
+    from models.hub.recurrence import written
+
+    cell, g = Cell.from_step(many), torch.Generator().manual_seed(0)
+    T, D, (P, R, S) = 5, 6, (len(cell.pre), len(cell.rec), len(cell.state))
+    pre, rec, state = (torch.randn(*shape, generator=g) for shape in ((2, T, P, D), (R, D), (2, S, D)))
+    pre[0] = pre[0] * 20 - 20  # softplus, gelu and silu of -60
+    wanted, new = [], [s.double() for s in state.unbind(1)]
+    for t in range(T):
+        new = list(cell([x.double() for x in pre[:, t].unbind(1)], [w.double() for w in rec], new))
+        wanted.append(torch.stack(new, 1))
+    weight, u = torch.eye(D).repeat(1, P)[None].contiguous(), torch.zeros(2, D)  # each row of its own bias, the inputs
+    for row in range(2):
+        one = state[row : row + 1].clone()
+        decode_step.cell_step(cell, u[:1], weight, pre[row, 0].contiguous(), rec, one)
+        assert torch.allclose(one.double(), wanted[0][row : row + 1], rtol=3e-6, atol=0), "decoding"
+    plain, kernels, _ = written([cell])
+    module = launch.load_source("exported", "\n\n\n".join(["import torch\nimport triton\nimport triton.language as tl\n\njit = triton.jit", *plain, *kernels]) + "\n")
+    states, final = torch.empty(2, T, S, D), torch.empty(2, S, D)
+    module.kernel_many[(1, 2)](pre, rec, state, states, states, final, T, D, *pre.stride()[:3], HAS_STARTS=False, BLOCK=8)
+    assert torch.allclose(states.double(), torch.stack(wanted, 1), rtol=2e-5, atol=1e-7) and torch.equal(final, states[:, -1]), "exported"
+    assert torch.allclose(states[:, 0].double(), wanted[0], rtol=3e-6, atol=0), "exported, the first step"
+    x = [t.double() for t in (*pre[1, 0], *rec, *state[1])]
+    rows = torch.autograd.functional.jacobian(lambda *h: cell(x[:P], x[P : P + R], h), tuple(x[P + R :]))
+    for found, right in zip(module.jacobian_many(*x), (entry.diagonal() for row in rows for entry in row)):
+        assert torch.allclose(found, right, rtol=1e-9), "exported derivatives"
+
+
 if __name__ == "__main__":
     from tests.kernels.interpreter import patch_once
 
     patch_once()
-    torch.manual_seed(0)
+    elsewhere()
     check(points(1500), [(False, "portable"), (True, "portable")], talk=True)
     print("ok")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from function_cases import FUNCTIONS, INF, NAN, cell_of, points
+from function_cases import FUNCTIONS, INF, NAN, cell_of, many, points
 from omegaconf import OmegaConf
 from test_parallel_rnn import agree, everything, problem
 from torch import Tensor
@@ -67,15 +68,6 @@ def test_nothing_that_may_be_nan_is_simplified() -> None:
     assert out.isnan().all()
 
 
-def many(x: Pre, y: Pre, a: Rec, b: Rec, c: State, h: State) -> tuple[Tensor, ...]:
-    """Most of what lowers, in one cell."""
-    z = F.softplus(x + a * h, 2.0)
-    gate = torch.where((h > 0) & (x <= 1.0), torch.sigmoid(y), 0.5 * F.silu(y).tanh())
-    c = torch.clamp(c, -2.0, 2.0) * gate + F.gelu(x, approximate="tanh") - torch.maximum(c, b * x) / (1 + z)
-    h = torch.sin(c) + 0.1 * F.leaky_relu(h) * torch.exp2(-torch.abs(c)) + torch.expm1(-z) * (h != 0)
-    return c, h - torch.log1p(c * c) ** 1.5 + torch.rsqrt(1 + c**2) + torch.lerp(h, y, gate)
-
-
 def test_a_cell_of_many_functions_is_its_loop() -> None:
     cell = Cell.from_step(many)
     assert cell.lowered
@@ -111,6 +103,7 @@ NOT_LOWERED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "shape": ("'shape'", lambda x, h: x + 0.5 * h / h.shape[-1]),
     "table": ("Tensor inside the step", lambda x, h: x + h * TABLE),
     "table first": ("Tensor inside the step", lambda x, h: x + TABLE * h),
+    "asking": ("something else than to what stands for them", lambda x, h: x + (0.5 if isinstance(h, Tensor) else 0.4) * h),
     "random": ("Tensor inside the step", lambda x, h: x + 0.0 * h * torch.rand(6)),
     "state": ("same at every call", counting),
     "in place": ("iadd", in_place),
@@ -135,9 +128,8 @@ def test_what_cannot_be_followed_runs_as_the_loop(name: str) -> None:
         return (call(x, h),)
 
     cell = Cell.from_step(step, f"cell_{name}")
-    with pytest.raises(NotLowered, match=f"Cell cell_{name} runs as a loop in plain torch: .*{word}"):
-        trace(cell)
-    assert not cell.lowered and not biased(cell).lowered
+    assert re.match(f"Cell cell_{name} runs as a loop in plain torch: .*{word}.*\\.$", cell.why_loop), cell.why_loop
+    assert not cell.lowered and biased(cell).why_loop == cell.why_loop
     pre = torch.randn(2, 40, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     inputs = [pre, torch.zeros(0, 6, dtype=torch.float64), 0.1 * torch.ones(2, 1, 6, dtype=torch.float64), None]
     COUNT[0] = 0
@@ -251,6 +243,7 @@ BROKEN = {
     "wrong_name": ("def step(x: Pre, h: State): return (x + hh,)", "its step fails with NameError: name 'hh' is not defined."),
     "in_place": ("def step(x: Pre, h: State):\n    h += x\n    return (h,)", "its step changes its argument 'h' in place"),
     "undone": ("def step(x: Pre, h: State):\n    z = torch.tanh(x + h)\n    z *= 0.5\n    return (z,)", "its step cannot be differentiated, it fails with RuntimeError: one of"),
+    "maximum": ("def step(x: Pre, h: State): return (torch.maximum(x + h, 0.5),)", "its step fails with TypeError: maximum(): argument 'other'"),
     "whole": ("def step(x: Pre, h: State): return ((torch.lgamma(x + h) > 0).int(),)", "must be a tensor of floating point numbers, not torch.int32."),
     "bias": ("BIAS_INIT = {'q': 1.0}\ndef step(x: Pre, h: State): return (x + h,)", "BIAS_INIT names 'q', which is no Pre argument of its step; these are x."),
     "biases": ("BIAS_INIT = {'x': (1.0, 2.0, 3.0)}\ndef step(x: Pre, h: State): return (x + h,)", "BIAS_INIT['x'] must be a number or a pair of numbers"),
