@@ -67,7 +67,8 @@ def _sigmoid(x):
 def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     twice = 2.0 * tl.abs(x)
     e = _exp2(-{HIGH} * twice)
-    top = tl.where(twice < 0.69, -_small_expm1(-twice), 1.0 - e)
+    small = twice * (0.99999994 + twice * (-0.4999925 + twice * (0.16654815 + twice * (-0.04100128 + twice * 0.006771037))))
+    top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
 '''
 SHORT = f'''
@@ -105,13 +106,14 @@ def _signed(size, x):  # a size with the sign of x
 
 
 @triton.jit
-def _small_expm1(x):  # for x from -0.7 to 0.5
-    return x * (1.0 + x * (0.5 + x * (0.16666597 + x * (0.041665684 + x * (0.008340223 + x * (0.0013982827 + x * 0.00018183055))))))
+def _small_expm1(x):  # for x from -0.7 to 0.75
+    p = 0.16666676 + x * (0.0416667 + x * (0.008332375 + x * (0.001388624 + x * (0.0002013231 + x * 2.5357147e-05))))
+    return x * (1.0 + x * (0.5 + x * p))
 
 
 @triton.jit
 def _expm1(x):
-    return tl.where((x > -0.7) & (x < 0.5), _small_expm1(x), _exp(x) - 1.0)
+    return tl.where((x > -0.7) & (x < 0.75), _small_expm1(x), _exp(x) - 1.0)
 
 
 @triton.jit
@@ -135,7 +137,7 @@ def _sign(x):  # of what is not a number 0, as in torch
 def _bell(x):  # e^(-x^2 / 2), its exponent as the sum of an exact square and a remainder
     size = tl.minimum(tl.abs(x), 20.0, propagate_nan=tl.PropagateNan.ALL)
     head = (size.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
-    return _exp(-0.5 * head * head) * _exp(-0.5 * (size - head) * (size + head))
+    return _exp(-0.5 * head * head) * (1.0 + _small_expm1(-0.5 * (size - head) * (size + head)))
 
 
 @triton.jit

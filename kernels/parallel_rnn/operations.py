@@ -109,7 +109,7 @@ def _pow(g: Any, input: Any, exponent: Any) -> Any:
         return g.make("power", input, k)
     if k == 0:
         return g.const(1.0)
-    if not -3 <= k <= 8:  # products would round too often
+    if not -2 <= k <= 8:  # products would round too often
         return g.make("whole_power", input, k)
     base, whole = (g.make("div", 1.0, input), -k) if k < 0 else (input, k)
     half = _pow(g, base, whole // 2) if whole > 1 else base
