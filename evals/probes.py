@@ -180,7 +180,7 @@ def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
     layers = [
         (i, b.mixer)
         for i, b in enumerate(blocks)
-        if hasattr(b.mixer, "cell") and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
+        if getattr(b.mixer, "cell", None) is not None and b.mixer.cell.lowered and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
     ]
     now = [0]
     with ExitStack() as stack:
@@ -194,6 +194,8 @@ def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
                 cell: Any, pre: Tensor, rec: Tensor, h0: Any = None, starts: Any = None, *, original: Any = original,
                 bias_PD: Tensor | None = None, emitted: bool = False, **options: Any,
             ) -> Any:  # fmt: skip
+                if not cell.lowered:  # its channels may reach each other: the diagonal says nothing
+                    return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, emitted=emitted, **options)
                 states, final = original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
                 wide = torch.promote_types(pre.dtype, torch.float32)
                 inputs = pre.flatten(3) if pre.dim() == 5 else pre

@@ -9,22 +9,8 @@ import sys
 
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
+from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.trace import trace
-
-MATHS = '''@triton.jit
-def _exp2(x):
-    return tl.exp2(x)
-
-
-@triton.jit
-def _logistic(x):  # of an argument that was scaled
-    return 1.0 / (1.0 + _exp2(x))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + _exp2(-1.4426950408889634 * tl.abs(x)))
-'''
 
 
 def source(cell: Cell) -> str:
@@ -56,9 +42,10 @@ def source(cell: Cell) -> str:
         f"    {', '.join(f'y{s}' for s in range(S))} = step({', '.join(arguments)})",
         *(f"    tl.store(STATE + (b * {S} + {s}) * D + d, y{s}, mask=here)" for s in range(S)),
     ]
-    step = function("step", [*cell.pre, *cell.rec, *cell.state], trace(cell).new, cell.state[0])
+    traced = trace(cell)
+    step = function("step", traced.arguments, traced.new, "h0", legend=traced.legend)
     header = f'"""The decoding step of the cell {cell.name}, written by kernels/decode_step/cell.py."""\nimport triton\nimport triton.language as tl\n'
-    return "\n\n".join([header, MATHS, step, "\n".join(lines) + "\n"])
+    return "\n\n".join([header, functions(step, short=False) + "\n", step, "\n".join(lines) + "\n"])
 
 
 if __name__ == "__main__":

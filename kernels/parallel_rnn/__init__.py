@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.dispatch import planned
 from kernels.parallel_rnn import launch, op, reference
-from kernels.parallel_rnn.cell import Cell, biased
+from kernels.parallel_rnn.cell import Cell, biased, planned_loop
 
 METHODS = ("auto", "sequential", "parallel", "triton")
 SAVES = ("states", "borders")
@@ -33,9 +34,10 @@ def parallel_rnn(
     Returns (states (B, T, S, D) in pre's dtype, final (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec and h0. With
     `emitted` the last state alone instead of all, (B, T, D), which spares a copy where S > 1.
     method: "sequential" keeps autograd's graph of the loop; "parallel" solves over time slices in plain torch and differentiates through the
-    solution; "triton" runs the kernels generated from the step; "auto" is "triton" on a GPU where the cell can be lowered, else "parallel".
+    solution; "triton" runs the kernels generated from the step; "auto" is "triton" on a GPU, else "parallel", of a cell that can be lowered, and
+    "sequential" of any other, which it says once: what cannot be followed may reach another channel, row or time.
     save: what the backward pass keeps besides the inputs: "states", or "borders", every 32nd state, from which it makes the others again.
-    Raises ValueError for shapes that do not fit the cell.
+    Raises ValueError for shapes that do not fit the cell, and for a method that cannot solve it.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
     R, S = len(cell.rec), len(cell.state)
@@ -43,6 +45,10 @@ def parallel_rnn(
         raise ValueError(f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}.")
     if method not in METHODS or save not in SAVES:
         raise ValueError(f"method is {method!r} and save {save!r}; choose one of {', '.join(METHODS)}, and one of {', '.join(SAVES)}.")
+    if not cell.lowered and method in ("parallel", "triton"):
+        raise ValueError(f"method={method!r} is not possible: {cell.why_loop} Use method='sequential' or 'auto'.")
+    if not cell.lowered and method == "auto" and not torch.compiler.is_compiling():
+        op.warn_once(cell.why_loop)
     if bias_PD is not None:
         cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
     dtype = reference.compute_dtype(pre_BTPD)
@@ -54,19 +60,21 @@ def parallel_rnn(
     if B * T * D == 0:
         nothing = 0 * (pre_BTPD.sum() + rec_RD.sum().to(pre_BTPD.dtype))  # for autograd: gradients of zero, not none
         return pre_BTPD.new_zeros((B, T, D) if emitted else (B, T, S, D)) + nothing, h0
-    if method == "triton" or (method != "sequential" and cell.lowered):  # autograd, which other cells need for their derivatives, is off in ops
+    if method != "sequential" and cell.lowered:
         out, kept, final, _ = op.solve(pre_BTPD, rec_RD, h0, starts_BT, cell.key, method, save == "borders")
         return out if emitted else op.joined(out, kept), final
-    if pre_BTPD.is_cuda and method == "auto" and not torch.compiler.is_compiling():
-        op.warn_once(launch.why_not(cell, pre_BTPD.device))
-    loop = method == "sequential" or reference.mixes_channels(cell)
-    if loop and method == "parallel":
-        raise ValueError(f"Cell {cell.name} mixes channels in its state, so its steps cannot be solved in parallel; use method='sequential'.")
-    run = reference.sequential if loop else reference.parallel
-    with torch.autocast(pre_BTPD.device.type, enabled=False):
-        states, final = run(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), h0, starts_BT)
+    states, final = _loop(cell, pre_BTPD, rec_RD, h0, starts_BT)
     states = states.to(pre_BTPD.dtype)
     return states[:, :, -1] if emitted else states, final
+
+
+@torch._disable_dynamo  # torch.compile would write every step of the loop out
+def _loop(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(states, final) by the loop, in the dtype of the arithmetic."""
+    dtype = h0_BSD.dtype
+    with torch.autocast(pre_BTPD.device.type, enabled=False):
+        pre, rec = op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype)
+        return (planned_loop if planned() else reference.sequential)(cell, pre, rec, h0_BSD, starts_BT)
 
 
 def solved(
@@ -83,7 +91,7 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if bias_PD is not None:
         cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
-    if pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
+    if cell.lowered and pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
         with torch.cuda.device_of(pre_BPD):
             return launch.step(cell, pre_BPD, rec_RD, h_BSD)
     dtype = reference.compute_dtype(pre_BPD)
@@ -101,6 +109,8 @@ def adjoint(
     of the arithmetic, at the solved `states` (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product zero. The
     product is what a change of h0 does to the final state, to first order; an adjoint g of the final state adds product^T g to that of h0.
     The last two are what `reference.effect` asks for."""
+    if not cell.lowered:
+        raise ValueError(f"There is no product of Jacobians: {cell.why_loop}")
     emitted, kept = states
     if op.use_triton(cell, pre_BTPD, "auto"):
         with torch.cuda.device_of(pre_BTPD):

@@ -20,8 +20,9 @@ import sys
 from kernels.parallel_rnn import backward_source, forward_source, shoot_source
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
+from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.trace import trace
-from kernels.parallel_rnn.writer import HELPERS, MATHS
+from kernels.parallel_rnn.writer import HELPERS
 
 AHEAD, AHEAD_BACK, AHEAD_SHOOT = 8, 4, 4  # steps of a group, the unit in which loads run ahead
 KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot", "decode")
@@ -29,21 +30,24 @@ KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "s
 
 def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx", short: bool = True) -> str:
     """All kernels of a cell. maths: "ptx" (NVIDIA's approximate exp2 and reciprocal, 2 and 1 units in the last place) or "portable".
-    short: for inputs in 16 bits, the factors of exponents are moved off the chain of steps (it rounds worse where a gate's terms cancel).
+    short: for inputs in 16 bits, functions are as good as their rounding asks for, and the factors of exponents are moved off the chain of
+    steps (it rounds worse where a gate's terms cancel).
     Raises NotLowered if the step cannot be traced."""
     traced = trace(cell)
-    arguments = [*cell.pre, *cell.rec, *cell.state]
+    arguments, like, fixed = traced.arguments, "h0", traced.fixed if short else ()
     entries = [entry for row in traced.jacobian for entry in row]
-    like, fixed = cell.state[0], cell.rec if short else ()
-    cotangents = [f"g_{name}" for name in cell.state]
     header = f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
-    parts = [
-        header + MATHS[maths].rstrip("\n"),
-        HELPERS.strip("\n") + "\n",
-        function("step", arguments, traced.new, like, fixed=fixed),
+    steps = [
+        function("step", arguments, traced.new, like, fixed=fixed, legend=traced.legend),
         function("jacobian", arguments, entries, like),
         function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=fixed),
-        function("step_vjp", [*arguments, *cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
+        function("step_vjp", [*arguments, *traced.cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
+    ]
+    parts = [
+        header,
+        functions("".join(steps), short, maths) + "\n",
+        HELPERS.strip("\n") + "\n",
+        *steps,
         forward_source.walk(traced, ahead),
         forward_source.mend(traced, ahead),
         forward_source.finish(traced, ahead),

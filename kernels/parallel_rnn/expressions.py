@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.trace import Node, NotLowered, order, trace
+from kernels.parallel_rnn.operations import OPERATIONS, TENSORS_ONLY
+from kernels.parallel_rnn.trace import LARGEST, SMALLEST, Node, NotLowered, Traced, order, trace
 
 LOG2_E = 1.4426950408889634
 # Through powers of two of a scaled argument. Where a step waits for the step before, `scaled` moves the factor to inputs and weights.
-POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("(2.0 * _logistic({}) - 1.0)", -2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
-FORMS = {
-    "add": "({} + {})", "sub": "({} - {})", "mul": "({} * {})", "div": "({} / {})", "neg": "(-{})", "log": "tl.log({})", "sqrt": "tl.sqrt({})", "softplus": "_softplus({})",
-    "relu": "tl.maximum({}, 0.0)", "positive_mask": "tl.where({} > 0.0, 1.0, 0.0)",
-}  # fmt: skip
-IN_TORCH = {
-    **FORMS, "sigmoid": "torch.sigmoid({})", "tanh": "torch.tanh({})", "exp": "torch.exp({})", "log": "torch.log({})", "sqrt": "torch.sqrt({})",
-    "softplus": "torch.nn.functional.softplus({})", "relu": "torch.relu({})", "positive_mask": "torch.gt({}, 0.0).to(torch.get_default_dtype())",
-}  # fmt: skip
+POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("_scaled_tanh({})", 2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
 
 
 def bare(text: str) -> str:
@@ -32,6 +26,15 @@ def bare(text: str) -> str:
         if depth == 0 and i < len(text) - 1:
             return text
     return text[1:-1] if text.startswith("(") else text
+
+
+def literal(value: float | bool, triton: bool) -> str:
+    """A constant as text. Kernels calculate in fp32, where a number it does not hold is infinite or zero (a step has none, its derivatives may)."""
+    if isinstance(value, bool):
+        return repr(value)
+    if triton and math.isfinite(value) and value and not SMALLEST <= abs(value) <= LARGEST:
+        value = math.copysign(math.inf if abs(value) > 1 else 0.0, value)
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 def scaled(node: Node, factor: float, written: Callable[[Node], str], fixed: Sequence[str]) -> str:
@@ -46,7 +49,7 @@ def scaled(node: Node, factor: float, written: Callable[[Node], str], fixed: Seq
     return f"{factor!r} * {text}"
 
 
-def function(name: str, arguments: Sequence[str], results: Sequence[Node], like: str, forms: dict[str, str] = FORMS, fixed: Sequence[str] = ()) -> str:
+def function(name: str, arguments: Sequence[str], results: Sequence[Node], like: str, triton: bool = True, fixed: Sequence[str] = (), legend: str = "") -> str:
     """A function (jitted, if in Triton) of the expressions; values used once are written in place, shared ones get a line. Constants
     become tensors shaped as `like`. fixed: arguments that are the same at every step, of a function on whose latency a loop depends."""
     nodes = order(results)
@@ -57,39 +60,67 @@ def function(name: str, arguments: Sequence[str], results: Sequence[Node], like:
     for node in results:
         uses[id(node)] = uses.get(id(node), 0) + 1
     text: dict[int, str] = {}
-    lines = [("@triton.jit\n" if forms is FORMS else "") + f"def {name}({', '.join(arguments)}):"]
+    lines = [("@triton.jit\n" if triton else "") + f"def {name}({', '.join(arguments)}):" + (f"  # {legend}" if legend else "")]
+    shared = 0
     for node in nodes:
         if node.op in ("var", "const"):
-            text[id(node)] = node.arguments[0] if node.op == "var" else repr(node.arguments[0])
+            text[id(node)] = node.arguments[0] if node.op == "var" else literal(node.arguments[0], triton)
             continue
-        if node.op in forms:
-            form = forms[node.op].format(*(text[id(a)] for a in node.arguments))
-        else:
+        if triton and fixed and node.op in POWERS:
             power, factor = POWERS[node.op]
-            argument = node.arguments[0]
-            form = power.format(scaled(argument, factor, lambda n: text[id(n)], fixed) if fixed else f"{factor!r} * {text[id(argument)]}")
+            form = power.format(scaled(node.arguments[0], factor, lambda n: text[id(n)], fixed))
+        else:
+            given = [text[id(a)] for a in node.arguments]
+            if not triton and node.op in TENSORS_ONLY:
+                given = [f"torch.full_like({like}, {t})" if a.op == "const" else t for a, t in zip(node.arguments, given)]
+            form = (OPERATIONS[node.op].triton if triton else OPERATIONS[node.op].torch).format(*given)
         if uses.get(id(node), 0) > 1 or len(form) > 90:
-            text[id(node)] = f"v{len(lines)}_"
-            lines.append(f"    v{len(lines)}_ = {bare(form)}")
+            shared += 1
+            text[id(node)] = f"v{shared}_"
+            lines.append(f"    v{shared}_ = {bare(form)}")
         else:
             text[id(node)] = form
-    out = [bare(text[id(n)]) if n.op != "const" else f"{'tl' if forms is FORMS else 'torch'}.zeros_like({like}) + {text[id(n)]}" for n in results]
+    out = []
+    for node in results:
+        varies = any(leaf.op == "var" and leaf.arguments[0][0] != "w" for leaf in order([node]))  # else it has the shape of a weight, or none
+        flat = node.op == "const" or triton and not varies
+        out.append(f"{'tl' if triton else 'torch'}.zeros_like({like}) + {text[id(node)]}" if flat else bare(text[id(node)]))
     return "\n".join([*lines, f"    return {', '.join(out)}"]) + "\n"
+
+
+def derivatives(traced: Traced, jacobian: str = "jacobian", gradients: str = "step_vjp") -> tuple[str, str]:
+    """(jacobian, step_vjp) of the traced step as the text of plain torch functions of these names, each returning a tuple."""
+    entries, like = [entry for row in traced.jacobian for entry in row], "h0"
+    text = function(jacobian, traced.arguments, entries, like, triton=False, legend=traced.legend)
+    if len(entries) == 1:  # a tuple all the same
+        head, result = text.rstrip().rsplit("    return ", 1)
+        text = f"{head}    return ({result},)\n"
+    all_d = [*traced.d_pre, *traced.d_rec, *traced.d_state]
+    return text, function(gradients, [*traced.arguments, *traced.cotangents], all_d, like, triton=False)
+
+
+def check(cell: Cell) -> None:
+    """Raises NotLowered unless the step can be traced and does to tensors what was traced (it may ask what it is given), ValueError for a step
+    that no solver can run."""
+    traced = trace(cell)
+    names: dict[str, Any] = {"torch": torch}
+    exec(function("step", traced.arguments, traced.new, "h0", triton=False), names)  # our own text, as below
+    given = [[3 * torch.randn(64, dtype=torch.float64) for _ in role] for role in (cell.pre, cell.rec, cell.state)]
+    try:
+        found = cell(*given)
+    except Exception:  # models say it in a sentence (Cell.problem), and a call of the step says it itself
+        return
+    wanted = names["step"](*given[0], *given[1], *given[2])
+    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(found, wanted if len(found) > 1 else (wanted,))):
+        raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them.")
 
 
 @functools.cache
 def torch_functions(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """(jacobian, step_vjp) of the traced step as plain torch functions, each returning a tuple; None for a cell that cannot be traced."""
-    try:
-        traced = trace(cell)
-    except NotLowered:
+    if not cell.lowered:
         return None
-    arguments = [*cell.pre, *cell.rec, *cell.state]
-    entries = [entry for row in traced.jacobian for entry in row]
-    gradients = [*traced.d_pre, *traced.d_rec, *traced.d_state]
-    like = cell.state[0]
     names: dict[str, Any] = {"torch": torch}
-    exec(function("jacobian", arguments, entries, like, IN_TORCH), names)  # our own text, made of the operations above
-    exec(function("step_vjp", [*arguments, *(f"g_{n}" for n in cell.state)], gradients, like, IN_TORCH), names)
-    jacobian, step_vjp = names["jacobian"], names["step_vjp"]
-    return (jacobian if len(entries) > 1 else lambda *a: (jacobian(*a),)), step_vjp
+    for text in derivatives(trace(cell)):
+        exec(text, names)  # our own text, made of the operations of operations.py
+    return names["jacobian"], names["step_vjp"]

@@ -14,7 +14,6 @@ Legend: B batch, T time, N slices, L steps a slice, P input projections, R recur
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,19 +56,6 @@ def previous(states_BTSD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> T
     """The state each step started from: the one before it, h0 at the first, zero where a document starts."""
     before = torch.cat([h0_BSD[:, None], states_BTSD[:, :-1]], 1)
     return before if starts_BT is None else zeroed(before, starts_BT[:, :, None, None])
-
-
-@functools.cache
-def mixes_channels(cell: Cell) -> bool:
-    """Whether a state of one channel reaches another channel (found by trying): then Jacobians are not diagonal and only the loop is right."""
-    g = torch.Generator().manual_seed(0)
-    pre, rec, state = (torch.rand(len(names), 1, 6, generator=g, dtype=torch.float64) for names in (cell.pre, cell.rec, cell.state))
-    with torch.no_grad():
-        one = torch.stack(tuple(cell(pre.unbind(0), rec[:, 0].unbind(0), state.unbind(0))))
-        state[..., 2] += 0.25
-        two = torch.stack(tuple(cell(pre.unbind(0), rec[:, 0].unbind(0), state.unbind(0))))
-    changed = (one != two).flatten(0, -2).any(0)
-    return bool(changed[[0, 1, 3, 4, 5]].any())
 
 
 @dataclass

@@ -16,16 +16,6 @@ from kernels.parallel_rnn.trace import Traced
 
 HELPERS = '''
 @triton.jit
-def _logistic(x):  # of an argument that was scaled: 1 / (1 + 2^x)
-    return _reciprocal(1.0 + _exp2(x))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0) + tl.log(1.0 + _exp2(-1.4426950408889634 * tl.abs(x)))
-
-
-@triton.jit
 def _get(p, live, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(p)
@@ -84,30 +74,6 @@ def _columns(tile, se, D: tl.constexpr, HEAD: tl.constexpr, BD: tl.constexpr):  
         return (d // HEAD).to(tl.int64) * se + d % HEAD
 '''
 STAGES = 4  # groups of steps in flight in the loops that copy to shared memory
-MATHS = {
-    "ptx": '''
-@triton.jit
-def _exp2(x):
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _reciprocal(x):
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-''',
-    "portable": '''
-@triton.jit
-def _exp2(x):
-    return tl.exp2(x)
-
-
-@triton.jit
-def _reciprocal(x):
-    return 1.0 / x
-
-''',
-}
 SIZES = "T, SLICE, sb, se, D: tl.constexpr, HEAD: tl.constexpr, ST: tl.constexpr, SP: tl.constexpr, MARK: tl.constexpr,\n"
 SIZES += "        HAS_RESET: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr"
 

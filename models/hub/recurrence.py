@@ -6,10 +6,10 @@ a few hundred times faster than a loop in torch. (Training at scale, and the sol
 
 from __future__ import annotations
 
-from kernels.decode_step.cell import MATHS
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.expressions import IN_TORCH, function
-from kernels.parallel_rnn.trace import NotLowered, trace
+from kernels.parallel_rnn.expressions import derivatives, function
+from kernels.parallel_rnn.functions import functions
+from kernels.parallel_rnn.trace import trace
 
 HEADER = """try:  # on a GPU the recurrences run in kernels, if there is Triton
     import triton
@@ -19,23 +19,11 @@ except ImportError:
 jit = (lambda function: function) if triton is None else triton.jit"""
 
 
-def derivatives(cell: Cell) -> str:
-    """`jacobian_NAME` and `gradients_NAME`: d new states / d states by rows, and the gradients of all arguments given those of the new states."""
-    traced, name = trace(cell), cell.name
-    arguments, like = [*cell.pre, *cell.rec, *cell.state], cell.state[0]
-    entries = [entry for row in traced.jacobian for entry in row]
-    gradients = [*traced.d_pre, *traced.d_rec, *traced.d_state]
-    jacobian = function(f"jacobian_{name}", arguments, entries, like, IN_TORCH)
-    if len(entries) == 1:  # a tuple all the same
-        head, result = jacobian.rstrip().rsplit("    return ", 1)
-        jacobian = f"{head}    return ({result},)\n"
-    return jacobian + "\n\n" + function(f"gradients_{name}", [*arguments, *(f"g_{s}" for s in cell.state)], gradients, like, IN_TORCH)
-
-
 def kernel(cell: Cell) -> str:
     """`kernel_NAME`: all states of a row, in order of time."""
     name, S = cell.name, len(cell.state)
-    step = function(f"kernel_step_{name}", [*cell.pre, *cell.rec, *cell.state], trace(cell).new, cell.state[0])
+    traced = trace(cell)
+    step = function(f"kernel_step_{name}", traced.arguments, traced.new, "h0", legend=traced.legend)
     given = [*(f"x{p}" for p in range(len(cell.pre))), *(f"w{r}" for r in range(len(cell.rec))), *(f"h{s}" for s in range(S))]
     states = ", ".join(f"h{s}" for s in range(S))
     lines = [
@@ -61,12 +49,14 @@ def kernel(cell: Cell) -> str:
 
 def written(cells: list[Cell]) -> tuple[list[str], list[str], dict[str, str]]:
     """(derivatives, kernels, each cell's entry in the table CELLS) of the exported file."""
-    plain, kernels, entries = [], [MATHS.replace("@triton.jit", "@jit").rstrip()], {}
+    plain, kernels, entries = list[str](), list[str](), {}
     for cell in cells:
-        try:
-            plain.append(derivatives(cell).rstrip())
-            kernels.append(kernel(cell))
-            entries[cell.name] = f"(step_{cell.name}, (jacobian_{cell.name}, gradients_{cell.name}), kernel_{cell.name})"
-        except NotLowered:  # plain torch, its derivatives by autograd
-            entries[cell.name] = f"(step_{cell.name}, None, None)"
-    return plain, kernels if len(kernels) > 1 else [], entries
+        name = cell.name
+        if not cell.lowered:  # plain torch, its derivatives by autograd
+            entries[name] = f"(step_{name}, None, None)"
+            continue
+        plain.append("\n\n".join(derivatives(trace(cell), f"jacobian_{name}", f"gradients_{name}")).rstrip())
+        kernels.append(kernel(cell))
+        entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name})"
+    helpers = functions("".join(kernels), short=False).replace("@triton.jit", "@jit")
+    return plain, [helpers, *kernels] if helpers else kernels, entries

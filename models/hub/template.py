@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from kernels.parallel_rnn.reference import compute_dtype, mixes_channels, parallel, sequential
+from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
 from kernels.ssd.reference import ssd_chunked
 from models.hub.configuration_everywhen import EverywhenConfig
 from models.init import tag
@@ -42,7 +42,8 @@ class Cell:
         self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
 
     def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
-        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        return tuple(n if n.dim() >= state[0].dim() else n.expand_as(state[0]) for n in new)
 
 
 @functools.cache
@@ -69,7 +70,7 @@ def parallel_rnn(
     if has_kernel(cell, pre_BTPD) and T and not learning:
         states, final = walk_on_gpu(cell, pre_BTPD, rec_RD, h0, starts_BT)
     else:
-        run = sequential if T == 1 or mixes_channels(cell) else parallel
+        run = sequential if T == 1 or cell.derivatives is None else parallel  # without written derivatives by the loop alone
         with torch.autocast(pre.device.type, enabled=False):
             states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
         states = states.to(pre.dtype)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
-from models.cells import available, cell_module, load_cell
+from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
+from models.cells import bias_init, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, normal_, tag
 from models.layers import CausalConv, RMSNorm
@@ -37,8 +37,11 @@ class Config:
 
     def problems(self, d_model: int) -> list[str]:
         found, inner = [], round(self.expand * d_model)
-        if self.cell not in available():
-            found.append(f"there is no cell {self.cell!r}; models/cells/ holds {', '.join(available())}.")
+        try:
+            problem = load_cell(self.cell).problem(inner) if inner > 0 else ""
+        except ValueError as reason:
+            problem = str(reason)
+        found += [problem] if problem else []
         if self.n_heads < 1 or inner < 1:
             found.append("n_heads and expand must be above zero.")
         elif inner % self.n_heads:
@@ -90,8 +93,7 @@ class Mixer(SequenceMixer):
             self.norm.init_weights()
         with torch.no_grad():
             self.cell_bias.zero_()
-            for name, value in getattr(cell_module(self.config.cell), "BIAS_INIT", {}).items():
-                low, high = value if isinstance(value, tuple) else (value, value)
+            for name, (low, high) in bias_init(self.config.cell).items():
                 self.cell_bias[self.cell.pre.index(name)] = torch.linspace(low, high, self.inner)
         if self.recurrent is not None:
             normal_(self.recurrent, self.config.recurrent_init or self.inner**-0.5)
@@ -117,8 +119,8 @@ class Mixer(SequenceMixer):
         return pre_ENO.view(E, B, T, P, -1).permute(1, 2, 3, 0, 4)
 
     def why_whole(self, T: int = 1 << 62) -> str:
-        if reference.mixes_channels(self.cell):
-            return f"cell {self.cell.name} mixes channels in its state"
+        if not self.cell.lowered:
+            return f"its cell is solved as a loop ({self.cell.why_loop.rstrip('.')})"
         return self.conv.why_whole(T) if self.conv is not None else ""
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import function_cases
 import pytest
 import torch
 from test_parallel_rnn import cells, problem
@@ -127,6 +128,15 @@ def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
     wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
     for a, b in zip(found, wanted):
         assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["exact", "short"])
+@pytest.mark.parametrize("maths", ["ptx", "portable"])
+def test_every_function_of_a_step_on_a_dense_grid(short: bool, maths: str) -> None:
+    """fp32 numbers of every size and sign, each 8191st there is."""
+    bits = torch.arange(-(1 << 31), 1 << 31, 8191, dtype=torch.int64, device="cuda")
+    x = bits.to(torch.int32).view(torch.float32)
+    function_cases.check(torch.cat([x[(x.abs() >= function_cases.TINY) | x.isnan()], function_cases.points(20_000).cuda()]), [(short, maths)])
 
 
 def test_beyond_int32_elements() -> None:

@@ -30,6 +30,10 @@ def test_every_kernel_in_the_interpreter(part: int) -> None:
     assert run("interpreted.py", *[*available(), "three"][part::2]) == "ok"
 
 
+def test_every_function_of_a_step_in_the_interpreter() -> None:
+    assert run("function_cases.py") == "ok"
+
+
 def test_every_kernel_compiles() -> None:
     found = json.loads(run("compiled.py", "1", "1", *available(), "three"))
     assert all(set(kernels) == set(KERNELS) for kernels in found.values())
