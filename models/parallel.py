@@ -230,7 +230,7 @@ class Slice:
                 new = reference.corrected(ends[:, :, 0], products, start)
                 effect = reference.effect((new - start)[:, 1:], growths[:, 1:], most[:, 1:, 0])
                 # All ranks hold the same numbers, so all stop together.
-                if not effect.numel() or float(effect.max()) <= reference.TOLERANCE[pre.dtype]:
+                if not effect.numel() or float(effect.max()) <= reference.tolerance(cell, pre.dtype):
                     break
                 traffic.corrections += 1
                 start = new

@@ -117,12 +117,12 @@ def adjoint(
             return launch.adjoint(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, emitted, kept, d_emitted_BTD)
     dtype = reference.compute_dtype(pre_BTPD)
     all_states, h0 = op.joined(emitted, kept).to(dtype), h0_BSD.to(dtype)
-    J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT))
-    J = J if starts_BT is None else reference.zeroed(J, starts_BT[:, :, None, None, None])
+    at = (cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT), starts_BT)
+    J, bounds = reference.jacobian(*at), reference.slopes(*at)
     d_states = torch.zeros_like(all_states)
     if d_emitted_BTD is not None:
         d_states[:, :, -1] = d_emitted_BTD
-    product, growth = (x[:, 0].to(dtype) for x in reference.growth(J[:, None]))
+    product, growth = (x[:, 0].to(dtype) for x in reference.growth(J[:, None], None if bounds is None else bounds[:, None]))
     return reference.adjoints(J, d_states, torch.zeros_like(h0), starts_BT)[1], product, growth, all_states.abs().amax(1)
 
 

@@ -228,7 +228,7 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
-    w.put(1, *w.matrix("A{i}{j} = J{i}{j}"), *(f"M{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(1, *w.matrix("A{i}{j} = J{i}{j}"), *(w.matrix("K{i}{j} = J{i}{j}") if w.kinks else ()), *(f"M{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.put(1, "p = PRE + b * sb + first.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + first")
     w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
@@ -244,10 +244,13 @@ def transfer(traced: Traced, unroll: int) -> str:
         if u == 0:
             w.put(2, *(f"a{i} = tl.where(t == 0, first{i}, a{i})" for i in w.S))
         w.put(2, "if HAS_RESET:", *(f"    a{i} = tl.where(r{u} != 0, 0.0, a{i})" for i in w.S))
-        w.put(2, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
-        w.put(2, *(f"m{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
-        w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
-        w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"), *w.matrix("A{i}{j} = _most(A{i}{j}, tl.abs(J{i}{j}))"))
+        entries = [*w.matrix("j{i}{j}"), *(w.matrix("b{i}{j}") if w.kinks else ())]
+        w.put(2, f"{', '.join(entries)} = {w.call('jacobian_and_slopes', u, w.each('a{i}', w.S))}")
+        for j, J in (("j", "J"), ("b", "K")) if w.kinks else (("j", "J"),):
+            w.put(2, *(f"m{i}{k} = {w.product(f'{j}{{i}}{{m}}', f'{J}{{m}}{{j}}', i, k)}" for i in w.S for k in w.S))
+            w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
+            w.put(2, *w.matrix(f"{J}{{i}}{{j}} = _keep(go, m{{i}}{{j}}, {J}{{i}}{{j}}, EVEN)"))
+        w.put(2, *w.matrix(f"A{{i}}{{j}} = _most(A{{i}}{{j}}, {'K{i}{j}' if w.kinks else 'tl.abs(J{i}{j})'})"))
         w.put(2, *(f"M{i} = _most(M{i}, tl.abs(a{i}))" for i in w.S))
         w.put(2, "if WITH_STATES:", f"    e = _get({w.state(w.n_kept, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)")
         w.put(3, *(f"g{j} += J{w.n_kept}{j} * e" for j in w.S))

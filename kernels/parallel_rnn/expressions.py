@@ -116,6 +116,18 @@ def check(cell: Cell) -> None:
 
 
 @functools.cache
+def torch_slopes(cell: Cell) -> Callable[..., Any] | None:
+    """Of a lowered cell whose states may be at kinks, the bounds of its Jacobian on either side (`Traced.slopes`), row by row in a tuple."""
+    traced = trace(cell)
+    if traced.slopes is None:
+        return None
+    names: dict[str, Any] = {"torch": torch}
+    results = [bound for row in traced.slopes for bound in row]
+    exec(function("slopes", traced.arguments, results, "h0", triton=False), names)  # our own text, as below
+    return names["slopes"] if len(results) > 1 else lambda *a: (names["slopes"](*a),)
+
+
+@functools.cache
 def torch_functions(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
     """(jacobian, step_vjp) of the traced step as plain torch functions, each returning a tuple; None for a cell that cannot be traced."""
     if not cell.lowered:

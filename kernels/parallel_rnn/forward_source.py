@@ -18,7 +18,8 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         plain = [f"{w.each('y{i}', w.S)} = {w.call('step', u, hs)}"]
         if product:
             w.put(indent, f"if {product}:")
-            w.put(indent + 1, f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))} = {w.call('step_and_jacobian', u, hs)}")
+            found = ", ".join([w.each("y{i}", w.S), *w.matrix("j{i}{j}"), *(w.matrix("b{i}{j}") if w.kinks else ())])
+            w.put(indent + 1, f"{found} = {w.call('step_and_jacobian', u, hs)}")
             measure.step(w, indent + 1, u, meets)
             if product != "True":
                 w.put(indent, "else:", *(f"    {line}" for line in plain))

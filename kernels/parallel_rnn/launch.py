@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn import backward_source, codegen, measure_source
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.reference import TOLERANCE, product
+from kernels.parallel_rnn.reference import TOLERANCE, product, tolerance
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
@@ -214,14 +214,14 @@ def forward(
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
-    final, stats, after = torch.empty_like(h0), _counters(pre.device), dependently(constants)
+    final, stats, after, near = torch.empty_like(h0), _counters(pre.device), dependently(constants), tolerance(cell, pre.dtype)
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), TOLERANCE[pre.dtype], plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), near, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, measures, final, stats, n, TOLERANCE[pre.dtype], *sizes, **after)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, measures, final, stats, n, near, *sizes, **after)
     return emitted, kept, final, marks
 
 
@@ -235,7 +235,7 @@ def shoot(
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).shoot[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), TOLERANCE[pre.dtype], SHOTS, plan.rows, plan.deep, borders,
+        source, rec, h0, reset, emitted, kept, marks, begins, final, _counters(pre.device), tolerance(cell, pre.dtype), SHOTS, plan.rows, plan.deep, borders,
         *sizes, **constants,
     )  # fmt: skip
     return emitted, kept, final, marks

@@ -7,6 +7,7 @@ Names in the generated source, all per channel; i, j are states:
     M{i}        largest absolute state of the slice                          L{i}     ... of its last eighth
     H{i}        what is left here of a change of some earlier state by its   N{i}     ... of the group
                 own size: the largest of product times state
+Where a state may be at a kink (of relu, say), products of the Jacobians' bounds on either side stand for these: B{i}{j} for |P|, K{i}{j} for |J|.
 Where states mix, products of absolute values stand for absolute values of products: upper bounds. What a group measures costs a step two
 operations for one state; the rest is paid once a group. What is not a number stays so in A, G and M, and is never accepted.
 """
@@ -23,7 +24,7 @@ def rows(n: int) -> int:
 
 def begin(w: Writer, indent: int, like: str, meets: bool = True) -> None:
     """Nothing walked yet. like: a tensor of the tile's shape made of zeros. meets: whether G, R and L are wanted too."""
-    for name in "JAGR" if meets else "JA":
+    for name in ("JAGR" if meets else "JA") + "K" * w.kinks:
         w.put(indent, *(f"{name}{i}{j} = {like} + {float(i == j)}" for i in w.S for j in w.S))
     for name in "ML" if meets else "M":
         w.put(indent, *(f"{name}{i} = {like}" for i in w.S))
@@ -34,18 +35,24 @@ def begin(w: Writer, indent: int, like: str, meets: bool = True) -> None:
 def step(w: Writer, indent: int, u: int, meets: bool) -> None:
     """After step u of a group with the Jacobian j, from states that a reset r{u} made zero. Without meetings there is no need of groups."""
     if not meets:
-        w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"J{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, J{{i}}{{j}})")))
-        w.put(indent, *(f"k{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
-        w.put(indent, *w.matrix("J{i}{j} = _keep(go, k{i}{j}, J{i}{j}, EVEN)"), *w.matrix("A{i}{j} = _most(A{i}{j}, tl.abs(J{i}{j}))"))
-        return
-    if u == 0:
-        w.put(indent, *(f"P{i}{j} = _keep(go, j{i}{j}, {float(i == j)}, EVEN)" for i in w.S for j in w.S))
-        w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix("P{i}{j} = tl.where((r0 != 0) & go, 0.0, P{i}{j})")))
-        w.put(indent, *w.matrix("Q{i}{j} = tl.abs(P{i}{j})"))
-        return
-    w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"P{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, P{{i}}{{j}})")))
-    w.put(indent, *(f"k{i}{j} = {w.product('j{i}{m}', 'P{m}{j}', i, j)}" for i in w.S for j in w.S))
-    w.put(indent, *w.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"), *w.matrix("Q{i}{j} = _most(Q{i}{j}, tl.abs(P{i}{j}))"))
+        for j, J in (("j", "J"), ("b", "K")) if w.kinks else (("j", "J"),):
+            _multiply(w, indent, u, j, J)
+        return w.put(indent, *w.matrix(f"A{{i}}{{j}} = _most(A{{i}}{{j}}, {'K{i}{j}' if w.kinks else 'tl.abs(J{i}{j})'})"))
+    for j, P in (("j", "P"), ("b", "B")) if w.kinks else (("j", "P"),):
+        if u == 0:
+            w.put(indent, *(f"{P}{i}{k} = _keep(go, {j}{i}{k}, {float(i == k)}, EVEN)" for i in w.S for k in w.S))
+            w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"{P}{{i}}{{j}} = tl.where((r0 != 0) & go, 0.0, {P}{{i}}{{j}})")))
+        else:
+            _multiply(w, indent, u, j, P)
+    here = "B{i}{j}" if w.kinks else "tl.abs(P{i}{j})"
+    w.put(indent, *w.matrix(f"Q{{i}}{{j}} = " + (f"_most(Q{{i}}{{j}}, {here})" if u else here)))
+
+
+def _multiply(w: Writer, indent: int, u: int, j: str, J: str) -> None:
+    """J = j J, of what is left of J by a reset."""
+    w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"{J}{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, {J}{{i}}{{j}})")))
+    w.put(indent, *(f"k{i}{k} = {w.product(f'{j}{{i}}{{m}}', f'{J}{{m}}{{j}}', i, k)}" for i in w.S for k in w.S))
+    w.put(indent, *w.matrix(f"{J}{{i}}{{j}} = _keep(go, k{{i}}{{j}}, {J}{{i}}{{j}}, EVEN)"))
 
 
 def largest(w: Writer, indent: int, u: int, meets: bool) -> None:
@@ -57,14 +64,16 @@ def largest(w: Writer, indent: int, u: int, meets: bool) -> None:
 
 def group(w: Writer, indent: int) -> None:
     """At the end of a group."""
-    w.put(indent, *(f"A{i}{j} = _most(A{i}{j}, {w.product('Q{i}{m}', 'tl.abs(J{m}{j})', i, j)})" for i in w.S for j in w.S))
+    whole, part = ("K{m}{j}", "B{i}{m}") if w.kinks else ("tl.abs(J{m}{j})", "tl.abs(P{i}{m})")
+    w.put(indent, *(f"A{i}{j} = _most(A{i}{j}, {w.product('Q{i}{m}', whole, i, j)})" for i in w.S for j in w.S))
     w.put(indent, *(f"G{i}{j} = _most(G{i}{j}, {w.product('Q{i}{m}', 'R{m}{j}', i, j)})" for i in w.S for j in w.S))
-    w.put(indent, *(f"k{i}{j} = {w.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
+    w.put(indent, *(f"k{i}{j} = {w.product(part, 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
     w.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in w.S for j in w.S))
     w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, N{i}), L{i})" for i in w.S))
     w.put(indent, *(f"H{i} = _most(tl.abs(P{i}{i}) * H{i}, tl.abs(h{i}))" for i in w.S))
     w.put(indent, *(f"M{i} = _most(M{i}, N{i})" for i in w.S))
-    w.put(indent, *(f"k{i}{j} = {w.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S), *w.matrix("J{i}{j} = k{i}{j}"))
+    for P, J in (("P", "J"), ("B", "K")) if w.kinks else (("P", "J"),):
+        w.put(indent, *(f"k{i}{j} = {w.product(f'{P}{{i}}{{m}}', f'{J}{{m}}{{j}}', i, j)}" for i in w.S for j in w.S), *w.matrix(f"{J}{{i}}{{j}} = k{{i}}{{j}}"))
 
 
 def lift(w: Writer, indent: int) -> None:
@@ -101,6 +110,6 @@ def effect(w: Writer, indent: int, to: str, change: str, growth: str, largest: s
 
 def met(w: Writer, indent: int) -> None:
     """Measures of a slice whose new walk (as measured until `met` became true) met the old one (prefix o), which stands from there on."""
-    for name, before, old in (("A", "tl.abs(J{m}{j})", "oG{i}{m}"), ("G", "R{m}{j}", "oG{i}{m}")):
+    for name, before, old in (("A", "K{m}{j}" if w.kinks else "tl.abs(J{m}{j})", "oG{i}{m}"), ("G", "R{m}{j}", "oG{i}{m}")):
         w.put(indent, *(f"{name}{i}{j} = tl.where(met != 0, _most({name}{i}{j}, {w.product(old, before, i, j)}), {name}{i}{j})" for i in w.S for j in w.S))
     w.put(indent, *(f"M{i} = tl.where(met != 0, _most(M{i}, oL{i}), M{i})" for i in w.S), *(f"L{i} = tl.where(met != 0, oL{i}, L{i})" for i in w.S))

@@ -14,6 +14,7 @@ Legend: B batch, T time, N slices, L steps a slice, P input projections, R recur
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,17 @@ import torch
 from torch import Tensor
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.expressions import torch_functions
+from kernels.parallel_rnn.expressions import torch_functions, torch_slopes
+from kernels.parallel_rnn.trace import trace
 
 # What a gap at a slice's border may do to any later state of the slice, relative to the largest of them (`effect`); likewise to adjoints. For
 # 16-bit inputs a twentieth of their unit roundoff, 2^-8 and 2^-11.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.5e-5, torch.bfloat16: 2e-4}
+
+
+def tolerance(cell: Cell, dtype: torch.dtype) -> float:
+    """TOLERANCE, but of a lowered cell that may jump (it compares states) none: there a small change has no small effect."""
+    return 0.0 if trace(cell).jumps else TOLERANCE[dtype]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -124,10 +131,15 @@ def corrected(end_BNSD: Tensor, product_BNSSD: Tensor, start_BNSD: Tensor) -> Te
     return torch.stack(new, 1)
 
 
-def growth(J_BNLSSD: Tensor) -> tuple[Tensor, Tensor]:
+def growth(J_BNLSSD: Tensor, bounds_BNLSSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of every slice (the product J_L ... J_1, the largest absolute entries of J_t ... J_1 over all t and of the identity), both
-    (B, N, S, S, D) and in fp64, where a product that dies within a slice and grows again is not lost."""
-    J = J_BNLSSD.double()
+    (B, N, S, S, D) and in fp64, where a product that dies within a slice and grows again is not lost. bounds: what to take instead of the
+    Jacobians for the second (`slopes`)."""
+    product, largest = _running(J_BNLSSD.double())
+    return product, largest if bounds_BNLSSD is None else _running(bounds_BNLSSD.double())[1]
+
+
+def _running(J: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None].expand(J[:, :, 0].shape)
     if J.shape[3] == 1:
         products = J.cumprod(2)
@@ -164,18 +176,19 @@ def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | Non
             last_report = Report()
             break
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
-        J = jacobian(cell, pre_N, rec, before if starts_N is None else zeroed(before, starts_N[..., None, None]))
-        J = J if starts_N is None else zeroed(J, starts_N[..., None, None, None])
+        before = before if starts_N is None else zeroed(before, starts_N[..., None, None])
+        J, bounds = (f(cell, pre_N, rec, before, starts_N) for f in (jacobian, slopes))
         largest = states.abs().amax(2)
         if n * length > T:  # what is walked after the end counts for nothing
             rest = T - n * length
-            J[:, -1, rest:] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
+            for matrices in (J, *(() if bounds is None else (bounds,))):
+                matrices[:, -1, rest:] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
             largest[:, -1] = states[:, -1, :rest].abs().amax(1)
-        product_N, grown = growth(J)
+        product_N, grown = growth(J, bounds)
         new = corrected(states[:, :, -1], product_N.to(start.dtype), start)
         residual = float(effect((new - start)[:, 1:], grown[:, 1:], largest[:, 1:]).max())
         last_report = Report(n, corrections, residual)
-        if residual <= TOLERANCE[pre.dtype]:
+        if residual <= tolerance(cell, pre.dtype):
             break
         start = new
     else:  # as many corrections as slices: the starts are now the sequential ones
@@ -201,19 +214,23 @@ class _Parallel(torch.autograd.Function):
         return (None, *linear_backward(ctx.cell, pre, rec, h0, starts, states, d_states, d_final, ctx.slices), None, None)
 
 
-def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor) -> Tensor:
-    """d state_i / d previous state_j for every step and channel: pre (..., P, D), before (..., S, D) -> (..., S, S, D) as [i, j]."""
-    P, rec, state = pre.unbind(-2), rec_RD.unbind(0), before.unbind(-2)
-    written = torch_functions(cell)
-    if written is not None:
-        entries = [entry.expand_as(state[0]) for entry in written[0](*P, *rec, *state)]
-        return torch.stack(entries, -2).unflatten(-2, (len(state), len(state)))
-    columns = []
-    for j in range(len(state)):
-        tangents = tuple(torch.ones_like(s) if i == j else torch.zeros_like(s) for i, s in enumerate(state))
-        _, column = torch.func.jvp(lambda *s: tuple(cell(P, rec, s)), state, tangents)
-        columns.append(torch.stack([c.expand_as(state[0]) for c in column], -2))
-    return torch.stack(columns, -2)
+def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None = None) -> Tensor:
+    """d state_i / d previous state_j of a lowered cell for every step and channel: pre (..., P, D), before (..., S, D) -> (..., S, S, D) as
+    [i, j]; zero where a document starts."""
+    return _matrix(torch_functions(cell)[0], pre, rec_RD, before, starts)
+
+
+def slopes(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None = None) -> Tensor | None:
+    """Bounds of the `jacobian` on either side of every kink (of relu, say) that a state may be at; None for a cell without."""
+    written = torch_slopes(cell)
+    return None if written is None else _matrix(written, pre, rec_RD, before, starts)
+
+
+def _matrix(written: Callable[..., Any], pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
+    state = before.unbind(-2)
+    entries = [entry.expand_as(state[0]) for entry in written(*pre.unbind(-2), *rec_RD.unbind(0), *state)]
+    J = torch.stack(entries, -2).unflatten(-2, (len(state), len(state)))
+    return J if starts is None else zeroed(J, starts[..., None, None, None])
 
 
 def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, starts: Tensor | None, slices: int | None = None) -> tuple[Tensor, Tensor]:
@@ -271,32 +288,21 @@ def linear_backward(
         return torch.zeros_like(pre), torch.zeros_like(rec), d_final
     before = previous(states, h0, starts)
     with torch.no_grad():
-        J = jacobian(cell, pre, rec, before)
-        J = J if starts is None else zeroed(J, starts[:, :, None, None, None])
+        J = jacobian(cell, pre, rec, before, starts)
         adjoint, d_h0 = adjoints(J, d_states, d_final, starts, slices)
     d_pre, d_rec = step_gradients(cell, pre, rec, before, adjoint)
     return d_pre, d_rec, d_h0
 
 
 def step_gradients(cell: Cell, pre: Tensor, rec: Tensor, before: Tensor, adjoint: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of pre and rec of all steps at once, given dL/d(new state) of each step."""
+    """Gradients of pre and rec of all steps of a lowered cell at once, given dL/d(new state) of each step."""
     P, state = pre.unbind(2), before.unbind(2)
-    written = torch_functions(cell)
-    if written is not None:
-        found = written[1](*P, *rec.unbind(0), *state, *adjoint.unbind(2))
-        d_pre = torch.stack([d.expand_as(state[0]) for d in found[: len(P)]], 2)
-        d_rec = [d.expand_as(state[0]).sum((0, 1)) for d in found[len(P) : len(P) + rec.shape[0]]]
-        return d_pre, torch.stack(d_rec) if d_rec else torch.zeros_like(rec)
-    with torch.enable_grad():
-        pre_, rec_ = pre.detach().requires_grad_(), rec.detach().requires_grad_()
-        new = cell(pre_.unbind(2), rec_.unbind(0), before.detach().unbind(2))
-        wanted = [pre_, rec_] if rec.numel() else [pre_]
-        gradients = torch.autograd.grad(torch.stack(tuple(n.expand_as(state[0]) for n in new), 2), wanted, adjoint, allow_unused=True)
-    d_pre = gradients[0] if gradients[0] is not None else torch.zeros_like(pre)
-    return d_pre, gradients[1] if len(gradients) > 1 and gradients[1] is not None else torch.zeros_like(rec)
+    found = torch_functions(cell)[1](*P, *rec.unbind(0), *state, *adjoint.unbind(2))
+    d_pre = torch.stack([d.expand_as(state[0]) for d in found[: len(P)]], 2)
+    d_rec = [d.expand_as(state[0]).sum((0, 1)) for d in found[len(P) : len(P) + rec.shape[0]]]
+    return d_pre, torch.stack(d_rec) if d_rec else torch.zeros_like(rec)
 
 
-@torch._disable_dynamo  # cells that cannot be lowered come here, and what writes their derivatives cannot be traced by all releases of torch
 def parallel(
     cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, slices: int | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -91,6 +91,7 @@ class Writer:
         self.traced, self.U = traced, unroll
         self.P, self.R, self.S = range(len(cell.pre)), range(len(cell.rec)), range(len(cell.state))
         self.n_kept = len(cell.state) - 1  # states besides the emitted one
+        self.kinks = traced.slopes is not None  # then b{i}{j} bounds |j{i}{j}| on either side of every kink
         self.lines: list[str] = []
 
     def put(self, indent: int, *lines: str) -> None:

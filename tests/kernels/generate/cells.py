@@ -34,6 +34,7 @@ UNARY = (
     "torch.nn.functional.softplus({})", "torch.relu({})", "torch.sin({})", "torch.cos({})", "torch.nn.functional.silu({})",
     "torch.nn.functional.gelu({})", "torch.clamp({}, -1.0, 1.0)", "torch.abs({})", "torch.exp2(torch.tanh({}))", "torch.log1p(torch.exp({}))",
     "torch.expm1(torch.tanh({}))", "torch.pow(1.0 + torch.sigmoid({}), 1.5)", "torch.minimum({}, 0.5 * ({}))", "torch.maximum({}, 0.1 * ({}))",
+    "torch.where({} > 0.2, {}, 0.3 * ({}))", "torch.sign({})",
 )  # fmt: skip
 REGIMES = ("contracting", "mixed", "linear", "dips", "latching", "chaotic", "normalised", "expanding")
 
