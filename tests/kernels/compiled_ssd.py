@@ -47,7 +47,7 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
             return f"*{dtype}"
         if argument in STATES:
             return "*fp32" if wide else "*bf16"
-        return {"STARTS": "*u8", "DOCUMENT": "*i32"}.get(argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32")
+        return {"STARTS": "*u8", "DOCUMENT": "*i32", "LOST": "*i32"}.get(argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32")
 
     signature = {a: "i32" if a in ("T", "H", "R", "P", "N") else kind(a) for a in fn.arg_names}
     aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in ("T", "R", "chunks", "blocks", "starts_t", "dt_h")]
