@@ -51,5 +51,6 @@ def _nothing(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tenso
     """Results of no steps, of which autograd gives gradients of zero."""
     (B, _, H, P), N = x.shape, Bm.shape[-1]
     inner = torch.float64 if x.dtype == torch.float64 else torch.float32
-    others = sum(t.to(x.dtype).sum() * 0 for t in (dt, A, Bm, Cm, D) if t is not None)
-    return x + others, torch.zeros(B, H, P, N, dtype=inner, device=x.device) if h0 is None else h0.to(inner)
+    nothing = sum(t.to(inner).sum() * 0 for t in (x, dt, A, Bm, Cm, D) if t is not None)
+    first = torch.zeros(B, H, P, N, dtype=inner, device=x.device) if h0 is None else h0.to(inner)
+    return (x + nothing).to(x.dtype), first + nothing
