@@ -296,11 +296,13 @@ class Mixer(SequenceMixer):
 
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
         T, window = q_BHTK.shape[2], self.config.window
+        if not T:
+            return q_BHTK + 0 * (k_BGLK.sum() + v_BGLK.sum())  # for autograd: gradients of zero, not none
         if self._divided(q_BHTK, k_BGLK, segments_BL) and self._packable(q_BHTK):
             if segments_BL is not None and not window and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
                 return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
-        if segments_BL is not None and T:
+        if segments_BL is not None:
             lost_BHT1, q, k, v = isolated(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
             return Lost.apply(self._attend_masked(q, k, v, segments_BL), q_BHTK, lost_BHT1)
         return self._attend_masked(q_BHTK, k_BGLK, v_BGLK, segments_BL)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from models import mixers
+from models.config import ModelConfig
 from models.decode import fixed
-from models.lm import LMState
+from models.lm import LanguageModel, LMState
 
 MAMBA = {"type": "mamba2", "head_dim": 8, "d_state": 8}
 ATTENTIONS: list[dict[str, Any]] = [{"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 4, "window": 3}, {"n_heads": 4, "window": 30, "qk_norm": True}]
@@ -103,3 +104,19 @@ def test_no_tokens(mapping: dict[str, Any], carried: bool, packed: bool) -> None
         if carried:
             torch.testing.assert_close(mixer(more, after, None)[0], mixer(more, state, None)[0])
         assert mixer(x.detach(), state, segments)[0].shape == (2, 0, 32)
+
+
+def test_a_model_of_no_tokens() -> None:
+    layers = {"g": CELLS[0], "m": MAMBA, "a": {"type": "attention", "n_heads": 4}}
+    model = LanguageModel(ModelConfig(64, 32, 3, ["g", "m", "a"], layers, learnable_residual=True))
+    model.init_weights(0)
+    ids = torch.zeros(2, 0, dtype=torch.long)
+    output = model(ids, labels=ids, segment_ids=ids)
+    assert output.token_count == 0 and output.loss_sum == 0
+    (output.loss_sum + output.z_loss_sum).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    with torch.no_grad():
+        empty = model(ids, state=model.init_state(2), last_only=True)
+        more = torch.randint(0, 64, (2, 5))
+        assert empty.logits is not None and empty.logits.shape == (2, 0, 64)
+        torch.testing.assert_close(model(more, state=empty.state).logits, model(more, state=model.init_state(2)).logits)
