@@ -113,7 +113,7 @@ def adjoint(
     all_states, h0 = op.joined(emitted, kept).to(dtype), h0_BSD.to(dtype)
     J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT))
     if starts_BT is not None:
-        J = J * (~starts_BT[:, :, None, None, None]).to(dtype)
+        J = torch.where(starts_BT[:, :, None, None, None], 0.0, J)
     d_states = torch.zeros_like(all_states)
     if d_emitted_BTD is not None:
         d_states[:, :, -1] = d_emitted_BTD
