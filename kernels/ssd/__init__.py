@@ -32,7 +32,7 @@ def ssd(
 
     dt is positive (after softplus), A negative; heads share B and C in G groups. starts (B, T) bool zeroes the state before a step.
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
-    On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps.
+    On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps, 64 at most.
     """
     if not x_BTHP.shape[1]:
         return _nothing(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, D_H)

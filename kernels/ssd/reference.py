@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LONGEST = 64  # steps of a chunk beyond which its matrices take a CPU longer than they save
+
 
 def _inner(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -68,7 +70,7 @@ def ssd_chunked(
 ) -> tuple[Tensor, Tensor]:
     """The same values: quadratic inside chunks, linear across them; no (T, T) matrix beyond a chunk."""
     dtype, (B, T, H, P), (G, N) = _inner(x.dtype), x.shape, Bm.shape[2:]
-    Q = min(chunk, T)
+    Q = min(chunk, T, LONGEST)
     pad, C = -T % Q, -(-T // Q)
     x_, dt_, B_, C_ = (F.pad(t.to(dtype), (0, 0) * (t.ndim - 2) + (0, pad)).unflatten(1, (C, Q)) for t in (x, dt, Bm, Cm))
     # Nothing passes between steps of unequal counts of starts. Every sum of decays is taken over its own steps: of a difference of sums from the

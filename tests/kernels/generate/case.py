@@ -36,9 +36,10 @@ class Draw(random.Random):
         self.generator = torch.Generator().manual_seed(self.randrange(1 << 62))
         self.device, self.small = ("cuda" if device == "cuda" else "cpu"), device != "cuda"
 
-    def within(self, dtype: torch.dtype) -> torch.dtype:
-        """fp32 where kernels run, which round once; plain torch rounds every result."""
-        return torch.float32 if self.device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else dtype
+    def within(self, dtype: torch.dtype, products: bool = False) -> torch.dtype:
+        """The dtype in which what comes between is rounded: fp32 in kernels, but for matrix products of bf16; plain torch's results all are."""
+        kernels = self.device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return torch.float32 if kernels and not (products and dtype == torch.bfloat16) else dtype
 
     def size(self, *large: int, small: Sequence[int] = (1, 2, 3, 5, 7, 8, 16, 17)) -> int:
         """One of the small sizes, or on a GPU one of the large ones."""
@@ -88,7 +89,7 @@ class Draw(random.Random):
 @dataclass
 class Answers:
     """Answers by name: found, in float64, and of the fp32 loop; `description` is the case's sizes. `coarse`: more may be lost where operands
-    in 16 bits are multiplied; `within`: the dtype in which plain torch rounds what comes between, where it is what runs."""
+    in 16 bits are multiplied; `within`: the dtype in which what comes between is rounded."""
 
     found: dict[str, Tensor]
     wanted: dict[str, Tensor]
@@ -135,14 +136,14 @@ def judged(answers: Answers) -> tuple[str, float, str]:
         found, loop = answers.found[name], answers.loop[name]
         if found.shape != wanted.shape:
             return name, float("inf"), f"{name} is {tuple(found.shape)}, not {tuple(wanted.shape)}"
-        narrow = found.dtype in (torch.float16, torch.bfloat16)
+        narrow = {found.dtype, answers.within} & {torch.float16, torch.bfloat16} != set()
         lost = ~torch.isfinite(wanted)
         if lost.any() and torch.isfinite(found.cpu())[lost.cpu()].any():
             problems.append(f"{name} is finite where float64 is not")
         rounding = loss(wanted.to(found.dtype), wanted, narrow) if narrow else 0.0
         if answers.within != torch.float32:
             rounding = max(rounding, torch.finfo(answers.within).eps)
-        bound = LOOPS * answers.coarse * loss(loop, wanted, narrow) + ROUNDINGS * answers.coarse * rounding + FLOOR
+        bound = answers.coarse * (LOOPS * loss(loop, wanted, narrow) + ROUNDINGS * rounding + FLOOR)
         error = loss(found, wanted, narrow)
         if error / bound >= most:
             worst, most = name, error / bound
