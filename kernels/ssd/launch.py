@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton
@@ -65,30 +64,30 @@ def pad(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def runs(width: int, dtype: torch.dtype) -> int:
+def whole_width(width: int, dtype: torch.dtype) -> int:
     """The width in which kernels take operands of this dtype."""
     return -(-width // RUN) * RUN if dtype in IN_RUNS else width
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
+def strides_of(x: Tensor) -> tuple[int, ...]:
     """Those of batch, time and heads; of a single one 0, which is a multiple of whatever is asked."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
 
 
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In this dtype, and neighbours along the last dimension, zeros after them up to whole runs; other strides are free, but of whole runs."""
-    x, more = x.to(dtype), runs(x.shape[-1], dtype) - x.shape[-1]
+    x, more = x.to(dtype), whole_width(x.shape[-1], dtype) - x.shape[-1]
     if more:
-        return F.pad(x, (0, more))
+        return torch.constant_pad_nd(x, (0, more))
     dense = x.stride(-1) == 1 or x.shape[-1] == 1
     if dtype in IN_RUNS:
-        dense = dense and x.data_ptr() % (RUN * x.element_size() // 2) == 0 and not any(stride % RUN for stride in strides(x))
+        dense = dense and x.data_ptr() % (RUN * x.element_size() // 2) == 0 and not any(stride % RUN for stride in strides_of(x))
     return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
-def wider(state: Tensor | None, P: int, N: int) -> Tensor | None:
+def filled(state: Tensor | None, P: int, N: int) -> Tensor | None:
     """A state (B, H, P, N) in fp32 with zeros up to these sizes."""
-    return None if state is None else F.pad(state.float(), (0, N - state.shape[3], 0, P - state.shape[2])).contiguous()
+    return None if state is None else torch.constant_pad_nd(state.float(), (0, N - state.shape[3], 0, P - state.shape[2])).contiguous()
 
 
 class Problem:
@@ -146,7 +145,7 @@ class Problem:
         self.module.walk[(programs,)](
             x, key, self.step, self.total, self.low, self.document, begin, states, last,
             states if entering is None else entering, passed, last if self.lost is None else self.lost, self.T, H, self.R, self.chunks, P, N,
-            *strides(x), *strides(key), REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
+            *strides_of(x), *strides_of(key), REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
         )  # fmt: skip
         return states, last, passed
 
@@ -158,7 +157,7 @@ class Problem:
         first = torch.zeros_like(final) if begin is None else begin
         self.module.recover[(self.B * self.H * -(-self.P // rows),)](
             self.x, self.dt, self.A, self.Bm, self.Cm, skip, self.starts.view(torch.uint8), first, y, final, self.lost, self.T, self.H, self.R, self.P, self.N,
-            *strides(self.x), *self.dt.stride(), *strides(self.Bm), *strides(self.Cm), *self.starts.stride(), HAS_SKIP=skips, BP=rows, BN=columns,
+            *strides_of(self.x), *self.dt.stride(), *strides_of(self.Bm), *strides_of(self.Cm), *self.starts.stride(), HAS_SKIP=skips, BP=rows, BN=columns,
         )  # fmt: skip
 
     @property
@@ -183,10 +182,10 @@ def forward(
     """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32)."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=False)
     P, N, skip = x.shape[3], Bm.shape[3], this.A if D is None else D.float().contiguous()
-    begin = wider(h0, this.P, this.N)
+    begin = filled(h0, this.P, this.N)
     states, final, _ = this.walk(this.x, this.Bm, begin)
     y = torch.empty(this.x.shape, dtype=x.dtype, device=x.device)
-    lies = *strides(this.x), *strides(this.Bm), *strides(this.Cm)
+    lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)
     this.module.outputs[(this.B * this.chunks, this.G * this.blocks)](
         this.x, this.Bm, this.Cm, skip, this.step, this.total, this.low, this.document, states, y,
         final if this.lost is None else this.lost, *this.shared(), *lies, **this.tiles(D),
@@ -203,8 +202,8 @@ def backward(
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
     dy = ready(dy, x.dtype)
     P, N = x.shape[3], Bm.shape[3]
-    states, _, _ = this.walk(this.x, this.Bm, wider(h0, this.P, this.N))
-    d_states, d_h0, passed = this.walk(dy, this.Cm, wider(d_final, this.P, this.N), states)
+    states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
+    d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
     B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
     dx, d_dt, d_A = torch.empty(this.x.shape, dtype=x.dtype, device=x.device), this.fp32(B, T, H), this.fp32(B * this.chunks, H)
     d_D = None if D is None else torch.empty_like(d_A)
@@ -212,8 +211,8 @@ def backward(
     d_B, d_C = (torch.empty(B, T, width, this.N, dtype=kind, device=x.device) for _ in range(2))
     d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
     after, within = torch.empty_like(this.total), torch.empty_like(this.total)
-    grid, read, lies = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*strides(dy), *strides(this.Bm), *strides(this.Cm))
-    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides(this.x), *lies), this.tiles(D)
+    grid, read, lies = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm))
+    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides_of(this.x), *lies), this.tiles(D)
     this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
     skip = this.A if D is None else D.float().contiguous()
     this.module.key_gradients[grid](

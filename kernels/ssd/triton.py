@@ -23,13 +23,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _within(before, started_before, after, started_after):
+def _within_documents(before, started_before, after, started_after):
     """Joins two runs of steps: the sum since the last start in them, and whether there is one."""
     return tl.where(started_after != 0, after, before + after), started_before | started_after
 
 
 @triton.jit
-def _finite(x):
+def _all_finite(x):
     return tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1), 0) != 0
 
 
@@ -52,7 +52,7 @@ def prepare(
     if FINE:
         decay = dt.to(tl.float64) * a.to(tl.float64)[None, :]
         if HAS_STARTS:
-            total, _ = tl.associative_scan((decay, start), 0, _within)
+            total, _ = tl.associative_scan((decay, start), 0, _within_documents)
         else:
             total = tl.cumsum(decay, 0)
         high = total.to(tl.float32)
@@ -61,7 +61,7 @@ def prepare(
     else:
         decay = dt * a[None, :]
         if HAS_STARTS:
-            total, _ = tl.associative_scan((decay, start), 0, _within)
+            total, _ = tl.associative_scan((decay, start), 0, _within_documents)
         else:
             total = tl.cumsum(decay, 0)
         tl.store(TOTAL + place, total, (h < H)[None, :])
@@ -120,7 +120,7 @@ def walk(
         state = tl.dot(weighted.to(DOT), key.to(DOT), acc=kept, input_precision=PRECISION)
         if HAS_STARTS and not REVERSE:
             if last > 0:
-                if not _finite(state):
+                if not _all_finite(state):
                     tl.store(LOST + b * H + h, 1)
     tl.store(LAST + (b * H + h) * P * N + place, state, inside)
 
@@ -166,7 +166,7 @@ def outputs(
             y += x.to(tl.float32) * tl.load(D + h)
         if HAS_STARTS:
             if last > 0:
-                if not _finite(y):
+                if not _all_finite(y):
                     tl.store(LOST + b * H + h, 1)
         tl.store(Y + ((b * T + first) * H + h) * P + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), rows_p)
 
