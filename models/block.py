@@ -12,11 +12,11 @@ from kernels import decode_step
 from kernels.residual import residual
 from models import mixers
 from models.config import ModelConfig
-from models.init import tag
+from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
 
 
-class Block(nn.Module):
+class Block(Module):
     """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); the scales s are learned if `learnable_residual`, else 1."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

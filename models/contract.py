@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from models.init import Module
 
 if TYPE_CHECKING:
     from models.layers import RMSNorm
     from models.parallel import Slice
 
 
-class SequenceMixer(nn.Module):
+class SequenceMixer(Module):
     """Mixes along time, causally. `state=None` trains on whole sequences and returns no state; with `init_state(...)` the same call
     prefills, decodes (T = 1) and streams: the result does not depend on how a sequence is cut into calls.
 
@@ -71,8 +73,11 @@ def document_starts(segment_ids: Tensor | None, last_segment_B: Tensor | None = 
 
 
 def last_segment(segment_ids: Tensor | None, before_B: Tensor) -> Tensor:
-    """The segment a state ends in after a call; tokens without ids go on with the one before, or are segment 0 if nothing was before."""
-    return before_B.clamp(min=0) if segment_ids is None else segment_ids[:, -1].to(before_B.dtype)
+    """The segment a state ends in after a call; tokens without ids go on with the one before, or are segment 0 if nothing was before.
+    No tokens leave it as it was."""
+    if segment_ids is None:
+        return before_B.clamp(min=0)
+    return segment_ids[:, -1].to(before_B.dtype) if segment_ids.shape[1] else before_B
 
 
 def tensor_bytes(state: Any) -> int:

@@ -104,17 +104,19 @@ class Decoder:
     def _capture(self) -> Any:
         changed = [value for part in self.state.layers for name, value in vars(part).items() if isinstance(value, Tensor) and name not in getattr(part, "appended", ())]
         before = [t.clone() for t in changed]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm up: kernels are built and workspaces allocated outside the graph
+        here = self.token_B1.device  # perhaps not the current device
+        stream = torch.cuda.Stream(here)
+        stream.wait_stream(torch.cuda.current_stream(here))
+        with torch.cuda.device(here), torch.cuda.stream(stream):  # warm up: kernels are built and workspaces allocated outside the graph
             for _ in range(3):
                 for old, new in zip(changed, before):
                     old.copy_(new)
                 self._step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
+        torch.cuda.current_stream(here).wait_stream(stream)
+        with torch.cuda.device(here):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):  # torch's own stream for captures is one of the device that captured first
+                self._step()
         for old, new in zip(changed, before):
             old.copy_(new)
         return graph
@@ -127,7 +129,8 @@ class Decoder:
         self.room -= self.room > 0
         self.token_B1.copy_(token_B[:, None])
         if self.graph is not None:
-            self.graph.replay()
+            with torch.cuda.device(self.token_B1.device):  # on its current stream
+                self.graph.replay()
         else:
             self._step()
         return self.logits_BV

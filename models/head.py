@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import gradient_, losses, reference
 
@@ -34,6 +35,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return nll_N, log_z_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         h_ND, weight_VD, labels_N, log_z_N = ctx.saved_tensors
         dtype, (g_nll_N, g_log_z_N) = ctx.dtype, gradients
@@ -45,7 +47,8 @@ class _ChunkedLoss(torch.autograd.Function):
             d_NV = gradient_(_logits(h_ND[rows], cast_VD, dtype), labels_N[rows], log_z_N[rows], g_nll_N[rows], g_log_z_N[rows])
             d_h_ND[rows] = d_NV @ cast_VD
             if d_weight_VD is not None:
-                d_weight_VD += d_NV.T @ h_ND[rows].to(dtype)
+                counted = torch.where((labels_N[rows] == reference.IGNORED)[:, None], 0.0, h_ND[rows])  # zero times NaN is NaN
+                d_weight_VD += d_NV.T @ counted.to(dtype)
         return d_h_ND, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype), None, None, None
 
 
@@ -56,7 +59,8 @@ class Head(nn.Linear):
         super().__init__(d_model, vocab_size, bias=False)
 
     def forward(self, h: Tensor, labels_N: Tensor | None = None, *, chunk: int = 2048, recompute: bool = True) -> Any:
-        """Without labels: logits (..., V) of h (..., D). With labels (N,): (nats, 0 where the label is -100; log-partition), both (N,).
+        """Without labels: logits (..., V) of h (..., D). With labels (N,): (nats, log-partition), both (N,) and 0 where the
+        label is -100. Raises ValueError on a CPU for a label that is none of the logits; on a GPU its loss is NaN.
 
         recompute: hold `chunk` rows of logits at a time and compute them again in the backward pass; False keeps them all.
         """
@@ -67,4 +71,5 @@ class Head(nn.Linear):
         with torch.autocast(device, enabled=False):
             if recompute or not torch.is_grad_enabled():
                 return _ChunkedLoss.apply(h, self.weight, labels_N, chunk, dtype)
+            h = torch.where((labels_N == reference.IGNORED)[:, None], 0.0, h)
             return reference.losses(_logits(h, self.weight, dtype), labels_N)

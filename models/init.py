@@ -6,6 +6,7 @@ residual stream, so its initial scale shrinks with depth. fan_in: inputs of one 
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -22,6 +23,19 @@ def tag(parameter: nn.Parameter, *names: str, **values: Any) -> nn.Parameter:
 def roles(parameter: nn.Parameter) -> dict[str, Any]:
     """The roles of `parameter` (empty for an untagged one)."""
     return getattr(parameter, "roles", {})
+
+
+class Module(nn.Module):
+    """A module whose copies keep the roles of all parameters in it, which torch's own copy of a parameter leaves behind."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for old, parameter in zip(self.parameters(), new.parameters()):
+            if roles(old):
+                parameter.roles = dict(roles(old))  # type: ignore[attr-defined]
+        return new
 
 
 def normal_(parameter: torch.Tensor, std: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.gated_norm import gated_norm
 from kernels.short_conv import last_inputs, short_conv_columns
 from kernels.swiglu import swiglu
-from models.init import init_matrix, normal_, tag
+from models.init import Module, init_matrix, normal_, tag
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -20,7 +20,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Module):
     """x / rms(x) * weight over groups of the last dimension, in fp32 inside."""
 
     def __init__(self, dim: int, eps: float = 1e-5, groups: int = 1) -> None:
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         nn.init.ones_(self.weight)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Module):
     """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
@@ -69,7 +69,7 @@ class SwiGLU(nn.Module):
         return 6 * self.gate.in_features * self.gate.out_features
 
 
-class CausalConv(nn.Module):
+class CausalConv(Module):
     """Depthwise causal convolution of width W over (B, T, D) and SiLU, its state the last W-1 inputs; it never reaches over a document start."""
 
     def __init__(self, channels: int, width: int) -> None:

@@ -16,7 +16,7 @@ from models.block import Block
 from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
-from models.init import normal_, tag
+from models.init import Module, normal_, tag
 from models.layers import RMSNorm
 
 
@@ -42,7 +42,7 @@ class LMOutput:
     state: LMState | None = None
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Module):
     """Built from a ModelConfig; `init_weights(seed)` draws the parameters (construction leaves them unset, so meta devices work)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
         chunk, recompute = self.config.head_chunk, self.config.recompute_head
         nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute)
         output.loss_sum = nll_N.sum()
-        output.z_loss_sum = self.config.z_loss * (log_z_N.square() * (labels.flatten() != -100)).sum()
+        output.z_loss_sum = self.config.z_loss * log_z_N.square().sum()  # zero where nothing is labelled
         output.token_count = (labels != -100).sum()
         output.token_nll = nll_N.view_as(labels) if reduction == "none" else None
         return output

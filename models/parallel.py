@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from kernels.parallel_rnn import adjoint, parallel_rnn, reference, solved
+from kernels.parallel_rnn import adjoint, parallel_rnn, reference, solved, with_bias
 from kernels.parallel_rnn.cell import biased
 from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
@@ -57,6 +58,7 @@ class _Shift(torch.autograd.Function):
         return own.pass_on(value.detach(), 1, purpose)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.own.pass_on(gradients[0], -1, ctx.purpose), None, None
 
@@ -70,6 +72,7 @@ class _Swap(torch.autograd.Function):
         return own.swap(value.detach())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return ctx.own.swap(gradients[0]), None
 
@@ -83,6 +86,7 @@ class _Gather(torch.autograd.Function):
         return own.gather(value.detach(), purpose)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.own.swap(gradients[0], ctx.purpose).sum(0), None, None
 
@@ -104,6 +108,7 @@ class _FromRight(torch.autograd.Function):
         return outputs.view_as(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         own, tensors = ctx.own, ctx.saved_tensors
         with torch.autocast(gradients[0].device.type, enabled=False):
@@ -204,7 +209,7 @@ class Slice:
             raise ValueError(f"A slice of {T} tokens is shorter than the {width - 1} a convolution looks back; use fewer ranks.")
         tail = x_BTD[:, T - width + 1 :]
         if segment_ids is not None:
-            tail = tail * (segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None]
+            tail = torch.where((segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None], tail, 0.0)
         return _Shift.apply(tail, self, "halo")
 
     @untraced
@@ -215,7 +220,7 @@ class Slice:
         products would change a slice by more than the tolerance (`reference.effect`), solve again. N - 1 corrections make every slice exact,
         whatever the Jacobians are.
         """
-        cell, rec = biased(cell), torch.cat([rec.to(bias.dtype), bias])
+        cell, rec = biased(cell), with_bias(rec, bias)
         with torch.autocast(pre.device.type, enabled=False):
             start = self._guess(cell, pre, rec, starts)
             for correction in range(self.size):

@@ -69,7 +69,7 @@ class InitialStates:
                 x = getattr(part, name)
                 if self.mode != "pass":
                     x = self._noise(layer, name, x)
-                values[name] = x * keep_B.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+                values[name] = torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)  # a dropped state is gone, NaN or not
             if hasattr(part, "segment_B"):
                 first = part.segment_B if stream else torch.zeros_like(part.segment_B) if segment_ids is None else segment_ids[:, 0]
                 values["segment_B"] = first.to(part.segment_B.dtype)

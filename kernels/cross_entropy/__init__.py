@@ -24,7 +24,10 @@ def block(V: int) -> int:
 
 
 def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(negative log-likelihood, 0 where the label is -100; log-partition) of each row, fp32 inside and out (fp64 for fp64)."""
+    """(negative log-likelihood, log-partition) of each row, both 0 where the label is -100, fp32 inside and out (fp64 for fp64).
+
+    labels (N,) of any integer dtype. One that is neither -100 nor in [0, V): ValueError on a CPU; on a GPU, where raising would wait for the
+    device, the row's loss is NaN."""
     if not use_triton(logits_NV):
         return reference.losses(logits_NV, labels_N)
     from kernels.cross_entropy import triton as kernels
@@ -39,8 +42,8 @@ def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Tensor, g_log_z_N: Tensor) -> Tensor:
-    """softmax (g_nll + g_log_z) - onehot g_nll, in the dtype of the logits, which may be written over; g_nll counts as 0 where the label
-    is -100."""
+    """softmax (g_nll + g_log_z) - onehot g_nll, in the dtype of the logits, which may be written over; 0 where the label is -100, NaN where it
+    is none of the logits."""
     if not use_triton(logits_NV):
         return reference.gradient(logits_NV, labels_N, log_z_N, g_nll_N, g_log_z_N)
     from kernels.cross_entropy import triton as kernels

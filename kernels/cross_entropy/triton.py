@@ -22,17 +22,18 @@ def losses(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
     most = tl.full((BV,), float("-inf"), tl.float32)
     total = tl.zeros((BV,), tl.float32)
     for start in range(0, V, BV):
-        x = tl.load(LOGITS + row * V + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32) * LOG2E
+        x = tl.load(LOGITS + row * V + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
         above = tl.maximum(most, x, propagate_nan=tl.PropagateNan.ALL)
         kept = tl.where(above == float("-inf"), 0.0, above)  # nothing but -inf so far: no difference of infinities
-        total = total * tl.exp2(most - kept) + tl.exp2(x - kept)
+        total = total * tl.exp2((most - kept) * LOG2E) + tl.exp2((x - kept) * LOG2E)
         most = above
     largest = tl.max(most, 0)
     kept = tl.where(largest == float("-inf"), 0.0, largest)
-    log_z = (kept + tl.log2(tl.sum(total * tl.exp2(most - kept), 0))) * LN2
+    log_z = kept + tl.log2(tl.sum(total * tl.exp2((most - kept) * LOG2E), 0)) * LN2  # the largest logit as it is, not scaled to and fro
     label = tl.load(LABELS + row)
-    picked = tl.load(LOGITS + row * V + tl.maximum(label, 0)).to(tl.float32)
-    tl.store(LOG_Z + row, log_z)
+    known = (label >= 0) & (label < V)
+    picked = tl.load(LOGITS + row * V + label, mask=known, other=float("nan")).to(tl.float32)
+    tl.store(LOG_Z + row, tl.where(label == -100, 0.0, log_z))
     tl.store(NLL + row, tl.where(label == -100, 0.0, log_z - picked))
 
 
@@ -42,8 +43,8 @@ def gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
     column = tl.program_id(1) * BV + tl.arange(0, BV)
     at = LOGITS + row * V + column
     label = tl.load(LABELS + row)
-    g_nll = tl.where(label == -100, 0.0, tl.load(G_NLL + row))
+    g_nll = tl.where((label >= 0) & (label < V), tl.load(G_NLL + row), float("nan"))
     x = tl.load(at, mask=column < V, other=float("-inf")).to(tl.float32)
     d = tl.exp2((x - tl.load(LOG_Z + row)) * LOG2E) * (g_nll + tl.load(G_LOG_Z + row))
-    d -= tl.where(column == label, g_nll, 0.0)
+    d = tl.where(label == -100, 0.0, d - tl.where(column == label, g_nll, 0.0))
     tl.store(at, d.to(LOGITS.dtype.element_ty), mask=column < V)

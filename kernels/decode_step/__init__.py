@@ -71,12 +71,13 @@ def project(
     past, taps, bias = (conv.past_BWC, conv.weight_CW, conv.bias_C) if conv is not None else (out_BN,) * 3
     gated = 0 if gate_BK is None else 1 if gate_first else 2
     gate, norm, pair = (weight_NK if t is None else t for t in (gate_BK, norm_K, pair_NK))
-    kernel[(B, -(-N // BN))](
-        x_BK, gate, norm, weight_NK, pair, out_BN, weight_NK if keep_N is None else keep_N, past, taps, bias, N, K,
-        x_BK.stride(0), gate.stride(0), out_BN.stride(0), first, last, *silu, eps,
-        GATED=gated, NORMED=norm_K is not None, PAIR=pair_NK is not None, ADD=add, KEPT=keep_N is not None, W=width, BN=BN, BK=BK,
-        num_warps=warps, **_options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_BK):  # Triton launches on the current device
+        kernel[(B, -(-N // BN))](
+            x_BK, gate, norm, weight_NK, pair, out_BN, weight_NK if keep_N is None else keep_N, past, taps, bias, N, K,
+            x_BK.stride(0), gate.stride(0), out_BN.stride(0), first, last, *silu, eps,
+            GATED=gated, NORMED=norm_K is not None, PAIR=pair_NK is not None, ADD=add, KEPT=keep_N is not None, W=width, BN=BN, BK=BK,
+            num_warps=warps, **_options(),
+        )  # fmt: skip
 
 
 def ssm(
@@ -88,10 +89,11 @@ def ssm(
 
     B, H, P, M = state_BHPM.shape
     BP = _power(P) if interpreted() else min(16, _power(P))
-    kernel[(B, H, -(-P // BP))](
-        x_BI, B_BG, C_BG, dt_BH, dt_bias_H, A_log_H, skip_H, state_BHPM, y_BI, H, P, M, groups, x_BI.stride(0), y_BI.stride(0), low, high,
-        BP=BP, BM=_power(M), num_warps=4, **_options(),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_BI):
+        kernel[(B, H, -(-P // BP))](
+            x_BI, B_BG, C_BG, dt_BH, dt_bias_H, A_log_H, skip_H, state_BHPM, y_BI, H, P, M, groups, x_BI.stride(0), y_BI.stride(0), low, high,
+            BP=BP, BM=_power(M), num_warps=4, **_options(),
+        )  # fmt: skip
 
 
 @functools.cache
@@ -104,6 +106,7 @@ def cell_step(cell: Cell, u_BI: Tensor, weight_EKO: Tensor, bias_PI: Tensor, rec
     (E, K, PO), P, D = weight_EKO.shape, len(cell.pre), bias_PI.shape[1]
     O = PO // P  # noqa: E741
     BN, BK = (16, 16) if interpreted() else (8 if D < 132 * 16 else 16, min(256, _power(K)))
-    _cell_kernels(cell).project_and_step[(u_BI.shape[0], -(-O // BN), E)](
-        u_BI, weight_EKO, bias_PI, rec_RI, state_BSI, D, K, O, u_BI.stride(0), BN=BN, BK=BK, num_warps=4, **_options()
-    )
+    with torch.cuda.device_of(u_BI):
+        _cell_kernels(cell).project_and_step[(u_BI.shape[0], -(-O // BN), E)](
+            u_BI, weight_EKO, bias_PI, rec_RI, state_BSI, D, K, O, u_BI.stride(0), BN=BN, BK=BK, num_warps=4, **_options()
+        )

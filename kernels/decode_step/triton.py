@@ -9,7 +9,7 @@ Legend: B rows, N outputs, K inputs, H heads, P head width, M state width, W con
 import triton
 import triton.language as tl
 
-from kernels.parts import silu
+from kernels.parts import clamped, silu, softplus
 
 
 @triton.jit
@@ -105,9 +105,7 @@ def ssm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    dt = tl.load(DT + b * sp + h) + tl.load(DT_BIAS + h)
-    dt = tl.maximum(dt, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(dt)))
-    dt = tl.minimum(tl.maximum(dt, low), high)
+    dt = clamped(softplus(tl.load(DT + b * sp + h) + tl.load(DT_BIAS + h)), low, high)
     g = h // (H // groups)
     x = tl.load(X + b * sp + h * P + p, mask=in_p, other=0.0)
     into = tl.load(B_ + b * sp + g * M + m, mask=in_m, other=0.0)

@@ -32,9 +32,10 @@ def mamba2_step(
         return reference.mamba2_step(
             projected_BE, past_BWC, weight_CW, bias_C, dt_bias_H, A_log_H, D_H, ssm_BHPN, starts_B, groups, low, high, in_place
         )
-    after = ssm_BHPN if in_place else torch.empty_like(ssm_BHPN)
+    whole = in_place and ssm_BHPN.is_contiguous() and ssm_BHPN.dtype == torch.float32  # else the kernel writes a tensor of its own
+    after = ssm_BHPN if whole else torch.empty(ssm_BHPN.shape, dtype=torch.float32, device=ssm_BHPN.device)
     y, following = _step(projected_BE, past_BWC, weight_CW, bias_C, dt_bias_H, A_log_H, D_H, ssm_BHPN, starts_B, after, groups, low, high)
-    return y, following, after
+    return y, following, ssm_BHPN.copy_(after) if in_place and not whole else after
 
 
 def tile(B: int, H: int, P: int, N: int) -> tuple[int, int]:
@@ -62,7 +63,7 @@ def _step(
     flags = ssm if starts is None else starts.contiguous().view(torch.uint8)
     with torch.cuda.device_of(rows):  # Triton launches on the current device
         kernel[(B * H * -(-P // BP),)](
-            rows, past.contiguous(), weight.contiguous(), bias, dt_bias, A_log, D, ssm.contiguous(), flags, y, following, after,
+            rows, past.contiguous(), weight.contiguous(), *(t.contiguous() for t in (bias, dt_bias, A_log, D, ssm)), flags, y, following, after,
             H, P, N, groups, C, rows.stride(0), low, high, HAS_STARTS=starts is not None, W=W, BP=BP, BN=BN, num_warps=4,
         )  # fmt: skip
     return y, following

@@ -13,17 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.parts import silu
-
-
-@triton.jit
-def _softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e)): small e keep all their digits."""
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s
-    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
+from kernels.parts import clamped, silu, softplus
 
 
 @triton.jit
@@ -60,9 +50,9 @@ def step(
     row = ROWS + b * row_stride + H * P
     past, following = PAST + b * (W - 1) * C, NEXT + b * (W - 1) * C
     start = tl.load(STARTS + b) != 0 if HAS_STARTS else False
-    dt = _softplus(tl.load(row + C + h).to(tl.float32) + tl.load(DT_BIAS + h).to(tl.float32))
-    dt = tl.minimum(tl.maximum(dt, low), high)
-    kept = tl.exp(-dt * tl.exp(tl.load(A_LOG + h).to(tl.float32)))
+    dt = softplus(tl.load(row + C + h).to(tl.float32) + tl.load(DT_BIAS + h).to(tl.float32))
+    dt = clamped(dt, low, high)
+    kept = state * tl.exp(-dt * tl.exp(tl.load(A_LOG + h).to(tl.float32)))
     if HAS_STARTS:
         kept = tl.where(start, 0.0, kept)
     heads = H // groups
@@ -71,7 +61,7 @@ def step(
     x = _convolved(row, past, following, CONV, CONV_BIAS, h * P + p, in_p, C, start, C, W, HAS_STARTS)
     into = _convolved(row, past, following, CONV, CONV_BIAS, shared, in_n, once, start, C, W, HAS_STARTS)
     out = _convolved(row, past, following, CONV, CONV_BIAS, shared + groups * N, in_n, once, start, C, W, HAS_STARTS)
-    state = kept * state + (dt * x)[:, None] * into[None, :]
+    state = kept + (dt * x)[:, None] * into[None, :]
     tl.store(AFTER + place, state, mask=both)
     y = tl.sum(state * out[None, :], 1) + tl.load(SKIP + h).to(tl.float32) * x
     tl.store(Y + (b * H + h) * P + p, y.to(Y.dtype.element_ty), mask=in_p)

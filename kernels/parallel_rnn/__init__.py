@@ -13,6 +13,12 @@ METHODS = ("auto", "sequential", "parallel", "triton")
 SAVES = ("states", "borders")
 
 
+def with_bias(rec_RD: Tensor, bias_PD: Tensor) -> Tensor:
+    """Weights and biases (R + P, D) for the cell `biased`, in the wider dtype of the two: a bias of 16 bits must not round weights of 32."""
+    dtype = torch.promote_types(rec_RD.dtype, bias_PD.dtype)
+    return torch.cat([rec_RD.to(dtype), bias_PD.to(dtype)])
+
+
 def parallel_rnn(
     cell: Cell,
     pre_BTPD: Tensor,
@@ -50,7 +56,7 @@ def parallel_rnn(
     if not cell.lowered and method == "auto" and not torch.compiler.is_compiling():
         op.warn_once(cell.why_loop)
     if bias_PD is not None:
-        cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
+        cell, rec_RD = biased(cell), with_bias(rec_RD, bias_PD)
     dtype = reference.compute_dtype(pre_BTPD)
     h0 = torch.zeros(B, S, D, dtype=dtype, device=pre_BTPD.device) if h0_BSD is None else h0_BSD.to(dtype)
     if h0.shape != (B, S, D):
@@ -90,7 +96,7 @@ def solved(
 def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if bias_PD is not None:
-        cell, rec_RD = biased(cell), torch.cat([rec_RD.to(bias_PD.dtype), bias_PD])
+        cell, rec_RD = biased(cell), with_bias(rec_RD, bias_PD)
     if cell.lowered and pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
         with torch.cuda.device_of(pre_BPD):
             return launch.step(cell, pre_BPD, rec_RD, h_BSD)

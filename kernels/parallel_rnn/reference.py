@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import torch_functions, torch_slopes
@@ -207,6 +208,7 @@ class _Parallel(torch.autograd.Function):
         return states, states[:, -1].clone() if pre.shape[1] else h0.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         pre, rec, h0, states, *rest = ctx.saved_tensors
         d_states, d_final = gradients

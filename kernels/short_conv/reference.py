@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _SegmentedConv(torch.autograd.Function):
@@ -24,6 +25,7 @@ class _SegmentedConv(torch.autograd.Function):
         return _segmented(padded, weight_DW, bias_D, document).to(padded.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         padded, weight_DW, document = ctx.saved_tensors
         d_padded, d_weight, d_bias = _segmented_backward(gradients[0].to(weight_DW.dtype), padded, weight_DW, document)
@@ -36,7 +38,7 @@ def _segmented(padded: Tensor, weight_DW: Tensor, bias_D: Tensor, document: Tens
     y = padded[:, history:] * weight_DW[:, history] + bias_D
     for w in range(history):
         same = document[:, w : w + T] == document[:, history:]
-        y += padded[:, w : w + T] * same[..., None] * weight_DW[:, w]
+        y += torch.where(same[..., None], padded[:, w : w + T], 0.0) * weight_DW[:, w]  # selected: zero times NaN is NaN
     return y
 
 
@@ -44,9 +46,9 @@ def _segmented_backward(dy: Tensor, padded: Tensor, weight_DW: Tensor, document:
     history, T = weight_DW.shape[1] - 1, dy.shape[1]
     d_padded, d_weight = torch.zeros_like(padded, dtype=dy.dtype), torch.empty_like(weight_DW)
     for w in range(history + 1):
-        masked = dy * (document[:, w : w + T] == document[:, history:])[..., None]
-        d_padded[:, w : w + T] += masked * weight_DW[:, w]
-        d_weight[:, w] = (masked * padded[:, w : w + T]).sum((0, 1))
+        same = (document[:, w : w + T] == document[:, history:])[..., None]
+        d_padded[:, w : w + T] += torch.where(same, dy, 0.0) * weight_DW[:, w]
+        d_weight[:, w] = torch.where(same, dy * padded[:, w : w + T], 0.0).sum((0, 1))
     return d_padded, d_weight, dy.sum((0, 1))
 
 
@@ -64,11 +66,18 @@ def with_history(x_BTD: Tensor, history_BHD: Tensor | None, width: int) -> Tenso
     return torch.cat([past, x_BTD], 1)
 
 
+def _nothing(x_BTD: Tensor, *others: Tensor | None) -> Tensor:
+    """No outputs, of which autograd gives gradients of zero."""
+    return x_BTD + sum(t.to(x_BTD.dtype).sum() * 0 for t in others if t is not None)
+
+
 def short_conv(
     x_BTD: Tensor, history_BHD: Tensor | None, weight_DW: Tensor, bias_D: Tensor, starts_BT: Tensor | None = None, silu: bool = False
 ) -> Tensor:
     """y (B, T, D) in x's dtype; arguments as of `kernels.short_conv.short_conv`."""
     T, (D, W) = x_BTD.shape[1], weight_DW.shape
+    if not T:
+        return _nothing(x_BTD, history_BHD, weight_DW, bias_D)
     padded = with_history(x_BTD, history_BHD, W)
     inner = torch.promote_types(x_BTD.dtype, torch.float32)
     if starts_BT is None and T == 1 and not torch.is_grad_enabled():  # decoding: a product is cheaper than a convolution's setting up
@@ -123,4 +132,4 @@ def last_inputs(x_BTD: Tensor, history_BHD: Tensor | None, width: int, starts_BT
         return last
     tail = F.pad(starts_BT[:, max(0, T - H) :].int(), (max(0, H - T), 0))  # of the inputs kept; what was carried starts nothing
     after = tail.flip(1).cumsum(1).flip(1) - tail  # starts behind each of them
-    return last * (after == 0)[..., None]
+    return torch.where((after == 0)[..., None], last, 0.0)

@@ -159,9 +159,9 @@ def backward(
             row = t + u - (W - 1)
             done = added[W - 1]
             tl.store(out + u * sdt, done.to(DX.dtype.element_ty), mask=d < tl.where((row >= first) & (row < last), D, 0))
-            if HAS_HISTORY:
+            if HAS_HISTORY:  # the first slice waits for all outputs that the history adds to, however many slices they lie in
                 before = D_HISTORY + (b * (W - 1) + t + u) * D + d
-                tl.store(before, done.to(D_HISTORY.dtype.element_ty), mask=d < tl.where(row < 0, D, 0))
+                tl.store(before, done.to(D_HISTORY.dtype.element_ty), mask=d < tl.where((row < 0) & (s == 0), D, 0))
             past = (x,) + past[: W - 2]
             pending = added[: W - 1]
             if HAS_STARTS:

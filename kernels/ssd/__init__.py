@@ -7,9 +7,8 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from kernels.ssd import launch, op, reference
+from kernels.ssd import launch, op, plain, reference
 
 
 @functools.cache
@@ -33,8 +32,10 @@ def ssd(
 
     dt is positive (after softplus), A negative; heads share B and C in G groups. starts (B, T) bool zeroes the state before a step.
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
-    On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps.
+    On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps, 64 at most.
     """
+    if not x_BTHP.shape[1]:
+        return _nothing(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, D_H)
     if x_BTHP.shape[1] == 1 and h0_BHPN is not None and not torch.is_grad_enabled():  # decoding
         with torch.autocast(x_BTHP.device.type, enabled=False):
             return reference.ssd_step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, D_H)
@@ -43,8 +44,13 @@ def ssd(
         return op.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, h0_BHPN, starts_BT)
     if x_BTHP.is_cuda and x_BTHP.dtype != torch.float64 and not torch.compiler.is_compiling():
         _warn_once(reason)
-    with torch.autocast(x_BTHP.device.type, enabled=False):
-        arguments = (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk, D_H)
-        if torch.is_grad_enabled():  # keep the inputs only: the (chunk, chunk) matrices of all heads are many times larger
-            return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return reference.ssd_chunked(*arguments)
+    return plain.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk, D_H)
+
+
+def _nothing(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None, D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Results of no steps, of which autograd gives gradients of zero."""
+    (B, _, H, P), N = x.shape, Bm.shape[-1]
+    inner = torch.float64 if x.dtype == torch.float64 else torch.float32
+    nothing = sum(t.to(inner).sum() * 0 for t in (x, dt, A, Bm, Cm, D) if t is not None)
+    first = torch.zeros(B, H, P, N, dtype=inner, device=x.device) if h0 is None else h0.to(inner)
+    return (x + nothing).to(x.dtype), first + nothing

@@ -21,6 +21,11 @@ from kernels.dispatch import interpreted, no_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREPARED = 16  # heads a program of `prepare` takes
+# Operands of bf16 kernels are made of whole runs of so many elements, so that all their copies are wide and asynchronous. Where head and state
+# widths both forbid that, loads go element by element, an address in registers for each: of those kernels results were 30 to 40 % off on an H100
+# (Triton 3.6, ptxas 12.8), and once a read was outside of shared memory, as of other kernels with wgmma under ptxas before CUDA 13.
+RUN, IN_RUNS = 16, (torch.bfloat16,)
+RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,30 @@ def pad(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+def whole_width(width: int, dtype: torch.dtype) -> int:
+    """The width in which kernels take operands of this dtype."""
+    return -(-width // RUN) * RUN if dtype in IN_RUNS else width
+
+
+def strides_of(x: Tensor) -> tuple[int, ...]:
+    """Those of batch, time and heads; of a single one 0, which is a multiple of whatever is asked."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
+
+
 def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, and neighbours along the last dimension; other strides are free."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """In this dtype, and neighbours along the last dimension, zeros after them up to whole runs; other strides are free, but of whole runs."""
+    x, more = x.to(dtype), whole_width(x.shape[-1], dtype) - x.shape[-1]
+    if more:
+        return torch.constant_pad_nd(x, (0, more))
+    dense = x.stride(-1) == 1 or x.shape[-1] == 1
+    if dtype in IN_RUNS:
+        dense = dense and x.data_ptr() % (RUN * x.element_size() // 2) == 0 and not any(stride % RUN for stride in strides_of(x))
+    return x if dense else x.clone(memory_format=torch.contiguous_format)
+
+
+def filled(state: Tensor | None, P: int, N: int) -> Tensor | None:
+    """A state (B, H, P, N) in fp32 with zeros up to these sizes."""
+    return None if state is None else torch.constant_pad_nd(state.float(), (0, N - state.shape[3], 0, P - state.shape[2])).contiguous()
 
 
 class Problem:
@@ -79,7 +104,7 @@ class Problem:
         elif max(pad(x.shape[-1]), pad(Bm.shape[-1]) // 2) > 64:  # three stages of wider heads do not fit into shared memory
             self.sizes = replace(self.sizes, stages=min(self.sizes.stages, 2))
         self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
-        (self.B, self.T, self.H, self.P), (self.G, self.N) = x.shape, Bm.shape[2:]
+        (self.B, self.T, self.H, self.P), (self.G, self.N) = self.x.shape, self.Bm.shape[2:]
         self.R = self.H // self.G
         self.Q = self.sizes.Q
         self.chunks = -(-self.T // self.Q)
@@ -88,6 +113,8 @@ class Problem:
             "HAS_STARTS": starts is not None, "FINE": x.dtype == torch.float32, "Q": self.Q,
             "DOT": tl.bfloat16 if self.narrow else tl.float32, "PRECISION": "tf32x3" if wide else "ieee",
         }  # fmt: skip
+        self.dt, self.starts = dt, starts
+        self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=x.device)
         self._prepare(dt, starts)
 
     def fp32(self, *shape: int) -> Tensor:
@@ -98,9 +125,9 @@ class Problem:
         self.step, self.total = self.fp32(self.B, self.H, length), self.fp32(self.B, self.H, length)
         self.low = self.fp32(self.B, self.H, length) if fine else self.total
         self.document = self.total if starts is None else torch.empty(self.B, length, dtype=torch.int32, device=dt.device)
-        marks, strides = (dt, (0, 0)) if starts is None else (starts.view(torch.uint8), starts.stride())
+        marks, steps = (dt, (0, 0)) if starts is None else (starts.view(torch.uint8), starts.stride())
         self.module.prepare[(self.B * self.chunks, -(-self.H // PREPARED))](
-            dt, self.A, marks, self.step, self.total, self.low, self.document, self.T, self.H, self.chunks, *dt.stride(), *strides,
+            dt, self.A, marks, self.step, self.total, self.low, self.document, self.T, self.H, self.chunks, *dt.stride(), *steps,
             HAS_STARTS=starts is not None, FINE=fine, Q=self.Q, BH=PREPARED,
         )  # fmt: skip
 
@@ -109,7 +136,7 @@ class Problem:
         h0; parts of what each chunk's whole decay is asked for)."""
         B, H, P, N, s = self.B, self.H, self.P, self.N, self.sizes
         states = torch.empty(B, self.chunks, H, P, N, dtype=self.state_dtype, device=x.device)
-        begin = torch.zeros(B, H, P, N, device=x.device) if first is None else first.float().contiguous()
+        begin = torch.zeros(B, H, P, N, device=x.device) if first is None else first
         last = torch.empty_like(begin)
         rows, columns = min(ROWS, pad(P)), min(s.columns, pad(N))
         tiles = -(-N // columns)
@@ -117,10 +144,21 @@ class Problem:
         programs = B * H * -(-P // rows) * tiles
         self.module.walk[(programs,)](
             x, key, self.step, self.total, self.low, self.document, begin, states, last,
-            states if entering is None else entering, passed, self.T, H, self.R, self.chunks, P, N,
-            *x.stride()[:3], *key.stride()[:3], REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
+            states if entering is None else entering, passed, last if self.lost is None else self.lost, self.T, H, self.R, self.chunks, P, N,
+            *strides_of(x), *strides_of(key), REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
         )  # fmt: skip
         return states, last, passed
+
+    def recover(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor, final: Tensor) -> None:
+        """Outputs and final states again, in order, of the heads in which something that is not finite may have left its document."""
+        assert self.starts is not None
+        columns = pad(self.N)
+        rows = min(pad(self.P), max(1, RECOVERED // columns))
+        first = torch.zeros_like(final) if begin is None else begin
+        self.module.recover[(self.B * self.H * -(-self.P // rows),)](
+            self.x, self.dt, self.A, self.Bm, self.Cm, skip, self.starts.view(torch.uint8), first, y, final, self.lost, self.T, self.H, self.R, self.P, self.N,
+            *strides_of(self.x), *self.dt.stride(), *strides_of(self.Bm), *strides_of(self.Cm), *self.starts.stride(), HAS_SKIP=skips, BP=rows, BN=columns,
+        )  # fmt: skip
 
     @property
     def blocks(self) -> int:
@@ -143,13 +181,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32)."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=False)
-    states, final, _ = this.walk(this.x, this.Bm, h0)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    P, N, skip = x.shape[3], Bm.shape[3], this.A if D is None else D.float().contiguous()
+    begin = filled(h0, this.P, this.N)
+    states, final, _ = this.walk(this.x, this.Bm, begin)
+    y = torch.empty(this.x.shape, dtype=x.dtype, device=x.device)
+    lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)
     this.module.outputs[(this.B * this.chunks, this.G * this.blocks)](
-        this.x, this.Bm, this.Cm, this.A if D is None else D.float().contiguous(), this.step, this.total, this.low, this.document, states, y,
-        *this.shared(), *this.x.stride()[:3], *this.Bm.stride()[:3], *this.Cm.stride()[:3], **this.tiles(D),
+        this.x, this.Bm, this.Cm, skip, this.step, this.total, this.low, this.document, states, y,
+        final if this.lost is None else this.lost, *this.shared(), *lies, **this.tiles(D),
     )  # fmt: skip
-    return y, final
+    if this.lost is not None:
+        this.recover(skip, D is not None, begin, y, final)
+    return (y, final) if (this.P, this.N) == (P, N) else (y[..., :P].contiguous(), final[:, :, :P, :N].contiguous())
 
 
 def backward(
@@ -158,17 +201,18 @@ def backward(
     """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
     dy = ready(dy, x.dtype)
-    states, _, _ = this.walk(this.x, this.Bm, h0)
-    d_states, d_h0, passed = this.walk(dy, this.Cm, d_final, states)
+    P, N = x.shape[3], Bm.shape[3]
+    states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
+    d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
     B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
-    dx, d_dt, d_A = torch.empty(x.shape, dtype=x.dtype, device=x.device), this.fp32(B, T, H), this.fp32(B * this.chunks, H)
+    dx, d_dt, d_A = torch.empty(this.x.shape, dtype=x.dtype, device=x.device), this.fp32(B, T, H), this.fp32(B * this.chunks, H)
     d_D = None if D is None else torch.empty_like(d_A)
     kind = x.dtype if this.blocks == 1 else torch.float32
     d_B, d_C = (torch.empty(B, T, width, this.N, dtype=kind, device=x.device) for _ in range(2))
     d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
     after, within = torch.empty_like(this.total), torch.empty_like(this.total)
-    grid, read, strides = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*dy.stride()[:3], *this.Bm.stride()[:3], *this.Cm.stride()[:3])
-    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *this.x.stride()[:3], *strides), this.tiles(D)
+    grid, read, lies = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm))
+    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides_of(this.x), *lies), this.tiles(D)
     this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
     skip = this.A if D is None else D.float().contiguous()
     this.module.key_gradients[grid](
@@ -177,4 +221,6 @@ def backward(
     )  # fmt: skip
     if this.blocks > 1:
         d_B, d_C = (d.unflatten(2, (this.G, this.blocks)).sum(3).to(x.dtype) for d in (d_B, d_C))
+    if (this.P, this.N) != (P, N):
+        dx, d_B, d_C, d_h0 = (t.contiguous() for t in (dx[..., :P], d_B[..., :N], d_C[..., :N], d_h0[:, :, :P, :N]))
     return dx, d_dt, d_A.sum(0), d_B, d_C, None if d_D is None else d_D.sum(0), d_h0

@@ -4,9 +4,12 @@ Time is cut into chunks of Q steps. `prepare` sums the logarithms of the decays 
 (and, mirrored, the gradient of the state), keeping what enters every chunk; `outputs`, `query_gradients` and
 `key_gradients` then take all chunks at once, each program some heads of a group one after the other, so that B and C are read, and their product formed, once for all of them.
 
-Of step t in a chunk: total_t = sum_{s<=t} dt_s A, always used as exp of a difference that is zero or below. document_t counts the starts up to
-t in the chunk; nothing passes between steps of unequal counts. Steps past the end have dt = 0: they decay nothing and add nothing.
-Where totals are large and their differences small, fp32 totals are not enough: FINE adds LOW, what rounding took from them.
+Of step t in a chunk: total_t = sum_{s<=t} dt_s A over the steps of its own document, always used as exp of a difference that is zero or below.
+document_t counts the starts up to t in the chunk; nothing passes between steps of unequal counts. Steps past the end have dt = 0: they decay
+nothing and add nothing. Where totals are large and their differences small, fp32 totals are not enough: FINE adds LOW, what rounding took from them.
+
+What must not pass is selected out, not multiplied by zero, as what is not finite stays in its document. Matrix products cannot select: where
+documents meet in a chunk and a result is not finite, `walk` and `outputs` say so in LOST, and `recover` takes that head's steps one by one.
 
 Legend: b batch row, c chunk, h head, g group, i row of a chunk (its output), j row of a chunk (its input), Q, P, N as in reference.py.
 """
@@ -17,6 +20,17 @@ from __future__ import annotations
 # mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _within_documents(before, started_before, after, started_after):
+    """Joins two runs of steps: the sum since the last start in them, and whether there is one."""
+    return tl.where(started_after != 0, after, before + after), started_before | started_after
+
+
+@triton.jit
+def _all_finite(x):
+    return tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1), 0) != 0
 
 
 @triton.jit
@@ -32,22 +46,33 @@ def prepare(
     a = tl.load(A + h, h < H, other=0.0)
     place = (b * H + h)[None, :] * (chunks * Q) + t[:, None]
     tl.store(STEP + place, dt, (h < H)[None, :])
+    if HAS_STARTS:
+        new = tl.load(STARTS + b * starts_b + t * starts_t, t < T, other=0).to(tl.int32)
+        start = tl.broadcast_to(new[:, None], (Q, BH))
     if FINE:
-        total = tl.cumsum(dt.to(tl.float64) * a.to(tl.float64)[None, :], 0)
+        decay = dt.to(tl.float64) * a.to(tl.float64)[None, :]
+        if HAS_STARTS:
+            total, _ = tl.associative_scan((decay, start), 0, _within_documents)
+        else:
+            total = tl.cumsum(decay, 0)
         high = total.to(tl.float32)
         tl.store(TOTAL + place, high, (h < H)[None, :])
         tl.store(LOW + place, (total - high.to(tl.float64)).to(tl.float32), (h < H)[None, :])
     else:
-        tl.store(TOTAL + place, tl.cumsum(dt * a[None, :], 0), (h < H)[None, :])
+        decay = dt * a[None, :]
+        if HAS_STARTS:
+            total, _ = tl.associative_scan((decay, start), 0, _within_documents)
+        else:
+            total = tl.cumsum(decay, 0)
+        tl.store(TOTAL + place, total, (h < H)[None, :])
     if HAS_STARTS:
         if tl.program_id(1) == 0:
-            new = tl.load(STARTS + b * starts_b + t * starts_t, t < T, other=0).to(tl.int32)
             tl.store(DOCUMENT + b * (chunks * Q) + t, tl.cumsum(new, 0))
 
 
 @triton.jit
 def walk(
-    X, K, STEP, TOTAL, LOW, DOCUMENT, FIRST, STATES, LAST, ENTERING, PASSED, T, H, R, chunks, P, N, x_b, x_t, x_h, k_b, k_t, k_g,
+    X, K, STEP, TOTAL, LOW, DOCUMENT, FIRST, STATES, LAST, ENTERING, PASSED, LOST, T, H, R, chunks, P, N, x_b, x_t, x_h, k_b, k_t, k_g,
     HAS_STARTS: tl.constexpr, FINE: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -80,21 +105,29 @@ def walk(
         if HAS_STARTS:
             document = tl.load(DOCUMENT + b * (chunks * Q) + c * Q + q)
             last = tl.load(DOCUMENT + b * (chunks * Q) + c * Q + Q - 1)
-            weight = tl.where(document == (0 if REVERSE else last), weight, 0.0)
-            through = tl.where(last == 0, through, 0.0)
+            mine = document == (0 if REVERSE else last)
         entry = (b * chunks + c) * H + h
         tl.store(STATES + entry * P * N + place, state.to(STATES.dtype.element_ty), inside)
         if REVERSE:
             entering = tl.load(ENTERING + entry * P * N + place, inside, other=0.0).to(tl.float32)
-            tl.store(PASSED + (entry * tiles_n + tile % tiles_n) * P + p, tl.sum(entering * state, 1) * through, p < P)
-        weighted = (x.to(tl.float32) * weight[None, :]).to(DOT)
-        state = tl.dot(weighted, key.to(DOT), acc=state * through, input_precision=PRECISION)
+            passed = tl.sum(entering * state, 1) * through
+            if HAS_STARTS:
+                passed = tl.where(last == 0, passed, 0.0)
+            tl.store(PASSED + (entry * tiles_n + tile % tiles_n) * P + p, passed, p < P)
+        weighted, kept = x.to(tl.float32) * weight[None, :], state * through
+        if HAS_STARTS:
+            weighted, kept = tl.where(mine[None, :], weighted, 0.0), tl.where(last == 0, kept, 0.0)
+        state = tl.dot(weighted.to(DOT), key.to(DOT), acc=kept, input_precision=PRECISION)
+        if HAS_STARTS and not REVERSE:
+            if last > 0:
+                if not _all_finite(state):
+                    tl.store(LOST + b * H + h, 1)
     tl.store(LAST + (b * H + h) * P * N + place, state, inside)
 
 
 @triton.jit
 def outputs(
-    X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, STATES, Y, T, H, R, blocks, chunks, P, N, x_b, x_t, x_h, b_b, b_t, b_g, c_b, c_t, c_g,
+    X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, STATES, Y, LOST, T, H, R, blocks, chunks, P, N, x_b, x_t, x_h, b_b, b_t, b_g, c_b, c_t, c_g,
     HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +144,7 @@ def outputs(
     allowed = q[:, None] >= q[None, :]
     if HAS_STARTS:
         document = tl.load(DOCUMENT + b * (chunks * Q) + t)
+        last = tl.load(DOCUMENT + b * (chunks * Q) + first + Q - 1)
         allowed = allowed & (document[:, None] == document[None, :])
     for k in tl.range(0, tl.minimum(HEADS, R - block * HEADS), num_stages=STAGES):
         h = g * R + block * HEADS + k
@@ -130,7 +164,40 @@ def outputs(
         y = tl.dot(weight, x.to(DOT), acc=y, input_precision=PRECISION)
         if HAS_SKIP:
             y += x.to(tl.float32) * tl.load(D + h)
+        if HAS_STARTS:
+            if last > 0:
+                if not _all_finite(y):
+                    tl.store(LOST + b * H + h, 1)
         tl.store(Y + ((b * T + first) * H + h) * P + q[:, None] * (H * P) + p[None, :], y.to(Y.dtype.element_ty), rows_p)
+
+
+@triton.jit
+def recover(
+    X, DT, A, BM, CM, D, STARTS, FIRST, Y, LAST, LOST, T, H, R, P, N, x_b, x_t, x_h, dt_b, dt_t, dt_h, b_b, b_t, b_g, c_b, c_t, c_g,
+    starts_b, starts_t, HAS_SKIP: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The definition, step by step, of the heads marked LOST; the others' programs end at once."""
+    tiles = tl.cdiv(P, BP)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    b, h = (bh // H).to(tl.int64), bh % H
+    if tl.load(LOST + b * H + h) != 0:
+        p, n = tile * BP + tl.arange(0, BP), tl.arange(0, BN)
+        place, inside = (b * H + h) * P * N + p[:, None] * N + n[None, :], (p < P)[:, None] & (n < N)[None, :]
+        state = tl.load(FIRST + place, inside, other=0.0)
+        a = tl.load(A + h)
+        skip = tl.load(D + h) if HAS_SKIP else 0.0
+        for step in range(0, T):
+            t = b * 0 + step
+            x = tl.load(X + b * x_b + t * x_t + h * x_h + p, p < P, other=0.0).to(tl.float32)
+            key = tl.load(BM + b * b_b + t * b_t + h // R * b_g + n, n < N, other=0.0).to(tl.float32)
+            query = tl.load(CM + b * c_b + t * c_t + h // R * c_g + n, n < N, other=0.0).to(tl.float32)
+            dt = tl.load(DT + b * dt_b + t * dt_t + h * dt_h).to(tl.float32)
+            kept = state * tl.exp(dt * a)
+            kept = tl.where(tl.load(STARTS + b * starts_b + t * starts_t) != 0, 0.0, kept)
+            state = kept + (dt * x)[:, None] * key[None, :]
+            y = tl.sum(state * query[None, :], 1) + skip * x
+            tl.store(Y + ((b * T + t) * H + h) * P + p, y.to(Y.dtype.element_ty), p < P)
+        tl.store(LAST + place, state, inside)
 
 
 @triton.jit
@@ -142,8 +209,9 @@ def query_gradients(
 ):  # fmt: skip
     """What outputs ask for. Summed over the heads of this program: gradients of C and of the products C_i . B_j. D's gradient per chunk.
 
-    With M_ij = (C_i . B_j) exp(total_i - total_j) (x_j . dy_i): WITHIN_j = sum_i M_ij, and AFTER_i = sum_j dt_j M_ij - dt_i WITHIN_i + dy_i . (what
-    the entering state gives to y_i). The sum of AFTER over i >= t is what outputs in the chunk ask of the logarithm of step t's decay.
+    With M_ij = (C_i . B_j) exp(total_i - total_j) (x_j . dy_i): WITHIN_j = sum_i M_ij, and AFTER_t, which outputs in the chunk ask of the logarithm
+    of step t's decay, is the sum of dt_j M_ij over j < t <= i, and of dy_i . (what the entering state gives to y_i) over i >= t. As a difference
+    of sums over rows and columns it would lose the digits of small steps beside a large one.
     """
     b, c = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     g, block = tl.program_id(1) // blocks, tl.program_id(1) % blocks
@@ -166,23 +234,24 @@ def query_gradients(
         dy = tl.load(DY + (b * y_b + first * y_t + h * y_h) + q[:, None] * y_t + p[None, :], rows_p, other=0.0).to(DOT)
         state = tl.load(STATES + ((b * chunks + c) * H + h) * P * N + p[:, None] * N + n[None, :], inside, other=0.0)
         total, step = tl.load(TOTAL + row + q), tl.load(STEP + row + q)
-        gap, left = total[:, None] - total[None, :], tl.exp(total)
+        gap = total[:, None] - total[None, :]
         if FINE:
             low = tl.load(LOW + row + q)
             gap += low[:, None] - low[None, :]
-        if HAS_STARTS:
-            left = tl.where(document == 0, left, 0.0)
         pairs = tl.dot(dy, tl.trans(x), input_precision=PRECISION) * tl.exp(tl.where(allowed, gap, float("-inf")))
         if HAS_SKIP:
             tl.store(D_D + (b * chunks + c) * H + h, tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], pairs, 0.0), 1), 0))
         d_scores += pairs * step[None, :]
         pairs *= scores
-        within = tl.sum(pairs, 0)
-        after = tl.sum(pairs * step[None, :], 1) - within * step
-        after += tl.sum(tl.dot(query, tl.trans(state), input_precision=PRECISION) * dy.to(tl.float32), 1) * left
+        tl.store(WITHIN + row + q, tl.sum(pairs, 0))
+        pairs *= step[None, :]
+        after = tl.sum(pairs.to(tl.float64), 1) - tl.sum(pairs.to(tl.float64), 0)
+        left = tl.exp(total)
+        if HAS_STARTS:
+            left = tl.where(document == 0, left, 0.0)
+        carried = tl.sum(tl.dot(query, tl.trans(state), input_precision=PRECISION) * dy.to(tl.float32), 1) * left
         d_query += tl.dot(dy, state, input_precision=PRECISION) * left[:, None]  # scaled after: rounding a scaled operand would show
-        tl.store(AFTER + row + q, after)
-        tl.store(WITHIN + row + q, within)
+        tl.store(AFTER + row + q, tl.cumsum(after + carried.to(tl.float64), 0, reverse=True).to(tl.float32))
     share = (b * chunks + c) * tl.num_programs(1) + tl.program_id(1)
     tl.store(D_SCORES + share * (Q * Q) + q[:, None] * Q + q[None, :], d_scores.to(D_SCORES.dtype.element_ty))
     d_query = tl.dot(d_scores.to(DOT), key, acc=d_query, input_precision=PRECISION)
@@ -244,8 +313,9 @@ def key_gradients(
         tl.store(DX + ((b * T + first) * H + h) * P + q[:, None] * (H * P) + p[None, :], dx.to(DX.dtype.element_ty), rows_p)
         part = tl.arange(0, PARTS)
         passed = tl.sum(tl.load(PASSED + ((b * chunks + c) * H + h) * parts + part, part < parts, other=0.0), 0)
-        after, before = tl.load(AFTER + row + q), added * step
-        d_decay = tl.cumsum(after, 0, reverse=True) + tl.cumsum(before, 0) - before + passed
+        before = (added * step).to(tl.float64)
+        leaving = (tl.cumsum(before, 0) - before).to(tl.float32)  # of the inputs before each step: in fp32 a large one would take their digits
+        d_decay = tl.load(AFTER + row + q) + leaving + passed
         tl.store(D_DT + (b * T + t) * H + h, tl.load(WITHIN + row + q) + added + d_decay * tl.load(A + h), t < T)
         tl.store(D_A + (b * chunks + c) * H + h, tl.sum(d_decay * step, 0))
     place = ((b * T + first) * tl.num_programs(1) + tl.program_id(1)) * N + q[:, None] * (tl.num_programs(1) * N) + n[None, :]

@@ -19,6 +19,7 @@ from kernels.dispatch import plain
 from kernels.rotary import rotary
 from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
+from models.isolation import Lost, isolated
 from models.layers import RMSNorm
 
 if TYPE_CHECKING:
@@ -225,6 +226,9 @@ class Mixer(SequenceMixer):
         if state.segments_BL is not None:
             segments[:, :cached] = state.segments_BL
             segments[:, cached:] = state.segments_BL[:, -1:]
+            gone = (segments != segments[:, -1:])[:, None, :, None]  # never read again, so that no mask need keep a NaN apart
+            room.k.masked_fill_(gone, 0.0)
+            room.v.masked_fill_(gone, 0.0)
         offset = state.seen - cached
         return FixedState(room.k, room.v, segments, torch.tensor([cached], device=room.k.device), offset)
 
@@ -291,12 +295,22 @@ class Mixer(SequenceMixer):
         return T == k_BGLK.shape[2] and (segments_BL is not None or 0 < window < T)
 
     def _attend(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
-        T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
-        grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
+        T, window = q_BHTK.shape[2], self.config.window
+        if not T:
+            return q_BHTK + 0 * (k_BGLK.sum() + v_BGLK.sum())  # for autograd: gradients of zero, not none
         if self._divided(q_BHTK, k_BGLK, segments_BL) and self._packable(q_BHTK):
             if segments_BL is not None and not window and segments_BL.numel() >= LONG * (len(documents_of(segments_BL)[0]) - 1):
                 return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
+        if segments_BL is not None:
+            lost_BHT1, q, k, v = isolated(q_BHTK, k_BGLK, v_BGLK, segments_BL, window)
+            return Lost.apply(self._attend_masked(q, k, v, segments_BL), q_BHTK, lost_BHT1)
+        return self._attend_masked(q_BHTK, k_BGLK, v_BGLK, segments_BL)
+
+    def _attend_masked(self, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
+        """By torch's attention, with a mask where there must be one."""
+        T, L, window = q_BHTK.shape[2], k_BGLK.shape[2], self.config.window
+        grouped = q_BHTK.shape[1] != k_BGLK.shape[1]
         if window and T > window:
             return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         if segments_BL is None and not (window and window < L):  # no mask in memory

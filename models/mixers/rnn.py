@@ -114,9 +114,9 @@ class Mixer(SequenceMixer):
     def _project(self, u_BTI: Tensor) -> Tensor:
         """The cell's inputs without their bias, (B, T, P, E, K): each head's channels only read that head's. The product's layout is kept."""
         (B, T, _), E, P = u_BTI.shape, self.config.n_heads, len(self.cell.pre)
-        u_ENI = u_BTI.reshape(B * T, E, -1).transpose(0, 1)
+        u_ENI = u_BTI.reshape(B * T, E, self.inner // E).transpose(0, 1)
         pre_ENO = torch.bmm(u_ENI, self.cell_weight.to(u_BTI.dtype))
-        return pre_ENO.view(E, B, T, P, -1).permute(1, 2, 3, 0, 4)
+        return pre_ENO.view(E, B, T, P, self.inner // E).permute(1, 2, 3, 0, 4)
 
     def why_whole(self, T: int = 1 << 62) -> str:
         if not self.cell.lowered:
@@ -138,7 +138,7 @@ class Mixer(SequenceMixer):
         if own:
             h = own.states(self.cell, pre_BTPEK, rec_RI, starts, bias_PI)
         elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
-            before = cell_state if starts is None else cell_state * (~starts[..., None]).to(cell_state.dtype)
+            before = cell_state if starts is None else torch.where(starts[..., None], 0.0, cell_state)
             final = parallel_rnn_step(self.cell, pre_BTPEK[:, 0].flatten(2), rec_RI, before, bias_PI)
             h = final[:, None, -1].to(pre_BTPEK.dtype)
         else:

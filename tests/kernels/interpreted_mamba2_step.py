@@ -31,13 +31,31 @@ def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, low: float, 
     ssm = arguments[7]
     again = mamba2_step(*arguments, low, high, in_place=True)
     assert again[2] is ssm and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
+    if ssm.numel() > 1:  # dense in another order
+        arguments[7] = before[7].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments, low, high), found)), "strides"
+        again = mamba2_step(*arguments, low, high, in_place=True)
+        assert again[2] is arguments[7] and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
     print(sizes, dtype, flush=True)
+
+
+def forgotten() -> None:
+    """A document that starts forgets a state and a past that are not finite; a step size that is NaN stays one, limits or not."""
+    arguments = problem(3, 4, 5, 6, 2, 4, torch.float32, True)
+    arguments[8] = torch.tensor([True, False, True])
+    wanted = mamba2_step(*arguments, 0.1, 10.0)
+    arguments[1][[0, 2]], arguments[7][[0, 2]] = torch.nan, torch.inf
+    assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments, 0.1, 10.0), wanted))
+    arguments[0][1, -1] = torch.nan  # the last head's step size
+    y, _, ssm = mamba2_step(*arguments, 0.1, 10.0)
+    assert y.view(3, 4, 5)[1, 3].isnan().all() and ssm[1, 3].isnan().all() and ssm[1, :3].isfinite().all()
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     for case in CASES:
         check(*case)
+    forgotten()
     given = problem(2, 4, 3, 5, 2, 4, dtype=torch.float32, resets=True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(_step, (*given[:9], torch.empty_like(given[7]), given[9], 0.0, math.inf), test_utils=tests)

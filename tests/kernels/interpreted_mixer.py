@@ -76,6 +76,34 @@ def cross_entropies() -> None:
         print(f"cross entropy {V} {dtype}")
 
 
+def labels_that_are_no_logits() -> None:
+    """NaN for their rows, in the loss and in its gradient, and nothing of the rows beside them; labels of 32 bits; a row that does not count."""
+    logits, labels = torch.randn(5, 70), torch.tensor([3, 70, -1, -100, 69], dtype=torch.int32)
+    logits[3] = torch.nan
+    nll, log_z = cross_entropy.losses(logits, labels)
+    assert nll.isnan().tolist() == [False, True, True, False, False] and log_z.isfinite().all()
+    torch.testing.assert_close(nll[[0, 4]], torch.nn.functional.cross_entropy(logits[[0, 4]], labels[[0, 4]].long(), reduction="none"))
+    d = cross_entropy.gradient_(logits.clone(), labels, log_z, torch.ones(5), torch.ones(5))
+    assert d[[1, 2]].isnan().all() and d[[0, 4]].isfinite().all() and not d[3].any()
+
+
+def documents_that_are_not_finite() -> None:
+    """The convolution's kernels leave the documents beside one as they are."""
+    x, past, weight, bias = torch.randn(2, 19, 3), torch.full((2, 3, 3), torch.nan), torch.randn(3, 4), torch.randn(3)
+    starts = torch.zeros(2, 19, dtype=torch.bool)
+    starts[:, [0, 7, 10, 16]] = True
+    others = torch.ones(19, dtype=torch.bool)
+    others[7:10] = False
+    bad, found = x.clone(), []
+    bad[:, 8] = torch.inf
+    for inputs in (x, bad):
+        leaves = [t.clone().requires_grad_() for t in (inputs, past)]
+        y = short_conv(*leaves, weight, bias, starts, True)
+        found.append([y[:, others], *(g[:, others] if g.shape[1] == 19 else g for g in torch.autograd.grad(y[:, others].square().sum(), leaves))])
+    for a, b in zip(*found):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
 def present(tensors: list[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
@@ -89,6 +117,8 @@ def convolutions() -> None:
         (1, 19, 17, 3, False, 0.2, True, torch.float32),
         (1, 21, 3, 6, True, 0.2, True, torch.float32),
         (1, 9, 4, 2, True, 0.2, True, torch.float16),
+        (1, 21, 3, 12, True, 0.2, True, torch.float32),  # a history longer than a slice
+        (2, 5, 3, 12, True, 0.0, True, torch.float32),
     ):
         history = torch.randn(B, W - 1, D).to(dtype) if past else None
         given, fine = leaves(torch.randn(B, T, 3 * D).to(dtype), history, torch.randn(D, W), torch.randn(D))
@@ -206,12 +236,9 @@ def chains() -> None:
 
 if __name__ == "__main__":
     patch_once()
-    torch.manual_seed(0)
-    cross_entropies()
-    convolutions()
-    norms()
-    gated_products()
-    residuals()
-    rotations()
-    chains()
+    for part in (
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, residuals, rotations, chains,
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        part()
     print("ok")

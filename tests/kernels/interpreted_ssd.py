@@ -24,6 +24,7 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 48, 2, 16, 2, 16), {"decay": 50.0}),
     ((1, 40, 5, 70, 1, 20), {"decay": 0.01}),
     ((1, 33, 2, 16, 1, 16), {"dtype": torch.bfloat16}),
+    ((2, 37, 4, 17, 2, 33), {"dtype": torch.bfloat16, "starts": 0.1}),  # widths that are filled up
     ((1, 33, 2, 16, 1, 16), {"dtype": torch.float16, "starts": 0.1}),
 ]
 
@@ -47,6 +48,39 @@ def check(sizes: tuple[int, ...], options: dict[str, Any], borders: bool = False
         assert a.shape == b.shape and error < limit, f"{sizes} {options}: {name} is off by {error:.1e}"
     again = answers(scan, tensors, starts, dy, d_final)
     assert all(torch.equal(a, b) for a, b in zip(found, again))
+
+
+def uneven() -> None:
+    """Steps of very different sizes, and fast decays: no gradient loses digits to a large step."""
+    for steps, decay in ((20.0, 1.0), (0.1, 1e3)):
+        tensors, starts = problem(1, 50, 2, 5, 1, 6, starts=0.05)
+        tensors[1] = torch.full_like(tensors[1], 1e-4) if steps > 1 else steps * torch.rand_like(tensors[1])
+        tensors[1][:, ::7] = steps
+        tensors[2] = -decay * torch.tensor([1.0, 0.5])
+        dy, d_final = torch.randn(tensors[0].shape), torch.randn(tensors[5].shape)
+        for name, a, b in zip(("y", "final", *NAMES), answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)):
+            assert distance(a, b) < 5e-6, f"steps of {steps}, decay {decay}: {name} is off by {distance(a, b):.1e}"
+
+
+def not_finite() -> None:
+    """A document leaves the results of the others as they are, in whichever input it is not finite, in a chunk of several and across chunks."""
+    for bad, place, cuts in ((0, 20, (18, 22)), (1, 9, (5, 35)), (3, 31, (31, 32)), (4, 20, (18, 22))):
+        tensors, _ = problem(2, 40, 2, 5, 1, 6)
+        starts = torch.zeros(2, 40, dtype=torch.bool)
+        starts[:, list(cuts)] = True
+        others = torch.ones(40, dtype=torch.bool)
+        others[slice(*cuts)] = False
+        wanted = scan(*tensors[:6], starts, D=tensors[6])
+        tensors[bad][0, place] = torch.nan if bad % 2 else torch.inf  # the other row as it was
+        y, final = scan(*tensors[:6], starts, D=tensors[6])
+        torch.testing.assert_close(y[:, others], wanted[0][:, others])
+        torch.testing.assert_close(final, wanted[1])
+        assert torch.equal(y[1], wanted[0][1]) and not y[0].isfinite().all()
+    tensors, _ = problem(1, 40, 2, 5, 1, 6)
+    tensors[5][:] = torch.nan  # a carried state, where a document starts at once
+    starts = torch.zeros(1, 40, dtype=torch.bool)
+    starts[:, 0] = True
+    assert all(t.isfinite().all() for t in scan(*tensors[:6], starts, D=tensors[6]))
 
 
 def without_options() -> None:
@@ -73,6 +107,8 @@ if __name__ == "__main__":
     for case in CASES:
         check(*case)
     check((1, 35, 2, 16, 1, 16), {}, borders=True)
+    uneven()
+    not_finite()
     without_options()
     registered()
     print("ok")

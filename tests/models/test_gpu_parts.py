@@ -10,6 +10,8 @@ from kernels import cross_entropy
 from kernels.cross_entropy import reference
 from models import mixers
 from models.config import ModelConfig
+from models.decode import Decoder
+from models.head import Head
 from models.lm import LanguageModel
 from models.mixers import attention
 
@@ -80,3 +82,33 @@ def test_compiled_models_equal_eager_ones(layer: dict[str, object]) -> None:
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
     for a, b in zip(*found):
         assert (a - b).norm() <= 2e-4 * (1e-3 + a.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_label_that_is_no_logit_is_a_nan_loss(dtype: torch.dtype) -> None:
+    """Neither a neighbour's logit nor a wait for the device."""
+    torch.manual_seed(0)
+    head, h = Head(64, 1000).cuda(), torch.randn(6, 64, device="cuda", requires_grad=True)
+    labels = torch.tensor([3, 1000, -1, -100, 999, 1 << 20], device="cuda", dtype=dtype)
+    for recompute in (True, False):
+        nll, log_z = head(h, labels, recompute=recompute)
+        assert nll.isnan().tolist() == [False, True, True, False, False, True] and not nll[3] and not log_z[3]
+        (d_h,) = torch.autograd.grad(nll[[0, 3, 4]].sum(), h)
+        assert not d_h[3].any() and d_h[[0, 4]].isfinite().all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_on_the_second_gpu_decodes_while_the_first_is_current(fused: bool) -> None:
+    layers = {"g": {"type": "rnn"}, "m": {"type": "mamba2", "head_dim": 16, "d_state": 16}, "a": {"type": "attention", "n_heads": 4}}
+    model = LanguageModel(ModelConfig(64, 64, 3, ["g", "m", "a"], layers, learnable_residual=True))
+    model.init_weights(0)
+    model.to("cuda:1")
+    ids = torch.randint(0, 64, (2, 9), device="cuda:1")
+    with torch.no_grad(), torch.cuda.device(0):
+        state = model(ids[:, :4], state=model.init_state(2)).state
+        assert state is not None
+        decoder = Decoder(model, state, 16, fused=fused)
+        found = torch.stack([decoder.step(ids[:, t]).clone() for t in range(4, 9)], 1)
+        torch.testing.assert_close(found, model(ids, state=model.init_state(2)).logits[:, 4:], atol=1e-3, rtol=1e-3)
+        assert torch.cuda.current_device() == 0

@@ -67,6 +67,26 @@ def check_mixer(name: str, T: int, packed: bool, rank: int) -> int:
     return sum(received.values())
 
 
+def check_isolation(name: str, T: int, rank: int) -> None:
+    """NaN in the document before the one that starts at a border, or just after it: the slices behind see none of it."""
+    torch.manual_seed(0)
+    mixer = mixers.build(CONFIGS[name], D, 0)
+    mixer.init_weights(0.4, 0)
+    mixer.double()
+    x = torch.randn(2, N * T, D).double()
+    segments = (torch.arange(N * T) >= torch.tensor([[2 * T], [2 * T - 1]])).int()
+    whole = mixer(x, segment_ids=segments)[0].detach()
+    x[:, 2 * T - 3 : 2 * T - 1] = torch.nan
+    own = slice(rank * T, (rank + 1) * T)
+    part = x[:, own].clone().requires_grad_()
+    with parallel.split(mixer):
+        y = mixer(part, None, segments[:, own].contiguous())[0]
+        y.sum().backward()
+    if rank >= 2:
+        torch.testing.assert_close(y.detach(), whole[:, own])
+        assert part.grad is not None and part.grad.isfinite().all()
+
+
 def check_rank() -> None:
     """What each process of the launcher runs."""
     torch.set_num_threads(1)
@@ -83,6 +103,9 @@ def check_rank() -> None:
     attention.MASK_ELEMENTS = 0  # documents one by one
     for name in ("attention", "attention-gathered"):
         check_mixer(name, 7, True, rank)
+    parallel.SMALL, attention.MASK_ELEMENTS = 1 << 20, 1 << 27
+    for name in ("mamba2", "mamba2-groups", "attention", "attention-few-keys", "window-gathered", "swa"):
+        check_isolation(name, 7, rank)
     dist.destroy_process_group()
 
 

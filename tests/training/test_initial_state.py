@@ -99,6 +99,19 @@ def test_noise_has_the_wanted_moments() -> None:
         assert float(drawn[:, head].std()) == pytest.approx(std, rel=0.03)
 
 
+def test_a_dropped_state_is_gone_though_it_is_not_finite() -> None:
+    lm = model(["m", "g"])
+    initial = InitialStates("pass", drop=1.0)
+    state = lm(ids(9), state=lm.init_state(4)).state
+    for part in state.layers:
+        for value in vars(part).values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                value.detach().fill_(torch.nan)
+    initial.after(0, state)
+    dropped = initial.before(lm, 0, 4)
+    assert lm(ids(9), state=dropped).logits.isfinite().all()
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="choose one of zero, pass"):
         InitialStates("warm")
