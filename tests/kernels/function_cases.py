@@ -127,6 +127,7 @@ def check(x: Tensor, ways: list[tuple[str, str]], talk: bool = False) -> None:
                 print(f"{name:12} {short or 'exact'} {maths:8} {error:.1e} at {at:.9g}")
             assert error <= allowed, f"{name}, {short or 'exact'}, {maths}: off by {error:.1e} at {at!r}"
             clear = ~x.isnan() & (x != 0 if name == "where" else x == x)  # torch's gradient of a branch not taken is NaN at log(0)
+            clear &= ~(wanted.abs() > HUGE)  # exp2 has lost what its slope would need
             error, at = worst(f"slope of {name}", x[clear], slopes[name][clear], slope[clear], floor=4e-6 if short else 4e-7)
             assert error <= 4 * allowed, f"slope of {name}, {short or 'exact'}, {maths}: off by {error:.1e} at {at!r}"
 
