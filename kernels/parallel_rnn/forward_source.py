@@ -6,8 +6,8 @@ from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
 
-def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN") -> None:
-    """One group of steps from h (and J and V, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
+def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN", meets: bool = True) -> None:
+    """One group of steps from h (and their products, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)
     for u in range(w.U):
         w.put(indent, f"go = t + {u} < last", "if HAS_RESET:", *(f"    h{i} = tl.where(r{u} != 0, 0.0, h{i})" for i in w.S))
@@ -24,11 +24,14 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live(stored)}, {even})" for i in w.S))
     if product:
         w.put(indent, f"if {product}:")
-        w.end_group(indent + 1)
+        w.end_group(indent + 1, meets)
 
 
 def _open(w: Writer) -> None:
-    w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S), *(f"V{i} = tl.abs(h{i})" for i in w.S))
+    """Nothing walked yet, from h."""
+    w.put(1, *(f"{x}{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for x in "JGR" for i in w.S for j in w.S))
+    w.put(1, *(f"V{i} = tl.abs(h{i})" for i in w.S), *(f"L{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(1, "tail = first + SLICE // MARK * 7 // 8 * MARK  # walks may meet before, where the largest state of what follows is known")
 
 
 def _enter(w: Writer, indent: int, t: str) -> None:
@@ -60,7 +63,7 @@ def _marks(w: Writer, indent: int) -> None:
 
 def walk(traced: Traced, unroll: int) -> str:
     w, n_state = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
+    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d")
     w.put(1, "if GIVEN:", *(f"    h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S))
@@ -72,6 +75,7 @@ def walk(traced: Traced, unroll: int) -> str:
     _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS")
     w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
+    w.store_measures(2)
     return w.text()
 
 
@@ -114,7 +118,7 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
 
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, MEASURES, STATS, ROUND, TOLERANCE"
     w.begin("mend", f"{own}, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
     _chain(w, 1, "s", worst=False)
     w.shares(1, "gap", "c{i}", "z{i}")
@@ -131,16 +135,23 @@ def mend(traced: Traced, unroll: int) -> str:
     _open(w)
     w.put(1, "span = STRETCH + 0 * first", "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
     _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
-    w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
-    seen = live("to < last")
+    w.put(2, "to = tl.minimum(tl.where(from_ + span <= tail, from_ + span, last), last)")
+    w.put(2, "here = (to <= tail) & (to < last)  # where the old and the new walk have met here, the rest of the old one is right")
+    seen = live("here")
     w.put(2, *(f"a{i} = {w.vector('mark', f'(span // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
     _loop(w, 2, "from_", "to", "True")
+    w.load_measures(2)  # not held over the loop, which needs the registers
     w.put(2, *(f"a{i} = a{i} - h{i}" for i in w.S))
     w.shares(2, "gap", "a{i}", "V{i}")
-    w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & (to < last)).to(tl.int32)")
+    w.later_shares(2, "far", "a{i}")
+    w.put(2, "now = tl.max(tl.where(inside, tl.minimum(gap, far), 0.0), 0)", "met = ((now <= TOLERANCE) & here).to(tl.int32)")
     w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK), now, to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
+    w.load_measures(1)
+    w.put(1, *(f"G{i}{j} = tl.where(met != 0, _most(G{i}{j}, {w.product('oG{i}{m}', 'R{m}{j}', i, j)}), G{i}{j})" for i in w.S for j in w.S))
+    w.put(1, *(f"L{i} = tl.where(met != 0, oL{i}, L{i})" for i in w.S))
+    w.store_measures(1)
     names = [*w.matrix("J{i}{j}"), *(f"V{i}" for i in w.S)]
     w.put(1, *(f"{name} = tl.where(met != 0, {load}, {name})" for name, load in zip(names, old)), *_store_products(w, "NEW_PRODUCTS"))
     return w.text()

@@ -208,9 +208,10 @@ def forward(
     rounds = min(2 if trace(cell).linear else CORRECTIONS if plan.short else CORRECTIONS_FINE, n - 1)  # a linear cell needs one, and another where rounding counts
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S * S + S, D) if n > 1 else h0
+    measures = h0.new_empty(B, n, S * S + S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, n > 1, borders or n > 1, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, measures, False, n > 1, borders or n > 1, *sizes, **constants
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
@@ -218,7 +219,7 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), near, plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), near, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
     module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, near, *sizes, **after)
@@ -253,7 +254,7 @@ def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).walk[plan.grid](
-        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, True, False, False, *sizes, **constants
+        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, ends, True, False, False, *sizes, **constants
     )
     return emitted, kept
 

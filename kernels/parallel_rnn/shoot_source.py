@@ -43,7 +43,7 @@ def shoot(traced: Traced, unroll: int) -> str:
     w.load_inputs(3, "t")
     w.load_resets(3, "", "t")
     w.put(3, f"p += {w.U} * ST", f"q += {w.U}")
-    steps(w, 3, "True", stored="go & (turn > 0)", even="False")  # what the first turn finds never stands
+    steps(w, 3, "True", stored="go & (turn > 0)", even="False", meets=False)  # what the first turn finds never stands
     w.move(3, str(w.U))
     w.put(3, "if WITH_MARKS:", f"    if (t + {w.U}) % MARK == 0:")
     w.put(5, *(f"tl.store(mark + {i} * D, h{i}, mask={live(f't + {w.U} - MARK < last')})" for i in w.S), f"mark += {n} * D")

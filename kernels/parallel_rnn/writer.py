@@ -2,7 +2,8 @@
 
 Names in the generated source: x{k}_{u} input projection k of step u of the group, w{r} weights, h{i} states, a{i} the states before a step,
 e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians, P{i}{j} those of a group of steps. V{i}: what a change of some
-earlier state of the slice by its own size would still be here: the largest of product times state (`Writer.products`).
+earlier state of the slice by its own size would still be here: the largest of product times state. G{i}{j}: the largest product from the end of
+any group to that of a later one, R{i}{j} from any to here; L{i}: the largest state of the slice's last eighth (`Writer.end_group`).
 
 Loads run ahead of the arithmetic, or each step would wait for memory: loops are pipelined by Triton, which copies asynchronously to shared
 memory, STAGES groups of steps deep. (Loads into registers a group ahead do not do it, the compiler moves them down again.) `mend`, which ends
@@ -124,10 +125,15 @@ class Writer:
         self.put(indent, *(f"k{i}{j} = {self.product('j{i}{m}', 'P{m}{j}', i, j)}" for i in self.S for j in self.S))
         self.put(indent, *self.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"))
 
-    def end_group(self, indent: int) -> None:
-        """J and V at the end of a group."""
+    def end_group(self, indent: int, meets: bool) -> None:
+        """J and V at the end of a group; R, G and L too where walks may meet. Where states mix, products of absolute values bound those of products."""
         self.put(indent, *(f"k{i}{j} = {self.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in self.S for j in self.S), *self.matrix("J{i}{j} = k{i}{j}"))
         self.put(indent, *self.left("V", "P{i}{j}", "V{j}", "h{i}"))
+        if meets:
+            self.put(indent, *(f"k{i}{j} = {self.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in self.S for j in self.S))
+            self.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in self.S for j in self.S))
+            self.put(indent, *self.matrix("G{i}{j} = _most(G{i}{j}, R{i}{j})"))
+            self.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, tl.abs(h{i})), L{i})" for i in self.S))
 
     def left(self, to: str, product: str, before: str, state: str) -> list[str]:
         """to{i} = the largest of |product| before over the states, and of |state|; not a number if one of them is not."""
@@ -143,6 +149,24 @@ class Writer:
         """to = the largest share that changes of the states are of their sizes: what the certificate asks for."""
         self.put(indent, f"{to} = _share({change.format(i=0)}, {size.format(i=0)})")
         self.put(indent, *(f"{to} = tl.maximum({to}, _share({change.format(i=i)}, {size.format(i=i)}))" for i in self.S[1:]))
+
+    def later_shares(self, indent: int, to: str, change: str) -> None:
+        """Likewise of what comes of the changes later in the slice, and of the largest states there, by the walk that left oG and oL."""
+        for i in self.S:
+            self.put(indent, f"later{i} = " + " + ".join(f"_times(oG{i}{j}, tl.abs({change.format(i=j)}))" for j in self.S))
+        self.shares(indent, to, "later{i}", "oL{i}")
+
+    def measures(self) -> list[str]:
+        return [*self.matrix("G{i}{j}"), *(f"L{i}" for i in self.S)]
+
+    def store_measures(self, indent: int) -> None:
+        n = len(self.S)
+        self.put(indent, f"om = (b * n + s) * {n * n + n} * D + d", *(f"tl.store(MEASURES + om + {k} * D, {x}, mask=inside)" for k, x in enumerate(self.measures())))
+
+    def load_measures(self, indent: int) -> None:
+        """What the slice's last walk left, as oG and oL."""
+        n = len(self.S)
+        self.put(indent, f"om = (b * n + s) * {n * n + n} * D + d", *(f"o{x} = {self.vector('MEASURES', 'om', k)}" for k, x in enumerate(self.measures())))
 
     def begin(self, name: str, arguments: str, sliced: bool = True, after: bool = False) -> None:
         """The kernel's head: its tile of channels, its slice s of n, its batch row b. `after`: it may be launched before the kernel whose

@@ -54,6 +54,7 @@ class Case:
     magnitude: float
     layout: str
     cotangents: str
+    poison: str = ""  # what one input is: nan or inf
 
 
 def expression(rng: random.Random, leaves: list[str], depth: int) -> str:
@@ -109,6 +110,7 @@ def make_case(seed: int, large: bool) -> Case:
     return Case(
         seed, regime, source, B, T, D, slices, rng.choice((0.0, 0.0, 0.02, 0.1)), 10.0 ** rng.uniform(low, high),
         rng.choice(("plain", "plain", "heads", "time", "expanded")), rng.choice(("all", "emitted", "final")),
+        rng.choice(("nan", "inf", "", "", "", "", "", "")),
     )  # fmt: skip
 
 
@@ -141,7 +143,9 @@ def make_inputs(case: Case, cell: Cell, dtype: torch.dtype) -> tuple[Tensor, Ten
         h0 = h0.abs() * 1e-6 + 1e-7
     else:
         pre *= size
-    starts = torch.rand(B, T, generator=g) < case.resets if case.resets else None
+    starts = torch.rand(B, T, generator=g) < (0.2 if case.poison else case.resets) if case.resets or case.poison else None
+    if case.poison:
+        pre[-1, T // 2, case.seed % P, case.seed % D] = float(case.poison)
     return pre.to(dtype), rec, h0, starts
 
 
@@ -161,7 +165,13 @@ def by_loop(cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tenso
     """(states, final, gradients of pre, rec, h0) of the loop under autograd, as fp64."""
     pre, rec, h0, starts = inputs
     leaves = [x.to(dtype).requires_grad_() for x in (pre, rec, h0)]
-    states, final = reference.sequential(cell, *leaves, starts)
+    h, steps = leaves[2], []
+    for t in range(pre.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
+        h = torch.stack(cell(leaves[0][:, t].unbind(1), leaves[1].unbind(0), h.unbind(1)), 1)
+        steps.append(h)
+    states, final = torch.stack(steps, 1), h
     loss = (states * cotangents[0].to(dtype)).sum() + (final * cotangents[1].to(dtype)).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [x.detach().double() for x in (states, final, *(torch.zeros_like(a) if b is None else b for a, b in zip(leaves, gradients)))]
@@ -201,9 +211,9 @@ def documents(starts: Tensor | None, B: int, T: int) -> Tensor:
     return torch.zeros(B, T, dtype=torch.long) if starts is None else starts.long().cumsum(1)
 
 
-def finite_documents(values: Tensor, documents_BT: Tensor) -> Tensor:
+def finite_documents(values: Tensor, documents_BT: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, D) bool: whether all values (B, T, X, D) of the step's document and channel are finite and not about to overflow."""
-    bad = ~(values.abs() < 1e30).all(2)
+    bad = ~(values.abs() < min(1e30, torch.finfo(dtype).max / 2)).all(2)
     out = torch.ones_like(bad)
     for b in range(len(values)):
         for document in documents_BT[b].unique():
@@ -236,7 +246,7 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> dict[str, 
     tolerance, eps, low = reference.TOLERANCE[dtype], torch.finfo(dtype).eps, dtype != torch.float32
     times = max(30.0, 2 * tolerance / torch.finfo(torch.float32).eps)
     document = documents(inputs[3], B, T)
-    fine = finite_documents(torch.cat([exact[0], rough[0]], 2), document)
+    fine = finite_documents(torch.cat([exact[0], rough[0]], 2), document, dtype)
     problems = []
     mask = fine[:, :, None].expand_as(exact[0])
     rounding = eps / 2 * exact[0].abs() if low else torch.zeros_like(exact[0])
@@ -268,12 +278,16 @@ def judge_gradients(
         fp64 = [x.double() for x in (pre, rec, h0)]
         again = reference.linear_backward(cell, *fp64, starts, states, cotangents[0].double(), cotangents[1].double(), 1)
         rounded[2:] = [a - b for a, b in zip(again, exact[2:])]
+    there = fine[:, :, None] & torch.isfinite(rough[2]) & (rough[2].abs() < min(1e30, torch.finfo(dtype).max / 2))
+    if not torch.isfinite(found[2][there]).all():
+        problems.append("gradients are not finite where the loop's are")
     every = fine.all(1).all(0) & torch.stack([(x.flatten(0, -2).abs() < 1e30).all(0) for x in (*exact[2:], *rough[2:]) if x.numel()]).all(0)
     for name, want, loop, other, got in zip(("pre", "rec", "h0"), exact[2:], rough[2:], rounded[2:], found[2:]):
         if not want.numel() or not every.any():
             continue
         axes = tuple(range(want.dim() - 1)) if name != "pre" else (0, 1)
         size = want.abs().amax(axes)
+        size = torch.maximum(size, 0.1 * size.amax(0)) if name == "pre" else size  # of terms that cancel, rounding is left
         allowed = 100 * (loop - want).abs().amax(axes) + 3 * other.abs().amax(axes) + (max(1e-5, 20 * tolerance) + (4 * eps if low else 0)) * size
         gap = ((got - want).abs().amax(axes) - (1e-36 if dtype != torch.float16 else 1e-6)).clamp(min=0)
         ratio = torch.where(every, gap / allowed.clamp(min=1e-300), 0.0).nan_to_num(nan=torch.inf).max().item()

@@ -1,0 +1,119 @@
+"""Random cells against the float64 loop (tests/kernels/generate/cells.py), and that it catches faults there have been. A failure prints the line
+that runs the case again."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.parallel_rnn import reference
+from kernels.parallel_rnn.cell import Cell, Pre, State
+from tests.kernels.generate.cells import run_case
+
+ROOT = Path(__file__).parents[2]
+
+
+def failures(seeds: range, dtype: str) -> list[str]:
+    rows = [run_case(seed, dtype, "cpu") for seed in seeds]
+    return [f"{r['again']}\n{'; '.join(r['problems'])}" for r in rows if r["problems"]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_torch(dtype: str) -> None:
+    assert not failures(range(48), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [100, 108])
+def test_kernels_in_the_interpreter(first: int) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "tests.kernels.generate.cells", "--cases", "8", "--first", str(first), "--dtype", "float32"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_on_a_gpu(tmp_path: Path) -> None:
+    """New cells each time, as many as half an hour allows; their lines run them again."""
+    out, processes = tmp_path / "cells.json", str(max(1, (os.cpu_count() or 2) - 2))
+    command = [sys.executable, "-m", "tests.kernels.generate.cells", "--cases", "100", "--first", str(secrets.randbelow(10**8)), "--device", "cuda"]
+    subprocess.run([*command, "--processes", processes, "--seconds", "1500", "--out", str(out)], cwd=ROOT, check=False, timeout=2400)
+    rows = json.loads(out.read_text())["rows"]
+    assert not [f"{r['again']}: {r['problems']}" for r in rows if r["problems"]]
+
+
+def absolute(change: Tensor, size: Tensor) -> float:
+    """The certificate as it was: blind to states that are small beside 1."""
+    return float((change.abs() / 1.5).nan_to_num(nan=torch.inf).max()) if change.numel() else 0.0
+
+
+def multiplied(tensor: Tensor, where: Tensor) -> Tensor:
+    return tensor * (~where).to(tensor.dtype)
+
+
+@pytest.mark.parametrize(("name", "fault"), [("share", absolute), ("zeroed", multiplied)])
+def test_faults_put_back_are_caught(monkeypatch: pytest.MonkeyPatch, name: str, fault: Any) -> None:
+    monkeypatch.setattr(reference, name, fault)
+    assert failures(range(48), "float32")
+
+
+def scaled(a: Pre, x: Pre, h: State) -> tuple[Tensor, ...]:
+    return (a * h + x,)
+
+
+def latch(a: Pre, x: Pre, h: State) -> tuple[Tensor, ...]:
+    return (torch.tanh(a * h + x),)
+
+
+def normalised(z: Pre, i: Pre, f: Pre, c: State, n: State, h: State) -> tuple[Tensor, ...]:
+    f, i = torch.sigmoid(f), torch.exp(i)
+    c, n = f * c + i * torch.tanh(z), f * n + i
+    return c, n, c / n
+
+
+def signs(x: Pre, h: State) -> tuple[Tensor, ...]:
+    return (torch.where(h > 0, 0.99 * h, 0.5 * h) + x,)
+
+
+def valleys(T: int, D: int) -> Tensor:
+    """Gates that let a state fall to 2^-40 and come back, once a hundred steps, at other times in every channel."""
+    t = (torch.arange(T)[:, None] + 7 * torch.arange(D)[None]) % 100
+    return torch.where(t < 40, 0.5, torch.where(t < 80, 2.0, 1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["falls and grows", "falls and latches", "falls and grows with inputs", "gates of e^-16.5", "inputs of 1e-8", "jumps"])
+def test_small_states_count(kind: str, dtype: torch.dtype) -> None:
+    """Cases that a certificate relative to 1 + |state| took for solved: each slice starts from nothing, and so do they."""
+    g = torch.Generator().manual_seed(0)
+    T, D = 400, 6
+    noise, cell = torch.randn(1, T, D, generator=g), Cell.from_step(latch if "latches" in kind else scaled)
+    pre = torch.stack([valleys(T, D)[None] * (0.999 if "latches" in kind else 1.0), torch.zeros(1, T, D)], 2)
+    if kind == "falls and grows with inputs":
+        pre[:, ::97, 1] = noise[:, ::97] * 1e-3
+    if kind == "inputs of 1e-8":
+        pre = torch.stack([torch.full_like(noise, 0.99), noise * 1e-8], 2)
+    if kind == "gates of e^-16.5":
+        cell, pre = Cell.from_step(normalised), torch.stack([noise, noise.roll(3, 1) - 16.5, noise.roll(5, 1) + 4], 2)
+    if kind == "jumps":
+        cell, pre = Cell.from_step(signs), 1e-3 * noise[:, :, None]
+    pre = pre.to(dtype)
+    S = len(cell.state)
+    h0 = torch.full((1, S, D), 0.0 if kind == "inputs of 1e-8" else 1e-7 if S > 1 else 1.0, dtype=torch.float64)
+    inner = reference.compute_dtype(pre)
+    states = reference.solve(cell, pre.to(inner), torch.zeros(0, D, dtype=inner), h0.to(inner), None, 16)
+    exact, _ = reference.sequential(cell, pre.double(), torch.zeros(0, D).double(), h0, None)
+    size = exact.abs().unflatten(1, (16, -1)).amax(2).repeat_interleave(T // 16, 1)
+    tolerance = {torch.float32: 3e-5, torch.bfloat16: 2e-3, torch.float64: 1e-10}[dtype]
+    assert ((states - exact).abs() <= tolerance * size).all(), ((states - exact).abs() / size).max()
