@@ -26,14 +26,16 @@ def gap(a: torch.Tensor, b: torch.Tensor) -> float:
 def check(name: str) -> None:
     torch.manual_seed(0)
     cell = next(c for c in cells() if c.name == name)
-    for T, D, slices, weight, resets, dtype, corrections in (
-        (1, 5, 1, 0.5, 0.0, torch.float32, 3),
+    sizes = (
         (13, 5, 3, 0.5, 0.15, torch.float32, 3),
-        (32, 16, 4, 0.5, 0.1, torch.float32, 3),  # whole groups and tiles: no masks
         (18, 17, 4, 8.0, 0.0, torch.float32, 0),  # not converged: must be walked in order
+        (1, 5, 1, 0.5, 0.0, torch.float32, 3),
+        (32, 16, 4, 0.5, 0.1, torch.float32, 3),  # whole groups and tiles: no masks
         (18, 5, 4, 0.5, 0.0, torch.float32, 4),
         (10, 5, 2, 0.5, 0.0, torch.float16, 3),
-    ):
+    )
+    # All of them for one, two and three states; the other cells differ in their step, which generated cells try in more ways.
+    for T, D, slices, weight, resets, dtype, corrections in sizes if name in ("paragru", "paralstm", "three") else sizes[:2]:
         launch.CORRECTIONS = launch.CORRECTIONS_FINE = corrections
         torch.manual_seed(T)
         pre, rec, h0, starts = problem(cell, 1 if weight > 1 else 2, T, D, weight, resets=resets)
