@@ -230,8 +230,8 @@ class Slice:
                 if correction == self.size - 1:
                     break
                 _, product, left = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)
-                final = final.detach()
-                own = torch.cat([final[:, None], torch.maximum(left, final.abs())[:, None], product], 1)
+                end = final.detach()
+                own = torch.cat([end[:, None], torch.maximum(left, end.abs())[:, None], product], 1)
                 ends, lefts, products = self.gather(own, "checks").transpose(0, 1).split([1, 1, product.shape[1]], 2)
                 new = reference.corrected(ends[:, :, 0], products, start)
                 change = reference.share((new - start)[:, 1:], reference.remainders(products, lefts[:, :, 0])[:, :-1])
