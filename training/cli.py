@@ -80,9 +80,9 @@ def _key_problems(overrides: list[Override], base: DictConfig, groups: dict[str,
         for depth, part in enumerate(parts):
             if not isinstance(node, DictConfig) or part not in list(node.keys()):
                 known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-                advice = nearest(part, known) if known else f"{'.'.join(parts[:depth])} is a value and has no keys."
+                advice = nearest(part, known, 0.8) if known else f"{'.'.join(parts[:depth])} is a value and has no keys."
                 if not advice.startswith("did"):
-                    advice = suggest.key(item.key_or_group, known_keys) or advice
+                    advice = suggest.key(item.key_or_group, known_keys) or (nearest(part, known) if known else advice)
                 problems.append(f"Unknown key {'.'.join(parts[: depth + 1])!r}; {advice}")
                 break
             node = node._get_node(part)

@@ -209,9 +209,9 @@ class Position:
     first_tokens: int = 0
 
 
-def nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: list[str], cutoff: float = 0.6) -> str:
     """' Did you mean X?' for a near miss, else the list of what there is."""
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
 
 
@@ -269,8 +269,8 @@ def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str])
     for key, value in mapping.items():
         where = f"{path}{key}"
         if key not in hints:
-            near = nearest(str(key), list(hints))
-            problems.append(f"Unknown key {where!r}; {near if near.startswith('did') else suggest.key(where, schema_keys(Config)) or near}")
+            near, anywhere = nearest(str(key), list(hints), 0.8), suggest.key(where, schema_keys(Config))
+            problems.append(f"Unknown key {where!r}; {near if near.startswith('did') else anywhere or nearest(str(key), list(hints))}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 values[key] = parse(value, typing.cast(type, hints[key]), f"{where}.", problems)

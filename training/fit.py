@@ -106,8 +106,9 @@ def _advice(config: Config, settings: ModelConfig, model: Any, world: World, hav
     t, ds = config.train, config.deepspeed
     full = replace(t, activation_checkpointing="full")
     tries: list[tuple[str, Config]] = []
-    small = [m for m in (t.micro_batch // 2, t.micro_batch // 4, 1) if m >= 1 and t.micro_batch % m == 0 and m < t.micro_batch]
-    for micro in dict.fromkeys(small):
+    small = [t.micro_batch >> i for i in range(1, t.micro_batch.bit_length()) if t.micro_batch % (1 << i) == 0]
+    small += [1] if t.micro_batch > 1 and 1 not in small else []
+    for micro in small:
         tries.append((f"train.micro_batch={micro}", replace(config, train=replace(t, micro_batch=micro))))
     if t.activation_checkpointing == "none":
         tries.append(("train.activation_checkpointing=full", replace(config, train=full)))

@@ -91,6 +91,8 @@ def key(wrong: str, known: Iterable[str]) -> str:
     if not same:
         same = [name for name in [ELSEWHERE.get(last, "")] if name in names]
     if not same:
+        same = [name for name in names if name.split(".")[-1].replace("_", "") == last.replace("_", "")]
+    if not same:
         same = difflib.get_close_matches(wrong, names, n=1, cutoff=0.75)
     if not same:
         leaves = {name.split(".")[-1]: name for name in reversed(names)}
@@ -117,7 +119,8 @@ def quoted(name: str, value: str) -> str:
     """`name=value` as a shell and then Hydra read it as text: quoted twice where it has to be."""
     if value.isascii() and re.fullmatch(r"[\w/.-]+", value):
         return f"{name}={value}"
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"') if '"' in value or value.endswith("\\") else value
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)  # Hydra leaves backslashes alone but for those before a quote
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
     return shlex.quote(f'{name}="{escaped}"')
 
 
