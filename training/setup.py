@@ -30,6 +30,7 @@ from training.recipe import rate
 
 Shards = list[tuple[ShardSet, float]]
 DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up
+TOTAL = "\0"  # stands for the total in a sentence that is written before it is known
 
 
 def open_shards(path: Any, split: str) -> Shards:
@@ -144,10 +145,11 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     if changes:
         told += ["settings that differ from the checkpoint's:", *(f"  {line}" for line in changes)]
     told += cursor.notes
-    if before and moments:
-        told += filter(None, [lr_jump(before, config, cursor)])
-    told += [f"note: {text}." for text in notes(config)] if cursor.step < config.total_steps else []
-    told += filter(None, [finished(config, cursor)] if not begins else [])
+    if cursor.step < config.total_steps:
+        told += filter(None, [lr_jump(before, config, cursor) if before and moments else ""])
+        told += [f"note: {text}." for text in notes(config)]
+    else:
+        told.append(finished(config, cursor))
 
     def write() -> None:
         facts = environment(world.device)
@@ -184,7 +186,7 @@ def _read(folder: Path, begins: bool, config: Config, world: World, model: Langu
     branches = world.texts(_branches(run_dir, folder, by_name) if world.main else "")[0]
     elsewhere = run_dir.resolve() not in folder.resolve().parents
     forked = elsewhere or by_name and bool(branches)  # what another wandb run says already is not written over
-    return cursor, f"resuming from {folder} at step {cursor.step}{{}}{branches}", None if forked else state.get("wandb_id")
+    return cursor, f"resuming from {folder} at step {cursor.step}{TOTAL}{branches}", None if forked else state.get("wandb_id")
 
 
 def _in_order(fingerprints: list[str], shards: Shards, folder: Path) -> None:
@@ -207,9 +209,9 @@ def _told(config: Config, world: World, model: LanguageModel, cursor: Cursor, wh
     zero = zero_run(config, world.size)
     what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, {zero}, {config.train.precision}, run folder {config.run_dir}"
     origin = config.model.get("init_from")
-    where = where or f"starting at step 0{{}}{f' from the weights of {origin}' if origin else ''}"
+    where = where or f"starting at step 0{TOTAL}{f' from the weights of {origin}' if origin else ''}"
     total = f" of {config.total_steps}"
-    where = where.replace("{}", total) if "{}" in where else where + total
+    where = where.replace(TOTAL, total) if TOTAL in where else where + total
     s, warmup = config.schedule, config.in_steps(config.schedule.warmup)
     source = rate(config)
     rates = f"learning rate {config.peak_lr:g} ({source[1]})" if config.peak_lr == source[0] else f"learning rate {config.peak_lr:g}"

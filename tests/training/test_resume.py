@@ -6,6 +6,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from tests.conftest import run_ranks
 from tests.training.test_runs import QUIET, losses, mistake, ok
-from training import changes, cursor, fork, setup
+from training import changes, checkpoint, cursor, fork, setup
 from training.cli import checked, compose_config, resolved_yaml
 from training.config import Config, Position
 from training.engine import World
@@ -173,6 +174,27 @@ def test_what_a_run_may_begin_from(tmp_path: Path) -> None:
             config_of(*words)
 
 
+def test_a_fork_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup.checkpoint, "load_weights", lambda folder, model: None)
+    monkeypatch.setattr(setup.fork, "check_tokenizer", lambda folder, tokenizer: None)
+    run, shards = tmp_path / "run", [(SimpleNamespace(fingerprint="x", tokenizer=lambda: None), 1.0)]
+    for order, step in enumerate((2, 4), start=1):
+        folder = checkpoint.folder_of(run, step)
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"step": step, "tokens": 0, "fingerprint": ["x"], "wandb_id": "abc"}))
+        (folder / checkpoint.MARKER).write_text(json.dumps({"order": order}))
+
+    def wandb_id(step: int, *words: str, begins: bool = False) -> str | None:
+        return setup._read(checkpoint.folder_of(run, step), begins, config_of(*words), Alone(), None, shards)[2]  # type: ignore[arg-type]
+
+    assert wandb_id(4, f"run_dir={run}") == "abc" == wandb_id(4, f"run_dir={run}", f"train.resume={run}/checkpoints/step-00000004")
+    assert wandb_id(2, f"run_dir={run}") == "abc", "the newest whole one after a fault"
+    assert wandb_id(2, f"run_dir={run}", f"train.resume={run}/checkpoints/step-00000002") is None, "a branch"
+    assert wandb_id(4, f"run_dir={tmp_path}/other", f"train.resume={run}") is None
+    for kind in ("weights", "all"):
+        assert wandb_id(4, f"run_dir={tmp_path}/other", f"train.start_from={run}", f"train.start_with={kind}", begins=True) is None
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
 
@@ -206,7 +228,9 @@ def test_a_run_begins_from_another_one(train: Train, tmp_path: Path) -> None:
     assert "the data go on behind sample 12" in out
     assert list(losses(tmp_path / "all")) == [4, 5]
     assert losses(tmp_path / "all")[5] == losses(tmp_path / "whole")[5], "optimizer, step and data go on"
-    out = ok(train("longer", *short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=2", "model.mixers.paragru.recurrent_max=0.9"))
+    longer = [*short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=2", "model.mixers.paragru.recurrent_max=0.9"]
+    out = ok(train("longer", *longer, "train.compile=true", TORCH_COMPILE_DISABLE="1"))
+    assert "torch.compile is on: the first step compiles" in out and "compiled: the first step took" in out
     assert ": the weights; at step 0 of 2" in out and "recurrent_max: 0.5 -> 0.9" in out and "train.seq_len: 32 -> 64" in out
     assert losses(tmp_path / "longer")[1] < losses(tmp_path / "first")[1]
     out = ok(train("longer", *short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=3", "model.mixers.paragru.recurrent_max=0.9"))

@@ -78,6 +78,7 @@ def test_all_problems_are_told_at_once_and_with_what_zero_does() -> None:
         (["faults.spike_factor=0.5"], "above 1"),
         (["data.path={a: x, b: 1}"], "weight of a must be a number"),
         (["data.path={a: 0, b: 0}"], "weight 0"),
+        (["experiment=synthetic/mqar", "data.task.symbols=1000000000"], "at most 1,000,000"),
     ],
 )
 def test_what_is_too_long_for_the_run_or_fits_nothing_is_refused(words: list[str], expected: str) -> None:
