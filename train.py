@@ -83,8 +83,6 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     metrics = Metrics(run_dir, config, world.device, world.size, training_flops_per_token(model, config.train.seq_len), world.main)
     metrics.open(cursor.step, start.wandb_id)
     metrics.say(start.message)
-    if config.train.compile:
-        metrics.say("torch.compile is on: the first step compiles the model, which takes minutes for a large one and is no hang.")
     ranks = RankWatch(world, config.train.log_every)
     tracer = Tracer(config.profile, run_dir, world.rank, world.device, cursor.step + config.profile_start, config.profile_steps, metrics.say)
     evaluator = build_evaluator(config, engine, shards, metrics)
@@ -147,8 +145,6 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             tracer.after(step)
             seen = ranks.step(step, result, waited)
             metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped, seen, cursor.tokens)
-            if config.train.compile and step == start.step + 1:
-                metrics.say(f"compiled: the first step took {result.seconds:.0f} s.")
             life.beat(step, saver.saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:

@@ -82,6 +82,7 @@ class Metrics:
         self.tensorboard: Any = None
         self.file: Any = None
         self.unwritten = 0
+        self.compiling = config.train.compile
 
     def open(self, step: int, wandb_id: str | None) -> None:
         """Opens the sinks at `step`; what metrics.jsonl says of later steps belongs to a lost branch and is dropped."""
@@ -175,6 +176,9 @@ class Metrics:
         of the run so far (else those of so many steps of the present batch)."""
         if not self.main:
             return
+        if self.compiling:
+            self.compiling = False
+            self.say(f"compiled: the first step took {duration(seconds)}.")
         rate = tokens / (seconds + data_wait)
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None

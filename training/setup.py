@@ -101,7 +101,6 @@ class Start:
     """Where training begins: without a folder at step 0, else from a checkpoint. moments: the folder's optimizer and random states go on too;
     held: rank 0's lock of the run folder, for the run."""
 
-    step: int
     cursor: Cursor
     folder: Path | None
     moments: bool
@@ -158,7 +157,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         write_json(run_dir / "environment.json", facts)
 
     _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
-    return Start(cursor.step, cursor, folder, moments, wandb_id, "\n".join(told), held)
+    return Start(cursor, folder, moments, wandb_id, "\n".join(told), held)
 
 
 def _read(folder: Path, begins: bool, config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, str | None]:
@@ -215,8 +214,11 @@ def _told(config: Config, world: World, model: LanguageModel, cursor: Cursor, wh
     s, warmup = config.schedule, config.in_steps(config.schedule.warmup)
     source = rate(config)
     rates = f"learning rate {config.peak_lr:g} ({source[1]})" if config.peak_lr == source[0] else f"learning rate {config.peak_lr:g}"
-    decay = f", {config.in_steps(s.decay):,} of decay" if s.kind == "wsd" else ""
-    return [what, where, f"{rates}, schedule {s.kind} counting {s.unit}: {config.span:,.6g} steps, {warmup:,} of warm-up{decay}"]
+    each = config.tokens_per_step if s.unit == "tokens" else 1
+    decay = f", {config.in_steps(s.decay) * each:,} of decay" if s.kind == "wsd" else ""
+    lines = [what, where, f"{rates}, schedule {s.kind} over {round(config.span * each):,} {s.unit}, {warmup * each:,} of warm-up{decay}"]
+    compiling = "torch.compile is on: the first step compiles the model, which takes minutes for a large one and is no hang."
+    return [*lines, compiling] if config.train.compile else lines
 
 
 def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:

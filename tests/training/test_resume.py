@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from models.lm import LanguageModel
 from tests.conftest import run_ranks
 from tests.training.test_runs import QUIET, losses, mistake, ok
 from training import changes, checkpoint, cursor, fork, setup
@@ -19,6 +21,7 @@ from training.cli import checked, compose_config, resolved_yaml
 from training.config import Config, Position
 from training.engine import World
 from training.errors import UserError
+from training.metrics import Metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 BASE = ["data.path=d", "train.steps=100", "train.seq_len=32", "train.global_batch=4", "train.micro_batch=2"]
@@ -78,6 +81,21 @@ def test_other_weights_hold_from_the_next_sample_and_other_seeds_not_at_all() ->
     cursor.take_on(at, config_of(), [1.0, 3.0], "here")
     cursor.take_on(at, config_of(), [1.0, 2.0], "here")  # no sample was read in between
     assert at.order.stretches == [(0, [1.0, 1.0]), (40, [1.0, 2.0])] and "from sample 40 on" in at.notes[-1]
+
+
+def test_a_start_tells_rate_schedule_and_compilation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of("train.compile=true", "schedule=wsd", "schedule.unit=tokens", "size=400m", "model=mamba2", "model.vocab_size=64", "train.check_memory=false")
+    with torch.device("meta"):
+        model = LanguageModel(setup.model_config(config, None)[0])
+    what, where, rate, compiling = setup._told(config, World(0, 1, torch.device("cpu")), model, cursor.begin(config, [1.0]), "")
+    assert where == "starting at step 0 of 100" and "learning rate 0.005 (size=400m, arXiv 2510.21450, appendix C.1)" in rate
+    assert rate.endswith("schedule wsd over 12,800 tokens, 1,280 of warm-up, 2,560 of decay") and "first step compiles the model" in compiling
+    metrics = Metrics(tmp_path, config, torch.device("cpu"), 1, 1, True)
+    metrics.open(0, None)
+    for step in (1, 2):
+        metrics.step(step, 1.0, 1.0, 1.0, 1, 61.0, 0.0, "")
+    metrics.close()
+    assert capsys.readouterr().out.count("compiled: the first step took 1:01.") == 1
 
 
 class Prints:
@@ -229,8 +247,7 @@ def test_a_run_begins_from_another_one(train: Train, tmp_path: Path) -> None:
     assert list(losses(tmp_path / "all")) == [4, 5]
     assert losses(tmp_path / "all")[5] == losses(tmp_path / "whole")[5], "optimizer, step and data go on"
     longer = [*short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=2", "model.mixers.paragru.recurrent_max=0.9"]
-    out = ok(train("longer", *longer, "train.compile=true", TORCH_COMPILE_DISABLE="1"))
-    assert "torch.compile is on: the first step compiles" in out and "compiled: the first step took" in out
+    out = ok(train("longer", *longer))
     assert ": the weights; at step 0 of 2" in out and "recurrent_max: 0.5 -> 0.9" in out and "train.seq_len: 32 -> 64" in out
     assert losses(tmp_path / "longer")[1] < losses(tmp_path / "first")[1]
     out = ok(train("longer", *short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=3", "model.mixers.paragru.recurrent_max=0.9"))
