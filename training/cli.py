@@ -40,9 +40,13 @@ def config_groups(root: Path = CONFIG_DIR) -> dict[str, list[str]]:
 def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
     problems = []
     for item in overrides:
-        group, value = item.key_or_group.split("@")[0], item.value()
-        if group in groups and isinstance(value, (str, int)) and str(value) not in groups[group]:
-            near = suggest.option(group, str(value), groups[group])
+        group, given = item.key_or_group.split("@")[0], item.value()
+        if item.is_delete() or item.is_sweep_override() or group not in groups:
+            continue
+        for value in [str(one) for one in given] if isinstance(given, list) else [(item.input_line or "").partition("=")[2].strip("'\"")]:
+            if value in groups[group]:
+                continue
+            near = suggest.option(group, value, groups[group])
             choice = f"choose one of {', '.join(groups[group])}."
             problems.append(f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}")
     return problems
@@ -101,6 +105,8 @@ def spelled_out(arguments: list[str]) -> list[str]:
     found = []
     for argument in arguments:
         key, _, value = argument.partition("=")
+        if argument == "experiment=null":  # none is what there is without it, and Hydra takes no null for a group
+            continue
         if argument.startswith("model=hf:"):
             path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
             found += ["model=transformer", f"+model.init_from='{path}'"]
@@ -118,7 +124,10 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictC
     overrides: list[Override] = []
     for argument in arguments:
         try:
-            overrides += OverridesParser.create().parse_overrides([argument])
+            parsed = OverridesParser.create().parse_overrides([argument])
+            if not all(item.key_or_group for item in parsed):
+                raise HydraException("no key")
+            overrides += parsed
         except HydraException:
             problems.append(suggest.unreadable(argument, lambda text: OverridesParser.create().parse_overrides([text])))
     problems += _sweep_problems(overrides)

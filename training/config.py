@@ -302,7 +302,7 @@ def _choices(config: Config) -> list[str]:
 def _combinations(config: Config, world_size: int) -> list[str]:
     problems, t, ds = [], config.train, config.deepspeed
     if (t.steps is None) == (t.tokens is None):
-        problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other.")
+        problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other (train.steps=null train.tokens=1e9).")
     N = config.parallel.sequence
     if config.dry_run:  # asks what a run on other machines would cost
         world_size = N
@@ -330,8 +330,8 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append("train.start_with says what train.start_from takes from a checkpoint; give that as well.")
     if t.start_from and config.model.get("init_from"):
         problems.append("train.start_from and model=hf: both give the first weights; leave one of them out.")
-    if not config.name.strip():
-        problems.append("name is empty; give the run a name, or leave it out.")
+    empty = {"name": config.name, "run_dir": config.run_dir, "train.resume": t.resume, "train.start_from": t.start_from}
+    problems += [f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()]
     return problems
 
 

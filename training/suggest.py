@@ -87,6 +87,8 @@ def key(wrong: str, known: Iterable[str]) -> str:
     """'did you mean ...?' for a dotted key that does not exist: the same name at another place, another program's name, or a near miss; else ''."""
     names = sorted(known, key=lambda name: (next((i for i, p in enumerate(PREFERRED) if name.startswith(p)), len(PREFERRED)), name.count("."), name))
     last = wrong.split(".")[-1].replace("-", "_").lower()
+    if last == "name" and "." in wrong:  # of whatever it may be
+        return ""
     same = [name for name in names if name.split(".")[-1] == last and name != wrong]
     if not same:
         same = [name for name in [ELSEWHERE.get(last, "")] if name in names]
@@ -109,6 +111,9 @@ def option(group: str, wrong: str, options: list[str]) -> str:
     lowered = {name.lower(): name for name in options}
     last = {name.split("/")[-1]: name for name in options}
     near = lowered.get(wrong.lower()) or last.get(wrong) or lowered.get(f"{group.replace('deepspeed', 'zero')}{wrong}".lower())
+    longer = [name for name in options if name.startswith(wrong)]
+    if len(longer) > 1 and not near:
+        return f"did you mean one of the {len(longer)} that begin with it, such as {group}={longer[0]}?"
     near = near or next(iter(difflib.get_close_matches(wrong, options, n=1)), None)
     near = near or next((last[name] for name in difflib.get_close_matches(wrong, list(last), n=1)), None)
     near = near or next((name for name in options if name.startswith(wrong) or wrong.startswith(name)), None)
@@ -129,6 +134,9 @@ def unreadable(argument: str, reads: Callable[[str], Any]) -> str:
     name, equals, value = argument.partition("=")
     if not equals:
         return f"Cannot read the argument {argument!r}; write key=value."
+    if not re.fullmatch(r"(\+\+?|~)?[\w@/.-]+", name) or ".." in name:
+        mended = re.sub(r"[^\w@/-]+", ".", name).strip(".") or "key"
+        return f"Cannot read the argument {argument!r}; write {mended}={value.strip() or 'VALUE'}, without spaces and with single dots in the key."
     text = quoted(name, value)
     try:
         reads(shlex.split(text)[0])
