@@ -14,11 +14,12 @@ import torch
 
 from models.config import ModelConfig
 from training.config import Config
-from training.engine import World
+from training.engine import World, stage_of
 from training.errors import UserError
 
 GIB = 2**30
 CONTEXT = 0.5 * GIB  # the least that a CUDA context takes beside torch's allocator
+SURE, SURE_OF_ZERO3 = 1.02, 1.1  # times the device that an estimate has to be before it is sure that the run cannot fit, see docs/memory.md
 NOTICE = 0.25  # share of the device below which a run is not measured
 
 
@@ -71,7 +72,7 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     if bound(config, settings, sum(p.numel() for p in model.parameters())) < NOTICE * have:
         return ""
     need, phase = _needs(config, settings, model, world.size, on_cpu)
-    if need <= have:
+    if need <= have * (SURE_OF_ZERO3 if stage_of(config, world.size) == 3 else SURE):
         return _host(config, model, world.size, local) if not on_cpu else ""
     whose = f"a rank's share of this machine's memory ({local} on it)" if on_cpu and local > 1 else "this machine" if on_cpu else f"{world.device}"
     return (
