@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,38 +118,33 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     """
     run_dir, now = Path(config.run_dir), OmegaConf.to_container(OmegaConf.create(resolved_yaml))
     assert isinstance(now, dict)
-    settings: dict[str, Any] = {str(k): v for k, v in now.items()}
     held: list[Any] = []
     if config.train.start_from:
         fork.refuse_own(config)
+    fresh = not run_dir.exists()
 
     def own() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
 
     _on_main(world, run_dir, own)
-    folder, moments = _checkpoint_of(config, world), True
-    begins = folder is None and bool(config.train.start_from)
-    if begins:
-        folder, moments = fork.found(config.train.start_from or "", world, "train.start_from"), config.train.start_with == "all"
-    if folder is None:
-        if config.model.get("init_from"):
-            load_into(config.model["init_from"], model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
-        cursor, where, wandb_id, before = begin(config, [weight for _, weight in shards]), "", None, None
-    else:
-        cursor, where, wandb_id = _read(folder, begins, config, world, model, shards)
-        before = fork.settings_of(folder)
+    try:
+        folder, moments = _checkpoint_of(config, world), True
+        begins = folder is None and bool(config.train.start_from)
+        if begins:
+            folder, moments = fork.found(config.train.start_from or "", world, "train.start_from"), config.train.start_with == "all"
+        if folder is None:
+            cursor, where, wandb_id = _from_nothing(config, model, shards)
+        else:
+            cursor, where, wandb_id = _read(folder, begins, config, world, model, shards)
+    except UserError:
+        if fresh and held:
+            _leave(run_dir, held)
+        raise
     config.at = cursor.position()
-    told = _told(config, world, model, cursor, where)
-    changes = differences(before, settings) if before else []
-    if changes:
-        told += ["settings that differ from the checkpoint's:", *(f"  {line}" for line in changes)]
-    told += cursor.notes
-    if cursor.step < config.total_steps:
-        told += filter(None, [lr_jump(before, config, cursor) if before and moments else ""])
-        told += [f"note: {text}." for text in notes(config)]
-    else:
-        told.append(finished(config, cursor))
+    before = fork.settings_of(folder) if folder is not None else {}
+    changes = differences(before, {str(k): v for k, v in now.items()}) if before else []
+    told = [*_told(config, world, model, cursor, where), *_changed(config, cursor, before if moments else {}, changes)]
 
     def write() -> None:
         facts = environment(world.device)
@@ -158,6 +154,33 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
 
     _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
     return Start(cursor, folder, moments, wandb_id, "\n".join(told), held)
+
+
+def _leave(run_dir: Path, held: list[Any]) -> None:
+    """Takes back a run folder that this start has made and nothing was written into."""
+    held.pop().close()
+    with contextlib.suppress(OSError):
+        (run_dir / "lock").unlink()
+        run_dir.rmdir()
+
+
+def _from_nothing(config: Config, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, None]:
+    """What `_read` returns, of a run without a checkpoint; weights of a folder that model=hf: names are loaded."""
+    origin = config.model.get("init_from")
+    if origin:
+        load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
+    told = f"starting at step 0{TOTAL}{f' from the weights of {origin}' if origin else ''}"
+    return begin(config, [weight for _, weight in shards]), told, None
+
+
+def _changed(config: Config, cursor: Cursor, before: dict[str, Any], changes: list[str]) -> list[str]:
+    """The lines about what a start changes. before: the settings that the checkpoint's learning rate followed, {} where it starts anew."""
+    told = ["settings that differ from the checkpoint's:", *(f"  {line}" for line in changes)] if changes else []
+    told += cursor.notes
+    if cursor.step >= config.total_steps:
+        return [*told, finished(config, cursor)]
+    told += filter(None, [lr_jump(before, config, cursor) if before else ""])
+    return told + [f"note: {text}." for text in notes(config)]
 
 
 def _read(folder: Path, begins: bool, config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, str | None]:
@@ -207,8 +230,6 @@ def _told(config: Config, world: World, model: LanguageModel, cursor: Cursor, wh
     counts = sum(model.parameter_counts().values())
     zero = zero_run(config, world.size)
     what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, {zero}, {config.train.precision}, run folder {config.run_dir}"
-    origin = config.model.get("init_from")
-    where = where or f"starting at step 0{TOTAL}{f' from the weights of {origin}' if origin else ''}"
     total = f" of {config.total_steps}"
     where = where.replace(TOTAL, total) if TOTAL in where else where + total
     s, warmup = config.schedule, config.in_steps(config.schedule.warmup)

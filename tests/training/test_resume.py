@@ -87,7 +87,7 @@ def test_a_start_tells_rate_schedule_and_compilation(tmp_path: Path, capsys: pyt
     config = config_of("train.compile=true", "schedule=wsd", "schedule.unit=tokens", "size=400m", "model=mamba2", "model.vocab_size=64", "train.check_memory=false")
     with torch.device("meta"):
         model = LanguageModel(setup.model_config(config, None)[0])
-    what, where, rate, compiling = setup._told(config, World(0, 1, torch.device("cpu")), model, cursor.begin(config, [1.0]), "")
+    what, where, rate, compiling = setup._told(config, World(0, 1, torch.device("cpu")), model, cursor.begin(config, [1.0]), f"starting at step 0{setup.TOTAL}")
     assert where == "starting at step 0 of 100" and "learning rate 0.005 (size=400m, arXiv 2510.21450, appendix C.1)" in rate
     assert rate.endswith("schedule wsd over 12,800 tokens, 1,280 of warm-up, 2,560 of decay") and "first step compiles the model" in compiling
     metrics = Metrics(tmp_path, config, torch.device("cpu"), 1, 1, True)
@@ -190,6 +190,17 @@ def test_what_a_run_may_begin_from(tmp_path: Path) -> None:
     for words in (["train.start_from=x", "train.resume=y"], ["train.start_with=all"], ["train.start_from=x", "train.start_with=some"]):
         with pytest.raises(UserError, match="train.start_"):
             config_of(*words)
+
+
+def test_a_refused_start_leaves_no_new_folder(tmp_path: Path) -> None:
+    config = config_of(f"run_dir={tmp_path}/new", f"train.start_from={tmp_path}/nothing")
+    with pytest.raises(UserError, match="There is no"):
+        setup.take_up(config, World(0, 1, torch.device("cpu")), None, [], "seed: 0")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UserError, match="There is no"):
+        setup.take_up(config, World(0, 1, torch.device("cpu")), None, [], "seed: 0")  # type: ignore[arg-type]
+    assert (tmp_path / "new").is_dir()
 
 
 def test_a_fork_has_a_wandb_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
