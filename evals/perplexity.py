@@ -34,7 +34,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(700.0, self.nats_per_token))
+        return math.exp(min(self.nats_per_token, 700.0))
 
     @property
     def bits_per_byte(self) -> float:

@@ -100,7 +100,7 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         engine = Engine(model, config, world)
         with BatchLoader(open_reader(config, shards), ROWS, config.train.micro_batch, world.replica, world.replicas) as loader:
-            results = [engine.step(batches, config.optim.lr) for _, batches in zip(range(STEPS), loader)]
+            results = [engine.step(batches, config.peak_lr) for _, batches in zip(range(STEPS), loader)]
         found[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
         engine.destroy()
     if world.main:

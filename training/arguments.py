@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ Values = dict[str, Any]
 def parse_arguments(words: list[str], defaults: Values, check: Callable[[Values], list[str]] | None = None) -> Values:
     """`defaults` with what the words change; a default says what its key takes.
 
-    False or True: true or false; a whole number: one above zero (or zero, where that is the default); a fraction: any number; a list: whole
+    False or True: true or false; a whole number: one above zero (or zero, where that is the default); a fraction: any finite number; a list: whole
     numbers with commas between; None or text: text; the class int: a whole number above zero, None if not given. `--key=value` and
     `--key value` are read as well. Raises UserError with all problems, those that `check` finds in the values among them.
     """
@@ -60,9 +61,12 @@ def _convert(text: str, default: Any) -> Any:
         return int(text)
     if isinstance(default, float):
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
             raise ValueError("a number") from None
+        if not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
     if isinstance(default, list):
         parts = text.strip("[]").split(",") if text else []
         if not all(part.strip().isdigit() and int(part) > 0 for part in parts):

@@ -165,7 +165,7 @@ def load_weights(folder: Path, model: LanguageModel) -> None:
     wrong = [k for k in wrong if not (k not in theirs and k in own and _is_tied(model, k))]
     if wrong:
         raise UserError(
-            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; use its own model config or another run_dir."
+            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; give the model= and size= it was trained with, or another run_dir."
         )
     for name in theirs:
         own[name].copy_(weights.tensor(name))

@@ -6,6 +6,7 @@ Hydra stops at the first problem it meets and phrases it for programmers, so the
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from training.config import Config, check, nearest
+from training import suggest
+from training.config import Config, check, nearest, schema_keys
 from training.errors import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -38,14 +40,42 @@ def config_groups(root: Path = CONFIG_DIR) -> dict[str, list[str]]:
 def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
     problems = []
     for item in overrides:
-        group, value = item.key_or_group.split("@")[0], item.value()
-        if group in groups and isinstance(value, (str, int)) and str(value) not in groups[group]:
-            problems.append(f"{group}={value}: there is no configs/{group}/{value}.yaml; choose one of {', '.join(groups[group])}.")
+        group, given = item.key_or_group.split("@")[0], item.value()
+        if item.is_delete() or item.is_sweep_override() or group not in groups:
+            continue
+        for value in [str(one) for one in given] if isinstance(given, list) else [(item.input_line or "").partition("=")[2].strip("'\"")]:
+            if value in groups[group]:
+                continue
+            near = suggest.option(group, value, groups[group])
+            choice = f"choose one of {', '.join(groups[group])}."
+            problems.append(f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}")
     return problems
 
 
-def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
+def _sweep_problems(overrides: list[Override]) -> list[str]:
+    """Values with commas outside of brackets, which Hydra takes for several runs (-m)."""
     problems = []
+    for item in overrides:
+        if item.is_sweep_override():
+            name, _, value = (item.input_line or "").partition("=")
+            means = f"a list is written '{name}=[{value}]', one text {suggest.quoted(name, value)}"
+            if name == "data.path":
+                means = f"a mixture is written '{name}={{{', '.join(f'{folder}: 1' for folder in value.split(','))}}}'"
+            problems.append(f"{item.input_line!r} gives several values; {means}, and several runs take -m before it.")
+    return problems
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return [prefix[:-1]]
+    if node._is_interpolation():
+        return [prefix[:-1]]
+    return [name for key in map(str, node) for name in _leaves(node._get_node(key), f"{prefix}{key}.")]
+
+
+def _key_problems(overrides: list[Override], base: DictConfig, groups: dict[str, list[str]]) -> list[str]:
+    problems = []
+    known_keys = [*_leaves(base), *groups]
     for item in overrides:
         if item.is_add() or item.is_force_add() or item.is_delete():
             continue
@@ -54,7 +84,10 @@ def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
         for depth, part in enumerate(parts):
             if not isinstance(node, DictConfig) or part not in list(node.keys()):
                 known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-                problems.append(f"Unknown key {'.'.join(parts[: depth + 1])!r}; {nearest(part, known)}")
+                advice = nearest(part, known, 0.8) if known else f"{'.'.join(parts[:depth])} is a value and has no keys."
+                if not advice.startswith("did"):
+                    advice = suggest.key(item.key_or_group, known_keys) or (nearest(part, known) if known else advice)
+                problems.append(f"Unknown key {'.'.join(parts[: depth + 1])!r}; {advice}")
                 break
             node = node._get_node(part)
             if isinstance(node, DictConfig) and node._is_interpolation():
@@ -62,13 +95,23 @@ def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
     return problems
 
 
+TEXTS = {*(key for key in schema_keys(Config, kind=str)), "data.path"}
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|false", re.IGNORECASE)
+
+
 def spelled_out(arguments: list[str]) -> list[str]:
-    """`model=hf:PATH` as Hydra takes it: the transformer's training settings, everything else from the folder."""
+    """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
+    text gets is text, numbers too (`name=1e3`)."""
     found = []
     for argument in arguments:
+        key, _, value = argument.partition("=")
+        if argument == "experiment=null":  # none is what there is without it, and Hydra takes no null for a group
+            continue
         if argument.startswith("model=hf:"):
-            path = argument.removeprefix("model=hf:").replace("\\", "\\\\").replace("'", "\\'")
+            path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
             found += ["model=transformer", f"+model.init_from='{path}'"]
+        elif key in TEXTS and NUMBER.fullmatch(value):
+            found.append(f"{key}='{value}'")
         else:
             found.append(argument)
     return found
@@ -81,9 +124,15 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictC
     overrides: list[Override] = []
     for argument in arguments:
         try:
-            overrides += OverridesParser.create().parse_overrides([argument])
+            parsed = OverridesParser.create().parse_overrides([argument])
+            if not all(item.key_or_group for item in parsed):
+                raise HydraException("no key")
+            overrides += parsed
         except HydraException:
-            problems.append(f"Cannot read the argument {argument!r}; write key=value, and quote lists: 'key=[a,b]'.")
+            problems.append(suggest.unreadable(argument, lambda text: OverridesParser.create().parse_overrides([text])))
+    problems += _sweep_problems(overrides)
+    if any(argument == "+model.init_from=''" for argument in arguments):
+        problems.append("model=hf: names no folder; write model=hf:FOLDER.")
     is_group = [item.key_or_group.split("@")[0] in groups for item in overrides]
     problems += _group_problems([o for o, g in zip(overrides, is_group) if g], groups)
     if problems:
@@ -99,18 +148,42 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictC
         except (HydraException, OmegaConfBaseException) as error:
             first = error
         else:
-            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base)
+            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base, groups)
         raise UserError(problems or " ".join(str(first).split())) from first
 
 
 def checked(config: DictConfig) -> Config:
     """A Config from a composed DictConfig. Raises UserError with all problems."""
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError([f"{key} is not given; write {key}=VALUE." for key in missing])
         mapping = OmegaConf.to_container(config, resolve=True)
+    except InterpolationKeyError as error:
+        raise UserError(f"{error.full_key} refers to a key that does not exist; for a dollar sign itself write \\${{...}}.") from error
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(mapping, dict)
     return check({str(k): v for k, v in mapping.items()}, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+
+
+def resolved_yaml(composed: DictConfig, config: Config) -> str:
+    """All settings of a run as YAML, with what the check has settled."""
+    settled = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    OmegaConf.update(settled, "optim.lr", config.peak_lr)
+    return OmegaConf.to_yaml(settled)
+
+
+HYDRA_FLAGS = (
+    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path", "config-name",
+    "config-dir", "experimental-rerun", "info",
+)  # fmt: skip
+
+
+def _dashed(words: list[str]) -> list[str]:
+    """A sentence for every `--key=value`, which other programs take."""
+    wrong = [w for w in words if w.startswith("--") and w[2:].partition("=")[0] not in HYDRA_FLAGS]
+    return [f"Cannot use {w!r}; settings are written key=value, without dashes (flags: --help, --cfg job, -m)." for w in wrong]
 
 
 def report(error: UserError | ValueError) -> None:
@@ -127,6 +200,9 @@ def run(main: Callable[[], Any]) -> int:
     overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
     plain = len(overrides) == len(sys.argv) - 1  # flags such as --help, --cfg and --multirun are Hydra's own business
     try:
+        dashed = _dashed(sys.argv[1:])
+        if dashed:
+            raise UserError(dashed)
         if plain:
             checked(compose_config(overrides))
             GlobalHydra.instance().clear()

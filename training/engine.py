@@ -260,7 +260,7 @@ class Engine:
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(
             model,
-            lr=config.optim.lr,
+            lr=config.peak_lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,

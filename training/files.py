@@ -25,7 +25,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON; NaN and infinities become null, as JSON has none, and what JSON does not know its text."""
-    write_bytes(path, (json.dumps(_finite(value), indent=1, default=str) + "\n").encode())
+    write_bytes(path, (json.dumps(finite(value), indent=1, default=str) + "\n").encode())
 
 
 def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
@@ -55,9 +55,10 @@ def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
     return file
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON can say it: NaN and infinities become null."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

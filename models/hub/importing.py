@@ -201,6 +201,8 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
     folder = mapping.pop("init_from", None)
     if not folder:
         return mapping
+    if (Path(str(folder)) / "checkpoints").is_dir() or (Path(str(folder)) / "COMPLETE.json").is_file():
+        raise UserError(f"{folder} is a run or checkpoint of this program; begin from it with train.start_from={folder} and the model= and size= it has.")
     if not (Path(str(folder)) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
     found = read_stock_config(Path(str(folder))).to_dict()

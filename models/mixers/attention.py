@@ -92,6 +92,8 @@ class Config:
         found = []
         if self.n_heads < 1 or self.n_kv_heads < 0 or self.head_dim < 0 or self.window < 0:
             return ["n_heads must be above zero; n_kv_heads, head_dim and window zero or more."]
+        if self.rope_theta <= 0:
+            found.append(f"rope_theta must be above zero, not {self.rope_theta}.")
         if not self.head_dim and d_model % self.n_heads:
             found.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
         elif self.rope and (self.head_dim or d_model // self.n_heads) % 2:
