@@ -9,3 +9,12 @@ class UserError(ValueError):
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def sentence_of(error: OSError) -> str:
+    """What a disk, a port or the rights of this user did not allow, as one sentence."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.filename is None:
+        return f"The operating system refused: {reason}."
+    known = f" to {error.filename2}" if error.filename2 else ""
+    return f"{error.filename}{known} cannot be read or written: {reason}; give another place, or make this one readable and writable."
