@@ -112,6 +112,11 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: P
             overrides += OverridesParser.create().parse_overrides([argument])
         except HydraException:
             problems.append(f"Cannot read the argument {argument!r}; write key=value, and quote lists: 'key=[a,b]'.")
+    problems += [
+        f"{o.input_line} holds several values; add -m to train a run with each, or write a list as 'key=[a,b]' and text with a comma as \"key='a,b'\"."
+        for o in overrides
+        if o.is_sweep_override()
+    ]
     is_group = [item.key_or_group.split("@")[0] in groups for item in overrides]
     problems += _group_problems([o for o, g in zip(overrides, is_group) if g], groups)
     if problems:

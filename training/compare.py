@@ -190,7 +190,9 @@ def plot(runs: list[Run], out: Path, against: str = "tokens") -> str:
         import matplotlib.pyplot as plt
     except ImportError:
         return "matplotlib is not installed, so that there is no plot; pip install 'everywhen[eval]' brings it."
-    runs = sorted(runs, key=Run.rank)
+    runs = sorted((run for run in runs if run.steps), key=Run.rank)
+    if not runs:
+        return "No run has taken a step, so that there is no plot."
     measure = "bits_per_byte" if any(run.held_out is not None for run in runs) else "accuracy"
     figure, axes = plt.subplots(1, 3, figsize=(16, 5))
     for i, run in enumerate(runs):

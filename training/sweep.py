@@ -25,9 +25,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from training.compare import Run, plot, read_run, rows_of, table
@@ -70,13 +72,27 @@ class Sweep:
                 "for jobs of several ranks."
             )
         overrides = [_parsed(word) for word in words]
+        self._plugins(overrides)
         self.swept = [o for o in overrides if o.is_sweep_override()]
         self.kept = [o for o in overrides if not o.is_sweep_override() and not o.is_hydra_override()]
-        self.discrete = all(o.is_discrete_sweep() for o in self.swept)  # else a sweeper's plugin chooses the values
+        self.discrete = all(o.is_discrete_sweep() for o in self.swept)
+        if not self.discrete and not any(o.key_or_group == "hydra/sweeper" for o in overrides):
+            raise UserError("A range without steps needs a sweeper that chooses the values: hydra/sweeper=optuna (pip install hydra-optuna-sweeper).")
         self.jobs = self._expand() if self.discrete else []
         base = self._base([o.input_line or "" for o in overrides if not o.is_sweep_override()])
         self.folder, self.dry = Path(base.run_dir), bool(base.dry_run)
         self._check()
+
+    def _plugins(self, overrides: list[Override]) -> None:
+        """Raises UserError for a launcher or sweeper that is not installed."""
+        Plugins.instance()  # registers what there is
+        for override in overrides:
+            if override.key_or_group in ("hydra/launcher", "hydra/sweeper"):
+                there = [name.removesuffix(".yaml") for name in ConfigStore.instance().list(override.key_or_group)]
+                kind, name = override.key_or_group.partition("/")[2], str(override.value())
+                if name not in there:
+                    package = f"hydra-{name.split('_')[0]}-{kind}"
+                    raise UserError(f"There is no {override.key_or_group}={name}; here are {', '.join(there)} (pip install {package} may bring it).")
 
     def _base(self, fixed: list[str]) -> DictConfig:
         """What the jobs have in common; its run_dir is the folder of the sweep."""
