@@ -77,10 +77,10 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
     """Exit status of a program whose body is `run`, without tracebacks for what is no fault of the program: its docstring for -h, a line for
     each problem of a UserError and one for what the operating system refuses (2), a word for Ctrl-C (130)."""
     words = sys.argv[1:] if words is None else words
-    if any(word in ("-h", "--help", "help") for word in words):
-        print(doc)
-        return 0
     try:
+        if any(word in ("-h", "--help", "help") for word in words):
+            print(doc, flush=True)
+            return 0
         unreadable(words)
         return int(run(words) or 0)
     except UserError as error:
