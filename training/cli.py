@@ -53,6 +53,10 @@ def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> 
     return problems
 
 
+def _brings_keys(item: Override) -> bool:
+    return item.is_add() or item.is_force_add() or item.is_hydra_override()
+
+
 def _key_problems(overrides: list[Override], base: DictConfig) -> list[str]:
     problems = []
     for item in overrides:
@@ -130,11 +134,11 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: P
         except (HydraException, OmegaConfBaseException) as error:  # of the first problem; are there keys that do not exist?
             first = error
         try:
-            base = compose(name, [o.input_line or "" for o, g in zip(overrides, is_group) if g or o.is_add() or o.is_force_add()])
+            base = compose(name, [o.input_line or "" for o, g in zip(overrides, is_group) if g or _brings_keys(o)])
         except (HydraException, OmegaConfBaseException) as error:
             first = error
         else:
-            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base)
+            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g and not o.is_hydra_override()], base)
         raise UserError(problems or " ".join(str(first).split())) from first
 
 
@@ -145,6 +149,8 @@ def checked(config: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(mapping, dict)
+    if "experiment" in mapping:
+        raise UserError("The file of this experiment has to begin with the line '# @package _global_', so that its keys are those of the run.")
     return check({str(k): v for k, v in mapping.items()}, world_size=world_size())
 
 

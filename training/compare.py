@@ -153,7 +153,8 @@ def table(runs: list[Run]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {1, len(heads)}
     lines = ["  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    return lines + [f"{run.label}: {run.said}" for run in runs if run.said]
+    reasons = dict.fromkeys(run.said for run in runs if run.said)
+    return lines + [f"{', '.join(run.label for run in runs if run.said == said)}: {said}" for said in reasons]
 
 
 def _shown(value: Any, how: str) -> str:

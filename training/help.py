@@ -27,8 +27,8 @@ def comments_of(text: str) -> dict[str, str]:
     def walk(node: Any, path: str) -> None:
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             where = f"{path}.{key.value}" if path else str(key.value)
-            match = COMMENT.search(lines[value.end_mark.line - (value.end_mark.column == 0) if isinstance(value, yaml.ScalarNode) else key.start_mark.line])
-            if match:
+            mark = value.end_mark if isinstance(value, yaml.ScalarNode) and value.style not in ("|", ">") else key.end_mark
+            if match := COMMENT.search(lines[mark.line], mark.column):
                 found[where] = match[1].strip()
             walk(value, where)
 

@@ -53,10 +53,10 @@ def quoted(text: str) -> str:
 def label_of(overrides: list[str]) -> str:
     """The name of a job's folder: the overrides that tell it from the others, without characters that shells and file systems mind."""
     words = []
-    for text in sorted(overrides):
+    for text in sorted(o.lstrip("+~") for o in overrides):
         key, _, value = text.partition("=")
         value = value[1:-1] if value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1 else value
-        words.append(f"{key.lstrip('+~')}={re.sub(r'[^A-Za-z0-9._+-]+', '-', value).strip('-') or 'none'}")
+        words.append(f"{key}={re.sub(r'[^A-Za-z0-9._+-]+', '-', value).strip('-') or 'none'}")
     name = "__".join(words) or "all"
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -235,7 +235,8 @@ class _Job:
         self.last = ""
 
     def say(self, text: str) -> None:
-        print(self.mark + text, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # whoever read along has gone; job.log has it all
+            print(self.mark + text, flush=True)
 
     def keep(self, status: str, **more: Any) -> None:
         write_json(self.folder / RECORD, {"status": status, "label": self.label, **more, "config": self.config})
