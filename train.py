@@ -41,7 +41,9 @@ def main(composed: DictConfig) -> float | None:
     except UserError as error:
         cli.report(error)
         sys.exit(2)
-    except PermissionError as error:
+    except OSError as error:
+        if not cli.refused(error):
+            raise
         cli.report(UserError(sentence_of(error)))
         sys.exit(2)
 

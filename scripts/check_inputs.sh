@@ -139,7 +139,7 @@ t a path with a blank | 2 | holds no token shards | python train.py data=shards 
 t an empty value | 2 | model | python train.py model=
 t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m models.generate checkpoint=$T/run prompt=a max_tokens=3
 t generation, negative length | 2 | max_new_tokens must be | python -m models.generate checkpoint=$T/run prompt=a max_new_tokens=-3
-t generation, no prompt | 2 | prompt | python -m models.generate checkpoint=$T/run
+t generation, no such prompts | 2 | nosuch.* cannot be read | python -m models.generate checkpoint=$T/run prompts=$T/nosuch
 
 # -- pending: of settings, resuming, data and evaluation; not all of these hold before those parts are in
 1 negative clip | 2 | train.grad_clip | python train.py dry_run=true train.grad_clip=-1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -159,6 +160,11 @@ def report(error: UserError | ValueError) -> None:
     if first_here():
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+
+
+def refused(error: OSError) -> bool:
+    """Whether a file system does not let this user write, which another try does not change."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def in_sweep() -> bool:
