@@ -222,6 +222,11 @@ def _instead(word: str, flags: list[str]) -> str:
 def _run(main: Callable[[], Any]) -> int:
     asked, flags = flags_of(sys.argv[1:])
     sys.argv[1:] = [*asked.overrides, *flags]
+    modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(asked, flag)]
+    if len(modes) > 1:
+        raise UserError(f"Give one of {' and '.join('--' + mode.replace('_', '-') for mode in modes)}, not both.")
+    if asked.resolve and not (asked.cfg or asked.help):
+        raise UserError("--resolve goes with --cfg job, which shows the settings instead of training.")
     if asked.hydra_help:
         main()
     extra = Path(asked.config_dir) if asked.config_dir else None

@@ -20,6 +20,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,14 @@ class Sweep:
 
     def run(self, main: Callable[[], Any]) -> int:
         """Runs all jobs through Hydra, says how they came out, and returns the exit status: 0, 1 when a job failed, 75 when it was stopped."""
+        if self.dry:
+            with tempfile.TemporaryDirectory() as folder:  # of Hydra's own notes
+                self.folder = Path(folder)
+                return self._run(main)
         self.folder.mkdir(parents=True, exist_ok=True)
+        return self._run(main)
+
+    def _run(self, main: Callable[[], Any]) -> int:
         names = [label_of(job) for job in self.jobs]
         own = [f"hydra.sweep.dir={quoted(str(self.folder))}", "hydra.sweep.subdir=.", f"hydra.job.config.override_dirname.exclude_keys={self._kept_keys()}"]
         sys.argv[1:] = [*self.words, *own, *self.flags]

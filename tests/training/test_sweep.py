@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.conftest import ROOT, SMALL, environment, run_program
-from training.cli import checked, compose_config, flags_of
+from training.cli import checked, compose_config, flags_of, run
 from training.errors import UserError
 from training.sweep import COMMAND, Sweep, label_of, quoted
 
@@ -48,11 +48,13 @@ def test_a_mistake_in_one_job_is_told_before_any_starts(words: list[str], part: 
     assert len(caught.value.problems) == 1 and part in str(caught.value) and not (tmp_path / "sweep").exists()
 
 
-def test_several_values_want_a_sweep_and_flags_may_stand_anywhere() -> None:
+def test_several_values_want_a_sweep_and_flags_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="add -m"):
         compose_config(["seed=1,2"])
     asked, flags = flags_of(["seed=1,2", "-m", "name=a"])
     assert asked.multirun and asked.overrides == ["seed=1,2", "name=a"] and flags == ["-m"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "--cfg", "job", "seed=1"])
+    assert run(lambda: None) == 2
     with pytest.raises(UserError, match="without dashes: model=paragru"):
         flags_of(["--model=paragru"])
 
