@@ -3,11 +3,17 @@
     python train.py                                     the tiny hybrid on the demo corpus
     deepspeed --num_gpus 8 train.py model=paragru size=400m data=shards data.path=DIR train.precision=bf16 train.global_batch=64
     python train.py --help                              all groups and keys
+    python train.py -m optim.lr=1e-3,3e-3 seed=0,1      a sweep: a run for each combination, and a table
 
 It reads top to bottom: build, resume, loop, evaluate, save.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from kernels import interrupts
+
+    interrupts.quiet()  # before anything large is loaded
 
 import json
 import sys
@@ -20,12 +26,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from training import cli
 from training.config import Config
-from training.errors import STOPPED, Stopped, UserError
+from training.errors import STOPPED, Stopped, UserError, sentence_of
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
 def main(composed: DictConfig) -> float | None:
     """Hydra's entry: everything a user can get wrong ends in a sentence and status 2, a stop request in a checkpoint and status 75."""
+    if cli.in_sweep():
+        from training.sweep import job
+
+        return job(composed)
     try:
         config = cli.checked(composed)
         return train(config, cli.resolved_yaml(composed, config))
@@ -34,6 +44,11 @@ def main(composed: DictConfig) -> float | None:
         sys.exit(2)
     except Stopped:
         sys.exit(STOPPED)
+    except OSError as error:
+        if not cli.refused(error):
+            raise
+        cli.report(UserError(sentence_of(error)))
+        sys.exit(2)
 
 
 def train(config: Config, resolved_yaml: str) -> float | None:

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+REACH_SECONDS = 10.0
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 
 
@@ -57,7 +58,13 @@ def load_tokenizer(spec: str) -> Tokenizer:
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(spec, use_fast=True).backend_tokenizer
+            away = hub_away()
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(spec, use_fast=True, local_files_only=bool(away)).backend_tokenizer
+            except Exception as error:
+                if away:
+                    raise ValueError(f"{away}, and it is not in the cache") from error
+                raise
     except Exception as error:  # tokenizers raises bare Exception, the Hub client many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
@@ -65,6 +72,20 @@ def load_tokenizer(spec: str) -> Tokenizer:
         ) from error
     eot_id(tokenizer)
     return tokenizer
+
+
+def hub_away() -> str:
+    """Why nothing can be fetched from the Hub now, after one attempt of a few seconds; '' when it answers. Its own client tries for a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
+        return ""
+    except Exception as error:  # of whichever HTTP library the client uses
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return f"{constants.ENDPOINT} cannot be reached ({reason})"
 
 
 def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:

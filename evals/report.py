@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.figures import curves_figure, heat_map, mean, png, pyplot, rise_figure, states_figure, tracking_figure
+from training.arguments import program
+from training.errors import UserError
 from training.files import write_bytes
 
 Records = dict[str, list[dict[str, Any]]]  # by model
@@ -396,12 +398,14 @@ def write_report(out: Path) -> Page:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print(__doc__)
-        return 2
-    write_report(Path(arguments[0]))
-    return 0
+    """The command line of this module; returns the exit status."""
+
+    def run(words: list[str]) -> None:
+        if len(words) != 1 or not Path(words[0]).is_dir():
+            raise UserError(f"{' '.join(words) or 'Nothing'} is no folder of measurements; give one that `python -m evals.run suite=...` wrote.")
+        write_report(Path(words[0]))
+
+    return program(__doc__, run, arguments)
 
 
 if __name__ == "__main__":

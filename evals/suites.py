@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from evals.adapters import Adapter, ItemError, first_words, load_adapter
 from evals.texts import Text, constant_rows, open_text, random_rows
 from training.errors import UserError
 from training.files import write_json
+from training.launch import launch
 from training.metrics import environment
 
 FORMAT = 2  # raise it when the meaning of an item changes: older results are then made anew
@@ -414,7 +414,8 @@ def evaluate(paths: list[str], settings: Settings, out: Path, device: str, preci
     """Runs a suite on every checkpoint and writes OUT/NAME/SUITE.json, OUT/report.md and OUT/report.html; the number of failed items."""
     from evals.report import write_report
 
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    started = launch()
+    rank, world, local = started.rank, started.size, started.local
     where = torch.device(_device(device, local))
     names: dict[str, str] = {}
     failed = 0

@@ -5,24 +5,34 @@ Hydra stops at the first problem it meets and phrases it for programmers, so the
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import errno
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from kernels.interrupts import INTERRUPTED
 from training import suggest
+from training.arguments import unreadable
 from training.config import Config, check, nearest, schema_keys
-from training.errors import UserError
+from training.errors import UserError, sentence_of
+from training.launch import first_here, launch, world_size
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
@@ -50,6 +60,10 @@ def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> 
             choice = f"choose one of {', '.join(groups[group])}."
             problems.append(f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}")
     return problems
+
+
+def _brings_keys(item: Override) -> bool:
+    return item.is_add() or item.is_force_add() or item.is_hydra_override()
 
 
 def _sweep_problems(overrides: list[Override]) -> list[str]:
@@ -117,9 +131,28 @@ def spelled_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
-    """The composed configuration of `arguments`. Raises UserError naming every override that does not fit."""
+def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError, config_dir: Path) -> str:
+    """The sentence for a file of ours or of the user's that is no YAML."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"A config file is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8."
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    if mark is None:
+        return f"A config file is not YAML: {reason}."
+    file = Path(str(mark.name))
+    shown = file.relative_to(config_dir.parent) if file.is_relative_to(config_dir.parent) else file
+    return f"{shown} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {reason}."
+
+
+def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: Path | None = None, name: str = "train") -> DictConfig:
+    """The composed configuration `name` of `arguments`. extra: a folder of more configs. Raises UserError naming every override that does not fit."""
     groups, arguments = config_groups(config_dir), spelled_out(arguments)
+    if extra is not None:
+        if not extra.is_dir():
+            raise UserError(f"There is no folder {extra}; --config-dir takes one that holds configs as configs/ does.")
+        for group, options in config_groups(extra).items():
+            groups[group] = [*groups.get(group, []), *options]
+        arguments = [f"hydra.searchpath=['file://{extra.resolve()}']", *arguments]
     problems: list[str] = []
     overrides: list[Override] = []
     for argument in arguments:
@@ -140,15 +173,17 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR) -> DictC
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base=None, config_dir=str(config_dir)):
         try:
-            return compose("train", arguments)
+            return compose(name, arguments)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(unreadable_yaml(error, config_dir)) from error
         except (HydraException, OmegaConfBaseException) as error:  # of the first problem; are there keys that do not exist?
             first = error
         try:
-            base = compose("train", [o.input_line or "" for o, g in zip(overrides, is_group) if g or o.is_add() or o.is_force_add()])
+            base = compose(name, [o.input_line or "" for o, g in zip(overrides, is_group) if g or _brings_keys(o)])
         except (HydraException, OmegaConfBaseException) as error:
             first = error
         else:
-            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g], base, groups)
+            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g and not o.is_hydra_override()], base, groups)
         raise UserError(problems or " ".join(str(first).split())) from first
 
 
@@ -164,7 +199,9 @@ def checked(config: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(mapping, dict)
-    return check({str(k): v for k, v in mapping.items()}, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    if "experiment" in mapping:
+        raise UserError("The file of this experiment has to begin with the line '# @package _global_', so that its keys are those of the run.")
+    return check({str(k): v for k, v in mapping.items()}, world_size=world_size())
 
 
 def resolved_yaml(composed: DictConfig, config: Config) -> str:
@@ -174,40 +211,98 @@ def resolved_yaml(composed: DictConfig, config: Config) -> str:
     return OmegaConf.to_yaml(settled)
 
 
-HYDRA_FLAGS = (
-    "help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "config-path", "config-name",
-    "config-dir", "experimental-rerun", "info",
-)  # fmt: skip
-
-
-def _dashed(words: list[str]) -> list[str]:
-    """A sentence for every `--key=value`, which other programs take."""
-    wrong = [w for w in words if w.startswith("--") and w[2:].partition("=")[0] not in HYDRA_FLAGS]
-    return [f"Cannot use {w!r}; settings are written key=value, without dashes (flags: --help, --cfg job, -m)." for w in wrong]
-
-
 def report(error: UserError | ValueError) -> None:
     """Prints the sentences of an error on stderr, once on each machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if first_here():
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+
+
+def refused(error: OSError) -> bool:
+    """Whether a file system does not let this user write, which another try does not change."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def in_sweep() -> bool:
+    """Whether Hydra runs a job of `python train.py -m` here."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def run(main: Callable[[], Any]) -> int:
     """Runs the Hydra entry point after all overrides have been checked. Returns the exit status."""
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     sys.argv[1:] = spelled_out(sys.argv[1:])
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-    plain = len(overrides) == len(sys.argv) - 1  # flags such as --help, --cfg and --multirun are Hydra's own business
     try:
-        dashed = _dashed(sys.argv[1:])
-        if dashed:
-            raise UserError(dashed)
-        if plain:
-            checked(compose_config(overrides))
-            GlobalHydra.instance().clear()
-        main()
+        unreadable(sys.argv[1:])
+        launch()
+        return _run(main)
     except UserError as error:
         report(error)
         return 2
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        report(UserError(sentence_of(error)))
+        return 2
+    except KeyboardInterrupt:  # before training has begun; later it saves first
+        if first_here():
+            print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def flags_of(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(Hydra's flags as it reads them, their words); they may stand anywhere. Raises UserError for others."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; python train.py --help shows what there is.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    asked, unknown = parser.parse_known_intermixed_args(words)
+    unknown = [word for word in unknown if word.startswith("-")]
+    if unknown:
+        flags = sorted(flag for action in parser._actions for flag in action.option_strings if flag.startswith("--"))
+        raise UserError([f"Unknown flag {word!r}; {_instead(word, flags)}" for word in unknown])
+    return asked, [word for word in words if word not in asked.overrides]
+
+
+def _instead(word: str, flags: list[str]) -> str:
+    close = difflib.get_close_matches(word, flags, n=1, cutoff=0.75)
+    if close and "=" not in word:
+        return f"did you mean {close[0]}?"
+    plain = word.lstrip("-")
+    return f"settings are written without dashes: {plain if '=' in plain else plain + '=VALUE'}."
+
+
+def _run(main: Callable[[], Any]) -> int:
+    asked, flags = flags_of(sys.argv[1:])
+    sys.argv[1:] = [*asked.overrides, *flags]
+    modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(asked, flag)]
+    if len(modes) > 1:
+        raise UserError(f"Give one of {' and '.join('--' + mode.replace('_', '-') for mode in modes)}, not both.")
+    if asked.resolve and not (asked.cfg or asked.help):
+        raise UserError("--resolve goes with --cfg job, which shows the settings instead of training.")
+    if asked.hydra_help:
+        main()
+    extra = Path(asked.config_dir) if asked.config_dir else None
+
+    def composed(overrides: list[str]) -> DictConfig:
+        return compose_config(overrides, CONFIG_DIR if asked.config_path is None else Path(asked.config_path), extra, asked.config_name or "train")
+
+    if asked.help:
+        from training.help import help_text
+
+        composed(asked.overrides)
+        print(help_text(asked.overrides, [*([extra.resolve()] if extra else []), CONFIG_DIR]))
+        return 0
+    if asked.multirun or "hydra.mode=MULTIRUN" in asked.overrides:
+        from training.sweep import Sweep
+
+        return Sweep(asked.overrides, flags, composed, checked).run(main)
+    config = composed(asked.overrides)
+    if not (asked.cfg or asked.info or asked.shell_completion):
+        checked(config)
+    GlobalHydra.instance().clear()
+    main()
     return 0

@@ -15,8 +15,17 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
-STOPPED = 75
+STOPPED = 75  # as a status
 
 
 class Stopped(Exception):
     """Raised at the end of a run that stopped before its last step, when everything is saved and closed."""
+
+
+def sentence_of(error: OSError) -> str:
+    """What a disk, a port or the rights of this user did not allow, as one sentence."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.filename is None:
+        return f"The operating system refused: {reason}."
+    known = f" to {error.filename2}" if error.filename2 else ""
+    return f"{error.filename}{known} cannot be read or written: {reason}; give another place, or make this one readable and writable."

@@ -1,4 +1,4 @@
-"""What a run says: a line for people, metrics.jsonl for programs, and wandb or TensorBoard where asked. Rank 0 only."""
+"""What a run says: a line for people (log.txt keeps them), metrics.jsonl for programs, and wandb or TensorBoard where asked. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -135,8 +135,12 @@ class Metrics:
         self.wandb_id = self.wandb.id
 
     def say(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
+        """A line for people, on the terminal and with its time in log.txt of the run folder."""
+        if not self.main:
+            return
+        print(text, flush=True)
+        with contextlib.suppress(OSError), (self.run_dir / "log.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines())
 
     def write(self, step: int, **values: Any) -> None:
         """One row of metrics.jsonl, and the same to the other sinks."""

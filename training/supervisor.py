@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import STOPPED, UserError
+from training.errors import STOPPED, UserError, sentence_of
 from training.observe import FOLDER
 
 FINISHED, MISTAKE, USED_UP, STUCK = 0, 2, 3, 4
@@ -334,7 +334,11 @@ def main(arguments: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return MISTAKE
-    return Supervisor(settings, command).run()
+    try:
+        return Supervisor(settings, command).run()
+    except OSError as error:  # of the folder for the ranks' files, or of a command that is not there
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        return MISTAKE
 
 
 if __name__ == "__main__":

@@ -101,6 +101,9 @@ def as_text(model: Any, tokenizer: Any, folder: str) -> dict[str, bool]:
 
 
 def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
     try:
         import models  # noqa: F401
