@@ -19,6 +19,8 @@ from training.engine import Engine
 from training.files import write_json
 from training.metrics import Metrics
 
+LONG_TOKENS = 100_000_000  # held-out tokens that position curves are drawn from, which are kept in memory
+
 
 def build_evaluator(config: Config, engine: Engine, shards: Any, metrics: Metrics) -> Any:
     """The evaluation that goes with the data: accuracy for generated tasks, perplexity and text for token shards."""
@@ -99,7 +101,7 @@ class Evaluator:
         settings, result = self.config.eval, {}
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
-                tokens = self.held_out.read(0, self.held_out.n_tokens)
+                tokens = self.held_out.read(0, min(self.held_out.n_tokens, LONG_TOKENS))
                 text = Text(tokens, str(self.held_out.directory), self.held_out.n_bytes / self.held_out.n_tokens)
                 model, T = self.engine.module, self.config.train.seq_len
                 training = model.training
