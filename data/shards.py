@@ -43,6 +43,12 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return meta
 
 
+def open_held_out(directory: str | Path) -> ShardSet | None:
+    """The held-out split of a shard folder, or None where it has none. Raises ValueError when it has one that cannot be read."""
+    part = read_meta(Path(directory)).get("splits", {}).get("valid") or {}
+    return ShardSet(directory, "valid") if part.get("tokens", 0) >= 2 else None
+
+
 class ShardSet:
     """One split of a shard folder as one long array of tokens. Raises ValueError on opening when a file is missing or cut short."""
 
@@ -62,7 +68,8 @@ class ShardSet:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
         if self.n_tokens < 2:
-            raise ValueError(f"{self.directory} has no {split} tokens; prepare it with more text.")
+            what = "no held-out documents; prepare it with valid_fraction above zero or more text" if split == "valid" else "no tokens; prepare it with more text"
+            raise ValueError(f"{self.directory} has {what}.")
         self.files = files = Files()
         self._bins = [Numbers(files, self._path(s, ".bin"), s["tokens"], self.dtype) for s in self.shards]
         self._index = [Index(files, self._path(s, ".idx"), s["documents"], OFFSETS) for s in self.shards]
