@@ -30,9 +30,9 @@ class BadFile(Exception):
 
 
 class Missing:
-    """A record without the field; names: the fields it has."""
+    """A record without the field; names: the fields it has, None for what is no object with fields."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: list[str] | None) -> None:
         self.names = names
 
 
@@ -61,24 +61,21 @@ def records(path: Path, field: str, reject: Reject) -> Iterator[Any]:
         wide = next((name for mark, name in MARKS if head.startswith(mark)), None)
         if kind == "text":
             yield from _text(file, wide, reject)
-        elif kind == "lines" and wide is None:
+            return
+        if kind == "lines" and wide is None:
             for line in file:
                 yield from json_line(line, field, reject)
-        elif kind == "table":
-            yield from _decoded(_rows(io.TextIOWrapper(file, wide or "utf-8-sig", newline=""), ending_of(path), field, reject), wide, reject)
-        else:
-            text = io.TextIOWrapper(file, wide or "utf-8-sig", newline="\n")
-            values = _json_values(text, reject) if kind == "json" else _json_lines(text, reject)
-            for value in _decoded(values, wide, reject):
-                yield from pick(value, field)
-
-
-def _decoded(values: Iterator[Any], wide: str | None, reject: Reject) -> Iterator[Any]:
-    """`values` up to the first byte that is not of the file's encoding."""
-    try:
-        yield from values
-    except UnicodeError:
-        reject(f"not {(wide or 'utf-8').upper()} from some place on")
+            return
+        # Bytes that are not UTF-8 become lone surrogates: the texts that hold them are then left out one by one, and not all that follows.
+        wrapped = io.TextIOWrapper(file, wide or "utf-8-sig", None if wide else "surrogateescape", newline="" if kind == "table" else "\n")
+        try:
+            if kind == "table":
+                yield from _rows(wrapped, ending_of(path), field, reject)
+            else:
+                for value in _json_values(wrapped, reject) if kind == "json" else _json_lines(wrapped, reject):
+                    yield from pick(value, field)
+        except UnicodeError:
+            reject(f"not {(wide or 'utf-8').upper()} from some place on")
 
 
 def _text(file: Any, wide: str | None, reject: Reject) -> Iterator[Any]:
@@ -180,19 +177,25 @@ def pick(value: Any, field: str) -> Iterator[Any]:
     if isinstance(value, str):
         yield value
     elif not isinstance(value, dict):
-        yield Missing([])
+        yield Missing(None)
     elif field in value:
         yield value[field]
     elif "." in field and (parts := field.split("."))[0] in value:
         found: list[Any] = [value]
         for part in parts:
             found = [item for one in found for item in (one if isinstance(one, list) else [one])]
-            found = [one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else []) for one in found]
+            found = [one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None) for one in found]
             if any(isinstance(one, Missing) for one in found):
                 break
         yield from (item for one in found for item in (one if isinstance(one, list) else [one]))
     else:
-        yield Missing(list(value))
+        yield Missing([f"{name}.{field}" if _holds(one, field) else name for name, one in value.items()])
+
+
+def _holds(value: Any, field: str) -> bool:
+    """Whether an object, or the first of a list, has the field."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and field in first
 
 
 def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
@@ -201,7 +204,7 @@ def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
     head = file.readline().lstrip("\ufeff")
     names, delimiter = [], ","
     for delimiter in ("\t",) if ending == ".tsv" else (",", ";", "\t", "|"):
-        names = next(csv.reader([head], delimiter=delimiter), [])
+        names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
         if field in names:
             break
     else:
@@ -214,7 +217,7 @@ def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
         try:
             row = next(rows, None)
         except csv.Error:
-            reject("no row of a table")
+            reject("row of a table whose quotes do not match")
             continue
         if row is None:
             return

@@ -107,9 +107,11 @@ class Source:
                 except UnicodeDecodeError:
                     self._reject("not UTF-8", where)
                     continue
-            if value is None or isinstance(value, Missing):
-                if isinstance(value, Missing) and len(self.fields) <= FIELDS:
-                    self.fields |= dict.fromkeys(value.names)
+            if isinstance(value, Missing) and value.names is None:
+                self._reject("neither an object nor a text", where)
+            elif value is None or isinstance(value, Missing):
+                if value is not None and len(self.fields) <= FIELDS:
+                    self.fields |= dict.fromkeys(value.names or ())
                 self._reject(f"no field {self.field!r}", where)
             elif not isinstance(value, str):
                 self._reject(f"field {self.field!r} is not text", where)

@@ -54,7 +54,7 @@ FILES: dict[str, bytes] = {
     "e.json": json.dumps(TEXTS).encode(),
     "f.csv": table(","),
     "g.csv": b"\xef\xbb\xbf" + table(";"),
-    "h.tsv": table("\t"),
+    "h.tsv": table("\t").replace(b"text", b" text", 1),
     "i.parquet": parquet(),
     "j.jsonl": b"\xef\xbb\xbf" + LINES,
     "k.json": "\ufeff".encode("utf-16-le") + json.dumps(ROWS, ensure_ascii=False).encode("utf-16-le"),
@@ -163,7 +163,7 @@ def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsy
     fields = "(the fields there are id, content, body, title, 1 of 2 columns; set text_field)"
     assert f"left out, 4 no field 'text' {fields}: first in {folder / 'b.parquet'}" in said
     assert f"left out, 1 not a Parquet file: {folder / 'c.parquet'}" in said
-    assert f"left out, 1 no row of a table: {folder / 'l.csv'}" in said and f"left out, 1 no text (it holds zero bytes): {folder / 'i.txt'}" in said
+    assert f"left out, 1 row of a table whose quotes do not match: {folder / 'l.csv'}" in said and f"left out, 1 no text (it holds zero bytes): {folder / 'i.txt'}" in said
     for name in ("d.jsonl.gz", "e.jsonl.xz", "f.txt.zst", "g.txt.bz2"):
         assert any("file that cannot be read (" in line and line.endswith(str(folder / name)) for line in said.splitlines()), (name, said)
     meta = json.loads((tmp_path / "o" / "meta.json").read_text())
@@ -196,6 +196,14 @@ def test_a_file_that_was_edited_without_a_change_of_size_is_not_complete(tmp_pat
     assert main(words) == 2 and "tokenizer.json was changed since" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_path: Path) -> None:
+    content = FILES[{"a.csv": "f.csv", "a.json": "d.json", "a.jsonl": "a.jsonl"}[name]].replace(b"first", b"fir\xfft")
+    (tmp_path / name).write_bytes(content)
+    source = Source(str(tmp_path / name))
+    assert list(source) == TEXTS[1:] and source.bad == {"not UTF-8": 1}
+
+
 @pytest.mark.parametrize(
     "name,content,words",
     [
@@ -205,6 +213,8 @@ def test_a_file_that_was_edited_without_a_change_of_size_is_not_complete(tmp_pat
         ("empty.txt", b"", "holds no usable text (1 empty"),
         ("a.json", b'{"text": 5}', "holds no usable text (1 field 'text' is not text"),
         ("deep.json", b"[" * 100_000, "holds no usable text (1 not JSON"),
+        ("list.jsonl", b"[1]", "holds no usable text (1 neither an object nor a text"),
+        ("data.json", b'{"data": [{"text": "x"}], "v": 1}', "no field 'text' (the fields there are data.text, v; set text_field)"),
         ("a.csv", b"", "holds no usable text"),
         ("b.csv", b"id,body\n1,x\n", "no field 'text' (the fields there are id, body; set text_field)"),
     ],
