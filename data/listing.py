@@ -53,8 +53,8 @@ class Listing:
 
     def sort(self, path: Path) -> None:
         """Takes a file that was found, or leaves it out."""
-        if not path.is_file():
-            self.leave("link to nothing" if path.is_symlink() and not path.exists() else "no regular file", path)
+        if not os.path.isfile(path):
+            self.leave("link to nothing" if path.is_symlink() and not os.path.exists(path) else "no regular file that can be opened", path)
         elif kind_of(path) is None:
             ending = ending_of(path)
             self.leave("archive (unpack it)" if ending in ARCHIVES else f"of a kind that is not read ({ending or 'no ending'})", path)
@@ -78,16 +78,16 @@ class Listing:
 def list_files(spec: str) -> Listing:
     """The files of a file name, folder or glob. Raises ValueError when there are none, or when the one named is of another kind."""
     found, path = Listing(), Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):
         _walk(found, path)
-    elif path.exists():
+    elif os.path.exists(path):
         found.sort(path)
         if not found.files:
             reason = next(iter(found.left_out), "no file")
             raise ValueError(f"{shown(path)} is {_article(reason)}; give a file that ends in {READABLE}, or a folder of them.")
     else:
         for one in sorted(Path(p) for p in glob.glob(spec, recursive=True)):
-            if one.is_dir():
+            if os.path.isdir(one):
                 if "**" not in spec:
                     found.leave("folder (a pattern takes files; name the folder, or use **)", one)
             else:

@@ -26,9 +26,6 @@ class Files:
         self.open = functools.lru_cache(maxsize=OPEN_FILES)(io.FileIO)
         self.block = functools.lru_cache(maxsize=BLOCKS)(Numbers.read_block)
 
-    def __reduce__(self) -> tuple[type[Files], tuple[()]]:
-        return Files, ()
-
 
 class Numbers:
     """`count` numbers of one type in a file. Raises ValueError when it is missing, of another size, or (while reading) cut or lost."""

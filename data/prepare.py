@@ -334,6 +334,9 @@ def main(words: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {shown(error.filename or 'A file')} cannot be opened: {error.strerror or error}; mend that and run the same command again.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130

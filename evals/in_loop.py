@@ -46,6 +46,8 @@ class Evaluator:
         if without:
             what = "this run is not evaluated" if not self.sources else "it is not evaluated"
             metrics.say(f"{', '.join(without)} has no held-out documents, so {what}; prepare the data with valid_fraction above zero.")
+        if config.eval.long_length and len(self.sources) > 1:
+            metrics.say(f"position curves are those of the held-out text of {self.sources[0].shards.directory} alone.")
 
     def at(self, step: int) -> None:
         """Runs what is due after optimizer step `step`."""

@@ -132,7 +132,7 @@ def test_a_folder_says_what_is_left_out_and_why(tmp_path: Path, capsys: pytest.C
     assert reasons == {
         "link to a file that is read already": ["again.txt"],
         "link to nothing": ["gone.txt"],
-        "no regular file": ["pipe.txt"],
+        "no regular file that can be opened": ["pipe.txt"],
         "of a kind that is not read (.png)": ["picture.png"],
         "of a kind that is not read (no ending)": ["README"],
         "archive (unpack it)": ["all.zip", "x.tar.gz"],
@@ -210,6 +210,7 @@ def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_pa
         ("a.zip", b"PK", "is an archive (unpack it)"),
         ("a.png", b"x", "of a kind that is not read (.png)"),
         ("a.gz", b"x", "of a kind that is not read (no ending)"),
+        ("x" * 300 + ".txt", None, "There is nothing to read at input="),
         ("empty.txt", b"", "holds no usable text (1 empty"),
         ("a.json", b'{"text": 5}', "holds no usable text (1 field 'text' is not text"),
         ("deep.json", b"[" * 100_000, "holds no usable text (1 not JSON"),
@@ -219,8 +220,9 @@ def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_pa
         ("b.csv", b"id,body\n1,x\n", "no field 'text' (the fields there are id, body; set text_field)"),
     ],
 )
-def test_a_file_without_text_ends_in_a_sentence(name: str, content: bytes, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_a_file_without_text_ends_in_a_sentence(name: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
     assert main([f"input={tmp_path / name}", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "o").exists()
 
