@@ -122,6 +122,10 @@ def _walk(found: Listing, root: Path) -> None:
                 names.clear()
                 continue
             folders.add(real)
+            if "tokenizer.json" in members and {"meta.json", "identity.json"} & set(members):
+                found.leave("token shards, which are no text", base)
+                names.clear()
+                continue
             for name in [n for n in names if _hidden(n)]:
                 found.leave("hidden", os.path.join(base, name))
             names[:] = sorted(n for n in names if not _hidden(n))

@@ -32,9 +32,10 @@ def read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads((directory / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{directory} holds no token shards; make them with: python -m data.prepare input=demo out={directory} tokenizer=bpe:2048"
-        ) from None
+        text = directory.is_file() or directory.is_dir() and any(directory.iterdir())
+        out = f"runs/data/{directory.name.split('.')[0] or 'mine'}" if text else directory
+        how = f"input={directory if text else 'demo'} out={out} tokenizer=bpe:2048{f', then give data.path={out}' if text else ''}"
+        raise ValueError(f"{directory} holds no token shards; make them with: python -m data.prepare {how}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
     found = meta.get("format") if isinstance(meta, dict) else None

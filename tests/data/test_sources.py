@@ -233,3 +233,20 @@ def test_inputs_may_have_commas_and_brackets_in_their_names(tmp_path: Path) -> N
         assert main([f"input={tmp_path / name}", f"out={tmp_path / name}.out", "tokenizer=bytes"]) == 0
     assert main([f"input={tmp_path / 'c[1].txt'},", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 0  # a comma at the end is no other input
     assert ShardSet(tmp_path / "o", "train").n_documents == 1
+
+
+def test_shards_inside_the_folder_that_is_read_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    words = [f"input={tmp_path}", f"out={tmp_path / 'shards'}", "tokenizer=bytes"]
+    assert main(words) == 0 and main(words) == 0  # the second time they lie there
+    assert "is already complete" in capsys.readouterr().out
+    assert list_files(str(tmp_path)).left_out == {"token shards, which are no text": [str(tmp_path / "shards")]}
+
+
+@pytest.mark.parametrize("name,words", [("a.txt", "input={} out=runs/data/a"), ("in", "input={} out=runs/data/in"), ("none", "input=demo out={} ")])
+def test_text_in_the_place_of_shards_is_said_to_be_prepared_first(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for path in ("a.txt", "in/b.txt"):
+        (tmp_path / path).write_text("text")
+    with pytest.raises(ValueError, match="holds no token shards; make them with: python -m data.prepare " + words.format(tmp_path / name)):
+        ShardSet(tmp_path / name, "train")
