@@ -134,16 +134,16 @@ class StreamReader(Reader):
                 f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch."
             )
         self.samples_per_epoch = self.steps * rows
+        first = np.arange(rows, dtype=np.int64) * (self.steps * seq_len)
+        self.opened = self.shard.document_of(first)  # document in which the stretch of each row begins, and how many it has part in
+        self.passed = self.shard.document_of(first + self.steps * seq_len - 1) - self.opened + 1
 
     def samples(self, k_R: np.ndarray) -> Rows:
         step_R, row_R = np.divmod(np.asarray(k_R, dtype=np.int64), self.rows)
         epoch_R, place_R = np.divmod(step_R, self.steps)
-        first_R = row_R * (self.steps * self.seq_len)
-        start_R = first_R + place_R * self.seq_len
+        start_R = row_R * (self.steps * self.seq_len) + place_R * self.seq_len
         tokens_RL, segments_RL = self.shard.rows(start_R, self.seq_len + 1)
-        opened = self.shard.document_of(first_R)
-        passed = self.shard.document_of(first_R + self.steps * self.seq_len - 1) - opened + 1  # documents of the whole stretch
-        base_R = epoch_R * passed + self.shard.document_of(start_R) - opened
+        base_R = epoch_R * self.passed[row_R] + self.shard.document_of(start_R) - self.opened[row_R]
         return tokens_RL, segments_RL + base_R.astype(np.int32)[:, None]
 
 

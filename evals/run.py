@@ -77,6 +77,7 @@ def run_suite(values: dict[str, Any]) -> int:
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluates and returns the result that is written to JSON."""
     from data.shards import ShardSet
+    from data.tokenizer import marks_of
     from evals.baselines import CountBaselines
     from evals.perplexity import evaluate, held_out_rows, text_bytes
     from training.checkpoint import load_model
@@ -87,6 +88,10 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)
     folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
+    if isinstance(folder, str) and "," in folder and not Path(folder).exists():
+        folder = dict.fromkeys(folder.split(","), 1.0)
+    if isinstance(folder, dict) and folder:
+        return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()})
     if not isinstance(folder, str):
         raise UserError("Say which token shards to score: data=DIR.")
     try:
@@ -96,6 +101,11 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     if held_out.tokenizer().to_str() != tokenizer.to_str():
         raise UserError(
             f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
+        )
+    if (begins := marks_of(tokenizer, Path(meta["folder"])).start) != held_out.eot_id:
+        raise UserError(
+            f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
+            f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={meta['folder']}."
         )
     start = time.perf_counter()
     result = evaluate(
@@ -130,6 +140,45 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         write_json(out, report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    _show(report, out)
+    return report
+
+
+def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
+    """Evaluates every source by itself, and reports the total by their weights besides."""
+    from data.shards import open_held_out
+    from evals import mixture
+    from training.files import write_json
+
+    try:
+        scored = [folder for folder in folders if open_held_out(folder) is not None]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if left := [folder for folder in folders if folder not in scored]:
+        print(f"{', '.join(left)} has no held-out documents and is not evaluated; prepare it with valid_fraction above zero.")
+    if not scored:
+        raise UserError("No source of this mixture has held-out documents; prepare one with valid_fraction above zero, or give data=DIR.")
+    weight = sum(folders[folder] for folder in scored)
+    reports: dict[str, dict[str, Any]] = {}
+    parts = []
+    for name, folder in zip(mixture.names_of(scored), scored):
+        place = Path(values["out"]) if values["out"] else None
+        own = str(place.with_name(f"{place.stem}-{len(reports)}{place.suffix}")) if place else None
+        print(f"source {name}")
+        reports[name] = run({**values, "data": folder, "out": own})
+        parts.append((mixture.of_report(reports[name]), folders[folder] / weight if weight else 1 / len(scored)))
+    total, first = mixture.combined(parts), next(iter(reports.values()))
+    sources = {name: mixture.figures(part, share) for name, (part, share) in zip(reports, parts)}
+    report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
+    bases = [one["baselines_bits_per_byte"] for one in reports.values()]
+    sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
+    report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}
+    out = Path(values["out"] or Path(first["checkpoint"]) / f"eval-{values['suite']}.json")
+    try:
+        write_json(out, report)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.told(sources)}")
     _show(report, out)
     return report
 
