@@ -87,6 +87,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
         "config.json": json.dumps(settings.to_dict(), indent=1) + "\n",
         "run.json": json.dumps(OmegaConf.to_container(OmegaConf.create(resolved_yaml)), indent=1) + "\n",
         "tokenizer.json": shards[0][0].tokenizer().to_str(),
+        "tokenizer_config.json": json.dumps(shards[0][0].tokenizer_config(), indent=1) + "\n",
     }
 
     def state(step: int) -> dict[str, Any]:

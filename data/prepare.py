@@ -44,7 +44,7 @@ from data.encode import Encoder, batches
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
 from data.sources import Source
-from data.tokenizer import fingerprint, load_tokenizer, train_bpe
+from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe
 from data.writer import ShardWriter, publish
 
 COMMIT_SECONDS = 5.0
@@ -136,8 +136,8 @@ def _limited(texts: Iterator[str], megabytes: float) -> Iterator[str]:
             return
 
 
-def make_tokenizer(arguments: Arguments, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that was asked for, trained if it is to be. Raises ValueError."""
+def make_tokenizer(arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
+    """The tokenizer that was asked for, trained if it is to be, and what it puts around documents. Raises ValueError."""
     if not arguments.tokenizer.startswith("bpe:"):
         return load_tokenizer(arguments.tokenizer)
     size = arguments.tokenizer.removeprefix("bpe:")
@@ -150,7 +150,7 @@ def make_tokenizer(arguments: Arguments, corpus: Corpus) -> Tokenizer:
         raise ValueError(_nothing(arguments, corpus))
     tokenizer = train_bpe(_chain(first, texts), int(size))
     print(f"trained a BPE of {tokenizer.get_vocab_size():,} tokens in {time.perf_counter() - start:.1f} s", flush=True)
-    return tokenizer
+    return tokenizer, marks_of(tokenizer)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -189,12 +189,12 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
         if (partial / "meta.json").exists() and read_meta(partial).get("identity") == identity:  # killed just before the last rename
             publish(partial, out)
             return read_meta(out)
-        tokenizer = _open_partial(partial, identity, arguments, corpus)
+        tokenizer, marks = _open_partial(partial, identity, arguments, corpus)
         vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         writer = ShardWriter(partial, np.dtype("uint16" if vocab <= 65536 else "uint32"), arguments.shard_tokens)
         if writer.resume():
             print(f"going on after {writer.consumed:,} documents", flush=True)
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, marks)
         try:
             rate = _write(writer, corpus, encoder, arguments)
             _settle_splits(writer, corpus, arguments)
@@ -202,7 +202,8 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
                 {
                     "format": FORMAT,
                     "vocab_size": vocab,
-                    "eot_id": encoder.eot,
+                    "eot_id": marks.start,
+                    **({} if marks.end is None else {"end_id": marks.end}),
                     "tokenizer_sha256": fingerprint(tokenizer),
                     "identity": identity,
                     "input": arguments.input,
@@ -261,15 +262,16 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _open_partial(partial: Path, identity: str, arguments: Arguments, corpus: Corpus) -> Tokenizer:
+def _open_partial(partial: Path, identity: str, arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
     """The tokenizer of a run to go on with, or a fresh one in an emptied folder."""
     try:
         if json.loads((partial / "identity.json").read_text()) == identity:
-            return Tokenizer.from_file(str(partial / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(partial / "tokenizer.json"))
+            return tokenizer, marks_of(tokenizer, partial)
     except (OSError, ValueError):
         pass
     try:
-        tokenizer = make_tokenizer(arguments, corpus)
+        tokenizer, marks = make_tokenizer(arguments, corpus)
     except ValueError:
         with contextlib.suppress(OSError):
             partial.rmdir()  # nothing half-made stays, unless it is an earlier run's
@@ -278,10 +280,11 @@ def _open_partial(partial: Path, identity: str, arguments: Arguments, corpus: Co
         for path in partial.iterdir():
             path.unlink()
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+        (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, marks), indent=1) + "\n", encoding="utf-8")
         (partial / "identity.json").write_text(json.dumps(identity))
     except OSError as error:
         raise ValueError(f"{partial} cannot be written: {error.strerror}.") from error
-    return tokenizer
+    return tokenizer, marks
 
 
 def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arguments) -> float:

@@ -1,8 +1,9 @@
 """Token shards on disk: written once, read by memory map.
 
 A folder holds meta.json, tokenizer.json and per split `train-00000.bin` (token ids) with `train-00000.idx` (uint64: where each document
-starts, in tokens of that shard) and `train-00000.len` (uint64: its length as UTF-8). Every document is the end-of-text mark followed by its
-tokens, so the label of a document's last token is the next one's mark. Dimensions: R rows, L tokens of a row.
+starts, in tokens of that shard) and `train-00000.len` (uint64: its length as UTF-8). Every document is the mark that starts it (eot_id) followed
+by its tokens (and by end_id where the tokenizer has a mark of its own for that), so the label of a document's last token is the next one's mark.
+Dimensions: R rows, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import file_fingerprint
+from data.tokenizer import Marks, TextCoder, coder_of, file_fingerprint, tokenizer_config
 
 FORMAT = 1
 SPLITS = ("train", "valid")
@@ -85,6 +86,21 @@ class ShardSet:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with."""
         return _tokenizer(str(self.directory / "tokenizer.json"), (self.directory / "tokenizer.json").stat().st_mtime_ns)
+
+    @property
+    def marks(self) -> Marks:
+        """The tokens around each document."""
+        return Marks(self.eot_id, self.meta.get("end_id"))
+
+    def coder(self) -> TextCoder:
+        """Text to ids as these documents were encoded."""
+        coder = coder_of(self.tokenizer())
+        coder.start_ids, coder.end_ids = self.marks.start_ids, self.marks.end_ids
+        return coder
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tokenizer to know how documents begin."""
+        return tokenizer_config(self.tokenizer(), self.marks)
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens start .. start+n-1 of the split, across shard borders; a view of the map where it can be."""

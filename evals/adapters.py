@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.tokenizer import TextCoder, coder_of
 from models.hub.weights import Weights
 from training.errors import UserError
 
@@ -45,21 +46,6 @@ class LayerState:
     name: str
     entries: Tensor
     shape: tuple[int, ...]
-
-
-class TextCoder:
-    """Text to ids and back; `start_ids` is what every document begins with."""
-
-    def __init__(self, tokenizer: Any, start_ids: list[int], special_ids: set[int]) -> None:
-        self.tokenizer, self.start_ids, self.special_ids = tokenizer, start_ids, special_ids
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without start_ids."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def pieces(T: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -480,36 +466,26 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def own_coder(tokenizer: Any) -> TextCoder:
-    """The coder of a tokenizer of ours: documents begin with its end-of-text mark."""
-    from data.tokenizer import END_NAMES, encode_bare
-
-    specials = {i for name in END_NAMES if (i := tokenizer.token_to_id(name)) is not None}
-    start = next((tokenizer.token_to_id(n) for n in END_NAMES if tokenizer.token_to_id(n) is not None), None)
-    return TextCoder(encode_bare(tokenizer), [] if start is None else [start], specials)
+own_coder = coder_of
 
 
 def hf_coder(folder: str) -> TextCoder | None:
-    """The folder's fast tokenizer, or None."""
+    """The coder of a folder's fast tokenizer, or None; the tokens that start and end a text are those that an import of the folder reads."""
+    from tokenizers import Tokenizer
+
+    from data.tokenizer import marks_from
+
+    path = Path(folder) / "tokenizer.json"
     try:
+        if path.is_file():
+            return coder_of(Tokenizer.from_file(str(path)), folder)
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=True)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None and len(backend.encode("a b", add_special_tokens=False).ids) > 0:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            return TextCoder(backend, [] if start is None else [start], set(tokenizer.all_special_ids))
-    except Exception:
-        pass
-    path = Path(folder) / "tokenizer.json"
-    if path.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            return own_coder(Tokenizer.from_file(str(path)))
-        except Exception:  # tokenizers raises bare Exception
-            return None
-    return None
+        marks = marks_from(tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return TextCoder(tokenizer.backend_tokenizer, marks.start_ids, set(tokenizer.all_special_ids), marks.end_ids)
+    except Exception:  # tokenizers raises bare Exception, transformers many kinds
+        return None
 
 
 def load_adapter(path: str, device: str | torch.device = "cpu", precision: str = "fp32", gguf: str | None = None) -> Adapter:
@@ -527,7 +503,7 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
         from training.checkpoint import load_model
 
         model, tokenizer, meta = load_model(folder, device)
-        own = OwnAdapter(model, own_coder(tokenizer), folder.name or str(folder), meta["folder"], precision)
+        own = OwnAdapter(model, own_coder(tokenizer, meta["folder"]), folder.name or str(folder), meta["folder"], precision)
         own.train_length = (meta.get("run", {}).get("train") or {}).get("seq_len")
         return own
     if not (folder / "config.json").exists() and gguf is None:

@@ -84,7 +84,7 @@ def make_lm(adapter: Adapter, chunk: int, batch: int) -> Any:
         def loglikelihood_rolling(self, requests: list[Any], **_: Any) -> list[float]:
             results = []
             for request in requests:
-                ids = [*coder.start_ids, *coder.encode(request.args[0])]
+                ids = coder.encode(request.args[0], start=True)
                 total: list[float] = []
 
                 def add(first: int, nll: torch.Tensor, state: Any, total: list[float] = total) -> None:
@@ -101,7 +101,7 @@ def make_lm(adapter: Adapter, chunk: int, batch: int) -> Any:
                 context, options = request.args[:2]
                 stops = options.get("until") or []
                 stops = [stops] if isinstance(stops, str) else stops
-                ids = torch.tensor([[*coder.start_ids, *coder.encode(context)]])
+                ids = torch.tensor([coder.encode(context, start=True)])
                 new = int(options.get("max_gen_toks", 64))
                 text = coder.decode(adapter.greedy(ids, new, chunk)[0].tolist())
                 for stop in stops:

@@ -124,16 +124,14 @@ class Evaluator:
         text = ""
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
-                tokenizer = self.train.tokenizer()
-                prompt = torch.tensor(
-                    [[self.train.eot_id, *tokenizer.encode(self.config.eval.sample_prompt).ids]], device=self.engine.world.device
-                )
+                coder = self.train.coder()
+                prompt = torch.tensor([coder.encode(self.config.eval.sample_prompt, start=True)], device=self.engine.world.device)
                 module = self.engine.module
                 training = module.training
                 module.eval()
                 ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
                 module.train(training)
-                text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
+                text = coder.decode(ids[0].tolist())
                 with (self.metrics.run_dir / "samples.txt").open("a") as file:
                     file.write(f"--- step {step}\n{text}\n")
                 self.metrics.say(f"sample after step {step}: {text!r}")

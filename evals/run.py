@@ -77,6 +77,7 @@ def run_suite(values: dict[str, Any]) -> int:
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluates and returns the result that is written to JSON."""
     from data.shards import ShardSet
+    from data.tokenizer import marks_of
     from evals.baselines import CountBaselines
     from evals.perplexity import evaluate, held_out_rows, text_bytes
     from training.checkpoint import load_model
@@ -96,6 +97,11 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     if held_out.tokenizer().to_str() != tokenizer.to_str():
         raise UserError(
             f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
+        )
+    if (begins := marks_of(tokenizer, Path(meta["folder"])).start) != held_out.eot_id:
+        raise UserError(
+            f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
+            f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={meta['folder']}."
         )
     start = time.perf_counter()
     result = evaluate(

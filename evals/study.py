@@ -272,6 +272,7 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
     save_file({k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors")
     write_json(folder / "config.json", arm.config)
     (folder / "tokenizer.json").write_text(arm.shards.tokenizer().to_str())
+    write_json(folder / "tokenizer_config.json", arm.shards.tokenizer_config())
     write_json(folder / "run.json", {"train": {"seq_len": arm.T}, "data": {"path": values["data"]}})
     recurrent = [b.mixer for b in arm.model.blocks if not hasattr(b.mixer, "q_proj")]
     result = {

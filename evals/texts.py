@@ -69,7 +69,7 @@ def text_of(coder: TextCoder, path: Path, limit_bytes: int = 8_000_000) -> Text:
     starts = []
     for document in documents:
         starts.append(len(ids))
-        ids += [*coder.start_ids, *coder.encode(document)]
+        ids += coder.encode(document, start=True)
     return Text(np.array(ids, dtype=np.int64), path.name, sum(len(d.encode()) for d in documents) / max(1, len(ids)), starts)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.tokenizer import eot_id
+from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
 from models.config import ModelConfig
 from models.hub.card import write_card
 from models.hub.custom import custom, write_code
@@ -81,9 +81,10 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     sizes = {name: (4 if names[name] in exact else kept.itemsize) * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
-    eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
-    marks = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ends = {key: imported.get(key) if imported else eot for key in marks}
+    own = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
+    end = own.start if own.end is None else own.end
+    marks = {"bos_token_id": own.start, "eos_token_id": end, "pad_token_id": end}
+    ends = {key: imported.get(key) if imported else marks[key] for key in marks}
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
     write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
     for name in KEPT:  # an imported checkpoint's own
@@ -94,18 +95,19 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     return target
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None) -> int | None:
+def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None) -> Marks:
     if tokenizer is None:
-        return None
-    shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
-    try:
-        eot = eot_id(tokenizer)
-    except ValueError:
-        return None
-    mark = tokenizer.id_to_token(eot)
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": mark, "eos_token": mark, "pad_token": mark, "padding_side": "left"}
+        return Marks(None)
+    bare = json.loads(encode_bare(tokenizer).to_str())
+    bare["post_processor"] = None  # documents were encoded without a template
+    (out / "tokenizer.json").write_text(json.dumps(bare, ensure_ascii=False), encoding="utf-8")
+    marks = marks_of(tokenizer, source)
+    values = tokenizer_config(tokenizer, marks)
+    if marks.start is None:
+        return marks
+    values |= {"pad_token": values["eos_token"], "padding_side": "left"}
     write_json(out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})})
-    return eot
+    return marks
 
 
 def verify(pairs: list[tuple[Path, Path]]) -> None:
@@ -161,7 +163,7 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
         return f"transformers reads another {wrong[0]} from its config.json"
     if "tokenizer" in seen:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        if seen["tokenizer"]["ids"] != tokenizer.encode(SAMPLE, add_special_tokens=False).ids:
+        if seen["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
             return "its tokenizer splits text differently"
     return ""
 
