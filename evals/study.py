@@ -186,7 +186,7 @@ class Arm:
         text = Text(np.asarray(held_out.read(0, held_out.n_tokens)), "held out", held_out.n_bytes / held_out.n_tokens)
         adapter = OwnAdapter(self.model, None, self.name, "", self.values["precision"] if self.device.type == "cuda" else "fp32")
         try:
-            ids = text.rows(rows, beyond * self.T + 1, 0)
+            ids = text.rows(*text.fitting(rows, beyond * self.T + 1), 0)
             buckets = position_curve(adapter, ids, chunk=2048, batch=rows, through=self.T)["buckets"]
             return {"collapse": collapse(buckets, self.T, windows(adapter, ids, self.T, batch=128)), "buckets": buckets}
         except ItemError as error:

@@ -139,7 +139,7 @@ def main(words: list[str]) -> None:
     import numpy as np
     import torch
 
-    from evals.adapters import load_adapter
+    from evals.adapters import ItemError, load_adapter
     from evals.texts import open_text
     from training.metrics import environment
 
@@ -158,7 +158,10 @@ def main(words: list[str]) -> None:
         text = open_text(adapter, values["data"], values["text"]) if values["checkpoint"] else None
         held["model"] = adapter.describe()
         for n, timed in [(todo[0], False), *((n, True) for n in todo)]:
-            ids = text.rows(values["rows"], n + 1, values["seed"]) if text else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+            try:
+                ids = text.rows(values["rows"], n + 1, values["seed"]) if text else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+            except ItemError as error:
+                raise UserError(str(error)) from error
             found = measure(adapter, ids, values)
             if not timed:
                 continue
