@@ -100,10 +100,7 @@ def seen(documents: Sequence[str], facts: dict[str, Any]) -> Seen:
 def _starts_elsewhere(facts: dict[str, Any]) -> str:
     """The checkpoint or folder whose weights the run began with, or ''."""
     run = facts.get("run") or {}
-    start = (run.get("train") or {}).get("start_from")
-    model = run.get("model")
-    other = model.get("source") if isinstance(model, dict) else model if isinstance(model, str) and model.startswith("hf:") else None
-    return str(start or other or "").removeprefix("hf:")
+    return str((run.get("train") or {}).get("start_from") or (run.get("model") or {}).get("init_from") or "")
 
 
 def share_found(documents: Sequence[str], shards: ShardSet) -> float:

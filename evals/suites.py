@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from evals.adapters import Adapter, ItemError, first_words, load_adapter
+from evals.adapters import Adapter, ItemError, OwnAdapter, first_words, load_adapter
 from evals.common_text import CommonText
 from evals.position import unigram_nats
 from evals.progress import Progress
@@ -482,7 +482,8 @@ def evaluate(
             continue
         loading.unlink(missing_ok=True)
         adapter.name = name
-        bench = Bench(adapter, settings, common.facts[path].get("run"), common, path)
+        run = common.facts[path].get("run") if isinstance(adapter, OwnAdapter) else None  # only ours can be asked a generated task
+        bench = Bench(adapter, settings, run, common, path)
         items = bench.items()
         if not items:
             if len(paths) > 1:

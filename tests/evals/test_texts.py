@@ -129,8 +129,9 @@ def test_what_was_trained_on_is_never_called_held_out(shards: Path) -> None:
     assert seen([prose(3, 400)], {**facts, "state": {"fingerprint": ["another"]}}).status == "not known"
     gone = seen([prose(3, 400)], {"run": {"data": {"path": {str(shards): 0.5, "/nowhere": 0.5}}}, "state": facts["state"]})
     assert gone.status == "not known" and "/nowhere" in gone.why
-    begun = {**facts, "run": {**facts["run"], "train": {"start_from": "/nowhere"}}}
-    assert seen([prose(3, 400)], begun).status == "not known" and "began from /nowhere" in seen([prose(3, 400)], begun).why
+    for start in ({"train": {"start_from": "/nowhere"}}, {"model": {"init_from": "/nowhere"}}):
+        begun = seen([prose(3, 400)], {**facts, "run": {**facts["run"], **start}})
+        assert begun.status == "not known" and "began from /nowhere" in begun.why
 
 
 def test_windows_are_found_by_hash_wherever_they_begin() -> None:
