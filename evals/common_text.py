@@ -21,6 +21,7 @@ class CommonText:
         self.data, self.text = data, text
         self._corpus: Corpus | None = None
         self._known: dict[tuple[str, str], Seen] = {}
+        self._shares: dict[str, dict[str, float]] = {}
 
     @property
     def corpus(self) -> Corpus:
@@ -51,7 +52,8 @@ class CommonText:
     def _of(self, path: str, corpus: Corpus) -> Seen:
         key = (path, corpus.sha256)
         if key not in self._known:
-            self._known[key] = seen(corpus.documents, self.facts.get(path, {}))
+            shares = self._shares.setdefault(corpus.sha256, {})  # models of one data set ask once
+            self._known[key] = seen(corpus.documents, self.facts.get(path, {}), shares)
         return self._known[key]
 
     def seen_by(self, path: str) -> dict[str, Any]:

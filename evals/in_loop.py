@@ -11,7 +11,7 @@ from data.shards import ShardSet
 from evals.adapters import ItemError, OwnAdapter
 from evals.baselines import CountBaselines
 from evals.perplexity import evaluate, held_out_rows, text_bytes
-from evals.position import collapse, position_curve, unigram_nats, windows
+from evals.position import collapse, position_curve, unlearnt_rows, windows
 from evals.texts import Text
 from models.generate import generate
 from training.config import Config
@@ -109,7 +109,7 @@ class Evaluator:
                     rows = text.rows(count, reach, 0)
                     result = position_curve(adapter, rows, chunk=max(T, 512), through=T)
                     same = windows(adapter, rows, T, chunk=max(T, 512)) if reach - 1 > T else None
-                    result["collapse"] = collapse(result["buckets"], T, same, _unlearnt(same, rows, text.ids, adapter.vocab_size))
+                    result["collapse"] = collapse(result["buckets"], T, same, unlearnt_rows(same, rows, text.ids, adapter.vocab_size))
                     self.metrics.write(step, long_loss=result["buckets"][-1]["nats_per_token"], **_numbers(result["collapse"]))
                     asked = "" if reach > settings.long_length else f" (the held-out text reaches no further; {settings.long_length:,} were asked for)"
                     self.metrics.say(f"position curve to {reach - 1:,} tokens{asked} after step {step}: {result['collapse']['verdict']}")
@@ -145,15 +145,6 @@ class Evaluator:
             size = sum(text_bytes(self.held_out, tokens[1:]) for tokens, _ in rows)
             self.baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
         return self.baselines
-
-
-def _unlearnt(same: dict[str, Any] | None, rows_RT: Any, ids: Any, vocabulary: int) -> str:
-    """Why there is no verdict on a model that says no more of the rows, in windows of its training length, than a unigram; '' for one that has learnt."""
-    if same is None:
-        return ""
-    nats = sum(b["nats_per_token"] * b["tokens"] for b in same["by_place"]) / sum(b["tokens"] for b in same["by_place"])
-    floor = unigram_nats(rows_RT[:, 1:], ids, vocabulary)
-    return "" if nats < floor else f"the model is no better than a unigram of the text ({nats:.2f} nats per token, the unigram {floor:.2f})"
 
 
 def _numbers(judged: dict[str, Any]) -> dict[str, float]:

@@ -111,6 +111,20 @@ def unigram_nats(rows: np.ndarray, text: np.ndarray, vocabulary: int) -> float:
     return float(-np.log((1 - new) * others / n + new / max(vocabulary, len(kinds))).mean())
 
 
+def unlearnt(nats: float, rows: np.ndarray, text: np.ndarray, vocabulary: int) -> str:
+    """Why a model with that loss on the `rows` gets no verdict; '' for one that is better than a unigram of their text."""
+    floor = unigram_nats(rows, text, vocabulary)
+    return "" if nats < floor else f"the model is no better than a unigram of the text ({nats:.2f} nats per token, the unigram {floor:.2f})"
+
+
+def unlearnt_rows(same: dict[str, Any] | None, rows_RT: np.ndarray, text: np.ndarray, vocabulary: int) -> str:
+    """`unlearnt` of the rows (R, L+1) in windows of the training length, as `windows` found them; '' where there are none."""
+    places = same["by_place"] if same else []
+    if not places:
+        return ""
+    return unlearnt(sum(b["nats_per_token"] * b["tokens"] for b in places) / sum(b["tokens"] for b in places), rows_RT[:, 1:], text, vocabulary)
+
+
 def collapse(
     buckets: list[dict[str, Any]], train_length: int, compared: dict[str, Any] | None = None, unlearnt: str = ""
 ) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def texts(page: Page, records: Records) -> None:
         page.say(f"{text['name']} (sha256 {sha}): {text['documents']:,} documents, {text['bytes']:,} bytes{note}.")
     rows = [[m, *_text_of({"text": found[sha], "seen": seen})[1:], seen.get("why", "-")] for (m, sha), seen in known.items()]
     page.table(["model", "sha256", "held out", "why"], rows)
+    notes = [[m, r["item"], r["result"]["note"]] for m, items in records.items() for r in items if (r.get("result") or {}).get("note")]
+    page.table(["model", "item", "the text is shorter than what was asked for"], notes)
 
 
 def _between(x: dict[str, Any], key: str) -> str:

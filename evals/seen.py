@@ -64,8 +64,8 @@ def folders_of(facts: dict[str, Any]) -> list[str]:
     return [path] if isinstance(path, str) else [str(p) for p in path] if isinstance(path, (list, dict)) else []
 
 
-def seen(documents: Sequence[str], facts: dict[str, Any]) -> Seen:
-    """What is known of a checkpoint with these `facts` and a text."""
+def seen(documents: Sequence[str], facts: dict[str, Any], shares: dict[str, float] | None = None) -> Seen:
+    """What is known of a checkpoint with these `facts` and a text. shares: of the text in shards by their fingerprint, looked up and added to."""
     folders, recorded = folders_of(facts), list((facts.get("state") or {}).get("fingerprint") or [])
     if not folders:
         return Seen("not known", None, "The folder does not say what the model was trained on.")
@@ -73,10 +73,10 @@ def seen(documents: Sequence[str], facts: dict[str, Any]) -> Seen:
         before = facts_of_run(earlier)
         if not folders_of(before):
             return Seen("not known", None, f"The run began from {earlier}, and what that was trained on is not known.")
-        first = seen(documents, before)
+        first = seen(documents, before, shares)
         if first.status != "held out":
             return first
-    share, unknown = 0.0, ""
+    share, unknown, shares = 0.0, "", {} if shares is None else shares
     for i, folder in enumerate(folders):
         try:
             shards = ShardSet(folder, "train")
@@ -86,7 +86,13 @@ def seen(documents: Sequence[str], facts: dict[str, Any]) -> Seen:
         if i < len(recorded) and shards.fingerprint != recorded[i]:
             unknown = f"The shards {folder} are not those of the training any more."
             continue
-        share = max(share, share_found(documents, shards))
+        try:
+            if shards.fingerprint not in shares:
+                shares[shards.fingerprint] = share_found(documents, shards)
+        except ValueError as error:  # cut or lost while they were read
+            unknown = str(error)
+            continue
+        share = max(share, shares[shards.fingerprint])
     if share > FEW:
         part = min(99, round(100 * share))
         if share >= 1 - FEW:

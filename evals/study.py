@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.shards import ShardSet
 from evals.adapters import ItemError, OwnAdapter
-from evals.position import collapse, position_curve, windows
+from evals.position import collapse, position_curve, unlearnt_rows, windows
 from evals.texts import Text
 from models.config import ModelConfig
 from models.lm import LanguageModel, LMState
@@ -188,7 +188,8 @@ class Arm:
         try:
             ids = text.rows(*text.fitting(rows, beyond * self.T + 1), 0)
             buckets = position_curve(adapter, ids, chunk=2048, batch=rows, through=self.T)["buckets"]
-            return {"collapse": collapse(buckets, self.T, windows(adapter, ids, self.T, batch=128)), "buckets": buckets}
+            same = windows(adapter, ids, self.T, batch=128)
+            return {"collapse": collapse(buckets, self.T, same, unlearnt_rows(same, ids, text.ids, adapter.vocab_size)), "buckets": buckets}
         except ItemError as error:
             return {"failed": str(error)}
         finally:

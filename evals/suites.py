@@ -21,7 +21,7 @@ import torch
 
 from evals.adapters import Adapter, ItemError, OwnAdapter, first_words, load_adapter
 from evals.common_text import CommonText
-from evals.position import unigram_nats
+from evals.position import unlearnt
 from evals.progress import Progress
 from evals.texts import Text, constant_rows, random_rows, tokenised
 from training.errors import UserError
@@ -117,9 +117,7 @@ class Bench:
                 total.append(float(nll.double().sum()))
 
             self.adapter.stream(torch.from_numpy(ids), self.settings.chunk, each)
-            nats, floor = sum(total) / (rows * (length - 1)), unigram_nats(ids[:, 1:], self.text.ids, self.adapter.vocab_size)
-            worse = f"the model is no better than a unigram of the text ({nats:.2f} nats per token, the unigram {floor:.2f})"
-            self._unlearnt = "" if nats < floor else worse
+            self._unlearnt = unlearnt(sum(total) / (rows * (length - 1)), ids[:, 1:], self.text.ids, self.adapter.vocab_size)
         return self._unlearnt
 
     def rows_of(self, prompt: str, rows: int, length: int) -> Any:
