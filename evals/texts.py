@@ -118,28 +118,32 @@ def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:
 
 
 def corpus_of_shards(folder: str, limit: int = LIMIT) -> Corpus:
-    """The held-out split of token shards (of several folders, with commas between them) as text. Raises UserError."""
+    """The held-out split of token shards as text; of several folders, with commas between them, an equal part each. A folder that has none is named
+    in the note. Raises UserError where no folder has one."""
     documents: list[str] = []
     opened: list[ShardSet] = []
-    size, cut = 0, False
-    folders = [part for part in folder.split(",") if part]
-    for part in folders:
+    notes: list[str] = []
+    size, folders = 0, [part for part in folder.split(",") if part]
+    for number, part in enumerate(folders, 1):
         try:
             shards = ShardSet(part, "valid")
-            tokenizer = shards.tokenizer()
-            room = limit * (len(opened) + 1) // len(folders)
+            tokenizer, room = shards.tokenizer(), limit * number // len(folders)
             for i in range(shards.n_documents):
                 if size >= room:
-                    cut = True
+                    notes.append(f"the first {i:,} of {shards.n_documents:,} documents of {part}")
                     break
                 ids, _ = shards.document(i)
                 documents.append(tokenizer.decode(ids[ids != shards.eot_id].tolist(), skip_special_tokens=True)[: room - size])
                 size += len(documents[-1])
+            opened.append(shards)
         except ValueError as error:
-            raise UserError(str(error)) from error
-        opened.append(shards)
-    name = " and ".join(f"the valid split of {part}" for part in folders)
-    return Corpus(name, [d for d in documents if d], f"its first {limit:,} characters" if cut else "", opened[0] if len(opened) == 1 else None)
+            if len(folders) == 1:
+                raise UserError(str(error)) from error
+            notes.append(f"nothing of {part}: {str(error).rstrip('.')}")
+    if not opened:
+        raise UserError(f"No folder of {folder} has a held-out split; prepare one with valid_fraction above zero.")
+    name = " and ".join(f"the valid split of {shards.directory}" for shards in opened)
+    return Corpus(name, [d for d in documents if d], ", ".join(notes), opened[0] if len(folders) == 1 else None)
 
 
 def tokenised(corpus: Corpus, adapter: Adapter) -> Text:

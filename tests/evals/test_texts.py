@@ -109,6 +109,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+def test_a_text_of_several_shards_takes_from_each_and_names_what_it_lacks(shards: Path) -> None:
+    twice = corpus_of_shards(f"{shards},{shards}")
+    assert twice.documents == [prose(i, 400) for i in (3, 7, 3, 7)] and twice.shards is None
+    part = corpus_of_shards(f"{shards},/nowhere", limit=1000)
+    assert sum(map(len, part.documents)) == 500 and "the first 1 of 2 documents" in part.note and "nothing of /nowhere" in part.note
+    with pytest.raises(UserError, match="No folder"):
+        corpus_of_shards("/nowhere,/neither")
+    with pytest.raises(UserError, match="holds no token shards"):
+        corpus_of_shards("/nowhere")
+
+
 def run_facts(folder: Path, **state: Any) -> dict[str, Any]:
     return {"run": {"data": {"path": str(folder)}}, "state": {"fingerprint": [ShardSet(folder, "train").fingerprint], **state}}
 
