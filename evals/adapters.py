@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.tokenizer import TextCoder, coder_of
-from evals.trust import code_hash, may_run_code
+from evals.trust import code_hash, may_run_code, names_code
 from models.hub.weights import Weights
 from training.errors import UserError
 
@@ -139,6 +139,8 @@ class Adapter:
     def need_coder(self) -> TextCoder:
         """The coder. Raises ItemError where there is none."""
         if self.coder is None:
+            if not self.trusted and names_code(Path(self.folder) / "tokenizer_config.json"):
+                raise ItemError(f"The tokenizer of {self.folder} is code of its own, which this program runs only when told to: read it, then add trust_remote_code=true.")
             raise ItemError(
                 f"{self.folder} holds no tokenizer that can be read, so texts cannot be made into tokens; put a tokenizer.json beside the weights."
             )

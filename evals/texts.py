@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from data.encode import Encoder, batches
 from data.shards import ShardSet
 from data.sources import DEMO as DEMO
 from data.sources import Source
+from data.tokenizer import Marks
 from evals.adapters import Adapter, ItemError
 from training.errors import UserError
 
@@ -151,12 +153,10 @@ def tokenised(corpus: Corpus, adapter: Adapter) -> Text:
     if adapter.coder is None and corpus.shards is not None:
         return _ids_of_shards(corpus.shards, adapter)
     coder = adapter.need_coder()
-    ids: list[np.ndarray] = []
-    starts: list[int] = []
-    for document in corpus.documents:
-        starts.append(starts[-1] + len(ids[-1]) if starts else 0)
-        ids.append(np.array(coder.encode(document, start=True), dtype=np.int64))
-    whole = np.concatenate(ids)
+    encoder = Encoder(coder.tokenizer, Marks(coder.start_ids[0] if coder.start_ids else None))  # as coder.encode, on all cores
+    ids = [part for group in batches(iter(corpus.documents)) for part in encoder.encode(group)]
+    whole = np.concatenate(ids).astype(np.int64)
+    starts = np.cumsum([0, *map(len, ids[:-1])]).tolist()
     return Text(whole, corpus.name, corpus.bytes / max(1, len(whole)), starts)
 
 

@@ -46,7 +46,7 @@ def is_our_code(folder: Path, table: dict[str, Any]) -> bool:
     try:
         config = read_stock_config(folder)
         expected = custom(config, 1).config["auto_map"]
-        if table != expected or "auto_map" in (read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}):
+        if table != expected or names_code(folder / "tokenizer_config.json"):
             return False
         with tempfile.TemporaryDirectory() as made:
             write_code(config, Path(made))
@@ -55,6 +55,11 @@ def is_our_code(folder: Path, table: dict[str, Any]) -> bool:
         return theirs == ours
     except (UserError, ValueError, KeyError, TypeError, OSError):  # not a config that this version writes
         return False
+
+
+def names_code(path: Path) -> bool:
+    """Whether a config names classes that are not transformers' own. Raises UserError for a file that is no JSON object."""
+    return path.is_file() and bool(read_object(path).get("auto_map"))
 
 
 def code_hash(folder: Path) -> str:

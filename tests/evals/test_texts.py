@@ -96,6 +96,13 @@ def test_rows_are_apart_and_a_short_text_is_never_repeated() -> None:
         Text(np.arange(1), "one").fitting(1, 10)
 
 
+def test_documents_get_the_ids_that_the_coder_gives_them() -> None:
+    adapter, documents = own_adapter("m", d_model=16, n_layers=1), ["Ein Satz.", "", "zwei\n\nSätze " * 9]
+    text = tokenised(Corpus("x", documents), adapter)
+    expected = [adapter.need_coder().encode(d, start=True) for d in documents]
+    assert text.ids.tolist() == sum(expected, []) and text.starts == [0, len(expected[0]), len(expected[0]) + len(expected[1])]
+
+
 def test_the_hash_is_of_the_documents_alone(tmp_path: Path) -> None:
     a, b = Corpus("x", ["ab", "c"]), Corpus("y", ["ab", "c"])
     assert a.sha256 == b.sha256 != Corpus("x", ["a", "bc"]).sha256 and a.bytes == 3

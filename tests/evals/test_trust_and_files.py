@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from evals import run as program
-from evals.adapters import load_adapter
+from evals.adapters import ItemError, load_adapter
 from evals.figures import grids_figure, pyplot, remembrance_figure
 from evals.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
@@ -73,6 +73,15 @@ def test_a_class_that_transformers_has_needs_no_code(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "theirs.Model"}}))
     (tmp_path / "theirs.py").write_text("raise SystemExit('ran')\n")
     assert not may_run_code(tmp_path, False) and "Llama" in load_adapter(str(tmp_path)).kind
+
+
+def test_a_tokenizer_of_code_is_a_sentence(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}}))
+    (tmp_path / "theirs.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / RAN)!r}).write_text('ran')\n")
+    with pytest.raises(ItemError, match="code of its own.*trust_remote_code=true"):
+        load_adapter(str(tmp_path)).need_coder()
+    assert not (tmp_path / RAN).exists()
 
 
 def test_our_own_code_runs_to_the_letter_and_no_further(ours: Path, tmp_path: Path) -> None:
