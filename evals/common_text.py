@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from evals.seen import Seen, facts_of_run, folders_of, seen
 from evals.texts import Corpus, corpus_of_shards, open_corpus
 from training.errors import UserError
+
+DEFAULT_LENGTH, LONGEST = 512, 8192  # training length where a model does not say its own, and the most that is believed of a config
+CHARACTERS = 3  # of a document for each token that the model with the shortest training length is to read of it
 
 
 class CommonText:
@@ -22,6 +26,11 @@ class CommonText:
         self._corpus: Corpus | None = None
         self._known: dict[tuple[str, str], Seen] = {}
         self._shares: dict[str, dict[str, float]] = {}
+
+    def characters(self, train_length: int | None, max_length: int | None) -> int:
+        """How much of a document all models read: about four training lengths of the one with the shortest, at most `max_length` tokens."""
+        shortest = train_length or min((train_length_of(path, facts) for path, facts in self.facts.items()), default=DEFAULT_LENGTH)
+        return CHARACTERS * min(4 * shortest, max_length or 4 * shortest)
 
     @property
     def corpus(self) -> Corpus:
@@ -59,6 +68,17 @@ class CommonText:
     def seen_by(self, path: str) -> dict[str, Any]:
         """Whether the model at `path` was trained on the text."""
         return self._of(path, self.corpus).to_dict()
+
+
+def train_length_of(path: str, facts: dict[str, Any]) -> int:
+    """Tokens of a training sequence of a model: what its run says, else the positions its config has, else 512."""
+    found = ((facts.get("run") or {}).get("train") or {}).get("seq_len")
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")) if found is None else {}
+        found = found or config.get("max_position_embeddings") or config.get("n_positions")
+    except (OSError, ValueError, AttributeError):
+        pass
+    return min(found, LONGEST) if isinstance(found, int) and found > 0 else DEFAULT_LENGTH
 
 
 def _task(facts: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from evals.adapters import Adapter, ItemError, OwnAdapter, first_words, load_ada
 from evals.common_text import CommonText
 from evals.position import unlearnt
 from evals.progress import Progress
-from evals.texts import Text, constant_rows, random_rows, tokenised
+from evals.texts import Corpus, Text, constant_rows, random_rows, tokenised
 from training.errors import UserError
 from training.files import check_writable, write_json
 from training.metrics import environment
@@ -198,15 +198,19 @@ class Bench:
         from evals.documents import document_perplexity
 
         s, quick = self.settings, self.settings.suite == "quick"
-        count, length = s.rows or (16 if quick else 64), min(self.max_length, 4 * self.T)
+        count, characters = s.rows or (16 if quick else 64), self.common.characters(s.train_length, s.max_length)
 
         def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            documents = self.text.documents(count, length, self.adapter.need_coder().decode)
-            unit = "documents" if len(self.text.starts) >= count else f"pieces of at most {length:,} tokens"
+            corpus, decode = self.common.corpus, self.adapter.need_coder().decode
+            parts = corpus.excerpts(count, characters)
+            text = tokenised(Corpus(corpus.name, parts), self.adapter)
+            limit = self.adapter.position_limit  # of a model with learned positions: longer parts are read in several pieces
+            documents = text.documents(1 << 30, limit, decode) if limit else text.documents(len(parts), len(text.ids), decode)
+            unit = "documents" if len(corpus.documents) >= count else f"pieces of {characters:,} characters"
             found = document_perplexity(self.adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, unit=unit, on_progress=progress)
-            return {**found, "source": self.text.source, "cut_to": length, **self.about_text()}
+            return {**found, "source": corpus.name, "characters": characters, **self.about_text()}
 
-        return [Item("documents", "documents", self._common(True, documents=count, length=length), run)]
+        return [Item("documents", "documents", self._common(True, documents=count, characters=characters), run)]
 
     def _position(self) -> list[Item]:
         from evals.position import collapse, position_curve

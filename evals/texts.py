@@ -44,6 +44,15 @@ class Corpus:
             self.bytes += len(data)
         self.sha256 = digest.hexdigest()
 
+    def excerpts(self, count: int, characters: int) -> list[str]:
+        """The beginnings, `characters` long, of `count` documents, evenly from all of them; of fewer documents, `count` pieces of that length, evenly
+        from all of them. They are the same for every model, whatever its tokens are."""
+        parts = [d[:characters] for d in self.documents]
+        if len(parts) < count:
+            parts = [d[a : a + characters] for d in self.documents for a in range(0, len(d), characters)]
+        chosen = np.linspace(0, max(0, len(parts) - 1), min(count, len(parts))).round().astype(int)
+        return [parts[i] for i in np.unique(chosen)]
+
     def to_dict(self) -> dict[str, Any]:
         """What a result says of its text."""
         return {"name": self.name, "sha256": self.sha256, "documents": len(self.documents), "bytes": self.bytes, "note": self.note}

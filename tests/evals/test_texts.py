@@ -17,7 +17,7 @@ import pytest
 from data.prepare import main as prepare
 from data.shards import ShardSet
 from data.sources import Source
-from data.tokenizer import byte_tokenizer, coder_of
+from data.tokenizer import byte_tokenizer, coder_of, train_bpe
 from evals.adapters import ItemError
 from evals.common_text import CommonText
 from evals.position import collapse, unigram_nats
@@ -101,6 +101,26 @@ def test_documents_get_the_ids_that_the_coder_gives_them() -> None:
     text = tokenised(Corpus("x", documents), adapter)
     expected = [adapter.need_coder().encode(d, start=True) for d in documents]
     assert text.ids.tolist() == sum(expected, []) and text.starts == [0, len(expected[0]), len(expected[0]) + len(expected[1])]
+
+
+def test_models_of_different_tokens_and_lengths_read_the_same_characters(tmp_path: Path) -> None:
+    a, b = Corpus("x", ["abcdef", "gh"]), Corpus("x", [str(i) * 9 for i in range(10)])
+    assert a.excerpts(4, 3) == ["abc", "def", "gh"] and a.excerpts(2, 3) == ["abc", "gh"] and a.excerpts(1, 9) == ["abcdef"]
+    assert b.excerpts(4, 5) == ["00000", "33333", "66666", "99999"] and Corpus("x", []).excerpts(3, 3) == []
+    path = tmp_path / "a.txt"
+    path.write_text(prose(0, 900))
+    models = [own_adapter("m", d_model=16, n_layers=1), own_adapter("m", d_model=16, n_layers=1)]
+    models[1].coder = coder_of(train_bpe([prose(0, 900)], 300))
+    models[0].train_length, models[1].train_length, models[1].position_limit = 64, 256, 100
+    facts = {str(i): {"run": {"train": {"seq_len": model.train_length}}} for i, model in enumerate(models)}
+    common, found = CommonText(["0", "1"], text=str(path), facts=facts), []
+    for i, model in enumerate(models):
+        items = Bench(model, Settings(suite="quick", rows=5), None, common, str(i)).items()
+        assert items[0].name == "documents"
+        found.append((items[0].settings["characters"], items[0].run(lambda a, b: None)))
+    assert found[0][0] == found[1][0] == 3 * 4 * 64
+    assert found[0][1]["bytes"] == sum(len(x) for x in common.corpus.excerpts(5, 768)) and found[0][1]["documents"] == 5
+    assert found[1][1]["bytes"] == found[0][1]["bytes"] and found[1][1]["documents"] > 5 and found[1][1]["tokens"] < found[0][1]["tokens"]
 
 
 def test_the_hash_is_of_the_documents_alone(tmp_path: Path) -> None:
