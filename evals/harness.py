@@ -118,8 +118,8 @@ def hf_tokenizer(adapter: HFAdapter) -> Any:
 def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: bool | None) -> Any:
     from lm_eval.api.model import TemplateLM
 
-    from models.generate import generate
-    from models.sampling import TextStream
+    from models.sampling import Sampling, TextStream
+    from models.session import Session
 
     coder, model = adapter.need_coder(), adapter.model
     begin = coder.start_ids if add_bos_token else [] if add_bos_token is False else template_start(coder.tokenizer)
@@ -171,10 +171,12 @@ def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: 
                 stream.push(token)
                 return stream.stopped
 
-            with torch.autocast(adapter.device.type, torch.bfloat16, enabled=adapter.precision == "bf16"):
-                prompt = torch.tensor([ids], device=adapter.device)
-                whole = generate(model, prompt, new, seed=draw, stop_ids=coder.end_ids, stop_when=stop_when, **sampling)  # type: ignore[arg-type]
-            written = whole[0, len(ids) :].tolist()
+            half = adapter.precision == "bf16"
+            session = Session(model, torch.tensor([ids], device=adapter.device), seed=draw)  # type: ignore[arg-type]
+            with torch.autocast(adapter.device.type, torch.bfloat16, enabled=half):  # which a CUDA graph would not keep to
+                graph = False if half else None
+                new_BN = session.generate(new, Sampling(**sampling), stop_ids=coder.end_ids, stop_when=stop_when, graph=graph)
+            written = new_BN[0].tolist()
             end = next((i for i, token in enumerate(written) if token in coder.end_ids), len(written))
             text = coder.decode(written[:end])
             for stop in stops:
@@ -185,7 +187,7 @@ def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: 
 
 
 def generation_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
-    """(arguments of models.generate.generate, new tokens, stop texts) of a task's generation_kwargs, read as HFLM and `generate` of transformers
+    """(arguments of models.sampling.Sampling, new tokens, stop texts) of a task's generation_kwargs, read as HFLM and `generate` of transformers
     read them: greedy unless do_sample or a temperature above 0 is given. Raises ItemError for options we do not have."""
     left = dict(options)
     new = next((int(value) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens") if (value := left.pop(key, None))), NEW_TOKENS)
