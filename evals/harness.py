@@ -14,6 +14,7 @@ sentence in the report. A task may be a YAML file in the harness's format, e.g. 
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import os
@@ -259,6 +260,14 @@ def _existing(path: Path) -> set[Path]:
     return set()
 
 
+@functools.lru_cache(maxsize=2)
+def task_manager(named: bool) -> Any:
+    """The harness's list of tasks, which takes it seconds to make: once for all items; empty for a task that is a file of its own."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=named)
+
+
 def run_task(
     adapter: Adapter, task: str, *, chunk: int, batch: int, limit: int | None, seed: int, add_bos_token: bool | None = None
 ) -> dict[str, Any]:
@@ -281,6 +290,7 @@ def run_task(
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[chosen],
+            task_manager=task_manager(chosen is task),
             limit=limit,
             bootstrap_iters=1000,
             log_samples=False,
