@@ -12,6 +12,7 @@ Legend: B batch, T time, V vocabulary, G heads (or 1), E entries of one head's s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.tokenizer import TextCoder, coder_of
+from evals.trust import code_hash, may_run_code, names_code
 from models.hub.weights import Weights
 from training.errors import UserError
 
@@ -76,6 +78,7 @@ class Adapter:
     device: torch.device
     precision = "fp32"
     after_chunk: Callable[[Any], Any] | None = None  # cures act on the state between chunks
+    trusted = False  # whether code of the folder was run
     on_start: Callable[[], None] | None = None  # cures that keep something of their own forget it here
 
     def start(self, batch: int) -> Any:
@@ -102,6 +105,23 @@ class Adapter:
         """`state` with every recurrent tensor replaced by change(layer, name, tensor)."""
         raise ItemError(f"{self.kind} does not let its states be changed.")
 
+    def config_text(self) -> str:
+        """The model's config as JSON."""
+        config: Any = self.model.config
+        return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+    def content_hash(self) -> str:
+        """Of all that decides what the model says: every value of its weights, its config, its tokenizer and code from its folder."""
+        digest = hashlib.sha256(self.config_text().encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if self.coder is not None:
+            digest.update(f"{self.coder.tokenizer.to_str()} {self.coder.start_ids}".encode())
+        digest.update(code_hash(Path(self.folder)).encode() if self.trusted else b"")
+        return digest.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the model."""
         return {
@@ -119,6 +139,8 @@ class Adapter:
     def need_coder(self) -> TextCoder:
         """The coder. Raises ItemError where there is none."""
         if self.coder is None:
+            if not self.trusted and names_code(Path(self.folder) / "tokenizer_config.json"):
+                raise ItemError(f"The tokenizer of {self.folder} is code of its own, which this program runs only when told to: read it, then add trust_remote_code=true.")
             raise ItemError(
                 f"{self.folder} holds no tokenizer that can be read, so texts cannot be made into tokens; put a tokenizer.json beside the weights."
             )
@@ -469,7 +491,7 @@ def is_ours(folder: Path) -> bool:
 own_coder = coder_of
 
 
-def hf_coder(folder: str) -> TextCoder | None:
+def hf_coder(folder: str, trusted: bool = False) -> TextCoder | None:
     """The coder of a folder's fast tokenizer, or None; the tokens that start and end a text are those that an import of the folder reads."""
     from tokenizers import Tokenizer
 
@@ -481,18 +503,20 @@ def hf_coder(folder: str) -> TextCoder | None:
             return coder_of(Tokenizer.from_file(str(path)), folder)
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=trusted)
         marks = marks_from(tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id)
         return TextCoder(tokenizer.backend_tokenizer, marks.start_ids, set(tokenizer.all_special_ids), marks.end_ids)
     except Exception:  # tokenizers raises bare Exception, transformers many kinds
         return None
 
 
-def load_adapter(path: str, device: str | torch.device = "cpu", precision: str = "fp32", gguf: str | None = None) -> Adapter:
+def load_adapter(
+    path: str, device: str | torch.device = "cpu", precision: str = "fp32", gguf: str | None = None, trust_remote_code: bool = False
+) -> Adapter:
     """The model behind `path`. Raises UserError in one sentence.
 
-    Ours: a run, a checkpoint of it, or model.safetensors with our config.json. Anything else goes to transformers (with
-    trust_remote_code: the folder's own code is run). gguf: name of a GGUF file in the folder.
+    Ours: a run, a checkpoint of it, or model.safetensors with our config.json. Anything else goes to transformers. trust_remote_code: code
+    that lies in the folder may be run; without it only code that this version writes itself. gguf: name of a GGUF file in the folder.
     """
     folder = Path(path)
     if not folder.exists():
@@ -515,12 +539,14 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
     quiet_transformers()
     if gguf is None:
         Weights(folder)  # refuses pickles, and an index that leads out of the folder
+    trusted = may_run_code(folder, trust_remote_code)
     try:
         options: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-        hf: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=True, **options)
+        hf: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=trusted, **options)
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded by transformers: {first_words(error)}") from error
-    foreign = HFAdapter(hf.to(device), hf_coder(str(folder)), folder.name, str(folder), precision)
+    foreign = HFAdapter(hf.to(device), hf_coder(str(folder), trusted), folder.name, str(folder), precision)
+    foreign.trusted = trusted
     limit = getattr(hf.config, "max_position_embeddings", None)
     foreign.train_length = int(limit) if isinstance(limit, int) else None
     return foreign

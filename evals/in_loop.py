@@ -11,7 +11,7 @@ from evals import mixture
 from evals.adapters import ItemError, OwnAdapter
 from evals.baselines import CountBaselines
 from evals.perplexity import Perplexity, evaluate, held_out_rows, text_bytes
-from evals.position import collapse, position_curve, windows
+from evals.position import collapse, position_curve, unlearnt_rows, windows
 from evals.texts import Text
 from models.generate import generate
 from training.config import Config
@@ -123,15 +123,15 @@ class Evaluator:
                 model, T = self.engine.module, self.config.train.seq_len
                 training = model.training
                 adapter = OwnAdapter(model, None, self.config.name, "", self.config.train.precision)
-                rows = text.rows(settings.long_rows, settings.long_length + 1, 0)
                 try:
+                    count, reach = text.fitting(settings.long_rows, settings.long_length + 1)
+                    rows = text.rows(count, reach, 0)
                     result = position_curve(adapter, rows, chunk=max(T, 512), through=T)
-                    same = windows(adapter, rows, T, chunk=max(T, 512)) if settings.long_length > T else None
-                    result["collapse"] = collapse(result["buckets"], T, same)
+                    same = windows(adapter, rows, T, chunk=max(T, 512)) if reach - 1 > T else None
+                    result["collapse"] = collapse(result["buckets"], T, same, unlearnt_rows(same, rows, text.ids, adapter.vocab_size))
                     self.metrics.write(step, long_loss=result["buckets"][-1]["nats_per_token"], **_numbers(result["collapse"]))
-                    self.metrics.say(
-                        f"position curve to {settings.long_length:,} tokens after step {step}: {result['collapse']['verdict']}"
-                    )
+                    asked = "" if reach > settings.long_length else f" (the held-out text reaches no further; {settings.long_length:,} were asked for)"
+                    self.metrics.say(f"position curve to {reach - 1:,} tokens{asked} after step {step}: {result['collapse']['verdict']}")
                 except ItemError as error:
                     self.metrics.say(f"position curve after step {step} not measured: {error}")
                 model.train(training)

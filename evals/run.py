@@ -3,12 +3,14 @@
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
     python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
         [lengths=512,1024] [depths=5] [samples=20] [sequences=1000] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
-        [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
+        [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [trust_remote_code=true] [add_bos_token=auto|true|false] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
-second line also any Hugging Face causal language model on disk (its own code is run if it brings some). A model trained on a generated task is
-scored on that task by every suite. perplexity scores the held-out split with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
-The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
+second line also any Hugging Face causal language model on disk (code that it brings is run with trust_remote_code=true only). A model trained on
+a generated task is scored on that task by every suite. perplexity scores the held-out split with documents reset at their starts; its result is
+printed and written as JSON (default: eval-perplexity.json beside the weights, or under runs/evals where these cannot be written to).
+The other suites measure all models on one text: text=FILE (what data.prepare reads), the held-out split of data=DIR, else that of the first run, else
+the bundled books; and say which of them was trained on it. They write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
 """
 
@@ -20,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evals.progress import Progress
 from training.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -48,6 +51,8 @@ DEFAULTS: dict[str, Any] = {
     "only": "",
     "redo": False,
     "gguf": None,
+    "trust_remote_code": False,
+    "add_bos_token": "auto",
 }
 SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
 
@@ -61,6 +66,15 @@ def problems_of(values: dict[str, Any]) -> list[str]:
         problems.append(f"suite is {values['suite']!r}; choose one of {', '.join(SUITES)}.")
     if values["precision"] not in ("fp32", "bf16"):
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
+    if values["add_bos_token"] not in ("auto", "true", "false"):
+        problems.append(f"add_bos_token is {values['add_bos_token']!r}; choose auto (as the tokenizer says), true or false.")
+    if values["suite"] == "perplexity":
+        if values["text"] is not None:
+            problems.append("suite=perplexity scores token shards, data=DIR; text=FILE goes with suite=quick or suite=long_context.")
+        if "," in (values["checkpoint"] or "") and not Path(values["checkpoint"]).exists():
+            problems.append("suite=perplexity takes one checkpoint; several side by side are measured with suite=quick or suite=long_context.")
+    elif values["text"] is not None and values["data"] is not None:
+        problems.append("text and data both say what to read; give one of them.")
     return problems
 
 
@@ -68,10 +82,10 @@ def run_suite(values: dict[str, Any]) -> int:
     """Every suite but perplexity; returns how many items could not be measured."""
     from evals.suites import Settings, evaluate
 
-    same = ("lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
+    same = ("add_bos_token", "lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(**{k: values[k] for k in same})
     paths = [path for path in values["checkpoint"].split(",") if path]
-    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
+    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"], values["trust_remote_code"])
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
@@ -107,17 +121,20 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
             f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
             f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={meta['folder']}."
         )
+    out = where_to_write(values, Path(meta["folder"]))
+    seen = what_is_known(meta, held_out)
     start = time.perf_counter()
-    result = evaluate(
-        model,
-        held_out,
-        length=values["length"],
-        chunk=values["chunk"],
-        batch=values["batch"],
-        max_tokens=values["max_tokens"],
-        precision=values["precision"],
-        on_progress=_progress,
-    )
+    with Progress("perplexity", "rows", every=True) as progress:
+        result = evaluate(
+            model,
+            held_out,
+            length=values["length"],
+            chunk=values["chunk"],
+            batch=values["batch"],
+            max_tokens=values["max_tokens"],
+            precision=values["precision"],
+            on_progress=progress,
+        )
     seconds = time.perf_counter() - start
     rows = held_out_rows(held_out, values["length"], values["max_tokens"])
     counts = CountBaselines(train)
@@ -130,18 +147,49 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": meta["folder"],
         "step": meta.get("state", {}).get("step"),
         **result.to_dict(),
+        "text": {"name": f"the valid split of {folder}", "fingerprint": held_out.fingerprint},
+        "seen": seen.to_dict(),
         "baselines_bits_per_byte": baselines,
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
         "environment": environment(device),
     }
-    out = Path(values["out"] or Path(meta["folder"]) / f"eval-{values['suite']}.json")
     try:
         write_json(out, report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from error
     _show(report, out)
     return report
+
+
+def what_is_known(meta: dict[str, Any], held_out: Any) -> Any:
+    """Whether the checkpoint was trained on these shards' held-out split (evals.seen)."""
+    from evals.seen import facts_of_run, seen
+    from evals.texts import corpus_of_shards
+
+    return seen(corpus_of_shards(str(held_out.directory)).documents, facts_of_run(meta["folder"]))
+
+
+def where_to_write(values: dict[str, Any], folder: Path) -> Path:
+    """The file of the result: what was asked for, else beside the weights, else under runs/evals. Raises UserError before anything is measured
+    where none of them can be written."""
+    from training.files import check_writable
+
+    name = f"eval-{values['suite']}.json"
+    if values["out"]:
+        out = Path(values["out"])
+        out = out / name if out.is_dir() else out
+        check_writable(out.parent)
+        return out
+    try:
+        check_writable(folder)
+        return folder / name
+    except UserError:
+        parts = [part for part in folder.resolve().parts if part not in ("checkpoints", "/")]
+        other = Path("runs/evals") / "-".join(parts[-2:] if parts[-1].startswith("step-") else parts[-1:])
+        check_writable(other)
+        print(f"{folder} cannot be written to; the result goes to {other / name}.", flush=True)
+        return other / name
 
 
 def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
@@ -170,10 +218,13 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     total, first = mixture.combined(parts), next(iter(reports.values()))
     sources = {name: mixture.figures(part, share) for name, (part, share) in zip(reports, parts)}
     report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
+    told = sorted({one["seen"]["status"] for one in reports.values()})
+    report["text"] = {"name": " and ".join(one["text"]["name"] for one in reports.values())}
+    report["seen"] = {"status": told[0] if len(told) == 1 else "by source: " + ", ".join(f"{name} {one['seen']['status']}" for name, one in reports.items())}
     bases = [one["baselines_bits_per_byte"] for one in reports.values()]
     sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
     report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}
-    out = Path(values["out"] or Path(first["checkpoint"]) / f"eval-{values['suite']}.json")
+    out = where_to_write(values, Path(first["checkpoint"]))
     try:
         write_json(out, report)
     except OSError as error:
@@ -183,20 +234,17 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     return report
 
 
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} rows", end="" if done < total else "\n", file=sys.stderr, flush=True)
-
-
 def _show(report: dict[str, Any], out: Path) -> None:
     base = report["baselines_bits_per_byte"]
     print(
-        f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} held-out tokens"
+        f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} tokens of "
+        f"{report['text']['name']} ({report['seen']['status']})"
     )
     print(f"counted from the same training tokens: unigram {base['unigram']:.4f}, bigram {base['bigram']:.4f} bits per byte")
     print("  position        nats/token   tokens")
     for row in report["by_position"]:
-        print(f"  {row['from']:>6}-{row['to']:<8}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
+        places = f"{row['from']}-{row['to']}" if row["to"] > row["from"] else f"{row['from']}"
+        print(f"  {places:<15}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
     print(f"written to {out}")
 
 

@@ -90,13 +90,15 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
     """Held-out text from eval*.json beside the checkpoint or in its run folder, and the suites in `evals` (OUT or OUT/MODEL of evals.run)."""
     rows: list[list[Any]] = []
     curve: list[dict[str, Any]] = []
+    status = "held out"  # of the evaluations in training
     for path in [p for folder in (source, source.parent.parent) for p in sorted(folder.glob("eval*.json"))]:
         value = _read(path)
         held_out = value["perplexity"] if isinstance(value.get("perplexity"), dict) else value
         rows += [[path.name, key, held_out[key]] for key in SHOWN if _number(held_out.get(key))]
         baselines = value.get("baselines") or value.get("baselines_bits_per_byte") or {}
         rows += [[path.name, f"{name} counts, bits_per_byte", baselines[name]] for name in ("unigram", "bigram") if _number(baselines.get(name))]
-        curve = curve or held_out.get("by_position") or []
+        if not curve:
+            curve, status = held_out.get("by_position") or [], (value.get("seen") or {}).get("status", status)
     records = {}
     if evals is not None:
         every = report.read(evals) or report.read(evals.parent)
@@ -107,7 +109,8 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
     page.table(["file", "number", ""], rows)
     plt = report.pyplot()
     if curve:
-        page.figure("held_out", report.curves_figure(plt, [("held-out text", curve, length)], "loss by position"), "loss by position")
+        page.figure("held_out", report.curves_figure(plt, [(f"text ({status})", curve, length)], "loss by position"), "loss by position")
+    report.texts(page, records)
     for kind, title, meaning, draw in report.SECTIONS:
         if found := report.done(records, kind):
             page.head(title)
