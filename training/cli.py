@@ -68,7 +68,7 @@ def spelled_out(arguments: list[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("model=hf:"):
             path = argument.removeprefix("model=hf:").replace("\\", "\\\\").replace("'", "\\'")
-            found += ["model=transformer", f"+model.init_from='{path}'"]
+            found += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
         else:
             found.append(argument)
     return found

@@ -13,7 +13,7 @@ from data.shards import ShardSet
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader, SyntheticSet
 from models.config import ModelConfig
-from models.hub.importing import load_into, resolved
+from models.hub.importing import load_into, read_stock, resolved
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config import Config
@@ -136,7 +136,10 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     if folder is None:
         origin = config.model.get("init_from")
         if origin:
-            load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
+            verify = bool(config.model.get("verify", True))
+            _on_main(world, run_dir, lambda: verify and read_stock(origin))
+            load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None, verify=False)
+            what += "" if verify else f"\n{origin} was NOT COMPARED with transformers (model.verify=false): its numbers may be wrong"
         told = f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}"
         return Start(0, None, None, told, held)
     branches = _branches(run_dir, folder, config.train.resume != "auto") if world.main else ""
