@@ -73,7 +73,10 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
     config, weights, imported = read_config(source), Weights(source), read_imported(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
+    origin = origin_of(facts.get("run", {}))
     length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
+    if origin is not None:  # what it could read before it still can
+        length = max(length, int(read_object(origin / "config.json").get("max_position_embeddings") or 0))
     target = stock(config, length)[0]
     if target is None:
         target = custom(config, length)
@@ -97,7 +100,9 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     sizes = {name: each[names[name]].itemsize * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
-    eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
+    eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
+    if origin is not None and tokenizer is not None:
+        _keep_template(origin, tokenizer, out)
     marks = ("bos_token_id", "eos_token_id", "pad_token_id")
     ends = {key: imported.get(key) if imported else eot for key in marks}
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
@@ -113,16 +118,35 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     return target
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None) -> int | None:
+def origin_of(run: dict[str, Any]) -> Path | None:
+    """The folder from whose weights the run started, if it is still there."""
+    found = (run.get("model") or {}).get("init_from")
+    return Path(str(found)) if found and (Path(str(found)) / "config.json").is_file() else None
+
+
+def _keep_template(origin: Path, tokenizer: Tokenizer, out: Path) -> None:
+    """The chat template of the folder that a run started from, where its tokens still are what they were."""
+    if not (origin / "tokenizer.json").is_file() or Tokenizer.from_file(str(origin / "tokenizer.json")).get_vocab() != tokenizer.get_vocab():
+        return
+    path, values = origin / "tokenizer_config.json", out / "tokenizer_config.json"
+    template = read_object(path).get("chat_template") if path.is_file() else None
+    if (origin / "chat_template.jinja").is_file():
+        shutil.copyfile(origin / "chat_template.jinja", out / "chat_template.jinja")
+    elif template is not None and values.is_file():
+        write_json(values, {**read_object(values), "chat_template": template})
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None, imported: dict[str, Any]) -> int | None:
     if tokenizer is None:
         return None
     shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
     try:
-        eot = eot_id(tokenizer)
+        eot: int | None = eot_id(tokenizer)
     except ValueError:
-        return None
-    mark = tokenizer.id_to_token(eot)
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": mark, "eos_token": mark, "pad_token": mark, "padding_side": "left"}
+        eot = None
+    ids = {key: imported.get(f"{key}_id") if imported else eot for key in ("bos_token", "eos_token", "pad_token")}
+    marks = {key: tokenizer.id_to_token(id_) for key, id_ in ids.items() if isinstance(id_, int) and tokenizer.id_to_token(id_) is not None}
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, "padding_side": "left"}
     write_json(out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})})
     return eot
 

@@ -4,6 +4,7 @@ class with the same bytes; and a reading that is wrong is found by the compariso
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path)
             continue
         folder, back, out = (tmp_path / part / name for part in ("hf", "back", "out"))
         stock_model(name).to(torch.bfloat16).save_pretrained(folder)
+        if name == "llama3":  # what changes the text that generate writes, and not what the model is
+            settings = {"repetition_penalty": 1.7, "num_beams": 2, "eos_token_id": [2, 7], "pad_token_id": 0, "suppress_tokens": [3]}
+            (folder / "generation_config.json").write_text(json.dumps(settings))
+            (folder / "chat_template.jinja").write_text("{{ messages }}")
         import_folder(folder, back)
         out.mkdir(parents=True)
         assert write_folder(back, out, None, 10**9, "mit").architecture == f"{kind}ForCausalLM"
@@ -60,6 +65,11 @@ def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path)
         wrong = {k: (v, after[k]) for k, v in before.items() if k in after and k not in ("hidden_act", "max_window_layers") and after[k] != v}
         wrong.pop("initializer_range", None)
         assert not wrong and after["dtype"] == "bfloat16", (name, wrong)
+        assert {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")} == {0o644}
+        kept = [n for n in ("generation_config.json", "chat_template.jinja") if (folder / n).exists()]
+        assert all((folder / n).read_bytes() == (out / n).read_bytes() for n in kept), name
+        card = (out / "README.md").read_text()
+        assert "torch.tensor([[1, 2, 3]])" in card and "okenizer" not in card
         if name in ("llama3", "llama_dynamic", "llama_yarn", "llama_biased", "ministral", "qwen2_window", "qwen3_window", "smollm3_window", "bamba_scaled"):
             pairs.append((back, out))  # each variant once, as transformers takes its time
     verify(pairs)

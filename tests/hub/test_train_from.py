@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,3 +63,20 @@ def test_a_run_starts_from_an_exported_run(train: Callable[..., object], tmp_pat
     second = train("two", f"model=hf:{folder}", "train.steps=1")
     assert second.returncode == 0, second.stderr  # type: ignore[attr-defined]
     assert "from the weights of" in second.stdout + second.stderr  # type: ignore[attr-defined]
+
+
+def test_what_a_run_that_started_from_a_folder_keeps_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_folder(checkpoint(tmp_path / "c", FAMILIES["llama"]), folder, "fp32", 10**9, "mit")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 5000}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    source = checkpoint(tmp_path / "d", FAMILIES["llama"])
+    (source / "run.json").write_text(json.dumps({"model": {"init_from": str(folder)}, "train": {"seq_len": 64}}))
+    for out, length in (("e", 5000), ("f", 64)):
+        (tmp_path / out).mkdir()
+        write_folder(source, tmp_path / out, None, 10**9, "mit")
+        assert json.loads((tmp_path / out / "config.json").read_text())["max_position_embeddings"] == length
+        assert (tmp_path / out / "chat_template.jinja").exists() == (length == 5000)
+        (folder / "config.json").unlink(missing_ok=True)  # gone when the second is written
