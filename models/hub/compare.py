@@ -139,6 +139,8 @@ def _apart(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor, far: int
 
 
 def _agree(folder: Path, kind: str, found: Tensor, wanted: Tensor, rounding: float, where: str) -> None:
+    if not bool(wanted.isfinite().all()):
+        raise UserError(f"{folder} cannot be imported: its logits are not finite in transformers either, so its weights are damaged; fetch it again.")
     worst, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not worst <= max(RELATIVE * largest, 30 * rounding, 1e-6):
         raise UserError(

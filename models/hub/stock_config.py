@@ -16,6 +16,7 @@ from training.errors import UserError
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # a config.json that does not say these is not whole
 ATTENTION_SIZES = (*SIZES, "intermediate_size", "num_attention_heads")
+COUNTS = (*ATTENTION_SIZES[:3], "num_attention_heads", "state_size", "head_dim", "n_groups", "mamba_d_state", "mamba_expand", "mamba_n_heads", "mamba_n_groups")
 KINDS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), ATTENTION_SIZES),
     "mamba2": (*SIZES, "state_size", "head_dim", "n_groups"),
@@ -60,13 +61,15 @@ def read_stock_config(folder: Path) -> ModelConfig:
     """The ModelConfig that computes what the stock class of this folder does. Raises UserError."""
     raw = read_object(folder / "config.json")
     kind = raw.get("model_type")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{folder} is a {kind} model; these can be imported: {', '.join(KINDS)}.")
     if raw.get("quantization_config"):
         raise UserError(f"{folder} cannot be imported: its weights are quantised; fetch the original ones.")
     for key in KINDS[kind]:
         if raw.get(key) is None:
             raise UserError(f"{folder / 'config.json'} does not say {key!r}; export or fetch the folder again.")
+        if key in COUNTS and (isinstance(raw[key], bool) or not isinstance(raw[key], int) or raw[key] < 1):
+            raise UserError(f"{folder / 'config.json'} says {key} is {raw[key]!r}, which is no number above zero; export or fetch the folder again.")
     try:
         if kind == "everywhen":
             return ModelConfig.from_dict(_own(raw))
