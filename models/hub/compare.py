@@ -21,7 +21,7 @@ from training.errors import UserError
 SHORT, PIECE, NARROW = 64, 20, 12  # tokens of the shortest text and of a piece, and a window made short
 WORK = 2e12  # multiply-adds of one forward pass beyond which a text is too long to be tried
 RELATIVE = 1e-4  # of the largest logit; rounding beyond it is measured
-HELP = "or give verify=false to go without the comparison"
+HELP = "or leave the comparison out: python -m models.hub.importing FOLDER OUT verify=false, for training model.verify=false"
 
 
 def compare(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:

@@ -78,9 +78,9 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
         theirs = names.name(ours)
         if theirs not in weights.where:
             raise UserError(f"{folder} lacks the tensor {theirs}; fetch or export the folder again.")
+        if not (dtype := weights.dtype(theirs)).startswith(("float", "bfloat")):
+            raise UserError(f"{folder}: the tensor {theirs} is of {dtype}, so the weights are quantised; fetch the original ones.")
         tensor = weights.tensor(theirs)
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise UserError(f"{folder}: the tensor {theirs} is of {tensor.dtype}, so the weights are quantised; fetch the original ones.")
         tensor = tensor[:, 0] if theirs.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
         if tuple(tensor.shape) != shape:
             raise UserError(f"{folder}: the tensor {theirs} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
@@ -134,7 +134,7 @@ def facts_of(folder: Path, config: ModelConfig) -> dict[str, Any]:
     values, weights, names = read_object(folder / "config.json"), Weights(folder), names_of(folder, config)
     with torch.device("meta"):
         sizes = {n: t.numel() for n, t in LanguageModel(config).state_dict().items() if names.name(n) in weights.where}
-    dtypes = {name: str(weights.tensor(names.name(name)).dtype).removeprefix("torch.") for name in sizes}
+    dtypes = {name: weights.dtype(names.name(name)) for name in sizes}
     counts: dict[str, int] = {}
     for name, dtype in dtypes.items():
         counts[dtype] = counts.get(dtype, 0) + sizes[name]

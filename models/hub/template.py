@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from models.hub.configuration_everywhen import EverywhenConfig
 from models.hub.template_cache import EverywhenCache
@@ -20,6 +21,7 @@ from models.init import init_matrix, roles, tag
 from models.layers import RMSNorm, SwiGLU
 
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
+logger = logging.get_logger(__name__)
 KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
 
@@ -133,6 +135,8 @@ class EverywhenModel(EverywhenPreTrainedModel):
         a new text does; other than that they say nothing to a recurrence."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            logger.warning_once("This model has no attention maps to return; output_attentions changes nothing.")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         text = padding(attention_mask, x_BTD.shape[1], 0 if cache is None else cache.seen)
@@ -227,8 +231,8 @@ class EverywhenForCausalLM(EverywhenPreTrainedModel, GenerationMixin):
     ) -> Any:
         """labels (B, T): those of the same tokens, -100 where there is none; num_items_in_batch divides the sum of losses if it is given."""
         output: Any = self.model(
-            input_ids, attention_mask, position_ids, past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds, use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True,
+            input_ids, attention_mask, position_ids, past_key_values if cache is None else cache, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
         )  # fmt: skip
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, rows])

@@ -113,6 +113,11 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.cut[name][0] if name in self.cut else tuple(self._open(self.where[name]).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor that is not cut, as torch calls it; its own name for one that torch reads as something else."""
+        found = str(self._open(self.where[name]).get_slice(name).get_dtype())
+        return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(found, found)
+
     def tensor(self, name: str) -> Tensor:
         if name not in self.cut:
             return self._open(self.where[name]).get_tensor(name)

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.config import ModelConfig
+from models.decode import Decoder
+from models.generate import generate
 from models.hub import importing
 from models.hub.compare import compare
 from models.hub.export import verify, write_folder
 from models.hub.importing import import_folder, main, read_stock, resolved
 from models.lm import LanguageModel
+from models.mixers import attention
 from tests.hub.stock_folders import STOCK, stock_folder, stock_model
 from training.errors import UserError
 
@@ -43,6 +46,28 @@ def test_a_stock_folder_gives_its_own_logits(name: str, tmp_path: Path) -> None:
     ids = torch.randint(0, 101, (2, 111))
     with torch.no_grad():
         assert (logits(tmp_path, ids) - theirs(ids).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "llama_yarn", "qwen2_window", "qwen3_window", "bamba_scaled"])
+def test_greedy_text_is_transformers_beyond_the_borders(name: str, tmp_path: Path) -> None:
+    """Token by token, with the cache of a session and with one of fixed size, as graphs of a step have."""
+    theirs = stock_model(name)
+    theirs.save_pretrained(tmp_path)
+    config, tensors = read_stock(tmp_path)
+    model = LanguageModel(config).eval()
+    model.load_state_dict(tensors, strict=False)
+    prompt = torch.randint(0, 101, (1, 60), generator=torch.Generator().manual_seed(1))
+    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30, min_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(generate(model, prompt, 30, temperature=0), text)
+    with torch.no_grad():
+        decoder = Decoder(model, model(prompt, state=model.init_state(1)).state, 100, fused=False)
+        for token, following in zip(text[0, 60:], text[0, 61:]):
+            assert int(decoder.step(token[None]).argmax()) == int(following)
+
+
+def test_dynamic_positions_are_not_split_over_ranks() -> None:
+    settings = {"n_heads": 4, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}}
+    assert "dynamic" in attention.Mixer(attention.Config(**settings), 32, 0).why_whole()  # type: ignore[arg-type]
 
 
 def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path) -> None:

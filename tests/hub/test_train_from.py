@@ -27,7 +27,7 @@ def test_the_config_and_weights_are_the_folders(name: str, tmp_path: Path) -> No
     source, folder = checkpoint(tmp_path / "c", settings), tmp_path / "it's = here"
     folder.mkdir()
     write_folder(source, folder, "fp32", 10**9, "mit")
-    config = checked(compose_config([f"model=hf:{folder}", "model.z_loss=0.5", "data.path=nowhere"]))
+    config = checked(compose_config([f"model=hf:{folder}", "model.z_loss=0.5", "model.verify=false", "data.path=nowhere"]))
     found, _ = model_config(config, None)
     assert isinstance(found, ModelConfig) and found.z_loss == 0.5
     assert (found.d_model, found.n_layers, found.mlp_width, found.vocab_size) == (48, settings.n_layers, settings.mlp_width, 269)
