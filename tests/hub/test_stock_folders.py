@@ -95,8 +95,8 @@ def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path)
         assert all((folder / n).read_bytes() == (out / n).read_bytes() for n in kept), name
         card = (out / "README.md").read_text()
         assert "torch.tensor([[1, 2, 3]])" in card and "okenizer" not in card
-        if name in ("llama3", "llama_dynamic", "llama_yarn", "llama_biased", "ministral", "qwen2_window", "qwen3_window", "smollm3_window", "bamba_scaled"):
-            pairs.append((back, out))  # each variant once, as transformers takes its time
+        if name in ("llama3", "ministral", "qwen2_window", "smollm3_window", "bamba_scaled"):
+            pairs.append((back, out))  # a few, as transformers takes its time; the rest by their config and bytes
     verify(pairs)
 
 

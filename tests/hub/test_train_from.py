@@ -17,6 +17,7 @@ from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
 from training.checkpoint import load_model
 from training.cli import checked, compose_config
+from training.config import split_problems
 from training.errors import UserError
 from training.setup import model_config
 
@@ -28,6 +29,8 @@ def test_the_config_and_weights_are_the_folders(name: str, tmp_path: Path) -> No
     folder.mkdir()
     write_folder(source, folder, "fp32", 10**9, "mit")
     config = checked(compose_config([f"model=hf:{folder}", "model.z_loss=0.5", "model.verify=false", "data.path=nowhere"]))
+    config.parallel.sequence = 2
+    assert split_problems(config) == []
     found, _ = model_config(config, None)
     assert isinstance(found, ModelConfig) and found.z_loss == 0.5
     assert (found.d_model, found.n_layers, found.mlp_width, found.vocab_size) == (48, settings.n_layers, settings.mlp_width, 269)
