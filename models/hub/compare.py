@@ -7,6 +7,7 @@ rotary positions apart far out for the price of a short text; windows too long f
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,6 @@ def _agree(folder: Path, kind: str, found: Tensor, wanted: Tensor, rounding: flo
     worst, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not worst <= max(RELATIVE * largest, 30 * rounding, 1e-6):
         raise UserError(
-            f"{folder} cannot be imported: with {where} our logits differ from those of transformers' {kind} by {worst:.2g} "
-            f"(the largest is {largest:.2g}), so its config.json says something that is not understood here."
+            f"{folder} cannot be imported: with {where} our logits differ from those of {kind} of transformers {version('transformers')} by "
+            f"{worst:.2g} (the largest is {largest:.2g}), so its config.json says something that is not understood here, or not by that release."
         )

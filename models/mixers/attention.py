@@ -86,7 +86,7 @@ class Config:
     rope: bool = True  # rotary positions
     rope_theta: float = 10000.0
     rope_fraction: float = 1.0  # share of a head's columns, the first ones, that have rotary positions
-    rope_scaling: dict | None = None  # type: ignore[type-arg]  # of models/rope.py
+    rope_scaling: dict | None = None  # type: ignore[type-arg]  # for longer texts: a rope_type (linear, dynamic, yarn, llama3) and its numbers
     window: int = 0  # a token sees itself and the window-1 before it; 0: all
     qk_norm: bool = False  # RMSNorm of queries and keys per head
     qk_norm_eps: float = 1e-5
