@@ -201,7 +201,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
 
 
 def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
-    from models.hub.importing import read_stock
+    from models.hub.importing import read_stock, without_tokenizer
     from models.hub.weights import refuse_pickles
 
     refuse_pickles(folder)
@@ -221,7 +221,7 @@ def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, 
     else:
         load_weights(folder, model)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} holds no tokenizer.json.")
+        raise UserError(without_tokenizer(folder))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     meta: dict[str, Any] = {"folder": str(folder)}
     for name in ("state", "run"):

@@ -123,7 +123,7 @@ def spelled_out(arguments: list[str]) -> list[str]:
             continue
         if argument.startswith("model=hf:"):
             path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
-            found += ["model=transformer", f"+model.init_from='{path}'"]
+            found += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
         elif key in TEXTS and NUMBER.fullmatch(value):
             found.append(f"{key}='{value}'")
         else:

@@ -370,9 +370,10 @@ def split_problems(config: Config) -> list[str]:
 
     from models import mixers
     from models.config import ModelConfig
+    from models.hub.importing import resolved
 
     N, problems = config.parallel.sequence, []
-    model = ModelConfig.from_dict({**config.model, "vocab_size": config.model.get("vocab_size") or 256})
+    model = ModelConfig.from_dict({**resolved(config.model), "vocab_size": config.model.get("vocab_size") or 256})
     for name in dict.fromkeys(model.pattern):
         with torch.device("meta"):
             mixer = mixers.build(model.mixers[name], model.d_model, 0)

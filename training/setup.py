@@ -15,8 +15,9 @@ from data.loader import build_reader
 from data.shards import ShardSet
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader, SyntheticSet
+from data.tokenizer import marks_of
 from models.config import ModelConfig
-from models.hub.importing import load_into, resolved
+from models.hub.importing import load_into, read_stock, resolved
 from models.lm import LanguageModel
 from training import checkpoint, fork
 from training.changes import differences, finished, keep_history, lr_jump
@@ -134,7 +135,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         if begins:
             folder, moments = fork.found(config.train.start_from or "", world, "train.start_from"), config.train.start_with == "all"
         if folder is None:
-            cursor, where, wandb_id = _from_nothing(config, model, shards)
+            cursor, where, wandb_id = _from_nothing(config, world, model, shards)
         else:
             cursor, where, wandb_id = _read(folder, begins, config, world, model, shards)
     except UserError:
@@ -164,13 +165,31 @@ def _leave(run_dir: Path, held: list[Any]) -> None:
         run_dir.rmdir()
 
 
-def _from_nothing(config: Config, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, None]:
-    """What `_read` returns, of a run without a checkpoint; weights of a folder that model=hf: names are loaded."""
-    origin = config.model.get("init_from")
+def _from_nothing(config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, None]:
+    """What `_read` returns, of a run without a checkpoint; weights of a folder that model=hf: names are compared by one rank and loaded by all."""
+    origin, told = config.model.get("init_from"), f"starting at step 0{TOTAL}"
     if origin:
-        load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
-    told = f"starting at step 0{TOTAL}{f' from the weights of {origin}' if origin else ''}"
+        verify = bool(config.model.get("verify", True))
+        _on_main(world, Path(config.run_dir), lambda: verify and read_stock(origin))
+        load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None, verify=False)
+        told += f" from the weights of {origin}"
+        told += _other_start(Path(str(origin)), shards[0][0]) if config.data.reader != "synthetic" else ""
+        told += "" if verify else f"\n{origin} was NOT COMPARED with transformers (model.verify=false): its numbers may be wrong"
     return begin(config, [weight for _, weight in shards]), told, None
+
+
+def _other_start(folder: Path, shards: Any) -> str:
+    """A line where the documents of the data begin with another token than those that the folder's model has read."""
+    if not (folder / "tokenizer.json").is_file():
+        return ""
+    theirs = marks_of(shards.tokenizer(), folder).start
+    if theirs is None or theirs == shards.eot_id:
+        return ""
+    name = shards.tokenizer().id_to_token
+    return (
+        f"\nnote: documents of {shards.directory} begin with {name(shards.eot_id)!r}, those that {folder} was trained on with {name(theirs)!r}; "
+        f"prepare the data with tokenizer={folder} to keep to that."
+    )
 
 
 def _changed(config: Config, cursor: Cursor, before: dict[str, Any], changes: list[str]) -> list[str]:

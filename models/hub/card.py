@@ -118,7 +118,8 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
             draw(page, plt, found)
 
 
-def use_section(page: report.Page, architecture: str, begins: bool) -> None:
+def use_section(page: report.Page, architecture: str, begins: bool, reads: bool) -> None:
+    """How the folder is loaded. begins: training documents began with the end-of-text token; reads: there is a tokenizer."""
     own = architecture.startswith("Everywhen")
     code = ", trust_remote_code=True" if own else ""
     lines = [
@@ -132,6 +133,10 @@ def use_section(page: report.Page, architecture: str, begins: bool) -> None:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
     ]
+    if not reads:
+        lines = [line for line in lines if "okenizer" not in line]
+        lines[1:2] = ["import torch", "from transformers import AutoModelForCausalLM"]
+        lines[-1:] = ["print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50)[0])", "```"]
     page.head("Use")
     page.say("\n".join(lines))
     if begins:
@@ -149,7 +154,8 @@ def write_card(
     page = report.Page()
     architecture_section(page, config, architecture, parameters)
     imported = (source / "imported.json").exists()  # trained elsewhere, we do not know how
-    use_section(page, architecture, (out / "tokenizer_config.json").exists() and not imported)
+    reads = (out / "tokenizer.json").exists()
+    use_section(page, architecture, "bos_token" in _read(out / "tokenizer_config.json") and not imported, reads)
     training_section(page, facts, source)
     evaluation_section(page, source, evals, length)
     page.head("Limits")

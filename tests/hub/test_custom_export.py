@@ -17,6 +17,7 @@ from models.hub.export import CHECKER, verify, write_folder
 from tests.hub.test_native_export import ATTENTION, MAMBA, checkpoint, config
 
 GRU = {"type": "rnn", "n_heads": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES = {
     "paragru": config(GRU, learnable_residual=True),
     "paralstm": config({**GRU, "cell": "paralstm", "recurrent_bound": "tanh"}, tie_embeddings=True),
@@ -27,7 +28,7 @@ FAMILIES = {
         d_model=48,
         n_layers=4,
         pattern=["g", "m", "w", "a"],
-        mixers={"g": {**GRU, "cell": "gru"}, "m": MAMBA, "w": {**ATTENTION, "window": 7}, "a": {**ATTENTION, "rope": False}},
+        mixers={"g": {**GRU, "cell": "gru"}, "m": MAMBA, "w": {**ATTENTION, "window": 7, "qkv_bias": True, "rope_scaling": YARN}, "a": {**ATTENTION, "rope": False}},
     ),
 }
 
