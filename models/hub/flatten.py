@@ -15,7 +15,7 @@ from models.hub.recurrence import HEADER, written
 
 TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "cell_module", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
 IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
@@ -122,7 +122,7 @@ def add_scan(flat: Flattener) -> None:
 
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     """The text of modeling_everywhen.py with these mixer types and cells."""
-    from models.cells import cell_module, load_cell
+    from models.cells import bias_init, load_cell
     from models.mixers import available
 
     flat = Flattener()
@@ -148,7 +148,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
-        *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := getattr(cell_module(cell), "BIAS_INIT", None))],
+        *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),
     ]

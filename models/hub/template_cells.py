@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,9 +50,9 @@ def torch_functions(cell: Cell) -> Any:
     return cell.derivatives
 
 
-def cell_module(name: str) -> Any:
-    """What else the file of a cell says."""
-    return SimpleNamespace(BIAS_INIT=BIASES.get(name, {}))
+def bias_init(name: str) -> Any:
+    """Where the biases of a cell's inputs start: (lowest, highest over the channels) by argument."""
+    return BIASES.get(name, {})
 
 
 def parallel_rnn(
