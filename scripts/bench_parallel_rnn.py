@@ -112,7 +112,7 @@ def kernel_row(name: str, B: int, T: int, D: int, copy: float, memory: float = 0
     emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None)
     report = launch.last_report()
     d_emitted, d_final = torch.randn_like(emitted), torch.zeros_like(final)
-    unit, plan = B * T * D * 2 / copy, launch.plan_of(pre[:, :, :, None])
+    unit, plan = B * T * D * 2 / copy, launch.plan_of(pre[:, :, :, None], S)
     row = {
         "cell": name, "B": B, "T": T, "D": D, "memory": memory, "slices": plan.slices, "at_once": isinstance(plan, launch.ShootPlan), **report,
         "forward_ms": milliseconds(lambda: launch.forward(cell, pre, rec, h0, None)), "forward_limit_ms": unit * (P + S),

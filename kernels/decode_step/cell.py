@@ -45,7 +45,7 @@ def source(cell: Cell) -> str:
     traced = trace(cell)
     step = function("step", traced.arguments, traced.new, "h0", legend=traced.legend)
     header = f'"""The decoding step of the cell {cell.name}, written by kernels/decode_step/cell.py."""\nimport triton\nimport triton.language as tl\n'
-    return "\n\n".join([header, functions(step, short=False) + "\n", step, "\n".join(lines) + "\n"])
+    return "\n\n".join([header, functions(step, short="") + "\n", step, "\n".join(lines) + "\n"])
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ AHEAD, AHEAD_BACK, AHEAD_SHOOT = 8, 4, 4  # steps of a group, the unit in which 
 KERNELS = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot", "decode")
 
 
-def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx", short: bool = True) -> str:
+def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = "ptx", short: str = "bfloat16") -> str:
     """All kernels of a cell. maths: "ptx" (NVIDIA's approximate exp2 and reciprocal, 2 and 1 units in the last place) or "portable".
-    short: for inputs in 16 bits, functions are as good as their rounding asks for, and the factors of exponents are moved off the chain of
+    short: the type of inputs in 16 bits, for which functions are as good as their rounding asks for, and the factors of exponents moved off the chain of
     steps (it rounds worse where a gate's terms cancel).
     Raises NotLowered if the step cannot be traced."""
     traced = trace(cell)

@@ -127,11 +127,14 @@ def torch_slopes(cell: Cell) -> Callable[..., Any] | None:
     return names["slopes"] if len(results) > 1 else lambda *a: (names["slopes"](*a),)
 
 
+def jumps(cell: Cell) -> bool:
+    """Whether a lowered cell's new state may jump where an old one is changed a little."""
+    return trace(cell).jumps
+
+
 @functools.cache
-def torch_functions(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """(jacobian, step_vjp) of the traced step as plain torch functions, each returning a tuple; None for a cell that cannot be traced."""
-    if not cell.lowered:
-        return None
+def torch_functions(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(jacobian, step_vjp) of a lowered cell's step as plain torch functions, each returning a tuple. Raises NotLowered."""
     names: dict[str, Any] = {"torch": torch}
     for text in derivatives(trace(cell)):
         exec(text, names)  # our own text, made of the operations of operations.py

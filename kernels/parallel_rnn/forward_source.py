@@ -6,7 +6,6 @@ from kernels.parallel_rnn import measure_source as measure
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
-
 TAIL = "tail = first + SLICE // MARK * 7 // 8 * MARK  # walks may meet before, where the largest state of what follows is known"
 
 
@@ -26,13 +25,10 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         else:
             w.put(indent, *plain)
         w.put(indent, *(f"h{i} = _keep(go, y{i}, h{i}, EVEN)" for i in w.S))
-        if product:
-            w.put(indent, f"if {product}:")
-            measure.largest(w, indent + 1, u, meets)
         w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live(stored)}, {even})" for i in w.S))
-    if product and meets:
+    if product:
         w.put(indent, f"if {product}:")
-        measure.group(w, indent + 1)
+        measure.group(w, indent + 1, meets)
 
 
 def _enter(w: Writer, indent: int, t: str) -> None:
@@ -51,14 +47,21 @@ def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, mar
     w.load_resets(indent + 1, "n", f"t + {w.U}")
     steps(w, indent + 1, product)
     w.move(indent + 1, str(w.U))
+    if product:
+        w.put(indent + 1, f"if {product}:", f"    if {_at_mark(w)}:")
+        measure.part(w, indent + 3)
     if marks != "True":
         w.put(indent + 1, f"if {marks}:")
     _marks(w, indent + 1 + (marks != "True"))
     w.next_resets(indent + 1)
 
 
+def _at_mark(w: Writer) -> str:
+    return f"((t + {w.U}) % MARK == 0) | (t + {w.U} >= last)"
+
+
 def _marks(w: Writer, indent: int) -> None:
-    w.put(indent, f"if ((t + {w.U}) % MARK == 0) | (t + {w.U} >= last):")
+    w.put(indent, f"if {_at_mark(w)}:")
     w.put(indent + 1, *(f"tl.store(mark + {i} * D, h{i}, mask=inside)" for i in w.S), f"mark += {len(w.S)} * D")
 
 

@@ -1,7 +1,7 @@
 """The functions of a step in Triton, over `_exp2` and `_reciprocal` (MATHS).
 
-Relative errors are below 1e-6 down to the smallest normal number, or, `short`, below 2e-5, a twentieth of the rounding of 16 bits; what is not a
-number stays none. A step's latency is what a kernel waits for, so corrections are worked out beside the power of two and the reciprocal and
+Relative errors are below 1e-6 down to the smallest normal number, or, for inputs in 16 bits (`short` names their type), below a twentieth of the
+type's unit roundoff (2.4e-5 for fp16, and nearly everywhere for bf16, 2e-4); what is not a number stays none. A step's latency is what a kernel waits for, so corrections are worked out beside the power of two and the reciprocal and
 selected before these are ready: they cost instructions, not time.
 
 Polynomials are minimax fits of the relative error, in fp32 coefficients. Where a product's rounding would be multiplied by the size of an
@@ -71,6 +71,10 @@ def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
 '''
+TANH_NEAR_ZERO = {  # of 2 log2(e) times the argument: (where it is small, what it is there), within a twentieth of the type's unit roundoff
+    "float16": ("0.18", f"x * ({LN_2 / 2} - {(LN_2 / 2) ** 3 / 3} * (x * x))"),
+    "bfloat16": ("0.05", f"x * {LN_2 / 2}"),
+}
 SHORT = f'''
 @triton.jit
 def _exp(x):
@@ -88,11 +92,8 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _scaled_tanh(x):  # of an argument that was scaled: (1 - 2^-|x|) / (1 + 2^-|x|)
-    size = tl.abs(x)
-    e = _exp2(-size)
-    top = tl.where(size < 0.07, size * ({LN_2} + size * ({-(LN_2**2) / 2} + size * {LN_2**3 / 6})), 1.0 - e)
-    return _signed(top, x) * _reciprocal(1.0 + e)
+def _scaled_tanh(x):  # of an argument that was scaled: 2 / (1 + 2^-x) - 1, which loses digits near zero
+    return tl.where(tl.abs(x) < NEAR, SMALL, 2.0 * _reciprocal(1.0 + _exp2(-x)) - 1.0)
 
 
 @triton.jit
@@ -220,9 +221,11 @@ def _halves(value: float) -> tuple[float, float]:
     return high, value - high
 
 
-def library(short: bool, maths: str = "portable") -> dict[str, str]:
+def library(short: str, maths: str = "portable") -> dict[str, str]:
     """The functions by name. maths: how `_exp2` and `_reciprocal` are written (MATHS)."""
     text = (SHORT if short else EXACT) + BOTH
+    for name, value in zip(("NEAR", "SMALL"), TANH_NEAR_ZERO.get(short, ("", ""))):
+        text = text.replace(name, value)
     for name, value in zip("AB", GELU):
         for part, number in zip(("HIGH", "LOW"), _halves(value * LOG2_E)):
             text = text.replace(f"{name}_{part}", repr(number))
@@ -230,7 +233,7 @@ def library(short: bool, maths: str = "portable") -> dict[str, str]:
     return {re.findall(r"def (\w+)", part)[0]: part for part in parts}
 
 
-def functions(used_in: str, short: bool, maths: str = "portable") -> str:
+def functions(used_in: str, short: str, maths: str = "portable") -> str:
     """The text of the functions that a text uses, and of those that they use."""
     known = library(short, maths)
     wanted, left = set[str](), [used_in]

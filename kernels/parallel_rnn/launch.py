@@ -71,8 +71,8 @@ def load_source(name: str, text: str) -> ModuleType:
 
 
 @functools.cache
-def kernels(cell: Cell, ahead: int, back: int, maths: str, short: bool) -> ModuleType:
-    """The module of a cell's kernels, of inputs in 16 bits if `short`. Raises NotLowered (the cell) or ImportError (no Triton)."""
+def kernels(cell: Cell, ahead: int, back: int, maths: str, short: str) -> ModuleType:
+    """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. Raises NotLowered (the cell) or ImportError (no Triton)."""
     return load_source(cell.name, codegen.source(cell, ahead, back, maths, short))
 
 
@@ -97,11 +97,12 @@ class Plan:
     """Sizes of a launch: steps ahead, channels a program, and slices of how many steps. A program runs on one scheduler of a multiprocessor
     and is bound by the latency of a step, so T is cut only as far as gives each scheduler a program: fewer slices, fewer corrections."""
 
-    def __init__(self, pre: Tensor, slices: int | None = None, back: bool = False, states: int = 1) -> None:
+    def __init__(self, pre: Tensor, states: int, slices: int | None = None, back: bool = False) -> None:
         (B, T), D = pre.shape[:2], pre.shape[3:].numel()
-        self.short = pre.element_size() == 2
+        self.short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
         small = interpreted()  # the interpreter pays for every statement
-        self.ahead, self.back = (2, 2) if small else (codegen.AHEAD, codegen.AHEAD_BACK)
+        few = 1 if states < 3 else 2  # long programs take long to compile, and more registers than there are
+        self.ahead, self.back = (2, 2) if small else (codegen.AHEAD // few, codegen.AHEAD_BACK // few)
         self.mark, self.stretch = (4, 4) if small else (MARK, STRETCH)
         self.block = 16 if small else BLOCK if D > 32 else 32
         self.warps = max(1, self.block // 64)
@@ -119,8 +120,8 @@ class Plan:
 class ShootPlan(Plan):
     """Sizes of the one launch of a small problem: a tile of channels by all time slices a program."""
 
-    def __init__(self, pre: Tensor, borders: bool) -> None:
-        super().__init__(pre, 1)
+    def __init__(self, pre: Tensor, states: int, borders: bool) -> None:
+        super().__init__(pre, states, 1)
         (B, T), D, small = pre.shape[:2], pre.shape[3:].numel(), interpreted()
         self.group = min(self.ahead, codegen.AHEAD_SHOOT)
         self.block, self.rows = (16, 4) if small else (COLUMNS, ROWS)
@@ -140,9 +141,9 @@ class ShootPlan(Plan):
         return 128 <= T <= SHOOT_STEPS and B * -(-D // COLUMNS) <= multiprocessors(pre.device)
 
 
-def plan_of(pre: Tensor, slices: int | None = None, borders: bool = False) -> Plan:
+def plan_of(pre: Tensor, states: int, slices: int | None = None, borders: bool = False) -> Plan:
     """The forward plan of inputs (B, T, P, E, K); with a number of slices, that of the kernels of large problems."""
-    return ShootPlan(pre, borders) if slices is None and ShootPlan.fits(pre) else Plan(pre, slices)
+    return ShootPlan(pre, states, borders) if slices is None and ShootPlan.fits(pre) else Plan(pre, states, slices)
 
 
 class Layout:
@@ -196,7 +197,7 @@ def forward(
     """(emitted (B, T, D) and kept (B, T, S - 1, D) states in pre's dtype, final (B, S, D) fp32, marks (B, M, S, D) fp32; without `borders`
     and with one slice there are none: (B, 0, S, D))."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
-    plan = plan_of(pre, slices, borders)
+    plan = plan_of(pre, len(cell.state), slices, borders)
     if isinstance(plan, ShootPlan):
         return shoot(cell, plan, pre, rec, h0, starts, borders)
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
@@ -245,7 +246,7 @@ def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     """The states again from the marks, every stretch between two of them at once (of very long sequences, between every few)."""
     pre, rec = _heads(pre), rec.float().contiguous()
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
-    plan = Plan(pre, min(marks.shape[1], MOST_SLICES))
+    plan = Plan(pre, S, min(marks.shape[1], MOST_SLICES))
     marks = marks[:, plan.slice // plan.mark - 1 :: plan.slice // plan.mark]
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     begins = torch.cat([h0.float()[:, None], marks], 1)[:, : plan.slices].contiguous()
@@ -279,7 +280,7 @@ def backward(
     whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     B, D, R, S = len(pre), rec.shape[1], len(cell.rec), len(cell.state)
-    plan = Plan(pre, slices, True, S)
+    plan = Plan(pre, S, slices, back=True)
     module, n = _module(cell, plan), plan.slices
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     d_whole = torch.empty_like(whole)
@@ -311,7 +312,7 @@ def adjoint(
     the largest absolute states (B, S, D)), fp32. One walk over the inputs."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     B, D, S = len(pre), rec.shape[1], len(cell.state)
-    plan = Plan(pre, back=True)
+    plan = Plan(pre, S, back=True)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     products, ends = h0.new_empty(B, plan.slices, S, S, D), h0.new_zeros(B, plan.slices, S, D)
     growth, largest = torch.empty_like(products), torch.empty_like(ends)
@@ -338,7 +339,7 @@ def step(cell: Cell, pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:
     """One decoding step in one kernel: pre (B, P, D), h (B, S, D)."""
     pre, h = pre if pre.stride(-1) == 1 else pre.contiguous(), h.contiguous()
     B, _, D = pre.shape
-    plan = Plan(pre[:, None])
+    plan = Plan(pre[:, None], len(cell.state))
     new = torch.empty_like(h)
     _module(cell, plan).decode[(plan.blocks * B,)](
         pre, rec.float().contiguous(), h, new, pre.stride(0), pre.stride(1), D, BD=plan.block, num_warps=plan.warps

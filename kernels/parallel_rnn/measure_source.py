@@ -1,15 +1,15 @@
 """Emits what a pass over a slice measures for the certificate, and the certificate itself (docs/parallel_solve.md).
 
-Names in the generated source, all per channel; i, j are states:
-    J{i}{j}     product of the Jacobians from the slice's start to here      P{i}{j}  likewise from the start of the group of steps
-    A{i}{j}     largest absolute product from the slice's start to any step  Q{i}{j}  likewise from the start of the group
-    G{i}{j}     ... from any step to any later one                           R{i}{j}  ... from any step to here
+Names in the generated source, all per channel; i, j are states, and a part is what lies between two marks:
+    J{i}{j}     product of the Jacobians from the slice's start to here      P{i}{j}  likewise from the start of the part
+    A{i}{j}     largest absolute product from the slice's start to any step  Q{i}{j}  likewise from the start of the part
+    G{i}{j}     ... from a mark to any later step                            R{i}{j}  ... from a mark to here
     M{i}        largest absolute state of the slice                          L{i}     ... of its last eighth
-    H{i}        what is left here of a change of some earlier state by its   N{i}     ... of the group
-                own size: the largest of product times state
+    H{i}        what is left here of a change of some earlier state by its own size: the largest of product times state
 Where a state may be at a kink (of relu, say), products of the Jacobians' bounds on either side stand for these: B{i}{j} for |P|, K{i}{j} for |J|.
-Where states mix, products of absolute values stand for absolute values of products: upper bounds. What a group measures costs a step two
-operations for one state; the rest is paid once a group. What is not a number stays so in A, G and M, and is never accepted.
+Where states mix, products of absolute values stand for absolute values of products: upper bounds. States are looked at once a group of steps.
+What a part measures costs a step one operation for one state; the rest is paid at marks. What is not a number stays so in A, G and M, and is
+never accepted.
 """
 
 from __future__ import annotations
@@ -23,29 +23,21 @@ def rows(n: int) -> int:
 
 
 def begin(w: Writer, indent: int, like: str, meets: bool = True) -> None:
-    """Nothing walked yet. like: a tensor of the tile's shape made of zeros. meets: whether G, R and L are wanted too."""
-    for name in ("JAGR" if meets else "JA") + "K" * w.kinks:
+    """Nothing walked yet. like: a tensor of the tile's shape made of zeros. meets: whether walks may meet, which needs all but J, A and M."""
+    for name in ("JAGRP" + "KB" * w.kinks if meets else "JA" + "K" * w.kinks):
         w.put(indent, *(f"{name}{i}{j} = {like} + {float(i == j)}" for i in w.S for j in w.S))
-    for name in "ML" if meets else "M":
-        w.put(indent, *(f"{name}{i} = {like}" for i in w.S))
+    w.put(indent, *(f"M{i} = {like}" for i in w.S))
     if meets:
-        w.put(indent, *(f"H{i} = tl.abs(h{i})" for i in w.S))
+        w.put(indent, *w.matrix(f"Q{{i}}{{j}} = {like}"), *(f"L{i} = {like}" for i in w.S), *(f"H{i} = tl.abs(h{i})" for i in w.S))
 
 
 def step(w: Writer, indent: int, u: int, meets: bool) -> None:
-    """After step u of a group with the Jacobian j, from states that a reset r{u} made zero. Without meetings there is no need of groups."""
-    if not meets:
-        for j, J in (("j", "J"), ("b", "K")) if w.kinks else (("j", "J"),):
-            _multiply(w, indent, u, j, J)
-        return w.put(indent, *w.matrix(f"A{{i}}{{j}} = _most(A{{i}}{{j}}, {'K{i}{j}' if w.kinks else 'tl.abs(J{i}{j})'})"))
-    for j, P in (("j", "P"), ("b", "B")) if w.kinks else (("j", "P"),):
-        if u == 0:
-            w.put(indent, *(f"{P}{i}{k} = _keep(go, {j}{i}{k}, {float(i == k)}, EVEN)" for i in w.S for k in w.S))
-            w.put(indent, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"{P}{{i}}{{j}} = tl.where((r0 != 0) & go, 0.0, {P}{{i}}{{j}})")))
-        else:
-            _multiply(w, indent, u, j, P)
-    here = "B{i}{j}" if w.kinks else "tl.abs(P{i}{j})"
-    w.put(indent, *w.matrix(f"Q{{i}}{{j}} = " + (f"_most(Q{{i}}{{j}}, {here})" if u else here)))
+    """After step u of a group with the Jacobian j, from states that a reset r{u} made zero. Without meetings there is no need of parts."""
+    product, bound, most = ("P", "B", "Q") if meets else ("J", "K", "A")
+    for j, J in (("j", product), ("b", bound)) if w.kinks else (("j", product),):
+        _multiply(w, indent, u, j, J)
+    here = f"{bound}{{i}}{{j}}" if w.kinks else f"tl.abs({product}{{i}}{{j}})"
+    w.put(indent, *w.matrix(f"{most}{{i}}{{j}} = _most({most}{{i}}{{j}}, {here})"))
 
 
 def _multiply(w: Writer, indent: int, u: int, j: str, J: str) -> None:
@@ -55,25 +47,25 @@ def _multiply(w: Writer, indent: int, u: int, j: str, J: str) -> None:
     w.put(indent, *w.matrix(f"{J}{{i}}{{j}} = _keep(go, k{{i}}{{j}}, {J}{{i}}{{j}}, EVEN)"))
 
 
-def largest(w: Writer, indent: int, u: int, meets: bool) -> None:
-    """The states after step u."""
-    if not meets:
-        return w.put(indent, *(f"M{i} = _most(M{i}, tl.abs(h{i}))" for i in w.S))
-    w.put(indent, *(f"N{i} = " + (f"_most(N{i}, tl.abs(h{i}))" if u else f"tl.abs(h{i})") for i in w.S))
+def group(w: Writer, indent: int, meets: bool) -> None:
+    """At the end of a group of steps."""
+    if meets:
+        w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, tl.abs(h{i})), L{i})" for i in w.S))
+    w.put(indent, *(f"M{i} = _most(M{i}, tl.abs(h{i}))" for i in w.S))
 
 
-def group(w: Writer, indent: int) -> None:
-    """At the end of a group."""
-    whole, part = ("K{m}{j}", "B{i}{m}") if w.kinks else ("tl.abs(J{m}{j})", "tl.abs(P{i}{m})")
+def part(w: Writer, indent: int) -> None:
+    """At a mark and at the slice's end: what the part came to."""
+    whole, here = ("K{m}{j}", "B{i}{m}") if w.kinks else ("tl.abs(J{m}{j})", "tl.abs(P{i}{m})")
     w.put(indent, *(f"A{i}{j} = _most(A{i}{j}, {w.product('Q{i}{m}', whole, i, j)})" for i in w.S for j in w.S))
     w.put(indent, *(f"G{i}{j} = _most(G{i}{j}, {w.product('Q{i}{m}', 'R{m}{j}', i, j)})" for i in w.S for j in w.S))
-    w.put(indent, *(f"k{i}{j} = {w.product(part, 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
+    w.put(indent, *(f"k{i}{j} = {w.product(here, 'R{m}{j}', i, j)}" for i in w.S for j in w.S))
     w.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in w.S for j in w.S))
-    w.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, N{i}), L{i})" for i in w.S))
     w.put(indent, *(f"H{i} = _most(tl.abs(P{i}{i}) * H{i}, tl.abs(h{i}))" for i in w.S))
-    w.put(indent, *(f"M{i} = _most(M{i}, N{i})" for i in w.S))
     for P, J in (("P", "J"), ("B", "K")) if w.kinks else (("P", "J"),):
         w.put(indent, *(f"k{i}{j} = {w.product(f'{P}{{i}}{{m}}', f'{J}{{m}}{{j}}', i, j)}" for i in w.S for j in w.S), *w.matrix(f"{J}{{i}}{{j}} = k{{i}}{{j}}"))
+        w.put(indent, *(f"{P}{i}{j} = tl.zeros_like(A{i}{j}) + {float(i == j)}" for i in w.S for j in w.S))
+    w.put(indent, *w.matrix("Q{i}{j} = tl.zeros_like(A{i}{j})"))
 
 
 def lift(w: Writer, indent: int) -> None:

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.expressions import torch_functions, torch_slopes
-from kernels.parallel_rnn.trace import trace
+from kernels.parallel_rnn.expressions import jumps, torch_functions, torch_slopes
 
 # What a gap at a slice's border may do to any later state of the slice, relative to the largest of them (`effect`); likewise to adjoints. For
 # 16-bit inputs a twentieth of their unit roundoff, 2^-8 and 2^-11.
@@ -33,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.5e-5, t
 
 def tolerance(cell: Cell, dtype: torch.dtype) -> float:
     """TOLERANCE, but of a lowered cell that may jump (it compares states) none: there a small change has no small effect."""
-    return 0.0 if trace(cell).jumps else TOLERANCE[dtype]
+    return 0.0 if jumps(cell) else TOLERANCE[dtype]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -178,11 +177,11 @@ def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | Non
             break
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
         before = before if starts_N is None else zeroed(before, starts_N[..., None, None])
-        J, bounds = (f(cell, pre_N, rec, before, starts_N) for f in (jacobian, slopes))
+        J, bounds = jacobian(cell, pre_N, rec, before, starts_N), slopes(cell, pre_N, rec, before, starts_N)
         largest = states.abs().amax(2)
         if n * length > T:  # what is walked after the end counts for nothing
             rest = T - n * length
-            for matrices in (J, *(() if bounds is None else (bounds,))):
+            for matrices in (J,) if bounds is None else (J, bounds):
                 matrices[:, -1, rest:] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
             largest[:, -1] = states[:, -1, :rest].abs().amax(1)
         product_N, grown = growth(J, bounds)

@@ -58,5 +58,5 @@ def written(cells: list[Cell]) -> tuple[list[str], list[str], dict[str, str]]:
         plain.append("\n\n".join(derivatives(trace(cell), f"jacobian_{name}", f"gradients_{name}")).rstrip())
         kernels.append(kernel(cell))
         entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name})"
-    helpers = functions("".join(kernels), short=False).replace("@triton.jit", "@jit")
+    helpers = functions("".join(kernels), short="").replace("@triton.jit", "@jit")
     return plain, [helpers, *kernels] if helpers else kernels, entries

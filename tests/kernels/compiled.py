@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
-SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True, "ROWS": launch.ROWS, "DEEP": 3}
+SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True, "ROWS": launch.ROWS, "MOST_SLICES": 32, "DEEP": 3}
 GOLDEN = Path(__file__).with_name("resources.json")
 D = 2048
 
@@ -34,9 +34,9 @@ def kind(name: str) -> str:
         return "*bf16"
     if name in ("TOLERANCE", "ROUND"):
         return "fp32"
-    if name == "REACH":
+    if name == "FLAGS":
         return "*i32"
-    return "*u8" if name == "RESET" else "*fp32" if name.isupper() and name not in ("T", "SLICE", "MOST") else "i32"
+    return "*u8" if name == "RESET" else "*fp32" if name.isupper() and name not in ("T", "SLICE", "MOST", "WINDOW") else "i32"
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -54,7 +54,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
     out: dict[str, dict[str, dict[str, int]]] = {}
     for name in names:
         cell = next(c for c in cells() if c.name == name)
-        module = launch.kernels(cell, ahead, back, "ptx", True)
+        module = launch.kernels(cell, ahead, back, "ptx", "bfloat16")
         P = len(cell.pre)
         constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH}
         out[name] = {}

@@ -62,7 +62,7 @@ def check(name: str) -> None:
             if b is not None:
                 assert gap(a, b) < (1e-2 if low else 1e-4) + 4 * error, f"{case}: d {label} {gap(a, b):.1e}, loop {error:.1e}"
         again = op.joined(*launch.restore(cell, *inputs, marks))
-        assert gap(again, got.double()) < 1e-5, f"{case}: states from marks {gap(again, got.double()):.1e}"
+        assert gap(again, got.double()) < (1e-4 if low else 1e-5), f"{case}: states from marks {gap(again, got.double()):.1e}"
         start, total, _, _ = launch.adjoint(cell, *inputs, emitted, kept, *op.parts(d_states.to(dtype)))
         (wanted_start,) = torch.autograd.grad((reference.sequential(cell, *leaves, starts)[0] * d_states).sum(), leaves[2:])
         assert gap(start, wanted_start) < (1e-2 if low else 1e-3 if weight > 1 else 1e-4), f"{case}: adjoint of the states alone {gap(start, wanted_start):.1e}"
@@ -95,17 +95,17 @@ def at_once(cell: Cell) -> None:
         states, final = reference.sequential(cell, pre.double(), rec, h0, starts)
         inputs = pre[:, :, :, None], rec.float(), h0.float(), starts
         launch.last_report()
-        emitted, kept, end, marks = launch.shoot(cell, launch.ShootPlan(inputs[0], True), *inputs, borders=True)
+        emitted, kept, end, marks = launch.shoot(cell, launch.ShootPlan(inputs[0], len(cell.state), True), *inputs, borders=True)
         report, allowed, case = launch.last_report(), 1e-3 if dtype == torch.float16 else 1e-5, f"{cell.name} at once T={T} weight={weight} {dtype}"
         assert gap(op.joined(emitted, kept), states) < allowed and gap(end, final) < allowed, case
         again = op.joined(*launch.restore(cell, pre, *inputs[1:], marks))
         assert gap(again, op.joined(emitted, kept).double()) < allowed, f"{case}: states from marks"
-        assert all(torch.equal(a, b) for a, b in zip(launch.shoot(cell, launch.ShootPlan(inputs[0], False), *inputs)[:3], (emitted, kept, end))) or T > 16, f"{case}: without marks"
+        assert all(torch.equal(a, b) for a, b in zip(launch.shoot(cell, launch.ShootPlan(inputs[0], len(cell.state), False), *inputs)[:3], (emitted, kept, end))) or T > 16, f"{case}: without marks"
         assert report["residual"] <= 1e-5 and (report["sequential"] > 0) == (shots == 0), (case, report)
         assert not trace(cell).linear or shots == 0 or report["corrections"] <= 2, (case, report)
     launch.SHOTS = 8
     long = inputs[0].repeat(1, 13, 1, 1, 1)  # as many steps as a problem needs to be solved so by itself
-    assert torch.equal(launch.forward(cell, long, *inputs[1:])[2], launch.shoot(cell, launch.ShootPlan(long, False), long, *inputs[1:])[2])
+    assert torch.equal(launch.forward(cell, long, *inputs[1:])[2], launch.shoot(cell, launch.ShootPlan(long, len(cell.state), False), long, *inputs[1:])[2])
 
 
 def heads(cell: Cell) -> None:

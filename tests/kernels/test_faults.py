@@ -27,6 +27,10 @@ from models.lm import LanguageModel
 from tests.kernels.mamba2_step_cases import problem
 
 
+def leaky(a: Pre, w: Rec, h: State) -> tuple[Tensor, ...]:
+    return (torch.tanh(a + w * h),)
+
+
 def unlowered(a: Pre, w: Rec, h: State) -> tuple[Tensor, ...]:
     return (torch.erfc(w * h) + a,)
 
@@ -189,10 +193,12 @@ def test_derivatives_of_derivatives_are_right_or_refused() -> None:
         twice(head(h, labels)[0], h)
     assert torch.autograd.gradgradcheck(lambda h: head(h, labels, recompute=False), h)
     pre, rec = torch.randn(1, 200, 1, 3, requires_grad=True), torch.rand(1, 3)
+    for method in ("parallel", "auto"):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            twice(parallel_rnn(Cell.from_step(leaky), pre, rec, method=method)[0], pre)
     cell = Cell.from_step(unlowered)
     assert not cell.lowered
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        twice(parallel_rnn(cell, pre, rec, method="parallel")[0], pre)
+    assert torch.autograd.gradgradcheck(lambda pre: parallel_rnn(cell, pre, rec.double())[0], pre[:, :5].detach().double().requires_grad_())
     tensors, starts = scan_problem()
     with pytest.raises(RuntimeError, match="once_differentiable"):
         twice(ssd(tensors[0].requires_grad_(), *tensors[1:], starts)[0], tensors[0])

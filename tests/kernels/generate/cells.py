@@ -67,7 +67,7 @@ def expression(rng: random.Random, leaves: list[str], depth: int) -> str:
 
 def make_cell(rng: random.Random, regime: str) -> str:
     """The text of a step function."""
-    S = 1 if regime in ("dips", "latching") and rng.random() < 0.6 else rng.randint(1, 4)
+    S = rng.choice((1, 1, 1, 1, 2, 2, 2, 3, 4))
     P, R = rng.randint(max(2, S), S + 2), rng.randint(0, 3)
     pre, rec, state = [f"x{i}" for i in range(P)], [f"w{i}" for i in range(R)], [f"s{i}" for i in range(S)]
     leaves = [*pre, *(f"{w} * {s}" for w in rec for s in state)]
