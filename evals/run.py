@@ -1,15 +1,16 @@
 """Evaluates checkpoints.
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
-    python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
+    python -m evals.run checkpoint=DIR[,DIR...] suite=perplexity|quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
         [lengths=512,1024] [depths=5] [samples=20] [sequences=1000] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [trust_remote_code=true] [add_bos_token=auto|true|false] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
 second line also any Hugging Face causal language model on disk (code that it brings is run with trust_remote_code=true only). A model trained on
-a generated task is scored on that task by every suite. perplexity scores the held-out split with documents reset at their starts; its result is
-printed and written as JSON (default: eval-perplexity.json beside the weights, or under runs/evals where these cannot be written to).
-The other suites measure all models on one text: text=FILE (what data.prepare reads), the held-out split of data=DIR, else that of the first run, else
+a generated task is scored on that task by every suite. perplexity of one checkpoint scores the held-out split with documents reset at their starts;
+its result is printed and written as JSON (default: eval-perplexity.json beside the weights, or under runs/evals where these cannot be written to).
+With text=FILE or several checkpoints it is a suite like the others: documents of the text, and the loss by position (to `length` tokens).
+Suites measure all models on one text: text=FILE (what data.prepare reads), the held-out split of data=DIR, else that of the first run, else
 the bundled books; and say which of them was trained on it. They write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
 """
@@ -68,22 +69,25 @@ def problems_of(values: dict[str, Any]) -> list[str]:
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
     if values["add_bos_token"] not in ("auto", "true", "false"):
         problems.append(f"add_bos_token is {values['add_bos_token']!r}; choose auto (as the tokenizer says), true or false.")
-    if values["suite"] == "perplexity":
-        if values["text"] is not None:
-            problems.append("suite=perplexity scores token shards, data=DIR; text=FILE goes with suite=quick or suite=long_context.")
-        if "," in (values["checkpoint"] or "") and not Path(values["checkpoint"]).exists():
-            problems.append("suite=perplexity takes one checkpoint; several side by side are measured with suite=quick or suite=long_context.")
-    elif values["text"] is not None and values["data"] is not None:
+    if values["text"] is not None and values["data"] is not None:
         problems.append("text and data both say what to read; give one of them.")
     return problems
 
 
+def by_tokens(values: dict[str, Any]) -> bool:
+    """Whether token shards are scored as they are: perplexity of one checkpoint. A text or several models are compared by suites."""
+    alone = "," not in (values["checkpoint"] or "") or Path(values["checkpoint"]).exists()
+    return bool(values["suite"] == "perplexity" and values["text"] is None and alone)
+
+
 def run_suite(values: dict[str, Any]) -> int:
-    """Every suite but perplexity; returns how many items could not be measured."""
+    """A suite of items; returns how many could not be measured."""
     from evals.suites import Settings, evaluate
 
     same = ("add_bos_token", "lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(**{k: values[k] for k in same})
+    if settings.suite == "perplexity":
+        settings.max_length = settings.max_length or values["length"]
     paths = [path for path in values["checkpoint"].split(",") if path]
     return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"], values["trust_remote_code"])
 
@@ -255,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(words: list[str]) -> None:
     values = parse_arguments(words, DEFAULTS, problems_of)
-    if values["suite"] == "perplexity":
+    if by_tokens(values):
         run(values)
     else:
         if not any(word.startswith("chunk=") for word in words):

@@ -29,7 +29,7 @@ from training.launch import launch
 from training.metrics import environment
 
 FORMAT = 3  # raise it when the meaning of an item changes: older results are then made anew
-SUITES = ("quick", "long_context", "state_tracking", "harness", "all")
+SUITES = ("perplexity", "quick", "long_context", "state_tracking", "harness", "all")
 
 
 @dataclass
@@ -145,8 +145,10 @@ class Bench:
         if suite == "state_tracking" or self.task and suite != "harness":
             found.append(self._tracking())  # a model of a generated task knows no text
         else:
+            if suite in ("perplexity", "quick", "long_context", "all"):
+                found += self._documents() + self._position()
             if suite in ("quick", "long_context", "all"):
-                found += self._documents() + self._position() + self._states() + self._retrieval()
+                found += self._states() + self._retrieval()
             if suite in ("long_context", "all") or (suite == "quick" and s.cures not in ("default", "none")):
                 found += self._cures()
             if suite in ("harness", "all"):
@@ -239,7 +241,7 @@ class Bench:
             return Item(f"position-{prompt}", "position", self._common(True, rows=rows, length=length), run)
 
         items = [item("prose", self.rows, self.max_length)]
-        if self.settings.suite != "quick":
+        if self.settings.suite not in ("perplexity", "quick"):
             items += [item("constant", 1, self.max_length), item("random", min(4, self.rows), self.max_length)]
         return items
 

@@ -113,8 +113,11 @@ def find(paths: list[str]) -> list[Run]:
     """The runs that `paths` name; labels are the shortest ends of their paths that tell them apart. Raises UserError with all problems."""
     folders: list[Path] = []
     problems = []
+    beside = any(Path(text).is_dir() for text in paths)
     for text in paths:
         path = Path(text)
+        if beside and path.is_file():  # what the shell's SWEEP/* names beside the runs
+            continue
         inside = sorted(p.parent for p in path.glob("*/metrics.jsonl")) if path.is_dir() else []
         if (path / "metrics.jsonl").is_file():
             folders.append(path)

@@ -117,7 +117,7 @@ def test_an_interrupt_and_bytes_that_are_no_text(capsys: pytest.CaptureFixture[s
 
 
 def test_sources_are_written_of_cells_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert print_source("How.", source, ["nosuch"]) == 2 and "There is no cell 'nosuch'" in capsys.readouterr().err
+    assert print_source("How.", source, ["nosuch"]) == 2 and "there is no cell 'nosuch'" in capsys.readouterr().err
     assert print_source("How.", source, ["--help"]) == 0 and capsys.readouterr().out == "How.\n"
     assert print_source("How.", source, ["gru", "lstm"]) == 2
     assert print_source("How.", source, ["mingru"]) == 0 and "def walk" in capsys.readouterr().out
