@@ -217,7 +217,7 @@ class Slice:
         """Emitted states (B, T, D) of a nonlinear cell; arguments as of `parallel_rnn`.
 
         Multiple shooting with one slice a rank: solve from a guessed start; where a correction of the starts by the slices' Jacobian
-        products would change a slice by more than the tolerance (`reference.effect`), solve again. N - 1 corrections make every slice exact,
+        products is more than the tolerance of what earlier states left there (`reference.share`), solve again. N - 1 corrections make every slice exact,
         whatever the Jacobians are.
         """
         cell, rec = biased(cell), with_bias(rec, bias)
@@ -229,13 +229,13 @@ class Slice:
                 traffic.solves += 1
                 if correction == self.size - 1:
                     break
-                _, product, growth, largest = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)
-                own = torch.cat([final.detach()[:, None], largest[:, None], product, growth], 1)
-                ends, most, products, growths = self.gather(own, "checks").transpose(0, 1).split([1, 1, *product.shape[1:2] * 2], 2)
+                _, product, left = adjoint(cell, pre, rec, h0, starts, (emitted, kept), None)
+                final = final.detach()
+                own = torch.cat([final[:, None], torch.maximum(left, final.abs())[:, None], product], 1)
+                ends, lefts, products = self.gather(own, "checks").transpose(0, 1).split([1, 1, product.shape[1]], 2)
                 new = reference.corrected(ends[:, :, 0], products, start)
-                effect = reference.effect((new - start)[:, 1:], growths[:, 1:], most[:, 1:, 0])
-                # All ranks hold the same numbers, so all stop together.
-                if not effect.numel() or float(effect.max()) <= reference.tolerance(cell, pre.dtype):
+                change = reference.share((new - start)[:, 1:], reference.remainders(products, lefts[:, :, 0])[:, :-1])
+                if change <= reference.tolerance(cell, pre.dtype):  # all ranks hold the same numbers, so all stop together
                     break
                 traffic.corrections += 1
                 start = new

@@ -109,12 +109,11 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
 def adjoint(
     cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, states: tuple[Tensor, Tensor],
     d_emitted_BTD: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(gradient (B, S, D) of h0 from that of the emitted states alone, the product J_T ... J_1 of the Jacobians of all steps (B, S, S, D), the
-    largest absolute entries of such products from the start to any step, likewise, and the largest absolute states (B, S, D)), in the dtype
-    of the arithmetic, at the solved `states` (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product zero. The
-    product is what a change of h0 does to the final state, to first order; an adjoint g of the final state adds product^T g to that of h0.
-    The last two are what `reference.effect` asks for."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradient (B, S, D) of h0 from that of the emitted states alone, the product J_T ... J_1 of the Jacobians of all steps (B, S, S, D), what
+    a change of some earlier state by its own size would be at the end (B, S, D)), in the dtype of the arithmetic, at the solved `states`
+    (emitted (B, T, D), kept (B, T, S - 1, D)). One pass; a reset makes the product zero. The product is what a change of h0 does to the
+    final state, to first order; an adjoint g of the final state adds product^T g to that of h0."""
     if not cell.lowered:
         raise ValueError(f"There is no product of Jacobians: {cell.why_loop}")
     emitted, kept = states
@@ -123,13 +122,13 @@ def adjoint(
             return launch.adjoint(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, emitted, kept, d_emitted_BTD)
     dtype = reference.compute_dtype(pre_BTPD)
     all_states, h0 = op.joined(emitted, kept).to(dtype), h0_BSD.to(dtype)
-    at = (cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), reference.previous(all_states, h0, starts_BT), starts_BT)
-    J, bounds = reference.jacobian(*at), reference.slopes(*at)
+    before = reference.previous(all_states, h0, starts_BT)
+    J = reference.jacobian(cell, op.flat(pre_BTPD).to(dtype), rec_RD.to(dtype), before, starts_BT)
     d_states = torch.zeros_like(all_states)
     if d_emitted_BTD is not None:
         d_states[:, :, -1] = d_emitted_BTD
-    product, growth = (x[:, 0].to(dtype) for x in reference.growth(J[:, None], None if bounds is None else bounds[:, None]))
-    return reference.adjoints(J, d_states, torch.zeros_like(h0), starts_BT)[1], product, growth, all_states.abs().amax(1)
+    start = reference.adjoints(J, d_states, torch.zeros_like(h0), starts_BT)[1]
+    return start, reference.product(J[:, None])[:, 0], reference.remainder(J[:, None], before[:, None])[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -220,15 +220,14 @@ def _lowest_window(w: Writer) -> None:
 
 
 def transfer(traced: Traced, unroll: int) -> str:
-    """Products M of the Jacobians of each slice at known states, their largest absolute entries on the way and the largest states that steps
-    start from (what the certificate wants to know), and what the gradients d of its states come to at its start: the sum of M^T d as the
-    product grows, so that one walk forwards gives all."""
+    """Products M of the Jacobians of each slice at known states, V at its end, and what the gradients d of its states come to at its start: the
+    sum of M^T d as the product grows, so that one walk forwards gives all."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS, GROWTH, LARGEST,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
+    w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS, LEFT,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
-    w.put(1, *w.matrix("A{i}{j} = J{i}{j}"), *(w.matrix("K{i}{j} = J{i}{j}") if w.kinks else ()), *(f"M{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(1, *(f"V{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.put(1, "p = PRE + b * sb + first.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + first")
     w.put(1, *(f"g{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.state_pointers(1, "first")
@@ -244,14 +243,12 @@ def transfer(traced: Traced, unroll: int) -> str:
         if u == 0:
             w.put(2, *(f"a{i} = tl.where(t == 0, first{i}, a{i})" for i in w.S))
         w.put(2, "if HAS_RESET:", *(f"    a{i} = tl.where(r{u} != 0, 0.0, a{i})" for i in w.S))
-        entries = [*w.matrix("j{i}{j}"), *(w.matrix("b{i}{j}") if w.kinks else ())]
-        w.put(2, f"{', '.join(entries)} = {w.call('jacobian_and_slopes', u, w.each('a{i}', w.S))}")
-        for j, J in (("j", "J"), ("b", "K")) if w.kinks else (("j", "J"),):
-            w.put(2, *(f"m{i}{k} = {w.product(f'{j}{{i}}{{m}}', f'{J}{{m}}{{j}}', i, k)}" for i in w.S for k in w.S))
-            w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
-            w.put(2, *w.matrix(f"{J}{{i}}{{j}} = _keep(go, m{{i}}{{j}}, {J}{{i}}{{j}}, EVEN)"))
-        w.put(2, *w.matrix(f"A{{i}}{{j}} = _most(A{{i}}{{j}}, {'K{i}{j}' if w.kinks else 'tl.abs(J{i}{j})'})"))
-        w.put(2, *(f"M{i} = _most(M{i}, tl.abs(a{i}))" for i in w.S))
+        w.put(2, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
+        w.put(2, *(f"m{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
+        w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
+        w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"), *(f"V{i} = _most(V{i}, tl.abs(a{i}))" for i in w.S), *(f"k{i} = V{i}" for i in w.S))
+        w.put(2, *w.left("k", "j{i}{j}", "k{j}", "0.0 * k{i}"), *(f"V{i} = _keep(go, k{i}, V{i}, EVEN)" for i in w.S))
+        w.put(2, "if HAS_RESET:", *(f"    V{i} = tl.where(r{u} != 0, 0.0, V{i})" for i in w.S))
         w.put(2, "if WITH_STATES:", f"    e = _get({w.state(w.n_kept, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)")
         w.put(3, *(f"g{j} += J{w.n_kept}{j} * e" for j in w.S))
         w.put(2, "if WITH_KEPT:" if w.n_kept else "")
@@ -261,7 +258,6 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.move(2, str(unroll))
     w.move(2, str(unroll), "d_")
     w.put(1, "if WITH_STATES:", *(f"    tl.store(ENDS + (b * n + s) * {n} * D + {i} * D + d, g{i}, mask=inside)" for i in w.S))
-    w.put(1, *(f"tl.store(LARGEST + ((b * n + s) * {n} + {i}) * D + d, M{i}, mask=inside)" for i in w.S))
-    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(GROWTH + oo + ({{i}} * {n} + {{j}}) * D, A{{i}}{{j}}, mask=inside)"))
-    w.put(1, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
+    w.put(1, *(f"tl.store(LEFT + ((b * n + s) * {n} + {i}) * D + d, V{i}, mask=inside)" for i in w.S))
+    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
     return w.text()

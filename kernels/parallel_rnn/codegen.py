@@ -36,13 +36,12 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
     Raises NotLowered if the step cannot be traced."""
     traced = trace(cell)
     arguments, like, fixed = traced.arguments, "h0", traced.fixed if short else ()
-    entries, slopes = [entry for row in traced.jacobian for entry in row], [bound for row in traced.slopes or () for bound in row]
+    entries = [entry for row in traced.jacobian for entry in row]
     header = f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     steps = [
         function("step", arguments, traced.new, like, fixed=fixed, legend=traced.legend),
         function("jacobian", arguments, entries, like),
-        function("jacobian_and_slopes", arguments, [*entries, *slopes], like),
-        function("step_and_jacobian", arguments, [*traced.new, *entries, *slopes], like, fixed=fixed),
+        function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=fixed),
         function("step_vjp", [*arguments, *traced.cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
     ]
     parts = [

@@ -115,18 +115,6 @@ def check(cell: Cell) -> None:
         raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them.")
 
 
-@functools.cache
-def torch_slopes(cell: Cell) -> Callable[..., Any] | None:
-    """Of a lowered cell whose states may be at kinks, the bounds of its Jacobian on either side (`Traced.slopes`), row by row in a tuple."""
-    traced = trace(cell)
-    if traced.slopes is None:
-        return None
-    names: dict[str, Any] = {"torch": torch}
-    results = [bound for row in traced.slopes for bound in row]
-    exec(function("slopes", traced.arguments, results, "h0", triton=False), names)  # our own text, as below
-    return names["slopes"] if len(results) > 1 else lambda *a: (names["slopes"](*a),)
-
-
 def jumps(cell: Cell) -> bool:
     """Whether a lowered cell's new state may jump where an old one is changed a little."""
     return trace(cell).jumps

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from kernels.parallel_rnn import measure_source as measure
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
-TAIL = "tail = first + SLICE // MARK * 7 // 8 * MARK  # walks may meet before, where the largest state of what follows is known"
 
-
-def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN", meets: bool = True) -> None:
-    """One group of steps from h, measured where `product`, a condition, holds (measure_source.py); states stored where `stored` holds, or all if `even`."""
+def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN") -> None:
+    """One group of steps from h (and J and V, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)
     for u in range(w.U):
         w.put(indent, f"go = t + {u} < last", "if HAS_RESET:", *(f"    h{i} = tl.where(r{u} != 0, 0.0, h{i})" for i in w.S))
         plain = [f"{w.each('y{i}', w.S)} = {w.call('step', u, hs)}"]
         if product:
             w.put(indent, f"if {product}:")
-            found = ", ".join([w.each("y{i}", w.S), *w.matrix("j{i}{j}"), *(w.matrix("b{i}{j}") if w.kinks else ())])
-            w.put(indent + 1, f"{found} = {w.call('step_and_jacobian', u, hs)}")
-            measure.step(w, indent + 1, u, meets)
+            w.put(indent + 1, f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))} = {w.call('step_and_jacobian', u, hs)}")
+            w.products(indent + 1, u)
             if product != "True":
                 w.put(indent, "else:", *(f"    {line}" for line in plain))
         else:
@@ -28,7 +24,11 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
         w.put(indent, *(f"_put({w.state(i, u)}, h{i}, {live(stored)}, {even})" for i in w.S))
     if product:
         w.put(indent, f"if {product}:")
-        measure.group(w, indent + 1, meets)
+        w.end_group(indent + 1)
+
+
+def _open(w: Writer) -> None:
+    w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S), *(f"V{i} = tl.abs(h{i})" for i in w.S))
 
 
 def _enter(w: Writer, indent: int, t: str) -> None:
@@ -47,57 +47,47 @@ def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, mar
     w.load_resets(indent + 1, "n", f"t + {w.U}")
     steps(w, indent + 1, product)
     w.move(indent + 1, str(w.U))
-    if product:
-        w.put(indent + 1, f"if {product}:", f"    if {_at_mark(w)}:")
-        measure.part(w, indent + 3)
     if marks != "True":
         w.put(indent + 1, f"if {marks}:")
     _marks(w, indent + 1 + (marks != "True"))
     w.next_resets(indent + 1)
 
 
-def _at_mark(w: Writer) -> str:
-    return f"((t + {w.U}) % MARK == 0) | (t + {w.U} >= last)"
-
-
 def _marks(w: Writer, indent: int) -> None:
-    w.put(indent, f"if {_at_mark(w)}:")
+    w.put(indent, f"if ((t + {w.U}) % MARK == 0) | (t + {w.U} >= last):")
     w.put(indent + 1, *(f"tl.store(mark + {i} * D, h{i}, mask=inside)" for i in w.S), f"mark += {len(w.S)} * D")
 
 
 def walk(traced: Traced, unroll: int) -> str:
     w, n_state = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
+    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d")
     w.put(1, "if GIVEN:", *(f"    h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S))
     known = live("s == 0")
     w.put(1, "else:  # slices start from zero, the first one from h0", *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S))
     w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
-    w.put(1, TAIL)
-    measure.begin(w, 1, "tl.zeros((BD,), tl.float32)")
+    _open(w)
     _enter(w, 1, "first")
     _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS")
     w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
-    measure.lift(w, 2)
-    measure.store(w, 2)
     return w.text()
 
 
 def _store_products(w: Writer, to: str = "PRODUCTS") -> list[str]:
-    """J, and H after it: slices' starts depend on both, so that a round of mend reads the last one's while it writes its own."""
+    """J, and V after it: slices' starts depend on both, so that a round of mend reads the last one's while it writes its own."""
     n = len(w.S)
     return [f"oo = (b * n + s) * {n * n + n} * D + d", *w.matrix(f"tl.store({to} + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"),
-            *(f"tl.store({to} + oo + {n * n + i} * D, H{i}, mask=inside)" for i in w.S)]  # fmt: skip
+            *(f"tl.store({to} + oo + {n * n + i} * D, V{i}, mask=inside)" for i in w.S)]  # fmt: skip
 
 
 def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
-    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change, z what is left there of a change of
-    some earlier state by its own size. With `worst` also the largest effect of a change so far, and the first slice where it is above the
+    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change, z what a change of some earlier state
+    by its own size would be there. With `worst` also the largest share of z that a change is, and the first slice where it is above the
     tolerance. Several slices are loaded at once."""
     n = len(w.S)
-    group = range(max(1, 24 // (n * (n + 3) + worst * n * (n + 1))))
+    group = range(max(1, 24 // (n * (n + 3))))
     w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n + n} * D + d")
     w.put(indent, *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S), *(f"{x}{i} = tl.zeros((BD,), tl.float32)" for x in "cz" for i in w.S))
     w.put(indent, f"for k in range(0, {count}, {len(group)}):")
@@ -108,19 +98,15 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
         w.put(deep, *(f"a{i}_{u} = {w.vector('STARTS', 'o', (u + 1) * n + i, here)}" for i in w.S))
         w.put(deep, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
         w.put(deep, *(f"z{i}_{u} = tl.load(PRODUCTS + oo + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
-        if worst:
-            w.put(deep, f"om = (b * n + k + {u + 1}) * {measure.rows(n)} * D + d")
-            w.put(deep, *(f"A{i}{j}_{u} = {w.vector('MEASURES', 'om', i * n + j, here)}" for i in w.S for j in w.S))
-            w.put(deep, *(f"M{i}_{u} = {w.vector('MEASURES', 'om', 2 * n * n + i, here)}" for i in w.S))
     for u in group:
         w.put(deep, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
         w.put(deep, "fine = " + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S) + ("  # a slice whose start is unchanged has its exact end" if u == 0 else ""))
         w.put(deep, *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
         w.put(deep, f"more = k + {u} < {count}")
         w.put(deep, *(f"h{i} = tl.where(more, k{i}, h{i})" for i in w.S), *(f"c{i} = tl.where(more, k{i} - a{i}_{u}, c{i})" for i in w.S))
-        w.put(deep, *(f"z{i} = tl.where(more, tl.maximum(tl.abs(j{i}{i}_{u}) * z{i}, z{i}_{u}), z{i})" for i in w.S))
+        w.put(deep, *(f"m{i} = z{i}" for i in w.S), *w.left("m", f"j{{i}}{{j}}_{u}", "m{j}", f"z{{i}}_{u}"), *(f"z{i} = tl.where(more, m{i}, z{i})" for i in w.S))
         if worst:
-            measure.effect(w, deep, "gap", "c{i}", f"A{{i}}{{j}}_{u}", f"M{{i}}_{u}", "z{i}")
+            w.shares(deep, "gap", "c{i}", "z{i}")
             w.put(deep, f"gap = tl.max(tl.where({live('more')}, gap, 0.0), 0)", "worst = tl.maximum(worst, gap)")
             w.put(deep, f"bad = tl.where((gap > TOLERANCE) & (bad == n), k + {u + 1}, bad)")
     w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * (n * n + n)} * D")
@@ -128,54 +114,41 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
 
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, MEASURES, STATS, ROUND, TOLERANCE"
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, STATS, ROUND, TOLERANCE"
     w.begin("mend", f"{own}, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
-    measure.load(w, 1, "AM")
     _chain(w, 1, "s", worst=False)
+    w.shares(1, "gap", "c{i}", "z{i}")
     w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n + n} * D + d")
-    old = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
-    measure.effect(w, 1, "gap", "c{i}", "oA{i}{j}", "oM{i}", "z{i}")
-    w.put(1, "if tl.max(tl.where(inside, gap, 0.0), 0) <= TOLERANCE:  # what this slice found stands")
+    old = [f"tl.load(PRODUCTS + oo + {k} * D, mask=inside, other=0.0)" for k in range(n * n + n)]
+    w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)", "if was <= TOLERANCE:  # what this slice found stands")
     w.put(2, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i} - c{i}, mask=inside)" for i in w.S))
     w.put(2, *(f"tl.store(NEW_ENDS + o + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S))
-    w.put(2, *w.matrix(f"tl.store(NEW_PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, {old}, mask=inside)"))
-    w.put(2, *(f"tl.store(NEW_PRODUCTS + oo + {n * n + i} * D, {w.vector('PRODUCTS', 'oo', n * n + i)}, mask=inside)" for i in w.S), "return")
+    w.put(2, *(f"tl.store(NEW_PRODUCTS + oo + {k} * D, {load}, mask=inside)" for k, load in enumerate(old)), "return")
     w.put(1, "tl.atomic_max(STATS + 1, ROUND)")
-    measure.load(w, 1, "GL")
-    measure.effect(w, 1, "gap", "c{i}", "oG{i}{j}", "oL{i}", "z{i}")
-    w.put(1, "was = tl.max(tl.where(inside, gap, 0.0), 0)")
     w.weights()
     w.put(1, *(f"tl.store(NEW_STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
-    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", TAIL)
-    measure.begin(w, 1, "tl.zeros((BD,), tl.float32)")
-    w.put(1, *(f"H{i} = tl.maximum(H{i}, z{i})" for i in w.S))
+    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)")
+    _open(w)
     w.put(1, "span = STRETCH + 0 * first", "from_ = first", "met = 0 * first", "while (from_ < last) & (met == 0):")
     _enter(w, 2, "from_")  # anew for each stretch: pointers that a while loop carries are laid out otherwise than the loads want them
-    w.put(2, "to = tl.minimum(tl.where(from_ + span <= tail, from_ + span, last), last)")
-    w.put(2, "here = (to <= tail) & (to < last)  # where the old and the new walk have met here, the rest of the old one is right")
-    seen = live("here")
+    w.put(2, "to = tl.minimum(from_ + span, last)  # where the old and the new walk have met there, the rest of the old one is right")
+    seen = live("to < last")
     w.put(2, *(f"a{i} = {w.vector('mark', f'(span // MARK - 1) * {n} * D', i, seen)}" for i in w.S))
     _loop(w, 2, "from_", "to", "True")
-    measure.load(w, 2, "GL")  # not held over the loop, which needs the registers
     w.put(2, *(f"a{i} = a{i} - h{i}" for i in w.S))
-    measure.effect(w, 2, "gap", "a{i}", "oG{i}{j}", "oL{i}", "H{i}")
-    w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & here).to(tl.int32)")
+    w.shares(2, "gap", "a{i}", "V{i}")
+    w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & (to < last)).to(tl.int32)")
     w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK), now, to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
-    measure.load(w, 1, "GL")
-    measure.met(w, 1)
-    w.put(1, *w.matrix(f"J{{i}}{{j}} = tl.where(met != 0, {old}, J{{i}}{{j}})"))
-    w.put(1, *(f"H{i} = tl.where(met != 0, {w.vector('PRODUCTS', 'oo', n * n + i)}, H{i})" for i in w.S))
-    w.put(1, *_store_products(w, "NEW_PRODUCTS"))
-    measure.lift(w, 1)
-    measure.store(w, 1)
+    names = [*w.matrix("J{i}{j}"), *(f"V{i}" for i in w.S)]
+    w.put(1, *(f"{name} = tl.where(met != 0, {load}, {name})" for name, load in zip(names, old)), *_store_products(w, "NEW_PRODUCTS"))
     return w.text()
 
 
 def finish(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, FINAL, STATS, n, TOLERANCE"
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE"
     w.begin("finish", f"{own},\n        {SIZES}", sliced=False, after=True)
     w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
     _chain(w, 1, "n - 1", worst=True)

@@ -224,8 +224,8 @@ def _halves(value: float) -> tuple[float, float]:
 def library(short: str, maths: str = "portable") -> dict[str, str]:
     """The functions by name. maths: how `_exp2` and `_reciprocal` are written (MATHS)."""
     text = (SHORT if short else EXACT) + BOTH
-    for name, value in zip(("NEAR", "SMALL"), TANH_NEAR_ZERO.get(short, ("", ""))):
-        text = text.replace(name, value)
+    for name, form in zip(("NEAR", "SMALL"), TANH_NEAR_ZERO.get(short, ("", ""))):
+        text = text.replace(name, form)
     for name, value in zip("AB", GELU):
         for part, number in zip(("HIGH", "LOW"), _halves(value * LOG2_E)):
             text = text.replace(f"{name}_{part}", repr(number))

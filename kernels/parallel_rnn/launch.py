@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton, overlapped
-from kernels.parallel_rnn import backward_source, codegen, measure_source
+from kernels.parallel_rnn import backward_source, codegen
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.reference import TOLERANCE, product, tolerance
+from kernels.parallel_rnn.reference import TOLERANCE, product, remainders, tolerance
 from kernels.parallel_rnn.trace import NotLowered, trace
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
@@ -208,10 +208,9 @@ def forward(
     rounds = min(2 if trace(cell).linear else CORRECTIONS if plan.short else CORRECTIONS_FINE, n - 1)  # a linear cell needs one, and another where rounding counts
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S * S + S, D) if n > 1 else h0
-    measures = h0.new_empty(B, n, measure_source.rows(S), D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, measures, False, n > 1, borders or n > 1, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, False, n > 1, borders or n > 1, *sizes, **constants
     )
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
@@ -219,10 +218,10 @@ def forward(
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), near, plan.stretch, *sizes, **after
+            source, rec, reset, emitted, kept, marks, *old, *new, stats, float(k + 1), near, plan.stretch, *sizes, **after
         )
     last = (begins[rounds], ends[rounds], products[rounds])
-    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, measures, final, stats, n, near, *sizes, **after)
+    module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, near, *sizes, **after)
     return emitted, kept, final, marks
 
 
@@ -254,7 +253,7 @@ def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).walk[plan.grid](
-        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, ends, True, False, False, *sizes, **constants
+        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, True, False, False, *sizes, **constants
     )
     return emitted, kept
 
@@ -306,33 +305,29 @@ def backward(
 def adjoint(
     cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor | None = None,
     d_kept: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradient (B, S, D) of h0 from those of the states alone, zero without any; product J_T ... J_1 (B, S, S, D) of the Jacobians of all
-    steps at the solved states, zero across resets; the largest absolute entries of such products from the start to any step (B, S, S, D);
-    the largest absolute states (B, S, D)), fp32. One walk over the inputs."""
+    steps at the solved states, zero across resets; what a change of some earlier state by its own size would be at the end (B, S, D)), fp32.
+    One walk over the inputs."""
     pre, rec, h0 = _heads(pre), rec.float().contiguous(), h0.float().contiguous()
     B, D, S = len(pre), rec.shape[1], len(cell.state)
     plan = Plan(pre, S, back=True)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     products, ends = h0.new_empty(B, plan.slices, S, S, D), h0.new_zeros(B, plan.slices, S, D)
-    growth, largest = torch.empty_like(products), torch.empty_like(ends)
+    left = torch.empty_like(ends)
     source, sizes, constants = _sizes(plan, pre, starts)
     if d_kept is not None and d_emitted is None:
         d_emitted = torch.zeros_like(emitted)
     with_states, with_kept = d_emitted is not None, d_kept is not None and S > 1
     gradients = (d_emitted.contiguous() if d_emitted is not None else emitted, d_kept.contiguous() if d_kept is not None and S > 1 else emitted)
     _module(cell, plan).transfer[plan.grid](
-        source, rec, h0, reset, emitted, kept, *gradients, products, ends, growth, largest, with_states, with_kept, *sizes, **constants
+        source, rec, h0, reset, emitted, kept, *gradients, products, ends, left, with_states, with_kept, *sizes, **constants
     )
     # Each slice maps an adjoint g at its end to product^T g + its own at its start; [[product^T, own], [0, 1]] composes such maps.
     last = torch.cat([torch.zeros_like(ends), torch.ones_like(ends[:, :, :1])], 2)[:, :, None]
     maps = torch.cat([torch.cat([products.transpose(2, 3), ends[:, :, :, None]], 3), last], 2)
     whole = product(maps.flip(1)[:, None])[:, 0]
-    through, grown = products[:, 0], growth[:, 0]
-    for n in range(1, plan.slices):
-        grown = grown.maximum((growth[:, n, :, :, None] * through.abs()[:, None]).sum(2))
-        through = (products[:, n, :, :, None] * through[:, None]).sum(2)
-    return whole[:, :S, S].contiguous(), whole[:, :S, :S].transpose(1, 2).contiguous(), grown, largest.amax(1)
+    return whole[:, :S, S].contiguous(), whole[:, :S, :S].transpose(1, 2).contiguous(), remainders(products, left)[:, -1]
 
 
 def step(cell: Cell, pre: Tensor, rec: Tensor, h: Tensor) -> Tensor:

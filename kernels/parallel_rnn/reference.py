@@ -2,8 +2,8 @@
 
 `sequential` is the loop under autograd, the definition itself. `parallel` cuts time into slices that are walked side by side (multiple
 shooting): only the state at the start of each slice is unknown. A pass from guessed starts gives every slice's end and the product of its
-Jacobians; a scan over the slices corrects the starts (one Newton step); the pass is repeated until what a correction would change counts
-nowhere in its slice (`effect`). Correction k makes the first k slices exact, so it ends after at most as many corrections as slices.
+Jacobians; a scan over the slices corrects the starts (one Newton step); the pass is repeated until a correction is too small a part of what
+earlier states left there to count (`share`). Correction k makes the first k slices exact, so it ends after at most as many corrections as slices.
 
 The backward pass differentiates through the solution: with the Jacobians J_t at the known states, the adjoint
 g_{t-1} = J_t^T g_t + dL/dh_{t-1} is one linear recurrence backwards in time, solved over the same slices, and all parameter gradients
@@ -14,7 +14,6 @@ Legend: B batch, T time, N slices, L steps a slice, P input projections, R recur
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.expressions import jumps, torch_functions, torch_slopes
+from kernels.parallel_rnn.expressions import jumps, torch_functions
 
-# What a gap at a slice's border may do to any later state of the slice, relative to the largest of them (`effect`); likewise to adjoints. For
-# 16-bit inputs a twentieth of their unit roundoff, 2^-8 and 2^-11.
+# A gap at a slice's border may be this much of what a change of some earlier state by its own size would be there: the recurrence cannot tell
+# it from such a relative change of that state. Likewise adjoints. For 16-bit inputs a twentieth of their unit roundoff, 2^-8 and 2^-11.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2.5e-5, torch.bfloat16: 2e-4}
 
 
@@ -67,7 +66,7 @@ def previous(states_BTSD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> T
 
 @dataclass
 class Report:
-    """What the last call of `parallel` did: corrections made, and the largest `effect` of what a further one would have changed."""
+    """What the last call of `parallel` did: corrections made, and the largest `share` of what a further one would have changed."""
 
     slices: int = 1
     corrections: int = 0
@@ -131,33 +130,30 @@ def corrected(end_BNSD: Tensor, product_BNSSD: Tensor, start_BNSD: Tensor) -> Te
     return torch.stack(new, 1)
 
 
-def growth(J_BNLSSD: Tensor, bounds_BNLSSD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of every slice (the product J_L ... J_1, the largest absolute entries of J_t ... J_1 over all t and of the identity), both
-    (B, N, S, S, D) and in fp64, where a product that dies within a slice and grows again is not lost. bounds: what to take instead of the
-    Jacobians for the second (`slopes`)."""
-    product, largest = _running(J_BNLSSD.double())
-    return product, largest if bounds_BNLSSD is None else _running(bounds_BNLSSD.double())[1]
-
-
-def _running(J: Tensor) -> tuple[Tensor, Tensor]:
-    one = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None].expand(J[:, :, 0].shape)
+def remainder(J_BNLSSD: Tensor, before_BNLSD: Tensor) -> Tensor:
+    """What a change of some state of a slice by its own size would be at the slice's end, (B, N, S, D): the largest absolute product of
+    Jacobians from there times the state. before: the states that steps start from."""
+    J, left = J_BNLSSD.abs(), before_BNLSD.abs()
     if J.shape[3] == 1:
-        products = J.cumprod(2)
-        return products[:, :, -1], products.abs().amax(2).maximum(one)
-    product, largest = one, one
+        return (J[:, :, :, 0].flip(2).cumprod(2).flip(2) * left).amax(2)
+    total = left[:, :, 0]
     for t in range(J.shape[2]):
-        product = (J[:, :, t, :, :, None] * product[:, :, None]).sum(3)
-        largest = largest.maximum(product.abs())
-    return product, largest
+        total = (J[:, :, t] * torch.maximum(total, left[:, :, t])[:, :, None]).amax(3)
+    return total
 
 
-def effect(change: Tensor, growth: Tensor, largest: Tensor) -> Tensor:
-    """What a change (..., S, D) of a slice's start does to the slice: the largest later change of a state over the largest absolute value of
-    that state, (..., D). growth (..., S, S, D): largest absolute products of Jacobians from the start to any later step; largest
-    (..., S, D). To first order, and an upper bound where states mix. No change has no effect whatever the growth; not finite is infinite."""
-    change = change.abs()[..., None, :, :]
-    later = torch.where(change == 0, torch.zeros((), dtype=growth.dtype, device=growth.device), growth * change).sum(-2)
-    return torch.where(later == 0, torch.zeros_like(later), later / largest).nan_to_num(nan=torch.inf).amax(-2)
+def remainders(product_BNSSD: Tensor, own_BNSD: Tensor) -> Tensor:
+    """Of every slice's end what a change of some state of this slice or an earlier one would be, given `remainder` of each: (B, N, S, D)."""
+    total = [own_BNSD[:, 0]]
+    for n in range(1, own_BNSD.shape[1]):
+        total.append(torch.maximum((product_BNSSD[:, n].abs() * total[-1][:, None]).amax(2), own_BNSD[:, n]))
+    return torch.stack(total, 1)
+
+
+def share(change: Tensor, size: Tensor) -> float:
+    """The largest share that a change is of a size: what the certificate asks for. No change is no share of anything; not finite is infinite."""
+    found = torch.where(change == 0, torch.zeros_like(change), change.abs() / size)
+    return float(found.nan_to_num(nan=torch.inf).max()) if found.numel() else 0.0
 
 
 def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None) -> Tensor:
@@ -177,16 +173,12 @@ def solve(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | Non
             break
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
         before = before if starts_N is None else zeroed(before, starts_N[..., None, None])
-        J, bounds = jacobian(cell, pre_N, rec, before, starts_N), slopes(cell, pre_N, rec, before, starts_N)
-        largest = states.abs().amax(2)
+        J = jacobian(cell, pre_N, rec, before, starts_N)
         if n * length > T:  # what is walked after the end counts for nothing
-            rest = T - n * length
-            for matrices in (J,) if bounds is None else (J, bounds):
-                matrices[:, -1, rest:] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
-            largest[:, -1] = states[:, -1, :rest].abs().amax(1)
-        product_N, grown = growth(J, bounds)
-        new = corrected(states[:, :, -1], product_N.to(start.dtype), start)
-        residual = float(effect((new - start)[:, 1:], grown[:, 1:], largest[:, 1:]).max())
+            J[:, -1, T - n * length :] = torch.eye(J.shape[3], dtype=J.dtype, device=J.device)[:, :, None]
+        P = product(J)
+        new = corrected(states[:, :, -1], P, start)
+        residual = share((new - start)[:, 1:], remainders(P, torch.maximum(remainder(J, before), states[:, :, -1].abs()))[:, :-1])
         last_report = Report(n, corrections, residual)
         if residual <= tolerance(cell, pre.dtype):
             break
@@ -218,18 +210,8 @@ class _Parallel(torch.autograd.Function):
 def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None = None) -> Tensor:
     """d state_i / d previous state_j of a lowered cell for every step and channel: pre (..., P, D), before (..., S, D) -> (..., S, S, D) as
     [i, j]; zero where a document starts."""
-    return _matrix(torch_functions(cell)[0], pre, rec_RD, before, starts)
-
-
-def slopes(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None = None) -> Tensor | None:
-    """Bounds of the `jacobian` on either side of every kink (of relu, say) that a state may be at; None for a cell without."""
-    written = torch_slopes(cell)
-    return None if written is None else _matrix(written, pre, rec_RD, before, starts)
-
-
-def _matrix(written: Callable[..., Any], pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Tensor | None) -> Tensor:
     state = before.unbind(-2)
-    entries = [entry.expand_as(state[0]) for entry in written(*pre.unbind(-2), *rec_RD.unbind(0), *state)]
+    entries = [entry.expand_as(state[0]) for entry in torch_functions(cell)[0](*pre.unbind(-2), *rec_RD.unbind(0), *state)]
     J = torch.stack(entries, -2).unflatten(-2, (len(state), len(state)))
     return J if starts is None else zeroed(J, starts[..., None, None, None])
 

@@ -8,7 +8,6 @@ exact a turn, so n + MOST turns always end it.
 
 from __future__ import annotations
 
-from kernels.parallel_rnn import measure_source as measure
 from kernels.parallel_rnn.forward_source import steps
 from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, Writer, live
@@ -35,9 +34,8 @@ def shoot(traced: Traced, unroll: int) -> str:
     w.put(1, f"o = b * {n} * D + d", *(f"h{i} = tl.where(s == 0, {w.vector('H0', 'o', i)}, 0.0)" for i in w.S))
     w.put(1, *(f"next{i} = h{i} * 0.0  # the start of the row below" for i in w.S))
     w.put(1, "columns = _columns(tile, se, D, HEAD, BD)[None, :]", f"begin = STARTS + (b * ROWS + s) * {n} * D + d")
-    w.put(1, *(f"start{i} = h{i}" for i in w.S))
-    w.put(1, "turn = 0", "gap = 0.0", "again = 1", "while again != 0:", *(f"    h{i} = start{i}" for i in w.S))
-    measure.begin(w, 2, "start0 * 0.0", meets=False)
+    w.put(1, "turn = 0", "gap = 0.0", "again = 1", "while again != 0:")
+    w.put(2, *(f"J{i}{j} = h{i} * 0.0 + {float(i == j)}" for i in w.S for j in w.S), *(f"V{i} = tl.abs(h{i})" for i in w.S))
     w.put(2, "p = PRE + b * sb + first.to(tl.int64) * ST + columns", "q = RESET + b * T + first")
     w.state_pointers(2, "first")
     w.put(2, f"mark = MARKS + (b * ((T + MARK - 1) // MARK) + first // MARK) * {n} * D + d")
@@ -45,7 +43,7 @@ def shoot(traced: Traced, unroll: int) -> str:
     w.load_inputs(3, "t")
     w.load_resets(3, "", "t")
     w.put(3, f"p += {w.U} * ST", f"q += {w.U}")
-    steps(w, 3, "True", stored="go & (turn > 0)", even="False", meets=False)  # what the first turn finds never stands
+    steps(w, 3, "True", stored="go & (turn > 0)", even="False")  # what the first turn finds never stands
     w.move(3, str(w.U))
     w.put(3, "if WITH_MARKS:", f"    if (t + {w.U}) % MARK == 0:")
     w.put(5, *(f"tl.store(mark + {i} * D, h{i}, mask={live(f't + {w.U} - MARK < last')})" for i in w.S), f"mark += {n} * D")
@@ -53,14 +51,15 @@ def shoot(traced: Traced, unroll: int) -> str:
     maps = ", ".join([*w.matrix("J{i}{j}"), *(f"r{i}" for i in w.S)])
     w.put(2, f"{', '.join([*w.matrix('_J{i}{j}'), *(f'c{i}' for i in w.S)])} = tl.associative_scan(({maps}), 0, _compose)")
     w.put(2, "fine = (turn < MOST) & " + " & ".join(f"(tl.abs(c{i} - r{i}) <= 3.0e38)" for i in w.S))
-    w.put(2, *(f"next{i} = h{i} + tl.where(fine, c{i} - r{i}, 0.0)" for i in w.S))
-    below = live("s < n - 1")  # every row takes its start from the one above
-    w.put(2, *(f"tl.store(begin + {n + i} * D, next{i}, mask={below})" for i in w.S), "tl.debug_barrier()")
-    w.put(2, *(f"a{i} = tl.where(s == 0, {w.vector('H0', 'o', i)}, tl.load(begin + {i} * D, mask={live('(s > 0) & (s < n)')}, other=0.0))" for i in w.S))
-    w.put(2, "tl.debug_barrier()", *(f"c{i} = a{i} - start{i}" for i in w.S))
-    measure.effect(w, 2, "far", "c{i}", "A{i}{j}", "M{i}")
-    w.put(2, f"gap = tl.max(tl.where({live('(s > 0) & (s < n)')}, far, 0.0))", *(f"start{i} = a{i}" for i in w.S))
+    w.put(2, *(f"c{i} = h{i} + tl.where(fine, c{i} - r{i}, 0.0)" for i in w.S), *(f"r{i} = c{i} - next{i}" for i in w.S), *(f"next{i} = c{i}" for i in w.S))
+    w.shares(2, "far", "r{i}", "V{i}")  # of what this row alone leaves: of the rows above it may be more
+    below = live("s < n - 1")
+    w.put(2, f"gap = tl.max(tl.where({below}, far, 0.0))")
     w.put(2, "turn += 1", "again = (((gap > TOLERANCE) & (turn <= n + MOST)) | (turn < 2)).to(tl.int32)")
+    w.put(2, "if again != 0:  # every row takes its start from the one above")
+    w.put(3, *(f"tl.store(begin + {n + i} * D, next{i}, mask={below})" for i in w.S), "tl.debug_barrier()")
+    w.put(3, *(f"h{i} = tl.where(s == 0, {w.vector('H0', 'o', i)}, tl.load(begin + {i} * D, mask={live('(s > 0) & (s < n)')}, other=0.0))" for i in w.S))
+    w.put(3, "tl.debug_barrier()")
     w.put(1, *(f"tl.store(FINAL + o + {i} * D + s * 0, h{i}, mask={live('s == n - 1')})" for i in w.S))
     w.put(1, "tl.atomic_max(STATS + 0, gap)", "tl.atomic_max(STATS + 1, (turn - 1).to(tl.float32))", "tl.atomic_add(STATS + 2, 1.0)")
     w.put(1, "if (turn > MOST + 1) & (turn > 2):", "    tl.atomic_add(STATS + 3, 1.0)")

@@ -24,7 +24,6 @@ from kernels.parallel_rnn.operations import BOOLEAN, COMPARISONS, FUNCTIONS, GEL
 __all__ = ["Graph", "Node", "NotLowered", "Traced", "order", "trace", "vjp"]
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 MOST_BRANCHES = 32
-KINKS = ("relu", "abs", "maximum", "minimum", "clamp")  # continuous, with a slope of at most one on either side
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +335,6 @@ class Traced:
     d_rec: tuple[Node, ...]
     d_state: tuple[Node, ...]
     linear: bool
-    slopes: tuple[tuple[Node, ...], ...] | None  # bounds of |jacobian| on either side of every kink a state may be at; None: there is none
     jumps: bool  # whether a new state may jump where an old one is changed a little
 
     @property
@@ -355,21 +353,6 @@ class Traced:
     @property
     def legend(self) -> str:
         return ", ".join(f"{short} {name}" for short, name in zip(self.arguments, [*self.cell.pre, *self.cell.rec, *self.cell.state]))
-
-
-def _steepest(new: Sequence[Node], state: Sequence[Node]) -> list[list[Node]]:
-    """Upper bounds of |d new_i / d state_j| whichever side of its kinks each operation is on: sums of products of absolute slopes."""
-    graph, rows = state[0].graph, []
-    for output in new:
-        total: dict[int, Node] = {id(output): graph.const(1)}
-        for node in reversed(order([output])):
-            if id(node) in total and node.op not in ("var", "const"):
-                for argument, partial, _ in partials(node):
-                    slope = graph.const(1) if node.op in KINKS else graph.make("abs", partial)
-                    term = total[id(node)] * slope
-                    total[id(argument)] = total[id(argument)] + term if id(argument) in total else term
-        rows.append([total.get(id(s), graph.const(0)) for s in state])
-    return rows
 
 
 def names(letter: str, given: Sequence[str]) -> list[str]:
@@ -409,17 +392,15 @@ def trace(cell: Cell) -> Traced:
         g = [graph.leaf("var", n) for n in names("g", cell.state)]
         leaves = [graph.leaf("var", n) for n in names("x", cell.pre) + names("w", cell.rec)]
         all_d = vjp(new, g, [*leaves, *state])
-        nodes = order(new)
-        varying = set(map(id, state))
-        for node in nodes:
-            if node.op not in ("var", "const") and any(id(a) in varying for a in node.arguments):
-                varying.add(id(node))
-        ops = {node.op for node in nodes if id(node) in varying}
-        slopes = tuple(map(tuple, _steepest(new, state))) if ops & set(KINKS) else None
     except (NotLowered, RecursionError) as reason:
         why = "its step is too long." if isinstance(reason, RecursionError) else str(reason)
         raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: {why}") from None
     used = {n.arguments[0] for n in order([entry for row in rows for entry in row]) if n.op == "var"}
     P, R = len(cell.pre), len(cell.rec)
+    varying = set(map(id, state))
+    for node in order(new):
+        if node.op not in ("var", "const") and any(id(a) in varying for a in node.arguments):
+            varying.add(id(node))
+    jumps = any(id(node) in varying and (node.op == "sign" or node.boolean) for node in order(new))
     linear = not used & set(names("h", cell.state))
-    return Traced(cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, slopes, bool(ops & {"sign", *BOOLEAN}))
+    return Traced(cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps)

@@ -1,7 +1,8 @@
 """What the emitters of the kernels share: names, address arithmetic, loads of groups of steps.
 
 Names in the generated source: x{k}_{u} input projection k of step u of the group, w{r} weights, h{i} states, a{i} the states before a step,
-e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians.
+e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians, P{i}{j} those of a group of steps. V{i}: what a change of some
+earlier state of the slice by its own size would still be here: the largest of product times state (`Writer.products`).
 
 Loads run ahead of the arithmetic, or each step would wait for memory: loops are pipelined by Triton, which copies asynchronously to shared
 memory, STAGES groups of steps deep. (Loads into registers a group ahead do not do it, the compiler moves them down again.) `mend`, which ends
@@ -45,9 +46,9 @@ def _most(x, y):  # the larger one; not a number if one of them is not
 
 
 @triton.jit
-def _share(change, largest):  # of the largest; no change is none of it, whatever that is, and what is not finite is too much
-    share = change / largest
-    return tl.where(change == 0.0, 0.0, tl.where((share <= 3.0e38) & (largest <= 1.0e37), share, 3.0e38))
+def _share(change, size):  # no change is no share of anything, and what is not finite is too much
+    share = tl.abs(change) / size
+    return tl.where(change == 0.0, 0.0, tl.where((share <= 3.0e38) & (size <= 1.0e37), share, 3.0e38))
 
 
 @triton.jit
@@ -91,7 +92,6 @@ class Writer:
         self.traced, self.U = traced, unroll
         self.P, self.R, self.S = range(len(cell.pre)), range(len(cell.rec)), range(len(cell.state))
         self.n_kept = len(cell.state) - 1  # states besides the emitted one
-        self.kinks = traced.slopes is not None  # then b{i}{j} bounds |j{i}{j}| on either side of every kink
         self.lines: list[str] = []
 
     def put(self, indent: int, *lines: str) -> None:
@@ -113,6 +113,36 @@ class Writer:
     def product(self, left: str, right: str, i: int, j: int) -> str:
         """Entry (i, j) of a product of S x S matrices; forms over i, m and m, j."""
         return " + ".join(left.format(i=i, m=m) + " * " + right.format(m=m, j=j) for m in self.S)
+
+    def products(self, indent: int, u: int) -> None:
+        """After step u of a group with the Jacobian j, from states that a reset r{u} made zero; at the group's end J and V follow."""
+        if u == 0:
+            self.put(indent, *(f"P{i}{j} = _keep(go, j{i}{j}, {float(i == j)}, EVEN)" for i in self.S for j in self.S))
+            self.put(indent, "if HAS_RESET:", *(f"    {line}" for line in self.matrix("P{i}{j} = tl.where((r0 != 0) & go, 0.0, P{i}{j})")))
+            return
+        self.put(indent, "if HAS_RESET:", *(f"    {line}" for line in self.matrix(f"P{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, P{{i}}{{j}})")))
+        self.put(indent, *(f"k{i}{j} = {self.product('j{i}{m}', 'P{m}{j}', i, j)}" for i in self.S for j in self.S))
+        self.put(indent, *self.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"))
+
+    def end_group(self, indent: int) -> None:
+        """J and V at the end of a group."""
+        self.put(indent, *(f"k{i}{j} = {self.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in self.S for j in self.S), *self.matrix("J{i}{j} = k{i}{j}"))
+        self.put(indent, *self.left("V", "P{i}{j}", "V{j}", "h{i}"))
+
+    def left(self, to: str, product: str, before: str, state: str) -> list[str]:
+        """to{i} = the largest of |product| before over the states, and of |state|; not a number if one of them is not."""
+        lines = []
+        for i in self.S:
+            text = f"tl.abs({state.format(i=i)})"
+            for j in self.S:
+                text = f"_most({text}, tl.abs({product.format(i=i, j=j)}) * {before.format(j=j)})"
+            lines.append(f"next{to}{i} = {text}")
+        return lines + [f"{to}{i} = next{to}{i}" for i in self.S]
+
+    def shares(self, indent: int, to: str, change: str, size: str) -> None:
+        """to = the largest share that changes of the states are of their sizes: what the certificate asks for."""
+        self.put(indent, f"{to} = _share({change.format(i=0)}, {size.format(i=0)})")
+        self.put(indent, *(f"{to} = tl.maximum({to}, _share({change.format(i=i)}, {size.format(i=i)}))" for i in self.S[1:]))
 
     def begin(self, name: str, arguments: str, sliced: bool = True, after: bool = False) -> None:
         """The kernel's head: its tile of channels, its slice s of n, its batch row b. `after`: it may be launched before the kernel whose

@@ -63,7 +63,7 @@ def check_mixer(name: str, T: int, packed: bool, rank: int) -> int:
     solves, corrections = parallel.traffic.solves, parallel.traffic.corrections
     if solves:  # how many depends on the numbers; the bytes of each do not grow with T
         S = len(mixer.cell.state)
-        assert received.pop("checks") == min(solves, N - 1) * 2 * (2 + 2 * S) * S * D * 8 * (N - 1) and solves == corrections + 1
+        assert received.pop("checks") == min(solves, N - 1) * 2 * (2 + S) * S * D * 8 * (N - 1) and solves == corrections + 1
     return sum(received.values())
 
 
