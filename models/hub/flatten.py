@@ -15,7 +15,7 @@ from models.hub.recurrence import HEADER, written
 
 TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "torch_slopes", "jumps", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
 IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",

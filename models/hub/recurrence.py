@@ -53,17 +53,10 @@ def written(cells: list[Cell]) -> tuple[list[str], list[str], dict[str, str]]:
     for cell in cells:
         name = cell.name
         if not cell.lowered:  # plain torch, its derivatives by autograd
-            entries[name] = f"(step_{name}, None, None, None, False)"
+            entries[name] = f"(step_{name}, None, None, False)"
             continue
-        traced, slopes = trace(cell), "None"
-        texts: tuple[str, ...] = derivatives(traced, f"jacobian_{name}", f"gradients_{name}")
-        if traced.slopes is not None:
-            slopes, bounds = f"slopes_{name}", [bound for row in traced.slopes for bound in row]
-            text = function(slopes, traced.arguments, bounds, "h0", triton=False)
-            head, result = text.rstrip().rsplit("    return ", 1)
-            texts = (*texts, text if len(bounds) > 1 else f"{head}    return ({result},)\n")  # a tuple all the same
-        plain.append("\n\n".join(texts).rstrip())
+        plain.append("\n\n".join(derivatives(trace(cell), f"jacobian_{name}", f"gradients_{name}")).rstrip())
         kernels.append(kernel(cell))
-        entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name}, {slopes}, {traced.jumps})"
+        entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name}, {trace(cell).jumps})"
     helpers = functions("".join(kernels), short="").replace("@triton.jit", "@jit")
     return plain, [helpers, *kernels] if helpers else kernels, entries

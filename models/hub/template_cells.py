@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
 from kernels.ssd.reference import ssd_chunked
 
-CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel, its slopes at kinks, whether it jumps); the middle three may be None
+CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel, whether it jumps); the middle two may be None
 BIASES: dict[str, Any] = {}  # name: where the biases of its inputs start
 triton: Any = None  # the module, in the exported file, if it is installed
 SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
@@ -28,7 +28,7 @@ class Cell:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.step, self.derivatives, self.kernel, self.slopes, self.jumps = CELLS[name]
+        self.step, self.derivatives, self.kernel, self.jumps = CELLS[name]
         roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
         self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
 
@@ -48,11 +48,6 @@ def load_cell(name: str) -> Cell:
 
 def torch_functions(cell: Cell) -> Any:
     return cell.derivatives
-
-
-def torch_slopes(cell: Cell) -> Any:
-    """Bounds of the Jacobian on either side of a cell's kinks; None for a smooth one."""
-    return cell.slopes
 
 
 def jumps(cell: Cell) -> bool:

@@ -21,6 +21,7 @@ from data.tokenizer import byte_tokenizer, coder_of, train_bpe
 from evals.adapters import ItemError
 from evals.common_text import CommonText
 from evals.position import collapse, unigram_nats
+from evals.run import by_tokens
 from evals.seen import facts_of_run, seen, share_found, window_hashes
 from evals.suites import Bench, Settings
 from evals.texts import Corpus, Text, corpus_of_file, corpus_of_shards, tokenised
@@ -48,13 +49,7 @@ def test_a_text_is_read_as_prepare_reads_it(ending: str, tmp_path: Path) -> None
             file.write(data)
     else:
         path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(data))
-    try:
-        expected = list(Source(str(path)))
-    except ValueError:  # of a kind that prepare does not read
-        with pytest.raises(UserError, match="The text .* cannot be read"):
-            corpus_of_file(path)
-    else:
-        assert corpus_of_file(path).documents == expected == [text]
+    assert corpus_of_file(path).documents == list(Source(str(path))) == [text]
 
 
 @pytest.mark.parametrize(
@@ -75,13 +70,13 @@ def test_what_is_no_text_is_refused_in_a_sentence(name: str, data: bytes, tmp_pa
         corpus_of_file(tmp_path / name)
 
 
-def test_utf16_with_its_mark_is_read_or_refused_but_never_scored_as_bytes(tmp_path: Path) -> None:
+def test_utf16_is_read_with_its_mark_and_refused_without(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("Wörter und Sätze.".encode("utf-16"))
-    try:
-        assert corpus_of_file(path).documents == ["Wörter und Sätze."]
-    except UserError as error:
-        assert "UTF-8" in str(error)
+    assert corpus_of_file(path).documents == ["Wörter und Sätze."]
+    path.write_bytes("Wörter und Sätze.".encode("utf-16-le"))
+    with pytest.raises(UserError, match="UTF-8"):
+        corpus_of_file(path)
 
 
 def test_rows_are_apart_and_a_short_text_is_never_repeated() -> None:
@@ -215,6 +210,18 @@ def test_a_curve_says_how_far_its_text_reaches_and_an_untrained_model_gets_no_ve
     assert found["text"]["sha256"] == corpus_of_file(path).sha256 and found["seen"]["status"] == "not known"
     assert found["collapse"]["verdict"].startswith("no verdict: the model is no better than a unigram")
     assert items["remembrance"].run(lambda a, b: None)["length"] == 128
+
+
+def test_perplexity_of_a_text_or_of_several_models_is_a_suite(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(prose(0, 300).encode()))
+    for words in ({"text": str(path)}, {"checkpoint": "a,b"}):
+        assert not by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None, **words})
+    assert by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None})
+    items = Bench(own_adapter("m", d_model=16, n_layers=1), Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)).items()
+    assert [item.name for item in items] == ["documents", "position-prose"]
+    found = [item.run(lambda a, b: None) for item in items]
+    assert all(result["text"]["sha256"] == corpus_of_file(path).sha256 for result in found) and found[0]["bits_per_byte"] > 0
 
 
 def test_results_are_keyed_by_what_the_files_hold(tmp_path: Path) -> None:

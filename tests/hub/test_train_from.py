@@ -54,6 +54,28 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         load_into(folder, LanguageModel(FAMILIES["llama"]), train_bpe(["some text"], 260))
 
 
+def test_data_that_begin_documents_with_another_token_are_told_of(tmp_path: Path) -> None:
+    from data.prepare import main as prepare
+    from data.shards import ShardSet
+    from data.tokenizer import byte_tokenizer
+    from training.setup import _other_start
+
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|endoftext|>"}))
+    (tmp_path / "copied").mkdir()
+    tokenizer.save(str(tmp_path / "copied" / "tokenizer.json"))  # without what names its tokens
+    told = []
+    for source in (folder, tmp_path / "copied" / "tokenizer.json"):
+        assert prepare([f"input={tmp_path / 'a.txt'}", f"out={tmp_path / source.stem}-shards", f"tokenizer={source}"]) == 0
+        told.append(_other_start(folder, ShardSet(tmp_path / f"{source.stem}-shards", "train")))
+    assert told[0] == "" and "begin with '<|endoftext|>'" in told[1] and f"tokenizer={folder}" in told[1]
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_an_exported_run(train: Callable[..., object], tmp_path: Path) -> None:
     first = train("one", "model=transformer", "train.steps=2")

@@ -39,6 +39,8 @@ def test_the_best_comes_first_and_a_torn_line_is_passed_over(tmp_path: Path, cap
 def test_a_folder_of_runs_stands_for_all_of_them_and_tasks_go_by_accuracy(tmp_path: Path) -> None:
     write(tmp_path / "sweep" / "seed=1", [1.0], accuracy=0.5)
     write(tmp_path / "sweep" / "seed=2", [2.0], accuracy=0.75)
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert len(find([str(path) for path in (tmp_path / "sweep").iterdir()])) == 2  # SWEEP/* names its files too
     lines = table(find([str(tmp_path / "sweep")]))
     assert lines[1].split()[1:3] == ["seed=2", "-"] and "75.00%" in lines[1] and "seed=1" in lines[2]
 
