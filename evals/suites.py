@@ -461,7 +461,7 @@ def evaluate(
     paths: list[str], settings: Settings, out: Path, device: str, precision: str, gguf: str | None = None, trust_remote_code: bool = False
 ) -> int:
     """Runs a suite on every checkpoint, all on one text, and writes OUT/NAME/SUITE.json, OUT/report.md and OUT/report.html; the number of failed
-    items. Raises UserError before anything is measured where OUT cannot be written."""
+    items. Raises UserError before anything is measured where OUT cannot be written, and where no model could be loaded."""
     from evals.report import write_report
 
     check_writable(out)
@@ -470,7 +470,7 @@ def evaluate(
     rank, world, local = started.rank, started.size, started.local
     where = torch.device(_device(device, local))
     names: dict[str, str] = {}
-    failed = 0
+    failed = loaded = 0
     for path in paths:
         name = _name(path, names)
         names[name] = path
@@ -486,6 +486,7 @@ def evaluate(
             write_json(loading, _not_loaded(name, path, reason, precision, where))
             continue
         loading.unlink(missing_ok=True)
+        loaded += 1
         adapter.name = name
         run = common.facts[path].get("run") if isinstance(adapter, OwnAdapter) else None  # only ours can be asked a generated task
         bench = Bench(adapter, settings, run, common, path)
@@ -501,6 +502,8 @@ def evaluate(
         del adapter, bench
     write_report(out)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
+    if not loaded:
+        raise UserError("None of the models could be loaded, so nothing was measured.")
     return failed
 
 

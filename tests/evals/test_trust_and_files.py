@@ -171,14 +171,15 @@ def test_a_suite_is_refused_before_anything_is_measured(hf_folder: Path, tmp_pat
 @pytest.mark.parametrize(
     "words, part",
     [
-        (["checkpoint=x", "text=a.txt"], "data=DIR"),
-        (["checkpoint=x,y"], "one checkpoint"),
+        (["checkpoint=x", "text=demo"], "There is no x"),
+        (["checkpoint=x,y", "text=demo"], "None of the models"),
         (["checkpoint=x", "suite=quick", "text=a.txt", "data=b"], "one of them"),
         (["checkpoint=x", "suite=quick", "add_bos_token=maybe"], "add_bos_token"),
         (["checkpoint=x", "suite=quick", "trust_remote_code=yes"], "trust_remote_code must be true or false"),
     ],
 )
-def test_more_mistakes_are_sentences(words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_mistakes_are_sentences(words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     assert main(words) == 2 and part in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,19 @@ KINDS = {
 }
 
 
+def forget_code() -> None:
+    """Drops the modules that transformers has made of folders' code: their package lies where the first of them was put."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """The exported folders by name."""
     import transformers.dynamic_module_utils as modules
 
     root = tmp_path_factory.mktemp("duties")
+    forget_code()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modules, "HF_MODULES_CACHE", str(root / "modules"))
         patch.syspath_prepend(str(root / "modules"))
@@ -52,6 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
             found[name].mkdir()
             write_folder(source, found[name], None, 10**9, "mit")
         yield found
+    forget_code()
 
 
 def load(folder: Path, **options: Any) -> Any:
