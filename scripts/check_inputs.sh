@@ -99,6 +99,7 @@ exit # the table
 4 suite, read-only output | 2 | /proc/nowhere | python -m evals.run checkpoint=$T/run suite=quick out=/proc/nowhere
 4 not a task | 2 | generated task | python -m evals.state_tracking checkpoint=$T/run
 4 compressed text | 0 | nats per token over | gzip -k $T/three.txt && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals text=$T/three.txt.gz rows=2 max_length=128
+4 perplexity of packed text, two models | 0 | bits per byte .* over | gzip -c $T/three.txt >$T/four.txt.gz && python -m evals.run checkpoint=$T/run,$T/run/checkpoints/step-00000002 out=$T/evals3 text=$T/four.txt.gz rows=2 length=128
 4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
 
 # -- Hub (5)
