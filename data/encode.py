@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import byte_table, encode_bare, eot_id
+from data.tokenizer import Marks, byte_table, encode_bare, marks_of
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 128, 4_000_000
 PIECE_CHARACTERS = 50_000
@@ -60,24 +60,26 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
 
 
 class Encoder:
-    """Encodes batches of documents as `eot + ids`; the spelling of a special token in a text is plain text."""
+    """Encodes batches of documents with their marks around them, each as `TextCoder` would; marks: None takes those of the bare tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.eot = encode_bare(tokenizer), eot_id(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, marks: Marks | None = None) -> None:
+        self.tokenizer, self.marks = encode_bare(tokenizer), marks or marks_of(tokenizer)
+        self.before, self.after = self.marks.start_ids, [] if self.marks.end is None else [self.marks.end]
         self.table, self.cuts = byte_table(tokenizer), can_cut(tokenizer)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids (uint32) of each document, the end-of-text mark first."""
+        """Token ids (uint32) of each document, the mark that starts it first."""
         if self.table is not None:
-            eot = np.array([self.eot], dtype=np.uint32)
-            return [np.concatenate([eot, self.table[np.frombuffer(text.encode(), np.uint8)]]) for text in texts]
+            before, after = np.array(self.before, dtype=np.uint32), np.array(self.after, dtype=np.uint32)
+            return [np.concatenate([before, self.table[np.frombuffer(text.encode(), np.uint8)], after]) for text in texts]
         parts = [pieces(text) if self.cuts else [text] for text in texts]
         encodings = iter(self.tokenizer.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False))
         result = []
         for part in parts:
-            ids = [self.eot]
+            ids = list(self.before)
             for _ in part:
                 ids += next(encodings).ids
+            ids += self.after
             result.append(np.array(ids, dtype=np.uint32))
         return result
 

@@ -1,7 +1,7 @@
 """Batches of training data, ready before they are needed, in an order that is a pure function of (seed, step).
 
-Global sample k is found by arithmetic: which source (Mixture), which epoch, which window (Permutation). Step s of a run with G sequences
-per step is samples sG .. sG+G-1, whatever the number of ranks, the micro-batch or the moment the run was resumed.
+Global sample k is found by arithmetic: which source (Mixture), which epoch, which window (Permutation). A step takes the next G samples, whatever
+the number of ranks, the micro-batch or the moment the run was resumed: step s of a run whose G never changed is samples sG .. sG+G-1.
 Ranks that share sequences read the same rows and keep their slice of the time, labels and segments included.
 Dimensions: R rows fetched at once, T sequence length, L = T + 1 (inputs and the last label).
 """
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.order import Mixture, Permutation
+from data.order import Blend, Permutation
 from data.shards import ShardSet
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -67,16 +67,18 @@ class Reader:
 class WindowReader(Reader):
     """Shuffled fixed windows: window i of a source holds inputs iT .. iT+T-1 and their labels; an epoch of a source has each window once.
 
-    The last (n_tokens - 1) % T tokens of a source fill no window and are not read.
+    The last (n_tokens - 1) % T tokens of a source fill no window and are not read. stretches: of a run whose weights changed, see Blend.
     """
 
-    def __init__(self, shards: list[tuple[ShardSet, float]], seq_len: int, seed: int) -> None:
+    def __init__(
+        self, shards: list[tuple[ShardSet, float]], seq_len: int, seed: int, stretches: list[tuple[int, list[float]]] | None = None
+    ) -> None:
         self.shards, self.seq_len, self.seed = [s for s, _ in shards], seq_len, seed
         self.windows = [(s.n_tokens - 1) // seq_len for s in self.shards]
         short = [str(s.directory) for s, n in zip(self.shards, self.windows) if n == 0]
         if short:
             raise ValueError(f"{short[0]} has fewer tokens than one sequence of train.seq_len={seq_len}; shorten it or prepare more text.")
-        self.mixture = Mixture([w for _, w in shards], seed)
+        self.mixture = Blend(stretches or [(0, [w for _, w in shards])], seed)
         self.samples_per_epoch = sum(self.windows)
         self._orders: dict[tuple[int, int], Permutation] = {}
 
@@ -132,21 +134,23 @@ class StreamReader(Reader):
                 f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch."
             )
         self.samples_per_epoch = self.steps * rows
+        first = np.arange(rows, dtype=np.int64) * (self.steps * seq_len)
+        self.opened = self.shard.document_of(first)  # document in which the stretch of each row begins, and how many it has part in
+        self.passed = self.shard.document_of(first + self.steps * seq_len - 1) - self.opened + 1
 
     def samples(self, k_R: np.ndarray) -> Rows:
         step_R, row_R = np.divmod(np.asarray(k_R, dtype=np.int64), self.rows)
         epoch_R, place_R = np.divmod(step_R, self.steps)
-        first_R = row_R * (self.steps * self.seq_len)
-        start_R = first_R + place_R * self.seq_len
+        start_R = row_R * (self.steps * self.seq_len) + place_R * self.seq_len
         tokens_RL, segments_RL = self.shard.rows(start_R, self.seq_len + 1)
-        opened = self.shard.document_of(first_R)
-        passed = self.shard.document_of(first_R + self.steps * self.seq_len - 1) - opened + 1  # documents of the whole stretch
-        base_R = epoch_R * passed + self.shard.document_of(start_R) - opened
+        base_R = epoch_R * self.passed[row_R] + self.shard.document_of(start_R) - self.opened[row_R]
         return tokens_RL, segments_RL + base_R.astype(np.int32)[:, None]
 
 
-def build_reader(shards: list[tuple[ShardSet, float]], reader: str, seq_len: int, seed: int, rows: int) -> WindowReader | StreamReader:
-    """`windows` or `stream` (of `rows` rows). Raises ValueError for another name, different tokenizers, or too little data."""
+def build_reader(
+    shards: list[tuple[ShardSet, float]], reader: str, seq_len: int, seed: int, rows: int, stretches: list[tuple[int, list[float]]] | None = None
+) -> WindowReader | StreamReader:
+    """`windows` (with weights that changed during the run, see Blend) or `stream` (of `rows` rows). Raises ValueError for another name, different tokenizers, or too little data."""
     if not shards:
         raise ValueError("There are no token shards to read; give data.path a folder.")
     if reader not in ("windows", "stream"):
@@ -155,7 +159,7 @@ def build_reader(shards: list[tuple[ShardSet, float]], reader: str, seq_len: int
         raise ValueError(f"Sequences and batches must have at least one token and row, not {seq_len} and {rows}.")
     if len({s.tokenizer_sha256 for s, _ in shards}) > 1:
         raise ValueError("The folders of data.path were made with different tokenizers; prepare them again with one.")
-    return WindowReader(shards, seq_len, seed) if reader == "windows" else StreamReader(shards, seq_len, rows)
+    return WindowReader(shards, seq_len, seed, stretches) if reader == "windows" else StreamReader(shards, seq_len, rows)
 
 
 class BatchLoader:
@@ -175,8 +179,10 @@ class BatchLoader:
         prefetch: int = 4,
         pin: bool = False,
         slice_of: tuple[int, int] = (0, 1),
+        first_sample: int | None = None,
     ) -> None:
-        """rank and world_size count the groups that read different rows; slice_of: (n, N) keeps the n-th of N slices of time."""
+        """rank and world_size count the groups that read different rows; slice_of: (n, N) keeps the n-th of N slices of time; first_sample: of
+        step `start_step`, where the steps before it had another batch (else start_step x global_batch)."""
         if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size) or not 0 <= rank < world_size:
             raise ValueError(
                 f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {rank} of {world_size}."
@@ -186,6 +192,7 @@ class BatchLoader:
             raise ValueError(f"Sequences of {reader.seq_len} tokens have no slice {slice_of[0]} of {slice_of[1]}.")
         T = reader.seq_len // slice_of[1]
         self.time = slice(slice_of[0] * T, (slice_of[0] + 1) * T)
+        self.offset = 0 if first_sample is None else first_sample - start_step * global_batch
         self.first_row = rank * (global_batch // world_size)
         self.last_row = self.first_row + global_batch // world_size
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
@@ -196,7 +203,7 @@ class BatchLoader:
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of one step."""
-        k_R = step * self.global_batch + np.arange(self.first_row, self.last_row, dtype=np.int64)
+        k_R = self.offset + step * self.global_batch + np.arange(self.first_row, self.last_row, dtype=np.int64)
         rows = [torch.from_numpy(part[:, self.time]) for part in self.reader.labelled(k_R)]
         result = []
         for i in range(0, len(k_R), self.micro_batch):

@@ -96,6 +96,44 @@ class Mixture:
             source[chosen], rank[chosen] = of_block[place[chosen]], rank_of_block[place[chosen]]
         return source, block * self.quota[source] + rank
 
+    def counts(self, n: int) -> np.ndarray:
+        """How many of the samples 0 .. n-1 are of each source, int64."""
+        block, place = divmod(n, self.block)
+        if len(self.quota) == 1:
+            return np.array([n], dtype=np.int64)
+        part = self._table(block)[0][:place] if place else np.zeros(0, np.int64)
+        return block * self.quota + np.bincount(part, minlength=len(self.quota))
+
     def __call__(self, k: int) -> tuple[int, int]:
         source, index = self.locate(np.array([k]))
         return int(source[0]), int(index[0])
+
+
+class Blend:
+    """A mixture whose weights changed during a run: those of `stretches` hold from their first sample on. Every source goes on with the sample
+    after its last one, so that none is skipped and none repeated; with one stretch it is the Mixture itself.
+
+    stretches: [(first sample, weights), ...], the first one from sample 0, in rising order.
+    """
+
+    def __init__(self, stretches: list[tuple[int, list[float]]], seed: int) -> None:
+        self.first = [first for first, _ in stretches]
+        if self.first[:1] != [0] or any(b <= a for a, b in zip(self.first, self.first[1:])):
+            raise ValueError(f"The stretches of a mixture begin at sample 0 and rise, not at {self.first}.")
+        self.mixtures = [Mixture(weights, seed) for _, weights in stretches]
+        self.drawn = [np.zeros(len(stretches[0][1]), np.int64)]  # of each source, before each stretch
+        for mixture, a, b in zip(self.mixtures, self.first, self.first[1:]):
+            self.drawn.append(self.drawn[-1] + mixture.counts(b - a))
+
+    def locate(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index in source), both int64, of the global samples `k`."""
+        k = np.asarray(k, dtype=np.int64)
+        if len(self.mixtures) == 1:
+            return self.mixtures[0].locate(k)
+        source, index = np.empty_like(k), np.empty_like(k)
+        of_stretch = np.searchsorted(self.first, k, side="right") - 1
+        for i in np.unique(of_stretch).tolist():
+            chosen = of_stretch == i
+            found, place = self.mixtures[i].locate(k[chosen] - self.first[i])
+            source[chosen], index[chosen] = found, self.drawn[i][found] + place
+        return source, index

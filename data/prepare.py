@@ -5,11 +5,12 @@
     python -m data.prepare input=hf:wikitext:wikitext-103-raw-v1:train out=DIR tokenizer=EleutherAI/gpt-neox-20b
 
 Keys
-  input           comma-separated: .txt, .jsonl, .parquet files (gz or xz too), folders, globs, `demo`, or hf:NAME[:CONFIG[:SPLIT]] (streamed)
+  input           comma-separated: .txt, .md, .jsonl, .json, .csv, .tsv, .parquet files (also .gz, .bz2, .xz, .zst), folders, globs, `demo`,
+                  or hf:NAME[:CONFIG[:SPLIT]] (streamed)
   out             folder to make
   tokenizer       bpe:SIZE (trained on the input), `bytes`, a tokenizer.json, a folder with one, or a name on the Hub
-  text_field      field of a JSON record or Parquet column [text]
-  valid_fraction  share of documents held out, chosen by a hash of their text [0.01]
+  text_field      field of a JSON record or column of a table [text]; a.b goes into objects and through lists
+  valid_fraction  share of documents held out, chosen by a hash of their text [0.01]; of a single document, its end
   valid_docs      held out instead: these documents, counted from 0, e.g. valid_docs=[4,7]
   train_mb        text a BPE is trained on, in MB [100]
   shard_tokens    tokens per file [100000000]
@@ -31,7 +32,6 @@ import json
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +40,12 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.corpus import INPUTS, Corpus, change, tokenizer_identity
 from data.encode import Encoder, batches
+from data.listing import shown
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
-from data.sources import Source
-from data.tokenizer import fingerprint, load_tokenizer, train_bpe
+from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe
 from data.writer import ShardWriter, publish
 
 COMMIT_SECONDS = 5.0
@@ -102,31 +103,6 @@ def parse(words: list[str]) -> Arguments:
     return arguments
 
 
-class Corpus:
-    """The documents of all inputs in order, once per iteration."""
-
-    def __init__(self, arguments: Arguments) -> None:
-        self.sources = [Source(spec, arguments.text_field, arguments.strict) for spec in arguments.input.split(",")]
-        self.limit = arguments.limit_docs
-
-    def identity(self) -> list[Any]:
-        return [source.identity() for source in self.sources]
-
-    def __iter__(self) -> Iterator[str]:
-        count = 0
-        for source in self.sources:
-            source.bad.clear()
-            for text in source:
-                if self.limit and count == self.limit:
-                    return
-                count += 1
-                yield text
-
-    @property
-    def bad(self) -> Counter[str]:
-        return sum((source.bad for source in self.sources), Counter())
-
-
 def _limited(texts: Iterator[str], megabytes: float) -> Iterator[str]:
     left = megabytes * 1e6
     for text in texts:
@@ -136,8 +112,8 @@ def _limited(texts: Iterator[str], megabytes: float) -> Iterator[str]:
             return
 
 
-def make_tokenizer(arguments: Arguments, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that was asked for, trained if it is to be. Raises ValueError."""
+def make_tokenizer(arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
+    """The tokenizer that was asked for, trained if it is to be, and what it puts around documents. Raises ValueError."""
     if not arguments.tokenizer.startswith("bpe:"):
         return load_tokenizer(arguments.tokenizer)
     size = arguments.tokenizer.removeprefix("bpe:")
@@ -150,7 +126,7 @@ def make_tokenizer(arguments: Arguments, corpus: Corpus) -> Tokenizer:
         raise ValueError(_nothing(arguments, corpus))
     tokenizer = train_bpe(_chain(first, texts), int(size))
     print(f"trained a BPE of {tokenizer.get_vocab_size():,} tokens in {time.perf_counter() - start:.1f} s", flush=True)
-    return tokenizer
+    return tokenizer, marks_of(tokenizer)
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
@@ -159,16 +135,15 @@ def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 
 def _nothing(arguments: Arguments, corpus: Corpus) -> str:
-    why = f" ({_counts(corpus.bad)})" if corpus.bad else ""
-    return f"input={arguments.input} holds no usable text{why}; check the files and text_field."
+    why = f" ({'; '.join(line.removeprefix('left out, ') for line in corpus.bad_told())})" if corpus.bad else ""
+    return f"input={shown(arguments.input)} holds no usable text{why}; check the files and text_field."
 
 
-def _counts(bad: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {kind}" for kind, count in bad.most_common())
-
-
-def held_out(text: bytes, number: int, arguments: Arguments) -> bool:
-    """Whether a document is of the held-out split: by its number if such were named, else by a keyed hash, so copies fall to one side."""
+def held_out(text: bytes, number: int, arguments: Arguments, cut: bool = False) -> bool:
+    """Whether a document is of the held-out split: by its number if such were named, else by a keyed hash, so copies fall to one side.
+    cut: it is a part of a single document, the second of which is held out."""
+    if cut:
+        return number == 1
     if arguments.valid_docs:
         return number in arguments.valid_docs
     return int.from_bytes(hashlib.blake2b(text, key=b"held out", digest_size=8).digest(), "big") < arguments.valid_fraction * 2**64
@@ -178,23 +153,27 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
     """Makes the shard folder and returns its meta. Raises ValueError for what the user can mend."""
     out = Path(os.path.abspath(arguments.out))
     partial = out.with_name(out.name + ".partial")
-    corpus = Corpus(arguments)
+    corpus = Corpus(
+        arguments.input, arguments.text_field, arguments.strict, arguments.limit_docs, 0.0 if arguments.valid_docs else arguments.valid_fraction
+    )
     passing = {"overwrite": None, "benchmark": None, "out": None, "workers": None}
-    wanted = dataclasses.asdict(arguments) | passing | {"input": corpus.identity()}
+    wanted = dataclasses.asdict(arguments) | passing | {"input": corpus.identity(), "tokenizer": tokenizer_identity(arguments.tokenizer)}
     identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    meta = _finished(out, identity, arguments)
+    meta = _finished(out, identity, arguments, wanted)
     if meta is not None:
         return meta
+    for line in corpus.reading():
+        print(line, flush=True)
     with _locked(partial):
         if (partial / "meta.json").exists() and read_meta(partial).get("identity") == identity:  # killed just before the last rename
             publish(partial, out)
             return read_meta(out)
-        tokenizer = _open_partial(partial, identity, arguments, corpus)
+        tokenizer, marks = _open_partial(partial, identity, wanted, arguments, corpus)
         vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         writer = ShardWriter(partial, np.dtype("uint16" if vocab <= 65536 else "uint32"), arguments.shard_tokens)
         if writer.resume():
             print(f"going on after {writer.consumed:,} documents", flush=True)
-        encoder = Encoder(tokenizer)
+        encoder = Encoder(tokenizer, marks)
         try:
             rate = _write(writer, corpus, encoder, arguments)
             _settle_splits(writer, corpus, arguments)
@@ -202,11 +181,13 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
                 {
                     "format": FORMAT,
                     "vocab_size": vocab,
-                    "eot_id": encoder.eot,
+                    "eot_id": marks.start,
+                    **({} if marks.end is None else {"end_id": marks.end}),
                     "tokenizer_sha256": fingerprint(tokenizer),
                     "identity": identity,
                     "input": arguments.input,
                     "bad_records": dict(corpus.bad),
+                    "left_out": corpus.left_out(),
                 }
             )
             publish(partial, out)
@@ -219,7 +200,7 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
     return meta
 
 
-def _finished(out: Path, identity: str, arguments: Arguments) -> dict[str, Any] | None:
+def _finished(out: Path, identity: str, arguments: Arguments, wanted: dict[str, Any]) -> dict[str, Any] | None:
     """The meta of shards that are complete already. Raises ValueError where something else lies at `out`."""
     if not os.path.lexists(out):
         return None
@@ -231,7 +212,7 @@ def _finished(out: Path, identity: str, arguments: Arguments) -> dict[str, Any] 
         return None
     meta = read_meta(out)
     if meta.get("identity") != identity:
-        raise ValueError(f"{out} holds shards of other text or another tokenizer; choose another out, or overwrite=true.")
+        raise ValueError(f"{out} holds shards of other text or another tokenizer{change(out, wanted)}; choose another out, or overwrite=true.")
     print(f"{out} is already complete: {meta['splits']['train']['tokens']:,} training tokens")
     return meta
 
@@ -261,15 +242,16 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _open_partial(partial: Path, identity: str, arguments: Arguments, corpus: Corpus) -> Tokenizer:
+def _open_partial(partial: Path, identity: str, wanted: dict[str, Any], arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
     """The tokenizer of a run to go on with, or a fresh one in an emptied folder."""
     try:
         if json.loads((partial / "identity.json").read_text()) == identity:
-            return Tokenizer.from_file(str(partial / "tokenizer.json"))
+            tokenizer = Tokenizer.from_file(str(partial / "tokenizer.json"))
+            return tokenizer, marks_of(tokenizer, partial)
     except (OSError, ValueError):
         pass
     try:
-        tokenizer = make_tokenizer(arguments, corpus)
+        tokenizer, marks = make_tokenizer(arguments, corpus)
     except ValueError:
         with contextlib.suppress(OSError):
             partial.rmdir()  # nothing half-made stays, unless it is an earlier run's
@@ -278,10 +260,12 @@ def _open_partial(partial: Path, identity: str, arguments: Arguments, corpus: Co
         for path in partial.iterdir():
             path.unlink()
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+        (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, marks), indent=1) + "\n", encoding="utf-8")
+        (partial / INPUTS).write_text(json.dumps(wanted) + "\n")
         (partial / "identity.json").write_text(json.dumps(identity))
     except OSError as error:
         raise ValueError(f"{partial} cannot be written: {error.strerror}.") from error
-    return tokenizer
+    return tokenizer, marks
 
 
 def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arguments) -> float:
@@ -290,7 +274,7 @@ def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arg
     try:
         for texts, ids in encoder.stream(batches(iter(corpus), writer.consumed)):
             encoded = [text.encode() for text in texts]
-            held = [held_out(text, number + i, arguments) for i, text in enumerate(encoded)]
+            held = [held_out(text, number + i, arguments, corpus.cut) for i, text in enumerate(encoded)]
             for name, side in (("train", False), ("valid", True)):
                 chosen = [i for i, h in enumerate(held) if h == side]
                 writer.extend(name, [ids[i] for i in chosen], [len(encoded[i]) for i in chosen])
@@ -350,11 +334,14 @@ def main(words: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {shown(error.filename or 'A file')} cannot be opened: {error.strerror or error}; mend that and run the same command again.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
         return 130
-    if meta.get("bad_records"):
-        print(f"left out: {_counts(Counter(meta['bad_records']))}")
+    for line in meta.get("left_out", ()):
+        print(line)
     for name, split in meta["splits"].items():
         print(
             f"{arguments.out} {name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['bytes']:,} bytes, {len(split['shards'])} shard(s)"

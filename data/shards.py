@@ -1,8 +1,9 @@
-"""Token shards on disk: written once, read by memory map.
+"""Token shards on disk: written once, read by position (data/parts.py).
 
 A folder holds meta.json, tokenizer.json and per split `train-00000.bin` (token ids) with `train-00000.idx` (uint64: where each document
-starts, in tokens of that shard) and `train-00000.len` (uint64: its length as UTF-8). Every document is the end-of-text mark followed by its
-tokens, so the label of a document's last token is the next one's mark. Dimensions: R rows, L tokens of a row.
+starts, in tokens of that shard) and `train-00000.len` (uint64: its length as UTF-8). Every document is the mark that starts it (eot_id) followed
+by its tokens (and by end_id where the tokenizer has a mark of its own for that), so the label of a document's last token is the next one's mark.
+Dimensions: R rows, L tokens of a row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import file_fingerprint
+from data.parts import Files, Index, Numbers
+from data.tokenizer import Marks, TextCoder, coder_of, file_fingerprint, tokenizer_config
 
 FORMAT = 1
 SPLITS = ("train", "valid")
@@ -30,15 +32,22 @@ def read_meta(directory: Path) -> dict[str, Any]:
     try:
         meta = json.loads((directory / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(
-            f"{directory} holds no token shards; make them with: python -m data.prepare input=demo out={directory} tokenizer=bpe:2048"
-        ) from None
+        text = directory.is_file() or directory.is_dir() and any(directory.iterdir())
+        out = f"runs/data/{directory.name.split('.')[0] or 'mine'}" if text else directory
+        how = f"input={directory if text else 'demo'} out={out} tokenizer=bpe:2048{f', then give data.path={out}' if text else ''}"
+        raise ValueError(f"{directory} holds no token shards; make them with: python -m data.prepare {how}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
         raise ValueError(f"{directory} is of format {found}, this program reads {FORMAT}; prepare the data again.")
     return meta
+
+
+def open_held_out(directory: str | Path) -> ShardSet | None:
+    """The held-out split of a shard folder, or None where it has none. Raises ValueError when it has one that cannot be read."""
+    part = read_meta(Path(directory)).get("splits", {}).get("valid") or {}
+    return ShardSet(directory, "valid") if part.get("tokens", 0) >= 2 else None
 
 
 class ShardSet:
@@ -60,10 +69,12 @@ class ShardSet:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
         if self.n_tokens < 2:
-            raise ValueError(f"{self.directory} has no {split} tokens; prepare it with more text.")
-        self._bins = [self._map(s["file"] + ".bin", s["tokens"], self.dtype) for s in self.shards]
-        self._index = [self._map(s["file"] + ".idx", s["documents"], OFFSETS) for s in self.shards]
-        self._lengths = [self._map(s["file"] + ".len", s["documents"], OFFSETS) for s in self.shards if "bytes" in s]
+            what = "no held-out documents; prepare it with valid_fraction above zero or more text" if split == "valid" else "no tokens; prepare it with more text"
+            raise ValueError(f"{self.directory} has {what}.")
+        self.files = files = Files()
+        self._bins = [Numbers(files, self._path(s, ".bin"), s["tokens"], self.dtype) for s in self.shards]
+        self._index = [Index(files, self._path(s, ".idx"), s["documents"], OFFSETS) for s in self.shards]
+        self._lengths = [Numbers(files, self._path(s, ".len"), s["documents"], OFFSETS) for s in self.shards if "bytes" in s]
         self._first_token = list(itertools.accumulate(tokens, initial=0))  # of every shard, and the end
         self._first_document = list(itertools.accumulate(documents, initial=0))
         if file_fingerprint(self.directory / "tokenizer.json") != self.tokenizer_sha256:
@@ -71,44 +82,39 @@ class ShardSet:
                 f"{self.directory / 'tokenizer.json'} is not the tokenizer these shards were made with; put the right one back or prepare the data again."
             )
 
-    def _map(self, name: str, count: int, dtype: np.dtype[Any]) -> np.ndarray:
-        path = self.directory / name
-        size = path.stat().st_size if path.exists() else -1
-        if size != count * dtype.itemsize:
-            what = "is missing" if size < 0 else f"has {size:,} bytes instead of {count * dtype.itemsize:,}"
-            raise ValueError(f"The shard {path} {what}; copy it again or prepare the data again.")
-        try:
-            return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else np.zeros(0, dtype)
-        except OSError as error:
-            raise ValueError(f"The shard {path} cannot be read: {error.strerror}.") from error
+    def _path(self, shard: dict[str, Any], ending: str) -> Path:
+        return self.directory / (shard["file"] + ending)
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the shards were made with."""
         return _tokenizer(str(self.directory / "tokenizer.json"), (self.directory / "tokenizer.json").stat().st_mtime_ns)
 
+    @property
+    def marks(self) -> Marks:
+        """The tokens around each document."""
+        return Marks(self.eot_id, self.meta.get("end_id"))
+
+    def coder(self) -> TextCoder:
+        """Text to ids as these documents were encoded."""
+        coder = coder_of(self.tokenizer())
+        coder.start_ids, coder.end_ids = self.marks.start_ids, self.marks.end_ids
+        return coder
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tokenizer to know how documents begin."""
+        return tokenizer_config(self.tokenizer(), self.marks)
+
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens start .. start+n-1 of the split, across shard borders; a view of the map where it can be."""
+        """Tokens start .. start+n-1 of the split, across shard borders. Raises ValueError when a file was cut or lost since it was opened."""
         self._check(start, start, n)
-        self._intact(start, start + n)
         shard = bisect.bisect_right(self._first_token, start) - 1
         pieces = []
         while n > 0:
             offset = start - self._first_token[shard]
-            piece = self._bins[shard][offset : offset + n]
+            piece = self._bins[shard].read(offset, min(n, self._bins[shard].count - offset))
             pieces.append(piece)
             start, n, shard = start + len(piece), n - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
-
-    def _intact(self, low: int, high: int) -> None:
-        """Raises ValueError when a shard with tokens low .. high was cut or removed since it was opened; reading it could kill the process."""
-        for shard in range(bisect.bisect_right(self._first_token, low) - 1, bisect.bisect_left(self._first_token, high)):
-            path = self.directory / (self.shards[shard]["file"] + ".bin")
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise ValueError(f"The shard {path} was lost during the run ({error.strerror}); put it back and run again.") from None
-            if size != self.shards[shard]["tokens"] * self.dtype.itemsize:
-                raise ValueError(f"The shard {path} was changed during the run and has {size:,} bytes now; put it back and run again.")
 
     def _check(self, low: int, high: int, n: int) -> None:
         if low < 0 or n < 0 or high + n > self.n_tokens:
@@ -119,17 +125,15 @@ class ShardSet:
         starts = [int(s) for s in start_R]
         if starts:
             self._check(min(starts), max(starts), n)
-            for start in starts:
-                self._intact(start, start + n)
         tokens_RL, segments_RL = np.empty((len(starts), n), np.int64), np.zeros((len(starts), n), np.int32)
         for tokens_L, segments_L, start in zip(tokens_RL, segments_RL, starts):
             shard, done = bisect.bisect_right(self._first_token, start) - 1, 0
             while done < n:
                 offset = start + done - self._first_token[shard]
-                piece, index = self._bins[shard][offset : offset + n - done], self._index[shard]
+                piece = self._bins[shard].read(offset, min(n - done, self._bins[shard].count - offset))
                 tokens_L[done : done + len(piece)] = piece
-                first, last = index.searchsorted(np.array([offset, offset + len(piece)], OFFSETS))  # a key of another type would copy it
-                segments_L[(index[first:last] - np.uint64(offset)).astype(np.int64) + done] = 1
+                begun = self._index[shard].between(offset, offset + len(piece))
+                segments_L[(begun - np.uint64(offset)).astype(np.int64) + done] = 1
                 done, shard = done + len(piece), shard + 1
         if n:
             segments_RL[:, 0] = 0
@@ -142,8 +146,7 @@ class ShardSet:
         result = np.empty_like(tokens)
         for shard in np.unique(shards).tolist():
             chosen = shards == shard
-            offsets = (tokens[chosen] - self._first_token[shard]).astype(OFFSETS)
-            result[chosen] = self._first_document[shard] + self._index[shard].searchsorted(offsets, side="right") - 1
+            result[chosen] = self._first_document[shard] + self._index[shard].holder(tokens[chosen] - self._first_token[shard])
         return result
 
     def document(self, i: int) -> tuple[np.ndarray, int]:
@@ -153,9 +156,9 @@ class ShardSet:
         if len(self._lengths) != len(self.shards):
             raise ValueError(f"{self.directory} does not say how long its documents are; prepare the data again.")
         shard = bisect.bisect_right(self._first_document, i) - 1
-        place, index = i - self._first_document[shard], self._index[shard]
-        end = int(index[place + 1]) if place + 1 < len(index) else len(self._bins[shard])
-        return self._bins[shard][int(index[place]) : end], int(self._lengths[shard][place])
+        place, index, tokens = i - self._first_document[shard], self._index[shard], self._bins[shard]
+        start, end = index.at(place), index.at(place + 1) if place + 1 < index.count else tokens.count
+        return tokens.read(start, end - start), self._lengths[shard].at(place)
 
     def verify(self) -> None:
         """Reads every token file and compares it with its checksum. Raises ValueError at the first that differs."""

@@ -1,13 +1,11 @@
-"""Documents from text, JSON Lines and Parquet files, from `datasets` names, and from the bundled demo corpus.
+"""Documents from text, JSON, table and Parquet files, from `datasets` names, and from the bundled demo corpus.
 
-Records that cannot be used (not UTF-8, no such field, not text, empty) are counted by kind and left out.
+Records that cannot be used (not UTF-8, no such field, not text, empty) and files that cannot be read are counted by kind and left out.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import json
+import functools
 import lzma
 import zlib
 from collections import Counter
@@ -15,21 +13,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.listing import Listing, list_files, shown
+from data.records import BadFile, Missing, records
+
 DEMO = Path(__file__).parent / "demo" / "demo_corpus.jsonl.xz"
-ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".json.gz", ".txt.gz", ".txt.xz", ".parquet")
+FIELDS = 12  # names of other fields that a message gives
 
 
 class Source:
-    """Iterates over the texts of one input. `bad` counts the records left out by kind; with strict the first one is a ValueError."""
+    """Iterates over the texts of one input. `bad` counts the records left out by kind, `first` says where the first of each was, `fields`
+    what records without the field have; with strict the first one is a ValueError."""
 
     def __init__(self, spec: str, text_field: str = "text", strict: bool = False) -> None:
         self.spec, self.field, self.strict = spec, text_field, strict
         self.bad: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        self.fields: dict[str, None] = {}
 
     def _reject(self, kind: str, where: str) -> None:
         if self.strict:
-            raise ValueError(f"{where}: {kind}; mend it, or leave out strict=true to count such records and go on.")
+            raise ValueError(f"{where}: {kind}{self.instead()}; mend it, or leave out strict=true to count such records and go on.")
         self.bad[kind] += 1
+        self.first.setdefault(kind, where)
+
+    def instead(self) -> str:
+        """The fields that records without the field have, for a message."""
+        names = list(self.fields)
+        return f" (the fields there are {', '.join(names[:FIELDS])}{' ...' if len(names) > FIELDS else ''}; set text_field)" if names else ""
 
     def __iter__(self) -> Iterator[str]:
         if self.spec.startswith("hf:"):
@@ -38,56 +48,34 @@ class Source:
         for file in self.files():
             yield from self._file(file)
 
+    @functools.cached_property
+    def listing(self) -> Listing:
+        """The files behind the spec and those that are left out. Raises ValueError when there are none."""
+        return Listing([DEMO]) if self.spec == "demo" else list_files(self.spec)
+
     def files(self) -> list[Path]:
         """The files behind the spec. Raises ValueError when there are none."""
-        if self.spec == "demo":
-            return [DEMO]
-        path = Path(self.spec)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(ENDINGS))
-        else:
-            found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(self.spec, recursive=True) if Path(p).is_file())
-        if not found:
-            raise ValueError(
-                f"There is nothing to read at input={self.spec}; give a file or folder of {', '.join(ENDINGS)}, `demo`, or hf:NAME."
-            )
-        wrong = [p for p in found if not p.name.endswith(ENDINGS)]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is of a kind that cannot be read; it must end in {', '.join(ENDINGS)}.")
-        return found
+        return self.listing.files
 
     def identity(self) -> list[Any]:
-        """What the input is: names and sizes of files, so that a resumed run can tell it is the same."""
+        """What the input is: names, sizes and times of change of files, so that a resumed run can tell in a moment that it is the same."""
         if self.spec.startswith("hf:"):
             return [self.spec, self.field]
-        return [self.field, *([str(p.resolve()) if self.spec != "demo" else "demo", p.stat().st_size] for p in self.files())]
+        if self.spec == "demo":
+            return [self.field, ["demo", DEMO.stat().st_size]]
+        return [self.field, *([str(p.resolve()), (found := p.stat()).st_size, found.st_mtime_ns] for p in self.files())]
 
     def _file(self, path: Path) -> Iterator[str]:
+        where = shown(path)
         try:
-            if path.name.endswith(".parquet"):
-                yield from self._texts(_parquet_rows(path, self.field), str(path))
-            elif ".json" in path.name:
-                yield from self._texts(self._json_lines(path), str(path))
-            else:
-                with _open(path) as file:
-                    yield from self._texts(iter([file.read()]), str(path))
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-
-    def _json_lines(self, path: Path) -> Iterator[Any]:
-        with _open(path) as file:
-            for line in file:
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.decode("utf-8-sig"))
-                except UnicodeDecodeError:
-                    self._reject("not UTF-8", str(path))
-                    continue
-                except (ValueError, RecursionError):
-                    self._reject("not JSON", str(path))
-                    continue
-                yield row.get(self.field) if isinstance(row, dict) else None
+            yield from self._texts(records(path, self.field, lambda kind: self._reject(kind, where)), where)
+        except (BadFile, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
+            if getattr(error, "errno", None) and not isinstance(error, PermissionError):  # of the disk, not of the file
+                raise ValueError(f"{where} cannot be read: {reason}; mend that, and the same command goes on.") from error
+            if Path(self.spec) == path:  # all there is
+                raise ValueError(f"{where} cannot be read to its end: {reason}; fetch or write it again.") from error
+            self._reject(reason if isinstance(error, BadFile) else f"file that cannot be read ({reason})", where)
 
     def _dataset(self) -> Iterator[Any]:
         import datasets
@@ -119,7 +107,11 @@ class Source:
                 except UnicodeDecodeError:
                     self._reject("not UTF-8", where)
                     continue
-            if value is None:
+            if isinstance(value, Missing) and value.names is None:
+                self._reject("neither an object nor a text", where)
+            elif value is None or isinstance(value, Missing):
+                if value is not None and len(self.fields) <= FIELDS:
+                    self.fields |= dict.fromkeys(value.names or ())
                 self._reject(f"no field {self.field!r}", where)
             elif not isinstance(value, str):
                 self._reject(f"field {self.field!r} is not text", where)
@@ -141,26 +133,3 @@ def _encodable(text: str) -> bool:
     except UnicodeEncodeError:  # lone surrogates, from \ud800 escapes in JSON
         return False
     return True
-
-
-def _open(path: Path) -> Any:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    return lzma.open(path, "rb") if path.name.endswith(".xz") else open(path, "rb")
-
-
-def _parquet_rows(path: Path, field: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a Parquet file.") from error
-    if field not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column {field!r}; set text_field to one of {', '.join(file.schema_arrow.names)}.")
-    try:
-        for batch in file.iter_batches(columns=[field], batch_size=1024):
-            yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {_first_line(error)}.") from error

@@ -1,16 +1,23 @@
-"""Tokenizers: any Hugging Face tokenizer, a BPE trained on the spot, or bytes; always a `tokenizers.Tokenizer` saved beside its shards."""
+"""Tokenizers: any Hugging Face tokenizer, a BPE trained on the spot, or bytes; always a `tokenizers.Tokenizer` saved beside its shards.
+
+Text becomes ids in one way everywhere: `TextCoder.encode`, by the bare tokenizer (no template, no truncation or padding that it may have stored,
+the spelling of a special token is plain text). What stands around a document is what `marks_of` says of the tokenizer's folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+REACH_SECONDS = 10.0
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 
 
@@ -43,28 +50,132 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
-    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hub. Raises ValueError in one sentence."""
+@dataclass(frozen=True)
+class Marks:
+    """Ids around a document: `start` before it, `end` after it. end is None where the next start says that it ended; start where there is no mark."""
+
+    start: int | None
+    end: int | None = None
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What every text begins with."""
+        return [] if self.start is None else [self.start]
+
+    @property
+    def end_ids(self) -> list[int]:
+        """What ends a text that a model writes: its own end, or the start of another."""
+        return [i for i in (self.end, self.start) if i is not None]
+
+
+def marks_of(tokenizer: Tokenizer, folder: Path | None = None) -> Marks:
+    """The marks that the tokenizer_config.json (or special_tokens_map.json) beside a tokenizer.json names: bos before a document and eos after
+    it, or eos alone before it. Where they name none: the first of END_NAMES that the tokenizer has."""
+    named: dict[str, int] = {}
+    for path in () if folder is None else (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        for key in ("bos_token", "eos_token"):
+            token = values.get(key) if isinstance(values, dict) else None
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and (found := tokenizer.token_to_id(token)) is not None:
+                named[key] = found
+    return marks_from(tokenizer, named.get("bos_token"), named.get("eos_token"))
+
+
+def marks_from(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> Marks:
+    """The marks that follow from a begin and an end token, of which either may be missing."""
+    if bos is not None:
+        return Marks(bos, None if eos == bos else eos)
+    if eos is not None:
+        return Marks(eos)
+    return Marks(next((found for name in END_NAMES if (found := tokenizer.token_to_id(name)) is not None), None))
+
+
+def tokenizer_config(tokenizer: Tokenizer, marks: Marks) -> dict[str, Any]:
+    """The tokenizer_config.json that says `marks`, for `marks_of` and for transformers."""
+    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if marks.start is not None:
+        values["bos_token"] = tokenizer.id_to_token(marks.start)
+        values["eos_token"] = tokenizer.id_to_token(marks.start if marks.end is None else marks.end)
+    return values
+
+
+class TextCoder:
+    """Text to ids and back, the same for prepare, generation, samples, evaluation and export; `start_ids` is what every document begins with."""
+
+    def __init__(self, tokenizer: Tokenizer, start_ids: list[int], special_ids: set[int], end_ids: list[int] | None = None) -> None:
+        self.tokenizer, self.start_ids, self.special_ids = encode_bare(tokenizer), start_ids, special_ids
+        self.end_ids = start_ids if end_ids is None else end_ids
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """Ids of the text, with `start_ids` before them where it begins a document."""
+        return [*(self.start_ids if start else ()), *self.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens left out."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def coder_of(tokenizer: Tokenizer, folder: str | Path | None = None) -> TextCoder:
+    """The coder of a tokenizer and the folder it lies in: shards, a checkpoint, or one from elsewhere."""
+    marks = marks_of(tokenizer, None if folder is None else Path(folder))
+    known = {i for name in END_NAMES if (i := tokenizer.token_to_id(name)) is not None}
+    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return TextCoder(tokenizer, marks.start_ids, known | special | set(marks.end_ids), marks.end_ids)
+
+
+def load_tokenizer(spec: str) -> tuple[Tokenizer, Marks]:
+    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hub, and the marks of documents. Raises ValueError in one sentence."""
     if spec == "bytes":
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        return tokenizer, marks_of(tokenizer)
     path = Path(spec)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         if path.is_file():
             tokenizer = Tokenizer.from_file(str(path))
+            marks = marks_of(tokenizer, path.parent)
         elif path.suffix == ".json" or str(spec).startswith((".", "/")):
             raise ValueError("there is no such file")
         else:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(spec, use_fast=True).backend_tokenizer
+            away = hub_away()
+            try:
+                named = AutoTokenizer.from_pretrained(spec, use_fast=True, local_files_only=bool(away))
+            except Exception as error:
+                if away:
+                    raise ValueError(f"{away}, and it is not in the cache") from error
+                raise
+            tokenizer = named.backend_tokenizer
+            marks = marks_from(tokenizer, named.bos_token_id, named.eos_token_id)
     except Exception as error:  # tokenizers raises bare Exception, the Hub client many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
             f"The tokenizer {spec} cannot be loaded: {reason}; give a tokenizer.json, a folder with one, a Hub name, bpe:SIZE or bytes."
         ) from error
-    eot_id(tokenizer)
-    return tokenizer
+    if marks.start is None:
+        raise ValueError(
+            f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}, or a tokenizer_config.json beside it that names one."
+        )
+    return tokenizer, marks
+
+
+def hub_away() -> str:
+    """Why nothing can be fetched from the Hub now, after one attempt of a few seconds; '' when it answers. Its own client tries for a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
+        return ""
+    except Exception as error:  # of whichever HTTP library the client uses
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        return f"{constants.ENDPOINT} cannot be reached ({reason})"
 
 
 def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
@@ -78,11 +189,11 @@ def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 def eot_id(tokenizer: Tokenizer) -> int:
-    """Id of the mark that starts every document. Raises ValueError when the tokenizer has none of the known names."""
-    for name in END_NAMES:
-        if (found := tokenizer.token_to_id(name)) is not None:
-            return found
-    raise ValueError(f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}.")
+    """Id of the mark that starts documents where nothing but the tokenizer is known. Raises ValueError when it has none of the known names."""
+    start = marks_of(tokenizer).start
+    if start is None:
+        raise ValueError(f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}.")
+    return start
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -175,6 +175,7 @@ class ShardWriter:
                 path.unlink()
         content = {**meta, "dtype": self.dtype.name, "splits": splits}
         same = {key: content.get(key) for key in ("format", "dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")}
+        same |= {"end_id": content["end_id"]} if "end_id" in content else {}
         content["fingerprint"] = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()  # of the tokens, not of paths
         temporary = self.folder / "meta.tmp"
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -12,6 +12,7 @@ Legend: B batch, T time, V vocabulary, G heads (or 1), E entries of one head's s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -24,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.tokenizer import TextCoder, coder_of
+from evals.trust import code_hash, may_run_code, names_code
 from models.hub.weights import Weights
 from training.errors import UserError
 
@@ -45,21 +48,6 @@ class LayerState:
     name: str
     entries: Tensor
     shape: tuple[int, ...]
-
-
-class TextCoder:
-    """Text to ids and back; `start_ids` is what every document begins with."""
-
-    def __init__(self, tokenizer: Any, start_ids: list[int], special_ids: set[int]) -> None:
-        self.tokenizer, self.start_ids, self.special_ids = tokenizer, start_ids, special_ids
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without start_ids."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids, special tokens left out."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def pieces(T: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -90,6 +78,7 @@ class Adapter:
     device: torch.device
     precision = "fp32"
     after_chunk: Callable[[Any], Any] | None = None  # cures act on the state between chunks
+    trusted = False  # whether code of the folder was run
     on_start: Callable[[], None] | None = None  # cures that keep something of their own forget it here
 
     def start(self, batch: int) -> Any:
@@ -116,6 +105,23 @@ class Adapter:
         """`state` with every recurrent tensor replaced by change(layer, name, tensor)."""
         raise ItemError(f"{self.kind} does not let its states be changed.")
 
+    def config_text(self) -> str:
+        """The model's config as JSON."""
+        config: Any = self.model.config
+        return config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+    def content_hash(self) -> str:
+        """Of all that decides what the model says: every value of its weights, its config, its tokenizer and code from its folder."""
+        digest = hashlib.sha256(self.config_text().encode())
+        for name, value in sorted(self.model.state_dict().items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if self.coder is not None:
+            digest.update(f"{self.coder.tokenizer.to_str()} {self.coder.start_ids}".encode())
+        digest.update(code_hash(Path(self.folder)).encode() if self.trusted else b"")
+        return digest.hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the model."""
         return {
@@ -133,6 +139,8 @@ class Adapter:
     def need_coder(self) -> TextCoder:
         """The coder. Raises ItemError where there is none."""
         if self.coder is None:
+            if not self.trusted and names_code(Path(self.folder) / "tokenizer_config.json"):
+                raise ItemError(f"The tokenizer of {self.folder} is code of its own, which this program runs only when told to: read it, then add trust_remote_code=true.")
             raise ItemError(
                 f"{self.folder} holds no tokenizer that can be read, so texts cannot be made into tokens; put a tokenizer.json beside the weights."
             )
@@ -480,43 +488,35 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def own_coder(tokenizer: Any) -> TextCoder:
-    """The coder of a tokenizer of ours: documents begin with its end-of-text mark."""
-    from data.tokenizer import END_NAMES, encode_bare
-
-    specials = {i for name in END_NAMES if (i := tokenizer.token_to_id(name)) is not None}
-    start = next((tokenizer.token_to_id(n) for n in END_NAMES if tokenizer.token_to_id(n) is not None), None)
-    return TextCoder(encode_bare(tokenizer), [] if start is None else [start], specials)
+own_coder = coder_of
 
 
-def hf_coder(folder: str) -> TextCoder | None:
-    """The folder's fast tokenizer, or None."""
+def hf_coder(folder: str, trusted: bool = False) -> TextCoder | None:
+    """The coder of a folder's fast tokenizer, or None; the tokens that start and end a text are those that an import of the folder reads."""
+    from tokenizers import Tokenizer
+
+    from data.tokenizer import marks_from
+
+    path = Path(folder) / "tokenizer.json"
     try:
+        if path.is_file():
+            return coder_of(Tokenizer.from_file(str(path)), folder)
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=True)
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None and len(backend.encode("a b", add_special_tokens=False).ids) > 0:
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            return TextCoder(backend, [] if start is None else [start], set(tokenizer.all_special_ids))
-    except Exception:
-        pass
-    path = Path(folder) / "tokenizer.json"
-    if path.is_file():
-        from tokenizers import Tokenizer
-
-        try:
-            return own_coder(Tokenizer.from_file(str(path)))
-        except Exception:  # tokenizers raises bare Exception
-            return None
-    return None
+        tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=trusted)
+        marks = marks_from(tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        return TextCoder(tokenizer.backend_tokenizer, marks.start_ids, set(tokenizer.all_special_ids), marks.end_ids)
+    except Exception:  # tokenizers raises bare Exception, transformers many kinds
+        return None
 
 
-def load_adapter(path: str, device: str | torch.device = "cpu", precision: str = "fp32", gguf: str | None = None) -> Adapter:
+def load_adapter(
+    path: str, device: str | torch.device = "cpu", precision: str = "fp32", gguf: str | None = None, trust_remote_code: bool = False
+) -> Adapter:
     """The model behind `path`. Raises UserError in one sentence.
 
-    Ours: a run, a checkpoint of it, or model.safetensors with our config.json. Anything else goes to transformers (with
-    trust_remote_code: the folder's own code is run). gguf: name of a GGUF file in the folder.
+    Ours: a run, a checkpoint of it, or model.safetensors with our config.json. Anything else goes to transformers. trust_remote_code: code
+    that lies in the folder may be run; without it only code that this version writes itself. gguf: name of a GGUF file in the folder.
     """
     folder = Path(path)
     if not folder.exists():
@@ -527,7 +527,7 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
         from training.checkpoint import load_model
 
         model, tokenizer, meta = load_model(folder, device)
-        own = OwnAdapter(model, own_coder(tokenizer), folder.name or str(folder), meta["folder"], precision)
+        own = OwnAdapter(model, own_coder(tokenizer, meta["folder"]), folder.name or str(folder), meta["folder"], precision)
         own.train_length = (meta.get("run", {}).get("train") or {}).get("seq_len")
         return own
     if not (folder / "config.json").exists() and gguf is None:
@@ -539,12 +539,14 @@ def load_adapter(path: str, device: str | torch.device = "cpu", precision: str =
     quiet_transformers()
     if gguf is None:
         Weights(folder)  # refuses pickles, and an index that leads out of the folder
+    trusted = may_run_code(folder, trust_remote_code)
     try:
         options: dict[str, Any] = {"gguf_file": gguf} if gguf else {"use_safetensors": True}
-        hf: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=True, **options)
+        hf: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, trust_remote_code=trusted, **options)
     except Exception as error:
         raise UserError(f"{folder} cannot be loaded by transformers: {first_words(error)}") from error
-    foreign = HFAdapter(hf.to(device), hf_coder(str(folder)), folder.name, str(folder), precision)
+    foreign = HFAdapter(hf.to(device), hf_coder(str(folder), trusted), folder.name, str(folder), precision)
+    foreign.trusted = trusted
     limit = getattr(hf.config, "max_position_embeddings", None)
     foreign.train_length = int(limit) if isinstance(limit, int) else None
     return foreign

@@ -331,10 +331,8 @@ def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
     from kernels.rotary.reference import rotate
     from models.mixers.attention import State
 
-    theta, rope = mixer.config.rope_theta, mixer.config.rope
-
     def turn(x: Tensor, positions: Tensor) -> Tensor:
-        return rotate(x, positions, theta) if rope else x
+        return rotate(x, positions, *mixer.turned(positions)) if mixer.config.rope else x
 
     def forward(x_BTD: Tensor, state: Any = None, segment_ids: Any = None) -> tuple[Tensor, Any]:
         assert segment_ids is None, "evaluations feed one document at a time"

@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte on held-out documents, each read with an empty state: the figure that models with different tokenizers share."""
+"""Perplexity and bits per byte on documents, each read with an empty state: the figure that models with different tokenizers share."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def document_perplexity(
     chunk: int = 2048,
     batch: int = 8,
     seed: int = 0,
+    unit: str = "documents",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores (ids (n+1,), bytes of the n scored tokens) pairs; {'perplexity', 'bits_per_byte', their 95 % intervals, ...}.
 
     The first id is read and not scored. Intervals are a bootstrap over documents, over blocks of 1,024 tokens where there are fewer than 8
-    (bytes then shared out evenly over a document's tokens). Raises ItemError where no document has two tokens.
+    (bytes then shared out evenly over a document's tokens). unit: what the pairs are called. Raises ItemError where no document has two tokens.
     """
     documents = [(ids, size) for ids, size in documents if len(ids) > 1]
     if not documents:
@@ -70,6 +71,6 @@ def document_perplexity(
         "bits_per_byte": bits,
         "bits_per_byte_low": low_bits,
         "bits_per_byte_high": high_bits,
-        "interval": "bootstrap over documents" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
-        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} document(s)",
+        "interval": f"bootstrap over {unit}" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
+        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {unit}",
     }

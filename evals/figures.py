@@ -90,21 +90,58 @@ def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]
     return png(plt, figure)
 
 
-def heat_map(plt: Any, grids: list[dict[str, Any]], title: str) -> bytes | None:
-    """Accuracy over length (across) and depth (down)."""
-    if plt is None or not grids:
+def grids_figure(plt: Any, grids: dict[str, list[dict[str, Any]]], title: str) -> bytes | None:
+    """Accuracy over length (across) and depth (down), a panel for each model, all on one scale. grids: by model. None where nobody found anything
+    anywhere: a sentence says that better."""
+    grids = {model: sorted(g, key=lambda x: x["length"]) for model, g in grids.items() if g}
+    if plt is None or not any(c["accuracy"] > 0 for found in grids.values() for g in found for c in g["cells"]):
         return None
-    grids = sorted(grids, key=lambda g: g["length"])
-    depths = [c["depth"] for c in grids[0]["cells"]]
-    values = [[next((c["accuracy"] for c in g["cells"] if c["depth"] == d), float("nan")) for g in grids] for d in depths]
-    figure, axes = plt.subplots(figsize=(1.5 + 0.8 * len(grids), 1.5 + 0.35 * len(depths)))
-    axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for i, row in enumerate(values):
-        for j, v in enumerate(row):
-            axes.text(j, i, f"{100 * v:.0f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(len(grids)), [f"{g['length']:,}" for g in grids], rotation=45)
-    axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
-    axes.set(xlabel="tokens", ylabel="depth", title=title)
+    lengths = sorted({g["length"] for found in grids.values() for g in found})
+    depths = sorted({c["depth"] for found in grids.values() for g in found for c in g["cells"]})
+    across = min(3, len(grids))
+    down = -(-len(grids) // across)
+    width, height = 0.7 * len(lengths) + 0.6, 0.32 * len(depths) + 0.5
+    figure, panels = plt.subplots(down, across, figsize=(across * width + 1.6, down * height + 1), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    image = None
+    for panel in panels.flat:
+        panel.set_visible(False)
+    for number, (panel, (model, found)) in enumerate(zip(panels.flat, grids.items())):
+        panel.set_visible(True)
+        panel.tick_params(labelbottom=number + across >= len(grids))  # nothing stands below it
+        by = {(g["length"], c["depth"]): c["accuracy"] for g in found for c in g["cells"]}
+        values = [[by.get((n, d), float("nan")) for n in lengths] for d in depths]
+        image = panel.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+        for i, row in enumerate(values):
+            for j, v in enumerate(row):
+                panel.text(j, i, "-" if v != v else f"{100 * v:.0f}", ha="center", va="center", fontsize=8, color="white" if v > 0.6 else "#333")
+        panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=8)
+        panel.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=8)
+        panel.set_title(model if len(model) <= 28 else model[:27] + "…", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("depth", fontsize=9)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="accuracy")
+    return png(plt, figure)
+
+
+def remembrance_figure(plt: Any, curves: list[tuple[str, dict[str, Any]]]) -> bytes | None:
+    """Distance over the share of the text that was dropped, on an axis that ends a little above the largest value. curves: (label, result)."""
+    if plt is None or not curves:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4))
+    top = 0.0
+    for i, (label, x) in enumerate(curves):
+        curve = x["curve"]
+        at = [c["dropped"] / x["length"] for c in curve]
+        axes.plot(at, [c["distance"] for c in curve], marker=".", label=f"{label} (T={x['length']:,})", **line(i))
+        top = max(top, *(c["distance"] for c in curve))
+        if all(c["low"] is not None for c in curve):
+            axes.fill_between(at, [c["low"] for c in curve], [c["high"] for c in curve], alpha=0.15, color=f"C{i % 10}", linewidth=0)
+            top = max(top, *(c["high"] for c in curve))
+    top = min(1.0, max(1.1 * top, 1e-4))
+    axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance (at most 1)", ylim=(-0.02 * top, 1.02 * top))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     return png(plt, figure)
 
 

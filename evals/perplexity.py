@@ -21,12 +21,13 @@ from models.parallel import split
 
 @dataclass
 class Perplexity:
-    """Sums over the scored tokens, and what follows from them. by_position: log2 buckets of the place in the row."""
+    """Sums over the scored tokens, and what follows from them. by_position: log2 buckets of the place in the row, by their first place."""
 
     nll_nats: float = 0.0
     tokens: int = 0
     bytes: int = 0
     by_position: dict[int, list[float]] = field(default_factory=dict)
+    length: int = 0  # of the longest row, where known
 
     @property
     def nats_per_token(self) -> float:
@@ -34,7 +35,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(700.0, self.nats_per_token))
+        return math.exp(min(self.nats_per_token, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
@@ -42,7 +43,7 @@ class Perplexity:
 
     def to_dict(self) -> dict[str, Any]:
         buckets = [
-            {"from": low, "to": 2 * max(low, 1) - 1, "nats_per_token": s / n, "tokens": int(n)}
+            {"from": low, "to": min(max(0, 2 * low - 1), (self.length or 2 * low + 1) - 1), "nats_per_token": s / n, "tokens": int(n)}
             for low, (s, n) in sorted(self.by_position.items())
         ]
         return {
@@ -113,7 +114,9 @@ def evaluate(
     """
     device = next(model.parameters()).device
     result = Perplexity()
-    rows = held_out_rows(shards, length, max_tokens)[rank::world_size]
+    rows = held_out_rows(shards, length, max_tokens)
+    result.length = max(len(tokens) - 1 for tokens, _ in rows)
+    rows = rows[rank::world_size]
     rows.sort(key=lambda row: -len(row[0]))
     training = model.training
     model.eval()

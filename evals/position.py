@@ -72,7 +72,7 @@ def windows(adapter: Adapter, rows_RT: np.ndarray, train_length: int, *, chunk: 
 
     by_place: buckets like those of `position_curve`, every token scored with T/2 to T tokens before it (in the first window with those
     there are), so that two curves over the same tokens can be compared, whatever the text is like there. inside: buckets by the place in
-    the window. Raises ItemError as `position_curve` does.
+    the window, without intervals, as the windows overlap. Raises ItemError as `position_curve` does.
     """
     (R, wide), T = rows_RT.shape, train_length
     length, half = wide - 1, max(1, train_length // 2)
@@ -95,10 +95,39 @@ def windows(adapter: Adapter, rows_RT: np.ndarray, train_length: int, *, chunk: 
         for i, start in enumerate(part):
             place.add(covered, nll[i * R : (i + 1) * R, covered - start :])
             covered = start + T
-    return {"by_place": place.buckets(seed), "inside": inside.buckets(seed), "windows": R * len(starts)}
+    return {"by_place": place.buckets(seed), "inside": inside.buckets(seed, intervals=False), "windows": R * len(starts)}
 
 
-def collapse(buckets: list[dict[str, Any]], train_length: int, compared: dict[str, Any] | None = None) -> dict[str, Any]:
+def unigram_nats(rows: np.ndarray, text: np.ndarray, vocabulary: int) -> float:
+    """Nats per token of the `rows`, which are cut from `text`, by a model that knows nothing but how often each token occurs in the rest of it.
+
+    Every token is left out of its own count; kinds that do not occur otherwise share, evenly over the vocabulary, as much as new kinds turn up
+    (Witten and Bell 1991).
+    """
+    kinds, counts = np.unique(text, return_counts=True)
+    n = max(1, len(text) - 1)
+    new = len(kinds) / (n + len(kinds))
+    others = counts[np.minimum(np.searchsorted(kinds, rows.ravel()), len(kinds) - 1)] - 1
+    return float(-np.log((1 - new) * others / n + new / max(vocabulary, len(kinds))).mean())
+
+
+def unlearnt(nats: float, rows: np.ndarray, text: np.ndarray, vocabulary: int) -> str:
+    """Why a model with that loss on the `rows` gets no verdict; '' for one that is better than a unigram of their text."""
+    floor = unigram_nats(rows, text, vocabulary)
+    return "" if nats < floor else f"the model is no better than a unigram of the text ({nats:.2f} nats per token, the unigram {floor:.2f})"
+
+
+def unlearnt_rows(same: dict[str, Any] | None, rows_RT: np.ndarray, text: np.ndarray, vocabulary: int) -> str:
+    """`unlearnt` of the rows (R, L+1) in windows of the training length, as `windows` found them; '' where there are none."""
+    places = same["by_place"] if same else []
+    if not places:
+        return ""
+    return unlearnt(sum(b["nats_per_token"] * b["tokens"] for b in places) / sum(b["tokens"] for b in places), rows_RT[:, 1:], text, vocabulary)
+
+
+def collapse(
+    buckets: list[dict[str, Any]], train_length: int, compared: dict[str, Any] | None = None, unlearnt: str = ""
+) -> dict[str, Any]:
     """Whether and where the loss turns up past the training length T, from a position curve.
 
     compared: what `windows` gives for the same rows. delta of a bucket beyond T: its nats minus those of the same tokens in windows of T
@@ -106,6 +135,7 @@ def collapse(buckets: list[dict[str, Any]], train_length: int, compared: dict[st
     onset_0.1, onset_0.5: start of the first of up to four successive buckets past T, all with delta above that (null: none).
     forgets_2x: the published test (arXiv 2410.07145, section 4.2): no bucket's loss beyond T exceeds twice the largest inside T. The
     bucket of the first tokens, where any model is bad, is left out of that largest loss: with it the test could hardly fail.
+    unlearnt: why the model is to get no verdict, e.g. that it is no better than a unigram: a loss that cannot get worse holds at any length.
     """
     within = [b for b in (compared["inside"] if compared else buckets) if b["to"] <= train_length]
     beyond = [b for b in buckets if b["from"] >= train_length]
@@ -125,13 +155,13 @@ def collapse(buckets: list[dict[str, Any]], train_length: int, compared: dict[st
         "delta_at_end": delta[-1],
         "delta_largest": max(delta),
         "longest": beyond[-1]["to"],
-        "forgets_2x": all(b["nats_per_token"] <= 2 * most for b in beyond),
+        "forgets_2x": None if unlearnt else all(b["nats_per_token"] <= 2 * most for b in beyond),
     }
     for limit in (0.1, 0.5):
         run = [d > limit for d in delta]
         onset = next((beyond[i]["from"] for i in range(len(run)) if all(run[i : i + 4])), None)
         result[f"onset_{limit}"] = onset
-    result["verdict"] = (
+    result["verdict"] = f"no verdict: {unlearnt}" if unlearnt else (
         "collapses (0.5 nat)" if result["onset_0.5"] is not None else "degrades (0.1 nat)" if result["onset_0.1"] is not None else "holds"
     )
     return result

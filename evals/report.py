@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evals.figures import curves_figure, heat_map, mean, png, pyplot, rise_figure, states_figure, tracking_figure
+from evals.figures import curves_figure, grids_figure, mean, pyplot, remembrance_figure, rise_figure, states_figure, tracking_figure
+from training.arguments import program
+from training.errors import UserError
 from training.files import write_bytes
 
 Records = dict[str, list[dict[str, Any]]]  # by model
@@ -112,11 +114,44 @@ def cell(value: Any) -> str:
 
 def documents_section(page: Page, plt: Any, found: Records) -> None:
     rows = [
-        [model, x["source"], x["documents"], x["tokens"], x["bytes"], x["bits_per_byte"], _between(x, "bits_per_byte"), x["perplexity"], _between(x, "perplexity")]
+        [model, *_text_of(x), x["documents"], x["tokens"], x["bytes"], x["bits_per_byte"], _between(x, "bits_per_byte"), x["perplexity"], _between(x, "perplexity")]
         for model, items in found.items()
         for x in (r["result"] for r in items)
     ]
-    page.table("model,text,documents,tokens,bytes,bits/byte,95 %,perplexity,95 %".split(","), rows)
+    page.table("model,text,sha256,held out,documents,tokens,bytes,bits/byte,95 %,perplexity,95 %".split(","), rows)
+
+
+def _text_of(x: dict[str, Any]) -> list[str]:
+    """Name and hash of the text of a result, and whether it was held out from the model's training."""
+    text, seen = x.get("text") or {}, x.get("seen") or {}
+    status = str(seen.get("status", "not known"))
+    share = f" ({100 * seen['share']:.0f} % of it)" if status == "partly trained on" and seen.get("share") else ""
+    held_out = {"held out": "yes", "not known": "not known"}.get(status, f"no: {status}{share}")
+    return [str(text.get("name", x.get("source", "-"))), str(text.get("sha256", "-"))[:12], held_out]
+
+
+def texts(page: Page, records: Records) -> None:
+    """The text that everything was measured on, with its hash, and what is known of each model and it; a warning where models had different texts."""
+    found: dict[str, dict[str, Any]] = {}
+    known: dict[tuple[str, str], dict[str, Any]] = {}
+    for model, items in records.items():
+        for r in items:
+            result = r.get("result") or {}
+            if isinstance(text := result.get("text"), dict):
+                found[text["sha256"]] = text
+                known[(model, text["sha256"])] = result.get("seen") or {}
+    if not found:
+        return
+    page.head("Text")
+    if len(found) > 1:
+        page.say("These results are of different texts: figures can be compared only where the hash is the same. One command with all models gives them one text.")
+    for sha, text in found.items():
+        note = f", {text['note']}" if text.get("note") else ""
+        page.say(f"{text['name']} (sha256 {sha}): {text['documents']:,} documents, {text['bytes']:,} bytes{note}.")
+    rows = [[m, *_text_of({"text": found[sha], "seen": seen})[1:], seen.get("why", "-")] for (m, sha), seen in known.items()]
+    page.table(["model", "sha256", "held out", "why"], rows)
+    notes = [[m, r["item"], r["result"]["note"]] for m, items in records.items() for r in items if (r.get("result") or {}).get("note")]
+    page.table(["model", "item", "the text is shorter than what was asked for"], notes)
 
 
 def _between(x: dict[str, Any], key: str) -> str:
@@ -148,7 +183,7 @@ def position_section(page: Page, plt: Any, found: Records) -> None:
         for r in items:
             result, c = r["result"], r["result"]["collapse"]
             rows.append(
-                [model, result.get("source", result["prompt"]), result["length"], result["rows"], result["perplexity"], result.get("bits_per_byte")]
+                [model, result.get("source", result["prompt"]), _reached(result), result["rows"], result["perplexity"], result.get("bits_per_byte")]
                 + [c.get("delta_at_end"), c.get("onset_0.1"), c.get("onset_0.5"), c.get("forgets_2x"), c.get("verdict")]
                 + [f"{result['tokens_per_second']:,.0f}", _gib(result.get("peak_memory_bytes"))]
             )
@@ -176,6 +211,12 @@ def position_section(page: Page, plt: Any, found: Records) -> None:
         page.figure(f"rise-{prompt}", rise_figure(plt, rises, f"Rise beyond the training length, {prompt}"), caption)
 
 
+def _reached(x: dict[str, Any]) -> Any:
+    """Tokens of a row, and how many were asked for where the text did not reach."""
+    asked = x.get("asked_length", 0) - 1
+    return f"{x['length']:,} of {asked:,}" if x["length"] < asked else x["length"]
+
+
 def _gib(value: Any) -> Any:
     return None if value is None else f"{value / 2**30:.2f}"
 
@@ -190,13 +231,19 @@ def retrieval_section(page: Page, plt: Any, found: Records) -> None:
                 f"{100 * g['accuracy']:.0f} ({100 * g['low']:.0f}-{100 * g['high']:.0f})" if (g := by_length.get(n)) else "-"
                 for n in lengths
             ]
-            rows.append([model, *cells])
+            beside = {k: v for g in by_length.values() for k, v in g.get("without_reading", {}).items()}
+            best = {k: max(g.get("without_reading", {}).get(k, 0.0) for g in by_length.values()) for k in beside}
+            copier = max((v, k) for k, v in best.items() if k != "chance") if len(best) > 1 else None
+            rows.append([model, *cells, f"{100 * best['chance']:.3g}" if best else "-", f"{100 * copier[0]:.0f} ({copier[1]})" if copier else "-"])
         page.say(task)
-        page.table(["model", *[f"{n:,}" for n in lengths]], rows)
-    for model, items in found.items():
-        for task in sorted({r["result"]["task"] for r in items}):
-            grids = [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1]
-            page.figure(f"{task}-{model}", heat_map(plt, grids, f"{model}: {task}"), f"{task}, {model}: accuracy in %")
+        page.table(["model", *[f"{n:,}" for n in lengths], "chance", "best copier"], rows)
+        grids = {
+            model: [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1] for model, items in found.items()
+        }
+        drawn = grids_figure(plt, grids, task)
+        if drawn is None and plt is not None and any(grids.values()):
+            page.say("Nobody found a key at any length and depth.")
+        page.figure(task, drawn, f"{task}: accuracy in % by length and depth, a panel for each model")
 
 
 def states_section(page: Page, plt: Any, found: Records) -> None:
@@ -235,20 +282,8 @@ def states_section(page: Page, plt: Any, found: Records) -> None:
 
 
 def remembrance_section(page: Page, plt: Any, found: Records) -> None:
-    if plt is None:
-        return
-    figure, axes = plt.subplots(figsize=(8, 4))
-    for i, (model, items) in enumerate(found.items()):
-        for r in items:
-            x, curve = r["result"], r["result"]["curve"]
-            at = [c["dropped"] / x["length"] for c in curve]
-            axes.plot(at, [c["distance"] for c in curve], marker=".", color=f"C{i % 10}", label=f"{model} (T={x['length']:,})")
-            if all(c["low"] is not None for c in curve):
-                axes.fill_between(at, [c["low"] for c in curve], [c["high"] for c in curve], alpha=0.15, color=f"C{i % 10}", linewidth=0)
-    axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance", ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    page.figure("remembrance", png(plt, figure), "Effective remembrance, 95 % intervals")
+    curves = [(model, r["result"]) for model, items in found.items() for r in items]
+    page.figure("remembrance", remembrance_figure(plt, curves), "Effective remembrance, 95 % intervals")
 
 
 def cures_section(page: Page, plt: Any, found: Records) -> None:
@@ -299,8 +334,8 @@ def harness_section(page: Page, plt: Any, found: Records) -> None:
 SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
     (
         "documents",
-        "Held-out documents",
-        "Each document from its own beginning, or piece by piece where there are few. Bits per byte can be compared between models with different tokenizers where the text is the same; perplexity cannot.",
+        "Documents",
+        "Each document from its own beginning, or piece by piece where there are few. Held out: passages of the text were looked for in the training data. Bits per byte can be compared between models with different tokenizers where the text is the same; perplexity cannot.",
         documents_section,
     ),
     (
@@ -332,7 +367,9 @@ SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
     (
         "retrieval",
         "Retrieval",
-        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe.",
+        "Accuracy in % (95 % Wilson interval) over all depths: exact match of the key for passkey and niah, recall of the answers for vt, cwe and fwe. Chance: a guess "
+        "without reading. Best copier: the largest score, at any of the lengths, of a program that copies as many tokens of the text as a model may write, from its "
+        "beginning, its end or anywhere, or that names any of the keys.",
         retrieval_section,
     ),
     (
@@ -380,6 +417,7 @@ def write_report(out: Path) -> Page:
     page.table("model,kind,parameters,training length,state carried in,precision,device,torch,commit,items".split(","), rows)
     if plt is None:
         page.say("There are no plots: matplotlib is not installed (pip install matplotlib, then python -m evals.report OUT).")
+    texts(page, records)
     for kind, title, meaning, draw in SECTIONS:
         if found := done(records, kind):
             page.head(title)
@@ -396,12 +434,14 @@ def write_report(out: Path) -> Page:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
-        print(__doc__)
-        return 2
-    write_report(Path(arguments[0]))
-    return 0
+    """The command line of this module; returns the exit status."""
+
+    def run(words: list[str]) -> None:
+        if len(words) != 1 or not Path(words[0]).is_dir():
+            raise UserError(f"{' '.join(words) or 'Nothing'} is no folder of measurements; give one that `python -m evals.run suite=...` wrote.")
+        write_report(Path(words[0]))
+
+    return program(__doc__, run, arguments)
 
 
 if __name__ == "__main__":

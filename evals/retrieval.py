@@ -1,13 +1,15 @@
-"""Scores retrieval tasks: a length x depth grid of accuracies with Wilson intervals, by one teacher-forced pass or by greedy decoding."""
+"""Scores retrieval tasks: a length x depth grid of accuracies with Wilson intervals, by one teacher-forced pass or by greedy decoding; beside
+them what a guess and programs that only copy would score on the same samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from evals.adapters import Adapter
+from evals.adapters import Adapter, TextCoder
 from evals.statistics import wilson
 from evals.tasks import Sample, Task
 from evals.texts import Text
@@ -29,10 +31,25 @@ def score(adapter: Adapter, task: Task, samples: list[Sample], chunk: int, batch
             found += adapter.hits(prompt, answers, chunk).float().tolist()
             continue
         written = adapter.greedy(prompt, max(s.new_tokens for s in group), chunk)
-        for sample, ids in zip(group, written.tolist()):
-            text = coder.decode(ids).lower()
-            found.append(sum(answer.lower() in text for answer in sample.answers) / len(sample.answers))
+        found += [recall(coder, sample, ids) for sample, ids in zip(group, written.tolist())]
     return found
+
+
+def recall(coder: TextCoder, sample: Sample, ids: list[int]) -> float:
+    """Share of the sample's answers that stand in the text of `ids`."""
+    text = coder.decode(ids).lower()
+    return sum(answer.lower() in text for answer in sample.answers) / len(sample.answers)
+
+
+def without_reading(coder: TextCoder, task: Task, samples: list[Sample]) -> dict[str, float]:
+    """Mean score on the samples of a guess, and of each program that copies (Sample.copies); of naming any of the keys, where there are several."""
+    rng, found = np.random.default_rng(0), [{"chance": s.chance} for s in samples]
+    for sample, scores in zip(samples, found):
+        for name, ids in sample.copies(rng).items():
+            scores[name] = float(ids == sample.answer) if task.by_ids else recall(coder, sample, ids)
+        if task.keys_in_text > 1:
+            scores["names any key"] = 1 / task.keys_in_text
+    return {name: sum(scores[name] for scores in found) / len(found) for name in found[0]}
 
 
 def grid(
@@ -52,9 +69,11 @@ def grid(
     """One length of the grid: `samples` prompts at each depth (tasks without a depth: that many in all)."""
     coder = adapter.need_coder()
     cells: list[dict[str, Any]] = []
+    everything: list[Sample] = []
     depths = depths if task.has_depth else [0.5]
     for i, depth in enumerate(depths):
         made = [task.sample(coder, length, depth, n, seed, text) for n in range(samples)]
+        everything += made
         longest = max(len(s.prompt) + len(s.answer) for s in made)
         adapter.check_length(longest)
         values = score(adapter, task, made, chunk, batch, greedy)
@@ -67,4 +86,5 @@ def grid(
     total = float(sum(c["accuracy"] * c["n"] for c in cells))
     n = sum(int(c["n"]) for c in cells)
     low, high = wilson(round(total), n)
-    return {"task": task.label, "length": length, "cells": cells, "accuracy": total / n, "n": n, "low": low, "high": high, "seed": seed}
+    result = {"task": task.label, "length": length, "cells": cells, "accuracy": total / n, "n": n, "low": low, "high": high, "seed": seed}
+    return {**result, "without_reading": without_reading(coder, task, everything)}

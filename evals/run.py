@@ -1,14 +1,17 @@
 """Evaluates checkpoints.
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
-    python -m evals.run checkpoint=DIR[,DIR...] suite=quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
+    python -m evals.run checkpoint=DIR[,DIR...] suite=perplexity|quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
         [lengths=512,1024] [depths=5] [samples=20] [sequences=1000] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
-        [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [device=auto] [precision=fp32]
+        [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [trust_remote_code=true] [add_bos_token=auto|true|false] [device=auto] [precision=fp32]
 
 `checkpoint` is a run folder, a checkpoint of it, or a folder with model.safetensors, config.json and tokenizer.json; for the suites of the
-second line also any Hugging Face causal language model on disk (its own code is run if it brings some). A model trained on a generated task is
-scored on that task by every suite. perplexity scores the held-out split with documents reset at their starts; its result is printed and written as JSON (default: eval-perplexity.json beside the weights).
-The other suites write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
+second line also any Hugging Face causal language model on disk (code that it brings is run with trust_remote_code=true only). A model trained on
+a generated task is scored on that task by every suite. perplexity of one checkpoint scores the held-out split with documents reset at their starts;
+its result is printed and written as JSON (default: eval-perplexity.json beside the weights, or under runs/evals where these cannot be written to).
+With text=FILE or several checkpoints it is a suite like the others: documents of the text, and the loss by position (to `length` tokens).
+Suites measure all models on one text: text=FILE (what data.prepare reads), the held-out split of data=DIR, else that of the first run, else
+the bundled books; and say which of them was trained on it. They write OUT/MODEL/items/*.json, one after each measurement, and OUT/report.html and report.md of everything under OUT; the
 same command goes on where it was stopped. Under torchrun the items are shared out over the GPUs. See docs/long_context.md.
 """
 
@@ -20,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from evals.progress import Progress
 from training.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -48,6 +52,8 @@ DEFAULTS: dict[str, Any] = {
     "only": "",
     "redo": False,
     "gguf": None,
+    "trust_remote_code": False,
+    "add_bos_token": "auto",
 }
 SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
 
@@ -61,22 +67,35 @@ def problems_of(values: dict[str, Any]) -> list[str]:
         problems.append(f"suite is {values['suite']!r}; choose one of {', '.join(SUITES)}.")
     if values["precision"] not in ("fp32", "bf16"):
         problems.append(f"precision is {values['precision']!r}; choose fp32 or bf16.")
+    if values["add_bos_token"] not in ("auto", "true", "false"):
+        problems.append(f"add_bos_token is {values['add_bos_token']!r}; choose auto (as the tokenizer says), true or false.")
+    if values["text"] is not None and values["data"] is not None:
+        problems.append("text and data both say what to read; give one of them.")
     return problems
 
 
+def by_tokens(values: dict[str, Any]) -> bool:
+    """Whether token shards are scored as they are: perplexity of one checkpoint. A text or several models are compared by suites."""
+    alone = "," not in (values["checkpoint"] or "") or Path(values["checkpoint"]).exists()
+    return bool(values["suite"] == "perplexity" and values["text"] is None and alone)
+
+
 def run_suite(values: dict[str, Any]) -> int:
-    """Every suite but perplexity; returns how many items could not be measured."""
+    """A suite of items; returns how many could not be measured."""
     from evals.suites import Settings, evaluate
 
-    same = ("lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
+    same = ("add_bos_token", "lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
     settings = Settings(**{k: values[k] for k in same})
+    if settings.suite == "perplexity":
+        settings.max_length = settings.max_length or values["length"]
     paths = [path for path in values["checkpoint"].split(",") if path]
-    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"])
+    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"], values["trust_remote_code"])
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluates and returns the result that is written to JSON."""
     from data.shards import ShardSet
+    from data.tokenizer import marks_of
     from evals.baselines import CountBaselines
     from evals.perplexity import evaluate, held_out_rows, text_bytes
     from training.checkpoint import load_model
@@ -87,6 +106,10 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     device = pick_device(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)
     folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
+    if isinstance(folder, str) and "," in folder and not Path(folder).exists():
+        folder = dict.fromkeys(folder.split(","), 1.0)
+    if isinstance(folder, dict) and folder:
+        return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()})
     if not isinstance(folder, str):
         raise UserError("Say which token shards to score: data=DIR.")
     try:
@@ -97,17 +120,25 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
         )
+    if (begins := marks_of(tokenizer, Path(meta["folder"])).start) != held_out.eot_id:
+        raise UserError(
+            f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
+            f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={meta['folder']}."
+        )
+    out = where_to_write(values, Path(meta["folder"]))
+    seen = what_is_known(meta, held_out)
     start = time.perf_counter()
-    result = evaluate(
-        model,
-        held_out,
-        length=values["length"],
-        chunk=values["chunk"],
-        batch=values["batch"],
-        max_tokens=values["max_tokens"],
-        precision=values["precision"],
-        on_progress=_progress,
-    )
+    with Progress("perplexity", "rows", every=True) as progress:
+        result = evaluate(
+            model,
+            held_out,
+            length=values["length"],
+            chunk=values["chunk"],
+            batch=values["batch"],
+            max_tokens=values["max_tokens"],
+            precision=values["precision"],
+            on_progress=progress,
+        )
     seconds = time.perf_counter() - start
     rows = held_out_rows(held_out, values["length"], values["max_tokens"])
     counts = CountBaselines(train)
@@ -120,12 +151,13 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": meta["folder"],
         "step": meta.get("state", {}).get("step"),
         **result.to_dict(),
+        "text": {"name": f"the valid split of {folder}", "fingerprint": held_out.fingerprint},
+        "seen": seen.to_dict(),
         "baselines_bits_per_byte": baselines,
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
         "environment": environment(device),
     }
-    out = Path(values["out"] or Path(meta["folder"]) / f"eval-{values['suite']}.json")
     try:
         write_json(out, report)
     except OSError as error:
@@ -134,20 +166,89 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _progress(done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done}/{total} rows", end="" if done < total else "\n", file=sys.stderr, flush=True)
+def what_is_known(meta: dict[str, Any], held_out: Any) -> Any:
+    """Whether the checkpoint was trained on these shards' held-out split (evals.seen)."""
+    from evals.seen import facts_of_run, seen
+    from evals.texts import corpus_of_shards
+
+    return seen(corpus_of_shards(str(held_out.directory)).documents, facts_of_run(meta["folder"]))
+
+
+def where_to_write(values: dict[str, Any], folder: Path) -> Path:
+    """The file of the result: what was asked for, else beside the weights, else under runs/evals. Raises UserError before anything is measured
+    where none of them can be written."""
+    from training.files import check_writable
+
+    name = f"eval-{values['suite']}.json"
+    if values["out"]:
+        out = Path(values["out"])
+        out = out / name if out.is_dir() else out
+        check_writable(out.parent)
+        return out
+    try:
+        check_writable(folder)
+        return folder / name
+    except UserError:
+        parts = [part for part in folder.resolve().parts if part not in ("checkpoints", "/")]
+        other = Path("runs/evals") / "-".join(parts[-2:] if parts[-1].startswith("step-") else parts[-1:])
+        check_writable(other)
+        print(f"{folder} cannot be written to; the result goes to {other / name}.", flush=True)
+        return other / name
+
+
+def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
+    """Evaluates every source by itself, and reports the total by their weights besides."""
+    from data.shards import open_held_out
+    from evals import mixture
+    from training.files import write_json
+
+    try:
+        scored = [folder for folder in folders if open_held_out(folder) is not None]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if left := [folder for folder in folders if folder not in scored]:
+        print(f"{', '.join(left)} has no held-out documents and is not evaluated; prepare it with valid_fraction above zero.")
+    if not scored:
+        raise UserError("No source of this mixture has held-out documents; prepare one with valid_fraction above zero, or give data=DIR.")
+    weight = sum(folders[folder] for folder in scored)
+    reports: dict[str, dict[str, Any]] = {}
+    parts = []
+    for name, folder in zip(mixture.names_of(scored), scored):
+        place = Path(values["out"]) if values["out"] else None
+        own = str(place.with_name(f"{place.stem}-{len(reports)}{place.suffix}")) if place else None
+        print(f"source {name}")
+        reports[name] = run({**values, "data": folder, "out": own})
+        parts.append((mixture.of_report(reports[name]), folders[folder] / weight if weight else 1 / len(scored)))
+    total, first = mixture.combined(parts), next(iter(reports.values()))
+    sources = {name: mixture.figures(part, share) for name, (part, share) in zip(reports, parts)}
+    report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
+    told = sorted({one["seen"]["status"] for one in reports.values()})
+    report["text"] = {"name": " and ".join(one["text"]["name"] for one in reports.values())}
+    report["seen"] = {"status": told[0] if len(told) == 1 else "by source: " + ", ".join(f"{name} {one['seen']['status']}" for name, one in reports.items())}
+    bases = [one["baselines_bits_per_byte"] for one in reports.values()]
+    sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
+    report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}
+    out = where_to_write(values, Path(first["checkpoint"]))
+    try:
+        write_json(out, report)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.told(sources)}")
+    _show(report, out)
+    return report
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
     base = report["baselines_bits_per_byte"]
     print(
-        f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} held-out tokens"
+        f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} tokens of "
+        f"{report['text']['name']} ({report['seen']['status']})"
     )
     print(f"counted from the same training tokens: unigram {base['unigram']:.4f}, bigram {base['bigram']:.4f} bits per byte")
     print("  position        nats/token   tokens")
     for row in report["by_position"]:
-        print(f"  {row['from']:>6}-{row['to']:<8}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
+        places = f"{row['from']}-{row['to']}" if row["to"] > row["from"] else f"{row['from']}"
+        print(f"  {places:<15}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
     print(f"written to {out}")
 
 
@@ -158,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(words: list[str]) -> None:
     values = parse_arguments(words, DEFAULTS, problems_of)
-    if values["suite"] == "perplexity":
+    if by_tokens(values):
         run(values)
     else:
         if not any(word.startswith("chunk=") for word in words):

@@ -68,26 +68,22 @@ class PositionSums:
         self.sums[rows, low : high + 1] += np.add.reduceat(nll_BC.astype(np.float64), starts, axis=1)
         self.counts[rows, low : high + 1] += np.diff(np.append(starts, C))
 
-    def buckets(self, seed: int = 0) -> list[dict[str, Any]]:
-        """One row a bucket: from, to (exclusive), nats, its 95 % interval (bootstrap over rows, over blocks when there are few rows)."""
+    def buckets(self, seed: int = 0, intervals: bool = True) -> list[dict[str, Any]]:
+        """One row a bucket: from, to (exclusive), nats, its 95 % interval (bootstrap over rows, over blocks when there are few rows).
+
+        intervals: False for rows that overlap, which no bootstrap may treat as independent."""
         which = np.searchsorted(self.edges, self.cells, side="right") - 1
         result = []
         for i in range(len(self.edges) - 1):
             s, n = self.sums[:, which == i], self.counts[:, which == i]
             if n.sum() == 0:
                 continue
+            bucket: dict[str, Any] = {"from": int(self.edges[i]), "to": int(self.edges[i + 1]), "nats_per_token": float(s.sum() / n.sum()), "tokens": int(n.sum())}
+            result.append(bucket)
+            if not intervals:
+                continue
             over_rows = s.shape[0] >= 8
             unit_sums, unit_counts = (s.sum(1), n.sum(1)) if over_rows else (s[n > 0], n[n > 0])
             low, high = bootstrap_ratio(unit_sums, unit_counts, seed=seed)
-            result.append(
-                {
-                    "from": int(self.edges[i]),
-                    "to": int(self.edges[i + 1]),
-                    "nats_per_token": float(s.sum() / n.sum()),
-                    "low": low,
-                    "high": high,
-                    "tokens": int(n.sum()),
-                    "interval": "bootstrap over rows" if over_rows else "bootstrap over blocks",
-                }
-            )
+            bucket |= {"low": low, "high": high, "interval": "bootstrap over rows" if over_rows else "bootstrap over blocks"}
         return result

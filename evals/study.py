@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from data.shards import ShardSet
 from evals.adapters import ItemError, OwnAdapter
-from evals.position import collapse, position_curve, windows
+from evals.position import collapse, position_curve, unlearnt_rows, windows
 from evals.texts import Text
 from models.config import ModelConfig
 from models.lm import LanguageModel, LMState
@@ -186,9 +186,10 @@ class Arm:
         text = Text(np.asarray(held_out.read(0, held_out.n_tokens)), "held out", held_out.n_bytes / held_out.n_tokens)
         adapter = OwnAdapter(self.model, None, self.name, "", self.values["precision"] if self.device.type == "cuda" else "fp32")
         try:
-            ids = text.rows(rows, beyond * self.T + 1, 0)
+            ids = text.rows(*text.fitting(rows, beyond * self.T + 1), 0)
             buckets = position_curve(adapter, ids, chunk=2048, batch=rows, through=self.T)["buckets"]
-            return {"collapse": collapse(buckets, self.T, windows(adapter, ids, self.T, batch=128)), "buckets": buckets}
+            same = windows(adapter, ids, self.T, batch=128)
+            return {"collapse": collapse(buckets, self.T, same, unlearnt_rows(same, ids, text.ids, adapter.vocab_size)), "buckets": buckets}
         except ItemError as error:
             return {"failed": str(error)}
         finally:
@@ -272,6 +273,7 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
     save_file({k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors")
     write_json(folder / "config.json", arm.config)
     (folder / "tokenizer.json").write_text(arm.shards.tokenizer().to_str())
+    write_json(folder / "tokenizer_config.json", arm.shards.tokenizer_config())
     write_json(folder / "run.json", {"train": {"seq_len": arm.T}, "data": {"path": values["data"]}})
     recurrent = [b.mixer for b in arm.model.blocks if not hasattr(b.mixer, "q_proj")]
     result = {

@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,14 +18,18 @@ from typing import Any, cast
 
 import torch
 
-from evals.adapters import Adapter, ItemError, first_words, load_adapter
-from evals.texts import Text, constant_rows, open_text, random_rows
+from evals.adapters import Adapter, ItemError, OwnAdapter, first_words, load_adapter
+from evals.common_text import CommonText
+from evals.position import unlearnt
+from evals.progress import Progress
+from evals.texts import Corpus, Text, constant_rows, random_rows, tokenised
 from training.errors import UserError
-from training.files import write_json
+from training.files import check_writable, write_json
+from training.launch import launch
 from training.metrics import environment
 
-FORMAT = 2  # raise it when the meaning of an item changes: older results are then made anew
-SUITES = ("quick", "long_context", "state_tracking", "harness", "all")
+FORMAT = 3  # raise it when the meaning of an item changes: older results are then made anew
+SUITES = ("perplexity", "quick", "long_context", "state_tracking", "harness", "all")
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Settings:
     tasks: str = ""  # of the harness, with commas between them; empty: evals.harness.TASKS
     data: str | None = None
     text: str | None = None
+    add_bos_token: str = "auto"  # of the harness: true, false, or auto: as the tokenizer says
     only: str = ""  # runs only items whose name contains this (or one of several, with commas between them)
     redo: bool = False
 
@@ -66,14 +69,17 @@ class Item:
 class Bench:
     """A model with its text, and the items that its suite consists of."""
 
-    def __init__(self, adapter: Adapter, settings: Settings, run: dict[str, Any] | None = None) -> None:
-        """run: what the checkpoint's run.json says."""
+    def __init__(
+        self, adapter: Adapter, settings: Settings, run: dict[str, Any] | None = None, common: CommonText | None = None, path: str | None = None
+    ) -> None:
+        """run: what the checkpoint's run.json says; common: the text of all models; path: what the model is called there."""
         self.adapter, self.settings = adapter, settings
+        self.path = path or adapter.folder
+        self.common = common or CommonText([self.path], settings.data, settings.text, {self.path: {"run": run or {}}})
         data = (run or {}).get("data") or {}
         self.task: dict[str, Any] | None = data.get("task") if data.get("reader") == "synthetic" else None
-        run_data = data.get("path")
         self.T = settings.train_length or min(adapter.train_length or 512, 8192)
-        self._run_data = run_data
+        self._unlearnt: str | None = None
         self._text: Text | None = None
         limit = adapter.position_limit or 1 << 62
         quick = settings.suite == "quick"
@@ -89,16 +95,49 @@ class Bench:
     @property
     def text(self) -> Text:
         if self._text is None:
-            self._text = open_text(self.adapter, self.settings.data, self.settings.text, self._run_data)
+            self._text = tokenised(self.common.corpus, self.adapter)
         return self._text
 
+    def about_text(self) -> dict[str, Any]:
+        """What a result on prose says of its text: which it is, and whether the model was trained on it."""
+        return {"text": self.common.corpus.to_dict(), "seen": self.common.seen_by(self.path)}
+
+    def unlearnt(self) -> str:
+        """Why the model gets no verdict: it is no better than a unigram of the text, or it cannot be told; '' for one that has learnt."""
+        if self._unlearnt is None:
+            try:
+                rows, length = self.text.fitting(4, min(self.T, 1024) + 1)
+                ids = self.text.rows(rows, length, self.settings.seed)
+            except ItemError:
+                self._unlearnt = "there is no text to tell whether the model has learnt anything"
+                return self._unlearnt
+            total: list[float] = []
+
+            def each(first: int, nll: torch.Tensor, state: Any) -> None:
+                total.append(float(nll.double().sum()))
+
+            self.adapter.stream(torch.from_numpy(ids), self.settings.chunk, each)
+            self._unlearnt = unlearnt(sum(total) / (rows * (length - 1)), ids[:, 1:], self.text.ids, self.adapter.vocab_size)
+        return self._unlearnt
+
     def rows_of(self, prompt: str, rows: int, length: int) -> Any:
-        """(rows, length) ids of prose, random or constant tokens."""
+        """Up to (rows, length) ids of prose, as far as the text reaches; (rows, length) random or constant tokens."""
         if prompt == "constant":
             return constant_rows(self.adapter, rows, length)
         if prompt == "random":
             return random_rows(self.adapter, rows, length, self.settings.seed)
-        return self.text.rows(rows, length, self.settings.seed)
+        return self.text.rows(*self.text.fitting(rows, length), self.settings.seed)
+
+    def _reach(self, prompt: str, ids: Any, rows: int, length: int) -> dict[str, Any]:
+        """What a result on these rows says of them: the text, and how far it reaches where it does not give all that was asked for."""
+        if prompt != "prose":
+            return {}
+        found: dict[str, Any] = {"asked_length": length, "asked_rows": rows, **self.about_text()}
+        if ids.shape[1] < length:
+            found["note"] = f"the text reaches {ids.shape[1]:,} tokens of the {length:,} asked for"
+        elif ids.shape[0] < rows:
+            found["note"] = f"the text gives {ids.shape[0]} row(s) of the {rows} asked for"
+        return found
 
     def items(self) -> list[Item]:
         s, suite = self.settings, self.settings.suite
@@ -106,8 +145,10 @@ class Bench:
         if suite == "state_tracking" or self.task and suite != "harness":
             found.append(self._tracking())  # a model of a generated task knows no text
         else:
+            if suite in ("perplexity", "quick", "long_context", "all"):
+                found += self._documents() + self._position()
             if suite in ("quick", "long_context", "all"):
-                found += self._documents() + self._position() + self._states() + self._retrieval()
+                found += self._states() + self._retrieval()
             if suite in ("long_context", "all") or (suite == "quick" and s.cures not in ("default", "none")):
                 found += self._cures()
             if suite in ("harness", "all"):
@@ -115,9 +156,16 @@ class Bench:
         parts = s.only.split(",")
         return [item for item in found if any(part in item.name for part in parts)]
 
-    def _common(self, **more: Any) -> dict[str, Any]:
+    def _common(self, prose: bool, **more: Any) -> dict[str, Any]:
+        """Settings of an item; of one that reads prose, the hash of the text as well."""
         s = self.settings
-        return {"T": self.T, "seed": s.seed, "chunk": s.chunk, "data": s.data, "text": s.text, **more}
+        text = {"text": self._text_hash()} if prose else {}
+        return {"T": self.T, "seed": s.seed, "chunk": s.chunk, **text, **more}
+
+    def _text_hash(self) -> str:
+        if self.adapter.coder is None and self.common.text is not None:
+            return "none"  # its items are going to say that there is no tokenizer
+        return self.common.corpus.sha256
 
     def _tracking(self) -> Item:
         from data.synthetic import build_task
@@ -152,14 +200,19 @@ class Bench:
         from evals.documents import document_perplexity
 
         s, quick = self.settings, self.settings.suite == "quick"
-        count, length = s.rows or (16 if quick else 64), min(self.max_length, 4 * self.T)
+        count, characters = s.rows or (16 if quick else 64), self.common.characters(s.train_length, s.max_length)
 
         def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            documents = self.text.documents(count, length, self.adapter.need_coder().decode)
-            found = document_perplexity(self.adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, on_progress=progress)
-            return {**found, "source": self.text.source, "cut_to": length}
+            corpus, decode = self.common.corpus, self.adapter.need_coder().decode
+            parts = corpus.excerpts(count, characters)
+            text = tokenised(Corpus(corpus.name, parts), self.adapter)
+            limit = self.adapter.position_limit  # of a model with learned positions: longer parts are read in several pieces
+            documents = text.documents(1 << 30, limit, decode) if limit else text.documents(len(parts), len(text.ids), decode)
+            unit = "documents" if len(corpus.documents) >= count else f"pieces of {characters:,} characters"
+            found = document_perplexity(self.adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, unit=unit, on_progress=progress)
+            return {**found, "source": corpus.name, "characters": characters, **self.about_text()}
 
-        return [Item("documents", "documents", self._common(documents=count, length=length), run)]
+        return [Item("documents", "documents", self._common(True, documents=count, characters=characters), run)]
 
     def _position(self) -> list[Item]:
         from evals.position import collapse, position_curve
@@ -181,13 +234,14 @@ class Bench:
                 )
                 same = self._windows(prompt, ids)
                 source = self.text.source if prompt == "prose" else f"{prompt} tokens"
-                judged = collapse(result["buckets"], self.T, same)
-                return {**result, "prompt": prompt, "source": source, "same_in_windows": same, "collapse": judged}
+                judged = collapse(result["buckets"], self.T, same, self.unlearnt())
+                reach = self._reach(prompt, ids, rows, length + 1)
+                return {**result, "prompt": prompt, "source": source, "same_in_windows": same, "collapse": judged, **reach}
 
-            return Item(f"position-{prompt}", "position", self._common(rows=rows, length=length), run)
+            return Item(f"position-{prompt}", "position", self._common(True, rows=rows, length=length), run)
 
         items = [item("prose", self.rows, self.max_length)]
-        if self.settings.suite != "quick":
+        if self.settings.suite not in ("perplexity", "quick"):
             items += [item("constant", 1, self.max_length), item("random", min(4, self.rows), self.max_length)]
         return items
 
@@ -223,7 +277,7 @@ class Bench:
             def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
                 s = self.settings
                 text = self.text if task.noise == "prose" else None
-                return grid(
+                found = grid(
                     self.adapter,
                     task,
                     length,
@@ -235,8 +289,10 @@ class Bench:
                     text=text,
                     on_progress=progress,
                 )
+                return {**found, **(self.about_text() if text is not None else {})}
 
-            return Item(f"{task.label}-{length}", "retrieval", self._common(samples=self.samples, depths=depths, task=task.label), run)
+            asked = self._common(task.noise == "prose", samples=self.samples, depths=depths, task=task.label)
+            return Item(f"{task.label}-{length}", "retrieval", asked, run)
 
         return [item(task, length) for task in tasks for length in self.lengths]
 
@@ -250,21 +306,24 @@ class Bench:
         def states(prompt: str) -> Item:
             def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
                 ids = self.rows_of(prompt, rows, length)
-                return {"prompt": prompt, **state_curve(self.adapter, ids, self.T, chunk=self.settings.chunk, on_progress=progress)}
+                found = state_curve(self.adapter, ids, self.T, chunk=self.settings.chunk, on_progress=progress)
+                return {"prompt": prompt, **found, **self._reach(prompt, ids, rows, length)}
 
-            return Item(f"states-{prompt}", "states", self._common(rows=rows, length=length), run)
+            return Item(f"states-{prompt}", "states", self._common(prompt == "prose", rows=rows, length=length), run)
 
         far = min(self.max_length, (2 if quick else 4) * self.T)
-        drops = sorted({0, far // 64, far // 16, far // 8, far // 4, far // 2, 3 * far // 4, 7 * far // 8} - {far - 1})
 
         def remembered(progress: Callable[[int, int], None]) -> dict[str, Any]:
             ids = self.rows_of("prose", self.rows, far)
-            return effective_remembrance(self.adapter, ids, drops, chunk=self.settings.chunk, on_progress=progress)
+            end = ids.shape[1]
+            drops = sorted({0, end // 64, end // 16, end // 8, end // 4, end // 2, 3 * end // 4, 7 * end // 8} - {end - 1})
+            found = effective_remembrance(self.adapter, ids, drops, chunk=self.settings.chunk, on_progress=progress)
+            return {**found, **self._reach("prose", ids, self.rows, far)}
 
         items = [states("prose")] if self._recurrent() else []
         if not quick and items:
             items += [states("constant"), states("random")]
-        return [*items, Item("remembrance", "remembrance", self._common(rows=self.rows, length=far), remembered)]
+        return [*items, Item("remembrance", "remembrance", self._common(True, rows=self.rows, length=far), remembered)]
 
     def _recurrent(self) -> bool:
         """Whether there is a state to look at; a model that cannot be asked is left to fail in its items."""
@@ -289,41 +348,38 @@ class Bench:
             def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
                 s = self.settings
                 ids = self.rows_of("prose", rows, length + 1)
-                calibration = self.text.rows(4, self.T, s.seed + 1)
+                calibration = self.text.rows(*self.text.fitting(4, self.T), s.seed + 1)
                 setting = cures.Setting(self.T, length, calibration, chunk)
                 with cure.applied(self.adapter, setting) if cure else contextlib.nullcontext():
                     result = position_curve(
                         self.adapter, ids, chunk=chunk, batch=s.batch, seed=s.seed, through=self.T, on_progress=progress
                     )
                     same = self._windows("prose", ids)
-                judged = collapse(result["buckets"], self.T, same)
-                return {**result, "cure": cure.label if cure else "none", "same_in_windows": same, "collapse": judged}
+                judged = collapse(result["buckets"], self.T, same, self.unlearnt())
+                reach = self._reach("prose", ids, rows, length + 1)
+                return {**result, "cure": cure.label if cure else "none", "same_in_windows": same, "collapse": judged, **reach}
 
-            return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(rows=rows, length=length, cure_chunk=chunk), run)
+            return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(True, rows=rows, length=length, cure_chunk=chunk), run)
 
         return [item(None), *[item(cure) for cure in chosen]] if chosen else []
 
     def _harness(self) -> list[Item]:
-        from evals.harness import TASKS, run_task
+        from evals.harness import TASKS, run_task, task_hash
 
         s = self.settings
+        begin = {"auto": None, "true": True, "false": False}[s.add_bos_token]
+        names: list[str] = []
 
         def item(task: str) -> Item:
             def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
-                return run_task(self.adapter, task, chunk=s.chunk, batch=s.batch, limit=s.samples, seed=s.seed)
+                return run_task(self.adapter, task, chunk=s.chunk, batch=s.batch, limit=s.samples, seed=s.seed, add_bos_token=begin)
 
-            return Item(f"harness-{Path(task).stem}", "harness", {"task": task, "limit": s.samples, "seed": s.seed}, run)
+            names.append(name := f"harness-{Path(task).stem}")
+            number = names.count(name)  # files of one name in different folders
+            asked = {"task": task, "content": task_hash(task), "limit": s.samples, "seed": s.seed, "add_bos_token": s.add_bos_token}
+            return Item(name if number == 1 else f"{name}-{number}", "harness", asked, run)
 
         return [item(task) for task in (s.tasks or TASKS).split(",") if task]
-
-
-def fingerprint(adapter: Adapter) -> str:
-    """Of the weights as they are in memory: sums of every parameter, so a changed checkpoint is evaluated anew."""
-    digest = hashlib.sha256()
-    for name, p in adapter.model.named_parameters():
-        x = p.detach().double()
-        digest.update(f"{name} {tuple(p.shape)} {float(x.sum()):.9e} {float(x.square().sum()):.9e}".encode())
-    return digest.hexdigest()[:16]
 
 
 def guarded(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -361,7 +417,7 @@ def read_item(path: Path, key: str) -> dict[str, Any] | None:
 
 def run_items(items: list[Item], adapter: Adapter, folder: Path, redo: bool, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
     """Runs what is not there yet (failed items are tried again) and returns the records of this process's items."""
-    mark, env, records = fingerprint(adapter), environment(adapter.device), []
+    mark, env, records = adapter.content_hash(), environment(adapter.device), []
     mine = items[rank::world]
     for number, item in enumerate(mine, 1):
         key = hashlib.sha256(json.dumps([FORMAT, mark, item.name, adapter.precision, item.settings], sort_keys=True).encode()).hexdigest()
@@ -375,7 +431,8 @@ def run_items(items: list[Item], adapter: Adapter, folder: Path, redo: bool, ran
         record: dict[str, Any] = {"item": item.name, "kind": item.kind, "key": key, "settings": item.settings}
 
         def work(item: Item = item) -> dict[str, Any]:
-            return item.run(_progress(item.name))
+            with Progress(f"{adapter.name}: {item.name}") as progress:
+                return item.run(progress)
 
         record |= guarded(work)
         record |= {"seconds": time.perf_counter() - start, "model": adapter.describe(), "weights": mark, "environment": env}
@@ -385,45 +442,41 @@ def run_items(items: list[Item], adapter: Adapter, folder: Path, redo: bool, ran
     return records
 
 
-def _progress(name: str) -> Callable[[int, int], None]:
-    shown = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal shown
-        if sys.stderr.isatty() and time.monotonic() - shown > 1:
-            shown = time.monotonic()
-            print(f"\r  {name} {100 * done / max(1, total):.0f} %   ", end="", file=sys.stderr, flush=True)
-
-    return tell
-
-
 def headline(record: dict[str, Any]) -> str:
     """One line about a record."""
     if record["status"] != "done":
         return "NOT MEASURED: " + record["reason"]
     result, kind = record["result"], record["kind"]
     if kind == "retrieval":
-        return f"{100 * result['accuracy']:.0f} % ({100 * result['low']:.0f}-{100 * result['high']:.0f}, n={result['n']})"
+        beside = ", ".join(f"{name} {100 * value:.3g} %" for name, value in result.get("without_reading", {}).items())
+        return f"{100 * result['accuracy']:.0f} % ({100 * result['low']:.0f}-{100 * result['high']:.0f}, n={result['n']}; without reading: {beside})"
     if kind in ("position", "cure"):
         verdict = result.get("collapse", {}).get("verdict", "")
-        return f"{result['nats_per_token']:.3f} nats per token over {result['tokens']:,} tokens; {verdict}"
+        reach = f"{result['note']}; " if "note" in result else ""
+        return f"{result['nats_per_token']:.3f} nats per token over {result['tokens']:,} tokens; {reach}{verdict}"
     return str(result.get("summary", "done"))
 
 
-def evaluate(paths: list[str], settings: Settings, out: Path, device: str, precision: str, gguf: str | None = None) -> int:
-    """Runs a suite on every checkpoint and writes OUT/NAME/SUITE.json, OUT/report.md and OUT/report.html; the number of failed items."""
+def evaluate(
+    paths: list[str], settings: Settings, out: Path, device: str, precision: str, gguf: str | None = None, trust_remote_code: bool = False
+) -> int:
+    """Runs a suite on every checkpoint, all on one text, and writes OUT/NAME/SUITE.json, OUT/report.md and OUT/report.html; the number of failed
+    items. Raises UserError before anything is measured where OUT cannot be written, and where no model could be loaded."""
     from evals.report import write_report
 
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+    check_writable(out)
+    common = CommonText(paths, settings.data, settings.text)
+    started = launch()
+    rank, world, local = started.rank, started.size, started.local
     where = torch.device(_device(device, local))
     names: dict[str, str] = {}
-    failed = 0
+    failed = loaded = 0
     for path in paths:
         name = _name(path, names)
         names[name] = path
         loading = out / name / "items" / "loading.json"
         try:
-            adapter = load_adapter(path, where, precision, gguf)
+            adapter = load_adapter(path, where, precision, gguf, trust_remote_code)
         except (UserError, torch.OutOfMemoryError) as error:
             if len(paths) == 1:
                 raise
@@ -433,8 +486,10 @@ def evaluate(paths: list[str], settings: Settings, out: Path, device: str, preci
             write_json(loading, _not_loaded(name, path, reason, precision, where))
             continue
         loading.unlink(missing_ok=True)
+        loaded += 1
         adapter.name = name
-        bench = Bench(adapter, settings, _run(path))
+        run = common.facts[path].get("run") if isinstance(adapter, OwnAdapter) else None  # only ours can be asked a generated task
+        bench = Bench(adapter, settings, run, common, path)
         items = bench.items()
         if not items:
             if len(paths) > 1:
@@ -447,6 +502,8 @@ def evaluate(paths: list[str], settings: Settings, out: Path, device: str, preci
         del adapter, bench
     write_report(out)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
+    if not loaded:
+        raise UserError("None of the models could be loaded, so nothing was measured.")
     return failed
 
 
@@ -479,13 +536,3 @@ def _name(path: str, taken: dict[str, str]) -> str:
     while name in taken:
         name, number = f"{wanted}-{number}", number + 1
     return name
-
-
-def _run(path: str) -> dict[str, Any]:
-    """run.json of a checkpoint of ours: its data and training length; {} where there is none."""
-    try:
-        from training.checkpoint import find
-
-        return dict(json.loads((find(Path(path)) / "run.json").read_text()))
-    except (OSError, ValueError, TypeError, UserError):
-        return {}

@@ -7,11 +7,16 @@
 * order: just-read-twice prompting (arXiv 2407.05483). D document, Q question: DQ (plain), QDQ, DQDQ, QDDQ.
 
 Prompts are put together from token ids, so a prompt has exactly the length asked for; the same (seed, length, depth, number) gives the
-same ids on every machine.
+same ids on every machine. The ids of an answer are those it has after its question: tokenizers that mark the beginning of a text
+(Llama-2, Mistral) give other ids to the answer alone, which no model would write.
+
+Each sample says what a guess scores without reading (`chance`), and `copiers` what programs would write that copy without understanding:
+a score near theirs is no understanding of the task.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, field
 
@@ -38,12 +43,31 @@ NAMES = ("passkey", "niah_single", "niah_multikey", "vt", "cwe", "fwe")
 
 @dataclass
 class Sample:
-    """prompt and answer as ids; answers: texts whose recall in a greedy continuation of new_tokens is the score of list tasks."""
+    """prompt and answer as ids; answers: texts whose recall in a greedy continuation of new_tokens is the score of list tasks.
+
+    body: ids of the text between heading and question; chance: the score of a guess from the task's own set of answers.
+    """
 
     prompt: list[int]
     answer: list[int]
     answers: list[str]
     new_tokens: int
+    body: list[int] = field(default_factory=list)
+    chance: float = 0.0
+
+    def copies(self, rng: np.random.Generator) -> dict[str, list[int]]:
+        """What three programs write that copy as many tokens as a model may write: from the text's beginning, its end, or anywhere."""
+        n = self.new_tokens
+        place = int(rng.integers(0, max(1, len(self.body) - n + 1)))
+        return {"copies the beginning": self.body[:n], "copies the end": self.body[-n:], "copies from anywhere": self.body[place : place + n]}
+
+
+def after_question(coder: TextCoder, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """(ids of the question, ids of the answer) of the two tokenised together: what they share with the question alone belongs to the question,
+    the rest to the answer, so a token across the border is the answer's first."""
+    alone, whole = coder.encode(question), coder.encode(question + answer)
+    shared = next((i for i, (a, b) in enumerate(zip(alone, whole)) if a != b), min(len(alone), len(whole)))
+    return whole[:shared], whole[shared:]
 
 
 @dataclass
@@ -80,13 +104,24 @@ class Task:
             return self._words(coder, length, rng)
         head, needles, question, answer, answers = getattr(self, f"_{self.name}")(rng)
         depths = [depth, *rng.random(len(needles) - 1).tolist()] if self.has_depth else np.sort(rng.random(len(needles))).tolist()
-        question_ids = coder.encode(question)
+        question_ids, answer_ids = after_question(coder, question, answer)
         document = self._document(coder, head, needles, depths, length - len(coder.start_ids) - len(question_ids), rng, text)
+        ids = self._ordered(coder, document, question, question_ids)
+        chance = {"passkey": 1e-5, "vt": 0.0}.get(self.name, 1 / 9_000_000)
+        new_tokens = len(answer_ids) if self.by_ids else len(answer_ids) + 10
+        return Sample(ids, answer_ids, answers, new_tokens, document[len(coder.encode(head)) :], chance)
+
+    def _ordered(self, coder: TextCoder, document: list[int], question: str, question_ids: list[int]) -> list[int]:
+        """The prompt; a question before the last one is whole, the last one what `after_question` leaves of it."""
         ids = list(coder.start_ids)
-        for part in self.order:
-            ids += document if part == "D" else question_ids
-        answer_ids = coder.encode(answer)
-        return Sample(ids, answer_ids, answers, len(answer_ids) if self.by_ids else len(answer_ids) + 10)
+        for i, part in enumerate(self.order, 1):
+            ids += document if part == "D" else question_ids if i == len(self.order) else coder.encode(question)
+        return ids
+
+    @property
+    def keys_in_text(self) -> int:
+        """Answers of the right kind in the text, of which one is asked for."""
+        return max(self.keys, 4) if self.name == "niah_multikey" else self.keys
 
     def _document(
         self, coder: TextCoder, head: str, needles: list[str], depths: list[float], length: int, rng: np.random.Generator, text: Text | None
@@ -109,8 +144,7 @@ class Task:
         if self.noise == "prose":
             if text is None:
                 raise ItemError("Prose noise needs a text.")
-            ids = text.rows(1, max(1, room), int(rng.integers(1 << 31)))[0, :room].tolist()
-            return [i for i in ids], 1
+            return text.rows(1, max(1, room), int(rng.integers(1 << 31)))[0, :room].tolist(), 1
         block = coder.encode(NOISE)
         return (block * (room // len(block) + 1))[:room], len(block)
 
@@ -129,7 +163,7 @@ class Task:
         return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in picked]
 
     def _niah_single(self, rng: np.random.Generator) -> tuple[str, list[str], str, str, list[str]]:
-        n = max(self.keys, 4) if self.name == "niah_multikey" else 1
+        n = self.keys_in_text if self.name == "niah_multikey" else 1
         names, values = self._names(rng, n), [str(v) for v in rng.choice(9_000_000, n, replace=False) + 1_000_000]
         head = "Some special magic numbers are hidden within the following text. Memorize them; one will be asked for afterwards.\n\n"
         needles = [f"One of the special magic numbers for {k} is: {v}." for k, v in zip(names, values)]
@@ -152,52 +186,50 @@ class Task:
         return head, needles, question, " " + " ".join(names), names
 
     def _words(self, coder: TextCoder, length: int, rng: np.random.Generator) -> Sample:
-        """cwe: ten words occur ten times as often as the others. fwe: coded words by a zeta law of exponent 2, the first three are asked for."""
+        """cwe: ten words occur ten times as often as each of the others. fwe: coded words whose counts fall as 1/(rank + 2), the first three are
+        asked for. In both the words asked for are a quarter of the list, so that copying it finds few of them."""
         if self.name == "cwe":
             head, wanted = "Below is a list of words. Some of them occur much more often than the others. Memorize those.\n\n", 10
             question = f"\nWhat are the {wanted} most common words in the list? The {wanted} most common words are:"
+            vocabulary = self._names(rng, 300)
+            weights, chance = np.array([10.0] * wanted + [1.0] * (len(vocabulary) - wanted)), wanted / (len(ADJECTIVES) * len(NOUNS))
         else:
             head, wanted = "Below is a coded text. Count how often each coded word occurs and remember the most frequent ones.\n\n", 3
             question = f"\nWhat are the {wanted} most frequent coded words? The {wanted} most frequent coded words are:"
-        head_ids, question_ids = coder.encode(head), coder.encode(question)
+            vocabulary = ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 6)) for _ in range(60)]
+            weights, chance = 1 / np.arange(3, len(vocabulary) + 3), 0.0
+        question_ids, answer = after_question(coder, question, " " + " ".join(vocabulary[:wanted]))
+        head_ids = coder.encode(head)
         room = length - len(coder.start_ids) - len(head_ids) - len(question_ids)
-        if room < 20 * wanted:
-            raise ItemError(f"Task {self.name} does not fit into {length} tokens; it needs at least {length - room + 20 * wanted}.")
-        vocabulary = (
-            self._names(rng, 300) if self.name == "cwe" else ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 6)) for _ in range(60)]
-        )
-        encoded = {w: coder.encode(" " + w) for w in vocabulary}
-        common = vocabulary[:wanted]
-        if self.name == "cwe":
-            weights = np.array([30.0] * wanted + [3.0] * (len(vocabulary) - wanted))
-        else:
-            weights = np.arange(1, len(vocabulary) + 1) ** -2.0
-        order = self._draw(vocabulary, weights, encoded, room, rng, wanted)
-        ids = [i for w in order for i in encoded[w]][:room]
-        while len(ids) < room:  # whole words only, then newlines
-            ids += coder.encode("\n")[: room - len(ids)]
-        answer = coder.encode(" " + " ".join(common))
-        document = head_ids + ids
-        prompt = list(coder.start_ids)
-        for part in self.order:
-            prompt += document if part == "D" else question_ids
-        return Sample(prompt, answer, common, len(answer) + 10)
+        encoded = [coder.encode(" " + w) for w in vocabulary]
+        counts = self._counts(weights, np.array([len(e) for e in encoded], dtype=np.float64), room, wanted)
+        order = np.repeat(np.arange(len(vocabulary)), counts)
+        rng.shuffle(order)
+        ids = [i for w in order for i in encoded[w]]
+        # What is left is less than any word that may still be added: the beginning of one, as if the list had been cut there.
+        rare = max(encoded[wanted:], key=len)
+        ids += (rare * room)[: room - len(ids)]
+        prompt = self._ordered(coder, head_ids + ids, question, question_ids)
+        return Sample(prompt, answer, vocabulary[:wanted], len(answer) + 10, ids, chance)
 
-    def _draw(
-        self, vocabulary: list[str], weights: np.ndarray, encoded: dict[str, list[int]], room: int, rng: np.random.Generator, wanted: int
-    ) -> list[str]:
-        """Words in random order whose counts follow the weights and whose tokens fill at most `room`. Counts are fixed, not drawn, so that
-        the wanted words are surely the most frequent; with little room rare words fall away."""
-        sizes = np.array([len(encoded[w]) for w in vocabulary], dtype=np.float64)
-        low, high = 0.0, float(room)
-        for _ in range(60):
-            scale = (low + high) / 2
-            low, high = (scale, high) if (np.floor(weights * scale) * sizes).sum() <= room else (low, scale)
-        counts = np.floor(weights * low).astype(int)
-        least = counts[:wanted].min()
+    def _counts(self, weights: np.ndarray, sizes: np.ndarray, room: float, wanted: int) -> np.ndarray:
+        """How often each word occurs: by the weights as far as whole numbers allow, filling `room` tokens but for less than a word. The wanted
+        words surely are the most frequent; what does not fit evenly goes to others, the rarest first. Raises ItemError where a wanted word would
+        occur less than twice."""
+        scale = max(0.0, room) / float(weights @ sizes)
+        counts = np.floor(weights * scale).astype(int)
+        least = int(counts[:wanted].min())
         if least < 2:
-            raise ItemError(f"Task {self.label} does not fit: with {room} tokens of room a wanted word would occur less than twice.")
+            need = float(weights @ sizes) * 2 / float(weights[:wanted].min())
+            raise ItemError(f"Task {self.label} does not fit: a wanted word would occur less than twice; ask for {math.ceil(need - room)} tokens more.")
         counts[wanted:] = np.minimum(counts[wanted:], least - 1)
-        words = [w for w, n in zip(vocabulary, counts) for _ in range(n)]
-        rng.shuffle(words)
-        return words
+        left = room - float(counts @ sizes)
+        for i in sorted(range(wanted, len(counts)), key=lambda i: counts[i] - weights[i] * scale):
+            if sizes[i] <= left and counts[i] < least - 1:
+                counts[i] += 1
+                left -= sizes[i]
+        while left >= (smallest := min((sizes[i] for i in range(wanted, len(counts)) if counts[i] < least - 1), default=math.inf)):
+            i = min((i for i in range(wanted, len(counts)) if sizes[i] == smallest and counts[i] < least - 1), key=lambda i: counts[i])
+            counts[i] += 1
+            left -= smallest
+        return counts

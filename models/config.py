@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,18 @@ KINDS = {
     "list": "a list",
     "dict": "a group of keys",
 }
+
+RANGES = {  # of every number: the lowest value (excluded where it is 0 and the number a fraction), and the highest
+    "vocab_size": (1, 2**31 - 1),
+    "d_model": (1, 2**20),
+    "n_layers": (1, 10**4),
+    "d_ff": (-1, 2**24),
+    "norm_eps": (0, 1),
+    "z_loss": (0, 1),
+    "init_std": (0, 1000),
+    "head_chunk": (1, 2**31 - 1),
+}
+ZERO_IS_OFF = ("z_loss",)
 
 
 @dataclass
@@ -52,13 +65,17 @@ class ModelConfig:
     def problems(self) -> list[str]:
         """Everything that keeps this from being a model, a sentence each."""
         found = []
-        for name in ("vocab_size", "d_model", "n_layers", "head_chunk", "norm_eps", "init_std"):
-            if getattr(self, name) <= 0:
-                found.append(f"model.{name} must be above zero, not {getattr(self, name)}.")
-        if self.d_ff < -1:
-            found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {self.d_ff}.")
-        if self.z_loss < 0:
-            found.append(f"model.z_loss must be zero or more, not {self.z_loss}.")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            above = low == 0 and name not in ZERO_IS_OFF
+            if math.isfinite(value) and (value > low if above else value >= low) and value <= high:
+                continue
+            if name == "d_ff" and value < low:
+                found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {value}.")
+            elif value > high:
+                found.append(f"model.{name} must be at most {high:,}, not {value:,}.")
+            else:
+                found.append(f"model.{name} must be {'above zero' if above or low == 1 else 'zero or more'}, not {value}.")
         if self.residual_init not in ("depth", "none"):
             found.append(f"model.residual_init is {self.residual_init!r}; choose depth or none.")
         if not self.pattern:

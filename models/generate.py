@@ -126,7 +126,7 @@ class Writer:
 
     def __init__(self, values: dict[str, Any]) -> None:
         """Raises UserError for anything that cannot be done, before anything is read."""
-        from data.tokenizer import eot_id
+        from data.tokenizer import coder_of
         from models.decode import cast
         from models.hub.importing import end_ids
         from training.checkpoint import load_model
@@ -161,9 +161,9 @@ class Writer:
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)
         self.device = self.model.embedding.weight.device
-        self.eot = eot_id(self.tokenizer)
+        self.coder = coder_of(self.tokenizer, meta["folder"])
         self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
-        self.stop_ids = [self.eot, *end_ids(Path(meta["folder"])), *stop_ids]  # a folder from elsewhere may have an end of its own
+        self.stop_ids = [*self.coder.end_ids, *end_ids(Path(meta["folder"])), *stop_ids]  # a folder from elsewhere may have an end of its own
         self.start = Session.load(values["resume"], self.model) if values["resume"] else None
         if self.start is not None and len(self.start.ids_BT) > 1:
             raise UserError(f"The session {values['resume']} holds several texts side by side; the command goes on with one.")
@@ -178,17 +178,23 @@ class Writer:
             raise UserError(f"prompts={self.values['prompts']} holds no prompt; write one a line.")
         return found
 
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
+    def ids(self, text: str, start: bool = True) -> list[int]:
+        """Ids of a text that begins a document, or goes on with one. Raises UserError where there is nothing to go on from."""
+        from training.errors import UserError
+
+        ids = self.coder.encode(text, start)
+        if not ids:
+            raise UserError("The prompt is empty, and the tokenizer has no token that starts a text; give a prompt.")
+        return ids
 
     def run(self) -> None:
         if self.document is not None:
-            ids = torch.tensor([[self.eot, *self.ids(self.document)]], device=self.device)
+            ids = torch.tensor([self.ids(self.document)], device=self.device)
             self.start = Session(self.model, ids, seed=self.seed).read(self.progress)
         if self.start is not None:
             self.ask(self.start)
         elif len(self.prompts) == 1:
-            ids_1 = [self.eot, *self.ids(self.prompts[0])]
+            ids_1 = self.ids(self.prompts[0])
             self.show(Session(self.model, torch.tensor([ids_1], device=self.device), seed=self.seed), self.prompts[0], ids_1)
         else:
             for first in range(0, len(self.prompts), self.values["batch"]):
@@ -204,7 +210,7 @@ class Writer:
         for prompt in asked:
             session = start.copy()
             if prompt:
-                session.append(torch.tensor([self.ids(prompt)], device=self.device))
+                session.append(torch.tensor([self.ids(prompt, start=False)], device=self.device))
             self.show(session, prompt, session.ids_BT[0, -8:].tolist())
 
     @staticmethod
@@ -227,9 +233,9 @@ class Writer:
 
     def show_batch(self, prompts: list[str], seed: int) -> None:
         """Several texts side by side, printed when all are written."""
-        rows = [[self.eot, *self.ids(p)] for p in prompts]
+        rows = [self.ids(p) for p in prompts]
         streams = [TextStream(self.tokenizer, row, self.stop) for row in rows]
-        ids_BT, lengths = left_pad(rows, self.eot, self.device)
+        ids_BT, lengths = left_pad(rows, rows[0][0], self.device)
 
         def stop_when(row: int, token: int) -> bool:
             streams[row].push(token)

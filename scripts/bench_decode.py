@@ -33,6 +33,7 @@ from kernels.dispatch import overlapped  # noqa: E402
 from models.config import ModelConfig  # noqa: E402
 from models.decode import Decoder, cast  # noqa: E402
 from models.lm import LanguageModel, LMState  # noqa: E402
+from training.arguments import program  # noqa: E402
 from training.files import write_json  # noqa: E402
 from training.metrics import environment  # noqa: E402
 
@@ -350,4 +351,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program(__doc__, lambda words: main()))

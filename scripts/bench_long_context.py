@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "checkpoint": "",
     "text": None,
     "data": None,
+    "trust_remote_code": False,
 }
 SAME = 0.01  # a peak may differ by this share of the shortest length's and count as equal
 
@@ -139,7 +140,7 @@ def main(words: list[str]) -> None:
     import numpy as np
     import torch
 
-    from evals.adapters import load_adapter
+    from evals.adapters import ItemError, load_adapter
     from evals.texts import open_text
     from training.metrics import environment
 
@@ -154,11 +155,14 @@ def main(words: list[str]) -> None:
         if not todo:
             print(f"{name}: there already", flush=True)
             continue
-        adapter = load_adapter(values["checkpoint"], device, values["precision"]) if values["checkpoint"] else untrained(name, values, device)
+        adapter = load_adapter(values["checkpoint"], device, values["precision"], None, values["trust_remote_code"]) if values["checkpoint"] else untrained(name, values, device)
         text = open_text(adapter, values["data"], values["text"]) if values["checkpoint"] else None
         held["model"] = adapter.describe()
         for n, timed in [(todo[0], False), *((n, True) for n in todo)]:
-            ids = text.rows(values["rows"], n + 1, values["seed"]) if text else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+            try:
+                ids = text.rows(values["rows"], n + 1, values["seed"]) if text else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+            except ItemError as error:
+                raise UserError(str(error)) from error
             found = measure(adapter, ids, values)
             if not timed:
                 continue

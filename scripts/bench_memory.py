@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training.arguments import program
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 200  # seconds of one run
 COMMON = [
@@ -137,4 +139,4 @@ def line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(__doc__, lambda words: main()))

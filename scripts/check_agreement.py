@@ -24,7 +24,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from evals.adapters import HFAdapter, load_adapter  # noqa: E402
+from evals.adapters import HFAdapter, ItemError, load_adapter  # noqa: E402
 from evals.position import position_curve  # noqa: E402
 from evals.tasks import Task  # noqa: E402
 from evals.texts import open_text  # noqa: E402
@@ -36,6 +36,7 @@ from training.metrics import environment  # noqa: E402
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
     "gguf": None,
+    "trust_remote_code": False,
     "text": None,
     "rows": 4,
     "length": 512,
@@ -111,15 +112,19 @@ def main(words: list[str]) -> int:
     """What the command line asks for; 1 where something disagrees. Raises UserError."""
     values = parse_arguments(words, DEFAULTS, lambda v: [] if v["checkpoint"] else ["Say which model: checkpoint=DIR."])
     device = "cuda" if values["device"] in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    adapter = load_adapter(values["checkpoint"], torch.device(device), "fp32", values["gguf"])
+    adapter = load_adapter(values["checkpoint"], torch.device(device), "fp32", values["gguf"], values["trust_remote_code"])
     if not isinstance(adapter, HFAdapter):
         raise UserError(f"{values['checkpoint']} is a checkpoint of ours; export it first, so that transformers can be asked as well.")
     text = open_text(adapter, None, values["text"])
+    try:
+        rows, whole = text.rows(values["rows"], values["length"] + 1, values["seed"]), text.rows(1, values["long"] + 1 if values["long"] else 2, values["seed"])
+    except ItemError as error:
+        raise UserError(str(error)) from error
     result: dict[str, Any] = {"arguments": values, "model": adapter.describe(), "environment": environment(torch.device(device))}
     parts = {
-        "perplexity": lambda: perplexity(adapter, text.rows(values["rows"], values["length"] + 1, values["seed"])),
+        "perplexity": lambda: perplexity(adapter, rows),
         "passkey": lambda: passkey(adapter, values["samples"], values["prompt"], values["batch"], values["seed"]),
-        "long": lambda: long(adapter, text.rows(1, values["long"] + 1, values["seed"])),
+        "long": lambda: long(adapter, whole),
     }
     for name, run in parts.items():
         if name == "long" and not values["long"]:

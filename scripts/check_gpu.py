@@ -15,6 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from training.arguments import program
+from training.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -50,6 +53,8 @@ def first_step(overrides: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
+    if len(sys.argv) < 2 or not sys.argv[1].endswith(".json"):
+        raise UserError("Say where the figures go: scripts/check_gpu.py OUT.json model=transformer size=400m")
     out, overrides = Path(sys.argv[1]), sys.argv[2:]
     check = first_step(overrides)
     print(json.dumps(check), flush=True)
@@ -79,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program(__doc__, lambda words: main()))

@@ -34,6 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.shards import open_held_out  # noqa: E402
 from evals.figures import line, pyplot  # noqa: E402
 from evals.report import cell, markdown_table, write_report  # noqa: E402
 from evals.study import SIZES, TimeUp, measure, study_arms, train  # noqa: E402
@@ -203,6 +204,8 @@ def settle(values: dict[str, Any], cuda: bool) -> None:
         values[key] = values[key] or SIZES[values["size"]][key]
     if not (Path(values["data"]) / "meta.json").exists():
         problems.append(f"There are no token shards at {values['data']}; make them with python -m data.prepare.")
+    elif open_held_out(values["data"]) is None:
+        problems.append(f"{values['data']} has no held-out documents to measure on; prepare it with valid_fraction above zero.")
     if not wanted(values):
         problems.append(f"No arm has {values['only']!r} in its name; there are {', '.join(study_arms(values['size']))}.")
     if problems:

@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from training.arguments import program
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STEPS, ROWS, TOLERANCE = 4, 4, 1e-5
@@ -100,7 +102,7 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         engine = Engine(model, config, world)
         with BatchLoader(open_reader(config, shards), ROWS, config.train.micro_batch, world.replica, world.replicas) as loader:
-            results = [engine.step(batches, config.optim.lr) for _, batches in zip(range(STEPS), loader)]
+            results = [engine.step(batches, config.peak_lr) for _, batches in zip(range(STEPS), loader)]
         found[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
         engine.destroy()
     if world.main:
@@ -191,4 +193,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(__doc__, lambda words: main()))

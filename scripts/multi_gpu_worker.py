@@ -30,8 +30,10 @@ from data.loader import BatchLoader, Reader, Rows  # noqa: E402
 from models import mixers, parallel  # noqa: E402
 from models.config import ModelConfig  # noqa: E402
 from models.lm import LanguageModel  # noqa: E402
+from training.arguments import program  # noqa: E402
 from training.cli import checked, compose_config  # noqa: E402
 from training.engine import Engine, World, start_distributed  # noqa: E402
+from training.errors import UserError  # noqa: E402
 from training.files import write_json  # noqa: E402
 from training.flops import device_name, peak_flops, training_flops_per_token  # noqa: E402
 from training.metrics import peak_memory_gib  # noqa: E402
@@ -235,7 +237,10 @@ def next_case(folder: Path, number: int) -> dict[str, Any] | None:
     return dict(json.loads(path.read_text()))
 
 
-def main(folder: str) -> None:
+def main(words: list[str]) -> None:
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        raise UserError("Give the folder of cases; scripts/bench_multi_gpu.py starts this program itself.")
+    folder = words[0]
     world = start_distributed("auto", 5.0)
     cut = dataclasses.replace(world, sequence=world.size, group=dist.new_group(list(range(world.size))))
     number = 0
@@ -251,4 +256,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    sys.exit(program(__doc__, main))

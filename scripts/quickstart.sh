@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a trained, evaluated, resumable hybrid language model. Extra arguments go to train.py, e.g. train.steps=50.
 source "$(dirname "$0")/common.sh"
-setup_venv dev
+setup_venv dev core
 started=$(date +%s)
 data=runs/data/demo run=runs/quickstart
 

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from training.arguments import program
+
 ROOT = Path(__file__).resolve().parent.parent
 CANNOT = 77
 ADDRESS = {"a": "10.77.0.1", "b": "10.77.0.2"}
@@ -235,4 +237,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(__doc__, lambda words: main()))

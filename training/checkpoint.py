@@ -165,7 +165,7 @@ def load_weights(folder: Path, model: LanguageModel) -> None:
     wrong = [k for k in wrong if not (k not in theirs and k in own and _is_tied(model, k))]
     if wrong:
         raise UserError(
-            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; use its own model config or another run_dir."
+            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; give the model= and size= it was trained with, or another run_dir."
         )
     for name in theirs:
         own[name].copy_(weights.tensor(name))
@@ -201,7 +201,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
 
 
 def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
-    from models.hub.importing import read_stock
+    from models.hub.importing import read_stock, without_tokenizer
     from models.hub.weights import refuse_pickles
 
     refuse_pickles(folder)
@@ -221,7 +221,7 @@ def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, 
     else:
         load_weights(folder, model)
     if not (folder / "tokenizer.json").exists():
-        raise UserError(f"{folder} holds no tokenizer.json.")
+        raise UserError(without_tokenizer(folder))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     meta: dict[str, Any] = {"folder": str(folder)}
     for name in ("state", "run"):

@@ -7,98 +7,109 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from training import checks, ranges, recipe, suggest
 from training.errors import UserError
-from training.schedule import KINDS
+from training.ranges import AMOUNT, COUNT, POSITIVE, SHARE, Range
+from training.schedule import KINDS, lr_factor
 
 STARTS = ("zero", "pass", "random", "fitted")  # of training.initial_state, which needs torch
 PRECISIONS = ("fp32", "bf16")
 
 
+MINUTES = Range(0, 10**6, above=True)
+
+
 @dataclass
 class TrainSection:
-    seq_len: int = 256
-    global_batch: int = 32
-    micro_batch: int = 8
-    steps: int | None = 300
-    tokens: float | None = None
+    seq_len: Annotated[int, Range(1, 2**31 - 2)] = 256
+    global_batch: Annotated[int, Range(1, 10**7)] = 32
+    micro_batch: Annotated[int, Range(1, 10**7)] = 8
+    steps: Annotated[int | None, COUNT] = 300
+    tokens: Annotated[float | None, Range(1, 10**18)] = None
     precision: str = "fp32"
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
     compile: bool = False
     activation_checkpointing: str = "none"
     initial_state: str = "zero"
-    initial_sigma: float = 1.0
-    initial_drop: float = 0.1
+    initial_sigma: Annotated[float, Range(0)] = 1.0
+    initial_drop: Annotated[float, SHARE] = 0.1
     device: str = "auto"
-    log_every: int = 10
+    check_memory: bool = True
+    log_every: Annotated[int, COUNT] = 10
     resume: str = "auto"
+    start_from: str | None = None
+    start_with: str = "weights"
 
 
 @dataclass
 class ParallelSection:
-    sequence: int = 1
+    sequence: Annotated[int, Range(1, 10**6)] = 1
 
 
 @dataclass
 class CheckpointSection:
-    every: int = 0
-    keep: int = 2
-    milestones: list[int] = field(default_factory=list)
+    every: Annotated[int, Range(0, ranges.MANY, hint="0 saves only at the end and when the run is stopped")] = 0
+    keep: Annotated[int, COUNT] = 2
+    milestones: list[Annotated[int, COUNT]] = field(default_factory=list)
     at_end: bool = True
     background: bool = True
     hook: str = ""
-    hook_minutes: float = 10.0
+    hook_minutes: Annotated[float, MINUTES] = 10.0
 
 
 @dataclass
 class FaultSection:
     policy: str = "stop"
-    max_skips: int = 10
-    spike_factor: float = 0.0
-    spike_window: int = 64
+    max_skips: Annotated[int, AMOUNT] = 10
+    spike_factor: Annotated[float, Range(0, hint="0 leaves spikes alone")] = 0.0
+    spike_window: Annotated[int, Range(8, 10**6)] = 64
 
 
 @dataclass
 class DataSection:
     path: Any = "runs/data/demo"
     reader: str = "windows"
-    prefetch: int = 4
+    prefetch: Annotated[int, Range(1, 10**4)] = 4
     task: dict[str, Any] = field(default_factory=dict)  # of reader=synthetic, see data/synthetic
-    curriculum: int = 0
+    curriculum: Annotated[int, AMOUNT] = 0
 
 
 @dataclass
 class OptimSection:
-    lr: float = 3e-3
-    weight_decay: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
+    """lr: None for the one that goes with the size and the model, see `training.recipe`."""
+
+    lr: Annotated[float | None, POSITIVE] = None
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    betas: list[Annotated[float, SHARE]] = field(default_factory=lambda: [0.9, 0.95])
+    eps: Annotated[float, POSITIVE] = 1e-8
 
 
 @dataclass
 class ScheduleSection:
     kind: str = "cosine"
     unit: str = "steps"
-    warmup: float = 0.1
-    decay: float = 0.2
-    final: float = 0.1
+    warmup: Annotated[float, Range(0)] = 0.1
+    decay: Annotated[float, Range(0)] = 0.2
+    final: Annotated[float, SHARE] = 0.1
 
 
 @dataclass
 class DeepSpeedSection:
-    stage: int = 1
+    stage: Annotated[int, Range(0, 3)] = 1
     offload_optimizer: str = "none"
     offload_parameters: str = "none"
     nvme_path: str | None = None
-    hpz: int = 1
+    hpz: Annotated[int, Range(1, 10**6)] = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
-    bucket_bytes: int = 200_000_000
-    timeout_minutes: float = 30.0
+    bucket_bytes: Annotated[int, Range(1024, 2**40)] = 200_000_000
+    timeout_minutes: Annotated[float, MINUTES] = 30.0
 
 
 @dataclass
@@ -111,27 +122,27 @@ class LoggingSection:
 
 @dataclass
 class EvalSection:
-    every: int = 0
-    tokens: int = 65536
-    sample_every: int = 0
+    every: Annotated[int, Range(0, ranges.MANY, hint="0 evaluates only at the end")] = 0
+    tokens: Annotated[int, COUNT] = 65536
+    sample_every: Annotated[int, Range(0, ranges.MANY, hint="0 writes a sample only at the end")] = 0
     sample_prompt: str = "The "
-    sample_tokens: int = 60
-    lengths: list[int] = field(default_factory=list)  # of generated tasks
-    long_length: int = 0
-    long_rows: int = 8
+    sample_tokens: Annotated[int, Range(1, 10**6)] = 60
+    lengths: list[Annotated[int, Range(1, 2**31 - 2)]] = field(default_factory=list)  # of generated tasks
+    long_length: Annotated[int, Range(0, 2**40, hint="0 draws none")] = 0
+    long_rows: Annotated[int, Range(1, 10**6)] = 8
 
 
 @dataclass
 class Config:
-    """One run. `model` is a models.config.ModelConfig mapping; `size` only feeds interpolations inside `model`."""
+    """One run. `model` is a models.config.ModelConfig mapping; `size` only feeds interpolations inside `model`, and the learning rate."""
 
     name: str = "dev"
     run_dir: str = "runs/dev"
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     dry_run: bool = False
     profile: bool = False
-    profile_start: int = 5
-    profile_steps: int = 3
+    profile_start: Annotated[int, COUNT] = 5
+    profile_steps: Annotated[int, Range(1, 10**6)] = 3
     model: dict[str, Any] = field(default_factory=dict)
     size: dict[str, Any] = field(default_factory=dict)
     train: TrainSection = field(default_factory=TrainSection)
@@ -145,29 +156,66 @@ class Config:
     logging: LoggingSection = field(default_factory=LoggingSection)
     eval: EvalSection = field(default_factory=EvalSection)
 
+    def __post_init__(self) -> None:
+        self.at = Position()
+
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run: `train.steps`, or `train.tokens` rounded up to whole steps."""
+        """The number of the run's last optimizer step: its first step and `train.steps`, or as many whole steps as `train.tokens` takes."""
         if self.train.steps is not None:
-            return self.train.steps
+            return self.at.first_step + self.train.steps
         assert self.train.tokens is not None
-        return max(1, -(-int(self.train.tokens) // self.tokens_per_step))
+        left = int(self.train.tokens) - (self.at.tokens - self.at.first_tokens)
+        return max(self.at.first_step + 1, self.at.step + max(0, -(-left // self.tokens_per_step)))
 
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.seq_len
 
+    @property
+    def span(self) -> float:
+        """What the schedule runs over, in optimizer steps of the present size; of a run that counts tokens not always a whole number."""
+        if self.schedule.unit == "steps":
+            return self.total_steps - self.at.first_step
+        return (self.at.tokens - self.at.first_tokens) / self.tokens_per_step + self.total_steps - self.at.step
+
     def in_steps(self, amount: float) -> int:
         """A schedule length in steps: a number below 1 is a fraction of the run, else steps or tokens as `schedule.unit` says."""
         if amount < 1:
-            return round(amount * self.total_steps)
+            return round(amount * self.span)
         return round(amount if self.schedule.unit == "steps" else amount / self.tokens_per_step)
 
+    @property
+    def peak_lr(self) -> float:
+        assert self.optim.lr is not None, "check() gives every run its rate"
+        return self.optim.lr
 
-def nearest(key: str, known: list[str]) -> str:
+    def lr_at(self, step: int, tokens: int) -> float:
+        """The learning rate of the step after `step` steps and `tokens` tokens; `schedule.unit` says which of the two counts."""
+        s = self.schedule
+        place = step - self.at.first_step if s.unit == "steps" else (tokens - self.at.first_tokens) / self.tokens_per_step
+        return self.peak_lr * lr_factor(
+            place, self.span, kind=s.kind, warmup=self.in_steps(s.warmup), decay=self.in_steps(s.decay), final=s.final
+        )
+
+
+@dataclass
+class Position:
+    """Where a run is taken up: optimizer steps and tokens behind it, and where its own began (those of the run it was forked from come before)."""
+
+    step: int = 0
+    tokens: int = 0
+    first_step: int = 0
+    first_tokens: int = 0
+
+
+def nearest(key: str, known: list[str], cutoff: float = 0.6) -> str:
     """' Did you mean X?' for a near miss, else the list of what there is."""
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
     return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
+
+
+TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group of keys"}
 
 
 def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
@@ -179,7 +227,7 @@ def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
         origin = typing.get_origin(option)
         if option is bool and isinstance(value, bool):
             return value
-        if option is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        if option is int and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
             return int(value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -195,9 +243,23 @@ def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
         if origin is list and isinstance(value, (list, tuple)):
             inner = typing.get_args(option)[0]
             return [_convert(item, inner, f"{path}[{i}]", problems) for i, item in enumerate(value)]
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not type(None))
-    problems.append(f"{path} must be {'an' if names[0] in 'aeiou' else 'a'} {names}, not {value!r}.")
+    names = " or ".join(TYPES.get(typing.get_origin(o) or o, str(o)) for o in options if o is not type(None))
+    hint = ""
+    if options == (str,) and isinstance(value, (list, tuple)):
+        hint = f"; text is quoted: {suggest.quoted(path, '[' + ','.join(map(str, value)) + ']')}"
+    problems.append(f"{path} must be {names}{' or null' if type(None) in options else ''}, not {'null' if value is None else repr(value)}{hint}.")
     return value
+
+
+def schema_keys(schema: type, prefix: str = "", kind: type | None = None) -> list[str]:
+    """The dotted keys of a dataclass and those in it, all or those of one `kind` (or null); free mappings count as one."""
+    found = []
+    for key, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint):
+            found += schema_keys(typing.cast(type, hint), f"{prefix}{key}.", kind)
+        elif kind is None or hint is kind or kind in typing.get_args(hint) and typing.get_origin(hint) is not list:
+            found.append(prefix + key)
+    return found
 
 
 def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str]) -> Any:
@@ -207,7 +269,8 @@ def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str])
     for key, value in mapping.items():
         where = f"{path}{key}"
         if key not in hints:
-            problems.append(f"Unknown key {where!r}; {nearest(str(key), list(hints))}")
+            near, anywhere = nearest(str(key), list(hints), 0.8), suggest.key(where, schema_keys(Config))
+            problems.append(f"Unknown key {where!r}; {near if near.startswith('did') else anywhere or nearest(str(key), list(hints))}")
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 values[key] = parse(value, typing.cast(type, hints[key]), f"{where}.", problems)
@@ -218,28 +281,6 @@ def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str])
     return schema(**values)
 
 
-def _positive(config: Config) -> list[str]:
-    t = config.train
-    rows = {
-        "train.seq_len": t.seq_len,
-        "train.global_batch": t.global_batch,
-        "train.micro_batch": t.micro_batch,
-        "optim.lr": config.optim.lr,
-        "checkpoint.hook_minutes": config.checkpoint.hook_minutes,
-        "train.log_every": t.log_every,
-        "parallel.sequence": config.parallel.sequence,
-        "data.prefetch": config.data.prefetch,
-        "checkpoint.keep": config.checkpoint.keep,
-        "profile_start": config.profile_start,
-        "profile_steps": config.profile_steps,
-        "deepspeed.hpz": config.deepspeed.hpz,
-        "deepspeed.timeout_minutes": config.deepspeed.timeout_minutes,
-    }
-    optional = {"train.steps": t.steps, "train.tokens": t.tokens}
-    rows |= {key: value for key, value in optional.items() if value is not None}
-    return [f"{key} must be above zero, not {value}." for key, value in rows.items() if value <= 0]
-
-
 def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
@@ -248,10 +289,11 @@ def _choices(config: Config) -> list[str]:
         ("train.initial_state", config.train.initial_state, STARTS),
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
-        ("deepspeed.stage", config.deepspeed.stage, (0, 1, 2, 3)),
         ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
         ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
         ("faults.policy", config.faults.policy, ("stop", "skip")),
+        ("train.device", config.train.device, ("auto", "cpu", "cuda")),
+        ("train.start_with", config.train.start_with, ("weights", "all")),
         ("logging.wandb", config.logging.wandb, ("online", "offline", "disabled")),
     ]
     return [f"{key} is {value!r}; choose one of {', '.join(map(str, allowed))}." for key, value, allowed in rows if value not in allowed]
@@ -260,7 +302,7 @@ def _choices(config: Config) -> list[str]:
 def _combinations(config: Config, world_size: int) -> list[str]:
     problems, t, ds = [], config.train, config.deepspeed
     if (t.steps is None) == (t.tokens is None):
-        problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other.")
+        problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other (train.steps=null train.tokens=1e9).")
     N = config.parallel.sequence
     if config.dry_run:  # asks what a run on other machines would cost
         world_size = N
@@ -276,18 +318,20 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
     problems += _zero(config, world_size)
-    if t.initial_sigma < 0 or not 0 <= t.initial_drop <= 1:
-        problems.append(
-            f"train.initial_sigma must be zero or more and train.initial_drop between 0 and 1, not {t.initial_sigma} and {t.initial_drop}."
-        )
-    if config.eval.long_length < 0 or config.eval.long_rows < 1:
-        problems.append("eval.long_length must be zero (none) or more and eval.long_rows above zero.")
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
         problems.append("checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'.")
-    if len(config.optim.betas) != 2 or not all(0 <= b < 1 for b in config.optim.betas):
-        problems.append(f"optim.betas must be two numbers from 0 up to 1, not {config.optim.betas}.")
-    if config.faults.spike_factor and config.faults.spike_factor <= 1:
+    if len(config.optim.betas) != 2 or 1 in config.optim.betas:
+        problems.append(f"optim.betas must be two numbers from 0 up to, but not, 1, not {config.optim.betas}.")
+    if 0 < config.faults.spike_factor <= 1:
         problems.append(f"faults.spike_factor {config.faults.spike_factor} must be above 1, or 0 to leave spikes alone.")
+    if t.start_from and t.resume not in ("auto", "none"):
+        problems.append("train.start_from begins a new run and train.resume goes on with one; give one of them.")
+    if t.start_with == "all" and not t.start_from:
+        problems.append("train.start_with says what train.start_from takes from a checkpoint; give that as well.")
+    if t.start_from and config.model.get("init_from"):
+        problems.append("train.start_from and model=hf: both give the first weights; leave one of them out.")
+    empty = {"name": config.name, "run_dir": config.run_dir, "train.resume": t.resume, "train.start_from": t.start_from}
+    problems += [f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()]
     return problems
 
 
@@ -326,9 +370,10 @@ def split_problems(config: Config) -> list[str]:
 
     from models import mixers
     from models.config import ModelConfig
+    from models.hub.importing import resolved
 
     N, problems = config.parallel.sequence, []
-    model = ModelConfig.from_dict({**config.model, "vocab_size": config.model.get("vocab_size") or 256})
+    model = ModelConfig.from_dict({**resolved(config.model), "vocab_size": config.model.get("vocab_size") or 256})
     for name in dict.fromkeys(model.pattern):
         with torch.device("meta"):
             mixer = mixers.build(model.mixers[name], model.d_model, 0)
@@ -342,15 +387,25 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     """The validated Config of a resolved mapping. Raises UserError with every problem found."""
     problems: list[str] = []
     config = parse(mapping, Config, "", problems)
-    if not problems:
-        problems += _positive(config) + _choices(config) + _combinations(config, world_size)
+    readable = not problems
+    if readable:
+        checks.at_home(config)
+    told = [text.split()[0] for text in problems]
+    outside = [text for text in ranges.problems(config) if text.split()[0] not in told]
+    problems += outside + ranges.loose(config.size, "size")
+    if readable:
+        problems += _choices(config) + _combinations(config, world_size) + ([] if outside else checks.lengths(config))
     problems += model_problems(config.model)
     if config.data.reader == "synthetic":
         problems += task_problems(config)
+    else:
+        problems += checks.data(config)
     if not problems and config.parallel.sequence > 1:
         problems += split_problems(config)
     if problems:
         raise UserError(problems)
+    if config.optim.lr is None:
+        config.optim.lr = recipe.rate(config)[0]
     return config
 
 

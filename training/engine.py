@@ -30,6 +30,7 @@ from training.clock import CommunicationClock
 from training.config import Config
 from training.errors import UserError
 from training.initial_state import InitialStates
+from training.launch import USUAL, launch, unreachable
 from training.optim import SkippableAdamW, build_optimizer
 
 LINEAR = nn.functional.linear
@@ -117,8 +118,9 @@ def pick_device(wanted: str) -> torch.device:
 
 def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequence: int = 1) -> World:
     """Joins the process group that the launcher described, or makes one of a single rank; every `sequence` ranks share rows."""
+    launch()
     device = pick_device(wanted_device)
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+    for key, value in USUAL.items():
         os.environ.setdefault(key, value)
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -135,7 +137,10 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "nccl"
         timeout = datetime.timedelta(minutes=timeout_minutes)
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        try:
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        except dist.DistNetworkError as error:
+            raise unreachable(error) from error
     rank, size, group = dist.get_rank(), dist.get_world_size(), None
     for first in range(0, size, sequence) if sequence > 1 else ():  # every rank has to take part in making every group
         made = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
@@ -260,7 +265,7 @@ class Engine:
         self.module = model.to(world.device)
         self.optimizer: SkippableAdamW = build_optimizer(
             model,
-            lr=config.optim.lr,
+            lr=config.peak_lr,
             betas=(config.optim.betas[0], config.optim.betas[1]),
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,

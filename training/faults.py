@@ -15,6 +15,7 @@ from typing import Any
 from training.config import FaultSection
 from training.engine import StepResult
 from training.errors import UserError
+from training.files import finite
 
 
 class BadStepPolicy:
@@ -45,7 +46,7 @@ class BadStepPolicy:
         if self.log is not None:
             entry = {"step": step, "why": result.skipped, "loss": result.loss, "grad_norm": result.grad_norm, "sample_ids": sample_ids}
             with contextlib.suppress(OSError), self.log.open("a") as file:  # a full disk must not end rank 0 alone
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(finite(entry)) + "\n")
         if self.faults.policy == "stop":
             raise UserError(f"Step {step} was not taken: {result.skipped}; lower optim.lr, or let faults.policy=skip leave such steps out.")
         if self.skips > self.faults.max_skips:

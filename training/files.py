@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON; NaN and infinities become null, as JSON has none, and what JSON does not know its text."""
-    write_bytes(path, (json.dumps(_finite(value), indent=1, default=str) + "\n").encode())
+    write_bytes(path, (json.dumps(finite(value), indent=1, default=str) + "\n").encode())
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder and a file in it that is removed again. Raises UserError where that cannot be done, before work is lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); give another folder with out=.") from error
 
 
 def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
@@ -55,9 +66,10 @@ def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
     return file
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` as JSON can say it: NaN and infinities become null."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

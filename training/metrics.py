@@ -1,4 +1,4 @@
-"""What a run says: a line for people, metrics.jsonl for programs, and wandb or TensorBoard where asked. Rank 0 only."""
+"""What a run says: a line for people (log.txt keeps them), metrics.jsonl for programs, and wandb or TensorBoard where asked. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from training.config import Config
+from training.files import finite
 from training.flops import device_name, peak_flops
 
 
@@ -81,6 +82,7 @@ class Metrics:
         self.tensorboard: Any = None
         self.file: Any = None
         self.unwritten = 0
+        self.compiling = config.train.compile
 
     def open(self, step: int, wandb_id: str | None) -> None:
         """Opens the sinks at `step`; what metrics.jsonl says of later steps belongs to a lost branch and is dropped."""
@@ -133,15 +135,19 @@ class Metrics:
         self.wandb_id = self.wandb.id
 
     def say(self, text: str) -> None:
-        if self.main:
-            print(text, flush=True)
+        """A line for people, on the terminal and with its time in log.txt of the run folder."""
+        if not self.main:
+            return
+        print(text, flush=True)
+        with contextlib.suppress(OSError), (self.run_dir / "log.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in text.splitlines())
 
     def write(self, step: int, **values: Any) -> None:
         """One row of metrics.jsonl, and the same to the other sinks."""
         if not self.main:
             return
         try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(json.dumps(finite({"step": step, **values})) + "\n")
         except OSError as error:  # rank 0 must not end alone here; a checkpoint that cannot be written ends all in a sentence
             self.unwritten += 1
             if self.unwritten == 1:
@@ -168,10 +174,15 @@ class Metrics:
         data_wait: float,
         skipped: str,
         ranks: dict[str, Any] | None = None,
+        seen: int | None = None,
     ) -> None:
-        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`. ranks: of observe.RankWatch, at intervals."""
+        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`. ranks: of observe.RankWatch, at intervals; seen: tokens
+        of the run so far (else those of so many steps of the present batch)."""
         if not self.main:
             return
+        if self.compiling:
+            self.compiling = False
+            self.say(f"compiled: the first step took {duration(seconds)}.")
         rate = tokens / (seconds + data_wait)
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
         mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
@@ -179,7 +190,7 @@ class Metrics:
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens": step * self.config.tokens_per_step,
+            "tokens": step * self.config.tokens_per_step if seen is None else seen,
             "tokens_per_second": rate,
             "seconds": seconds,
             "data_wait": data_wait,

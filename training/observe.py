@@ -52,7 +52,11 @@ class SignOfLife:
         except OSError:
             pass  # a full disk must not end a run here; a save says so in its own words
 
-    def close(self) -> None:
+    def close(self, stopped: bool = False) -> None:
+        """stopped: before its end, on request and with everything saved, which the supervisor takes for no failure."""
+        if stopped:
+            self.row |= {"stopped": True}
+            self._write()
         faulthandler.unregister(signal.SIGUSR2)
         self.stacks.close()
 

@@ -7,8 +7,8 @@ import math
 KINDS = ("cosine", "wsd", "linear", "constant")
 
 
-def lr_factor(step: int, total: int, *, kind: str, warmup: int, decay: int = 0, final: float = 0.0) -> float:
-    """Factor of the peak rate for optimizer step `step` (0-based) of `total`.
+def lr_factor(step: float, total: float, *, kind: str, warmup: int, decay: int = 0, final: float = 0.0) -> float:
+    """Factor of the peak rate for optimizer step `step` (0-based) of `total`; both may be fractions, of a run that counts tokens.
 
     Warm-up rises linearly over `warmup` steps and is never zero. cosine and linear fall to `final` at the last step; wsd
     (warm-up, stable, decay) stays at 1 and falls linearly over the last `decay` steps; constant stays at 1.
@@ -17,12 +17,12 @@ def lr_factor(step: int, total: int, *, kind: str, warmup: int, decay: int = 0, 
     if kind not in KINDS:
         raise ValueError(f"schedule.kind is {kind!r}; choose one of {', '.join(KINDS)}.")
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     if kind == "constant":
         return 1.0
     if kind == "wsd":
         left = total - step
-        return 1.0 if left > decay or decay == 0 else final + (1.0 - final) * left / decay
+        return 1.0 if left > decay or decay == 0 else final + (1.0 - final) * max(0.0, left) / decay
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if kind == "cosine" else 1.0 - progress
     return final + (1.0 - final) * shape

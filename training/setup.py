@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from data.loader import build_reader
 from data.shards import ShardSet
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader, SyntheticSet
+from data.tokenizer import marks_of
 from models.config import ModelConfig
-from models.hub.importing import load_into, resolved
+from models.hub.importing import load_into, read_stock, resolved
 from models.lm import LanguageModel
-from training import checkpoint
+from training import checkpoint, fork
+from training.changes import differences, finished, keep_history, lr_jump
+from training.checks import NO_DATA, notes
 from training.config import Config
+from training.cursor import Cursor, Order, begin, read, take_on
 from training.engine import World, zero_run
 from training.errors import UserError
 from training.files import lock, write_json
 from training.metrics import environment
+from training.recipe import rate
 
 Shards = list[tuple[ShardSet, float]]
 DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up
+TOTAL = "\0"  # stands for the total in a sentence that is written before it is known
 
 
 def open_shards(path: Any, split: str) -> Shards:
     """The weighted shard sets of data.path (one folder, or {folder: weight}). Raises UserError."""
+    if not path:
+        raise UserError(NO_DATA)
     weights = path if isinstance(path, dict) else {path: 1.0}
     try:
         shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
@@ -46,12 +57,13 @@ def open_sources(config: Config, split: str) -> Any:
     return [(SyntheticSet(config.data.task, split), 1.0)]
 
 
-def open_reader(config: Config, shards: Shards) -> Any:
-    """The reader of data.reader over `shards`. Raises UserError when there is too little data for it."""
+def open_reader(config: Config, shards: Shards, order: Order | None = None) -> Any:
+    """The reader of data.reader over `shards`; order: of a run that goes on. Raises UserError when there is too little data for it."""
+    order = order or begin(config, [weight for _, weight in shards]).order
     try:
         if config.data.reader == "synthetic":
-            return SyntheticReader(build_task(config.data.task), config.train.seq_len, config.seed, curriculum=config.data.curriculum)
-        return build_reader(shards, config.data.reader, config.train.seq_len, config.seed, config.train.global_batch)
+            return SyntheticReader(build_task(config.data.task), order.seq_len, order.seed, curriculum=config.data.curriculum)
+        return build_reader(shards, order.reader, order.seq_len, order.seed, order.rows, order.stretches)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -88,60 +100,165 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
 
 @dataclass
 class Start:
-    """Where training begins: step 0 without a folder, or the step of a checkpoint. held: rank 0's lock of the run folder, for the run."""
+    """Where training begins: without a folder at step 0, else from a checkpoint. moments: the folder's optimizer and random states go on too;
+    held: rank 0's lock of the run folder, for the run."""
 
-    step: int
+    cursor: Cursor
     folder: Path | None
+    moments: bool
     wandb_id: str | None
     message: str
     held: list[Any]
 
 
 def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, resolved_yaml: str) -> Start:
-    """Finds the checkpoint to go on from, loads its weights, and writes config and environment into the run folder.
+    """Finds the checkpoint to go on or to begin from, loads its weights, sets `config.at`, and writes config and environment into the run folder.
 
-    Raises UserError when the checkpoint is of another model or other data.
+    Folders of a mixture that the checkpoint names in another order are put into its order. Raises UserError when the checkpoint is of another
+    model, or goes on with other data.
     """
-    run_dir = Path(config.run_dir)
+    run_dir, now = Path(config.run_dir), OmegaConf.to_container(OmegaConf.create(resolved_yaml))
+    assert isinstance(now, dict)
     held: list[Any] = []
+    if config.train.start_from:
+        fork.refuse_own(config)
+    fresh = not run_dir.exists()
 
     def own() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         held.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
 
     _on_main(world, run_dir, own)
-    folder = _checkpoint_of(config, world)
-    if folder is not None:
-        try:
-            state = checkpoint.read_state(folder)
-            if state["fingerprint"] != [s.fingerprint for s, _ in shards]:
-                raise UserError(
-                    f"{folder} was trained on other data than {', '.join(str(s.directory) for s, _ in shards)}; "
-                    "give that, or train.resume=none with another run_dir."
-                )
+    try:
+        folder, moments = _checkpoint_of(config, world), True
+        begins = folder is None and bool(config.train.start_from)
+        if begins:
+            folder, moments = fork.found(config.train.start_from or "", world, "train.start_from"), config.train.start_with == "all"
+        if folder is None:
+            cursor, where, wandb_id = _from_nothing(config, world, model, shards)
+        else:
+            cursor, where, wandb_id = _read(folder, begins, config, world, model, shards)
+    except UserError:
+        if fresh and held:
+            _leave(run_dir, held)
+        raise
+    config.at = cursor.position()
+    before = fork.settings_of(folder) if folder is not None else {}
+    changes = differences(before, {str(k): v for k, v in now.items()}) if before else []
+    told = [*_told(config, world, model, cursor, where), *_changed(config, cursor, before if moments else {}, changes)]
+
+    def write() -> None:
+        facts = environment(world.device)
+        row = {"step": cursor.step, "samples": cursor.samples, "tokens": cursor.tokens, "from": folder and str(folder), "changes": changes}
+        keep_history(run_dir, resolved_yaml, {**row, "command": facts["command"], "commit": facts["commit"], "ranks": world.size})
+        write_json(run_dir / "environment.json", facts)
+
+    _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
+    return Start(cursor, folder, moments, wandb_id, "\n".join(told), held)
+
+
+def _leave(run_dir: Path, held: list[Any]) -> None:
+    """Takes back a run folder that this start has made and nothing was written into."""
+    held.pop().close()
+    with contextlib.suppress(OSError):
+        (run_dir / "lock").unlink()
+        run_dir.rmdir()
+
+
+def _from_nothing(config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, None]:
+    """What `_read` returns, of a run without a checkpoint; weights of a folder that model=hf: names are compared by one rank and loaded by all."""
+    origin, told = config.model.get("init_from"), f"starting at step 0{TOTAL}"
+    if origin:
+        verify = bool(config.model.get("verify", True))
+        _on_main(world, Path(config.run_dir), lambda: verify and read_stock(origin))
+        load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None, verify=False)
+        told += f" from the weights of {origin}"
+        told += _other_start(Path(str(origin)), shards[0][0]) if config.data.reader != "synthetic" else ""
+        told += "" if verify else f"\n{origin} was NOT COMPARED with transformers (model.verify=false): its numbers may be wrong"
+    return begin(config, [weight for _, weight in shards]), told, None
+
+
+def _other_start(folder: Path, shards: Any) -> str:
+    """A line where the documents of the data begin with another token than those that the folder's model has read."""
+    if not (folder / "tokenizer.json").is_file():
+        return ""
+    theirs = marks_of(shards.tokenizer(), folder).start
+    if theirs is None or theirs == shards.eot_id:
+        return ""
+    name = shards.tokenizer().id_to_token
+    return (
+        f"\nnote: documents of {shards.directory} begin with {name(shards.eot_id)!r}, those that {folder} was trained on with {name(theirs)!r}; "
+        f"prepare the data with tokenizer={folder} to keep to that."
+    )
+
+
+def _changed(config: Config, cursor: Cursor, before: dict[str, Any], changes: list[str]) -> list[str]:
+    """The lines about what a start changes. before: the settings that the checkpoint's learning rate followed, {} where it starts anew."""
+    told = ["settings that differ from the checkpoint's:", *(f"  {line}" for line in changes)] if changes else []
+    told += cursor.notes
+    if cursor.step >= config.total_steps:
+        return [*told, finished(config, cursor)]
+    told += filter(None, [lr_jump(before, config, cursor) if before else ""])
+    return told + [f"note: {text}." for text in notes(config)]
+
+
+def _read(folder: Path, begins: bool, config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, str | None]:
+    """(cursor, where training is taken up in words, the wandb run to go on with) of a checkpoint whose weights are loaded into `model`."""
+    run_dir = Path(config.run_dir)
+    try:
+        prints, weights = [s.fingerprint for s, _ in shards], [weight for _, weight in shards]
+        if begins:
+            cursor, what = fork.begun(folder, config, prints, weights)
+            fork.check_tokenizer(folder, shards[0][0].tokenizer())
             checkpoint.load_weights(folder, model)
-        except Exception as error:
-            if (folder / checkpoint.MARKER).exists():
-                raise
-            raise UserError(f"{folder} was dropped by its run while it was read; start again, or resume from one of its milestones.") from error
+            return cursor, f"a new run from {folder}: {what}; at step {cursor.step}", None
+        state = checkpoint.read_state(folder)
+        _in_order(state["fingerprint"], shards, folder)
+        cursor = read(state, fork.settings_of(folder), config)
+        if config.train.start_from:
+            fork.refuse_another(config, cursor, folder)
+        take_on(cursor, config, [weight for _, weight in shards], str(folder))
+        checkpoint.load_weights(folder, model)
+    except Exception as error:
+        if (folder / checkpoint.MARKER).exists() or begins and folder.exists():
+            raise
+        raise UserError(f"{folder} was dropped by its run while it was read; start again, or resume from one of its milestones.") from error
+    by_name = config.train.resume != "auto"
+    branches = world.texts(_branches(run_dir, folder, by_name) if world.main else "")[0]
+    elsewhere = run_dir.resolve() not in folder.resolve().parents
+    forked = elsewhere or by_name and bool(branches)  # what another wandb run says already is not written over
+    return cursor, f"resuming from {folder} at step {cursor.step}{TOTAL}{branches}", None if forked else state.get("wandb_id")
 
-    def settings() -> None:
-        (run_dir / "config.yaml").write_text(resolved_yaml)
-        write_json(run_dir / "environment.json", environment(world.device))
 
-    _on_main(world, run_dir, settings)  # not before here: a refused start leaves what the run folder says of its run
+def _in_order(fingerprints: list[str], shards: Shards, folder: Path) -> None:
+    """Puts `shards` into the order of `fingerprints`. Raises UserError when they are other data."""
+    left, placed = list(shards), []
+    for wanted in fingerprints:
+        place = next((i for i, (shard, _) in enumerate(left) if shard.fingerprint == wanted), None)
+        placed += [left.pop(place)] if place is not None else []
+    if left or len(placed) != len(fingerprints):
+        raise UserError(
+            f"{folder} was trained on other data than {', '.join(str(s.directory) for s, _ in shards)}; "
+            f"give that, or begin a new run from it: train.start_from={folder} run_dir=NEW_FOLDER."
+        )
+    shards[:] = placed
+
+
+def _told(config: Config, world: World, model: LanguageModel, cursor: Cursor, where: str) -> list[str]:
+    """The lines that a start prints: what runs, from where, and by which learning rate."""
     counts = sum(model.parameter_counts().values())
     zero = zero_run(config, world.size)
-    what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, {zero}, {config.train.precision}, run folder {run_dir}"
-    if folder is None:
-        origin = config.model.get("init_from")
-        if origin:
-            load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None)
-        told = f"{what}\nstarting at step 0 of {config.total_steps}{f' from the weights of {origin}' if origin else ''}"
-        return Start(0, None, None, told, held)
-    branches = _branches(run_dir, folder, config.train.resume != "auto") if world.main else ""
-    message = f"{what}\nresuming from {folder} at step {state['step']} of {config.total_steps}{branches}"
-    return Start(state["step"], folder, state.get("wandb_id"), message, held)
+    what = f"{config.name}: {counts:,} parameters on {world.size} x {world.device.type}, {zero}, {config.train.precision}, run folder {config.run_dir}"
+    total = f" of {config.total_steps}"
+    where = where.replace(TOTAL, total) if TOTAL in where else where + total
+    s, warmup = config.schedule, config.in_steps(config.schedule.warmup)
+    source = rate(config)
+    rates = f"learning rate {config.peak_lr:g} ({source[1]})" if config.peak_lr == source[0] else f"learning rate {config.peak_lr:g}"
+    each = config.tokens_per_step if s.unit == "tokens" else 1
+    decay = f", {config.in_steps(s.decay) * each:,} of decay" if s.kind == "wsd" else ""
+    lines = [what, where, f"{rates}, schedule {s.kind} over {round(config.span * each):,} {s.unit}, {warmup * each:,} of warm-up{decay}"]
+    compiling = "torch.compile is on: the first step compiles the model, which takes minutes for a large one and is no hang."
+    return [*lines, compiling] if config.train.compile else lines
 
 
 def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:
@@ -178,18 +295,4 @@ def _checkpoint_of(config: Config, world: World) -> Path | None:
         return None
     if wanted == "auto":
         return checkpoint.newest_together(Path(config.run_dir), world)
-    folder, kind = Path(wanted), ""
-    if world.main:  # ranks may see a shared disk at different moments, so that only one of them looks
-        kind = "run" if (folder / "checkpoints").is_dir() else "checkpoint" if folder.exists() else "nothing"
-    kind = world.texts(kind)[0]
-    if kind == "nothing":
-        raise UserError(f"There is no {folder} to resume from; give a run folder or a checkpoint folder, or train.resume=auto.")
-    if kind == "run":
-        found = checkpoint.newest_together(folder, world)
-        if found is None:
-            raise UserError(f"{folder} holds no complete checkpoint yet; give another run folder or train.resume=none.")
-        return found
-    problems = [text for text in world.texts(checkpoint.verify(folder, world.rank, world.size)) if text]
-    if problems:
-        raise UserError(problems[0])
-    return folder
+    return fork.found(wanted, world, "train.resume")

@@ -6,7 +6,8 @@ Every attempt goes on from the newest whole checkpoint, because that is what tra
 until a checkpoint has been written after it. The ranks tell how they are in
 small files of `folder` (training/observe.py); silence of all of them for `timeout` seconds is a hang: each writes the stacks of its threads to
 rank-XXXXX.stacks there, then all are killed and the job starts again. Exit status: 0 finished; 2 a mistake in the call, or the job ended with
-2 itself (its own message says what to mend); 3 restarts used up; 4 no new checkpoint in two attempts; 75 stopped on request, call again to go on.
+2 itself (its own message says what to mend); 3 restarts used up; 4 no new checkpoint in two attempts; 75 stopped on
+request (its own, or one that the job got from elsewhere), call again to go on.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.errors import UserError
+from training.errors import STOPPED, UserError, sentence_of
 from training.observe import FOLDER
 
-FINISHED, MISTAKE, USED_UP, STUCK, STOPPED = 0, 2, 3, 4, 75
+FINISHED, MISTAKE, USED_UP, STUCK = 0, 2, 3, 4
 FRUITLESS = 2  # attempts in a row without a new checkpoint before giving up
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -217,6 +218,9 @@ class Supervisor:
                 if self.asked:
                     self.note(f"stopped on {signal.Signals(self.asked).name}; the same command goes on from the last checkpoint.")
                     return STOPPED
+                if status == STOPPED or status != FINISHED and self._stopped():
+                    self.note("the job was asked to stop and has saved; the same command goes on from there.")
+                    return STOPPED
                 if status in (FINISHED, MISTAKE):
                     self.note("finished." if not status else "the job ended with status 2, a mistake that a restart does not mend.")
                     return FINISHED if not status else MISTAKE
@@ -279,6 +283,11 @@ class Supervisor:
             if left:
                 self.note(f"killed {left} process(es) that the job had left.", left=left)
 
+    def _stopped(self) -> bool:
+        """Whether all ranks of this machine ended on a request of somebody else; launchers have statuses of their own for that."""
+        own = [row for _, row in rank_files(self.folder) if row.get("host") == socket.gethostname()]
+        return bool(own) and all(row.get("stopped") for row in own)
+
     def _saved(self, otherwise: int) -> int:
         """The step of the newest checkpoint that the ranks know of."""
         return max((row.get("saved") or 0 for _, row in rank_files(self.folder)), default=otherwise)
@@ -325,7 +334,11 @@ def main(arguments: Sequence[str]) -> int:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return MISTAKE
-    return Supervisor(settings, command).run()
+    try:
+        return Supervisor(settings, command).run()
+    except OSError as error:  # of the folder for the ranks' files, or of a command that is not there
+        print(f"error: {sentence_of(error)}", file=sys.stderr)
+        return MISTAKE
 
 
 if __name__ == "__main__":

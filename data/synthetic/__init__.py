@@ -28,6 +28,8 @@ TASKS: dict[str, type[Task]] = {
     "copying": Copying,
 }
 
+LARGEST = 1_000_000  # of a task's numbers: a vocabulary is made of them
+
 __all__ = ["IGNORE", "TASKS", "Draws", "Task", "build_task", "to_dict"]
 
 
@@ -53,6 +55,8 @@ def build_task(mapping: Any) -> Task:
         elif type(value) is not hints[key]:
             kinds = {int: "a whole number", bool: "true or false", str: "a word"}
             problems.append(f"data.task.{key} must be {kinds[hints[key]]}, not {value!r}.")
+        elif hints[key] is int and value > LARGEST:
+            problems.append(f"data.task.{key} must be at most {LARGEST:,}, not {value:,}.")
         else:
             values[key] = value
     if not problems:

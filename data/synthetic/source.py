@@ -40,6 +40,10 @@ class SyntheticSet:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         return tokenizer
 
+    def tokenizer_config(self) -> dict[str, Any]:
+        """No marks: nothing stands around a sequence of a task."""
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+
 
 class SyntheticReader(Reader):
     """Row k of a split: a pure function of (seed, split, k, length), so a run resumes exactly and no sample ever comes twice.

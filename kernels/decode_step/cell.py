@@ -49,6 +49,6 @@ def source(cell: Cell) -> str:
 
 
 if __name__ == "__main__":
-    from models.cells import load_cell
+    from kernels.parallel_rnn.codegen import print_source
 
-    print(source(load_cell(sys.argv[1] if len(sys.argv) > 1 else "paragru")))
+    sys.exit(print_source(__doc__, source, sys.argv[1:]))

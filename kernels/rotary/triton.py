@@ -28,7 +28,7 @@ def _turn(X, Y, x, y, half, inside, cos, sin):
 
 @triton.jit
 def turn(
-    Q, KEYS, POSITIONS, FREQUENCIES, YQ, YK, N, T, half, sqb, sqh, sqt, skb, skh, skt,
+    Q, KEYS, POSITIONS, FREQUENCIES, YQ, YK, N, T, half, K, FACTOR, sqb, sqh, sqt, skb, skh, skt,
     H: tl.constexpr, G: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -37,16 +37,16 @@ def turn(
     b, t, n = (row // T).to(tl.int64)[:, None], (row % T).to(tl.int64)[:, None], row.to(tl.int64)[:, None]
     position = tl.load(POSITIONS + row % T, mask=row < N, other=0).to(tl.float32)[:, None]
     angle = position * tl.load(FREQUENCIES + k, mask=k < half, other=0.0)
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = tl.cos(angle) * FACTOR, tl.sin(angle) * FACTOR
     if BACK:
         sin = -sin
     for i in tl.static_range(HEADS):
         h = tl.program_id(1) * HEADS + i
         if h < H:
-            _turn(Q, YQ, b * sqb + h * sqh + t * sqt + k, (n * H + h) * 2 * half + k, half, inside, cos, sin)
+            _turn(Q, YQ, b * sqb + h * sqh + t * sqt + k, (n * H + h) * K + k, half, inside, cos, sin)
         elif h < H + G:
             g = h - H
-            _turn(KEYS, YK, b * skb + g * skh + t * skt + k, (n * G + g) * 2 * half + k, half, inside, cos, sin)
+            _turn(KEYS, YK, b * skb + g * skh + t * skt + k, (n * G + g) * K + k, half, inside, cos, sin)
 
 
 _kept = {}  # frequencies by (K, theta, device)
@@ -62,15 +62,20 @@ def _frequencies(K, theta, device):
     return found
 
 
-def launch(q_BHTK, k_BGTK, positions_T, theta, back):
+def launch(q_BHTK, k_BGTK, positions_T, theta, back, frequencies_J=None, scale=1.0):
     """Both turned, views (B, heads, T, K) of contiguous (B, T, heads, K); back: the other way, as gradients are."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BGTK))
     (B, H, T, K), G = q.shape, k.shape[1]
     yq, yk = (torch.empty(B, T, heads, K, dtype=x.dtype, device=x.device) for x, heads in ((q, H), (k, G)))
-    BK = triton.next_power_of_2(K // 2)
+    turns = _frequencies(K, theta, q.device) if frequencies_J is None else frequencies_J.float().contiguous()
+    half = turns.shape[0]
+    if 2 * half < K:  # columns without a position
+        for x, y in ((q, yq), (k, yk)):
+            y[..., 2 * half :] = x[..., 2 * half :].transpose(1, 2)
+    BK = triton.next_power_of_2(half)
     BR = 2 if q.device.type == "cpu" else min(max(1, ELEMENTS // BK), triton.next_power_of_2(B * T))
     turn[(triton.cdiv(B * T, BR), triton.cdiv(H + G, HEADS))](
-        q, k, positions_T.contiguous(), _frequencies(K, theta, q.device), yq, yk, B * T, T, K // 2,
+        q, k, positions_T.contiguous(), turns, yq, yk, B * T, T, half, K, float(scale),
         q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
         H=H, G=G, BACK=back, HEADS=HEADS, BR=BR, BK=BK, num_warps=WARPS,
     )  # fmt: skip

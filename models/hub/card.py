@@ -90,13 +90,15 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
     """Held-out text from eval*.json beside the checkpoint or in its run folder, and the suites in `evals` (OUT or OUT/MODEL of evals.run)."""
     rows: list[list[Any]] = []
     curve: list[dict[str, Any]] = []
+    status = "held out"  # of the evaluations in training
     for path in [p for folder in (source, source.parent.parent) for p in sorted(folder.glob("eval*.json"))]:
         value = _read(path)
         held_out = value["perplexity"] if isinstance(value.get("perplexity"), dict) else value
         rows += [[path.name, key, held_out[key]] for key in SHOWN if _number(held_out.get(key))]
         baselines = value.get("baselines") or value.get("baselines_bits_per_byte") or {}
         rows += [[path.name, f"{name} counts, bits_per_byte", baselines[name]] for name in ("unigram", "bigram") if _number(baselines.get(name))]
-        curve = curve or held_out.get("by_position") or []
+        if not curve:
+            curve, status = held_out.get("by_position") or [], (value.get("seen") or {}).get("status", status)
     records = {}
     if evals is not None:
         every = report.read(evals) or report.read(evals.parent)
@@ -107,7 +109,8 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
     page.table(["file", "number", ""], rows)
     plt = report.pyplot()
     if curve:
-        page.figure("held_out", report.curves_figure(plt, [("held-out text", curve, length)], "loss by position"), "loss by position")
+        page.figure("held_out", report.curves_figure(plt, [(f"text ({status})", curve, length)], "loss by position"), "loss by position")
+    report.texts(page, records)
     for kind, title, meaning, draw in report.SECTIONS:
         if found := report.done(records, kind):
             page.head(title)
@@ -115,7 +118,8 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
             draw(page, plt, found)
 
 
-def use_section(page: report.Page, architecture: str, begins: bool) -> None:
+def use_section(page: report.Page, architecture: str, begins: bool, reads: bool) -> None:
+    """How the folder is loaded. begins: training documents began with the end-of-text token; reads: there is a tokenizer."""
     own = architecture.startswith("Everywhen")
     code = ", trust_remote_code=True" if own else ""
     lines = [
@@ -129,6 +133,10 @@ def use_section(page: report.Page, architecture: str, begins: bool) -> None:
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
     ]
+    if not reads:
+        lines = [line for line in lines if "okenizer" not in line]
+        lines[1:2] = ["import torch", "from transformers import AutoModelForCausalLM"]
+        lines[-1:] = ["print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50)[0])", "```"]
     page.head("Use")
     page.say("\n".join(lines))
     if begins:
@@ -146,7 +154,8 @@ def write_card(
     page = report.Page()
     architecture_section(page, config, architecture, parameters)
     imported = (source / "imported.json").exists()  # trained elsewhere, we do not know how
-    use_section(page, architecture, (out / "tokenizer_config.json").exists() and not imported)
+    reads = (out / "tokenizer.json").exists()
+    use_section(page, architecture, "bos_token" in _read(out / "tokenizer_config.json") and not imported, reads)
     training_section(page, facts, source)
     evaluation_section(page, source, evals, length)
     page.head("Limits")

@@ -32,7 +32,7 @@ class Hide:
 def look(job: dict[str, Any]) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder, ids = job["folder"], torch.tensor(job["ids"])
     found: dict[str, Any] = {}
@@ -45,6 +45,7 @@ def look(job: dict[str, Any]) -> None:
             found["class"] = type(model).__name__
             found["config"] = model.config.to_dict()
             found["parameters"] = sum(p.numel() for p in model.parameters())
+            model.generation_config = GenerationConfig()  # the folder's own may ask for penalties and other choices of tokens
             text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], eos_token_id=None)
             tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
             if job.get("ways"):
@@ -101,6 +102,9 @@ def as_text(model: Any, tokenizer: Any, folder: str) -> dict[str, bool]:
 
 
 def main() -> int:
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
     try:
         import models  # noqa: F401

@@ -1,9 +1,10 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
 
-    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16] [--licence apache-2.0] [--evals DIR] [--push org/name]
+    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16|fp16] [--licence apache-2.0] [--evals DIR] [--push org/name]
 
 CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
-with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read.
+with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read. Without --dtype an
+imported checkpoint keeps the dtypes it came with, and any other is written in fp32.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.tokenizer import eot_id
+from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
 from models.config import ModelConfig
 from models.hub.card import write_card
 from models.hub.custom import custom, write_code
-from models.hub.importing import KEPT
+from models.hub.importing import KEPT, without_tokenizer
 from models.hub.native import Stock, stock
 from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
@@ -51,12 +52,31 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
-def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, evals: Path | None = None) -> Stock:
+def read_imported(source: Path) -> dict[str, Any]:
+    """What an import noted beside an imported checkpoint; empty for others."""
+    return read_object(source / "imported.json") if (source / "imported.json").exists() else {}
+
+
+def dtypes(source: Path, model: LanguageModel, dtype: str | None) -> tuple[torch.dtype, dict[str, torch.dtype]]:
+    """(the dtype of most, that of each parameter) in the exported folder; recurrence parameters stay fp32. dtype None: as it was imported, else fp32."""
+    imported = read_imported(source)
+    if dtype is None and "dtype" in imported:
+        main = getattr(torch, str(imported["dtype"]))
+        others = {name: getattr(torch, kind) for name, kind in imported.get("other_dtypes", {}).items()}
+    else:
+        main = DTYPES[dtype or "fp32"]
+        others = {name: torch.float32 for name, p in model.named_parameters() if roles(p).get("keep_fp32")}
+    return main, {name: others.get(name, main) for name in model.state_dict()}
+
+
+def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evals: Path | None = None) -> Stock:
     """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
-    config, weights = read_config(source), Weights(source)
+    config, weights, imported = read_config(source), Weights(source), read_imported(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
-    imported = read_object(source / "imported.json") if (source / "imported.json").exists() else {}
+    origin = origin_of(facts.get("run", {}))
     length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
+    if origin is not None:  # what it could read before it still can
+        length = max(length, int(read_object(origin / "config.json").get("max_position_embeddings") or 0))
     target = stock(config, length)[0]
     if target is None:
         target = custom(config, length)
@@ -64,48 +84,75 @@ def write_folder(source: Path, out: Path, dtype: str, limit: int, licence: str, 
     with torch.device("meta"):
         model = LanguageModel(config)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    exact = {name for name, p in model.named_parameters() if roles(p).get("keep_fp32")}  # recurrence parameters
     if config.tie_embeddings:
         shapes.pop("head.weight")
     wrong = [n for n in shapes if n not in weights.where or weights.shape(n) != shapes[n]]
     if wrong:
         raise UserError(f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}.")
     names = {target.name(ours): ours for ours in shapes}
-    kept = DTYPES[dtype]
+    kept, each = dtypes(source, model, dtype)
 
     def get(name: str) -> Tensor:
         tensor = weights.tensor(names[name])
-        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(torch.float32 if names[name] in exact else kept)
+        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(each[names[name]])
 
     counts = {name: torch.Size(shapes[ours]).numel() for name, ours in names.items()}
-    sizes = {name: (4 if names[name] in exact else kept.itemsize) * count for name, count in counts.items()}
+    sizes = {name: each[names[name]].itemsize * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
-    eot = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"))
-    marks = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ends = {key: imported.get(key) if imported else eot for key in marks}
+    own = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
+    if origin is not None and tokenizer is not None:
+        _keep_template(origin, tokenizer, out)
+    end = own.start if own.end is None else own.end
+    marks = {"bos_token_id": own.start, "eos_token_id": end, "pad_token_id": end}
+    ends = {key: imported.get(key) if imported else marks[key] for key in marks}
     write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
-    write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+    if not imported:
+        write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
     for name in KEPT:  # an imported checkpoint's own
         if imported and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
     write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
+    for path in out.rglob("*"):  # for everybody to read, as what a web server or another user is given
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return target
 
 
-def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None) -> int | None:
+def origin_of(run: dict[str, Any]) -> Path | None:
+    """The folder from whose weights the run started, if it is still there."""
+    found = (run.get("model") or {}).get("init_from")
+    return Path(str(found)) if found and (Path(str(found)) / "config.json").is_file() else None
+
+
+def _keep_template(origin: Path, tokenizer: Tokenizer, out: Path) -> None:
+    """The chat template of the folder that a run started from, where its tokens still are what they were."""
+    if not (origin / "tokenizer.json").is_file() or Tokenizer.from_file(str(origin / "tokenizer.json")).get_vocab() != tokenizer.get_vocab():
+        return
+    path, values = origin / "tokenizer_config.json", out / "tokenizer_config.json"
+    template = read_object(path).get("chat_template") if path.is_file() else None
+    if (origin / "chat_template.jinja").is_file():
+        shutil.copyfile(origin / "chat_template.jinja", out / "chat_template.jinja")
+    elif template is not None and values.is_file():
+        write_json(values, {**read_object(values), "chat_template": template})
+
+
+def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit: int | None, imported: dict[str, Any]) -> Marks:
     if tokenizer is None:
-        return None
-    shutil.copyfile(source / "tokenizer.json", out / "tokenizer.json")
-    try:
-        eot = eot_id(tokenizer)
-    except ValueError:
-        return None
-    mark = tokenizer.id_to_token(eot)
-    values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": mark, "eos_token": mark, "pad_token": mark, "padding_side": "left"}
+        return Marks(None)
+    bare = json.loads(encode_bare(tokenizer).to_str())
+    bare["post_processor"] = None  # documents were encoded without a template
+    (out / "tokenizer.json").write_text(json.dumps(bare, ensure_ascii=False), encoding="utf-8")
+    marks = marks_of(tokenizer, source)
+    values = tokenizer_config(tokenizer, marks)
+    if imported:
+        ids = {key: imported.get(f"{key}_id") for key in ("bos_token", "eos_token", "pad_token")}
+        values |= {key: tokenizer.id_to_token(id_) for key, id_ in ids.items() if isinstance(id_, int) and tokenizer.id_to_token(id_) is not None}
+    elif marks.start is not None:
+        values["pad_token"] = values["eos_token"]
+    values["padding_side"] = "left"
     write_json(out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})})
-    return eot
+    return marks
 
 
 def verify(pairs: list[tuple[Path, Path]]) -> None:
@@ -133,9 +180,10 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
     found, seen = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
     model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
     weights, written = Weights(source), read_object(Path(job["folder"]) / "config.json")
-    kept = DTYPES["bf16" if written["dtype"] == "bfloat16" else "fp32"]
-    exact = {n for n, p in model.named_parameters() if roles(p).get("keep_fp32")}
-    own = {n: weights.tensor(n).to(torch.float32 if n in exact else kept).float() for n in weights.names()}
+    main, each = dtypes(source, model, None)
+    if written["dtype"] != str(main).removeprefix("torch."):
+        _, each = dtypes(source, model, next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{written['dtype']}"))
+    own = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
     model.load_state_dict(own, strict=False)
     ours = model(ids).logits
     worst = float((ours - found["fp32"]).abs().max())
@@ -161,16 +209,17 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
         return f"transformers reads another {wrong[0]} from its config.json"
     if "tokenizer" in seen:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        if seen["tokenizer"]["ids"] != tokenizer.encode(SAMPLE, add_special_tokens=False).ids:
+        if seen["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
             return "its tokenizer splits text differently"
     return ""
 
 
-def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str = "fp32", licence: str = "apache-2.0", evals: str | None = None) -> Path:
-    """The verified folder `out`. evals: a folder that evals.run wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
+def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str | None = None, licence: str = "apache-2.0", evals: str | None = None) -> Path:
+    """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evals: a folder that evals.run
+    wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
     source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
-    if dtype not in DTYPES:
-        raise UserError(f"The dtype is {dtype!r}; choose fp32 or bf16.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"The dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
     if evals is not None and not Path(evals).is_dir():
         raise UserError(f"{evals} is no folder; give the one that evals.run wrote.")
     if final.exists():
@@ -195,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint")
     parser.add_argument("out")
     parser.add_argument("--shard-size", default="5GB")
-    parser.add_argument("--dtype", default="fp32")
+    parser.add_argument("--dtype", help="fp32, bf16 or fp16; without it that of an imported checkpoint, else fp32")
     parser.add_argument("--licence", default="apache-2.0")
     parser.add_argument("--evals", metavar="DIR", help="a folder that evals.run wrote (OUT or OUT/MODEL), for the model card")
     parser.add_argument("--push", metavar="org/name")
@@ -206,6 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
             check_token()
         folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals)
         print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+        if note := without_tokenizer(folder):
+            print(f"note: {note}", file=sys.stderr)
         if values.push:
             print(f"pushed: {push(folder, values.push)}")
     except UserError as error:

@@ -13,9 +13,9 @@ from typing import Any
 
 from models.hub.recurrence import HEADER, written
 
-TEMPLATE = "models.hub.template"
+TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "torch_functions", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
 IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
@@ -28,7 +28,7 @@ SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without
 SCAN_KERNELS = '''def scan_kernels() -> Any:
     """The scan's kernels by name."""
     return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs, scan_recover=scan_recover)'''
-DROPPED = {"init_weights", "flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
+DROPPED = {"flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
 
 
 class Module:
@@ -106,7 +106,7 @@ class Flattener:
             self.external.add(line)
         elif name == "EverywhenConfig":
             self.external.add("from .configuration_everywhen import EverywhenConfig")
-        elif module == TEMPLATE or name not in PROVIDED:
+        elif module in TEMPLATE or name not in PROVIDED:
             self.add(f"{origin}.reference" if origin in IN_TORCH else origin, name)
 
 
@@ -122,14 +122,15 @@ def add_scan(flat: Flattener) -> None:
 
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     """The text of modeling_everywhen.py with these mixer types and cells."""
-    from models.cells import load_cell
+    from models.cells import bias_init, load_cell
     from models.mixers import available
 
     flat = Flattener()
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
-    for name in flat.module(TEMPLATE).definitions:
-        if name in ("MIXERS", "CELLS", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
-            flat.add(TEMPLATE, name)
+    for part in TEMPLATE:
+        for name in flat.module(part).definitions:
+            if name in ("MIXERS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
+                flat.add(part, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
     flat.pieces += plain
@@ -137,8 +138,9 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
         assert kind in available(), kind
         titles = {name: f"{kind.title()}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
-    for name in flat.module(TEMPLATE).definitions:
-        flat.add(TEMPLATE, name)
+    for part in TEMPLATE:
+        for name in flat.module(part).definitions:
+            flat.add(part, name)
     flat.pieces += kernels
     scans = "mamba2" in types
     if scans:
@@ -146,6 +148,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
+        *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),
     ]

@@ -6,13 +6,11 @@ A model that differs in anything from every stock class is none of them: then `s
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models import mixers
 from models.config import ModelConfig
-
-QK_NORM_EPS = 1e-5  # of models/mixers/attention.py; the stock classes take their model's
 
 
 @dataclass
@@ -37,7 +35,7 @@ LLAMA_RULES = [
     (r"head\.weight", "lm_head.weight"),
     (r"blocks\.(\d+)\.mixer_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
     (r"blocks\.(\d+)\.mlp_norm\.weight", r"model.layers.\1.post_attention_layernorm.weight"),
-    (r"blocks\.(\d+)\.mixer\.([qkvo]_proj|[qk]_norm)\.weight", r"model.layers.\1.self_attn.\2.weight"),
+    (r"blocks\.(\d+)\.mixer\.([qkvo]_proj|[qk]_norm)\.(weight|bias)", r"model.layers.\1.self_attn.\2.\3"),
     (r"blocks\.(\d+)\.mlp\.(gate|up|down)\.weight", r"model.layers.\1.mlp.\2_proj.weight"),
 ]
 MAMBA2_RULES = [
@@ -55,7 +53,7 @@ BAMBA_RULES = [
     (r"blocks\.(\d+)\.mixer_norm\.weight", r"model.layers.\1.input_layernorm.weight"),
     (r"blocks\.(\d+)\.mlp_norm\.weight", r"model.layers.\1.pre_ff_layernorm.weight"),
     (r"blocks\.(\d+)\.mlp\.(gate|up|down)\.weight", r"model.layers.\1.feed_forward.\2_proj.weight"),
-    (r"blocks\.(\d+)\.mixer\.([qkvo]_proj)\.weight", r"model.layers.\1.self_attn.\2.weight"),
+    (r"blocks\.(\d+)\.mixer\.([qkvo]_proj)\.(weight|bias)", r"model.layers.\1.self_attn.\2.\3"),
     (r"blocks\.(\d+)\.mixer\.conv\.(weight|bias)", r"model.layers.\1.mamba.conv1d.\2"),
     (r"blocks\.(\d+)\.mixer\.(.*)", r"model.layers.\1.mamba.\2"),
 ]
@@ -66,32 +64,74 @@ def stock(config: ModelConfig, max_positions: int = 2048) -> tuple[Stock | None,
     used = sorted({config.mixer_name(layer) for layer in range(config.n_layers)})
     if config.learnable_residual:
         return None, "its residual stream has learned scales"
+    types = {str(config.mixers[name]["type"]) for name in used}
+    if types == {"attention"}:
+        return _attention(config, max_positions)
     if len(used) > 1:
         return _bamba(config, used, max_positions)
     mapping = config.mixers[used[0]]
     mixer, problems = mixers.parse(used[0], mapping, config.d_model)
     assert mixer is not None, problems
-    if mapping["type"] == "attention":
-        return _attention(config, mixer, max_positions)
     if mapping["type"] == "mamba2":
         return _mamba2(config, mixer)
     return None, f"its mixer is {mapping['type']}"
 
 
-def _attention(config: ModelConfig, mixer: Any, max_positions: int) -> tuple[Stock | None, str]:
+def _shared(layers: list[Any]) -> str:
+    """Why layers of attention are no layers of one stock class, or ''. Only windows and whether there are positions may differ."""
+    first = replace(layers[0], window=0, rope=True)
+    if any(replace(layer, window=0, rope=True) != first for layer in layers):
+        return "its attention layers differ in more than windows and positions"
+    if len({layer.window for layer in layers} - {0}) > 1:
+        return "its attention layers have windows of several lengths"
+    if first.rope_fraction != 1:
+        return "its rotary positions are on a part of the heads"
+    return "" if any(layer.rope for layer in layers) else "it has no rotary positions"
+
+
+def _family(config: ModelConfig, layers: list[Any]) -> tuple[str, str, str]:
+    """(model type, class, '') of layers of attention, or ('', '', why there is none)."""
+    mixer, windows = layers[0], {layer.window for layer in layers}
+    biases, bare = (mixer.qkv_bias, mixer.o_bias), not all(layer.rope for layer in layers)
+    if why := _shared(layers):
+        return "", "", why
+    if mixer.qk_norm and config.norm_eps != mixer.qk_norm_eps:
+        return "", "", f"its QK-norm has another epsilon ({mixer.qk_norm_eps:g}) than its other norms ({config.norm_eps:g})"
+    if biases == (False, True) or (biases == (True, False) and (mixer.qk_norm or bare)):
+        return "", "", "no stock class has biases in these projections only"
+    if mixer.qk_norm:
+        return ("", "", "it has both QK-norm and layers without positions") if bare else ("qwen3", "Qwen3ForCausalLM", "")
+    if biases == (True, False):
+        return "qwen2", "Qwen2ForCausalLM", ""
+    if bare or (biases == (True, True) and windows != {0}):
+        return "smollm3", "SmolLM3ForCausalLM", ""
+    if windows == {0}:
+        return "llama", "LlamaForCausalLM", ""
+    return ("mistral", "MistralForCausalLM", "") if len(windows) == 1 else ("ministral", "MinistralForCausalLM", "")
+
+
+def _rope_parameters(mixer: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": mixer.rope_theta, **{k: v for k, v in (mixer.rope_scaling or {}).items() if not _dynamic_length(mixer, k)}}
+
+
+def _dynamic_length(mixer: Any, key: str) -> bool:
+    """Whether the key of a scaling is what dynamic scaling reads as max_position_embeddings."""
+    return (mixer.rope_scaling or {}).get("rope_type") == "dynamic" and key == "original_max_position_embeddings"
+
+
+def _positions(mixer: Any, wanted: int) -> int:
+    """max_position_embeddings: `wanted`, but where rotary positions follow from it."""
+    return int(mixer.rope_scaling["original_max_position_embeddings"]) if _dynamic_length(mixer, "original_max_position_embeddings") else wanted
+
+
+def _attention(config: ModelConfig, max_positions: int) -> tuple[Stock | None, str]:
     if not config.mlp_width:
         return None, "it has no MLP"
-    if not mixer.rope:
-        return None, "it has no rotary positions"
-    if mixer.qk_norm and config.norm_eps != QK_NORM_EPS:
-        return None, f"its QK-norm has another epsilon ({QK_NORM_EPS:g}) than its other norms ({config.norm_eps:g})"
-    if mixer.window and mixer.qk_norm:
-        return None, "it has both a window and QK-norm"
-    kind, architecture = ("llama", "LlamaForCausalLM")
-    if mixer.qk_norm:
-        kind, architecture = ("qwen3", "Qwen3ForCausalLM")
-    elif mixer.window:
-        kind, architecture = ("mistral", "MistralForCausalLM")
+    layers = [mixers.parse("?", config.mixers[config.mixer_name(i)], config.d_model)[0] for i in range(config.n_layers)]
+    mixer, window = layers[0], max(layer.window for layer in layers)
+    kind, architecture, why = _family(config, layers)
+    if why:
+        return None, why
     values: dict[str, Any] = {
         "model_type": kind,
         "architectures": [architecture],
@@ -103,16 +143,22 @@ def _attention(config: ModelConfig, mixer: Any, max_positions: int) -> tuple[Sto
         "num_key_value_heads": mixer.n_kv_heads or mixer.n_heads,
         "head_dim": mixer.head_dim or config.d_model // mixer.n_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": max_positions,
+        "max_position_embeddings": _positions(mixer, max_positions),
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope_theta},
-        "attention_bias": False,
+        "rope_parameters": _rope_parameters(mixer),
+        "attention_bias": mixer.o_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
     }
-    if mixer.window:
-        values["sliding_window"] = mixer.window
+    if kind in ("mistral", "ministral") or window:
+        values["sliding_window"] = window
+    if kind in ("qwen2", "qwen3", "smollm3"):
+        values["use_sliding_window"] = window > 0
+    if kind == "ministral" or (window and kind != "mistral"):
+        values["layer_types"] = ["sliding_attention" if layer.window else "full_attention" for layer in layers]
+    if kind == "smollm3":
+        values["no_rope_layers"] = [int(layer.rope) for layer in layers]
     return Stock(architecture, values, LLAMA_RULES), ""
 
 
@@ -126,6 +172,7 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
     wants = [
         ("it has no MLP", not config.mlp_width),
         ("its attention has no rotary positions", not attention.rope),
+        ("its attention has biases in some projections only", attention.qkv_bias != attention.o_bias),
         ("its attention has a window", attention.window),
         ("its attention has QK-norm", attention.qk_norm),
         ("its attention heads are not d_model / n_heads wide", attention.head_dim not in (0, config.d_model / attention.n_heads)),
@@ -146,8 +193,8 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         "attn_layer_indices": [i for i in range(config.n_layers) if types[config.mixer_name(i)] == "attention"],
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta, "partial_rotary_factor": 1.0},
-        "attention_bias": False,
+        "rope_parameters": {**_rope_parameters(attention), "partial_rotary_factor": attention.rope_fraction},
+        "attention_bias": attention.o_bias,
         "mlp_bias": False,
         "mamba_expand": mamba.expand,
         "mamba_n_heads": mamba.expand * config.d_model // mamba.head_dim,
@@ -159,7 +206,7 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,
         "hidden_act": "silu",
-        "max_position_embeddings": max_positions,
+        "max_position_embeddings": _positions(attention, max_positions),
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,

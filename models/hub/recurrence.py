@@ -49,14 +49,14 @@ def kernel(cell: Cell) -> str:
 
 def written(cells: list[Cell]) -> tuple[list[str], list[str], dict[str, str]]:
     """(derivatives, kernels, each cell's entry in the table CELLS) of the exported file."""
-    plain, kernels, entries = list[str](), list[str](), {}
+    plain, kernels, entries = list[str](), list[str](), dict[str, str]()
     for cell in cells:
         name = cell.name
         if not cell.lowered:  # plain torch, its derivatives by autograd
-            entries[name] = f"(step_{name}, None, None)"
+            entries[name] = f"(step_{name}, None, None, False)"
             continue
         plain.append("\n\n".join(derivatives(trace(cell), f"jacobian_{name}", f"gradients_{name}")).rstrip())
         kernels.append(kernel(cell))
-        entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name})"
+        entries[name] = f"(step_{name}, (jacobian_{name}, gradients_{name}), kernel_{name}, {trace(cell).jumps})"
     helpers = functions("".join(kernels), short="").replace("@triton.jit", "@jit")
     return plain, [helpers, *kernels] if helpers else kernels, entries

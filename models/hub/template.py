@@ -1,205 +1,32 @@
-"""The model class of an exported folder; `flatten` puts what it needs of this project's source in front of it.
+"""The model classes of an exported folder; `flatten` puts what they need of this project's source in front of them. They do all that
+transformers' Trainer, generate and save/load ask of a stock class (docs/hub.md lists it).
 
-Legend: B batch, T time, D width, P input projections, R recurrent weights, S states of a cell.
+Legend: B batch, T time, D width, L cached and new tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
-from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
-from kernels.ssd.reference import ssd_chunked
 from models.hub.configuration_everywhen import EverywhenConfig
-from models.init import tag
+from models.hub.template_cache import EverywhenCache
+from models.init import init_matrix, roles, tag
 from models.layers import RMSNorm, SwiGLU
 
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
-CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel); the last two may be None
-triton: Any = None  # the module, in the exported file, if it is installed
-SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
+logger = logging.get_logger(__name__)
 KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
-Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
 
 
-class Cell:
-    """A recurrent cell: its step function, the names of its arguments by role, its derivatives in torch and its kernel (or None)."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.step, self.derivatives, self.kernel = CELLS[name]
-        roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
-        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
-
-    def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
-        new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
-        return tuple(n if n.dim() >= state[0].dim() else n.expand_as(state[0]) for n in new)
-
-
-@functools.cache
-def load_cell(name: str) -> Cell:
-    return Cell(name)
-
-
-def torch_functions(cell: Cell) -> Any:
-    return cell.derivatives
-
-
-def parallel_rnn(
-    cell: Any, pre: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor | None = None, emitted: bool = False
-) -> tuple[Tensor, Tensor]:
-    """All states (B, T, S, D), with `emitted` only the last one's (B, T, D), and the final states (B, S, D); a document start zeroes the state
-    first. pre (B, T, P, D) or (B, T, P, heads, D / heads). Without gradients and on a GPU by the cell's kernel; else in plain torch, over
-    many slices of time at once."""
-    pre_BTPD = pre.flatten(3)
-    if bias_PD is not None:
-        pre_BTPD = pre_BTPD + bias_PD.to(pre_BTPD.dtype)
-    (B, T, _, D), dtype = pre_BTPD.shape, compute_dtype(pre_BTPD)
-    h0 = (torch.zeros(B, len(cell.state), D, device=pre.device) if h0_BSD is None else h0_BSD).to(dtype)
-    learning = torch.is_grad_enabled() and (pre.requires_grad or rec_RD.requires_grad or h0.requires_grad)
-    if has_kernel(cell, pre_BTPD) and T and not learning:
-        states, final = walk_on_gpu(cell, pre_BTPD, rec_RD, h0, starts_BT)
-    else:
-        run = sequential if T == 1 or cell.derivatives is None else parallel  # without written derivatives by the loop alone
-        with torch.autocast(pre.device.type, enabled=False):
-            states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
-        states = states.to(pre.dtype)
-    return states[:, :, -1] if emitted else states, final
-
-
-def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
-    """The states (B, S, D) after one token."""
-    return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
-
-
-def has_kernel(cell: Any, pre: Tensor) -> bool:
-    """Whether the cell's Triton kernel can run."""
-    placed = pre.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return placed and triton is not None and cell.kernel is not None and pre.dtype != torch.float64
-
-
-def walk_on_gpu(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(states, final) by the cell's kernel."""
-    pre = pre if pre.stride(-1) == 1 else pre.contiguous()
-    (B, T, _, D), S = pre.shape, len(cell.state)
-    rec, h0 = rec.detach().float().contiguous(), h0.float().contiguous()
-    states, final = pre.new_empty(B, T, S, D), torch.empty_like(h0)
-    flags = states if starts is None else starts.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(pre):  # Triton launches on the current device
-        cell.kernel[(-(-D // 64), B)](
-            pre, rec, h0, flags, states, final, T, D, *pre.stride()[:3], HAS_STARTS=starts is not None, BLOCK=64, num_warps=1
-        )
-    return states, final
-
-
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
-    """Mamba-2's scan and skip: without gradients and on a GPU in kernels, else in plain torch in chunks of time."""
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B_, C_, D_H, h0))
-    if SCAN and not learning and x.shape[1] and can_scan(x):
-        try:
-            with torch.cuda.device_of(x):
-                return SCAN[0](x, dt, A, B_, C_, D_H, h0, starts)
-        except triton.OutOfResources:  # less shared memory than the kernels were made for
-            SCAN.clear()
-    return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
-
-
-def can_scan(x: Tensor) -> bool:
-    """Whether the scan's kernels can run: those of a GPU with products of bfloat16."""
-    if triton is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return False
-    suits = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return suits or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def each(change: Any, value: Any) -> Any:
-    """`value` with `change` applied to every tensor in it (lists, dataclasses)."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)):
-        return [each(change, v) for v in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.init]  # others are made again when they are missed
-        return dataclasses.replace(value, **{name: each(change, getattr(value, name)) for name in fields})
-    return value
-
-
-class EverywhenCache(Cache):
-    """The states of all layers after the tokens seen. To take tokens back, which a recurrent state cannot, the states at an earlier place
-    are kept with the tokens since, and those are read again."""
-
-    is_compileable = False
-    is_croppable = True
-    is_initialized = True
-    is_linear = [False]
-    is_sliding = [False]
-
-    def __init__(self) -> None:
-        super().__init__(layers=[])
-        self.reset()
-
-    def reset(self) -> None:
-        self.states: Any = None
-        self.seen = 0
-        self.anchor: Any = None
-        self.anchor_seen = 0
-        self.since: list[Any] = []  # [ids or None, segments] of each call since the anchor
-        self.pending: Any = None  # [ids, segments] to be read before anything else
-
-    def __len__(self) -> int:
-        return 0 if self.states is None else len(self.states)
-
-    @property
-    def batch_size(self) -> int:
-        return 0 if not self.since else int(self.since[0][1].shape[0])
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return -1
-
-    def activate_past_recording(self) -> None:
-        """The past is always recorded."""
-
-    def crop(self, tokens: int) -> None:
-        """Takes back -tokens tokens; a positive number says how many stay."""
-        target = self.seen + tokens if tokens <= 0 else min(tokens, self.seen)
-        if target == self.seen:
-            return
-        if target < self.anchor_seen or any(piece[0] is None for piece in self.since):
-            raise ValueError("These tokens can no longer be taken back from the cache.")
-        ids, segments = (torch.cat(parts, 1)[:, : target - self.anchor_seen] for parts in zip(*self.since))
-        self.states, self.seen, self.since = self.anchor, target, []
-        self.pending = [ids, segments] if ids.shape[1] else None
-
-    def _change(self, change: Any) -> None:
-        self.states, self.anchor, self.since, self.pending = (each(change, v) for v in (self.states, self.anchor, self.since, self.pending))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda t: t[indices])
-
-
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); s are learned scales or 1."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -223,12 +50,63 @@ class Block(nn.Module):
     def _keep(self, x_BTD: Tensor, which: int) -> Tensor:
         return x_BTD if self.residual_scale is None else x_BTD * self.residual_scale[which].to(x_BTD.dtype)
 
+    def init_weights(self, std: float, n_layers: int) -> None:
+        if self.residual_scale is not None:
+            nn.init.ones_(self.residual_scale)
+
 
 class EverywhenPreTrainedModel(PreTrainedModel):
     config_class = EverywhenConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
     _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = KEEP_FP32
+
+    @torch.no_grad()
+    def _init_weights(self, module: Any) -> None:
+        """Draws what a file did not hold, as in pretraining: what writes into the residual stream starts smaller with depth."""
+        if isinstance(module, PreTrainedModel):  # its parts are drawn each for itself
+            return
+        loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        super()._init_weights(module)
+        std, depth = self.config.initializer_range, self.config.num_hidden_layers
+        if isinstance(module, nn.Linear) and roles(module.weight).get("residual"):
+            init_matrix(module.weight, std, depth)
+        elif hasattr(module, "init_weights"):
+            sized = "std" in module.init_weights.__code__.co_varnames
+            module.init_weights(*((std, depth) if sized else ()))
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+
+def padding(mask_BL: Any, T: int, seen: int) -> Tensor | None:
+    """(B, T) the last T columns of the mask, 1 for text, or None where the T tokens are all text. Raises ValueError for a mask that cannot be followed."""
+    if mask_BL is None or (T == 1 and seen):  # one decoded token is text
+        return None
+    if not isinstance(mask_BL, Tensor) or mask_BL.ndim != 2 or mask_BL.shape[1] < T:
+        raise ValueError("attention_mask must have a row for each sequence and a column for each token (1 text, 0 padding); other masks have no meaning for a recurrence.")
+    text = (mask_BL != 0).to(torch.int32)
+    now, before = text[:, -T:], text[:, :-T]
+    if seen and bool((before.any(1) & ~now.all(1)).any()):
+        raise ValueError("There can be no padding after text that is in the cache; give each row as many new tokens.")
+    restarts = seen and before.shape[1] and not bool(before[:, -1].all())
+    return now if restarts or not bool(now.all()) else None
+
+
+def packed(position_ids: Any, T: int) -> Tensor | None:
+    """(B, T) the number of each token's text where positions start again within rows, as data collators pack texts; None where they do not."""
+    if position_ids is None or T == 1:
+        return None
+    jumps = (position_ids[:, 1:] - position_ids[:, :-1]) != 1
+    if not bool(jumps.any()):
+        return None
+    return nn.functional.pad(jumps.cumsum(1, dtype=torch.int32), (1, 0))
+
+
+def taken(x: Tensor, order_BT: Tensor) -> Tensor:
+    """The columns of (B, T) or (B, T, D) in the order of each row."""
+    return x.gather(1, order_BT if x.ndim == 2 else order_BT[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class EverywhenModel(EverywhenPreTrainedModel):
@@ -237,57 +115,90 @@ class EverywhenModel(EverywhenPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: Any = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """attention_mask (B, L): zeros on the left are padding, which the text never sees."""
+        """attention_mask (B, L): zeros are padding, which the text never sees, wherever it lies. position_ids (B, T): where they start again,
+        a new text does; other than that they say nothing to a recurrence."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            logger.warning_once("This model has no attention maps to return; output_attentions changes nothing.")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if cache is None else cache
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if use_cache and cache is None:
-            cache = EverywhenCache()
-        segments = self._segments(attention_mask, x_BTD, cache)
-        if cache is None:
-            x_BTD, _ = self._run(x_BTD, None, segments)
-        else:
-            if cache.states is None:
-                cache.states = cache.anchor = [b.mixer.init_state(x_BTD.shape[0], x_BTD.device, x_BTD.dtype) for b in self.layers]
-            if cache.pending is not None:
-                ids, before = cache.pending
-                _, cache.states = self._run(self.embed_tokens(ids), cache.states, before)
-                cache.anchor, cache.anchor_seen, cache.pending = cache.states, cache.seen, None
-            known = torch.zeros(x_BTD.shape[:2], dtype=torch.int32, device=x_BTD.device) if segments is None else segments
-            cache.since.append([input_ids, known])
-            x_BTD, cache.states = self._run(x_BTD, cache.states, segments)
-            cache.seen += x_BTD.shape[1]
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), **{CACHE: cache})
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        text = padding(attention_mask, x_BTD.shape[1], 0 if cache is None else cache.seen)
+        segments = None if text is None else 1 - text
+        back = None
+        if text is not None and bool((text[:, 1:] < text[:, :-1]).any()):  # padding within or behind the text: it is laid in front
+            order = text.argsort(dim=1, stable=True)
+            behind = text.flip(1).cumsum(1).flip(1) == 0  # padding that the last token of the text answers for, whose successor is asked
+            back = order.argsort(dim=1).masked_fill(behind, text.shape[1] - 1)
+            x_BTD, segments = taken(x_BTD, order), taken(1 - text, order)
+            input_ids = None if input_ids is None else taken(input_ids, order)
+        elif attention_mask is None and (cache is None or not cache.seen):
+            segments = packed(position_ids, x_BTD.shape[1])
+            segments = None if segments is None else segments.expand(x_BTD.shape[:2])
+        x_BTD, every = self._read(x_BTD, input_ids, segments, cache)
+        every = [self.norm(x_BTD) if i == len(every) - 1 else x for i, x in enumerate(every)]
+        if back is not None:
+            every = [taken(x, back) for x in every]
+        output = BaseModelOutputWithPast(last_hidden_state=every[-1], hidden_states=self._chosen(every, output_hidden_states), **{CACHE: cache})
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
-    def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any]]:
-        after = []
+    def _cache(self, cache: Any, use_cache: bool | None) -> Any:
+        """The cache of this call, or None."""
+        if cache is not None and not isinstance(cache, EverywhenCache):
+            raise ValueError(f"The cache of this model is an {EverywhenCache.__name__}, not a {type(cache).__name__}; give none, and the output has the right one.")
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return None
+        wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        return EverywhenCache() if cache is None and wanted else cache
+
+    def _read(self, x_BTD: Tensor, input_ids: Tensor | None, segments: Tensor | None, cache: Any) -> tuple[Tensor, list[Tensor]]:
+        """(what the last layer makes of x, x and what each layer makes of it); the cache is taken further."""
+        if cache is None:
+            return self._run(x_BTD, None, segments)[::2]
+        if cache.states is None:
+            cache.states = cache.anchor = [b.mixer.init_state(x_BTD.shape[0], x_BTD.device, x_BTD.dtype) for b in self.layers]
+        if cache.pending is not None:
+            ids, before = cache.pending
+            _, cache.states, _ = self._run(self.embed_tokens(ids), cache.states, before)
+            cache.anchor, cache.anchor_seen, cache.pending = cache.states, cache.seen, None
+        known = torch.zeros(x_BTD.shape[:2], dtype=torch.int32, device=x_BTD.device) if segments is None else segments
+        cache.since.append([input_ids, known])
+        y_BTD, cache.states, every = self._run(x_BTD, cache.states, segments)
+        cache.seen += x_BTD.shape[1]
+        return y_BTD, every
+
+    def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any], list[Tensor]]:
+        after, every = [], [x_BTD]
         for i, block in enumerate(self.layers):
             x_BTD, state = block(x_BTD, None if states is None else states[i], segments)
             after.append(state)
-        return x_BTD, after
+            every.append(x_BTD)
+        return x_BTD, after, every
 
-    @staticmethod
-    def _segments(mask: Tensor | None, x_BTD: Tensor, cache: Any) -> Tensor | None:
-        """Text is segment 0 and padding segment 1; None where all is text. One decoded token is text."""
-        T = x_BTD.shape[1]
-        if mask is None or mask.ndim != 2 or (T == 1 and cache is not None and cache.seen) or bool(mask[:, -T:].all()):
-            return None
-        segments = (mask[:, -T:] == 0).to(torch.int32)
-        if cache is not None and bool(segments[:, -1].any()):
-            raise ValueError("Padding must be on the left of the text: set tokenizer.padding_side = 'left'.")
-        return segments
+    def _chosen(self, every: list[Tensor], which: Any) -> Any:
+        """The hidden states that are asked for: all (True), or those of these indices."""
+        which = getattr(self.config, "output_hidden_states", False) if which is None else which
+        if isinstance(which, bool) or which is None:
+            return tuple(every) if which else None
+        wanted = {i % len(every) for i in ([which] if isinstance(which, int) else which) if -len(every) <= i < len(every)}
+        return tuple(x if i in wanted else None for i, x in enumerate(every))
 
 
 class EverywhenForCausalLM(EverywhenPreTrainedModel, GenerationMixin):
@@ -307,19 +218,28 @@ class EverywhenForCausalLM(EverywhenPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         cache: Any = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: Any = None,
+        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        cache = past_key_values if cache is None else cache
-        output: Any = self.model(input_ids, attention_mask, cache, inputs_embeds=inputs_embeds, use_cache=use_cache)
+        """labels (B, T): those of the same tokens, -100 where there is none; num_items_in_batch divides the sum of losses if it is given."""
+        output: Any = self.model(
+            input_ids, attention_mask, position_ids, past_key_values if cache is None else cache, inputs_embeds=inputs_embeds,
+            use_cache=use_cache, output_hidden_states=output_hidden_states, return_dict=True, **kwargs,
+        )  # fmt: skip
         rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, rows])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: output[CACHE] if CACHE in output else None})
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        past = {CACHE: output[CACHE] if CACHE in output else None}
+        result = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, **past)
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return result if as_dict else result.to_tuple()

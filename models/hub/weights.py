@@ -113,6 +113,11 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.cut[name][0] if name in self.cut else tuple(self._open(self.where[name]).get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor that is not cut, as torch calls it; its own name for one that torch reads as something else."""
+        found = str(self._open(self.where[name]).get_slice(name).get_dtype())
+        return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(found, found)
+
     def tensor(self, name: str) -> Tensor:
         if name not in self.cut:
             return self._open(self.where[name]).get_tensor(name)
@@ -168,6 +173,7 @@ def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tenso
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     for file, names in zip(files, groups):
         save_file({name: get(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library writes for the owner alone
     if len(groups) > 1:
         table = {name: file for file, names in zip(files, groups) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table}
@@ -201,4 +207,4 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], cancel: threading.Even
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 import pkgutil
 import typing
 from types import ModuleType
@@ -51,6 +52,9 @@ def parse(name: str, mapping: dict[str, Any], d_model: int) -> tuple[Any, list[s
         elif not _fits(value, hints[key]):
             kind = getattr(hints[key], "__name__", hints[key])
             problems.append(f"model.mixers.{name}.{key} must be of type {kind}, not {value!r}.")
+            unread = True
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"model.mixers.{name}.{key} must be a finite number, not {value}.")
             unread = True
         else:
             values[key] = value

@@ -1,4 +1,4 @@
-"""Causal softmax attention: grouped queries, rotary positions, sliding window, QK-norm; its state is the KV cache.
+"""Causal softmax attention: grouped queries, rotary positions (plain, partial or scaled), sliding window, QK-norm, biases; its state is the KV cache.
 
 Parameter shapes are Llama's. Legend: B batch, T new tokens, L cached and new tokens, H query heads, G key/value heads, K head width.
 """
@@ -21,6 +21,7 @@ from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
 from models.isolation import Lost, isolated
 from models.layers import RMSNorm
+from models.rope import Rope, rope_problems
 
 if TYPE_CHECKING:
     from models.parallel import Slice
@@ -85,17 +86,26 @@ class Config:
     head_dim: int = 0  # 0: d_model / n_heads
     rope: bool = True  # rotary positions
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # share of a head's columns, the first ones, that have rotary positions
+    rope_scaling: dict | None = None  # type: ignore[type-arg]  # for longer texts: a rope_type (linear, dynamic, yarn, llama3) and its numbers
     window: int = 0  # a token sees itself and the window-1 before it; 0: all
     qk_norm: bool = False  # RMSNorm of queries and keys per head
+    qk_norm_eps: float = 1e-5
+    qkv_bias: bool = False  # biases of the projections to queries, keys and values
+    o_bias: bool = False  # and of the one back
 
     def problems(self, d_model: int) -> list[str]:
         found = []
         if self.n_heads < 1 or self.n_kv_heads < 0 or self.head_dim < 0 or self.window < 0:
             return ["n_heads must be above zero; n_kv_heads, head_dim and window zero or more."]
+        if self.rope_theta <= 0:
+            found.append(f"rope_theta must be above zero, not {self.rope_theta}.")
         if not self.head_dim and d_model % self.n_heads:
             found.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
-        elif self.rope and (self.head_dim or d_model // self.n_heads) % 2:
-            found.append(f"rotary positions need an even head width, not {self.head_dim or d_model // self.n_heads}.")
+        elif self.rope:
+            found += rope_problems(self.head_dim or d_model // self.n_heads, self.rope_fraction, self.rope_theta, self.rope_scaling or {})
+        if self.qk_norm_eps <= 0:
+            found.append(f"qk_norm_eps must be above zero, not {self.qk_norm_eps}.")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             found.append(f"n_heads {self.n_heads} is not divisible by n_kv_heads {self.n_kv_heads}.")
         return found
@@ -147,23 +157,37 @@ class Mixer(SequenceMixer):
         self.config, self.d_model = config, d_model
         self.H, self.G = config.n_heads, config.n_kv_heads or config.n_heads
         self.K = config.head_dim or d_model // config.n_heads
-        self.q_proj = nn.Linear(d_model, self.H * self.K, bias=False)
-        self.k_proj = nn.Linear(d_model, self.G * self.K, bias=False)
-        self.v_proj = nn.Linear(d_model, self.G * self.K, bias=False)
-        self.o_proj = nn.Linear(self.H * self.K, d_model, bias=False)
+        self.q_proj = nn.Linear(d_model, self.H * self.K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d_model, self.G * self.K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d_model, self.G * self.K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.H * self.K, d_model, bias=config.o_bias)
         tag(self.o_proj.weight, residual=True)
-        self.q_norm = RMSNorm(self.K) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.K) if config.qk_norm else None
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            if projection.bias is not None:
+                tag(projection.bias, "no_decay")
+        self.q_norm = RMSNorm(self.K, config.qk_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.K, config.qk_norm_eps) if config.qk_norm else None
+        plain_rope = config.rope_fraction == 1 and not config.rope_scaling  # theta alone says it all
+        self.scaled = None if plain_rope else Rope(int(self.K * config.rope_fraction), config.rope_theta, config.rope_scaling or {})
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             init_matrix(layer.weight, std, n_layers)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.init_weights()
 
     def why_whole(self, T: int = 1 << 62) -> str:
-        return ""
+        dynamic = self.scaled is not None and self.scaled.kind == "dynamic"
+        return "dynamic rotary positions depend on the length of the whole sequence" if dynamic else ""
+
+    def turned(self, positions_T: Tensor) -> tuple[float, Tensor | None, float]:
+        """(theta, frequencies or None for theta's, a factor) with which `rotary` turns queries and keys at these positions."""
+        if self.scaled is None:
+            return self.config.rope_theta, None, 1.0
+        return self.config.rope_theta, self.scaled.frequencies(positions_T), self.scaled.scale
 
     def forward(
         self, x_BTD: Tensor, state: State | FixedState | None = None, segment_ids: Tensor | None = None
@@ -179,7 +203,7 @@ class Mixer(SequenceMixer):
         seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
-            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, self.config.rope_theta)
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, *self.turned(positions))
         segments = segment_ids
         if state is not None:
             k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
@@ -239,7 +263,8 @@ class Mixer(SequenceMixer):
     def _fixed_attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedState) -> Tensor:
         """What the heads read (B, H K) for the next token, which is added to the cache."""
         if self.config.rope:
-            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, state.seen + state.offset, self.config.rope_theta)
+            positions = state.seen + state.offset
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, *self.turned(positions))
         state.k_BGCK.index_copy_(2, state.seen, k_BGTK.to(state.k_BGCK.dtype))
         state.v_BGCK.index_copy_(2, state.seen, v_BGTK.to(state.v_BGCK.dtype))
         place = torch.arange(state.k_BGCK.shape[2], device=q_BHTK.device)
@@ -259,11 +284,15 @@ class Mixer(SequenceMixer):
         def step() -> None:
             for name, (layer, _) in sizes.items():
                 decode_step.project(x_BD, layer.weight, rows[name], norm_K=norm.weight, eps=norm.eps)
+                if layer.bias is not None:
+                    rows[name].add_(layer.bias)
             q, k, v = (rows[name].to(dtype).view(-1, heads, 1, self.K) for name, (_, heads) in sizes.items())
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             y_BI = self._fixed_attend(q, k, v, state)
             decode_step.project(y_BI, self.o_proj.weight, x_BD, add=True, keep_N=keep_D)
+            if self.o_proj.bias is not None:
+                x_BD.add_(self.o_proj.bias)
 
         return step
 

@@ -46,6 +46,8 @@ class Config:
             found.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
         if not 0 < self.dt_min < self.dt_max:
             found.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+        if not 0 < self.norm_eps <= 1 or self.dt_floor <= 0:
+            found.append(f"norm_eps (at most 1) and dt_floor must be above zero, not {self.norm_eps} and {self.dt_floor}.")
         if self.dt_limit_min < 0 or self.dt_limit_max and self.dt_limit_max <= self.dt_limit_min:
             found.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
         return found

@@ -52,6 +52,8 @@ class Config:
             found.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
         if self.recurrent_max <= 0:
             found.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
+        if not 0 < self.norm_eps <= 1:
+            found.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         if self.recurrent_init < 0:
             found.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
         return found

@@ -261,7 +261,7 @@ def test_one_document_is_training_text(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("hello")
     assert run(tmp_path, "input={tmp}/x.txt", "tokenizer=bytes", "valid_fraction=0.99999") == 0
     assert ShardSet(tmp_path / "out", "train").n_documents == 1
-    with pytest.raises(ValueError, match="no valid tokens"):
+    with pytest.raises(ValueError, match="no held-out documents"):
         ShardSet(tmp_path / "out", "valid")
 
 
@@ -272,7 +272,7 @@ def test_one_document_is_training_text(tmp_path: Path) -> None:
         (["input={tmp}/x.jsonl", "valid_docs=[0,1,2,3,4,5,6,7,8]"], "leave some to train on"),
         (["input={tmp}/x.jsonl", "valid_docs=[-1]"], "counted from 0"),
         (["input={tmp}/torn.jsonl.gz"], "cannot be read"),
-        (["input={tmp}/good.parquet", "text_field=nothing"], "no column 'nothing'"),
+        (["input={tmp}/good.parquet", "text_field=nothing"], "no field 'nothing'.*fields there are text; set text_field"),
         (["input=hf:{tmp}/hub", "text_field=nothing"], "no column 'nothing'"),
         (["input=hf:{tmp}/none"], "cannot be opened"),
         (["input={tmp}/x.exe"], "of a kind"),

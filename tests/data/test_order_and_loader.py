@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.loader import BatchLoader, build_reader
-from data.order import Mixture, Permutation
+from data.order import Blend, Mixture, Permutation
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint
 from data.writer import ShardWriter, publish
@@ -55,6 +55,37 @@ def test_mixture_quotas_are_exact_in_every_block_and_indices_run_on() -> None:
         if k % 50 == 49:
             assert [len(s) for s in seen] == [35 * (k + 1) // 50, 10 * (k + 1) // 50, 5 * (k + 1) // 50]
     assert all(s == list(range(len(s))) for s in seen)  # each source in its own order
+
+
+def test_counts_of_a_mixture_are_those_of_its_samples() -> None:
+    mixture = Mixture([0.7, 0.2, 0.1], seed=1, block=50)
+    sources = mixture.locate(np.arange(200))[0]
+    for n in (0, 1, 49, 50, 51, 137, 200):
+        assert mixture.counts(n).tolist() == np.bincount(sources[:n], minlength=3).tolist()
+    assert Mixture([2.0], 0).counts(7).tolist() == [7]
+
+
+def test_weights_that_change_skip_and_repeat_no_sample_of_any_source() -> None:
+    blend = Blend([(0, [0.5, 0.5, 0.0]), (33, [0.1, 0.6, 0.3]), (1234, [1.0, 0.0, 2.0])], seed=3)
+    source, index = blend.locate(np.arange(4000))
+    for i in range(3):
+        own = index[source == i]
+        assert own.tolist() == list(range(len(own)))
+    assert (source[:33] < 2).all() and (source[1234:] != 1).all()
+    assert abs((source[33:1233] == 1).mean() - 0.6) < 0.03
+    again = [blend.locate(np.array([k])) for k in (3999, 0, 1234, 33)]
+    assert [(int(s[0]), int(i[0])) for s, i in again] == [(int(source[k]), int(index[k])) for k in (3999, 0, 1234, 33)]
+    alone = Mixture([0.5, 0.5], 3)
+    np.testing.assert_array_equal(Blend([(0, [0.5, 0.5])], 3).locate(np.arange(500)), alone.locate(np.arange(500)))
+    for wrong in ([(1, [1.0])], [(0, [1.0]), (0, [1.0])]):
+        with pytest.raises(ValueError, match="begin at sample 0 and rise"):
+            Blend(wrong, 0)
+
+
+def test_another_batch_goes_on_with_the_next_sample(tmp_path: Path) -> None:
+    reader = build_reader([(make(tmp_path / "s", [400, 300]), 1.0)], "windows", 8, 5, 8)
+    with BatchLoader(reader, 4, 2, start_step=3, first_sample=17) as loader:
+        assert [b.sample_ids for b in [*next(loader), *next(loader)]] == [[17, 18], [19, 20], [21, 22], [23, 24]]
 
 
 def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from evals.adapters import Adapter, ItemError
-from evals.harness import make_lm, run_task, score_pairs, split_pair
-from tests.evals.conftest import VOCABULARY
+from data.tokenizer import byte_tokenizer
+from evals.adapters import Adapter, ItemError, load_adapter
+from evals.harness import generation_options, make_lm, run_task, score_pairs, split_pair
+from models.generate import generate
+from tests.evals.conftest import VOCABULARY, llama, own_adapter
 
 
 @pytest.mark.parametrize("name", ["llama", "mamba2", "own"])
@@ -65,10 +67,119 @@ def test_a_task_over_a_local_file(adapters: dict[str, Adapter], tmp_path: Path) 
     adapter = adapters["own"]
     found = run_task(adapter, str(tmp_path / "task.yaml"), chunk=16, batch=2, limit=4, seed=0)
     coder = adapter.need_coder()
-    pairs = [([*coder.start_ids, *coder.encode(r["q"])], coder.encode(f" {r['a']}")) for r in rows[:4]]
+    pairs = [(coder.encode(r["q"]), coder.encode(f" {r['a']}")) for r in rows[:4]]  # no template, so no begin token
     nats = [n for n, _ in score_pairs(adapter, pairs, 16, 2)]
     assert found["figures"]["perplexity,none"] == pytest.approx(float(np.exp(-np.mean(nats))), rel=1e-4) and found["samples"] == 4
     with pytest.raises(ItemError, match="cannot be read"):
         run_task(adapter, str(tmp_path / "none.yaml"), chunk=16, batch=2, limit=4, seed=0)
     with pytest.raises(ItemError, match="lambada_openai"):
         run_task(adapter, "lambada_openai", chunk=16, batch=2, limit=4, seed=0)
+
+
+def requests(*arguments: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, args, i) for i, args in enumerate(arguments)]
+
+
+PAIRS = [("A question?", " yes"), ("A question?", " no"), ("", "alone"), ("It ends in spaces  ", "here"), ("x" * 40, " and more of it"), ("b", "c")]
+TEXTS = [("One text of some length.",), ("b",), ("and another " * 9,)]
+
+
+def templated(folder: Path) -> None:
+    """A tokenizer whose template begins every text with <s>, and which has stored a truncation."""
+    from tokenizers import AddedToken, processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    start = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", start)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_foreign_model_scores_exactly_as_in_the_harness(template: bool, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    llama().save_pretrained(tmp_path)
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    if template:
+        templated(tmp_path)
+    ours, theirs = make_lm(load_adapter(str(tmp_path)), 16, 3), HFLM(pretrained=str(tmp_path), device="cpu", batch_size=3)
+    assert ours.tok_encode("a b") == theirs.tok_encode("a b")
+    assert ours.loglikelihood(requests(*PAIRS)) == theirs.loglikelihood(requests(*PAIRS))
+    assert ours.loglikelihood_rolling(requests(*TEXTS)) == theirs.loglikelihood_rolling(requests(*TEXTS))
+    options = [{"until": ["e"], "max_gen_toks": 9}, {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_gen_toks": 12}]
+    written = []
+    for lm in (ours, theirs):
+        torch.manual_seed(3)
+        written.append(lm.generate_until(requests(*[("Write this", o) for o in options])))
+    assert written[0] == written[1] and len(set(written[0])) == 2
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tmp_path: Path) -> None:
+    """The model of transformers with the very weights of ours: a Llama of our layout, imported."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer
+
+    from evals.adapters import OwnAdapter, own_coder
+    from training.checkpoint import load_model
+
+    llama().save_pretrained(tmp_path)
+    if template:
+        templated(tmp_path)
+    else:
+        byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"})
+        )
+    coder = own_coder(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tmp_path)
+    ours = make_lm(OwnAdapter(load_model(tmp_path)[0], coder, "x", str(tmp_path)), 16, 3)
+    theirs = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=3)
+    for found, expected in zip(ours.loglikelihood(requests(*PAIRS)), theirs.loglikelihood(requests(*PAIRS))):
+        assert found[0] == pytest.approx(expected[0], rel=1e-4) and found[1] == expected[1]
+    assert ours.loglikelihood_rolling(requests(*TEXTS)) == pytest.approx(theirs.loglikelihood_rolling(requests(*TEXTS)), rel=1e-4)
+    greedy = [("Write this", {"until": ["e", "!"], "max_gen_toks": 30}), ("and this", {"max_gen_toks": 30})]
+    assert ours.generate_until(requests(*greedy)) == theirs.generate_until(requests(*greedy))
+
+
+def test_a_text_ends_at_its_end_at_a_stop_text_or_after_so_many_tokens() -> None:
+    pytest.importorskip("lm_eval")
+    adapter = own_adapter()
+    coder = adapter.need_coder()
+    lm = make_lm(adapter, 16, 2)
+    whole = generate(adapter.model, torch.tensor([coder.encode("Begin")]), 40, temperature=0.0)[0, 5:].tolist()  # type: ignore[arg-type]
+    end = next(token for i, token in enumerate(whole) if i > 4 and token not in whole[:i])  # a token that greedy decoding comes to
+    place = whole.index(end)
+    for end_ids, limit, expected in (([end], 40, whole[:place]), (coder.end_ids, 3, whole[:3])):
+        coder.end_ids = end_ids
+        assert lm.generate_until(requests(("Begin", {"max_gen_toks": limit}))) == [coder.decode(expected)]
+    text = coder.decode(whole)
+    stop = text[7:9]
+    assert lm.generate_until(requests(("Begin", {"max_gen_toks": 40, "until": [stop, "never there"]}))) == [text.split(stop)[0]]
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    first = lm.generate_until(requests(("Begin", sampled), ("Begin", sampled)))
+    assert first[0] != first[1] and first == make_lm(adapter, 16, 2).generate_until(requests(("Begin", sampled), ("Begin", sampled)))
+    assert first != make_lm(adapter, 16, 2, seed=9).generate_until(requests(("Begin", sampled), ("Begin", sampled)))
+    assert lm.generate_until(requests(("Begin", {**sampled, "top_k": 1}))) == [coder.decode(whole[:12])]
+    assert make_lm(adapter, 16, 2, add_bos_token=True).tok_encode("a") == coder.encode("a", start=True)
+
+
+def test_generation_options_are_read_as_the_harness_reads_them() -> None:
+    assert generation_options({}) == ({"temperature": 0.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}, 256, None)
+    sampling, new, until = generation_options({"temperature": 0.5, "top_p": 0.8, "max_new_tokens": 7, "until": "x"})
+    assert (sampling["temperature"], sampling["top_p"], new, until) == (0.5, 0.8, 7, "x")
+    assert generation_options({"do_sample": False, "temperature": 0.5})[0]["temperature"] == 0.0
+    assert generation_options({"do_sample": True})[0]["temperature"] == 1.0
+    with pytest.raises(ItemError, match="penalty_alpha"):
+        generation_options({"penalty_alpha": 0.6})

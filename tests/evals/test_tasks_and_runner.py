@@ -190,10 +190,10 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
     assert sum(map(len, parts)) == 5
 
 
-def test_bad_models_are_one_sentence_each() -> None:
+def test_bad_models_are_one_sentence_each(pages: Path) -> None:
     adapter = own_adapter()
     bench = suites.Bench(
-        adapter, suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128)
+        adapter, suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages))
     )
     assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in bench.items()] == ["done"] * len(bench.items())
     with torch.no_grad():
@@ -206,12 +206,12 @@ def test_bad_models_are_one_sentence_each() -> None:
     assert "no tokenizer" in found["reason"]
 
 
-def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goes_on() -> None:
+def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goes_on(pages: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
     adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
-    chosen = suites.Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64)
+    chosen = suites.Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages))
     items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in suites.Bench(adapter, chosen).items()}
     assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]

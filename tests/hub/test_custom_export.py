@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports
 
+from kernels.parallel_rnn.reference import parallel
+from models import cells
+from models.cells import load_cell
 from models.config import ModelConfig
+from models.hub.custom import write_code
 from models.hub.export import CHECKER, verify, write_folder
 from tests.hub.test_native_export import ATTENTION, MAMBA, checkpoint, config
 
 GRU = {"type": "rnn", "n_heads": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILIES = {
     "paragru": config(GRU, learnable_residual=True),
     "paralstm": config({**GRU, "cell": "paralstm", "recurrent_bound": "tanh"}, tie_embeddings=True),
@@ -27,7 +34,7 @@ FAMILIES = {
         d_model=48,
         n_layers=4,
         pattern=["g", "m", "w", "a"],
-        mixers={"g": {**GRU, "cell": "gru"}, "m": MAMBA, "w": {**ATTENTION, "window": 7}, "a": {**ATTENTION, "rope": False}},
+        mixers={"g": {**GRU, "cell": "gru"}, "m": MAMBA, "w": {**ATTENTION, "window": 7, "qkv_bias": True, "rope_scaling": YARN}, "a": {**ATTENTION, "rope": False}},
     ),
 }
 
@@ -57,3 +64,34 @@ def test_the_exported_code_gives_the_checkpoints_numbers(tmp_path: Path) -> None
     for job in jobs:
         found = json.loads(Path(job["out"] + ".json").read_text())["ways"]  # type: ignore[operator]
         assert all(found.values()), (job["folder"], found)
+
+
+JUMPING = """import torch
+from kernels.parallel_rnn.cell import Pre, Rec, State
+
+
+def step(z: Pre, c: Pre, a: Rec, h: State) -> tuple[State]:
+    z = torch.relu(z + a * h)
+    return (torch.where(h > 0.5, c - 0.3 * z, torch.tanh(c) + 0.2 * h),)
+"""
+
+
+def test_a_cell_with_kinks_and_jumps_is_solved_as_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small solves, ours and the exported file's: what the solver asks of a cell has to be in the file."""
+    for folder in ("cells", "jumping_export"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cells" / "jumping.py").write_text(JUMPING)
+    monkeypatch.setattr(cells, "__path__", [*cells.__path__, str(tmp_path / "cells")])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        write_code(config({**GRU, "cell": "jumping"}), tmp_path / "jumping_export")
+        exported, cell = importlib.import_module("jumping_export.modeling_everywhen"), load_cell("jumping")
+        there = exported.load_cell("jumping")
+        assert cell.lowered and there.jumps and there.derivatives is not None
+        pre, rec, h0 = torch.randn(2, 300, 2, 8), torch.randn(1, 8), torch.randn(2, 1, 8)
+        found, final = exported.parallel_rnn(there, pre, rec, h0, None)
+        wanted, last = parallel(cell, pre, rec, h0, None)
+        assert torch.equal(found, wanted) and torch.equal(final, last)
+    finally:
+        for name in [n for n in sys.modules if n == "models.cells.jumping" or n.startswith("jumping_export")]:
+            del sys.modules[name]

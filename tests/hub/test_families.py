@@ -33,31 +33,35 @@ FAMILIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_loaded_by_transformers_alone(name: str, train: Callable[..., object], tmp_path: Path) -> None:
-    architecture, overrides = FAMILIES[name]
-    done = train(name, *overrides, "size=tiny", "train.steps=3")
-    assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
-    source, folder = find(tmp_path / name), tmp_path / "hf"
-    folder.mkdir()
-    write_folder(source, folder, "fp32", 10**6, "apache-2.0")
-    gap, same, seen = loaded_alone(source, folder, tmp_path)
-    print(f"{name}: {seen['class']}, largest difference of logits {gap:.1e}, ways {seen['ways']}")
-    assert seen["class"] == architecture and gap < 1e-4 and same
-    assert seen["ways"]["pipeline"] and all(seen["ways"].values()), seen["ways"]
+def test_every_family_is_loaded_by_transformers_alone(train: Callable[..., object], tmp_path: Path) -> None:
+    sources, folders = {}, {name: tmp_path / "hf" / name for name in FAMILIES}
+    for name, (_, overrides) in FAMILIES.items():
+        done = train(name, *overrides, "size=tiny", "train.steps=3")
+        assert done.returncode == 0, done.stderr  # type: ignore[attr-defined]
+        sources[name] = find(tmp_path / name)
+        folders[name].mkdir(parents=True)
+        write_folder(sources[name], folders[name], "fp32", 10**6, "apache-2.0")
+    for name, (gap, same, seen) in loaded_alone(sources, folders, tmp_path).items():
+        print(f"{name}: {seen['class']}, largest difference of logits {gap:.1e}, ways {seen['ways']}")
+        assert seen["class"] == FAMILIES[name][0] and gap < 1e-4 and same, name
+        assert seen["ways"]["pipeline"] and all(seen["ways"].values()), (name, seen["ways"])
 
 
-def loaded_alone(source: Path, folder: Path, scratch: Path) -> tuple[float, bool, dict[str, Any]]:
-    """(largest difference of fp32 logits, whether 64 greedy tokens are equal, what else was seen) in a process without the project."""
+def loaded_alone(sources: dict[str, Path], folders: dict[str, Path], scratch: Path) -> dict[str, tuple[float, bool, dict[str, Any]]]:
+    """(largest difference of fp32 logits, whether 64 greedy tokens are equal, what else was seen) by family, in one process without the project."""
     ids = torch.randint(1, 500, (2, 40), generator=torch.Generator().manual_seed(0))
-    job = {"folder": str(folder), "ids": ids.tolist(), "new_tokens": GREEDY, "sample": "It is.", "ways": True, "out": str(scratch / "found")}
-    (scratch / "job.json").write_text(json.dumps({"folders": [job]}))
+    job = {"ids": ids.tolist(), "new_tokens": GREEDY, "sample": "It is.", "ways": True}
+    jobs = [{**job, "folder": str(folder), "out": str(scratch / f"found-{name}")} for name, folder in folders.items()]
+    (scratch / "job.json").write_text(json.dumps({"folders": jobs}))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules")}
     command = [os.environ.get("CLEAN_PYTHON", sys.executable), "-I", str(CHECKER), str(scratch / "job.json")]
     checked = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr[-3000:]
-    model, found = load_model(source)[0], load_file(scratch / "found")
-    with torch.no_grad():
-        gap = float((model(ids).logits - found["fp32"]).abs().max())
-    text = Session(model, ids[:1]).generate(GREEDY, Sampling(0))
-    return gap, torch.equal(text, found["greedy"]), json.loads((scratch / "found.json").read_text())
+    results = {}
+    for name, source in sources.items():
+        model, found = load_model(source)[0], load_file(scratch / f"found-{name}")
+        with torch.no_grad():
+            gap = float((model(ids).logits - found["fp32"]).abs().max())
+        text = Session(model, ids[:1]).generate(GREEDY, Sampling(0))
+        results[name] = (gap, torch.equal(text, found["greedy"]), json.loads((scratch / f"found-{name}.json").read_text()))
+    return results

@@ -14,43 +14,11 @@ from data.tokenizer import byte_tokenizer
 from models.generate import generate
 from models.hub.export import read_config, write_folder
 from models.hub.importing import end_ids, import_folder, main, read_stock
-from models.lm import LanguageModel
+from tests.hub.stock_folders import stock_folder
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
 from training.checkpoint import load_model
 from training.errors import UserError
-
-
-def stock_model(kind: str) -> Any:
-    import transformers as t
-
-    torch.manual_seed(0)
-    common: dict[str, Any] = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3}
-    if kind == "mamba2":
-        config: Any = t.Mamba2Config(**common, num_heads=6, head_dim=12, state_size=7, n_groups=2, chunk_size=5, time_step_limit=(0.0, 0.3))
-        model: Any = t.Mamba2ForCausalLM(config)
-    else:
-        more = {"intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.2, "head_dim": 8}
-        if kind == "qwen3":
-            model = t.Qwen3ForCausalLM(t.Qwen3Config(**common, **more, rms_norm_eps=1e-5, tie_word_embeddings=True))
-        else:
-            model = t.LlamaForCausalLM(t.LlamaConfig(**common, **more, rope_parameters={"rope_type": "default", "rope_theta": 777.0}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model.eval()
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mamba2"])
-def test_a_stock_folder_gives_its_own_logits(kind: str, tmp_path: Path) -> None:
-    theirs = stock_model(kind)
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size="20KB")
-    config, tensors = read_stock(tmp_path / "hf")
-    ours = LanguageModel(config).eval()
-    ours.load_state_dict(tensors, strict=False)
-    ids = torch.randint(0, 101, (2, 23))
-    with torch.no_grad():
-        assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
 
 
 def test_a_published_kind_of_llama_is_taken_over_whole(tmp_path: Path) -> None:
@@ -113,7 +81,7 @@ def test_the_round_trip_is_exact(name: str, tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "hf"
-    stock_model("llama").save_pretrained(folder)
+    stock_folder("llama", folder)
     good, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
 
     def refused(part: str, **changes: Any) -> None:
@@ -125,12 +93,23 @@ def test_what_does_not_fit_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureF
         assert not (tmp_path / "o").exists()
 
     refused("hidden_act", hidden_act="gelu")
-    refused("attention_bias", attention_bias=True)
-    refused("rotary", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+    refused("q_proj.bias", attention_bias=True)
+    refused("mlp_bias", mlp_bias=True)
+    refused("low_freq_factor", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0})
+    refused("longrope", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]})
+    refused("partial", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    refused("quantised", quantization_config={"quant_method": "fp8"})
+    refused("rms_norm_eps", rms_norm_eps="small")
+    refused("num_hidden_layers is -1", num_hidden_layers=-1)
+    refused("is a ['llama'] model", model_type=["llama"])
     refused("is a gpt2 model", model_type="gpt2")
     refused("has shape", intermediate_size=49)
     refused("lacks the tensor", num_hidden_layers=4)
     refused("no place for", num_hidden_layers=2)
+    (folder / "config.json").write_text(json.dumps(good))
+    save_file({k: v * float("nan") if "q_proj" in k else v for k, v in tensors.items()}, folder / "model.safetensors")
+    refused("not finite")
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({k: v for k, v in good.items() if k != "vocab_size"}))
     with pytest.raises(UserError, match="vocab_size"):
         read_stock(folder)

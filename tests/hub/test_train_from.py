@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
 from training.checkpoint import load_model
 from training.cli import checked, compose_config
+from training.config import split_problems
 from training.errors import UserError
 from training.setup import model_config
 
@@ -26,7 +28,9 @@ def test_the_config_and_weights_are_the_folders(name: str, tmp_path: Path) -> No
     source, folder = checkpoint(tmp_path / "c", settings), tmp_path / "it's = here"
     folder.mkdir()
     write_folder(source, folder, "fp32", 10**9, "mit")
-    config = checked(compose_config([f"model=hf:{folder}", "model.z_loss=0.5", "data.path=nowhere"]))
+    config = checked(compose_config([f"model=hf:{folder}", "model.z_loss=0.5", "model.verify=false", "data.path=nowhere"]))
+    config.parallel.sequence = 2
+    assert split_problems(config) == []
     found, _ = model_config(config, None)
     assert isinstance(found, ModelConfig) and found.z_loss == 0.5
     assert (found.d_model, found.n_layers, found.mlp_width, found.vocab_size) == (48, settings.n_layers, settings.mlp_width, 269)
@@ -50,6 +54,28 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         load_into(folder, LanguageModel(FAMILIES["llama"]), train_bpe(["some text"], 260))
 
 
+def test_data_that_begin_documents_with_another_token_are_told_of(tmp_path: Path) -> None:
+    from data.prepare import main as prepare
+    from data.shards import ShardSet
+    from data.tokenizer import byte_tokenizer
+    from training.setup import _other_start
+
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "<|endoftext|>"}))
+    (tmp_path / "copied").mkdir()
+    tokenizer.save(str(tmp_path / "copied" / "tokenizer.json"))  # without what names its tokens
+    told = []
+    for source in (folder, tmp_path / "copied" / "tokenizer.json"):
+        assert prepare([f"input={tmp_path / 'a.txt'}", f"out={tmp_path / source.stem}-shards", f"tokenizer={source}"]) == 0
+        told.append(_other_start(folder, ShardSet(tmp_path / f"{source.stem}-shards", "train")))
+    assert told[0] == "" and "begin with '<|endoftext|>'" in told[1] and f"tokenizer={folder}" in told[1]
+
+
 @pytest.mark.slow
 def test_a_run_starts_from_an_exported_run(train: Callable[..., object], tmp_path: Path) -> None:
     first = train("one", "model=transformer", "train.steps=2")
@@ -62,3 +88,20 @@ def test_a_run_starts_from_an_exported_run(train: Callable[..., object], tmp_pat
     second = train("two", f"model=hf:{folder}", "train.steps=1")
     assert second.returncode == 0, second.stderr  # type: ignore[attr-defined]
     assert "from the weights of" in second.stdout + second.stderr  # type: ignore[attr-defined]
+
+
+def test_what_a_run_that_started_from_a_folder_keeps_of_it(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_folder(checkpoint(tmp_path / "c", FAMILIES["llama"]), folder, "fp32", 10**9, "mit")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "max_position_embeddings": 5000}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    source = checkpoint(tmp_path / "d", FAMILIES["llama"])
+    (source / "run.json").write_text(json.dumps({"model": {"init_from": str(folder)}, "train": {"seq_len": 64}}))
+    for out, length in (("e", 5000), ("f", 64)):
+        (tmp_path / out).mkdir()
+        write_folder(source, tmp_path / out, None, 10**9, "mit")
+        assert json.loads((tmp_path / out / "config.json").read_text())["max_position_embeddings"] == length
+        assert (tmp_path / out / "chat_template.jinja").exists() == (length == 5000)
+        (folder / "config.json").unlink(missing_ok=True)  # gone when the second is written

@@ -182,11 +182,11 @@ def residuals() -> None:
     torch.library.opcheck(residual_op.add_op, (x, y.detach().half().requires_grad_(), scale), test_utils=CHECKS)
 
 
-def turned(turn: Any, tensors: list[Tensor], H: int, positions: Tensor) -> Tensor:
+def turned(turn: Any, tensors: list[Tensor], H: int, positions: Tensor, *more: Any) -> Tensor:
     """Queries as columns of a projection and keys within a wider tensor, both turned, in one vector."""
     (B, T, _), K = tensors[0].shape, tensors[1].shape[-1] // 2
     q, k = tensors[0].view(B, T, H, K).transpose(1, 2), tensors[1][..., :K]
-    return torch.cat([x.flatten() for x in turn(q, k, positions, 10000.0)])
+    return torch.cat([x.flatten() for x in turn(q, k, positions, 10000.0, *more)])
 
 
 def rotations() -> None:
@@ -203,8 +203,13 @@ def rotations() -> None:
         if first > 1000:  # the oracle's angles are exact, fp32's are not: the plain rotation has the same
             oracle = turned(rotary_reference.rotary, [t.float() for t in present(fine)], H, positions).double()
         agree(y, oracle, present(given), present(fine), f"rotary {(B, T, H, G, K)} {dtype}")
+        if 2 < K < 16:  # some of the columns, by frequencies of their own, made larger
+            more = torch.tensor([0.7, 0.01]), 1.3
+            y, oracle = (turned(turn, present(t), H, positions, *more) for turn, t in ((rotary, given), (rotary_reference.rotary, fine)))
+            agree(y, oracle, present(given), present(fine), f"partial rotary {(B, T, H, G, K)} {dtype}")
     q, k = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 1, 5, 4, requires_grad=True)
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False), test_utils=CHECKS)
+    torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False, torch.tensor([0.5]), 1.1), test_utils=CHECKS)
 
 
 def chains() -> None:

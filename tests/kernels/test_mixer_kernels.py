@@ -57,6 +57,8 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     torch.library.opcheck(residual_op.add_op, (x, h, bias), test_utils=CHECKS)
     turning = (q.detach().requires_grad_(), k.detach().requires_grad_(), positions, 100.0, False)
     torch.library.opcheck(rotary_op.turn_op, turning, test_utils=CHECKS)
+    turns = torch.tensor([0.7, 0.01])  # of four of the six columns, the turned ones made larger
+    torch.library.opcheck(rotary_op.turn_op, (*turning, turns, 1.3), test_utils=CHECKS)
     for found, wanted, leaves in (
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
         (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),
@@ -70,6 +72,11 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
         (
             torch.cat(rotary_op.turn(q, k, positions, 100.0, False)),
             torch.cat(rotary_reference.rotary(q, k, positions, 100.0)),
+            (x, gate),
+        ),
+        (
+            torch.cat(rotary_op.turn(q, k, positions, 100.0, False, turns, 1.3)),
+            torch.cat(rotary_reference.rotary(q, k, positions, 100.0, turns, 1.3)),
             (x, gate),
         ),
     ):

@@ -19,6 +19,13 @@ CASES: dict[str, dict[str, Any]] = {
     "mingru": {"mixers": {"a": {**GRU, "cell": "mingru", "recurrent_bound": "tanh"}}},
     "mamba2": {"mixers": {"a": MAMBA}, "d_ff": 0},
     "limited": {"mixers": {"a": {**MAMBA, "dt_limit_min": 0.3, "dt_limit_max": 0.9}}, "tie_embeddings": True},
+    "positions": {  # biases, partial and scaled rotary positions
+        "mixers": {
+            "a": {**ATTENTION, "qkv_bias": True, "o_bias": True, "rope_fraction": 0.5},
+            "b": {**ATTENTION, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}},
+        },
+        "learnable_residual": True,
+    },
     "hybrid": {"mixers": {"a": GRU, "b": MAMBA, "c": ATTENTION, "d": {**ATTENTION, "window": 5, "qk_norm": True}}, "learnable_residual": True},
 }
 

@@ -55,3 +55,32 @@ def test_mistakes_are_sentences(extra: dict[str, str], part: str, tmp_path: Path
     hosts.write_text(NODES)
     done = subprocess.run([SCRIPT, str(hosts), "a=1"], env=environment(**extra), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and part in done.stderr
+
+
+@pytest.mark.parametrize(
+    "hosts, part",
+    [
+        ("", "names no machine"),
+        ("# none\n\n", "names no machine"),
+        ("node-a:8\n", "says 'node-a:8'"),
+        ("node-a\n", "slots=GPUS"),
+        ("node-a slots=0\n", "slots=GPUS"),
+        ("node-a max_slots=8\n", "slots=GPUS"),
+        ("node-a slots=1\nnode-a slots=1\n", "twice"),
+    ],
+)
+def test_a_host_file_that_says_nothing_useful_is_a_sentence(hosts: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(hosts)
+    env = environment(NODE_RANK="0", MASTER_ADDR="127.0.0.1", LAUNCHER="torchrun")
+    done = subprocess.run([SCRIPT, str(tmp_path / "hosts"), "a=1"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("hosts", ["node-a slots=8 max_slots=16\n", "# ours\r\n  node-a max_slots=16  slots=8  # the first\r\n\r\n"])
+def test_torchrun_gets_the_slots_of_this_machine(hosts: str, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text(hosts)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = environment(NODE_RANK="0", MASTER_ADDR="127.0.0.1", LAUNCHER="torchrun", PYTHON=str(tmp_path / "python"), MASTER_PORT=free_port())
+    done = subprocess.run([SCRIPT, str(tmp_path / "hosts"), "a=1"], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--nnodes 1 --node_rank 0 --nproc_per_node 8 " in done.stdout, done.stderr

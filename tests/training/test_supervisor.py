@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from training import observe, supervisor
-from training.errors import UserError
-from training.supervisor import MISTAKE, STOPPED, STUCK, USED_UP, Settings, Supervisor, descendants, parse
+from training.errors import STOPPED, UserError
+from training.supervisor import MISTAKE, STUCK, USED_UP, Settings, Supervisor, descendants, parse
 
 RANK = f"""
 import json, os, socket, subprocess, sys, time, pathlib
@@ -130,6 +130,22 @@ time.sleep(300)
     status, said, _ = supervise(tmp_path, script, restarts=3)
     assert status == STOPPED and (tmp_path / "ranks" / "saved_in_peace").exists()
     assert "stopped on SIGTERM" in said[-1]
+
+
+def test_a_stop_request_from_elsewhere_is_no_failure(tmp_path: Path) -> None:
+    """Ranks that got a signal themselves end with 75; a launcher makes another status of it, and then their files say it."""
+    rank = """
+sys.path.insert(0, ROOT)
+from training.observe import SignOfLife
+life = SignOfLife(pathlib.Path("/nowhere"), 0)
+life.beat(5, 5)
+life.close(stopped=STOPPED)
+sys.exit(STATUS)
+""".replace("ROOT", repr(str(Path(__file__).resolve().parents[2])))
+    for name, stopped, status, wanted, attempts in [("own", "False", 75, STOPPED, 1), ("launcher", "True", 1, STOPPED, 1), ("failed", "False", 1, USED_UP, 2)]:
+        (tmp_path / name).mkdir()
+        found, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
+        assert (found, tries(tmp_path / name)) == (wanted, attempts), (name, said)
 
 
 def test_a_train_resume_holds_until_a_checkpoint_was_written_after_it(tmp_path: Path) -> None:

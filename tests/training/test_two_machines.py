@@ -70,6 +70,7 @@ def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes
         assert job.poll() is None, job.communicate()[0][-3000:]
     job.send_signal(10)  # SIGUSR1: what --signal=B:USR1@300 sends to the script
     out, _ = job.communicate(timeout=120)
+    assert job.returncode == 75, out[-3000:]
     stubs = Path(slurm["STUBS"])
     assert (stubs / "requeued").read_text().strip() == "17" and "17" in (stubs / "cancelled").read_text(), out[-3000:]
     reached = max(losses(tmp_path / "run"))
@@ -79,6 +80,14 @@ def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes
     done = subprocess.run([*words(reached + 2), "train.resume=/nowhere"], cwd=ROOT, env=again, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout + done.stderr
     assert max(losses(tmp_path / "run")) == reached + 2 and not (stubs / "requeued").exists() and not (tmp_path / "hosts.17").exists()
+
+
+@pytest.mark.parametrize("status,again", [(75, True), (0, False), (1, False), (2, False)])
+def test_the_slurm_script_queues_again_by_the_status_of_a_stopped_run(slurm: dict[str, str], tmp_path: Path, status: int, again: bool) -> None:
+    stub = Path(slurm["STUBS"]) / "srun"
+    stub.write_text(f"#!/bin/sh\nexit {status}\n")
+    done = subprocess.run(["bash", "scripts/train.sbatch", "a=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status and (Path(slurm["STUBS"]) / "requeued").exists() == again, done.stderr
 
 
 def test_the_slurm_script_does_not_queue_a_mistake_again(slurm: dict[str, str], tmp_path: Path) -> None:

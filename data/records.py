@@ -1,0 +1,250 @@
+"""The records of one file, of any kind that is read and compressed or not: texts, or values that a Source then judges."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data.listing import ending_of, kind_of
+
+BLOCK = 1 << 20
+NUMBER = 32  # characters behind a number in which it may go on: 1 and 1.5e-3 begin alike
+WHITE = re.compile(r"[ \t\r\n]*")
+DECODE = json.JSONDecoder().raw_decode
+MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+Reject = Callable[[str], None]
+
+
+class BadFile(Exception):
+    """A file that is not what its name says, or ends early; the message is a kind of fault."""
+
+
+class Missing:
+    """A record without the field; names: the fields it has, None for what is no object with fields."""
+
+    def __init__(self, names: list[str] | None) -> None:
+        self.names = names
+
+
+def open_file(path: Path) -> Any:
+    """A binary file of what `path` holds, unpacked."""
+    ending = path.suffix.lower()
+    if ending == ".zst":
+        import pyarrow as pa
+
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd", buffer_size=BLOCK))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(ending, open)(path, "rb")
+
+
+def records(path: Path, field: str, reject: Reject) -> Iterator[Any]:
+    """The values of `field` (bytes or str where they are text, Missing where there is none); what is no record goes to `reject` with why.
+
+    Raises BadFile, OSError and the errors of decompression for a file that cannot be read, or not to its end.
+    """
+    kind = kind_of(path)
+    if kind == "parquet":
+        yield from parquet_rows(path, field)
+        return
+    with open_file(path) as file:
+        head = file.peek(4)[:4]
+        wide = next((name for mark, name in MARKS if head.startswith(mark)), None)
+        if kind == "text":
+            yield from _text(file, wide, reject)
+            return
+        if kind == "lines" and wide is None:
+            for line in file:
+                yield from json_line(line, field, reject)
+            return
+        # Bytes that are not UTF-8 become lone surrogates: the texts that hold them are then left out one by one, and not all that follows.
+        wrapped = io.TextIOWrapper(file, wide or "utf-8-sig", None if wide else "surrogateescape", newline="" if kind == "table" else "\n")
+        try:
+            if kind == "table":
+                yield from _rows(wrapped, ending_of(path), field, reject)
+            else:
+                for value in _json_values(wrapped, reject) if kind == "json" else _json_lines(wrapped, reject):
+                    yield from pick(value, field)
+        except UnicodeError:
+            reject(f"not {(wide or 'utf-8').upper()} from some place on")
+
+
+def _text(file: Any, wide: str | None, reject: Reject) -> Iterator[Any]:
+    content = file.read()
+    if wide is None and b"\0" in content[:4096]:
+        return reject("no text (it holds zero bytes)")
+    try:
+        yield content.decode(wide or "utf-8-sig")
+    except UnicodeDecodeError:
+        reject(f"not {(wide or 'utf-8').upper()}")
+
+
+def json_line(line: bytes, field: str, reject: Reject) -> Iterator[Any]:
+    """What a line of JSON Lines says; nothing for an empty one."""
+    if not line.strip():
+        return
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return reject("not UTF-8")
+    except (ValueError, RecursionError):
+        return reject("not JSON")
+    yield from pick(value, field)
+
+
+def _json_lines(text: Any, reject: Reject) -> Iterator[Any]:
+    for line in text:
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                reject("not JSON")
+
+
+class _Window:
+    """The part of a text that is looked at: `left` from `at` on, longer by `more`."""
+
+    def __init__(self, text: Any) -> None:
+        self.text, self.left, self.at, self.ended, self.size = text, "", 0, False, BLOCK
+
+    def more(self) -> None:
+        block = self.text.read(self.size)
+        self.left, self.at, self.ended = self.left[self.at :] + block, 0, not block
+
+    def peek(self) -> str:
+        """The next character that is not white; '' at the end."""
+        while True:
+            self.at = WHITE.match(self.left, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.left) or self.ended:
+                return self.left[self.at : self.at + 1]
+            self.more()
+
+    def value(self) -> Any:
+        """The next JSON value. Raises ValueError."""
+        self.size = BLOCK
+        while True:
+            try:
+                value, end = DECODE(self.left, self.at)
+                near = len(self.left) - end < NUMBER if isinstance(value, (int, float)) else False
+                if not near or self.ended:
+                    self.at = end
+                    return value
+            except ValueError:
+                if self.ended:
+                    raise
+                self.size *= 2  # a long value is not tried again after every block
+            self.more()
+
+
+def _json_values(text: Any, reject: Reject) -> Iterator[Any]:
+    """The values of a .json file: the elements of an array, or one value after another as in JSON Lines. One at a time is kept whole."""
+    window = _Window(text)
+    try:
+        if window.peek() != "[":
+            while window.peek():
+                yield window.value()
+            return
+        window.at += 1
+        if window.peek() == "]":
+            return
+        while True:
+            yield window.value()
+            mark = window.peek()
+            if mark == "]":
+                window.at += 1
+                return reject("not JSON") if window.peek() else None
+            if mark != ",":
+                return reject("not JSON")
+            window.at += 1
+            window.peek()
+    except UnicodeError:
+        raise
+    except (ValueError, RecursionError):
+        reject("not JSON")
+
+
+def pick(value: Any, field: str) -> Iterator[Any]:
+    """`field` of a record; a.b goes into objects and through lists. A record that is a string is its own text."""
+    if isinstance(value, str):
+        yield value
+    elif not isinstance(value, dict):
+        yield Missing(None)
+    elif field in value:
+        yield value[field]
+    elif "." in field and (parts := field.split("."))[0] in value:
+        found: list[Any] = [value]
+        for part in parts:
+            found = [item for one in found for item in (one if isinstance(one, list) else [one])]
+            found = [one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None) for one in found]
+            if any(isinstance(one, Missing) for one in found):
+                break
+        yield from (item for one in found for item in (one if isinstance(one, list) else [one]))
+    else:
+        yield Missing([f"{name}.{field}" if _holds(one, field) else name for name, one in value.items()])
+
+
+def _holds(value: Any, field: str) -> bool:
+    """Whether an object, or the first of a list, has the field."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and field in first
+
+
+def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
+    """The column `field` of a table whose first line names its columns; between them a comma, in .tsv a tab, or else what the first line has."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    head = file.readline().lstrip("\ufeff")
+    names, delimiter = [], ","
+    for delimiter in ("\t",) if ending == ".tsv" else (",", ";", "\t", "|"):
+        names = [name.strip() for name in next(csv.reader([head], delimiter=delimiter), [])]
+        if field in names:
+            break
+    else:
+        names = next(csv.reader([head], delimiter="\t" if ending == ".tsv" else ","), [])
+        if head.strip():
+            yield Missing([name.strip() for name in names])
+        return
+    column, rows = names.index(field), csv.reader(file, delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error:
+            reject("row of a table whose quotes do not match")
+            continue
+        if row is None:
+            return
+        if row:
+            yield row[column] if len(row) == len(names) else Missing([f"{len(row)} of {len(names)} columns"])
+
+
+def parquet_rows(path: Path, field: str) -> Iterator[Any]:
+    """The column `field`, a batch at a time. Raises BadFile."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    source: Any = str(path)
+    if path.suffix.lower() != ".parquet":
+        with open_file(path) as packed:
+            source = pa.BufferReader(packed.read())
+    try:
+        file = pq.ParquetFile(source)
+    except pa.ArrowInvalid as error:
+        raise BadFile("not a Parquet file") from error
+    if field not in file.schema_arrow.names:
+        yield Missing(file.schema_arrow.names)
+        return
+    try:
+        for batch in file.iter_batches(columns=[field], batch_size=1024):
+            yield from batch.column(0).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None):
+            raise
+        raise BadFile("Parquet file that is damaged") from error

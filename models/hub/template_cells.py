@@ -1,0 +1,127 @@
+"""The recurrences of an exported folder: in plain torch with gradients, and in its kernels on a GPU without.
+
+Legend: B batch, T time, D width, P input projections, R recurrent weights, S states of a cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
+from kernels.ssd.reference import ssd_chunked
+
+CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel, whether it jumps); the middle two may be None
+BIASES: dict[str, Any] = {}  # name: where the biases of its inputs start
+triton: Any = None  # the module, in the exported file, if it is installed
+SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
+Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
+
+
+class Cell:
+    """A recurrent cell: its step function, the names of its arguments by role, and what solves it: its derivatives in torch and its kernel (or None)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.step, self.derivatives, self.kernel, self.jumps = CELLS[name]
+        roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
+        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
+
+    def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
+        new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        return tuple(n if n.dim() >= state[0].dim() else n.expand_as(state[0]) for n in new)
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles name the cell, as a kernel can be neither copied nor pickled."""
+        return load_cell, (self.name,)
+
+
+@functools.cache
+def load_cell(name: str) -> Cell:
+    return Cell(name)
+
+
+def torch_functions(cell: Cell) -> Any:
+    return cell.derivatives
+
+
+def jumps(cell: Cell) -> bool:
+    """Whether a new state may jump where an old one is changed a little."""
+    return bool(cell.jumps)
+
+
+def bias_init(name: str) -> Any:
+    """Where the biases of a cell's inputs start: (lowest, highest over the channels) by argument."""
+    return BIASES.get(name, {})
+
+
+def parallel_rnn(
+    cell: Any, pre: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor | None = None, emitted: bool = False
+) -> tuple[Tensor, Tensor]:
+    """All states (B, T, S, D), with `emitted` only the last one's (B, T, D), and the final states (B, S, D); a document start zeroes the state
+    first. pre (B, T, P, D) or (B, T, P, heads, D / heads). Without gradients and on a GPU by the cell's kernel; else in plain torch, over
+    many slices of time at once."""
+    pre_BTPD = pre.flatten(3)
+    if bias_PD is not None:
+        pre_BTPD = pre_BTPD + bias_PD.to(pre_BTPD.dtype)
+    (B, T, _, D), dtype = pre_BTPD.shape, compute_dtype(pre_BTPD)
+    h0 = (torch.zeros(B, len(cell.state), D, device=pre.device) if h0_BSD is None else h0_BSD).to(dtype)
+    learning = torch.is_grad_enabled() and (pre.requires_grad or rec_RD.requires_grad or h0.requires_grad)
+    if has_kernel(cell, pre_BTPD) and T and not learning:
+        states, final = walk_on_gpu(cell, pre_BTPD, rec_RD, h0, starts_BT)
+    else:
+        run = sequential if T == 1 or cell.derivatives is None else parallel  # without written derivatives by the loop alone
+        with torch.autocast(pre.device.type, enabled=False):
+            states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
+        states = states.to(pre.dtype)
+    return states[:, :, -1] if emitted else states, final
+
+
+def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
+    """The states (B, S, D) after one token."""
+    return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
+
+
+def has_kernel(cell: Any, pre: Tensor) -> bool:
+    """Whether the cell's Triton kernel can run."""
+    placed = pre.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return placed and triton is not None and cell.kernel is not None and pre.dtype != torch.float64
+
+
+def walk_on_gpu(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(states, final) by the cell's kernel."""
+    pre = pre if pre.stride(-1) == 1 else pre.contiguous()
+    (B, T, _, D), S = pre.shape, len(cell.state)
+    rec, h0 = rec.detach().float().contiguous(), h0.float().contiguous()
+    states, final = pre.new_empty(B, T, S, D), torch.empty_like(h0)
+    flags = states if starts is None else starts.contiguous().view(torch.uint8)
+    with torch.cuda.device_of(pre):  # Triton launches on the current device
+        cell.kernel[(-(-D // 64), B)](
+            pre, rec, h0, flags, states, final, T, D, *pre.stride()[:3], HAS_STARTS=starts is not None, BLOCK=64, num_warps=1
+        )
+    return states, final
+
+
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
+    """Mamba-2's scan and skip: without gradients and on a GPU in kernels, else in plain torch in chunks of time."""
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B_, C_, D_H, h0))
+    if SCAN and not learning and x.shape[1] and can_scan(x):
+        try:
+            with torch.cuda.device_of(x):
+                return SCAN[0](x, dt, A, B_, C_, D_H, h0, starts)
+        except triton.OutOfResources:  # less shared memory than the kernels were made for
+            SCAN.clear()
+    return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
+
+
+def can_scan(x: Tensor) -> bool:
+    """Whether the scan's kernels can run: those of a GPU with products of bfloat16."""
+    if triton is None or x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return False
+    suits = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return suits or os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,124 @@
+"""One way from text to ids: a tokenizer that stores a template, truncation and padding gives the same ids wherever text is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+
+from data.encode import Encoder
+from data.prepare import main
+from data.shards import ShardSet
+from data.tokenizer import Marks, coder_of, load_tokenizer, marks_of
+from evals.adapters import hf_coder, load_adapter
+from models.config import ModelConfig
+from models.generate import DEFAULTS, Writer
+from models.hub.export import write_folder
+from models.hub.importing import import_folder
+from tests.hub.folders import checkpoint
+
+WORDS = ["[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "over", "the", "fox", "<", "s", ">", "/"]
+TEXT = "the fox over <s> " * 20
+PLAIN = ["the", "fox", "over", "<", "s", ">"] * 20
+ATTENTION = ModelConfig(vocab_size=16, d_model=16, n_layers=1, d_ff=32, pattern=["attention"], mixers={"attention": {"type": "attention", "n_heads": 2}})
+
+
+def awkward() -> Tokenizer:
+    """Adds [CLS] and [SEP], cuts after 16 ids, pads to 20, and has tokens for the begin and the end of a text."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Split("<", "isolated")])
+    tokenizer.add_special_tokens([AddedToken(w, special=True) for w in WORDS[1:5]])
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    tokenizer.enable_truncation(16)
+    tokenizer.enable_padding(length=20)
+    return tokenizer
+
+
+def folder_of(path: Path, **named: Any) -> Path:
+    """A checkpoint whose tokenizer is the awkward one, with a tokenizer_config.json that names tokens."""
+    checkpoint(path, ATTENTION)
+    awkward().save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+    return path
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
+
+
+@pytest.mark.parametrize(
+    "named, marks",
+    [(LLAMA, (3, 4)), ({"bos_token": "</s>", "eos_token": "</s>"}, (4, None)), ({"eos_token": "<s>"}, (3, None)), ({"bos_token": None}, (4, None)), ({"bos_token": "[new]"}, (4, None))],
+)
+def test_a_folder_says_what_stands_around_its_documents(named: dict[str, Any], marks: tuple[int, int | None], tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "c", **named)
+    assert marks_of(awkward(), folder) == Marks(*marks) == load_tokenizer(str(folder / "tokenizer.json"))[1]
+    coder = hf_coder(str(folder))
+    assert coder is not None and coder.start_ids == [marks[0]] and coder.encode(TEXT) == [WORDS.index(w) for w in PLAIN]
+
+
+def test_every_reader_of_text_gives_the_ids_that_prepare_wrote(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "c", **LLAMA)
+    inner = [WORDS.index(w) for w in PLAIN]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 2)
+    assert main([f"input={tmp_path / 'a.jsonl'}", f"out={tmp_path / 'shards'}", f"tokenizer={folder}", "valid_docs=[1]"]) == 0
+    shards = ShardSet(tmp_path / "shards", "train")
+    assert shards.document(0)[0].tolist() == [3, *inner, 4] and shards.marks == Marks(3, 4)
+    assert shards.coder().encode(TEXT, start=True) == [3, *inner] == coder_of(shards.tokenizer(), tmp_path / "shards").encode(TEXT, start=True)
+
+    writer = Writer({**DEFAULTS, "checkpoint": str(folder), "prompt": TEXT, "device": "cpu"})
+    assert writer.ids(TEXT) == [3, *inner] and writer.ids(TEXT, start=False) == inner and {3, 4} <= set(writer.stop_ids)
+    adapter = load_adapter(str(folder))
+    assert adapter.need_coder().encode(TEXT, start=True) == [3, *inner]
+
+    (tmp_path / "out").mkdir()
+    write_folder(folder, tmp_path / "out", "fp32", 10**9, "mit")
+    from transformers import AutoTokenizer
+
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert exported("the fox " * 20).input_ids == inner[:2] * 20  # no template, nothing cut
+    assert (exported.bos_token_id, exported.eos_token_id) == (3, 4)
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (ends["bos_token_id"], ends["eos_token_id"]) == (3, 4)
+    there, back = hf_coder(str(tmp_path / "out")), load_adapter(str(import_folder(tmp_path / "out", tmp_path / "back"))).need_coder()
+    assert there is not None and there.encode(TEXT, start=True) == back.encode(TEXT, start=True) == [3, *inner]
+
+
+def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evals import in_loop
+
+    seen: list[torch.Tensor] = []
+
+    def generate(model: Any, prompt: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        seen.append(prompt)
+        return prompt
+
+    folder = folder_of(tmp_path / "c", **LLAMA)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": TEXT}) + "\n") * 2)
+    assert main([f"input={tmp_path / 'a.jsonl'}", f"out={tmp_path / 'shards'}", f"tokenizer={folder}", "valid_docs=[1]"]) == 0
+    shards = ShardSet(tmp_path / "shards", "train")
+    assert marks_of(shards.tokenizer(), _written(tmp_path / "again", shards.tokenizer_config())) == Marks(3, 4)
+    monkeypatch.setattr(in_loop, "generate", generate)
+    evaluator = in_loop.Evaluator.__new__(in_loop.Evaluator)
+    world = SimpleNamespace(main=True, device="cpu", barrier=lambda: None)
+    module = torch.nn.Linear(1, 1)
+    evaluator.engine = SimpleNamespace(world=world, gathered=lambda _: torch.no_grad(), parameters=[], module=module)  # type: ignore[assignment]
+    evaluator.config = SimpleNamespace(eval=SimpleNamespace(sample_prompt="the fox", sample_tokens=1))  # type: ignore[assignment]
+    evaluator.metrics = SimpleNamespace(run_dir=tmp_path, say=print)  # type: ignore[assignment]
+    evaluator.train = shards
+    assert evaluator.sample(1) == "the fox" and seen[0].tolist() == [[3, 6, 7]]
+
+
+def _written(folder: Path, values: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_shards_made_before_marks_were_written_are_read_as_before() -> None:
+    encoder = Encoder(awkward())
+    assert encoder.marks == Marks(4) and encoder.encode(["the"])[0].tolist() == [4, 6]

@@ -1,0 +1,194 @@
+"""What a person meets when something is wrong outside the settings: files, launchers, ports, terminals, interrupts; and what --help says."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kernels.parallel_rnn.codegen import print_source, source
+from tests.conftest import ROOT, SMALL, environment, run_program
+from training.arguments import program
+from training.cli import CONFIG_DIR, checked, compose_config
+from training.errors import UserError
+from training.help import comments_of, help_text
+from training.launch import Launch, launch, world_size
+from training.metrics import Metrics
+
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("a: [1\nb: 2\n", "bad.yaml is not YAML: line 2, column 2"),
+        ("\tname: x\n", "bad.yaml is not YAML: line 1, column 1"),
+        ("name: x\nname: y\n", "bad.yaml is not YAML: line 2"),
+        ("name: 'x\n", "bad.yaml is not YAML: line"),
+        (b"name: \xff\n", "not UTF-8"),
+        ("# @package _global_\ndefaults:\n  - override /model: nosuch\n", "nosuch"),
+    ],
+)
+def test_a_config_of_ones_own_that_is_no_yaml(text: str | bytes, part: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        compose_config(["experiment=bad"], extra=tmp_path)
+    assert len(caught.value.problems) == 1 and part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_configs_in_a_folder_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain:\n  steps: 7   # a week\n")
+    assert compose_config(["experiment=mine"], extra=tmp_path).train.steps == 7
+    assert "steps: 7" in (page := help_text(["experiment=mine"], [tmp_path, CONFIG_DIR])) and "# a week" in page
+    (tmp_path / "experiment" / "mine.yaml").write_text("train:\n  steps: 7\n")
+    with pytest.raises(UserError, match="@package _global_"):
+        checked(compose_config(["experiment=mine"], extra=tmp_path))
+    with pytest.raises(UserError, match="--config-dir"):
+        compose_config([], extra=tmp_path / "nosuch")
+
+
+@pytest.mark.parametrize(
+    "environment, part",
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE=''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1'"),
+        ({"RANK": "x"}, "RANK='x'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK=''"),
+        ({"WORLD_SIZE": "2"}, "no RANK"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT='99999'"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT=''"),
+    ],
+)
+def test_what_a_launcher_says_is_checked(environment: dict[str, str], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        launch()
+    assert len(caught.value.problems) == 1 and part in str(caught.value)
+
+
+def test_a_process_without_a_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch() == Launch(0, 0, 1) and world_size() == 1
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch() == Launch(3, 1, 4) and world_size() == 4
+
+
+def test_an_empty_world_size_and_a_port_in_use_end_training_in_a_sentence(demo_shards: Path, tmp_path: Path) -> None:
+    words = ["train.py", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}"]
+    done = run_program(words, WORLD_SIZE="")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "WORLD_SIZE=''" in done.stderr
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        done = run_program(words, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    assert done.returncode == 2 and f"error: Port {port} of this machine is in use" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("", lambda words: Path("/proc/nowhere/x").mkdir(parents=True)) == 2
+    assert capsys.readouterr().err.startswith("error: /proc/nowhere") and program("", lambda words: Path("/dev/null/x").write_text("")) == 2
+
+
+def test_an_interrupt_and_bytes_that_are_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert program("", stop, []) == 130 and "Traceback" not in capsys.readouterr().err
+    assert program("", stop, ["prompt=a\udcffb"]) == 2 and "prompt=a\\xffb holds bytes" in capsys.readouterr().err
+
+
+def test_sources_are_written_of_cells_that_are_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert print_source("How.", source, ["nosuch"]) == 2 and "there is no cell 'nosuch'" in capsys.readouterr().err
+    assert print_source("How.", source, ["--help"]) == 0 and capsys.readouterr().out == "How.\n"
+    assert print_source("How.", source, ["gru", "lstm"]) == 2
+    assert print_source("How.", source, ["mingru"]) == 0 and "def walk" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "models.generate"], ["-m", "kernels.parallel_rnn.codegen"]])
+def test_an_interrupt_while_libraries_load(words: list[str]) -> None:
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and said.strip() == "interrupted", said
+
+
+def test_an_interrupt_of_a_library_user_is_left_alone() -> None:
+    done = run_program(["-c", "import sys, models, training, data, evals; print(sys.excepthook is sys.__excepthook__)"])
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize("model", ["hybrid", "mamba2", "paragru", "paralstm", "transformer"])
+@pytest.mark.parametrize("data", ["demo", "synthetic"])
+def test_help_says_of_every_key_what_it_means(model: str, data: str) -> None:
+    page = help_text([f"model={model}", f"data={data}", "train.steps=12"], [CONFIG_DIR])
+    keys = page.partition("present values")[2].splitlines()[2:]
+    assert "  steps: 12 " in page and len(keys) > 80
+    assert [line for line in keys if re.match(r" *[a-z_0-9]+: .", line) and "# " not in line] == []
+
+
+def test_comments_are_found_by_key() -> None:
+    text = "a: 1  # one\nb:\n  c: 'x # y'   # two\n  d: [1, 2]\nlist:   # three\n  - 1\ne: 5\n"
+    assert comments_of(text) == {"a": "one", "b.c": "two", "list": "three"}
+
+
+def programs() -> list[list[str]]:
+    found = []
+    for path in sorted(p for folder in ("kernels", "data", "models", "training", "evals", "scripts") for p in (ROOT / folder).rglob("*.py")):
+        if '__name__ == "__main__"' in path.read_text():
+            name = path.relative_to(ROOT)
+            found.append([str(name)] if name.parts[0] == "scripts" or name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)])
+    return [*found, ["train.py"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", programs(), ids=lambda words: words[-1])
+def test_every_program_answers_help(words: list[str]) -> None:
+    done = run_program([*words, "--help"])
+    assert done.returncode == 0 and len(done.stdout) > 100 and "Traceback" not in done.stderr and "error" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
+def test_every_script_answers_help(script: Path) -> None:
+    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 0 and len(done.stdout) > 40 and not done.stderr
+
+
+def test_a_script_uses_the_active_environment(tmp_path: Path) -> None:
+    for home, status in ((Path(sys.prefix), 0), (tmp_path, 2)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        if not (tmp_path / "bin" / "python").exists():
+            (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\nexec {sys.executable} -S -I \"$@\"\n")
+            (tmp_path / "bin" / "python").chmod(0o755)
+        code = f"source {ROOT}/scripts/common.sh; setup_venv dev core; command -v python"
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False, env=environment(VIRTUAL_ENV=str(home)))
+        assert done.returncode == status, done.stderr
+        assert done.stdout.strip() == f"{home}/bin/python" if status == 0 else "pip install -e '.[dev]'" in done.stderr
+
+
+def test_the_lines_of_the_log_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics.__new__(Metrics)
+    metrics.run_dir, metrics.main = tmp_path, True
+    metrics.say("one\ntwo")
+    metrics.say("three")
+    assert [line.split(" ", 2)[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two", "three"]
