@@ -210,8 +210,9 @@ class Metrics:
         if ranks and self.world_size > 1:
             share, slowest = 100 * ranks["communication_share"], ranks["slowest_rank"]
             line += f"  comm {share:.1f}%  slowest rank {slowest} ({ranks['slowest_ratio']:.2f}x)"
-        if ranks and ranks.get("solve_sequential"):
-            line += f"  recurrences walked in order {100 * ranks['solve_sequential']:.1f}%"
+        walked = max(ranks.get(f"solve_{key}") or 0.0 for key in ("sequential", "sequential_backward")) if ranks else 0.0
+        if walked:
+            line += f"  WARNING: {100 * walked:.2g}% of the recurrences' tiles walked in order, which is slow (docs/parallel_solve.md)"
         self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class RankWatch:
     """Times and memory of every rank, gathered by one small collective each `every` steps."""
 
     COLUMNS = ("own_seconds", "communication", "data_wait", "allocated_gib", "reserved_gib", "peak_gib")
-    SOLVE = ("tiles", "residual", "corrections", "sequential")
+    SOLVE = ("tiles", "residual", "corrections", "sequential", "sequential_backward")
 
     def __init__(self, world: World, every: int) -> None:
         self.world, self.every = world, every

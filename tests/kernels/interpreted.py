@@ -150,14 +150,15 @@ def adjoints_that_return() -> None:
 
 
 def walks_that_meet() -> None:
-    """A forgetful recurrence: each slice is mended for one stretch only, and keeps the rest of its first walk."""
+    """A forgetful recurrence: each slice is mended for a few stretches only, and keeps the rest of its first walk; of small states as of large."""
     cell = Cell.from_step(scaled)
-    pre = torch.randn(2, 45, 2, 6, generator=torch.Generator().manual_seed(2))
-    pre[:, :, 0] = 0.01
-    rec, h0 = torch.zeros(0, 6), torch.ones(2, 1, 6)
-    states, final = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
-    emitted, _, end, _ = launch.forward(cell, pre, rec, h0, None, slices=3)
-    assert gap(emitted, states[:, :, -1]) < 1e-5 and gap(end, final) < 1e-5 and launch.last_report()["sequential"] == 0
+    for decay, size in ((0.01, 1.0), (0.6, 1.0), (0.6, 1e-9)):
+        pre = size * torch.randn(2, 93, 2, 6, generator=torch.Generator().manual_seed(2))
+        pre[:, :, 0] = decay
+        rec, h0 = torch.zeros(0, 6), torch.full((2, 1, 6), size)
+        states, final = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
+        emitted, _, end, _ = launch.forward(cell, pre, rec, h0, None, slices=3)
+        assert gap(emitted / size, states[:, :, -1] / size) < 1e-5 and gap(end / size, final / size) < 1e-5 and launch.last_report()["sequential"] == 0
 
 
 def not_a_number_is_passed_on() -> None:

@@ -65,12 +65,13 @@ def test_the_certificate_of_the_recurrences_is_logged(monkeypatch: pytest.Monkey
         device = torch.device("cpu")
 
         def gather(self, row: list[float]) -> list[list[float]]:
-            return [row, [*row[:-3], 3e-6, 2.0, 0.25]]  # another rank's solves went worse
+            return [row, [*row[:-4], 3e-6, 2.0, 0.25, 0.5]]  # another rank's solves went worse
 
-    found = iter([{"tiles": 0, "residual": 0.0, "corrections": 0, "sequential": 0.0}, {"tiles": 64, "residual": 1e-7, "corrections": 1, "sequential": 0.0}])
+    none = {"tiles": 0, "residual": 0.0, "corrections": 0, "sequential": 0.0, "sequential_backward": 0.0}
+    found = iter([none, {**none, "tiles": 64, "residual": 1e-7, "corrections": 1}])
     monkeypatch.setattr("kernels.parallel_rnn.last_report", lambda: next(found))
     watch = RankWatch(World(), 1)  # type: ignore[arg-type]
     result = StepResult(0.0, 0.0, 1, "", 0.1, 0.0)
     assert not [key for key in watch.step(1, result, 0.0) if key.startswith("solve_")]  # nothing was solved over slices
     said = watch.step(2, result, 0.0)
-    assert (said["solve_residual"], said["solve_corrections"], said["solve_sequential"]) == (3e-6, 2.0, 0.25)
+    assert (said["solve_residual"], said["solve_corrections"], said["solve_sequential"], said["solve_sequential_backward"]) == (3e-6, 2.0, 0.25, 0.5)
