@@ -143,8 +143,10 @@ def mend(traced: Traced, unroll: int) -> str:
     w.load_measures(2)  # not held over the loop, which needs the registers
     w.put(2, *(f"a{i} = a{i} - h{i}" for i in w.S))
     w.shares(2, "gap", "a{i}", "V{i}")
-    w.later_shares(2, "far", "a{i}")
-    w.put(2, "now = tl.max(tl.where(inside, tl.minimum(gap, far), 0.0), 0)", "met = ((now <= TOLERANCE) & here).to(tl.int32)")
+    if not traced.kinks:  # at a kink the slopes of one walk do not tell what comes of the other
+        w.later_shares(2, "far", "a{i}")
+        w.put(2, "gap = tl.minimum(gap, far)")
+    w.put(2, "now = tl.max(tl.where(inside, gap, 0.0), 0)", "met = ((now <= TOLERANCE) & here).to(tl.int32)")
     w.put(2, "span, was, from_ = _next_span(span, was, now, TOLERANCE, MARK), now, to")
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))

@@ -336,6 +336,7 @@ class Traced:
     d_state: tuple[Node, ...]
     linear: bool
     jumps: bool  # whether a new state may jump where an old one is changed a little
+    kinks: bool  # whether its slope may
 
     @property
     def arguments(self) -> list[str]:
@@ -401,6 +402,8 @@ def trace(cell: Cell) -> Traced:
     for node in order(new):
         if node.op not in ("var", "const") and any(id(a) in varying for a in node.arguments):
             varying.add(id(node))
-    jumps = any(id(node) in varying and (node.op == "sign" or node.boolean) for node in order(new))
+    moving = [node for node in order(new) if id(node) in varying]
+    jumps = any(node.op == "sign" or node.boolean for node in moving)
+    kinks = jumps or any(node.op in ("relu", "abs", "maximum", "minimum", "clamp") for node in moving)
     linear = not used & set(names("h", cell.state))
-    return Traced(cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps)
+    return Traced(cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps, kinks)

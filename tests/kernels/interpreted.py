@@ -163,6 +163,21 @@ def walks_that_meet() -> None:
         assert gap(emitted / size, states[:, :, -1] / size) < 1e-5 and gap(end / size, final / size) < 1e-5 and launch.last_report()["sequential"] == 0
 
 
+def rectified(a: Pre, x: Pre, h: State) -> tuple[torch.Tensor, ...]:
+    return (torch.relu(a * h) + x,)
+
+
+def walks_at_a_kink() -> None:
+    """The first walk of the second slice stays at zero, where relu has no slope; the true state, 1e-8 at its start, grows to 0.05 there."""
+    cell = Cell.from_step(rectified)
+    pre = torch.zeros(1, 64, 2, 5)
+    pre[:, :32, 0], pre[:, 32:, 0], pre[:, 60:, 1] = 1.0, 1.6, 1.0
+    rec, h0 = torch.zeros(0, 5), torch.full((1, 1, 5), 1e-8)
+    states, _ = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
+    emitted, *_ = launch.forward(cell, pre, rec, h0, None, slices=2)
+    assert ((emitted - states[:, :, -1]).abs() <= 1e-5 * states[:, :, -1].abs()).all()
+
+
 def not_a_number_is_passed_on() -> None:
     """A gradient that is not a number reaches every earlier step, the weights and h0, as in the loop; one of zero changes nothing."""
     cell = next(c for c in cells() if c.name == "paragru")
@@ -206,6 +221,7 @@ if __name__ == "__main__":
     patch_once()
     adjoints_that_return()
     walks_that_meet()
+    walks_at_a_kink()
     not_a_number_is_passed_on()
     layouts_and_sizes()
     for cell_name in sys.argv[1:]:
