@@ -151,8 +151,9 @@ def remainders(product_BNSSD: Tensor, own_BNSD: Tensor) -> Tensor:
 
 
 def share(change: Tensor, size: Tensor) -> float:
-    """The largest share that a change is of a size: what the certificate asks for. No change is no share of anything; not finite is infinite."""
-    found = torch.where(change == 0, torch.zeros_like(change), change.abs() / size)
+    """The largest share that a change is of a size: what the certificate asks for. No change is no share of anything; any other
+    is too large a share of a size that is not finite, as where a product overflowed."""
+    found = torch.where(change == 0, 0.0, torch.where(torch.isfinite(size), change.abs() / size, torch.inf))
     return float(found.nan_to_num(nan=torch.inf).max()) if found.numel() else 0.0
 
 

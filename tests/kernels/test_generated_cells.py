@@ -117,3 +117,13 @@ def test_small_states_count(kind: str, dtype: torch.dtype) -> None:
     size = exact.abs().unflatten(1, (16, -1)).amax(2).repeat_interleave(T // 16, 1)
     tolerance = {torch.float32: 3e-5, torch.bfloat16: 2e-3, torch.float64: 1e-10}[dtype]
     assert ((states - exact).abs() <= tolerance * size).all(), ((states - exact).abs() / size).max()
+
+
+def test_products_that_overflow_accept_nothing() -> None:
+    """A state of 1e-30 doubles 130 times within a slice: fp32 holds the states, not the product of their Jacobians."""
+    pre = torch.ones(1, 300, 2, 3)
+    pre[:, 10:140, 0], pre[:, :, 1] = 2.0, 0.0
+    h0 = torch.full((1, 1, 3), 1e-30)
+    states = reference.solve(Cell.from_step(scaled), pre, torch.zeros(0, 3), h0, None, 2)
+    exact, _ = reference.sequential(Cell.from_step(scaled), pre.double(), torch.zeros(0, 3).double(), h0.double(), None)
+    assert ((states - exact).abs() <= 1e-6 * exact).all()
