@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -558,11 +557,6 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def module_of(instance: Any) -> Any:
-    """The Python module that defines the instance's class."""
-    return sys.modules[type(instance).__module__]
 
 
 def total_variation(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -98,11 +98,6 @@ class Text:
         return found
 
 
-def read_documents(path: str | Path, limit: int = LIMIT) -> list[str]:
-    """Documents of whatever data.prepare reads, up to `limit` characters in all. Raises UserError in a sentence for anything else."""
-    return corpus_of_file(path, limit).documents
-
-
 def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:
     """The documents of a file, a folder of files, or `demo` (the bundled books), read as data.prepare reads them. Raises UserError where
     there is none, or what is there is no text."""

@@ -21,7 +21,7 @@ from evals.run import main
 from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.suites import Item, guarded, run_items
 from evals.tasks import NAMES, NOISE, Task
-from evals.texts import DEMO, Text, read_documents
+from evals.texts import DEMO, Text, corpus_of_file
 from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 
@@ -221,7 +221,7 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few pages of a book, which are soon read."""
     path = tmp_path_factory.mktemp("pages") / "pages.txt"
-    path.write_text(read_documents(DEMO, 30_000)[0])
+    path.write_text(corpus_of_file(DEMO, 30_000).documents[0])
     return path
 
 
