@@ -99,7 +99,9 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     metrics.open(cursor.step, start.wandb_id)
     metrics.say(start.message)
     ranks = RankWatch(world, config.train.log_every)
-    tracer = Tracer(config.profile, run_dir, world.rank, world.device, cursor.step + config.profile_start, config.profile_steps, metrics.say)
+    tracer = Tracer(
+        config.profile, run_dir, world.rank, world.device, cursor.step + config.profile_start, config.profile_steps, metrics.say
+    )
     evaluator = build_evaluator(config, engine, shards, metrics)
     policy = BadStepPolicy(config.faults, run_dir / "faults.jsonl" if world.main else None)
 
@@ -160,7 +162,9 @@ def train(config: Config, resolved_yaml: str) -> float | None:
             step = cursor.step
             tracer.after(step)
             seen = ranks.step(step, result, waited)
-            metrics.step(step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped, seen, cursor.tokens)
+            metrics.step(
+                step, result.loss, result.grad_norm, lr, result.tokens, result.seconds, waited, result.skipped, seen, cursor.tokens
+            )
             life.beat(step, saver.saved)
             evaluator.at(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 or step in config.checkpoint.milestones:

@@ -64,7 +64,9 @@ class Listing:
     def reading(self) -> str:
         """What is read, in a line."""
         kinds = Counter(ending_of(path) for path in self.files)
-        return f"reading {len(self.files):,} file{'s' if len(self.files) != 1 else ''}: " + ", ".join(f"{n:,} {e}" for e, n in kinds.most_common())
+        return f"reading {len(self.files):,} file{'s' if len(self.files) != 1 else ''}: " + ", ".join(
+            f"{n:,} {e}" for e, n in kinds.most_common()
+        )
 
     def leaving(self) -> list[str]:
         """What is left out, a line for each reason."""

@@ -148,7 +148,12 @@ class StreamReader(Reader):
 
 
 def build_reader(
-    shards: list[tuple[ShardSet, float]], reader: str, seq_len: int, seed: int, rows: int, stretches: list[tuple[int, list[float]]] | None = None
+    shards: list[tuple[ShardSet, float]],
+    reader: str,
+    seq_len: int,
+    seed: int,
+    rows: int,
+    stretches: list[tuple[int, list[float]]] | None = None,
 ) -> WindowReader | StreamReader:
     """`windows` (with weights that changed during the run, see Blend) or `stream` (of `rows` rows). Raises ValueError for another name, different tokenizers, or too little data."""
     if not shards:

@@ -55,7 +55,9 @@ class Numbers:
                 done = os.preadv(file.fileno(), [left], place)
                 if not done:
                     size = os.fstat(file.fileno()).st_size
-                    raise ValueError(f"The shard {self.path} was changed during the run and has {size:,} bytes now; put it back and run again.")
+                    raise ValueError(
+                        f"The shard {self.path} was changed during the run and has {size:,} bytes now; put it back and run again."
+                    )
                 left, place = left[done:], place + done
         except OSError as error:
             raise ValueError(f"The shard {self.path} was lost during the run ({error.strerror}); put it back and run again.") from None

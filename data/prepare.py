@@ -154,7 +154,11 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
     out = Path(os.path.abspath(arguments.out))
     partial = out.with_name(out.name + ".partial")
     corpus = Corpus(
-        arguments.input, arguments.text_field, arguments.strict, arguments.limit_docs, 0.0 if arguments.valid_docs else arguments.valid_fraction
+        arguments.input,
+        arguments.text_field,
+        arguments.strict,
+        arguments.limit_docs,
+        0.0 if arguments.valid_docs else arguments.valid_fraction,
     )
     passing = {"overwrite": None, "benchmark": None, "out": None, "workers": None}
     wanted = dataclasses.asdict(arguments) | passing | {"input": corpus.identity(), "tokenizer": tokenizer_identity(arguments.tokenizer)}
@@ -212,7 +216,9 @@ def _finished(out: Path, identity: str, arguments: Arguments, wanted: dict[str, 
         return None
     meta = read_meta(out)
     if meta.get("identity") != identity:
-        raise ValueError(f"{out} holds shards of other text or another tokenizer{change(out, wanted)}; choose another out, or overwrite=true.")
+        raise ValueError(
+            f"{out} holds shards of other text or another tokenizer{change(out, wanted)}; choose another out, or overwrite=true."
+        )
     print(f"{out} is already complete: {meta['splits']['train']['tokens']:,} training tokens")
     return meta
 
@@ -335,7 +341,10 @@ def main(words: list[str] | None = None) -> int:
             print(f"error: {line}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {shown(error.filename or 'A file')} cannot be opened: {error.strerror or error}; mend that and run the same command again.", file=sys.stderr)
+        print(
+            f"error: {shown(error.filename or 'A file')} cannot be opened: {error.strerror or error}; mend that and run the same command again.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)

@@ -184,7 +184,10 @@ def pick(value: Any, field: str) -> Iterator[Any]:
         found: list[Any] = [value]
         for part in parts:
             found = [item for one in found for item in (one if isinstance(one, list) else [one])]
-            found = [one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None) for one in found]
+            found = [
+                one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None)
+                for one in found
+            ]
             if any(isinstance(one, Missing) for one in found):
                 break
         yield from (item for one in found for item in (one if isinstance(one, list) else [one]))

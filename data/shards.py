@@ -69,7 +69,11 @@ class ShardSet:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
         if self.n_tokens < 2:
-            what = "no held-out documents; prepare it with valid_fraction above zero or more text" if split == "valid" else "no tokens; prepare it with more text"
+            what = (
+                "no held-out documents; prepare it with valid_fraction above zero or more text"
+                if split == "valid"
+                else "no tokens; prepare it with more text"
+            )
             raise ValueError(f"{self.directory} has {what}.")
         self.files = files = Files()
         self._bins = [Numbers(files, self._path(s, ".bin"), s["tokens"], self.dtype) for s in self.shards]

@@ -39,7 +39,9 @@ class Source:
     def instead(self) -> str:
         """The fields that records without the field have, for a message."""
         names = list(self.fields)
-        return f" (the fields there are {', '.join(names[:FIELDS])}{' ...' if len(names) > FIELDS else ''}; set text_field)" if names else ""
+        return (
+            f" (the fields there are {', '.join(names[:FIELDS])}{' ...' if len(names) > FIELDS else ''}; set text_field)" if names else ""
+        )
 
     def __iter__(self) -> Iterator[str]:
         if self.spec.startswith("hf:"):

@@ -139,7 +139,9 @@ class Adapter:
         """The coder. Raises ItemError where there is none."""
         if self.coder is None:
             if not self.trusted and names_code(Path(self.folder) / "tokenizer_config.json"):
-                raise ItemError(f"The tokenizer of {self.folder} is code of its own, which this program runs only when told to: read it, then add trust_remote_code=true.")
+                raise ItemError(
+                    f"The tokenizer of {self.folder} is code of its own, which this program runs only when told to: read it, then add trust_remote_code=true."
+                )
             raise ItemError(
                 f"{self.folder} holds no tokenizer that can be read, so texts cannot be made into tokens; put a tokenizer.json beside the weights."
             )

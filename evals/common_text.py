@@ -19,7 +19,9 @@ class CommonText:
     """text or data as the person gives them; else the held-out split of the first of the runs that no other model was trained on, else the
     bundled books. Nothing is read before it is needed."""
 
-    def __init__(self, paths: list[str], data: str | None = None, text: str | None = None, facts: dict[str, dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, paths: list[str], data: str | None = None, text: str | None = None, facts: dict[str, dict[str, Any]] | None = None
+    ) -> None:
         """facts: by path, where they are known already."""
         self.facts = {path: facts_of_run(path) if facts is None else facts.get(path, {}) for path in paths}
         self.data, self.text = data, text

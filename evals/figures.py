@@ -101,7 +101,9 @@ def grids_figure(plt: Any, grids: dict[str, list[dict[str, Any]]], title: str) -
     across = min(3, len(grids))
     down = -(-len(grids) // across)
     width, height = 0.7 * len(lengths) + 0.6, 0.32 * len(depths) + 0.5
-    figure, panels = plt.subplots(down, across, figsize=(across * width + 1.6, down * height + 1), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    figure, panels = plt.subplots(
+        down, across, figsize=(across * width + 1.6, down * height + 1), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
     image = None
     for panel in panels.flat:
         panel.set_visible(False)
@@ -113,7 +115,9 @@ def grids_figure(plt: Any, grids: dict[str, list[dict[str, Any]]], title: str) -
         image = panel.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for i, row in enumerate(values):
             for j, v in enumerate(row):
-                panel.text(j, i, "-" if v != v else f"{100 * v:.0f}", ha="center", va="center", fontsize=8, color="white" if v > 0.6 else "#333")
+                panel.text(
+                    j, i, "-" if v != v else f"{100 * v:.0f}", ha="center", va="center", fontsize=8, color="white" if v > 0.6 else "#333"
+                )
         panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=45, fontsize=8)
         panel.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=8)
         panel.set_title(model if len(model) <= 28 else model[:27] + "…", fontsize=9)
@@ -139,7 +143,9 @@ def remembrance_figure(plt: Any, curves: list[tuple[str, dict[str, Any]]]) -> by
             axes.fill_between(at, [c["low"] for c in curve], [c["high"] for c in curve], alpha=0.15, color=f"C{i % 10}", linewidth=0)
             top = max(top, *(c["high"] for c in curve))
     top = min(1.0, max(1.1 * top, 1e-4))
-    axes.set(xlabel="share of the text dropped from its front", ylabel="total variation distance (at most 1)", ylim=(-0.02 * top, 1.02 * top))
+    axes.set(
+        xlabel="share of the text dropped from its front", ylabel="total variation distance (at most 1)", ylim=(-0.02 * top, 1.02 * top)
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return png(plt, figure)

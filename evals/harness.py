@@ -85,7 +85,9 @@ def make_lm(adapter: Adapter, chunk: int, batch: int, seed: int = 0, add_bos_tok
     adapter.need_coder()
     if isinstance(adapter, HFAdapter):
         if importlib.util.find_spec("accelerate") is None:
-            raise ItemError("The harness's class for models of transformers needs accelerate, which is not installed; pip install 'everywhen[harness]'.")
+            raise ItemError(
+                "The harness's class for models of transformers needs accelerate, which is not installed; pip install 'everywhen[harness]'."
+            )
         return _stock(adapter, batch, add_bos_token)
     assert isinstance(adapter, OwnAdapter)
     return _own(adapter, chunk, batch, seed, add_bos_token)
@@ -191,7 +193,10 @@ def generation_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, An
     """(arguments of models.sampling.Sampling, new tokens, stop texts) of a task's generation_kwargs, read as HFLM and `generate` of transformers
     read them: greedy unless do_sample or a temperature above 0 is given. Raises ItemError for options we do not have."""
     left = dict(options)
-    new = next((int(value) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens") if (value := left.pop(key, None))), NEW_TOKENS)
+    new = next(
+        (int(value) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens") if (value := left.pop(key, None))),
+        NEW_TOKENS,
+    )
     until, sample, temperature = left.pop("until", None), left.pop("do_sample", None), left.pop("temperature", None)
     if sample is None:
         sample = bool(temperature)
@@ -204,7 +209,9 @@ def generation_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, An
     }
     if left.pop("num_beams", 1) != 1 or left.pop("num_return_sequences", 1) != 1 or left:
         unknown = ", ".join(left) or "num_beams, num_return_sequences"
-        raise ItemError(f"The task asks for generation options that this model does not have ({unknown}); take them out of its generation_kwargs.")
+        raise ItemError(
+            f"The task asks for generation options that this model does not have ({unknown}); take them out of its generation_kwargs."
+        )
     return sampling, new, until
 
 

@@ -130,7 +130,11 @@ class Evaluator:
                     same = windows(adapter, rows, T, chunk=max(T, 512)) if reach - 1 > T else None
                     result["collapse"] = collapse(result["buckets"], T, same, unlearnt_rows(same, rows, text.ids, adapter.vocab_size))
                     self.metrics.write(step, long_loss=result["buckets"][-1]["nats_per_token"], **_numbers(result["collapse"]))
-                    asked = "" if reach > settings.long_length else f" (the held-out text reaches no further; {settings.long_length:,} were asked for)"
+                    asked = (
+                        ""
+                        if reach > settings.long_length
+                        else f" (the held-out text reaches no further; {settings.long_length:,} were asked for)"
+                    )
                     self.metrics.say(f"position curve to {reach - 1:,} tokens{asked} after step {step}: {result['collapse']['verdict']}")
                 except ItemError as error:
                     self.metrics.say(f"position curve after step {step} not measured: {error}")
@@ -163,7 +167,9 @@ class Evaluator:
             parts: list[list[tuple[Perplexity, float]]] = [[], []]
             for source in self.sources:
                 counts = CountBaselines(source.train)
-                rows = held_out_rows(source.shards, self.config.train.seq_len, source.budget(self.config.eval.tokens, self.config.train.seq_len))
+                rows = held_out_rows(
+                    source.shards, self.config.train.seq_len, source.budget(self.config.eval.tokens, self.config.train.seq_len)
+                )
                 sums = [counts.nll(tokens) for tokens, _ in rows]
                 tokens, size = sum(len(t) - 1 for t, _ in rows), sum(text_bytes(source.shards, t[1:]) for t, _ in rows)
                 for i in range(2):

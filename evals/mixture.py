@@ -32,7 +32,9 @@ def held_out_sources(sources: Sequence[tuple[ShardSet, float]]) -> tuple[list[He
     total = sum(weight for _, weight, _ in there)
     names = names_of([str(train.directory) for train, _, _ in there])
     shares = [weight / total if total else 1 / len(there) for _, weight, _ in there]
-    return [HeldOut(n, t, s, share) for n, (t, _, s), share in zip(names, there, shares)], [str(t.directory) for t, _, s in found if s is None]
+    return [HeldOut(n, t, s, share) for n, (t, _, s), share in zip(names, there, shares)], [
+        str(t.directory) for t, _, s in found if s is None
+    ]
 
 
 def names_of(folders: list[str]) -> list[str]:
@@ -76,4 +78,6 @@ def figures(part: Perplexity, share: float) -> dict[str, float]:
 
 def told(sources: dict[str, dict[str, float]]) -> str:
     """The sources in a line."""
-    return "by source: " + ", ".join(f"{name} {one['bits_per_byte']:.4f} bits per byte ({one['share']:.0%})" for name, one in sources.items())
+    return "by source: " + ", ".join(
+        f"{name} {one['bits_per_byte']:.4f} bits per byte ({one['share']:.0%})" for name, one in sources.items()
+    )

@@ -67,7 +67,9 @@ def position_curve(
     return result
 
 
-def windows(adapter: Adapter, rows_RT: np.ndarray, train_length: int, *, chunk: int = 2048, batch: int = 64, seed: int = 0) -> dict[str, Any]:
+def windows(
+    adapter: Adapter, rows_RT: np.ndarray, train_length: int, *, chunk: int = 2048, batch: int = 64, seed: int = 0
+) -> dict[str, Any]:
     """What the model makes of the same rows (R, L+1) when it only ever sees T tokens: windows of T that start afresh every T/2.
 
     by_place: buckets like those of `position_curve`, every token scored with T/2 to T tokens before it (in the first window with those
@@ -122,7 +124,9 @@ def unlearnt_rows(same: dict[str, Any] | None, rows_RT: np.ndarray, text: np.nda
     places = same["by_place"] if same else []
     if not places:
         return ""
-    return unlearnt(sum(b["nats_per_token"] * b["tokens"] for b in places) / sum(b["tokens"] for b in places), rows_RT[:, 1:], text, vocabulary)
+    return unlearnt(
+        sum(b["nats_per_token"] * b["tokens"] for b in places) / sum(b["tokens"] for b in places), rows_RT[:, 1:], text, vocabulary
+    )
 
 
 def collapse(
@@ -161,7 +165,15 @@ def collapse(
         run = [d > limit for d in delta]
         onset = next((beyond[i]["from"] for i in range(len(run)) if all(run[i : i + 4])), None)
         result[f"onset_{limit}"] = onset
-    result["verdict"] = f"no verdict: {unlearnt}" if unlearnt else (
-        "collapses (0.5 nat)" if result["onset_0.5"] is not None else "degrades (0.1 nat)" if result["onset_0.1"] is not None else "holds"
+    result["verdict"] = (
+        f"no verdict: {unlearnt}"
+        if unlearnt
+        else (
+            "collapses (0.5 nat)"
+            if result["onset_0.5"] is not None
+            else "degrades (0.1 nat)"
+            if result["onset_0.1"] is not None
+            else "holds"
+        )
     )
     return result

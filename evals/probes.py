@@ -180,7 +180,9 @@ def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
     layers = [
         (i, b.mixer)
         for i, b in enumerate(blocks)
-        if getattr(b.mixer, "cell", None) is not None and b.mixer.cell.lowered and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
+        if getattr(b.mixer, "cell", None) is not None
+        and b.mixer.cell.lowered
+        and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
     ]
     now = [0]
     with ExitStack() as stack:

@@ -46,5 +46,7 @@ class Progress:
             return
         now = time.monotonic()
         if now - self.told >= QUIET or (self.every and (self.first or done >= total)):
-            print(f"{self.name}: {done:,} of {total:,} {self.unit}".rstrip() + f" after {now - self.start:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"{self.name}: {done:,} of {total:,} {self.unit}".rstrip() + f" after {now - self.start:.0f} s", file=sys.stderr, flush=True
+            )
             self.told, self.first = now, False

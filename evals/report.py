@@ -114,7 +114,17 @@ def cell(value: Any) -> str:
 
 def documents_section(page: Page, plt: Any, found: Records) -> None:
     rows = [
-        [model, *_text_of(x), x["documents"], x["tokens"], x["bytes"], x["bits_per_byte"], _between(x, "bits_per_byte"), x["perplexity"], _between(x, "perplexity")]
+        [
+            model,
+            *_text_of(x),
+            x["documents"],
+            x["tokens"],
+            x["bytes"],
+            x["bits_per_byte"],
+            _between(x, "bits_per_byte"),
+            x["perplexity"],
+            _between(x, "perplexity"),
+        ]
         for model, items in found.items()
         for x in (r["result"] for r in items)
     ]
@@ -144,7 +154,9 @@ def texts(page: Page, records: Records) -> None:
         return
     page.head("Text")
     if len(found) > 1:
-        page.say("These results are of different texts: figures can be compared only where the hash is the same. One command with all models gives them one text.")
+        page.say(
+            "These results are of different texts: figures can be compared only where the hash is the same. One command with all models gives them one text."
+        )
     for sha, text in found.items():
         note = f", {text['note']}" if text.get("note") else ""
         page.say(f"{text['name']} (sha256 {sha}): {text['documents']:,} documents, {text['bytes']:,} bytes{note}.")
@@ -169,7 +181,9 @@ def tracking_section(page: Page, plt: Any, found: Records) -> None:
             for n in lengths:
                 row = by.get(n, {})
                 low, high = row.get("ci95", (0, 0))
-                cells.append(f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})" if "accuracy" in row else row.get("error", "-"))
+                cells.append(
+                    f"{100 * row['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f})" if "accuracy" in row else row.get("error", "-")
+                )
             chance = next((row["chance"] for row in x["lengths"] if "chance" in row), None)
             rows.append([model, x["task"]["name"], x["train_length"], x["sequences"], *cells, chance and f"{100 * chance:.1f}"])
             curves.append((f"{model} ({x['task']['name']})", x["lengths"], x["train_length"]))
@@ -183,13 +197,18 @@ def position_section(page: Page, plt: Any, found: Records) -> None:
         for r in items:
             result, c = r["result"], r["result"]["collapse"]
             rows.append(
-                [model, result.get("source", result["prompt"]), _reached(result), result["rows"], result["perplexity"], result.get("bits_per_byte")]
+                [
+                    model,
+                    result.get("source", result["prompt"]),
+                    _reached(result),
+                    result["rows"],
+                    result["perplexity"],
+                    result.get("bits_per_byte"),
+                ]
                 + [c.get("delta_at_end"), c.get("onset_0.1"), c.get("onset_0.5"), c.get("forgets_2x"), c.get("verdict")]
                 + [f"{result['tokens_per_second']:,.0f}", _gib(result.get("peak_memory_bytes"))]
             )
-    columns = "model,text,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(
-        ","
-    )
+    columns = "model,text,length,rows,perplexity,bits/byte,delta at end,onset 0.1,onset 0.5,passes 2x,verdict,tokens/s,peak GiB".split(",")
     page.table(columns, rows)
     for prompt in sorted({r["result"]["prompt"] for items in found.values() for r in items}):
         curves = [
@@ -234,11 +253,14 @@ def retrieval_section(page: Page, plt: Any, found: Records) -> None:
             beside = {k: v for g in by_length.values() for k, v in g.get("without_reading", {}).items()}
             best = {k: max(g.get("without_reading", {}).get(k, 0.0) for g in by_length.values()) for k in beside}
             copier = max((v, k) for k, v in best.items() if k != "chance") if len(best) > 1 else None
-            rows.append([model, *cells, f"{100 * best['chance']:.3g}" if best else "-", f"{100 * copier[0]:.0f} ({copier[1]})" if copier else "-"])
+            rows.append(
+                [model, *cells, f"{100 * best['chance']:.3g}" if best else "-", f"{100 * copier[0]:.0f} ({copier[1]})" if copier else "-"]
+            )
         page.say(task)
         page.table(["model", *[f"{n:,}" for n in lengths], "chance", "best copier"], rows)
         grids = {
-            model: [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1] for model, items in found.items()
+            model: [r["result"] for r in items if r["result"]["task"] == task and len(r["result"]["cells"]) > 1]
+            for model, items in found.items()
         }
         drawn = grids_figure(plt, grids, task)
         if drawn is None and plt is not None and any(grids.values()):
@@ -438,7 +460,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run(words: list[str]) -> None:
         if len(words) != 1 or not Path(words[0]).is_dir():
-            raise UserError(f"{' '.join(words) or 'Nothing'} is no folder of measurements; give one that `python -m evals.run suite=...` wrote.")
+            raise UserError(
+                f"{' '.join(words) or 'Nothing'} is no folder of measurements; give one that `python -m evals.run suite=...` wrote."
+            )
         write_report(Path(words[0]))
 
     return program(__doc__, run, arguments)

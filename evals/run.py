@@ -84,12 +84,39 @@ def run_suite(values: dict[str, Any]) -> int:
     """A suite of items; returns how many could not be measured."""
     from evals.suites import Settings, evaluate
 
-    same = ("add_bos_token", "lengths", "seed", "redo", "suite", "train_length", "max_length", "depths", "samples", "sequences", "rows", "chunk", "batch", "cures", "tasks", "data", "text", "only")
+    same = (
+        "add_bos_token",
+        "lengths",
+        "seed",
+        "redo",
+        "suite",
+        "train_length",
+        "max_length",
+        "depths",
+        "samples",
+        "sequences",
+        "rows",
+        "chunk",
+        "batch",
+        "cures",
+        "tasks",
+        "data",
+        "text",
+        "only",
+    )
     settings = Settings(**{k: values[k] for k in same})
     if settings.suite == "perplexity":
         settings.max_length = settings.max_length or values["length"]
     paths = [path for path in values["checkpoint"].split(",") if path]
-    return evaluate(paths, settings, Path(values["out"] or "runs/evals"), values["device"], values["precision"], values["gguf"], values["trust_remote_code"])
+    return evaluate(
+        paths,
+        settings,
+        Path(values["out"] or "runs/evals"),
+        values["device"],
+        values["precision"],
+        values["gguf"],
+        values["trust_remote_code"],
+    )
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +251,11 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
     told = sorted({one["seen"]["status"] for one in reports.values()})
     report["text"] = {"name": " and ".join(one["text"]["name"] for one in reports.values())}
-    report["seen"] = {"status": told[0] if len(told) == 1 else "by source: " + ", ".join(f"{name} {one['seen']['status']}" for name, one in reports.items())}
+    report["seen"] = {
+        "status": told[0]
+        if len(told) == 1
+        else "by source: " + ", ".join(f"{name} {one['seen']['status']}" for name, one in reports.items())
+    }
     bases = [one["baselines_bits_per_byte"] for one in reports.values()]
     sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
     report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}

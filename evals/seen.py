@@ -53,7 +53,11 @@ def facts_of_run(path: str | Path) -> dict[str, Any]:
         from training.checkpoint import find
 
         folder = find(folder)
-        return {key: json.loads((folder / f"{key}.json").read_text(encoding="utf-8")) for key in ("run", "state") if (folder / f"{key}.json").is_file()}
+        return {
+            key: json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
+            for key in ("run", "state")
+            if (folder / f"{key}.json").is_file()
+        }
     except (OSError, ValueError, TypeError, UserError):
         return {}
 

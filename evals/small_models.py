@@ -33,7 +33,15 @@ from training.schedule import lr_factor
 # "2-hop", the token two places after the last occurrence (docs/state_tracking.md). weight: of its share of the time.
 TASKS: dict[str, dict[str, Any]] = {
     "parity": {"task": {"name": "parity"}, "bound": None, "steps": 6000},
-    "mqar": {"task": {"name": "mqar", "pairs": 2, "symbols": 128}, "bound": 0.9, "steps": 120000, "lr": 2e-2, "batches": 2, "weight": 8, "samples": 400_000},
+    "mqar": {
+        "task": {"name": "mqar", "pairs": 2, "symbols": 128},
+        "bound": 0.9,
+        "steps": 120000,
+        "lr": 2e-2,
+        "batches": 2,
+        "weight": 8,
+        "samples": 400_000,
+    },
     "1-hop": {"task": {"name": "khop", "hops": 1, "symbols": 10}, "bound": 0.9, "steps": 8000},
     "2-next": {"task": {"name": "khop", "hops": 2, "symbols": 5, "rule": "successor"}, "bound": 0.9, "steps": 8000},
     "2-hop": {"task": {"name": "khop", "hops": 2, "symbols": 5}, "bound": 0.9, "steps": 16000},
@@ -64,7 +72,8 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
 WIDTH, LR, WARMUP, BURST, INIT_STD = 64, 1e-2, 100, 10, 0.125
 SPREAD = 1.0  # of the initial recurrent weights of unbounded diagonal LSTM cells: all seeds then learn parity; with 1/sqrt(width) a third
 CURRICULUM = 0.6  # of the run at most for sequences of 1/8, 1/4 and 1/2 of the length; 98 % right answers end a stage sooner
-SAMPLES = 40_000  # training sequences of each length (published: 10,000); MQAR learns them by heart, and then gets one answer in a hundred wrong
+# training sequences of each length (published: 10,000); MQAR learns them by heart, and then gets one answer in a hundred wrong
+SAMPLES = 40_000
 PUBLISHED = {"batch": 16, "steps": 1_875_000, "samples": 10_000, "lr": 5e-4, "curriculum": 0.0}  # 3000 passes; arXiv 2510.21450, appendix C
 CHECKED, SCORED = 4096, 10_000  # answers at least that decide whether a cell is solved, and that its final accuracy is taken over
 SOLVED = 0.9995

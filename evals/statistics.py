@@ -78,7 +78,12 @@ class PositionSums:
             s, n = self.sums[:, which == i], self.counts[:, which == i]
             if n.sum() == 0:
                 continue
-            bucket: dict[str, Any] = {"from": int(self.edges[i]), "to": int(self.edges[i + 1]), "nats_per_token": float(s.sum() / n.sum()), "tokens": int(n.sum())}
+            bucket: dict[str, Any] = {
+                "from": int(self.edges[i]),
+                "to": int(self.edges[i + 1]),
+                "nats_per_token": float(s.sum() / n.sum()),
+                "tokens": int(n.sum()),
+            }
             result.append(bucket)
             if not intervals:
                 continue

@@ -195,7 +195,6 @@ class Arm:
         finally:
             self.model.train()
 
-
     def keep(self, record: dict[str, Any]) -> None:
         """Weights, moments and `record` (steps done, log, ...) in one file, so that the arm goes on from here."""
         tensors = {f"weight.{k}": p for k, p in self.model.named_parameters()}
@@ -249,14 +248,22 @@ def _loop(arm: Arm) -> dict[str, Any]:
             loss.item()  # the clock below is the device's too
         record |= {"step": step, "seconds": time.perf_counter() - start}
         if step in (1, 10) or step % max(1, steps // 20) == 0 or step == steps:
-            row = {"step": step, "tokens": step * tokens_a_step, "loss": float(loss), "gradient_norm": float(norm), "seconds": record["seconds"]}
+            row = {
+                "step": step,
+                "tokens": step * tokens_a_step,
+                "loss": float(loss),
+                "gradient_norm": float(norm),
+                "seconds": record["seconds"],
+            }
             record["log"].append(row)
             print(f"{arm.name}: step {step} of {steps}, loss {row['loss']:.4f}, {row['tokens'] / row['seconds']:,.0f} tokens/s", flush=True)
             if not math.isfinite(row["loss"]):
                 break
         if step == steps or step in [math.ceil(part * steps) for part in HISTORY]:
             looking = time.perf_counter()
-            record["history"].append({"tokens": step * tokens_a_step, "progress": step / steps, **arm.curve(64, SIZES[values["size"]]["rows"] // 4)})
+            record["history"].append(
+                {"tokens": step * tokens_a_step, "progress": step / steps, **arm.curve(64, SIZES[values["size"]]["rows"] // 4)}
+            )
             start += time.perf_counter() - looking
         over = values["until"] and time.time() > values["until"]
         if step < steps and (over or time.perf_counter() - kept > KEEP):
@@ -270,7 +277,9 @@ def _loop(arm: Arm) -> dict[str, Any]:
 def _save(arm: Arm, record: dict[str, Any]) -> None:
     folder, values, device, log = arm.folder, arm.values, arm.device, record["log"]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors"
+    )
     write_json(folder / "config.json", arm.config)
     (folder / "tokenizer.json").write_text(arm.shards.tokenizer().to_str())
     write_json(folder / "tokenizer_config.json", arm.shards.tokenizer_config())
@@ -312,7 +321,11 @@ def measure(name: str, values: dict[str, Any], device: torch.device) -> None:
     arm, size = study_arms(values["size"])[name], SIZES[values["size"]]
     T = arm["T"]
     cures = values["cures"] and arm.get("cured", False)
-    only = "position-prose,position-constant,states-prose,states-constant,remembrance" + (",passkey-512" if values["size"] == "gpu" else "") + (",cure-" if cures else "")
+    only = (
+        "position-prose,position-constant,states-prose,states-constant,remembrance"
+        + (",passkey-512" if values["size"] == "gpu" else "")
+        + (",cure-" if cures else "")
+    )
     settings = Settings(
         suite="long_context", only=only, lengths=[512], samples=10, depths=5, cures="default" if cures else "none", train_length=T,
         max_length=arm.get("beyond", size["beyond"]) * T, data=values["data"], rows=size["rows"], chunk=2048, batch=16,

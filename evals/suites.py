@@ -70,7 +70,12 @@ class Bench:
     """A model with its text, and the items that its suite consists of."""
 
     def __init__(
-        self, adapter: Adapter, settings: Settings, run: dict[str, Any] | None = None, common: CommonText | None = None, path: str | None = None
+        self,
+        adapter: Adapter,
+        settings: Settings,
+        run: dict[str, Any] | None = None,
+        common: CommonText | None = None,
+        path: str | None = None,
     ) -> None:
         """run: what the checkpoint's run.json says; common: the text of all models; path: what the model is called there."""
         self.adapter, self.settings = adapter, settings
@@ -176,7 +181,9 @@ class Bench:
 
         def run(progress: Callable[[int, int], None]) -> dict[str, Any]:
             if not self.task:
-                raise ItemError(f"{self.adapter.folder} was not trained on a generated task; train one: python train.py experiment=synthetic/parity")
+                raise ItemError(
+                    f"{self.adapter.folder} was not trained on a generated task; train one: python train.py experiment=synthetic/parity"
+                )
             task = build_task(self.task)
             lengths, model = s.lengths or default_lengths(self.T, task), self.adapter.model
             result = evaluate(
@@ -191,7 +198,9 @@ class Bench:
                 precision=self.adapter.precision,
                 on_progress=lambda row: progress(lengths.index(row["length"]) + 1, len(lengths)),
             )
-            shown = ", ".join(f"{r['length']:,}: {100 * r['accuracy']:.1f} %" if "accuracy" in r else f"{r['length']:,}: -" for r in result["lengths"])
+            shown = ", ".join(
+                f"{r['length']:,}: {100 * r['accuracy']:.1f} %" if "accuracy" in r else f"{r['length']:,}: -" for r in result["lengths"]
+            )
             return {**result, "sequences": sequences, "summary": f"{result['task']['name']} by length: {shown}"}
 
         return Item("state_tracking", "tracking", {"lengths": s.lengths, "sequences": sequences, "seed": s.seed, "task": self.task}, run)
@@ -359,7 +368,9 @@ class Bench:
                 reach = self._reach("prose", ids, rows, length + 1)
                 return {**result, "cure": cure.label if cure else "none", "same_in_windows": same, "collapse": judged, **reach}
 
-            return Item(f"cure-{cure.label if cure else 'none'}", "cure", self._common(True, rows=rows, length=length, cure_chunk=chunk), run)
+            return Item(
+                f"cure-{cure.label if cure else 'none'}", "cure", self._common(True, rows=rows, length=length, cure_chunk=chunk), run
+            )
 
         return [item(None), *[item(cure) for cure in chosen]] if chosen else []
 
@@ -481,7 +492,11 @@ def evaluate(
             if len(paths) == 1:
                 raise
             failed += 1
-            reason = str(error) if isinstance(error, UserError) else f"The model does not fit into the device's memory ({first_words(error)[:120]})."
+            reason = (
+                str(error)
+                if isinstance(error, UserError)
+                else f"The model does not fit into the device's memory ({first_words(error)[:120]})."
+            )
             print(f"{name}: NOT MEASURED: {reason}", flush=True)
             write_json(loading, _not_loaded(name, path, reason, precision, where))
             continue
@@ -509,8 +524,24 @@ def evaluate(
 
 def _not_loaded(name: str, path: str, reason: str, precision: str, device: torch.device) -> dict[str, Any]:
     """The record of a model that could not be loaded, for the report; the other models go on."""
-    model = {"name": name, "folder": path, "kind": "not loaded", "parameters": None, "train_length": None, "carry": None, "precision": precision}
-    return {"item": "loading", "kind": "loading", "key": "", "status": "failed", "reason": reason, "model": model, "environment": environment(device)}
+    model = {
+        "name": name,
+        "folder": path,
+        "kind": "not loaded",
+        "parameters": None,
+        "train_length": None,
+        "carry": None,
+        "precision": precision,
+    }
+    return {
+        "item": "loading",
+        "kind": "loading",
+        "key": "",
+        "status": "failed",
+        "reason": reason,
+        "model": model,
+        "environment": environment(device),
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -59,7 +59,11 @@ class Sample:
         """What three programs write that copy as many tokens as a model may write: from the text's beginning, its end, or anywhere."""
         n = self.new_tokens
         place = int(rng.integers(0, max(1, len(self.body) - n + 1)))
-        return {"copies the beginning": self.body[:n], "copies the end": self.body[-n:], "copies from anywhere": self.body[place : place + n]}
+        return {
+            "copies the beginning": self.body[:n],
+            "copies the end": self.body[-n:],
+            "copies from anywhere": self.body[place : place + n],
+        }
 
 
 def after_question(coder: TextCoder, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -221,7 +225,9 @@ class Task:
         least = int(counts[:wanted].min())
         if least < 2:
             need = float(weights @ sizes) * 2 / float(weights[:wanted].min())
-            raise ItemError(f"Task {self.label} does not fit: a wanted word would occur less than twice; ask for {math.ceil(need - room)} tokens more.")
+            raise ItemError(
+                f"Task {self.label} does not fit: a wanted word would occur less than twice; ask for {math.ceil(need - room)} tokens more."
+            )
         counts[wanted:] = np.minimum(counts[wanted:], least - 1)
         left = room - float(counts @ sizes)
         for i in sorted(range(wanted, len(counts)), key=lambda i: counts[i] - weights[i] * scale):

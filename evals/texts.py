@@ -1,9 +1,9 @@
 """Where evaluations read their text: one corpus for all models of an evaluation, which each of them reads in its own tokens.
 
-    corpus = corpus_of_file("books.jsonl.gz")        # what data.prepare reads; or corpus_of_shards(DIR): the held-out split; or corpus_of_file("demo")
-    text = tokenised(corpus, adapter)
-    count, length = text.fitting(16, 65537)          # what the text gives without repeating itself
-    ids = text.rows(count, length, seed=0)           # rows do not overlap
+corpus = corpus_of_file("books.jsonl.gz")        # what data.prepare reads; or corpus_of_shards(DIR): the held-out split; or corpus_of_file("demo")
+text = tokenised(corpus, adapter)
+count, length = text.fitting(16, 65537)          # what the text gives without repeating itself
+ids = text.rows(count, length, seed=0)           # rows do not overlap
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:
     try:
         for document in source:
             if "\0" in document:
-                raise UserError(f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark.")
+                raise UserError(
+                    f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark."
+                )
             cut = size + len(document) > limit
             documents.append(document[: limit - size])
             size += len(documents[-1])

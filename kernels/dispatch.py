@@ -72,7 +72,8 @@ def direct(op: CustomOpDef, implementation: Callable[..., Any], save: Any = None
     if save is not None:
         op.register_autograd(differentiate, setup_context=save)
 
-        def forward(ctx: Any, *inputs: Any) -> Any:  # not in two functions: torch inspects the signature of `forward` at every call of those
+        # not in two functions: torch inspects the signature of `forward` at every call of those
+        def forward(ctx: Any, *inputs: Any) -> Any:
             output = implementation(*inputs)
             save(ctx, inputs, output)
             return output

@@ -38,7 +38,11 @@ def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
             layers.append(mixer.fixed_state(part, capacity))
         else:
             tensors = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-            layers.append(dataclasses.replace(part, **{name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if isinstance(t, Tensor)}))
+            layers.append(
+                dataclasses.replace(
+                    part, **{name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if isinstance(t, Tensor)}
+                )
+            )
     return LMState(layers)
 
 
@@ -67,7 +71,12 @@ class Decoder:
         self.token_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.logits_BV = torch.zeros(rows, model.config.vocab_size, dtype=model.head.weight.dtype, device=device)
         if fused is None:
-            fused = not compiled and device.type == "cuda" and not decode_step.why_not(device, rows) and model.head.weight.dtype != torch.float64
+            fused = (
+                not compiled
+                and device.type == "cuda"
+                and not decode_step.why_not(device, rows)
+                and model.head.weight.dtype != torch.float64
+            )
         plan = self._plan() if fused else None
         self.fused = plan is not None
         once = self._once if plan is None else plan
@@ -102,7 +111,12 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> Any:
-        changed = [value for part in self.state.layers for name, value in vars(part).items() if isinstance(value, Tensor) and name not in getattr(part, "appended", ())]
+        changed = [
+            value
+            for part in self.state.layers
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor) and name not in getattr(part, "appended", ())
+        ]
         before = [t.clone() for t in changed]
         here = self.token_B1.device  # perhaps not the current device
         stream = torch.cuda.Stream(here)

@@ -163,7 +163,8 @@ class Writer:
         self.device = self.model.embedding.weight.device
         self.coder = coder_of(self.tokenizer, meta["folder"])
         self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
-        self.stop_ids = [*self.coder.end_ids, *end_ids(Path(meta["folder"])), *stop_ids]  # a folder from elsewhere may have an end of its own
+        # a folder from elsewhere may have an end of its own
+        self.stop_ids = [*self.coder.end_ids, *end_ids(Path(meta["folder"])), *stop_ids]
         self.start = Session.load(values["resume"], self.model) if values["resume"] else None
         if self.start is not None and len(self.start.ids_BT) > 1:
             raise UserError(f"The session {values['resume']} holds several texts side by side; the command goes on with one.")

@@ -24,7 +24,9 @@ def isolated(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor
     if window:
         first_BL = torch.maximum(first_BL, place - window + 1)
     last_BGL = torch.where(fine_BGL, -1, place).cummax(2).values  # the last such token so far
-    lost_BHT1 = (last_BGL >= first_BL[:, None])[..., L - T :].repeat_interleave(H // G, 1)[..., None] | ~torch.isfinite(q_BHTK).all(-1, keepdim=True)
+    lost_BHT1 = (last_BGL >= first_BL[:, None])[..., L - T :].repeat_interleave(H // G, 1)[..., None] | ~torch.isfinite(q_BHTK).all(
+        -1, keepdim=True
+    )
     k, v = (torch.where(fine_BGL[..., None], t, 0.0) for t in (k_BGLK, v_BGLK))
     return lost_BHT1, torch.where(lost_BHT1, 0.0, q_BHTK), k, v
 

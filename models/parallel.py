@@ -29,7 +29,8 @@ from kernels.ssd import border, ssd
 from models.contract import SequenceMixer, document_starts
 
 untraced = torch._disable_dynamo  # torch.compiler.disable, but the compiler is loaded with the first call, not here
-SMALL = 1 << 20  # bytes in all that are sent to every rank rather than to a neighbour: sending and receiving costs the host ten times a gather
+# bytes in all that are sent to every rank rather than to a neighbour: sending and receiving costs the host ten times a gather
+SMALL = 1 << 20
 BURN_IN = 512  # last steps of a slice, walked from zero, whose end is the first guess of the next slice's start
 
 

@@ -185,7 +185,9 @@ def measure_transformers(model: LanguageModel, batch: int, context: int, new: in
     def run(tokens: int) -> float:
         wait(device)
         begin = time.perf_counter()
-        theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None)
+        theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None
+        )
         wait(device)
         return time.perf_counter() - begin
 
@@ -218,7 +220,8 @@ def plot(path: Path) -> None:
     figure.savefig(path.with_suffix(".png"), dpi=100)
 
 
-SAME = ("commit", "uncommitted_changes", "torch", "triton", "transformers", "device", "compiled", "dependent_launch")  # of runs whose items may stand side by side
+# of runs whose items may stand side by side
+SAME = ("commit", "uncommitted_changes", "torch", "triton", "transformers", "device", "compiled", "dependent_launch")
 
 
 class Bench:
@@ -287,7 +290,9 @@ class Bench:
         model = random_model(config_of(family, size), self.device)
         one, seen = None, 0
         for context in contexts:
-            if not self.wanted([keys[context, b] for b in batches]) and not (family == "mamba2" and context == contexts[0] and self.wanted([plain])):
+            if not self.wanted([keys[context, b] for b in batches]) and not (
+                family == "mamba2" and context == contexts[0] and self.wanted([plain])
+            ):
                 continue
             one, seen = state_at(model, context, one, seen), context
             for batch in batches:
@@ -303,7 +308,11 @@ class Bench:
     def beside(self, family: str, size: str) -> None:
         """transformers on the exported folder."""
         new, name = 4 if self.toy else 24, f"{family}-{size} by transformers"
-        cases = {f"{name} batch {b} context {c}": (b, c) for b, c in (((1, 32),) if self.toy else ((1, 1024), (64, 64))) if b == 1 or size != "1b"}
+        cases = {
+            f"{name} batch {b} context {c}": (b, c)
+            for b, c in (((1, 32),) if self.toy else ((1, 1024), (64, 64)))
+            if b == 1 or size != "1b"
+        }
         if self.wanted(list(cases)):
             model = random_model(config_of(family, size), self.device)
             for key, (batch, context) in cases.items():

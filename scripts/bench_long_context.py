@@ -27,7 +27,8 @@ from training.config import nearest  # noqa: E402
 from training.errors import UserError  # noqa: E402
 from training.files import write_json  # noqa: E402
 
-MODELS: dict[str, tuple[dict[str, Any], int]] = {  # mixer and layers; with width 384 and an embedding of 32,768 they have 20M and 35M parameters
+# mixer and layers; with width 384 and an embedding of 32,768 they have 20M and 35M parameters
+MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "mamba2-20m": ({"type": "mamba2", "d_state": 64}, 8),
     "mamba2-35m": ({"type": "mamba2", "d_state": 64}, 22),
     "paragru-35m": ({"type": "rnn", "cell": "paragru", "n_heads": 4}, 12),
@@ -95,7 +96,9 @@ def measure(adapter: Any, ids: Any, values: dict[str, Any]) -> dict[str, Any]:
     from evals.position import position_curve
 
     try:
-        found = position_curve(adapter, ids, chunk=values["chunk"], batch=values["rows"], per_octave=values["per_octave"], seed=values["seed"])
+        found = position_curve(
+            adapter, ids, chunk=values["chunk"], batch=values["rows"], per_octave=values["per_octave"], seed=values["seed"]
+        )
     except (ItemError, torch.OutOfMemoryError) as error:
         return {"length": ids.shape[1] - 1, "failed": str(error).split("\n")[0]}
     return {**found, "peak_memory_bytes": peak(adapter.device)}
@@ -155,12 +158,20 @@ def main(words: list[str]) -> None:
         if not todo:
             print(f"{name}: there already", flush=True)
             continue
-        adapter = load_adapter(values["checkpoint"], device, values["precision"], None, values["trust_remote_code"]) if values["checkpoint"] else untrained(name, values, device)
+        adapter = (
+            load_adapter(values["checkpoint"], device, values["precision"], None, values["trust_remote_code"])
+            if values["checkpoint"]
+            else untrained(name, values, device)
+        )
         text = open_text(adapter, values["data"], values["text"]) if values["checkpoint"] else None
         held["model"] = adapter.describe()
         for n, timed in [(todo[0], False), *((n, True) for n in todo)]:
             try:
-                ids = text.rows(values["rows"], n + 1, values["seed"]) if text else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+                ids = (
+                    text.rows(values["rows"], n + 1, values["seed"])
+                    if text
+                    else np.random.default_rng(n).integers(0, VOCABULARY, (values["rows"], n + 1))
+                )
             except ItemError as error:
                 raise UserError(str(error)) from error
             found = measure(adapter, ids, values)
@@ -169,7 +180,10 @@ def main(words: list[str]) -> None:
             held["passes"][str(n)] = found
             held["verdict"] = verdict(held["passes"], device.type == "cuda")
             write_json(out, {**result, "environment": environment(device)})
-            figures = found.get("failed") or f"{found['seconds']:.1f} s, {found['tokens_per_second']:,.0f} tokens/s, peak {found['peak_memory_bytes']:,} bytes"
+            figures = (
+                found.get("failed")
+                or f"{found['seconds']:.1f} s, {found['tokens_per_second']:,.0f} tokens/s, peak {found['peak_memory_bytes']:,} bytes"
+            )
             print(f"{name} ({held['model']['parameters']:,} parameters), {n:,} tokens: {figures}", flush=True)
         print(f"{name}: {held['verdict']}", flush=True)
         del adapter

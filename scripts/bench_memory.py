@@ -107,7 +107,9 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     out, end = Path(wanted["out"]), time.monotonic() + float(wanted["budget"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    chosen = {name: row for key, rows in SETS.items() if wanted["set"] in (key, "all") for name, row in rows.items() if wanted["only"] in name}
+    chosen = {
+        name: row for key, rows in SETS.items() if wanted["set"] in (key, "all") for name, row in rows.items() if wanted["only"] in name
+    }
     rows: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
     for name, overrides in chosen.items():

@@ -222,7 +222,16 @@ def sequence(bench: Bench) -> list[list[Task]]:
             mapping = mapping | {"mamba2": {"head_dim": 16, "d_state": 8}, "window 4096": {"window": 16}}.get(name, {})
         alone = T == short or name not in ("attention", "mamba2")
         check = (64 if bench.toy else 4096) * N if T == short else 0
-        return N, {"part": "sequence", "id": f"{name} {T}", "kind": "layer", "mixer": mapping, "D": D, "T": T, "check": check, "alone": alone}
+        return N, {
+            "part": "sequence",
+            "id": f"{name} {T}",
+            "kind": "layer",
+            "mixer": mapping,
+            "D": D,
+            "T": T,
+            "check": check,
+            "alone": alone,
+        }
 
     def whole(model: str, T: int) -> Task:
         overrides = [*plain(model, size, 1, T, 1, 1), "train.activation_checkpointing=full"]
@@ -249,7 +258,15 @@ def zero(bench: Bench) -> list[list[Task]]:
     sizes = ["tiny"] if bench.toy else bench.sizes
 
     def case(model: str, size: str, stage: int, ranks: int) -> Task:
-        named = {"part": "zero", "id": f"{model} {size} zero{stage}", "kind": "train", "steps": 8, "model": model, "size": size, "stage": stage}
+        named = {
+            "part": "zero",
+            "id": f"{model} {size} zero{stage}",
+            "kind": "train",
+            "steps": 8,
+            "model": model,
+            "size": size,
+            "stage": stage,
+        }
         return ranks, {**named, "overrides": plain(model, size, stage, T, MICRO[size], MICRO[size] * ranks)}
 
     def equal(ranks: int) -> Task:
@@ -342,7 +359,14 @@ def kill(bench: Bench, folder: Path) -> None:
             raise RuntimeError(said.read()[-1500:])
     notes = [json.loads(line)["what"] for line in (ranks / "supervisor.jsonl").read_text().splitlines()]
     one, other = losses(folder / "alone"), losses(folder / "killed")
-    bench.add(part="kill", id="a rank killed", kills=kills, notes=notes, largest_relative_difference=furthest(one, other), equal_bit_for_bit=one == other)
+    bench.add(
+        part="kill",
+        id="a rank killed",
+        kills=kills,
+        notes=notes,
+        largest_relative_difference=furthest(one, other),
+        equal_bit_for_bit=one == other,
+    )
 
 
 def tasks(bench: Bench, parts: list[str], folder: Path) -> list[tuple[str, str, int, Callable[[], None]]]:
@@ -394,7 +418,9 @@ def main(words: list[str]) -> int:
         if values["gpus"] < 2:
             raise UserError("gpus=1 has nothing to compare with; give 2 or more.")
         if not values["toy"] and torch.cuda.device_count() < values["gpus"]:
-            raise UserError(f"There are {torch.cuda.device_count()} GPU(s) here, not {values['gpus']}; give gpus=N, or toy=true for CPU ranks.")
+            raise UserError(
+                f"There are {torch.cuda.device_count()} GPU(s) here, not {values['gpus']}; give gpus=N, or toy=true for CPU ranks."
+            )
         bench = Bench(values)
         signal.signal(signal.SIGTERM, bench.stop)
         write_json(bench.out / f"environment_{bench.gpus}.json", bench.about)

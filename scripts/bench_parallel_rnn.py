@@ -86,7 +86,9 @@ def accuracy(name: str) -> dict[str, Any]:
         with torch.no_grad():
             states, _ = reference.sequential(cell, *fine, None)
         d = torch.randn(states[:, :, -1].shape, device="cuda").to(dtype)
-        wanted = reference.linear_backward(cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2]))
+        wanted = reference.linear_backward(
+            cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2])
+        )
         launch.last_report()
         emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None, slices=slices)
         tag, exact = f"{str(dtype)[6:]} weights x{scale:g}{', sliced' if slices else ', at once'}", states[:, :, -1]
@@ -468,7 +470,9 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=60, help="seconds one part may take")
     parser.add_argument("--total", type=int, default=1200, help="seconds after which no part is begun")
     parser.add_argument("--only", nargs="*", help="keys of the JSON to measure; all if not given")
-    parser.add_argument("--processes", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="that compile kernels first, side by side")
+    parser.add_argument(
+        "--processes", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="that compile kernels first, side by side"
+    )
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plot:

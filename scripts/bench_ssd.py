@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Accuracy, then speed, of Mamba-2's scan on one GPU, and a whole training step; JSON to --out, written after every part.
 
-    python scripts/bench_ssd.py --out docs/results/ssd/gpu.json                # accuracy, kernels, training step: two minutes
-    python scripts/bench_ssd.py --out sweep.json --parts sweep                 # block sizes, warps and stages; builds many kernels
+python scripts/bench_ssd.py --out docs/results/ssd/gpu.json                # accuracy, kernels, training step: two minutes
+python scripts/bench_ssd.py --out sweep.json --parts sweep                 # block sizes, warps and stages; builds many kernels
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from models.lm import LanguageModel
 from training.files import write_json
 
 # (B, T), H, P, N: the shape of the published figures, then our tiny, 35m and 400m models.
-SHAPES = [(16, 2048, 64, 64, 128), (1, 32768, 64, 64, 128), (16, 2048, 6, 64, 32), (16, 2048, 12, 64, 64), (16, 2048, 32, 64, 64), (1, 32768, 32, 64, 64)]
+SHAPES = [
+    (16, 2048, 64, 64, 128),
+    (1, 32768, 64, 64, 128),
+    (16, 2048, 6, 64, 32),
+    (16, 2048, 12, 64, 64),
+    (16, 2048, 32, 64, 64),
+    (1, 32768, 32, 64, 64),
+]
 PUBLISHED = {(16, 2048, 64, 64, 128): (1.29, 6.04), (1, 32768, 64, 64, 128): (1.32, 6.09)}  # mamba_ssm on an H100, forward and both
 TFLOPS = 745e9  # operations a millisecond of a large bf16 product on an H100, measured
 
@@ -168,9 +175,15 @@ def training(compiled: bool, rows: int = 8, seconds: float = 20.0) -> dict[str, 
 
 CHANGES: list[tuple[str, dict[str, int]]] = [
     ("", {}),
-    *(("FORWARD", c) for c in ({"heads": 16}, {"heads": 4}, {"stages": 1}, {"stages": 3}, {"Q": 64}, {"Q": 64, "warps": 4}, {"columns": 32})),
+    *(
+        ("FORWARD", c)
+        for c in ({"heads": 16}, {"heads": 4}, {"stages": 1}, {"stages": 3}, {"Q": 64}, {"Q": 64, "warps": 4}, {"columns": 32})
+    ),
     *(("FORWARD", c) for c in ({"walk_stages": 2}, {"walk_stages": 4}, {"columns": 128, "walk_warps": 8}, {"walk_warps": 8})),
-    *(("BACKWARD", c) for c in ({"heads": 16}, {"heads": 4}, {"stages": 1}, {"stages": 3}, {"warps": 4}, {"warps": 4, "stages": 1}, {"columns": 32})),
+    *(
+        ("BACKWARD", c)
+        for c in ({"heads": 16}, {"heads": 4}, {"stages": 1}, {"stages": 3}, {"warps": 4}, {"warps": 4, "stages": 1}, {"columns": 32})
+    ),
     *(("BACKWARD", c) for c in ({"walk_stages": 2}, {"walk_stages": 4}, {"columns": 128, "walk_warps": 8}, {"Q": 128}, {"Q": 32})),
 ]
 
@@ -202,7 +215,11 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,kernels,split,training")
     parser.add_argument("--worker", default="", help="i/n: only build this share of the sweep's kernels")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "sizes": [str(launch.FORWARD), str(launch.BACKWARD)]}
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(),
+        "sizes": [str(launch.FORWARD), str(launch.BACKWARD)],
+    }
 
     def keep(name: str, value: Callable[[], Any]) -> None:
         try:

@@ -60,7 +60,13 @@ def perplexity(adapter: HFAdapter, rows_RT: np.ndarray) -> dict[str, Any]:
     plain = nats / (ids.numel() - len(ids))
     ours = position_curve(adapter, rows_RT, chunk=100, batch=len(rows_RT))["nats_per_token"]
     relative = abs(float(np.exp(ours - plain)) - 1)
-    return {"plain": plain, "ours": ours, "relative_difference_of_perplexity": relative, "tokens": ids.numel() - len(ids), "agrees": relative < 1e-4}
+    return {
+        "plain": plain,
+        "ours": ours,
+        "relative_difference_of_perplexity": relative,
+        "tokens": ids.numel() - len(ids),
+        "agrees": relative < 1e-4,
+    }
 
 
 def passkey(adapter: HFAdapter, samples: int, length: int, batch: int, seed: int) -> dict[str, Any]:
@@ -73,7 +79,13 @@ def passkey(adapter: HFAdapter, samples: int, length: int, batch: int, seed: int
         prompt = torch.tensor([s.prompt for s in group])
         given = prompt.to(adapter.device)
         written = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None
+            given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
         )[:, length:].cpu()
         width = max(len(s.answer) for s in group)
         key = torch.tensor([s.answer + [-100] * (width - len(s.answer)) for s in group])
@@ -88,7 +100,14 @@ def passkey(adapter: HFAdapter, samples: int, length: int, batch: int, seed: int
             equal[name] += int((ours == theirs).sum())
             right += int(theirs.sum()) if name == "key" else 0
             hits += int(ours.sum()) if name == "key" else 0
-    return {"samples": samples, "prompt": length, "equal": equal, "right_by_generate": right, "right_by_us": hits, "agrees": min(equal.values()) == samples}
+    return {
+        "samples": samples,
+        "prompt": length,
+        "equal": equal,
+        "right_by_generate": right,
+        "right_by_us": hits,
+        "agrees": min(equal.values()) == samples,
+    }
 
 
 def long(adapter: HFAdapter, row_1T: np.ndarray) -> dict[str, Any]:
@@ -117,7 +136,10 @@ def main(words: list[str]) -> int:
         raise UserError(f"{values['checkpoint']} is a checkpoint of ours; export it first, so that transformers can be asked as well.")
     text = open_text(adapter, None, values["text"])
     try:
-        rows, whole = text.rows(values["rows"], values["length"] + 1, values["seed"]), text.rows(1, values["long"] + 1 if values["long"] else 2, values["seed"])
+        rows, whole = (
+            text.rows(values["rows"], values["length"] + 1, values["seed"]),
+            text.rows(1, values["long"] + 1 if values["long"] else 2, values["seed"]),
+        )
     except ItemError as error:
         raise UserError(str(error)) from error
     result: dict[str, Any] = {"arguments": values, "model": adapter.describe(), "environment": environment(torch.device(device))}

@@ -79,8 +79,18 @@ def table(out: Path, names: list[str]) -> str:
         items = {p.stem: json.loads(p.read_text()) for p in (out / "evals" / arm["arm"] / "items").glob("*.json")}
         if (p := items.get("position-prose", {})).get("status") == "done":
             c = p["result"]["collapse"]
-            row |= {"inside": c.get("level_inside"), "delta": c.get("delta_at_end"), "largest": c.get("delta_largest"), "longest": c.get("longest")}
-            row |= {"onset 0.1": c.get("onset_0.1"), "onset 0.5": c.get("onset_0.5"), "passes 2x": c.get("forgets_2x"), "verdict": c.get("verdict")}
+            row |= {
+                "inside": c.get("level_inside"),
+                "delta": c.get("delta_at_end"),
+                "largest": c.get("delta_largest"),
+                "longest": c.get("longest"),
+            }
+            row |= {
+                "onset 0.1": c.get("onset_0.1"),
+                "onset 0.5": c.get("onset_0.5"),
+                "passes 2x": c.get("forgets_2x"),
+                "verdict": c.get("verdict"),
+            }
         for prompt in ("constant", "random"):
             if (p := items.get(f"position-{prompt}", {})).get("status") == "done":
                 row[f"delta, {prompt}"] = p["result"]["collapse"].get("delta_at_end")
@@ -232,7 +242,10 @@ def main(words: list[str]) -> int:
     print(table(out, arms), flush=True)
     plot(out, arms)
     seconds = time.perf_counter() - start
-    write_json(out / "study.json", {"seconds": seconds, "failed": failed, "not_done": late, "settings": values, "gpus": gpus, "environment": environment(device)})
+    write_json(
+        out / "study.json",
+        {"seconds": seconds, "failed": failed, "not_done": late, "settings": values, "gpus": gpus, "environment": environment(device)},
+    )
     print(f"{seconds:.0f} s; failed: {', '.join(failed) or 'none'}; {out}/table.md, {out}/study.png, {out}/evals/report.html")
     if late:
         print(f"The time is over; not done: {', '.join(late)}. The same command goes on with them.")

@@ -25,7 +25,15 @@ from training.arguments import program
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STEPS, ROWS, TOLERANCE = 4, 4, 1e-5
-BASE = ["experiment=smoke", "train.device=cpu", "schedule=constant", "schedule.warmup=0", "optim.lr=3e-3", "train.grad_clip=0.5", f"train.global_batch={ROWS}"]
+BASE = [
+    "experiment=smoke",
+    "train.device=cpu",
+    "schedule=constant",
+    "schedule.warmup=0",
+    "optim.lr=3e-3",
+    "train.grad_clip=0.5",
+    f"train.global_batch={ROWS}",
+]
 OFFLOADS = {
     "offload optimizer": ["deepspeed.offload_optimizer=cpu"],
     "offload optimizer and parameters": ["deepspeed.offload_optimizer=cpu", "deepspeed.offload_parameters=cpu"],
@@ -36,7 +44,11 @@ def cells(ranks: int, compiled: bool) -> dict[str, list[str]]:
     """Name and overrides of every cell for this number of ranks."""
     found: dict[str, list[str]] = {}
     for stage, accumulation, recompute in itertools.product((0, 1, 2, 3), (1, 2), ("none", "full")):
-        words = [f"deepspeed=zero{stage}", f"train.micro_batch={ROWS // ranks // accumulation}", f"train.activation_checkpointing={recompute}"]
+        words = [
+            f"deepspeed=zero{stage}",
+            f"train.micro_batch={ROWS // ranks // accumulation}",
+            f"train.activation_checkpointing={recompute}",
+        ]
         found[f"zero{stage}, accumulation {accumulation}, recomputation {recompute}"] = words
     for stage, (name, offload), accumulation in itertools.product((1, 2, 3), OFFLOADS.items(), (1, 2)):
         if stage == 3 or "parameters" not in name:
@@ -46,7 +58,11 @@ def cells(ranks: int, compiled: bool) -> dict[str, list[str]]:
     if ranks > 1:
         found[f"zero3, accumulation 1, hpz {ranks}"] = ["deepspeed=zero3", f"train.micro_batch={ROWS // ranks}", f"deepspeed.hpz={ranks}"]
     for stage in (0, 1, 2, 3) if compiled else ():
-        found[f"zero{stage}, accumulation 1, compiled"] = [f"deepspeed=zero{stage}", f"train.micro_batch={ROWS // ranks}", "train.compile=true"]
+        found[f"zero{stage}, accumulation 1, compiled"] = [
+            f"deepspeed=zero{stage}",
+            f"train.micro_batch={ROWS // ranks}",
+            "train.compile=true",
+        ]
     return found
 
 
@@ -119,7 +135,9 @@ def in_processes(ranks: int, data: str, names: list[str], compiled: bool) -> dic
         wanted.write_text(json.dumps(names))
         command = [sys.executable, "-m", "torch.distributed.run", "--master_port", str(port), "--nproc_per_node", str(ranks), __file__]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run([*command, "worker", data, str(out), str(wanted), str(compiled)], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "worker", data, str(out), str(wanted), str(compiled)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise RuntimeError(f"{ranks} rank(s) failed: {(done.stdout + done.stderr)[-3000:]}")
         return json.loads(out.read_text())
@@ -143,7 +161,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         shown = []
         for n in ranks:
             row = next((r for r in rows if r["cell"] == name and r["ranks"] == n), None)
-            shown.append("" if row is None else f"{row['difference']['losses']:.1e}, {row['difference']['norms']:.1e}{'' if row['equal'] else ' **differs**'}")
+            shown.append(
+                ""
+                if row is None
+                else f"{row['difference']['losses']:.1e}, {row['difference']['norms']:.1e}{'' if row['equal'] else ' **differs**'}"
+            )
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
@@ -159,7 +181,9 @@ def write(folder: str, oracle: dict[str, list[float]], rows: list[dict[str, Any]
         mine = {(row["ranks"], row["cell"]) for row in rows}
         rows = [row for row in before["rows"] if (row["ranks"], row["cell"]) not in mine] + rows
     (out / "cpu.json").write_text(json.dumps({"command": "python scripts/matrix.py", "plain_torch": oracle, "rows": rows}, indent=1) + "\n")
-    head = f"Largest relative difference from plain torch in one process over {STEPS} steps of the smoke hybrid, fp32, CPU ranks (gloo).\n\n"
+    head = (
+        f"Largest relative difference from plain torch in one process over {STEPS} steps of the smoke hybrid, fp32, CPU ranks (gloo).\n\n"
+    )
     (out / "cpu.md").write_text(f"{head}{table(rows)}\n")
 
 

@@ -13,7 +13,11 @@ def enriched(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A row without its long lists, with what follows from the others: efficiency against one GPU, the largest loss difference."""
     short = {key: value for key, value in row.items() if key not in ("losses", "samples", "overrides", "kind")}
     if "losses" in row and "stage" in row:
-        same = [r for r in rows if (r.get("model"), r.get("size"), r.get("stage"), r["gpus"]) == (row["model"], row["size"], 1, 1) and "losses" in r]
+        same = [
+            r
+            for r in rows
+            if (r.get("model"), r.get("size"), r.get("stage"), r["gpus"]) == (row["model"], row["size"], 1, 1) and "losses" in r
+        ]
         short["efficiency"] = row["tokens_per_second_per_gpu"] / same[0]["tokens_per_second_per_gpu"] if same else None
     elif "losses" in row and row["id"] == "equal losses":
         one = next((r for r in rows if r.get("id") == "equal losses" and "losses" in r and r["gpus"] == 1), row)

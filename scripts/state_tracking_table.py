@@ -250,7 +250,9 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
     cells, out = collect(values), Path(values["out"])
     text = table(cells, values)
     summary = [{key: cell[key] for key in cell if key != "curve"} for cell in cells]
-    write_json(out / "table.json", {"arguments": values, "seconds": seconds, "environment": environment(torch.device(device)), "cells": summary})
+    write_json(
+        out / "table.json", {"arguments": values, "seconds": seconds, "environment": environment(torch.device(device)), "cells": summary}
+    )
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}\n\n{len(cells)} cells of {len(values['tasks']) * len(values['mixers']) * values['seeds']}: {out / 'table.json'}")
     try:

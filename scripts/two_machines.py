@@ -125,7 +125,9 @@ class Pair:
         """Until both machines answer from the first. Raises RuntimeError after ten seconds."""
         end = time.monotonic() + 10
         for machine in self.machines.values():
-            while subprocess.run(self.on_first([str(self.folder / "bin" / "ssh"), machine.name, "true"]), capture_output=True, check=False).returncode:
+            while subprocess.run(
+                self.on_first([str(self.folder / "bin" / "ssh"), machine.name, "true"]), capture_output=True, check=False
+            ).returncode:
                 if time.monotonic() > end:
                     log = (self.folder / f"sshd-{machine.name}.log").read_text()
                     raise RuntimeError(f"{machine.name} does not answer by ssh: {log[-500:]}")
@@ -143,7 +145,12 @@ class Pair:
         exports = self.folder / "exports"
         exports.write_text("GLOO_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=1\nWANDB_MODE=disabled\nHF_HUB_OFFLINE=1\nCUDA_VISIBLE_DEVICES=\n")
         env = {k: v for k, v in os.environ.items() if k not in ("NODE_RANK", "MASTER_ADDR", "LAUNCHER", "RESTARTS", "RANK", "WORLD_SIZE")}
-        env |= {"PATH": f"{self.folder}/bin:{env['PATH']}", "DS_ENV_FILE": str(exports), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+        env |= {
+            "PATH": f"{self.folder}/bin:{env['PATH']}",
+            "DS_ENV_FILE": str(exports),
+            "PYTHON": sys.executable,
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         command = self.on_first([str(ROOT / "scripts" / "train_multinode.sh"), str(hosts), *overrides])
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True)
 

@@ -24,8 +24,15 @@ from training.cli import checked, compose_config
 from training.sweep import Sweep
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STANDS_FOR = {"experiment=NAME": "experiment=smoke", "model=hf:path/to/llama": "model=transformer", "model=hf:out/quickstart": "model=transformer"}
-STANDS_FOR |= {"model.mixers.paragru.cell=leaky": "model.mixers.paragru.cell=gru", "+mixer@model.mixers.shift=shift": "+mixer@model.mixers.shift=swa"}
+STANDS_FOR = {
+    "experiment=NAME": "experiment=smoke",
+    "model=hf:path/to/llama": "model=transformer",
+    "model=hf:out/quickstart": "model=transformer",
+}
+STANDS_FOR |= {
+    "model.mixers.paragru.cell=leaky": "model.mixers.paragru.cell=gru",
+    "+mixer@model.mixers.shift=shift": "+mixer@model.mixers.shift=swa",
+}
 CELL = "model.mixers.paragru.cell=NAME"
 
 
@@ -128,7 +135,9 @@ def test_extending_works_as_pasted(tmp_path: Path, demo_shards: Path) -> None:
     assert done.returncode == 0 and "26 passed" in done.stdout, done.stdout[-3000:]
     words = [w for line in lines if "train.py" in line for w in shlex.split(line, comments=True)[2:]]
     words += [*SMALL, "train.steps=2", f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run([sys.executable, "train.py", *dict.fromkeys(words)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "train.py", *dict.fromkeys(words)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "step 2/2" in done.stdout, done.stderr
 
 

@@ -16,7 +16,17 @@ from training.cursor import Cursor
 from training.files import write_bytes
 
 # Of a start rather than of the training: where it lies, how it is taken up, what only feeds other keys.
-NOT_COMPARED = ("name", "run_dir", "dry_run", "size", "train.resume", "train.start_from", "train.start_with", "train.check_memory", "profile")
+NOT_COMPARED = (
+    "name",
+    "run_dir",
+    "dry_run",
+    "size",
+    "train.resume",
+    "train.start_from",
+    "train.start_with",
+    "train.check_memory",
+    "profile",
+)
 NOTABLE = 0.01  # relative change of the learning rate that is a jump
 
 

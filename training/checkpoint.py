@@ -149,7 +149,9 @@ def find_and_read(path: str | Path, read: Callable[[Path], T]) -> T:
         except Exception:  # each library has its own for a file that is gone
             if folder == Path(path) or (folder / MARKER).exists():
                 raise
-    raise UserError(f"The run in {path} drops its checkpoints before they can be read; give one of its milestones or a larger checkpoint.keep.")
+    raise UserError(
+        f"The run in {path} drops its checkpoints before they can be read; give one of its milestones or a larger checkpoint.keep."
+    )
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,9 @@ def lengths(config: Config) -> list[str]:
     run = f"the {total:,} step{'s' if total > 1 else ''} of the run"
     below = f" (a number below 1 is a fraction of the run, else it counts {s.unit})"
     if warmup > total:
-        return [f"schedule.warmup {s.warmup:,g} is {warmup:,} steps, longer than {run}: its rate would never be reached; shorten it{below}."]
+        return [
+            f"schedule.warmup {s.warmup:,g} is {warmup:,} steps, longer than {run}: its rate would never be reached; shorten it{below}."
+        ]
     if s.kind == "wsd" and decay > total:
         return [f"schedule.decay {s.decay:,g} is {decay:,} steps, longer than {run}; shorten it{below}."]
     if s.kind == "wsd" and warmup + decay > total:
@@ -42,7 +44,9 @@ def notes(config: Config) -> list[str]:
         found.append(f"checkpoint.milestones holds {late[0]:,}, after the last step {config.total_steps:,}")
     samples = (config.total_steps - config.at.step) * config.train.global_batch
     if config.data.reader == "synthetic" and config.data.curriculum >= samples > 0:
-        found.append(f"data.curriculum={config.data.curriculum:,} is longer than the run of {samples:,} sequences: none has the full length")
+        found.append(
+            f"data.curriculum={config.data.curriculum:,} is longer than the run of {samples:,} sequences: none has the full length"
+        )
     return found
 
 

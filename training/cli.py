@@ -58,7 +58,9 @@ def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> 
                 continue
             near = suggest.option(group, value, groups[group])
             choice = f"choose one of {', '.join(groups[group])}."
-            problems.append(f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}")
+            problems.append(
+                f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}"
+            )
     return problems
 
 
@@ -200,7 +202,9 @@ def checked(config: DictConfig) -> Config:
         raise UserError(" ".join(str(error).split())) from error
     assert isinstance(mapping, dict)
     if "experiment" in mapping:
-        raise UserError("The file of this experiment has to begin with the line '# @package _global_', so that its keys are those of the run.")
+        raise UserError(
+            "The file of this experiment has to begin with the line '# @package _global_', so that its keys are those of the run."
+        )
     return check({str(k): v for k, v in mapping.items()}, world_size=world_size())
 
 
@@ -288,7 +292,9 @@ def _run(main: Callable[[], Any]) -> int:
     extra = Path(asked.config_dir) if asked.config_dir else None
 
     def composed(overrides: list[str]) -> DictConfig:
-        return compose_config(overrides, CONFIG_DIR if asked.config_path is None else Path(asked.config_path), extra, asked.config_name or "train")
+        return compose_config(
+            overrides, CONFIG_DIR if asked.config_path is None else Path(asked.config_path), extra, asked.config_name or "train"
+        )
 
     if asked.help:
         from training.help import help_text

@@ -15,8 +15,18 @@ import torch
 import torch.distributed as dist
 
 COLLECTIVES = (
-    "all_reduce", "reduce", "broadcast", "barrier", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
-    "all_to_all", "all_to_all_single", "all_gather_single", "reduce_scatter_single",
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "barrier",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "all_gather_single",
+    "reduce_scatter_single",
 )  # fmt: skip  (the last two are newer names, absent from older releases)
 
 

@@ -124,7 +124,9 @@ def find(paths: list[str]) -> list[Run]:
         elif inside:
             folders += inside
         elif path.is_dir():
-            problems.append(f"{text} holds no metrics.jsonl, so that it is no run folder, and no run folders; give those that train.py wrote.")
+            problems.append(
+                f"{text} holds no metrics.jsonl, so that it is no run folder, and no run folders; give those that train.py wrote."
+            )
         else:
             problems.append(f"There is no folder {text}; give the folders of runs, such as runs/dev.")
     if problems:
@@ -155,7 +157,9 @@ def table(runs: list[Run]) -> list[str]:
             row.append(word)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {1, len(heads)}
-    lines = ["  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    lines = [
+        "  ".join(f"{cell:<{w}}" if i in left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows
+    ]
     reasons = dict.fromkeys(run.said for run in runs if run.said)
     return lines + [f"{', '.join(run.label for run in runs if run.said == said)}: {said}" for said in reasons]
 
@@ -175,10 +179,14 @@ def remarks(runs: list[Run]) -> list[str]:
     measured = [run for run in runs if run.held_out is not None]
     sources = {json.dumps((run.settings.get("data") or {}).get("path"), sort_keys=True) for run in measured}
     if len(sources) > 1:
-        found.append(f"The runs' held-out texts come from {len(sources)} different data.path, so that their bits per byte are of different texts.")
+        found.append(
+            f"The runs' held-out texts come from {len(sources)} different data.path, so that their bits per byte are of different texts."
+        )
     sizes = {(run.settings.get("eval") or {}).get("tokens") for run in measured}
     if len(sizes) > 1:
-        found.append(f"eval.tokens differs ({', '.join(map(str, sorted(sizes, key=str)))}): the runs scored more or less of their held-out text.")
+        found.append(
+            f"eval.tokens differs ({', '.join(map(str, sorted(sizes, key=str)))}): the runs scored more or less of their held-out text."
+        )
     seen = {run.steps[-1]["tokens"] for run in runs if run.steps and "tokens" in run.steps[-1]}
     if len(seen) > 1:
         found.append("The runs have seen different numbers of tokens; the plot shows them at equal ones.")
@@ -237,7 +245,8 @@ def _problems(values: dict[str, Any]) -> list[str]:
 
 
 def _main(words: list[str]) -> None:
-    paths = [w for w in words if Path(w).exists() or "=" not in w or "/" in w.partition("=")[0]]  # the runs of a sweep have '=' in their names
+    # the runs of a sweep have '=' in their names
+    paths = [w for w in words if Path(w).exists() or "=" not in w or "/" in w.partition("=")[0]]
     keys = [w for w in words if w not in paths]
     values = parse_arguments(keys, DEFAULTS, _problems)
     if not paths:

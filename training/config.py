@@ -227,7 +227,13 @@ def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
         origin = typing.get_origin(option)
         if option is bool and isinstance(value, bool):
             return value
-        if option is int and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
+        if (
+            option is int
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and value == int(value)
+        ):
             return int(value)
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
@@ -247,7 +253,9 @@ def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
     hint = ""
     if options == (str,) and isinstance(value, (list, tuple)):
         hint = f"; text is quoted: {suggest.quoted(path, '[' + ','.join(map(str, value)) + ']')}"
-    problems.append(f"{path} must be {names}{' or null' if type(None) in options else ''}, not {'null' if value is None else repr(value)}{hint}.")
+    problems.append(
+        f"{path} must be {names}{' or null' if type(None) in options else ''}, not {'null' if value is None else repr(value)}{hint}."
+    )
     return value
 
 
@@ -302,7 +310,9 @@ def _choices(config: Config) -> list[str]:
 def _combinations(config: Config, world_size: int) -> list[str]:
     problems, t, ds = [], config.train, config.deepspeed
     if (t.steps is None) == (t.tokens is None):
-        problems.append("Give the length of the run once: train.steps or train.tokens, and null for the other (train.steps=null train.tokens=1e9).")
+        problems.append(
+            "Give the length of the run once: train.steps or train.tokens, and null for the other (train.steps=null train.tokens=1e9)."
+        )
     N = config.parallel.sequence
     if config.dry_run:  # asks what a run on other machines would cost
         world_size = N
@@ -319,7 +329,9 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
     problems += _zero(config, world_size)
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
-        problems.append("checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'.")
+        problems.append(
+            "checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'."
+        )
     if len(config.optim.betas) != 2 or 1 in config.optim.betas:
         problems.append(f"optim.betas must be two numbers from 0 up to, but not, 1, not {config.optim.betas}.")
     if 0 < config.faults.spike_factor <= 1:
@@ -331,7 +343,9 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     if t.start_from and config.model.get("init_from"):
         problems.append("train.start_from and model=hf: both give the first weights; leave one of them out.")
     empty = {"name": config.name, "run_dir": config.run_dir, "train.resume": t.resume, "train.start_from": t.start_from}
-    problems += [f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()]
+    problems += [
+        f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()
+    ]
     return problems
 
 
@@ -348,7 +362,9 @@ def _zero(config: Config, world_size: int) -> list[str]:
     if ds.hpz > 1 and world_size % ds.hpz and not config.dry_run:
         problems.append(f"deepspeed.hpz {ds.hpz} does not divide the {world_size} rank(s) of this run; use the number of ranks of a node.")
     if ds.quantized_weights and config.train.precision != "fp32":
-        problems.append("DeepSpeed does not quantise weights under autocast: set deepspeed.quantized_weights=false or train.precision=fp32.")
+        problems.append(
+            "DeepSpeed does not quantise weights under autocast: set deepspeed.quantized_weights=false or train.precision=fp32."
+        )
     return problems
 
 
@@ -356,7 +372,9 @@ def _sequence(config: Config, world_size: int) -> list[str]:
     """What keeps sequences from being cut over ranks, the mixers left out."""
     problems, t, N = [], config.train, config.parallel.sequence
     if world_size % N:
-        problems.append(f"parallel.sequence {N} does not divide the {world_size} rank(s) of this run; change it or start a multiple of {N}.")
+        problems.append(
+            f"parallel.sequence {N} does not divide the {world_size} rank(s) of this run; change it or start a multiple of {N}."
+        )
     if t.seq_len % N:
         problems.append(f"parallel.sequence {N} does not divide train.seq_len {t.seq_len}; change one.")
     if t.initial_state != "zero":
@@ -379,7 +397,9 @@ def split_problems(config: Config) -> list[str]:
             mixer = mixers.build(model.mixers[name], model.d_model, 0)
         reason = mixer.why_whole(config.train.seq_len // N)
         if reason:
-            problems.append(f"parallel.sequence {N}: mixer {name} cannot be split over ranks, as {reason}; set it to 1 or change the mixer.")
+            problems.append(
+                f"parallel.sequence {N}: mixer {name} cannot be split over ranks, as {reason}; set it to 1 or change the mixer."
+            )
     return problems
 
 

@@ -86,12 +86,16 @@ def take_on(cursor: Cursor, config: Config, weights: list[float], where: str) ->
     order, t = cursor.order, config.train
     fork = f"begin a new run from it: train.start_from={where} run_dir=NEW_FOLDER."
     if t.seq_len != order.seq_len:
-        raise UserError(f"{where} is of a run on sequences of {order.seq_len:,} tokens, and train.seq_len={t.seq_len:,} would read its data anew; {fork}")
+        raise UserError(
+            f"{where} is of a run on sequences of {order.seq_len:,} tokens, and train.seq_len={t.seq_len:,} would read its data anew; {fork}"
+        )
     if config.data.reader != order.reader:
         raise UserError(f"{where} is of a run with data.reader={order.reader}, and {config.data.reader} would read its data anew; {fork}")
     if order.reader == "stream" and t.global_batch != order.rows:
         if t.initial_state == "pass":
-            raise UserError(f"{where} carries the states of {order.rows} streams, which train.global_batch={t.global_batch} does not have; {fork}")
+            raise UserError(
+                f"{where} carries the states of {order.rows} streams, which train.global_batch={t.global_batch} does not have; {fork}"
+            )
         cursor.notes.append(f"the data stay cut into {order.rows} streams")
     if config.seed != order.seed:
         cursor.notes.append(f"the order of the data stays that of seed {order.seed}")

@@ -148,7 +148,6 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     return World(rank, size, device, sequence, group, clock)
 
 
-
 def load_muon_uncompiled() -> None:
     """ZeRO asks whether an optimizer is DeepSpeed's Muon, which it loads for that; loading it would load torch.compile for functions that
     are not called here, seconds of every start."""
@@ -176,7 +175,9 @@ def check_tools(config: Config, device: torch.device) -> None:
     if ds.quantized_weights or ds.quantized_gradients:
         from deepspeed.ops.op_builder import QuantizerBuilder
 
-        if device.type != "cuda" or not (shutil.which("nvcc") and shutil.which("ninja") and QuantizerBuilder().is_compatible(verbose=False)):
+        if device.type != "cuda" or not (
+            shutil.which("nvcc") and shutil.which("ninja") and QuantizerBuilder().is_compatible(verbose=False)
+        ):
             problems.append(
                 "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
                 " nvcc and ninja installed, or set both to false."
@@ -276,7 +277,9 @@ class Engine:
         t = config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         largest = max(p.numel() for p in self.parameters.values())
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size, largest))
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=deepspeed_config(config, world.size, largest)
+        )
         if world.size == 1 and not self.stage:  # which would copy all gradients into one tensor and back
             self.deepspeed.enable_backward_allreduce = False
         if self.stage and config.deepspeed.offload_optimizer == "none":

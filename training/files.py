@@ -55,7 +55,9 @@ def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
             file.seek(0)
             owner = file.read().split() or ["another", "machine"]
             if time.monotonic() - start > (here if owner[0] == socket.gethostname() else elsewhere):
-                raise UserError(f"{folder} belongs to process {owner[-1]} of {owner[0]}, which still runs; stop it, or give another run_dir.") from None
+                raise UserError(
+                    f"{folder} belongs to process {owner[-1]} of {owner[0]}, which still runs; stop it, or give another run_dir."
+                ) from None
             time.sleep(0.2)
         except OSError:
             return file

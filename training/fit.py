@@ -74,7 +74,13 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     need, phase = _needs(config, settings, model, world.size, on_cpu)
     if need <= have * (SURE_OF_ZERO3 if stage_of(config, world.size) == 3 else SURE):
         return _host(config, model, world.size, local) if not on_cpu else ""
-    whose = f"a rank's share of this machine's memory ({local} on it)" if on_cpu and local > 1 else "this machine" if on_cpu else f"{world.device}"
+    whose = (
+        f"a rank's share of this machine's memory ({local} on it)"
+        if on_cpu and local > 1
+        else "this machine"
+        if on_cpu
+        else f"{world.device}"
+    )
     return (
         f"The run needs about {need / GIB:.1f} GiB on each rank, most of it in {phase}, and {whose} has {have / GIB:.1f}; {_advice(config, settings, model, world, have)}, "
         "or try it all the same with train.check_memory=false."

@@ -35,7 +35,9 @@ def found(named: str, world: World, key: str) -> Path:
     if kind == "run":
         newest = checkpoint.newest_together(folder, world)
         if newest is None:
-            raise UserError(f"{folder} holds no complete checkpoint yet; give another run folder{' or train.resume=none' if key == 'train.resume' else ''}.")
+            raise UserError(
+                f"{folder} holds no complete checkpoint yet; give another run folder{' or train.resume=none' if key == 'train.resume' else ''}."
+            )
         return newest
     if kind == "imported" and key == "train.start_from":
         return folder
@@ -62,7 +64,9 @@ def refuse_own(config: Config) -> None:
     assert config.train.start_from
     source, own = Path(config.train.start_from).resolve(), Path(config.run_dir).resolve()
     if own == source or own in source.parents:
-        raise UserError(f"train.start_from={config.train.start_from} lies in the run folder {config.run_dir} itself; give the new run another name or run_dir.")
+        raise UserError(
+            f"train.start_from={config.train.start_from} lies in the run folder {config.run_dir} itself; give the new run another name or run_dir."
+        )
 
 
 def origin_of(config: Config) -> str:

@@ -72,7 +72,9 @@ class Hook:
                     os.killpg(self.process.pid, signal.SIGKILL)
         self.thread.join()
         if unfinished:
-            self.say(f"checkpoint.hook did not finish in {seconds:g} s for {', '.join(unfinished)} and was ended; start the run again, or run it by hand.")
+            self.say(
+                f"checkpoint.hook did not finish in {seconds:g} s for {', '.join(unfinished)} and was ended; start the run again, or run it by hand."
+            )
 
     def _work(self) -> None:
         while True:

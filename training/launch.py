@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from training.errors import UserError
 
 USUAL = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-MEANINGS = {"RANK": "the number of this process, from 0", "LOCAL_RANK": "its number on this machine, from 0", "WORLD_SIZE": "how many processes there are"}
+MEANINGS = {
+    "RANK": "the number of this process, from 0",
+    "LOCAL_RANK": "its number on this machine, from 0",
+    "WORLD_SIZE": "how many processes there are",
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,9 @@ def _number(name: str, problems: list[str]) -> int:
     text = os.environ.get(name, USUAL[name])
     if text.isdecimal() and (int(text) > 0 or name != "WORLD_SIZE"):
         return int(text)
-    problems.append(f"The environment says {name}={text!r}, which must be {MEANINGS[name]}; unset it, or start with torchrun or deepspeed, which set it.")
+    problems.append(
+        f"The environment says {name}={text!r}, which must be {MEANINGS[name]}; unset it, or start with torchrun or deepspeed, which set it."
+    )
     return 1
 
 
@@ -47,9 +53,13 @@ def launch() -> Launch:
     if problems:
         raise UserError(problems)
     if found.size > 1 and "RANK" not in os.environ:
-        raise UserError(f"The environment says WORLD_SIZE={found.size} but no RANK; unset it, or start with torchrun or deepspeed, which set both.")
+        raise UserError(
+            f"The environment says WORLD_SIZE={found.size} but no RANK; unset it, or start with torchrun or deepspeed, which set both."
+        )
     if found.rank >= found.size:
-        raise UserError(f"The environment says RANK={found.rank} of WORLD_SIZE={found.size}; ranks count from 0, so that the last is {found.size - 1}.")
+        raise UserError(
+            f"The environment says RANK={found.rank} of WORLD_SIZE={found.size}; ranks count from 0, so that the last is {found.size - 1}."
+        )
     return found
 
 

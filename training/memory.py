@@ -306,7 +306,9 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
         "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
         "norm, head and loss, at most": float(max(parts.head.forward, parts.head.backward)),
     }
-    lines = [f"memory of a rank, GiB: {zero_run(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"]
+    lines = [
+        f"memory of a rank, GiB: {zero_run(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"
+    ]
     lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
     lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")

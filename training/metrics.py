@@ -158,7 +158,9 @@ class Metrics:
                 self.wandb.log(numbers, step=step)
             except Exception as error:
                 self.wandb = None
-                self.say(f"wandb failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); going on with metrics.jsonl alone.")
+                self.say(
+                    f"wandb failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); going on with metrics.jsonl alone."
+                )
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)

@@ -88,7 +88,9 @@ class RankWatch:
         if step % self.every:
             return {}
         solve = last_report()
-        rows = self.world.gather([*(t / self.steps for t in self.times), *memory_gib(self.world.device), *(solve[name] for name in self.SOLVE)])
+        rows = self.world.gather(
+            [*(t / self.steps for t in self.times), *memory_gib(self.world.device), *(solve[name] for name in self.SOLVE)]
+        )
         solves = {name: max(row[len(self.COLUMNS) + i] for row in rows) for i, name in enumerate(self.SOLVE)}
         columns = {name: [round(row[i], 6) for row in rows] for i, name in enumerate(self.COLUMNS)}
         owns = columns["own_seconds"]

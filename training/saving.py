@@ -117,7 +117,8 @@ class Saver:
         self.writing = state["step"]
         try:
             arguments = self._snapshot(state)
-        except (OSError, RuntimeError, MemoryError) as error:  # memory, as a rule; the others hear of it where they next look, and end as well
+        # memory, as a rule; the others hear of it where they next look, and end as well
+        except (OSError, RuntimeError, MemoryError) as error:
             self.problem = f"rank {self.world.rank}: {error}"
         else:
             now = time.perf_counter()
@@ -127,7 +128,9 @@ class Saver:
         if not self.settings.background:
             self.finish()
 
-    def _snapshot(self, state: dict[str, Any]) -> tuple[list[tuple[str, str, int, Tensor]], dict[str, list[int]], dict[str, Any], dict[str, Tensor]]:
+    def _snapshot(
+        self, state: dict[str, Any]
+    ) -> tuple[list[tuple[str, str, int, Tensor]], dict[str, list[int]], dict[str, Any], dict[str, Tensor]]:
         """What the thread writes: copies of this rank's stretches, the shapes of all parameters, the state and the random states."""
         found = list(owned(self.engine))
         copies = self.memory.take([s.values for _, s in found])
@@ -215,7 +218,9 @@ class Saver:
         files: dict[str, Any] = {}
         parts: dict[str, Any] = {"model": [], "optimizer": []}
         for kind, entries in parts.items():
-            file = f"{kind}.safetensors" if self.world.size == 1 else f"{kind}-{self.world.rank + 1:05d}-of-{self.world.size:05d}.safetensors"
+            file = (
+                f"{kind}.safetensors" if self.world.size == 1 else f"{kind}-{self.world.rank + 1:05d}-of-{self.world.size:05d}.safetensors"
+            )
             own = [(name, first, values) for k, name, first, values in stretches if k == kind]
             tensors = {name: values.view(shapes[_parameter(kind, name)]) if self.world.size == 1 else values for name, _, values in own}
             files[file] = write_tensors(folder / file, tensors, self.cancel)

@@ -85,7 +85,9 @@ PREFERRED = ("train.", "optim.", "size.", "model.")  # where several places have
 
 def key(wrong: str, known: Iterable[str]) -> str:
     """'did you mean ...?' for a dotted key that does not exist: the same name at another place, another program's name, or a near miss; else ''."""
-    names = sorted(known, key=lambda name: (next((i for i, p in enumerate(PREFERRED) if name.startswith(p)), len(PREFERRED)), name.count("."), name))
+    names = sorted(
+        known, key=lambda name: (next((i for i, p in enumerate(PREFERRED) if name.startswith(p)), len(PREFERRED)), name.count("."), name)
+    )
     last = wrong.split(".")[-1].replace("-", "_").lower()
     if last == "name" and "." in wrong:  # of whatever it may be
         return ""

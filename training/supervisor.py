@@ -142,7 +142,9 @@ class Job:
 
     def silence(self) -> tuple[float, bool]:
         """(seconds since any rank of this machine was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
-        rows = [(path, row) for path, row in rank_files(self.folder) if row.get("step") is not None and row.get("host") == socket.gethostname()]
+        rows = [
+            (path, row) for path, row in rank_files(self.folder) if row.get("step") is not None and row.get("host") == socket.gethostname()
+        ]
         if rows and self.began is None:
             self.began = min(row.get("saved") or 0 for _, row in rows)
         seen = {path: path.stat().st_mtime_ns for path, _ in rows}
@@ -272,7 +274,8 @@ class Supervisor:
                 if self.settings.timeout and not forwarded and silent > (self.settings.timeout if heard else self.settings.startup):
                     files = [str(f) for f in job.dump_stacks()]
                     self.note(
-                        f"no rank took a step for {silent:.0f} s; stacks in {', '.join(files) or 'no file (no rank answered)'}.", stacks=files
+                        f"no rank took a step for {silent:.0f} s; stacks in {', '.join(files) or 'no file (no rank answered)'}.",
+                        stacks=files,
                     )
                     return -signal.SIGKILL
                 time.sleep(0.05)

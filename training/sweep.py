@@ -65,7 +65,9 @@ def label_of(overrides: list[str]) -> str:
 class Sweep:
     """The sweep that a command line asks for. compose makes a config of overrides, check says whether it is that of a run; both raise UserError."""
 
-    def __init__(self, words: list[str], flags: list[str], compose: Callable[[list[str]], DictConfig], check: Callable[[DictConfig], Any]) -> None:
+    def __init__(
+        self, words: list[str], flags: list[str], compose: Callable[[list[str]], DictConfig], check: Callable[[DictConfig], Any]
+    ) -> None:
         self.words, self.flags, self.compose, self.check = words, flags, compose, check
         if world_size() > 1:
             raise UserError(
@@ -78,7 +80,9 @@ class Sweep:
         self.kept = [o for o in overrides if not o.is_sweep_override() and not o.is_hydra_override()]
         self.discrete = all(o.is_discrete_sweep() for o in self.swept)
         if not self.discrete and not any(o.key_or_group == "hydra/sweeper" for o in overrides):
-            raise UserError("A range without steps needs a sweeper that chooses the values: hydra/sweeper=optuna (pip install hydra-optuna-sweeper).")
+            raise UserError(
+                "A range without steps needs a sweeper that chooses the values: hydra/sweeper=optuna (pip install hydra-optuna-sweeper)."
+            )
         self.jobs = self._expand() if self.discrete else []
         base = self._base([o.input_line or "" for o in overrides if not o.is_sweep_override()])
         self.folder, self.dry = Path(base.run_dir), bool(base.dry_run)
@@ -93,7 +97,9 @@ class Sweep:
                 kind, name = override.key_or_group.partition("/")[2], str(override.value())
                 if name not in there:
                     package = f"hydra-{name.split('_')[0]}-{kind}"
-                    raise UserError(f"There is no {override.key_or_group}={name}; here are {', '.join(there)} (pip install {package} may bring it).")
+                    raise UserError(
+                        f"There is no {override.key_or_group}={name}; here are {', '.join(there)} (pip install {package} may bring it)."
+                    )
 
     def _base(self, fixed: list[str]) -> DictConfig:
         """What the jobs have in common; its run_dir is the folder of the sweep."""
@@ -139,7 +145,11 @@ class Sweep:
 
     def _run(self, main: Callable[[], Any]) -> int:
         names = [label_of(job) for job in self.jobs]
-        own = [f"hydra.sweep.dir={quoted(str(self.folder))}", "hydra.sweep.subdir=.", f"hydra.job.config.override_dirname.exclude_keys={self._kept_keys()}"]
+        own = [
+            f"hydra.sweep.dir={quoted(str(self.folder))}",
+            "hydra.sweep.subdir=.",
+            f"hydra.job.config.override_dirname.exclude_keys={self._kept_keys()}",
+        ]
         sys.argv[1:] = [*self.words, *own, *self.flags]
         write_json(self.folder / "sweep.json", {"jobs": names, "command": sys.argv})
         if not self.dry:
@@ -224,7 +234,10 @@ def job(composed: DictConfig) -> float:
 
 def _flags(hydra: Any) -> list[str]:
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return [*(f"--config-dir={folder}" for folder in folders), *([f"--config-name={hydra.job.config_name}"] if hydra.job.config_name != "train" else [])]
+    return [
+        *(f"--config-dir={folder}" for folder in folders),
+        *([f"--config-name={hydra.job.config_name}"] if hydra.job.config_name != "train" else []),
+    ]
 
 
 def _command() -> list[str]:

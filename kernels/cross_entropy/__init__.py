@@ -16,7 +16,9 @@ BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
 
 
 def use_triton(logits_NV: Tensor) -> bool:
-    return (plain(logits_NV) or planned()) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
+    return (
+        (plain(logits_NV) or planned()) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
+    )
 
 
 def block(V: int) -> int:

@@ -20,7 +20,9 @@ def _where(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]
     ignored_N = labels_N == IGNORED
     outside_N = ((labels_N < 0) | (labels_N >= V)) & ~ignored_N
     if labels_N.device.type == "cpu" and plain(labels_N) and bool(outside_N.any()):
-        raise ValueError(f"A label is {int(labels_N[outside_N][0])}, but there are logits 0 to {V - 1}; {IGNORED} marks a token without a loss.")
+        raise ValueError(
+            f"A label is {int(labels_N[outside_N][0])}, but there are logits 0 to {V - 1}; {IGNORED} marks a token without a loss."
+        )
     return ignored_N, outside_N, torch.where(ignored_N | outside_N, 0, labels_N).long()
 
 

@@ -1,6 +1,6 @@
 """Writes the kernel that projects the inputs of a nonlinear cell and takes its step: `python -m kernels.decode_step.cell paragru` prints it.
 
-    project_and_step: U (B, E K) -> the inputs of the cell by a block-diagonal product with WEIGHT (E, K, inputs, O) -> STATE moved on in place
+project_and_step: U (B, E K) -> the inputs of the cell by a block-diagonal product with WEIGHT (E, K, inputs, O) -> STATE moved on in place
 """
 
 from __future__ import annotations

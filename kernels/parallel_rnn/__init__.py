@@ -48,7 +48,9 @@ def parallel_rnn(
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
     R, S = len(cell.rec), len(cell.state)
     if P != len(cell.pre) or rec_RD.shape != (R, D):
-        raise ValueError(f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}.")
+        raise ValueError(
+            f"Cell {cell.name} takes pre (B, T, {len(cell.pre)}, D) and rec ({R}, D), not {tuple(pre_BTPD.shape)} and {tuple(rec_RD.shape)}."
+        )
     if method not in METHODS or save not in SAVES:
         raise ValueError(f"method is {method!r} and save {save!r}; choose one of {', '.join(METHODS)}, and one of {', '.join(SAVES)}.")
     if not cell.lowered and method in ("parallel", "triton"):
@@ -83,9 +85,7 @@ def _loop(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_B
         return (planned_loop if planned() else reference.sequential)(cell, pre, rec, h0_BSD, starts_BT)
 
 
-def solved(
-    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def solved(cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D), kept (B, T, S - 1, D), final (B, S, D)) of `parallel_rnn`, in parts as the kernels leave them; T >= 1."""
     if cell.lowered:
         return op.solve(pre_BTPD, rec_RD, h0_BSD, starts_BT, cell.key, "auto", False)[:3]
@@ -97,7 +97,13 @@ def parallel_rnn_step(cell: Cell, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor
     """One decoding step: the new states (B, S, D) in the dtype of h."""
     if bias_PD is not None:
         cell, rec_RD = biased(cell), with_bias(rec_RD, bias_PD)
-    if cell.lowered and pre_BPD.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and op.use_triton(cell, pre_BPD, "auto"):
+    if (
+        cell.lowered
+        and pre_BPD.is_cuda
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and op.use_triton(cell, pre_BPD, "auto")
+    ):
         with torch.cuda.device_of(pre_BPD):
             return launch.step(cell, pre_BPD, rec_RD, h_BSD)
     dtype = reference.compute_dtype(pre_BPD)

@@ -76,9 +76,17 @@ SCALE = 40  # products of Jacobians start from 2^SCALE, so that one which dies m
 
 def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
     n = len(w.S)
-    extra = "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, WINDOWS, FLAGS, WINDOW, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
+    extra = (
+        "D_PRE, D_REC, D_H0, D_FINAL, ENDS, PRODUCTS, WINDOWS, FLAGS, WINDOW, TOLERANCE, d_sb, d_se, D_ST: tl.constexpr, D_SP: tl.constexpr"
+    )
     w.begin(name, f"{TENSORS}, {extra}, {own}WITH_KEPT: tl.constexpr,\n        {SIZES}", after=after)
-    w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n} * D + d", f"o0 = b * {n} * D + d", "flags = FLAGS + tl.program_id(0) * n")
+    w.put(
+        1,
+        f"o = (b * n + s) * {n} * D + d",
+        f"oo = (b * n + s) * {n * n} * D + d",
+        f"o0 = b * {n} * D + d",
+        "flags = FLAGS + tl.program_id(0) * n",
+    )
 
 
 def _open(w: Writer, last: str) -> None:
@@ -128,7 +136,11 @@ def gradient(traced: Traced, unroll: int) -> str:
     w.put(1, "if s == 0:", *(f"    tl.store(D_H0 + o0 + {i} * D, g{i}, mask=inside)" for i in w.S))
     w.put(1, "if SLICED:", *(f"    tl.store(ENDS + o + {i} * D, g{i}, mask=inside)" for i in w.S))
     w.put(2, *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
-    w.put(2, "fine = " + " & ".join(w.matrix("(tl.abs(J{i}{j}) <= 3.0e38)")), "tl.store(flags + s, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))")
+    w.put(
+        2,
+        "fine = " + " & ".join(w.matrix("(tl.abs(J{i}{j}) <= 3.0e38)")),
+        "tl.store(flags + s, tl.max(tl.where(inside & (fine == 0), 1, 0), 0))",
+    )
     return w.text()
 
 
@@ -142,13 +154,29 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     w.put(1, "k = tl.arange(0, MOST_SLICES)", "bad = tl.max(tl.load(flags + k, mask=k < n, other=0), 0)")
     w.put(1, "if s == 0:", "    tl.atomic_add(STATS + 4, 1.0)", "    tl.atomic_add(STATS + 5, bad.to(tl.float32))")
     slot = [f"dw = D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d" for r in w.R]
-    w.put(1, "if (bad != 0) & (s != 0):", *(f"    {line}\n        tl.store(dw, tl.zeros((BD,), tl.float32), mask=inside)" for line in slot), "    return")
+    w.put(
+        1,
+        "if (bad != 0) & (s != 0):",
+        *(f"    {line}\n        tl.store(dw, tl.zeros((BD,), tl.float32), mask=inside)" for line in slot),
+        "    return",
+    )
     w.put(1, "if (bad == 0) & (s == n - 1):", "    return")
     _handed_down(w)
-    w.put(1, "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S), "if (bad == 0) & (tl.max(tl.where(inside & some, 1, 0), 0) == 0):", "    return")
+    w.put(
+        1,
+        "some = " + " | ".join(f"(f{i} != 0.0)" for i in w.S),
+        "if (bad == 0) & (tl.max(tl.where(inside & some, 1, 0), 0) == 0):",
+        "    return",
+    )
     w.put(1, "if (bad == 0) & (s == 0):")
     entry = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
-    w.put(2, *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, {_down(f'f{j}')})" for j in w.S) for i in w.S))
+    w.put(
+        2,
+        *(
+            f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, {_down(f'f{j}')})" for j in w.S)
+            for i in w.S
+        ),
+    )
     w.put(2, *(f"tl.store(D_H0 + o0 + {i} * D, k{i}, mask=inside)" for i in w.S))
     _lowest_window(w)
     w.put(1, "if (bad == 0) & (lowest < 0):", "    return")
@@ -181,7 +209,12 @@ def _down(value: str) -> str:
 def _handed_down(w: Writer) -> None:
     """f: the adjoint at the slice's end from all slices after it."""
     n = len(w.S)
-    w.put(1, f"oe = (b * n + n - 1) * {n} * D + d", f"op = (b * n + n - 1) * {n * n} * D + d", *(f"f{i} = {w.vector('ENDS', 'oe', i)}" for i in w.S))
+    w.put(
+        1,
+        f"oe = (b * n + n - 1) * {n} * D + d",
+        f"op = (b * n + n - 1) * {n * n} * D + d",
+        *(f"f{i} = {w.vector('ENDS', 'oe', i)}" for i in w.S),
+    )
     group = range(1, 1 + max(1, 24 // (n * (n + 1))))
     w.put(1, f"for k in range(0, n - 2 - s, {len(group)}):")
     for u in group:
@@ -215,8 +248,12 @@ def _lowest_window(w: Writer) -> None:
     for u in range(windows(len(w.S))):
         w.put(1, *(f"most{i} = _most(most{i}, z{i}_{u})" for i in w.S))
         sums = [" + ".join(f"_times(w{i}{j}_{u}, tl.abs({_down(f'f{j}')}))" for j in w.S) for i in w.S]
-        w.put(1, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit")
-        w.put(1, "counts = tl.max(tl.where(inside & (fits == 0), 1, 0), 0)", f"lowest = tl.where((counts != 0) & (lowest < 0), {u}, lowest)")
+        w.put(
+            1, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit"
+        )
+        w.put(
+            1, "counts = tl.max(tl.where(inside & (fits == 0), 1, 0), 0)", f"lowest = tl.where((counts != 0) & (lowest < 0), {u}, lowest)"
+        )
 
 
 def transfer(traced: Traced, unroll: int) -> str:
@@ -225,7 +262,9 @@ def transfer(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     w.begin("transfer", f"{TENSORS}, PRODUCTS, ENDS, LEFT,\n        WITH_STATES: tl.constexpr, WITH_KEPT: tl.constexpr, {SIZES}")
     w.weights()
-    w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S))
+    w.put(
+        1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", *(f"first{i} = {w.vector('H0', f'b * {n} * D + d', i)}" for i in w.S)
+    )
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {float(i == j)}, tl.float32)" for i in w.S for j in w.S))
     w.put(1, *(f"V{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     w.put(1, "p = PRE + b * sb + first.to(tl.int64) * ST + _columns(tile, se, D, HEAD, BD)", "q = RESET + b * T + first")
@@ -246,7 +285,12 @@ def transfer(traced: Traced, unroll: int) -> str:
         w.put(2, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
         w.put(2, *(f"m{i}{j} = {w.product('j{i}{m}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
         w.put(2, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
-        w.put(2, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"), *(f"V{i} = _most(V{i}, tl.abs(a{i}))" for i in w.S), *(f"k{i} = V{i}" for i in w.S))
+        w.put(
+            2,
+            *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"),
+            *(f"V{i} = _most(V{i}, tl.abs(a{i}))" for i in w.S),
+            *(f"k{i} = V{i}" for i in w.S),
+        )
         w.put(2, *w.left("k", "j{i}{j}", "k{j}", "0.0 * k{i}"), *(f"V{i} = _keep(go, k{i}, V{i}, EVEN)" for i in w.S))
         w.put(2, "if HAS_RESET:", *(f"    V{i} = tl.where(r{u} != 0, 0.0, V{i})" for i in w.S))
         w.put(2, "if WITH_STATES:", f"    e = _get({w.state(w.n_kept, u, 'd_')}, {live('go')}, EVEN).to(tl.float32)")
@@ -259,5 +303,9 @@ def transfer(traced: Traced, unroll: int) -> str:
     w.move(2, str(unroll), "d_")
     w.put(1, "if WITH_STATES:", *(f"    tl.store(ENDS + (b * n + s) * {n} * D + {i} * D + d, g{i}, mask=inside)" for i in w.S))
     w.put(1, *(f"tl.store(LEFT + ((b * n + s) * {n} + {i}) * D + d, V{i}, mask=inside)" for i in w.S))
-    w.put(1, f"oo = (b * n + s) * {n * n} * D + d", *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
+    w.put(
+        1,
+        f"oo = (b * n + s) * {n * n} * D + d",
+        *w.matrix(f"tl.store(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"),
+    )
     return w.text()

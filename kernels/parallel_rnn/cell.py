@@ -86,7 +86,9 @@ class Cell:
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise ValueError(f"Cell {title}: write the argument {argument!r} as an ordinary one, with no *, ** or / in the signature.")
             if parameter.default is not parameter.empty:
-                raise ValueError(f"Cell {title}: the argument {argument!r} has a default value; take it out, the layer gives every argument.")
+                raise ValueError(
+                    f"Cell {title}: the argument {argument!r} has a default value; take it out, the layer gives every argument."
+                )
             annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
             role = ROLES.get(annotation.strip("'\"").rsplit(".", 1)[-1])
             if role is None:
@@ -141,7 +143,10 @@ def _failed(cell: Cell, what: str, reason: Exception) -> str:
 @functools.cache
 def _tried(cell: Cell, width: int) -> str:
     with _apart():
-        pre, rec, state = ([torch.rand(*shape, requires_grad=True) * 1.0 for _ in names] for names, shape in ((cell.pre, (2, width)), (cell.rec, (width,)), (cell.state, (2, width))))
+        pre, rec, state = (
+            [torch.rand(*shape, requires_grad=True) * 1.0 for _ in names]
+            for names, shape in ((cell.pre, (2, width)), (cell.rec, (width,)), (cell.state, (2, width)))
+        )
         versions = [(name, t, t._version) for name, t in zip((*cell.pre, *cell.rec, *cell.state), (*pre, *rec, *state))]
         try:
             new = cell(pre, rec, state)

@@ -37,7 +37,9 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
     traced = trace(cell)
     arguments, like, fixed = traced.arguments, "h0", traced.fixed if short else ()
     entries = [entry for row in traced.jacobian for entry in row]
-    header = f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
+    header = (
+        f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
+    )
     steps = [
         function("step", arguments, traced.new, like, fixed=fixed, legend=traced.legend),
         function("jacobian", arguments, entries, like),

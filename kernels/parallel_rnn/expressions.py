@@ -41,7 +41,13 @@ def scaled(node: Node, factor: float, written: Callable[[Node], str], fixed: Seq
     """`node` times a number, by its terms. `written`: the text of a node, a name if it is shared; `fixed`: names that stay the same in all steps."""
     text = written(node)
     if node.op in ("add", "sub") and text.startswith("("):
-        return " ".join((scaled(node.arguments[0], factor, written, fixed), "+-"[node.op == "sub"], f"({scaled(node.arguments[1], factor, written, fixed)})"))
+        return " ".join(
+            (
+                scaled(node.arguments[0], factor, written, fixed),
+                "+-"[node.op == "sub"],
+                f"({scaled(node.arguments[1], factor, written, fixed)})",
+            )
+        )
     if node.op == "mul" and text.startswith("("):
         for one, other in (node.arguments, node.arguments[::-1]):
             if one.op == "var" and one.arguments[0] in fixed:
@@ -49,7 +55,15 @@ def scaled(node: Node, factor: float, written: Callable[[Node], str], fixed: Seq
     return f"{factor!r} * {text}"
 
 
-def function(name: str, arguments: Sequence[str], results: Sequence[Node], like: str, triton: bool = True, fixed: Sequence[str] = (), legend: str = "") -> str:
+def function(
+    name: str,
+    arguments: Sequence[str],
+    results: Sequence[Node],
+    like: str,
+    triton: bool = True,
+    fixed: Sequence[str] = (),
+    legend: str = "",
+) -> str:
     """A function (jitted, if in Triton) of the expressions; values used once are written in place, shared ones get a line. Constants
     become tensors shaped as `like`. fixed: arguments that are the same at every step, of a function on whose latency a loop depends."""
     nodes = order(results)
@@ -82,7 +96,8 @@ def function(name: str, arguments: Sequence[str], results: Sequence[Node], like:
             text[id(node)] = form
     out = []
     for node in results:
-        varies = any(leaf.op == "var" and leaf.arguments[0][0] != "w" for leaf in order([node]))  # else it has the shape of a weight, or none
+        # else it has the shape of a weight, or none
+        varies = any(leaf.op == "var" and leaf.arguments[0][0] != "w" for leaf in order([node]))
         flat = node.op == "const" or triton and not varies
         out.append(f"{'tl' if triton else 'torch'}.zeros_like({like}) + {text[id(node)]}" if flat else bare(text[id(node)]))
     return "\n".join([*lines, f"    return {', '.join(out)}"]) + "\n"
@@ -112,7 +127,9 @@ def check(cell: Cell) -> None:
         return
     wanted = names["step"](*given[0], *given[1], *given[2])
     if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(found, wanted if len(found) > 1 else (wanted,))):
-        raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them.")
+        raise NotLowered(
+            f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them."
+        )
 
 
 def jumps(cell: Cell) -> bool:

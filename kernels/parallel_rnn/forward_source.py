@@ -63,12 +63,19 @@ def _marks(w: Writer, indent: int) -> None:
 
 def walk(traced: Traced, unroll: int) -> str:
     w, n_state = Writer(traced, unroll), len(traced.cell.state)
-    w.begin("walk", f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}")
+    w.begin(
+        "walk",
+        f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}",
+    )
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d")
     w.put(1, "if GIVEN:", *(f"    h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S))
     known = live("s == 0")
-    w.put(1, "else:  # slices start from zero, the first one from h0", *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S))
+    w.put(
+        1,
+        "else:  # slices start from zero, the first one from h0",
+        *(f"    h{i} = {w.vector('H0', f'b * {n_state} * D + d', i, known)}" for i in w.S),
+    )
     w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     _open(w)
     _enter(w, 1, "first")
@@ -93,22 +100,39 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
     n = len(w.S)
     group = range(max(1, 24 // (n * (n + 3))))
     w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n + n} * D + d")
-    w.put(indent, *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S), *(f"{x}{i} = tl.zeros((BD,), tl.float32)" for x in "cz" for i in w.S))
+    w.put(
+        indent,
+        *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S),
+        *(f"{x}{i} = tl.zeros((BD,), tl.float32)" for x in "cz" for i in w.S),
+    )
     w.put(indent, f"for k in range(0, {count}, {len(group)}):")
     deep = indent + 1
     for u in group:
         here = live(f"k + {u} < {count}")
         w.put(deep, *(f"e{i}_{u} = {w.vector('ENDS', 'o', u * n + i, here)}" for i in w.S))
         w.put(deep, *(f"a{i}_{u} = {w.vector('STARTS', 'o', (u + 1) * n + i, here)}" for i in w.S))
-        w.put(deep, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
+        w.put(
+            deep,
+            *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"),
+        )
         w.put(deep, *(f"z{i}_{u} = tl.load(PRODUCTS + oo + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
     for u in group:
         w.put(deep, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
-        w.put(deep, "fine = " + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S) + ("  # a slice whose start is unchanged has its exact end" if u == 0 else ""))
+        w.put(
+            deep,
+            "fine = "
+            + " & ".join(f"(tl.abs(m{i}) <= 3.0e38)" for i in w.S)
+            + ("  # a slice whose start is unchanged has its exact end" if u == 0 else ""),
+        )
         w.put(deep, *(f"k{i} = e{i}_{u} + tl.where(fine, m{i}, 0.0)" for i in w.S))
         w.put(deep, f"more = k + {u} < {count}")
         w.put(deep, *(f"h{i} = tl.where(more, k{i}, h{i})" for i in w.S), *(f"c{i} = tl.where(more, k{i} - a{i}_{u}, c{i})" for i in w.S))
-        w.put(deep, *(f"m{i} = z{i}" for i in w.S), *w.left("m", f"j{{i}}{{j}}_{u}", "m{j}", f"z{{i}}_{u}"), *(f"z{i} = tl.where(more, m{i}, z{i})" for i in w.S))
+        w.put(
+            deep,
+            *(f"m{i} = z{i}" for i in w.S),
+            *w.left("m", f"j{{i}}{{j}}_{u}", "m{j}", f"z{{i}}_{u}"),
+            *(f"z{i} = tl.where(more, m{i}, z{i})" for i in w.S),
+        )
         if worst:
             w.shares(deep, "gap", "c{i}", "z{i}")
             w.put(deep, f"gap = tl.max(tl.where({live('more')}, gap, 0.0), 0)", "worst = tl.maximum(worst, gap)")
@@ -151,7 +175,9 @@ def mend(traced: Traced, unroll: int) -> str:
     w.put(1, *(f"h{i} = tl.where(met != 0, {w.vector('ENDS', 'o', i)}, h{i})" for i in w.S))
     w.put(1, *(f"tl.store(NEW_ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.load_measures(1)
-    w.put(1, *(f"G{i}{j} = tl.where(met != 0, _most(G{i}{j}, {w.product('oG{i}{m}', 'R{m}{j}', i, j)}), G{i}{j})" for i in w.S for j in w.S))
+    w.put(
+        1, *(f"G{i}{j} = tl.where(met != 0, _most(G{i}{j}, {w.product('oG{i}{m}', 'R{m}{j}', i, j)}), G{i}{j})" for i in w.S for j in w.S)
+    )
     w.put(1, *(f"L{i} = tl.where(met != 0, oL{i}, L{i})" for i in w.S))
     w.store_measures(1)
     names = [*w.matrix("J{i}{j}"), *(f"V{i}" for i in w.S)]

@@ -21,7 +21,7 @@ LOW = LOG2_E - HIGH
 LN_2 = 0.6931471805599453
 
 MATHS = {
-    "ptx": '''
+    "ptx": """
 @triton.jit
 def _exp2(x):
     return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -31,8 +31,8 @@ def _exp2(x):
 def _reciprocal(x):
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
-''',
-    "portable": '''
+""",
+    "portable": """
 @triton.jit
 def _exp2(x):
     return tl.exp2(x)
@@ -42,9 +42,9 @@ def _exp2(x):
 def _reciprocal(x):
     return 1.0 / x
 
-''',
+""",
 }
-EXACT = f'''
+EXACT = f"""
 @triton.jit
 def _left(x, t, BY, REST):  # 1 + what is missing in 2^t, relatively, where t is x BY rounded and BY + REST the factor
     more = 1.0 + {LN_2} * tl.fma(x, REST, tl.fma(x, BY, -t))
@@ -70,12 +70,13 @@ def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     small = twice * (0.99999994 + twice * (-0.4999925 + twice * (0.16654815 + twice * (-0.04100128 + twice * 0.006771037))))
     top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
-'''
-TANH_NEAR_ZERO = {  # of 2 log2(e) times the argument: (the square below which it is small, what it is there), within a twentieth of the type's unit roundoff
+"""
+# of 2 log2(e) times the argument: (the square below which it is small, what it is there), within a twentieth of the type's unit roundoff
+TANH_NEAR_ZERO = {
     "float16": ("0.0324", f"x * ({LN_2 / 2} - {(LN_2 / 2) ** 3 / 3} * (x * x))"),
     "bfloat16": ("0.0025", f"x * {LN_2 / 2}"),
 }
-SHORT = f'''
+SHORT = f"""
 @triton.jit
 def _exp(x):
     return _exp2(x * {LOG2_E})
@@ -99,8 +100,8 @@ def _scaled_tanh(x):  # of an argument that was scaled: 2 / (1 + 2^-x) - 1, whic
 @triton.jit
 def _tanh(x):
     return _scaled_tanh(x * {2 * LOG2_E})
-'''
-BOTH = f'''
+"""
+BOTH = f"""
 @triton.jit
 def _signed(size, x):  # a size with the sign of x
     return (size.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
@@ -212,7 +213,7 @@ def _whole_power(x, k: tl.constexpr):
         return size
     else:
         return tl.where(x.to(tl.int32, bitcast=True) < 0, -size, size)  # -0 too
-'''
+"""
 
 
 def _halves(value: float) -> tuple[float, float]:

@@ -205,7 +205,8 @@ def forward(
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
     marks = h0.new_empty(B, -(-T // plan.mark) if borders or n > 1 else 0, S, D)
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
-    rounds = min(2 if trace(cell).linear else CORRECTIONS if plan.short else CORRECTIONS_FINE, n - 1)  # a linear cell needs one, and another where rounding counts
+    # a linear cell needs one, and another where rounding counts
+    rounds = min(2 if trace(cell).linear else CORRECTIONS if plan.short else CORRECTIONS_FINE, n - 1)
     begins, ends = (h0.new_empty(rounds + 1, B, n, S, D) for _ in range(2))
     products = h0.new_empty(rounds + 1, B, n, S * S + S, D) if n > 1 else h0
     measures = h0.new_empty(B, n, S * S + S, D) if n > 1 else h0
@@ -232,7 +233,11 @@ def shoot(
     """What `forward` returns, in one launch; pre (B, T, P, E, K)."""
     (B, T), D, S = pre.shape[:2], rec.shape[1], len(cell.state)
     emitted, kept = pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D)
-    marks, begins, final = h0.new_empty(B, -(-T // plan.mark) if borders else 0, S, D), h0.new_empty(B, plan.rows, S, D), torch.empty_like(h0)
+    marks, begins, final = (
+        h0.new_empty(B, -(-T // plan.mark) if borders else 0, S, D),
+        h0.new_empty(B, plan.rows, S, D),
+        torch.empty_like(h0),
+    )
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).shoot[plan.grid](
@@ -293,7 +298,22 @@ def backward(
     source, sizes, constants = _sizes(plan, pre, starts)
     with_kept = d_kept is not None and S > 1
     tensors = (source, rec, h0, reset, emitted, kept, d_emitted, d_kept.contiguous() if with_kept and d_kept is not None else d_emitted)
-    outputs = (to.tensor, partial, d_h0, d_final, ends, products, windows, flags, plan.window, TOLERANCE[pre.dtype], to.batch, to.se, to.time, to.projection)
+    outputs = (
+        to.tensor,
+        partial,
+        d_h0,
+        d_final,
+        ends,
+        products,
+        windows,
+        flags,
+        plan.window,
+        TOLERANCE[pre.dtype],
+        to.batch,
+        to.se,
+        to.time,
+        to.projection,
+    )
     module.gradient[plan.grid](*tensors, *outputs, n > 1, with_kept, *sizes, **constants)
     if n > 1:
         most = 1 << (n - 1).bit_length()
@@ -320,7 +340,10 @@ def adjoint(
     if d_kept is not None and d_emitted is None:
         d_emitted = torch.zeros_like(emitted)
     with_states, with_kept = d_emitted is not None, d_kept is not None and S > 1
-    gradients = (d_emitted.contiguous() if d_emitted is not None else emitted, d_kept.contiguous() if d_kept is not None and S > 1 else emitted)
+    gradients = (
+        d_emitted.contiguous() if d_emitted is not None else emitted,
+        d_kept.contiguous() if d_kept is not None and S > 1 else emitted,
+    )
     _module(cell, plan).transfer[plan.grid](
         source, rec, h0, reset, emitted, kept, *gradients, products, ends, left, with_states, with_kept, *sizes, **constants
     )

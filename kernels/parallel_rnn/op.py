@@ -101,7 +101,11 @@ def _backward(
             d_kept = torch.zeros_like(states[:, :, :-1]) if d_kept is None else d_kept.to(dtype)
             d_states = joined(d_emitted.to(dtype), d_kept)
             d_pre, d_rec, d_h0 = reference.linear_backward(cell, x, w, h, starts, states, d_states, dh)
-    return torch.empty_like(pre).copy_(d_pre.view(pre.shape)) if not triton else d_pre, d_rec.to(rec.dtype).contiguous(), d_h0.to(h0.dtype).clone()
+    return (
+        torch.empty_like(pre).copy_(d_pre.view(pre.shape)) if not triton else d_pre,
+        d_rec.to(rec.dtype).contiguous(),
+        d_h0.to(h0.dtype).clone(),
+    )
 
 
 backward_op = torch.library.custom_op("everywhen::parallel_rnn_backward", _backward, mutates_args=())
@@ -124,7 +128,9 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(pre, rec, h0, starts, *((none, none, marks) if borders else (emitted, kept, marks)))
 
 
-def _differentiate(ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, d_marks: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, d_marks: Tensor | None
+) -> tuple[Any, ...]:
     pre, rec, h0, starts, emitted, kept, marks = ctx.saved_tensors
     B, T = pre.shape[:2]
     if d_emitted is None:

@@ -250,7 +250,21 @@ METHODS: dict[str, Callable[..., Any]] = {  # of a tensor, where they are not na
     "where": _where_method, "masked_fill": _masked_fill, "float": _float, "to": _cast,
     "type_as": lambda g, input, other: _cast(g, input, other.dtype), "clone": lambda g, input: input,
 }  # fmt: skip
-NOT_METHODS = {"where", "softplus", "hardtanh", "relu6", "hardsigmoid", "leaky_relu", "elu", "silu", "gelu", "logsigmoid", "full_like", "zeros_like", "ones_like"}
+NOT_METHODS = {
+    "where",
+    "softplus",
+    "hardtanh",
+    "relu6",
+    "hardsigmoid",
+    "leaky_relu",
+    "elu",
+    "silu",
+    "gelu",
+    "logsigmoid",
+    "full_like",
+    "zeros_like",
+    "ones_like",
+}
 METHODS.update({name: rule for name, rule in RULES.items() if name not in NOT_METHODS})
 METHODS.update({alias: RULES[name] for alias, name in ALIASES.items() if hasattr(torch.Tensor, alias)})
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -260,7 +274,8 @@ for _name, _rule in [*RULES.items(), *((alias, RULES[name]) for alias, name in A
             FUNCTIONS[getattr(_place, _name)] = _rule
 FUNCTIONS |= {torch.special.expit: RULES["sigmoid"], torch.nn.functional.softplus: _softplus}
 FUNCTIONS |= {getattr(torch.Tensor, n): rule for n, rule in METHODS.items() if hasattr(torch.Tensor, n)}
-DEFAULTS = {"out": None, "dtype": None, "device": None, "memory_format": None, "layout": None, "requires_grad": False}  # asked for, but nothing
+# asked for, but nothing
+DEFAULTS = {"out": None, "dtype": None, "device": None, "memory_format": None, "layout": None, "requires_grad": False}
 
 
 def apply(name: str, rule: Callable[..., Any], graph: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:

@@ -193,7 +193,9 @@ class _Parallel(torch.autograd.Function):
     """Forward by multiple shooting without a graph, backward by one reversed linear recurrence."""
 
     @staticmethod
-    def forward(ctx: Any, cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None
+    ) -> tuple[Tensor, Tensor]:
         states = solve(cell, pre, rec, h0, starts, slices)
         ctx.save_for_backward(pre, rec, h0, states, *(() if starts is None else (starts,)))
         ctx.cell, ctx.slices = cell, slices

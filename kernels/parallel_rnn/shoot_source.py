@@ -51,14 +51,25 @@ def shoot(traced: Traced, unroll: int) -> str:
     maps = ", ".join([*w.matrix("J{i}{j}"), *(f"r{i}" for i in w.S)])
     w.put(2, f"{', '.join([*w.matrix('_J{i}{j}'), *(f'c{i}' for i in w.S)])} = tl.associative_scan(({maps}), 0, _compose)")
     w.put(2, "fine = (turn < MOST) & " + " & ".join(f"(tl.abs(c{i} - r{i}) <= 3.0e38)" for i in w.S))
-    w.put(2, *(f"c{i} = h{i} + tl.where(fine, c{i} - r{i}, 0.0)" for i in w.S), *(f"r{i} = c{i} - next{i}" for i in w.S), *(f"next{i} = c{i}" for i in w.S))
+    w.put(
+        2,
+        *(f"c{i} = h{i} + tl.where(fine, c{i} - r{i}, 0.0)" for i in w.S),
+        *(f"r{i} = c{i} - next{i}" for i in w.S),
+        *(f"next{i} = c{i}" for i in w.S),
+    )
     w.shares(2, "far", "r{i}", "V{i}")  # of what this row alone leaves: of the rows above it may be more
     below = live("s < n - 1")
     w.put(2, f"gap = tl.max(tl.where({below}, far, 0.0))")
     w.put(2, "turn += 1", "again = (((gap > TOLERANCE) & (turn <= n + MOST)) | (turn < 2)).to(tl.int32)")
     w.put(2, "if again != 0:  # every row takes its start from the one above")
     w.put(3, *(f"tl.store(begin + {n + i} * D, next{i}, mask={below})" for i in w.S), "tl.debug_barrier()")
-    w.put(3, *(f"h{i} = tl.where(s == 0, {w.vector('H0', 'o', i)}, tl.load(begin + {i} * D, mask={live('(s > 0) & (s < n)')}, other=0.0))" for i in w.S))
+    w.put(
+        3,
+        *(
+            f"h{i} = tl.where(s == 0, {w.vector('H0', 'o', i)}, tl.load(begin + {i} * D, mask={live('(s > 0) & (s < n)')}, other=0.0))"
+            for i in w.S
+        ),
+    )
     w.put(3, "tl.debug_barrier()")
     w.put(1, *(f"tl.store(FINAL + o + {i} * D + s * 0, h{i}, mask={live('s == n - 1')})" for i in w.S))
     w.put(1, "tl.atomic_max(STATS + 0, gap)", "tl.atomic_max(STATS + 1, (turn - 1).to(tl.float32))", "tl.atomic_add(STATS + 2, 1.0)")

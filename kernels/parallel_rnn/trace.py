@@ -140,7 +140,9 @@ class Graph:
         except OverflowError:
             value = 1e300
         if value and math.isfinite(value) and not SMALLEST <= abs(value) <= LARGEST:
-            raise NotLowered(f"the number {value!r} is outside the range of fp32 ({SMALLEST:.1e} to {LARGEST:.1e}), in which kernels calculate.")
+            raise NotLowered(
+                f"the number {value!r} is outside the range of fp32 ({SMALLEST:.1e} to {LARGEST:.1e}), in which kernels calculate."
+            )
         return self.const(value)
 
     def make(self, op: str, *arguments: Any) -> Node:
@@ -232,7 +234,8 @@ def partials(node: Node) -> list[tuple[Node, Node, Node | None]]:
         return [(a[0], one, g.make("not", g.make("le", a[0], 0.0)))]
     if node.op == "sign" or node.op in BOOLEAN:
         return []
-    gate, near = (g.make("gelu_gate", a[0]), g.make("clamp", a[0], -64.0, 64.0)) if node.op == "gelu_tanh" else (one, one)  # beyond it is 0 or 1
+    # beyond it is 0 or 1
+    gate, near = (g.make("gelu_gate", a[0]), g.make("clamp", a[0], -64.0, 64.0)) if node.op == "gelu_tanh" else (one, one)
     rules: dict[str, Callable[[], Node]] = {
         "neg": lambda: -one,
         "sigmoid": lambda: node * (one - node),
@@ -362,7 +365,9 @@ def names(letter: str, given: Sequence[str]) -> list[str]:
 
 def _recorded(cell: Cell, graph: Graph) -> tuple[Node, ...]:
     """The new states of one call of the step."""
-    pre, rec, state = ([graph.leaf("var", n) for n in names(letter, given)] for letter, given in zip("xwh", (cell.pre, cell.rec, cell.state)))
+    pre, rec, state = (
+        [graph.leaf("var", n) for n in names(letter, given)] for letter, given in zip("xwh", (cell.pre, cell.rec, cell.state))
+    )
     try:
         found = cell.call(pre, rec, state)
     except NotLowered:
@@ -406,4 +411,6 @@ def trace(cell: Cell) -> Traced:
     jumps = any(node.op == "sign" or node.boolean for node in moving)
     kinks = jumps or any(node.op in ("relu", "abs", "maximum", "minimum", "clamp") for node in moving)
     linear = not used & set(names("h", cell.state))
-    return Traced(cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps, kinks)
+    return Traced(
+        cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps, kinks
+    )

@@ -121,13 +121,19 @@ class Writer:
             self.put(indent, *(f"P{i}{j} = _keep(go, j{i}{j}, {float(i == j)}, EVEN)" for i in self.S for j in self.S))
             self.put(indent, "if HAS_RESET:", *(f"    {line}" for line in self.matrix("P{i}{j} = tl.where((r0 != 0) & go, 0.0, P{i}{j})")))
             return
-        self.put(indent, "if HAS_RESET:", *(f"    {line}" for line in self.matrix(f"P{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, P{{i}}{{j}})")))
+        self.put(
+            indent, "if HAS_RESET:", *(f"    {line}" for line in self.matrix(f"P{{i}}{{j}} = tl.where((r{u} != 0) & go, 0.0, P{{i}}{{j}})"))
+        )
         self.put(indent, *(f"k{i}{j} = {self.product('j{i}{m}', 'P{m}{j}', i, j)}" for i in self.S for j in self.S))
         self.put(indent, *self.matrix("P{i}{j} = _keep(go, k{i}{j}, P{i}{j}, EVEN)"))
 
     def end_group(self, indent: int, meets: bool) -> None:
         """J and V at the end of a group; R, G and L too where walks may meet. Where states mix, products of absolute values bound those of products."""
-        self.put(indent, *(f"k{i}{j} = {self.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in self.S for j in self.S), *self.matrix("J{i}{j} = k{i}{j}"))
+        self.put(
+            indent,
+            *(f"k{i}{j} = {self.product('P{i}{m}', 'J{m}{j}', i, j)}" for i in self.S for j in self.S),
+            *self.matrix("J{i}{j} = k{i}{j}"),
+        )
         self.put(indent, *self.left("V", "P{i}{j}", "V{j}", "h{i}"))
         if meets:
             self.put(indent, *(f"k{i}{j} = {self.product('tl.abs(P{i}{m})', 'R{m}{j}', i, j)}" for i in self.S for j in self.S))
@@ -161,18 +167,31 @@ class Writer:
 
     def store_measures(self, indent: int) -> None:
         n = len(self.S)
-        self.put(indent, f"om = (b * n + s) * {n * n + n} * D + d", *(f"tl.store(MEASURES + om + {k} * D, {x}, mask=inside)" for k, x in enumerate(self.measures())))
+        self.put(
+            indent,
+            f"om = (b * n + s) * {n * n + n} * D + d",
+            *(f"tl.store(MEASURES + om + {k} * D, {x}, mask=inside)" for k, x in enumerate(self.measures())),
+        )
 
     def load_measures(self, indent: int) -> None:
         """What the slice's last walk left, as oG and oL."""
         n = len(self.S)
-        self.put(indent, f"om = (b * n + s) * {n * n + n} * D + d", *(f"o{x} = {self.vector('MEASURES', 'om', k)}" for k, x in enumerate(self.measures())))
+        self.put(
+            indent,
+            f"om = (b * n + s) * {n * n + n} * D + d",
+            *(f"o{x} = {self.vector('MEASURES', 'om', k)}" for k, x in enumerate(self.measures())),
+        )
 
     def begin(self, name: str, arguments: str, sliced: bool = True, after: bool = False) -> None:
         """The kernel's head: its tile of channels, its slice s of n, its batch row b. `after`: it may be launched before the kernel whose
         results it reads has ended (kernels/dispatch.py), and waits for it here."""
         self.put(0, "@triton.jit", f"def {name}({arguments}{', DEPENDENT: tl.constexpr' if after else ''}):")
-        self.put(1, "BLOCKS: tl.constexpr = (D + BD - 1) // BD", "tile = tl.program_id(0) % BLOCKS", "b = (tl.program_id(0) // BLOCKS).to(tl.int64)")
+        self.put(
+            1,
+            "BLOCKS: tl.constexpr = (D + BD - 1) // BD",
+            "tile = tl.program_id(0) % BLOCKS",
+            "b = (tl.program_id(0) // BLOCKS).to(tl.int64)",
+        )
         self.put(1, "d = tile * BD + tl.arange(0, BD)", "inside = d < D")
         if sliced:
             self.put(1, "s = tl.program_id(1)", "n = tl.num_programs(1)")

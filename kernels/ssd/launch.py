@@ -196,7 +196,16 @@ def forward(
 
 
 def backward(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None, starts: Tensor | None, dy: Tensor, d_final: Tensor
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    Bm: Tensor,
+    Cm: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    dy: Tensor,
+    d_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
@@ -211,7 +220,11 @@ def backward(
     d_B, d_C = (torch.empty(B, T, width, this.N, dtype=kind, device=x.device) for _ in range(2))
     d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
     after, within = torch.empty_like(this.total), torch.empty_like(this.total)
-    grid, read, lies = (B * this.chunks, width), (this.x, dy, this.Bm, this.Cm), (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm))
+    grid, read, lies = (
+        (B * this.chunks, width),
+        (this.x, dy, this.Bm, this.Cm),
+        (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm)),
+    )
     sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides_of(this.x), *lies), this.tiles(D)
     this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
     skip = this.A if D is None else D.float().contiguous()

@@ -17,7 +17,9 @@ from kernels import dispatch
 from kernels.ssd import reference
 
 
-def _run(tensors: tuple[Tensor | None, ...], starts: Tensor | None, chunk: int, gradients: tuple[Tensor, ...] = ()) -> tuple[Tensor, Tensor]:
+def _run(
+    tensors: tuple[Tensor | None, ...], starts: Tensor | None, chunk: int, gradients: tuple[Tensor, ...] = ()
+) -> tuple[Tensor, Tensor]:
     x, dt, A, Bm, Cm, h0, D = tensors
     assert x is not None and dt is not None and A is not None and Bm is not None and Cm is not None
     if starts is not None and dispatch.plain(x) and not x.is_meta:

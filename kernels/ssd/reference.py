@@ -21,7 +21,14 @@ def _skipped(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
 
 
 def ssd_sequential(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, h0: Tensor | None = None, starts: Tensor | None = None, D: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    Bm: Tensor,
+    Cm: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, one step at a time, in the inputs' dtype."""
     B, T, H, P = x.shape

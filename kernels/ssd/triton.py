@@ -91,7 +91,9 @@ def walk(
         c = b * 0 + (chunks - 1 - k if REVERSE else k)
         t = c * Q + q
         x = tl.load(X + (b * x_b + c * Q * x_t + h * x_h) + q[None, :] * x_t + p[:, None], (p < P)[:, None] & (t < T)[None, :], other=0.0)
-        key = tl.load(K + (b * k_b + c * Q * k_t + h // R * k_g) + q[:, None] * k_t + n[None, :], (t < T)[:, None] & (n < N)[None, :], other=0.0)
+        key = tl.load(
+            K + (b * k_b + c * Q * k_t + h // R * k_g) + q[:, None] * k_t + n[None, :], (t < T)[:, None] & (n < N)[None, :], other=0.0
+        )
         row = (b * H + h) * (chunks * Q) + c * Q
         total, end = tl.load(TOTAL + row + q), tl.load(TOTAL + row + Q - 1)
         if REVERSE:
@@ -314,7 +316,8 @@ def key_gradients(
         part = tl.arange(0, PARTS)
         passed = tl.sum(tl.load(PASSED + ((b * chunks + c) * H + h) * parts + part, part < parts, other=0.0), 0)
         before = (added * step).to(tl.float64)
-        leaving = (tl.cumsum(before, 0) - before).to(tl.float32)  # of the inputs before each step: in fp32 a large one would take their digits
+        # of the inputs before each step: in fp32 a large one would take their digits
+        leaving = (tl.cumsum(before, 0) - before).to(tl.float32)
         d_decay = tl.load(AFTER + row + q) + leaving + passed
         tl.store(D_DT + (b * T + t) * H + h, tl.load(WITHIN + row + q) + added + d_decay * tl.load(A + h), t < T)
         tl.store(D_A + (b * chunks + c) * H + h, tl.sum(d_decay * step, 0))

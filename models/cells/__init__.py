@@ -20,13 +20,17 @@ def cell_module(name: str) -> ModuleType:
     if name not in available():
         raise ValueError(f"there is no cell {name!r}; models/cells/ holds {', '.join(available())}.")
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(f"the cell {name!r} cannot be used under this name; rename models/cells/{name}.py to letters, digits and underscores.")
+        raise ValueError(
+            f"the cell {name!r} cannot be used under this name; rename models/cells/{name}.py to letters, digits and underscores."
+        )
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except SyntaxError as reason:
         raise ValueError(f"models/cells/{name}.py is not Python: {reason.msg} in line {reason.lineno}.") from None
     except Exception as reason:  # whatever a file of the user's does
-        raise ValueError(f"models/cells/{name}.py cannot be imported: {type(reason).__name__}: {(str(reason).splitlines() or [''])[0].rstrip('.')}.") from None
+        raise ValueError(
+            f"models/cells/{name}.py cannot be imported: {type(reason).__name__}: {(str(reason).splitlines() or [''])[0].rstrip('.')}."
+        ) from None
 
 
 def load_cell(name: str) -> Cell:
@@ -44,12 +48,16 @@ def bias_init(name: str) -> dict[str, tuple[float, float]]:
     module = cell_module(name)
     given, pre = getattr(module, "BIAS_INIT", {}), Cell.from_step(module.step, name).pre
     if not isinstance(given, dict):
-        raise ValueError(f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(given).__name__}.")
+        raise ValueError(
+            f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(given).__name__}."
+        )
     found = {}
     for argument, value in given.items():
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if argument not in pre:
-            raise ValueError(f"models/cells/{name}.py: BIAS_INIT names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}.")
+            raise ValueError(
+                f"models/cells/{name}.py: BIAS_INIT names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}."
+            )
         if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
             raise ValueError(f"models/cells/{name}.py: BIAS_INIT[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
         found[argument] = (float(pair[0]), float(pair[1]))

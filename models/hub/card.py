@@ -96,7 +96,9 @@ def evaluation_section(page: report.Page, source: Path, evals: Path | None, leng
         held_out = value["perplexity"] if isinstance(value.get("perplexity"), dict) else value
         rows += [[path.name, key, held_out[key]] for key in SHOWN if _number(held_out.get(key))]
         baselines = value.get("baselines") or value.get("baselines_bits_per_byte") or {}
-        rows += [[path.name, f"{name} counts, bits_per_byte", baselines[name]] for name in ("unigram", "bigram") if _number(baselines.get(name))]
+        rows += [
+            [path.name, f"{name} counts, bits_per_byte", baselines[name]] for name in ("unigram", "bigram") if _number(baselines.get(name))
+        ]
         if not curve:
             curve, status = held_out.get("by_position") or [], (value.get("seen") or {}).get("status", status)
     records = {}
@@ -129,7 +131,9 @@ def use_section(page: report.Page, architecture: str, begins: bool, reads: bool)
         'folder = "."  # or the name of this repository',
         f"tokenizer = AutoTokenizer.from_pretrained(folder{code})",
         f"model = AutoModelForCausalLM.from_pretrained(folder{code})",
-        'inputs = tokenizer(tokenizer.bos_token + "The ", return_tensors="pt")' if begins else 'inputs = tokenizer("The ", return_tensors="pt")',
+        'inputs = tokenizer(tokenizer.bos_token + "The ", return_tensors="pt")'
+        if begins
+        else 'inputs = tokenizer("The ", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
     ]
@@ -146,7 +150,14 @@ def use_section(page: report.Page, architecture: str, begins: bool, reads: bool)
 
 
 def write_card(
-    source: Path, out: Path, config: ModelConfig, architecture: str, facts: dict[str, Any], parameters: int, licence: str, evals: Path | None
+    source: Path,
+    out: Path,
+    config: ModelConfig,
+    architecture: str,
+    facts: dict[str, Any],
+    parameters: int,
+    licence: str,
+    evals: Path | None,
 ) -> None:
     """README.md and plots/*.png in `out`. evals: a folder that evals.run wrote, or None."""
     run = facts.get("run", {})
@@ -164,7 +175,9 @@ def write_card(
     else:
         page.say("A base model: not tuned to follow instructions, not filtered, and likely to state what is false.")
     if length:
-        page.say(f"It was trained on sequences of {length} tokens; what it does beyond them must be measured (`python -m evals.run suite=long_context`).")
+        page.say(
+            f"It was trained on sequences of {length} tokens; what it does beyond them must be measured (`python -m evals.run suite=long_context`)."
+        )
     page.say("The full model and training configuration is in `everywhen.json`.")
     page.head("Licence")
     page.say(licence)

@@ -46,7 +46,14 @@ def look(job: dict[str, Any]) -> None:
             found["config"] = model.config.to_dict()
             found["parameters"] = sum(p.numel() for p in model.parameters())
             model.generation_config = GenerationConfig()  # the folder's own may ask for penalties and other choices of tokens
-            text = model.generate(ids[:1], attention_mask=torch.ones_like(ids[:1]), do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], eos_token_id=None)
+            text = model.generate(
+                ids[:1],
+                attention_mask=torch.ones_like(ids[:1]),
+                do_sample=False,
+                max_new_tokens=job["new_tokens"],
+                min_new_tokens=job["new_tokens"],
+                eos_token_id=None,
+            )
             tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
             if job.get("ways"):
                 found["ways"] = ways(model, ids) if found["class"].startswith("Everywhen") else {}

@@ -46,7 +46,8 @@ def compare(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> No
         ids = torch.randint(0, config.vocab_size, (2 if length == SHORT else 1, length), generator=torch.Generator().manual_seed(length))
         found, wanted, rounding = _both(folder, ours, theirs, ids)
         _agree(folder, kind, found, wanted, rounding, f"{length} tokens")
-    if not dynamic and any(m.get("type") == "attention" and m.get("rope", True) for m in mixers):  # dynamic ones depend on what is read at once
+    # dynamic ones depend on what is read at once
+    if not dynamic and any(m.get("type") == "attention" and m.get("rope", True) for m in mixers):
         limit = int(getattr(theirs.config, "max_position_embeddings", 0) or 0)
         far = max(limit - PIECE, border + border // 2, 4 * SHORT)
         ids = torch.randint(0, config.vocab_size, (1, 2 * PIECE), generator=torch.Generator().manual_seed(0))
@@ -141,7 +142,9 @@ def _apart(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor, far: int
 
 def _agree(folder: Path, kind: str, found: Tensor, wanted: Tensor, rounding: float, where: str) -> None:
     if not bool(wanted.isfinite().all()):
-        raise UserError(f"{folder} cannot be imported: its logits are not finite in transformers either, so its weights are damaged; fetch it again.")
+        raise UserError(
+            f"{folder} cannot be imported: its logits are not finite in transformers either, so its weights are damaged; fetch it again."
+        )
     worst, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
     if not worst <= max(RELATIVE * largest, 30 * rounding, 1e-6):
         raise UserError(

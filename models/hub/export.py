@@ -88,7 +88,9 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
         shapes.pop("head.weight")
     wrong = [n for n in shapes if n not in weights.where or weights.shape(n) != shapes[n]]
     if wrong:
-        raise UserError(f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}.")
+        raise UserError(
+            f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}."
+        )
     names = {target.name(ours): ours for ours in shapes}
     kept, each = dtypes(source, model, dtype)
 
@@ -127,7 +129,10 @@ def origin_of(run: dict[str, Any]) -> Path | None:
 
 def _keep_template(origin: Path, tokenizer: Tokenizer, out: Path) -> None:
     """The chat template of the folder that a run started from, where its tokens still are what they were."""
-    if not (origin / "tokenizer.json").is_file() or Tokenizer.from_file(str(origin / "tokenizer.json")).get_vocab() != tokenizer.get_vocab():
+    if (
+        not (origin / "tokenizer.json").is_file()
+        or Tokenizer.from_file(str(origin / "tokenizer.json")).get_vocab() != tokenizer.get_vocab()
+    ):
         return
     path, values = origin / "tokenizer_config.json", out / "tokenizer_config.json"
     template = read_object(path).get("chat_template") if path.is_file() else None
@@ -147,11 +152,15 @@ def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit
     values = tokenizer_config(tokenizer, marks)
     if imported:
         ids = {key: imported.get(f"{key}_id") for key in ("bos_token", "eos_token", "pad_token")}
-        values |= {key: tokenizer.id_to_token(id_) for key, id_ in ids.items() if isinstance(id_, int) and tokenizer.id_to_token(id_) is not None}
+        values |= {
+            key: tokenizer.id_to_token(id_) for key, id_ in ids.items() if isinstance(id_, int) and tokenizer.id_to_token(id_) is not None
+        }
     elif marks.start is not None:
         values["pad_token"] = values["eos_token"]
     values["padding_side"] = "left"
-    write_json(out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})})
+    write_json(
+        out / "tokenizer_config.json", {**values, "clean_up_tokenization_spaces": False, **({"model_max_length": limit} if limit else {})}
+    )
     return marks
 
 
@@ -165,7 +174,14 @@ def verify(pairs: list[tuple[Path, Path]]) -> None:
             jobs.append({"folder": str(folder), "ids": ids.tolist(), "new_tokens": GREEDY, "sample": SAMPLE, "out": f"{scratch}/{i}"})
         Path(scratch, "job.json").write_text(json.dumps({"folders": jobs}))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
-        done = subprocess.run([sys.executable, "-I", str(CHECKER), f"{scratch}/job.json"], cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-I", str(CHECKER), f"{scratch}/job.json"],
+            cwd=scratch,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"The exported folder cannot be loaded by transformers, so nothing was written: {last}")
@@ -214,7 +230,15 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
     return ""
 
 
-def export(checkpoint: str | Path, out: str | Path, *, shard_size: str = "5GB", dtype: str | None = None, licence: str = "apache-2.0", evals: str | None = None) -> Path:
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    shard_size: str = "5GB",
+    dtype: str | None = None,
+    licence: str = "apache-2.0",
+    evals: str | None = None,
+) -> Path:
     """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evals: a folder that evals.run
     wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
     source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
@@ -253,7 +277,9 @@ def main(arguments: list[str] | None = None) -> int:
         if values.push:
             check_name(values.push)
             check_token()
-        folder = export(values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals)
+        folder = export(
+            values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals
+        )
         print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
         if note := without_tokenizer(folder):
             print(f"note: {note}", file=sys.stderr)

@@ -15,8 +15,10 @@ from models.hub.recurrence import HEADER, written
 
 TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}  # by the template, where a mixer or a cell imports them
-IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")  # operations whose reference.py has the same functions
+# by the template, where a mixer or a cell imports them
+PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}
+# operations whose reference.py has the same functions
+IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
     "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",
@@ -51,10 +53,18 @@ class Module:
                         self.definitions[target.id] = node
             elif isinstance(node, ast.ImportFrom):
                 for a in node.names:
-                    self.imports[a.asname or a.name] = (node.module or "", a.name, f"from {node.module} import {a.name}" + (f" as {a.asname}" if a.asname else ""))
+                    self.imports[a.asname or a.name] = (
+                        node.module or "",
+                        a.name,
+                        f"from {node.module} import {a.name}" + (f" as {a.asname}" if a.asname else ""),
+                    )
             elif isinstance(node, ast.Import):
                 for a in node.names:
-                    self.imports[(a.asname or a.name).split(".")[0]] = (a.name, "", f"import {a.name}" + (f" as {a.asname}" if a.asname else ""))
+                    self.imports[(a.asname or a.name).split(".")[0]] = (
+                        a.name,
+                        "",
+                        f"import {a.name}" + (f" as {a.asname}" if a.asname else ""),
+                    )
 
 
 class Flattener:
@@ -154,10 +164,19 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     ]
     title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
     imports = "\n".join(sorted(flat.external))
-    text = "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"
+    text = (
+        "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"
+    )
     body = ast.parse(text).body
     names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    names += [n.id for whole in body if isinstance(whole, ast.Assign) for target in whole.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    names += [
+        n.id
+        for whole in body
+        if isinstance(whole, ast.Assign)
+        for target in whole.targets
+        for n in ast.walk(target)
+        if isinstance(n, ast.Name)
+    ]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"two definitions have one name in the flattened file: {twice}"
     return text

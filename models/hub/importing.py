@@ -111,7 +111,9 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
     if not folder:
         return mapping
     if (Path(str(folder)) / "checkpoints").is_dir() or (Path(str(folder)) / "COMPLETE.json").is_file():
-        raise UserError(f"{folder} is a run or checkpoint of this program; begin from it with train.start_from={folder} and the model= and size= it has.")
+        raise UserError(
+            f"{folder} is a run or checkpoint of this program; begin from it with train.start_from={folder} and the model= and size= it has."
+        )
     if not (Path(str(folder)) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
     found = read_stock_config(Path(str(folder))).to_dict()
@@ -142,7 +144,11 @@ def facts_of(folder: Path, config: ModelConfig) -> dict[str, Any]:
         counts[dtype] = counts.get(dtype, 0) + sizes[name]
     main = max(counts, key=lambda dtype: counts[dtype])
     others = {name: dtype for name, dtype in dtypes.items() if dtype != main}
-    return {**{key: values[key] for key in FACTS if values.get(key) is not None}, "dtype": main, **({"other_dtypes": others} if others else {})}
+    return {
+        **{key: values[key] for key in FACTS if values.get(key) is not None},
+        "dtype": main,
+        **({"other_dtypes": others} if others else {}),
+    }
 
 
 def without_tokenizer(folder: Path) -> str:

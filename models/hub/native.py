@@ -111,7 +111,11 @@ def _family(config: ModelConfig, layers: list[Any]) -> tuple[str, str, str]:
 
 
 def _rope_parameters(mixer: Any) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": mixer.rope_theta, **{k: v for k, v in (mixer.rope_scaling or {}).items() if not _dynamic_length(mixer, k)}}
+    return {
+        "rope_type": "default",
+        "rope_theta": mixer.rope_theta,
+        **{k: v for k, v in (mixer.rope_scaling or {}).items() if not _dynamic_length(mixer, k)},
+    }
 
 
 def _dynamic_length(mixer: Any, key: str) -> bool:
@@ -121,7 +125,11 @@ def _dynamic_length(mixer: Any, key: str) -> bool:
 
 def _positions(mixer: Any, wanted: int) -> int:
     """max_position_embeddings: `wanted`, but where rotary positions follow from it."""
-    return int(mixer.rope_scaling["original_max_position_embeddings"]) if _dynamic_length(mixer, "original_max_position_embeddings") else wanted
+    return (
+        int(mixer.rope_scaling["original_max_position_embeddings"])
+        if _dynamic_length(mixer, "original_max_position_embeddings")
+        else wanted
+    )
 
 
 def _attention(config: ModelConfig, max_positions: int) -> tuple[Stock | None, str]:
@@ -176,7 +184,10 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         ("its attention has a window", attention.window),
         ("its attention has QK-norm", attention.qk_norm),
         ("its attention heads are not d_model / n_heads wide", attention.head_dim not in (0, config.d_model / attention.n_heads)),
-        ("its Mamba-2 shares B and C in several groups, which its norm follows in newer releases of the stock class only", mamba.n_groups > 1),
+        (
+            "its Mamba-2 shares B and C in several groups, which its norm follows in newer releases of the stock class only",
+            mamba.n_groups > 1,
+        ),
         ("the norm inside its Mamba-2 has another epsilon than its other norms", mamba.norm_eps != config.norm_eps),
         ("its step sizes are limited", mamba.dt_limit_min or mamba.dt_limit_max),
     ]

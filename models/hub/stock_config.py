@@ -16,7 +16,17 @@ from training.errors import UserError
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # a config.json that does not say these is not whole
 ATTENTION_SIZES = (*SIZES, "intermediate_size", "num_attention_heads")
-COUNTS = (*ATTENTION_SIZES[:3], "num_attention_heads", "state_size", "head_dim", "n_groups", "mamba_d_state", "mamba_expand", "mamba_n_heads", "mamba_n_groups")
+COUNTS = (
+    *ATTENTION_SIZES[:3],
+    "num_attention_heads",
+    "state_size",
+    "head_dim",
+    "n_groups",
+    "mamba_d_state",
+    "mamba_expand",
+    "mamba_n_heads",
+    "mamba_n_groups",
+)
 KINDS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), ATTENTION_SIZES),
     "mamba2": (*SIZES, "state_size", "head_dim", "n_groups"),
@@ -69,7 +79,9 @@ def read_stock_config(folder: Path) -> ModelConfig:
         if raw.get(key) is None:
             raise UserError(f"{folder / 'config.json'} does not say {key!r}; export or fetch the folder again.")
         if key in COUNTS and (isinstance(raw[key], bool) or not isinstance(raw[key], int) or raw[key] < 1):
-            raise UserError(f"{folder / 'config.json'} says {key} is {raw[key]!r}, which is no number above zero; export or fetch the folder again.")
+            raise UserError(
+                f"{folder / 'config.json'} says {key} is {raw[key]!r}, which is no number above zero; export or fetch the folder again."
+            )
     try:
         if kind == "everywhen":
             return ModelConfig.from_dict(_own(raw))
@@ -99,7 +111,9 @@ def _rope(values: Any, folder: Path, partial: bool = False) -> dict[str, Any]:
     if fraction != 1 and not partial:
         raise UserError(f"{folder} cannot be imported: its rotary positions are partial, which its class does not have.")
     if kind != "default" and kind not in NEEDED:
-        raise UserError(f"{folder} cannot be imported: its rotary positions are of type {kind}; supported are default, {', '.join(NEEDED)}.")
+        raise UserError(
+            f"{folder} cannot be imported: its rotary positions are of type {kind}; supported are default, {', '.join(NEEDED)}."
+        )
     scaling: dict[str, Any] = {}
     if kind != "default":
         if kind == "dynamic":

@@ -85,7 +85,9 @@ def padding(mask_BL: Any, T: int, seen: int) -> Tensor | None:
     if mask_BL is None or (T == 1 and seen):  # one decoded token is text
         return None
     if not isinstance(mask_BL, Tensor) or mask_BL.ndim != 2 or mask_BL.shape[1] < T:
-        raise ValueError("attention_mask must have a row for each sequence and a column for each token (1 text, 0 padding); other masks have no meaning for a recurrence.")
+        raise ValueError(
+            "attention_mask must have a row for each sequence and a column for each token (1 text, 0 padding); other masks have no meaning for a recurrence."
+        )
     text = (mask_BL != 0).to(torch.int32)
     now, before = text[:, -T:], text[:, :-T]
     if seen and bool((before.any(1) & ~now.all(1)).any()):
@@ -155,14 +157,18 @@ class EverywhenModel(EverywhenPreTrainedModel):
         every = [self.norm(x_BTD) if i == len(every) - 1 else x for i, x in enumerate(every)]
         if back is not None:
             every = [taken(x, back) for x in every]
-        output = BaseModelOutputWithPast(last_hidden_state=every[-1], hidden_states=self._chosen(every, output_hidden_states), **{CACHE: cache})
+        output = BaseModelOutputWithPast(
+            last_hidden_state=every[-1], hidden_states=self._chosen(every, output_hidden_states), **{CACHE: cache}
+        )
         as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def _cache(self, cache: Any, use_cache: bool | None) -> Any:
         """The cache of this call, or None."""
         if cache is not None and not isinstance(cache, EverywhenCache):
-            raise ValueError(f"The cache of this model is an {EverywhenCache.__name__}, not a {type(cache).__name__}; give none, and the output has the right one.")
+            raise ValueError(
+                f"The cache of this model is an {EverywhenCache.__name__}, not a {type(cache).__name__}; give none, and the output has the right one."
+            )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return None
         wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache

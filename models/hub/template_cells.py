@@ -61,7 +61,14 @@ def bias_init(name: str) -> Any:
 
 
 def parallel_rnn(
-    cell: Any, pre: Tensor, rec_RD: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor | None = None, emitted: bool = False
+    cell: Any,
+    pre: Tensor,
+    rec_RD: Tensor,
+    h0_BSD: Tensor | None,
+    starts_BT: Tensor | None,
+    *,
+    bias_PD: Tensor | None = None,
+    emitted: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All states (B, T, S, D), with `emitted` only the last one's (B, T, D), and the final states (B, S, D); a document start zeroes the state
     first. pre (B, T, P, D) or (B, T, P, heads, D / heads). Without gradients and on a GPU by the cell's kernel; else in plain torch, over
@@ -107,7 +114,9 @@ def walk_on_gpu(cell: Any, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor 
     return states, final
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor) -> Any:
+def ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B_: Tensor, C_: Tensor, h0: Tensor | None, starts: Tensor | None, *, chunk: int, D_H: Tensor
+) -> Any:
     """Mamba-2's scan and skip: without gradients and on a GPU in kernels, else in plain torch in chunks of time."""
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, dt, A, B_, C_, D_H, h0))
     if SCAN and not learning and x.shape[1] and can_scan(x):

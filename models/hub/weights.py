@@ -76,7 +76,9 @@ class Weights:
             raise UserError(f"{folder} holds neither {stem}.safetensors nor {INDEX if stem == 'model' else f'{stem}.index.json'}.")
         for name, file in [*self.where.items(), *((n, part[0]) for n, (_, parts) in self.cut.items() for part in parts)]:
             if name not in self._names(file):
-                raise UserError(f"{folder / file} does not hold the tensor {name} that the index promises; fetch or export the folder again.")
+                raise UserError(
+                    f"{folder / file} does not hold the tensor {name} that the index promises; fetch or export the folder again."
+                )
 
     def _read_cut(self, path: Path) -> None:
         """The index of a checkpoint of several ranks; every element has to be there once."""
@@ -194,7 +196,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], cancel: threading.Even
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
-        for part in (len(text).to_bytes(8, "little") + text, *(tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values())):
+        for part in (
+            len(text).to_bytes(8, "little") + text,
+            *(tensor.contiguous().view(-1).view(torch.uint8).numpy() for tensor in tensors.values()),
+        ):
             view = memoryview(part)
             for i in range(0, len(view), BLOCK):
                 if cancel is not None and cancel.is_set():

@@ -302,7 +302,10 @@ class Mixer(SequenceMixer):
         first = max(0, cached - (self.config.window - 1)) if self.config.window else 0
         segments = state.segments_BC[:, first:cached]
         return State(
-            state.k_BGCK[:, :, first:cached], state.v_BGCK[:, :, first:cached], segments if bool(segments.any()) else None, cached + state.offset
+            state.k_BGCK[:, :, first:cached],
+            state.v_BGCK[:, :, first:cached],
+            segments if bool(segments.any()) else None,
+            cached + state.offset,
         )
 
     @staticmethod

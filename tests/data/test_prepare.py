@@ -153,7 +153,8 @@ def test_interrupted_from_the_keyboard_is_a_sentence_and_goes_on(tmp_path: Path)
     write_jsonl(tmp_path / "a.jsonl", TEXTS * 6)
     words = [f"input={tmp_path / 'a.jsonl'}", "tokenizer=bytes", f"out={tmp_path / 'o'}"]
     slow = "import data.prepare as p, data.encode as e, time, sys; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.1), f(*a))[1]; sys.exit(p.main())"
-    slow = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {slow}"  # a job in the background of a shell ignores it
+    # a job in the background of a shell ignores it
+    slow = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {slow}"
     process = subprocess.Popen(
         [sys.executable, "-c", slow, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

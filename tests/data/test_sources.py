@@ -89,7 +89,11 @@ def test_values_of_a_json_file_are_found_wherever_it_is_cut(tmp_path: Path, monk
         kind = rng.randrange(7 if depth < 3 else 5)
         if kind < 5:
             return [None, rng.randrange(10**6), rng.random(), rng.choice(["", "a]b,{", 'q"\\', "漢🙂"]), True][kind]
-        return [value(depth + 1) for _ in range(rng.randrange(4))] if kind == 5 else {f"k{i}": value(depth + 1) for i in range(rng.randrange(4))}
+        return (
+            [value(depth + 1) for _ in range(rng.randrange(4))]
+            if kind == 5
+            else {f"k{i}": value(depth + 1) for i in range(rng.randrange(4))}
+        )
 
     for block in (1, 2, 7, 1000):
         monkeypatch.setattr(records, "BLOCK", block)
@@ -121,7 +125,16 @@ def test_a_folder_says_what_is_left_out_and_why(tmp_path: Path, capsys: pytest.C
     (root / "sub" / "loop").symlink_to(root / "sub")
     (root / "again.txt").symlink_to(root / "a.txt")
     (root / "gone.txt").symlink_to(tmp_path / "nowhere")
-    for path in (".hidden.txt", "._a.parquet", ".ipynb_checkpoints/a.txt", "__MACOSX/a.txt", "picture.png", "all.zip", "README", "x.tar.gz"):
+    for path in (
+        ".hidden.txt",
+        "._a.parquet",
+        ".ipynb_checkpoints/a.txt",
+        "__MACOSX/a.txt",
+        "picture.png",
+        "all.zip",
+        "README",
+        "x.tar.gz",
+    ):
         (root / path).write_text("no")
     os.mkfifo(root / "pipe.txt")
     found = list_files(str(root))
@@ -163,12 +176,18 @@ def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsy
     fields = "(the fields there are id, content, body, title, 1 of 2 columns; set text_field)"
     assert f"left out, 4 no field 'text' {fields}: first in {folder / 'b.parquet'}" in said
     assert f"left out, 1 not a Parquet file: {folder / 'c.parquet'}" in said
-    assert f"left out, 1 row of a table whose quotes do not match: {folder / 'l.csv'}" in said and f"left out, 1 no text (it holds zero bytes): {folder / 'i.txt'}" in said
+    assert (
+        f"left out, 1 row of a table whose quotes do not match: {folder / 'l.csv'}" in said
+        and f"left out, 1 no text (it holds zero bytes): {folder / 'i.txt'}" in said
+    )
     for name in ("d.jsonl.gz", "e.jsonl.xz", "f.txt.zst", "g.txt.bz2"):
         assert any("file that cannot be read (" in line and line.endswith(str(folder / name)) for line in said.splitlines()), (name, said)
     meta = json.loads((tmp_path / "o" / "meta.json").read_text())
     assert meta["bad_records"]["not UTF-8"] == 1 and len(meta["left_out"]) == 9
-    for name, words in (("c.parquet", "cannot be read to its end: not a Parquet file"), ("k.csv", "the fields there are body, title; set text_field")):
+    for name, words in (
+        ("c.parquet", "cannot be read to its end: not a Parquet file"),
+        ("k.csv", "the fields there are body, title; set text_field"),
+    ):
         assert main([f"input={folder / name}", f"out={tmp_path / 'p'}", "tokenizer=bytes"]) == 2
         assert words in capsys.readouterr().err
     assert main([f"input={folder}", f"out={tmp_path / 'p'}", "tokenizer=bytes", "strict=true"]) == 2
@@ -177,7 +196,10 @@ def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsy
 
 def test_a_file_that_was_edited_without_a_change_of_size_is_not_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in").mkdir()
-    file, words = tmp_path / "in" / "a.txt", [f"input={tmp_path / 'in'}", f"out={tmp_path / 'o'}", f"tokenizer={tmp_path / 'tokenizer.json'}"]
+    file, words = (
+        tmp_path / "in" / "a.txt",
+        [f"input={tmp_path / 'in'}", f"out={tmp_path / 'o'}", f"tokenizer={tmp_path / 'tokenizer.json'}"],
+    )
     from data.tokenizer import byte_tokenizer
 
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
@@ -220,7 +242,9 @@ def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_pa
         ("b.csv", b"id,body\n1,x\n", "no field 'text' (the fields there are id, body; set text_field)"),
     ],
 )
-def test_a_file_without_text_ends_in_a_sentence(name: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_text_ends_in_a_sentence(
+    name: str, content: bytes | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert main([f"input={tmp_path / name}", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 2
@@ -231,7 +255,8 @@ def test_inputs_may_have_commas_and_brackets_in_their_names(tmp_path: Path) -> N
     for name in ("a,b.txt", "c[1].txt"):
         (tmp_path / name).write_text(name)
         assert main([f"input={tmp_path / name}", f"out={tmp_path / name}.out", "tokenizer=bytes"]) == 0
-    assert main([f"input={tmp_path / 'c[1].txt'},", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 0  # a comma at the end is no other input
+    # a comma at the end is no other input
+    assert main([f"input={tmp_path / 'c[1].txt'},", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 0
     assert ShardSet(tmp_path / "o", "train").n_documents == 1
 
 
@@ -243,7 +268,9 @@ def test_shards_inside_the_folder_that_is_read_are_no_text(tmp_path: Path, capsy
     assert list_files(str(tmp_path)).left_out == {"token shards, which are no text": [str(tmp_path / "shards")]}
 
 
-@pytest.mark.parametrize("name,words", [("a.txt", "input={} out=runs/data/a"), ("in", "input={} out=runs/data/in"), ("none", "input=demo out={} ")])
+@pytest.mark.parametrize(
+    "name,words", [("a.txt", "input={} out=runs/data/a"), ("in", "input={} out=runs/data/in"), ("none", "input=demo out={} ")]
+)
 def test_text_in_the_place_of_shards_is_said_to_be_prepared_first(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for path in ("a.txt", "in/b.txt"):

@@ -198,4 +198,6 @@ def test_cells_are_judged_over_thousands_of_answers_and_can_have_the_published_s
     values = {"layers": 1, "batch": 64, "steps": 0, "length": 100}
     assert settings_of("mqar", "paragru", values)["batch"] == 128
     published = settings_of("mqar", "paragru", values | {"published": True})
-    assert {key: published[key] for key in PUBLISHED} == PUBLISHED and published["steps"] * published["batch"] == 3000 * published["samples"]
+    assert {key: published[key] for key in PUBLISHED} == PUBLISHED and published["steps"] * published["batch"] == 3000 * published[
+        "samples"
+    ]

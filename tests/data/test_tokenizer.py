@@ -25,13 +25,17 @@ from tests.hub.folders import checkpoint
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "over", "the", "fox", "<", "s", ">", "/"]
 TEXT = "the fox over <s> " * 20
 PLAIN = ["the", "fox", "over", "<", "s", ">"] * 20
-ATTENTION = ModelConfig(vocab_size=16, d_model=16, n_layers=1, d_ff=32, pattern=["attention"], mixers={"attention": {"type": "attention", "n_heads": 2}})
+ATTENTION = ModelConfig(
+    vocab_size=16, d_model=16, n_layers=1, d_ff=32, pattern=["attention"], mixers={"attention": {"type": "attention", "n_heads": 2}}
+)
 
 
 def awkward() -> Tokenizer:
     """Adds [CLS] and [SEP], cuts after 16 ids, pads to 20, and has tokens for the begin and the end of a text."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Split("<", "isolated")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(), pre_tokenizers.Split("<", "isolated")]
+    )
     tokenizer.add_special_tokens([AddedToken(w, special=True) for w in WORDS[1:5]])
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     tokenizer.enable_truncation(16)
@@ -52,7 +56,13 @@ LLAMA = {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}}
 
 @pytest.mark.parametrize(
     "named, marks",
-    [(LLAMA, (3, 4)), ({"bos_token": "</s>", "eos_token": "</s>"}, (4, None)), ({"eos_token": "<s>"}, (3, None)), ({"bos_token": None}, (4, None)), ({"bos_token": "[new]"}, (4, None))],
+    [
+        (LLAMA, (3, 4)),
+        ({"bos_token": "</s>", "eos_token": "</s>"}, (4, None)),
+        ({"eos_token": "<s>"}, (3, None)),
+        ({"bos_token": None}, (4, None)),
+        ({"bos_token": "[new]"}, (4, None)),
+    ],
 )
 def test_a_folder_says_what_stands_around_its_documents(named: dict[str, Any], marks: tuple[int, int | None], tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "c", **named)
@@ -68,7 +78,9 @@ def test_every_reader_of_text_gives_the_ids_that_prepare_wrote(tmp_path: Path) -
     assert main([f"input={tmp_path / 'a.jsonl'}", f"out={tmp_path / 'shards'}", f"tokenizer={folder}", "valid_docs=[1]"]) == 0
     shards = ShardSet(tmp_path / "shards", "train")
     assert shards.document(0)[0].tolist() == [3, *inner, 4] and shards.marks == Marks(3, 4)
-    assert shards.coder().encode(TEXT, start=True) == [3, *inner] == coder_of(shards.tokenizer(), tmp_path / "shards").encode(TEXT, start=True)
+    assert (
+        shards.coder().encode(TEXT, start=True) == [3, *inner] == coder_of(shards.tokenizer(), tmp_path / "shards").encode(TEXT, start=True)
+    )
 
     writer = Writer({**DEFAULTS, "checkpoint": str(folder), "prompt": TEXT, "device": "cpu"})
     assert writer.ids(TEXT) == [3, *inner] and writer.ids(TEXT, start=False) == inner and {3, 4} <= set(writer.stop_ids)

@@ -41,9 +41,7 @@ def mamba2() -> Any:
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
     torch.manual_seed(0)
-    config = Mamba2Config(
-        hidden_size=32, head_dim=16, num_heads=4, state_size=8, n_groups=1, chunk_size=16, pad_token_id=0, **HF
-    )
+    config = Mamba2Config(hidden_size=32, head_dim=16, num_heads=4, state_size=8, n_groups=1, chunk_size=16, pad_token_id=0, **HF)
     return loud(Mamba2ForCausalLM(config))
 
 

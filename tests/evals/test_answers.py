@@ -19,9 +19,23 @@ from evals.tasks import Sample, Task, after_question
 
 def sentencepiece_like() -> Tokenizer:
     """As Llama-2's and Mistral's: a mark for each space and one before every text, bytes for what is not in the vocabulary."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127)), "is", "▁is", "▁T", "▁pass", "ke"]
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{i:02X}>" for i in range(256)),
+        "▁",
+        *map(chr, range(33, 127)),
+        "is",
+        "▁is",
+        "▁T",
+        "▁pass",
+        "ke",
+    ]
     merges = [("i", "s"), ("▁", "is"), ("▁", "T"), ("k", "e")]
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])

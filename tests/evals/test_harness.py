@@ -82,7 +82,14 @@ def requests(*arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance("loglikelihood", {}, args, i) for i, args in enumerate(arguments)]
 
 
-PAIRS = [("A question?", " yes"), ("A question?", " no"), ("", "alone"), ("It ends in spaces  ", "here"), ("x" * 40, " and more of it"), ("b", "c")]
+PAIRS = [
+    ("A question?", " yes"),
+    ("A question?", " no"),
+    ("", "alone"),
+    ("It ends in spaces  ", "here"),
+    ("x" * 40, " and more of it"),
+    ("b", "c"),
+]
 TEXTS = [("One text of some length.",), ("b",), ("and another " * 9,)]
 
 

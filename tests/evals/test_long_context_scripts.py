@@ -18,7 +18,9 @@ from training.files import write_json
 
 
 def settings(shards: Path, out: Path, **more: Any) -> dict[str, Any]:
-    values = long_context_study.DEFAULTS | {"data": str(shards), "out": str(out), "size": "cpu", "device": "cpu", "tokens": 4 * 512.0} | more
+    values = (
+        long_context_study.DEFAULTS | {"data": str(shards), "out": str(out), "size": "cpu", "device": "cpu", "tokens": 4 * 512.0} | more
+    )
     long_context_study.settle(values, False)
     return values
 
@@ -81,7 +83,9 @@ def test_mistakes_of_both_are_sentences(tmp_path: Path, demo_shards: Path) -> No
         bench_long_context.main(["models=lstm"])
 
 
-def test_the_bench_writes_every_pass_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bench_writes_every_pass_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(bench_long_context.MODELS, "small", ({"type": "mamba2", "d_state": 8, "head_dim": 16}, 1))
     words = ["models=small", "width=16", "device=cpu", "chunk=64", f"out={tmp_path}/million.json"]
     bench_long_context.main([*words, "lengths=100"])

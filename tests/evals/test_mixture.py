@@ -63,10 +63,17 @@ def test_without_held_out_documents_nothing_is_evaluated_and_that_is_said(train:
     assert open_held_out(none) is None
     done = train("run", *SMALL, f"data.path={none}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert done.stdout.count(f"{none} has no held-out documents, so this run is not evaluated; prepare the data with valid_fraction above zero.") == 1
+    assert (
+        done.stdout.count(
+            f"{none} has no held-out documents, so this run is not evaluated; prepare the data with valid_fraction above zero."
+        )
+        == 1
+    )
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["perplexity"] is None
     for suite in ("perplexity", "quick"):
-        done = run_program(["-m", "evals.run", f"checkpoint={tmp_path / 'run'}", f"suite={suite}", f"data={none}", f"out={tmp_path / suite}"])
+        done = run_program(
+            ["-m", "evals.run", f"checkpoint={tmp_path / 'run'}", f"suite={suite}", f"data={none}", f"out={tmp_path / suite}"]
+        )
         assert "has no held-out documents" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 

@@ -131,7 +131,9 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     text = Text(rng.integers(0, 256, sum(sizes)), "test", starts=starts)
     decode = own_coder(byte_tokenizer()).decode
     chosen = text.documents(9, 30, decode)
-    assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[starts].tolist()
+    assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[
+        starts
+    ].tolist()
     found, total, tokens = document_perplexity(adapter, chosen, chunk=8, batch=2), 0.0, 0
     for ids, _ in chosen:
         with torch.no_grad():

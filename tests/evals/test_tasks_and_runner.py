@@ -193,7 +193,8 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
 def test_bad_models_are_one_sentence_each(pages: Path) -> None:
     adapter = own_adapter()
     bench = suites.Bench(
-        adapter, suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages))
+        adapter,
+        suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages)),
     )
     assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in bench.items()] == ["done"] * len(bench.items())
     with torch.no_grad():
@@ -211,7 +212,9 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
 
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
     adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
-    chosen = suites.Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages))
+    chosen = suites.Settings(
+        suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages)
+    )
     items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in suites.Bench(adapter, chosen).items()}
     assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
@@ -226,7 +229,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, pages: Path, tmp_path: Path) -> None:
-    words = [f"checkpoint={hf_folder}", "suite=quick", "train_length=64", "max_length=256", "lengths=320", "samples=1", "depths=1", "rows=1"]
+    words = [
+        f"checkpoint={hf_folder}",
+        "suite=quick",
+        "train_length=64",
+        "max_length=256",
+        "lengths=320",
+        "samples=1",
+        "depths=1",
+        "rows=1",
+    ]
     done = run_ranks(2, ["-m", "evals.run", *words, "device=cpu", f"out={tmp_path}", f"text={pages}"])
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
@@ -235,7 +247,9 @@ def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, pag
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 
 
-def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_writes_a_report_and_goes_on(
+    hf_folder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [
         f"checkpoint={hf_folder},{hf_folder}",
         "suite=quick",
@@ -259,7 +273,9 @@ def test_the_command_line_writes_a_report_and_goes_on(hf_folder: Path, pages: Pa
     write_report(tmp_path)
 
 
-def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(
+    hf_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [f"checkpoint={tmp_path}/nowhere,{hf_folder}", "suite=state_tracking", "device=cpu", f"out={tmp_path}/out"]
     assert main(words) == 0
     said = capsys.readouterr().out

@@ -218,7 +218,9 @@ def test_perplexity_of_a_text_or_of_several_models_is_a_suite(tmp_path: Path) ->
     for words in ({"text": str(path)}, {"checkpoint": "a,b"}):
         assert not by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None, **words})
     assert by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None})
-    items = Bench(own_adapter("m", d_model=16, n_layers=1), Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)).items()
+    items = Bench(
+        own_adapter("m", d_model=16, n_layers=1), Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)
+    ).items()
     assert [item.name for item in items] == ["documents", "position-prose"]
     found = [item.run(lambda a, b: None) for item in items]
     assert all(result["text"]["sha256"] == corpus_of_file(path).sha256 for result in found) and found[0]["bits_per_byte"] > 0

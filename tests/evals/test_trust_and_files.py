@@ -49,7 +49,11 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = custom(model.config, 64)
     write_code(model.config, folder)
     (folder / "config.json").write_text(json.dumps(target.config))
-    shaped = {target.name(k): v[:, None] if k.endswith("conv1d.weight") else v for k, v in model.state_dict().items() if k != "head.weight" or not model.config.tie_embeddings}
+    shaped = {
+        target.name(k): v[:, None] if k.endswith("conv1d.weight") else v
+        for k, v in model.state_dict().items()
+        if k != "head.weight" or not model.config.tie_embeddings
+    }
     save_file({k: v.contiguous() for k, v in shaped.items()}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -148,14 +152,19 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> Any:
     return closed.append
 
 
-def test_results_of_a_read_only_checkpoint_go_elsewhere(read_only: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_of_a_read_only_checkpoint_go_elsewhere(
+    read_only: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "a" / "run" / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
     values = {"suite": "perplexity", "out": None}
     assert where_to_write(values, folder) == folder / "eval-perplexity.json"
     read_only(tmp_path / "a")
-    assert where_to_write(values, folder) == Path("runs/evals/run-step-00000010/eval-perplexity.json") and "cannot be written to" in capsys.readouterr().out
+    assert (
+        where_to_write(values, folder) == Path("runs/evals/run-step-00000010/eval-perplexity.json")
+        and "cannot be written to" in capsys.readouterr().out
+    )
     assert where_to_write({**values, "out": str(tmp_path / "b" / "x.json")}, folder) == tmp_path / "b" / "x.json"
     with pytest.raises(UserError, match="cannot be written to .* out="):
         where_to_write({**values, "out": str(tmp_path / "a" / "x.json")}, folder)
@@ -178,7 +187,9 @@ def test_a_suite_is_refused_before_anything_is_measured(hf_folder: Path, tmp_pat
         (["checkpoint=x", "suite=quick", "trust_remote_code=yes"], "trust_remote_code must be true or false"),
     ],
 )
-def test_more_mistakes_are_sentences(words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_mistakes_are_sentences(
+    words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2 and part in capsys.readouterr().err
 
@@ -212,7 +223,12 @@ def test_places_of_a_row_are_named_by_what_they_hold(capsys: pytest.CaptureFixtu
     result = Perplexity(nll_nats=1.0, tokens=5, bytes=5, length=5)
     bucket_sums(np.ones((1, 5)), 0, result.by_position)
     assert [(b["from"], b["to"], b["tokens"]) for b in result.to_dict()["by_position"]] == [(0, 0, 1), (1, 1, 1), (2, 3, 2), (4, 4, 1)]
-    report = {"checkpoint": "x", "text": {"name": "y"}, "seen": {"status": "held out"}, "baselines_bits_per_byte": {"unigram": 1.0, "bigram": 1.0}}
+    report = {
+        "checkpoint": "x",
+        "text": {"name": "y"},
+        "seen": {"status": "held out"},
+        "baselines_bits_per_byte": {"unigram": 1.0, "bigram": 1.0},
+    }
     program._show({**report, **result.to_dict()}, Path("z"))
     shown = capsys.readouterr().out
     assert "0-1" not in shown and "1-1" not in shown and "\n  2-3 " in shown and "(held out)" in shown
@@ -221,14 +237,30 @@ def test_places_of_a_row_are_named_by_what_they_hold(capsys: pytest.CaptureFixtu
 def grid(length: int, accuracy: float) -> dict[str, Any]:
     beside = {"chance": 1e-5, "copies the end": 0.25}
     cells = [{"depth": d, "accuracy": accuracy, "n": 4, "low": 0, "high": 1, "prompt_tokens": length} for d in (0.25, 0.75)]
-    return {"task": "passkey", "length": length, "cells": cells, "accuracy": accuracy, "n": 8, "low": 0.0, "high": 1.0, "without_reading": beside}
+    return {
+        "task": "passkey",
+        "length": length,
+        "cells": cells,
+        "accuracy": accuracy,
+        "n": 8,
+        "low": 0.0,
+        "high": 1.0,
+        "without_reading": beside,
+    }
 
 
 def write_items(out: Path, model: str, results: list[tuple[str, str, dict[str, Any]]]) -> None:
     about = {"kind": "k", "parameters": 1, "train_length": 4, "carry": "chunks", "precision": "fp32"}
     (out / model / "items").mkdir(parents=True, exist_ok=True)
     for name, kind, result in results:
-        record = {"item": name, "kind": kind, "status": "done", "result": result, "model": about, "environment": {"device": "cpu", "torch": "2", "commit": "c"}}
+        record = {
+            "item": name,
+            "kind": kind,
+            "status": "done",
+            "result": result,
+            "model": about,
+            "environment": {"device": "cpu", "torch": "2", "commit": "c"},
+        }
         (out / model / "items" / f"{name}.json").write_text(json.dumps(record))
 
 
@@ -260,7 +292,10 @@ def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -
     assert remembrance_figure(plt, [("a", {"length": 8, "curve": curve})]) == b"png"
     assert 0.05 < kept[-1].axes[0].get_ylim()[1] < 0.06
     assert grids_figure(plt, {"a": [grid(256, 0.0), grid(512, 0.0)]}, "t") is None
-    assert grids_figure(plt, {"a": [grid(256, 0.5)], "b": [grid(256, 0.0), grid(512, 0.2)], "c": [grid(512, 1.0)], "d": [grid(256, 0.1)]}, "t") == b"png"
+    assert (
+        grids_figure(plt, {"a": [grid(256, 0.5)], "b": [grid(256, 0.0), grid(512, 0.2)], "c": [grid(512, 1.0)], "d": [grid(256, 0.1)]}, "t")
+        == b"png"
+    )
     panels = [axes for axes in kept[-1].axes if axes.get_visible() and axes.images]
     assert [axes.get_title() for axes in panels] == ["a", "b", "c", "d"]
     assert len({(axes.images[0].norm.vmin, axes.images[0].norm.vmax, axes.get_xlim()) for axes in panels}) == 1

@@ -48,7 +48,9 @@ def check(folder: Path, name: str, device: str) -> None:
     with torch.no_grad():
         expected = torch.stack([ours(row[keep.bool()][None]).logits[0, -1] for row, keep in zip(ids, mask)])
         given = theirs(ids.to(device), attention_mask=mask.to(device)).logits[:, -1].cpu()
-        new = [theirs.generate(ids[1:].to(device), max_new_tokens=5, do_sample=False, use_cache=c, eos_token_id=None) for c in (True, False)]
+        new = [
+            theirs.generate(ids[1:].to(device), max_new_tokens=5, do_sample=False, use_cache=c, eos_token_id=None) for c in (True, False)
+        ]
     gap = float((given - expected).abs().max())
     assert gap < 1e-4 and torch.equal(*new) and len(walked) > 5, (name, gap, len(walked))
     if scans:  # a GPU with less shared memory

@@ -79,7 +79,13 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer({"errors": [], "warnings": []})
         if m := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/.+", path):
             files = [f["path"] for f in json.loads(body)["files"]]
-            return self._answer({"files": [{"path": f, "uploadMode": "lfs" if f.endswith(".safetensors") else "regular", "shouldIgnore": False} for f in files]})
+            return self._answer(
+                {
+                    "files": [
+                        {"path": f, "uploadMode": "lfs" if f.endswith(".safetensors") else "regular", "shouldIgnore": False} for f in files
+                    ]
+                }
+            )
         if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             objects = [{"oid": o["oid"], "size": o["size"]} for o in json.loads(body)["objects"]]
             for o in objects:
@@ -96,7 +102,9 @@ class Handler(BaseHTTPRequestHandler):
             files = list(hub.repositories[m[1]])
             if "/tree/" in path or "/paths-info/" in path:
                 return self._answer([])
-            return self._answer({"id": m[1], "modelId": m[1], "sha": "a" * 40, "private": False, "tags": [], "siblings": [{"rfilename": f} for f in files]})
+            return self._answer(
+                {"id": m[1], "modelId": m[1], "sha": "a" * 40, "private": False, "tags": [], "siblings": [{"rfilename": f} for f in files]}
+            )
         return self._answer({"error": "not found"}, 404, X_Error_Code="RepoNotFound")
 
     def _blob(self, oid: str, body: bytes, part: str | None) -> None:
@@ -131,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 new[entry["value"]["path"]] = hub.blobs[entry["value"]["oid"]]
         hub.repositories[name].update(new)
-        return self._answer({"success": True, "commitUrl": f"{hub.address}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40, "hookOutput": ""})
+        return self._answer(
+            {"success": True, "commitUrl": f"{hub.address}/{name}/commit/{'a' * 40}", "commitOid": "a" * 40, "hookOutput": ""}
+        )
 
     do_GET = do_POST = do_PUT = do_HEAD = _any

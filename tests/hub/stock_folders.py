@@ -9,7 +9,14 @@ import torch
 
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3}
 ATTENTION = {**SMALL, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.2}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 BAMBA = {**ATTENTION, "hidden_size": 48, "attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_state": 7, "mamba_chunk_size": 5}
 
@@ -18,21 +25,39 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**ATTENTION, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
     "llama3": ("Llama", {**ATTENTION, "head_dim": 16, "rope_parameters": LLAMA3, "max_position_embeddings": 512}),
     "llama_linear": ("Llama", {**ATTENTION, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama_dynamic": ("Llama", {**ATTENTION, "max_position_embeddings": 80, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama_dynamic": (
+        "Llama",
+        {**ATTENTION, "max_position_embeddings": 80, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    ),
     "llama_yarn": ("Llama", {**ATTENTION, "head_dim": 16, "max_position_embeddings": 256, "rope_parameters": YARN}),
-    "llama_yarn_scaled": ("Llama", {**ATTENTION, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 8, "truncate": False}}),
+    "llama_yarn_scaled": (
+        "Llama",
+        {**ATTENTION, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 8, "truncate": False}},
+    ),
     "llama_biased": ("Llama", {**ATTENTION, "attention_bias": True, "hidden_act": "swish"}),
     "mistral": ("Mistral", {**ATTENTION, "sliding_window": 9}),
     "mistral_full": ("Mistral", {**ATTENTION, "sliding_window": None}),
-    "ministral": ("Ministral", {**ATTENTION, "head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "ministral": (
+        "Ministral",
+        {**ATTENTION, "head_dim": 8, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "qwen2": ("Qwen2", {**ATTENTION, "tie_word_embeddings": True}),
     "qwen2_window": ("Qwen2", {**ATTENTION, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {**ATTENTION, "tie_word_embeddings": True}),
-    "qwen3_window": ("Qwen3", {**ATTENTION, "attention_bias": True, "head_dim": 10, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    "qwen3_window": (
+        "Qwen3",
+        {**ATTENTION, "attention_bias": True, "head_dim": 10, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+    ),
     "qwen3_yarn": ("Qwen3", {**ATTENTION, "head_dim": 16, "rope_parameters": YARN}),
     "smollm3": ("SmolLM3", {**ATTENTION, "num_hidden_layers": 4, "pad_token_id": 2}),
-    "smollm3_window": ("SmolLM3", {**ATTENTION, "num_hidden_layers": 4, "pad_token_id": 2, "use_sliding_window": True, "sliding_window": 9, "attention_bias": True}),
-    "mamba2": ("Mamba2", {**SMALL, "num_heads": 6, "head_dim": 12, "state_size": 7, "n_groups": 2, "chunk_size": 5, "time_step_limit": (0.0, 0.3)}),
+    "smollm3_window": (
+        "SmolLM3",
+        {**ATTENTION, "num_hidden_layers": 4, "pad_token_id": 2, "use_sliding_window": True, "sliding_window": 9, "attention_bias": True},
+    ),
+    "mamba2": (
+        "Mamba2",
+        {**SMALL, "num_heads": 6, "head_dim": 12, "state_size": 7, "n_groups": 2, "chunk_size": 5, "time_step_limit": (0.0, 0.3)},
+    ),
     "bamba": ("Bamba", {**BAMBA, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
     "bamba_scaled": ("Bamba", {**BAMBA, "attention_bias": True, "rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.75}}),
 }

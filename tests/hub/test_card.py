@@ -17,7 +17,13 @@ def test_the_card_holds_training_evaluation_and_plots(tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "hf"
     source = checkpoint(run / "checkpoints" / "step-30", FAMILIES["llama"])
     facts = {
-        "run": {"name": "mine", "seed": 7, "data": {"path": {"shards/books": 0.3, "web": 0.7}}, "train": {"seq_len": 512, "global_batch": 32}, "optim": {"lr": 0.003}},
+        "run": {
+            "name": "mine",
+            "seed": 7,
+            "data": {"path": {"shards/books": 0.3, "web": 0.7}},
+            "train": {"seq_len": 512, "global_batch": 32},
+            "optim": {"lr": 0.003},
+        },
         "state": {"tokens": 491520, "step": 30},
     }
     for name, value in facts.items():
@@ -32,7 +38,18 @@ def test_the_card_holds_training_evaluation_and_plots(tmp_path: Path) -> None:
     out.mkdir()
     write_folder(source, out, "fp32", 10**9, "mit", tmp_path / "evals" / "run")
     card = (out / "README.md").read_text()
-    for part in ("license: mit", "LlamaForCausalLM", "books (0.3), web (0.7)", "491,520 in 30 steps", "lr 0.003", "1.23", "9.75", "3.457", "512 tokens", "n_kv_heads 2"):
+    for part in (
+        "license: mit",
+        "LlamaForCausalLM",
+        "books (0.3), web (0.7)",
+        "491,520 in 30 steps",
+        "lr 0.003",
+        "1.23",
+        "9.75",
+        "3.457",
+        "512 tokens",
+        "n_kv_heads 2",
+    ):
         assert part in card, part
     for name in ("loss", "held_out"):
         assert f"plots/{name}.png" in card and (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")

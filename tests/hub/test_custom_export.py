@@ -34,7 +34,12 @@ FAMILIES = {
         d_model=48,
         n_layers=4,
         pattern=["g", "m", "w", "a"],
-        mixers={"g": {**GRU, "cell": "gru"}, "m": MAMBA, "w": {**ATTENTION, "window": 7, "qkv_bias": True, "rope_scaling": YARN}, "a": {**ATTENTION, "rope": False}},
+        mixers={
+            "g": {**GRU, "cell": "gru"},
+            "m": MAMBA,
+            "w": {**ATTENTION, "window": 7, "qkv_bias": True, "rope_scaling": YARN},
+            "a": {**ATTENTION, "rope": False},
+        },
     ),
 }
 

@@ -112,7 +112,9 @@ def test_the_loss_counts_what_it_is_told(model: Any) -> None:
     torch.testing.assert_close(model(ids, labels=labels).loss, sums / 10)
     torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=40).loss, sums / 40)
     torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=torch.tensor(40)).loss, sums / 40)
-    torch.testing.assert_close(model(ids, labels=labels, shift_labels=labels).loss, F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten()))
+    torch.testing.assert_close(
+        model(ids, labels=labels, shift_labels=labels).loss, F.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
@@ -144,7 +146,9 @@ def test_text_goes_on_after_padding_and_from_a_cache(model: Any, name: str) -> N
         mask = torch.cat([F.pad(torch.ones_like(alone), pads), torch.ones(1, 10, dtype=torch.long)])
         for cached in (True, False):
             assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=cached, **options)[0, 10:], wanted[0, 7:])
-    out = model.generate(alone, attention_mask=torch.ones_like(alone), return_dict_in_generate=True, output_scores=True, output_hidden_states=True, **options)
+    out = model.generate(
+        alone, attention_mask=torch.ones_like(alone), return_dict_in_generate=True, output_scores=True, output_hidden_states=True, **options
+    )
     assert torch.equal(out.sequences, wanted) and len(out.scores) == 6 and len(out.hidden_states) == 6
     cache = model(alone, use_cache=True).past_key_values
     kept = copy.deepcopy(cache)
@@ -153,7 +157,9 @@ def test_text_goes_on_after_padding_and_from_a_cache(model: Any, name: str) -> N
     torch.testing.assert_close(second, model(longer).logits[:, 7:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model(longer[:, 7:], past_key_values=kept).logits, second)
     torch.manual_seed(0)
-    many = model.generate(alone, attention_mask=torch.ones_like(alone), do_sample=True, num_return_sequences=3, max_new_tokens=4, pad_token_id=0)
+    many = model.generate(
+        alone, attention_mask=torch.ones_like(alone), do_sample=True, num_return_sequences=3, max_new_tokens=4, pad_token_id=0
+    )
     assert many.shape[0] == 3
     if name != "llama":
         with pytest.raises(ValueError, match="The cache of this model"):
@@ -258,7 +264,10 @@ def test_a_new_model_of_the_config_is_drawn_as_in_pretraining(model: Any, name: 
     down = new.get_parameter("model.layers.1.mlp.down.weight")
     assert 0.006 < float(down.std()) < 0.01  # 0.02 / sqrt(2 * 3)
     if name == "paragru":
-        assert 1 < float(new.get_parameter("model.layers.0.mixer.cell_bias").std()) and float(new.get_parameter("model.layers.0.residual_scale").std()) == 0
+        assert (
+            1 < float(new.get_parameter("model.layers.0.mixer.cell_bias").std())
+            and float(new.get_parameter("model.layers.0.residual_scale").std()) == 0
+        )
     source = tmp_path / "partly"
     model.save_pretrained(source)
     tensors = load_file(source / "model.safetensors")
@@ -283,7 +292,13 @@ class Rows(torch.utils.data.Dataset):
 
 def collated(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     length = max(len(r["input_ids"]) for r in rows)
-    parts = [(F.pad(r["input_ids"], (0, length - len(r["input_ids"]))), F.pad(torch.ones_like(r["input_ids"]), (0, length - len(r["input_ids"])))) for r in rows]
+    parts = [
+        (
+            F.pad(r["input_ids"], (0, length - len(r["input_ids"]))),
+            F.pad(torch.ones_like(r["input_ids"]), (0, length - len(r["input_ids"]))),
+        )
+        for r in rows
+    ]
     ids, mask = (torch.stack(p) for p in zip(*parts))
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 

@@ -46,7 +46,9 @@ def test_a_published_kind_of_llama_is_taken_over_whole(tmp_path: Path) -> None:
         found, wanted = ours(ids).logits, theirs(ids).logits
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()  # with frequencies rounded in another way: 5e-5
     prompt = ids[:, :9]
-    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None)
+    text = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=64, min_new_tokens=64, eos_token_id=None
+    )
     assert torch.equal(generate(ours, prompt, 64, temperature=0), text)
     assert end_ids(import_folder(folder, back)) == [2, 7]
     (tmp_path / "out").mkdir()

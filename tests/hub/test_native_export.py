@@ -33,7 +33,12 @@ FAMILIES = {
     "qwen3": config({**ATTENTION, "qk_norm": True}),
     "mamba2": config(MAMBA, d_ff=0, tie_embeddings=True),
     "bamba": ModelConfig(
-        vocab_size=269, d_model=48, n_layers=5, d_ff=72, pattern=["m", "m", "a"], mixers={"m": {**MAMBA, "n_groups": 1}, "a": {**ATTENTION, "rope_theta": 700.0}}
+        vocab_size=269,
+        d_model=48,
+        n_layers=5,
+        d_ff=72,
+        pattern=["m", "m", "a"],
+        mixers={"m": {**MAMBA, "n_groups": 1}, "a": {**ATTENTION, "rope_theta": 700.0}},
     ),
 }
 

@@ -15,7 +15,9 @@ from tests.conftest import ROOT, environment, run_program
 from tests.hub.hub_server import Hub
 from training.errors import UserError
 
-SHORT_WAITS = "import sys, time; wait = time.sleep; time.sleep = lambda s: wait(min(s, 0.02)); from models.hub.push import main; sys.exit(main())"
+SHORT_WAITS = (
+    "import sys, time; wait = time.sleep; time.sleep = lambda s: wait(min(s, 0.02)); from models.hub.push import main; sys.exit(main())"
+)
 
 
 def push(hub: Hub, folder: Path, name: str, token: str | None = "right") -> subprocess.CompletedProcess[str]:
@@ -34,7 +36,9 @@ def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
     (folder / "README.md").write_text("# a model\n")
     for i in range(3):
         save_file({"x": torch.full((7, 11), float(i))}, folder / f"model-0000{i + 1}-of-00003.safetensors")
-    early = run_program(["-m", "models.hub.export", str(folder), str(tmp_path / "x"), "--push", "org/x"], HF_TOKEN="", HF_HOME=str(tmp_path / "none"))
+    early = run_program(
+        ["-m", "models.hub.export", str(folder), str(tmp_path / "x"), "--push", "org/x"], HF_TOKEN="", HF_HOME=str(tmp_path / "none")
+    )
     assert early.returncode == 2 and "no Hub token" in early.stderr  # before anything is exported
     for token, name, part in ((None, "org/tiny", "no Hub token"), ("wrong", "org/tiny", "write access"), ("right", "tiny", "org/name")):
         refused = push(hub, folder, name, token)

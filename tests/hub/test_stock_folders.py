@@ -57,7 +57,15 @@ def test_greedy_text_is_transformers_beyond_the_borders(name: str, tmp_path: Pat
     model = LanguageModel(config).eval()
     model.load_state_dict(tensors, strict=False)
     prompt = torch.randint(0, 101, (1, 60), generator=torch.Generator().manual_seed(1))
-    text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=30, min_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    text = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=30,
+        min_new_tokens=30,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     assert torch.equal(generate(model, prompt, 30, temperature=0), text)
     with torch.no_grad():
         decoder = Decoder(model, model(prompt, state=model.init_state(1)).state, 100, fused=False)
@@ -87,7 +95,9 @@ def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path)
         one, two = (load_file(f / "model.safetensors") for f in (folder, out))
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) and one[k].dtype == two[k].dtype for k in one), name
         before, after = (json.loads((f / "config.json").read_text()) for f in (folder, out))
-        wrong = {k: (v, after[k]) for k, v in before.items() if k in after and k not in ("hidden_act", "max_window_layers") and after[k] != v}
+        wrong = {
+            k: (v, after[k]) for k, v in before.items() if k in after and k not in ("hidden_act", "max_window_layers") and after[k] != v
+        }
         wrong.pop("initializer_range", None)
         assert not wrong and after["dtype"] == "bfloat16", (name, wrong)
         assert {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*")} == {0o644}
@@ -107,7 +117,11 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "scaling ignored": ("llama3", {}, {"rope_scaling": {}}),
     "linear scaling ignored": ("llama_linear", {}, {"rope_scaling": {}}),
     "dynamic scaling ignored": ("llama_dynamic", {}, {"rope_scaling": {}}),
-    "a factor of yarn ignored": ("llama_yarn_scaled", {}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+    "a factor of yarn ignored": (
+        "llama_yarn_scaled",
+        {},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
     "another theta": ("bamba", {}, {"rope_theta": 10000.0}),
     "partial positions ignored": ("bamba", {}, {"rope_fraction": 1.0}),
     "an epsilon of QK-norm": ("qwen3", {}, {"qk_norm_eps": 1e-2}),
@@ -157,7 +171,10 @@ def test_rotary_positions_are_found_in_either_place(name: str, old: bool, tmp_pa
     wanted = logits(folder, ids)
     values = json.loads((folder / "config.json").read_text())
     rope = values.pop("rope_parameters")
-    values |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {"type" if old and k == "rope_type" else k: v for k, v in rope.items()}}
+    values |= {
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": {"type" if old and k == "rope_type" else k: v for k, v in rope.items()},
+    }
     if not old:
         values["rope_parameters"] = {"rope_type": "default"}
     (folder / "config.json").write_text(json.dumps(values))
@@ -196,7 +213,9 @@ def test_what_goes_without_saying_is_said(tmp_path: Path, capsys: pytest.Capture
 
     with pytest.raises(UserError, match="AutoTokenizer.from_pretrained"):
         load_model(folder)
-    monkeypatch.setattr(Path, "read_text", lambda path, *a, **k: "MemAvailable: 1 kB" if str(path) == "/proc/meminfo" else open(path).read())
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, *a, **k: "MemAvailable: 1 kB" if str(path) == "/proc/meminfo" else open(path).read()
+    )
     assert main([str(folder), str(tmp_path / "c")]) == 2
     assert "verify=false" in capsys.readouterr().err
 

@@ -24,7 +24,19 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
-SWITCHES = {"HAS_RESET": True, "EVEN": True, "GIVEN": False, "PRODUCT": False, "WITH_MARKS": True, "SLICED": True, "WITH_KEPT": False, "DEPENDENT": True, "ROWS": launch.ROWS, "MOST_SLICES": 32, "DEEP": 3}
+SWITCHES = {
+    "HAS_RESET": True,
+    "EVEN": True,
+    "GIVEN": False,
+    "PRODUCT": False,
+    "WITH_MARKS": True,
+    "SLICED": True,
+    "WITH_KEPT": False,
+    "DEPENDENT": True,
+    "ROWS": launch.ROWS,
+    "MOST_SLICES": 32,
+    "DEEP": 3,
+}
 GOLDEN = Path(__file__).with_name("resources.json")
 D = 2048
 
@@ -56,15 +68,35 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
         cell = next(c for c in cells() if c.name == name)
         module = launch.kernels(cell, ahead, back, "ptx", "bfloat16")
         P = len(cell.pre)
-        constants = {**SWITCHES, "D": D, "HEAD": D // 4, "ST": P * D // 4, "SP": D // 4, "D_ST": P * D // 4, "D_SP": D // 4, "MARK": launch.MARK, "STRETCH": launch.STRETCH}
+        constants = {
+            **SWITCHES,
+            "D": D,
+            "HEAD": D // 4,
+            "ST": P * D // 4,
+            "SP": D // 4,
+            "D_ST": P * D // 4,
+            "D_SP": D // 4,
+            "MARK": launch.MARK,
+            "STRETCH": launch.STRETCH,
+        }
         out[name] = {}
         for kernel in codegen.KERNELS:
             fn, columns = getattr(module, kernel), launch.COLUMNS if kernel == "shoot" else launch.BLOCK
             constants["BD"], tile = columns, columns * (launch.ROWS if kernel == "shoot" else 1)
             signature = {a: "constexpr" if a in constants else kind(a) for a in fn.arg_names}
-            aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a] not in ("constexpr", "fp32") and a != "n"}
-            source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)})
+            aligned = {
+                (i,): [["tt.divisibility", 16]]
+                for i, a in enumerate(fn.arg_names)
+                if signature[a] not in ("constexpr", "fp32") and a != "n"
+            }
+            source = ASTSource(
+                fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned
+            )
+            made = triton.compile(
+                source,
+                target=GPUTarget("cuda", 90, 32),
+                options={"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)},
+            )
             assert ".target sm_90" in made.asm["ptx"]
             out[name][kernel] = {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
     print(json.dumps(out))

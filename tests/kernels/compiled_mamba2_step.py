@@ -30,7 +30,9 @@ def made(dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, 
     BP, BN = tile(B, H, P, N)
     constants = {"HAS_STARTS": starts, "W": 4, "BP": BP, "BN": BN}
     signature = {
-        a: "constexpr" if a in constants else KINDS.get(a) or (f"*{dtype}" if a in ACTIVATIONS else "*fp32" if a.isupper() and len(a) > 1 else "i32")
+        a: "constexpr"
+        if a in constants
+        else KINDS.get(a) or (f"*{dtype}" if a in ACTIVATIONS else "*fp32" if a.isupper() and len(a) > 1 else "i32")
         for a in step.arg_names
     }
     aligned = [i for i, a in enumerate(step.arg_names) if a not in constants and a not in ODD and signature[a] != "fp32"]

@@ -37,7 +37,15 @@ def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
         if name in constants:
             return "constexpr"
         if name.isupper() and len(name) > 1 or name in "XYHQ":
-            return {"STARTS": "*u8", "LABELS": "*i64", "POSITIONS": "*i64", "EPS": "fp32", "FACTOR": "fp32", "SLICE": "i32", "ROWS": "i32"}.get(name, "*fp32" if name in FP32 else "*bf16")
+            return {
+                "STARTS": "*u8",
+                "LABELS": "*i64",
+                "POSITIONS": "*i64",
+                "EPS": "fp32",
+                "FACTOR": "fp32",
+                "SLICE": "i32",
+                "ROWS": "i32",
+            }.get(name, "*fp32" if name in FP32 else "*bf16")
         return "i32"
 
     aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and name not in ODD and kind(name) != "fp32"]

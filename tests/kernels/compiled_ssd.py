@@ -50,11 +50,15 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
             return f"*{dtype}"
         if argument in STATES:
             return "*fp32" if wide else "*bf16"
-        return {"STARTS": "*u8", "DOCUMENT": "*i32", "LOST": "*i32"}.get(argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32")
+        return {"STARTS": "*u8", "DOCUMENT": "*i32", "LOST": "*i32"}.get(
+            argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32"
+        )
 
     signature = {a: "i32" if a in ("T", "H", "R", "P", "N") else kind(a) for a in fn.arg_names}
     aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in ("T", "R", "chunks", "blocks", "starts_t", "dt_h")]
-    source = ASTSource(fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(
+        fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
     warps, stages = (s.walk_warps, s.walk_stages) if walk else (4, 1) if name.startswith(("prepare", "recover")) else (s.warps, 3)
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
     assert ".target sm_90" in kernel.asm["ptx"]
@@ -62,7 +66,9 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
 
 
 def main(dtype: str, P: int, N: int, golden: bool) -> None:
-    out = {name: made(name, dtype, P, N) for name in ("prepare", "walk", "walk_back", "outputs", "recover", "query_gradients", "key_gradients")}
+    out = {
+        name: made(name, dtype, P, N) for name in ("prepare", "walk", "walk_back", "outputs", "recover", "query_gradients", "key_gradients")
+    }
     print(json.dumps(out))
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, P, N], "kernels": out}, indent=1) + "\n")

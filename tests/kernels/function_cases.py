@@ -35,6 +35,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked": lambda x: x * (x != 1) + (x <= -1).to(x.dtype), "lerp": lambda x: torch.lerp(x, 0.5 * x, torch.sigmoid(x)), "nothing": lambda x: 0.0 * x,
     "same": lambda x: x - x, "one": lambda x: x / x,
 }  # fmt: skip
+
+
 def many(x: Pre, y: Pre, a: Rec, b: Rec, c: State, h: State) -> tuple[Tensor, ...]:
     """Most of what lowers, in one cell."""
     z = F.softplus(x + a * h, 2.0)
@@ -89,7 +91,10 @@ def evaluate(x: Tensor, short: str, maths: str, slopes: bool = False) -> dict[st
 def truth(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """(values, derivatives) in float64; tails without torch's own cancellation."""
     x = x.double().requires_grad_()
-    tails = {"gelu": lambda x: x * 0.5 * torch.special.erfc(-x / 2**0.5), "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3))}
+    tails = {
+        "gelu": lambda x: x * 0.5 * torch.special.erfc(-x / 2**0.5),
+        "gelu_tanh": lambda x: x * torch.sigmoid(1.5957691216057308 * (x + 0.044715 * x**3)),
+    }
     y = tails.get(name, FUNCTIONS[name])(x)
     return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
@@ -98,7 +103,9 @@ def points(n: int) -> Tensor:
     """fp32 numbers: all sizes of both signs, the range in which functions bend, multiples of pi, kinks, zeros, infinities, NaN."""
     sizes = torch.logspace(-37.9, 38.5, n, dtype=torch.float64)
     near = torch.linspace(-105, 105, n, dtype=torch.float64)
-    exact = torch.tensor([0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 3.0, -3.0, 6.0, 20.0, TINY, -TINY, HUGE, -HUGE, INF, -INF, NAN], dtype=torch.float64)
+    exact = torch.tensor(
+        [0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 3.0, -3.0, 6.0, 20.0, TINY, -TINY, HUGE, -HUGE, INF, -INF, NAN], dtype=torch.float64
+    )
     return torch.cat([sizes, -sizes, near, near / 20, torch.pi * torch.arange(1, 40, dtype=torch.float64) / 2, exact]).float()
 
 
@@ -151,7 +158,10 @@ def elsewhere() -> None:
         decode_step.cell_step(cell, u[:1], weight, pre[row, 0].contiguous(), rec, one)
         assert torch.allclose(one.double(), wanted[0][row : row + 1], rtol=3e-6, atol=0), "decoding"
     plain, kernels, _ = written([cell])
-    module = launch.load_source("exported", "\n\n\n".join(["import torch\nimport triton\nimport triton.language as tl\n\njit = triton.jit", *plain, *kernels]) + "\n")
+    module = launch.load_source(
+        "exported",
+        "\n\n\n".join(["import torch\nimport triton\nimport triton.language as tl\n\njit = triton.jit", *plain, *kernels]) + "\n",
+    )
     states, final = torch.empty(2, T, S, D), torch.empty(2, S, D)
     module.kernel_many[(1, 2)](pre, rec, state, states, states, final, T, D, *pre.stride()[:3], HAS_STARTS=False, BLOCK=8)
     assert torch.allclose(states.double(), torch.stack(wanted, 1), rtol=2e-5, atol=1e-7) and torch.equal(final, states[:, -1]), "exported"

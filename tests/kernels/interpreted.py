@@ -50,7 +50,11 @@ def check(name: str) -> None:
             loop, end = reference.sequential(cell, *rough, starts)
             found = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
             rounding = [0.0 if b is None else gap(a, b) for a, b in zip(found, wanted)]
-        inputs = [leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2), *(x.detach().float() for x in leaves[1:]), starts]
+        inputs = [
+            leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
+            *(x.detach().float() for x in leaves[1:]),
+            starts,
+        ]
         launch.last_report()
         emitted, kept, end, marks = launch.forward(cell, *inputs, slices=slices, borders=True)
         report, got = launch.last_report(), op.joined(emitted, kept)
@@ -67,7 +71,9 @@ def check(name: str) -> None:
         assert gap(again, got.double()) < (1e-4 if low else 1e-5), f"{case}: states from marks {gap(again, got.double()):.1e}"
         start, total, left = launch.adjoint(cell, *inputs, emitted, kept, *op.parts(d_states.to(dtype)))
         (wanted_start,) = torch.autograd.grad((reference.sequential(cell, *leaves, starts)[0] * d_states).sum(), leaves[2:])
-        assert gap(start, wanted_start) < (1e-2 if low else 1e-3 if weight > 1 else 1e-4), f"{case}: adjoint of the states alone {gap(start, wanted_start):.1e}"
+        assert gap(start, wanted_start) < (1e-2 if low else 1e-3 if weight > 1 else 1e-4), (
+            f"{case}: adjoint of the states alone {gap(start, wanted_start):.1e}"
+        )
         before = reference.previous(got.double(), leaves[2], starts).detach()
         J = reference.jacobian(cell, inputs[0].double(), leaves[1].detach(), before, starts)
         if len(cell.state) == 1:  # else a bound that is not the same in slices
@@ -100,16 +106,28 @@ def at_once(cell: Cell) -> None:
         inputs = pre[:, :, :, None], rec.float(), h0.float(), starts
         launch.last_report()
         emitted, kept, end, marks = launch.shoot(cell, launch.ShootPlan(inputs[0], len(cell.state), True), *inputs, borders=True)
-        report, allowed, case = launch.last_report(), 1e-3 if dtype == torch.float16 else 1e-5, f"{cell.name} at once T={T} weight={weight} {dtype}"
+        report, allowed, case = (
+            launch.last_report(),
+            1e-3 if dtype == torch.float16 else 1e-5,
+            f"{cell.name} at once T={T} weight={weight} {dtype}",
+        )
         assert gap(op.joined(emitted, kept), states) < allowed and gap(end, final) < allowed, case
         again = op.joined(*launch.restore(cell, pre, *inputs[1:], marks))
         assert gap(again, op.joined(emitted, kept).double()) < allowed, f"{case}: states from marks"
-        assert all(torch.equal(a, b) for a, b in zip(launch.shoot(cell, launch.ShootPlan(inputs[0], len(cell.state), False), *inputs)[:3], (emitted, kept, end))) or T > 16, f"{case}: without marks"
+        assert (
+            all(
+                torch.equal(a, b)
+                for a, b in zip(launch.shoot(cell, launch.ShootPlan(inputs[0], len(cell.state), False), *inputs)[:3], (emitted, kept, end))
+            )
+            or T > 16
+        ), f"{case}: without marks"
         assert report["residual"] <= 1e-5 and (report["sequential"] > 0) == (shots == 0), (case, report)
         assert not trace(cell).linear or shots == 0 or report["corrections"] <= 2, (case, report)
     launch.SHOTS = 8
     long = inputs[0].repeat(1, 13, 1, 1, 1)  # as many steps as a problem needs to be solved so by itself
-    assert torch.equal(launch.forward(cell, long, *inputs[1:])[2], launch.shoot(cell, launch.ShootPlan(long, len(cell.state), False), long, *inputs[1:])[2])
+    assert torch.equal(
+        launch.forward(cell, long, *inputs[1:])[2], launch.shoot(cell, launch.ShootPlan(long, len(cell.state), False), long, *inputs[1:])[2]
+    )
 
 
 def heads(cell: Cell) -> None:
@@ -160,7 +178,11 @@ def walks_that_meet() -> None:
         rec, h0 = torch.zeros(0, 6), torch.full((2, 1, 6), size)
         states, final = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
         emitted, _, end, _ = launch.forward(cell, pre, rec, h0, None, slices=3)
-        assert gap(emitted / size, states[:, :, -1] / size) < 1e-5 and gap(end / size, final / size) < 1e-5 and launch.last_report()["sequential"] == 0
+        assert (
+            gap(emitted / size, states[:, :, -1] / size) < 1e-5
+            and gap(end / size, final / size) < 1e-5
+            and launch.last_report()["sequential"] == 0
+        )
 
 
 def rectified(a: Pre, x: Pre, h: State) -> tuple[torch.Tensor, ...]:

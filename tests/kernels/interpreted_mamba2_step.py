@@ -22,7 +22,9 @@ def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, low: float, 
     before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
     wanted = written_out(*arguments, low, high)
     found = mamba2_step(*arguments, low, high)
-    assert all(torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor)))), "an input was written over"
+    assert all(torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor)))), (
+        "an input was written over"
+    )
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
     for name, a, b in zip(("y", "past", "ssm"), found, wanted):
         rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0

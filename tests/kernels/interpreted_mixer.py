@@ -99,7 +99,9 @@ def documents_that_are_not_finite() -> None:
     for inputs in (x, bad):
         leaves = [t.clone().requires_grad_() for t in (inputs, past)]
         y = short_conv(*leaves, weight, bias, starts, True)
-        found.append([y[:, others], *(g[:, others] if g.shape[1] == 19 else g for g in torch.autograd.grad(y[:, others].square().sum(), leaves))])
+        found.append(
+            [y[:, others], *(g[:, others] if g.shape[1] == 19 else g for g in torch.autograd.grad(y[:, others].square().sum(), leaves))]
+        )
     for a, b in zip(*found):
         assert torch.equal(a, b) and a.isfinite().all()
 

@@ -14,7 +14,17 @@ NAMES = ("x", "dt", "A", "B", "C", "h0", "D")
 
 
 def problem(
-    B: int, T: int, H: int, P: int, G: int, N: int, *, dtype: torch.dtype = torch.float32, starts: float = 0.0, decay: float = 1.0, device: str = "cpu"
+    B: int,
+    T: int,
+    H: int,
+    P: int,
+    G: int,
+    N: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    starts: float = 0.0,
+    decay: float = 1.0,
+    device: str = "cpu",
 ) -> tuple[list[Tensor], Tensor | None]:
     """x, B and C are parts of one tensor, as in the model. decay: largest dt A; half of the steps decay by a thousandth of that."""
     g = torch.Generator().manual_seed(T * 7 + P)

@@ -47,7 +47,17 @@ def test_kernels_in_the_interpreter(first: int) -> None:
 def test_kernels_on_a_gpu(tmp_path: Path) -> None:
     """New cells each time, as many as half an hour allows; their lines run them again."""
     out, processes = tmp_path / "cells.json", str(max(1, (os.cpu_count() or 2) - 2))
-    command = [sys.executable, "-m", "tests.kernels.generate.cells", "--cases", "100", "--first", str(secrets.randbelow(10**8)), "--device", "cuda"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.kernels.generate.cells",
+        "--cases",
+        "100",
+        "--first",
+        str(secrets.randbelow(10**8)),
+        "--device",
+        "cuda",
+    ]
     subprocess.run([*command, "--processes", processes, "--seconds", "1500", "--out", str(out)], cwd=ROOT, check=False, timeout=2400)
     rows = json.loads(out.read_text())["rows"]
     assert not [f"{r['again']}: {r['problems']}" for r in rows if r["problems"]]
@@ -98,7 +108,9 @@ def valleys(T: int, D: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["falls and grows", "falls and latches", "falls and grows with inputs", "gates of e^-16.5", "inputs of 1e-8", "jumps"])
+@pytest.mark.parametrize(
+    "kind", ["falls and grows", "falls and latches", "falls and grows with inputs", "gates of e^-16.5", "inputs of 1e-8", "jumps"]
+)
 def test_small_states_count(kind: str, dtype: torch.dtype) -> None:
     """Cases that a certificate relative to 1 + |state| took for solved: each slice starts from nothing, and so do they."""
     g = torch.Generator().manual_seed(0)

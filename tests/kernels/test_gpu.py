@@ -126,7 +126,8 @@ def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
     d_emitted = torch.ones_like(states[:, :, -1])
     found = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
     wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
-    for a, b in zip(found[: 3 if len(cell.state) == 1 else 2], wanted):  # what is left of states that mix is a bound, not the same in slices
+    # what is left of states that mix is a bound, not the same in slices
+    for a, b in zip(found[: 3 if len(cell.state) == 1 else 2], wanted):
         assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 
@@ -136,7 +137,9 @@ def test_every_function_of_a_step_on_a_dense_grid(short: str, maths: str) -> Non
     """fp32 numbers of every size and sign, each 8191st there is."""
     bits = torch.arange(-(1 << 31), 1 << 31, 8191, dtype=torch.int64, device="cuda")
     x = bits.to(torch.int32).view(torch.float32)
-    function_cases.check(torch.cat([x[(x.abs() >= function_cases.TINY) | x.isnan()], function_cases.points(20_000).cuda()]), [(short, maths)])
+    function_cases.check(
+        torch.cat([x[(x.abs() >= function_cases.TINY) | x.isnan()], function_cases.points(20_000).cuda()]), [(short, maths)]
+    )
 
 
 def test_beyond_int32_elements() -> None:
@@ -146,5 +149,7 @@ def test_beyond_int32_elements() -> None:
     pre = torch.zeros(1, (1 << 20) + 64, 2, 1088, device="cuda", dtype=torch.bfloat16)  # 2.3e9 elements
     pre[:, -100:].normal_()
     states, _ = parallel_rnn(cell, pre, torch.zeros(0, 1088, device="cuda"))
-    tail, _ = reference.sequential(cell, pre[:, -100:].double(), torch.zeros(0, 1088, device="cuda").double(), torch.zeros_like(pre[:, 0, :1]).double(), None)
+    tail, _ = reference.sequential(
+        cell, pre[:, -100:].double(), torch.zeros(0, 1088, device="cuda").double(), torch.zeros_like(pre[:, 0, :1]).double(), None
+    )
     assert (states[:, -100:] - tail).abs().max() < 2e-2

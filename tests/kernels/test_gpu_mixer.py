@@ -82,7 +82,9 @@ def test_swiglu(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     compare(swiglu(*given), swiglu_reference.swiglu(*fine), given, fine, dtype)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("shape", [(1, 1), (2, 77, 33), (5, 2048), (3, 1500, 768)])
 def test_residual(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]) -> None:
     given = leaves(shape, shape, (shape[-1],), dtypes=[*dtypes, torch.float32])

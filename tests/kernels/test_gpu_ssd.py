@@ -26,7 +26,11 @@ def compare(sizes: tuple[int, ...], **options: Any) -> tuple[list[torch.Tensor],
     return answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final), dy
 
 
-@pytest.mark.parametrize("sizes", [(2, 300, 4, 64, 2, 128), (1, 1, 2, 64, 1, 64), (1, 70, 6, 24, 2, 40), (2, 129, 3, 96, 1, 16), (1, 200, 2, 128, 1, 64)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(2, 300, 4, 64, 2, 128), (1, 1, 2, 64, 1, 64), (1, 70, 6, 24, 2, 40), (2, 129, 3, 96, 1, 16), (1, 200, 2, 128, 1, 64)],
+    ids=str,
+)
 @pytest.mark.parametrize(("decay", "starts"), [(1.0, 0.0), (50.0, 0.05), (0.01, 0.02)])
 def test_fp32(sizes: tuple[int, ...], decay: float, starts: float) -> None:
     found, wanted, _ = compare(sizes, decay=decay, starts=starts)
@@ -82,7 +86,8 @@ def test_widths_and_layouts_of_every_dtype(dtype: torch.dtype, widths: tuple[int
     dy, d_final = torch.randn(tensors[0].shape, device="cuda").to(dtype), torch.randn(tensors[5].shape, device="cuda")
     found, wanted = answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)
     for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
-        rounding = 0.0 if dtype == torch.float32 else max(distance(b.to(dtype), b), torch.finfo(dtype).eps / 5)  # of few numbers it may be less
+        # of few numbers it may be less
+        rounding = 0.0 if dtype == torch.float32 else max(distance(b.to(dtype), b), torch.finfo(dtype).eps / 5)
         limit = (1.75 if name in ("y", "dx", "dB", "dC") else 3.0) * rounding + (1e-4 if name not in ("y", "final") else 1e-5)
         assert distance(a, b) <= limit, f"{name}: {distance(a, b):.1e}, of which rounding {rounding:.1e}"
 

@@ -41,7 +41,11 @@ def test_derivatives_are_autograds(name: str) -> None:
     found = functions[1](x.detach(), x.detach(), torch.ones_like(x))[0].expand_as(x)
     clear = ~x.isnan() & (x != 0 if name == "where" else x == x)  # autograd's own 0 * inf, see below
     sixth = name == "hardsigmoid"  # torch's is that of fp32
-    assert torch.allclose(found[clear], wanted[clear], rtol=1e-7 if sixth else 1e-9, atol=3e-9, equal_nan=True), (x[clear], found[clear], wanted[clear])
+    assert torch.allclose(found[clear], wanted[clear], rtol=1e-7 if sixth else 1e-9, atol=3e-9, equal_nan=True), (
+        x[clear],
+        found[clear],
+        wanted[clear],
+    )
 
 
 def test_a_branch_not_taken_leaks_nothing() -> None:
@@ -63,7 +67,10 @@ def test_nothing_that_may_be_nan_is_simplified() -> None:
         return (0.0 * h + (x - x) + x / x + torch.zeros_like(h) * x,)
 
     cell = Cell.from_step(step)
-    x, h = torch.tensor([[[[INF, NAN, 0.0, 2.0]]]], dtype=torch.float64).flatten(2, 2), torch.tensor([[[1.0, 1.0, 1.0, INF]]], dtype=torch.float64)
+    x, h = (
+        torch.tensor([[[[INF, NAN, 0.0, 2.0]]]], dtype=torch.float64).flatten(2, 2),
+        torch.tensor([[[1.0, 1.0, 1.0, INF]]], dtype=torch.float64),
+    )
     out, _ = parallel_rnn(cell, x, torch.zeros(0, 4, dtype=torch.float64), h)
     assert out.isnan().all()
 
@@ -182,7 +189,9 @@ def test_a_cell_that_is_not_lowered_says_so_once_and_differentiates_twice() -> N
         warnings.simplefilter("always")
         for _ in range(2):
             states, _ = parallel_rnn(cell, pre, torch.zeros(0, 3, dtype=torch.float64))
-    assert ["Cell softened runs as a loop in plain torch: torch's special_i0 cannot be lowered to a kernel."] == [str(w.message) for w in caught]
+    assert ["Cell softened runs as a loop in plain torch: torch's special_i0 cannot be lowered to a kernel."] == [
+        str(w.message) for w in caught
+    ]
     oracle, _ = reference.sequential(cell, pre, torch.zeros(0, 3, dtype=torch.float64), torch.zeros(1, 1, 3, dtype=torch.float64), None)
     twice = []
     for s in (states, oracle):
@@ -194,7 +203,9 @@ def test_a_cell_that_is_not_lowered_says_so_once_and_differentiates_twice() -> N
 def test_names_do_not_collide() -> None:
     """With those of generated code, of a bias, of Triton, of torch."""
 
-    def step(x: Pre, tl: Pre, torch_: Pre, bias_x: Rec, v1_: Rec, g_h: Pre, triton: Rec, x0: State, d: State, h: State) -> tuple[Tensor, ...]:
+    def step(
+        x: Pre, tl: Pre, torch_: Pre, bias_x: Rec, v1_: Rec, g_h: Pre, triton: Rec, x0: State, d: State, h: State
+    ) -> tuple[Tensor, ...]:
         x0 = torch.tanh(x + bias_x * h) * tl
         d = torch.sigmoid(torch_ + v1_ * d) * (1 - torch.sigmoid(torch_ + v1_ * d))
         return x0, d, torch.tanh(g_h + triton * h + x0 * d)
@@ -225,7 +236,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 HEAD = "import torch\nfrom kernels.parallel_rnn.cell import Pre, Rec, State\n"
 BROKEN = {
     "bare": ("def step(x: Pre, h: State): return torch.tanh(x + h)", r"must return a tuple of its 1 new state, (h,), not a bare tensor."),
-    "bare_in_a_loop": ("def step(x: Pre, h: State): return torch.lgamma(x + h)", "must return a tuple of its 1 new state, (h,), not a bare tensor."),
+    "bare_in_a_loop": (
+        "def step(x: Pre, h: State): return torch.lgamma(x + h)",
+        "must return a tuple of its 1 new state, (h,), not a bare tensor.",
+    ),
     "too_many": ("def step(x: Pre, h: State): return x, h", "must return a tuple of its 1 new state, (h,), not 2 values."),
     "too_few": ("def step(x: Pre, c: State, h: State): return (x + h,)", "must return a tuple of its 2 new states, (c, h), not 1 values."),
     "none": ("def step(x: Pre, h: State): pass", "not None."),
@@ -239,14 +253,32 @@ BROKEN = {
     "nothing": ("def stop(x: Pre, h: State): return (x,)", "has no function `step`"),
     "number": ("step = 3", "its step must be a function, not a int."),
     "syntax": ("def step(x: Pre, h: State) return (x,)", "is not Python: expected ':' in line 3."),
-    "imports": ("import nowhere_to_be_found\ndef step(x: Pre, h: State): return (x,)", "cannot be imported: ModuleNotFoundError: No module named 'nowhere_to_be_found'."),
+    "imports": (
+        "import nowhere_to_be_found\ndef step(x: Pre, h: State): return (x,)",
+        "cannot be imported: ModuleNotFoundError: No module named 'nowhere_to_be_found'.",
+    ),
     "wrong_name": ("def step(x: Pre, h: State): return (x + hh,)", "its step fails with NameError: name 'hh' is not defined."),
     "in_place": ("def step(x: Pre, h: State):\n    h += x\n    return (h,)", "its step changes its argument 'h' in place"),
-    "undone": ("def step(x: Pre, h: State):\n    z = torch.tanh(x + h)\n    z *= 0.5\n    return (z,)", "its step cannot be differentiated, it fails with RuntimeError: one of"),
-    "maximum": ("def step(x: Pre, h: State): return (torch.maximum(x + h, 0.5),)", "its step fails with TypeError: maximum(): argument 'other'"),
-    "whole": ("def step(x: Pre, h: State): return ((torch.lgamma(x + h) > 0).int(),)", "must be a tensor of floating point numbers, not torch.int32."),
-    "bias": ("BIAS_INIT = {'q': 1.0}\ndef step(x: Pre, h: State): return (x + h,)", "BIAS_INIT names 'q', which is no Pre argument of its step; these are x."),
-    "biases": ("BIAS_INIT = {'x': (1.0, 2.0, 3.0)}\ndef step(x: Pre, h: State): return (x + h,)", "BIAS_INIT['x'] must be a number or a pair of numbers"),
+    "undone": (
+        "def step(x: Pre, h: State):\n    z = torch.tanh(x + h)\n    z *= 0.5\n    return (z,)",
+        "its step cannot be differentiated, it fails with RuntimeError: one of",
+    ),
+    "maximum": (
+        "def step(x: Pre, h: State): return (torch.maximum(x + h, 0.5),)",
+        "its step fails with TypeError: maximum(): argument 'other'",
+    ),
+    "whole": (
+        "def step(x: Pre, h: State): return ((torch.lgamma(x + h) > 0).int(),)",
+        "must be a tensor of floating point numbers, not torch.int32.",
+    ),
+    "bias": (
+        "BIAS_INIT = {'q': 1.0}\ndef step(x: Pre, h: State): return (x + h,)",
+        "BIAS_INIT names 'q', which is no Pre argument of its step; these are x.",
+    ),
+    "biases": (
+        "BIAS_INIT = {'x': (1.0, 2.0, 3.0)}\ndef step(x: Pre, h: State): return (x + h,)",
+        "BIAS_INIT['x'] must be a number or a pair of numbers",
+    ),
 }
 
 
@@ -266,7 +298,15 @@ def test_a_file_that_is_no_name_and_a_cell_that_is_not_there(folder: Path) -> No
     assert "there is no cell 'nosuch'; models/cells/ holds" in mixers.parse("a", {"type": "rnn", "cell": "nosuch"}, 32)[1][0]
 
 
-SMALL = ["model=paragru", "size=tiny", "train.seq_len=64", "train.micro_batch=2", "train.global_batch=2", "model.vocab_size=512", "data.path=nowhere"]
+SMALL = [
+    "model=paragru",
+    "size=tiny",
+    "train.seq_len=64",
+    "train.micro_batch=2",
+    "train.global_batch=2",
+    "model.vocab_size=512",
+    "data.path=nowhere",
+]
 
 
 @pytest.mark.parametrize("name", ["sine", "branching"])
@@ -282,5 +322,7 @@ def test_dry_run_of_a_new_cell(name: str, folder: Path, capsys: pytest.CaptureFi
 def test_sequence_parallelism_refuses_a_cell_that_is_a_loop(folder: Path) -> None:
     (folder / "looped.py").write_text(f"{HEAD}def step(x: Pre, h: State): return (torch.lgamma(x + h),)\n")
     words = [*SMALL, "parallel.sequence=2", "model.mixers.paragru.cell=looped"]
-    with pytest.raises(UserError, match="mixer paragru cannot be split over ranks, as its cell is solved as a loop .*lgamma cannot be lowered"):
+    with pytest.raises(
+        UserError, match="mixer paragru cannot be split over ranks, as its cell is solved as a loop .*lgamma cannot be lowered"
+    ):
         check(OmegaConf.to_container(compose_config(words), resolve=True), 2)

@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 
 def run(script: str, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 
@@ -37,7 +39,8 @@ def test_every_function_of_a_step_in_the_interpreter() -> None:
 def test_every_kernel_compiles() -> None:
     found = json.loads(run("compiled.py", "1", "1", *available(), "three"))
     assert all(set(kernels) == set(KERNELS) for kernels in found.values())
-    walks = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot")  # without these copies they wait for memory at every step
+    # without these copies they wait for memory at every step
+    walks = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot")
     assert all(kernels[name]["copies"] > 0 for kernels in found.values() for name in walks), found
 
 

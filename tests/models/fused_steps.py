@@ -26,7 +26,10 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "learnable_residual": True,
     },
-    "hybrid": {"mixers": {"a": GRU, "b": MAMBA, "c": ATTENTION, "d": {**ATTENTION, "window": 5, "qk_norm": True}}, "learnable_residual": True},
+    "hybrid": {
+        "mixers": {"a": GRU, "b": MAMBA, "c": ATTENTION, "d": {**ATTENTION, "window": 5, "qk_norm": True}},
+        "learnable_residual": True,
+    },
 }
 
 

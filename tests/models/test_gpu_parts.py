@@ -66,10 +66,14 @@ def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [{"type": "rnn"}, {"type": "rnn", "cell": "paralstm"}, {"type": "mamba2"}, {"type": "attention"}], ids=str)
+@pytest.mark.parametrize(
+    "layer", [{"type": "rnn"}, {"type": "rnn", "cell": "paralstm"}, {"type": "mamba2"}, {"type": "attention"}], ids=str
+)
 def test_compiled_models_equal_eager_ones(layer: dict[str, object]) -> None:
     """Losses and all gradients of a model with packed documents, in fp32."""
-    model = LanguageModel(ModelConfig.from_dict({"vocab_size": 300, "d_model": 128, "n_layers": 2, "pattern": ["x"], "mixers": {"x": layer}, "d_ff": 192}))
+    model = LanguageModel(
+        ModelConfig.from_dict({"vocab_size": 300, "d_model": 128, "n_layers": 2, "pattern": ["x"], "mixers": {"x": layer}, "d_ff": 192})
+    )
     model.init_weights(0)
     model.cuda()
     ids = torch.randint(0, 300, (2, 301), device="cuda")

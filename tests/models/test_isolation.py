@@ -14,9 +14,17 @@ from models.decode import fixed
 from models.lm import LanguageModel, LMState
 
 MAMBA = {"type": "mamba2", "head_dim": 8, "d_state": 8}
-ATTENTIONS: list[dict[str, Any]] = [{"n_heads": 4, "n_kv_heads": 2}, {"n_heads": 4, "window": 3}, {"n_heads": 4, "window": 30, "qk_norm": True}]
+ATTENTIONS: list[dict[str, Any]] = [
+    {"n_heads": 4, "n_kv_heads": 2},
+    {"n_heads": 4, "window": 3},
+    {"n_heads": 4, "window": 30, "qk_norm": True},
+]
 MIXERS: list[dict[str, Any]] = [MAMBA, {**MAMBA, "n_groups": 2}, *({"type": "attention", **a} for a in ATTENTIONS)]
-CELLS: list[dict[str, Any]] = [{"type": "rnn"}, {"type": "rnn", "cell": "paralstm"}, {"type": "rnn", "cell": "gru", "d_conv": 0, "gate": False}]
+CELLS: list[dict[str, Any]] = [
+    {"type": "rnn"},
+    {"type": "rnn", "cell": "paralstm"},
+    {"type": "rnn", "cell": "gru", "d_conv": 0, "gate": False},
+]
 LENGTHS = (7, 9, 8)
 
 

@@ -144,7 +144,11 @@ def test_config_reports_all_problems_together() -> None:
 
 
 def test_compiled_gradients_equal_those_of_eager_with_packed_documents() -> None:
-    mixers = {"g": {"type": "rnn", "cell": "paralstm", "n_heads": 4}, "m": {"type": "mamba2", "head_dim": 16, "d_state": 8}, "a": {"type": "attention", "n_heads": 4}}
+    mixers = {
+        "g": {"type": "rnn", "cell": "paralstm", "n_heads": 4},
+        "m": {"type": "mamba2", "head_dim": 16, "d_state": 8},
+        "a": {"type": "attention", "n_heads": 4},
+    }
     model = small(pattern=["g", "m", "a"], n_layers=3, mixers=mixers)
     ids = torch.randint(0, model.config.vocab_size, (2, 33))
     segments = (torch.arange(33) >= torch.tensor([[5], [20]])).int()

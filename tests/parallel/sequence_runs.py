@@ -36,7 +36,14 @@ RUNS = {
 
 def losses(world: World, shards: str, model: str, stage: int, *more: str, compiled: bool = False) -> list[float]:
     """Losses of four steps of the tiny `model`; compiled: traced as train.compile=true does, without the minutes of its C++ compiler."""
-    overrides = ["experiment=smoke", "train.device=cpu", f"data.path={shards}", f"model={model}", "train.global_batch=2", "train.micro_batch=1"]
+    overrides = [
+        "experiment=smoke",
+        "train.device=cpu",
+        f"data.path={shards}",
+        f"model={model}",
+        "train.global_batch=2",
+        "train.micro_batch=1",
+    ]
     config = checked(compose_config([*overrides, f"deepspeed=zero{stage}", f"parallel.sequence={world.sequence}", *more]))
     sources = open_shards(config.data.path, "train")
     lm = LanguageModel(model_config(config, sources)[0])

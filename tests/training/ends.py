@@ -26,7 +26,9 @@ OURS = F.linear
 def left_behind(world: World, stage: int) -> bool:
     """Whether a model is still there after two steps and the end of its engine."""
     rows = 2 * world.size
-    config = checked(compose_config(["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"]))
+    config = checked(
+        compose_config(["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"])
+    )
     model = LanguageModel(ModelConfig.from_dict({**config.model, "vocab_size": 64, "d_model": 32, "n_layers": 2}))
     model.init_weights(0)
     engine, alive = Engine(model, config, world), weakref.ref(model)

@@ -31,7 +31,14 @@ class Run:
     """A tiny model at a ZeRO stage with its data, from the start or from a checkpoint."""
 
     def __init__(self, world: World, shards: str, stage: int, folder: Path | None = None) -> None:
-        words = ["experiment=smoke", "train.device=cpu", f"data.path={shards}", "size.d_model=48", "model.mixers.mamba2.head_dim=16", "train.micro_batch=1"]
+        words = [
+            "experiment=smoke",
+            "train.device=cpu",
+            f"data.path={shards}",
+            "size.d_model=48",
+            "model.mixers.mamba2.head_dim=16",
+            "train.micro_batch=1",
+        ]
         self.config, self.world = checked(compose_config([*words, f"deepspeed=zero{stage}"])), world
         sources = open_shards(self.config.data.path, "train")
         self.model = LanguageModel(model_config(self.config, sources)[0])
@@ -116,7 +123,12 @@ def nan(world: World, shards: str, folder: Path) -> dict[str, Any]:
         if poison is not None:
             poison.remove()
         same = all(torch.equal(value, before[name]) for name, value in run.whole().items())
-        result[f"zero{stage}"] = {"skipped": world.texts(bad.skipped), "same": same, "steps": run.engine.optimizer_steps(), "loss": run.step().loss}
+        result[f"zero{stage}"] = {
+            "skipped": world.texts(bad.skipped),
+            "same": same,
+            "steps": run.engine.optimizer_steps(),
+            "loss": run.step().loss,
+        }
         run.close()
         vetoed = Run(world, shards, stage)
         vetoed.step(), vetoed.step(lambda loss: "left out")

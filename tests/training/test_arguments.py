@@ -22,7 +22,24 @@ def test_a_default_says_what_its_key_takes() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("word", ["rows=0", "rows=-1", "rows=1.5", "seed=x", "lr=fast", "lr=nan", "lr=-inf", "toy=maybe", "lengths=1,,2", "lengths=0", "limit=0", "rwos=1", "path"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "rows=0",
+        "rows=-1",
+        "rows=1.5",
+        "seed=x",
+        "lr=fast",
+        "lr=nan",
+        "lr=-inf",
+        "toy=maybe",
+        "lengths=1,,2",
+        "lengths=0",
+        "limit=0",
+        "rwos=1",
+        "path",
+    ],
+)
 def test_every_mistake_is_a_sentence_and_all_are_told(word: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_arguments([word, "nothing=1"], DEFAULTS, lambda values: ["And one more."])

@@ -74,7 +74,12 @@ def test_shares_cover_everything_once() -> None:
 
 
 def test_the_file_is_what_the_library_reads_and_its_hash_is_true(tmp_path: Path) -> None:
-    tensors = {"a.b": torch.randn(3, 4, 1), "empty": torch.empty(0), "scalar": torch.tensor(2.0), "bytes": torch.arange(7, dtype=torch.uint8)}
+    tensors = {
+        "a.b": torch.randn(3, 4, 1),
+        "empty": torch.empty(0),
+        "scalar": torch.tensor(2.0),
+        "bytes": torch.arange(7, dtype=torch.uint8),
+    }
     entry = write_tensors(tmp_path / "x.safetensors", tensors)
     read = load_file(tmp_path / "x.safetensors")
     assert read.keys() == tensors.keys() and all(torch.equal(read[n], t) and read[n].shape == t.shape for n, t in tensors.items())
@@ -111,7 +116,10 @@ def test_export_and_loading_read_what_several_ranks_wrote(tmp_path: Path) -> Non
 
     whole, cut = made(tmp_path / "whole", FAMILIES["llama"]), tmp_path / "cut"
     cut.mkdir()
-    tensors, table = load_file(whole / "model.safetensors"), {n: {"shape": list(t.shape), "parts": []} for n, t in load_file(whole / "model.safetensors").items()}
+    tensors, table = (
+        load_file(whole / "model.safetensors"),
+        {n: {"shape": list(t.shape), "parts": []} for n, t in load_file(whole / "model.safetensors").items()},
+    )
     for rank in range(3):
         part = share([Stretch(n, 0, t.view(-1)) for n, t in tensors.items()], rank, 3)
         write_tensors(cut / f"model-{rank}.safetensors", {s.name: s.values for s in part})
@@ -327,7 +335,9 @@ def test_rank_0_says_what_train_resume_means(tmp_path: Path) -> None:
             saver.save({"step": step})
     config = Config(run_dir=str(tmp_path / "other"))
     config.train.resume = str(tmp_path / "run")
-    assert setup._checkpoint_of(config, Second("run", 1.0)) == checkpoint.folder_of(tmp_path / "run", 1), "rank 0 does not see the second yet"
+    assert setup._checkpoint_of(config, Second("run", 1.0)) == checkpoint.folder_of(tmp_path / "run", 1), (
+        "rank 0 does not see the second yet"
+    )
     with pytest.raises(UserError, match="There is no"):
         setup._checkpoint_of(config, Second("nothing"))
     with pytest.raises(UserError, match="no complete checkpoint yet"):
@@ -408,7 +418,9 @@ def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, mo
 def test_a_hook_that_cannot_be_started_gives_the_next_checkpoint_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     popen, broken = subprocess.Popen, [True]
-    monkeypatch.setattr("training.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k))
+    monkeypatch.setattr(
+        "training.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k)
+    )
     hook = Hook("touch {folder}-done", tmp_path / "hook.log", said.append)
     hook.add(tmp_path / "a")
     while not said and hook.thread.is_alive():

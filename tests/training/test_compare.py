@@ -14,7 +14,10 @@ from training.compare import find, main, plot, table
 
 def write(folder: Path, losses: list[float], bits: float | None = None, data: str = "d", **more: float) -> Path:
     folder.mkdir(parents=True)
-    rows = [{"step": i + 1, "loss": x, "tokens": 100 * (i + 1), "tokens_per_second": 50.0, "seconds": 2.0, "data_wait": 0.0} for i, x in enumerate(losses)]
+    rows = [
+        {"step": i + 1, "loss": x, "tokens": 100 * (i + 1), "tokens_per_second": 50.0, "seconds": 2.0, "data_wait": 0.0}
+        for i, x in enumerate(losses)
+    ]
     if bits is not None:
         rows.append({"step": len(losses), "bits_per_byte": bits})
     if more:
@@ -51,7 +54,18 @@ def test_without_matplotlib_there_is_a_sentence(tmp_path: Path, monkeypatch: pyt
     assert "pip install" in plot(find([str(tmp_path / "a")]), tmp_path / "p.png") and not (tmp_path / "p.png").exists()
 
 
-@pytest.mark.parametrize("words, part", [(["nowhere"], "no folder nowhere"), (["."], "no metrics.jsonl"), ([], "Say which"), (["out=x.txt", "."], ".png"), (["agianst=steps", "."], "did you mean 'against'")])
-def test_mistakes_are_sentences(words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["nowhere"], "no folder nowhere"),
+        (["."], "no metrics.jsonl"),
+        ([], "Say which"),
+        (["out=x.txt", "."], ".png"),
+        (["agianst=steps", "."], "did you mean 'against'"),
+    ],
+)
+def test_mistakes_are_sentences(
+    words: list[str], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2 and part in capsys.readouterr().err

@@ -25,7 +25,16 @@ from training.faults import BadStepPolicy
 from training.metrics import Metrics
 from training.setup import open_reader, open_shards
 
-WORDS = [*SMALL, "eval=end", "eval.tokens=256", "eval.sample_tokens=1", "train.micro_batch=2", "train.steps=8", "checkpoint.every=2", "checkpoint.keep=9"]
+WORDS = [
+    *SMALL,
+    "eval=end",
+    "eval.tokens=256",
+    "eval.sample_tokens=1",
+    "train.micro_batch=2",
+    "train.steps=8",
+    "checkpoint.every=2",
+    "checkpoint.keep=9",
+]
 
 
 def start(run: Path, data: Path, inject: str = "", *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -148,7 +157,15 @@ def test_code_counts_as_it_lies_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unreachable_wandb_costs_a_warning(demo_shards: Path, tmp_path: Path) -> None:
-    words = [*SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "eval=end", "eval.tokens=256", "train.steps=2", "logging.wandb=online"]
+    words = [
+        *SMALL,
+        f"data.path={demo_shards}",
+        f"run_dir={tmp_path / 'run'}",
+        "eval=end",
+        "eval.tokens=256",
+        "train.steps=2",
+        "logging.wandb=online",
+    ]
     away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
     done = run_program(["train.py", *words], **away)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -13,7 +13,11 @@ from training.cli import checked, compose_config
 from training.errors import UserError
 
 SLICE = {
-    1: ["zero0, accumulation 2, recomputation full", "zero1, accumulation 1, recomputation none", "zero2, accumulation 2, offload optimizer"],
+    1: [
+        "zero0, accumulation 2, recomputation full",
+        "zero1, accumulation 1, recomputation none",
+        "zero2, accumulation 2, offload optimizer",
+    ],
     2: [
         "zero0, accumulation 1, recomputation none",
         "zero1, accumulation 2, offload optimizer",
@@ -49,7 +53,14 @@ def test_what_cannot_be_combined_is_a_sentence(words: list[str], expected: str) 
 
 
 def test_offload_and_quantisation_that_would_need_a_compiler_are_refused_in_a_sentence(demo_shards: Path, tmp_path: Path) -> None:
-    common = ["train.py", "experiment=smoke", "train.device=cpu", f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "deepspeed=zero3"]
+    common = [
+        "train.py",
+        "experiment=smoke",
+        "train.device=cpu",
+        f"data.path={demo_shards}",
+        f"run_dir={tmp_path / 'run'}",
+        "deepspeed=zero3",
+    ]
     for words, part in (
         (["deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={tmp_path}"], "offload to cpu"),
         (["deepspeed.quantized_weights=true"], "set both to false"),
@@ -64,7 +75,16 @@ def test_moments_on_a_disk_are_written_and_taken_up_like_others(train: Train, tm
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("DeepSpeed's async_io needs libaio's headers")
-    words = ["size.d_model=256", "eval=end", "eval.tokens=256", "schedule=constant", "checkpoint.every=2", "train.steps=4", "deepspeed=zero3"]  # groups over 1 MB
+    # groups over 1 MB
+    words = [
+        "size.d_model=256",
+        "eval=end",
+        "eval.tokens=256",
+        "schedule=constant",
+        "checkpoint.every=2",
+        "train.steps=4",
+        "deepspeed=zero3",
+    ]
     nvme = ["deepspeed.offload_optimizer=nvme", f"deepspeed.nvme_path={tmp_path}"]
     ok(train("memory", *words))
     ok(train("disk", *words, *nvme, "train.steps=2"))

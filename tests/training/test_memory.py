@@ -73,7 +73,9 @@ def test_packed_attention_is_counted_without_a_mask() -> None:
 
 def test_more_ranks_stages_offload_and_recomputation_need_less() -> None:
     def peak(world: int, *words: str) -> float:
-        config = checked(compose_config(["model=hybrid", *TINY, "size.n_layers=8", "deepspeed.bucket_bytes=1000000", "dry_run=true", *words]))
+        config = checked(
+            compose_config(["model=hybrid", *TINY, "size.n_layers=8", "deepspeed.bucket_bytes=1000000", "dry_run=true", *words])
+        )
         settings, _ = model_config(config, None)
         return memory.estimate(config, meta_model(settings), memory.activations(config, settings), world).peak
 

@@ -125,7 +125,9 @@ def test_sources_are_written_of_cells_that_are_there(capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "models.generate"], ["-m", "kernels.parallel_rnn.codegen"]])
 def test_an_interrupt_while_libraries_load(words: list[str]) -> None:
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -154,10 +156,14 @@ def test_comments_are_found_by_key() -> None:
 
 def programs() -> list[list[str]]:
     found = []
-    for path in sorted(p for folder in ("kernels", "data", "models", "training", "evals", "scripts") for p in (ROOT / folder).rglob("*.py")):
+    for path in sorted(
+        p for folder in ("kernels", "data", "models", "training", "evals", "scripts") for p in (ROOT / folder).rglob("*.py")
+    ):
         if '__name__ == "__main__"' in path.read_text():
             name = path.relative_to(ROOT)
-            found.append([str(name)] if name.parts[0] == "scripts" or name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)])
+            found.append(
+                [str(name)] if name.parts[0] == "scripts" or name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)]
+            )
     return [*found, ["train.py"]]
 
 
@@ -178,7 +184,7 @@ def test_a_script_uses_the_active_environment(tmp_path: Path) -> None:
     for home, status in ((Path(sys.prefix), 0), (tmp_path, 2)):
         (tmp_path / "bin").mkdir(exist_ok=True)
         if not (tmp_path / "bin" / "python").exists():
-            (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\nexec {sys.executable} -S -I \"$@\"\n")
+            (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
             (tmp_path / "bin" / "python").chmod(0o755)
         code = f"source {ROOT}/scripts/common.sh; setup_venv dev core; command -v python"
         done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False, env=environment(VIRTUAL_ENV=str(home)))

@@ -37,7 +37,9 @@ for i in range(99):
 """
 
 
-def test_rows_are_kept_as_they_come_and_not_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_kept_as_they_come_and_not_measured_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stub, out = tmp_path / "stub.py", tmp_path / "out"
     stub.write_text(STUB)
     monkeypatch.setattr(bench, "launcher", lambda ranks: [sys.executable, str(stub), str(ranks)])

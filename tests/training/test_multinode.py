@@ -22,11 +22,15 @@ NODES = "node-a slots=1\nnode-b slots=1\n"
 
 def start(hosts: Path, node: int, port: str, words: list[str], log: Path, **extra: str) -> subprocess.Popen[bytes]:
     env = environment(NODE_RANK=str(node), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHON=sys.executable, **extra)
-    return subprocess.Popen([SCRIPT, str(hosts), *words], cwd=ROOT, env=env, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        [SCRIPT, str(hosts), *words], cwd=ROOT, env=env, stdout=log.open("wb"), stderr=subprocess.STDOUT, start_new_session=True
+    )
 
 
 @pytest.mark.slow
-def test_two_machines_and_the_loss_of_one(train: Callable[..., subprocess.CompletedProcess[str]], demo_shards: Path, tmp_path: Path) -> None:
+def test_two_machines_and_the_loss_of_one(
+    train: Callable[..., subprocess.CompletedProcess[str]], demo_shards: Path, tmp_path: Path
+) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(NODES)
     common = [*QUIET, "train.steps=40", "train.micro_batch=2", "checkpoint.every=1"]
@@ -49,7 +53,15 @@ def test_two_machines_and_the_loss_of_one(train: Callable[..., subprocess.Comple
     assert one.keys() == two.keys() and all(abs(one[s] / two[s] - 1) < 1e-5 for s in one)
 
 
-@pytest.mark.parametrize("extra, part", [({"NODE_RANK": "1"}, "MASTER_ADDR"), ({"NODE_RANK": "2", "MASTER_ADDR": "x"}, "names 2 machine"), ({"LAUNCHER": "mpi"}, "choose"), ({"LAUNCHER": "torchrun"}, "NODE_RANK")])
+@pytest.mark.parametrize(
+    "extra, part",
+    [
+        ({"NODE_RANK": "1"}, "MASTER_ADDR"),
+        ({"NODE_RANK": "2", "MASTER_ADDR": "x"}, "names 2 machine"),
+        ({"LAUNCHER": "mpi"}, "choose"),
+        ({"LAUNCHER": "torchrun"}, "NODE_RANK"),
+    ],
+)
 def test_mistakes_are_sentences(extra: dict[str, str], part: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(NODES)

@@ -51,7 +51,9 @@ def test_profile_writes_a_trace_of_every_rank_and_the_log_names_the_ranks(
     out = ok(train("run", *QUIET, "profile=true", "profile_start=2", "profile_steps=2", ranks=2))
     assert "slowest rank" in out and "profile written" in out
     folder = tmp_path / "run" / "profile"
-    assert {p.name for p in folder.iterdir()} == {f"{kind}-rank0000{r}.{end}" for kind, end in (("trace", "json.gz"), ("operations", "txt")) for r in (0, 1)}
+    assert {p.name for p in folder.iterdir()} == {
+        f"{kind}-rank0000{r}.{end}" for kind, end in (("trace", "json.gz"), ("operations", "txt")) for r in (0, 1)
+    }
     with gzip.open(folder / "trace-rank00001.json.gz", "rt") as file:
         names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
     assert any("addmm" in n or "aten::mm" in n for n in names)
@@ -74,4 +76,9 @@ def test_the_certificate_of_the_recurrences_is_logged(monkeypatch: pytest.Monkey
     result = StepResult(0.0, 0.0, 1, "", 0.1, 0.0)
     assert not [key for key in watch.step(1, result, 0.0) if key.startswith("solve_")]  # nothing was solved over slices
     said = watch.step(2, result, 0.0)
-    assert (said["solve_residual"], said["solve_corrections"], said["solve_sequential"], said["solve_sequential_backward"]) == (3e-6, 2.0, 0.25, 0.5)
+    assert (said["solve_residual"], said["solve_corrections"], said["solve_sequential"], said["solve_sequential_backward"]) == (
+        3e-6,
+        2.0,
+        0.25,
+        0.5,
+    )

@@ -84,12 +84,24 @@ def test_other_weights_hold_from_the_next_sample_and_other_seeds_not_at_all() ->
 
 
 def test_a_start_tells_rate_schedule_and_compilation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of("train.compile=true", "schedule=wsd", "schedule.unit=tokens", "size=400m", "model=mamba2", "model.vocab_size=64", "train.check_memory=false")
+    config = config_of(
+        "train.compile=true",
+        "schedule=wsd",
+        "schedule.unit=tokens",
+        "size=400m",
+        "model=mamba2",
+        "model.vocab_size=64",
+        "train.check_memory=false",
+    )
     with torch.device("meta"):
         model = LanguageModel(setup.model_config(config, None)[0])
-    what, where, rate, compiling = setup._told(config, World(0, 1, torch.device("cpu")), model, cursor.begin(config, [1.0]), f"starting at step 0{setup.TOTAL}")
+    what, where, rate, compiling = setup._told(
+        config, World(0, 1, torch.device("cpu")), model, cursor.begin(config, [1.0]), f"starting at step 0{setup.TOTAL}"
+    )
     assert where == "starting at step 0 of 100" and "learning rate 0.005 (size=400m, arXiv 2510.21450, appendix C.1)" in rate
-    assert rate.endswith("schedule wsd over 12,800 tokens, 1,280 of warm-up, 2,560 of decay") and "first step compiles the model" in compiling
+    assert (
+        rate.endswith("schedule wsd over 12,800 tokens, 1,280 of warm-up, 2,560 of decay") and "first step compiles the model" in compiling
+    )
     metrics = Metrics(tmp_path, config, torch.device("cpu"), 1, 1, True)
     metrics.open(0, None)
     for step in (1, 2):
@@ -119,7 +131,13 @@ def test_settings_that_differ_are_listed() -> None:
         "data.path={a: 1, c: 1}", "name=other", "train.resume=none", "size.n_heads=2",
     )  # fmt: skip
     told = "\n".join(changes.differences(before, now))
-    for words in ("optim.lr: 0.003 -> 0.0001", 'schedule.kind: "cosine" -> "wsd"', "seed: 0 -> 3", 'train.precision: "fp32" -> "bf16"', "recurrent_max: 0.5 -> 0.9"):
+    for words in (
+        "optim.lr: 0.003 -> 0.0001",
+        'schedule.kind: "cosine" -> "wsd"',
+        "seed: 0 -> 3",
+        'train.precision: "fp32" -> "bf16"',
+        "recurrent_max: 0.5 -> 0.9",
+    ):
         assert words in told
     assert "data.path.b: 1 -> not there" in told and "data.path.c: not there -> 1" in told
     assert "name" not in told and "resume" not in told and "size" not in told and changes.differences(before, before) == []
@@ -180,7 +198,12 @@ def test_what_a_run_may_begin_from(tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    for named, words in [(foreign, "model=hf:"), (tmp_path / "no", "There is no .* to begin from"), (tmp_path / "run", "no complete checkpoint yet"), (tmp_path, "not a complete checkpoint")]:
+    for named, words in [
+        (foreign, "model=hf:"),
+        (tmp_path / "no", "There is no .* to begin from"),
+        (tmp_path / "run", "no complete checkpoint yet"),
+        (tmp_path, "not a complete checkpoint"),
+    ]:
         with pytest.raises(UserError, match=words):
             fork.found(str(named), Alone(), "train.start_from")
     with pytest.raises(UserError, match="lies in the run folder"):
@@ -261,14 +284,29 @@ def test_a_run_begins_from_another_one(train: Train, tmp_path: Path) -> None:
     out = ok(train("longer", *longer))
     assert ": the weights; at step 0 of 2" in out and "recurrent_max: 0.5 -> 0.9" in out and "train.seq_len: 32 -> 64" in out
     assert losses(tmp_path / "longer")[1] < losses(tmp_path / "first")[1]
-    out = ok(train("longer", *short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=3", "model.mixers.paragru.recurrent_max=0.9"))
+    out = ok(
+        train(
+            "longer", *short, source, "train.seq_len=64", "train.global_batch=2", "train.steps=3", "model.mixers.paragru.recurrent_max=0.9"
+        )
+    )
     assert "resuming from" in out and list(losses(tmp_path / "longer")) == [1, 2, 3]
-    mistake(train("longer", *short, f"train.start_from={tmp_path / 'whole'}", "train.seq_len=64", "train.global_batch=2"), "give the new run another name")
+    mistake(
+        train("longer", *short, f"train.start_from={tmp_path / 'whole'}", "train.seq_len=64", "train.global_batch=2"),
+        "give the new run another name",
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_change_the_batch_under_zero_and_begin_from_another_run(demo_shards: Path, tmp_path: Path) -> None:
-    still = [*QUIET, "optim.lr=1e-30", "optim.weight_decay=0", "schedule=constant", "eval.sample_tokens=1", "train.micro_batch=1", "experiment=smoke"]
+    still = [
+        *QUIET,
+        "optim.lr=1e-30",
+        "optim.weight_decay=0",
+        "schedule=constant",
+        "eval.sample_tokens=1",
+        "train.micro_batch=1",
+        "experiment=smoke",
+    ]
 
     def run(name: str, *words: str) -> dict[int, float]:
         done = run_ranks(2, ["train.py", "train.device=cpu", f"data.path={demo_shards}", f"run_dir={tmp_path / name}", *still, *words])

@@ -57,8 +57,22 @@ def test_every_number_has_a_range_and_what_lies_outside_is_refused(composed: dic
 
 
 def test_all_problems_are_told_at_once_and_with_what_zero_does() -> None:
-    told = refusal("train.grad_clip=-1", "eval.every=-1", "eval.tokens=0", "optim.lr=nan", "train.steps=0.5", "seed=-1", "schedule.kind=cosinus", "model.norm_eps=inf")
-    for words in ("train.grad_clip must be zero or more, not -1.0; 0 switches clipping off", "eval.every must be", "eval.tokens must be", "optim.lr must be a finite"):
+    told = refusal(
+        "train.grad_clip=-1",
+        "eval.every=-1",
+        "eval.tokens=0",
+        "optim.lr=nan",
+        "train.steps=0.5",
+        "seed=-1",
+        "schedule.kind=cosinus",
+        "model.norm_eps=inf",
+    )
+    for words in (
+        "train.grad_clip must be zero or more, not -1.0; 0 switches clipping off",
+        "eval.every must be",
+        "eval.tokens must be",
+        "optim.lr must be a finite",
+    ):
         assert words in told
     for words in ("train.steps must be a whole number", "seed must be", "model.norm_eps must be at most"):
         assert words in told
@@ -86,7 +100,17 @@ def test_what_is_too_long_for_the_run_or_fits_nothing_is_refused(words: list[str
 
 
 def test_what_will_not_happen_in_a_short_run_is_noted() -> None:
-    config = checked(compose_config(["train.steps=50", "checkpoint.every=60", "checkpoint.milestones=[40,90]", "experiment=synthetic/parity", "data.curriculum=64000"]))
+    config = checked(
+        compose_config(
+            [
+                "train.steps=50",
+                "checkpoint.every=60",
+                "checkpoint.milestones=[40,90]",
+                "experiment=synthetic/parity",
+                "data.curriculum=64000",
+            ]
+        )
+    )
     config.train.steps = 50
     told = " ".join(checks.notes(config))
     assert "eval.every=500" in told and "checkpoint.every=60" in told and "holds 90" in told and "data.curriculum=64,000" in told
@@ -160,7 +184,9 @@ def test_a_wrong_place_or_name_gets_the_right_one(argument: str, expected: str) 
     assert expected in told and "???" not in told.replace(argument, ""), told
 
 
-@pytest.mark.parametrize("name", ["run#1", "~x", "äöü", "中文", "a=b", "run(1)", "x&y", "a'b", 'a"b', "{a}", "a: b, c", "[v2]", "back\\slash\\"])
+@pytest.mark.parametrize(
+    "name", ["run#1", "~x", "äöü", "中文", "a=b", "run(1)", "x&y", "a'b", 'a"b', "{a}", "a: b, c", "[v2]", "back\\slash\\"]
+)
 def test_names_that_hydra_cannot_read_get_the_quoting_that_works(name: str) -> None:
     words = suggest.quoted("name", name)
     given = shlex.split(words)
@@ -180,7 +206,17 @@ def test_dashes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert cli.run(lambda: None) == 2 and capsys.readouterr().err.count("without dashes") == 2
 
 
-@pytest.mark.parametrize("model,size,rate", [("hybrid", "tiny", 3e-3), ("paragru", "400m", 5e-3), ("paralstm", "400m", 3e-3), ("transformer", "1b", 2e-3), ("hybrid", "1b", 2e-3), ("mamba2", "7b", 3e-3)])
+@pytest.mark.parametrize(
+    "model,size,rate",
+    [
+        ("hybrid", "tiny", 3e-3),
+        ("paragru", "400m", 5e-3),
+        ("paralstm", "400m", 3e-3),
+        ("transformer", "1b", 2e-3),
+        ("hybrid", "1b", 2e-3),
+        ("mamba2", "7b", 3e-3),
+    ],
+)
 def test_the_learning_rate_goes_with_size_and_model(model: str, size: str, rate: float) -> None:
     composed = compose_config([f"model={model}", f"size={size}"])
     config = checked(composed)
@@ -215,7 +251,17 @@ def test_a_run_that_cannot_fit_says_what_to_change(words: list[str], device: str
 def test_metrics_of_a_step_without_numbers_are_json(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, Config(), torch.device("cpu"), 1, 1, True)
     metrics.open(0, None)
-    metrics.step(1, math.nan, math.inf, 1.0, 1, 1.0, 0.0, "loss is not finite", {"communication_share": 0.0, "slowest_rank": 0, "ranks": {"a": [math.nan]}})
+    metrics.step(
+        1,
+        math.nan,
+        math.inf,
+        1.0,
+        1,
+        1.0,
+        0.0,
+        "loss is not finite",
+        {"communication_share": 0.0, "slowest_rank": 0, "ranks": {"a": [math.nan]}},
+    )
     metrics.close()
 
     def refuse(text: str) -> None:

@@ -142,7 +142,11 @@ life.beat(5, 5)
 life.close(stopped=STOPPED)
 sys.exit(STATUS)
 """.replace("ROOT", repr(str(Path(__file__).resolve().parents[2])))
-    for name, stopped, status, wanted, attempts in [("own", "False", 75, STOPPED, 1), ("launcher", "True", 1, STOPPED, 1), ("failed", "False", 1, USED_UP, 2)]:
+    for name, stopped, status, wanted, attempts in [
+        ("own", "False", 75, STOPPED, 1),
+        ("launcher", "True", 1, STOPPED, 1),
+        ("failed", "False", 1, USED_UP, 2),
+    ]:
         (tmp_path / name).mkdir()
         found, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
         assert (found, tries(tmp_path / name)) == (wanted, attempts), (name, said)

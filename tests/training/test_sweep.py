@@ -115,6 +115,14 @@ def test_an_interrupted_sweep_lets_its_job_save_and_shows_what_there_is(tmp_path
 @pytest.mark.slow
 def test_a_launcher_of_hydra_runs_jobs_side_by_side(demo_shards: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    words = [*SMALL, "train.steps=2", f"data.path={demo_shards}", "-m", "hydra/launcher=joblib", "seed=1,2", f"run_dir={tmp_path / 'sweep'}"]
+    words = [
+        *SMALL,
+        "train.steps=2",
+        f"data.path={demo_shards}",
+        "-m",
+        "hydra/launcher=joblib",
+        "seed=1,2",
+        f"run_dir={tmp_path / 'sweep'}",
+    ]
     done = run_program(["train.py", *words], started=True)
     assert done.returncode == 0 and done.stdout.count("finished") == 2 and "[2] step 2/2" in done.stdout, done.stdout + done.stderr

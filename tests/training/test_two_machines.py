@@ -59,7 +59,9 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes(slurm: dict[str, str], demo_shards: Path, tmp_path: Path) -> None:
+def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes(
+    slurm: dict[str, str], demo_shards: Path, tmp_path: Path
+) -> None:
     def words(steps: int) -> list[str]:
         run = [*SMALL, *QUIET, f"data.path={demo_shards}", f"run_dir={tmp_path / 'run'}", "train.micro_batch=2"]
         return ["bash", "scripts/train.sbatch", *run, f"train.steps={steps}", "schedule=constant"]
@@ -77,20 +79,28 @@ def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes
     assert (tmp_path / "run" / "checkpoints" / f"step-{reached:08d}" / "COMPLETE.json").exists(), out[-3000:]
     (stubs / "requeued").unlink()
     again = {**slurm, "SLURM_RESTART_COUNT": "1"}  # then what it was told to begin from counts no more
-    done = subprocess.run([*words(reached + 2), "train.resume=/nowhere"], cwd=ROOT, env=again, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [*words(reached + 2), "train.resume=/nowhere"], cwd=ROOT, env=again, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout + done.stderr
     assert max(losses(tmp_path / "run")) == reached + 2 and not (stubs / "requeued").exists() and not (tmp_path / "hosts.17").exists()
 
 
 @pytest.mark.parametrize("status,again", [(75, True), (0, False), (1, False), (2, False)])
-def test_the_slurm_script_queues_again_by_the_status_of_a_stopped_run(slurm: dict[str, str], tmp_path: Path, status: int, again: bool) -> None:
+def test_the_slurm_script_queues_again_by_the_status_of_a_stopped_run(
+    slurm: dict[str, str], tmp_path: Path, status: int, again: bool
+) -> None:
     stub = Path(slurm["STUBS"]) / "srun"
     stub.write_text(f"#!/bin/sh\nexit {status}\n")
-    done = subprocess.run(["bash", "scripts/train.sbatch", "a=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "scripts/train.sbatch", "a=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == status and (Path(slurm["STUBS"]) / "requeued").exists() == again, done.stderr
 
 
 def test_the_slurm_script_does_not_queue_a_mistake_again(slurm: dict[str, str], tmp_path: Path) -> None:
-    done = subprocess.run(["bash", "scripts/train.sbatch", "train.stesp=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        ["bash", "scripts/train.sbatch", "train.stesp=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode != 0 and "stesp" in done.stderr + done.stdout, done.stdout + done.stderr
     assert not (Path(slurm["STUBS"]) / "requeued").exists()

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOOPS, ROUNDINGS, FLOOR = 8.0, 2.0, 4e-6  # what may be lost: multiples of the loop's loss and of the rounding's, and an fp32 sum's last digits
+# what may be lost: multiples of the loop's loss and of the rounding's, and an fp32 sum's last digits
+LOOPS, ROUNDINGS, FLOOR = 8.0, 2.0, 4e-6
 ROW, ZERO = 1e-3, 1e-30  # of the largest value: rows below are compared on this scale; and what counts as nothing
 DEVICES = ("cpu", "interpreter", "cuda")
 
@@ -185,7 +186,9 @@ def table(results: Sequence[Result], module: str) -> str:
     rows = [f"{'kind':<14}{'cases':>6}{'failed':>8}{'nearest to its bound':>22}{'slowest':>10}"]
     for kind in dict.fromkeys(r.kind for r in results):
         own = [r for r in results if r.kind == kind]
-        rows.append(f"{kind:<14}{len(own):>6}{sum(not r.ok for r in own):>8}{max(r.share for r in own):>22.2f}{max(r.seconds for r in own):>9.1f}s")
+        rows.append(
+            f"{kind:<14}{len(own):>6}{sum(not r.ok for r in own):>8}{max(r.share for r in own):>22.2f}{max(r.seconds for r in own):>9.1f}s"
+        )
     rows += [f"FAILED {line(module, r.kind, r.seed, r.device)}\n    {r.description}\n    {r.error}" for r in results if not r.ok]
     return "\n".join(rows)
 
@@ -237,6 +240,12 @@ def main(module: str, kinds: dict[str, Callable[[Draw], Answers]], usable: Calla
         print(f"seed {seed}: {sum(not r.ok for r in results)} of {len(results)} cases failed")
         if given.out:
             name = torch.cuda.get_device_name() if given.device == "cuda" else given.device
-            whole = {"seed": seed, "device": name, "torch": torch.__version__, "cases": len(results), "failed": sum(not r.ok for r in results)}
+            whole = {
+                "seed": seed,
+                "device": name,
+                "torch": torch.__version__,
+                "cases": len(results),
+                "failed": sum(not r.ok for r in results),
+            }
             given.out.write_text(json.dumps({**whole, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     return sum(not r.ok for r in results)

@@ -102,7 +102,11 @@ def make_case(seed: int, large: bool) -> Case:
     regime = REGIMES[seed % len(REGIMES)]
     source = make_cell(rng, regime)
     if large:
-        B, D, T = rng.choice((1, 1, 2, 3)), rng.choice((1, 2, 17, 33, 64, 65, 96)), rng.choice((1, 2, 31, 127, 128, 129, 257, 509, 1021, 1536, 2049, 2503))
+        B, D, T = (
+            rng.choice((1, 1, 2, 3)),
+            rng.choice((1, 2, 17, 33, 64, 65, 96)),
+            rng.choice((1, 2, 31, 127, 128, 129, 257, 509, 1021, 1536, 2049, 2503)),
+        )
         slices = rng.choice((None, None, 2, 3, 5, 8, 16))
     else:
         B, D, T, slices = rng.choice((1, 2)), rng.choice((1, 2, 5, 16)), rng.choice((1, 2, 7, 23, 36, 48, 61)), rng.choice((2, 3, 4))
@@ -182,16 +186,24 @@ def by_loop(cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tenso
     return [x.detach().double() for x in (states, final, *(torch.zeros_like(a) if b is None else b for a, b in zip(leaves, gradients)))]
 
 
-def solve(cell: Cell, case: Case, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], device: str) -> tuple[list[Tensor], dict[str, float]]:
+def solve(
+    cell: Cell, case: Case, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], device: str
+) -> tuple[list[Tensor], dict[str, float]]:
     """What `by_loop` returns, by the kernels (a GPU, or the interpreter) or in plain torch, and what is to be reported."""
     pre, rec, h0, starts = (None if x is None else x.to(device) for x in inputs)
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         dtype = reference.compute_dtype(pre)
         with torch.no_grad():
             states = reference.solve(cell, pre.to(dtype), rec, h0, starts, case.slices)
-        report = {"sequential": float(reference.last_report.corrections >= reference.last_report.slices - 1 > 1), "sequential_backward": 0.0, "ms": 0.0}
+        report = {
+            "sequential": float(reference.last_report.corrections >= reference.last_report.slices - 1 > 1),
+            "sequential_backward": 0.0,
+            "ms": 0.0,
+        }
         kept = states.to(inputs[0].dtype).to(dtype)
-        gradients = reference.linear_backward(cell, pre.to(dtype), rec, h0, starts, kept, cotangents[0].to(dtype), cotangents[1].to(dtype), case.slices)
+        gradients = reference.linear_backward(
+            cell, pre.to(dtype), rec, h0, starts, kept, cotangents[0].to(dtype), cotangents[1].to(dtype), case.slices
+        )
         return [x.double() for x in (kept, states[:, -1], *gradients)], report
     pre = arranged(pre, case.layout)
     d_emitted, d_kept = op.parts(cotangents[0].to(device, inputs[0].dtype))
@@ -293,7 +305,9 @@ def judge_gradients(
         axes = tuple(range(want.dim() - 1)) if name != "pre" else (0, 1)
         size = want.abs().amax(axes)
         size = torch.maximum(size, 0.1 * size.amax(0)) if name == "pre" else size  # of terms that cancel, rounding is left
-        allowed = 100 * (loop - want).abs().amax(axes) + 3 * other.abs().amax(axes) + (max(1e-5, 20 * tolerance) + (4 * eps if low else 0)) * size
+        allowed = (
+            100 * (loop - want).abs().amax(axes) + 3 * other.abs().amax(axes) + (max(1e-5, 20 * tolerance) + (4 * eps if low else 0)) * size
+        )
         gap = ((got - want).abs().amax(axes) - (1e-36 if dtype != torch.float16 else 1e-6)).clamp(min=0)
         ratio = torch.where(every, gap / allowed.clamp(min=1e-300), 0.0).nan_to_num(nan=torch.inf).max().item()
         if not ratio <= 1:
@@ -361,7 +375,12 @@ def main() -> None:
                 print(f"{row['again']}\n  {row['regime']}: {'; '.join(row['problems'])}", flush=True)
             if options.out:
                 part = options.out.with_suffix(".part")
-                part.write_text(json.dumps({"device": device_name(options.device), "torch": torch.__version__, "summary": summary(rows), "rows": rows}, indent=1))
+                part.write_text(
+                    json.dumps(
+                        {"device": device_name(options.device), "torch": torch.__version__, "summary": summary(rows), "rows": rows},
+                        indent=1,
+                    )
+                )
                 os.replace(part, options.out)
     for regime, line in summary(rows).items():
         print(f"{regime:12}", *(f"{k} {v:.3g}" for k, v in line.items()))

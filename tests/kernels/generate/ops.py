@@ -191,9 +191,7 @@ def scan_not_finite(draw: Draw) -> Answers:
     return kept(("y", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True))
 
 
-def convolution_definition(
-    x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, starts: Tensor | None, silu: bool
-) -> Tensor:
+def convolution_definition(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor, starts: Tensor | None, silu: bool) -> Tensor:
     (B, T, D), W = x.shape, weight.shape[1]
     padded = torch.cat([x.new_zeros(B, W - 1, D) if history is None else history, x], 1)
     document = torch.zeros(B, T, device=x.device) if starts is None else starts.int().cumsum(1)
@@ -230,7 +228,16 @@ def convolution(draw: Draw) -> Answers:
 
             return run
 
-        return differentiated(draw, parts(short_conv_columns), parts(convolution_definition), leaves, ("before", "y", "after"), f"{description}, columns {first}", 5.0, dtype)
+        return differentiated(
+            draw,
+            parts(short_conv_columns),
+            parts(convolution_definition),
+            leaves,
+            ("before", "y", "after"),
+            f"{description}, columns {first}",
+            5.0,
+            dtype,
+        )
     return differentiated(
         draw, lambda x, h, w, b: short_conv(x, h, w, b, starts, silu), lambda x, h, w, b: convolution_definition(x, h, w, b, starts, silu),
         leaves, ("y",), description, 5.0, dtype,
@@ -256,7 +263,11 @@ def convolution_not_finite(draw: Draw) -> Answers:
         y = f(leaf, *widened((history, weight, bias), kind), starts, silu)[:, others]
         return [y.detach(), torch.autograd.grad(y, leaf, d[:, others].to(kind))[0][:, others]]
 
-    found, wanted, loop = run(short_conv, torch.float32), run(convolution_definition, torch.float64), run(convolution_definition, torch.float32)
+    found, wanted, loop = (
+        run(short_conv, torch.float32),
+        run(convolution_definition, torch.float64),
+        run(convolution_definition, torch.float32),
+    )
     return kept(("y", "d x"), found, wanted, loop, f"B {B}, T {T}, D {D}, W {W}, {a}..{e}, silu {silu}", 5.0)
 
 
@@ -269,7 +280,9 @@ def convolution_history(draw: Draw) -> Answers:
     last = document[:, -1:] if T else document[:, -1:]
     wanted = torch.where((document == last)[..., None], padded, 0.0)[:, T:]
     padded[(document != last)[..., None].expand_as(padded)] = math.nan
-    found = last_inputs(padded[:, W - 1 :].to(draw.device), padded[:, : W - 1].to(draw.device), W, None if starts is None else starts.to(draw.device))
+    found = last_inputs(
+        padded[:, W - 1 :].to(draw.device), padded[:, : W - 1].to(draw.device), W, None if starts is None else starts.to(draw.device)
+    )
     return Answers({"history": found}, {"history": wanted.double()}, {"history": wanted}, f"B {B}, T {T}, W {W}")
 
 
@@ -299,7 +312,11 @@ def sum_of_stream(draw: Draw) -> Answers:
     shape = (draw.size(100, 3000), draw.size(33, 768, 2049))
     dtype, other = draw.choice([(torch.float32, torch.float32), (torch.float32, torch.float16), (torch.float16, torch.float16)])
     size = draw.magnitude(-8, 8) if dtype == other == torch.float32 else 1.0
-    leaves: dict[str, Tensor | None] = {"x": (size * draw.randn(*shape)).to(dtype), "y": draw.randn(*shape).to(other), "scale": draw.randn(shape[1])}
+    leaves: dict[str, Tensor | None] = {
+        "x": (size * draw.randn(*shape)).to(dtype),
+        "y": draw.randn(*shape).to(other),
+        "scale": draw.randn(shape[1]),
+    }
     return differentiated(draw, residual, lambda x, y, s: x * s + y, leaves, ("sum",), f"{shape}, {dtype}, {other}", 4.0, other)
 
 
@@ -313,7 +330,12 @@ def product(draw: Draw) -> Answers:
 
 
 def turning(draw: Draw) -> Answers:
-    B, T, G, K = draw.choice([1, 2]), draw.size(77, 1024, small=(0, 1, 2, 7)), draw.choice([1, 2, 3]), 2 * draw.size(32, 40, 64, 128, small=(1, 3, 8))
+    B, T, G, K = (
+        draw.choice([1, 2]),
+        draw.size(77, 1024, small=(0, 1, 2, 7)),
+        draw.choice([1, 2, 3]),
+        2 * draw.size(32, 40, 64, 128, small=(1, 3, 8)),
+    )
     H, theta, dtype = G * draw.choice([1, 2, 5]), draw.choice([100.0, 10000.0, 500000.0]), draw.dtype()
     positions = (torch.arange(T) + draw.choice([0, 3, 100_003, 1_000_003])).to(draw.device)
     # Far out the angle itself is rounded: it is to be the one of fp32, which models are trained with.
@@ -323,8 +345,19 @@ def turning(draw: Draw) -> Answers:
         cos, sin = angle.to(q.dtype).cos(), angle.to(q.dtype).sin()
         return tuple(torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (x.chunk(2, -1) for x in (q, k)))
 
-    leaves: dict[str, Tensor | None] = {"q": draw.randn(B, H, T, K).to(dtype), "k": (draw.magnitude(-4, 2) * draw.randn(B, G, T, K)).to(dtype)}
-    return differentiated(draw, lambda q, k: rotary(q, k, positions, theta), exact, leaves, ("q turned", "k turned"), f"B {B}, T {T}, H {H}, G {G}, K {K}, {dtype}", 2.0)
+    leaves: dict[str, Tensor | None] = {
+        "q": draw.randn(B, H, T, K).to(dtype),
+        "k": (draw.magnitude(-4, 2) * draw.randn(B, G, T, K)).to(dtype),
+    }
+    return differentiated(
+        draw,
+        lambda q, k: rotary(q, k, positions, theta),
+        exact,
+        leaves,
+        ("q turned", "k turned"),
+        f"B {B}, T {T}, H {H}, G {G}, K {K}, {dtype}",
+        2.0,
+    )
 
 
 def labels_of(draw: Draw, rows: int, V: int) -> Tensor:
@@ -353,12 +386,16 @@ def loss_of_rows(draw: Draw) -> Answers:
         z = torch.logsumexp(leaf, -1)
         nll_ = z - leaf.gather(1, labels[counted].long()[:, None])[:, 0]
         gradient = torch.autograd.grad((nll_ * g[0][counted].to(kind)).sum() + (z * g[1][counted].to(kind)).sum(), leaf)[0]
-        whole = [torch.zeros(rows, dtype=kind, device=leaf.device) for _ in range(2)] + [torch.zeros(rows, V, dtype=kind, device=leaf.device)]
+        whole = [torch.zeros(rows, dtype=kind, device=leaf.device) for _ in range(2)] + [
+            torch.zeros(rows, V, dtype=kind, device=leaf.device)
+        ]
         for all_, part in zip(whole, (nll_, z, gradient)):
             all_[counted] = part.detach()
         return whole
 
-    return kept(("nll", "log z", "d logits"), (nll, log_z, d), exact(torch.float64), exact(torch.float32), f"rows {rows}, V {V}, {dtype}", 2.0)
+    return kept(
+        ("nll", "log z", "d logits"), (nll, log_z, d), exact(torch.float64), exact(torch.float32), f"rows {rows}, V {V}, {dtype}", 2.0
+    )
 
 
 def loss_of_head(draw: Draw) -> Answers:
@@ -376,7 +413,9 @@ def loss_of_head(draw: Draw) -> Answers:
     def run(f: Function, kind: torch.dtype) -> list[Tensor]:
         leaf, weight = h.detach().to(kind).requires_grad_(), head.weight.detach().to(kind).requires_grad_()
         nll, log_z = f(leaf, weight)
-        d_h, d_weight = torch.autograd.grad((nll * g[0].to(kind)).sum() + (log_z * g[1].to(kind)).sum(), (leaf, weight if f is exact else head.weight))
+        d_h, d_weight = torch.autograd.grad(
+            (nll * g[0].to(kind)).sum() + (log_z * g[1].to(kind)).sum(), (leaf, weight if f is exact else head.weight)
+        )
         return [nll.detach(), log_z.detach(), torch.where(counted[:, None], d_h, 0.0) if f is exact else d_h, d_weight]
 
     def exact(leaf: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -428,14 +467,26 @@ def mamba2_token(draw: Draw) -> Answers:
     wanted, loop = exact(torch.float64), exact(torch.float32)
     found = mamba2_step(*given, state, fresh, G, low, high, in_place)
     assert not in_place or found[2] is state
-    return kept(("y", "past", "ssm"), found, wanted, loop, f"B {B}, H {H}, P {P}, G {G}, N {N}, W {W}, {dtype}, order {order}", 5.0, draw.within(dtype))
+    return kept(
+        ("y", "past", "ssm"),
+        found,
+        wanted,
+        loop,
+        f"B {B}, H {H}, P {P}, G {G}, N {N}, W {W}, {dtype}, order {order}",
+        5.0,
+        draw.within(dtype),
+    )
 
 
 def cell_token(draw: Draw) -> Answers:
     """One token of a nonlinear cell, with a bias that may be narrower than the weights."""
     cell = load_cell(draw.choice([*available()]))
     B, D, S = draw.choice([1, 3]), draw.size(64, 300), len(cell.state)
-    pre, rec, bias = draw.randn(B, len(cell.pre), D).to(draw.dtype(True)), draw.rand(len(cell.rec), D) - 0.5, draw.randn(len(cell.pre), D).to(draw.dtype())
+    pre, rec, bias = (
+        draw.randn(B, len(cell.pre), D).to(draw.dtype(True)),
+        draw.rand(len(cell.rec), D) - 0.5,
+        draw.randn(len(cell.pre), D).to(draw.dtype()),
+    )
     h = draw.magnitude(-8, 0) * draw.randn(B, S, D)
     pre, rec, bias, h = (t.to(draw.device) for t in (pre, rec, bias, h))
 
@@ -445,7 +496,14 @@ def cell_token(draw: Draw) -> Answers:
 
     with torch.no_grad():
         found = parallel_rnn_step(cell, pre, rec, h, bias)
-        return kept(("state",), (found,), (exact(torch.float64),), (exact(torch.float32),), f"{cell.name}, B {B}, D {D}, {pre.dtype}, {bias.dtype}", 4.0)
+        return kept(
+            ("state",),
+            (found,),
+            (exact(torch.float64),),
+            (exact(torch.float32),),
+            f"{cell.name}, B {B}, D {D}, {pre.dtype}, {bias.dtype}",
+            4.0,
+        )
 
 
 def fused_projection(draw: Draw) -> Answers:
@@ -460,7 +518,9 @@ def fused_projection(draw: Draw) -> Answers:
     C = min(C, N - begin)
     taps, tap_bias, past = draw.randn(C, max(W, 1)), draw.randn(C), draw.randn(B, max(W - 1, 1), C)
     acted = draw.choice([(0, 0), (0, N), (N // 2, N)]) if not W else (0, begin)
-    x, out, weight, pair, gate, norm_weight, taps, tap_bias, past = (t.to(draw.device) for t in (x, out, weight, pair, gate, norm_weight, taps, tap_bias, past))
+    x, out, weight, pair, gate, norm_weight, taps, tap_bias, past = (
+        t.to(draw.device) for t in (x, out, weight, pair, gate, norm_weight, taps, tap_bias, past)
+    )
     keep = None if keep is None else keep.to(draw.device)
 
     def silu(t: Tensor) -> Tensor:
@@ -518,7 +578,12 @@ def fused_recurrences(draw: Draw) -> Answers:
     cell = load_cell(draw.choice([*available()]))
     E, O, dtype = draw.choice([1, 2, 3]), draw.size(64, 100, small=(1, 3, 16, 17)), draw.dtype(interpreter=True)  # noqa: E741
     D, inputs = E * O, len(cell.pre)
-    tensors = (draw.randn(B, D), (draw.randn(E, O, inputs * O) / O**0.5).to(dtype), draw.randn(inputs, D).to(dtype), draw.rand(len(cell.rec), D) - 0.5)
+    tensors = (
+        draw.randn(B, D),
+        (draw.randn(E, O, inputs * O) / O**0.5).to(dtype),
+        draw.randn(inputs, D).to(dtype),
+        draw.rand(len(cell.rec), D) - 0.5,
+    )
     u, weight, bias, rec = (t.to(draw.device) for t in tensors)
     state = (draw.magnitude(-8, 0) * draw.randn(B, len(cell.state), D)).to(draw.device)
 
