@@ -24,8 +24,8 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from training import cli
-from training.config import Config
+from training.config import cli
+from training.config.schema import Config
 from training.errors import STOPPED, Stopped, UserError, sentence_of
 
 
@@ -56,7 +56,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training.setup import model_config, open_data, open_reader, take_up
 
     if config.dry_run:
-        from training.flops import dry_run_report
+        from training.cost.flops import dry_run_report
 
         print(dry_run_report(config, *model_config(config, None)))
         return None
@@ -66,15 +66,15 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from evals.in_loop import build_evaluator
     from models.lm import LanguageModel
     from training import checkpoint
-    from training.agreement import agree
+    from training.cost.fit import misfit
+    from training.cost.flops import training_flops_per_token
     from training.engine import Engine, start_distributed
-    from training.faults import BadStepPolicy, StopRequest
-    from training.fit import misfit
-    from training.flops import training_flops_per_token
-    from training.metrics import Metrics, Stopwatch
-    from training.observe import RankWatch, SignOfLife
-    from training.saving import Saver
-    from training.trace import Tracer
+    from training.guard.agreement import agree
+    from training.guard.faults import BadStepPolicy, StopRequest
+    from training.saving.saver import Saver
+    from training.watch.metrics import Metrics, Stopwatch
+    from training.watch.observe import RankWatch, SignOfLife
+    from training.watch.trace import Tracer
 
     shards, _, problem = open_data(config)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)

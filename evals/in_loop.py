@@ -6,19 +6,19 @@ from typing import Any
 
 import torch
 
+from data.files import write_json
 from data.shards import ShardSet
-from evals import mixture
-from evals.adapters import ItemError, OwnAdapter
-from evals.baselines import CountBaselines
-from evals.perplexity import Perplexity, evaluate, held_out_rows, text_bytes
-from evals.position import collapse, position_curve, unlearnt_rows, windows
-from evals.texts import Text
+from evals.adapters.base import ItemError, OwnAdapter
+from evals.inputs.texts import Text
+from evals.measures import mixture
+from evals.measures.baselines import CountBaselines
+from evals.measures.perplexity import Perplexity, evaluate, held_out_rows, text_bytes
+from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from models.generate import generate
-from training.config import Config
+from training.config.schema import Config
 from training.engine import Engine
 from training.errors import UserError
-from training.files import write_json
-from training.metrics import Metrics
+from training.watch.metrics import Metrics
 
 LONG_TOKENS = 100_000_000  # held-out tokens that position curves are drawn from, which are kept in memory
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.progress import Progress
-from training.arguments import parse_arguments, program
+from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -82,7 +82,7 @@ def by_tokens(values: dict[str, Any]) -> bool:
 
 def run_suite(values: dict[str, Any]) -> int:
     """A suite of items; returns how many could not be measured."""
-    from evals.suites import Settings, evaluate
+    from evals.suites.items import Settings, evaluate
 
     same = (
         "add_bos_token",
@@ -121,14 +121,14 @@ def run_suite(values: dict[str, Any]) -> int:
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Evaluates and returns the result that is written to JSON."""
+    from data.files import write_json
     from data.shards import ShardSet
     from data.tokenizer import marks_of
-    from evals.baselines import CountBaselines
-    from evals.perplexity import evaluate, held_out_rows, text_bytes
+    from evals.measures.baselines import CountBaselines
+    from evals.measures.perplexity import evaluate, held_out_rows, text_bytes
     from training.checkpoint import load_model
     from training.engine import pick_device
-    from training.files import write_json
-    from training.metrics import environment
+    from training.watch.metrics import environment
 
     device = pick_device(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)
@@ -194,9 +194,9 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def what_is_known(meta: dict[str, Any], held_out: Any) -> Any:
-    """Whether the checkpoint was trained on these shards' held-out split (evals.seen)."""
-    from evals.seen import facts_of_run, seen
-    from evals.texts import corpus_of_shards
+    """Whether the checkpoint was trained on these shards' held-out split (evals.inputs.seen)."""
+    from evals.inputs.seen import facts_of_run, seen
+    from evals.inputs.texts import corpus_of_shards
 
     return seen(corpus_of_shards(str(held_out.directory)).documents, facts_of_run(meta["folder"]))
 
@@ -204,7 +204,7 @@ def what_is_known(meta: dict[str, Any], held_out: Any) -> Any:
 def where_to_write(values: dict[str, Any], folder: Path) -> Path:
     """The file of the result: what was asked for, else beside the weights, else under runs/evals. Raises UserError before anything is measured
     where none of them can be written."""
-    from training.files import check_writable
+    from data.files import check_writable
 
     name = f"eval-{values['suite']}.json"
     if values["out"]:
@@ -225,9 +225,9 @@ def where_to_write(values: dict[str, Any], folder: Path) -> Path:
 
 def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
     """Evaluates every source by itself, and reports the total by their weights besides."""
+    from data.files import write_json
     from data.shards import open_held_out
-    from evals import mixture
-    from training.files import write_json
+    from evals.measures import mixture
 
     try:
         scored = [folder for folder in folders if open_held_out(folder) is not None]

@@ -23,7 +23,7 @@ import torch
 from data.synthetic import build_task, to_dict
 from data.synthetic.task import IGNORE, SEED_BITS, Draws, Task
 from models.lm import LanguageModel
-from training.arguments import parse_arguments, program
+from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
@@ -240,7 +240,7 @@ class Evaluator:
 
     def at_end(self, step: int) -> float:
         """Accuracy by length, written to eval.json as well; returns the share of wrong answers at the training length."""
-        from training.files import write_json
+        from data.files import write_json
 
         lengths = self.config.eval.lengths or default_lengths(self.length, self.task)
         rows = [self._row(n) for n in lengths]
@@ -309,10 +309,10 @@ def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Loads, evaluates, writes and returns the report."""
+    from data.files import write_json
     from training.checkpoint import load_model
     from training.engine import pick_device
-    from training.files import write_json
-    from training.metrics import environment
+    from training.watch.metrics import environment
 
     device = pick_device(values["device"])
     model, _, meta = load_model(values["checkpoint"], device)

@@ -23,7 +23,7 @@ dependent_launch: bool | None = None
 
 @contextmanager
 def planning() -> Iterator[None]:
-    """Inside, tensors without storage count as tensors on a GPU: ops with fake implementations are chosen (training/memory.py)."""
+    """Inside, tensors without storage count as tensors on a GPU: ops with fake implementations are chosen (training/cost/memory.py)."""
     global _planning
     before, _planning = _planning, True
     try:

@@ -251,7 +251,7 @@ class Writer:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
-    from training.arguments import parse_arguments, program
+    from training.config.arguments import parse_arguments, program
 
     return program(__doc__, lambda words: Writer(parse_arguments(words, DEFAULTS)).run(), arguments)
 

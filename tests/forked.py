@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = ("deepspeed", "hydra", "safetensors.torch", "torch._dynamo", "transformers", "transformers.modeling_utils")
-STARTED = ("data.loader", "training.checkpoint", "training.engine", "training.metrics", "training.saving", "training.setup")
+STARTED = ("data.loader", "training.checkpoint", "training.engine", "training.watch.metrics", "training.saving.saver", "training.setup")
 GRACE = 10.0  # seconds
 
 

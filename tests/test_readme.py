@@ -19,8 +19,8 @@ import pytest
 
 from data.prepare import parse
 from tests.conftest import ROOT, SMALL, environment, run_program
-from training.arguments import parse_arguments
-from training.cli import checked, compose_config
+from training.config.arguments import parse_arguments
+from training.config.cli import checked, compose_config
 from training.sweep import Sweep
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

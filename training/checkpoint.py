@@ -6,7 +6,7 @@ written last, COMPLETE.json with the size and SHA-256 of every other file and th
 got before it. It is written under a temporary name and renamed. The newest is the one written last, whatever its step: who
 went back to an older one is on a new branch, and no clock is asked, as those of machines differ.
 Several ranks write model-00001-of-0000N.safetensors and so on, each its part, and model.index.json and optimizer.index.json
-say where the stretches of every tensor lie. training/saving.py writes them; models/hub/weights.py reads the tensors of both.
+say where the stretches of every tensor lie. training/saving/saver.py writes them; models/hub/weights.py reads the tensors of both.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models.hub.weights import Weights
 from models.lm import LanguageModel
 from training.engine import Engine, World
 from training.errors import UserError
-from training.local_state import load_moments
+from training.zero.local_state import load_moments
 
 MARKER = "COMPLETE.json"
 ATTEMPTS = 5  # at reading a checkpoint of a run that goes on and drops old ones

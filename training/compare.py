@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from training.arguments import parse_arguments, program
+from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {"out": "runs/compare.png", "against": "tokens"}

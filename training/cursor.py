@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.order import Mixture
-from training.config import Config, Position
+from training.config.schema import Config, Position
 from training.errors import UserError
 
 Stretches = list[tuple[int, list[float]]]

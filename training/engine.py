@@ -26,12 +26,12 @@ from data.loader import Batch
 from models.block import Block
 from models.init import roles
 from models.parallel import split
-from training.clock import CommunicationClock
-from training.config import Config
+from training.config.schema import Config
 from training.errors import UserError
 from training.initial_state import InitialStates
 from training.launch import USUAL, launch, unreachable
 from training.optim import SkippableAdamW, build_optimizer
+from training.watch.clock import CommunicationClock
 
 LINEAR = nn.functional.linear
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from models.hub.importing import is_foreign
 from training import checkpoint, cursor
-from training.config import Config
+from training.config.schema import Config
 from training.cursor import Cursor
 from training.engine import World
 from training.errors import UserError

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.config import STARTS
+from training.config.schema import STARTS
 
 MODES = STARTS
 CACHES = ("k_", "v_")  # fields of attention's state

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from data.files import lock, write_json
 from data.loader import build_reader
 from data.shards import ShardSet
 from data.synthetic import build_task
@@ -20,15 +21,14 @@ from models.config import ModelConfig
 from models.hub.importing import load_into, read_stock, resolved
 from models.lm import LanguageModel
 from training import checkpoint, fork
-from training.changes import differences, finished, keep_history, lr_jump
-from training.checks import NO_DATA, notes
-from training.config import Config
+from training.config.changes import differences, finished, keep_history, lr_jump
+from training.config.checks import NO_DATA, notes
+from training.config.recipe import rate
+from training.config.schema import Config
 from training.cursor import Cursor, Order, begin, read, take_on
 from training.engine import World, zero_run
 from training.errors import UserError
-from training.files import lock, write_json
-from training.metrics import environment
-from training.recipe import rate
+from training.watch.metrics import environment
 
 Shards = list[tuple[ShardSet, float]]
 DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up

@@ -4,7 +4,7 @@
 
 Every attempt goes on from the newest whole checkpoint, because that is what train.py does by itself; a train.resume= in the command holds
 until a checkpoint has been written after it. The ranks tell how they are in
-small files of `folder` (training/observe.py); silence of all of them for `timeout` seconds is a hang: each writes the stacks of its threads to
+small files of `folder` (training/watch/observe.py); silence of all of them for `timeout` seconds is a hang: each writes the stacks of its threads to
 rank-XXXXX.stacks there, then all are killed and the job starts again. Exit status: 0 finished; 2 a mistake in the call, or the job ended with
 2 itself (its own message says what to mend); 3 restarts used up; 4 no new checkpoint in two attempts; 75 stopped on
 request (its own, or one that the job got from elsewhere), call again to go on.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import STOPPED, UserError, sentence_of
-from training.observe import FOLDER
+from training.watch.observe import FOLDER
 
 FINISHED, MISTAKE, USED_UP, STUCK = 0, 2, 3, 4
 FRUITLESS = 2  # attempts in a row without a new checkpoint before giving up

@@ -33,9 +33,9 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
+from data.files import write_bytes, write_json
 from training.compare import Run, plot, read_run, rows_of, table
 from training.errors import STOPPED, UserError, sentence_of
-from training.files import write_bytes, write_json
 from training.launch import world_size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -322,7 +322,7 @@ class _Job:
             self.last = line.strip().removeprefix("error: ") or self.last
 
     def total(self) -> int:
-        from training.config import Config, parse
+        from training.config.schema import Config, parse
 
         config = parse(self.config, Config, "", [])
         return int(config.total_steps)

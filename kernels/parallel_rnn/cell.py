@@ -181,7 +181,7 @@ def _kept(cell: Cell) -> int:
 
 
 def planned_loop(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stands for the loop where tensors have no storage (training/memory.py): shapes, gradients and what is kept are the loop's, values are not."""
+    """Stands for the loop where tensors have no storage (training/cost/memory.py): shapes, gradients and what is kept are the loop's, values are not."""
     states = pre.sum(2) + rec.sum(0)
     for _ in range(_kept(cell)):
         states = states.exp()

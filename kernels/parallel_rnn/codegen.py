@@ -67,7 +67,7 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
 def print_source(doc: str | None, write: Callable[[Cell], str], words: list[str]) -> int:
     """The program of this module and of the one for decoding steps: prints what `write` makes of the cell named; returns the exit status."""
     from models.cells import load_cell
-    from training.arguments import program
+    from training.config.arguments import program
     from training.errors import UserError
 
     def run(words: list[str]) -> None:

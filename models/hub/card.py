@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from evals import report
+from data.files import write_bytes
+from evals.report import page as report
 from models.config import ModelConfig
-from training.files import write_bytes
 
 SHOWN = ("bits_per_byte", "perplexity", "nats_per_token", "tokens")  # of an evaluation of held-out text
 

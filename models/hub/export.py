@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data.files import write_json
 from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
 from models.config import ModelConfig
 from models.hub.card import write_card
@@ -36,7 +37,6 @@ from models.init import roles
 from models.lm import LanguageModel
 from training.checkpoint import find
 from training.errors import UserError
-from training.files import write_json
 
 CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64

@@ -176,7 +176,7 @@ def end_ids(folder: Path) -> list[int]:
 def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> Path:
     """Writes a checkpoint (model.safetensors in fp32, config.json, imported.json, and the folder's tokenizer and generation settings) under a
     temporary name, then renames it to `out`. verify: as of `read_stock`."""
-    from training.files import write_json
+    from data.files import write_json
 
     folder, final = Path(folder), Path(out)
     if final.exists():

@@ -283,7 +283,7 @@ def test_set_stands_in_for_shards() -> None:
 
 
 def test_configs_tell_what_does_not_fit() -> None:
-    from training.cli import checked, compose_config, config_groups
+    from training.config.cli import checked, compose_config, config_groups
     from training.errors import UserError
 
     names = [o for o in config_groups()["experiment"] if o.startswith("synthetic/")]

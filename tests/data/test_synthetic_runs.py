@@ -15,12 +15,12 @@ import torch
 
 from data.synthetic import build_task
 from data.synthetic.task import Draws
-from evals.small_models import finish
 from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.trainer import finish
 from tests.conftest import ROOT, run_program
-from training.arguments import parse_arguments
+from training.config.arguments import parse_arguments
 from training.errors import UserError
 
 
@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_short_equals_one_that_was_not(tmp_path: Path, capsys
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("state_tracking_table", ROOT / "scripts/state_tracking_table.py")
+    spec = importlib.util.spec_from_file_location("state_tracking_table", ROOT / "scripts/studies/tracking.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -190,7 +190,7 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
 
 
 def test_cells_are_judged_over_thousands_of_answers_and_can_have_the_published_settings() -> None:
-    from evals.small_models import PUBLISHED, answers_of, settings_of, stages_of
+    from scripts.studies.trainer import PUBLISHED, answers_of, settings_of, stages_of
 
     mqar, parity = build_task({"name": "mqar"}), build_task({"name": "parity"})
     assert answers_of(mqar, 100) == 2 and answers_of(parity, 100) == 100

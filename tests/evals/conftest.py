@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.tokenizer import byte_tokenizer
-from evals.adapters import HFAdapter, OwnAdapter, own_coder
+from evals.adapters.base import HFAdapter, OwnAdapter, own_coder
 from models.config import ModelConfig
 from models.lm import LanguageModel
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from evals.adapters import Adapter, HFAdapter, ItemError, load_adapter, pieces
-from evals.position import position_curve
+from evals.adapters.base import Adapter, HFAdapter, ItemError, load_adapter, pieces
+from evals.measures.position import position_curve
 from models.generate import generate
 from tests.evals.conftest import VOCABULARY, own_adapter
 from training.errors import UserError

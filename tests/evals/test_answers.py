@@ -12,9 +12,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from data.tokenizer import TextCoder, byte_tokenizer, coder_of
-from evals.adapters import Adapter, ItemError
-from evals.retrieval import grid, without_reading
-from evals.tasks import Sample, Task, after_question
+from evals.adapters.base import Adapter, ItemError
+from evals.inputs.tasks import Sample, Task, after_question
+from evals.measures.retrieval import grid, without_reading
 
 
 def sentencepiece_like() -> Tokenizer:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data.tokenizer import byte_tokenizer
-from evals.adapters import Adapter, ItemError, load_adapter
-from evals.harness import generation_options, make_lm, run_task, score_pairs, split_pair
+from evals.adapters.base import Adapter, ItemError, load_adapter
+from evals.measures.harness import generation_options, make_lm, run_task, score_pairs, split_pair
 from models.generate import generate
 from tests.evals.conftest import VOCABULARY, llama, own_adapter
 
@@ -139,7 +139,7 @@ def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tm
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer
 
-    from evals.adapters import OwnAdapter, own_coder
+    from evals.adapters.base import OwnAdapter, own_coder
     from training.checkpoint import load_model
 
     llama().save_pretrained(tmp_path)

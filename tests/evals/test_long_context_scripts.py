@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evals import study
-from scripts import bench_long_context, long_context_study
+from data.files import write_json
+from scripts.bench import long_context as bench_long_context
+from scripts.studies import arms as study
+from scripts.studies import collapse as long_context_study
 from training.errors import UserError
-from training.files import write_json
 
 
 def settings(shards: Path, out: Path, **more: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import pytest
 
 from data.prepare import main
 from data.shards import open_held_out
-from evals.mixture import combined, names_of
-from evals.perplexity import Perplexity
+from evals.measures.mixture import combined, names_of
+from evals.measures.perplexity import Perplexity
 from evals.run import main as evaluate
 from tests.conftest import run_program
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer
-from evals.adapters import ItemError, own_coder
-from evals.baselines import DISCOUNT, CountBaselines
-from evals.documents import document_perplexity
-from evals.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
-from evals.texts import Text
+from evals.adapters.base import ItemError, own_coder
+from evals.inputs.texts import Text
+from evals.measures.baselines import DISCOUNT, CountBaselines
+from evals.measures.documents import document_perplexity
+from evals.measures.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.conftest import run_program

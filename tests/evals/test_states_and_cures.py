@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evals import cures
-from evals.adapters import Adapter, ItemError, LayerState, OwnAdapter, total_variation
-from evals.position import position_curve
-from evals.probes import Scan, measure_retention, scan_hook
-from evals.state_collapse import effective_remembrance, head_statistics, state_curve
+from evals.adapters.base import Adapter, ItemError, LayerState, OwnAdapter, total_variation
+from evals.cures import options as cures
+from evals.cures.hooks import Scan, measure_retention, scan_hook
+from evals.measures.position import position_curve
+from evals.measures.states import effective_remembrance, head_statistics, state_curve
 from models.mixers import attention as attention_module
 from models.mixers import mamba2 as mamba2_module
 from tests.evals.conftest import VOCABULARY, own_adapter

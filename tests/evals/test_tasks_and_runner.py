@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from data.tokenizer import byte_tokenizer
-from evals import suites
-from evals.adapters import HFAdapter, ItemError, own_coder
-from evals.position import collapse, position_curve, windows
-from evals.report import write_report
-from evals.retrieval import grid, score
+from evals.adapters.base import HFAdapter, ItemError, own_coder
+from evals.inputs.tasks import NAMES, NOISE, Task
+from evals.inputs.texts import DEMO, Text, corpus_of_file
+from evals.measures.position import collapse, position_curve, windows
+from evals.measures.retrieval import grid, score
+from evals.measures.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
+from evals.report.page import write_report
 from evals.run import main
-from evals.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
-from evals.suites import Item, guarded, run_items
-from evals.tasks import NAMES, NOISE, Task
-from evals.texts import DEMO, Text, corpus_of_file
+from evals.suites import items as suites
+from evals.suites.items import Item, guarded, run_items
 from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 

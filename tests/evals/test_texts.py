@@ -18,13 +18,13 @@ from data.prepare import main as prepare
 from data.shards import ShardSet
 from data.sources import Source
 from data.tokenizer import byte_tokenizer, coder_of, train_bpe
-from evals.adapters import ItemError
-from evals.common_text import CommonText
-from evals.position import collapse, unigram_nats
+from evals.adapters.base import ItemError
+from evals.inputs.common_text import CommonText
+from evals.inputs.seen import facts_of_run, seen, share_found, window_hashes
+from evals.inputs.texts import Corpus, Text, corpus_of_file, corpus_of_shards, tokenised
+from evals.measures.position import collapse, unigram_nats
 from evals.run import by_tokens
-from evals.seen import facts_of_run, seen, share_found, window_hashes
-from evals.suites import Bench, Settings
-from evals.texts import Corpus, Text, corpus_of_file, corpus_of_shards, tokenised
+from evals.suites.items import Bench, Settings
 from tests.evals.conftest import own_adapter
 from training.errors import UserError
 
@@ -172,10 +172,10 @@ def test_windows_are_found_by_hash_wherever_they_begin() -> None:
 
 
 def test_documents_of_every_part_of_the_training_data_are_found(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evals.seen.BLOCK", 1000)
+    monkeypatch.setattr("evals.inputs.seen.BLOCK", 1000)
     train = ShardSet(shards, "train")
     assert all(share_found([prose(i, 400)], train) == 1.0 for i in (0, 5, 11)) and share_found([prose(3, 400)], train) == 0.0
-    monkeypatch.setattr("evals.seen.MOST", 5000)  # only some blocks are read: a sample
+    monkeypatch.setattr("evals.inputs.seen.MOST", 5000)  # only some blocks are read: a sample
     assert 0.6 <= share_found([prose(i, 400) for i in range(12) if i not in (3, 7)], train) <= 1.0
 
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from evals import run as program
-from evals.adapters import ItemError, load_adapter
-from evals.figures import grids_figure, pyplot, remembrance_figure
-from evals.perplexity import Perplexity, bucket_sums
+from evals.adapters.base import ItemError, load_adapter
+from evals.adapters.trust import code_hash, may_run_code
+from evals.measures.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
-from evals.report import write_report
+from evals.report.figures import grids_figure, pyplot, remembrance_figure
+from evals.report.page import write_report
 from evals.run import main, where_to_write
-from evals.trust import code_hash, may_run_code
 from models.hub.custom import custom, write_code
 from tests.evals.conftest import llama, own
 from training.errors import UserError

@@ -178,7 +178,7 @@ def test_text_comes_in_whole_characters_and_ends_before_a_stop_string() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
 
-    from training.files import write_json
+    from data.files import write_json
 
     out = tmp_path_factory.mktemp("model")
     tokenizer = byte_tokenizer()

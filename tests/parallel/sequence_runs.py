@@ -12,7 +12,7 @@ import torch
 from data.loader import BatchLoader
 from models import parallel
 from models.lm import LanguageModel
-from training.cli import checked, compose_config
+from training.config.cli import checked, compose_config
 from training.engine import Engine, World, start_distributed
 from training.setup import model_config, open_reader, open_shards
 

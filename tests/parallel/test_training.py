@@ -11,7 +11,7 @@ import torch
 
 from data.loader import BatchLoader, Reader
 from tests.conftest import SMALL, run_ranks
-from training.cli import checked, compose_config
+from training.config.cli import checked, compose_config
 from training.errors import UserError
 
 WORK = Path(__file__).with_name("sequence_runs.py")

@@ -36,7 +36,7 @@ def at_step(step: int, act: Any) -> None:
 
 def in_save(step: int, act: Any) -> None:
     """Calls `act(path)` before this rank writes its optimizer file of the checkpoint of `step`."""
-    from training import saving
+    from training.saving import saver as saving
 
     original = saving.write_tensors
 
@@ -82,7 +82,7 @@ def main() -> int:
         if fault == "seed":
             sys.argv.append("seed=7")
         elif fault == "code":
-            from training import agreement
+            from training.guard import agreement
 
             agreement.code_hash = lambda *_: "another"  # type: ignore[assignment]
         elif fault == "clock":

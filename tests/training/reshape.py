@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from data.loader import BatchLoader
 from models.lm import LanguageModel
 from training import checkpoint
-from training.cli import checked, compose_config
+from training.config.cli import checked, compose_config
 from training.engine import Engine, World, start_distributed
-from training.local_state import MOMENTS
-from training.saving import Saver
+from training.saving.saver import Saver
 from training.setup import model_config, open_reader, open_shards
+from training.zero.local_state import MOMENTS
 
 LR = 1e-2
 

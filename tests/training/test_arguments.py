@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from training.arguments import parse_arguments, program
+from data.files import write_json
+from training.config.arguments import parse_arguments, program
 from training.errors import UserError
-from training.files import write_json
 
 DEFAULTS = {"path": None, "name": "a", "rows": 3, "seed": 0, "lr": 0.5, "toy": False, "lengths": [], "limit": int}
 

@@ -17,16 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.files import lock
 from models.hub.weights import Weights, write_tensors
 from tests.conftest import ROOT, SMALL, environment, run_ranks
-from training import checkpoint, saving, setup
-from training.config import CheckpointSection, Config
+from training import checkpoint, setup
+from training.config.schema import CheckpointSection, Config
 from training.engine import World
 from training.errors import UserError
-from training.files import lock
-from training.hook import Hook
-from training.local_state import Stretch, share
+from training.saving import saver as saving
+from training.saving.hook import Hook
 from training.supervisor import parents
+from training.zero.local_state import Stretch, share
 
 
 def work(what: str, ranks: int, shards: Path, folder: Path) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
 
 
 def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
-    code = "import pathlib, sys, time; from training.files import lock; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
+    code = "import pathlib, sys, time; from data.files import lock; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"belongs to process {other.pid} of .*; stop it, or give another run_dir"):
@@ -403,7 +404,7 @@ def children() -> list[int]:
 
 def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, reached = threading.Event(), threading.Event()
-    monkeypatch.setattr("training.hook.shlex.quote", lambda text: (reached.set(), gate.wait(), text)[2])
+    monkeypatch.setattr("training.saving.hook.shlex.quote", lambda text: (reached.set(), gate.wait(), text)[2])
     hook = Hook("exec sleep 300 {folder}", tmp_path / "hook.log", lambda text: None)
     hook.add(tmp_path / "a")
     reached.wait()
@@ -419,7 +420,7 @@ def test_a_hook_that_cannot_be_started_gives_the_next_checkpoint_its_turn(tmp_pa
     said: list[str] = []
     popen, broken = subprocess.Popen, [True]
     monkeypatch.setattr(
-        "training.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k)
+        "training.saving.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k)
     )
     hook = Hook("touch {folder}-done", tmp_path / "hook.log", said.append)
     hook.add(tmp_path / "a")
@@ -448,7 +449,7 @@ def test_a_checkpoint_whose_hook_was_cut_short_is_handed_on_by_the_next_run(tmp_
 
 def test_sigterm_in_the_middle_of_a_save_waits_for_it(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code = "import time, training.saving as s; w = s.write_tensors; s.write_tensors = lambda *a: (time.sleep(0.7), w(*a))[1]; import sys, train; sys.exit(train._entry())"
+    code = "import time, training.saving.saver as s; w = s.write_tensors; s.write_tensors = lambda *a: (time.sleep(0.7), w(*a))[1]; import sys, train; sys.exit(train._entry())"
     words = [*SMALL, f"data.path={demo_shards}", f"run_dir={run}", "eval=end", "train.steps=100000", "checkpoint.every=1"]
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
     while not list(run.glob("checkpoints/.tmp-*")):

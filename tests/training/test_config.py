@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, environment, run_program
-from training.cli import CONFIG_DIR, checked, compose_config, config_groups
+from training.config.cli import CONFIG_DIR, checked, compose_config, config_groups
+from training.cost.flops import meta_model
 from training.errors import UserError
-from training.flops import meta_model
 from training.setup import model_config
 
 PUBLISHED = {  # millions of parameters in the ParaRNN comparison (arXiv 2510.21450, table 5)
@@ -82,7 +82,7 @@ def test_help_and_dry_run() -> None:
 
 
 def test_importing_the_packages_needs_no_gpu_and_no_command_line() -> None:
-    code = "import models.lm, data.loader, evals.run, training.cli, train"
+    code = "import models.lm, data.loader, evals.run, training.config.cli, train"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False).returncode == 0
 
 

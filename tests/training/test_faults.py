@@ -17,13 +17,13 @@ import torch
 from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
 from tests.training.test_runs import launcher, losses
-from training import agreement
-from training.config import Config, DataSection, FaultSection
+from training.config.schema import Config, DataSection, FaultSection
 from training.engine import StepResult, World
 from training.errors import UserError
-from training.faults import BadStepPolicy
-from training.metrics import Metrics
+from training.guard import agreement
+from training.guard.faults import BadStepPolicy
 from training.setup import open_reader, open_shards
+from training.watch.metrics import Metrics
 
 WORDS = [
     *SMALL,
@@ -57,7 +57,7 @@ def kept(run: Path) -> list[str]:
 def refused(done: subprocess.CompletedProcess[str], words: str) -> None:
     """Ended with our sentence, said once, and no traceback of ours (the launcher shows its own)."""
     assert done.returncode != 0 and done.stderr.count(words) == 1, done.stdout + done.stderr[-3000:]
-    assert "training/saving.py" not in done.stderr and 'train.py", line' not in done.stderr, done.stderr[-3000:]
+    assert "training/saving/saver.py" not in done.stderr and 'train.py", line' not in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evals.small_models import Trainer, settings_of
-from training.graphed import WARMUP, GraphedStep, Rate
+from scripts.studies.graphed import WARMUP, GraphedStep, Rate
+from scripts.studies.trainer import Trainer, settings_of
 from training.optim import build_optimizer
 
 VALUES = {"layers": 1, "length": 32, "batch": 8, "steps": 100}

@@ -12,7 +12,7 @@ import torch
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from training.config import STARTS
+from training.config.schema import STARTS
 from training.initial_state import MODES, InitialStates
 
 PATTERN = ["m", "g", "a"]

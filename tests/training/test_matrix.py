@@ -1,4 +1,4 @@
-"""A slice of scripts/matrix.py: losses of ZeRO stages, offload, accumulation and recomputation are those of plain torch in one process."""
+"""A slice of scripts/check/matrix.py: losses of ZeRO stages, offload, accumulation and recomputation are those of plain torch in one process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import matrix
+from scripts.check import matrix
 from tests.conftest import run_program
 from tests.training.test_runs import Train, losses, ok
-from training.cli import checked, compose_config
+from training.config.cli import checked, compose_config
 from training.errors import UserError
 
 SLICE = {

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from models.lm import LanguageModel
-from training import memory
-from training.cli import checked, compose_config
-from training.flops import meta_model
+from training.config.cli import checked, compose_config
+from training.cost import memory
+from training.cost.flops import meta_model
 from training.setup import model_config
 
 TINY = ["size=tiny", "train.seq_len=128", "train.micro_batch=2", "train.global_batch=4", "model.vocab_size=512", "data.path=nowhere"]

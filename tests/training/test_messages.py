@@ -14,12 +14,12 @@ import pytest
 
 from kernels.parallel_rnn.codegen import print_source, source
 from tests.conftest import ROOT, SMALL, environment, run_program
-from training.arguments import program
-from training.cli import CONFIG_DIR, checked, compose_config
+from training.config.arguments import program
+from training.config.cli import CONFIG_DIR, checked, compose_config
+from training.config.help import comments_of, help_text
 from training.errors import UserError
-from training.help import comments_of, help_text
 from training.launch import Launch, launch, world_size
-from training.metrics import Metrics
+from training.watch.metrics import Metrics
 
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

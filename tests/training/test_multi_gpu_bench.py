@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts import bench_multi_gpu as bench
+from scripts.bench import multi_gpu as bench
 from training.errors import UserError
 from training.supervisor import descendants
 

@@ -14,12 +14,12 @@ import torch
 from tests.conftest import ROOT, run_ranks
 from tests.training.test_runs import QUIET, ok
 from training.engine import StepResult
-from training.observe import RankWatch
+from training.watch.observe import RankWatch
 
 SLOW_RANK = """
 import json, sys, time
 from training.engine import StepResult, start_distributed
-from training.observe import RankWatch
+from training.watch.observe import RankWatch
 world = start_distributed("cpu")
 watch = RankWatch(world, 2)
 for step in (1, 2):

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from models.lm import LanguageModel
 from tests.conftest import run_ranks
 from tests.training.test_runs import QUIET, losses, mistake, ok
-from training import changes, checkpoint, cursor, fork, setup
-from training.cli import checked, compose_config, resolved_yaml
-from training.config import Config, Position
+from training import checkpoint, cursor, fork, setup
+from training.config import changes
+from training.config.cli import checked, compose_config, resolved_yaml
+from training.config.schema import Config, Position
 from training.engine import World
 from training.errors import UserError
-from training.metrics import Metrics
+from training.watch.metrics import Metrics
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 BASE = ["data.path=d", "train.steps=100", "train.seq_len=32", "train.global_batch=4", "train.micro_batch=2"]

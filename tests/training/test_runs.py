@@ -191,7 +191,7 @@ def test_bad_steps_stop_or_are_skipped_with_a_cap(train: Train, tmp_path: Path) 
 def test_a_vetoed_step_leaves_weights_and_moments_alone(stage: int, demo_shards: Path, tmp_path: Path) -> None:
     code = f"""
 import torch, sys
-from training.cli import compose_config, checked
+from training.config.cli import compose_config, checked
 from training.setup import model_config, open_shards
 from training.engine import Engine, start_distributed
 from data.loader import BatchLoader, build_reader
@@ -202,7 +202,7 @@ model = LanguageModel(model_config(config, shards)[0]); model.init_weights(0)
 engine = Engine(model, config, world)
 loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), 4, 2); batches = iter(loader)
 engine.step(next(batches), 1e-2)
-from training.local_state import held_moments
+from training.zero.local_state import held_moments
 def state(): return [s.values.clone() for s in held_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
 before, weights = state(), {{n: p.clone() for n, p in engine.parameters.items()}}
 result = engine.step(next(batches), 1e-2, lambda loss: "because")

@@ -13,15 +13,16 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from data.files import finite
 from models import mixers
 from models.config import RANGES, ModelConfig
-from training import checks, cli, fit, ranges, suggest
-from training.cli import checked, compose_config, resolved_yaml
-from training.config import Config, check
+from training.config import checks, cli, ranges, suggest
+from training.config.cli import checked, compose_config, resolved_yaml
+from training.config.schema import Config, check
+from training.cost import fit
 from training.engine import World
 from training.errors import UserError
-from training.files import finite
-from training.metrics import Metrics
+from training.watch.metrics import Metrics
 
 
 def refusal(*arguments: str) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from training import observe, supervisor
+from training import supervisor
 from training.errors import STOPPED, UserError
 from training.supervisor import MISTAKE, STUCK, USED_UP, Settings, Supervisor, descendants, parse
+from training.watch import observe
 
 RANK = f"""
 import json, os, socket, subprocess, sys, time, pathlib
@@ -82,7 +83,7 @@ os.kill(os.getpid(), 9)
 def test_a_hung_rank_writes_its_stacks_and_is_restarted(tmp_path: Path) -> None:
     script = f"""
 sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
-from training.observe import SignOfLife
+from training.watch.observe import SignOfLife
 if n > 1:
     sys.exit(0)
 life = SignOfLife(pathlib.Path("/nowhere"), 3)
@@ -136,7 +137,7 @@ def test_a_stop_request_from_elsewhere_is_no_failure(tmp_path: Path) -> None:
     """Ranks that got a signal themselves end with 75; a launcher makes another status of it, and then their files say it."""
     rank = """
 sys.path.insert(0, ROOT)
-from training.observe import SignOfLife
+from training.watch.observe import SignOfLife
 life = SignOfLife(pathlib.Path("/nowhere"), 0)
 life.beat(5, 5)
 life.close(stopped=STOPPED)

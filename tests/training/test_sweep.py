@@ -12,7 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from tests.conftest import ROOT, SMALL, environment, run_program
-from training.cli import checked, compose_config, flags_of, run
+from training.config.cli import checked, compose_config, flags_of, run
 from training.errors import UserError
 from training.sweep import COMMAND, Sweep, label_of, quoted
 

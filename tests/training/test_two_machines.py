@@ -38,7 +38,7 @@ for pid in $(cat "$STUBS/pids"); do kill -TERM "$pid"; done
 
 @pytest.mark.slow
 def test_a_machine_killed_in_the_middle_and_the_job_taken_up_again_over_ssh(demo_shards: Path, tmp_path: Path) -> None:
-    done = run_program(["scripts/two_machines.py", f"data={demo_shards}", "slots=1", "steps=12", f"work={tmp_path}"], timeout=500)
+    done = run_program(["-m", "scripts.check.two_machines", f"data={demo_shards}", "slots=1", "steps=12", f"work={tmp_path}"], timeout=500)
     if done.returncode == 77:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, done.stdout + done.stderr

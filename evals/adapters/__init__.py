@@ -1,0 +1,1 @@
+"""One interface over every model that can be evaluated, and whether its code may be run."""

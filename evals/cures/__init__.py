@@ -1,0 +1,1 @@
+"""Cures of state collapse that need no training, and the hooks they act by."""

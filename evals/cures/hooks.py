@@ -1,0 +1,215 @@
+"""Looks into, and reaches into, the recurrences of a model while it runs: the scans of Mamba-2 (ours and transformers') and our cells.
+
+A hook on a scan sees its inputs after the softplus of the step sizes, may change them, and calls the scan (or something else) itself. This is
+where retention is measured and where cures act (evals/cures/options.py). Nothing is changed for good: the hooks live as long as the context.
+Legend: B batch, T time, H heads, P head width, G groups, N state width, S states of a cell, I channels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evals.adapters.base import Adapter, HFAdapter, ItemError, OwnAdapter
+
+
+@dataclass
+class Scan:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, y_t = C_t h_t: x (B, T, H, P), dt (B, T, H) > 0, A (H,) < 0, B and C (B, T, G, N), h0 (B, H, P, N)."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    h0: Tensor | None
+
+
+Run = Callable[[Scan], tuple[Tensor, Tensor]]  # a scan to (y, last state)
+ScanHook = Callable[[int, Scan, Run], tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def scan_layers(adapter: Adapter) -> list[tuple[int, Any]]:
+    """(layer, module) of the Mamba-2 mixers whose scan can be hooked."""
+    if isinstance(adapter, OwnAdapter):
+        blocks: Any = adapter.model.blocks
+        return [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "ssd")]
+    if isinstance(adapter, HFAdapter):
+        found = [
+            m for m in adapter.model.modules() if hasattr(sys.modules.get(type(m).__module__), "mamba2_chunk_scan") and hasattr(m, "A_log")
+        ]
+        return [(int(getattr(m, "layer_idx", i)), m) for i, m in enumerate(found)]
+    return []
+
+
+@contextmanager
+def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
+    """hook(layer, scan, run) stands in for every scan; yields the list of layers called so far. Raises ItemError if there are no scans."""
+    layers = scan_layers(adapter)
+    if not layers:
+        raise ItemError(f"{adapter.kind} has no Mamba-2 scan that can be reached into.")
+    now, called = [0], []
+
+    def announce(layer: int) -> Callable[..., None]:
+        def before(*_: Any) -> None:
+            now[0] = layer
+            called.append(layer)
+
+        return before
+
+    with ExitStack() as stack:
+        for layer, module in layers:
+            handle = module.register_forward_pre_hook(announce(layer))
+            stack.callback(handle.remove)
+        for module in {sys.modules[type(m).__module__] for _, m in layers}:
+            if hasattr(module, "ssd"):
+                stack.enter_context(_replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
+            else:
+                original = module.mamba2_chunk_scan
+                stack.enter_context(_replaced(module, "mamba2_chunk_scan", _hf_scan(original, hook, now)))
+                if hasattr(module, "mamba2_selective_state_update"):
+                    stack.enter_context(_replaced(module, "mamba2_selective_state_update", _hf_step(original, hook, now)))
+        yield called
+
+
+def _own_scan(original: Any, hook: ScanHook, now: list[int]) -> Any:
+    def ssd(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Any = None, starts: Any = None, *, D_H: Any = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert starts is None, "evaluations feed one document at a time"
+        with torch.autocast(x.device.type, enabled=False):
+            y, h = hook(now[0], Scan(x, dt, A, B, C, h0), lambda s: original(s.x, s.dt, s.A, s.B, s.C, s.h0, None, **options))
+            return (y if D_H is None else y + x * D_H[:, None]), h  # the skip sees x as it is, whatever the hook made of it
+
+    return ssd
+
+
+def _plain_hf(original: Any, chunk_size: int) -> Run:
+    def run(s: Scan) -> tuple[Tensor, Tensor]:
+        return original(s.x, s.dt, s.A, s.B, s.C, chunk_size=chunk_size, initial_states=s.h0, return_final_states=True)
+
+    return run
+
+
+def _hf_scan(original: Any, hook: ScanHook, now: list[int]) -> Any:
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Any = None, **options: Any) -> Any:
+        if options.get("dt_bias") is not None:
+            dt = dt + options["dt_bias"].to(dt.dtype)
+        if options.get("dt_softplus"):
+            dt = F.softplus(dt)
+        dt = dt.clamp(*options.get("dt_limit", (0.0, float("inf"))))
+        with torch.autocast(x.device.type, enabled=False):
+            y, h = hook(now[0], Scan(x, dt, A, B, C, options.get("initial_states")), _plain_hf(original, chunk_size))
+        if D is not None:
+            y = y + (D[:, None] * x if D.ndim == 1 else D * x).to(y.dtype)
+        return (y, h) if options.get("return_final_states") else y
+
+    return scan
+
+
+def _hf_step(original: Any, hook: ScanHook, now: list[int]) -> Any:
+    """transformers' decoding step, by the same hook: state (B, H, P, N), x (B, H, P), dt (B, H, P), A (H, P, N), B and C (B, G, N)."""
+
+    def step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any = None, **options: Any) -> Tensor:
+        dt_BH = dt[..., 0] + (options["dt_bias"][:, 0] if options.get("dt_bias") is not None else 0)
+        dt_BH = F.softplus(dt_BH) if options.get("dt_softplus") else dt_BH
+        y, h = hook(now[0], Scan(x[:, None], dt_BH[:, None], A[:, 0, 0], B[:, None], C[:, None], state), _plain_hf(original, 1))
+        state.copy_(h)
+        y = y[:, 0]
+        return (y + D * x if D is not None else y).to(x.dtype)
+
+    return step
+
+
+class Retention:
+    """Sums ln(retention) of every head (Mamba-2: ln alpha = dt A) or channel of a cell (ln |d state_t / d state_{t-1}|, diagonal entries).
+
+    totals[(layer, name)]: (B, heads or channels) up to the tokens seen; `tokens` of them. For a cell with several states the diagonal is the
+    direct path only.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[tuple[int, str], Tensor] = {}
+        self.tokens: dict[tuple[int, str], int] = {}
+
+    def add(self, layer: int, name: str, log_BTH: Tensor) -> None:
+        key = (layer, name)
+        value = log_BTH.double().sum(1)
+        self.totals[key] = self.totals[key] + value if key in self.totals else value
+        self.tokens[key] = self.tokens.get(key, 0) + log_BTH.shape[1]
+
+    def scan(self, layer: int, scan: Scan, run: Run) -> tuple[Tensor, Tensor]:
+        self.add(layer, "ssm", scan.dt.double() * scan.A.double())
+        return run(scan)
+
+
+@contextmanager
+def measure_retention(adapter: Adapter) -> Iterator[Retention]:
+    """Records retention while the model runs; layers without a recurrence that can be looked into leave nothing."""
+    found = Retention()
+    with ExitStack() as stack:
+        if scan_layers(adapter):
+            stack.enter_context(scan_hook(adapter, found.scan))
+        if isinstance(adapter, OwnAdapter):
+            stack.enter_context(_cells(adapter, found))
+        yield found
+
+
+@contextmanager
+def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
+    from kernels.parallel_rnn.reference import jacobian
+
+    blocks: Any = adapter.model.blocks
+    layers = [
+        (i, b.mixer)
+        for i, b in enumerate(blocks)
+        if getattr(b.mixer, "cell", None) is not None
+        and b.mixer.cell.lowered
+        and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
+    ]
+    now = [0]
+    with ExitStack() as stack:
+        for layer, mixer in layers:
+            handle = mixer.register_forward_pre_hook(lambda *_, layer=layer: now.__setitem__(0, layer))
+            stack.callback(handle.remove)
+        for module in {sys.modules[type(m).__module__] for _, m in layers}:
+            original = module.parallel_rnn
+
+            def watched(
+                cell: Any, pre: Tensor, rec: Tensor, h0: Any = None, starts: Any = None, *, original: Any = original,
+                bias_PD: Tensor | None = None, emitted: bool = False, **options: Any,
+            ) -> Any:  # fmt: skip
+                if not cell.lowered:  # its channels may reach each other: the diagonal says nothing
+                    return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, emitted=emitted, **options)
+                states, final = original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
+                wide = torch.promote_types(pre.dtype, torch.float32)
+                inputs = pre.flatten(3) if pre.dim() == 5 else pre
+                before = torch.zeros_like(final)[:, None] if h0 is None else h0.to(final.dtype)[:, None]
+                before = torch.cat([before.to(wide), states[:, :-1].to(wide)], 1)
+                with torch.autocast(pre.device.type, enabled=False):
+                    for a in range(0, pre.shape[1], 512):  # (S, S) derivatives of a piece at a time
+                        piece = inputs[:, a : a + 512].to(wide) + (0 if bias_PD is None else bias_PD.to(wide))
+                        J = jacobian(cell, piece, rec.to(wide), before[:, a : a + 512])
+                        for i, name in enumerate(cell.state):
+                            found.add(now[0], name, J[..., i, i, :].abs().clamp(min=1e-30).log())
+                return states[:, :, -1] if emitted else states, final
+
+            stack.enter_context(_replaced(module, "parallel_rnn", watched))
+        yield

@@ -1,0 +1,1 @@
+"""What models read while they are measured: texts and generated tasks."""

@@ -1,0 +1,1 @@
+"""One report of everything measured under a folder."""

@@ -1,0 +1,8 @@
+"""`python -m evals.report OUT`."""
+
+import sys
+
+from evals.report.page import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Programs over the packages: what people run, benches, checks and studies."""

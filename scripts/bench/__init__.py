@@ -1,0 +1,1 @@
+"""Benches: accuracy first, then speed, against limits and peers of the same run."""

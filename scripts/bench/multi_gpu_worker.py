@@ -1,0 +1,258 @@
+"""What each rank of scripts/bench/multi_gpu.py runs: the cases that are put into a folder, one after another in one process group.
+
+    torchrun --nproc_per_node N scripts/bench/multi_gpu_worker.py FOLDER
+
+FOLDER/case-00000.json, case-00001.json, ... appear there one by one; a case is {"id", "kind": "train" or "layer", ...} and its row goes into
+row-00000.json and so on. Every rank looks for the next case by itself, so that nothing waits on a GPU meanwhile. The file `end` ends the
+worker, and so does the first case that fails, because ranks that wait for each other cannot go on, and a bench that no longer touches `alive`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data.files import write_json
+from data.loader import BatchLoader, Reader, Rows
+from models import mixers, parallel
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from training.config.arguments import program
+from training.config.cli import checked, compose_config
+from training.cost.flops import device_name, peak_flops, training_flops_per_token
+from training.engine import Engine, World, start_distributed
+from training.errors import UserError
+from training.watch.metrics import peak_memory_gib
+
+ROOT = Path(__file__).resolve().parents[2]
+
+VOCABULARY = 50432
+SILENCE = 60.0  # seconds after which a bench that does not touch `alive` is taken for dead
+
+
+class RandomTokens(Reader):
+    """Sample k is a pure function of k: tokens of a skewed distribution, so that there is something to learn; one document a row."""
+
+    def __init__(self, seq_len: int, vocabulary: int) -> None:
+        self.seq_len, self.vocabulary, self.samples_per_epoch = seq_len, vocabulary, 1 << 40
+
+    def samples(self, k_R: np.ndarray) -> Rows:
+        u = np.stack([np.random.default_rng(int(k)).random(self.seq_len + 1) for k in k_R])
+        return (self.vocabulary * u**4).astype(np.int64), np.zeros(u.shape, dtype=np.int32)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def fresh(device: torch.device) -> None:
+    """Nothing of the case before is counted in this one's memory or traffic."""
+    gc.collect()
+    parallel.traffic.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def over_ranks(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def quick_weights(model: nn.Module) -> None:
+    """Weights for timing, drawn on the device: a minute less for a billion parameters than `init_weights`."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02) if p.ndim > 1 and p.shape[0] > 2 else p.fill_(1.0)
+
+
+def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Steps of a whole model through the training engine, as train.py takes them."""
+    config = checked(compose_config([*case["overrides"], f"parallel.sequence={world.sequence}"]))
+    torch.manual_seed(0)
+    with torch.device(world.device):
+        model = LanguageModel(ModelConfig.from_dict({**config.model, "vocab_size": case.get("vocabulary", VOCABULARY)}))
+    if case.get("init") == "own":
+        model.init_weights(0)
+    else:
+        quick_weights(model)
+    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    flops = training_flops_per_token(model, config.train.seq_len)
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = Engine(model, config, world)
+    reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
+    t, losses, seconds, samples, communication = config.train, [], [], [], []
+    with BatchLoader(reader, t.global_batch, t.micro_batch, world.replica, world.replicas, slice_of=world.slice_of) as loader:
+        for _, batches in zip(range(case["steps"]), loader):
+            parallel.traffic.clear()
+            wait(world.device)
+            dist.barrier()
+            start = time.perf_counter()
+            result = engine.step(batches, case.get("lr", 1e-4))
+            losses.append(result.loss)
+            communication.append(result.communication / result.seconds)
+            wait(world.device)
+            seconds.append(time.perf_counter() - start)
+            samples.append([i for batch in batches for i in batch.sample_ids])
+    step_seconds = statistics.median(seconds[len(seconds) // 3 :])
+    rate = t.global_batch * t.seq_len / step_seconds / world.size
+    peak = peak_flops(device_name(world.device), t.precision)
+    row = {
+        "parameters": parameters,
+        "zero_stage_run": engine.stage,
+        "seq_len": t.seq_len,
+        "micro_batch": t.micro_batch,
+        "losses": losses,
+        "first_step_seconds": seconds[0],
+        "step_seconds": step_seconds,
+        "communication_share": statistics.mean(over_ranks(statistics.median(communication[len(communication) // 3 :]))),
+        "tokens_per_second_per_gpu": rate,
+        "mfu": rate * flops / peak if peak else None,
+        "memory_gib": max(over_ranks(peak_memory_gib(world.device))),
+        "samples": sorted(set(sum(sum(over_ranks(samples), []), []))),
+        **traffic_row(),
+    }
+    engine.destroy()
+    return row
+
+
+def traffic_row() -> dict[str, Any]:
+    t = parallel.traffic
+    largest: dict[str, int] = {}
+    for received in over_ranks(dict(t.received)):
+        largest = {key: max(largest.get(key, 0), received.get(key, 0)) for key in {**largest, **received}}
+    return {"received_bytes": largest, "solves": t.solves, "corrections": t.corrections}
+
+
+def parts_of(mapping: dict[str, Any], D: int, x_BTD: Tensor, weight_BTD: Tensor, segments: Tensor, low: bool) -> list[Tensor]:
+    """[output, gradient of x, gradients of all parameters] of one layer; inside `split` those of a slice."""
+    mixer = layer_of(mapping, D, x_BTD.device)
+    x = x_BTD.clone().requires_grad_()
+    with parallel.split(mixer) if mapping.get("split") else torch.enable_grad():
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+            y = mixer(x, None, segments)[0]
+        (y.float() * weight_BTD).sum().backward()
+    assert x.grad is not None
+    return [y.detach().float(), x.grad.float(), *(p.grad.float() for p in mixer.parameters() if p.grad is not None)]
+
+
+def layer_of(mapping: dict[str, Any], D: int, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    mixer = mixers.build({k: v for k, v in mapping.items() if k != "split"}, D, 0)
+    mixer.init_weights(0.02, 0)
+    return mixer.to(device)
+
+
+def difference(case: dict[str, Any], world: World, T: int, low: bool) -> float:
+    """Largest relative difference between slices over the ranks and the whole on this one: outputs and all gradients, packed documents."""
+    D, device = case["D"], world.device
+    g = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(1, T, D, generator=g).to(device) for _ in range(2))
+    segments = (torch.arange(T)[None] > T * 2 // 3).int().to(device)
+    own = slice(world.rank * T // world.size, (world.rank + 1) * T // world.size)
+    whole = parts_of(case["mixer"], D, x, weight, segments, low)
+    part = parts_of({**case["mixer"], "split": True}, D, x[:, own], weight[:, own], segments[:, own].contiguous(), low)
+    for gradient in part[2:]:
+        dist.all_reduce(gradient)
+    exact = [whole[0][:, own], whole[1][:, own], *whole[2:]]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(part, exact))
+
+
+def layer_case(case: dict[str, Any], world: World) -> dict[str, Any]:
+    """Forward and backward of one mixer whose time is cut over all ranks: correct first, then time, memory and bytes."""
+    D, T = case["D"], case["T"]
+    row: dict[str, Any] = {}
+    if case.get("check"):
+        worst = [max(over_ranks(difference(case, world, case["check"], low))) for low in (False, True)]
+        row["difference_fp32"], row["difference_bf16"] = worst
+        row["correct"] = worst[0] < 1e-3 and worst[1] < 5e-2
+    row |= timed(case, D, T // world.size, world, True)
+    if case.get("alone"):
+        alone = None
+        if world.main:
+            try:
+                alone = timed(case, D, T, world, False)
+            except torch.OutOfMemoryError:
+                alone = {"error": "out of memory"}
+        dist.barrier()
+        row["one_gpu"] = alone
+        if alone and "seconds" in alone:
+            row["speedup"] = alone["seconds"] / row["seconds"]
+    return row
+
+
+def timed(case: dict[str, Any], D: int, T: int, world: World, over: bool) -> dict[str, Any]:
+    """Seconds of a forward and backward pass in bf16; over: as one slice of all ranks, else T on this rank alone."""
+    device = world.device
+    fresh(device)
+    mixer = layer_of(case["mixer"], D, device)
+    x = torch.randn(1, T, D, device=device, dtype=torch.bfloat16).requires_grad_()
+    segments = torch.zeros(1, T, device=device, dtype=torch.int32)
+    seconds: list[float] = []
+    repeats = 2
+    while len(seconds) < repeats:
+        parallel.traffic.clear()
+        wait(device)
+        if over:
+            dist.barrier()
+        start = time.perf_counter()
+        with parallel.split(mixer) if over else torch.enable_grad():
+            with torch.autocast(device.type, torch.bfloat16):
+                y = mixer(x, None, segments)[0]
+            y.backward(x.detach().to(y.dtype))
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+        x.grad = None
+        if len(seconds) == 2:  # how often is rank 0's to say, for all
+            wanted = 2 + min(4, int(2 / max(seconds[1], 1e-3)))
+            repeats = over_ranks(wanted)[0] if over else wanted
+    row = {"seconds": statistics.median(seconds[1:]), "first_seconds": seconds[0], "memory_gib": peak_memory_gib(device)}
+    return {**row, "memory_gib": max(over_ranks(row["memory_gib"])), **traffic_row()} if over else row
+
+
+def next_case(folder: Path, number: int) -> dict[str, Any] | None:
+    """Waits for the case; None when there is to be no more."""
+    path = folder / f"case-{number:05d}.json"
+    while not path.exists():
+        try:
+            if (folder / "end").exists() or time.time() - (folder / "alive").stat().st_mtime > SILENCE:
+                return None
+        except FileNotFoundError:
+            return None
+        time.sleep(0.02)
+    return dict(json.loads(path.read_text()))
+
+
+def main(words: list[str]) -> None:
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        raise UserError("Give the folder of cases; scripts/bench/multi_gpu.py starts this program itself.")
+    folder = words[0]
+    world = start_distributed("auto", 5.0)
+    cut = dataclasses.replace(world, sequence=world.size, group=dist.new_group(list(range(world.size))))
+    number = 0
+    while (case := next_case(Path(folder), number)) is not None:
+        start, held = time.perf_counter(), torch.cuda.memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+        row = (layer_case if case["kind"] == "layer" else train_case)(case, cut if case.get("sequence", 1) > 1 else world)
+        row |= {"held_before_gib": held, "case_seconds": time.perf_counter() - start}
+        fresh(world.device)  # now: the next case may be that of another worker, with which this one shares the GPU
+        if world.main:
+            write_json(Path(folder) / f"row-{number:05d}.json", {**case, "gpus": world.size, "device": device_name(world.device), **row})
+        number += 1
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(program(__doc__, main))

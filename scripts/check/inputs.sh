@@ -1,0 +1,164 @@
+#!/usr/bin/env bash
+# Types what people type: each line of the table at the end is a command, the status it must end with and a word of what it must say.
+#   scripts/check/inputs.sh [PART-OF-A-COMMAND-OR-LABEL]        only the lines that hold it; exit status 1 where one does not do as it should
+# Lines:  label | status | expected word (extended regular expression) | command       A command that ends in a Python traceback always fails.
+# In commands: $T a folder of small things that is removed afterwards ($T/shards, $T/run a trained run, $T/one.txt one text), $TRAIN a tiny training run.
+# The commands run two at a time (JOBS=N for another number), under three minutes on two cores.
+source "$(dirname "$0")/../common.sh"
+setup_venv dev core
+export OMP_NUM_THREADS=1 WANDB_MODE=disabled HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false only="${1:-}"
+export T; T="$(mktemp -d)"
+trap 'rm -rf "$T"' EXIT
+export TRAIN="python train.py experiment=smoke train.device=cpu data.path=$T/shards logging.wandb=disabled"
+
+python -c "import json, lzma; [open(f'$T/{n}.txt', 'w').write(json.loads(line)['text'][:60000]) for n, line in zip(('one', 'two', 'three'), lzma.open('data/demo/demo_corpus.jsonl.xz'))]"
+python -m data.prepare input="$T/one.txt,$T/two.txt,$T/three.txt" out="$T/shards" tokenizer=bpe:512 valid_fraction=0.3 >/dev/null
+$TRAIN run_dir="$T/run" train.steps=2 >/dev/null 2>"$T/error" || { cat "$T/error" >&2; exit 1; }
+mkdir -p "$T/configs/experiment" && printf '# @package _global_\na: [1\nb: 2\n' >"$T/configs/experiment/bad.yaml"
+printf 'node-a slots=8 max_slots=16\n' >"$T/max_slots"; printf 'node-a:8\n' >"$T/colon"; : >"$T/empty"; printf 'node-a slots=1\nnode-a slots=1\n' >"$T/twice"
+printf '#!/bin/sh\necho "would run: $*"\n' >"$T/python"; chmod +x "$T/python"
+
+one() { # a line of the table, in the background
+  local label status word command out
+  IFS='|' read -r label status word command <<<"$1"
+  label="$(xargs <<<"$label")" status="${status// /}" word="$(sed 's/^ *//; s/ *$//' <<<"$word")" command="${command# }"
+  out="$(timeout 100 bash -c "$command" 2>&1 </dev/null)"
+  local got=$? why=""
+  [ "$got" = "$status" ] || why="status $got instead of $status"
+  grep -qE -- "$word" <<<"$out" || why="${why:+$why, }does not say '$word'"
+  ! grep -q '^Traceback' <<<"$out" || why="${why:+$why, }a traceback"
+  [ -z "$why" ] || { printf 'WRONG  %s: %s\n       %s\n%s\n' "$label" "$why" "$command" "$(tail -n 4 <<<"$out" | sed 's/^/       > /')"; return 1; }
+}
+export -f one
+
+lines="$(sed '1,/^exit # the table/d' "${BASH_SOURCE[0]}" | grep -v '^ *#' | grep '|' | { grep -F -- "$only" || true; })"
+[ -n "$lines" ] || { echo "error: no line holds '$only'." >&2; exit 2; }
+started=$SECONDS failed=0
+tr '\n' '\0' <<<"$lines" | sed 's/\x0$//' | xargs -0 -P "${JOBS:-2}" -I{} bash -c 'one "$1"' one {} || failed=1
+echo "$(wc -l <<<"$lines") inputs in $((SECONDS - started)) s: $([ "$failed" = 0 ] && echo "all as they should be" || echo "see above")"
+exit "$failed"
+exit # the table
+
+# -- settings (1)
+1 experiment in a folder | 2 | synthetic/parity | python train.py experiment=parity
+1 name with a hash | 2 | name=.*run#1 | python train.py name=run#1
+1 too large a model | 0 | parameters | python train.py model=transformer size=7b dry_run=true
+1 negative clip | 2 | train.grad_clip must be zero or more, not -1 | python train.py dry_run=true train.grad_clip=-1
+1 clip not a number | 2 | train.grad_clip must be a finite number | python train.py dry_run=true train.grad_clip=nan
+1 warm-up too long | 2 | schedule.warmup .*longer than the 300 steps | python train.py dry_run=true schedule.warmup=1000
+1 negative eval.every | 2 | eval.every must be zero or more, not -1 | python train.py dry_run=true eval.every=-1
+1 no eval tokens | 2 | eval.tokens must be above zero, not 0 | python train.py dry_run=true eval.tokens=0
+1 infinite rate | 2 | optim.lr must be a finite number | python train.py dry_run=true optim.lr=inf
+1 rate beside its group | 2 | did you mean 'optim.lr' | python train.py lr=1e-3
+1 rate in the wrong group | 2 | did you mean 'optim.lr' | python train.py train.lr=1e-3
+1 steps beside their group | 2 | did you mean 'train.steps' | python train.py steps=10
+1 list of folders | 2 | 'data.path=\{a: 0.5, b: 0.5\}' | python train.py 'data.path=[a,b]'
+
+# -- resuming, sweeps, comparison (2)
+2 another batch | 0 | resuming from .*step 2 | cp -r $T/run $T/batch && $TRAIN run_dir=$T/batch train.steps=3 train.global_batch=8
+2 sweep | 0 | ^2 +optim.lr=0.00[13] .*finished | $TRAIN run_dir=$T/sweep train.steps=1 eval.tokens=64 -m optim.lr=1e-3,3e-3
+2 sweep, a job fails | 1 | failed with status 2 | $TRAIN run_dir=$T/sweep2 train.steps=1 eval.tokens=64 -m data.path=$T/nosuch,$T/shards
+2 sweep, unknown model | 2 | there is no configs/model/nosuch.yaml | $TRAIN run_dir=$T/x -m model=paragru,nosuch
+2 sweep, unknown key | 2 | did you mean 'lr' | $TRAIN run_dir=$T/x -m optim.lrr=1e-3,3e-3
+2 sweep, wrong kind | 2 | optim.lr must be | $TRAIN run_dir=$T/x -m optim.lr=1e-3,fast
+2 sweep, twice the same | 2 | share the run folder | $TRAIN run_dir=$T/x -m seed=1,1
+2 sweep without -m | 2 | several runs take -m | $TRAIN run_dir=$T/x seed=1,2
+2 sweep, no such launcher | 2 | pip install hydra-nosuch-launcher | $TRAIN run_dir=$T/x -m hydra/launcher=nosuch seed=1,2
+2 sweep over ranks | 2 | SWEEP_COMMAND | WORLD_SIZE=2 RANK=0 $TRAIN run_dir=$T/x -m seed=1,2
+2 sweep, a range | 2 | hydra/sweeper=optuna | $TRAIN run_dir=$T/x -m 'optim.lr=interval(1e-4,1e-2)'
+2 compare | 0 | written: .*png | python -m training.compare $T/run out=$T/compare.png
+2 compare nothing | 2 | Say which | python -m training.compare
+2 compare what is not there | 2 | There is no folder | python -m training.compare $T/nosuch
+2 compare, wrong picture | 2 | ends in .png | python -m training.compare $T/run out=x.txt
+2 the log is kept | 0 | step 2/2 | cat $T/run/log.txt
+2 another length | 2 | sequences of 32 tokens.*train.start_from= | cp -r $T/run $T/length && $TRAIN run_dir=$T/length train.steps=3 train.seq_len=64
+2 finished run | 0 | this run is finished.*raise train.steps | $TRAIN run_dir=$T/run train.steps=2
+2 phase | 0 | a new run from .*run | $TRAIN run_dir=$T/phase train.steps=2 train.start_from=$T/run
+2 no such start | 2 | There is no .*nosuch to begin from | $TRAIN run_dir=$T/x train.start_from=$T/nosuch
+
+# -- data (3)
+3 nothing to read | 2 | nothing to read | mkdir $T/none && python -m data.prepare input=$T/none out=$T/p6 tokenizer=bytes
+3 no input | 2 | input | python -m data.prepare out=$T/p7 tokenizer=bytes
+3 misspelt key | 2 | tokenizer | python -m data.prepare input=demo out=$T/p8 tokeniser=bytes
+3 read-only output | 2 | cannot be written | python -m data.prepare input=demo out=/proc/nowhere tokenizer=bytes
+3 a small vocabulary | 2 | 257 | python -m data.prepare input=demo out=$T/p9 tokenizer=bpe:10
+3 a tokenizer on the Hub | 2 | cannot be loaded: .* not in the cache | HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9 python -m data.prepare input=demo out=$T/p10 tokenizer=someone/tokenizer
+3 no tokenizer file | 2 | no such file | python -m data.prepare input=demo out=$T/p11 tokenizer=$T/nosuch.json
+3 one text file | 0 | valid: 1 documents | python -m data.prepare input=$T/one.txt out=$T/p1 tokenizer=bytes
+3 upper case ending | 0 | train: 1 documents | mkdir $T/up && cp $T/one.txt $T/up/A.TXT && python -m data.prepare input=$T/up out=$T/p2 tokenizer=bytes
+3 csv | 0 | train: 1 documents | printf 'text,n\nhello there,1\nmore of it,2\n' >$T/a.csv && python -m data.prepare input=$T/a.csv out=$T/p3 tokenizer=bytes
+3 bz2 | 0 | train: 1 documents | bzip2 -k <$T/one.txt >$T/b.txt.bz2 && python -m data.prepare input=$T/b.txt.bz2 out=$T/p4 tokenizer=bytes
+3 missing field | 2 | the fields there are body; set text_field | printf '{"body": "hello"}\n' >$T/f.jsonl && python -m data.prepare input=$T/f.jsonl out=$T/p5 tokenizer=bytes
+
+# -- evaluation (4)
+4 perplexity | 0 | bits per byte | python -m evals.run checkpoint=$T/run length=64 max_tokens=256 data=$T/shards
+4 no checkpoint | 2 | There is no | python -m evals.run checkpoint=$T/nosuch
+4 nothing said | 2 | checkpoint= | python -m evals.run
+4 unknown suite | 2 | suite | python -m evals.run checkpoint=$T/run suite=nosuch
+4 report of nothing | 2 | no folder of measurements | python -m evals.report $T/nosuch
+4 suite, read-only output | 2 | /proc/nowhere | python -m evals.run checkpoint=$T/run suite=quick out=/proc/nowhere
+4 not a task | 2 | generated task | python -m evals.state_tracking checkpoint=$T/run
+4 compressed text | 0 | nats per token over | gzip -k $T/three.txt && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals text=$T/three.txt.gz rows=2 max_length=128
+4 perplexity of packed text, two models | 0 | bits per byte .* over | gzip -c $T/three.txt >$T/four.txt.gz && python -m evals.run checkpoint=$T/run,$T/run/checkpoints/step-00000002 out=$T/evals3 text=$T/four.txt.gz rows=2 length=128
+4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
+
+# -- Hub (5)
+5 export | 0 | agree | python -m models.hub.export $T/run $T/hub
+5 export, no checkpoint | 2 | There is no | python -m models.hub.export $T/nosuch $T/y
+5 export, read-only output | 2 | /proc/nowhere | python -m models.hub.export $T/run /proc/nowhere
+5 import, no folder | 2 | config.json | python -m models.hub.importing $T/nosuch $T/y
+5 push, wrong name | 2 | org/name | python -m models.hub.push $T/run nosuch
+5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
+
+# -- messages (6)
+6 help | 0 | seq_len: 256 +# tokens per sequence | python train.py --help
+6 help of a config | 0 | steps: 7 | python train.py train.steps=7 --help
+6 a config that is no YAML | 2 | bad.yaml is not YAML: line 3 | python train.py --config-dir $T/configs experiment=bad
+6 no such folder of configs | 2 | --config-dir | python train.py --config-dir $T/nosuch
+6 settings with dashes | 2 | without dashes: model=paragru | python train.py --model=paragru
+6 unknown flag | 2 | did you mean --help | python train.py --hlp
+6 read-only run folder | 2 | cannot be written | $TRAIN run_dir=/proc/nowhere
+6 a file for a run folder | 2 | one.txt | $TRAIN run_dir=$T/one.txt
+6 bytes in a setting | 2 | no UTF-8 text | python train.py name=$'a\xffb'
+6 bytes in a prompt | 2 | no UTF-8 text | python -m models.generate checkpoint=$T/run prompt=$'a\xffb'
+6 WORLD_SIZE empty | 2 | WORLD_SIZE='' | WORLD_SIZE= $TRAIN run_dir=$T/x
+6 WORLD_SIZE alone | 2 | no RANK | WORLD_SIZE=2 $TRAIN run_dir=$T/x
+6 rank too high | 2 | RANK=3 of WORLD_SIZE=2 | WORLD_SIZE=2 RANK=3 $TRAIN run_dir=$T/x
+6 local rank empty | 2 | LOCAL_RANK='' | LOCAL_RANK= $TRAIN run_dir=$T/x
+6 port that is none | 2 | MASTER_PORT='abc' | MASTER_PORT=abc $TRAIN run_dir=$T/x
+6 port in use | 2 | Port [0-9]+ of this machine is in use | python -c "import os, socket, subprocess, sys; s = socket.socket(); s.bind(('0.0.0.0', 0)); s.listen(); sys.exit(subprocess.run('$TRAIN run_dir=$T/x train.micro_batch=2', shell=True, env=dict(os.environ, WORLD_SIZE='2', RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))).returncode)"
+6 no such cell | 2 | there is no cell 'nosuch' | python -m kernels.parallel_rnn.codegen nosuch
+6 help of the code generator | 0 | Writes the Triton source | python -m kernels.parallel_rnn.codegen --help
+6 help of the decoding step | 0 | Writes the kernel | python -m kernels.decode_step.cell --help
+6 no such command | 2 | nosuchcommand | python -m training.supervisor -- nosuchcommand
+6 supervisor, read-only folder | 2 | /proc/nowhere | python -m training.supervisor folder=/proc/nowhere -- true
+6 Ctrl-C while libraries load | 130 | interrupted | python -c "import signal, subprocess, sys, time; p = subprocess.Popen([sys.executable, 'train.py']); time.sleep(0.4); p.send_signal(signal.SIGINT); sys.exit(p.wait())"
+6 host file, max_slots | 0 | nproc_per_node 8 | PYTHON=$T/python LAUNCHER=torchrun NODE_RANK=0 MASTER_ADDR=127.0.0.1 scripts/train_multinode.sh $T/max_slots a=b
+6 host file, colon | 2 | says 'node-a:8' | LAUNCHER=torchrun NODE_RANK=0 MASTER_ADDR=127.0.0.1 scripts/train_multinode.sh $T/colon a=b
+6 host file, empty | 2 | names no machine | LAUNCHER=torchrun NODE_RANK=0 MASTER_ADDR=127.0.0.1 scripts/train_multinode.sh $T/empty a=b
+6 host file, a machine twice | 2 | twice | scripts/train_multinode.sh $T/twice a=b
+6 host file, none | 2 | no host file | scripts/train_multinode.sh $T/nosuch a=b
+6 help of a script | 0 | HOSTFILE | scripts/train_multinode.sh --help
+6 export without arguments | 2 | CHECKPOINT OUT | NO_SETUP=1 scripts/export_hub.sh
+
+# -- twenty ways to mistype
+t group with a typo | 2 | paragru | python train.py model=paragur
+t key with a typo | 2 | did you mean 'train' | python train.py trian.steps=3
+t value of another kind | 2 | train.steps must be | python train.py train.steps=many
+t half a step | 2 | train.steps must be | python train.py train.steps=1.5
+t both lengths of a run | 2 | length of the run once | python train.py train.tokens=1e6
+t blanks around the sign | 2 | key=value | python train.py train.steps =3
+t a key alone | 2 | key=value | python train.py train.steps
+t an open bracket | 2 | a list is written 'key=\[a,b\]' | python train.py 'model.pattern=[mamba2'
+t a mixer that is not there | 2 | pattern names 'mamba' | python train.py 'model.pattern=[mamba]'
+t precision | 2 | choose one of fp32, bf16 | python train.py train.precision=fp16
+t a device | 2 | choose one of auto, cpu, cuda | $TRAIN run_dir=$T/x train.device=gpu
+t a ZeRO stage | 2 | deepspeed | python train.py deepspeed=zero4
+t batches that do not divide | 2 | not a multiple | python train.py train.micro_batch=3
+t true with a capital | 0 | parameters | python train.py dry_run=True
+t yes for true | 2 | dry_run must be | python train.py dry_run=yes
+t a path with a blank | 2 | holds no token shards | python train.py data=shards "data.path='$T/no such'"
+t an empty value | 2 | model | python train.py model=
+t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m models.generate checkpoint=$T/run prompt=a max_tokens=3
+t generation, negative length | 2 | max_new_tokens must be | python -m models.generate checkpoint=$T/run prompt=a max_new_tokens=-3
+t generation, no such prompts | 2 | nosuch.* cannot be read | python -m models.generate checkpoint=$T/run prompts=$T/nosuch

@@ -1,0 +1,1 @@
+"""Studies: small models trained on purpose, and what is seen in them."""

@@ -1,0 +1,96 @@
+"""What a start changes: the settings that differ from the checkpoint's, the learning rate that jumps, and the history of a run folder's starts.
+
+config.yaml holds the settings of the last start; history/config-0001.yaml, ... those of every start that changed them, and history/starts.jsonl a row
+for each start: when, from which step and checkpoint, with which of these files, and what was different.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from data.files import write_bytes
+from training.config.schema import Config, parse
+from training.cursor import Cursor
+
+# Of a start rather than of the training: where it lies, how it is taken up, what only feeds other keys.
+NOT_COMPARED = (
+    "name",
+    "run_dir",
+    "dry_run",
+    "size",
+    "train.resume",
+    "train.start_from",
+    "train.start_with",
+    "train.check_memory",
+    "profile",
+)
+NOTABLE = 0.01  # relative change of the learning rate that is a jump
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """The leaves of a tree of mappings by dotted key."""
+    if isinstance(value, dict) and value:
+        return {k: v for name, inner in value.items() for k, v in flat(inner, f"{key}.{name}" if key else str(name)).items()}
+    return {key: value}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """'key: old -> new' for every setting that both have and that differs; of keys that only one of them has, those of data.path."""
+    old, new = flat(before), flat(now)
+    found = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        if any(key == name or key.startswith(f"{name}.") or name == "profile" and key.startswith("profile_") for name in NOT_COMPARED):
+            continue
+        both = key in old and key in new
+        if both and old[key] != new[key]:
+            found.append(f"{key}: {_shown(old[key])} -> {_shown(new[key])}")
+        elif not both and key.startswith("data.path"):
+            found.append(f"{key}: {_shown(old[key]) if key in old else 'not there'} -> {_shown(new[key]) if key in new else 'not there'}")
+    return found
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def lr_jump(before: dict[str, Any], config: Config, cursor: Cursor) -> str:
+    """A sentence where the next step has another learning rate than the checkpoint's settings would have given it, else ''."""
+    try:
+        old: Config = parse(before, Config, "", [])
+        old.at = cursor.position()
+        then, now = old.lr_at(cursor.step, cursor.tokens), config.lr_at(cursor.step, cursor.tokens)
+    except (AssertionError, AttributeError, TypeError, ValueError, ZeroDivisionError):  # settings of an older program
+        return ""
+    if abs(now - then) <= NOTABLE * max(then, now):
+        return ""
+    return f"the learning rate jumps: step {cursor.step + 1} has {now:.3e}, where the checkpoint's settings give {then:.3e}."
+
+
+def finished(config: Config, cursor: Cursor) -> str:
+    """A sentence where there is no step left to take, else ''."""
+    if cursor.step < config.total_steps:
+        return ""
+    key = "train.steps" if config.train.steps is not None else "train.tokens"
+    asked = config.train.steps if config.train.steps is not None else config.train.tokens
+    return (
+        f"this run is finished: it is at step {cursor.step:,} ({cursor.tokens:,} tokens) and {key}={asked:,.15g} asks for no more; "
+        f"raise {key} to go on, or give another name (or run_dir) to begin a new run."
+    )
+
+
+def keep_history(run_dir: Path, resolved_yaml: str, row: dict[str, Any]) -> None:
+    """Writes config.yaml and, where it says something new, its numbered copy; adds `row` to the list of starts. Raises OSError."""
+    folder, present = run_dir / "history", run_dir / "config.yaml"
+    kept = sorted(folder.glob("config-*.yaml"))
+    if not kept and present.exists():  # of a run from before histories were kept
+        kept = [folder / "config-0000.yaml"]
+        write_bytes(kept[0], present.read_bytes())
+    if not kept or kept[-1].read_text() != resolved_yaml:
+        kept.append(folder / f"config-{1 + int(kept[-1].stem.rpartition('-')[2]) if kept else 1:04d}.yaml")
+        write_bytes(kept[-1], resolved_yaml.encode())
+    write_bytes(present, resolved_yaml.encode())
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"time": time.time(), "config": kept[-1].name, **row}, default=str) + "\n")

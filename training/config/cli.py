@@ -1,0 +1,314 @@
+"""The command line of train.py: Hydra overrides in, a checked Config out, every mistake in a sentence and exit status 2.
+
+Hydra stops at the first problem it meets and phrases it for programmers, so the overrides are looked at here first, all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
+from kernels.interrupts import INTERRUPTED
+from training.config import suggest
+from training.config.arguments import unreadable
+from training.config.schema import Config, check, nearest, schema_keys
+from training.errors import UserError, sentence_of
+from training.launch import first_here, launch, world_size
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+
+
+def config_groups(root: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """Every config group on disk with its options; those in a folder of their own are options 'FOLDER/NAME' of the group above."""
+    groups: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        if file.parent != root:
+            group, *rest = file.relative_to(root).with_suffix("").parts
+            groups.setdefault(group, []).append("/".join(rest))
+    return groups
+
+
+def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
+    problems = []
+    for item in overrides:
+        group, given = item.key_or_group.split("@")[0], item.value()
+        if item.is_delete() or item.is_sweep_override() or group not in groups:
+            continue
+        for value in [str(one) for one in given] if isinstance(given, list) else [(item.input_line or "").partition("=")[2].strip("'\"")]:
+            if value in groups[group]:
+                continue
+            near = suggest.option(group, value, groups[group])
+            choice = f"choose one of {', '.join(groups[group])}."
+            problems.append(
+                f"{group}={value}: there is no configs/{group}/{value}.yaml; {near}{(' Or ' if near.endswith('?') else ', or ') if near else ''}{choice}"
+            )
+    return problems
+
+
+def _brings_keys(item: Override) -> bool:
+    return item.is_add() or item.is_force_add() or item.is_hydra_override()
+
+
+def _sweep_problems(overrides: list[Override]) -> list[str]:
+    """Values with commas outside of brackets, which Hydra takes for several runs (-m)."""
+    problems = []
+    for item in overrides:
+        if item.is_sweep_override():
+            name, _, value = (item.input_line or "").partition("=")
+            means = f"a list is written '{name}=[{value}]', one text {suggest.quoted(name, value)}"
+            if name == "data.path":
+                means = f"a mixture is written '{name}={{{', '.join(f'{folder}: 1' for folder in value.split(','))}}}'"
+            problems.append(f"{item.input_line!r} gives several values; {means}, and several runs take -m before it.")
+    return problems
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return [prefix[:-1]]
+    if node._is_interpolation():
+        return [prefix[:-1]]
+    return [name for key in map(str, node) for name in _leaves(node._get_node(key), f"{prefix}{key}.")]
+
+
+def _key_problems(overrides: list[Override], base: DictConfig, groups: dict[str, list[str]]) -> list[str]:
+    problems = []
+    known_keys = [*_leaves(base), *groups]
+    for item in overrides:
+        if item.is_add() or item.is_force_add() or item.is_delete():
+            continue
+        node: Any = base
+        parts = item.key_or_group.split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(node, DictConfig) or part not in list(node.keys()):
+                known = [str(k) for k in node] if isinstance(node, DictConfig) else []
+                advice = nearest(part, known, 0.8) if known else f"{'.'.join(parts[:depth])} is a value and has no keys."
+                if not advice.startswith("did"):
+                    advice = suggest.key(item.key_or_group, known_keys) or (nearest(part, known) if known else advice)
+                problems.append(f"Unknown key {'.'.join(parts[: depth + 1])!r}; {advice}")
+                break
+            node = node._get_node(part)
+            if isinstance(node, DictConfig) and node._is_interpolation():
+                node = node._maybe_dereference_node()
+    return problems
+
+
+TEXTS = {*(key for key in schema_keys(Config, kind=str)), "data.path"}
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|false", re.IGNORECASE)
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
+    text gets is text, numbers too (`name=1e3`)."""
+    found = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if argument == "experiment=null":  # none is what there is without it, and Hydra takes no null for a group
+            continue
+        if argument.startswith("model=hf:"):
+            path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
+            found += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
+        elif key in TEXTS and NUMBER.fullmatch(value):
+            found.append(f"{key}='{value}'")
+        else:
+            found.append(argument)
+    return found
+
+
+def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError, config_dir: Path) -> str:
+    """The sentence for a file of ours or of the user's that is no YAML."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"A config file is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8."
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    reason = getattr(error, "problem", None) or " ".join(str(error).split())
+    if mark is None:
+        return f"A config file is not YAML: {reason}."
+    file = Path(str(mark.name))
+    shown = file.relative_to(config_dir.parent) if file.is_relative_to(config_dir.parent) else file
+    return f"{shown} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {reason}."
+
+
+def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: Path | None = None, name: str = "train") -> DictConfig:
+    """The composed configuration `name` of `arguments`. extra: a folder of more configs. Raises UserError naming every override that does not fit."""
+    groups, arguments = config_groups(config_dir), spelled_out(arguments)
+    if extra is not None:
+        if not extra.is_dir():
+            raise UserError(f"There is no folder {extra}; --config-dir takes one that holds configs as configs/ does.")
+        for group, options in config_groups(extra).items():
+            groups[group] = [*groups.get(group, []), *options]
+        arguments = [f"hydra.searchpath=['file://{extra.resolve()}']", *arguments]
+    problems: list[str] = []
+    overrides: list[Override] = []
+    for argument in arguments:
+        try:
+            parsed = OverridesParser.create().parse_overrides([argument])
+            if not all(item.key_or_group for item in parsed):
+                raise HydraException("no key")
+            overrides += parsed
+        except HydraException:
+            problems.append(suggest.unreadable(argument, lambda text: OverridesParser.create().parse_overrides([text])))
+    problems += _sweep_problems(overrides)
+    if any(argument == "+model.init_from=''" for argument in arguments):
+        problems.append("model=hf: names no folder; write model=hf:FOLDER.")
+    is_group = [item.key_or_group.split("@")[0] in groups for item in overrides]
+    problems += _group_problems([o for o, g in zip(overrides, is_group) if g], groups)
+    if problems:
+        raise UserError(problems)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base=None, config_dir=str(config_dir)):
+        try:
+            return compose(name, arguments)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(unreadable_yaml(error, config_dir)) from error
+        except (HydraException, OmegaConfBaseException) as error:  # of the first problem; are there keys that do not exist?
+            first = error
+        try:
+            base = compose(name, [o.input_line or "" for o, g in zip(overrides, is_group) if g or _brings_keys(o)])
+        except (HydraException, OmegaConfBaseException) as error:
+            first = error
+        else:
+            problems += _key_problems([o for o, g in zip(overrides, is_group) if not g and not o.is_hydra_override()], base, groups)
+        raise UserError(problems or " ".join(str(first).split())) from first
+
+
+def checked(config: DictConfig) -> Config:
+    """A Config from a composed DictConfig. Raises UserError with all problems."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError([f"{key} is not given; write {key}=VALUE." for key in missing])
+        mapping = OmegaConf.to_container(config, resolve=True)
+    except InterpolationKeyError as error:
+        raise UserError(f"{error.full_key} refers to a key that does not exist; for a dollar sign itself write \\${{...}}.") from error
+    except OmegaConfBaseException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    assert isinstance(mapping, dict)
+    if "experiment" in mapping:
+        raise UserError(
+            "The file of this experiment has to begin with the line '# @package _global_', so that its keys are those of the run."
+        )
+    return check({str(k): v for k, v in mapping.items()}, world_size=world_size())
+
+
+def resolved_yaml(composed: DictConfig, config: Config) -> str:
+    """All settings of a run as YAML, with what the check has settled."""
+    settled = OmegaConf.create(OmegaConf.to_container(composed, resolve=True))
+    OmegaConf.update(settled, "optim.lr", config.peak_lr)
+    return OmegaConf.to_yaml(settled)
+
+
+def report(error: UserError | ValueError) -> None:
+    """Prints the sentences of an error on stderr, once on each machine."""
+    if first_here():
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+
+
+def refused(error: OSError) -> bool:
+    """Whether a file system does not let this user write, which another try does not change."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def in_sweep() -> bool:
+    """Whether Hydra runs a job of `python train.py -m` here."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def run(main: Callable[[], Any]) -> int:
+    """Runs the Hydra entry point after all overrides have been checked. Returns the exit status."""
+    sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
+    sys.argv[1:] = spelled_out(sys.argv[1:])
+    try:
+        unreadable(sys.argv[1:])
+        launch()
+        return _run(main)
+    except UserError as error:
+        report(error)
+        return 2
+    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as error:
+        report(UserError(sentence_of(error)))
+        return 2
+    except KeyboardInterrupt:  # before training has begun; later it saves first
+        if first_here():
+            print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def flags_of(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """(Hydra's flags as it reads them, their words); they may stand anywhere. Raises UserError for others."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message[:1].upper()}{message[1:]}; python train.py --help shows what there is.")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    asked, unknown = parser.parse_known_intermixed_args(words)
+    unknown = [word for word in unknown if word.startswith("-")]
+    if unknown:
+        flags = sorted(flag for action in parser._actions for flag in action.option_strings if flag.startswith("--"))
+        raise UserError([f"Unknown flag {word!r}; {_instead(word, flags)}" for word in unknown])
+    return asked, [word for word in words if word not in asked.overrides]
+
+
+def _instead(word: str, flags: list[str]) -> str:
+    close = difflib.get_close_matches(word, flags, n=1, cutoff=0.75)
+    if close and "=" not in word:
+        return f"did you mean {close[0]}?"
+    plain = word.lstrip("-")
+    return f"settings are written without dashes: {plain if '=' in plain else plain + '=VALUE'}."
+
+
+def _run(main: Callable[[], Any]) -> int:
+    asked, flags = flags_of(sys.argv[1:])
+    sys.argv[1:] = [*asked.overrides, *flags]
+    modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(asked, flag)]
+    if len(modes) > 1:
+        raise UserError(f"Give one of {' and '.join('--' + mode.replace('_', '-') for mode in modes)}, not both.")
+    if asked.resolve and not (asked.cfg or asked.help):
+        raise UserError("--resolve goes with --cfg job, which shows the settings instead of training.")
+    if asked.hydra_help:
+        main()
+    extra = Path(asked.config_dir) if asked.config_dir else None
+
+    def composed(overrides: list[str]) -> DictConfig:
+        return compose_config(
+            overrides, CONFIG_DIR if asked.config_path is None else Path(asked.config_path), extra, asked.config_name or "train"
+        )
+
+    if asked.help:
+        from training.config.help import help_text
+
+        composed(asked.overrides)
+        print(help_text(asked.overrides, [*([extra.resolve()] if extra else []), CONFIG_DIR]))
+        return 0
+    if asked.multirun or "hydra.mode=MULTIRUN" in asked.overrides:
+        from training.sweep import Sweep
+
+        return Sweep(asked.overrides, flags, composed, checked).run(main)
+    config = composed(asked.overrides)
+    if not (asked.cfg or asked.info or asked.shell_completion):
+        checked(config)
+    GlobalHydra.instance().clear()
+    main()
+    return 0

@@ -1,0 +1,137 @@
+"""Whether a run fits into the memory of its device, before anything of it is built: the estimate of training/cost/memory.py beside what there is.
+
+A run that is far below by a bound on its activations is not measured, which would cost every small run a second or two.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.config import ModelConfig
+from training.config.schema import Config
+from training.engine import World, stage_of
+from training.errors import UserError
+
+GIB = 2**30
+CONTEXT = 0.5 * GIB  # the least that a CUDA context takes beside torch's allocator
+SURE, SURE_OF_ZERO3 = 1.02, 1.1  # times the device that an estimate has to be before it is sure that the run cannot fit, see docs/memory.md
+NOTICE = 0.25  # share of the device below which a run is not measured
+
+
+def device_memory(device: torch.device) -> float:
+    """Bytes of a GPU, or of main memory as this machine (and the container around this process) has it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory - CONTEXT
+    return main_memory()
+
+
+def main_memory() -> float:
+    """Bytes of main memory that processes of this machine can have: what the kernel has, or the limit of the control group."""
+    found = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(float(Path(name).read_text()))
+        except (OSError, ValueError):  # "max", or no such file
+            continue
+    return min(found)
+
+
+def bound(config: Config, settings: ModelConfig, parameters: int) -> float:
+    """More bytes than a rank can need: everything whole on it, each layer keeping far more than any mixer does, attention with all its scores."""
+    t = config.train
+    T = t.seq_len // config.parallel.sequence
+    tokens = t.micro_batch * T
+    layers = settings.n_layers * tokens * (200 * settings.d_model + 8 * settings.mlp_width)
+    scores = 64 * tokens * T * 8 if any(mixer.get("type") == "attention" for mixer in settings.mixers.values()) else 0
+    logits = 4 * min(tokens, settings.head_chunk if settings.recompute_head else tokens) * settings.vocab_size
+    return 40.0 * parameters + 4.0 * (layers + logits) + 4.0 * scores + 6.0 * config.deepspeed.bucket_bytes
+
+
+def misfit(config: Config, shards: Any, world: World, room: float | None = None) -> str:
+    """'' where the run fits its device (or train.check_memory=false), else a sentence that says what to change. room: bytes in the place of the
+    device's."""
+    from training.setup import model_config
+
+    if not config.train.check_memory or shards is None:
+        return ""
+    try:
+        settings = model_config(config, shards)[0]
+    except UserError as error:  # of this rank's data, perhaps
+        return str(error)
+    on_cpu = world.device.type == "cpu"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1  # ranks of a machine share its memory
+    have = (device_memory(world.device) if room is None else room) / (local if on_cpu else 1)
+    from training.cost.flops import meta_model
+
+    model = meta_model(settings)
+    if bound(config, settings, sum(p.numel() for p in model.parameters())) < NOTICE * have:
+        return ""
+    need, phase = _needs(config, settings, model, world.size, on_cpu)
+    if need <= have * (SURE_OF_ZERO3 if stage_of(config, world.size) == 3 else SURE):
+        return _host(config, model, world.size, local) if not on_cpu else ""
+    whose = (
+        f"a rank's share of this machine's memory ({local} on it)"
+        if on_cpu and local > 1
+        else "this machine"
+        if on_cpu
+        else f"{world.device}"
+    )
+    return (
+        f"The run needs about {need / GIB:.1f} GiB on each rank, most of it in {phase}, and {whose} has {have / GIB:.1f}; {_advice(config, settings, model, world, have)}, "
+        "or try it all the same with train.check_memory=false."
+    )
+
+
+def _needs(config: Config, settings: ModelConfig, model: Any, ranks: int, on_cpu: bool) -> tuple[float, str]:
+    """(bytes of a rank at most, in which phase); on a CPU with what is moved to main memory, which is the device then."""
+    from training.cost import memory
+
+    found = memory.estimate(config, model, memory.activations(config, settings), ranks)
+    return found.peak + (found.held.host if on_cpu else 0.0), found.phase
+
+
+def _host(config: Config, model: Any, ranks: int, local: int) -> str:
+    """A sentence where what is moved from GPUs to main memory does not fit there."""
+    from training.cost import memory
+
+    need, have = memory.held(config, model, ranks).host * local, main_memory()
+    if need <= have:
+        return ""
+    return (
+        f"Offload needs {need / GIB:.1f} GiB of main memory on this machine, which has {have / GIB:.1f}; set deepspeed.offload_optimizer=none and "
+        "deepspeed.offload_parameters=none, use more machines, or try it all the same with train.check_memory=false."
+    )
+
+
+def _advice(config: Config, settings: ModelConfig, model: Any, world: World, have: float) -> str:
+    """The first change that makes it fit, of those that keep the numbers of the run, in the order of what they cost."""
+    t, ds = config.train, config.deepspeed
+    full = replace(t, activation_checkpointing="full")
+    tries: list[tuple[str, Config]] = []
+    small = [t.micro_batch >> i for i in range(1, t.micro_batch.bit_length()) if t.micro_batch % (1 << i) == 0]
+    small += [1] if t.micro_batch > 1 and 1 not in small else []
+    for micro in small:
+        tries.append((f"train.micro_batch={micro}", replace(config, train=replace(t, micro_batch=micro))))
+    if t.activation_checkpointing == "none":
+        tries.append(("train.activation_checkpointing=full", replace(config, train=full)))
+        if small:
+            words = f"train.micro_batch={small[-1]} train.activation_checkpointing=full"
+            tries.append((words, replace(config, train=replace(full, micro_batch=small[-1]))))
+    last = tries[-1] if tries else ("", config)
+    for stage in (2, 3):
+        if world.size > 1 and stage > ds.stage:
+            tries.append((f"deepspeed=zero{stage} {last[0]}".strip(), replace(last[1], deepspeed=replace(ds, stage=stage))))
+    if world.device.type != "cpu" and ds.offload_parameters == "none":
+        section = replace(ds, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
+        tries.append((f"deepspeed=zero3_offload {last[0]}".strip(), replace(last[1], deepspeed=section)))
+    for words, plan in tries:
+        need = _needs(plan, settings, model, world.size, world.device.type == "cpu")[0]
+        if need <= have:
+            return f"{words} needs {need / GIB:.1f}"
+    more = "more ranks with deepspeed=zero3, or a device with more memory" if world.device.type != "cpu" else "a machine with more memory"
+    return f"no smaller micro-batch, recomputation or ZeRO stage makes it fit: take a smaller size, a shorter train.seq_len, {more}"

@@ -1,0 +1,322 @@
+"""How much memory a rank of a run needs, before it runs: `dry_run=true` prints it.
+
+Activations are measured, not derived: one block of each kind and the head run forward and backward on tensors without storage, under a mode
+that counts every allocation. A new mixer, kernel or kind of checkpointing is so counted without a formula of its own. Custom ops count with what
+their fake implementations return, attention with what the fused kernels of a GPU keep. What DeepSpeed holds is arithmetic (`Held`).
+Not counted: the CUDA context and NCCL's buffers (0.5 to 2 GiB outside torch's allocator), fragmentation, the workspaces of kernels, evaluation.
+
+Legend: B batch, T time, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from kernels.dispatch import planning
+from models.block import Block
+from models.config import ModelConfig
+from models.head import Head
+from models.layers import RMSNorm
+from models.mixers.attention import Mixer as Attention
+from models.mixers.attention import packs
+from training.config.schema import Config
+from training.engine import bucket_elements, overlaps, stage_of, zero_run
+from training.optim import parameter_groups
+
+GIB = 2**30
+CUBLAS = 32 * 2**20  # bytes of workspace that torch allocates for matrix products on Hopper
+PLAIN_BUCKET = 500_000_000  # elements DeepSpeed reduces at once without ZeRO
+LIVE = 1_000_000_000  # elements of gathered parameters that ZeRO-3 lets live (its max_live_parameters)
+SUB_GROUP = 1_000_000_000  # elements ZeRO-3 updates at once
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages alive that were made inside, now and at most, in the 512-byte blocks of CUDA's allocator. `before`: tensors that were
+    there already, of which ops may return views."""
+
+    def __init__(self, before: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = {tensor.untyped_storage()._cdata: 0 for tensor in before}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        output = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return output
+
+    def _count(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.live:
+            return
+        self.live[key] = -(-storage.nbytes() // 512) * 512
+        self.now += self.live[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
+
+
+def _fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """scaled_dot_product_attention as the fused kernels of a GPU run it: a boolean mask becomes a bias in the dtype of the queries; queries,
+    keys, values, output and one logarithm a row are kept."""
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    bias = None
+    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
+        bias = torch.where(attn_mask, 0.0, float("-inf")).to(dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal)[0]
+
+
+@contextmanager
+def _as_on_a_gpu(compiled: bool = False) -> Iterator[None]:
+    """Kernels and attention are chosen as on a GPU, in recomputation too, and tensors have no storage. compiled: as torch.compile sees them,
+    where packed documents need a mask."""
+    attention, attend = F.scaled_dot_product_attention, Attention._attend
+
+    def attend_packed(self: Attention, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
+        if not compiled and self._divided(q_BHTK, k_BGLK, segments_BL) and packs(q_BHTK):
+            return _fused_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=q_BHTK.shape[1] != k_BGLK.shape[1])
+        return attend(self, q_BHTK, k_BGLK, v_BGLK, segments_BL)
+
+    F.scaled_dot_product_attention, Attention._attend = _fused_attention, attend_packed  # type: ignore[assignment, method-assign]
+    try:
+        with planning(), FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        F.scaled_dot_product_attention, Attention._attend = attention, attend  # type: ignore[method-assign]
+
+
+@dataclass
+class Cost:
+    """Bytes of one part of the model. saved: from its forward until its backward; forward, backward: at most beyond what was there when it began;
+    gradients: of its parameters; cast: bf16 copies of its weights that autocast keeps until the whole forward pass has ended."""
+
+    saved: int
+    forward: int
+    backward: int
+    gradients: int
+    cast: int = 0
+
+
+def _measure(run: Callable[[Tensor], Tensor], part: nn.Module, x: Tensor, bf16: bool) -> Cost:
+    """Costs of y = run(x), a part of the model with the parameters of `part`, on tensors without storage."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in part.parameters()]
+    ledger = Ledger([x, *part.parameters()])
+    with ledger:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            y = run(x)
+            with_cast = ledger.now
+        saved, forward = ledger.now, ledger.peak
+        dy = torch.empty_like(y)
+        before = ledger.now
+        ledger.peak = before
+        torch.autograd.backward([y], [dy])
+        backward = ledger.peak - before
+    for hook in hooks:
+        hook.remove()
+    x.grad = None
+    return Cost(saved, forward, backward, 4 * sum(p.numel() for p in part.parameters()), with_cast - saved)
+
+
+@dataclass
+class Activations:
+    """Costs of the embedding's output, of every layer and of norm, head and loss."""
+
+    embedding: int
+    layers: list[Cost]
+    head: Cost
+
+    def forward_peak(self) -> int:
+        at, peak = self.embedding, 0
+        for cost in self.layers:
+            peak = max(peak, at + cost.forward)
+            at += cost.saved + cost.cast
+        return max(peak, at + self.head.forward)
+
+    def backward_peak(self, gradients_stay: bool) -> int:
+        """gradients_stay: those of parameters, whole, from where they are computed until after the pass."""
+        at = self.embedding + sum(cost.saved for cost in self.layers) + self.head.saved
+        kept, peak = 0, 0
+        for cost in [self.head, *reversed(self.layers)]:
+            kept += cost.gradients if gradients_stay else 0
+            peak = max(peak, at + self.embedding + cost.backward + kept)
+            at -= cost.saved
+        return peak
+
+
+def activations(config: Config, settings: ModelConfig) -> Activations:
+    """Measures one rank's micro-batch: one block of each kind of mixer, the head, and the embedding's output."""
+    t = config.train
+    rows, T, D = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
+    bf16, kinds = t.precision == "bf16", {}
+    with _as_on_a_gpu(t.compile):
+        x = torch.empty(rows, T, D, requires_grad=True)
+        segments = None if config.data.reader == "synthetic" else torch.zeros(rows, T, dtype=torch.int32)
+        for layer in range(settings.n_layers):
+            name = settings.mixer_name(layer)
+            if name in kinds:
+                continue
+            block = Block(settings, layer).train()
+
+            def run(x: Tensor, block: Block = block) -> Tensor:
+                if t.activation_checkpointing == "full":
+                    return checkpoint(block, x, None, segments, use_reentrant=False, preserve_rng_state=False)[0]
+                return block(x, None, segments)[0]
+
+            kinds[name] = _measure(run, block, x, bf16)
+        ends = nn.ModuleList([RMSNorm(D), Head(D, settings.vocab_size)])
+        labels_N = torch.zeros(rows * T, dtype=torch.int64)
+
+        def loss(x: Tensor) -> Tensor:
+            h_ND = ends[0](x).flatten(0, 1)
+            nll_N, log_z_N = ends[1](h_ND, labels_N, chunk=settings.head_chunk, recompute=settings.recompute_head)
+            return nll_N.sum() + settings.z_loss * log_z_N.square().sum()
+
+        head = _measure(loss, ends, x, bf16)
+    return Activations(4 * rows * T * D, [kinds[settings.mixer_name(layer)] for layer in range(settings.n_layers)], head)
+
+
+@dataclass
+class Held:
+    """What DeepSpeed and the optimizer keep on one rank, in bytes, on the device unless said.
+
+    before: from step to step; accumulated: gradients of earlier micro-batches; buckets: ZeRO's staging for reductions; partition: the
+    rank's own part of new gradients; gathered: whole parameters alive in a pass of ZeRO-3; reduction and update: at most beyond `before` when
+    gradients are reduced after the backward pass, and in the optimizer step; host: in main memory, page-locked.
+    """
+
+    weights: float
+    optimizer: float
+    accumulated: float
+    buckets: float
+    partition: float
+    gathered: float
+    reduction: float
+    update: float
+    host: float = 0.0
+    gradients_stay: bool = field(default=False)
+
+
+def held(config: Config, model: nn.Module, world: int) -> Held:
+    """Over `world` ranks of the ZeRO stage that is run, see `training.engine.stage_of`."""
+    ds, stage, bf16 = config.deepspeed, stage_of(config, world), config.train.precision == "bf16"
+    groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0)]
+    P, largest = sum(groups), max(p.numel() for p in model.parameters())
+    accumulates = config.train.global_batch > config.train.micro_batch * max(1, world // config.parallel.sequence)
+    bucket, part = 4.0 * bucket_elements(config, world, largest), 4 * P / world
+    to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
+    if stage == 0:
+        flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
+        return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)
+    cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
+    step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
+    if stage == 3:
+        buckets = bucket * (1.5 if bf16 else 1.0)
+        gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0
+        weights = 0.0 if ds.offload_parameters != "none" else part
+        host = (4 * part if to_host else 0.0) + (part if ds.offload_parameters != "none" else 0.0)
+        if to_host:
+            norm = 8 * largest / world  # a gradient in fp64 for its norm
+            return Held(weights, 0, 0, buckets + cast, 0, gathered, 0, norm + buckets, host)
+        return Held(weights, 4 * part, 0, buckets + cast, 0, gathered, 0, buckets + step, host)
+    if to_host:
+        temporary, all_gradients = 4.0 * largest, 4.0 * P
+        if stage == 1:
+            earlier, after = all_gradients * accumulates, all_gradients + buckets + cast
+            return Held(4 * P + temporary, 0, earlier, buckets, 0, 0, after, 0, 5 * part, not accumulates)
+        return Held(4 * P + temporary, 0, 0, buckets + cast, 0, 0, 0, 0, (5 + accumulates) * part)
+    if stage == 1:
+        after = 4 * P + part + buckets + cast
+        return Held(4 * P, 3 * part, 4 * P * accumulates, buckets, 0, 0, after, part + step, gradients_stay=not accumulates)
+    return Held(4 * P, 3 * part, part * accumulates, buckets + cast, part, 0, 0, part * (1 + accumulates) + step)
+
+
+@dataclass
+class Estimate:
+    """Bytes of one rank: what there is throughout, the highest moment of each phase, and the peak over all."""
+
+    held: Held
+    forward: float
+    backward: float
+    update: float
+    gradients: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward, self.backward, self.update)
+
+    @property
+    def phase(self) -> str:
+        phases = {"the forward pass": self.forward, "the backward pass": self.backward, "the update": self.update}
+        return max(phases, key=lambda name: phases[name])
+
+
+def estimate(config: Config, model: nn.Module, parts: Activations, world: int) -> Estimate:
+    """The peak of one rank among `world`; `model` may lie on the meta device, `parts` is of `activations`."""
+    h = held(config, model, world)
+    always = h.weights + h.optimizer + CUBLAS
+    early = h.buckets if stage_of(config, world) == 3 or h.accumulated else 0.0
+    forward = always + h.accumulated + early + h.gathered + parts.forward_peak()
+    backward = always + h.accumulated + h.buckets + h.partition + h.gathered + parts.backward_peak(h.gradients_stay)
+    update = always + max(h.reduction, h.update)
+    gradients = h.accumulated + h.partition if not h.gradients_stay else sum(4.0 * p.numel() for p in model.parameters())
+    return Estimate(h, forward, backward, update, gradients)
+
+
+WORLDS = (1, 2, 8, 64)
+
+
+def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]:
+    """The lines of dry_run=true about memory: this config's parts on one rank, and the peak of every stage and number of ranks."""
+    t, ds = config.train, config.deepspeed
+    parts = activations(config, settings)
+    own = estimate(config, model, parts, config.parallel.sequence)
+    h = own.held
+    rows = {
+        "weights": h.weights,
+        "optimizer (Adam, and ZeRO's fp32 master copy)": h.optimizer,
+        "gradients": own.gradients,
+        "ZeRO's buckets": h.buckets,
+        "parameters gathered by ZeRO-3": h.gathered,
+        "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
+        "norm, head and loss, at most": float(max(parts.head.forward, parts.head.backward)),
+    }
+    lines = [
+        f"memory of a rank, GiB: {zero_run(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"
+    ]
+    lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
+    lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
+    lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")
+    if h.host:
+        lines.append(f"  {'main memory for what is offloaded':<48}{h.host / GIB:>8.2f}")
+    lines.append("  peak by ZeRO stage" + "".join(f"{world:>10} ranks" for world in WORLDS))
+    for stage in (0, 1, 2, 3):
+        section = replace(ds, stage=stage, offload_optimizer="none", offload_parameters="none")
+        plan = replace(config, deepspeed=section)
+        lines.append(f"  {stage:>18}" + "".join(f"{estimate(plan, model, parts, world).peak / GIB:>16.2f}" for world in WORLDS))
+    return lines

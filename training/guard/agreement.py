@@ -1,0 +1,88 @@
+"""Agreement of the ranks at the start: the same settings, code, libraries and data everywhere, or one sentence that names who differs.
+
+Clocks, host names, devices and environment variables may differ: nothing in training reads another rank's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import socket
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from training.config.schema import Config
+from training.engine import World
+from training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("train.py", "models", "kernels", "training", "data", "evals")
+ADVICE = {
+    "code": "give every machine the same checkout",
+    "library": "give every machine the same environment",
+    "data": "give every machine the same token shards",
+    "setting": "start every machine with the same command",
+}
+
+
+def code_hash(root: Path = ROOT) -> str:
+    """Of every Python file that a run may use, committed or not."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _settings(value: Any, key: str) -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {k: v for name, inner in value.items() for k, v in _settings(inner, f"{key}.{name}" if key else str(name)).items()}
+    return {f"setting {key}": json.dumps(value, default=str)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def facts(config: Config, fingerprints: list[str]) -> dict[str, str]:
+    """What has to be equal on all ranks, by name."""
+    libraries = {f"library {name}": _version(name) for name in ("torch", "deepspeed", "numpy")}
+    python = {"library python": ".".join(platform.python_version_tuple()[:2])}
+    data = {f"data fingerprint {i}": text for i, text in enumerate(fingerprints)}
+    return {"code hash": code_hash(), **python, **libraries, **data, **_settings(dataclasses.asdict(config), "")}
+
+
+def differences(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each rank whose facts are not rank 0's, at most four; rows: facts and 'host' of every rank."""
+    first, found = rows[0]["facts"], []
+    for rank, row in enumerate(rows):
+        own = row["facts"]
+        keys = [key for key in first.keys() | own.keys() if first.get(key) != own.get(key)]
+        if keys:
+            key = min(keys)
+            kind, _, name = key.partition(" ")
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            found.append(
+                f"Rank {rank} ({row['host']}) differs from rank 0 ({rows[0]['host']}) in {kind} {name}{more}: "
+                f"{own.get(key, 'none')} there, {first.get(key, 'none')} here; {ADVICE[kind]}."
+            )
+    return found[:4]
+
+
+def agree(world: World, config: Config, fingerprints: list[str], problem: str = "") -> None:
+    """Raises the same UserError on every rank when one of them has a `problem` of its own (its data, say) or differs from rank 0."""
+    own = {"host": socket.gethostname(), "problem": problem, "facts": facts(config, fingerprints) if not problem else {}}
+    rows = [json.loads(text) for text in world.texts(json.dumps(own))]
+    told: dict[str, str] = {}
+    for rank, row in enumerate(rows):
+        for line in row["problem"].splitlines():
+            told.setdefault(line, line if world.size == 1 or rank == 0 else f"Rank {rank} ({row['host']}): {line}")
+    problems = list(told.values()) or differences(rows)
+    if problems:
+        raise UserError(problems)
