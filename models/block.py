@@ -29,12 +29,24 @@ class Block(Module):
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
 
-    def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
-        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
-        x_BTD = self._add(x_BTD, y, 0)
+    def forward(
+        self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None, added: Tensor | None = None, owing: bool = False
+    ) -> tuple[Any, Any]:
+        """(x, state). added: what the block before owes x; owing: returns ((x, what is still to be added to it), state), so that whoever reads
+        the stream next adds and normalises in one pass. A block with learned scales owes nothing."""
+        if added is None:
+            normed = self.mixer_norm(x_BTD)
+        else:
+            x_BTD, normed = self.mixer_norm.after(x_BTD, added)
+        y, state = self.mixer(normed, state, segment_ids)
+        which = 0
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD = self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), 1)
-        return x_BTD, state
+            x_BTD, normed = self.mlp_norm.after(x_BTD, y, None if self.residual_scale is None else self.residual_scale[0])
+            y, which = self.mlp(normed), 1
+        if owing and self.residual_scale is None:
+            return (x_BTD, y), state
+        x_BTD = self._add(x_BTD, y, which)
+        return ((x_BTD, None) if owing else x_BTD), state
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
         """forward over one token, x (fp32) and the state written over, or None: see SequenceMixer.fused_step."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import gradient_, losses, reference
+from kernels.linear.op import add_product
 
 
 def _logits(h_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -48,7 +49,7 @@ class _ChunkedLoss(torch.autograd.Function):
             d_h_ND[rows] = d_NV @ cast_VD
             if d_weight_VD is not None:
                 counted = torch.where((labels_N[rows] == reference.IGNORED)[:, None], 0.0, h_ND[rows])  # zero times NaN is NaN
-                d_weight_VD += d_NV.T @ counted.to(dtype)
+                d_weight_VD = add_product(d_weight_VD, d_NV, counted.to(dtype))
         return d_h_ND, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype), None, None, None
 
 

@@ -8,16 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.add_norm import add_norm
 from kernels.gated_norm import gated_norm
+from kernels.linear import linear, linears, product_dtype
 from kernels.short_conv import last_inputs, short_conv_columns
 from kernels.swiglu import swiglu
 from models.init import Module, init_matrix, normal_, tag
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which matrix products take x: autocast's for fp32, else its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if x.dtype == torch.float32 and torch.is_autocast_enabled(kind) else x.dtype
 
 
 class RMSNorm(Module):
@@ -44,6 +40,10 @@ class RMSNorm(Module):
         """
         return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
+    def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(r, the norm of r) with r = x scale + added, or x + added: the residual stream after a sublayer, and what the next one reads."""
+        return add_norm(x, added, scale_D, self.weight, self.eps, product_dtype(x))
+
     def init_weights(self) -> None:
         nn.init.ones_(self.weight)
 
@@ -59,7 +59,7 @@ class SwiGLU(Module):
         tag(self.down.weight, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate(x_BTD), self.up(x_BTD)))
+        return linear(swiglu(*linears(x_BTD, self.gate, self.up)), self.down)
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.gate, self.up, self.down):

@@ -92,20 +92,24 @@ class LanguageModel(Module):
 
         state: from `init_state` or an earlier call; the output then carries the next one.
         """
-        x_BTD = self.embedding(input_ids)
+        x_BTD, added = self.embedding(input_ids), None
         layers: list[Any] = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD, after = block(x_BTD, before, segment_ids)
+                (x_BTD, added), after = block(x_BTD, before, segment_ids, added, owing=True)
             layers.append(after)
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:
-            output.logits = self.head(self.norm(x_BTD[:, -1:] if last_only else x_BTD))
+            read = slice(-1, None) if last_only else slice(None)
+            output.logits = self.head(self._final(x_BTD[:, read], None if added is None else added[:, read]))
             return output
-        return self._loss(self.norm(x_BTD), labels, reduction, output)
+        return self._loss(self._final(x_BTD, added), labels, reduction, output)
+
+    def _final(self, x_BTD: Tensor, added: Tensor | None) -> Tensor:
+        return self.norm(x_BTD) if added is None else self.norm.after(x_BTD, added)[1]
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head

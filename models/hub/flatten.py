@@ -18,7 +18,16 @@ OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}
 # operations whose reference.py has the same functions
-IN_TORCH = ("kernels.short_conv", "kernels.gated_norm", "kernels.rotary", "kernels.swiglu", "kernels.mamba2_step")
+IN_TORCH = (
+    "kernels.short_conv",
+    "kernels.linear",
+    "kernels.add_norm",
+    "kernels.attention",
+    "kernels.gated_norm",
+    "kernels.rotary",
+    "kernels.swiglu",
+    "kernels.mamba2_step",
+)
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
     "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",

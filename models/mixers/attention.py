@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.attention import causal_attention
 from kernels.dispatch import plain
+from kernels.linear import linear, linears
 from kernels.rotary import rotary
 from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
@@ -193,9 +195,8 @@ class Mixer(SequenceMixer):
         self, x_BTD: Tensor, state: State | FixedState | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, State | FixedState | None]:
         B, T, _ = x_BTD.shape
-        q_BHTK = self.q_proj(x_BTD).view(B, T, self.H, self.K).transpose(1, 2)
-        k_BGTK = self.k_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
-        v_BGTK = self.v_proj(x_BTD).view(B, T, self.G, self.K).transpose(1, 2)
+        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, -1, self.K).transpose(1, 2) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         if isinstance(state, FixedState):
@@ -212,7 +213,7 @@ class Mixer(SequenceMixer):
             y_BHTK = self._across(self.slice, q_BHTK, k_BGTK, v_BGTK, segment_ids)
         else:
             y_BHTK = self._attend(q_BHTK, k_BGTK, v_BGTK, segments)
-        y = self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K))
+        y = linear(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K), self.o_proj)
         if state is None:
             return y, None
         drop = max(0, k_BGTK.shape[2] - (self.config.window - 1)) if self.config.window else 0
@@ -347,7 +348,7 @@ class Mixer(SequenceMixer):
             return self._attend_in_blocks(q_BHTK, k_BGLK, v_BGLK, segments_BL)
         if segments_BL is None and not (window and window < L):  # no mask in memory
             if T in (1, L):
-                return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=T > 1, enable_gqa=grouped)
+                return causal_attention(q_BHTK, k_BGLK, v_BGLK)
             return F.scaled_dot_product_attention(q_BHTK, k_BGLK, v_BGLK, attn_mask=causal_mask(T, L), enable_gqa=grouped)
         if segments_BL is not None and not window and segments_BL.shape[0] * T * L > MASK_ELEMENTS:
             return self._attend_documents(q_BHTK, k_BGLK, v_BGLK, segments_BL)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.linear import linear
 from kernels.mamba2_step import mamba2_step
 from kernels.ssd import ssd
 from models.contract import SequenceMixer, document_starts, last_segment
@@ -97,7 +98,7 @@ class Mixer(SequenceMixer):
         return self.conv.why_whole(T)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
-        projected = self.in_proj(x_BTD)
+        projected = linear(x_BTD, self.in_proj)
         if state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():
             return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
@@ -120,7 +121,7 @@ class Mixer(SequenceMixer):
             y_BTHP = self.slice.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts, self.config.chunk)
         else:
             y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
-        y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])))
+        y = linear(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])), self.out_proj)
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
 
     def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.linear import linear
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
 from models.cells import bias_init, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
@@ -126,7 +127,7 @@ class Mixer(SequenceMixer):
         return self.conv.why_whole(T) if self.conv is not None else ""
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
-        projected = self.in_proj(x_BTD)
+        projected = linear(x_BTD, self.in_proj)
         own = self.slice if state is None else None
         starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
@@ -151,7 +152,7 @@ class Mixer(SequenceMixer):
             h = self.norm(h, gate, norm_first=True, columns=columns)
         elif gate is not None:
             h = h * F.silu(gate)
-        y = self.out_proj(h)
+        y = linear(h, self.out_proj)
         if state is None:
             return y, None
         assert conv_state is not None
