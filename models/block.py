@@ -16,6 +16,9 @@ from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
 
 
+Owed = tuple[Tensor, Tensor | None]  # what is to be added to a stream, and by what the stream is scaled before
+
+
 class Block(Module):
     """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); the scales s are learned if `learnable_residual`, else 1."""
 
@@ -30,23 +33,23 @@ class Block(Module):
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
 
     def forward(
-        self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None, added: Tensor | None = None, owing: bool = False
+        self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None, added: Owed | None = None, owing: bool = False
     ) -> tuple[Any, Any]:
-        """(x, state). added: what the block before owes x; owing: returns ((x, what is still to be added to it), state), so that whoever reads
-        the stream next adds and normalises in one pass. A block with learned scales owes nothing."""
+        """(x, state). added: what the block before owes the stream, as (y, scale or None); owing: returns ((x, what is owed), state), so that
+        whoever reads the stream next adds and normalises in one pass."""
         if added is None:
             normed = self.mixer_norm(x_BTD)
         else:
-            x_BTD, normed = self.mixer_norm.after(x_BTD, added)
+            x_BTD, normed = self.mixer_norm.after(x_BTD, *added)
         y, state = self.mixer(normed, state, segment_ids)
-        which = 0
+        scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD, normed = self.mlp_norm.after(x_BTD, y, None if self.residual_scale is None else self.residual_scale[0])
-            y, which = self.mlp(normed), 1
-        if owing and self.residual_scale is None:
-            return (x_BTD, y), state
-        x_BTD = self._add(x_BTD, y, which)
-        return ((x_BTD, None) if owing else x_BTD), state
+            x_BTD, normed = self.mlp_norm.after(x_BTD, y, scales[0])
+            y = self.mlp(normed)
+        scale = scales[-1]
+        if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not
+            return (x_BTD, (y, None if scale is None else scale.clone())), state
+        return (x_BTD + y if scale is None else residual(x_BTD, y, scale)), state
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
         """forward over one token, x (fp32) and the state written over, or None: see SequenceMixer.fused_step."""
@@ -64,9 +67,6 @@ class Block(Module):
             decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
 
         return step
-
-    def _add(self, x_BTD: Tensor, y_BTD: Tensor, which: int) -> Tensor:
-        return x_BTD + y_BTD if self.residual_scale is None else residual(x_BTD, y_BTD, self.residual_scale[which])
 
     def init_weights(self, std: float, n_layers: int) -> None:
         self.mixer_norm.init_weights()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.block import Block
+from models.block import Block, Owed
 from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
@@ -104,12 +104,12 @@ class LanguageModel(Module):
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:
             read = slice(-1, None) if last_only else slice(None)
-            output.logits = self.head(self._final(x_BTD[:, read], None if added is None else added[:, read]))
+            output.logits = self.head(self._final(x_BTD[:, read], None if added is None else (added[0][:, read], added[1])))
             return output
         return self._loss(self._final(x_BTD, added), labels, reduction, output)
 
-    def _final(self, x_BTD: Tensor, added: Tensor | None) -> Tensor:
-        return self.norm(x_BTD) if added is None else self.norm.after(x_BTD, added)[1]
+    def _final(self, x_BTD: Tensor, added: Owed | None) -> Tensor:
+        return self.norm(x_BTD) if added is None else self.norm.after(x_BTD, *added)[1]
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head

@@ -65,8 +65,7 @@ class Packed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
         q, k, v, y, logsumexp, seed, offset, bounds = ctx.saved_tensors
-        no_bias = q.new_empty(0)
         made = torch.ops.aten._cudnn_attention_backward(
-            d.contiguous(), q, k, v, y, logsumexp, seed, offset, no_bias, bounds, bounds, ctx.longest, ctx.longest, 0.0, True
+            d.contiguous(), q, k, v, y, logsumexp, seed, offset, None, bounds, bounds, ctx.longest, ctx.longest, 0.0, True
         )
         return *made[:3], None, None

@@ -195,7 +195,8 @@ class Mixer(SequenceMixer):
         self, x_BTD: Tensor, state: State | FixedState | None = None, segment_ids: Tensor | None = None
     ) -> tuple[Tensor, State | FixedState | None]:
         B, T, _ = x_BTD.shape
-        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        # values are kept for the backward pass as they are, queries and keys turned: joined with them they would keep all three
+        projected = *linears(x_BTD, self.q_proj, self.k_proj), linear(x_BTD, self.v_proj)
         q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, -1, self.K).transpose(1, 2) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
