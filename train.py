@@ -68,13 +68,14 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from training import checkpoint
     from training.cost.fit import misfit
     from training.cost.flops import training_flops_per_token
-    from training.engine import Engine, start_distributed
+    from training.engine import Engine
     from training.guard.agreement import agree
     from training.guard.faults import BadStepPolicy, StopRequest
     from training.saving.saver import Saver
     from training.watch.metrics import Metrics, Stopwatch
     from training.watch.observe import RankWatch, SignOfLife
     from training.watch.trace import Tracer
+    from training.world import start_distributed
 
     shards, _, problem = open_data(config)
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)

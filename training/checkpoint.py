@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 from models.config import ModelConfig
 from models.hub.weights import Weights
 from models.lm import LanguageModel
-from training.engine import Engine, World
+from training.engine import Engine
 from training.errors import UserError
+from training.world import World
 from training.zero.local_state import load_moments
 
 MARKER = "COMPLETE.json"

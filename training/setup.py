@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ from training.config.checks import NO_DATA, notes
 from training.config.recipe import rate
 from training.config.schema import Config
 from training.cursor import Cursor, Order, begin, read, take_on
-from training.engine import World, zero_run
 from training.errors import UserError
+from training.launch import world_size
 from training.watch.metrics import environment
+from training.world import World
+from training.zero.policy import zero_run
 
 Shards = list[tuple[ShardSet, float]]
 DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up
@@ -74,7 +75,7 @@ def open_data(config: Config) -> tuple[Any, Any, str]:
         shards = open_sources(config, "train")
         return shards, open_reader(config, shards), ""
     except UserError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if world_size() == 1:
             raise
         return None, None, str(error)
 

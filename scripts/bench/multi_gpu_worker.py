@@ -31,9 +31,10 @@ from models.lm import LanguageModel
 from training.config.arguments import program
 from training.config.cli import checked, compose_config
 from training.cost.flops import device_name, peak_flops, training_flops_per_token
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.errors import UserError
 from training.watch.metrics import peak_memory_gib
+from training.world import World, start_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -101,8 +101,9 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
     from data.loader import BatchLoader
     from models.lm import LanguageModel
     from training.config.cli import checked, compose_config
-    from training.engine import Engine, start_distributed
+    from training.engine import Engine
     from training.setup import model_config, open_reader, open_sources
+    from training.world import start_distributed
 
     world = start_distributed("cpu")
     found: dict[str, Any] = {}

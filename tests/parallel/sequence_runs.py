@@ -13,8 +13,9 @@ from data.loader import BatchLoader
 from models import parallel
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.setup import model_config, open_reader, open_shards
+from training.world import World, start_distributed
 
 MODELS = ("hybrid", "mamba2", "paralstm", "transformer")
 VARIANTS = {

@@ -19,9 +19,10 @@ from data.loader import BatchLoader
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config.cli import checked, compose_config
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.saving.saver import Saver
 from training.setup import model_config, open_reader, open_shards
+from training.world import World, start_distributed
 from training.zero.local_state import MOMENTS
 
 LR = 1e-2

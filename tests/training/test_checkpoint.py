@@ -22,11 +22,11 @@ from models.hub.weights import Weights, write_tensors
 from tests.conftest import ROOT, SMALL, environment, run_ranks
 from training import checkpoint, setup
 from training.config.schema import CheckpointSection, Config
-from training.engine import World
 from training.errors import UserError
 from training.saving import saver as saving
 from training.saving.hook import Hook
 from training.supervisor import parents
+from training.world import World
 from training.zero.local_state import Stretch, share
 
 

@@ -20,9 +20,9 @@ from training import checkpoint, cursor, fork, setup
 from training.config import changes
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config, Position
-from training.engine import World
 from training.errors import UserError
 from training.watch.metrics import Metrics
+from training.world import World
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 BASE = ["data.path=d", "train.steps=100", "train.seq_len=32", "train.global_batch=4", "train.micro_batch=2"]

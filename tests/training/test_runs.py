@@ -193,7 +193,8 @@ def test_a_vetoed_step_leaves_weights_and_moments_alone(stage: int, demo_shards:
 import torch, sys
 from training.config.cli import compose_config, checked
 from training.setup import model_config, open_shards
-from training.engine import Engine, start_distributed
+from training.engine import Engine
+from training.world import start_distributed
 from data.loader import BatchLoader, build_reader
 from models.lm import LanguageModel
 config = checked(compose_config({[*SMALL, f"data.path={demo_shards}", f"deepspeed=zero{stage}"]!r}))

@@ -20,9 +20,9 @@ from training.config import checks, cli, ranges, suggest
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config, check
 from training.cost import fit
-from training.engine import World
 from training.errors import UserError
 from training.watch.metrics import Metrics
+from training.world import World
 
 
 def refusal(*arguments: str) -> str:

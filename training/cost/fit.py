@@ -14,8 +14,10 @@ import torch
 
 from models.config import ModelConfig
 from training.config.schema import Config
-from training.engine import World, stage_of
 from training.errors import UserError
+from training.launch import ranks_here
+from training.world import World
+from training.zero.policy import stage_of
 
 GIB = 2**30
 CONTEXT = 0.5 * GIB  # the least that a CUDA context takes beside torch's allocator
@@ -64,7 +66,7 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     except UserError as error:  # of this rank's data, perhaps
         return str(error)
     on_cpu = world.device.type == "cpu"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1  # ranks of a machine share its memory
+    local = ranks_here() if world.size > 1 else 1  # ranks of a machine share its memory
     have = (device_memory(world.device) if room is None else room) / (local if on_cpu else 1)
     from training.cost.flops import meta_model
 

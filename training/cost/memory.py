@@ -32,8 +32,8 @@ from models.layers import RMSNorm
 from models.mixers.attention import Mixer as Attention
 from models.mixers.attention import packs
 from training.config.schema import Config
-from training.engine import bucket_elements, overlaps, stage_of, zero_run
 from training.optim import parameter_groups
+from training.zero.policy import bucket_elements, overlaps, stage_of, zero_run
 
 GIB = 2**30
 CUBLAS = 32 * 2**20  # bytes of workspace that torch allocates for matrix products on Hopper
@@ -223,7 +223,7 @@ class Held:
 
 
 def held(config: Config, model: nn.Module, world: int) -> Held:
-    """Over `world` ranks of the ZeRO stage that is run, see `training.engine.stage_of`."""
+    """Over `world` ranks of the ZeRO stage that is run, see `training.zero.policy.stage_of`."""
     ds, stage, bf16 = config.deepspeed, stage_of(config, world), config.train.precision == "bf16"
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0)]
     P, largest = sum(groups), max(p.numel() for p in model.parameters())

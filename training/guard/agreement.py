@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config.schema import Config
-from training.engine import World
 from training.errors import UserError
+from training.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("train.py", "models", "kernels", "training", "data", "evals")

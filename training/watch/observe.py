@@ -13,7 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.engine import StepResult, World
+    from training.engine import StepResult
+    from training.world import World
 
 FOLDER = "EVERYWHEN_RANKS"  # set by training/supervisor.py
 BEAT_SECONDS = 0.5  # a file a rank is written at most this often
