@@ -53,7 +53,9 @@ def losses(world: World, shards: str, model: str, stage: int, *more: str, compil
     engine = Engine(lm, config, world)
     if compiled:
         engine.deepspeed.compile(backend="aot_eager")
-    loader = BatchLoader(open_reader(config, sources), 2, 1, world.replica, world.replicas, slice_of=world.slice_of)
+    loader = BatchLoader(
+        open_reader(config, sources), global_batch=2, micro_batch=1, replica=world.replica, replicas=world.replicas, slice_of=world.slice_of
+    )
     with loader:
         found = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
     engine.destroy()

@@ -34,7 +34,7 @@ def left_behind(world: World, stage: int) -> bool:
     model.init_weights(0)
     engine, alive = Engine(model, config, world), weakref.ref(model)
     assert engine.stage == (stage if world.size > 1 else 0), "a single rank has nothing to split"
-    with BatchLoader(RandomTokens(16, 64), rows, 2, world.replica, world.replicas) as loader:
+    with BatchLoader(RandomTokens(16, 64), global_batch=rows, micro_batch=2, replica=world.replica, replicas=world.replicas) as loader:
         for _, batches in zip(range(2), loader):
             assert not engine.step(batches, 1e-3).skipped
     engine.destroy()

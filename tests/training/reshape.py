@@ -52,7 +52,9 @@ class Run:
         if folder is not None:
             checkpoint.restore_optimizer(folder, self.engine)
         reader = open_reader(self.config, sources)
-        self.loader = BatchLoader(reader, self.config.train.global_batch, 1, world.rank, world.size, first)
+        self.loader = BatchLoader(
+            reader, global_batch=self.config.train.global_batch, micro_batch=1, replica=world.rank, replicas=world.size, start_step=first
+        )
 
     def step(self, is_bad: Any = None) -> Any:
         return self.engine.step(next(self.loader), LR, is_bad)

@@ -205,7 +205,9 @@ def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Pat
 def test_shards_that_are_cut_under_a_reader_are_named(demo_shards: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(demo_shards, data)
-    with BatchLoader(open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), 4, 4, prefetch=1) as loader:
+    with BatchLoader(
+        open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), global_batch=4, micro_batch=4, prefetch=1
+    ) as loader:
         assert loader.fetch()[1] == ""
         path = data / "train-00000.bin"
         os.truncate(path, 1000)

@@ -201,7 +201,7 @@ config = checked(compose_config({[*SMALL, f"data.path={demo_shards}", f"deepspee
 shards = open_shards(config.data.path, "train"); world = start_distributed("cpu")
 model = LanguageModel(model_config(config, shards)[0]); model.init_weights(0)
 engine = Engine(model, config, world)
-loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), 4, 2); batches = iter(loader)
+loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), global_batch=4, micro_batch=2); batches = iter(loader)
 engine.step(next(batches), 1e-2)
 from training.zero.local_state import held_moments
 def state(): return [s.values.clone() for s in held_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
