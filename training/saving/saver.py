@@ -85,10 +85,11 @@ class Saver:
         say: Callable[[str], Any],
         minutes: float = 30.0,
         saved: int = 0,
-        alive: Callable[[], Any] = lambda: None,
+        alive: Callable[[int], Any] = lambda saved: None,
     ) -> None:
         """documents: text files that every checkpoint gets, by name; minutes: how long rank 0 waits for the others' parts; saved: the
-        step of the checkpoint that the run started from; alive: called now and then while the end of the run waits for the hook."""
+        step of the checkpoint that the run started from; alive: called with the step of the newest checkpoint, now and then while the end of the run
+        waits for the hook."""
         self.run_dir, self.engine, self.world, self.settings, self.documents = run_dir, engine, engine.world, settings, documents
         self.say, self.minutes, self.saved, self.alive = say, minutes, saved, alive
         self.token = f"{int(self.world.sum([float(secrets.randbits(40)) if self.world.main else 0.0])[0]):x}"
@@ -294,7 +295,7 @@ class Saver:
             self.thread.join(None if agreed else GRACE)
         self.cancel.set()
         if self.hook is not None:
-            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0, self.alive)
+            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0, lambda: self.alive(self.saved))
             with contextlib.suppress(OSError):
                 self._drop_old()
         if self.thread is None or not self.thread.is_alive():
