@@ -203,8 +203,8 @@ model = LanguageModel(model_config(config, shards)[0]); model.init_weights(0)
 engine = Engine(model, config, world)
 loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), global_batch=4, micro_batch=2); batches = iter(loader)
 engine.step(next(batches), 1e-2)
-from training.zero.local_state import held_moments
-def state(): return [s.values.clone() for s in held_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
+from training.zero.local_state import local_moments
+def state(): return [s.values.clone() for s in local_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
 before, weights = state(), {{n: p.clone() for n, p in engine.parameters.items()}}
 result = engine.step(next(batches), 1e-2, lambda loss: "because")
 assert result.skipped == "because"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from data.files import finite
@@ -31,7 +32,7 @@ def memory_gib(device: torch.device) -> tuple[float, float, float]:
     """(allocated, reserved, peak): of torch's allocator on a GPU; resident memory now, the same, and its high-water mark on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.memory_reserved(device) / 2**30, peak_memory_gib(device)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    resident = psutil.Process().memory_info().rss / 2**30
     return resident, resident, peak_memory_gib(device)
 
 
