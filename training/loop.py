@@ -41,8 +41,11 @@ def documents_of(settings: ModelConfig, shards: Shards, resolved_yaml: str) -> d
 
 @dataclass
 class Agreed:
-    """What the ranks know of the next step before they take it: on how many of them somebody asked to stop, the next batch could not be read, a
-    checkpoint could not be written; and the tokens of the next global batch."""
+    """What the ranks know of the next step before they take it, summed over them.
+
+    asked: ranks that were asked to stop; lost: ranks that could not read the next batch; broken: ranks that could not write their part of a
+    checkpoint; tokens: labels of the next global batch.
+    """
 
     asked: float = 0.0
     lost: float = 0.0
@@ -160,18 +163,7 @@ class Run:
         self.cursor.advance(self.config)
         self.tracer.after(self.step)
         ranks = self.ranks.step(self.step, result, waited)
-        self.metrics.step(
-            self.step,
-            result.loss,
-            result.grad_norm,
-            lr,
-            result.tokens,
-            result.seconds,
-            waited,
-            result.skipped,
-            ranks,
-            self.cursor.tokens,
-        )
+        self.metrics.step(self.step, result, lr, waited, ranks, self.cursor.tokens)
         self.beat(self.saver.saved)
 
     def save_if_due(self) -> None:

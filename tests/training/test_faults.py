@@ -183,7 +183,7 @@ def test_a_wandb_that_fails_in_the_middle_is_left_out(tmp_path: Path, capsys: py
     metrics.open(0, None)
     metrics.wandb = Failing()
     for step in (1, 2):
-        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+        metrics.step(step, StepResult(1.0, 1.0, 1, "", 1.0), 1.0, 0.0)
     metrics.close()
     assert capsys.readouterr().out.count("connection lost") == 1
     assert losses(tmp_path) == {1: 1.0, 2: 1.0}
@@ -194,7 +194,7 @@ def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Pat
     metrics.open(0, None)
     metrics.file = open("/dev/full", "w", buffering=1)
     for step in (1, 2):
-        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+        metrics.step(step, StepResult(1.0, 1.0, 1, "", 1.0), 1.0, 0.0)
     metrics.close()
     assert capsys.readouterr().out.count("metrics.jsonl cannot be written (No space left on device)") == 1
     policy = BadStepPolicy(FaultSection(policy="skip"), Path("/dev/full"))
