@@ -90,7 +90,8 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     if start.folder is not None and start.moments:
         checkpoint.restore_optimizer(start.folder, engine)
     reader = open_reader(config, shards, start.cursor.order)
-    run = Run(config, engine, start, shards, reader, documents_of(settings, shards, resolved_yaml), stop, life)
+    documents = documents_of(settings, shards, resolved_yaml)
+    run = Run(config, engine, start=start, shards=shards, reader=reader, documents=documents, stop=stop, life=life)
     evaluator = build_evaluator(config, engine, shards, run.metrics)
 
     # Loop

@@ -54,16 +54,18 @@ class Agreed:
 
 
 class Run:
-    """A run that is ready for its next step. `with run:` opens its checkpoints and its data; all ranks call its methods together.
+    """A run that is ready for its next step. `with run:` opens its checkpoints (`saver`) and its data (`loader`); all ranks call its methods together.
 
-    cursor, shards, engine: the parts it steps; metrics: where it speaks; batches: this rank's micro-batches of the next step, which were fetched
-    while the step before was under way, and waited: the seconds that took; agreed: what the ranks said about it.
+    cursor: where it stands; total: the number of its last step; saved: the step of the last save that was begun.
+    Of the next step, settled while the one before it is under way: batches, this rank's micro-batches; waited, the seconds that fetching them took;
+    lost, why they could not be read, or ''; agreed, what all ranks say of it.
     """
 
     def __init__(
         self,
         config: Config,
         engine: Engine,
+        *,
         start: Start,
         shards: Shards,
         reader: Reader,

@@ -118,11 +118,11 @@ class Job:
 
     def ranks(self) -> dict[int, Path]:
         """The training processes of this machine by process id, with their files."""
-        living, found = set(self._living()), {}
+        living, files = set(self._living()), {}
         for path, row in rank_files(self.folder):
             if row.get("host") == socket.gethostname() and row.get("pid") in living:
-                found[row["pid"]] = path
-        return found
+                files[row["pid"]] = path
+        return files
 
     def silence(self) -> tuple[float, bool]:
         """(seconds since any rank of this machine was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
@@ -170,12 +170,12 @@ def send(pids: Sequence[int], number: int) -> None:
 
 
 def rank_files(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What the ranks last wrote."""
-    found = []
+    """(file, what it says) of every rank that wrote one into `folder`."""
+    rows = []
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError):
-            found.append((path, json.loads(path.read_text())))
-    return found
+            rows.append((path, json.loads(path.read_text())))
+    return rows
 
 
 class Supervisor:
@@ -272,8 +272,8 @@ class Supervisor:
 
     def _stopped(self) -> bool:
         """Whether all ranks of this machine ended on a request of somebody else; launchers have statuses of their own for that."""
-        own = [row for _, row in rank_files(self.folder) if row.get("host") == socket.gethostname()]
-        return bool(own) and all(row.get("stopped") for row in own)
+        here = [row for _, row in rank_files(self.folder) if row.get("host") == socket.gethostname()]
+        return bool(here) and all(row.get("stopped") for row in here)
 
     def _saved(self, otherwise: int) -> int:
         """The step of the newest checkpoint that the ranks know of."""

@@ -93,7 +93,8 @@ def made(tmp_path: Path) -> Iterator[Any]:
         life = SignOfLife(tmp_path / "run", 0)
         lives.append(life)
         stop: Any = SimpleNamespace(signal=signal)
-        return Run(config, engine, start, shards, Counting(until), {"config.json": "{}"}, stop, life), engine  # type: ignore[arg-type]
+        parts: dict[str, Any] = {"start": start, "shards": shards, "reader": Counting(until), "documents": {"config.json": "{}"}}
+        return Run(config, engine, **parts, stop=stop, life=life), engine  # type: ignore[arg-type]
 
     yield make
     for life in lives:
