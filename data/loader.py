@@ -47,7 +47,6 @@ class Reader:
     """Finds global samples by their number. A reader of another kind only has to define `samples`."""
 
     seq_len: int
-    samples_per_epoch: int
 
     def samples(self, k_R: np.ndarray) -> Rows:
         """(tokens (R, T+1) int64, segment ids (R, T+1) int32) of the global samples `k_R`."""
@@ -79,7 +78,6 @@ class WindowReader(Reader):
         if short:
             raise ValueError(f"{short[0]} has fewer tokens than one sequence of train.seq_len={seq_len}; shorten it or prepare more text.")
         self.mixture = Blend(stretches or [(0, [w for _, w in shards])], seed)
-        self.samples_per_epoch = sum(self.windows)
         self._orders: dict[tuple[int, int], Permutation] = {}
 
     def _order(self, source: int, epoch: int) -> Permutation:
@@ -133,7 +131,6 @@ class StreamReader(Reader):
             raise ValueError(
                 f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch."
             )
-        self.samples_per_epoch = self.steps * rows
         first = np.arange(rows, dtype=np.int64) * (self.steps * seq_len)
         self.opened = self.shard.document_of(first)  # document in which the stretch of each row begins, and how many it has part in
         self.passed = self.shard.document_of(first + self.steps * seq_len - 1) - self.opened + 1
@@ -168,29 +165,31 @@ def build_reader(
 
 
 class BatchLoader:
-    """An iterator over steps from `start_step`: each item is the list of this rank's micro-batches. A thread keeps `prefetch` steps ready.
+    """An iterator over steps from `start_step`: each item is the list of this rank's micro-batches, `micro_batch` rows each.
 
-    An error in the thread is raised by next(), and by every next() after it. Raises ValueError when the batch cannot be divided.
+    replica, replicas: of the `replicas` sets of rows that a global batch of `global_batch` rows is divided into, this rank reads the one numbered
+    `replica`. slice_of: (n, N) keeps the n-th of N slices of the time of each row. first_sample: the sample that step `start_step` begins with,
+    where the steps before it had another batch (else start_step x global_batch). prefetch: steps that a thread keeps ready; pin: in page-locked
+    memory. An error in the thread is raised by next(), and by every next() after it. Raises ValueError when the batch cannot be divided.
     """
 
     def __init__(
         self,
         reader: Reader,
+        *,
         global_batch: int,
         micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        replica: int = 0,
+        replicas: int = 1,
+        slice_of: tuple[int, int] = (0, 1),
         start_step: int = 0,
+        first_sample: int | None = None,
         prefetch: int = 4,
         pin: bool = False,
-        slice_of: tuple[int, int] = (0, 1),
-        first_sample: int | None = None,
     ) -> None:
-        """rank and world_size count the groups that read different rows; slice_of: (n, N) keeps the n-th of N slices of time; first_sample: of
-        step `start_step`, where the steps before it had another batch (else start_step x global_batch)."""
-        if min(global_batch, micro_batch, world_size) < 1 or global_batch % (micro_batch * world_size) or not 0 <= rank < world_size:
+        if min(global_batch, micro_batch, replicas) < 1 or global_batch % (micro_batch * replicas) or not 0 <= replica < replicas:
             raise ValueError(
-                f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {rank} of {world_size}."
+                f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {replica} of {replicas}."
             )
         self.reader, self.global_batch, self.micro_batch, self.pin = reader, global_batch, micro_batch, pin
         if not 0 <= slice_of[0] < slice_of[1] or reader.seq_len % slice_of[1]:
@@ -198,8 +197,8 @@ class BatchLoader:
         T = reader.seq_len // slice_of[1]
         self.time = slice(slice_of[0] * T, (slice_of[0] + 1) * T)
         self.offset = 0 if first_sample is None else first_sample - start_step * global_batch
-        self.first_row = rank * (global_batch // world_size)
-        self.last_row = self.first_row + global_batch // world_size
+        self.first_row = replica * (global_batch // replicas)
+        self.last_row = self.first_row + global_batch // replicas
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, prefetch))
         self._stop = threading.Event()
         self._error: BaseException | None = None

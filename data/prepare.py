@@ -29,6 +29,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -42,6 +43,7 @@ from tokenizers import Tokenizer
 
 from data.corpus import INPUTS, Corpus, change, tokenizer_identity
 from data.encode import Encoder, batches
+from data.fields import arguments_of
 from data.listing import shown
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
@@ -70,31 +72,14 @@ class Arguments:
 
 def parse(words: list[str]) -> Arguments:
     """Arguments from key=value words. Raises ValueError with a line per problem."""
-    known = {f.name: f for f in dataclasses.fields(Arguments)}
-    values: dict[str, Any] = {}
-    problems = []
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or key not in known:
-            problems.append(f"Unknown argument {word!r}; the keys are {', '.join(known)}.")
-            continue
-        kind = known[key].type
-        try:
-            if kind == "bool":
-                values[key] = {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-            elif kind == "list[int]":
-                values[key] = [int(part) for part in text.strip("[]").split(",") if part]
-            else:
-                values[key] = {"int": int, "float": float}.get(str(kind), str)(text)
-        except (ValueError, KeyError):
-            problems.append(f"{key} must be of type {kind}, not {text!r}.")
-    arguments = Arguments(**values)
+    problems: list[str] = []
+    arguments = arguments_of(words, Arguments, problems)
     problems += [
         f"Say {key}=..." for key in ("input", "out", "tokenizer") if not getattr(arguments, key) and not any(key in p for p in problems)
     ]
     if not 0 <= arguments.valid_fraction < 1:
         problems.append(f"valid_fraction must be from 0 up to 1, not {arguments.valid_fraction}.")
-    if arguments.shard_tokens < 1 or arguments.limit_docs < 0 or arguments.workers < 0 or arguments.train_mb <= 0:
+    if arguments.shard_tokens < 1 or arguments.limit_docs < 0 or arguments.workers < 0 or not 0 < arguments.train_mb < math.inf:
         problems.append("shard_tokens and train_mb must be above zero, limit_docs and workers zero or more.")
     if any(number < 0 for number in arguments.valid_docs):
         problems.append("valid_docs are counted from 0.")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import Any
+
+from training.launch import first_of_all
 
 QUIET = 10.0  # seconds between plain lines, at least
 
@@ -18,7 +19,7 @@ class Progress:
 
     def __init__(self, name: str, unit: str = "", every: bool = False) -> None:
         self.name, self.unit, self.every = name, unit, every
-        self.silent = os.environ.get("RANK", "0") != "0"
+        self.silent = not first_of_all()
         self.bar: Any = None
         self.task: Any = None
         self.start = self.told = time.monotonic()

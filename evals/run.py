@@ -127,8 +127,8 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     from evals.measures.baselines import CountBaselines
     from evals.measures.perplexity import evaluate, held_out_rows, text_bytes
     from training.checkpoint import load_model
-    from training.engine import pick_device
     from training.watch.metrics import environment
+    from training.world import pick_device
 
     device = pick_device(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)

@@ -311,8 +311,8 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     """Loads, evaluates, writes and returns the report."""
     from data.files import write_json
     from training.checkpoint import load_model
-    from training.engine import pick_device
     from training.watch.metrics import environment
+    from training.world import pick_device
 
     device = pick_device(values["device"])
     model, _, meta = load_model(values["checkpoint"], device)

@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.fields import read
 from models import mixers
-
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a word",
-    "list": "a list",
-    "dict": "a group of keys",
-}
 
 RANGES = {  # of every number: the lowest value (excluded where it is 0 and the number a fraction), and the highest
     "vocab_size": (1, 2**31 - 1),
@@ -97,23 +88,8 @@ class ModelConfig:
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:
         """Reads a mapping. Raises ValueError with one line for every problem."""
-        hints, found, values = typing.get_type_hints(ModelConfig), [], {}
-        for key, value in mapping.items():
-            if key not in hints:
-                close = difflib.get_close_matches(str(key), list(hints), n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."
-                found.append(f"Unknown key 'model.{key}'; {hint}")
-                continue
-            wanted = typing.get_origin(hints[key]) or hints[key]
-            if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-                try:  # YAML reads 1e-5 as a string
-                    value = float(value)
-                except ValueError:
-                    pass
-            if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-                found.append(f"model.{key} must be {KINDS[wanted.__name__]}, not {value!r}.")
-                continue
-            values[key] = value
+        found: list[str] = []
+        values = read(mapping, typing.get_type_hints(ModelConfig), "model.", found)
         if "vocab_size" not in mapping:
             found.append("model.vocab_size is missing.")
         # The rest is judged with defaults for what could not be read; a default's own consequences are no problem of the user's.

@@ -130,8 +130,8 @@ class Writer:
         from models.decode import cast
         from models.hub.importing import end_ids
         from training.checkpoint import load_model
-        from training.engine import pick_device
         from training.errors import UserError
+        from training.world import pick_device
 
         self.values = values
         if not values["checkpoint"]:

@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 from models.config import ModelConfig
 from models.hub.weights import Weights
 from models.lm import LanguageModel
-from training.engine import Engine, World
+from training.engine import Engine
 from training.errors import UserError
+from training.world import World
 from training.zero.local_state import load_moments
 
 MARKER = "COMPLETE.json"
@@ -49,7 +50,7 @@ def folder_of(run_dir: Path, step: int) -> Path:
 
 
 def order_of(folder: Path) -> int:
-    """The how-manieth checkpoint of its run folder this is, counted from 1 as they were written; 0 where the marker does not say."""
+    """Its place, counted from 1, in the order in which the checkpoints of its run folder were written; 0 where the marker does not say."""
     try:
         return int(json.loads((folder / MARKER).read_text())["order"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,8 +15,8 @@ from models.hub.importing import is_foreign
 from training import checkpoint, cursor
 from training.config.schema import Config
 from training.cursor import Cursor
-from training.engine import World
 from training.errors import UserError
+from training.world import World
 
 
 def found(named: str, world: World, key: str) -> Path:

@@ -46,21 +46,41 @@ def world_size() -> int:
 def launch() -> Launch:
     """Where the launcher put this process; a process without one is alone. Raises UserError for variables that make no sense together."""
     problems: list[str] = []
-    found = Launch(_number("RANK", problems), _number("LOCAL_RANK", problems), _number("WORLD_SIZE", problems))
+    launched = Launch(_number("RANK", problems), _number("LOCAL_RANK", problems), _number("WORLD_SIZE", problems))
     port = os.environ.get("MASTER_PORT", USUAL["MASTER_PORT"])
     if not port.isdecimal() or int(port) > 65535:
         problems.append(f"The environment says MASTER_PORT={port!r}, which must be a port, a whole number up to 65535; change or unset it.")
     if problems:
         raise UserError(problems)
-    if found.size > 1 and "RANK" not in os.environ:
+    if launched.size > 1 and "RANK" not in os.environ:
         raise UserError(
-            f"The environment says WORLD_SIZE={found.size} but no RANK; unset it, or start with torchrun or deepspeed, which set both."
+            f"The environment says WORLD_SIZE={launched.size} but no RANK; unset it, or start with torchrun or deepspeed, which set both."
         )
-    if found.rank >= found.size:
+    if launched.rank >= launched.size:
         raise UserError(
-            f"The environment says RANK={found.rank} of WORLD_SIZE={found.size}; ranks count from 0, so that the last is {found.size - 1}."
+            f"The environment says RANK={launched.rank} of WORLD_SIZE={launched.size}; ranks count from 0, so that the last is {launched.size - 1}."
         )
-    return found
+    return launched
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is the number of its GPU. Raises UserError where the environment says no number."""
+    problems: list[str] = []
+    number = _number("LOCAL_RANK", problems)
+    if problems:
+        raise UserError(problems)
+    return number
+
+
+def ranks_here() -> int:
+    """How many of the processes run on this machine, where a launcher says so; else 1."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() and int(text) > 0 else 1
+
+
+def first_of_all() -> bool:
+    """Whether this process speaks for all of them, whatever else the environment says: rank 0, or one without a launcher."""
+    return os.environ.get("RANK", USUAL["RANK"]) == "0"
 
 
 def first_here() -> bool:

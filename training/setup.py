@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,11 @@ from training.config.checks import NO_DATA, notes
 from training.config.recipe import rate
 from training.config.schema import Config
 from training.cursor import Cursor, Order, begin, read, take_on
-from training.engine import World, zero_run
 from training.errors import UserError
+from training.launch import world_size
 from training.watch.metrics import environment
+from training.world import World
+from training.zero.policy import zero_run
 
 Shards = list[tuple[ShardSet, float]]
 DRY_RUN_VOCABULARY = 50432  # GPT-NeoX's 50,280 tokens rounded up
@@ -74,7 +75,7 @@ def open_data(config: Config) -> tuple[Any, Any, str]:
         shards = open_sources(config, "train")
         return shards, open_reader(config, shards), ""
     except UserError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if world_size() == 1:
             raise
         return None, None, str(error)
 
@@ -101,14 +102,14 @@ def model_config(config: Config, shards: Shards | None) -> tuple[ModelConfig, st
 @dataclass
 class Start:
     """Where training begins: without a folder at step 0, else from a checkpoint. moments: the folder's optimizer and random states go on too;
-    held: rank 0's lock of the run folder, for the run."""
+    locks: rank 0's lock of the run folder, open as long as the run."""
 
     cursor: Cursor
     folder: Path | None
     moments: bool
     wandb_id: str | None
     message: str
-    held: list[Any]
+    locks: list[Any]
 
 
 def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, resolved_yaml: str) -> Start:
@@ -119,16 +120,16 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     """
     run_dir, now = Path(config.run_dir), OmegaConf.to_container(OmegaConf.create(resolved_yaml))
     assert isinstance(now, dict)
-    held: list[Any] = []
+    locks: list[Any] = []
     if config.train.start_from:
         fork.refuse_own(config)
     fresh = not run_dir.exists()
 
-    def own() -> None:
+    def claim() -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        held.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
+        locks.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
 
-    _on_main(world, run_dir, own)
+    _on_main(world, run_dir, claim)
     try:
         folder, moments = _checkpoint_of(config, world), True
         begins = folder is None and bool(config.train.start_from)
@@ -139,8 +140,8 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         else:
             cursor, where, wandb_id = _read(folder, begins, config, world, model, shards)
     except UserError:
-        if fresh and held:
-            _leave(run_dir, held)
+        if fresh and locks:
+            _leave(run_dir, locks)
         raise
     config.at = cursor.position()
     before = fork.settings_of(folder) if folder is not None else {}
@@ -154,12 +155,12 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         write_json(run_dir / "environment.json", facts)
 
     _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
-    return Start(cursor, folder, moments, wandb_id, "\n".join(told), held)
+    return Start(cursor, folder, moments, wandb_id, "\n".join(told), locks)
 
 
-def _leave(run_dir: Path, held: list[Any]) -> None:
+def _leave(run_dir: Path, locks: list[Any]) -> None:
     """Takes back a run folder that this start has made and nothing was written into."""
-    held.pop().close()
+    locks.pop().close()
     with contextlib.suppress(OSError):
         (run_dir / "lock").unlink()
         run_dir.rmdir()

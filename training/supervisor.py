@@ -26,8 +26,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import psutil
+
+from data.fields import arguments_of
+from training.config import ranges
+from training.config.ranges import AMOUNT, Range
 from training.errors import STOPPED, UserError, sentence_of
 from training.watch.observe import FOLDER
 
@@ -40,11 +45,11 @@ PR_SET_CHILD_SUBREAPER = 36
 class Settings:
     """Options of the command line. Times in seconds; `folder` is by default RUN_DIR/supervisor where the command names a run_dir."""
 
-    restarts: int = 3
-    timeout: float = 0.0  # 0: a hang is not looked for
-    startup: float = 1800.0  # silence allowed before the first step, where kernels are compiled and other nodes waited for
-    backoff: float = 5.0  # before the first restart; doubles up to five minutes, starts over after a new checkpoint
-    grace: float = 300.0  # from a stop request until what still runs is killed
+    restarts: Annotated[int, AMOUNT] = 3
+    timeout: Annotated[float, Range(0)] = 0.0  # 0: a hang is not looked for
+    startup: Annotated[float, Range(0)] = 1800.0  # silence allowed before the first step: kernels compile, other nodes come up
+    backoff: Annotated[float, Range(0)] = 5.0  # before the first restart; doubles up to five minutes, starts over after a new checkpoint
+    grace: Annotated[float, Range(0)] = 300.0  # from a stop request until what still runs is killed
     folder: str = ""
 
 
@@ -53,54 +58,33 @@ def parse(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     if "--" not in arguments:
         raise UserError("Write: python -m training.supervisor [restarts=N] [timeout=SECONDS] -- COMMAND; the '--' is missing.")
     split = list(arguments).index("--")
-    command, problems = list(arguments[split + 1 :]), []
-    values: dict[str, Any] = {}
-    kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-    for argument in arguments[:split]:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in kinds:
-            problems.append(f"Cannot use {argument!r}; the options are {', '.join(f'{k}=' for k in kinds)}.")
-            continue
-        try:
-            values[key] = kinds[key](value)
-            if kinds[key] is not str and not 0 <= values[key] < float("inf"):
-                raise ValueError
-        except ValueError:
-            problems.append(f"{key} must be {'a whole number' if kinds[key] is int else 'a number'} of zero or more, not {value!r}.")
+    command: list[str] = list(arguments[split + 1 :])
+    problems: list[str] = []
+    options = ", ".join(f"{f.name}=" for f in dataclasses.fields(Settings))
+    settings = arguments_of(arguments[:split], Settings, problems, lambda key, known: f"the options are {options}.")
+    problems += ranges.problems(settings)
     if not command:
         problems.append("There is no command after '--'.")
     elif shutil.which(command[0]) is None:
         problems.append(f"There is no program {command[0]!r}.")
     if problems:
         raise UserError(problems)
-    settings = Settings(**values)
     if not settings.folder:
         run_dir = [a.partition("=")[2] for a in command if a.startswith("run_dir=")]
         settings.folder = str(Path(run_dir[-1]) / "supervisor" if run_dir else Path("runs") / "supervisor" / str(os.getpid()))
     return settings, command
 
 
-def parents() -> dict[int, int]:
-    """Parent of every process, zombies included."""
-    found = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                found[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
-    return found
-
-
 def descendants(root: int, leave: frozenset[int] = frozenset()) -> list[int]:
-    """All processes below `root`, whatever their session or group, without those under `leave`."""
-    children: dict[int, list[int]] = {}
-    for child, parent in parents().items():
-        children.setdefault(parent, []).append(child)
-    found, queue = [], [root]
-    while queue:
-        below = [c for c in children.get(queue.pop(), []) if c not in leave]
-        found += below
-        queue += below
-    return found
+    """All processes below `root`, whatever their session or group, zombies included, without `leave` and those below them."""
+    left, below = set(leave), []
+    for process in psutil.Process(root).children(recursive=True):  # a parent comes before its children
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.pid in left or process.ppid() in left:
+                left.add(process.pid)
+            else:
+                below.append(process.pid)
+    return below
 
 
 class Job:
@@ -129,16 +113,16 @@ class Job:
 
     def _living(self, direct: bool = False) -> list[int]:
         if direct:
-            return [child for child, parent in parents().items() if parent == os.getpid() and child not in self.others]
+            return [child.pid for child in psutil.Process().children() if child.pid not in self.others]
         return descendants(os.getpid(), self.others)
 
     def ranks(self) -> dict[int, Path]:
         """The training processes of this machine by process id, with their files."""
-        living, found = set(self._living()), {}
+        living, files = set(self._living()), {}
         for path, row in rank_files(self.folder):
             if row.get("host") == socket.gethostname() and row.get("pid") in living:
-                found[row["pid"]] = path
-        return found
+                files[row["pid"]] = path
+        return files
 
     def silence(self) -> tuple[float, bool]:
         """(seconds since any rank of this machine was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
@@ -186,12 +170,12 @@ def send(pids: Sequence[int], number: int) -> None:
 
 
 def rank_files(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """What the ranks last wrote."""
-    found = []
+    """(file, what it says) of every rank that wrote one into `folder`."""
+    rows = []
     for path in sorted(folder.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError):
-            found.append((path, json.loads(path.read_text())))
-    return found
+            rows.append((path, json.loads(path.read_text())))
+    return rows
 
 
 class Supervisor:
@@ -288,8 +272,8 @@ class Supervisor:
 
     def _stopped(self) -> bool:
         """Whether all ranks of this machine ended on a request of somebody else; launchers have statuses of their own for that."""
-        own = [row for _, row in rank_files(self.folder) if row.get("host") == socket.gethostname()]
-        return bool(own) and all(row.get("stopped") for row in own)
+        here = [row for _, row in rank_files(self.folder) if row.get("host") == socket.gethostname()]
+        return bool(here) and all(row.get("stopped") for row in here)
 
     def _saved(self, otherwise: int) -> int:
         """The step of the newest checkpoint that the ranks know of."""

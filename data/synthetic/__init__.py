@@ -9,10 +9,10 @@ A task is one dataclass with a `sample` method, listed in TASKS; its fields are 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from typing import Any
 
+from data.fields import nearest, read
 from data.synthetic.recall import MQAR, Copying, KeepNth, KHop
 from data.synthetic.task import IGNORE, Draws, Task
 from data.synthetic.tracking import CycleNavigation, ModularArithmetic, Parity, WordProblem
@@ -33,32 +33,22 @@ LARGEST = 1_000_000  # of a task's numbers: a vocabulary is made of them
 __all__ = ["IGNORE", "TASKS", "Draws", "Task", "build_task", "to_dict"]
 
 
-def _near(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}."
-
-
 def build_task(mapping: Any) -> Task:
     """The task of a mapping {name: ..., and the task's own fields}. Raises ValueError with one sentence for every problem."""
     if not isinstance(mapping, dict) or "name" not in mapping:
         raise ValueError(f"data.task needs a name: one of {', '.join(TASKS)}.")
     name = str(mapping["name"])
     if name not in TASKS:
-        raise ValueError(f"data.task.name is {name!r}; {_near(name, list(TASKS))}")
-    kind, problems, values = TASKS[name], [], {}
-    hints = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
-    for key, value in mapping.items():
-        if key == "name":
-            continue
-        if key not in hints:
-            problems.append(f"Unknown key 'data.task.{key}' of the task {name}; {_near(str(key), list(hints))}")
-        elif type(value) is not hints[key]:
-            kinds = {int: "a whole number", bool: "true or false", str: "a word"}
-            problems.append(f"data.task.{key} must be {kinds[hints[key]]}, not {value!r}.")
-        elif hints[key] is int and value > LARGEST:
-            problems.append(f"data.task.{key} must be at most {LARGEST:,}, not {value:,}.")
-        else:
-            values[key] = value
+        raise ValueError(f"data.task.name is {name!r}; {nearest(name, TASKS, known_as='choose one of')}")
+    kind = TASKS[name]
+    problems: list[str] = []
+    given = {key: value for key, value in mapping.items() if key != "name"}
+    values = read(given, typing.get_type_hints(kind), "data.task.", problems, exact=True, whose=f" of the task {name}")
+    problems += [
+        f"data.task.{key} must be at most {LARGEST:,}, not {value:,}."
+        for key, value in values.items()
+        if isinstance(value, int) and value > LARGEST
+    ]
     if not problems:
         task = kind(**values)
         problems = [f"data.task.{problem}" for problem in task.problems()]

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.loader import Labelled, Reader, Rows
 from data.synthetic import build_task, to_dict
-from data.synthetic.task import IGNORE, SAMPLE_BITS, Draws, Task
+from data.synthetic.task import IGNORE, Draws, Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,8 +51,6 @@ class SyntheticReader(Reader):
     curriculum: rows below `curriculum` hold shorter sequences, as many as fit (eight at most), each a segment of its own: first of 1/8, then of 1/4, then of
     1/2 of the length, for a third of those rows each (never shorter than the task allows). What is left of a row is not asked for.
     """
-
-    samples_per_epoch = (1 << SAMPLE_BITS) // MOST_PIECES
 
     def __init__(self, task: Task, seq_len: int, seed: int, split: str = "train", curriculum: int = 0) -> None:
         if seq_len < task.min_length():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import math
 import pkgutil
 import typing
 from types import ModuleType
 from typing import Any
+
+from data.fields import close_to, read
 
 
 def available() -> list[str]:
@@ -24,40 +25,22 @@ def load(type_: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{type_}")
 
 
-def _fits(value: Any, wanted: Any) -> bool:
-    if wanted is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if wanted is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    options = typing.get_args(wanted)
-    return any(_fits(value, o) for o in options) if options else isinstance(value, wanted)
-
-
 def parse(name: str, mapping: dict[str, Any], d_model: int) -> tuple[Any, list[str]]:
     """(the mixer's Config or None, problems in sentences) of the mapping `mixers.<name>`."""
     try:
         schema = load(str(mapping.get("type"))).Config
     except ValueError as error:
         return None, [f"model.mixers.{name}: {error}."]
-    hints, values, problems = typing.get_type_hints(schema), {}, []
-    unread = False  # a key that was meant is missing, so that combinations cannot be judged
-    for key, value in mapping.items():
-        if key == "type":
-            continue
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), list(hints), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(hints)}."
-            problems.append(f"Unknown key 'model.mixers.{name}.{key}'; {hint}")
-            unread |= bool(close) and close[0] not in mapping
-        elif not _fits(value, hints[key]):
-            kind = getattr(hints[key], "__name__", hints[key])
-            problems.append(f"model.mixers.{name}.{key} must be of type {kind}, not {value!r}.")
-            unread = True
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"model.mixers.{name}.{key} must be a finite number, not {value}.")
-            unread = True
-        else:
-            values[key] = value
+    hints, where = typing.get_type_hints(schema), f"model.mixers.{name}."
+    problems: list[str] = []
+    given = {key: value for key, value in mapping.items() if key != "type"}
+    values = read(given, hints, where, problems, exact=True, names={})
+    for key, value in list(values.items()):
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{where}{key} must be a finite number, not {values.pop(key)}.")
+    # Where a key that was meant is missing, combinations cannot be judged.
+    meant = {key if key in hints else close_to(str(key), hints) for key in given} - {""}
+    unread = not meant <= values.keys()
     if unread:
         return None, problems
     config = schema(**values)

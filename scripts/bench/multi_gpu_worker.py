@@ -31,9 +31,10 @@ from models.lm import LanguageModel
 from training.config.arguments import program
 from training.config.cli import checked, compose_config
 from training.cost.flops import device_name, peak_flops, training_flops_per_token
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.errors import UserError
 from training.watch.metrics import peak_memory_gib
+from training.world import World, start_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +46,7 @@ class RandomTokens(Reader):
     """Sample k is a pure function of k: tokens of a skewed distribution, so that there is something to learn; one document a row."""
 
     def __init__(self, seq_len: int, vocabulary: int) -> None:
-        self.seq_len, self.vocabulary, self.samples_per_epoch = seq_len, vocabulary, 1 << 40
+        self.seq_len, self.vocabulary = seq_len, vocabulary
 
     def samples(self, k_R: np.ndarray) -> Rows:
         u = np.stack([np.random.default_rng(int(k)).random(self.seq_len + 1) for k in k_R])
@@ -95,7 +96,14 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     engine = Engine(model, config, world)
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
     t, losses, seconds, samples, communication = config.train, [], [], [], []
-    with BatchLoader(reader, t.global_batch, t.micro_batch, world.replica, world.replicas, slice_of=world.slice_of) as loader:
+    with BatchLoader(
+        reader,
+        global_batch=t.global_batch,
+        micro_batch=t.micro_batch,
+        replica=world.replica,
+        replicas=world.replicas,
+        slice_of=world.slice_of,
+    ) as loader:
         for _, batches in zip(range(case["steps"]), loader):
             parallel.traffic.clear()
             wait(world.device)

@@ -37,7 +37,9 @@ def first_step(overrides: list[str]) -> dict[str, float]:
     model.init_weights(config.seed)
     model = model.to(device)
     rows = min(2, config.train.micro_batch)
-    with BatchLoader(build_reader(shards, config.data.reader, config.train.seq_len, config.seed, rows), rows, rows) as loader:
+    with BatchLoader(
+        build_reader(shards, config.data.reader, config.train.seq_len, config.seed, rows), global_batch=rows, micro_batch=rows
+    ) as loader:
         batch = next(iter(loader))[0].to(device)
     result = {}
     for name, low in (("fp32", False), (config.train.precision, config.train.precision == "bf16")):

@@ -82,7 +82,7 @@ def plain(data: str) -> dict[str, list[float]]:
     o = config.optim
     optimizer = build_optimizer(model, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay)
     found: dict[str, list[float]] = {"losses": [], "norms": []}
-    with BatchLoader(open_reader(config, shards), ROWS, ROWS) as loader:
+    with BatchLoader(open_reader(config, shards), global_batch=ROWS, micro_batch=ROWS) as loader:
         for _, (batch,) in zip(range(STEPS), loader):
             output = model(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
             tokens = (batch.labels != -100).sum()
@@ -101,8 +101,9 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
     from data.loader import BatchLoader
     from models.lm import LanguageModel
     from training.config.cli import checked, compose_config
-    from training.engine import Engine, start_distributed
+    from training.engine import Engine
     from training.setup import model_config, open_reader, open_sources
+    from training.world import start_distributed
 
     world = start_distributed("cpu")
     found: dict[str, Any] = {}
@@ -116,7 +117,13 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
         model.init_weights(config.seed)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         engine = Engine(model, config, world)
-        with BatchLoader(open_reader(config, shards), ROWS, config.train.micro_batch, world.replica, world.replicas) as loader:
+        with BatchLoader(
+            open_reader(config, shards),
+            global_batch=ROWS,
+            micro_batch=config.train.micro_batch,
+            replica=world.replica,
+            replicas=world.replicas,
+        ) as loader:
             results = [engine.step(batches, config.peak_lr) for _, batches in zip(range(STEPS), loader)]
         found[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
         engine.destroy()

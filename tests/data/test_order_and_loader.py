@@ -84,7 +84,7 @@ def test_weights_that_change_skip_and_repeat_no_sample_of_any_source() -> None:
 
 def test_another_batch_goes_on_with_the_next_sample(tmp_path: Path) -> None:
     reader = build_reader([(make(tmp_path / "s", [400, 300]), 1.0)], "windows", 8, 5, 8)
-    with BatchLoader(reader, 4, 2, start_step=3, first_sample=17) as loader:
+    with BatchLoader(reader, global_batch=4, micro_batch=2, start_step=3, first_sample=17) as loader:
         assert [b.sample_ids for b in [*next(loader), *next(loader)]] == [[17, 18], [19, 20], [21, 22], [23, 24]]
 
 
@@ -93,7 +93,7 @@ def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> Non
     reader, T = build_reader([(shards, 1.0)], "windows", 16, 0, 4), 16
     stream = shards.read(0, shards.n_tokens)
     for epoch in range(2):
-        starts = sorted(reader.window(k)[1] for k in range(epoch * reader.samples_per_epoch, (epoch + 1) * reader.samples_per_epoch))
+        starts = sorted(reader.window(k)[1] for k in range(epoch * sum(reader.windows), (epoch + 1) * sum(reader.windows)))
         assert starts == list(range((len(stream) - 1) // T))
     tokens, segment_ids = reader.sample(3)
     start = reader.window(3)[1] * T
@@ -107,7 +107,8 @@ def collect(
     """(step, sample ids, flattened inputs) of the whole global batch."""
     per_rank = []
     for rank in range(world):
-        with BatchLoader(build_reader([(shards, 1.0)], reader, 8, 5, 8), 8, micro, rank, world, start, prefetch) as loader:
+        placed = {"replica": rank, "replicas": world, "start_step": start, "prefetch": prefetch}
+        with BatchLoader(build_reader([(shards, 1.0)], reader, 8, 5, 8), global_batch=8, micro_batch=micro, **placed) as loader:
             batches = iter(loader)
             per_rank.append([next(batches) for _ in range(steps)])
     result = []
@@ -140,7 +141,7 @@ def test_an_error_in_the_thread_reaches_the_consumer_and_closing_never_hangs(tmp
     shards = make(tmp_path / "s", [300, 211])
     reader = build_reader([(shards, 1.0)], "windows", 8, 0, 4)
     reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
-    with BatchLoader(reader, 4, 4) as loader, pytest.raises(ZeroDivisionError):
+    with BatchLoader(reader, global_batch=4, micro_batch=4) as loader, pytest.raises(ZeroDivisionError):
         next(iter(loader))
 
 
@@ -222,7 +223,7 @@ def test_ranks_are_disjoint_and_cover_the_batch(tmp_path: Path) -> None:
     reader = build_reader([(make(tmp_path / "s", [300, 211, 97]), 1.0)], "windows", 8, 0, 12)
     seen = []
     for rank in range(3):
-        with BatchLoader(reader, 12, 2, rank, 3, start_step=5) as loader:
+        with BatchLoader(reader, global_batch=12, micro_batch=2, replica=rank, replicas=3, start_step=5) as loader:
             batches = next(loader)
             assert len(batches) == 2 and batches[0].input_ids.shape == (2, 8)
             for batch in batches:
@@ -234,17 +235,17 @@ def test_ranks_are_disjoint_and_cover_the_batch(tmp_path: Path) -> None:
 
 def test_a_loader_ends_when_closed_and_tells_its_error_again(tmp_path: Path) -> None:
     reader = build_reader([(make(tmp_path / "s", [300, 211]), 1.0)], "windows", 8, 0, 4)
-    loader = BatchLoader(reader, 4, 4, prefetch=0)
+    loader = BatchLoader(reader, global_batch=4, micro_batch=4, prefetch=0)
     next(loader)
     loader.close()
     assert list(loader) == [] and not loader._thread.is_alive()
     reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
-    with BatchLoader(reader, 4, 4) as loader:
+    with BatchLoader(reader, global_batch=4, micro_batch=4) as loader:
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 next(loader)
-    for bad in ((6, 4, 0, 1), (8, 4, 0, 4), (8, 2, 2, 2), (0, 1, 0, 1)):
+    for rows, micro, replica, replicas in ((6, 4, 0, 1), (8, 4, 0, 4), (8, 2, 2, 2), (0, 1, 0, 1)):
         with pytest.raises(ValueError, match="cannot be divided"):
-            BatchLoader(reader, *bad)
+            BatchLoader(reader, global_batch=rows, micro_batch=micro, replica=replica, replicas=replicas)
     with pytest.raises(ValueError, match="windows or stream"):
         build_reader([(make(tmp_path / "t", [30, 30]), 1.0)], "steam", 8, 0, 4)

@@ -225,7 +225,11 @@ def test_reader_is_a_function_of_the_number(T: int, curriculum: int) -> None:
 
 def test_ranks_and_micro_batches_see_one_order() -> None:
     reader = SyntheticReader(build_task({"name": "mqar", "pairs": 2, "symbols": 8}), 17, 1, curriculum=20)
-    with BatchLoader(reader, 12, 12, start_step=3) as whole, BatchLoader(reader, 12, 3, 1, 2, start_step=3) as part:
+    everything, second_half = {"micro_batch": 12}, {"micro_batch": 3, "replica": 1, "replicas": 2}
+    with (
+        BatchLoader(reader, global_batch=12, start_step=3, **everything) as whole,
+        BatchLoader(reader, global_batch=12, start_step=3, **second_half) as part,
+    ):
         for _ in range(2):
             one, halves = next(whole)[0], next(part)
             for name in ("input_ids", "labels", "segment_ids"):

@@ -13,8 +13,9 @@ from data.loader import BatchLoader
 from models import parallel
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.setup import model_config, open_reader, open_shards
+from training.world import World, start_distributed
 
 MODELS = ("hybrid", "mamba2", "paralstm", "transformer")
 VARIANTS = {
@@ -52,7 +53,9 @@ def losses(world: World, shards: str, model: str, stage: int, *more: str, compil
     engine = Engine(lm, config, world)
     if compiled:
         engine.deepspeed.compile(backend="aot_eager")
-    loader = BatchLoader(open_reader(config, sources), 2, 1, world.replica, world.replicas, slice_of=world.slice_of)
+    loader = BatchLoader(
+        open_reader(config, sources), global_batch=2, micro_batch=1, replica=world.replica, replicas=world.replicas, slice_of=world.slice_of
+    )
     with loader:
         found = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
     engine.destroy()

@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_another_number_of_slices(train, tmp_path: Path) -> N
 
 
 class Counting(Reader):
-    seq_len, samples_per_epoch = 8, 100
+    seq_len = 8
 
     def samples(self, k_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens = k_R[:, None] * 100 + np.arange(9)
@@ -65,18 +65,18 @@ class Counting(Reader):
 
 
 def test_slices_of_a_row_make_the_row() -> None:
-    with BatchLoader(Counting(), 4, 2) as loader:
+    with BatchLoader(Counting(), global_batch=4, micro_batch=2) as loader:
         whole = loader.step(3)
     parts = []
     for n in range(4):
-        with BatchLoader(Counting(), 4, 2, slice_of=(n, 4)) as loader:
+        with BatchLoader(Counting(), global_batch=4, micro_batch=2, slice_of=(n, 4)) as loader:
             parts.append(loader.step(3))
     for i, batch in enumerate(whole):
         assert all(part[i].sample_ids == batch.sample_ids for part in parts)
         for key in ("input_ids", "labels", "segment_ids"):
             assert torch.equal(torch.cat([getattr(part[i], key) for part in parts], 1), getattr(batch, key)), key
     with pytest.raises(ValueError, match="no slice"):
-        BatchLoader(Counting(), 4, 2, slice_of=(0, 3))
+        BatchLoader(Counting(), global_batch=4, micro_batch=2, slice_of=(0, 3))
 
 
 @pytest.mark.parametrize(

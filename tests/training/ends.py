@@ -18,13 +18,24 @@ from models.config import ModelConfig  # noqa: E402
 from models.lm import LanguageModel  # noqa: E402
 from scripts.bench.multi_gpu_worker import RandomTokens  # noqa: E402
 from training.config.cli import checked, compose_config  # noqa: E402
-from training.engine import Engine, World, start_distributed  # noqa: E402
+from training.engine import Engine, local_tokens  # noqa: E402
+from training.world import World, start_distributed  # noqa: E402
 
 OURS = F.linear
 
 
+class Sums(World):
+    """Counts its sums over ranks."""
+
+    count = 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        Sums.count += 1
+        return super().sum(values)
+
+
 def left_behind(world: World, stage: int) -> bool:
-    """Whether a model is still there after two steps and the end of its engine."""
+    """Whether a model is still there after two steps and the end of its engine; a step that is given its tokens waits for one sum of ours."""
     rows = 2 * world.size
     config = checked(
         compose_config(["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"])
@@ -33,9 +44,11 @@ def left_behind(world: World, stage: int) -> bool:
     model.init_weights(0)
     engine, alive = Engine(model, config, world), weakref.ref(model)
     assert engine.stage == (stage if world.size > 1 else 0), "a single rank has nothing to split"
-    with BatchLoader(RandomTokens(16, 64), rows, 2, world.replica, world.replicas) as loader:
-        for _, batches in zip(range(2), loader):
-            assert not engine.step(batches, 1e-3).skipped
+    with BatchLoader(RandomTokens(16, 64), global_batch=rows, micro_batch=2, replica=world.replica, replicas=world.replicas) as loader:
+        for told, batches in zip((1.0, 2.0), loader):
+            tokens, sums = world.sum([local_tokens(batches)])[0], Sums.count
+            result = engine.step(batches, 1e-3, tokens=tokens, tell=lambda told=told: [told, 1.0])
+            assert not result.skipped and Sums.count == sums + 1 and result.told == [told * world.size, world.size]
     engine.destroy()
     assert F.linear is OURS, f"ZeRO-{stage} leaves another linear map than torch's"
     del engine, model
@@ -45,7 +58,7 @@ def left_behind(world: World, stage: int) -> bool:
 
 def main() -> None:
     torch.set_num_threads(1)
-    world = start_distributed("cpu")
+    world = Sums(**vars(start_distributed("cpu")))
     kept = [stage for stage in (3, 1, 2, 0) if left_behind(world, stage)]
     assert not kept, f"models of ZeRO stages {kept} are kept alive"
     if world.main:

@@ -19,9 +19,10 @@ from data.loader import BatchLoader
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config.cli import checked, compose_config
-from training.engine import Engine, World, start_distributed
+from training.engine import Engine
 from training.saving.saver import Saver
 from training.setup import model_config, open_reader, open_shards
+from training.world import World, start_distributed
 from training.zero.local_state import MOMENTS
 
 LR = 1e-2
@@ -51,7 +52,9 @@ class Run:
         if folder is not None:
             checkpoint.restore_optimizer(folder, self.engine)
         reader = open_reader(self.config, sources)
-        self.loader = BatchLoader(reader, self.config.train.global_batch, 1, world.rank, world.size, first)
+        self.loader = BatchLoader(
+            reader, global_batch=self.config.train.global_batch, micro_batch=1, replica=world.rank, replicas=world.size, start_step=first
+        )
 
     def step(self, is_bad: Any = None) -> Any:
         return self.engine.step(next(self.loader), LR, is_bad)

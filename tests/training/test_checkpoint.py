@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,11 +23,10 @@ from models.hub.weights import Weights, write_tensors
 from tests.conftest import ROOT, SMALL, environment, run_ranks
 from training import checkpoint, setup
 from training.config.schema import CheckpointSection, Config
-from training.engine import World
 from training.errors import UserError
 from training.saving import saver as saving
 from training.saving.hook import Hook
-from training.supervisor import parents
+from training.world import World
 from training.zero.local_state import Stretch, share
 
 
@@ -399,7 +399,7 @@ def test_a_hook_is_ended_at_the_limit_and_overtaken_checkpoints_are_skipped(tmp_
 
 def children() -> list[int]:
     """Children of this process, zombies included."""
-    return [pid for pid, parent in parents().items() if parent == os.getpid()]
+    return [child.pid for child in psutil.Process().children()]
 
 
 def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,13 @@ from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
 from tests.training.test_runs import launcher, losses
 from training.config.schema import Config, DataSection, FaultSection
-from training.engine import StepResult, World
+from training.engine import StepResult
 from training.errors import UserError
 from training.guard import agreement
 from training.guard.faults import BadStepPolicy
 from training.setup import open_reader, open_shards
 from training.watch.metrics import Metrics
+from training.world import World
 
 WORDS = [
     *SMALL,
@@ -182,7 +183,7 @@ def test_a_wandb_that_fails_in_the_middle_is_left_out(tmp_path: Path, capsys: py
     metrics.open(0, None)
     metrics.wandb = Failing()
     for step in (1, 2):
-        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+        metrics.step(step, StepResult(1.0, 1.0, 1, "", 1.0), 1.0, 0.0)
     metrics.close()
     assert capsys.readouterr().out.count("connection lost") == 1
     assert losses(tmp_path) == {1: 1.0, 2: 1.0}
@@ -193,7 +194,7 @@ def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Pat
     metrics.open(0, None)
     metrics.file = open("/dev/full", "w", buffering=1)
     for step in (1, 2):
-        metrics.step(step, 1.0, 1.0, 1.0, 1, 1.0, 0.0, "")
+        metrics.step(step, StepResult(1.0, 1.0, 1, "", 1.0), 1.0, 0.0)
     metrics.close()
     assert capsys.readouterr().out.count("metrics.jsonl cannot be written (No space left on device)") == 1
     policy = BadStepPolicy(FaultSection(policy="skip"), Path("/dev/full"))
@@ -204,7 +205,9 @@ def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Pat
 def test_shards_that_are_cut_under_a_reader_are_named(demo_shards: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(demo_shards, data)
-    with BatchLoader(open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), 4, 4, prefetch=1) as loader:
+    with BatchLoader(
+        open_reader(Config(data=DataSection(path=str(data))), open_shards(str(data), "train")), global_batch=4, micro_batch=4, prefetch=1
+    ) as loader:
         assert loader.fetch()[1] == ""
         path = data / "train-00000.bin"
         os.truncate(path, 1000)

@@ -18,7 +18,8 @@ from training.watch.observe import RankWatch
 
 SLOW_RANK = """
 import json, sys, time
-from training.engine import StepResult, start_distributed
+from training.engine import StepResult
+from training.world import start_distributed
 from training.watch.observe import RankWatch
 world = start_distributed("cpu")
 watch = RankWatch(world, 2)

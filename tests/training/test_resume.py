@@ -20,9 +20,10 @@ from training import checkpoint, cursor, fork, setup
 from training.config import changes
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config, Position
-from training.engine import World
+from training.engine import StepResult
 from training.errors import UserError
 from training.watch.metrics import Metrics
+from training.world import World
 
 Train = Callable[..., subprocess.CompletedProcess[str]]
 BASE = ["data.path=d", "train.steps=100", "train.seq_len=32", "train.global_batch=4", "train.micro_batch=2"]
@@ -106,7 +107,7 @@ def test_a_start_tells_rate_schedule_and_compilation(tmp_path: Path, capsys: pyt
     metrics = Metrics(tmp_path, config, torch.device("cpu"), 1, 1, True)
     metrics.open(0, None)
     for step in (1, 2):
-        metrics.step(step, 1.0, 1.0, 1.0, 1, 61.0, 0.0, "")
+        metrics.step(step, StepResult(1.0, 1.0, 1, "", 61.0), 1.0, 0.0)
     metrics.close()
     assert capsys.readouterr().out.count("compiled: the first step took 1:01.") == 1
 

@@ -193,17 +193,18 @@ def test_a_vetoed_step_leaves_weights_and_moments_alone(stage: int, demo_shards:
 import torch, sys
 from training.config.cli import compose_config, checked
 from training.setup import model_config, open_shards
-from training.engine import Engine, start_distributed
+from training.engine import Engine
+from training.world import start_distributed
 from data.loader import BatchLoader, build_reader
 from models.lm import LanguageModel
 config = checked(compose_config({[*SMALL, f"data.path={demo_shards}", f"deepspeed=zero{stage}"]!r}))
 shards = open_shards(config.data.path, "train"); world = start_distributed("cpu")
 model = LanguageModel(model_config(config, shards)[0]); model.init_weights(0)
 engine = Engine(model, config, world)
-loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), 4, 2); batches = iter(loader)
+loader = BatchLoader(build_reader(shards, "windows", 32, 0, 4), global_batch=4, micro_batch=2); batches = iter(loader)
 engine.step(next(batches), 1e-2)
-from training.zero.local_state import held_moments
-def state(): return [s.values.clone() for s in held_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
+from training.zero.local_state import local_moments
+def state(): return [s.values.clone() for s in local_moments(engine, "exp_avg")] + [p.clone() for p in engine.parameters.values()]
 before, weights = state(), {{n: p.clone() for n, p in engine.parameters.items()}}
 result = engine.step(next(batches), 1e-2, lambda loss: "because")
 assert result.skipped == "because"

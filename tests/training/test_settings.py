@@ -20,9 +20,10 @@ from training.config import checks, cli, ranges, suggest
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config, check
 from training.cost import fit
-from training.engine import World
+from training.engine import StepResult
 from training.errors import UserError
 from training.watch.metrics import Metrics
+from training.world import World
 
 
 def refusal(*arguments: str) -> str:
@@ -252,17 +253,8 @@ def test_a_run_that_cannot_fit_says_what_to_change(words: list[str], device: str
 def test_metrics_of_a_step_without_numbers_are_json(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, Config(), torch.device("cpu"), 1, 1, True)
     metrics.open(0, None)
-    metrics.step(
-        1,
-        math.nan,
-        math.inf,
-        1.0,
-        1,
-        1.0,
-        0.0,
-        "loss is not finite",
-        {"communication_share": 0.0, "slowest_rank": 0, "ranks": {"a": [math.nan]}},
-    )
+    ranks = {"communication_share": 0.0, "slowest_rank": 0, "ranks": {"a": [math.nan]}}
+    metrics.step(1, StepResult(math.nan, math.inf, 1, "loss is not finite", 1.0), 1.0, 0.0, ranks)
     metrics.close()
 
     def refuse(text: str) -> None:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from data.fields import from_text, read_words
 from kernels.interrupts import INTERRUPTED
-from training.config.schema import nearest
 from training.errors import UserError, sentence_of
 
 Values = dict[str, Any]
@@ -23,16 +23,8 @@ def parse_arguments(words: list[str], defaults: Values, check: Callable[[Values]
     `--key value` are read as well. Raises UserError with all problems, those that `check` finds in the values among them.
     """
     values: Values = {key: None if default is int else default for key, default in defaults.items()}
-    problems = []
-    for word in _joined(words):
-        key, equals, text = word.partition("=")
-        if not equals or key not in defaults:
-            problems.append(f"Unknown argument {word!r}; {nearest(key, list(defaults))}")
-            continue
-        try:
-            values[key] = _convert(text, defaults[key])
-        except ValueError as error:
-            problems.append(f"{key} must be {error}, not {text!r}.")
+    problems: list[str] = []
+    values |= read_words(_joined(words), lambda key, text: _convert(text, defaults[key]), list(defaults), problems)
     problems += check(values) if check is not None else []
     if problems:
         raise UserError(problems)
@@ -53,28 +45,15 @@ def _joined(words: list[str]) -> list[str]:
 
 def _convert(text: str, default: Any) -> Any:
     """`text` as the kind of `default`. Raises ValueError that says what it must be."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise ValueError("true or false")
-        return text.lower() == "true"
-    if default is int or isinstance(default, int):
-        if not text.isdigit() or int(text) == 0 and default != 0:
-            raise ValueError("a whole number" if default == 0 else "a whole number above zero")
-        return int(text)
-    if isinstance(default, float):
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError("a number") from None
-        if not math.isfinite(value):
-            raise ValueError("a finite number")
-        return value
-    if isinstance(default, list):
-        parts = text.strip("[]").split(",") if text else []
-        if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-            raise ValueError("whole numbers above zero with commas between them")
-        return [int(part) for part in parts]
-    return text
+    kind: Any = int if default is int else str if default is None else list[int] if isinstance(default, list) else type(default)
+    value = from_text(text, kind)
+    if kind is int and value < (default != 0):
+        raise ValueError("a whole number above zero" if default != 0 else "a whole number of zero or more")
+    if kind == list[int] and min(value, default=1) < 1:
+        raise ValueError("whole numbers above zero with commas between them")
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value
 
 
 def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] | None = None) -> int:

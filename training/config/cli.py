@@ -27,10 +27,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from data.fields import nearest
 from kernels.interrupts import INTERRUPTED
 from training.config import suggest
 from training.config.arguments import unreadable
-from training.config.schema import Config, check, nearest, schema_keys
+from training.config.schema import Config, check, schema_keys
 from training.errors import UserError, sentence_of
 from training.launch import first_here, launch, world_size
 

@@ -49,6 +49,7 @@ POSITIVE = Range(0, above=True)
 COUNT = Range(1, MANY)
 AMOUNT = Range(0, MANY)
 SHARE = Range(0, 1)
+MINUTES = Range(0, 10**6, above=True)
 
 
 def _unions(hint: Any) -> tuple[Any, ...]:

@@ -6,23 +6,18 @@ The YAML files under configs/ hold the values; the dataclasses here say which ke
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from data.fields import close_to, nearest, read
 from training.config import checks, ranges, recipe, suggest
-from training.config.ranges import AMOUNT, COUNT, POSITIVE, SHARE, Range
+from training.config.ranges import AMOUNT, COUNT, MINUTES, POSITIVE, SHARE, Range
 from training.errors import UserError
 from training.schedule import KINDS, lr_factor
 
 STARTS = ("zero", "pass", "random", "fitted")  # of training.initial_state, which needs torch
 PRECISIONS = ("fp32", "bf16")
-
-
-MINUTES = Range(0, 10**6, above=True)
 
 
 @dataclass
@@ -209,84 +204,31 @@ class Position:
     first_tokens: int = 0
 
 
-def nearest(key: str, known: list[str], cutoff: float = 0.6) -> str:
-    """' Did you mean X?' for a near miss, else the list of what there is."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)
-    return f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(sorted(known))}."
-
-
-TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group of keys"}
-
-
-def _convert(value: Any, wanted: Any, path: str, problems: list[str]) -> Any:
-    """`value` as type `wanted`, or a sentence in `problems`. An int passes for a float, a whole float (1e6) for an int."""
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union else (wanted,)
-    if wanted is Any or (value is None and type(None) in options):
-        return value
-    for option in options:
-        origin = typing.get_origin(option)
-        if option is bool and isinstance(value, bool):
-            return value
-        if (
-            option is int
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and value == int(value)
-        ):
-            return int(value)
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if option is float and isinstance(value, str):
-            try:
-                return float(value)  # YAML 1.1 reads 3e-4 as a string
-            except ValueError:
-                continue
-        if option is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        if origin is dict and isinstance(value, dict):
-            return value
-        if origin is list and isinstance(value, (list, tuple)):
-            inner = typing.get_args(option)[0]
-            return [_convert(item, inner, f"{path}[{i}]", problems) for i, item in enumerate(value)]
-    names = " or ".join(TYPES.get(typing.get_origin(o) or o, str(o)) for o in options if o is not type(None))
-    hint = ""
-    if options == (str,) and isinstance(value, (list, tuple)):
-        hint = f"; text is quoted: {suggest.quoted(path, '[' + ','.join(map(str, value)) + ']')}"
-    problems.append(
-        f"{path} must be {names}{' or null' if type(None) in options else ''}, not {'null' if value is None else repr(value)}{hint}."
-    )
-    return value
-
-
 def schema_keys(schema: type, prefix: str = "", kind: type | None = None) -> list[str]:
     """The dotted keys of a dataclass and those in it, all or those of one `kind` (or null); free mappings count as one."""
-    found = []
+    keys = []
     for key, hint in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(hint):
-            found += schema_keys(typing.cast(type, hint), f"{prefix}{key}.", kind)
+            keys += schema_keys(typing.cast(type, hint), f"{prefix}{key}.", kind)
         elif kind is None or hint is kind or kind in typing.get_args(hint) and typing.get_origin(hint) is not list:
-            found.append(prefix + key)
-    return found
+            keys.append(prefix + key)
+    return keys
+
+
+def _advice(path: str, key: str, known: list[str]) -> str:
+    """How the sentence for a key that there is not ends: a near miss among its neighbours, the same name elsewhere, or what there is."""
+    near = close_to(key, known, 0.8)
+    return f"did you mean {near!r}?" if near else suggest.key(path, schema_keys(Config)) or nearest(key, known)
+
+
+def _quotes(path: str, value: Any) -> str:
+    """How a list that was meant as text is written on the command line."""
+    return f"; text is quoted: {suggest.quoted(path, '[' + ','.join(map(str, value)) + ']')}" if isinstance(value, (list, tuple)) else ""
 
 
 def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str]) -> Any:
-    """An instance of dataclass `schema` from `mapping`; unknown keys and wrong types are added to `problems`."""
-    hints = typing.get_type_hints(schema)
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        where = f"{path}{key}"
-        if key not in hints:
-            near, anywhere = nearest(str(key), list(hints), 0.8), suggest.key(where, schema_keys(Config))
-            problems.append(f"Unknown key {where!r}; {near if near.startswith('did') else anywhere or nearest(str(key), list(hints))}")
-        elif dataclasses.is_dataclass(hints[key]):
-            if isinstance(value, dict):
-                values[key] = parse(value, typing.cast(type, hints[key]), f"{where}.", problems)
-            else:
-                problems.append(f"{where} must be a group of keys, not {value!r}.")
-        else:
-            values[key] = _convert(value, hints[key], where, problems)
-    return schema(**values)
+    """An instance of dataclass `schema` from `mapping`; unknown keys and wrong types keep their defaults and are added to `problems`."""
+    return schema(**read(mapping, typing.get_type_hints(schema), path, problems, advice=_advice, hint_for_text=_quotes))
 
 
 def _choices(config: Config) -> list[str]:

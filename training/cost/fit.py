@@ -14,8 +14,10 @@ import torch
 
 from models.config import ModelConfig
 from training.config.schema import Config
-from training.engine import World, stage_of
 from training.errors import UserError
+from training.launch import ranks_here
+from training.world import World
+from training.zero.policy import stage_of
 
 GIB = 2**30
 CONTEXT = 0.5 * GIB  # the least that a CUDA context takes beside torch's allocator
@@ -32,13 +34,13 @@ def device_memory(device: torch.device) -> float:
 
 def main_memory() -> float:
     """Bytes of main memory that processes of this machine can have: what the kernel has, or the limit of the control group."""
-    found = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
+    limits = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            found.append(float(Path(name).read_text()))
+            limits.append(float(Path(name).read_text()))
         except (OSError, ValueError):  # "max", or no such file
             continue
-    return min(found)
+    return min(limits)
 
 
 def bound(config: Config, settings: ModelConfig, parameters: int) -> float:
@@ -64,7 +66,7 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     except UserError as error:  # of this rank's data, perhaps
         return str(error)
     on_cpu = world.device.type == "cpu"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1  # ranks of a machine share its memory
+    local = ranks_here() if world.size > 1 else 1  # ranks of a machine share its memory
     have = (device_memory(world.device) if room is None else room) / (local if on_cpu else 1)
     from training.cost.flops import meta_model
 
@@ -91,8 +93,8 @@ def _needs(config: Config, settings: ModelConfig, model: Any, ranks: int, on_cpu
     """(bytes of a rank at most, in which phase); on a CPU with what is moved to main memory, which is the device then."""
     from training.cost import memory
 
-    found = memory.estimate(config, model, memory.activations(config, settings), ranks)
-    return found.peak + (found.held.host if on_cpu else 0.0), found.phase
+    need = memory.estimate(config, model, memory.activations(config, settings), ranks)
+    return need.peak + (need.held.host if on_cpu else 0.0), need.phase
 
 
 def _host(config: Config, model: Any, ranks: int, local: int) -> str:

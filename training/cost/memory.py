@@ -32,8 +32,8 @@ from models.layers import RMSNorm
 from models.mixers.attention import Mixer as Attention
 from models.mixers.attention import packs
 from training.config.schema import Config
-from training.engine import bucket_elements, overlaps, stage_of, zero_run
 from training.optim import parameter_groups
+from training.zero.policy import bucket_elements, overlaps, stage_of, zero_run
 
 GIB = 2**30
 CUBLAS = 32 * 2**20  # bytes of workspace that torch allocates for matrix products on Hopper
@@ -159,12 +159,12 @@ class Activations:
         return max(peak, at + self.head.forward)
 
     def backward_peak(self, gradients_stay: bool) -> int:
-        """gradients_stay: those of parameters, whole, from where they are computed until after the pass."""
+        """gradients_stay: see `Held`."""
         at = self.embedding + sum(cost.saved for cost in self.layers) + self.head.saved
-        kept, peak = 0, 0
+        gradients, peak = 0, 0
         for cost in [self.head, *reversed(self.layers)]:
-            kept += cost.gradients if gradients_stay else 0
-            peak = max(peak, at + self.embedding + cost.backward + kept)
+            gradients += cost.gradients if gradients_stay else 0
+            peak = max(peak, at + self.embedding + cost.backward + gradients)
             at -= cost.saved
         return peak
 
@@ -205,9 +205,10 @@ def activations(config: Config, settings: ModelConfig) -> Activations:
 class Held:
     """What DeepSpeed and the optimizer keep on one rank, in bytes, on the device unless said.
 
-    before: from step to step; accumulated: gradients of earlier micro-batches; buckets: ZeRO's staging for reductions; partition: the
-    rank's own part of new gradients; gathered: whole parameters alive in a pass of ZeRO-3; reduction and update: at most beyond `before` when
-    gradients are reduced after the backward pass, and in the optimizer step; host: in main memory, page-locked.
+    weights, optimizer: there from step to step. During a pass: accumulated, gradients of earlier micro-batches; buckets, in which ZeRO gathers
+    gradients to reduce them; partition, this rank's part of reduced gradients; gathered, parameters that ZeRO-3 has made whole. After the pass, at
+    most on top of weights and optimizer: reduction, where gradients are reduced only then; update, in the optimizer step. host: in main memory,
+    page-locked. gradients_stay: gradients of all parameters are there, whole, from where they are computed until after the pass.
     """
 
     weights: float
@@ -223,7 +224,7 @@ class Held:
 
 
 def held(config: Config, model: nn.Module, world: int) -> Held:
-    """Over `world` ranks of the ZeRO stage that is run, see `training.engine.stage_of`."""
+    """Over `world` ranks of the ZeRO stage that is run, see `training.zero.policy.stage_of`."""
     ds, stage, bf16 = config.deepspeed, stage_of(config, world), config.train.precision == "bf16"
     groups = [sum(p.numel() for p in group["params"]) for group in parameter_groups(model, 0.0)]
     P, largest = sum(groups), max(p.numel() for p in model.parameters())
@@ -295,12 +296,12 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
     """The lines of dry_run=true about memory: this config's parts on one rank, and the peak of every stage and number of ranks."""
     t, ds = config.train, config.deepspeed
     parts = activations(config, settings)
-    own = estimate(config, model, parts, config.parallel.sequence)
-    h = own.held
+    alone = estimate(config, model, parts, config.parallel.sequence)
+    h = alone.held
     rows = {
         "weights": h.weights,
         "optimizer (Adam, and ZeRO's fp32 master copy)": h.optimizer,
-        "gradients": own.gradients,
+        "gradients": alone.gradients,
         "ZeRO's buckets": h.buckets,
         "parameters gathered by ZeRO-3": h.gathered,
         "activations kept for the backward pass": float(parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved),
@@ -311,7 +312,7 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
     ]
     lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
-    lines.append(f"  {'peak':<48}{own.peak / GIB:>8.2f}  in {own.phase}")
+    lines.append(f"  {'peak':<48}{alone.peak / GIB:>8.2f}  in {alone.phase}")
     if h.host:
         lines.append(f"  {'main memory for what is offloaded':<48}{h.host / GIB:>8.2f}")
     lines.append("  peak by ZeRO stage" + "".join(f"{world:>10} ranks" for world in WORLDS))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from training.config.schema import Config
-from training.engine import World
 from training.errors import UserError
+from training.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("train.py", "models", "kernels", "training", "data", "evals")
@@ -60,25 +60,25 @@ def facts(config: Config, fingerprints: list[str]) -> dict[str, str]:
 
 def differences(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence for each rank whose facts are not rank 0's, at most four; rows: facts and 'host' of every rank."""
-    first, found = rows[0]["facts"], []
+    first, sentences = rows[0]["facts"], []
     for rank, row in enumerate(rows):
-        own = row["facts"]
-        keys = [key for key in first.keys() | own.keys() if first.get(key) != own.get(key)]
+        theirs = row["facts"]
+        keys = [key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key)]
         if keys:
             key = min(keys)
             kind, _, name = key.partition(" ")
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            found.append(
+            sentences.append(
                 f"Rank {rank} ({row['host']}) differs from rank 0 ({rows[0]['host']}) in {kind} {name}{more}: "
-                f"{own.get(key, 'none')} there, {first.get(key, 'none')} here; {ADVICE[kind]}."
+                f"{theirs.get(key, 'none')} there, {first.get(key, 'none')} here; {ADVICE[kind]}."
             )
-    return found[:4]
+    return sentences[:4]
 
 
 def agree(world: World, config: Config, fingerprints: list[str], problem: str = "") -> None:
     """Raises the same UserError on every rank when one of them has a `problem` of its own (its data, say) or differs from rank 0."""
-    own = {"host": socket.gethostname(), "problem": problem, "facts": facts(config, fingerprints) if not problem else {}}
-    rows = [json.loads(text) for text in world.texts(json.dumps(own))]
+    mine = {"host": socket.gethostname(), "problem": problem, "facts": facts(config, fingerprints) if not problem else {}}
+    rows = [json.loads(text) for text in world.texts(json.dumps(mine))]
     told: dict[str, str] = {}
     for rank, row in enumerate(rows):
         for line in row["problem"].splitlines():

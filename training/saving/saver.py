@@ -31,7 +31,7 @@ from training.config.schema import CheckpointSection
 from training.engine import Engine
 from training.errors import UserError
 from training.saving.hook import Hook
-from training.zero.local_state import owned, owned_elements
+from training.zero.local_state import elements_to_write, to_write
 
 POLL = 0.02  # seconds between looks at what other ranks have written
 GRACE = 10.0  # seconds that a run which ends by an accident gives a write to finish
@@ -85,17 +85,18 @@ class Saver:
         say: Callable[[str], Any],
         minutes: float = 30.0,
         saved: int = 0,
-        alive: Callable[[], Any] = lambda: None,
+        alive: Callable[[int], Any] = lambda saved: None,
     ) -> None:
-        """documents: text files that every checkpoint gets, by name; minutes: how long rank 0 waits for the others' parts; saved: the
-        step of the checkpoint that the run started from; alive: called now and then while the end of the run waits for the hook."""
+        """say: where lines for people go; documents: text files that every checkpoint gets, by name; minutes: how long rank 0 waits for the others' parts; saved: the
+        step of the checkpoint that the run started from; alive: called with the step of the newest checkpoint, now and then while the end of the run
+        waits for the hook."""
         self.run_dir, self.engine, self.world, self.settings, self.documents = run_dir, engine, engine.world, settings, documents
         self.say, self.minutes, self.saved, self.alive = say, minutes, saved, alive
         self.token = f"{int(self.world.sum([float(secrets.randbits(40)) if self.world.main else 0.0])[0]):x}"
         self.memory = HostMemory(self.world.device)
         if settings.background and (settings.every or settings.milestones):
             with contextlib.suppress(RuntimeError):  # the first save tries again and says so on all ranks
-                self.memory.reserve(owned_elements(engine), lock=True)
+                self.memory.reserve(elements_to_write(engine), lock=True)
         self.hook = Hook(settings.hook, run_dir / "hook.log", say) if settings.hook and self.world.main else None
         self.thread: threading.Thread | None = None
         self.cancel = threading.Event()
@@ -132,9 +133,9 @@ class Saver:
         self, state: dict[str, Any]
     ) -> tuple[list[tuple[str, str, int, Tensor]], dict[str, list[int]], dict[str, Any], dict[str, Tensor]]:
         """What the thread writes: copies of this rank's stretches, the shapes of all parameters, the state and the random states."""
-        found = list(owned(self.engine))
-        copies = self.memory.take([s.values for _, s in found])
-        stretches = [(kind, s.name, s.first, copy) for (kind, s), copy in zip(found, copies)]
+        live = list(to_write(self.engine))
+        copies = self.memory.take([s.values for _, s in live])
+        stretches = [(kind, s.name, s.first, copy) for (kind, s), copy in zip(live, copies)]
         rng = {"cpu": torch.get_rng_state()}
         if self.world.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.world.device)
@@ -172,8 +173,11 @@ class Saver:
             self.saved, self.thread = self.writing, None
 
     def news(self) -> list[dict[str, Any]]:
-        """On rank 0, once for each finished save: its step, bytes, seconds that the step waited (of that for the snapshot, the rest being the save
-        before it) and that it took until it was complete."""
+        """The saves that were completed since the last call, a row each; on other ranks than 0 none.
+
+        saved_step: the step it is of. save_wait: seconds that the step waited for it, of which save_snapshot went into the copy to host memory
+        and the rest into waiting for the save before it. save_seconds: from its beginning until the checkpoint was complete; save_bytes: its size.
+        """
         self._settle()
         rows = [self.numbers.pop(0) for _ in range(len(self.numbers))]
         for row in rows:
@@ -221,10 +225,10 @@ class Saver:
             file = (
                 f"{kind}.safetensors" if self.world.size == 1 else f"{kind}-{self.world.rank + 1:05d}-of-{self.world.size:05d}.safetensors"
             )
-            own = [(name, first, values) for k, name, first, values in stretches if k == kind]
-            tensors = {name: values.view(shapes[_parameter(kind, name)]) if self.world.size == 1 else values for name, _, values in own}
+            mine = [(name, first, values) for k, name, first, values in stretches if k == kind]
+            tensors = {name: values.view(shapes[_parameter(kind, name)]) if self.world.size == 1 else values for name, _, values in mine}
             files[file] = write_tensors(folder / file, tensors, self.cancel)
-            entries += [[name, file, first, first + values.numel()] for name, first, values in own]
+            entries += [[name, file, first, first + values.numel()] for name, first, values in mine]
         return files, parts
 
     def _complete(self, folder: Path, step: int, shapes: dict[str, list[int]], times: dict[str, float]) -> None:
@@ -294,7 +298,7 @@ class Saver:
             self.thread.join(None if agreed else GRACE)
         self.cancel.set()
         if self.hook is not None:
-            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0, self.alive)
+            self.hook.close(60 * self.settings.hook_minutes if agreed else 0.0, lambda: self.alive(self.saved))
             with contextlib.suppress(OSError):
                 self._drop_old()
         if self.thread is None or not self.thread.is_alive():

@@ -1,8 +1,8 @@
 """How long this rank is in collectives: a stopwatch around torch.distributed's, DeepSpeed's included.
 
 On a GPU the time is between two events on the stream that has to wait, read when they have passed, so that nothing is synchronised for
-it. It holds what the network needs and what this rank waits for slower ones; the slowest rank therefore has the least of it. ZeRO waits
-on a stream of its own, beside which the model goes on computing: the time is at least what the rank stands still.
+it. It holds what the network needs and what this rank waits for slower ones; the slowest rank therefore has the least of it. It is an upper
+bound on how long the rank stands still: ZeRO waits on a stream of its own, and the model may go on computing meanwhile.
 """
 
 from __future__ import annotations

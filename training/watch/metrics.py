@@ -11,13 +11,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from data.files import finite
 from training.config.schema import Config
 from training.cost.flops import device_name, peak_flops
+
+if TYPE_CHECKING:
+    from training.engine import StepResult
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -31,7 +35,7 @@ def memory_gib(device: torch.device) -> tuple[float, float, float]:
     """(allocated, reserved, peak): of torch's allocator on a GPU; resident memory now, the same, and its high-water mark on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**30, torch.cuda.memory_reserved(device) / 2**30, peak_memory_gib(device)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
+    resident = psutil.Process().memory_info().rss / 2**30
     return resident, resident, peak_memory_gib(device)
 
 
@@ -166,48 +170,45 @@ class Metrics:
                 self.tensorboard.add_scalar(key, value, step)
 
     def step(
-        self,
-        step: int,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        tokens: int,
-        seconds: float,
-        data_wait: float,
-        skipped: str,
-        ranks: dict[str, Any] | None = None,
-        seen: int | None = None,
+        self, step: int, result: StepResult, lr: float, data_wait: float, ranks: dict[str, Any] | None = None, seen: int | None = None
     ) -> None:
-        """Records one optimizer step (`step` counts from 1) and prints a line every `log_every`. ranks: of observe.RankWatch, at intervals; seen: tokens
-        of the run so far (else those of so many steps of the present batch)."""
+        """Records optimizer step number `step`, from 1, and prints a line every `log_every`.
+
+        data_wait: seconds that its batch was waited for; ranks: of observe.RankWatch, at intervals; seen: tokens of the run so far (else those of so
+        many steps of the present batch).
+        """
         if not self.main:
             return
         if self.compiling:
             self.compiling = False
-            self.say(f"compiled: the first step took {duration(seconds)}.")
-        rate = tokens / (seconds + data_wait)
+            self.say(f"compiled: the first step took {duration(result.seconds)}.")
+        rate = result.tokens / (result.seconds + data_wait)
         self.rate = rate if self.rate is None else 0.9 * self.rate + 0.1 * rate
-        mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
         row = {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
             "lr": lr,
             "tokens": step * self.config.tokens_per_step if seen is None else seen,
             "tokens_per_second": rate,
-            "seconds": seconds,
+            "seconds": result.seconds,
             "data_wait": data_wait,
-            "mfu": mfu,
+            "mfu": rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None,
             "memory_gib": peak_memory_gib(self.device),
         }
-        self.write(step, **row, **({"skipped": skipped} if skipped else {}), **(ranks or {}))
-        total = self.config.total_steps
-        if step % self.config.train.log_every and step not in (1, total) and not skipped:
-            return
+        self.write(step, **row, **({"skipped": result.skipped} if result.skipped else {}), **(ranks or {}))
+        if step % self.config.train.log_every == 0 or step in (1, self.config.total_steps) or result.skipped:
+            self.say(self._line(step, row, ranks) + (f"  SKIPPED: {result.skipped}" if result.skipped else ""))
+
+    def _line(self, step: int, row: dict[str, Any], ranks: dict[str, Any] | None) -> str:
+        """The line for people of a step whose row of metrics.jsonl is `row`."""
+        total, wait, mfu = self.config.total_steps, row["data_wait"], row["mfu"]
+        assert self.rate is not None
         eta = (total - step) * self.config.tokens_per_step / self.rate
         shown = "n/a" if mfu is None else f"{100 * mfu:.1f}%"
         line = (
-            f"step {step:>{len(str(total))}}/{total}  loss {loss:.4f}  grad {grad_norm:.2f}  lr {lr:.2e}  {rate:,.0f} tok/s  MFU {shown}  "
-            f"data {100 * data_wait / (seconds + data_wait):.1f}%  mem {row['memory_gib']:.2f}G  ETA {duration(eta)}"
+            f"step {step:>{len(str(total))}}/{total}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  lr {row['lr']:.2e}  "
+            f"{row['tokens_per_second']:,.0f} tok/s  MFU {shown}  data {100 * wait / (row['seconds'] + wait):.1f}%  "
+            f"mem {row['memory_gib']:.2f}G  ETA {duration(eta)}"
         )
         if ranks and self.world_size > 1:
             share, slowest = 100 * ranks["communication_share"], ranks["slowest_rank"]
@@ -215,7 +216,7 @@ class Metrics:
         walked = max(ranks.get(f"solve_{key}") or 0.0 for key in ("sequential", "sequential_backward")) if ranks else 0.0
         if walked:
             line += f"  WARNING: {100 * walked:.2g}% of the recurrences' tiles walked in order, which is slow (docs/parallel_solve.md)"
-        self.say(line + (f"  SKIPPED: {skipped}" if skipped else ""))
+        return line
 
     def close(self) -> None:
         for sink in (self.file, self.tensorboard):

@@ -13,7 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.engine import StepResult, World
+    from training.engine import StepResult
+    from training.world import World
 
 FOLDER = "EVERYWHEN_RANKS"  # set by training/supervisor.py
 BEAT_SECONDS = 0.5  # a file a rank is written at most this often
@@ -83,8 +84,8 @@ class RankWatch:
 
         self.steps += 1
         self.seconds += result.seconds + waited
-        own = result.seconds + waited - result.communication
-        self.times = [a + b for a, b in zip(self.times, (own, result.communication, waited))]
+        own_seconds = result.seconds + waited - result.communication
+        self.times = [a + b for a, b in zip(self.times, (own_seconds, result.communication, waited))]
         if step % self.every:
             return {}
         solve = last_report()
@@ -93,13 +94,13 @@ class RankWatch:
         )
         solves = {name: max(row[len(self.COLUMNS) + i] for row in rows) for i, name in enumerate(self.SOLVE)}
         columns = {name: [round(row[i], 6) for row in rows] for i, name in enumerate(self.COLUMNS)}
-        owns = columns["own_seconds"]
-        slowest = max(range(len(owns)), key=lambda rank: owns[rank])
+        by_rank = columns["own_seconds"]
+        slowest = max(range(len(by_rank)), key=lambda rank: by_rank[rank])
         share = sum(columns["communication"]) / len(rows) * self.steps / self.seconds if self.seconds else 0.0
         self.steps, self.times, self.seconds = 0, [0.0, 0.0, 0.0], 0.0
         return {
             "slowest_rank": slowest,
-            "slowest_ratio": owns[slowest] / median(owns) if median(owns) > 0 else 1.0,
+            "slowest_ratio": by_rank[slowest] / median(by_rank) if median(by_rank) > 0 else 1.0,
             "communication_share": share,
             **{key: max(columns[key]) for key in ("allocated_gib", "reserved_gib", "peak_gib")},
             **({f"solve_{name}": solves[name] for name in self.SOLVE[1:]} if solves["tiles"] else {}),

@@ -1,7 +1,8 @@
-"""What this rank keeps of the weights and of Adam's moments, as views of live memory: what checkpoints read from and load into.
+"""The part of the weights and of Adam's moments that lies on this rank, as views of live memory: checkpoints are read from and loaded into it.
 
-A rank holds stretches of flattened parameters: ZeRO-1 and 2 cut the moments of a whole group into equal stretches, ZeRO-3 cuts every
-parameter and its moments. What all ranks hold alike is shared out for writing. Nothing here is gathered or sent.
+A rank has stretches of flattened parameters: ZeRO-1 and 2 cut the moments of a whole group into equal stretches, ZeRO-3 cuts every parameter and
+its moments. State that every rank has in full (all of it without ZeRO, the weights under ZeRO-1 and 2) is divided among the ranks for writing, so
+that a checkpoint holds it once. Nothing here is gathered or sent.
 """
 
 from __future__ import annotations
@@ -30,17 +31,18 @@ class Stretch:
 
 
 def share(stretches: list[Stretch], rank: int, size: int) -> list[Stretch]:
-    """The part of `rank` when what all ranks hold alike is cut into `size` equal stretches; tensors are cut where a border falls."""
+    """The part that `rank` of `size` writes of stretches that every rank has: an equal share of their elements; tensors are cut where a border
+    falls."""
     total = sum(s.values.numel() for s in stretches)
     low, high = rank * total // size, (rank + 1) * total // size
-    found, passed = [], 0
+    mine, passed = [], 0
     for s in stretches:
         n = s.values.numel()
         a, b = max(low - passed, 0), min(high - passed, n)
         if a < b:
-            found.append(Stretch(s.name, s.first + a, s.values[a:b]))
+            mine.append(Stretch(s.name, s.first + a, s.values[a:b]))
         passed += n
-    return found
+    return mine
 
 
 def _whole(tensors: dict[str, Tensor]) -> list[Stretch]:
@@ -52,21 +54,21 @@ def _swapped(engine: Any) -> bool:
     return "nvme" in (engine.config.deepspeed.offload_optimizer, engine.config.deepspeed.offload_parameters)
 
 
-def held_weights(engine: Any) -> list[Stretch]:
+def local_weights(engine: Any) -> list[Stretch]:
     """This rank's fp32 weights: whole parameters, under ZeRO-3 its stretch of each (views, or copies where DeepSpeed keeps them on a disk)."""
     if engine.stage != 3:
         return _whole(engine.parameters)
     from deepspeed.utils import safe_get_local_fp32_param
 
-    rank, found, swapped = engine.world.rank, [], _swapped(engine)
+    rank, stretches, swapped = engine.world.rank, [], _swapped(engine)
     for name, p in engine.parameters.items():
         n = p.ds_tensor.ds_numel  # of each rank's stretch; the last ones may be padding
         values = safe_get_local_fp32_param(p).cpu() if swapped else p.ds_tensor.detach()
-        found.append(Stretch(name, rank * n, values.view(-1)[: max(0, min(n, p.ds_numel - rank * n))]))
-    return [s for s in found if s.values.numel()]
+        stretches.append(Stretch(name, rank * n, values.view(-1)[: max(0, min(n, p.ds_numel - rank * n))]))
+    return [s for s in stretches if s.values.numel()]
 
 
-def held_moments(engine: Any, key: str) -> list[Stretch]:
+def local_moments(engine: Any, key: str) -> list[Stretch]:
     """This rank's stretches of the moment `key`; the optimizer must have stepped or been given moments."""
     inner = engine.deepspeed.optimizer
     if not engine.stage:
@@ -74,46 +76,46 @@ def held_moments(engine: Any, key: str) -> list[Stretch]:
     if engine.stage == 3:
         from deepspeed.utils import safe_get_local_optimizer_state
 
-        found, swapped = [], _swapped(engine)
-        for s in held_weights(engine):
+        stretches, swapped = [], _swapped(engine)
+        for s in local_weights(engine):
             p = engine.parameters[s.name]
             values = safe_get_local_optimizer_state(p, key).cpu() if swapped else inner._get_fp32_opt_state_partition(p, True, key)[0]
-            found.append(Stretch(s.name, s.first, values.view(-1)[: s.values.numel()]))
-        return found
+            stretches.append(Stretch(s.name, s.first, values.view(-1)[: s.values.numel()]))
+        return stretches
     engine.link_moments()
     mapped = [(name, p._hp_mapping) for name, p in engine.parameters.items() if p._hp_mapping is not None]
     return [Stretch(name, m.lp_fragment_address.start, m.get_optim_state_fragment(key).view(-1)) for name, m in mapped]
 
 
-def owned(engine: Any) -> Iterator[tuple[str, Stretch]]:
+def to_write(engine: Any) -> Iterator[tuple[str, Stretch]]:
     """('model' or 'optimizer', stretch) for all that this rank writes; over the ranks every element comes once."""
     rank, size = engine.world.rank, engine.world.size
-    weights = held_weights(engine)
+    weights = local_weights(engine)
     for s in weights if engine.stage == 3 else share(weights, rank, size):
         yield "model", s
     if engine.optimizer_steps():
         for key in MOMENTS:
-            held = held_moments(engine, key)
-            for s in held if engine.stage else share(held, rank, size):
+            moments = local_moments(engine, key)
+            for s in moments if engine.stage else share(moments, rank, size):
                 yield "optimizer", Stretch(f"{key}.{s.name}", s.first, s.values)
 
 
-def owned_elements(engine: Any) -> int:
-    """How many fp32 numbers `owned` gives once the optimizer has stepped."""
-    weights = held_weights(engine)
+def elements_to_write(engine: Any) -> int:
+    """How many fp32 numbers `to_write` gives once the optimizer has stepped."""
+    weights = local_weights(engine)
     weights = weights if engine.stage == 3 else share(weights, engine.world.rank, engine.world.size)
-    own = sum(s.values.numel() for s in weights)
+    count = sum(s.values.numel() for s in weights)
     if engine.stage in (0, 3):
-        return 3 * own
-    return own + 2 * sum(p._hp_mapping.lp_fragment_address.numel for p in engine.parameters.values() if p._hp_mapping is not None)
+        return 3 * count
+    return count + 2 * sum(p._hp_mapping.lp_fragment_address.numel for p in engine.parameters.values() if p._hp_mapping is not None)
 
 
 def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: int) -> None:
     """Sets Adam's moments from `read(name, first, end)` and its counter; works before the first step at any stage, each rank for itself."""
     flat = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
-    held = getattr(engine.deepspeed.optimizer, flat[engine.stage]) if engine.stage else engine.parameters.values()
     inner = engine.deepspeed.optimizer
-    for i, p in enumerate(held):
+    optimized = getattr(inner, flat[engine.stage]) if engine.stage else engine.parameters.values()
+    for i, p in enumerate(optimized):
         away = _swapped(engine) and inner._swappable_optimizer_subgroup(i)
         if away:  # empty while it lies on the disk
             inner._optimizer_states_and_gradient_swap_in(i)
@@ -124,7 +126,7 @@ def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: in
         if away:
             inner._optimizer_states_and_gradient_swap_out(i)
     for key in MOMENTS:
-        for s in held_moments(engine, key):
+        for s in local_moments(engine, key):
             s.values.copy_(read(f"{key}.{s.name}", s.first, s.end))
             if _swapped(engine):
                 _store(engine, s, key)

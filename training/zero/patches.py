@@ -1,0 +1,128 @@
+"""Everything that we change in DeepSpeed while it runs: one function for each change, with its reason.
+
+All of them are for the releases 0.19.5 to 0.19.8 and were read in the source of 0.19.8. FINDS says for each where in DeepSpeed it reaches, and
+which text must stand there; tests/training/test_patches.py looks it up in the release that is installed. When a release makes a change
+needless, its function, its row of FINDS and its one call go away.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+LINEAR = nn.functional.linear
+
+# patch -> ("module" or "module:object", a text that its source holds) of every place that the patch relies on
+FINDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "without_shared_memory_build": (
+        ("deepspeed.ops", "__compatible_ops__"),
+        ("deepspeed.ops.op_builder.cpu.comm", 'NAME = "deepspeed_shm_comm"'),
+        ("deepspeed.comm.torch:build_shm_op", "ShareMemCommBuilder"),
+    ),
+    "load_muon_uncompiled": (
+        ("deepspeed.runtime.compiler:compile", "torch.compile"),
+        ("deepspeed.runtime.zero.muon.original_muon", "@compiler.compile()"),
+        ("deepspeed.runtime.zero.stage_1_and_2", "import MuonWithAuxAdam"),
+        ("deepspeed.runtime.zero.stage3", "import MuonWithAuxAdam"),
+    ),
+    "keep_gradients_in_place": (("deepspeed.runtime.engine:DeepSpeedEngine", "if self.enable_backward_allreduce and"),),
+    "norm_in_few_launches": (
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "_zero_padding"),
+    ),
+    "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
+    "link_moments": (
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "if not self._hp_optimizer_states_linked:"),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state", ""),
+    ),
+    "let_go": (
+        ("deepspeed.runtime.zero.partition_parameters", "torch.nn.functional.linear = zero3_linear_wrap"),
+        ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK.append("),
+        ("deepspeed.runtime.zero.partitioned_param_coordinator:PartitionedParameterCoordinator", "@functools.lru_cache"),
+    ),
+}
+
+
+def without_shared_memory_build() -> None:
+    """Has DeepSpeed go without its shared-memory collectives on a CPU, before the process group is made: the build of their C++ takes half a
+    minute, and they serve inference only."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def load_muon_uncompiled() -> None:
+    """Loads DeepSpeed's Muon without torch.compile. ZeRO loads it to ask whether an optimizer is one; its decorators would load the compiler for
+    functions that nobody calls here, seconds of every start."""
+    from deepspeed.runtime import compiler
+
+    compile_all, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:
+        with suppress(ImportError):
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile_all
+
+
+def keep_gradients_in_place(engine: Any) -> None:
+    """Without ZeRO on a single rank: no reduction, for which DeepSpeed would copy all gradients into one tensor and back."""
+    engine.enable_backward_allreduce = False
+
+
+def norm_in_few_launches(optimizer: Any, device: torch.device) -> None:
+    """Gives a ZeRO optimizer another norm of the gradients of a group of parameters, of which this rank holds a part; -1 if it is not finite.
+    DeepSpeed's own copies every gradient to fp64 and reduces it by itself, and the GPU waits meanwhile."""
+
+    def norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2) -> torch.Tensor:
+        parts = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
+        squares = torch.zeros((), dtype=torch.float64, device=device)
+        if parts:
+            squares += torch.stack(torch._foreach_norm(parts)).double().square().sum()
+        dist.all_reduce(squares)
+        return torch.where(squares.isfinite(), squares.sqrt(), -1.0).float()
+
+    optimizer.get_grad_norm_direct = norm
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Context in which one rank alone may run `model` under ZeRO-3: the hooks by which ZeRO-3 follows the order of submodules, and compares it
+    over ranks, are off."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    hooks = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
+    try:
+        for module, kind, _ in hooks:
+            setattr(module, kind, OrderedDict())
+        yield
+    finally:
+        for module, kind, before in hooks:
+            setattr(module, kind, before)
+
+
+def link_moments(optimizer: Any) -> None:
+    """Maps the moments of all parameters of a ZeRO-1/2 optimizer, before they are read or written. DeepSpeed does so once, after the step of the
+    first group, when the other groups have none yet."""
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def let_go(stage: int) -> None:
+    """Undoes what an engine that was destroyed leaves behind for the life of the process at stage 3: a linear map in the place of torch's, which
+    costs the host more, and the model with all of its optimizer in a stack and in a cache."""
+    nn.functional.linear = LINEAR
+    if stage != 3:
+        return
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    parameter_offload.FWD_MODULE_STACK.clear()
+    for method in vars(partitioned_param_coordinator.PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache is inside a wrapper that does not say so
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
