@@ -1,0 +1,107 @@
+"""Forward and backward of a micro-batch as one CUDA graph: launching some thousand kernels one by one takes the host longer than the device
+needs for many of them, replaying them takes it no time.
+
+    graphed = GraphedPass(model, device, autocast=True)
+    loss_sum = graphed.run(batch, scale)       # None: run it as written
+
+A graph is of fixed shapes and fixed memory: batches are copied into its tensors, gradients lie in its own, and where the documents of a row end
+is data. One graph is made for the first micro-batch of a step, whose gradients are written, and one for those that follow, whose gradients are
+added. Nothing in a pass may wait for the device or depend on its numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.loader import Batch
+from models.lm import LanguageModel
+from models.segments import documents_in, most_documents
+
+WARMUP = 2  # passes as written before a capture: kernels are compiled, and their libraries choose, in them
+ROOM = 0.7  # share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own
+
+
+class _Captured:
+    """A graph with the tensors it reads and writes."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.input_ids, self.labels = batch.input_ids.to(device), batch.labels.to(device)
+        self.segment_ids = None if batch.segment_ids is None else batch.segment_ids.to(device)
+        self.scale = torch.zeros((), device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.gradients: list[Tensor | None] = []
+
+    def fill(self, batch: Batch, scale: float) -> None:
+        self.input_ids.copy_(batch.input_ids, non_blocking=True)
+        self.labels.copy_(batch.labels, non_blocking=True)
+        if self.segment_ids is not None and batch.segment_ids is not None:
+            self.segment_ids.copy_(batch.segment_ids, non_blocking=True)
+        self.scale.fill_(scale)
+
+
+class GraphedPass:
+    """why_not: why passes run as written from now on, or ''."""
+
+    def __init__(self, module: LanguageModel, device: torch.device, autocast: bool) -> None:
+        self.module, self.device, self.autocast = module, device, autocast
+        self.why_not = ""
+        self.calls: dict[tuple[object, ...], int] = {}
+        self.graphs: dict[tuple[object, ...], _Captured] = {}
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def run(self, batch: Batch, scale: float) -> Tensor | None:
+        """Adds the gradients of `scale` times the summed loss and returns the sum of token losses (fp64; the next call may write over it).
+        None where the pass has to run as written: in the first calls, and for a batch that fits no graph."""
+        if self.why_not:
+            return None
+        segments, adding = batch.segment_ids, self.parameters[0].grad is not None
+        if segments is not None and documents_in(segments) > most_documents(segments.numel()):
+            return None
+        key = (batch.input_ids.shape, segments is not None, adding)
+        if key not in self.graphs:
+            self.calls[key] = self.calls.get(key, 0) + 1
+            if self.calls[key] <= WARMUP or not self._capture(key, batch, scale):
+                return None
+        captured = self.graphs[key]
+        captured.fill(batch, scale)
+        captured.graph.replay()
+        for parameter, gradient in zip(self.parameters, captured.gradients):
+            parameter.grad = gradient
+        return captured.loss_sum
+
+    def _capture(self, key: tuple[object, ...], batch: Batch, scale: float) -> bool:
+        """Records a pass without running it. False, with the reason in `why_not`, where it cannot be recorded."""
+        reserved, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.get_device_properties(self.device).total_memory
+        if reserved > ROOM * total:
+            self.why_not = f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation"
+            return False
+        captured = _Captured(batch, self.device)
+        adding = bool(key[2])
+        if adding:  # to the gradients that the first micro-batch's graph writes
+            first = self.graphs.get((*key[:2], False))
+            if first is None:
+                return False
+            for parameter, gradient in zip(self.parameters, first.gradients):
+                parameter.grad = gradient
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
+        before = [p.grad for p in self.parameters]
+        try:
+            with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
+                self._pass(captured)
+        except (RuntimeError, torch.AcceleratorError) as error:
+            self.why_not = f"a pass cannot be recorded: {str(error).strip().splitlines()[0]}"
+            for parameter, gradient in zip(self.parameters, before):
+                parameter.grad = gradient
+            return False
+        captured.gradients = [p.grad for p in self.parameters]
+        self.graphs[key] = captured
+        return True
+
+    def _pass(self, captured: _Captured) -> None:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
+            output = self.module(captured.input_ids, labels=captured.labels, segment_ids=captured.segment_ids)
+        assert output.loss_sum is not None and output.z_loss_sum is not None
+        ((output.loss_sum + output.z_loss_sum) * captured.scale).backward()
+        captured.loss_sum.copy_(output.loss_sum.detach())
