@@ -131,3 +131,29 @@ def test_it_is_exported(mapping: dict[str, Any], tmp_path: Path, monkeypatch: py
         torch.testing.assert_close(exported(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-4)
         written = exported.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         assert torch.equal(written, exported.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0, use_cache=False))
+
+
+CONFIG = "from dataclasses import dataclass\n@dataclass\nclass Config:\n    def problems(self, d_model): return []\n"
+
+
+@pytest.mark.parametrize(
+    "name,text,words",
+    [
+        ("broken_syntax", "class Config\n", "models/mixers/broken_syntax.py is not Python: expected ':' in line 1."),
+        (
+            "broken_import",
+            "import nowhere_to_be_found\n",
+            "cannot be imported: ModuleNotFoundError: No module named 'nowhere_to_be_found'.",
+        ),
+        ("no_config", "class Mixer: ...\n", "must define a dataclass Config with a method problems(d_model)"),
+        ("no_mixer", CONFIG, "must define a class Mixer(SequenceMixer)"),
+        ("my-mixer", CONFIG, "rename models/mixers/my-mixer.py to letters, digits and underscores."),
+    ],
+)
+def test_a_file_that_is_no_mixer_is_a_sentence(name: str, text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(mixers, "__path__", [*mixers.__path__, str(tmp_path)])
+    importlib.invalidate_caches()
+    config, problems = mixers.parse("a", {"type": name}, 32)
+    sys.modules.pop(f"models.mixers.{name}", None)
+    assert config is None and len(problems) == 1 and words in problems[0] and "\n" not in problems[0]
