@@ -14,7 +14,7 @@ from models import mixers
 from models.config import ModelConfig
 from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
-
+from models.segments import Documents
 
 Owed = tuple[Tensor, Tensor | None]  # what is to be added to a stream, and by what the stream is scaled before
 
@@ -33,15 +33,24 @@ class Block(Module):
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
 
     def forward(
-        self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None, added: Owed | None = None, owing: bool = False
+        self,
+        x_BTD: Tensor,
+        state: Any = None,
+        segment_ids: Tensor | None = None,
+        documents: Documents | None = None,
+        owed: Owed | None = None,
+        owing: bool = False,
     ) -> tuple[Any, Any]:
-        """(x, state). added: what the block before owes the stream, as (y, scale or None); owing: returns ((x, what is owed), state), so that
-        whoever reads the stream next adds and normalises in one pass."""
-        if added is None:
+        """(x, state). documents: of segment_ids, shared by all layers; without them a mixer that wants them looks for itself.
+
+        owed: what the block before has still to add to the stream, as (y, scale or None); owing: returns ((x, what this block owes), state), so
+        that whoever reads the stream next adds and normalises in one pass."""
+        more = {"documents": documents} if self.mixer.takes_documents else {}
+        if owed is None:
             normed = self.mixer_norm(x_BTD)
         else:
-            x_BTD, normed = self.mixer_norm.after(x_BTD, *added)
-        y, state = self.mixer(normed, state, segment_ids)
+            x_BTD, normed = self.mixer_norm.after(x_BTD, *owed)
+        y, state = self.mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD, normed = self.mlp_norm.after(x_BTD, y, scales[0])

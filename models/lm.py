@@ -18,6 +18,7 @@ from models.contract import tensor_bytes
 from models.head import Head
 from models.init import Module, normal_, tag
 from models.layers import RMSNorm
+from models.segments import Documents
 
 
 @dataclass
@@ -92,24 +93,25 @@ class LanguageModel(Module):
 
         state: from `init_state` or an earlier call; the output then carries the next one.
         """
-        x_BTD, added = self.embedding(input_ids), None
+        x_BTD, owed = self.embedding(input_ids), None
+        documents = None if segment_ids is None or state is not None else Documents(segment_ids)
         layers: list[Any] = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, use_reentrant=False, preserve_rng_state=False)
+                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                (x_BTD, added), after = block(x_BTD, before, segment_ids, added, owing=True)
+                (x_BTD, owed), after = block(x_BTD, before, segment_ids, documents, owed, owing=True)
             layers.append(after)
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:
             read = slice(-1, None) if last_only else slice(None)
-            output.logits = self.head(self._final(x_BTD[:, read], None if added is None else (added[0][:, read], added[1])))
+            output.logits = self.head(self._final(x_BTD[:, read], None if owed is None else (owed[0][:, read], owed[1])))
             return output
-        return self._loss(self._final(x_BTD, added), labels, reduction, output)
+        return self._loss(self._final(x_BTD, owed), labels, reduction, output)
 
-    def _final(self, x_BTD: Tensor, added: Owed | None) -> Tensor:
-        return self.norm(x_BTD) if added is None else self.norm.after(x_BTD, *added)[1]
+    def _final(self, x_BTD: Tensor, owed: Owed | None) -> Tensor:
+        return self.norm(x_BTD) if owed is None else self.norm.after(x_BTD, *owed)[1]
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head

@@ -19,7 +19,9 @@ from models.lm import LanguageModel
 from models.segments import documents_in, most_documents
 
 WARMUP = 2  # passes as written before a capture: kernels are compiled, and their libraries choose, in them
-ROOM = 0.7  # share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own
+ROOM = (
+    0.7  # share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own
+)
 
 
 class _Captured:

@@ -269,19 +269,19 @@ class Adapter:
         return torch.stack(found, 1).cpu()
 
 
-# Fields of a state that grow with the text, or are the last inputs of a convolution, are no recurrent state.
+# Caches of transformers and of others' code declare nothing: what grows with the text, or is the last inputs of a convolution, tells by its name.
 NOT_RECURRENT = ("conv", "k_", "v_", "keys", "values", "segment", "seen", "position")
 
 
-def recurrent_fields(state: Any) -> list[str]:
-    """Names of the recurrent tensors of a mixer's state dataclass."""
-    if not dataclasses.is_dataclass(state):
+def recurrent_fields(cache: Any) -> list[str]:
+    """Names of the recurrent tensors in a dataclass of others' code."""
+    if not dataclasses.is_dataclass(cache):
         return []
     return [
         f.name
-        for f in dataclasses.fields(state)
+        for f in dataclasses.fields(cache)
         if not f.name.startswith(NOT_RECURRENT)
-        and isinstance(v := getattr(state, f.name), Tensor)
+        and isinstance(v := getattr(cache, f.name), Tensor)
         and v.is_floating_point()
         and v.ndim >= 2
     ]
@@ -325,25 +325,22 @@ class OwnAdapter(Adapter):
         return model.head(hidden)
 
     def layer_states(self, state: Any) -> list[LayerState]:
-        found = []
-        for layer, part in enumerate(state.layers):
-            for name in recurrent_fields(part):
-                tensor = getattr(part, name)
-                if name.startswith("cell"):  # (B, S, I): one named vector a state of the cell
-                    model: Any = self.model
-                    for i, which in enumerate(model.blocks[layer].mixer.cell.state):
-                        found.append(as_heads(layer, which, tensor[:, i]))
-                else:
-                    found.append(as_heads(layer, name.split("_")[0], tensor))
-        return found
+        model: Any = self.model
+        return [
+            as_heads(layer, name, tensor)
+            for layer, (block, part) in enumerate(zip(model.blocks, state.layers))
+            for name, tensor in block.mixer.named_memories(part).items()
+        ]
 
     def replace_states(self, state: Any, change: Callable[[int, str, Tensor], Tensor]) -> Any:
         from models.lm import LMState
 
+        model: Any = self.model
         layers = []
-        for layer, part in enumerate(state.layers):
-            names = recurrent_fields(part)
-            layers.append(dataclasses.replace(part, **{n: change(layer, n, getattr(part, n)) for n in names}) if names else part)
+        for layer, (block, part) in enumerate(zip(model.blocks, state.layers)):
+            recurrent = block.mixer.tensors_of(part, "recurrent")
+            changed = {name: change(layer, name, tensor) for name, tensor in recurrent.items()}
+            layers.append(dataclasses.replace(part, **changed) if changed else part)
         return LMState(layers)
 
 
