@@ -79,7 +79,7 @@ class Documents:
         assert first is not None
         first[:, :1] = True
         N = first.numel()
-        places = torch.where(first.flatten(), torch.arange(N, device=first.device), N)
+        places = F.pad(torch.where(first.flatten(), torch.arange(N, device=first.device), N), (0, most_documents(N)), value=N)
         return places.sort().values[: most_documents(N) + 1].int()
 
     def cuts(self) -> list[list[int]]:

@@ -29,6 +29,7 @@ from models.block import Block
 from models.init import roles
 from models.parallel import split
 from training.config.schema import Config
+from training.graph import GraphedPass
 from training.initial_state import InitialStates
 from training.optim import SkippableAdamW, build_optimizer
 from training.world import World
@@ -88,8 +89,15 @@ class Engine:
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
         self._assert_dtypes()
+        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if self._graphs() else None
         if config.train.compile:
             self.deepspeed.compile()
+
+    def _graphs(self) -> bool:
+        """Whether passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
+        t = self.config.train
+        wanted = t.cuda_graph == "auto" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
+        return wanted and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
 
     def _assert_dtypes(self) -> None:
         cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]
@@ -139,6 +147,10 @@ class Engine:
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            replayed = self.graphed.run(batch, scale) if self.graphed is not None else None
+            if replayed is not None:
+                loss_sum += replayed
+                continue
             batch = batch.to(self.world.device)
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)
             # Losses and gradients of slices are sums over tokens like those of rows, so the scale is the same for both.

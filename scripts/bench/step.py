@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "rows": 0,  # sequences of a step; 0: 16 at 400m, 8 at 1b
     "steps": 20,  # timed steps of a row
     "packed": False,  # documents end inside rows too
+    "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer
     "against": "",  # another commit, whose rows are measured in turn
 }
@@ -91,8 +92,8 @@ def batch(rows: int, vocabulary: int, packed: bool, device: torch.device) -> tup
     return ids.to(device), starts.cumsum(1).int().to(device)
 
 
-def ours(name: str, rows: int, packed: bool, device: torch.device) -> tuple[Any, Any, float]:
-    """(parameters, a function that returns the loss, model FLOPs of a token in training)."""
+def ours(name: str, rows: int, packed: bool, graph: bool, device: torch.device) -> tuple[Any, Any, float]:
+    """(model, a function that makes the gradients and returns the loss, model FLOPs of a token in training)."""
     from models.lm import LanguageModel
 
     model = LanguageModel(settings_of(name))
@@ -100,11 +101,28 @@ def ours(name: str, rows: int, packed: bool, device: torch.device) -> tuple[Any,
     model.to(device)
     ids, segments = batch(rows, model.config.vocab_size, packed, device)
 
-    def loss() -> torch.Tensor:
-        output = model(ids, labels=ids.roll(-1, 1), segment_ids=segments)
-        return output.loss_sum / ids.numel()
+    labels = ids.roll(-1, 1)
+    graphed = None
+    if graph and device.type == "cuda":
+        from data.loader import Batch
+        from training.graph import GraphedPass
 
-    return model, loss, 3.0 * model.flops_per_token(T)
+        graphed = GraphedPass(model, device, autocast=True)
+        host = [None if t is None else t.cpu().pin_memory() for t in (ids, labels, segments)]
+        loaded = Batch(host[0], host[1], host[2], [0] * rows)
+
+    def gradients() -> torch.Tensor:
+        replayed = graphed.run(loaded, 1 / ids.numel()) if graphed is not None else None
+        if graphed is not None and graphed.why_not:
+            raise RuntimeError(graphed.why_not)
+        if replayed is not None:
+            return replayed / ids.numel()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(ids, labels=labels, segment_ids=segments).loss_sum / ids.numel()
+        loss.backward()
+        return loss.detach()
+
+    return model, gradients, 3.0 * model.flops_per_token(T)
 
 
 def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
@@ -124,7 +142,14 @@ def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
 
     with torch.device("meta"):
         flops = 3.0 * LanguageModel(own).flops_per_token(T)
-    return model, lambda: compiled(input_ids=ids, labels=ids).loss, flops
+
+    def gradients() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = compiled(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    return model, gradients, flops
 
 
 def parts_of(step: Any) -> dict[str, Any]:
@@ -148,28 +173,26 @@ def parts_of(step: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, rows: int, steps: int, packed: bool, is_peer: bool) -> dict[str, Any]:
+def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool) -> dict[str, Any]:
     """A row: what `name` does with `rows` sequences a step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
-    model, loss_of, flops = peer(name, rows, device) if is_peer else ours(name, rows, packed, device)
+    model, gradients, flops = peer(name, rows, device) if is_peer else ours(name, rows, packed, graph, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     parameters = list(model.parameters())
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of()
-        loss.backward()
+        loss = gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         optimizer.step()
-        return loss.detach()
+        return loss
 
     losses = [float(step())]
     first = time.perf_counter() - begin
-    losses += [float(step()) for _ in range(4)]
+    losses += [float(step()) for _ in range(5)]
     times = []
     for _ in range(steps):
         start = time.perf_counter()
@@ -188,7 +211,9 @@ def measure(name: str, rows: int, steps: int, packed: bool, is_peer: bool) -> di
 
 def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None) -> dict[str, Any]:
     """`measure` in a process of its own, of the code under `tree`."""
-    words = json.dumps([name, rows, values["steps"], values["packed"] and not is_peer, is_peer])  # this file, the code of `tree`
+    words = json.dumps(
+        [name, rows, values["steps"], values["packed"] and not is_peer, values["graph"] and tree == ROOT, is_peer]
+    )  # this file, the code of `tree`
     environment_ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH", "")])])}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", words]
     done = subprocess.run(command, cwd=tree, env=environment_, capture_output=True, text=True, check=False)

@@ -30,6 +30,7 @@ class TrainSection:
     precision: str = "fp32"
     grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
     compile: bool = False
+    cuda_graph: str = "auto"
     activation_checkpointing: str = "none"
     initial_state: str = "zero"
     initial_sigma: Annotated[float, Range(0)] = 1.0
@@ -234,6 +235,7 @@ def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str])
 def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
+        ("train.cuda_graph", config.train.cuda_graph, ("auto", "off")),
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
