@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention
 from kernels.dispatch import plain, planned, planned_compiled
 from models.isolation import Lost, isolated
 from models.segments import Documents
@@ -70,15 +69,21 @@ def packable(q_BHTK: Tensor) -> bool:
 
 
 def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents | None, window: int) -> Tensor:
-    """Causal attention within documents (rows, without them) by kernels for packed sequences."""
-    B, _, T, _ = q_BHTK.shape
+    """Causal attention within documents (rows, without them) by FlashAttention of packed sequences."""
+    (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
     if planned():  # the same memory, and no document has to be looked up
         return sdpa(q_BHTK, k_BGTK, v_BGTK, is_causal=True)
+    from torch.nn.attention import varlen  # loads torch.compile
+
     if documents is None:
         borders = torch.arange(0, B * T + 1, T, device=q_BHTK.device, dtype=torch.int32)
     else:
         borders = documents.borders()
-    return attention.packed_attention(q_BHTK, k_BGTK, v_BGTK, borders, window)
+    if G != H:
+        k_BGTK, v_BGTK = k_BGTK.repeat_interleave(H // G, 1), v_BGTK.repeat_interleave(H // G, 1)
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q_BHTK, k_BGTK, v_BGTK.to(q_BHTK.dtype)))
+    y = varlen.varlen_attn(q, k.to(q.dtype), v, borders, borders, T, T, window_size=(window - 1 if window else -1, 0))
+    return y.view(B, T, H, K).transpose(1, 2)
 
 
 def _attend_masked(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents | None, window: int) -> Tensor:
