@@ -9,6 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.errors import UserError
 from models import mixers
 
 KINDS = {
@@ -96,7 +97,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:
-        """Reads a mapping. Raises ValueError with one line for every problem."""
+        """Reads a mapping. Raises UserError with one line for every problem."""
         hints, found, values = typing.get_type_hints(ModelConfig), [], {}
         for key, value in mapping.items():
             if key not in hints:
@@ -122,7 +123,7 @@ class ModelConfig:
         if not unread:
             found += config.problems()
         if found:
-            raise ValueError("\n".join(found))
+            raise UserError(found)
         return config
 
     def to_dict(self) -> dict[str, Any]:

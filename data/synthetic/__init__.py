@@ -13,6 +13,7 @@ import difflib
 import typing
 from typing import Any
 
+from data.errors import UserError
 from data.synthetic.recall import MQAR, Copying, KeepNth, KHop
 from data.synthetic.task import IGNORE, Draws, Task
 from data.synthetic.tracking import CycleNavigation, ModularArithmetic, Parity, WordProblem
@@ -39,12 +40,12 @@ def _near(key: str, known: list[str]) -> str:
 
 
 def build_task(mapping: Any) -> Task:
-    """The task of a mapping {name: ..., and the task's own fields}. Raises ValueError with one sentence for every problem."""
+    """The task of a mapping {name: ..., and the task's own fields}. Raises UserError with one sentence for every problem."""
     if not isinstance(mapping, dict) or "name" not in mapping:
-        raise ValueError(f"data.task needs a name: one of {', '.join(TASKS)}.")
+        raise UserError(f"data.task needs a name: one of {', '.join(TASKS)}.")
     name = str(mapping["name"])
     if name not in TASKS:
-        raise ValueError(f"data.task.name is {name!r}; {_near(name, list(TASKS))}")
+        raise UserError(f"data.task.name is {name!r}; {_near(name, list(TASKS))}")
     kind, problems, values = TASKS[name], [], {}
     hints = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
     for key, value in mapping.items():
@@ -64,7 +65,7 @@ def build_task(mapping: Any) -> Task:
         problems = [f"data.task.{problem}" for problem in task.problems()]
         if not problems:
             return task
-    raise ValueError("\n".join(problems))
+    raise UserError(problems)
 
 
 def to_dict(task: Task) -> dict[str, Any]:

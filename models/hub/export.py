@@ -1,21 +1,19 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
 
-    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16|fp16] [--licence apache-2.0] [--evals DIR] [--push org/name]
-
-CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
-with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read. Without --dtype an
-imported checkpoint keeps the dtypes it came with, and any other is written in fp32.
+The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared with the checkpoint (logits, greedy text,
+tokenizer, config), and only then renamed. The optimizer is never read. An imported checkpoint keeps the dtypes it came with, any other is written in
+fp32, unless another dtype is asked for. The command is scripts/export.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data.errors import UserError
 from data.files import write_json
 from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
+from kernels.moved import moved
+from models.checkpoint import find
 from models.config import ModelConfig
-from models.hub.card import write_card
+from models.hub.card import Evaluation, write_card
 from models.hub.custom import custom, write_code
-from models.hub.importing import KEPT, without_tokenizer
+from models.hub.importing import KEPT
 from models.hub.native import Stock, stock
-from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
-from training.checkpoint import find
-from training.errors import UserError
 
 CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64
@@ -69,8 +67,8 @@ def dtypes(source: Path, model: LanguageModel, dtype: str | None) -> tuple[torch
     return main, {name: others.get(name, main) for name in model.state_dict()}
 
 
-def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evals: Path | None = None) -> Stock:
-    """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
+def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evaluation: Evaluation | None = None) -> Stock:
+    """Everything of the export but its verification. evaluation: what the model card shows of it. Raises UserError for weights that are another model's."""
     config, weights, imported = read_config(source), Weights(source), read_imported(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
     origin = origin_of(facts.get("run", {}))
@@ -115,7 +113,7 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
         if imported and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
-    write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
+    write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evaluation)
     for path in out.rglob("*"):  # for everybody to read, as what a web server or another user is given
         path.chmod(0o755 if path.is_dir() else 0o644)
     return target
@@ -237,22 +235,20 @@ def export(
     shard_size: str = "5GB",
     dtype: str | None = None,
     licence: str = "apache-2.0",
-    evals: str | None = None,
+    evaluate: Callable[[Path], Evaluation | None] | None = None,
 ) -> Path:
-    """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evals: a folder that evals.run
-    wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
+    """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evaluate: what is known of the
+    quality of the checkpoint in a folder, for the model card. Raises UserError; then `out` does not exist."""
     source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
-    if evals is not None and not Path(evals).is_dir():
-        raise UserError(f"{evals} is no folder; give the one that evals.run wrote.")
     if final.exists():
         raise UserError(f"{final} exists already; remove it or give another folder.")
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_folder(source, temporary, dtype, limit, licence, Path(evals) if evals else None)
+        write_folder(source, temporary, dtype, limit, licence, evaluate(source) if evaluate is not None else None)
         verify([(source, temporary)])
         os.replace(temporary, final)
     except OSError as error:
@@ -262,35 +258,5 @@ def export(
     return final
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("out")
-    parser.add_argument("--shard-size", default="5GB")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16; without it that of an imported checkpoint, else fp32")
-    parser.add_argument("--licence", default="apache-2.0")
-    parser.add_argument("--evals", metavar="DIR", help="a folder that evals.run wrote (OUT or OUT/MODEL), for the model card")
-    parser.add_argument("--push", metavar="org/name")
-    values = parser.parse_args(arguments)
-    try:
-        if values.push:
-            check_name(values.push)
-            check_token()
-        folder = export(
-            values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals
-        )
-        print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
-        if note := without_tokenizer(folder):
-            print(f"note: {note}", file=sys.stderr)
-        if values.push:
-            print(f"pushed: {push(folder, values.push)}")
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(moved("scripts.export"))

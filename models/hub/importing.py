@@ -1,15 +1,12 @@
 """Stock Llama-shaped and Mamba-2 folders, and this project's exported ones, as checkpoints of this project.
 
-    python -m models.hub.importing FOLDER OUT [verify=false]     # OUT: a checkpoint for evaluation, generation and export
-    python train.py model=hf:FOLDER [model.verify=false] ...      # training goes on from its weights
-
-Nothing is unpickled and no code of the folder is run. What a stock config says that our models do not have is refused by name, and logits that
+scripts/import_checkpoint.py writes a checkpoint for evaluation, generation and export; training goes on from the weights of a folder with
+model=hf:FOLDER. Nothing is unpickled and no code of the folder is run. What a stock config says that our models do not have is refused by name, and logits that
 are not those of transformers' own class are refused too, unless verify=false leaves that comparison out (it takes the model twice in memory, in fp32).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -20,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import UserError
+from data.files import write_json
+from kernels.moved import moved
 from models.config import ModelConfig
 from models.hub.custom import custom
 from models.hub.native import BAMBA_RULES, LLAMA_RULES, MAMBA2_RULES, Stock
 from models.hub.stock_config import read_stock_config
 from models.hub.weights import Weights, read_object, write_shards
 from models.lm import LanguageModel
-from training.errors import UserError
 
 KEPT = (  # for the export back
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -176,8 +175,6 @@ def end_ids(folder: Path) -> list[int]:
 def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> Path:
     """Writes a checkpoint (model.safetensors in fp32, config.json, imported.json, and the folder's tokenizer and generation settings) under a
     temporary name, then renames it to `out`. verify: as of `read_stock`."""
-    from data.files import write_json
-
     folder, final = Path(folder), Path(out)
     if final.exists():
         raise UserError(f"{final} exists already; remove it or give another folder.")
@@ -200,27 +197,5 @@ def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> P
     return final
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("out")
-    parser.add_argument("verify", nargs="?", default="verify=true", choices=("verify=true", "verify=false"))
-    values = parser.parse_args(arguments)
-    verify = values.verify == "verify=true"
-    try:
-        out = import_folder(values.folder, values.out, verify)
-        own = read_object(Path(values.folder) / "config.json")["model_type"] == "everywhen"
-        compared = "" if own else ": logits agree with those of transformers' own class"
-        print(f"wrote {out}{compared if verify else ', NOT COMPARED with transformers (verify=false): its numbers may be wrong'}")
-        if note := without_tokenizer(Path(values.folder)):
-            print(f"note: {note}", file=sys.stderr)
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(moved("scripts.import_checkpoint"))

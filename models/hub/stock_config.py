@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from models.config import ModelConfig
 from models.hub.weights import read_object
 from models.rope import NEEDED, OPTIONAL
-from training.errors import UserError
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # a config.json that does not say these is not whole
 ATTENTION_SIZES = (*SIZES, "intermediate_size", "num_attention_heads")
