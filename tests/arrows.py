@@ -3,7 +3,7 @@
 An arrow is an import anywhere in a module (at its top, inside a function, under TYPE_CHECKING, relative) or a string that names a module to whoever
 loads or starts it: `importlib.import_module("evals.run")`, `f"models.cells.{name}"` (all cells), `"training.engine.Engine"`, `[python, "-m",
 "evals.run"]`, `"python -m evals.run"` or `ROOT / "scripts/bench/ssd.py"`. Docstrings are no arrows, nor are sentences that tell a person which
-command to type.
+command to type (`moved("scripts.export")` is one, see kernels/moved.py).
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Reader:
         self.module, self.known = module, known
         self.path = str(path.relative_to(root))
         self.package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-        self.tree = ast.parse(path.read_text(encoding="utf-8"))
+        self.nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
     def arrows(self) -> Iterator[Arrow]:
-        prose = self._docstrings()
-        for node in ast.walk(self.tree):
+        prose = self._for_people()
+        for node in self.nodes:
             targets: list[str] = []
             if isinstance(node, ast.Import):
                 targets = [known for alias in node.names if (known := self._within(alias.name, 1))]
@@ -70,9 +70,10 @@ class Reader:
                 if target != self.module:
                     yield Arrow(self.module, target, self.path, getattr(node, "lineno", 0))
 
-    def _docstrings(self) -> set[int]:
-        """The nodes of strings that are read by people only: statements that are a string."""
-        return {id(node.value) for node in ast.walk(self.tree) if isinstance(node, ast.Expr)}
+    def _for_people(self) -> set[int]:
+        """The nodes of strings that only people read: docstrings, and where a command has moved to."""
+        moved = [n.args for n in self.nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "moved"]
+        return {id(n.value) for n in self.nodes if isinstance(n, ast.Expr)} | {id(word) for words in moved for word in words}
 
     def _imported_from(self, node: ast.ImportFrom) -> list[str]:
         base = node.module or ""
@@ -99,9 +100,15 @@ class Reader:
         return []
 
     def _formatted(self, node: ast.JoinedStr) -> list[str]:
-        """`f"models.cells.{name}"` names every module of the package."""
-        first = node.values[0]
-        text = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+        """`f"models.cells.{name}"` names every module of the package, and so does `f"{__name__}.{name}"` in it."""
+        text = ""
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                text += str(part.value)
+            elif isinstance(part, ast.FormattedValue) and isinstance(part.value, ast.Name) and part.value.id == "__name__":
+                text += self.module
+            else:
+                break
         if re.fullmatch(r"(?:\w+\.)+", text) and text[:-1] in self.known:
             return [name for name in self.known if name.startswith(text)]
         return self._named(text) if STARTS.match(text) else []

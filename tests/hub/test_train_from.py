@@ -16,8 +16,8 @@ from models.hub.importing import load_into
 from models.lm import LanguageModel
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
+from training.config.checks import split_problems
 from training.config.cli import checked, compose_config
-from training.config.schema import split_problems
 from training.errors import UserError
 from training.setup import model_config
 
