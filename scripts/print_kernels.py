@@ -1,7 +1,9 @@
-"""Prints the Triton source that is written for a cell.
+"""Prints the Triton source that is written for a cell (models/cells/NAME.py).
 
-python -m scripts.print_kernels paragru            # the kernels of the parallel solve (kernels/parallel_rnn/codegen.py)
-python -m scripts.print_kernels paragru decode     # the step of decoding (kernels/decode_step/cell.py)
+    python -m scripts.print_kernels paragru            # the kernels of the parallel solve (kernels/parallel_rnn/codegen.py)
+    python -m scripts.print_kernels paragru decode     # the step of decoding (kernels/decode_step/cell.py)
+
+Without a name it is that of paragru.
 """
 
 from __future__ import annotations

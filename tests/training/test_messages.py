@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import socket
@@ -157,6 +158,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
             prepare(["input=demo", "out=x", "tokenizer=bytes"])
 
 
+@functools.cache
 def moved_programs() -> list[Path]:
     """Modules that only tell where their command lies now."""
     return [p for folder in FLOORS for p in sorted((ROOT / folder).rglob("*.py")) if "sys.exit(moved(" in p.read_text()]
@@ -199,6 +201,23 @@ def test_help_says_of_every_key_what_it_means(model: str, data: str) -> None:
 def test_comments_are_found_by_key() -> None:
     text = "a: 1  # one\nb:\n  c: 'x # y'   # two\n  d: [1, 2]\nlist:   # three\n  - 1\ne: 5\n"
     assert comments_of(text) == {"a": "one", "b.c": "two", "list": "three"}
+
+
+def test_every_command_that_is_told_can_be_typed() -> None:
+    """`python -m MODULE` in messages, docstrings, pages and scripts: a program, and where it lies now."""
+    told = re.compile(rf"python3? -m ((?:{'|'.join(FLOORS)})(?:\.\w+)*)")
+    folders = [ROOT / name for name in (*FLOORS, "docs", "configs")]
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "train.py"]
+    pages += [p for folder in folders for end in ("py", "md", "sh", "yaml", "sbatch") for p in folder.rglob(f"*.{end}")]
+    wrong = []
+    for page in pages:
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            for name in told.findall("" if "used to be |" in line else line):
+                path = ROOT / name.replace(".", "/")
+                file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+                if not file.is_file() or "__main__" not in file.read_text() + file.stem or file in moved_programs():
+                    wrong.append(f"{page.relative_to(ROOT)}:{number}: {name}")
+    assert not wrong, "no such program:\n" + "\n".join(wrong)
 
 
 def programs() -> list[list[str]]:

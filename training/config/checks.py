@@ -237,8 +237,8 @@ def task_problems(config: Config) -> list[str]:
     try:
         task = build_task(config.data.task)
         SyntheticReader(task, config.train.seq_len, config.seed, curriculum=config.data.curriculum)
-    except ValueError as error:
-        return str(error).splitlines()
+    except UserError as error:
+        return error.problems
     least = task.min_length()
     return [f"eval.lengths holds {n}, which is too short for the task; it needs {least} or more." for n in config.eval.lengths if n < least]
 
@@ -253,6 +253,6 @@ def model_problems(mapping: dict[str, Any]) -> list[str]:
 
             mapping = resolved(mapping)
         ModelConfig.from_dict({**mapping, "vocab_size": mapping.get("vocab_size") or 256})
-    except ValueError as error:
-        return str(error).splitlines()
+    except UserError as error:
+        return error.problems
     return []
