@@ -90,7 +90,7 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
             f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}."
         )
     names = {target.name(ours): ours for ours in shapes}
-    kept, each = dtypes(source, model, dtype)
+    main_dtype, each = dtypes(source, model, dtype)
 
     def get(name: str) -> Tensor:
         tensor = weights.tensor(names[name])
@@ -100,15 +100,15 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     sizes = {name: each[names[name]].itemsize * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
-    own = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
+    marks = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
     if origin is not None and tokenizer is not None:
         _keep_template(origin, tokenizer, out)
-    end = own.start if own.end is None else own.end
-    marks = {"bos_token_id": own.start, "eos_token_id": end, "pad_token_id": end}
-    ends = {key: imported.get(key) if imported else marks[key] for key in marks}
-    write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
+    end = marks.start if marks.end is None else marks.end
+    trained = {"bos_token_id": marks.start, "eos_token_id": end, "pad_token_id": end}
+    special = {key: imported.get(key) if imported else trained[key] for key in trained}
+    write_json(out / "config.json", {**target.config, **special, "dtype": str(main_dtype).removeprefix("torch.")})
     if not imported:
-        write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+        write_json(out / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})
     for name in KEPT:  # an imported checkpoint's own
         if imported and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
@@ -121,8 +121,8 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
 
 def origin_of(run: dict[str, Any]) -> Path | None:
     """The folder from whose weights the run started, if it is still there."""
-    found = (run.get("model") or {}).get("init_from")
-    return Path(str(found)) if found and (Path(str(found)) / "config.json").is_file() else None
+    folder = (run.get("model") or {}).get("init_from")
+    return Path(str(folder)) if folder and (Path(str(folder)) / "config.json").is_file() else None
 
 
 def _keep_template(origin: Path, tokenizer: Tokenizer, out: Path) -> None:
@@ -191,21 +191,21 @@ def verify(pairs: list[tuple[Path, Path]]) -> None:
 
 @torch.no_grad()
 def _differences(source: Path, job: dict[str, Any]) -> str:
-    found, seen = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
+    theirs, read_by_them = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
     model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
     weights, written = Weights(source), read_object(Path(job["folder"]) / "config.json")
     main, each = dtypes(source, model, None)
     if written["dtype"] != str(main).removeprefix("torch."):
         _, each = dtypes(source, model, next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{written['dtype']}"))
-    own = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
-    model.load_state_dict(own, strict=False)
+    rounded = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
+    model.load_state_dict(rounded, strict=False)
     ours = model(ids).logits
-    worst = float((ours - found["fp32"]).abs().max())
+    worst = float((ours - theirs["fp32"]).abs().max())
     if not worst < ATOL:
         return f"its fp32 logits differ by {worst:.2g}"
     with torch.autocast("cpu", torch.bfloat16):
         rounding = float((model(ids).logits.float() - ours).abs().max())
-    worst = float((found["bf16"] - ours).abs().max())
+    worst = float((theirs["bf16"] - ours).abs().max())
     if not worst <= 4 * rounding + 0.02 * float(ours.abs().max()):
         return f"its bf16 logits are off by {worst:.2g} where this project's are by {rounding:.2g}"
     state, last = model.init_state(1), ids[:1]
@@ -213,17 +213,19 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
         output = model(last, state=state, last_only=True)
         state = output.state
         top = output.logits[0, -1].topk(2).values
-        chosen = int(found["greedy"][0, step])
+        chosen = int(theirs["greedy"][0, step])
         # A tie within rounding may fall either way; both then go on with the same token.
         if float(top[0] - output.logits[0, -1, chosen]) > ATOL:
             return f"its greedy text differs at token {step + 1}"
-        last = found["greedy"][:, step : step + 1]
-    wrong = [key for key, value in written.items() if key in seen["config"] and key != "dtype" and seen["config"][key] != value]
+        last = theirs["greedy"][:, step : step + 1]
+    wrong = [
+        key for key, value in written.items() if key in read_by_them["config"] and key != "dtype" and read_by_them["config"][key] != value
+    ]
     if wrong:
         return f"transformers reads another {wrong[0]} from its config.json"
-    if "tokenizer" in seen:
+    if "tokenizer" in read_by_them:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        if seen["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
+        if read_by_them["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
             return "its tokenizer splits text differently"
     return ""
 

@@ -185,7 +185,7 @@ def test_an_interrupt_while_libraries_load(words: list[str]) -> None:
 
 
 def test_an_interrupt_of_a_library_user_is_left_alone() -> None:
-    done = run_program(["-c", "import sys, models, training, data, evals; print(sys.excepthook is sys.__excepthook__)"])
+    done = run_program(["-c", "import sys, models, training, data, evals, scripts; print(sys.excepthook is sys.__excepthook__)"])
     assert done.stdout == "True\n", done.stderr
 
 
