@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 from data.errors import UserError
 from models.config import ModelConfig
 from models.hub.importing import is_foreign, read_stock, without_tokenizer
-from models.hub.weights import Weights, refuse_pickles
+from models.hub.weights import Weights, read_object, refuse_pickles
 from models.lm import LanguageModel
 
 MARKER = "COMPLETE.json"
@@ -140,6 +140,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "state.json").read_text())
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The model of a checkpoint folder. Raises UserError with a sentence for every problem."""
+    values = read_object(folder / "config.json")
+    try:
+        return ModelConfig.from_dict(values)
+    except UserError as error:
+        raise UserError([f"{folder / 'config.json'}: {problem}" for problem in error.problems]) from error
+
+
 @torch.no_grad()
 def load_weights(folder: Path, model: LanguageModel) -> None:
     """Loads the weights of a checkpoint into `model`, a tensor at a time. Raises UserError when the shapes or names are another model's."""
@@ -174,15 +183,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[La
 def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
     refuse_pickles(folder)
     tensors: dict[str, torch.Tensor] = {}
-    try:
-        if foreign:
-            config, tensors = read_stock(folder)
-        else:
-            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    if foreign:
+        config, tensors = read_stock(folder)
+    else:
+        config = read_config(folder)
     model = LanguageModel(config)
     if foreign:
         model.load_state_dict(tensors, strict=False)

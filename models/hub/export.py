@@ -26,8 +26,7 @@ from data.errors import UserError
 from data.files import write_json
 from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
 from kernels.moved import moved
-from models.checkpoint import find
-from models.config import ModelConfig
+from models.checkpoint import find, read_config
 from models.hub.card import Evaluation, write_card
 from models.hub.custom import custom, write_code
 from models.hub.importing import KEPT
@@ -40,14 +39,6 @@ CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64
 ATOL = 1e-4
 SAMPLE = "Say 1 thing,\n then another: naïve."
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The model of a checkpoint folder. Raises UserError."""
-    try:
-        return ModelConfig.from_dict(read_object(folder / "config.json"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_imported(source: Path) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.tokenizer import byte_tokenizer
-from models.checkpoint import load_model
+from models.checkpoint import load_model, read_config
 from models.generate import generate
-from models.hub.export import read_config, write_folder
+from models.hub.export import write_folder
 from models.hub.importing import end_ids, import_folder, read_stock
 from scripts.import_checkpoint import main
 from tests.hub.stock_folders import stock_folder
