@@ -126,7 +126,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     from data.tokenizer import marks_of
     from evals.measures.baselines import CountBaselines
     from evals.measures.perplexity import evaluate, held_out_rows, text_bytes
-    from training.checkpoint import load_model
+    from models.checkpoint import load_model
     from training.watch.metrics import environment
     from training.world import pick_device
 

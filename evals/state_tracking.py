@@ -289,7 +289,7 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 
 
 def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`evaluate` with the task and training length that a checkpoint's meta (training.checkpoint.load_model) tells. Raises UserError."""
+    """`evaluate` with the task and training length that a checkpoint's meta (models.checkpoint.load_model) tells. Raises UserError."""
     values = {**DEFAULTS, **(values or {})}
     run = meta.get("run", {})
     mapping, train_length = run.get("data", {}).get("task"), run.get("train", {}).get("seq_len")
@@ -310,7 +310,7 @@ def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Loads, evaluates, writes and returns the report."""
     from data.files import write_json
-    from training.checkpoint import load_model
+    from models.checkpoint import load_model
     from training.watch.metrics import environment
     from training.world import pick_device
 

@@ -525,7 +525,7 @@ def load_adapter(
             f"There is no {folder}; give a run folder, a checkpoint folder, or a folder of a Hugging Face causal language model."
         )
     if is_ours(folder):
-        from training.checkpoint import load_model
+        from models.checkpoint import load_model
 
         model, tokenizer, meta = load_model(folder, device)
         own = OwnAdapter(model, own_coder(tokenizer, meta["folder"]), folder.name or str(folder), meta["folder"], precision)

@@ -50,7 +50,7 @@ def facts_of_run(path: str | Path) -> dict[str, Any]:
         if (folder / "everywhen.json").is_file():
             held = json.loads((folder / "everywhen.json").read_text(encoding="utf-8"))
             return {key: held[key] for key in ("run", "state") if isinstance(held.get(key), dict)}
-        from training.checkpoint import find
+        from models.checkpoint import find
 
         folder = find(folder)
         return {

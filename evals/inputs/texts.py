@@ -101,22 +101,20 @@ class Text:
 def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:
     """The documents of a file, a folder of files, or `demo` (the bundled books), read as data.prepare reads them. Raises UserError where
     there is none, or what is there is no text."""
-    source, documents, size, cut = Source(str(path)), [], 0, False
+    source, documents, size, cut, zeros = Source(str(path)), [], 0, False, False
     try:
         for document in source:
-            if "\0" in document:
-                raise UserError(
-                    f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark."
-                )
+            if zeros := "\0" in document:
+                break
             cut = size + len(document) > limit
             documents.append(document[: limit - size])
             size += len(documents[-1])
             if size >= limit:
                 break
-    except UserError:
-        raise
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"The text {path} cannot be read: {str(error).replace('input=', 'text=')}") from error
+    if zeros:
+        raise UserError(f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark.")
     left_out = ", ".join(f"{n:,} {kind}" for kind, n in source.bad.items())
     if not documents:
         raise UserError(f"The text {path} holds no document that can be read{f' ({left_out})' if left_out else ''}; give text in UTF-8.")

@@ -10,6 +10,7 @@ import typing
 from types import ModuleType
 from typing import Any
 
+from data.errors import UserError
 from data.fields import close_to, read
 
 
@@ -21,7 +22,7 @@ def available() -> list[str]:
 def load(type_: str) -> ModuleType:
     """The module models/mixers/<type>.py. Raises ValueError for an unknown one."""
     if type_ not in available():
-        raise ValueError(f"there is no mixer type {type_!r}; models/mixers/ holds {', '.join(available())}")
+        raise UserError(f"there is no mixer type {type_!r}; models/mixers/ holds {', '.join(available())}")
     return importlib.import_module(f"{__name__}.{type_}")
 
 

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.fields import nearest
 from data.files import write_json
 from training.config.arguments import parse_arguments, program
-from training.config.schema import nearest
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

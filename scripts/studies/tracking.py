@@ -27,11 +27,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from data.fields import nearest
 from data.files import write_json
 from evals.report.figures import pyplot
 from scripts.studies.trainer import LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
-from training.config.schema import nearest
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

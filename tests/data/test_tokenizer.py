@@ -17,9 +17,9 @@ from data.shards import ShardSet
 from data.tokenizer import Marks, coder_of, load_tokenizer, marks_of
 from evals.adapters.base import hf_coder, load_adapter
 from models.config import ModelConfig
-from models.generate import DEFAULTS, Writer
 from models.hub.export import write_folder
 from models.hub.importing import import_folder
+from scripts.generate import DEFAULTS, Writer
 from tests.hub.folders import checkpoint
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "over", "the", "fox", "<", "s", ">", "/"]

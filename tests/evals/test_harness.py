@@ -140,7 +140,7 @@ def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tm
     from tokenizers import Tokenizer
 
     from evals.adapters.base import OwnAdapter, own_coder
-    from training.checkpoint import load_model
+    from models.checkpoint import load_model
 
     llama().save_pretrained(tmp_path)
     if template:

@@ -112,7 +112,7 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
         and report["baselines_bits_per_byte"]["bigram"] < report["baselines_bits_per_byte"]["unigram"]
         and "commit" in report["environment"]
     )
-    done = run_program(["-m", "models.generate", f"checkpoint={run}", "prompt=It was", "max_new_tokens=5", "seed=1"])
+    done = run_program(["-m", "scripts.generate", f"checkpoint={run}", "prompt=It was", "max_new_tokens=5", "seed=1"])
     assert done.returncode == 0 and done.stdout.startswith("It was")
     for words, part in (
         (["checkpoint=/nowhere"], "There is no"),
