@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.kernels.generate.case import Answers, Draw, main
+from tests.kernels.generate.case import Answers, Draw, Result, main, run_one
 from tests.kernels.generate.layers import (
     convolution,
     convolution_history,
@@ -42,6 +42,10 @@ def usable(kind: str, device: str) -> bool:
     return device != "cpu" or kind not in KERNELS_ONLY or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def run_case(kind: str, seed: int, device: str) -> Result:
+    return run_one(KINDS[kind], kind, seed, device)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(min(100, main("tests.kernels.generate.ops", KINDS, usable)))
+    sys.exit(min(100, main("tests.kernels.generate.ops", [*KINDS], run_case, usable)))
