@@ -111,23 +111,23 @@ def _tried(cell: Cell, width: int) -> str:
 
 
 @functools.cache
-def _kept(cell: Cell) -> int:
+def _saved_values(cell: Cell) -> int:
     """How many values a channel and step of the loop keeps for its backward pass; 8 where a step cannot be tried on two channels."""
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
     with _apart():
         given = [[torch.rand(2, requires_grad=True) for _ in names] for names in (cell.pre, cell.rec, cell.state)]
         try:
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
                 cell(*given)
         except Exception:
             return 8
-    return len({t.data_ptr() for t in kept if t.numel() > 1})
+    return len({t.data_ptr() for t in saved if t.numel() > 1})
 
 
 def planned_loop(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
     """Stands for the loop where tensors have no storage (training/cost/memory.py): shapes, gradients and what is kept are the loop's, values are not."""
     states = pre.sum(2) + rec.sum(0)
-    for _ in range(_kept(cell)):
+    for _ in range(_saved_values(cell)):
         states = states.exp()
     final = h0 + states[:, -1:]
     return states[:, :, None].expand(-1, -1, len(cell.state), -1).clone(), final

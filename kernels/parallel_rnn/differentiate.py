@@ -81,8 +81,8 @@ class Adjoint:
             raise NotLowered(f"more than {MOST_BRANCHES} branches meet in one value.")
 
     def total(self) -> Node:
-        found = self._select(self.terms)
-        return self.graph.const(0) if found is None else found
+        total = self._select(self.terms)
+        return self.graph.const(0) if total is None else total
 
     def _select(self, terms: dict[frozenset[Node], Node]) -> Node | None:
         """The sum of the terms, each where its conditions hold; None of no terms."""

@@ -123,11 +123,11 @@ def check(cell: StepFunction) -> None:
     exec(function("step", traced.arguments, traced.new, "h0", triton=False), names)  # our own text, as below
     given = [[3 * torch.randn(64, dtype=torch.float64) for _ in role] for role in (cell.pre, cell.rec, cell.state)]
     try:
-        found = cell(*given)
+        new = cell(*given)
     except Exception:  # models say it in a sentence (Cell.problem), and a call of the step says it itself
         return
     wanted = names["step"](*given[0], *given[1], *given[2])
-    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(found, wanted if len(found) > 1 else (wanted,))):
+    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(new, wanted if len(new) > 1 else (wanted,))):
         raise NotLowered(
             f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them."
         )

@@ -68,8 +68,8 @@ class Node:
         return self.graph.make("not", self)
 
     def __pow__(self, power: Any) -> Node:
-        found: Node = METHODS["pow"](self.graph, self, power)
-        return found
+        node: Node = METHODS["pow"](self.graph, self, power)
+        return node
 
     def __getattr__(self, name: str) -> Any:
         rule = METHODS.get(name)
@@ -90,8 +90,8 @@ class Node:
         graph = next((a.graph for a in (*args, *(kwargs or {}).values()) if isinstance(a, Node)), None)
         if rule is None or graph is None:
             raise NotLowered(f"torch's {name} cannot be lowered to a kernel.")
-        found: Node = apply(name, rule, graph, args, kwargs)
-        return found
+        node: Node = apply(name, rule, graph, args, kwargs)
+        return node
 
 
 def _operator(op: str) -> Callable[[Node, Any], Node]:

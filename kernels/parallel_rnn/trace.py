@@ -64,19 +64,19 @@ def _recorded(cell: StepFunction, graph: Graph) -> tuple[Node, ...]:
         [graph.leaf("var", n) for n in names(letter, given)] for letter, given in zip("xwh", (cell.pre, cell.rec, cell.state))
     )
     try:
-        found = cell.call(pre, rec, state)
+        made = cell.call(pre, rec, state)
     except NotLowered:
         raise
     except Exception as reason:  # whatever a step does with values that are none
         raise NotLowered(f"its step cannot be traced ({type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}).") from None
-    found = returned(cell, found)
-    for new in found:
+    made = returned(cell, made)
+    for new in made:
         if isinstance(new, torch.Tensor):
             raise NotLowered("it returns a tensor that does not come from its arguments.")
         if not isinstance(new, Node) or new.boolean:
             kind = "a comparison" if isinstance(new, Node) else f"a {type(new).__name__}"
             raise ValueError(f"Cell {cell.name}: a new state must be a tensor of numbers, not {kind}.")
-    return found
+    return made
 
 
 @functools.cache

@@ -44,10 +44,10 @@ def differentiated(
     found, cotangents = run(ours, given, None)
     wanted = run(exact, widened(given, torch.float64), cotangents)[0]
     loop = run(exact, widened(given, torch.float32), cotangents)[0]
-    return kept(labels, found, wanted, loop, description, coarse, draw.within(dtype, products))
+    return compared(labels, found, wanted, loop, description, coarse, draw.within(dtype, products))
 
 
-def kept(
+def compared(
     labels: Sequence[str], found: Sequence[Tensor], wanted: Sequence[Tensor], loop: Sequence[Tensor], description: str, coarse: float = 1.0,
     within: torch.dtype = torch.float32,
 ) -> Answers:  # fmt: skip

@@ -18,7 +18,7 @@ from kernels.rotary import rotary
 from kernels.rotary.reference import frequencies
 from kernels.short_conv import last_inputs, short_conv, short_conv_columns
 from kernels.swiglu import swiglu
-from tests.kernels.generate.answers import RANGE, Function, differentiated, kept, widened
+from tests.kernels.generate.answers import RANGE, Function, compared, differentiated, widened
 from tests.kernels.generate.case import Answers, Draw
 
 
@@ -99,7 +99,7 @@ def convolution_not_finite(draw: Draw) -> Answers:
         run(convolution_definition, torch.float64),
         run(convolution_definition, torch.float32),
     )
-    return kept(("y", "d x"), found, wanted, loop, f"B {B}, T {T}, D {D}, W {W}, {a}..{e}, silu {silu}", 5.0)
+    return compared(("y", "d x"), found, wanted, loop, f"B {B}, T {T}, D {D}, W {W}, {a}..{e}, silu {silu}", 5.0)
 
 
 def convolution_history(draw: Draw) -> Answers:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import cross_entropy
 from models.head import Head
-from tests.kernels.generate.answers import Function, kept
+from tests.kernels.generate.answers import Function, compared
 from tests.kernels.generate.case import Answers, Draw
 
 
@@ -49,7 +49,7 @@ def loss_of_rows(draw: Draw) -> Answers:
             all_[counted] = part.detach()
         return whole
 
-    return kept(
+    return compared(
         ("nll", "log z", "d logits"), (nll, log_z, d), exact(torch.float64), exact(torch.float32), f"rows {rows}, V {V}, {dtype}", 2.0
     )
 
@@ -81,7 +81,7 @@ def loss_of_head(draw: Draw) -> Answers:
         return torch.where(counted, nll, 0.0), torch.where(counted, z, 0.0)
 
     found = run(lambda leaf, _: head(leaf, labels, chunk=chunk, recompute=recompute), torch.float32)
-    return kept(
+    return compared(
         ("nll", "log z", "d h", "d weight"), found, run(exact, torch.float64), run(exact, torch.float32),
         f"rows {rows}, D {D}, V {V}, chunk {chunk}, recompute {recompute}", 2.0,
     )  # fmt: skip

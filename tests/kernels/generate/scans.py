@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ssd import border, ssd
-from tests.kernels.generate.answers import differentiated, kept, products, widened
+from tests.kernels.generate.answers import compared, differentiated, products, widened
 from tests.kernels.generate.case import Answers, Draw
 
 
@@ -91,7 +91,7 @@ def scan_borders(draw: Draw) -> Answers:
     found = [*border.end_state(x, dt, A, Bm, starts), *border.start_adjoint(dy, dt, A, Cm, starts)]
     # Weights are rounded to the inputs' dtype on a GPU, and sums of 16-bit products come in fp32.
     coarse = [t.to(dtype).float() if dtype != torch.float32 else t for t in loop]
-    return kept(("end", "through", "adjoint", "left"), found, wanted, coarse, description)
+    return compared(("end", "through", "adjoint", "left"), found, wanted, coarse, description)
 
 
 def scan_not_finite(draw: Draw) -> Answers:
@@ -119,4 +119,6 @@ def scan_not_finite(draw: Draw) -> Answers:
         y, final = ssd(x_, dt, A, Bm, Cm, h0, starts, D_H=D)
         exact = [scan_definition(*widened(given, kind), starts) for kind in (torch.float64, torch.float32)]
     parts = [(y_[:, others], final_) for y_, final_ in ((y, final), *exact)]
-    return kept(("y", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True))
+    return compared(
+        ("y", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True)
+    )

@@ -16,7 +16,7 @@ from kernels.decode_step import ssm as decode_ssm
 from kernels.mamba2_step import mamba2_step
 from kernels.parallel_rnn import parallel_rnn_step
 from models.cells import available, load_cell
-from tests.kernels.generate.answers import kept, widened
+from tests.kernels.generate.answers import compared, widened
 from tests.kernels.generate.case import Answers, Draw
 
 
@@ -56,7 +56,7 @@ def mamba2_token(draw: Draw) -> Answers:
     wanted, loop = exact(torch.float64), exact(torch.float32)
     found = mamba2_step(*given, state, fresh, G, low, high, in_place)
     assert not in_place or found[2] is state
-    return kept(
+    return compared(
         ("y", "past", "ssm"),
         found,
         wanted,
@@ -85,7 +85,7 @@ def cell_token(draw: Draw) -> Answers:
 
     with torch.no_grad():
         found = parallel_rnn_step(cell, pre, rec, h, bias)
-        return kept(
+        return compared(
             ("state",),
             (found,),
             (exact(torch.float64),),
@@ -139,7 +139,7 @@ def fused_projection(draw: Draw) -> Answers:
         pair_NK=pair if paired else None, conv=Convolution(begin, taps, tap_bias, past) if W else None, silu=acted, add=add, keep_N=keep if add else None,
     )  # fmt: skip
     options = f"norm {normed}, gate {gated} first {first}, pair {paired}, conv {W}, add {add}"
-    return kept(("out", "past"), (out, past), wanted, loop, f"B {B}, N {N}, K {K}, {dtype}, {options}", 4.0)
+    return compared(("out", "past"), (out, past), wanted, loop, f"B {B}, N {N}, K {K}, {dtype}, {options}", 4.0)
 
 
 def fused_recurrences(draw: Draw) -> Answers:
@@ -163,7 +163,7 @@ def fused_recurrences(draw: Draw) -> Answers:
 
         wanted, loop, y = exact(torch.float64), exact(torch.float32), torch.empty(B, H * P, device=draw.device)
         decode_ssm(x, into, out, dt, *own_, state, y, G, 0.0, math.inf)
-        return kept(("y", "state"), (y, state), wanted, loop, f"ssm, B {B}, H {H}, P {P}, G {G}, N {N}", 4.0)
+        return compared(("y", "state"), (y, state), wanted, loop, f"ssm, B {B}, H {H}, P {P}, G {G}, N {N}", 4.0)
     cell = load_cell(draw.choice([*available()]))
     E, O, dtype = draw.choice([1, 2, 3]), draw.size(64, 100, small=(1, 3, 16, 17)), draw.dtype(interpreter=True)  # noqa: E741
     D, inputs = E * O, len(cell.pre)
@@ -183,4 +183,4 @@ def fused_recurrences(draw: Draw) -> Answers:
 
     wanted_, loop_ = step(torch.float64), step(torch.float32)
     cell_step(cell, u, weight, bias, rec, state)
-    return kept(("state",), (state,), (wanted_,), (loop_,), f"{cell.name}, B {B}, E {E}, O {O}, {dtype}", 4.0)
+    return compared(("state",), (state,), (wanted_,), (loop_,), f"{cell.name}, B {B}, E {E}, O {O}, {dtype}", 4.0)
