@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.dispatch import plain
+from kernels.dispatch import is_eager
 from kernels.rotary import rotary
 from models.contract import SequenceMixer, document_starts
 from models.init import init_matrix, tag
@@ -363,7 +363,9 @@ class Mixer(SequenceMixer):
     @staticmethod
     def _packable(q_BHTK: Tensor) -> bool:
         """Whether `packed_attention` can run; its bounds have to be looked at, so nobody may be tracing or capturing."""
-        return q_BHTK.is_cuda and packs(q_BHTK) and plain(q_BHTK) and not torch.version.hip and not torch.cuda.is_current_stream_capturing()
+        return (
+            q_BHTK.is_cuda and packs(q_BHTK) and is_eager(q_BHTK) and not torch.version.hip and not torch.cuda.is_current_stream_capturing()
+        )
 
     @staticmethod
     @torch._disable_dynamo  # torch.compiler.disable, but loading the compiler when it is called

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
+from kernels.short_conv import joint_gradient
 from models.cells import bias_init, load_cell
 from models.contract import SequenceMixer, document_starts, last_segment
 from models.init import init_matrix, normal_, tag
@@ -130,9 +131,10 @@ class Mixer(SequenceMixer):
         own = self.slice if state is None else None
         starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
+        joint = joint_gradient(projected) if self.conv is not None else None
         if self.conv is not None:
             conv_state = own.halo(projected[..., : self.inner], self.conv.width, segment_ids) if own else conv_state
-            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts)
+            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts, joint)
         else:
             u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], -1)
         cell_state = state.cell_BSI if state is not None else None
@@ -147,8 +149,7 @@ class Mixer(SequenceMixer):
             h, final = parallel_rnn(self.cell, pre_BTPEK, rec_RI, cell_state, starts, bias_PD=bias_PI, emitted=True)
         gate = gate if self.config.gate else None
         if self.norm is not None:
-            columns = (self.inner, projected.shape[-1]) if self.conv is not None else (0, 0)
-            h = self.norm(h, gate, norm_first=True, columns=columns)
+            h = self.norm(h, gate, norm_first=True, columns=(self.inner, joint))
         elif gate is not None:
             h = h * F.silu(gate)
         y = self.out_proj(h)

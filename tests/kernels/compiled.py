@@ -1,6 +1,6 @@
 """Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled, copies}}}
 (copies: asynchronous ones to shared memory in its text).
-Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 4 paragru` (steps of a group, forward and backward);
+Its own process: Triton must not be in its interpreter. `python -m tests.kernels.compiled 8 4 paragru` (steps of a group, forward and backward);
 with `--golden` at the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
-from test_parallel_rnn import cells  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
+from tests.kernels.test_parallel_rnn import cells  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
 SWITCHES = {

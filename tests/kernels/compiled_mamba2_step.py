@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
-from compiled import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.mamba2_step import tile  # noqa: E402
+from kernels.mamba2_step.op import tile  # noqa: E402
 from kernels.mamba2_step.triton import step  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
 
 KINDS = {"STARTS": "*u8", "low": "fp32", "high": "fp32"}
 ACTIVATIONS = {"ROWS", "PAST", "CONV", "CONV_BIAS", "Y", "NEXT"}

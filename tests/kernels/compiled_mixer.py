@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from compiled import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -26,6 +24,7 @@ from kernels.residual import triton as residual  # noqa: E402
 from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
 from kernels.swiglu import triton as swiglu  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
 
 FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16

@@ -1,5 +1,5 @@
 """Compiles the scan's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers, spilled, shared}}. Its own process:
-Triton must not be in its interpreter. `python tests/kernels/compiled_ssd.py bf16 64 128` (dtype, P, N); with `--golden` at the end the
+Triton must not be in its interpreter. `python -m tests.kernels.compiled_ssd bf16 64 128` (dtype, P, N); with `--golden` at the end the
 figures go to resources_ssd.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from compiled import resources  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.ssd import launch  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
 
 LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX"}  # in the dtype of x
 STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}

@@ -15,9 +15,9 @@ from kernels.residual import reference as residual_reference
 from kernels.residual import residual
 from kernels.rotary import reference as rotary_reference
 from kernels.rotary import rotary
+from kernels.short_conv import joint_gradient, short_conv, short_conv_columns
 from kernels.short_conv import op as conv_op
 from kernels.short_conv import reference as conv_reference
-from kernels.short_conv import short_conv, short_conv_columns
 from kernels.swiglu import reference as swiglu_reference
 from kernels.swiglu import swiglu
 from models import mixers
@@ -143,8 +143,9 @@ def test_split_projection_and_no_copy_of_the_gates_gradient() -> None:
     starts = torch.rand(B, T, device="cuda") < 0.1
 
     def chain(conv: Any, norm: Any, projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-        _, u, gate = conv(projected, 0, None, weight, bias, starts, True)
-        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(I, 2 * I))
+        joint = joint_gradient(projected)
+        _, u, gate = conv(projected, 0, None, weight, bias, starts, True, joint)
+        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(I, joint))
 
     fine = [t.detach().double().requires_grad_() for t in given]
     y = chain(short_conv_columns, gated_norm, *given)
@@ -187,8 +188,9 @@ def test_repeatable_graph_capturable_and_compiled() -> None:
     given = leaves((2, 600, 512), (256, 4), (256,), (256,), dtypes=[torch.bfloat16, *[torch.float32] * 3])
 
     def chain(projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-        _, u, gate = short_conv_columns(projected, 0, None, weight, bias, None, True)
-        return gated_norm(u, gate, scale, 1e-5, norm_first=True, columns=(256, 512))
+        joint = joint_gradient(projected)
+        _, u, gate = short_conv_columns(projected, 0, None, weight, bias, None, True, joint)
+        return gated_norm(u, gate, scale, 1e-5, norm_first=True, columns=(256, joint))
 
     first = [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]
     assert all(torch.equal(a, b) for a, b in zip(first, [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]))
