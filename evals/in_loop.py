@@ -17,7 +17,6 @@ from evals.measures.position import collapse, position_curve, unlearnt_rows, win
 from models.generate import generate
 from training.config.schema import Config
 from training.engine import Engine
-from training.errors import UserError
 from training.watch.metrics import Metrics
 
 LONG_TOKENS = 100_000_000  # held-out tokens that position curves are drawn from, which are kept in memory
@@ -38,10 +37,7 @@ class Evaluator:
     def __init__(self, config: Config, engine: Engine, shards: list[tuple[ShardSet, float]], metrics: Metrics) -> None:
         self.config, self.engine, self.metrics = config, engine, metrics
         self.train = shards[0][0]
-        try:
-            self.sources, without = mixture.held_out_sources(shards)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.sources, without = mixture.held_out_sources(shards)
         self.baselines: dict[str, float] | None = None
         if without:
             what = "this run is not evaluated" if not self.sources else "it is not evaluated"

@@ -139,10 +139,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()})
     if not isinstance(folder, str):
         raise UserError("Say which token shards to score: data=DIR.")
-    try:
-        held_out, train = ShardSet(folder, "valid"), ShardSet(folder, "train")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    held_out, train = ShardSet(folder, "valid"), ShardSet(folder, "train")
     if held_out.tokenizer().to_str() != tokenizer.to_str():
         raise UserError(
             f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
@@ -229,10 +226,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     from data.shards import open_held_out
     from evals.measures import mixture
 
-    try:
-        scored = [folder for folder in folders if open_held_out(folder) is not None]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    scored = [folder for folder in folders if open_held_out(folder) is not None]
     if left := [folder for folder in folders if folder not in scored]:
         print(f"{', '.join(left)} has no held-out documents and is not evaluated; prepare it with valid_fraction above zero.")
     if not scored:

@@ -142,9 +142,9 @@ def corpus_of_shards(folder: str, limit: int = LIMIT) -> Corpus:
                 documents.append(tokenizer.decode(ids[ids != shards.eot_id].tolist(), skip_special_tokens=True)[: room - size])
                 size += len(documents[-1])
             opened.append(shards)
-        except ValueError as error:
+        except UserError as error:
             if len(folders) == 1:
-                raise UserError(str(error)) from error
+                raise
             notes.append(f"nothing of {part}: {str(error).rstrip('.')}")
     if not opened:
         raise UserError(f"No folder of {folder} has a held-out split; prepare one with valid_fraction above zero.")

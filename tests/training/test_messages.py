@@ -227,9 +227,7 @@ def programs() -> list[list[str]]:
     ):
         if '__name__ == "__main__"' in path.read_text() and path not in moved_programs():
             name = path.relative_to(ROOT)
-            found.append(
-                [str(name)] if name.parts[0] == "scripts" or name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)]
-            )
+            found.append([str(name)] if name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)])
     return [*found, ["train.py"]]
 
 
