@@ -8,7 +8,8 @@ import torch
 
 from data.files import write_json
 from data.shards import ShardSet
-from evals.adapters.base import ItemError, OwnAdapter
+from evals.adapters.base import ItemError
+from evals.adapters.own import OwnAdapter
 from evals.inputs.texts import Text
 from evals.measures import mixture
 from evals.measures.baselines import CountBaselines

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.adapters.base import Adapter, HFAdapter, ItemError, OwnAdapter
+from evals.adapters.base import Adapter, ItemError
+from evals.adapters.hf import HFAdapter
+from evals.adapters.own import OwnAdapter
 
 
 @dataclass

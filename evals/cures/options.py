@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.adapters.base import Adapter, ItemError, OwnAdapter
+from evals.adapters.base import Adapter, ItemError
+from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import Run, Scan, scan_hook, scan_layers
 from training.errors import UserError
 

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evals.adapters.base import ItemError, TextCoder
+from data.tokenizer import TextCoder
+from evals.adapters.base import ItemError
 from evals.inputs.texts import Text
 
 HEAD = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"

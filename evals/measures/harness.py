@@ -24,7 +24,9 @@ from typing import Any
 
 import torch
 
-from evals.adapters.base import Adapter, HFAdapter, ItemError, OwnAdapter, first_words
+from evals.adapters.base import Adapter, ItemError, first_words
+from evals.adapters.hf import HFAdapter
+from evals.adapters.own import OwnAdapter
 
 TASKS = "lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa"  # the set of the Mamba papers
 NEW_TOKENS = 256  # HFLM's, where a task does not say

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.adapters.base import Adapter, TextCoder
+from data.tokenizer import TextCoder
+from evals.adapters.base import Adapter
 from evals.inputs.tasks import Sample, Task
 from evals.inputs.texts import Text
 from evals.measures.statistics import wilson

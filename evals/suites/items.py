@@ -19,7 +19,9 @@ from typing import Any, cast
 import torch
 
 from data.files import check_writable, write_json
-from evals.adapters.base import Adapter, ItemError, OwnAdapter, first_words, load_adapter
+from evals.adapters.base import Adapter, ItemError, first_words
+from evals.adapters.load import load_adapter
+from evals.adapters.own import OwnAdapter
 from evals.inputs.common_text import CommonText
 from evals.inputs.texts import Corpus, Text, constant_rows, random_rows, tokenised
 from evals.measures.position import unlearnt

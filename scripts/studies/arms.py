@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from data.files import write_bytes, write_json
 from data.shards import ShardSet
-from evals.adapters.base import ItemError, OwnAdapter
+from evals.adapters.base import ItemError
+from evals.adapters.own import OwnAdapter
 from evals.inputs.texts import Text
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from models.config import ModelConfig

@@ -15,7 +15,8 @@ from data.encode import Encoder
 from data.prepare import main
 from data.shards import ShardSet
 from data.tokenizer import Marks, coder_of, load_tokenizer, marks_of
-from evals.adapters.base import hf_coder, load_adapter
+from evals.adapters.hf import hf_coder
+from evals.adapters.load import load_adapter
 from models.config import ModelConfig
 from models.generate import DEFAULTS, Writer
 from models.hub.export import write_folder

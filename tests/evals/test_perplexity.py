@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from data.shards import ShardSet
-from data.tokenizer import byte_tokenizer
-from evals.adapters.base import ItemError, own_coder
+from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.base import ItemError
 from evals.inputs.texts import Text
 from evals.measures.baselines import DISCOUNT, CountBaselines
 from evals.measures.documents import document_perplexity
@@ -129,7 +129,7 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     rng, sizes = np.random.default_rng(0), [40, 7, 101, 40, 12, 2, 40, 9, 33]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     text = Text(rng.integers(0, 256, sum(sizes)), "test", starts=starts)
-    decode = own_coder(byte_tokenizer()).decode
+    decode = coder_of(byte_tokenizer()).decode
     chosen = text.documents(9, 30, decode)
     assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[
         starts

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evals.adapters.base import Adapter, ItemError, LayerState, OwnAdapter, total_variation
+from evals.adapters.base import Adapter, ItemError, LayerState, total_variation
+from evals.adapters.own import OwnAdapter
 from evals.cures import options as cures
 from evals.cures.hooks import Scan, measure_retention, scan_hook
 from evals.measures.position import position_curve

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import byte_tokenizer
-from evals.adapters.base import HFAdapter, ItemError, own_coder
+from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.base import ItemError
+from evals.adapters.hf import HFAdapter
 from evals.inputs.tasks import NAMES, NOISE, Task
 from evals.inputs.texts import DEMO, Text, corpus_of_file
 from evals.measures.position import collapse, position_curve, windows
@@ -25,7 +26,7 @@ from evals.suites.items import Item, guarded, run_items
 from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 
-CODER = own_coder(byte_tokenizer())
+CODER = coder_of(byte_tokenizer())
 PROSE = Text(np.array(CODER.encode("It is a truth universally acknowledged. " * 400), dtype=np.int64), "test")
 
 
