@@ -8,7 +8,7 @@
     python -m scripts.studies.tracking minutes=0                          only the table and the plot of what is there
 
 Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
-(scripts/studies/trainer.py). Each result is a file in OUT/cells, written when it is known; the same command goes on where it stopped. Needs
+(scripts/studies/cells.py). Each result is a file in OUT/cells, written when it is known; the same command goes on where it stopped. Needs
 torch, numpy and this repository (no launcher, no DeepSpeed, no Hydra).
 Cells end when the task is solved (after a short fall of the learning rate), after `steps`, or when their share of the time is used up.
 Published settings (arXiv 2510.21450, table 6): one layer, width and state 64, 4 heads, convolution 4, no MLP, length 100, 3000 passes over
@@ -29,7 +29,7 @@ from typing import Any
 
 from data.files import write_json
 from evals.report.figures import pyplot
-from scripts.studies.trainer import LENGTHS, MIXERS, TASKS, settings_of, train_cell
+from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
 from training.config.schema import nearest
 from training.errors import UserError

@@ -18,7 +18,7 @@ from data.synthetic.task import Draws
 from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from scripts.studies.trainer import finish
+from scripts.studies.cells import finish
 from tests.conftest import ROOT, run_program
 from training.config.arguments import parse_arguments
 from training.errors import UserError
@@ -190,7 +190,7 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
 
 
 def test_cells_are_judged_over_thousands_of_answers_and_can_have_the_published_settings() -> None:
-    from scripts.studies.trainer import PUBLISHED, answers_of, settings_of, stages_of
+    from scripts.studies.cells import PUBLISHED, answers_of, settings_of, stages_of
 
     mqar, parity = build_task({"name": "mqar"}), build_task({"name": "parity"})
     assert answers_of(mqar, 100) == 2 and answers_of(parity, 100) == 100
