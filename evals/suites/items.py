@@ -176,7 +176,7 @@ class Bench:
 
     def _tracking(self) -> Item:
         from data.synthetic import build_task
-        from evals.state_tracking import default_lengths, evaluate
+        from evals.measures.tracking import accuracy_by_length, default_lengths
 
         s, quick = self.settings, self.settings.suite == "quick"
         sequences = s.sequences or (200 if quick else 1000)
@@ -188,7 +188,7 @@ class Bench:
                 )
             task = build_task(self.task)
             lengths, model = s.lengths or default_lengths(self.T, task), self.adapter.model
-            result = evaluate(
+            result = accuracy_by_length(
                 cast(Any, model),
                 task,
                 lengths,

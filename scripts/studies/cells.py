@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader
 from data.synthetic.task import IGNORE, Draws, Task
-from evals.state_tracking import evaluate
+from evals.measures.tracking import accuracy_by_length
 from models.config import ModelConfig
 from models.contract import SequenceMixer
 from models.lm import LanguageModel
@@ -247,7 +247,7 @@ class Cell:
     def score(self, lengths: list[int], sequences: int, batch: int) -> dict[str, Any]:
         """Accuracy by length on sequences that no training draws, as evals.measures.tracking reports it."""
         with self.trainer.here():
-            return evaluate(
+            return accuracy_by_length(
                 self.trainer.model,
                 self.task,
                 lengths,

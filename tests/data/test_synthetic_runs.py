@@ -15,7 +15,8 @@ import torch
 
 from data.synthetic import build_task
 from data.synthetic.task import Draws
-from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
+from evals.measures.tracking import Counts, accuracy_by_length, count, default_lengths
+from evals.state_tracking import DEFAULTS, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.cells import finish
@@ -86,12 +87,12 @@ def test_what_goes_wrong_at_one_length_is_said_there() -> None:
     model.forward = lambda x, state=None: SimpleNamespace(  # type: ignore[method-assign]
         logits=torch.full((*x.shape, 4), float("nan") if x.shape[1] == 9 else 1.0), state=state
     )
-    rows = evaluate(model, task, [8, 9, 3], sequences=4)["lengths"]
+    rows = accuracy_by_length(model, task, [8, 9, 3], sequences=4)["lengths"]
     assert rows[0]["answers"] == 8 and "not finite" in rows[1]["error"] and "too short" in rows[2]["error"]
     model.config = SimpleNamespace(vocab_size=3)
-    assert "has 3 tokens" in evaluate(model, task, [8], sequences=4)["lengths"][0]["error"]
+    assert "has 3 tokens" in accuracy_by_length(model, task, [8], sequences=4)["lengths"][0]["error"]
     with pytest.raises(UserError):
-        evaluate(model, {"name": "nothing"}, [8])
+        accuracy_by_length(model, {"name": "nothing"}, [8])
     with pytest.raises(UserError) as caught:
         evaluate_checkpoint(model, {"folder": "here", "run": {"data": {"reader": "windows", "path": "x"}}})
     assert "here was not trained on a generated task" in str(caught.value)

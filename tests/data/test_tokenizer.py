@@ -116,7 +116,7 @@ def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Pa
     shards = ShardSet(tmp_path / "shards", "train")
     assert marks_of(shards.tokenizer(), _written(tmp_path / "again", shards.tokenizer_config())) == Marks(3, 4)
     monkeypatch.setattr(in_loop, "generate", generate)
-    evaluator = in_loop.Evaluator.__new__(in_loop.Evaluator)
+    evaluator = in_loop.TextEvaluator.__new__(in_loop.TextEvaluator)
     world = SimpleNamespace(main=True, device="cpu", barrier=lambda: None)
     module = torch.nn.Linear(1, 1)
     evaluator.engine = SimpleNamespace(world=world, gathered=lambda _: torch.no_grad(), parameters=[], module=module)  # type: ignore[assignment]
