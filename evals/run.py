@@ -82,7 +82,8 @@ def by_tokens(values: dict[str, Any]) -> bool:
 
 def run_suite(values: dict[str, Any]) -> int:
     """Runs a suite on every checkpoint; returns how many items could not be measured. Raises UserError where nothing can be."""
-    from evals.suites.items import Settings, evaluate
+    from evals.suites.runner import evaluate
+    from evals.suites.subject import Settings
 
     settings = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     if settings.suite == "perplexity":

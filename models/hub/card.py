@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
-from evals.report import page as report
+from evals.report import sections as report
 from models.config import ModelConfig
 
 SHOWN = ("bits_per_byte", "perplexity", "nats_per_token", "tokens")  # of an evaluation of held-out text

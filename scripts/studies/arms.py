@@ -321,7 +321,8 @@ def _state_tensors(mixer: Any) -> list[Tensor]:
 
 def measure(name: str, values: dict[str, Any], device: torch.device) -> None:
     """The suites' items on a trained arm."""
-    from evals.suites.items import Settings, evaluate
+    from evals.suites.runner import evaluate
+    from evals.suites.subject import Settings
 
     arm, size = study_arms(values["size"])[name], SIZES[values["size"]]
     T = arm["T"]

@@ -20,7 +20,7 @@ from evals.adapters.trust import code_hash, may_run_code
 from evals.measures.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
 from evals.report.figures import grids_figure, pyplot, remembrance_figure
-from evals.report.page import write_report
+from evals.report.sections import write_report
 from evals.run import main, where_to_write
 from models.hub.custom import custom, write_code
 from tests.evals.conftest import llama, own
@@ -204,8 +204,12 @@ def test_progress_is_plain_lines_of_the_first_process(monkeypatch: pytest.Monkey
 
     lines = told()
     assert len(lines) == 2 and lines[0].startswith("perplexity: 1 of 100 rows") and lines[1].startswith("perplexity: 100 of 100 rows")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert told() == []
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UserError, match="RANK='first'"):  # read where training reads it
+        told()
     monkeypatch.setenv("RANK", "0")
 
     class Terminal(io.StringIO):
