@@ -90,7 +90,7 @@ class TextEvaluator:
             result["sources"] = named
             for name, one in named.items():
                 self.metrics.write(step, **{f"held_out_loss/{name}": one["nats_per_token"], f"bits_per_byte/{name}": one["bits_per_byte"]})
-            text += f", weighed as in training; {mixture.told(named)}"
+            text += f", weighed as in training; {mixture.by_source(named)}"
         self.metrics.say(f"held out after step {step}: {text}")
         if self.config.eval.long_length:
             result["long"] = self.long(step)

@@ -251,7 +251,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
         write_json(out, report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from error
-    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.told(sources)}")
+    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.by_source(sources)}")
     _show(report, out)
     return report
 

@@ -121,12 +121,12 @@ class Subject:
         """What a result on `rows_of` says of its rows: the text, and how far it reaches where it does not give all that was asked for."""
         if prompt != "prose":
             return {}
-        said: dict[str, Any] = {"asked_length": length, "asked_rows": rows, **self.about_text()}
+        about: dict[str, Any] = {"asked_length": length, "asked_rows": rows, **self.about_text()}
         if ids_RL.shape[1] < length:
-            said["note"] = f"the text reaches {ids_RL.shape[1]:,} tokens of the {length:,} asked for"
+            about["note"] = f"the text reaches {ids_RL.shape[1]:,} tokens of the {length:,} asked for"
         elif ids_RL.shape[0] < rows:
-            said["note"] = f"the text gives {ids_RL.shape[0]} row(s) of the {rows} asked for"
-        return said
+            about["note"] = f"the text gives {ids_RL.shape[0]} row(s) of the {rows} asked for"
+        return about
 
     def in_windows(self, prompt: str, ids_RL: np.ndarray) -> dict[str, Any] | None:
         """The same rows in windows of T tokens, which the long ones are judged against; None for constant tokens and for rows within T."""
