@@ -103,13 +103,13 @@ def run_suite(values: dict[str, Any]) -> int:
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Scores one checkpoint on the held-out split of token shards: writes the result as JSON, prints and returns it. Raises UserError."""
     from data.files import write_json
+    from evals.adapters.load import device_of
     from evals.measures.baselines import baselines
     from evals.measures.perplexity import evaluate
     from training.checkpoint import load_model
-    from training.engine import pick_device
     from training.watch.metrics import environment
 
-    device = pick_device(values["device"])
+    device = device_of(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)
     folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
     if isinstance(folder, str) and "," in folder and not Path(folder).exists():

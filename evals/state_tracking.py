@@ -73,11 +73,11 @@ def evaluate_checkpoint(model: LanguageModel, meta: dict[str, Any], values: dict
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Loads the checkpoint, measures it, writes the report as JSON and returns it. Raises UserError."""
+    from evals.adapters.load import device_of
     from training.checkpoint import load_model
-    from training.engine import pick_device
     from training.watch.metrics import environment
 
-    device = pick_device(values["device"])
+    device = device_of(values["device"])
     model, _, meta = load_model(values["checkpoint"], device)
     start = time.perf_counter()
     result = evaluate_checkpoint(model, meta, values)

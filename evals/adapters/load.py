@@ -1,4 +1,4 @@
-"""From a path to a model that can be evaluated: our own checkpoints and any Hugging Face causal language model on disk.
+"""From a path to a model that can be evaluated, on a device: our own checkpoints and any Hugging Face causal language model on disk.
 
 adapter = load_adapter("runs/quickstart", "cpu")            # or a folder for transformers.AutoModelForCausalLM
 """
@@ -18,6 +18,7 @@ from evals.adapters.own import OwnAdapter
 from evals.adapters.trust import may_run_code
 from models.hub.weights import Weights
 from training.errors import UserError
+from training.launch import launch
 
 
 def load_adapter(
@@ -75,6 +76,15 @@ def is_ours(folder: Path) -> bool:
         return "mixers" in (config := json.loads((folder / "config.json").read_text())) and "model_type" not in config
     except (OSError, ValueError):
         return False
+
+
+def device_of(name: str) -> torch.device:
+    """auto, cpu or cuda as a device of this process: under a launcher a GPU of its own. Raises UserError."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {name!r}; choose auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but PyTorch sees no GPU; give device=cpu.")
+    return torch.device("cuda", launch().local) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
 
 
 def quiet_transformers() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from data.files import check_writable, write_json
 from evals.adapters.base import Adapter, ItemError, first_words
-from evals.adapters.load import load_adapter
+from evals.adapters.load import device_of, load_adapter
 from evals.adapters.own import OwnAdapter
 from evals.inputs.common_text import CommonText
 from evals.progress import Progress
@@ -121,8 +121,7 @@ def evaluate(
     """
     check_writable(out)
     common = CommonText(paths, settings.data, settings.text)
-    started = launch()
-    where = torch.device(_device(device, started.local))
+    started, where = launch(), device_of(device)
     names: dict[str, str] = {}
     failed = loaded = 0
     for path in paths:
@@ -181,15 +180,6 @@ def _not_loaded(name: str, path: str, error: Exception, precision: str, device: 
         "model": model,
         "environment": environment(device),
     }
-
-
-def _device(name: str, local: int) -> str:
-    """auto, cpu or cuda as a device of this process, the `local`-th on its machine."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is {name!r}; choose auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but PyTorch sees no GPU; give device=cpu.")
-    return f"cuda:{local}" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _name(path: str, taken: dict[str, str]) -> str:

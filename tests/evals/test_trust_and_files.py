@@ -183,6 +183,8 @@ def test_a_suite_is_refused_before_anything_is_measured(hf_folder: Path, tmp_pat
     [
         (["checkpoint=x", "text=demo"], "There is no x"),
         (["checkpoint=x,y", "text=demo"], "None of the models"),
+        (["checkpoint=x", "device=tpu"], "error: device is 'tpu'"),  # and not a key of train.py
+        (["checkpoint=x", "device=tpu", "text=demo"], "error: device is 'tpu'"),
         (["checkpoint=x", "suite=quick", "text=a.txt", "data=b"], "one of them"),
         (["checkpoint=x", "suite=quick", "add_bos_token=maybe"], "add_bos_token"),
         (["checkpoint=x", "suite=quick", "trust_remote_code=yes"], "trust_remote_code must be true or false"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ STEPS = 5
 
 
 def model(seed: int) -> LanguageModel:
-    mixers = {"g": {"type": "rnn"}, "a": {"type": "attention", "n_heads": 2}}
+    mixers: dict[str, dict[str, Any]] = {"g": {"type": "rnn"}, "a": {"type": "attention", "n_heads": 2}}
     new = LanguageModel(ModelConfig(vocab_size=16, d_model=16, n_layers=2, pattern=["g", "a"], mixers=mixers, d_ff=0))
     new.init_weights(seed)
     return new
@@ -56,7 +58,7 @@ def by_hand(seed: int) -> tuple[list[tuple[float, float]], list[Tensor]]:
     return rows, [p.detach() for p in net.parameters()]
 
 
-def start(seed: int):  # type: ignore[no-untyped-def]
+def start(seed: int) -> tuple[Trainer, Iterator[tuple[int, tuple[Tensor, ...]]]]:
     """A trainer, and the generator of its steps."""
     trainer = Trainer(model(seed), torch.device("cpu"), lr=1.0, betas=(0.9, 0.99), weight_decay=0.1, grad_clip=0.5, bf16=True)
     data = batches(seed)
