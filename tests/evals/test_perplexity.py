@@ -16,7 +16,7 @@ from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, coder_of
 from evals.adapters.base import ItemError
 from evals.inputs.texts import Text
-from evals.measures.baselines import DISCOUNT, CountBaselines
+from evals.measures.baselines import DISCOUNT, CountBaselines, baselines
 from evals.measures.documents import document_perplexity
 from evals.measures.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
 from models.config import ModelConfig
@@ -92,6 +92,16 @@ def test_baselines_against_dictionaries_and_they_are_distributions(demo_shards: 
     assert unigram == pytest.approx(-sum(math.log(p1(w)) for w in ids[1:]))
     assert bigram == pytest.approx(-sum(math.log(p2(v, w)) for v, w in zip(ids, ids[1:])))
     assert sum(p2(ids[5], w) for w in range(V)) == pytest.approx(1.0)
+
+
+def test_baselines_are_of_the_tokens_that_the_model_is_scored_on(model: LanguageModel, demo_shards: Path) -> None:
+    train, valid = ShardSet(demo_shards, "train"), ShardSet(demo_shards, "valid")
+    scored, counted = evaluate(model, valid, length=100, max_tokens=900), baselines(train, valid, 100, 900)
+    counts, rows = CountBaselines(train), [tokens for tokens, _ in held_out_rows(valid, 100, 900)]
+    for i, name in enumerate(("unigram", "bigram")):
+        assert (counted[name].tokens, counted[name].bytes) == (scored.tokens, scored.bytes)
+        assert counted[name].nll_nats == pytest.approx(sum(counts.nll(tokens)[i] for tokens in rows))
+    assert counted["bigram"].bits_per_byte < counted["unigram"].bits_per_byte < scored.bits_per_byte
 
 
 def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
