@@ -209,9 +209,6 @@ def test_progress_is_plain_lines_of_the_first_process(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert told() == []
-    monkeypatch.setenv("RANK", "first")
-    with pytest.raises(UserError, match="RANK='first'"):  # read where training reads it
-        told()
     monkeypatch.setenv("RANK", "0")
 
     class Terminal(io.StringIO):
