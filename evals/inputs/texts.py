@@ -91,11 +91,11 @@ class Text:
         places = list(zip(borders, borders[1:]))
         if len(places) < count:
             places = [(a, end) for start, end in places for a in range(start, max(start + 1, end - 1), length)]
-        found = []
+        cut = []
         for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)):
             ids = np.asarray(self.ids[places[i][0] : min(places[i][1], places[i][0] + length + 1)]).astype(np.int64)
-            found.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
-        return found
+            cut.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
+        return cut
 
 
 def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:

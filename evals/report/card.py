@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from evals.report import page as report
+from evals.report.figures import curves_figure, pyplot
+from evals.report.page import Page
+from evals.report.sections import SECTIONS, Records, done, read, texts
 from models.hub.card import Evaluation, is_number, read_or_empty
 
 SHOWN = ("bits_per_byte", "perplexity", "nats_per_token", "tokens")  # of an evaluation of held-out text
@@ -15,21 +17,21 @@ def evaluation(source: Path, evals: Path | None = None) -> Evaluation | None:
     """Held-out text from eval*.json beside the checkpoint `source` or in its run folder, and the suites in `evals` (OUT or OUT/MODEL of
     evals.run), with their tables and plots; None where nothing was measured."""
     rows, curve, status = held_out(source)
-    records: report.Records = {}
+    records: Records = {}
     if evals is not None:
-        every = report.read(evals) or report.read(evals.parent)
+        every = read(evals) or read(evals.parent)
         records = {model: items for model, items in every.items() if model == evals.name} or every
     if not rows and not records:
         return None
-    page, plt = report.Page(), report.pyplot()
+    page, plt = Page(), pyplot()
     page.head("Evaluation")
     page.table(["file", "number", ""], rows)
     if curve:
         length = (read_or_empty(source / "run.json").get("train") or {}).get("seq_len")
-        page.figure("held_out", report.curves_figure(plt, [(f"text ({status})", curve, length)], "loss by position"), "loss by position")
-    report.texts(page, records)
-    for kind, title, meaning, draw in report.SECTIONS:
-        if measured := report.done(records, kind):
+        page.figure("held_out", curves_figure(plt, [(f"text ({status})", curve, length)], "loss by position"), "loss by position")
+    texts(page, records)
+    for kind, title, meaning, draw in SECTIONS:
+        if measured := done(records, kind):
             page.head(title)
             page.say(meaning or "Measured by `python -m evals.run`.")
             draw(page, plt, measured)

@@ -136,7 +136,7 @@ def test_unsafe_folders_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_evaluation_refuses_what_would_have_to_be_unpickled_or_leads_away(kind: str, tmp_path: Path) -> None:
-    from evals.adapters.base import load_adapter
+    from evals.adapters.load import load_adapter
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../../secret.safetensors"}}))
