@@ -12,26 +12,32 @@ from torch import Tensor, nn
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # products and sums in one instruction: Triton 3.10 asks for it to be said
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the look-up
-_planning = False
+_planning = _planning_compiled = False
 # A kernel that is one of a chain may be launched before the one before it ends, and wait inside for its results, which hides the launch. None:
 # where the device can. A decoding step on an H100 takes a fifth less time by it.
 dependent_launch: bool | None = None
 
 
 @contextmanager
-def planning() -> Iterator[None]:
-    """Inside, tensors without storage count as tensors on a GPU: ops with fake implementations are chosen (training/cost/memory.py)."""
-    global _planning
-    before, _planning = _planning, True
+def planning(compiled: bool = False) -> Iterator[None]:
+    """Inside, tensors without storage count as tensors on a GPU: ops with fake implementations are chosen (training/cost/memory.py).
+    compiled: as torch.compile sees them."""
+    global _planning, _planning_compiled
+    before, _planning, _planning_compiled = (_planning, _planning_compiled), True, compiled
     try:
         yield
     finally:
-        _planning = before
+        _planning, _planning_compiled = before
 
 
 def planned() -> bool:
     """Inside `planning`: whoever launches kernels outside a custom op returns tensors of the right shapes instead."""
     return _planning
+
+
+def planned_compiled() -> bool:
+    """Inside `planning(compiled=True)`: what cannot be traced is not chosen."""
+    return _planning_compiled
 
 
 def interpreted() -> bool:

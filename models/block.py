@@ -14,6 +14,7 @@ from models import mixers
 from models.config import ModelConfig
 from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
+from models.segments import Documents
 
 
 class Block(Module):
@@ -29,8 +30,12 @@ class Block(Module):
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
 
-    def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
-        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
+    def forward(
+        self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, Any]:
+        """documents: of segment_ids, shared by all layers; without them a mixer that wants them looks for itself."""
+        more = {"documents": documents} if self.mixer.takes_documents else {}
+        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids, **more)
         x_BTD = self._add(x_BTD, y, 0)
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = self._add(x_BTD, self.mlp(self.mlp_norm(x_BTD)), 1)

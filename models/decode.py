@@ -9,7 +9,6 @@ runs as it is. For few rows the step is made of fused kernels (kernels/decode_st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -31,28 +30,16 @@ def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
     """A copy of `state` whose tensors a step writes into: caches get room for `capacity` tokens."""
-    layers: list[Any] = []
-    for block, part in zip(model.blocks, state.layers):
-        mixer: Any = block.mixer
-        if hasattr(mixer, "fixed_state"):
-            layers.append(mixer.fixed_state(part, capacity))
-        else:
-            tensors = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-            layers.append(
-                dataclasses.replace(
-                    part, **{name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items() if isinstance(t, Tensor)}
-                )
-            )
-    return LMState(layers)
+    return LMState([block.mixer.fixed_state(part, capacity) for block, part in zip(model.blocks, state.layers)])
 
 
 def _tensors(state: LMState) -> list[Tensor]:
-    found = []
+    tensors = []
     for part in state.layers:  # plain loops: torch.compile reads this too
         for value in part.__dict__.values():
             if isinstance(value, Tensor):
-                found.append(value)
-    return found
+                tensors.append(value)
+    return tensors
 
 
 class Decoder:
@@ -61,7 +48,8 @@ class Decoder:
     def __init__(self, model: LanguageModel, state: LMState, capacity: int, *, compiled: bool = False, fused: bool | None = None) -> None:
         """capacity: the most tokens a cache holds, those read included. compiled: torch.compile fuses the step's small operations.
         fused: the kernels of kernels/decode_step; None: where they can run, for as few rows as they are made for."""
-        cached = [part.k_BGLK.shape[2] for part in state.layers if hasattr(part, "k_BGLK")]
+        layers = [(block.mixer, part) for block, part in zip(model.blocks, state.layers)]
+        cached = [mixer.cached_tokens(part) for mixer, part in layers if mixer.grows()]
         self.room = capacity - max(cached) if cached else -1  # -1: nothing grows
         if cached and self.room < 1:
             raise ValueError(f"The cache holds {max(cached)} tokens already; a capacity of {capacity} leaves no room.")
@@ -90,9 +78,6 @@ class Decoder:
         steps = [block.fused_step(x_BD, part) for block, part in zip(model.blocks, self.state.layers)]
         if any(step is None for step in steps):
             return None
-        for part in self.state.layers:
-            if hasattr(part, "segment_B"):
-                part.segment_B.clamp_(min=0)  # as last_segment does
 
         def once() -> None:
             x_BD.copy_(model.embedding(self.token_B1[:, 0]))
@@ -111,11 +96,10 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> Any:
-        changed = [
-            value
-            for part in self.state.layers
-            for name, value in vars(part).items()
-            if isinstance(value, Tensor) and name not in getattr(part, "appended", ())
+        changed = [  # all but caches, where a step writes only behind what was seen
+            tensor
+            for block, part in zip(self.model.blocks, self.state.layers)
+            for tensor in block.mixer.tensors_of(part, "recurrent", "history", "bookkeeping").values()
         ]
         before = [t.clone() for t in changed]
         here = self.token_B1.device  # perhaps not the current device
@@ -152,5 +136,4 @@ class Decoder:
     def release(self) -> LMState:
         """The state after all steps, as the model takes it. The decoder is used up: the state shares its tensors."""
         self.room = 0
-        parts = zip(self.model.blocks, self.state.layers)
-        return LMState([block.mixer.open_state(part) if hasattr(block.mixer, "open_state") else part for block, part in parts])
+        return LMState([block.mixer.open_state(part) for block, part in zip(self.model.blocks, self.state.layers)])

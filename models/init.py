@@ -1,7 +1,8 @@
 """Roles of parameters: tags that optimizer groups, initialisation and precision read, so that nothing matches on names.
 
 no_decay: weight decay leaves it alone. keep_fp32: stays fp32 whatever the precision (recurrence parameters). residual: writes into the
-residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell.
+residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell. log_decay_rate: the
+logarithm of the rate at which a head forgets. What the tensors of a state are, a mixer says in `state_roles` (models/contract.py).
 """
 
 from __future__ import annotations

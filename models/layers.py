@@ -88,7 +88,7 @@ class CausalConv(Module):
     def init_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)
 
-    def why_whole(self, T: int) -> str:
+    def why_not_split(self, T: int) -> str:
         """Why slices of T tokens are too short to lie on different ranks, or ''."""
         return "" if T >= self.width - 1 else f"slices of {T} token(s) are shorter than the {self.width - 1} a convolution looks back"
 

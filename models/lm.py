@@ -19,6 +19,7 @@ from models.contract import tensor_bytes
 from models.head import Head
 from models.init import Module, normal_, tag
 from models.layers import RMSNorm
+from models.segments import Documents
 
 
 @dataclass
@@ -94,13 +95,14 @@ class LanguageModel(Module):
         state: from `init_state` or an earlier call; the output then carries the next one.
         """
         x_BTD = self.embedding(input_ids)
+        documents = None if segment_ids is None or state is not None else Documents(segment_ids)
         layers: list[Any] = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, use_reentrant=False, preserve_rng_state=False)
+                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, documents, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTD, after = block(x_BTD, before, segment_ids)
+                x_BTD, after = block(x_BTD, before, segment_ids, documents)
             layers.append(after)
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:

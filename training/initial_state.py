@@ -20,21 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.contract import SequenceMixer, state_tensors, with_tensors
 from training.config.schema import STARTS
 
 MODES = STARTS
-CACHES = ("k_", "v_")  # fields of attention's state
-
-
-def _tensors(part: Any) -> list[str]:
-    return [
-        f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), Tensor) and getattr(part, f.name).is_floating_point()
-    ]
-
-
-def _recurrent(part: Any) -> list[str]:
-    """Fields that carry a memory of their own, the last inputs of a convolution left out."""
-    return [name for name in _tensors(part) if not name.startswith(("conv", *CACHES))]
 
 
 class InitialStates:
@@ -47,7 +36,8 @@ class InitialStates:
             raise ValueError(f"drop must lie between 0 and 1 and sigma be zero or more, not {drop} and {sigma}.")
         self.mode, self.sigma, self.drop, self.momentum = mode, sigma, drop, momentum
         self.generator = torch.Generator().manual_seed(seed)
-        self.held: dict[int, Any] = {}
+        self.mixers: list[SequenceMixer] = []
+        self.ended: dict[int, Any] = {}  # the state in which each micro-batch of the step before ended
         self.fitted: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def before(self, model: Any, slot: int, batch: int, segment_ids: Tensor | None = None, stream: bool = False) -> Any:
@@ -55,28 +45,28 @@ class InitialStates:
         otherwise the state counts as of the row's first segment."""
         if self.mode == "zero":
             return None
+        self.mixers = [block.mixer for block in model.blocks]
         state = model.init_state(batch)
         if self.mode == "pass":
-            held = self.held.get(slot)
-            if held is None or next(_batches(held), batch) != batch:
+            ended = self.ended.get(slot)
+            if ended is None or self._rows(ended) not in (batch, None):
                 return state
-            state = held
+            state = ended
         keep_B = (torch.rand(batch, generator=self.generator) >= self.drop).to(model.embedding.weight.device)
         layers = []
-        for layer, part in enumerate(state.layers):
-            values: dict[str, Any] = {}
-            for name in _recurrent(part) if self.mode != "pass" else [n for n in _tensors(part) if not n.startswith(CACHES)]:
-                x = getattr(part, name)
+        for layer, (mixer, part) in enumerate(zip(self.mixers, state.layers)):
+            if mixer.grows():
+                layers.append(mixer.init_state(batch, model.embedding.weight.device))
+                continue
+            values = mixer.tensors_of(part, "recurrent", "history") if self.mode == "pass" else mixer.tensors_of(part, "recurrent")
+            for name, x in values.items():
                 if self.mode != "pass":
                     x = self._noise(layer, name, x)
                 values[name] = torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)  # a dropped state is gone, NaN or not
-            if hasattr(part, "segment_B"):
-                first = part.segment_B if stream else torch.zeros_like(part.segment_B) if segment_ids is None else segment_ids[:, 0]
-                values["segment_B"] = first.to(part.segment_B.dtype)
-            if any(name.startswith(CACHES) for name in _tensors(part)):
-                layers.append(model.blocks[layer].mixer.init_state(batch, model.embedding.weight.device))
-            else:
-                layers.append(dataclasses.replace(part, **values))
+            part = dataclasses.replace(part, **values)
+            if not stream:
+                part = mixer.in_segment(part, keep_B.new_zeros(batch, dtype=torch.int32) if segment_ids is None else segment_ids[:, 0])
+            layers.append(part)
         return type(state)(layers)
 
     def _noise(self, layer: int, name: str, x: Tensor) -> Tensor:
@@ -91,11 +81,16 @@ class InitialStates:
     def after(self, slot: int, state: Any) -> None:
         """Takes the state a micro-batch ended in."""
         if self.mode == "pass":
-            self.held[slot] = type(state)([_detached(part) for part in state.layers])
+            self.ended[slot] = type(state)([with_tensors(part, Tensor.detach) for part in state.layers])
         elif self.mode == "fitted":
-            for layer, part in enumerate(state.layers):
-                for name in _recurrent(part):
-                    self._fit(layer, name, getattr(part, name).detach())
+            for layer, (mixer, part) in enumerate(zip(self.mixers, state.layers)):
+                for name, tensor in mixer.tensors_of(part, "recurrent").items():
+                    self._fit(layer, name, tensor.detach())
+
+    def _rows(self, state: Any) -> int | None:
+        """Rows of a state; None if all its layers start empty anyway."""
+        parts = (part for mixer, part in zip(self.mixers, state.layers) if not mixer.grows())
+        return next((len(tensor) for part in parts for tensor in state_tensors(part).values()), None)
 
     def _fit(self, layer: int, name: str, x: Tensor) -> None:
         """Mean and standard deviation over rows and the entries of a head; a state without heads (B, S, I) has one pair for each of the S."""
@@ -105,14 +100,3 @@ class InitialStates:
         if before is not None:
             mean, std = (self.momentum * b + (1 - self.momentum) * a for b, a in zip(before, (mean, std)))
         self.fitted[(layer, name)] = (mean, std)
-
-
-def _batches(state: Any) -> Any:
-    for part in state.layers:
-        for name in _tensors(part):
-            if not name.startswith(CACHES):
-                yield getattr(part, name).shape[0]
-
-
-def _detached(part: Any) -> Any:
-    return dataclasses.replace(part, **{name: getattr(part, name).detach() for name in _tensors(part)})

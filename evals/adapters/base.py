@@ -280,19 +280,19 @@ class Adapter:
         return torch.stack(written, 1).cpu()
 
 
-# Fields of a state that grow with the text, or are the last inputs of a convolution, are no recurrent state.
+# Caches of transformers and of others' code declare nothing: what grows with the text, or is the last inputs of a convolution, tells by its name.
 NOT_RECURRENT = ("conv", "k_", "v_", "keys", "values", "segment", "seen", "position")
 
 
-def recurrent_fields(state: Any) -> list[str]:
-    """Names of the recurrent tensors of a mixer's state dataclass."""
-    if not dataclasses.is_dataclass(state):
+def recurrent_fields(cache: Any) -> list[str]:
+    """Names of the recurrent tensors in a dataclass of others' code."""
+    if not dataclasses.is_dataclass(cache):
         return []
     return [
         f.name
-        for f in dataclasses.fields(state)
+        for f in dataclasses.fields(cache)
         if not f.name.startswith(NOT_RECURRENT)
-        and isinstance(v := getattr(state, f.name), Tensor)
+        and isinstance(v := getattr(cache, f.name), Tensor)
         and v.is_floating_point()
         and v.ndim >= 2
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from data.tokenizer import TextCoder
-from evals.adapters.base import Adapter, LayerState, as_heads, recurrent_fields
+from evals.adapters.base import Adapter, LayerState, as_heads
 from models.lm import LMState
 
 
@@ -40,21 +40,18 @@ class OwnAdapter(Adapter):
         return model.head(hidden)
 
     def layer_states(self, state: Any) -> list[LayerState]:
-        states = []
-        for layer, part in enumerate(state.layers):
-            for name in recurrent_fields(part):
-                tensor = getattr(part, name)
-                if name.startswith("cell"):  # (B, S, I): one named vector a state of the cell
-                    model: Any = self.model
-                    for i, which in enumerate(model.blocks[layer].mixer.cell.state):
-                        states.append(as_heads(layer, which, tensor[:, i]))
-                else:
-                    states.append(as_heads(layer, name.split("_")[0], tensor))
-        return states
+        model: Any = self.model
+        return [
+            as_heads(layer, name, tensor)
+            for layer, (block, part) in enumerate(zip(model.blocks, state.layers))
+            for name, tensor in block.mixer.named_memories(part).items()
+        ]
 
     def replace_states(self, state: Any, change: Callable[[int, str, Tensor], Tensor]) -> Any:
+        model: Any = self.model
         layers = []
-        for layer, part in enumerate(state.layers):
-            names = recurrent_fields(part)
-            layers.append(dataclasses.replace(part, **{n: change(layer, n, getattr(part, n)) for n in names}) if names else part)
+        for layer, (block, part) in enumerate(zip(model.blocks, state.layers)):
+            recurrent = block.mixer.tensors_of(part, "recurrent")
+            changed = {name: change(layer, name, tensor) for name, tensor in recurrent.items()}
+            layers.append(dataclasses.replace(part, **changed) if changed else part)
         return LMState(layers)

@@ -134,7 +134,7 @@ def evaluate(
             same = [row for row in group if len(row[0]) == len(group[0][0])]
             group = group[len(same) :]
             part, rest = divmod(len(same[0][0]) - 1, slice_of[1])
-            if slice_of[1] > 1 and not rest and not any(block.mixer.why_whole(part) for block in model.blocks):
+            if slice_of[1] > 1 and not rest and not any(block.mixer.why_not_split(part) for block in model.blocks):
                 with split(model, process_group):
                     _score(model, shards, same, chunk, precision, device, result, slice_of)
             elif slice_of[0] == 0:

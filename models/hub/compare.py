@@ -17,7 +17,7 @@ from torch import Tensor
 from data.errors import UserError
 from models.config import ModelConfig
 from models.hub.stock_config import first_line, quiet, their_config
-from models.lm import LanguageModel
+from models.lm import LanguageModel, LMState
 
 SHORT, PIECE, NARROW = 64, 20, 12  # tokens of the shortest text and of a piece, and a window made short
 WORK = 2e12  # multiply-adds of one forward pass beyond which a text is too long to be tried
@@ -132,10 +132,9 @@ def _apart(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor, far: int
     wanted = _run(folder, lambda: theirs(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float())
     with torch.no_grad():
         first = ours(ids[:, :half], state=ours.init_state(1))
-        for layer in first.state.layers if first.state is not None else []:
-            if hasattr(layer, "seen"):
-                layer.seen = far
-        second = ours(ids[:, half:], state=first.state)
+        assert first.state is not None
+        moved = LMState([block.mixer.at_position(part, far) for block, part in zip(ours.blocks, first.state.layers)])
+        second = ours(ids[:, half:], state=moved)
     assert first.logits is not None and second.logits is not None
     return torch.cat([first.logits, second.logits], 1), wanted
 

@@ -30,7 +30,19 @@ SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without
 SCAN_KERNELS = '''def scan_kernels() -> Any:
     """The scan's kernels by name."""
     return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs, scan_recover=scan_recover)'''
-DROPPED = {"flops_per_token", "state_bytes", "problems", "why_whole", "fused_step", "fixed_state", "open_state"}
+# what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
+DROPPED = {
+    "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
+    "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state",
+}  # fmt: skip
+
+NOTHING_PLANNED = {  # plans of memory are made here, not by the exported code
+    ("models.attend", "sdpa"): """def sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)""",
+    ("kernels.dispatch", "planned"): "def planned() -> bool:\n    return False",
+    ("kernels.dispatch", "planned_compiled"): "def planned_compiled() -> bool:\n    return False",
+}
 
 
 class Module:
@@ -73,7 +85,7 @@ class Flattener:
         self.pieces: list[str] = []
         self.external: set[str] = set()
         self.done: set[tuple[str, int]] = set()
-        self.instead: dict[tuple[str, str], str] = {}  # (module, name): text written in place of the definition
+        self.instead = dict(NOTHING_PLANNED)  # (module, name): text written in place of the definition
 
     def module(self, name: str) -> Module:
         return self.modules.setdefault(name, Module(name))
@@ -81,6 +93,8 @@ class Flattener:
     def add(self, module: str, name: str, rename: dict[str, str] | None = None) -> None:
         """The definition of `name`, after everything it uses."""
         source = self.module(module)
+        if name not in source.definitions and name in source.imports:  # passed on from where it is defined
+            return self._import(module, *source.imports[name])
         node: Any = source.definitions[name]
         if (module, node.lineno) in self.done or name == "triton":  # HEADER has it
             return
@@ -101,6 +115,10 @@ class Flattener:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         gone = {i for m in cut for i in range(min([m.lineno, *(d.lineno for d in m.decorator_list)]), (m.end_lineno or 0) + 1)}
         lines = source.source.splitlines()
+        for line in sorted(gone, reverse=True):  # and what is said above it
+            while line > first and line - 1 not in gone and re.fullmatch(r"(\s*#.*)?", lines[line - 2]):
+                line -= 1
+                gone.add(line)
         text = "\n".join(lines[i - 1] for i in range(first, (node.end_lineno or 0) + 1) if i not in gone)
         text = re.sub(r"\n{3,}", "\n\n", text).rstrip()
         if cut and len(node.body) == len(cut) + (ast.get_docstring(node) is not None) and ast.get_docstring(node) is None:
@@ -130,6 +148,10 @@ def add_scan(flat: Flattener) -> None:
     flat.add("kernels.ssd.launch", "forward", SCAN)
 
 
+def _camel(kind: str) -> str:
+    return "".join(part.title() for part in kind.split("_"))
+
+
 def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     """The text of modeling_everywhen.py with these mixer types and cells."""
     from models.cells import bias_init, load_cell
@@ -146,7 +168,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     flat.pieces += plain
     for kind in types:
         assert kind in available(), kind
-        titles = {name: f"{kind.title()}{name}" for name in ("Config", "State", "Mixer")}
+        titles = {name: f"{_camel(kind)}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
@@ -156,7 +178,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     if scans:
         add_scan(flat)
     tables = [
-        "MIXERS.update({" + ", ".join(f'"{k}": ({k.title()}Config, {k.title()}Mixer)' for k in types) + "})",
+        "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
         *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",

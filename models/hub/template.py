@@ -19,6 +19,7 @@ from models.hub.configuration_everywhen import EverywhenConfig
 from models.hub.template_cache import EverywhenCache
 from models.init import init_matrix, roles, tag
 from models.layers import RMSNorm, SwiGLU
+from models.segments import Documents
 
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
 logger = logging.get_logger(__name__)
@@ -40,8 +41,9 @@ class Block(GradientCheckpointingLayer):
         self.mlp = SwiGLU(D, width) if width else None
         self.residual_scale = tag(nn.Parameter(torch.empty(1 + bool(width), D)), "no_decay") if config.learnable_residual else None
 
-    def forward(self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None) -> tuple[Tensor, Any]:
-        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids)
+    def forward(self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None, documents: Documents | None) -> tuple[Tensor, Any]:
+        more = {"documents": documents} if self.mixer.takes_documents else {}
+        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids, **more)
         x_BTD = self._keep(x_BTD, 0) + y
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD = self._keep(x_BTD, 1) + self.mlp(self.mlp_norm(x_BTD))
@@ -192,8 +194,9 @@ class EverywhenModel(EverywhenPreTrainedModel):
 
     def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any], list[Tensor]]:
         after, every = [], [x_BTD]
+        documents = None if segments is None or states is not None else Documents(segments)
         for i, block in enumerate(self.layers):
-            x_BTD, state = block(x_BTD, None if states is None else states[i], segments)
+            x_BTD, state = block(x_BTD, None if states is None else states[i], segments, documents)
             after.append(state)
             every.append(x_BTD)
         return x_BTD, after, every

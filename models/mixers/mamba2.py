@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from kernels import decode_step
 from kernels.mamba2_step import mamba2_step
 from kernels.short_conv import joint_gradient
-from kernels.ssd import ssd
-from models.contract import SequenceMixer, document_starts, last_segment
+from kernels.ssd import border, ssd
+from models.contract import Role, SequenceMixer
 from models.init import init_matrix, tag
 from models.layers import CausalConv, RMSNorm
+from models.segments import document_starts, last_segment
+from models.slices import Slice, untraced
 
 
 @dataclass
@@ -40,18 +42,18 @@ class Config:
     def problems(self, d_model: int) -> list[str]:
         if min(self.d_state, self.expand, self.head_dim, self.n_groups, self.chunk) < 1 or self.d_conv < 2:
             return ["d_state, expand, head_dim, n_groups and chunk must be above zero and d_conv above one."]
-        found, inner = [], self.expand * d_model
+        problems, inner = [], self.expand * d_model
         if inner % self.head_dim:
-            found.append(f"expand x d_model = {inner} is not divisible by head_dim {self.head_dim}.")
+            problems.append(f"expand x d_model = {inner} is not divisible by head_dim {self.head_dim}.")
         elif inner // self.head_dim % self.n_groups:
-            found.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
+            problems.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
         if not 0 < self.dt_min < self.dt_max:
-            found.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
         if not 0 < self.norm_eps <= 1 or self.dt_floor <= 0:
-            found.append(f"norm_eps (at most 1) and dt_floor must be above zero, not {self.norm_eps} and {self.dt_floor}.")
+            problems.append(f"norm_eps (at most 1) and dt_floor must be above zero, not {self.norm_eps} and {self.dt_floor}.")
         if self.dt_limit_min < 0 or self.dt_limit_max and self.dt_limit_max <= self.dt_limit_min:
-            found.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
-        return found
+            problems.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
+        return problems
 
 
 @dataclass
@@ -75,7 +77,7 @@ class Mixer(SequenceMixer):
         self.in_proj = nn.Linear(d_model, 2 * self.inner + 2 * self.BC + self.H, bias=False)
         self.conv = CausalConv(self.inner + 2 * self.BC, config.d_conv)
         self.dt_bias = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
-        self.A_log = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
+        self.A_log = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32", "log_decay_rate")
         self.D = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
         self.norm = RMSNorm(self.inner, config.norm_eps, config.n_groups)
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
@@ -94,8 +96,11 @@ class Mixer(SequenceMixer):
             self.A_log.copy_(torch.log(torch.rand(self.H) * 15 + 1))
             self.D.fill_(1.0)
 
-    def why_whole(self, T: int = 1 << 62) -> str:
-        return self.conv.why_whole(T)
+    def state_roles(self) -> dict[str, Role]:
+        return {"conv_BWI": "history", "ssm_BHPN": "recurrent", "segment_B": "bookkeeping"}
+
+    def why_not_split(self, T: int = 1 << 62) -> str:
+        return self.conv.why_not_split(T)
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
@@ -119,11 +124,35 @@ class Mixer(SequenceMixer):
         B_BTGN, C_BTGN = B_.unflatten(-1, groups), C_.unflatten(-1, groups)
         D_H = self.D.to(inner)
         if self.slice is not None and state is None:
-            y_BTHP = self.slice.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts, self.config.chunk)
+            y_BTHP = self.over_ranks(self.slice, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts)
         else:
             y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
         y = self.out_proj(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, joint)))
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
+
+    @untraced
+    def over_ranks(
+        self,
+        slice_: Slice,
+        x_BTHP: Tensor,
+        dt_BTH: Tensor,
+        A_H: Tensor,
+        B_BTGN: Tensor,
+        C_BTGN: Tensor,
+        D_H: Tensor,
+        starts: Tensor | None,
+    ) -> Tensor:
+        """The scan's outputs (B, T, H, P) on a slice of time. What the slice ends in from an empty state comes from one matrix product, so
+        that the scan runs once, with the right start."""
+        with torch.autocast(x_BTHP.device.type, enabled=False):
+            with torch.no_grad():
+                end, through = border.end_state(x_BTHP, dt_BTH, A_H, B_BTGN, starts)
+                ends, throughs = slice_.gather_two(end, through, "states")
+                h0 = torch.zeros_like(end)
+                for n in range(slice_.rank):
+                    h0 = ends[n] + _decayed(throughs[n], h0)
+            y, final = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
+            return slice_.with_adjoint_from_right(y, final, border.start_adjoint, _decayed, dt_BTH, A_H, C_BTGN, starts)
 
     def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:
         starts, c = document_starts(segment_ids, state.segment_B), self.config
@@ -135,9 +164,8 @@ class Mixer(SequenceMixer):
         return y, State(conv, ssm, last_segment(segment_ids, state.segment_B), state.in_place)
 
     def fixed_state(self, state: State, capacity: int) -> State:
-        """A copy of `state` that a decoding step writes into."""
-        return State(state.conv_BWI.clone(memory_format=torch.contiguous_format), state.ssm_BHPN.clone(memory_format=torch.contiguous_format),
-                     state.segment_B.clone(), True)  # fmt: skip
+        """A copy of `state` whose matrix states a decoding step writes over."""
+        return replace(super().fixed_state(state, capacity), in_place=True)
 
     def open_state(self, state: State) -> State:
         """The same tensors as a state that nothing writes into."""
@@ -152,11 +180,12 @@ class Mixer(SequenceMixer):
         y_BI = x_BD.new_empty(x_BD.shape[0], inner)
         conv = decode_step.Convolution(inner, self.conv.weight, self.conv.bias, state.conv_BWI)
         z, x, B_, C_, dt = row_BI.split([inner, inner, self.BC, self.BC, self.H], -1)
-        own = (self.dt_bias.detach().float(), self.A_log.detach().float(), self.D.detach().float())
+        rates = (self.dt_bias.detach().float(), self.A_log.detach().float(), self.D.detach().float())
+        state.segment_B.clamp_(min=0)  # as last_segment does
 
         def step() -> None:
             decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(0, inner))
-            decode_step.ssm(x, B_, C_, dt, *own, state.ssm_BHPN, y_BI, c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf)
+            decode_step.ssm(x, B_, C_, dt, *rates, state.ssm_BHPN, y_BI, c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf)
             out = self.out_proj.weight
             decode_step.project(
                 y_BI, out, x_BD, norm_K=self.norm.weight, eps=self.norm.eps, gate_BK=z, gate_first=True, add=True, keep_N=keep_D
@@ -177,3 +206,9 @@ class Mixer(SequenceMixer):
         """Projections, convolution, and the recurrence counted as a recurrence (update and read: 3 multiply-adds per state element)."""
         projections = 2 * self.d_model * (2 * self.inner + 2 * self.BC + self.H) + 2 * self.inner * self.d_model
         return projections + 2 * self.config.d_conv * (self.inner + 2 * self.BC) + 6 * self.inner * self.config.d_state
+
+
+def _decayed(decay_BH: Tensor, state_BHPN: Tensor) -> Tensor:
+    """decay times state. Nothing comes through a decay of zero, as where a document starts, not even what is not a number."""
+    decay = decay_BH[..., None, None]
+    return torch.where(decay == 0, torch.zeros_like(state_BHPN), decay * state_BHPN)

@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step
+from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
+from kernels.parallel_rnn.cell import Cell, biased
 from kernels.short_conv import joint_gradient
 from models.cells import bias_init, load_cell
-from models.contract import SequenceMixer, document_starts, last_segment
+from models.contract import Role, SequenceMixer
 from models.init import init_matrix, normal_, tag
 from models.layers import CausalConv, RMSNorm
+from models.segments import document_starts, last_segment
+from models.slices import Slice, traffic, untraced
+
+BURN_IN = 512  # last steps of a slice of time, walked from zero, whose end is the first guess of the next slice's start
 
 
 @dataclass
@@ -37,27 +42,27 @@ class Config:
     norm_eps: float = 1e-5
 
     def problems(self, d_model: int) -> list[str]:
-        found, inner = [], round(self.expand * d_model)
+        problems, inner = [], round(self.expand * d_model)
         try:
             problem = load_cell(self.cell).problem(inner) if inner > 0 else ""
         except ValueError as reason:
             problem = str(reason)
-        found += [problem] if problem else []
+        problems += [problem] if problem else []
         if self.n_heads < 1 or inner < 1:
-            found.append("n_heads and expand must be above zero.")
+            problems.append("n_heads and expand must be above zero.")
         elif inner % self.n_heads:
-            found.append(f"expand x d_model = {inner} is not divisible by n_heads {self.n_heads}.")
+            problems.append(f"expand x d_model = {inner} is not divisible by n_heads {self.n_heads}.")
         if self.d_conv < 0 or self.d_conv == 1:
-            found.append("d_conv must be 0 (no convolution) or above one.")
+            problems.append("d_conv must be 0 (no convolution) or above one.")
         if self.recurrent_bound not in ("none", "clip", "tanh"):
-            found.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
+            problems.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
         if self.recurrent_max <= 0:
-            found.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
+            problems.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
         if not 0 < self.norm_eps <= 1:
-            found.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         if self.recurrent_init < 0:
-            found.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
-        return found
+            problems.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
+        return problems
 
 
 @dataclass
@@ -121,26 +126,33 @@ class Mixer(SequenceMixer):
         pre_ENO = torch.bmm(u_ENI, self.cell_weight.to(u_BTI.dtype))
         return pre_ENO.view(E, B, T, P, self.inner // E).permute(1, 2, 3, 0, 4)
 
-    def why_whole(self, T: int = 1 << 62) -> str:
+    def state_roles(self) -> dict[str, Role]:
+        return {"conv_BWI": "history", "cell_BSI": "recurrent", "segment_B": "bookkeeping"}
+
+    def named_memories(self, state: State) -> dict[str, Tensor]:
+        """(B, I) of each state of the cell."""
+        return {name: state.cell_BSI[:, i] for i, name in enumerate(self.cell.state)}
+
+    def why_not_split(self, T: int = 1 << 62) -> str:
         if not self.cell.lowered:
             return f"its cell is solved as a loop ({self.cell.why_loop.rstrip('.')})"
-        return self.conv.why_whole(T) if self.conv is not None else ""
+        return self.conv.why_not_split(T) if self.conv is not None else ""
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = self.in_proj(x_BTD)
-        own = self.slice if state is None else None
-        starts = own.starts(segment_ids) if own else document_starts(segment_ids, state.segment_B if state is not None else None)
+        slice_ = self.slice if state is None else None
+        starts = slice_.starts(segment_ids) if slice_ else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
         joint = joint_gradient(projected) if self.conv is not None else None
         if self.conv is not None:
-            conv_state = own.halo(projected[..., : self.inner], self.conv.width, segment_ids) if own else conv_state
+            conv_state = slice_.halo(projected[..., : self.inner], self.conv.width, segment_ids) if slice_ else conv_state
             _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts, joint)
         else:
             u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], -1)
         cell_state = state.cell_BSI if state is not None else None
         pre_BTPEK, rec_RI, bias_PI = self._project(u), self.recurrent_weights(), self.cell_bias
-        if own:
-            h = own.states(self.cell, pre_BTPEK, rec_RI, starts, bias_PI)
+        if slice_:
+            h = self.over_ranks(slice_, pre_BTPEK, rec_RI, starts, bias_PI)
         elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
             before = cell_state if starts is None else torch.where(starts[..., None], 0.0, cell_state)
             final = parallel_rnn_step(self.cell, pre_BTPEK[:, 0].flatten(2), rec_RI, before, bias_PI)
@@ -158,9 +170,40 @@ class Mixer(SequenceMixer):
         assert conv_state is not None
         return y, State(conv_state, final, last_segment(segment_ids, state.segment_B))
 
+    @untraced
+    def over_ranks(self, slice_: Slice, pre: Tensor, rec: Tensor, starts: Tensor | None, bias: Tensor) -> Tensor:
+        """The cell's emitted states (B, T, I) on a slice of time; arguments as of `parallel_rnn`.
+
+        Multiple shooting with one slice a rank: solve from a guessed start; where a correction of the starts by the slices' Jacobian
+        products is more than the tolerance of what earlier states left there (`reference.share`), solve again. N - 1 corrections make every
+        slice exact, whatever the Jacobians are.
+        """
+        cell, rec = biased(self.cell), with_bias(rec, bias)
+        with torch.autocast(pre.device.type, enabled=False):
+            start = _guessed_starts(slice_, cell, pre, rec, starts)
+            for correction in range(slice_.size):
+                h0 = start[:, slice_.rank].contiguous()
+                emitted, saved, final = solved(cell, pre, rec, h0, starts)
+                traffic.solves += 1
+                if correction == slice_.size - 1:
+                    break
+                _, product, left = adjoint(cell, pre, rec, h0, starts, (emitted, saved), None)
+                end = final.detach()
+                here = torch.cat([end[:, None], torch.maximum(left, end.abs())[:, None], product], 1)
+                ends, lefts, products = slice_.gather(here, "checks").transpose(0, 1).split([1, 1, product.shape[1]], 2)
+                corrected = reference.corrected(ends[:, :, 0], products, start)
+                change = reference.share((corrected - start)[:, 1:], reference.remainders(products, lefts[:, :, 0])[:, :-1])
+                if change <= reference.tolerance(cell, pre.dtype):  # all ranks hold the same numbers, so all stop together
+                    break
+                traffic.corrections += 1
+                start = corrected
+            local = _LocalAdjoint(cell)
+            return slice_.with_adjoint_from_right(emitted, final, local, _through, pre, rec, h0, starts, emitted, saved)
+
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
         if not self.cell.lowered:
             return None
+        state.segment_B.clamp_(min=0)  # as last_segment does
         inner, groups = self.inner, self.config.n_heads
         projected_BI = x_BD.new_empty(x_BD.shape[0], self.in_proj.out_features)
         rec_RI = self.recurrent_weights().detach().float().contiguous()
@@ -194,3 +237,32 @@ class Mixer(SequenceMixer):
         widths = self.d_model * self.inner * (3 if self.config.gate else 2)
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
+
+
+@torch.no_grad()
+def _guessed_starts(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, starts: Tensor | None) -> Tensor:
+    """(B, N, S, I): a first guess of the states that all slices start in: zero, then what each slice's last steps alone end in."""
+    first = max(0, pre.shape[1] - BURN_IN)
+    _, end = parallel_rnn(cell, pre[:, first:], rec, None, None if starts is None else starts[:, first:], emitted=True)
+    ends = slice_.gather(end, "states").transpose(0, 1)
+    return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
+
+
+def _through(jacobians_BSSI: Tensor, adjoint_BSI: Tensor) -> Tensor:
+    """Jacobians applied to an adjoint. Nothing comes through zeros, as where a document starts, not even what is not a number."""
+    product = jacobians_BSSI * adjoint_BSI[:, None]
+    return torch.where(jacobians_BSSI == 0, torch.zeros_like(jacobians_BSSI), product).sum(2)
+
+
+@dataclass(frozen=True)
+class _LocalAdjoint:
+    """The adjoint of a slice of a cell's recurrence by itself, as `Slice.with_adjoint_from_right` calls it."""
+
+    cell: Cell
+
+    def __call__(
+        self, d_emitted: Tensor, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, saved: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        start, product, *_ = adjoint(self.cell, pre, rec, h0, starts, (emitted, saved), d_emitted)
+        product = product if starts is None else reference.zeroed(product, starts.any(1)[:, None, None, None])
+        return start, product.transpose(1, 2)

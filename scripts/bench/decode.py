@@ -29,6 +29,7 @@ import torch
 
 from kernels.dispatch import overlapped
 from models.config import ModelConfig
+from models.contract import with_tensors
 from models.decode import Decoder, cast
 from models.lm import LanguageModel, LMState
 from scripts.bench.timing import Results, copy_bandwidth, seconds
@@ -80,30 +81,21 @@ def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
 
 @torch.no_grad()
 def state_at(model: LanguageModel, context: int, state: Any = None, seen: int = 0) -> Any:
-    """The state of one sequence after `context` random tokens, of which `state` has `seen`; attention caches are filled with random numbers."""
+    """The state of one sequence after `context` random tokens, of which `state` has `seen`; where there are caches all is drawn at random."""
     device = model.embedding.weight.device
     state = model.init_state(1) if state is None else state
-    caches = any(hasattr(part, "k_BGLK") for part in state.layers)
+    if any(block.mixer.grows() for block in model.blocks):
+        return LMState([block.mixer.random_state(1, context, device) for block in model.blocks])
     chunk = 4096
-    for first in range(seen, seen + 1 if caches else context, chunk):
+    for first in range(seen, context, chunk):
         ids = torch.randint(model.config.vocab_size, (1, min(chunk, context - first)), device=device)
         state = model(ids, state=state, last_only=True).state
-    for part in state.layers:
-        if hasattr(part, "k_BGLK"):
-            B, G, _, K = part.k_BGLK.shape
-            for name in ("k_BGLK", "v_BGLK"):
-                setattr(part, name, torch.randn(B, G, context, K, device=device, dtype=part.k_BGLK.dtype))
-            part.seen, part.room = context, None
     return state
 
 
 def repeated(state: Any, batch: int) -> Any:
     """The state of one row for `batch` rows."""
-    layers = []
-    for part in state.layers:
-        values = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
-        layers.append(type(part)(**{k: v.repeat_interleave(batch, 0) if isinstance(v, torch.Tensor) else v for k, v in values.items()}))
-    return LMState(layers)
+    return LMState([with_tensors(part, lambda t: t.repeat_interleave(batch, 0)) for part in state.layers])
 
 
 @torch.no_grad()

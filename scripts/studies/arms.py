@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.files import write_bytes, write_json
 from data.shards import ShardSet
@@ -30,6 +30,8 @@ from evals.adapters.own import OwnAdapter
 from evals.inputs.texts import Text
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from models.config import ModelConfig
+from models.contract import state_tensors
+from models.init import roles
 from models.lm import LanguageModel, LMState
 from scripts.studies.trainer import Trainer
 from training.initial_state import InitialStates
@@ -115,7 +117,7 @@ def model_config(arm: dict[str, Any], vocab_size: int, values: dict[str, Any]) -
 
 def tensors_of(state: LMState) -> list[Tensor]:
     """All tensors of a state, in a fixed order."""
-    return [v for part in state.layers for f in dataclasses.fields(part) if isinstance(v := getattr(part, f.name), Tensor)]
+    return [tensor for part in state.layers for tensor in state_tensors(part).values()]
 
 
 def with_tensors(state: LMState, tensors: tuple[Tensor, ...]) -> LMState:
@@ -123,8 +125,7 @@ def with_tensors(state: LMState, tensors: tuple[Tensor, ...]) -> LMState:
     rest = iter(tensors)
     layers = []
     for part in state.layers:
-        names = [f.name for f in dataclasses.fields(part) if isinstance(getattr(part, f.name), Tensor)]
-        layers.append(dataclasses.replace(part, **{name: next(rest) for name in names}))
+        layers.append(dataclasses.replace(part, **{name: next(rest) for name in state_tensors(part)}))
     return LMState(layers)
 
 
@@ -153,8 +154,8 @@ class Arm:
         model = LanguageModel(ModelConfig.from_dict(self.config))
         model.init_weights(self.values["seed"])
         for block in model.blocks if "decay" in self.spec else ():
-            if isinstance(A_log := getattr(block.mixer, "A_log", None), nn.Parameter):
-                A_log.data = torch.linspace(*self.spec["decay"], len(A_log)).log()
+            for rate in (p for p in block.mixer.parameters() if "log_decay_rate" in roles(p)):
+                rate.data = torch.linspace(*self.spec["decay"], len(rate)).log()
         if "from" in self.spec:
             weights = load_file(self.folder.parent / self.spec["from"] / "model.safetensors")
             with torch.no_grad():
@@ -289,13 +290,13 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
     (folder / "tokenizer.json").write_text(arm.shards.tokenizer().to_str())
     write_json(folder / "tokenizer_config.json", arm.shards.tokenizer_config())
     write_json(folder / "run.json", {"train": {"seq_len": arm.T}, "data": {"path": values["data"]}})
-    recurrent = [b.mixer for b in arm.model.blocks if not hasattr(b.mixer, "q_proj")]
+    recurrent = [b.mixer for b in arm.model.blocks if not b.mixer.grows()]
     result = {
         "arm": arm.name,
         **arm.spec,
         "T": arm.T,
         "parameters": sum(p.numel() for p in arm.model.parameters()),
-        "state_elements": sum(t.numel() for m in recurrent for t in _state_tensors(m)),
+        "state_elements": sum(t.numel() for m in recurrent for t in m.tensors_of(m.init_state(1, "meta"), "recurrent", "history").values()),
         "tokens": log[-1]["tokens"],
         "epochs": log[-1]["tokens"] / len(arm.tokens),
         "steps": log[-1]["step"],
@@ -312,11 +313,6 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
         "log": log,
     }
     write_json(folder / "train.json", result)
-
-
-def _state_tensors(mixer: Any) -> list[Tensor]:
-    part = mixer.init_state(1, "cpu")
-    return [v for f in dataclasses.fields(part) if isinstance(v := getattr(part, f.name), Tensor) and v.is_floating_point()]
 
 
 def measure(name: str, values: dict[str, Any], device: torch.device) -> None:

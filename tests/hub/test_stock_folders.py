@@ -76,7 +76,7 @@ def test_greedy_text_is_transformers_beyond_the_borders(name: str, tmp_path: Pat
 
 def test_dynamic_positions_are_not_split_over_ranks() -> None:
     settings = {"n_heads": 4, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}}
-    assert "dynamic" in attention.Mixer(attention.Config(**settings), 32, 0).why_whole()  # type: ignore[arg-type]
+    assert "dynamic" in attention.Mixer(attention.Config(**settings), 32, 0).why_not_split()  # type: ignore[arg-type]
 
 
 def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path) -> None:

@@ -8,19 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from models.mixers import attention
-from models.mixers.attention import Config, Mixer, documents_of, packed_attention
+from models import attend
+from models.attend import packed_attention
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from models.mixers.attention import Config, Mixer
+from models.segments import Documents
 
 
-def test_documents_are_found_once_and_again_when_the_segments_change() -> None:
-    segments = torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, 2, 2]], dtype=torch.int32)  # a row is a document of its own
-    bounds, cuts = documents_of(segments)
-    assert bounds.tolist() == [0, 2, 4, 5, 10] and cuts == [[0, 2, 4, 5], [0, 5]]
-    assert documents_of(segments)[0] is bounds
-    segments[1, 2:] = 4
-    assert documents_of(segments)[1] == [[0, 2, 4, 5], [0, 2, 5]]
+def test_documents_are_looked_up_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = Documents(torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, 2, 2]], dtype=torch.int32))  # a row is a document of its own
+    assert documents.borders().tolist() == [0, 2, 4, 5, 10] and documents.cuts() == [[0, 2, 4, 5], [0, 5]]
     with torch.inference_mode():
-        assert documents_of(torch.tensor([[0, 1]]))[0].tolist() == [0, 1, 2]
+        assert Documents(torch.tensor([[0, 1]])).borders().tolist() == [0, 1, 2]
+    monkeypatch.setattr(attend, "MASK_ELEMENTS", 0)  # documents one by one, which must know where they are
+    look_up, looked = torch.Tensor.nonzero, []
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda t: looked.append(0) or look_up(t))
+    mixers = {"a": {"type": "attention", "n_heads": 2}}
+    model = LanguageModel(ModelConfig(vocab_size=16, d_model=16, n_layers=3, pattern=["a"], mixers=mixers))
+    model.init_weights(0)
+    segments = torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, 2, 2]])
+    first = model(segments, segment_ids=segments).logits
+    segments[0, 0] = 7  # another batch, in the memory of the one before
+    assert len(looked) == 1 and not torch.equal(model(torch.zeros_like(segments), segment_ids=segments).logits, first) and len(looked) == 2
 
 
 def loop(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: int, *__: object, window_size: tuple[int, int]) -> Tensor:
@@ -45,12 +55,12 @@ def test_packed_attention_is_attention_under_the_mask(settings: dict[str, int], 
     segments = (torch.rand(3, 23) < 0.2).cumsum(1).int() if packed else None
     wanted = mixer(x, None, segments)[0]
     if packed or "window" in settings:
-        monkeypatch.setattr(Mixer, "_packable", staticmethod(lambda q: True))
+        monkeypatch.setattr(attend, "packable", lambda q: True)
         calls = []
-        monkeypatch.setattr(attention, "packed_attention", lambda *a: calls.append(0) or packed_attention(*a))
+        monkeypatch.setattr(attend, "packed_attention", lambda *a: calls.append(0) or packed_attention(*a))
         torch.testing.assert_close(mixer(x, None, segments)[0], wanted)
         assert calls
     if packed and "window" not in settings:
-        monkeypatch.setattr(attention, "LONG", 0)  # each document alone
+        monkeypatch.setattr(attend, "LONG", 0)  # each document alone
         torch.testing.assert_close(mixer(x, None, segments)[0], wanted)
         assert len(calls) == 1

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
-import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels.dispatch import planning
 from models import mixers
 from models.cells import available as cells
-from models.contract import tensor_bytes
+from models.contract import Role, state_tensors, tensor_bytes
+from tests.mixers import mixer_configs
 
-ROOT = Path(__file__).resolve().parents[2]
 D, T = 32, 19
-CONFIGS: dict[str, dict[str, Any]] = {p.stem: yaml.safe_load(p.read_text()) for p in sorted((ROOT / "configs/mixer").glob("*.yaml"))}
+CONFIGS: dict[str, dict[str, Any]] = mixer_configs()
 CONFIGS |= {f"cell-{name}": {"type": "rnn", "cell": name, "n_heads": 2} for name in cells()}
 CONFIGS |= {
     "attention-gqa": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
@@ -128,6 +128,78 @@ def test_bf16_stays_near_fp32(mixer: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = mixer(x_of())[0]
     assert (low.float() - exact).norm() / exact.norm() < 0.04
+
+
+def test_the_tensors_of_a_state_are_what_their_roles_say(mixer: Any) -> None:
+    x, roles = x_of(torch.float64), mixer.double().state_roles()
+
+    def after(length: int, x: torch.Tensor = x) -> dict[str, torch.Tensor]:
+        return state_tensors(mixer(x[:, :length], mixer.init_state(2), torch.zeros(2, length, dtype=torch.int32))[1])
+
+    open_form, shorter, other = after(8), after(4), after(8, torch.cat([-x[:, :1], x[:, 1:]], 1))
+    fixed_form = state_tensors(mixer.fixed_state(mixer(x, mixer.init_state(2), SEGMENTS)[1], 2 * T))
+    assert set(roles) == {*open_form, *fixed_form} and set(roles.values()) <= set(get_args(Role))
+    for name, tensor in {**open_form, **fixed_form}.items():
+        assert tensor.is_floating_point() == (roles[name] != "bookkeeping"), name
+    for name, tensor in open_form.items():
+        if roles[name] != "bookkeeping":
+            assert (tensor.shape != shorter[name].shape) == (roles[name] == "cache"), f"{name}: only a cache grows"
+        if roles[name] in ("recurrent", "history"):
+            forgets = torch.equal(tensor, other[name])
+            assert forgets == (roles[name] == "history"), f"{name}: all tokens are in what is recurrent, the last few in a history"
+    assert mixer.grows() == ("cache" in roles.values())
+
+
+def test_a_fixed_state_decodes_as_the_open_one(mixer: Any) -> None:
+    x = x_of()
+    with torch.no_grad():
+        _, state = mixer(x[:, :7], mixer.init_state(2))
+        assert mixer.cached_tokens(state) == (0 if not mixer.grows() else next(iter(mixer.tensors_of(state, "cache").values())).shape[2])
+        before = {name: tensor.clone() for name, tensor in state_tensors(state).items()}
+        fixed = mixer.fixed_state(state, T)
+        stays, following = state_tensors(fixed), state
+        for t in range(7, T - 1):
+            wanted, following = mixer(x[:, t : t + 1], following)
+            y, after = mixer(x[:, t : t + 1], fixed)
+            for name, tensor in state_tensors(after).items():
+                stays[name].copy_(tensor)  # as models/decode.py does
+            torch.testing.assert_close(y, wanted, atol=1e-5, rtol=1e-4)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state_tensors(state).items())
+        opened = mixer.open_state(fixed)
+        assert set(state_tensors(opened)) <= set(mixer.state_roles())
+        torch.testing.assert_close(mixer(x[:, T - 1 :], opened)[0], mixer(x[:, T - 1 :], following)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_state_goes_on_in_another_segment(mixer: Any) -> None:
+    x, segment = x_of(), torch.tensor([4, 6])
+    _, state = mixer(x[:, :7], mixer.init_state(2), torch.tensor([[3] * 7, [1] * 2 + [2] * 5]))
+    moved = mixer.in_segment(state, segment)
+    y = mixer(x[:, 7:], moved, segment[:, None].expand(2, T - 7))[0]
+    torch.testing.assert_close(y, mixer(x[:, 7:], state)[0])
+    fresh = mixer(x[:, 7:], state, segment[:, None].expand(2, T - 7))[0]
+    assert not torch.allclose(y, fresh)
+    started = mixer.in_segment(mixer.init_state(2), segment)
+    torch.testing.assert_close(mixer(x, started, segment[:, None].expand(2, T))[0], mixer(x)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_random_states_and_memories_have_the_sizes_of_real_ones(mixer: Any) -> None:
+    _, real = mixer(x_of(), mixer.init_state(2))
+    drawn = mixer.random_state(2, T)
+    assert {n: t.shape for n, t in state_tensors(drawn).items()} == {n: t.shape for n, t in state_tensors(real).items()}
+    assert mixer(x_of()[:, :1], drawn)[0].isfinite().all() and tensor_bytes(drawn) == mixer.state_bytes(T, 2, torch.float32)
+    memories = mixer.named_memories(real)
+    assert sum(t.numel() for t in memories.values()) == sum(t.numel() for t in mixer.tensors_of(real, "recurrent").values())
+    assert all(len(tensor) == 2 for tensor in memories.values())
+    moved = mixer.at_position(real, 10 * T)
+    assert {n: t.shape for n, t in state_tensors(moved).items()} == {n: t.shape for n, t in state_tensors(real).items()}
+
+
+def test_memory_is_planned_without_a_look_at_values(mixer: Any) -> None:
+    with planning(), FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, T, D, requires_grad=True)
+        y, _ = mixer(x, None, torch.zeros(2, T, dtype=torch.int32))
+        (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    assert y.shape == dx.shape == x.shape
 
 
 def test_one_token_and_an_empty_config() -> None:

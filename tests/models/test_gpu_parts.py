@@ -8,12 +8,11 @@ from torch import Tensor
 
 from kernels import cross_entropy
 from kernels.cross_entropy import reference
-from models import mixers
+from models import attend, mixers
 from models.config import ModelConfig
 from models.decode import Decoder
 from models.head import Head
 from models.lm import LanguageModel
-from models.mixers import attention
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -30,8 +29,8 @@ def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: p
     x, weight = torch.randn(3, 211, 128, device="cuda"), torch.randn(3, 211, 128, device="cuda")
     segments = (torch.rand(3, 211, device="cuda") < 0.05).cumsum(1).int() if packed else None
     calls = []
-    run = attention.packed_attention
-    monkeypatch.setattr(attention, "packed_attention", lambda *a: calls.append(0) or run(*a))
+    run = attend.packed_attention
+    monkeypatch.setattr(attend, "packed_attention", lambda *a: calls.append(0) or run(*a))
 
     def answers(autocast: bool) -> list[Tensor]:
         mixer.zero_grad()

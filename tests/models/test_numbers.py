@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.ssd.reference import ssd_sequential
 from models import mixers
+from models.attend import attend_in_blocks
 from models.cells import available as cells
 from models.cells import load_cell
 from models.config import ModelConfig
-from models.contract import document_starts
 from models.head import Head
 from models.init import roles
 from models.layers import CausalConv
 from models.lm import LanguageModel
+from models.segments import document_starts
+from tests.mixers import mixer_configs
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = [(24, 1024, 4, 0.406), (24, 2048, 4, 1.42), (32, 2560, 2, 2.90), (32, 4096, 4, 6.76)]
@@ -125,7 +126,6 @@ def test_mamba2_is_its_recurrence_in_float64() -> None:
 @pytest.mark.parametrize("T", [1, 5, 6, 12, 13, 25])
 def test_window_in_blocks_is_the_plain_mask(T: int, heads: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    mixer: Any = mixers.build({"type": "attention", "n_heads": heads[0], "n_kv_heads": heads[1], "window": 6}, 32, 0)
     for cached in (0, 1, 5):
         q, k, v = torch.randn(2, heads[0], T, 8), torch.randn(2, heads[1], cached + T, 8), torch.randn(2, heads[1], cached + T, 8)
         ahead = torch.arange(cached, cached + T)[:, None] - torch.arange(cached + T)
@@ -134,7 +134,7 @@ def test_window_in_blocks_is_the_plain_mask(T: int, heads: tuple[int, int]) -> N
             if segments is not None:
                 mask = mask & (segments[:, None, cached:, None] == segments[:, None, None, :])
             wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            torch.testing.assert_close(mixer._attend_in_blocks(q, k, v, segments), wanted)
+            torch.testing.assert_close(attend_in_blocks(q, k, v, segments, 6), wanted)
 
 
 def test_window_bounds_the_cache() -> None:
@@ -221,9 +221,8 @@ def test_gradients_flow_through_carried_state() -> None:
             torch.testing.assert_close(a_, b_, atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/mixer").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_mixer_file_is_whole_and_its_parameters_have_their_roles(path: Path) -> None:
-    mapping = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("mapping", mixer_configs().values(), ids=mixer_configs())
+def test_every_mixer_file_is_whole_and_its_parameters_have_their_roles(mapping: dict[str, Any]) -> None:
     with torch.device("meta"):
         mixer: Any = mixers.build(mapping, 256, 0)
     for name, p in mixer.named_parameters():

@@ -7,17 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
-from models import mixers, parallel
-from models.mixers import attention
+from models import attend, mixers, parallel, slices
 from tests.conftest import ROOT, run_ranks
+from tests.mixers import mixer_configs, with_new_mixer
 
 N, D = 4, 16
 SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
-CONFIGS: dict[str, dict[str, Any]] = {
-    p.stem: {**yaml.safe_load(p.read_text()), **SMALLER.get(p.stem, {})} for p in sorted((ROOT / "configs/mixer").glob("*.yaml"))
-}
+CONFIGS: dict[str, dict[str, Any]] = {name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items()}
 CONFIGS |= {
     "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
     "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
@@ -92,21 +89,26 @@ def check_rank() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    with with_new_mixer() as CONFIGS["new"]:
+        check_all(rank)
+    dist.destroy_process_group()
+
+
+def check_all(rank: int) -> None:
     for name in CONFIGS:
         check_mixer(name, 7, False, rank)
         short, long = (check_mixer(name, T, True, rank) for T in (7, 13))
         if not name.startswith(GROWS):
             assert short == long, (name, short, long)
-    parallel.SMALL = 0  # halos from neighbour to neighbour, as if they were large
+    slices.SMALL = 0  # halos from neighbour to neighbour, as if they were large
     for name in ("mamba2", "swa"):
         check_mixer(name, 7, True, rank)
-    attention.MASK_ELEMENTS = 0  # documents one by one
+    attend.MASK_ELEMENTS = 0  # documents one by one
     for name in ("attention", "attention-gathered"):
         check_mixer(name, 7, True, rank)
-    parallel.SMALL, attention.MASK_ELEMENTS = 1 << 20, 1 << 27
-    for name in ("mamba2", "mamba2-groups", "attention", "attention-few-keys", "window-gathered", "swa"):
+    slices.SMALL, attend.MASK_ELEMENTS = 1 << 20, 1 << 27
+    for name in ("mamba2", "mamba2-groups", "attention", "attention-few-keys", "window-gathered", "swa", "new"):
         check_isolation(name, 7, rank)
-    dist.destroy_process_group()
 
 
 def test_slices_on_four_ranks_equal_one_rank() -> None:

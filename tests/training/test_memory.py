@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from kernels.dispatch import planned, planned_compiled
+from models.attend import sdpa
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
 from training.cost import memory
@@ -84,8 +87,12 @@ def test_more_ranks_stages_offload_and_recomputation_need_less() -> None:
     assert peak(1, "deepspeed=zero1") > peak(1, "deepspeed=zero1", "train.activation_checkpointing=full")
 
 
-def test_nothing_is_left_changed() -> None:
-    before = torch.nn.functional.scaled_dot_product_attention
-    with memory._as_on_a_gpu():
-        assert torch.nn.functional.scaled_dot_product_attention is not before
-    assert torch.nn.functional.scaled_dot_product_attention is before
+def test_plans_are_made_inside_only() -> None:
+    q = torch.ones(1, 1, 4, 8)
+    with pytest.raises(RuntimeError), memory._as_on_a_gpu(compiled=True):
+        assert planned() and planned_compiled()
+        with memory._as_on_a_gpu():
+            assert planned() and not planned_compiled() and isinstance(sdpa(q, q, q), FakeTensor)
+        assert planned_compiled()
+        raise RuntimeError
+    assert not planned() and not planned_compiled() and torch.equal(sdpa(q, q, q), q)

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from data.files import finite
 from models import mixers
 from models.config import RANGES, ModelConfig
+from tests.mixers import mixer_configs
 from training.config import checks, cli, ranges, suggest
 from training.config.checks import check
 from training.config.cli import checked, compose_config, resolved_yaml
@@ -120,11 +121,8 @@ def test_what_will_not_happen_in_a_short_run_is_noted() -> None:
     assert checks.notes(checked(compose_config([]))) == []
 
 
-@pytest.mark.parametrize("file", sorted(p.stem for p in Path("configs/mixer").glob("*.yaml")))
-def test_numbers_of_mixers_are_finite(file: str) -> None:
-    mapping = OmegaConf.to_container(OmegaConf.load(f"configs/mixer/{file}.yaml"))
-    assert isinstance(mapping, dict)
-    plain = {str(k): v for k, v in mapping.items()}
+@pytest.mark.parametrize("plain", mixer_configs().values(), ids=mixer_configs())
+def test_numbers_of_mixers_are_finite(plain: dict[str, Any]) -> None:
     for key, value in plain.items():
         if isinstance(value, float):
             for wrong in (math.nan, math.inf, -1e9):

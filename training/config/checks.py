@@ -195,7 +195,7 @@ def split_problems(config: Config) -> list[str]:
     for name in dict.fromkeys(model.pattern):
         with torch.device("meta"):
             mixer = mixers.build(model.mixers[name], model.d_model, 0)
-        reason = mixer.why_whole(config.train.seq_len // N)
+        reason = mixer.why_not_split(config.train.seq_len // N)
         if reason:
             problems.append(
                 f"parallel.sequence {N}: mixer {name} cannot be split over ranks, as {reason}; set it to 1 or change the mixer."

@@ -2,7 +2,7 @@
 
 Activations are measured, not derived: one block of each kind and the head run forward and backward on tensors without storage, under a mode
 that counts every allocation. A new mixer, kernel or kind of checkpointing is so counted without a formula of its own. Custom ops count with what
-their fake implementations return, attention with what the fused kernels of a GPU keep. What DeepSpeed holds is arithmetic (`Held`).
+their fake implementations return, what has none asks `kernels.dispatch.planned()`, as attention does for the fused kernels of a GPU. What DeepSpeed holds is arithmetic (`Held`).
 Not counted: the CUDA context and NCCL's buffers (0.5 to 2 GiB outside torch's allocator), fragmentation, the workspaces of kernels, evaluation.
 
 Legend: B batch, T time, D width, V vocabulary.
@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,8 +28,6 @@ from models.block import Block
 from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
-from models.mixers.attention import Mixer as Attention
-from models.mixers.attention import packs
 from training.config.schema import Config
 from training.optim import parameter_groups
 from training.zero.policy import bucket_elements, overlaps, stage_of, zero_run
@@ -71,40 +68,12 @@ class Ledger(TorchDispatchMode):
         self.now -= self.live.pop(key, 0)
 
 
-def _fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-    scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """scaled_dot_product_attention as the fused kernels of a GPU run it: a boolean mask becomes a bias in the dtype of the queries; queries,
-    keys, values, output and one logarithm a row are kept."""
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if enable_gqa:
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    bias = None
-    if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
-        bias = torch.where(attn_mask, 0.0, float("-inf")).to(dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, dropout_p, is_causal)[0]
-
-
 @contextmanager
 def _as_on_a_gpu(compiled: bool = False) -> Iterator[None]:
-    """Kernels and attention are chosen as on a GPU, in recomputation too, and tensors have no storage. compiled: as torch.compile sees them,
-    where packed documents need a mask."""
-    attention, attend = F.scaled_dot_product_attention, Attention._attend
-
-    def attend_packed(self: Attention, q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, segments_BL: Tensor | None) -> Tensor:
-        if not compiled and self._divided(q_BHTK, k_BGLK, segments_BL) and packs(q_BHTK):
-            return _fused_attention(q_BHTK, k_BGLK, v_BGLK, is_causal=True, enable_gqa=q_BHTK.shape[1] != k_BGLK.shape[1])
-        return attend(self, q_BHTK, k_BGLK, v_BGLK, segments_BL)
-
-    F.scaled_dot_product_attention, Attention._attend = _fused_attention, attend_packed  # type: ignore[assignment, method-assign]
-    try:
-        with planning(), FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        F.scaled_dot_product_attention, Attention._attend = attention, attend  # type: ignore[method-assign]
+    """Kernels are chosen as on a GPU, in recomputation too, and tensors have no storage. compiled: as torch.compile sees them, where packed
+    documents need a mask."""
+    with planning(compiled), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
 
 
 @dataclass
