@@ -55,7 +55,7 @@ def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
     def turn(x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, positions, *mixer.turned(positions)) if mixer.config.rope else x
 
-    def forward(x_BTD: Tensor, state: Any = None, segment_ids: Any = None) -> tuple[Tensor, Any]:
+    def forward(x_BTD: Tensor, state: Any = None, segment_ids: Any = None, documents: Any = None) -> tuple[Tensor, Any]:
         assert segment_ids is None, "evaluations feed one document at a time"
         B, T, _ = x_BTD.shape
         q = mixer.q_proj(x_BTD).view(B, T, mixer.H, mixer.K).transpose(1, 2)
