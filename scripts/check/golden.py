@@ -3,9 +3,10 @@
     python -m scripts.check.golden                            the working tree against its base commit, bit for bit on this machine
     python -m scripts.check.golden against=REV                against another commit, tag or branch
     python -m scripts.check.golden against=FILE out=FILE      against losses that `out=` wrote; keeps those of the working tree
-    python -m scripts.check.golden against=stored             against tests/golden/losses.json, to 1e-5 in the first steps
+    python -m scripts.check.golden against=stored             against tests/golden/losses.json to 1e-5, all steps where the processor, release of
+                                                              torch and threads are those it names, else the first four
     python -m scripts.check.golden renew="why they change"    writes tests/golden/losses.json and commits it with this reason
-    more keys: only=hybrid,mamba2 (these models)   steps=50   threads=1   jobs=2 (runs at a time)   tree=DIR (instead of this working tree)
+    more keys: only=hybrid,mamba2 (these models)   steps=50 (5 or more)   threads=1   jobs=2 (runs at a time)   tree=DIR (instead of this working tree)
 
 The base commit is HEAD where the working tree has changes, otherwise the commit at which this branch left main (on main itself: HEAD~1).
 A commit is unpacked into a temporary folder and trained there by its own train.py on shards its own data.prepare wrote, so a change in any part
@@ -133,12 +134,11 @@ def differences(ours: Losses, theirs: Losses, steps: int | None = None, toleranc
     return found
 
 
-def reference(against: str, tree: Path, work: Path, wanted: dict[str, Any], threads: int) -> tuple[Losses | Path, str]:
+def reference(against: str, tree: Path, work: Path) -> tuple[Losses | Path, str]:
     """What the working tree is compared with, read from a file or (a folder) still to be trained, and what to call it."""
     if against == "stored":
         stored = json.loads((tree / STORED).read_text())
-        here = where(threads)
-        return stored["losses"].get(here) or next(iter(stored["losses"].values())), f"the stored losses ({stored['why']})"
+        return stored["losses"], f"the stored losses ({stored['why']})"
     if Path(against).is_file():
         return json.loads(Path(against).read_text())["losses"], against
     name = unpack(tree, against, work / "base")
@@ -154,7 +154,7 @@ def main(words: list[str]) -> int:
         work = Path(folder)
         other: Losses | Path | None = None
         if not wanted["renew"]:
-            other, called = reference(wanted["against"] or base_commit(tree), tree, work, wanted, threads)
+            other, called = reference(wanted["against"] or base_commit(tree), tree, work)
         trees = [tree] + ([other] if isinstance(other, Path) else [])
         chosen = cases(trees)
         if wanted["only"]:
@@ -172,8 +172,11 @@ def main(words: list[str]) -> int:
         return renew(tree, ours, wanted["renew"], where(threads))
     theirs = measured[1] if isinstance(other, Path) else other
     assert theirs is not None and not isinstance(theirs, Path)
-    exact = wanted["against"] != "stored"
-    found = differences(ours, theirs) if exact else differences(ours, theirs, ELSEWHERE_STEPS, ELSEWHERE)
+    if wanted["against"] == "stored":
+        same_place = json.loads((tree / STORED).read_text())["where"] == where(threads)
+        found = differences(ours, theirs, None if same_place else ELSEWHERE_STEPS, ELSEWHERE)
+    else:
+        found = differences(ours, theirs)
     missing = sorted(set(theirs) - set(ours)) if not wanted["only"] else []
     found += [f"{name} is in {called} but not in the working tree" for name in missing]
     print("\n".join(found) or f"equal to {called}: {', '.join(n for n in ours if n in theirs)}")
@@ -183,7 +186,7 @@ def main(words: list[str]) -> int:
 def renew(tree: Path, losses: Losses, why: str, here: str) -> int:
     """Replaces the stored file and commits it alone, with the reason."""
     file = tree / STORED
-    write_json(file, {"why": why, "losses": {here: losses}})
+    write_json(file, {"why": why, "where": here, "losses": losses})
     git(tree, "add", STORED)
     git(tree, "commit", "--only", STORED, "-m", f"Golden losses renewed: {why}")
     print(f"committed {STORED}: {why}")
