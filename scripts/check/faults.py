@@ -112,7 +112,7 @@ FAULTS = {
         "a checkpoint with a flipped bit passes",
         'if digest(path) != entry.get("sha256"):',
         "if not digest(path):",
-        "tests/training/test_checkpoint.py -k damaged",
+        "tests/training/test_runs.py -k damaged_checkpoint",
     ),
     "resume": Fault(
         "a run that goes on counts its samples from steps and today's batch",
