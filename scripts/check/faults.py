@@ -88,7 +88,7 @@ FAULTS = {
         "a decoding step of Mamba-2 does not let its state decay",
         "kept = h0.to(dtype) * decay_BH[..., None, None]",
         "kept = h0.to(dtype) * torch.ones_like(decay_BH)[..., None, None]",
-        "tests/models/test_contract.py -k carried",
+        "tests/models/test_contract.py -k without_gradients",
     ),
     "sampling": Fault(
         "top-p leaves out the token that crosses the threshold",
