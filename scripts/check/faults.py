@@ -140,7 +140,7 @@ FAULTS = {
     ),
     "parallel": Fault(
         "adjoints stop at the border of the next rank's slice",
-        "final = starts[n] + _reach(throughs[n], final)",
+        "final = starts[n] + ctx.reach(throughs[n], final)",
         "final = starts[n]",
         "tests/parallel/test_sequence.py",
     ),
@@ -158,8 +158,8 @@ FAULTS = {
     ),
     "config message": Fault(
         "a misspelt key is answered with the key that is least like it",
-        "close = difflib.get_close_matches(key, known, n=1, cutoff=cutoff)",
-        "close = sorted(known, key=lambda k: difflib.SequenceMatcher(None, key, k).ratio())[:1]",
+        'return next(iter(difflib.get_close_matches(key, list(known), n=1, cutoff=cutoff)), "")',
+        "return min(known, key=lambda k: difflib.SequenceMatcher(None, key, k).ratio())",
         "tests/training/test_config.py -k mistakes_are_sentences",
     ),
 }
