@@ -16,7 +16,7 @@ import os
 import random
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -366,11 +366,12 @@ def main() -> None:
     jobs = [(s, d, options.device) for s in range(options.first, options.first + options.cases) for d in options.dtype]
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         futures = [pool.submit(late, options.seconds, time.time(), *job) for job in jobs if job not in done]
-        for future in futures:
+        for future in as_completed(futures):
             row = future.result()
             if row is None:
                 continue
             rows.append(row)
+            rows.sort(key=lambda r: (r["seed"], r["dtype"]))
             if row["problems"]:
                 print(f"{row['again']}\n  {row['regime']}: {'; '.join(row['problems'])}", flush=True)
             if options.out:
