@@ -16,7 +16,7 @@ from kernels.parallel_rnn.trace import Traced, trace
 
 LOG2_E = 1.4426950408889634
 # Through powers of two of a scaled argument. Where a step waits for the step before, `scaled` moves the factor to inputs and weights.
-POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("_scaled_tanh({})", 2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
+POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("_scaled_tanh({})", -2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
 
 
 def bare(text: str) -> str:
