@@ -34,7 +34,7 @@ def main(composed: DictConfig) -> float | None:
     if cli.in_sweep():
         from training.sweep import job
 
-        return job(composed)
+        return job(composed, Path(__file__).resolve())
     try:
         config = cli.checked(composed)
         return train(config, cli.resolved_yaml(composed, config))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.listing import Listing, shown
 from data.sources import Source
 
@@ -97,7 +98,7 @@ def tokenizer_identity(spec: str) -> Any:
     try:
         return [spec, *(hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, *beside) if p.is_file())]
     except OSError as error:
-        raise ValueError(f"The tokenizer {spec} cannot be read: {error.strerror}.") from error
+        raise UserError(f"The tokenizer {spec} cannot be read: {error.strerror}.") from error
 
 
 def change(out: Path, wanted: dict[str, Any]) -> str:

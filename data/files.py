@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from training.errors import UserError
+from data.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:

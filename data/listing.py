@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.errors import UserError
+
 KINDS = {
     ".txt": "text",
     ".md": "text",
@@ -78,7 +80,7 @@ class Listing:
 
 
 def list_files(spec: str) -> Listing:
-    """The files of a file name, folder or glob. Raises ValueError when there are none, or when the one named is of another kind."""
+    """The files of a file name, folder or glob. Raises UserError when there are none, or when the one named is of another kind."""
     found, path = Listing(), Path(spec)
     if os.path.isdir(path):
         _walk(found, path)
@@ -86,7 +88,7 @@ def list_files(spec: str) -> Listing:
         found.sort(path)
         if not found.files:
             reason = next(iter(found.left_out), "no file")
-            raise ValueError(f"{shown(path)} is {_article(reason)}; give a file that ends in {READABLE}, or a folder of them.")
+            raise UserError(f"{shown(path)} is {_article(reason)}; give a file that ends in {READABLE}, or a folder of them.")
     else:
         for one in sorted(Path(p) for p in glob.glob(spec, recursive=True)):
             if os.path.isdir(one):
@@ -97,7 +99,7 @@ def list_files(spec: str) -> Listing:
     found.files.sort()
     if not found.files:
         why = "; ".join(found.leaving())
-        raise ValueError(
+        raise UserError(
             f"There is nothing to read at input={shown(spec)}{f' ({why})' if why else ''}; give a file or folder of {READABLE}, `demo`, or hf:NAME."
         )
     return found

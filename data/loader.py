@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from data.order import Blend, Permutation
 from data.shards import ShardSet
 
@@ -76,7 +77,7 @@ class WindowReader(Reader):
         self.windows = [(s.n_tokens - 1) // seq_len for s in self.shards]
         short = [str(s.directory) for s, n in zip(self.shards, self.windows) if n == 0]
         if short:
-            raise ValueError(f"{short[0]} has fewer tokens than one sequence of train.seq_len={seq_len}; shorten it or prepare more text.")
+            raise UserError(f"{short[0]} has fewer tokens than one sequence of train.seq_len={seq_len}; shorten it or prepare more text.")
         self.mixture = Blend(stretches or [(0, [w for _, w in shards])], seed)
         self._orders: dict[tuple[int, int], Permutation] = {}
 
@@ -124,13 +125,11 @@ class StreamReader(Reader):
 
     def __init__(self, shards: list[tuple[ShardSet, float]], seq_len: int, rows: int) -> None:
         if len(shards) != 1:
-            raise ValueError("data.reader=stream reads one folder; give data.path a single one.")
+            raise UserError("data.reader=stream reads one folder; give data.path a single one.")
         self.shard, self.seq_len, self.rows = shards[0][0], seq_len, rows
         self.steps = (self.shard.n_tokens - 1) // rows // seq_len
         if self.steps == 0:
-            raise ValueError(
-                f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch."
-            )
+            raise UserError(f"{self.shard.directory} is too short for {rows} streams of train.seq_len={seq_len}; lower train.global_batch.")
         first = np.arange(rows, dtype=np.int64) * (self.steps * seq_len)
         self.opened = self.shard.document_of(first)  # document in which the stretch of each row begins, and how many it has part in
         self.passed = self.shard.document_of(first + self.steps * seq_len - 1) - self.opened + 1
@@ -154,13 +153,13 @@ def build_reader(
 ) -> WindowReader | StreamReader:
     """`windows` (with weights that changed during the run, see Blend) or `stream` (of `rows` rows). Raises ValueError for another name, different tokenizers, or too little data."""
     if not shards:
-        raise ValueError("There are no token shards to read; give data.path a folder.")
+        raise UserError("There are no token shards to read; give data.path a folder.")
     if reader not in ("windows", "stream"):
-        raise ValueError(f"data.reader must be windows or stream, not {reader!r}.")
+        raise UserError(f"data.reader must be windows or stream, not {reader!r}.")
     if seq_len < 1 or rows < 1:
         raise ValueError(f"Sequences and batches must have at least one token and row, not {seq_len} and {rows}.")
     if len({s.tokenizer_sha256 for s, _ in shards}) > 1:
-        raise ValueError("The folders of data.path were made with different tokenizers; prepare them again with one.")
+        raise UserError("The folders of data.path were made with different tokenizers; prepare them again with one.")
     return WindowReader(shards, seq_len, seed, stretches) if reader == "windows" else StreamReader(shards, seq_len, rows)
 
 
@@ -188,7 +187,7 @@ class BatchLoader:
         pin: bool = False,
     ) -> None:
         if min(global_batch, micro_batch, replicas) < 1 or global_batch % (micro_batch * replicas) or not 0 <= replica < replicas:
-            raise ValueError(
+            raise UserError(
                 f"A global batch of {global_batch} cannot be divided into micro-batches of {micro_batch} on rank {replica} of {replicas}."
             )
         self.reader, self.global_batch, self.micro_batch, self.pin = reader, global_batch, micro_batch, pin

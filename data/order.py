@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from data.errors import UserError
+
 ROUNDS = 6
 LARGEST_BLOCK = 1_000_000
 
@@ -53,7 +55,7 @@ class Mixture:
 
     def __init__(self, weights: list[float], seed: int, block: int | None = None) -> None:
         if not weights or not all(math.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-            raise ValueError(f"Mixture weights must be zero or more with a positive sum, not {weights}.")
+            raise UserError(f"Mixture weights must be zero or more with a positive sum, not {weights}.")
         least = min(w for w in weights if w > 0) / sum(weights)
         if block is None:
             block = 1000
@@ -61,9 +63,7 @@ class Mixture:
                 block *= 10
         share = np.asarray(weights, dtype=np.float64) / sum(weights) * block
         if block * least < 0.5:
-            raise ValueError(
-                f"The smallest of the mixture weights {weights} is less than one sample in {block:,}; raise it or set it to 0."
-            )
+            raise UserError(f"The smallest of the mixture weights {weights} is less than one sample in {block:,}; raise it or set it to 0.")
         quota = np.floor(share + 1e-9).astype(np.int64)
         for i in np.argsort(quota - share, kind="stable")[: block - int(quota.sum())]:
             quota[i] += 1  # largest remainders

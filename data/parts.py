@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from data.errors import UserError
+
 OPEN_FILES = 128
 BLOCK = 512  # entries of an index between two that are kept in memory: a page of 4 KiB
 BLOCKS = 1024  # the blocks read last
@@ -28,7 +30,7 @@ class Files:
 
 
 class Numbers:
-    """`count` numbers of one type in a file. Raises ValueError when it is missing, of another size, or (while reading) cut or lost."""
+    """`count` numbers of one type in a file. Raises UserError when it is missing, of another size, or (while reading) cut or lost."""
 
     def __init__(self, files: Files, path: Path, count: int, dtype: np.dtype[Any]) -> None:
         self.files, self.path, self.name, self.count, self.dtype = files, path, str(path), count, dtype
@@ -38,12 +40,12 @@ class Numbers:
             size = -1
         if size != count * dtype.itemsize:
             what = "is missing" if size < 0 else f"has {size:,} bytes instead of {count * dtype.itemsize:,}"
-            raise ValueError(f"The shard {path} {what}; copy it again or prepare the data again.")
+            raise UserError(f"The shard {path} {what}; copy it again or prepare the data again.")
         if count:
             try:
                 self.files.open(self.name)
             except OSError as error:
-                raise ValueError(f"The shard {path} cannot be read: {error.strerror}.") from error
+                raise UserError(f"The shard {path} cannot be read: {error.strerror}.") from error
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Numbers start .. start+n-1, a new array."""
@@ -55,12 +57,12 @@ class Numbers:
                 done = os.preadv(file.fileno(), [left], place)
                 if not done:
                     size = os.fstat(file.fileno()).st_size
-                    raise ValueError(
+                    raise UserError(
                         f"The shard {self.path} was changed during the run and has {size:,} bytes now; put it back and run again."
                     )
                 left, place = left[done:], place + done
         except OSError as error:
-            raise ValueError(f"The shard {self.path} was lost during the run ({error.strerror}); put it back and run again.") from None
+            raise UserError(f"The shard {self.path} was lost during the run ({error.strerror}); put it back and run again.") from None
         return result
 
     def read_block(self, b: int) -> np.ndarray:

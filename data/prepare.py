@@ -43,8 +43,10 @@ from tokenizers import Tokenizer
 
 from data.corpus import INPUTS, Corpus, change, tokenizer_identity
 from data.encode import Encoder, batches
+from data.errors import UserError
 from data.fields import arguments_of
 from data.listing import shown
+from data.program import program
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
 from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe
@@ -71,7 +73,7 @@ class Arguments:
 
 
 def parse(words: list[str]) -> Arguments:
-    """Arguments from key=value words. Raises ValueError with a line per problem."""
+    """Arguments from key=value words. Raises UserError with a line per problem."""
     problems: list[str] = []
     arguments = arguments_of(words, Arguments, problems)
     problems += [
@@ -84,7 +86,7 @@ def parse(words: list[str]) -> Arguments:
     if any(number < 0 for number in arguments.valid_docs):
         problems.append("valid_docs are counted from 0.")
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError(problems)
     return arguments
 
 
@@ -98,17 +100,17 @@ def _limited(texts: Iterator[str], megabytes: float) -> Iterator[str]:
 
 
 def make_tokenizer(arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
-    """The tokenizer that was asked for, trained if it is to be, and what it puts around documents. Raises ValueError."""
+    """The tokenizer that was asked for, trained if it is to be, and what it puts around documents. Raises UserError."""
     if not arguments.tokenizer.startswith("bpe:"):
         return load_tokenizer(arguments.tokenizer)
     size = arguments.tokenizer.removeprefix("bpe:")
     if not size.isdigit():
-        raise ValueError(f"tokenizer=bpe:SIZE needs a whole number, not {size!r}.")
+        raise UserError(f"tokenizer=bpe:SIZE needs a whole number, not {size!r}.")
     start = time.perf_counter()
     texts = _limited(iter(corpus), arguments.train_mb)
     first = next(texts, None)
     if first is None:
-        raise ValueError(_nothing(arguments, corpus))
+        raise UserError(_nothing(arguments, corpus))
     tokenizer = train_bpe(_chain(first, texts), int(size))
     print(f"trained a BPE of {tokenizer.get_vocab_size():,} tokens in {time.perf_counter() - start:.1f} s", flush=True)
     return tokenizer, marks_of(tokenizer)
@@ -135,7 +137,7 @@ def held_out(text: bytes, number: int, arguments: Arguments, cut: bool = False) 
 
 
 def prepare(arguments: Arguments) -> dict[str, Any]:
-    """Makes the shard folder and returns its meta. Raises ValueError for what the user can mend."""
+    """Makes the shard folder and returns its meta. Raises UserError for what the user can mend."""
     out = Path(os.path.abspath(arguments.out))
     partial = out.with_name(out.name + ".partial")
     corpus = Corpus(
@@ -181,27 +183,25 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
             )
             publish(partial, out)
         except OSError as error:
-            raise ValueError(
-                f"{partial} cannot be written: {error.strerror or error}; mend that and run the same command again."
-            ) from error
+            raise UserError(f"{partial} cannot be written: {error.strerror or error}; mend that and run the same command again.") from error
     if arguments.benchmark:
         _benchmark(corpus, encoder, rate)
     return meta
 
 
 def _finished(out: Path, identity: str, arguments: Arguments, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The meta of shards that are complete already. Raises ValueError where something else lies at `out`."""
+    """The meta of shards that are complete already. Raises UserError where something else lies at `out`."""
     if not os.path.lexists(out):
         return None
     if not (out / "meta.json").exists():
         if not out.is_dir() or any(out.iterdir()):
-            raise ValueError(f"{out} exists and is no shard folder; choose another out.")
+            raise UserError(f"{out} exists and is no shard folder; choose another out.")
         return None
     if arguments.overwrite:
         return None
     meta = read_meta(out)
     if meta.get("identity") != identity:
-        raise ValueError(
+        raise UserError(
             f"{out} holds shards of other text or another tokenizer{change(out, wanted)}; choose another out, or overwrite=true."
         )
     print(f"{out} is already complete: {meta['splits']['train']['tokens']:,} training tokens")
@@ -214,7 +214,7 @@ def _locked(partial: Path) -> Iterator[None]:
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{partial} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
     try:
         import fcntl
     except ImportError:
@@ -225,7 +225,7 @@ def _locked(partial: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"Another process is preparing {partial}; wait for it, or choose another out.") from None
+            raise UserError(f"Another process is preparing {partial}; wait for it, or choose another out.") from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -255,7 +255,7 @@ def _open_partial(partial: Path, identity: str, wanted: dict[str, Any], argument
         (partial / INPUTS).write_text(json.dumps(wanted) + "\n")
         (partial / "identity.json").write_text(json.dumps(identity))
     except OSError as error:
-        raise ValueError(f"{partial} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
     return tokenizer, marks
 
 
@@ -281,7 +281,7 @@ def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arg
 
 
 def _settle_splits(writer: ShardWriter, corpus: Corpus, arguments: Arguments) -> None:
-    """Sees to it that no split stays empty. Raises ValueError when there is no text, or no such document to hold out."""
+    """Sees to it that no split stays empty. Raises UserError when there is no text, or no such document to hold out."""
     problem = ""
     if not writer.consumed:
         problem = _nothing(arguments, corpus)
@@ -293,7 +293,7 @@ def _settle_splits(writer: ShardWriter, corpus: Corpus, arguments: Arguments) ->
         for path in writer.folder.iterdir():
             path.unlink()
         writer.folder.rmdir()
-        raise ValueError(problem)
+        raise UserError(problem)
     if not writer.splits["train"].documents:
         writer.move_newest("valid", "train")
     elif not writer.splits["valid"].documents and arguments.valid_fraction and writer.splits["train"].documents > 1:
@@ -311,29 +311,25 @@ def _benchmark(corpus: Corpus, encoder: Encoder, rate: float) -> None:
 
 def main(words: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    words = sys.argv[1:] if words is None else words
-    if not words or any(w in ("-h", "--help", "help") for w in words):
+    return program(__doc__, run, words, interrupted="interrupted; the same command goes on where this one stopped")
+
+
+def run(words: list[str]) -> int:
+    """What the command line asks for. Raises UserError."""
+    if not words:
         print(__doc__)
-        return 0 if words else 2
+        return 2
+    arguments = parse(words)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    if arguments.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)  # read when the tokenizer first starts its threads
     try:
-        arguments = parse(words)
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"
-        if arguments.workers:
-            os.environ["RAYON_NUM_THREADS"] = str(arguments.workers)  # read when the tokenizer first starts its threads
         meta = prepare(arguments)
-    except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(
-            f"error: {shown(error.filename or 'A file')} cannot be opened: {error.strerror or error}; mend that and run the same command again.",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+        name = shown(error.filename or "A file")
+        raise UserError(f"{name} cannot be opened: {error.strerror or error}; mend that and run the same command again.") from error
     for line in meta.get("left_out", ()):
         print(line)
     for name, split in meta["splits"].items():

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.errors import UserError
 from data.parts import Files, Index, Numbers
 from data.tokenizer import Marks, TextCoder, coder_of, file_fingerprint, tokenizer_config
 
@@ -28,37 +29,37 @@ OFFSETS = np.dtype("<u8")
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """meta.json of a shard folder. Raises ValueError in one sentence."""
+    """meta.json of a shard folder. Raises UserError in one sentence."""
     try:
         meta = json.loads((directory / "meta.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         text = directory.is_file() or directory.is_dir() and any(directory.iterdir())
         out = f"runs/data/{directory.name.split('.')[0] or 'mine'}" if text else directory
         how = f"input={directory if text else 'demo'} out={out} tokenizer=bpe:2048{f', then give data.path={out}' if text else ''}"
-        raise ValueError(f"{directory} holds no token shards; make them with: python -m data.prepare {how}") from None
+        raise UserError(f"{directory} holds no token shards; make them with: python -m data.prepare {how}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
+        raise UserError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
     found = meta.get("format") if isinstance(meta, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{directory} is of format {found}, this program reads {FORMAT}; prepare the data again.")
+        raise UserError(f"{directory} is of format {found}, this program reads {FORMAT}; prepare the data again.")
     return meta
 
 
 def open_held_out(directory: str | Path) -> ShardSet | None:
-    """The held-out split of a shard folder, or None where it has none. Raises ValueError when it has one that cannot be read."""
+    """The held-out split of a shard folder, or None where it has none. Raises UserError when it has one that cannot be read."""
     part = read_meta(Path(directory)).get("splits", {}).get("valid") or {}
     return ShardSet(directory, "valid") if part.get("tokens", 0) >= 2 else None
 
 
 class ShardSet:
-    """One split of a shard folder as one long array of tokens. Raises ValueError on opening when a file is missing or cut short."""
+    """One split of a shard folder as one long array of tokens. Raises UserError on opening when a file is missing or cut short."""
 
     def __init__(self, directory: str | Path, split: str) -> None:
         self.directory, self.split = Path(directory), split
         self.meta = read_meta(self.directory)
         try:
             if split not in self.meta["splits"]:
-                raise ValueError(f"{self.directory} has no split {split!r}.")
+                raise UserError(f"{self.directory} has no split {split!r}.")
             part = self.meta["splits"][split]
             self.dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
             self.n_tokens, self.n_documents, self.n_bytes = part["tokens"], part["documents"], part["bytes"]
@@ -67,14 +68,14 @@ class ShardSet:
             self.shards: list[dict[str, Any]] = part["shards"]
             tokens, documents = [s["tokens"] for s in self.shards], [s["documents"] for s in self.shards]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
+            raise UserError(f"{self.directory / 'meta.json'} lacks {error}; prepare the data again.") from None
         if self.n_tokens < 2:
             what = (
                 "no held-out documents; prepare it with valid_fraction above zero or more text"
                 if split == "valid"
                 else "no tokens; prepare it with more text"
             )
-            raise ValueError(f"{self.directory} has {what}.")
+            raise UserError(f"{self.directory} has {what}.")
         self.files = files = Files()
         self._bins = [Numbers(files, self._path(s, ".bin"), s["tokens"], self.dtype) for s in self.shards]
         self._index = [Index(files, self._path(s, ".idx"), s["documents"], OFFSETS) for s in self.shards]
@@ -82,7 +83,7 @@ class ShardSet:
         self._first_token = list(itertools.accumulate(tokens, initial=0))  # of every shard, and the end
         self._first_document = list(itertools.accumulate(documents, initial=0))
         if file_fingerprint(self.directory / "tokenizer.json") != self.tokenizer_sha256:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory / 'tokenizer.json'} is not the tokenizer these shards were made with; put the right one back or prepare the data again."
             )
 
@@ -109,7 +110,7 @@ class ShardSet:
         return tokenizer_config(self.tokenizer(), self.marks)
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """Tokens start .. start+n-1 of the split, across shard borders. Raises ValueError when a file was cut or lost since it was opened."""
+        """Tokens start .. start+n-1 of the split, across shard borders. Raises UserError when a file was cut or lost since it was opened."""
         self._check(start, start, n)
         shard = bisect.bisect_right(self._first_token, start) - 1
         pieces = []
@@ -158,21 +159,21 @@ class ShardSet:
         if not 0 <= i < self.n_documents:
             raise ValueError(f"{self.directory} ({self.split}) has documents 0 to {self.n_documents - 1}, not {i}.")
         if len(self._lengths) != len(self.shards):
-            raise ValueError(f"{self.directory} does not say how long its documents are; prepare the data again.")
+            raise UserError(f"{self.directory} does not say how long its documents are; prepare the data again.")
         shard = bisect.bisect_right(self._first_document, i) - 1
         place, index, tokens = i - self._first_document[shard], self._index[shard], self._bins[shard]
         start, end = index.at(place), index.at(place + 1) if place + 1 < index.count else tokens.count
         return tokens.read(start, end - start), self._lengths[shard].at(place)
 
     def verify(self) -> None:
-        """Reads every token file and compares it with its checksum. Raises ValueError at the first that differs."""
+        """Reads every token file and compares it with its checksum. Raises UserError at the first that differs."""
         for shard in self.shards:
             digest = hashlib.sha256()
             with (self.directory / f"{shard['file']}.bin").open("rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
             if shard.get("sha256", digest.hexdigest()) != digest.hexdigest():
-                raise ValueError(f"The shard {self.directory / shard['file']}.bin is damaged; copy it again or prepare the data again.")
+                raise UserError(f"The shard {self.directory / shard['file']}.bin is damaged; copy it again or prepare the data again.")
 
 
 @functools.lru_cache(maxsize=8)
@@ -180,4 +181,4 @@ def _tokenizer(path: str, changed: int) -> Tokenizer:
     try:
         return Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {error}.") from error

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from data.listing import Listing, list_files, shown
 from data.records import BadFile, Missing, records
 
@@ -32,7 +33,7 @@ class Source:
 
     def _reject(self, kind: str, where: str) -> None:
         if self.strict:
-            raise ValueError(f"{where}: {kind}{self.instead()}; mend it, or leave out strict=true to count such records and go on.")
+            raise UserError(f"{where}: {kind}{self.instead()}; mend it, or leave out strict=true to count such records and go on.")
         self.bad[kind] += 1
         self.first.setdefault(kind, where)
 
@@ -52,11 +53,11 @@ class Source:
 
     @functools.cached_property
     def listing(self) -> Listing:
-        """The files behind the spec and those that are left out. Raises ValueError when there are none."""
+        """The files behind the spec and those that are left out. Raises UserError when there are none."""
         return Listing([DEMO]) if self.spec == "demo" else list_files(self.spec)
 
     def files(self) -> list[Path]:
-        """The files behind the spec. Raises ValueError when there are none."""
+        """The files behind the spec. Raises UserError when there are none."""
         return self.listing.files
 
     def identity(self) -> list[Any]:
@@ -74,9 +75,9 @@ class Source:
         except (BadFile, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rstrip(".")
             if getattr(error, "errno", None) and not isinstance(error, PermissionError):  # of the disk, not of the file
-                raise ValueError(f"{where} cannot be read: {reason}; mend that, and the same command goes on.") from error
+                raise UserError(f"{where} cannot be read: {reason}; mend that, and the same command goes on.") from error
             if Path(self.spec) == path:  # all there is
-                raise ValueError(f"{where} cannot be read to its end: {reason}; fetch or write it again.") from error
+                raise UserError(f"{where} cannot be read to its end: {reason}; fetch or write it again.") from error
             self._reject(reason if isinstance(error, BadFile) else f"file that cannot be read ({reason})", where)
 
     def _dataset(self) -> Iterator[Any]:
@@ -87,16 +88,16 @@ class Source:
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         except Exception as error:  # datasets raises many kinds; the first line says what is the matter
-            raise ValueError(f"The data set {name} cannot be opened: {_first_line(error)}.") from error
+            raise UserError(f"The data set {name} cannot be opened: {_first_line(error)}.") from error
         columns = list(rows.features or ())
         if columns and self.field not in columns:
-            raise ValueError(f"The data set {name} has no column {self.field!r}; set text_field to one of {', '.join(columns)}.")
+            raise UserError(f"The data set {name} has no column {self.field!r}; set text_field to one of {', '.join(columns)}.")
         stream = iter(rows.select_columns([self.field]) if columns else rows)
         while True:
             try:
                 row = next(stream, None)
             except Exception as error:
-                raise ValueError(f"The data set {name} cannot be read on: {_first_line(error)}; the same command goes on here.") from error
+                raise UserError(f"The data set {name} cannot be read on: {_first_line(error)}; the same command goes on here.") from error
             if row is None:
                 return
             yield row.get(self.field)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from data.errors import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 REACH_SECONDS = 10.0
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
@@ -36,9 +38,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens, the end-of-text mark among them. Raises ValueError below 257."""
+    """A byte-level BPE of `vocab_size` tokens, the end-of-text mark among them. Raises UserError below 257."""
     if vocab_size < 257:
-        raise ValueError(f"A byte-level vocabulary needs at least 257 tokens, not {vocab_size}.")
+        raise UserError(f"A byte-level vocabulary needs at least 257 tokens, not {vocab_size}.")
     tokenizer = _byte_level()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -128,7 +130,7 @@ def coder_of(tokenizer: Tokenizer, folder: str | Path | None = None) -> TextCode
 
 
 def load_tokenizer(spec: str) -> tuple[Tokenizer, Marks]:
-    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hub, and the marks of documents. Raises ValueError in one sentence."""
+    """`bytes`, a tokenizer.json, a folder that holds one, or a name on the Hub, and the marks of documents. Raises UserError in one sentence."""
     if spec == "bytes":
         tokenizer = byte_tokenizer()
         return tokenizer, marks_of(tokenizer)
@@ -139,7 +141,7 @@ def load_tokenizer(spec: str) -> tuple[Tokenizer, Marks]:
             tokenizer = Tokenizer.from_file(str(path))
             marks = marks_of(tokenizer, path.parent)
         elif path.suffix == ".json" or str(spec).startswith((".", "/")):
-            raise ValueError("there is no such file")
+            raise UserError("there is no such file")
         else:
             from transformers import AutoTokenizer
 
@@ -148,17 +150,17 @@ def load_tokenizer(spec: str) -> tuple[Tokenizer, Marks]:
                 named = AutoTokenizer.from_pretrained(spec, use_fast=True, local_files_only=bool(away))
             except Exception as error:
                 if away:
-                    raise ValueError(f"{away}, and it is not in the cache") from error
+                    raise UserError(f"{away}, and it is not in the cache") from error
                 raise
             tokenizer = named.backend_tokenizer
             marks = marks_from(tokenizer, named.bos_token_id, named.eos_token_id)
     except Exception as error:  # tokenizers raises bare Exception, the Hub client many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"The tokenizer {spec} cannot be loaded: {reason}; give a tokenizer.json, a folder with one, a Hub name, bpe:SIZE or bytes."
         ) from error
     if marks.start is None:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}, or a tokenizer_config.json beside it that names one."
         )
     return tokenizer, marks
@@ -189,10 +191,10 @@ def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 def eot_id(tokenizer: Tokenizer) -> int:
-    """Id of the mark that starts documents where nothing but the tokenizer is known. Raises ValueError when it has none of the known names."""
+    """Id of the mark that starts documents where nothing but the tokenizer is known. Raises UserError when it has none of the known names."""
     start = marks_of(tokenizer).start
     if start is None:
-        raise ValueError(f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}.")
+        raise UserError(f"The tokenizer has no end-of-text token; it needs one of {', '.join(END_NAMES)}.")
     return start
 
 
@@ -206,7 +208,7 @@ def file_fingerprint(path: Path) -> str:
     try:
         return hashlib.sha256(json.dumps(json.loads(path.read_text(encoding="utf-8")), sort_keys=True).encode()).hexdigest()
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read: {getattr(error, 'strerror', None) or error}; put it back or prepare the data again."
         ) from error
 

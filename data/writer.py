@@ -16,6 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from data.errors import UserError
+
 ENDINGS = (".bin", ".idx", ".len")
 
 
@@ -52,7 +54,7 @@ class ShardWriter:
         self.consumed = 0
 
     def resume(self) -> bool:
-        """Takes up what the journal says; False when there is none. Raises ValueError when files are shorter than it says."""
+        """Takes up what the journal says; False when there is none. Raises UserError when files are shorter than it says."""
         try:
             journal = json.loads((self.folder / "journal.json").read_text())
         except (OSError, ValueError):
@@ -72,7 +74,7 @@ class ShardWriter:
         for ending, size in zip(ENDINGS, (tokens * self.dtype.itemsize, documents * 8, documents * 8)):
             path = self.folder / f"{base}{ending}"
             if not path.exists() or path.stat().st_size < size:
-                raise ValueError(f"{path} is damaged, so the interrupted run cannot go on; delete {self.folder} and start again.")
+                raise UserError(f"{path} is damaged, so the interrupted run cannot go on; delete {self.folder} and start again.")
             if path.stat().st_size > size:
                 os.truncate(path, size)
 

@@ -1,4 +1,7 @@
-"""Evaluation inside the training loop: held-out perplexity and a sample of text, at intervals and at the end."""
+"""Evaluation inside the training loop, at intervals and at the end: held-out perplexity and a sample of text, or accuracy on a generated task.
+
+Every rank calls the same methods: results are summed over ranks, and rank 0 writes them (metrics.jsonl, eval.json, samples.txt).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import torch
 
 from data.files import write_json
 from data.shards import ShardSet
-from evals.adapters.base import ItemError, OwnAdapter
+from data.synthetic import build_task, to_dict
+from evals.adapters.base import ItemError
+from evals.adapters.own import OwnAdapter
 from evals.inputs.texts import Text
 from evals.measures import mixture
-from evals.measures.baselines import CountBaselines
-from evals.measures.perplexity import Perplexity, evaluate, held_out_rows, text_bytes
+from evals.measures.baselines import NAMES, baselines
+from evals.measures.perplexity import Perplexity, evaluate
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
+from evals.measures.tracking import HEADING, Counts, count, default_lengths, line
 from models.generate import generate
 from training.config.schema import Config
 from training.engine import Engine
@@ -23,25 +29,23 @@ from training.watch.metrics import Metrics
 LONG_TOKENS = 100_000_000  # held-out tokens that position curves are drawn from, which are kept in memory
 
 
-def build_evaluator(config: Config, engine: Engine, shards: Any, metrics: Metrics) -> Any:
-    """The evaluation that goes with the data: accuracy for generated tasks, perplexity and text for token shards."""
-    if config.data.reader != "synthetic":
-        return Evaluator(config, engine, shards, metrics)
-    from evals.state_tracking import Evaluator as TaskEvaluator
+def build_evaluator(config: Config, engine: Engine, shards: Any, metrics: Metrics) -> TextEvaluator | TaskEvaluator:
+    """The evaluation that goes with the data: accuracy for generated tasks, perplexity and a sample of text for token shards.
 
-    return TaskEvaluator(config, engine, metrics)
+    shards: (training split, weight) of every data folder; None for generated tasks. Both kinds have `at(step)` and `at_end(step)`.
+    """
+    if config.data.reader == "synthetic":
+        return TaskEvaluator(config, engine, metrics)
+    return TextEvaluator(config, engine, shards, metrics)
 
 
-class Evaluator:
-    """Scores the held-out split of every data folder with the model in training, split over the ranks."""
+class TextEvaluator:
+    """Scores the held-out split of every data folder with the model in training; each rank takes its share of the rows."""
 
     def __init__(self, config: Config, engine: Engine, shards: list[tuple[ShardSet, float]], metrics: Metrics) -> None:
         self.config, self.engine, self.metrics = config, engine, metrics
         self.train = shards[0][0]
-        try:
-            self.sources, without = mixture.held_out_sources(shards)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.sources, without = mixture.held_out_sources(shards)
         self.baselines: dict[str, float] | None = None
         if without:
             what = "this run is not evaluated" if not self.sources else "it is not evaluated"
@@ -63,19 +67,19 @@ class Evaluator:
         result = self.perplexity(step) if self.sources else None
         text = self.sample(step)
         if self.engine.world.main:
-            baselines = self._baselines() if result is not None else None
-            write_json(self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": baselines, "sample": text})
-            if result is not None and baselines is not None:
-                rows = {**baselines, self.config.name: result["bits_per_byte"]}
+            counted = self._baselines() if result is not None else None
+            write_json(self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": counted, "sample": text})
+            if result is not None and counted is not None:
+                rows = {**counted, self.config.name: result["bits_per_byte"]}
                 self.metrics.say("held-out bits per byte: " + "   ".join(f"{name} {bits:.3f}" for name, bits in rows.items()))
         return None if result is None else result["bits_per_byte"]
 
     def perplexity(self, step: int) -> dict[str, Any]:
-        """Of every source its share of eval.tokens; the total is that of the mixture."""
+        """Scores eval.tokens held-out tokens, of every source its share; the total is weighed as in training. Returns what eval.json holds."""
         with self.engine.gathered(list(self.engine.parameters)):
             parts = [self._score(source) for source in self.sources]
         total = mixture.combined([(part, source.share) for part, source in zip(parts, self.sources)])
-        result, named = total.to_dict(), {}
+        result = total.to_dict()
         self.metrics.write(step, held_out_loss=total.nats_per_token, perplexity=total.perplexity, bits_per_byte=total.bits_per_byte)
         text = f"perplexity {total.perplexity:.2f}, {total.bits_per_byte:.4f} bits per byte ({total.tokens:,} tokens)"
         if len(parts) > 1:
@@ -83,7 +87,7 @@ class Evaluator:
             result["sources"] = named
             for name, one in named.items():
                 self.metrics.write(step, **{f"held_out_loss/{name}": one["nats_per_token"], f"bits_per_byte/{name}": one["bits_per_byte"]})
-            text += f", weighed as in training; {mixture.told(named)}"
+            text += f", weighed as in training; {mixture.by_source(named)}"
         self.metrics.say(f"held out after step {step}: {text}")
         if self.config.eval.long_length:
             result["long"] = self.long(step)
@@ -143,7 +147,7 @@ class Evaluator:
         return result
 
     def sample(self, step: int) -> str:
-        """A greedy-ish continuation of eval.sample_prompt on rank 0 (weights are gathered by all)."""
+        """A continuation of eval.sample_prompt on rank 0 (weights are gathered by all)."""
         text = ""
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
@@ -164,19 +168,70 @@ class Evaluator:
     def _baselines(self) -> dict[str, float]:
         """Bits per byte of counts, of each source from its own training tokens."""
         if self.baselines is None:
-            parts: list[list[tuple[Perplexity, float]]] = [[], []]
-            for source in self.sources:
-                counts = CountBaselines(source.train)
-                rows = held_out_rows(
-                    source.shards, self.config.train.seq_len, source.budget(self.config.eval.tokens, self.config.train.seq_len)
-                )
-                sums = [counts.nll(tokens) for tokens, _ in rows]
-                tokens, size = sum(len(t) - 1 for t, _ in rows), sum(text_bytes(source.shards, t[1:]) for t, _ in rows)
-                for i in range(2):
-                    parts[i].append((Perplexity(sum(s[i] for s in sums), tokens, size), source.share))
-            self.baselines = {name: mixture.combined(part).bits_per_byte for name, part in zip(("unigram", "bigram"), parts)}
+            length, tokens = self.config.train.seq_len, self.config.eval.tokens
+            by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length)), s.share) for s in self.sources]
+            self.baselines = {n: mixture.combined([(counted[n], share) for counted, share in by_source]).bits_per_byte for n in NAMES}
         return self.baselines
 
 
 def _numbers(judged: dict[str, Any]) -> dict[str, float]:
     return {f"long_{key}": float(judged[key]) for key in ("delta_at_end", "delta_largest") if key in judged}
+
+
+class TaskEvaluator:
+    """Scores the generated task with the model in training: at the training length every `eval.every` steps, at all lengths at the end."""
+
+    def __init__(self, config: Config, engine: Engine, metrics: Metrics) -> None:
+        self.config, self.engine, self.metrics = config, engine, metrics
+        self.task = build_task(config.data.task)
+        self.length = config.train.seq_len
+
+    def at(self, step: int) -> None:
+        """Runs what is due after optimizer step `step`."""
+        every = self.config.eval.every
+        if step == self.config.total_steps or not every or step % every:
+            return  # at_end follows the last step
+        row = self._row(self.length)
+        if "error" in row:
+            self.metrics.say(f"accuracy after step {step}: {row['error']}")
+            return
+        self.metrics.write(step, accuracy=row["accuracy"], accuracy_last=row["last"], accuracy_exact=row["exact"])
+        self.metrics.say(
+            f"accuracy after step {step}: {100 * row['accuracy']:.2f} % of answers, {100 * row['last']:.2f} % of last ones (chance {100 * row['chance']:.2f} %)"
+        )
+
+    def at_end(self, step: int) -> float:
+        """Accuracy by length, written to eval.json as well; returns the share of wrong answers, 0 to 1, at the training length."""
+        lengths = self.config.eval.lengths or default_lengths(self.length, self.task)
+        rows = [self._row(n) for n in lengths]
+        trained_at = next((r for r in rows if r["length"] == self.length), None) or self._row(self.length)
+        if "accuracy" in trained_at:
+            self.metrics.write(step, accuracy=trained_at["accuracy"], accuracy_last=trained_at["last"], accuracy_exact=trained_at["exact"])
+        self.metrics.say("\n".join([f"accuracy on {to_dict(self.task)}", HEADING, *map(line, rows)]))
+        if self.engine.world.main:
+            result = {"task": to_dict(self.task), "train_length": self.length, "accuracy": trained_at.get("accuracy"), "lengths": rows}
+            write_json(self.metrics.run_dir / "eval.json", {"step": step, "state_tracking": result})
+        return 1.0 - trained_at.get("accuracy", 0.0)
+
+    def _row(self, length: int) -> dict[str, Any]:
+        """The counts of all ranks at `length` tokens as a row of the result, or its error."""
+        world, sequences = self.engine.world, max(1, self.config.eval.tokens // length)
+        problem, counts = "", Counts(labels=[0] * len(self.task.vocabulary()))
+        with self.engine.gathered(list(self.engine.parameters)):
+            try:
+                counts = count(
+                    self.engine.module,
+                    self.task,
+                    length,
+                    sequences=sequences,
+                    seed=self.config.seed,
+                    batch=min(64, -(-sequences // world.size)),
+                    precision=self.config.train.precision,
+                    rank=world.rank,
+                    world_size=world.size,
+                )
+            except (UserError, torch.OutOfMemoryError) as error:
+                problem = str(error).splitlines()[0]
+        if world.any(bool(problem)):
+            return {"length": length, "error": problem or "Another rank could not score this length."}
+        return Counts.from_flat(world.sum(counts.flat())).to_dict(length)

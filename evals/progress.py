@@ -14,15 +14,15 @@ QUIET = 10.0  # seconds between plain lines, at least
 class Progress:
     """Called with (done, total); a context manager, so that the bar goes when the work ends or fails.
 
-    every: also a plain line at the beginning and the end, for work that shows nothing else.
+    unit: what is counted; every: also a plain line at the beginning and the end, for work that shows nothing else.
     """
 
     def __init__(self, name: str, unit: str = "", every: bool = False) -> None:
         self.name, self.unit, self.every = name, unit, every
         self.silent = not first_of_all()
         self.bar: Any = None
-        self.task: Any = None
-        self.start = self.told = time.monotonic()
+        self.task: Any = None  # of the bar
+        self.start = self.last_line = time.monotonic()
         self.first = True
 
     def __enter__(self) -> Progress:
@@ -46,8 +46,8 @@ class Progress:
             self.bar.update(self.task, completed=done, total=total)
             return
         now = time.monotonic()
-        if now - self.told >= QUIET or (self.every and (self.first or done >= total)):
+        if now - self.last_line >= QUIET or (self.every and (self.first or done >= total)):
             print(
                 f"{self.name}: {done:,} of {total:,} {self.unit}".rstrip() + f" after {now - self.start:.0f} s", file=sys.stderr, flush=True
             )
-            self.told, self.first = now, False
+            self.last_line, self.first = now, False

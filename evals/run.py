@@ -17,7 +17,7 @@ same command goes on where it was stopped. Under torchrun the items are shared o
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -75,36 +75,17 @@ def problems_of(values: dict[str, Any]) -> list[str]:
 
 
 def by_tokens(values: dict[str, Any]) -> bool:
-    """Whether token shards are scored as they are: perplexity of one checkpoint. A text or several models are compared by suites."""
+    """Whether `run` scores token shards as they are (perplexity of one checkpoint); a text, or several models, are compared by suites."""
     alone = "," not in (values["checkpoint"] or "") or Path(values["checkpoint"]).exists()
     return bool(values["suite"] == "perplexity" and values["text"] is None and alone)
 
 
 def run_suite(values: dict[str, Any]) -> int:
-    """A suite of items; returns how many could not be measured."""
-    from evals.suites.items import Settings, evaluate
+    """Runs a suite on every checkpoint; returns how many items could not be measured. Raises UserError where nothing can be."""
+    from evals.suites.runner import evaluate
+    from evals.suites.subject import Settings
 
-    same = (
-        "add_bos_token",
-        "lengths",
-        "seed",
-        "redo",
-        "suite",
-        "train_length",
-        "max_length",
-        "depths",
-        "samples",
-        "sequences",
-        "rows",
-        "chunk",
-        "batch",
-        "cures",
-        "tasks",
-        "data",
-        "text",
-        "only",
-    )
-    settings = Settings(**{k: values[k] for k in same})
+    settings = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     if settings.suite == "perplexity":
         settings.max_length = settings.max_length or values["length"]
     paths = [path for path in values["checkpoint"].split(",") if path]
@@ -120,17 +101,15 @@ def run_suite(values: dict[str, Any]) -> int:
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
-    """Evaluates and returns the result that is written to JSON."""
+    """Scores one checkpoint on the held-out split of token shards: writes the result as JSON, prints and returns it. Raises UserError."""
     from data.files import write_json
-    from data.shards import ShardSet
-    from data.tokenizer import marks_of
-    from evals.measures.baselines import CountBaselines
-    from evals.measures.perplexity import evaluate, held_out_rows, text_bytes
-    from training.checkpoint import load_model
+    from evals.adapters.load import device_of
+    from evals.measures.baselines import baselines
+    from evals.measures.perplexity import evaluate
+    from models.checkpoint import load_model
     from training.watch.metrics import environment
-    from training.world import pick_device
 
-    device = pick_device(values["device"])
+    device = device_of(values["device"])
     model, tokenizer, meta = load_model(values["checkpoint"], device)
     folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
     if isinstance(folder, str) and "," in folder and not Path(folder).exists():
@@ -139,19 +118,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()})
     if not isinstance(folder, str):
         raise UserError("Say which token shards to score: data=DIR.")
-    try:
-        held_out, train = ShardSet(folder, "valid"), ShardSet(folder, "train")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if held_out.tokenizer().to_str() != tokenizer.to_str():
-        raise UserError(
-            f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {meta['folder']}/tokenizer.json."
-        )
-    if (begins := marks_of(tokenizer, Path(meta["folder"])).start) != held_out.eot_id:
-        raise UserError(
-            f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
-            f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={meta['folder']}."
-        )
+    held_out, train = open_splits(folder, tokenizer, Path(meta["folder"]))
     out = where_to_write(values, Path(meta["folder"]))
     seen = what_is_known(meta, held_out)
     start = time.perf_counter()
@@ -167,11 +134,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
             on_progress=progress,
         )
     seconds = time.perf_counter() - start
-    rows = held_out_rows(held_out, values["length"], values["max_tokens"])
-    counts = CountBaselines(train)
-    sums = [counts.nll(tokens) for tokens, _ in rows]
-    size = sum(text_bytes(held_out, tokens[1:]) for tokens, _ in rows)
-    baselines = {name: sum(s[i] for s in sums) / math.log(2) / size for i, name in enumerate(("unigram", "bigram"))}
+    counted = baselines(train, held_out, values["length"], values["max_tokens"])
     report = {
         "suite": values["suite"],
         "arguments": values,
@@ -180,7 +143,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         **result.to_dict(),
         "text": {"name": f"the valid split of {folder}", "fingerprint": held_out.fingerprint},
         "seen": seen.to_dict(),
-        "baselines_bits_per_byte": baselines,
+        "baselines_bits_per_byte": {name: part.bits_per_byte for name, part in counted.items()},
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
         "environment": environment(device),
@@ -191,6 +154,24 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from error
     _show(report, out)
     return report
+
+
+def open_splits(folder: str, tokenizer: Any, checkpoint: Path) -> tuple[Any, Any]:
+    """(held-out split, training split) of token shards. Raises UserError where they cannot be read, or are not in the checkpoint's own tokens."""
+    from data.shards import ShardSet
+    from data.tokenizer import marks_of
+
+    held_out, train = ShardSet(folder, "valid"), ShardSet(folder, "train")
+    if held_out.tokenizer().to_str() != tokenizer.to_str():
+        raise UserError(
+            f"The shards in {folder} were made with another tokenizer than this checkpoint's; prepare the text with {checkpoint}/tokenizer.json."
+        )
+    if (begins := marks_of(tokenizer, checkpoint).start) != held_out.eot_id:
+        raise UserError(
+            f"Documents of {folder} begin with the token {tokenizer.id_to_token(held_out.eot_id)!r}, those of this checkpoint with "
+            f"{'none' if begins is None else repr(tokenizer.id_to_token(begins))}; prepare the text with tokenizer={checkpoint}."
+        )
+    return held_out, train
 
 
 def what_is_known(meta: dict[str, Any], held_out: Any) -> Any:
@@ -224,36 +205,36 @@ def where_to_write(values: dict[str, Any], folder: Path) -> Path:
 
 
 def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
-    """Evaluates every source by itself, and reports the total by their weights besides."""
+    """Evaluates every source of a mixture by itself as `run` does, and all of them by their weights. folders: weight by folder of shards.
+
+    The figures of the mixture are those of its tokens if each source gave its share of them. Raises UserError where no source can be scored.
+    """
     from data.files import write_json
     from data.shards import open_held_out
     from evals.measures import mixture
 
-    try:
-        scored = [folder for folder in folders if open_held_out(folder) is not None]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    scored = [folder for folder in folders if open_held_out(folder) is not None]
     if left := [folder for folder in folders if folder not in scored]:
         print(f"{', '.join(left)} has no held-out documents and is not evaluated; prepare it with valid_fraction above zero.")
     if not scored:
         raise UserError("No source of this mixture has held-out documents; prepare one with valid_fraction above zero, or give data=DIR.")
-    weight = sum(folders[folder] for folder in scored)
+    total_weight = sum(folders[folder] for folder in scored)
     reports: dict[str, dict[str, Any]] = {}
     parts = []
     for name, folder in zip(mixture.names_of(scored), scored):
-        place = Path(values["out"]) if values["out"] else None
-        own = str(place.with_name(f"{place.stem}-{len(reports)}{place.suffix}")) if place else None
+        out_of_all = Path(values["out"]) if values["out"] else None
+        out_of_one = str(out_of_all.with_name(f"{out_of_all.stem}-{len(reports)}{out_of_all.suffix}")) if out_of_all else None
         print(f"source {name}")
-        reports[name] = run({**values, "data": folder, "out": own})
-        parts.append((mixture.of_report(reports[name]), folders[folder] / weight if weight else 1 / len(scored)))
+        reports[name] = run({**values, "data": folder, "out": out_of_one})
+        parts.append((mixture.of_report(reports[name]), folders[folder] / total_weight if total_weight else 1 / len(scored)))
     total, first = mixture.combined(parts), next(iter(reports.values()))
     sources = {name: mixture.figures(part, share) for name, (part, share) in zip(reports, parts)}
     report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
-    told = sorted({one["seen"]["status"] for one in reports.values()})
+    statuses = sorted({one["seen"]["status"] for one in reports.values()})
     report["text"] = {"name": " and ".join(one["text"]["name"] for one in reports.values())}
     report["seen"] = {
-        "status": told[0]
-        if len(told) == 1
+        "status": statuses[0]
+        if len(statuses) == 1
         else "by source: " + ", ".join(f"{name} {one['seen']['status']}" for name, one in reports.items())
     }
     bases = [one["baselines_bits_per_byte"] for one in reports.values()]
@@ -264,7 +245,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
         write_json(out, report)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}.") from error
-    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.told(sources)}")
+    print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.by_source(sources)}")
     _show(report, out)
     return report
 

@@ -1,17 +1,14 @@
-"""Says whether Triton kernels can run, and calls custom ops without torch's dispatcher; importing this never imports Triton."""
+"""Says whether Triton kernels can run, and how ops are to be called; importing this never imports Triton."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.library import CustomOpDef
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # products and sums in one instruction: Triton 3.10 asks for it to be said
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the look-up
@@ -64,30 +61,6 @@ def overlapped() -> bool:
     return not interpreted() and not _planning and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def plain(tensor: Tensor) -> bool:
+def is_eager(tensor: Tensor) -> bool:
     """Whether ops run as they are called: nobody traces, and the tensor has storage."""
     return not torch.compiler.is_compiling() and type(tensor) in (Tensor, nn.Parameter)
-
-
-def direct(op: CustomOpDef, implementation: Callable[..., Any], save: Any = None, differentiate: Any = None) -> Callable[..., Any]:
-    """Calls a custom op's implementation without the dispatcher where it is not needed. `save` and `differentiate` make it differentiable:
-    registered with the op (setup_context and backward), and as an autograd.Function around the implementation. The dispatcher takes 0.1 to
-    0.2 ms of the host's time a call (H200, under a profiler), as much as the kernels of a layer of 400M parameters take of the device's. The
-    first argument is a tensor."""
-    run = implementation
-    if save is not None:
-        op.register_autograd(differentiate, setup_context=save)
-
-        # not in two functions: torch inspects the signature of `forward` at every call of those
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            output = implementation(*inputs)
-            save(ctx, inputs, output)
-            return output
-
-        parts = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(differentiate))}
-        run = type(implementation.__name__, (torch.autograd.Function,), parts).apply  # type: ignore[attr-defined]
-
-    def call(first: Tensor, *rest: Any) -> Any:
-        return run(first, *rest) if plain(first) else op(first, *rest)
-
-    return call

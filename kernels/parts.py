@@ -1,4 +1,4 @@
-"""What several Triton kernels are made of; imports Triton. The short convolution writes its SiLU out: a call there costs it 39 registers."""
+"""Functions that several Triton kernels call; imports Triton. The short convolution writes its SiLU out: calling `silu` there costs it 39 registers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RUNS = 1024  # most runs of rows of a backward pass
+RUNS = 1024  # into so many runs at most a backward pass cuts its rows
 
 
 @triton.jit
@@ -22,7 +22,8 @@ def silu(x):
 
 @triton.jit
 def softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(-|x|), the logarithm as 2 artanh(e / (2 + e)): small e keep all their digits. NaN stays NaN."""
+    """log(1 + exp(x)), as max(x, 0) + log(1 + e) with e = exp(-|x|). The logarithm is summed as the series of 2 artanh(e / (2 + e)): in 1 + e the
+    digits of a small e would be rounded away. NaN stays NaN."""
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
     q = s * s
@@ -37,6 +38,7 @@ def clamped(x, low, high):
 
 
 def runs(N: int, tile: int) -> tuple[int, int]:
-    """(rows of a run, runs) of N >= 1 rows taken `tile` at a time: the gradient of a weight is one partial sum a run, so there are not too many."""
+    """(rows of a run, number of runs) for N >= 1 rows that programs take `tile` at a time. Each run leaves one partial sum of a weight's gradient in
+    memory, so their number has a limit."""
     each = triton.cdiv(triton.cdiv(N, RUNS), tile) * tile
     return each, triton.cdiv(N, each)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dispatch import plain, planned, planned_compiled
+from kernels.dispatch import is_eager, planned, planned_compiled
 from models.isolation import Lost, isolated
 from models.segments import Documents
 
@@ -65,7 +65,7 @@ def packable(q_BHTK: Tensor) -> bool:
         return False
     if planned():
         return not planned_compiled()
-    return q_BHTK.is_cuda and plain(q_BHTK) and not torch.version.hip
+    return q_BHTK.is_cuda and is_eager(q_BHTK) and not torch.version.hip
 
 
 def packed_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, documents: Documents | None, window: int) -> Tensor:

@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.errors import UserError
 from data.fields import read
 from models import mixers
 
@@ -87,7 +88,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:
-        """Reads a mapping. Raises ValueError with one line for every problem."""
+        """Reads a mapping. Raises UserError with one line for every problem."""
         found: list[str] = []
         values = read(mapping, typing.get_type_hints(ModelConfig), "model.", found)
         if "vocab_size" not in mapping:
@@ -98,7 +99,7 @@ class ModelConfig:
         if not unread:
             found += config.problems()
         if found:
-            raise ValueError("\n".join(found))
+            raise UserError(found)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Legend: B batch, T time, D width, W kernel width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,12 +33,12 @@ class RMSNorm(Module):
         *,
         norm_first: bool = False,
         dtype: torch.dtype | None = None,
-        columns: tuple[int, int] = (0, 0),
+        columns: tuple[int, Any] = (0, None),
     ) -> Tensor:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
-        columns (first, of): the gate is columns of the projection that a `CausalConv` splits.
+        columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
@@ -91,12 +93,13 @@ class CausalConv(Module):
         return "" if T >= self.width - 1 else f"slices of {T} token(s) are shorter than the {self.width - 1} a convolution looks back"
 
     def forward(
-        self, x_BTC: Tensor, first: int, state_BWD: Tensor | None, starts_BT: Tensor | None
+        self, x_BTC: Tensor, first: int, state_BWD: Tensor | None, starts_BT: Tensor | None, joint: Any = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Splits a projection of C columns: those before `first`, the D from there convolved, those after, and the new state (None if
-        none was given): the last W-1 inputs, zeroed where they belong to an earlier document."""
+        none was given): the last W-1 inputs, zeroed where they belong to an earlier document. joint: `kernels.short_conv.joint_gradient` of the
+        projection, if a norm takes some of its columns as a gate."""
         past = None if state_BWD is None else state_BWD.to(x_BTC.dtype)
-        before, y, after = short_conv_columns(x_BTC, first, past, self.weight, self.bias, starts_BT, silu=True)
+        before, y, after = short_conv_columns(x_BTC, first, past, self.weight, self.bias, starts_BT, True, joint)
         if past is None:
             return before, y, after, None
         return before, y, after, last_inputs(x_BTC[..., first : first + self.weight.shape[0]], past, self.width, starts_BT)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data.errors import UserError
 from models.block import Block, Owed
 from models.config import ModelConfig
 from models.contract import tensor_bytes
@@ -50,7 +51,7 @@ class LanguageModel(Module):
         super().__init__()
         problems = config.problems()
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError(problems)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         tag(self.embedding.weight, "no_decay")

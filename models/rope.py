@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import plain
+from kernels.dispatch import is_eager
 
 NEEDED: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
@@ -140,8 +140,8 @@ class Rope:
         fixed = self.kept.get(device)
         if fixed is None:
             fixed = self._fixed().to(positions_T.device)
-            recorded = positions_T.is_cuda and plain(positions_T) and torch.cuda.is_current_stream_capturing()
-            if plain(positions_T) and not recorded and device != "meta":  # a tensor made while a graph is recorded is that graph's
+            recorded = positions_T.is_cuda and is_eager(positions_T) and torch.cuda.is_current_stream_capturing()
+            if is_eager(positions_T) and not recorded and device != "meta":  # a tensor made while a graph is recorded is that graph's
                 self.kept[device] = fixed
         if self.kind != "dynamic" or not positions_T.numel():
             return fixed

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import UserError
+
 NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0: the likeliest. Raises ValueError, a line for each value out of its range."""
+    """How tokens are drawn. temperature 0: the likeliest. Raises UserError, a line for each value out of its range."""
 
     temperature: float = 0.8
     top_k: int | None = 50  # keep the k likeliest; None or 0: all
@@ -39,7 +41,7 @@ class Sampling:
         if self.repetition_penalty <= 0:
             problems.append(f"repetition_penalty must be above zero, not {self.repetition_penalty}.")
         if problems:
-            raise ValueError("\n".join(problems))
+            raise UserError(problems)
 
     def filtered(self, logits_BV: Tensor, seen_BV: Tensor | None = None) -> Tensor:
         """The logits to draw from, fp32, -inf where a token is ruled out. seen: bool, the tokens the text already holds."""

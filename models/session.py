@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data.errors import UserError
 from models.decode import Decoder
 from models.lm import LanguageModel, LMState
 from models.sampling import Sampling
@@ -161,8 +162,6 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written."""
-        from training.errors import UserError
-
         path = Path(path)
         tensors = {"ids": self.ids_BT, "generator": self.generator.get_state()}
         plain: list[dict[str, int | None]] = []
@@ -191,8 +190,6 @@ class Session:
     @staticmethod
     def load(path: str | Path, model: LanguageModel) -> Session:
         """The session of a file. Raises UserError in one sentence for a torn file, one that holds none, or another model's."""
-        from training.errors import UserError
-
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("everywhen_session", "null"))

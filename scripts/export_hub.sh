@@ -3,4 +3,4 @@
 source "$(dirname "$0")/common.sh"
 [ $# -ge 2 ] || { sed -n '2p' "$0" | cut -c3-; exit 2; }
 if [ -z "${NO_SETUP:-}" ]; then setup_venv eval; fi # NO_SETUP=1: use the Python that is on the path
-python -m models.hub.export "$@"
+python -m scripts.export "$@"

@@ -15,7 +15,7 @@ echo "== 3/4 held-out perplexity by position"
 python -m evals.run checkpoint=$run suite=perplexity length=1024 max_tokens=32768
 
 echo "== 4/4 text from the checkpoint"
-python -m models.generate checkpoint=$run prompt="It is a truth universally acknowledged, that" max_new_tokens=60 seed=1
+python -m scripts.generate checkpoint=$run prompt="It is a truth universally acknowledged, that" max_new_tokens=60 seed=1
 
 cat <<EOT
 

@@ -1,109 +1,40 @@
-"""Checkpoints: whole or not there at all, the same for any number of ranks and any ZeRO stage, nothing pickled.
-
-A folder checkpoints/step-XXXXXXXX holds model.safetensors (fp32), optimizer.safetensors (Adam's moments by parameter name),
-config.json (the model), run.json (the run), state.json (step, tokens, data fingerprint), rng.safetensors, tokenizer.json and,
-written last, COMPLETE.json with the size and SHA-256 of every other file and the number of checkpoints that the run folder had
-got before it. It is written under a temporary name and renamed. The newest is the one written last, whatever its step: who
-went back to an older one is on a new branch, and no clock is asked, as those of machines differ.
-Several ranks write model-00001-of-0000N.safetensors and so on, each its part, and model.index.json and optimizer.index.json
-say where the stretches of every tensor lie. training/saving/saver.py writes them; models/hub/weights.py reads the tensors of both.
+"""What training does with checkpoints beyond reading a model (models/checkpoint.py, whose names can be had here too): the ranks agree on one, and the
+optimizer and the random state go on from it. training/saving/saver.py writes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
 
-from models.config import ModelConfig
+from models.checkpoint import (
+    MARKER,
+    checkpoints,
+    digest,
+    find,
+    find_and_read,
+    folder_of,
+    load_model,
+    load_weights,
+    newest,
+    order_of,
+    read_state,
+    step_of,
+    verify,
+)
 from models.hub.weights import Weights
-from models.lm import LanguageModel
 from training.engine import Engine
-from training.errors import UserError
 from training.world import World
 from training.zero.local_state import load_moments
 
-MARKER = "COMPLETE.json"
-ATTEMPTS = 5  # at reading a checkpoint of a run that goes on and drops old ones
-
-T = TypeVar("T")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    result = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            result.update(block)
-    return result.hexdigest()
-
-
-def folder_of(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def order_of(folder: Path) -> int:
-    """Its place, counted from 1, in the order in which the checkpoints of its run folder were written; 0 where the marker does not say."""
-    try:
-        return int(json.loads((folder / MARKER).read_text())["order"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, in the order in which they were written."""
-    found = [p for p in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / MARKER).exists()]
-    return sorted(found, key=lambda p: (order_of(p), step_of(p)))
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def verify(folder: Path, rank: int = 0, size: int = 1, only: Callable[[str], bool] = lambda name: True) -> str:
-    """'' when the files are as the marker says, else one sentence. Of `size` ranks each reads every size-th file; `only` chooses by name."""
-    try:
-        marker = json.loads((folder / MARKER).read_text())
-        files = sorted(marker["files"].items(), key=lambda item: (-item[1]["bytes"], item[0]))
-        if marker["format"] not in (1, 2):
-            return f"{folder} is of format {marker['format']}, this program reads 1 and 2."
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{folder} is not a complete checkpoint."
-    for name, entry in [item for item in files if only(item[0])][rank::size]:
-        path = folder / name
-        try:
-            if not path.exists() or path.stat().st_size != entry["bytes"]:
-                return f"{path} is missing or cut short."
-            if digest(path) != entry.get("sha256"):
-                return f"{path} does not have the content it was saved with."
-        except OSError as error:
-            return f"{path} cannot be read: {error.strerror}."
-    return ""
-
-
-def newest(run_dir: Path, warn: Callable[[str], Any] = print, only: Callable[[str], bool] = lambda name: True) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones are named through `warn` and passed over, and those that the run itself drops or
-    replaces meanwhile are not damaged."""
-    damaged: set[tuple[Path, int]] = set()
-    while True:
-        found = [(folder, order_of(folder)) for folder in checkpoints(run_dir)]
-        candidates = [item for item in found if item not in damaged]
-        if not candidates:
-            return None
-        folder, order = candidates[-1]
-        problem = verify(folder, only=only)
-        if not problem:
-            return folder
-        if (folder / MARKER).exists() and order_of(folder) == order:
-            damaged.add((folder, order))
-            warn(f"passing over a damaged checkpoint: {problem}")
+__all__ = [
+    "MARKER", "checkpoints", "digest", "find", "find_and_read", "folder_of", "load_model", "load_weights", "newest", "newest_together", "order_of",
+    "read_state", "restore_optimizer", "step_of", "verify",
+]  # fmt: skip
 
 
 def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = print) -> Path | None:
@@ -124,60 +55,6 @@ def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = pr
             return folder
 
 
-def find(path: str | Path) -> Path:
-    """The folder with the weights behind a run folder, a checkpoint, or an exported folder. Raises UserError."""
-    folder = Path(path)
-    if not folder.exists():
-        raise UserError(
-            f"There is no {folder}; give a run folder, a checkpoint folder, or a folder with model.safetensors and config.json."
-        )
-    if (folder / "checkpoints").is_dir():
-        found = newest(folder, only=lambda name: not name.startswith("optimizer"))
-        if found is None:
-            raise UserError(f"{folder} holds no complete checkpoint yet.")
-        return found
-    if not any((folder / name).exists() for name in ("model.safetensors", "model.index.json")) or not (folder / "config.json").exists():
-        raise UserError(f"{folder} holds no model.safetensors with a config.json.")
-    return folder
-
-
-def find_and_read(path: str | Path, read: Callable[[Path], T]) -> T:
-    """`read(find(path))`; where a run in progress drops that checkpoint under the reader, the newest is read instead. Raises UserError."""
-    for _ in range(ATTEMPTS):
-        folder = find(path)
-        try:
-            return read(folder)
-        except Exception:  # each library has its own for a file that is gone
-            if folder == Path(path) or (folder / MARKER).exists():
-                raise
-    raise UserError(
-        f"The run in {path} drops its checkpoints before they can be read; give one of its milestones or a larger checkpoint.keep."
-    )
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
-
-
-@torch.no_grad()
-def load_weights(folder: Path, model: LanguageModel) -> None:
-    """Loads the weights of a checkpoint into `model`, a tensor at a time. Raises UserError when the shapes or names are another model's."""
-    weights, own = Weights(folder), model.state_dict()
-    theirs = {name: weights.shape(name) for name in weights.names()}
-    wrong = sorted(k for k in own.keys() | theirs.keys() if k not in own or k not in theirs or tuple(own[k].shape) != theirs[k])
-    wrong = [k for k in wrong if not (k not in theirs and k in own and _is_tied(model, k))]
-    if wrong:
-        raise UserError(
-            f"{folder} holds another model: {len(wrong)} parameter(s) differ, the first is {wrong[0]}; give the model= and size= it was trained with, or another run_dir."
-        )
-    for name in theirs:
-        own[name].copy_(weights.tensor(name))
-
-
-def _is_tied(model: LanguageModel, name: str) -> bool:
-    return name not in dict(model.named_parameters())
-
-
 def restore_optimizer(folder: Path, engine: Engine) -> None:
     """Adam's moments and the random state; weights were loaded before the engine was made."""
     state = read_state(folder)
@@ -187,47 +64,3 @@ def restore_optimizer(folder: Path, engine: Engine) -> None:
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and engine.world.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"], engine.world.device)
-
-
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
-    """(model in eval mode, tokenizer, meta) of a run, checkpoint or exported folder; fp32 weights on `device`.
-
-    meta: {'folder', 'step', 'run'} where known. Raises UserError in one sentence for anything that is not such a folder.
-    """
-    from models.hub.importing import is_foreign
-
-    if is_foreign(Path(path)):
-        model, tokenizer, meta = _read_model(Path(path), True)
-    else:
-        model, tokenizer, meta = find_and_read(path, lambda folder: _read_model(folder, False))
-    return model.to(device).eval(), tokenizer, meta
-
-
-def _read_model(folder: Path, foreign: bool) -> tuple[LanguageModel, Tokenizer, dict[str, Any]]:
-    from models.hub.importing import read_stock, without_tokenizer
-    from models.hub.weights import refuse_pickles
-
-    refuse_pickles(folder)
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        if foreign:
-            config, tensors = read_stock(folder)
-        else:
-            config = ModelConfig.from_dict(json.loads((folder / "config.json").read_text()))
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
-    model = LanguageModel(config)
-    if foreign:
-        model.load_state_dict(tensors, strict=False)
-    else:
-        load_weights(folder, model)
-    if not (folder / "tokenizer.json").exists():
-        raise UserError(without_tokenizer(folder))
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    meta: dict[str, Any] = {"folder": str(folder)}
-    for name in ("state", "run"):
-        if (folder / f"{name}.json").exists():
-            meta[name] = json.loads((folder / f"{name}.json").read_text())
-    return model, tokenizer, meta

@@ -93,8 +93,8 @@ class InitialStates:
         return next((len(tensor) for part in parts for tensor in state_tensors(part).values()), None)
 
     def _fit(self, layer: int, name: str, x: Tensor) -> None:
-        """Mean and standard deviation over rows and the entries of a head; a state without heads (B, S, I) has one pair for each of the S."""
-        over = (0, *range(2, x.ndim))
+        """Mean and standard deviation over rows and the entries of a head; (B, S, I) of a cell has one pair for each of the S, (B, D) one in all."""
+        over = (0, *range(min(2, x.ndim - 1), x.ndim))
         mean, std = x.mean(over, keepdim=True), x.std(over, keepdim=True)
         before = self.fitted.get((layer, name))
         if before is not None:

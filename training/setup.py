@@ -41,10 +41,7 @@ def open_shards(path: Any, split: str) -> Shards:
     if not path:
         raise UserError(NO_DATA)
     weights = path if isinstance(path, dict) else {path: 1.0}
-    try:
-        shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
     tokenizers = {s.tokenizer_sha256 for s, _ in shards}
     if len(tokenizers) > 1:
         raise UserError(f"The folders of data.path were made with {len(tokenizers)} different tokenizers; prepare them again with one.")
@@ -61,12 +58,9 @@ def open_sources(config: Config, split: str) -> Any:
 def open_reader(config: Config, shards: Shards, order: Order | None = None) -> Any:
     """The reader of data.reader over `shards`; order: of a run that goes on. Raises UserError when there is too little data for it."""
     order = order or begin(config, [weight for _, weight in shards]).order
-    try:
-        if config.data.reader == "synthetic":
-            return SyntheticReader(build_task(config.data.task), order.seq_len, order.seed, curriculum=config.data.curriculum)
-        return build_reader(shards, order.reader, order.seq_len, order.seed, order.rows, order.stretches)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    if config.data.reader == "synthetic":
+        return SyntheticReader(build_task(config.data.task), order.seq_len, order.seed, curriculum=config.data.curriculum)
+    return build_reader(shards, order.reader, order.seq_len, order.seed, order.rows, order.stretches)
 
 
 def open_data(config: Config) -> tuple[Any, Any, str]:

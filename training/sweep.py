@@ -38,7 +38,6 @@ from training.compare import Run, plot, read_run, rows_of, table
 from training.errors import STOPPED, UserError, sentence_of
 from training.launch import world_size
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "SWEEP_COMMAND"  # environment: what starts a job instead of `python train.py`, e.g. 'torchrun --nproc_per_node 8 train.py'
 FAILED = 1
 RECORD = "job.json"
@@ -208,8 +207,8 @@ def _record(folder: Path) -> dict[str, Any]:
 # What a launcher calls, in whatever process it likes.
 
 
-def job(composed: DictConfig) -> float:
-    """Trains the run that Hydra composed in a process of its own; returns held-out bits per byte, else the loss, infinite for one that failed."""
+def job(composed: DictConfig, trainer: Path) -> float:
+    """Trains the run that Hydra composed in a process of its own, by the program `trainer`; returns held-out bits per byte, else the loss, infinite for one that failed."""
     hydra = HydraConfig.get()
     kept = set(hydra.job.config.override_dirname.exclude_keys)
     overrides = list(hydra.overrides.task)
@@ -222,11 +221,11 @@ def job(composed: DictConfig) -> float:
     arguments += [f"run_dir={quoted(str(folder))}", f"name={quoted(str(name))}", *_flags(hydra)]
     if composed.dry_run:
         print(f"== {label}", flush=True)
-        subprocess.run([*_command(), *arguments], check=False)
+        subprocess.run([*_command(trainer), *arguments], check=False)
         return 0.0
     one = _Job(composed, folder, label, int(hydra.job.num), "BasicLauncher" not in str(hydra.launcher.get("_target_")))
     try:
-        return one.run(arguments)
+        return one.run([*_command(trainer), *arguments])
     except OSError as error:  # raised here, it would end the sweep
         one.say(f"error: {sentence_of(error)}")
         return math.inf
@@ -240,10 +239,10 @@ def _flags(hydra: Any) -> list[str]:
     ]
 
 
-def _command() -> list[str]:
+def _command(trainer: Path) -> list[str]:
     if os.environ.get(COMMAND):
-        return [str(ROOT / word) if word == "train.py" else word for word in shlex.split(os.environ[COMMAND])]
-    return [sys.executable, str(ROOT / "train.py")]
+        return [str(trainer) if word == trainer.name else word for word in shlex.split(os.environ[COMMAND])]
+    return [sys.executable, str(trainer)]
 
 
 class _Job:
@@ -262,7 +261,7 @@ class _Job:
     def keep(self, status: str, **more: Any) -> None:
         write_json(self.folder / RECORD, {"status": status, "label": self.label, **more, "config": self.config})
 
-    def run(self, arguments: list[str]) -> float:
+    def run(self, command: list[str]) -> float:
         self.folder.mkdir(parents=True, exist_ok=True)
         before = _record(self.folder)
         if before.get("status") == "finished" and before.get("config") == self.config:
@@ -272,7 +271,7 @@ class _Job:
         self.keep("running")
         try:
             with _own_gpu(self.folder.parent) as environment:
-                status = self.watch([*_command(), *arguments], environment)
+                status = self.watch(command, environment)
         except KeyboardInterrupt:
             self.keep("stopped")
             raise

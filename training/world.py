@@ -23,8 +23,7 @@ from training.zero import patches
 
 @dataclass
 class World:
-    """Where this process stands: its rank among `size`, its device, and what it asks of the others; all methods but `main` are called by all
-    ranks together.
+    """Where this process stands: its rank among `size`, its device, and what it asks of the other ranks, who all call such a method together.
 
     sequence: how many neighbouring ranks share rows and hold a slice of their time each; group: the process group of these. clock: measures
     communication, None with a single rank.

@@ -12,6 +12,7 @@ import dataclasses
 import typing
 from typing import Any
 
+from data.errors import UserError
 from data.fields import nearest, read
 from data.synthetic.recall import MQAR, Copying, KeepNth, KHop
 from data.synthetic.task import IGNORE, Draws, Task
@@ -34,12 +35,12 @@ __all__ = ["IGNORE", "TASKS", "Draws", "Task", "build_task", "to_dict"]
 
 
 def build_task(mapping: Any) -> Task:
-    """The task of a mapping {name: ..., and the task's own fields}. Raises ValueError with one sentence for every problem."""
+    """The task of a mapping {name: ..., and the task's own fields}. Raises UserError with one sentence for every problem."""
     if not isinstance(mapping, dict) or "name" not in mapping:
-        raise ValueError(f"data.task needs a name: one of {', '.join(TASKS)}.")
+        raise UserError(f"data.task needs a name: one of {', '.join(TASKS)}.")
     name = str(mapping["name"])
     if name not in TASKS:
-        raise ValueError(f"data.task.name is {name!r}; {nearest(name, TASKS, known_as='choose one of')}")
+        raise UserError(f"data.task.name is {name!r}; {nearest(name, TASKS, known_as='choose one of')}")
     kind = TASKS[name]
     problems: list[str] = []
     given = {key: value for key, value in mapping.items() if key != "name"}
@@ -54,7 +55,7 @@ def build_task(mapping: Any) -> Task:
         problems = [f"data.task.{problem}" for problem in task.problems()]
         if not problems:
             return task
-    raise ValueError("\n".join(problems))
+    raise UserError(problems)
 
 
 def to_dict(task: Task) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.errors import UserError
 from data.loader import Labelled, Reader, Rows
 from data.synthetic import build_task, to_dict
 from data.synthetic.task import IGNORE, Draws, Task
@@ -21,7 +22,7 @@ FORMAT = 1  # raise it when a task draws other samples than before: runs then do
 
 
 class SyntheticSet:
-    """One split of a task, with what training asks of a ShardSet: vocabulary, tokenizer, fingerprint. Raises ValueError for a bad task."""
+    """One split of a task, with what training asks of a ShardSet: vocabulary, tokenizer, fingerprint. Raises UserError for a bad task."""
 
     def __init__(self, mapping: dict[str, Any], split: str) -> None:
         self.task, self.split = build_task(mapping), split
@@ -54,10 +55,10 @@ class SyntheticReader(Reader):
 
     def __init__(self, task: Task, seq_len: int, seed: int, split: str = "train", curriculum: int = 0) -> None:
         if seq_len < task.min_length():
-            raise ValueError(f"train.seq_len={seq_len} is too short for this task; it needs {task.min_length()} or more.")
+            raise UserError(f"train.seq_len={seq_len} is too short for this task; it needs {task.min_length()} or more.")
         Draws(seed, split, np.zeros(1, np.int64))  # refuses a seed it cannot take
         if curriculum < 0:
-            raise ValueError(f"data.curriculum must be a number of sequences, or 0 for none, not {curriculum}.")
+            raise UserError(f"data.curriculum must be a number of sequences, or 0 for none, not {curriculum}.")
         self.task, self.seq_len, self.seed, self.split, self.curriculum = task, seq_len, seed, split, curriculum
 
     def lengths(self, k_R: np.ndarray) -> np.ndarray:

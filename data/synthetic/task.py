@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.errors import UserError
+
 IGNORE = -100  # label of a position without an answer
 SPLITS = ("train", "valid")
 SEED_BITS, SAMPLE_BITS = 20, 43
@@ -25,13 +27,13 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 class Draws:
-    """The random streams of samples `k_R`; every call goes on where the last one stopped. Raises ValueError outside the numbers' range."""
+    """The random streams of samples `k_R`; every call goes on where the last one stopped. Raises UserError outside the numbers' range."""
 
     def __init__(self, seed: int, split: str, k_R: np.ndarray) -> None:
         if split not in SPLITS:
-            raise ValueError(f"The split is {split!r}; choose train or valid.")
+            raise UserError(f"The split is {split!r}; choose train or valid.")
         if not 0 <= seed < 1 << SEED_BITS:
-            raise ValueError(f"The seed of generated data must be from 0 to {(1 << SEED_BITS) - 1}, not {seed}.")
+            raise UserError(f"The seed of generated data must be from 0 to {(1 << SEED_BITS) - 1}, not {seed}.")
         k_R = np.asarray(k_R)
         if k_R.size and not (0 <= int(k_R.min()) and int(k_R.max()) < 1 << SAMPLE_BITS):
             raise ValueError(f"Generated samples are numbered from 0 to {(1 << SAMPLE_BITS) - 1}.")

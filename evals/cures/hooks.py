@@ -1,7 +1,7 @@
 """Looks into, and reaches into, the recurrences of a model while it runs: the scans of Mamba-2 (ours and transformers') and our cells.
 
 A hook on a scan sees its inputs after the softplus of the step sizes, may change them, and calls the scan (or something else) itself. This is
-where retention is measured and where cures act (evals/cures/options.py). Nothing is changed for good: the hooks live as long as the context.
+where retention is measured and where cures act (evals/cures/scan.py). Nothing is changed for good: the hooks live as long as the context.
 Legend: B batch, T time, H heads, P head width, G groups, N state width, S states of a cell, I channels.
 """
 
@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evals.adapters.base import Adapter, HFAdapter, ItemError, OwnAdapter
+from evals.adapters.base import Adapter, ItemError
+from evals.adapters.hf import HFAdapter
+from evals.adapters.own import OwnAdapter
 
 
 @dataclass
@@ -52,10 +54,10 @@ def scan_layers(adapter: Adapter) -> list[tuple[int, Any]]:
         blocks: Any = adapter.model.blocks
         return [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "ssd")]
     if isinstance(adapter, HFAdapter):
-        found = [
+        scans = [
             m for m in adapter.model.modules() if hasattr(sys.modules.get(type(m).__module__), "mamba2_chunk_scan") and hasattr(m, "A_log")
         ]
-        return [(int(getattr(m, "layer_idx", i)), m) for i, m in enumerate(found)]
+        return [(int(getattr(m, "layer_idx", i)), m) for i, m in enumerate(scans)]
     return []
 
 
@@ -150,12 +152,14 @@ class Retention:
         self.tokens: dict[tuple[int, str], int] = {}
 
     def add(self, layer: int, name: str, log_BTH: Tensor) -> None:
+        """Adds ln(retention) of T more tokens."""
         key = (layer, name)
         value = log_BTH.double().sum(1)
         self.totals[key] = self.totals[key] + value if key in self.totals else value
         self.tokens[key] = self.tokens.get(key, 0) + log_BTH.shape[1]
 
     def scan(self, layer: int, scan: Scan, run: Run) -> tuple[Tensor, Tensor]:
+        """A hook for `scan_hook` that changes nothing."""
         self.add(layer, "ssm", scan.dt.double() * scan.A.double())
         return run(scan)
 
@@ -163,17 +167,18 @@ class Retention:
 @contextmanager
 def measure_retention(adapter: Adapter) -> Iterator[Retention]:
     """Records retention while the model runs; layers without a recurrence that can be looked into leave nothing."""
-    found = Retention()
+    retention = Retention()
     with ExitStack() as stack:
         if scan_layers(adapter):
-            stack.enter_context(scan_hook(adapter, found.scan))
+            stack.enter_context(scan_hook(adapter, retention.scan))
         if isinstance(adapter, OwnAdapter):
-            stack.enter_context(_cells(adapter, found))
-        yield found
+            stack.enter_context(_cells(adapter, retention))
+        yield retention
 
 
 @contextmanager
-def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
+def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
+    """The context in which the solves of our cells add to `retention`."""
     from kernels.parallel_rnn.reference import jacobian
 
     blocks: Any = adapter.model.blocks
@@ -208,7 +213,7 @@ def _cells(adapter: OwnAdapter, found: Retention) -> Iterator[None]:
                         piece = inputs[:, a : a + 512].to(wide) + (0 if bias_PD is None else bias_PD.to(wide))
                         J = jacobian(cell, piece, rec.to(wide), before[:, a : a + 512])
                         for i, name in enumerate(cell.state):
-                            found.add(now[0], name, J[..., i, i, :].abs().clamp(min=1e-30).log())
+                            retention.add(now[0], name, J[..., i, i, :].abs().clamp(min=1e-30).log())
                 return states[:, :, -1] if emitted else states, final
 
             stack.enter_context(_replaced(module, "parallel_rnn", watched))

@@ -36,6 +36,7 @@ class CommonText:
 
     @property
     def corpus(self) -> Corpus:
+        """The text, chosen and read when it is first asked for. Raises UserError where it cannot be read."""
         if self._corpus is None:
             self._corpus = open_corpus(self.data, self.text) if self.data or self.text else self._choose()
             if self._corpus.note:
@@ -43,7 +44,7 @@ class CommonText:
         return self._corpus
 
     def _choose(self) -> Corpus:
-        found: list[Corpus] = []
+        opened: list[Corpus] = []
         splits = [",".join(folders_of(facts)) for facts in self.facts.values() if not _task(facts)]
         for folders in dict.fromkeys(f for f in splits if f and all(Path(part).is_dir() for part in f.split(","))):
             try:
@@ -53,12 +54,12 @@ class CommonText:
                 continue
             if not corpus.documents:
                 continue
-            found.append(corpus)
+            opened.append(corpus)
             if not any(self._of(path, corpus).status.endswith("trained on") for path in self.facts):
                 break
         else:
-            return found[0] if found else open_corpus(None, None)
-        return found[-1]
+            return opened[0] if opened else open_corpus(None, None)
+        return opened[-1]
 
     def _of(self, path: str, corpus: Corpus) -> Seen:
         key = (path, corpus.sha256)
@@ -74,13 +75,13 @@ class CommonText:
 
 def train_length_of(path: str, facts: dict[str, Any]) -> int:
     """Tokens of a training sequence of a model: what its run says, else the positions its config has, else 512."""
-    found = ((facts.get("run") or {}).get("train") or {}).get("seq_len")
+    length = ((facts.get("run") or {}).get("train") or {}).get("seq_len")
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")) if found is None else {}
-        found = found or config.get("max_position_embeddings") or config.get("n_positions")
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8")) if length is None else {}
+        length = length or config.get("max_position_embeddings") or config.get("n_positions")
     except (OSError, ValueError, AttributeError):
         pass
-    return min(found, LONGEST) if isinstance(found, int) and found > 0 else DEFAULT_LENGTH
+    return min(length, LONGEST) if isinstance(length, int) and length > 0 else DEFAULT_LENGTH
 
 
 def _task(facts: dict[str, Any]) -> bool:

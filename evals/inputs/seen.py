@@ -1,7 +1,7 @@
 """Whether a checkpoint was trained on a text: passages of the text are looked for among the tokens of the shards that its run names.
 
-    found = seen(corpus.documents, facts_of_run("runs/quickstart"))
-    found.status                                                          # "held out", "trained on", "partly trained on" or "not known"
+    known = seen(corpus.documents, facts_of_run("runs/quickstart"))
+    known.status                                                          # "held out", "trained on", "partly trained on" or "not known"
 
 What a run was trained on is known by the folders and fingerprints of its shards (run.json and state.json of a checkpoint, everywhen.json of
 an exported folder). Passages are tokenised as the shards are and compared by a hash of their ids, so nothing depends on how documents were
@@ -40,6 +40,7 @@ class Seen:
     why: str
 
     def to_dict(self) -> dict[str, Any]:
+        """What a result says of it."""
         return asdict(self)
 
 
@@ -48,9 +49,9 @@ def facts_of_run(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     try:
         if (folder / "everywhen.json").is_file():
-            held = json.loads((folder / "everywhen.json").read_text(encoding="utf-8"))
-            return {key: held[key] for key in ("run", "state") if isinstance(held.get(key), dict)}
-        from training.checkpoint import find
+            facts = json.loads((folder / "everywhen.json").read_text(encoding="utf-8"))
+            return {key: facts[key] for key in ("run", "state") if isinstance(facts.get(key), dict)}
+        from models.checkpoint import find
 
         folder = find(folder)
         return {
@@ -121,15 +122,15 @@ def share_found(documents: Sequence[str], shards: ShardSet) -> float:
         return 0.0
     blocks = range(0, max(1, shards.n_tokens - width + 1), BLOCK)
     step = -(-len(blocks) * BLOCK // MOST)
-    chosen, found = blocks[::step], np.zeros(len(wanted), bool)
+    chosen, occurs = blocks[::step], np.zeros(len(wanted), bool)
     known = np.zeros(1 << 16, bool)
     known[(wanted >> np.uint64(48)).astype(np.int64)] = True
     for start in chosen:
         tokens = shards.read(start, min(BLOCK + width - 1, shards.n_tokens - start))
         hashes = window_hashes(tokens, width)
         hits = np.unique(hashes[known[(hashes >> np.uint64(48)).astype(np.int64)]])
-        found |= np.isin(wanted, hits)
-    return float(min(1.0, found.mean() * len(blocks) / len(chosen)))
+        occurs |= np.isin(wanted, hits)
+    return float(min(1.0, occurs.mean() * len(blocks) / len(chosen)))
 
 
 def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndarray:
@@ -138,7 +139,7 @@ def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndar
     ends = np.cumsum([len(d) for d in documents])
     if not len(ends) or not ends[-1]:
         return np.zeros(0, np.uint64)
-    found = []
+    hashes = []
     for place in np.linspace(0, ends[-1] - 1, PROBES).astype(int):
         i = int(np.searchsorted(ends, place, side="right"))
         middle = int(place - (ends[i - 1] if i else 0))
@@ -147,8 +148,8 @@ def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndar
         if len(ids) < width:
             continue
         at = (len(ids) - width) * (middle - first) // max(1, min(len(documents[i]), middle + AROUND) - first)
-        found.append(window_hashes(np.array(ids[at : at + width]), width)[0])
-    return np.unique(np.array(found, np.uint64))
+        hashes.append(window_hashes(np.array(ids[at : at + width]), width)[0])
+    return np.unique(np.array(hashes, np.uint64))
 
 
 def window_hashes(tokens: np.ndarray, width: int) -> np.ndarray:

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from evals.adapters.base import ItemError, TextCoder
+from data.tokenizer import TextCoder
+from evals.adapters.base import ItemError
 from evals.inputs.texts import Text
 
 HEAD = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
@@ -43,17 +44,14 @@ NAMES = ("passkey", "niah_single", "niah_multikey", "vt", "cwe", "fwe")
 
 @dataclass
 class Sample:
-    """prompt and answer as ids; answers: texts whose recall in a greedy continuation of new_tokens is the score of list tasks.
+    """One question about one text."""
 
-    body: ids of the text between heading and question; chance: the score of a guess from the task's own set of answers.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    answers: list[str]
-    new_tokens: int
-    body: list[int] = field(default_factory=list)
-    chance: float = 0.0
+    prompt: list[int]  # ids
+    answer: list[int]  # ids that follow the prompt
+    answers: list[str]  # texts whose recall in what is written is the score of tasks that ask for a list
+    new_tokens: int  # that a model may write
+    body: list[int] = field(default_factory=list)  # ids of the text between heading and question
+    chance: float = 0.0  # score, 0 to 1, of a guess from the task's own set of answers
 
     def copies(self, rng: np.random.Generator) -> dict[str, list[int]]:
         """What three programs write that copy as many tokens as a model may write: from the text's beginning, its end, or anywhere."""
@@ -94,15 +92,20 @@ class Task:
 
     @property
     def label(self) -> str:
+        """The task with what differs from its defaults, as items and reports call it."""
         parts = [self.name, *([self.noise] if self.noise != "repeat" else []), *([f"keys{self.keys}"] if self.keys > 1 else [])]
         return "-".join([*parts, *([self.order] if self.order != "DQ" else [])])
 
     @property
     def has_depth(self) -> bool:
+        """Whether the answer stands at one place of the text, whose depth can be asked for."""
         return self.by_ids
 
     def sample(self, coder: TextCoder, length: int, depth: float, number: int, seed: int, text: Text | None = None) -> Sample:
-        """A sample whose prompt has exactly `length` tokens in the order DQ (other orders repeat parts). Raises ItemError if too short."""
+        """Sample `number` of `seed`: its prompt has exactly `length` tokens in the order DQ (other orders repeat parts).
+
+        depth: where the answer stands, from 0 (the beginning) to 1; text: where noise=prose is taken from. Raises ItemError where length is too short.
+        """
         rng = np.random.default_rng([seed, zlib.crc32(self.label.encode()), length, round(depth * 1000), number])
         if self.name in ("cwe", "fwe"):
             return self._words(coder, length, rng)

@@ -91,32 +91,30 @@ class Text:
         places = list(zip(borders, borders[1:]))
         if len(places) < count:
             places = [(a, end) for start, end in places for a in range(start, max(start + 1, end - 1), length)]
-        found = []
+        cut = []
         for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)):
             ids = np.asarray(self.ids[places[i][0] : min(places[i][1], places[i][0] + length + 1)]).astype(np.int64)
-            found.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
-        return found
+            cut.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
+        return cut
 
 
 def corpus_of_file(path: str | Path, limit: int = LIMIT) -> Corpus:
     """The documents of a file, a folder of files, or `demo` (the bundled books), read as data.prepare reads them. Raises UserError where
     there is none, or what is there is no text."""
-    source, documents, size, cut = Source(str(path)), [], 0, False
+    source, documents, size, cut, zeros = Source(str(path)), [], 0, False, False
     try:
         for document in source:
-            if "\0" in document:
-                raise UserError(
-                    f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark."
-                )
+            if zeros := "\0" in document:
+                break
             cut = size + len(document) > limit
             documents.append(document[: limit - size])
             size += len(documents[-1])
             if size >= limit:
                 break
-    except UserError:
-        raise
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"The text {path} cannot be read: {str(error).replace('input=', 'text=')}") from error
+    if zeros:
+        raise UserError(f"The text {path} holds zero bytes, so it is no text; give text in UTF-8, or in UTF-16 with its byte order mark.")
     left_out = ", ".join(f"{n:,} {kind}" for kind, n in source.bad.items())
     if not documents:
         raise UserError(f"The text {path} holds no document that can be read{f' ({left_out})' if left_out else ''}; give text in UTF-8.")
@@ -144,9 +142,9 @@ def corpus_of_shards(folder: str, limit: int = LIMIT) -> Corpus:
                 documents.append(tokenizer.decode(ids[ids != shards.eot_id].tolist(), skip_special_tokens=True)[: room - size])
                 size += len(documents[-1])
             opened.append(shards)
-        except ValueError as error:
+        except UserError as error:
             if len(folders) == 1:
-                raise UserError(str(error)) from error
+                raise
             notes.append(f"nothing of {part}: {str(error).rstrip('.')}")
     if not opened:
         raise UserError(f"No folder of {folder} has a held-out split; prepare one with valid_fraction above zero.")

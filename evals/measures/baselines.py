@@ -9,14 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 from data.shards import ShardSet
+from evals.measures.perplexity import Perplexity, held_out_rows, text_bytes
 
 DISCOUNT = 0.75
+MOST = 50_000_000  # training tokens that are counted
+NAMES = ("unigram", "bigram")
 
 
 class CountBaselines:
-    """Counts over at most `max_tokens` training tokens."""
+    """Both models, counted over the first `max_tokens` tokens of the training split."""
 
-    def __init__(self, train: ShardSet, max_tokens: int = 50_000_000) -> None:
+    def __init__(self, train: ShardSet, max_tokens: int = MOST) -> None:
         tokens = np.asarray(train.read(0, min(train.n_tokens, max_tokens))).astype(np.int64)
         self.vocabulary = train.vocab_size
         self.unigram = (np.bincount(tokens, minlength=self.vocabulary) + 1.0) / (len(tokens) + self.vocabulary)
@@ -25,7 +28,7 @@ class CountBaselines:
         self.followers = np.bincount(self.keys // self.vocabulary, minlength=self.vocabulary).astype(np.float64)
 
     def nll(self, tokens: np.ndarray) -> tuple[float, float]:
-        """(unigram, bigram) summed nats of tokens[1:] given tokens[:-1]."""
+        """(unigram, bigram): nats of tokens[1:] given tokens[:-1], summed. tokens: ids (n+1,)."""
         previous, word = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         p_unigram = self.unigram[word]
         key = previous * self.vocabulary + word
@@ -35,3 +38,14 @@ class CountBaselines:
         p_bigram = np.maximum(count - DISCOUNT, 0) / seen + DISCOUNT * self.followers[previous] / seen * p_unigram
         p_bigram = np.where(self.context[previous] > 0, p_bigram, p_unigram)
         return float(-np.log(p_unigram).sum()), float(-np.log(p_bigram).sum())
+
+
+def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int | None) -> dict[str, Perplexity]:
+    """What 'unigram' and 'bigram', counted over `train`, make of the same held-out rows that `perplexity.evaluate` scores with these settings.
+
+    length: tokens of a row; max_tokens: scored in all, None for the whole split.
+    """
+    counts, rows = CountBaselines(train), held_out_rows(held_out, length, max_tokens)
+    nats = [counts.nll(tokens) for tokens, _ in rows]
+    scored, size = sum(len(tokens) - 1 for tokens, _ in rows), sum(text_bytes(held_out, tokens[1:]) for tokens, _ in rows)
+    return {name: Perplexity(sum(row[i] for row in nats), scored, size) for i, name in enumerate(NAMES)}

@@ -26,9 +26,9 @@ def document_perplexity(
     unit: str = "documents",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores (ids (n+1,), bytes of the n scored tokens) pairs; {'perplexity', 'bits_per_byte', their 95 % intervals, ...}.
+    """Perplexity and bits per byte of documents, each read with an empty state: {'perplexity', 'bits_per_byte', their 95 % intervals, ...}.
 
-    The first id is read and not scored. Intervals are a bootstrap over documents, over blocks of 1,024 tokens where there are fewer than 8
+    documents: (ids (n+1,), bytes of all but the first); the first id is read and not scored. Intervals are a bootstrap over documents, over blocks of 1,024 tokens where there are fewer than 8
     (bytes then shared out evenly over a document's tokens). unit: what the pairs are called. Raises ItemError where no document has two tokens.
     """
     documents = [(ids, size) for ids, size in documents if len(ids) > 1]

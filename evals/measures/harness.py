@@ -24,14 +24,19 @@ from typing import Any
 
 import torch
 
-from evals.adapters.base import Adapter, HFAdapter, ItemError, OwnAdapter, first_words
+from evals.adapters.base import Adapter, ItemError, first_words
+from evals.adapters.hf import HFAdapter
+from evals.adapters.own import OwnAdapter
 
 TASKS = "lambada_openai,hellaswag,piqa,arc_easy,arc_challenge,winogrande,openbookqa"  # the set of the Mamba papers
 NEW_TOKENS = 256  # HFLM's, where a task does not say
 
 
 def split_pair(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, encoded together, so that the border is where the tokenizer puts it; spaces that end a context go to the continuation."""
+    """(ids of the context, ids of the continuation), encoded together, so that the border is where the tokenizer puts it.
+
+    Spaces that end a context go to the continuation.
+    """
     bare = context.rstrip()
     continuation, context = context[len(bare) :] + continuation, bare
     whole, first = encode(context + continuation), encode(context)
@@ -39,8 +44,11 @@ def split_pair(encode: Callable[[str], list[int]], context: str, continuation: s
 
 
 def score_pairs(adapter: Adapter, pairs: list[tuple[list[int], list[int]]], chunk: int, batch: int) -> list[tuple[float, bool]]:
-    """(log-likelihood in nats, whether greedy decoding would write it) of each continuation after its context. Equal shapes share a batch."""
-    found: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    """(log-likelihood in nats, whether greedy decoding would write it) of each continuation after its context.
+
+    pairs: ids of both; chunk: tokens fed at once; batch: pairs of equal lengths that are fed together. Raises ItemError for an empty context.
+    """
+    scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
     groups: dict[tuple[int, int], list[int]] = {}
     for i, (context, continuation) in enumerate(pairs):
         if not context:
@@ -65,8 +73,8 @@ def score_pairs(adapter: Adapter, pairs: list[tuple[list[int], list[int]]], chun
                 raise ItemError(adapter.not_finite())
             right = (logits.argmax(-1) == targets).all(1)
             for i, nats, exact in zip(part, sums.tolist(), right.tolist()):
-                found[i] = (nats, bool(exact))
-    return found
+                scores[i] = (nats, bool(exact))
+    return scores
 
 
 def template_start(tokenizer: Any) -> list[int]:
@@ -90,17 +98,19 @@ def make_lm(adapter: Adapter, chunk: int, batch: int, seed: int = 0, add_bos_tok
             )
         return _stock(adapter, batch, add_bos_token)
     assert isinstance(adapter, OwnAdapter)
-    return _own(adapter, chunk, batch, seed, add_bos_token)
+    return _ours(adapter, chunk, batch, seed, add_bos_token)
 
 
 def _stock(adapter: HFAdapter, batch: int, add_bos_token: bool | None) -> Any:
     """The harness's HFLM with the model as it lies in memory and the tokenizer of its folder."""
     from lm_eval.models.huggingface import HFLM
 
-    said = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
     mixed = "bfloat16" if adapter.precision == "bf16" else None
     model: Any = adapter.model
-    return HFLM(pretrained=model, tokenizer=hf_tokenizer(adapter), backend="causal", batch_size=batch, mixed_precision_dtype=mixed, **said)
+    return HFLM(
+        pretrained=model, tokenizer=hf_tokenizer(adapter), backend="causal", batch_size=batch, mixed_precision_dtype=mixed, **options
+    )
 
 
 def hf_tokenizer(adapter: HFAdapter) -> Any:
@@ -118,13 +128,11 @@ def hf_tokenizer(adapter: HFAdapter) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(coder.tokenizer), **names)
 
 
-def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: bool | None) -> Any:
+def _ours(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: bool | None) -> Any:
+    """One of our checkpoints as the harness asks for a model: the names of the methods are the harness's."""
     from lm_eval.api.model import TemplateLM
 
-    from models.sampling import Sampling, TextStream
-    from models.session import Session
-
-    coder, model = adapter.need_coder(), adapter.model
+    coder = adapter.need_coder()
     begin = coder.start_ids if add_bos_token else [] if add_bos_token is False else template_start(coder.tokenizer)
 
     class Harness(TemplateLM):
@@ -148,7 +156,7 @@ def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: 
             return score_pairs(adapter, [(context, continuation) for _, context, continuation in requests], chunk, batch)
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            results = []
+            scores = []
             for request in requests:
                 ids = [self.prefix_token_id, *self.tok_encode(request.args[0])]
                 total: list[float] = []
@@ -158,35 +166,47 @@ def _own(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token: 
 
                 if len(ids) > 1:
                     adapter.stream(torch.tensor([ids]), chunk, add)
-                results.append(-sum(total))
-            return results
+                scores.append(-sum(total))
+            return scores
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [self._write(request.args[0], request.args[1], seed + number) for number, request in enumerate(requests)]
-
-        def _write(self, context: str, options: dict[str, Any], draw: int) -> str:
-            sampling, new, until = generation_options(options)
-            stops = [stop for stop in ([until] if isinstance(until, str) else until or []) if stop]
-            ids = self.tok_encode(context) or [self.prefix_token_id]
-            stream = TextStream(coder.tokenizer, ids, stops)
-
-            def stop_when(row: int, token: int) -> bool:
-                stream.push(token)
-                return stream.stopped
-
-            half = adapter.precision == "bf16"
-            session = Session(model, torch.tensor([ids], device=adapter.device), seed=draw)  # type: ignore[arg-type]
-            with torch.autocast(adapter.device.type, torch.bfloat16, enabled=half):  # which a CUDA graph would not keep to
-                graph = False if half else None
-                new_BN = session.generate(new, Sampling(**sampling), stop_ids=coder.end_ids, stop_when=stop_when, graph=graph)
-            written = new_BN[0].tolist()
-            end = next((i for i, token in enumerate(written) if token in coder.end_ids), len(written))
-            text = coder.decode(written[:end])
-            for stop in stops:
-                text = text.split(stop)[0]
-            return text
+            written = []
+            for number, request in enumerate(requests):
+                context, options = request.args[:2]
+                written.append(continuation(adapter, self.tok_encode(context) or [self.prefix_token_id], options, seed + number))
+            return written
 
     return Harness()
+
+
+def continuation(adapter: OwnAdapter, ids: list[int], options: dict[str, Any], seed: int) -> str:
+    """The text that the model writes after `ids`, without the stop text or the end-of-text token that it ends at.
+
+    options: the task's generation_kwargs. Raises ItemError for options that we do not have.
+    """
+    from models.sampling import Sampling, TextStream
+    from models.session import Session
+
+    coder = adapter.need_coder()
+    sampling, new, until = generation_options(options)
+    stops = [stop for stop in ([until] if isinstance(until, str) else until or []) if stop]
+    stream = TextStream(coder.tokenizer, ids, stops)
+
+    def stop_when(row: int, token: int) -> bool:
+        stream.push(token)
+        return stream.stopped
+
+    half = adapter.precision == "bf16"
+    session = Session(adapter.model, torch.tensor([ids], device=adapter.device), seed=seed)  # type: ignore[arg-type]
+    with torch.autocast(adapter.device.type, torch.bfloat16, enabled=half):  # which a CUDA graph would not keep to
+        graph = False if half else None
+        new_BN = session.generate(new, Sampling(**sampling), stop_ids=coder.end_ids, stop_when=stop_when, graph=graph)
+    written = new_BN[0].tolist()
+    end = next((i for i, token in enumerate(written) if token in coder.end_ids), len(written))
+    text = coder.decode(written[:end])
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text
 
 
 def generation_options(options: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
@@ -240,21 +260,22 @@ def _files_of(task: str) -> list[Path]:
         return []
     file = Path(task)
     try:
-        held: list[Any] = [yaml.safe_load(file.read_text(encoding="utf-8"))]
+        unread: list[Any] = [yaml.safe_load(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, yaml.YAMLError):
         return [file]
-    found = {file}
-    while held:
-        value = held.pop()
+    files = {file}
+    while unread:
+        value = unread.pop()
         if isinstance(value, (dict, list)):
-            held += value.values() if isinstance(value, dict) else value
+            unread += value.values() if isinstance(value, dict) else value
         elif isinstance(value, str) and 0 < len(value) < 1000 and "\n" not in value and "\0" not in value:
             for pattern in (Path(value), file.parent / value):
-                found |= _existing(pattern)
-    return sorted(found)
+                files |= _existing(pattern)
+    return sorted(files)
 
 
 def _existing(path: Path) -> set[Path]:
+    """The file of that name, the files of that folder, or those that match that pattern; folders that hold the program are left alone."""
     try:
         if path.is_file():
             return {path}
@@ -294,7 +315,7 @@ def run_task(
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise ItemError(f"The task {task} cannot be read: {first_words(error)}") from error
     try:
-        found = lm_eval.simple_evaluate(
+        outcome = lm_eval.simple_evaluate(
             model=lm,
             tasks=[chosen],
             task_manager=task_manager(chosen is task),
@@ -310,10 +331,10 @@ def run_task(
         raise ItemError(f"The data of task {task} is not on this machine ({first_words(error)[:120]}).") from error
     except (KeyError, ValueError) as error:
         raise ItemError(f"lm-evaluation-harness cannot run task {task}: {first_words(error)}") from error
-    assert found is not None
-    name, figures = next(iter(found["results"].items()))
+    assert outcome is not None
+    name, figures = next(iter(outcome["results"].items()))
     numbers = {key: value for key, value in figures.items() if isinstance(value, (int, float))}
-    samples = found.get("n-samples", {}).get(name, {}).get("effective")
+    samples = outcome.get("n-samples", {}).get(name, {}).get("effective")
     shown = {key.split(",")[0]: value for key, value in numbers.items() if "stderr" not in key and "," in key}
     summary = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
     scorer = "HFLM" if isinstance(adapter, HFAdapter) else "ours"

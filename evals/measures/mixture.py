@@ -13,7 +13,7 @@ from evals.measures.perplexity import Perplexity
 
 @dataclass
 class HeldOut:
-    """A source that can be evaluated. share: of the weights of all such sources, 0 to 1; name: short, and no other's."""
+    """A source that can be evaluated, its training and its held-out split. share: of the weights of all such sources, 0 to 1; name: short, unique."""
 
     name: str
     train: ShardSet
@@ -21,19 +21,19 @@ class HeldOut:
     share: float
 
     def budget(self, tokens: int, length: int) -> int:
-        """How many of `tokens` are scored of this source: its share, and at least a row."""
+        """How many of `tokens` are scored of this source: its share, and at least a row of `length`."""
         return max(min(tokens, length), round(tokens * self.share))
 
 
 def held_out_sources(sources: Sequence[tuple[ShardSet, float]]) -> tuple[list[HeldOut], list[str]]:
     """(sources with held-out documents, folders without). Raises ValueError when what is there cannot be read."""
-    found = [(train, weight, open_held_out(train.directory)) for train, weight in sources]
-    there = [(train, weight, shards) for train, weight, shards in found if shards is not None]
+    opened = [(train, weight, open_held_out(train.directory)) for train, weight in sources]
+    there = [(train, weight, shards) for train, weight, shards in opened if shards is not None]
     total = sum(weight for _, weight, _ in there)
     names = names_of([str(train.directory) for train, _, _ in there])
     shares = [weight / total if total else 1 / len(there) for _, weight, _ in there]
     return [HeldOut(n, t, s, share) for n, (t, _, s), share in zip(names, there, shares)], [
-        str(t.directory) for t, _, s in found if s is None
+        str(t.directory) for t, _, s in opened if s is None
     ]
 
 
@@ -44,7 +44,7 @@ def names_of(folders: list[str]) -> list[str]:
 
 
 def combined(parts: Sequence[tuple[Perplexity, float]]) -> Perplexity:
-    """The sums of all sources, each weighed as if its share of the tokens had been scored; of one source, its own."""
+    """The sums of all (source, share), each weighed as if its share of the tokens had been scored; of one source, its own."""
     if len(parts) == 1:
         return parts[0][0]
     total = Perplexity(tokens=sum(part.tokens for part, _ in parts))
@@ -66,7 +66,7 @@ def of_report(report: dict[str, Any]) -> Perplexity:
 
 
 def figures(part: Perplexity, share: float) -> dict[str, float]:
-    """What is kept of one source."""
+    """What a report says of one source: its share, 0 to 1, and its figures."""
     return {
         "share": share,
         "bits_per_byte": part.bits_per_byte,
@@ -76,8 +76,8 @@ def figures(part: Perplexity, share: float) -> dict[str, float]:
     }
 
 
-def told(sources: dict[str, dict[str, float]]) -> str:
-    """The sources in a line."""
+def by_source(sources: dict[str, dict[str, float]]) -> str:
+    """The figures of all sources in one line, for the log."""
     return "by source: " + ", ".join(
         f"{name} {one['bits_per_byte']:.4f} bits per byte ({one['share']:.0%})" for name, one in sources.items()
     )

@@ -21,27 +21,33 @@ from models.parallel import split
 
 @dataclass
 class Perplexity:
-    """Sums over the scored tokens, and what follows from them. by_position: log2 buckets of the place in the row, by their first place."""
+    """Sums over the scored tokens, which add up over rows and ranks, and what follows from them."""
 
-    nll_nats: float = 0.0
+    nll_nats: float = 0.0  # summed over the tokens
     tokens: int = 0
-    bytes: int = 0
-    by_position: dict[int, list[float]] = field(default_factory=dict)
+    bytes: int = 0  # of UTF-8 that the tokens stand for
+    by_position: dict[int, list[float]] = field(
+        default_factory=dict
+    )  # [nats, tokens] of log2 buckets of the place in the row, by first place
     length: int = 0  # of the longest row, where known
 
     @property
     def nats_per_token(self) -> float:
+        """Mean loss."""
         return self.nll_nats / self.tokens
 
     @property
     def perplexity(self) -> float:
+        """exp of the mean loss; finite."""
         return math.exp(min(self.nats_per_token, 700.0))
 
     @property
     def bits_per_byte(self) -> float:
+        """Summed loss in bits over bytes: comparable between tokenizers."""
         return self.nll_nats / math.log(2) / self.bytes
 
     def to_dict(self) -> dict[str, Any]:
+        """All figures, JSON-able; by_position: from and to are places in the row, both inclusive."""
         buckets = [
             {"from": low, "to": min(max(0, 2 * low - 1), (self.length or 2 * low + 1) - 1), "nats_per_token": s / n, "tokens": int(n)}
             for low, (s, n) in sorted(self.by_position.items())
@@ -106,7 +112,9 @@ def evaluate(
     process_group: Any = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Scores the held-out split with `model` on its own device. Each rank takes its share of rows; sum the results over ranks.
+    """Scores the held-out split with `model` on its own device: rows of `length` tokens, fed `chunk` tokens and `batch` rows at a time.
+
+    max_tokens: scored in all, None for the whole split. Each rank takes its share of rows; sum the results over ranks.
 
     slice_of (n, N) and process_group: N ranks take the same rows, and this one the n-th slice of their time at once (models.parallel).
     Rows that N does not divide, or that are too short, are left to the first of them. Documents are reset at their starts as in training,

@@ -29,9 +29,10 @@ def position_curve(
     bytes_per_token: float | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores rows (R, T+1) of token ids; {'buckets', 'nats_per_token', 'tokens', ...}. One pass over each row, state carried.
+    """Loss by position of rows (R, T+1) of token ids, in one pass over each row: {'buckets', 'nats_per_token', 'tokens', ...}, JSON-able.
 
-    through: a position that is to be a border of buckets (the training length).
+    chunk: tokens fed at once, with carried state; batch: rows; per_octave: buckets in a doubling of the position; through: a position that is to
+    be a border of buckets (the training length); bytes_per_token: of the text, for bits per byte. Raises ItemError as `Adapter.stream` does.
     """
     R, T = rows_RT.shape[0], rows_RT.shape[1] - 1
     sums, start, done = PositionSums(T, R, per_octave, through=through), time.perf_counter(), 0

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.adapters.base import Adapter, TextCoder
+from data.tokenizer import TextCoder
+from evals.adapters.base import Adapter
 from evals.inputs.tasks import Sample, Task
 from evals.inputs.texts import Text
 from evals.measures.statistics import wilson
@@ -21,35 +22,38 @@ def score(adapter: Adapter, task: Task, samples: list[Sample], chunk: int, batch
     greedy: also decode tasks with one answer, and look for the answer's text in what is written, as published; by default they are scored
     by whether every token of the answer is the argmax, which is what greedy decoding would have written.
     """
-    coder, found = adapter.need_coder(), []
+    coder, scores = adapter.need_coder(), []
     for a in range(0, len(samples), batch):
         group = samples[a : a + batch]
         prompt = torch.tensor([s.prompt for s in group])
         if task.by_ids and not greedy:
             longest = max(len(s.answer) for s in group)
             answers = torch.tensor([s.answer + [-100] * (longest - len(s.answer)) for s in group])
-            found += adapter.hits(prompt, answers, chunk).float().tolist()
+            scores += adapter.hits(prompt, answers, chunk).float().tolist()
             continue
         written = adapter.greedy(prompt, max(s.new_tokens for s in group), chunk)
-        found += [recall(coder, sample, ids) for sample, ids in zip(group, written.tolist())]
-    return found
+        scores += [recall(coder, sample, ids) for sample, ids in zip(group, written.tolist())]
+    return scores
 
 
 def recall(coder: TextCoder, sample: Sample, ids: list[int]) -> float:
-    """Share of the sample's answers that stand in the text of `ids`."""
+    """Share, 0 to 1, of the sample's answers that stand in the text of `ids`, upper and lower case alike."""
     text = coder.decode(ids).lower()
     return sum(answer.lower() in text for answer in sample.answers) / len(sample.answers)
 
 
 def without_reading(coder: TextCoder, task: Task, samples: list[Sample]) -> dict[str, float]:
-    """Mean score on the samples of a guess, and of each program that copies (Sample.copies); of naming any of the keys, where there are several."""
-    rng, found = np.random.default_rng(0), [{"chance": s.chance} for s in samples]
-    for sample, scores in zip(samples, found):
+    """Mean score, 0 to 1, on the samples of a guess ('chance') and of each program that only copies (Sample.copies), by name.
+
+    Where the text holds several keys, also of naming any of them.
+    """
+    rng, by_sample = np.random.default_rng(0), [{"chance": s.chance} for s in samples]
+    for sample, scores in zip(samples, by_sample):
         for name, ids in sample.copies(rng).items():
             scores[name] = float(ids == sample.answer) if task.by_ids else recall(coder, sample, ids)
         if task.keys_in_text > 1:
             scores["names any key"] = 1 / task.keys_in_text
-    return {name: sum(scores[name] for scores in found) / len(found) for name in found[0]}
+    return {name: sum(scores[name] for scores in by_sample) / len(by_sample) for name in by_sample[0]}
 
 
 def grid(
@@ -66,7 +70,11 @@ def grid(
     greedy: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """One length of the grid: `samples` prompts at each depth (tasks without a depth: that many in all)."""
+    """Accuracies of one task at prompts of `length` tokens, a cell for each depth (0 to 1), with 95 % intervals.
+
+    samples: prompts at each depth (of tasks without a depth: in all); text: where prose is taken from; greedy: see `score`. Raises ItemError
+    where a prompt does not fit, there is no tokenizer, or logits are not finite.
+    """
     coder = adapter.need_coder()
     cells: list[dict[str, Any]] = []
     everything: list[Sample] = []

@@ -21,7 +21,7 @@ from evals.measures.statistics import log_edges
 
 
 def head_statistics(state: LayerState, rank: bool = True) -> dict[str, list[float]]:
-    """One figure a head, means over the batch.
+    """Figures of a state: for each name a list with one number a head, the mean over the batch.
 
     mean, variance (unbiased), largest (absolute value), norm; top: share of the sum of squares held by the largest 1 % of the entries (at
     least one); effective_rank: exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007), matrix states only.
@@ -54,8 +54,9 @@ def state_curve(
 ) -> dict[str, Any]:
     """Statistics of every recurrent state at log-spaced positions (the training length T among them) and retention up to T and to the end.
 
-    retention: product of alpha_{1..T} per head, here its natural logarithm; horizon: -1 / mean ln alpha, tokens after which 1/e is left
-    (null: nothing is ever lost). Raises ItemError for a model without a recurrent state.
+    rows_RT: ids of R rows; train_length: T, in tokens; chunk: tokens fed at once. Of retention, the product of alpha_{1..T} per head, the natural
+    logarithm is given; horizon: -1 / mean ln alpha, tokens after which 1/e is left (null: nothing is ever lost). Raises ItemError for a model
+    without a recurrent state, and for states that are not finite.
     """
     R, length = rows_RT.shape
     stops = sorted({int(e) for e in log_edges(length, 1, 64)[1:]} | ({train_length} if train_length < length else set()))
@@ -79,7 +80,7 @@ def state_curve(
                 at_T = {key: (value.mean(0), retention.tokens[key]) for key, value in retention.totals.items()}
             if on_progress:
                 on_progress(stop, length)
-        kept = [_retention_row(key, value.mean(0), retention.tokens[key], *at_T[key]) for key, value in retention.totals.items()]
+        retained = [_retention_row(key, value.mean(0), retention.tokens[key], *at_T[key]) for key, value in retention.totals.items()]
     growth = _growth(snapshots, train_length)
     worst = max(growth, key=lambda g: g["variance_ratio"]) if growth else None
     return {
@@ -87,7 +88,7 @@ def state_curve(
         "length": length,
         "rows": R,
         "snapshots": snapshots,
-        "retention": kept,
+        "retention": retained,
         "growth": growth,
         "summary": "one position only"
         if worst is None
@@ -96,6 +97,7 @@ def state_curve(
 
 
 def _retention_row(key: tuple[int, str], total: Tensor, tokens: int, total_T: Tensor, tokens_T: int) -> dict[str, Any]:
+    """What the report shows of one layer's retention. total (heads,): the sum of ln(retention) over `tokens`; total_T, tokens_T: up to T."""
     mean = total / tokens
     horizons = [None if m > -1e-12 else -1 / m for m in mean.tolist()]
     log_T = total_T.tolist()
@@ -135,8 +137,10 @@ def effective_remembrance(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """EffRem_T(t): total variation distance of the next-token distributions after x[0:T] and after x[t:T], the prefix of t tokens dropped
-    (Buitrago and Gu, arXiv 2507.02782). Near 0 for small t is healthy: what lies far back does not decide; near 1 at small t is a model whose
-    state was spoilt by its first tokens. Means over rows with a normal 95 % interval.
+    (Buitrago and Gu, arXiv 2507.02782), for each t in `drops`; means over the rows (R, T) of ids with a normal 95 % interval.
+
+    Near 0 for small t is healthy: what lies far back does not decide; near 1 at small t is a model whose state was spoilt by its first tokens.
+    Raises ItemError for a prefix that leaves less than two tokens.
     """
     R, T = rows_RT.shape
     ids, curve = torch.from_numpy(rows_RT), []

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927); sensible at 0 and n as well."""
+    """(low, high) of the 95 % interval of the proportion right/n (Wilson 1927), from 0 to 1; sensible at 0 and n as well. z: of the normal quantile."""
     if n == 0:
         return 0.0, 1.0
     p = right / n
@@ -18,7 +18,10 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of sum(sums)/sum(counts) when units (rows or blocks) are drawn with replacement."""
+    """(low, high) of the 95 % percentile interval of sum(sums)/sum(counts) when units (rows or blocks) are drawn with replacement.
+
+    sums, counts: (units,). NaN of fewer than two units.
+    """
     n = len(sums)
     if n < 2:
         return float("nan"), float("nan")
@@ -33,8 +36,10 @@ def bootstrap_ratio(sums: np.ndarray, counts: np.ndarray, draws: int = 1000, see
 
 
 def log_edges(length: int, per_octave: int = 2, first: int = 16, through: int = 0) -> np.ndarray:
-    """Bucket borders 0, first, first 2^(1/k), ... that end exactly at `length`, all whole numbers; `through` is shifted in as a border,
-    the others keeping their ratio to it. length 0 gives [0]."""
+    """Bucket borders 0, first, first 2^(1/per_octave), ... that end exactly at `length`, all whole numbers.
+
+    `through` is shifted in as a border, the others keeping their ratio to it. length 0 gives [0].
+    """
     if first < through < length:
         first = round(through / 2 ** int(np.log2(through / first)))
     edges, k = [0], 0
@@ -59,6 +64,7 @@ class PositionSums:
         self.sums, self.counts = np.zeros((rows, len(self.cells))), np.zeros((rows, len(self.cells)))
 
     def add(self, first: int, nll_BC: np.ndarray, first_row: int = 0) -> None:
+        """Adds the losses of positions first .. first+C-1 of rows first_row .. first_row+B-1."""
         B, C = nll_BC.shape
         low, high = np.searchsorted(self.cells, [first, first + C], side="right") - 1
         if self.cells[high] == first + C:

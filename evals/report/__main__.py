@@ -2,7 +2,7 @@
 
 import sys
 
-from evals.report.page import main
+from evals.report.sections import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ def pyplot() -> Any:
 
 
 def png(plt: Any, figure: Any) -> bytes:
+    """The figure as a PNG file; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -33,6 +34,7 @@ def line(i: int) -> dict[str, str]:
 
 
 def mean(values: list[float]) -> float | None:
+    """The mean, None of nothing."""
     return sum(values) / len(values) if values else None
 
 
@@ -91,13 +93,13 @@ def tracking_figure(plt: Any, curves: list[tuple[str, list[dict[str, Any]], int]
 
 
 def grids_figure(plt: Any, grids: dict[str, list[dict[str, Any]]], title: str) -> bytes | None:
-    """Accuracy over length (across) and depth (down), a panel for each model, all on one scale. grids: by model. None where nobody found anything
-    anywhere: a sentence says that better."""
+    """Accuracy over length (across) and depth (down), a panel for each model, all on one scale. grids: by model. None where nobody answered
+    anything right anywhere: a sentence says that better."""
     grids = {model: sorted(g, key=lambda x: x["length"]) for model, g in grids.items() if g}
-    if plt is None or not any(c["accuracy"] > 0 for found in grids.values() for g in found for c in g["cells"]):
+    if plt is None or not any(c["accuracy"] > 0 for results in grids.values() for g in results for c in g["cells"]):
         return None
-    lengths = sorted({g["length"] for found in grids.values() for g in found})
-    depths = sorted({c["depth"] for found in grids.values() for g in found for c in g["cells"]})
+    lengths = sorted({g["length"] for results in grids.values() for g in results})
+    depths = sorted({c["depth"] for results in grids.values() for g in results for c in g["cells"]})
     across = min(3, len(grids))
     down = -(-len(grids) // across)
     width, height = 0.7 * len(lengths) + 0.6, 0.32 * len(depths) + 0.5
@@ -107,10 +109,10 @@ def grids_figure(plt: Any, grids: dict[str, list[dict[str, Any]]], title: str) -
     image = None
     for panel in panels.flat:
         panel.set_visible(False)
-    for number, (panel, (model, found)) in enumerate(zip(panels.flat, grids.items())):
+    for number, (panel, (model, results)) in enumerate(zip(panels.flat, grids.items())):
         panel.set_visible(True)
         panel.tick_params(labelbottom=number + across >= len(grids))  # nothing stands below it
-        by = {(g["length"], c["depth"]): c["accuracy"] for g in found for c in g["cells"]}
+        by = {(g["length"], c["depth"]): c["accuracy"] for g in results for c in g["cells"]}
         values = [[by.get((n, d), float("nan")) for n in lengths] for d in depths]
         image = panel.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for i, row in enumerate(values):

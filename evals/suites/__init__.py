@@ -1,1 +1,1 @@
-"""The suites of evals/run.py: lists of items, run one by one."""
+"""Suites of measurements: what they are about (subject), which there are (items), and how they are run and kept (runner)."""

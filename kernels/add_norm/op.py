@@ -1,14 +1,14 @@
-"""The custom ops everywhen::add_norm and its backward. Saved for backward are the new stream, and with a scale the old one."""
+"""The op everywhen::add_norm. Saved for backward are the new stream, and with a scale the old one."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.add_norm import reference
-from kernels.dispatch import direct, no_triton
+from kernels.dispatch import no_triton
+from kernels.op import define
 
-# ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
 WIDEST = 16384  # columns that the registers of a program hold
 
 
@@ -16,81 +16,55 @@ def use_triton(x: Tensor, y: Tensor) -> bool:
     return torch.float64 not in (x.dtype, y.dtype) and x.shape == y.shape and x.shape[-1] <= WIDEST and not no_triton(x.device)
 
 
-def _add_norm(x: Tensor, y: Tensor, scale: Optional[Tensor], weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if use_triton(x, y) and x.numel():
-        from kernels.add_norm import triton as kernels
+def _forward(x: Tensor, y: Tensor, scale: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from kernels.add_norm import triton
 
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return kernels.add_norm(x, y, scale, weight, eps, dtype)
-    r, n = reference.add_norm(x, y, scale, weight, eps, dtype)
-    return r.contiguous(), n.contiguous() if n.data_ptr() != r.data_ptr() else n.clone()
+    return triton.add_norm(x, y, scale, weight, eps, dtype)
 
 
-add_norm_op = torch.library.custom_op("everywhen::add_norm", _add_norm, mutates_args=())
-
-
-@add_norm_op.register_fake
-def _(x: Tensor, y: Tensor, scale: Optional[Tensor], weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, y: Tensor, scale: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)), x.new_empty(x.shape, dtype=dtype)
 
 
 def _backward(
-    d_r: Tensor, d_n: Tensor, r: Tensor, x: Optional[Tensor], scale: Optional[Tensor], weight: Tensor, eps: float,
-    x_dtype: torch.dtype, y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, y, scale (empty without one) and weight, each in the dtype of its tensor."""
-    if use_triton(r, r) and r.numel():
-        from kernels.add_norm import triton as kernels
+    d_r: Tensor,
+    d_n: Tensor,
+    r: Tensor,
+    x: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    x_dtype: torch.dtype,
+    y_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of x, y, scale and weight."""
+    from kernels.add_norm import triton
 
-        with torch.cuda.device_of(r):
-            dx, dy, d_scale, d_weight = kernels.add_norm_backward(d_r, d_n, r, x, scale, weight, eps, (x_dtype, y_dtype))
-        return dx, dy, r.new_empty(0) if d_scale is None else d_scale, d_weight
+    return triton.add_norm_backward(d_r, d_n, r, x, scale, weight, eps, (x_dtype, y_dtype))
+
+
+def _reference_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    d_r, d_n, r, x, scale, weight, eps, x_dtype, y_dtype = given
     dx, dy, d_scale, d_weight = reference.add_norm_backward(d_r, d_n, r, x, scale, weight, eps)
-    return (
-        dx.to(x_dtype).contiguous(),
-        dy.to(y_dtype).contiguous(),
-        d_scale.to((weight if scale is None else scale).dtype),
-        d_weight.to(weight.dtype),
-    )
+    return dx.to(x_dtype), dy.to(y_dtype), d_scale if scale is not None else None, d_weight
 
 
-def _copied(*inputs: Any) -> tuple[Tensor, ...]:
-    """As `_backward`, and no result shares memory with another, which a custom op's may not."""
-    dx, dy, d_scale, d_weight = _backward(*inputs)
-    return dx, dy.clone() if dy.data_ptr() == dx.data_ptr() else dy, d_scale, d_weight
+def _fake_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    _, _, r, _, scale, weight, _, x_dtype, y_dtype = given
+    made = None if scale is None else scale.new_empty(scale.shape)
+    return r.new_empty(r.shape, dtype=x_dtype), r.new_empty(r.shape, dtype=y_dtype), made, weight.new_empty(weight.shape)
 
 
-def _fake(
-    d_r: Tensor, d_n: Tensor, r: Tensor, x: Optional[Tensor], scale: Optional[Tensor], weight: Tensor, eps: float,
-    x_dtype: torch.dtype, y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    d_scale = r.new_empty(0) if scale is None else scale.new_empty(scale.shape)
-    return r.new_empty(r.shape, dtype=x_dtype), r.new_empty(r.shape, dtype=y_dtype), d_scale, weight.new_empty(weight.shape)
-
-
-def _copied_op(
-    d_r: Tensor, d_n: Tensor, r: Tensor, x: Optional[Tensor], scale: Optional[Tensor], weight: Tensor, eps: float,
-    x_dtype: torch.dtype, y_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dy, d_scale, d_weight = _copied(d_r, d_n, r, x, scale, weight, eps, x_dtype, y_dtype)
-    return dx, dy, d_scale, d_weight
-
-
-backward_op = torch.library.custom_op("everywhen::add_norm_backward", _copied_op, mutates_args=())
-backward_op.register_fake(_fake)
-add_norm_backward = direct(backward_op, _backward)
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, scale, weight, ctx.eps, _ = inputs
-    ctx.dtypes = (x.dtype, y.dtype)
-    ctx.save_for_backward(output[0], None if scale is None else x, scale, weight)
-
-
-def _differentiate(ctx: Any, d_r: Tensor, d_n: Tensor) -> tuple[Any, ...]:
-    r, x, scale, weight = ctx.saved_tensors
-    dx, dy, d_scale, d_weight = add_norm_backward(d_r, d_n, r, x, scale, weight, ctx.eps, *ctx.dtypes)
-    return dx, dy, None if scale is None else d_scale, d_weight, None, None
-
-
-add_norm = direct(add_norm_op, _add_norm, _save, _differentiate)
+add_norm, add_norm_op = define(
+    "add_norm",
+    _forward,
+    _fake,
+    _backward,
+    reference=reference.add_norm,
+    reference_backward=_reference_backward,
+    fake_backward=_fake_backward,
+    save=lambda inputs, output: (
+        (output[0], None if inputs[2] is None else inputs[0], inputs[2], inputs[3]),
+        (inputs[4], inputs[0].dtype, inputs[1].dtype),
+    ),
+)

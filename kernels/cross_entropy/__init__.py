@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import reference
-from kernels.dispatch import interpreted, no_triton, plain, planned
+from kernels.dispatch import interpreted, is_eager, no_triton, planned
 
 BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
 
 
 def use_triton(logits_NV: Tensor) -> bool:
     return (
-        (plain(logits_NV) or planned()) and logits_NV.dtype != torch.float64 and logits_NV.numel() > 0 and not no_triton(logits_NV.device)
+        (is_eager(logits_NV) or planned())
+        and logits_NV.dtype != torch.float64
+        and logits_NV.numel() > 0
+        and not no_triton(logits_NV.device)
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.dispatch import plain
+from kernels.dispatch import is_eager
 
 IGNORED = -100  # the label of a row without a loss
 
@@ -19,7 +19,7 @@ def _where(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]
     V = logits_NV.shape[1]
     ignored_N = labels_N == IGNORED
     outside_N = ((labels_N < 0) | (labels_N >= V)) & ~ignored_N
-    if labels_N.device.type == "cpu" and plain(labels_N) and bool(outside_N.any()):
+    if labels_N.device.type == "cpu" and is_eager(labels_N) and bool(outside_N.any()):
         raise ValueError(
             f"A label is {int(labels_N[outside_N][0])}, but there are logits 0 to {V - 1}; {IGNORED} marks a token without a loss."
         )

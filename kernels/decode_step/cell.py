@@ -1,4 +1,4 @@
-"""Writes the kernel that projects the inputs of a nonlinear cell and takes its step: `python -m kernels.decode_step.cell paragru` prints it.
+"""Writes the kernel that projects the inputs of a nonlinear cell and takes its step; scripts/print_kernels.py prints it.
 
 project_and_step: U (B, E K) -> the inputs of the cell by a block-diagonal product with WEIGHT (E, K, inputs, O) -> STATE moved on in place
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+from kernels.moved import moved
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.functions import functions
@@ -49,6 +50,4 @@ def source(cell: Cell) -> str:
 
 
 if __name__ == "__main__":
-    from kernels.parallel_rnn.codegen import print_source
-
-    sys.exit(print_source(__doc__, source, sys.argv[1:]))
+    sys.exit(moved("scripts.print_kernels CELL decode"))

@@ -19,9 +19,9 @@ def gated_norm(
     norm_first: bool = False,
     dtype: torch.dtype | None = None,
     *,
-    columns: tuple[int, int] = (0, 0),
+    columns: object = None,
 ) -> Tensor:
-    """y (..., D); arguments as of `kernels.gated_norm.gated_norm`."""
+    """y (..., D); arguments as of `kernels.gated_norm.gated_norm`. Here columns change nothing."""
     inner = torch.promote_types(h.dtype, torch.float32)
     y, weight = h.to(inner), weight_D.to(inner)
     if gate is not None and not norm_first:

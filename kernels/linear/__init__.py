@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kernels.dispatch import plain, planned
+from kernels.dispatch import is_eager, planned
 from kernels.linear import reference
 from kernels.linear.reference import product_dtype
 
@@ -25,8 +25,7 @@ def joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     """Whether the products are ours: in 16 bits, of fp32 weights, on a GPU, and nobody traces."""
     return (
         (x.is_cuda or planned())
-        and not torch.compiler.is_compiling()
-        and (plain(x) or planned())
+        and (is_eager(x) or planned())
         and torch.is_grad_enabled()
         and product_dtype(x) in (torch.bfloat16, torch.float16)
         and all(layer.weight.dtype == torch.float32 for layer in layers)

@@ -1,4 +1,4 @@
-"""Writes the Triton source of a cell's kernels. Print it with `python -m kernels.parallel_rnn.codegen paragru`.
+"""Writes the Triton source of a cell's kernels. scripts/print_kernels.py prints it.
 
 All kernels are channel-last; a program owns BD neighbouring channels of one time slice and walks it step by step with the states in fp32
 registers (kernels/parallel_rnn/writer.py has the names and how loads run ahead).
@@ -16,8 +16,8 @@ registers (kernels/parallel_rnn/writer.py has the names and how loads run ahead)
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
+from kernels.moved import moved
 from kernels.parallel_rnn import backward_source, forward_source, shoot_source
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
@@ -64,22 +64,5 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
     return "\n\n".join(parts)
 
 
-def print_source(doc: str | None, write: Callable[[Cell], str], words: list[str]) -> int:
-    """The program of this module and of the one for decoding steps: prints what `write` makes of the cell named; returns the exit status."""
-    from models.cells import load_cell
-    from training.config.arguments import program
-    from training.errors import UserError
-
-    def run(words: list[str]) -> None:
-        if len(words) > 1:
-            raise UserError(f"Give the name of one cell, not {len(words)} words.")
-        try:
-            print(write(load_cell(words[0] if words else "paragru")))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    return program(doc, run, words)
-
-
 if __name__ == "__main__":
-    sys.exit(print_source(__doc__, source, sys.argv[1:]))
+    sys.exit(moved("scripts.print_kernels"))

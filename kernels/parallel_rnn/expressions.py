@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.operations import OPERATIONS, TENSORS_ONLY
-from kernels.parallel_rnn.trace import LARGEST, SMALLEST, Node, NotLowered, Traced, order, trace
+from kernels.parallel_rnn.graph import LARGEST, SMALLEST, Node, order
+from kernels.parallel_rnn.operations import OPERATIONS, TENSORS_ONLY, NotLowered
+from kernels.parallel_rnn.step import StepFunction
+from kernels.parallel_rnn.trace import Traced, trace
 
 LOG2_E = 1.4426950408889634
 # Through powers of two of a scaled argument. Where a step waits for the step before, `scaled` moves the factor to inputs and weights.
-POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("_scaled_tanh({})", 2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
+POWERS = {"sigmoid": ("_logistic({})", -LOG2_E), "tanh": ("_scaled_tanh({})", -2 * LOG2_E), "exp": ("_exp2({})", LOG2_E)}
 
 
 def bare(text: str) -> str:
@@ -114,7 +115,7 @@ def derivatives(traced: Traced, jacobian: str = "jacobian", gradients: str = "st
     return text, function(gradients, [*traced.arguments, *traced.cotangents], all_d, like, triton=False)
 
 
-def check(cell: Cell) -> None:
+def check(cell: StepFunction) -> None:
     """Raises NotLowered unless the step can be traced and does to tensors what was traced (it may ask what it is given), ValueError for a step
     that no solver can run."""
     traced = trace(cell)
@@ -122,23 +123,23 @@ def check(cell: Cell) -> None:
     exec(function("step", traced.arguments, traced.new, "h0", triton=False), names)  # our own text, as below
     given = [[3 * torch.randn(64, dtype=torch.float64) for _ in role] for role in (cell.pre, cell.rec, cell.state)]
     try:
-        found = cell(*given)
+        new = cell(*given)
     except Exception:  # models say it in a sentence (Cell.problem), and a call of the step says it itself
         return
     wanted = names["step"](*given[0], *given[1], *given[2])
-    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(found, wanted if len(found) > 1 else (wanted,))):
+    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(new, wanted if len(new) > 1 else (wanted,))):
         raise NotLowered(
             f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them."
         )
 
 
-def jumps(cell: Cell) -> bool:
+def jumps(cell: StepFunction) -> bool:
     """Whether a lowered cell's new state may jump where an old one is changed a little."""
     return trace(cell).jumps
 
 
 @functools.cache
-def torch_functions(cell: Cell) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def torch_functions(cell: StepFunction) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """(jacobian, step_vjp) of a lowered cell's step as plain torch functions, each returning a tuple. Raises NotLowered."""
     names: dict[str, Any] = {"torch": torch}
     for text in derivatives(trace(cell)):

@@ -95,7 +95,7 @@ def _store_products(w: Writer, to: str = "PRODUCTS") -> list[str]:
 
 def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
     """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change, z what a change of some earlier state
-    by its own size would be there. With `worst` also the largest share of z that a change is, and the first slice where it is above the
+    by its own size would be there. With `worst` also, of each channel, the largest share of z that a change is, and the first slice where it is above the
     tolerance. Several slices are loaded at once."""
     n = len(w.S)
     group = range(max(1, 24 // (n * (n + 3))))
@@ -135,8 +135,8 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
         )
         if worst:
             w.shares(deep, "gap", "c{i}", "z{i}")
-            w.put(deep, f"gap = tl.max(tl.where({live('more')}, gap, 0.0), 0)", "worst = tl.maximum(worst, gap)")
-            w.put(deep, f"bad = tl.where((gap > TOLERANCE) & (bad == n), k + {u + 1}, bad)")
+            w.put(deep, f"gap = tl.where({live('more')}, gap, 0.0)", "largest = tl.maximum(largest, gap)")
+            w.put(deep, f"first_bad = tl.where((gap > TOLERANCE) & (first_bad == n), k + {u + 1}, first_bad)")
     w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * (n * n + n)} * D")
 
 
@@ -189,8 +189,9 @@ def finish(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
     own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, FINAL, STATS, n, TOLERANCE"
     w.begin("finish", f"{own},\n        {SIZES}", sliced=False, after=True)
-    w.put(1, "worst = 0.0", "bad = n  # the first slice that does not start where the one before it ends")
+    w.put(1, "largest = tl.zeros((BD,), tl.float32)", "first_bad = tl.zeros((BD,), tl.int32) + n")
     _chain(w, 1, "n - 1", worst=True)
+    w.put(1, "worst = tl.max(largest, 0)", "bad = tl.min(first_bad, 0)  # the first slice that does not start where the one before it ends")
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)")
     w.put(1, f"o = (b * n + n - 1) * {n} * D + d", f"final = FINAL + b * {n} * D + d")
     w.put(1, "if bad == n:", *(f"    tl.store(final + {i} * D, {w.vector('ENDS', 'o', i)}, mask=inside)" for i in w.S), "    return")

@@ -71,10 +71,10 @@ def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
 """
-# of 2 log2(e) times the argument: (the square below which it is small, what it is there), within a twentieth of the type's unit roundoff
+# of -2 log2(e) times the argument: (the size below which it is small, what it is there), within a twentieth of the type's unit roundoff
 TANH_NEAR_ZERO = {
-    "float16": ("0.0324", f"x * ({LN_2 / 2} - {(LN_2 / 2) ** 3 / 3} * (x * x))"),
-    "bfloat16": ("0.0025", f"x * {LN_2 / 2}"),
+    "float16": ("0.18", f"x * ({-LN_2 / 2} + {(LN_2 / 2) ** 3 / 3} * (x * x))"),
+    "bfloat16": ("0.05", f"x * {-LN_2 / 2}"),
 }
 SHORT = f"""
 @triton.jit
@@ -93,13 +93,13 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _scaled_tanh(x):  # of an argument that was scaled: 2 / (1 + 2^-x) - 1, which loses digits near zero
-    return tl.where(x * x < NEAR, SMALL, 2.0 * _reciprocal(1.0 + _exp2(-x)) - 1.0)
+def _scaled_tanh(x):  # of an argument that was scaled: 2 / (1 + 2^x) - 1, which loses digits near zero
+    return tl.where(tl.abs(x) < NEAR, SMALL, 2.0 * _reciprocal(1.0 + _exp2(x)) - 1.0)
 
 
 @triton.jit
 def _tanh(x):
-    return _scaled_tanh(x * {2 * LOG2_E})
+    return _scaled_tanh(x * {-2 * LOG2_E})
 """
 BOTH = f"""
 @triton.jit

@@ -1,5 +1,5 @@
-"""The custom ops everywhen::parallel_rnn and its backward: one name for torch.compile, autocast and activation checkpointing, whatever
-solves underneath. Saved for backward are the inputs and the states, in the dtype of pre; with `borders` only every 32nd state, in fp32.
+"""The op everywhen::parallel_rnn, whatever solves underneath. Saved for backward are the inputs and the states, in the dtype of pre; with `borders`
+only every 32nd state, in fp32.
 
 The state a cell emits (its last) and those it keeps to itself are two tensors, so that a layer that reads the emitted one alone neither
 copies it nor brings a gradient of zeros for the others.
@@ -9,16 +9,14 @@ Legend: B batch, T time, P input projections, R recurrent weights, S states, D c
 
 import functools
 import warnings
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import direct
+from kernels.op import define
 from kernels.parallel_rnn import launch, reference
 from kernels.parallel_rnn.cell import REGISTRY, Cell
-
-# ruff: noqa: UP045  (the schema of a custom op is read from these annotations)
 
 
 @functools.cache
@@ -53,15 +51,14 @@ def joined(emitted: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([kept, emitted[:, :, None]], 2) if kept.shape[2] else emitted[:, :, None]
 
 
-def _solve(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
+def _forward(
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, borders: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) and kept (B, T, S - 1, D) in the dtype of pre, final (B, S, D) in the dtype of the arithmetic, marks (B, M, S, D));
     T >= 1. Without borders there are no marks."""
     cell = REGISTRY[key]
     if use_triton(cell, pre, method):
-        with torch.cuda.device_of(pre):  # Triton launches on the current device
-            emitted, kept, final, marks = launch.forward(cell, pre, rec, h0, starts, borders=borders)
+        emitted, kept, final, marks = launch.forward(cell, pre, rec, h0, starts, borders=borders)
         return emitted, kept, final, marks if borders else h0.new_empty(0, dtype=torch.float32)
     dtype = reference.compute_dtype(pre)
     with torch.autocast(pre.device.type, enabled=False):
@@ -70,12 +67,8 @@ def _solve(
     return *parts(states.to(pre.dtype)), states[:, -1].clone(), marks
 
 
-solve_op = torch.library.custom_op("everywhen::parallel_rnn", _solve, mutates_args=())
-
-
-@solve_op.register_fake
-def _(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], key: str, method: str, borders: bool
+def _fake(
+    pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, borders: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, T), S, D = pre.shape[:2], h0.shape[1], h0.shape[2]
     inner = reference.compute_dtype(pre)
@@ -83,14 +76,24 @@ def _(
     return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D), pre.new_empty(B, S, D, dtype=inner), marks
 
 
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str]]:
+    pre, rec, h0, starts, key, method, borders = inputs
+    emitted, kept, _, marks = output
+    none = marks.new_empty(0)
+    return (pre, rec, h0, starts, *((none, none, marks) if borders else (emitted, kept, marks))), (key, method)
+
+
 def _backward(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
-    d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
+    d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, d_marks: Tensor | None, pre: Tensor, rec: Tensor, h0: Tensor,
+    starts: Tensor | None, emitted: Tensor, kept: Tensor, marks: Tensor, key: str, method: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of pre, rec and h0, each in the dtype of its tensor. emitted and kept are empty where the marks stand for them."""
+    """Gradients of pre, rec and h0, each in the dtype of its tensor. emitted and kept are empty where the marks stand for them; nobody
+    differentiates the marks."""
     cell, triton = REGISTRY[key], use_triton(REGISTRY[key], pre, method)
     dtype, borders = reference.compute_dtype(pre), marks.numel() > 0
-    with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
+    d_emitted = pre.new_zeros(*pre.shape[:2], h0.shape[2]) if d_emitted is None else d_emitted
+    d_final = torch.zeros_like(h0) if d_final is None else d_final
+    with torch.autocast(pre.device.type, enabled=False):
         if triton:
             if borders:
                 emitted, kept = launch.restore(cell, pre, rec, h0, starts, marks)
@@ -108,37 +111,9 @@ def _backward(
     )
 
 
-backward_op = torch.library.custom_op("everywhen::parallel_rnn_backward", _backward, mutates_args=())
-solve_backward = direct(backward_op, _backward)
-
-
-@backward_op.register_fake
-def _(
-    pre: Tensor, rec: Tensor, h0: Tensor, starts: Optional[Tensor], emitted: Tensor, kept: Tensor, marks: Tensor, d_emitted: Tensor,
-    d_kept: Optional[Tensor], d_final: Tensor, key: str, method: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    pre, rec, h0 = given[4:7]
     return torch.empty_like(pre), rec.new_empty(rec.shape), h0.new_empty(h0.shape)
 
 
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    pre, rec, h0, starts, ctx.key, ctx.method, borders = inputs
-    emitted, kept, _, marks = output
-    none = marks.new_empty(0)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(pre, rec, h0, starts, *((none, none, marks) if borders else (emitted, kept, marks)))
-
-
-def _differentiate(
-    ctx: Any, d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, d_marks: Tensor | None
-) -> tuple[Any, ...]:
-    pre, rec, h0, starts, emitted, kept, marks = ctx.saved_tensors
-    B, T = pre.shape[:2]
-    if d_emitted is None:
-        d_emitted = pre.new_zeros(B, T, h0.shape[2])
-    if d_final is None:
-        d_final = torch.zeros_like(h0)
-    gradients = solve_backward(pre, rec, h0, starts, emitted, kept, marks, d_emitted, d_kept, d_final, ctx.key, ctx.method)
-    return (*gradients, None, None, None, None)
-
-
-solve = direct(solve_op, _solve, _save, _differentiate)
+solve, solve_op = define("parallel_rnn", _forward, _fake, _backward, fake_backward=_fake_backward, save=_save, materialize=False)

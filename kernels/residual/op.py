@@ -1,11 +1,10 @@
-"""The custom ops everywhen::residual and its backward. Saved for backward are x and the scale."""
-
-from typing import Any
+"""The op everywhen::residual. Saved for backward are x and the scale."""
 
 import torch
 from torch import Tensor
 
-from kernels.dispatch import direct, no_triton
+from kernels.dispatch import no_triton
+from kernels.op import define
 from kernels.residual import reference
 
 
@@ -13,57 +12,31 @@ def use_triton(x: Tensor, y: Tensor) -> bool:
     return torch.float64 not in (x.dtype, y.dtype) and x.shape == y.shape and not no_triton(x.device)
 
 
-def _add(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    if use_triton(x, y) and x.numel():
-        from kernels.residual import triton as kernels
+def _forward(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    from kernels.residual import triton
 
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            return kernels.add(x, y, scale)
-    return reference.residual(x, y, scale).contiguous()
-
-
-add_op = torch.library.custom_op("everywhen::residual", _add, mutates_args=())
-
-
-@add_op.register_fake
-def _(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
+    return triton.add(x, y, scale)
 
 
 def _backward(d: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, of y in `dtype`, and of the scale."""
-    if use_triton(x, d) and x.numel():
-        from kernels.residual import triton as kernels
+    from kernels.residual import triton
 
-        with torch.cuda.device_of(x):
-            return kernels.add_backward(d, x, scale, dtype)
+    return triton.add_backward(d, x, scale, dtype)
+
+
+def _reference_backward(d: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     dx, d_scale = reference.residual_backward(d, x, scale)
-    return dx.to(x.dtype).contiguous(), d.to(dtype), d_scale.to(scale.dtype)
+    return dx, d, d_scale
 
 
-def _copied(d: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_backward`, and no result is one of the arguments, which a custom op may not return."""
-    dx, dy, d_scale = _backward(d, x, scale, dtype)
-    return dx, dy.clone() if dy.data_ptr() == d.data_ptr() else dy, d_scale
-
-
-backward_op = torch.library.custom_op("everywhen::residual_backward", _copied, mutates_args=())
-add_backward = direct(backward_op, _backward)
-
-
-@backward_op.register_fake
-def _(d: Tensor, x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), d.new_empty(d.shape, dtype=dtype), scale.new_empty(scale.shape)
-
-
-def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, y, scale = inputs
-    ctx.dtype = y.dtype
-    ctx.save_for_backward(x, scale)
-
-
-def _differentiate(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return add_backward(d, *ctx.saved_tensors, ctx.dtype)
-
-
-add = direct(add_op, _add, _save, _differentiate)
+add, add_op = define(
+    "residual",
+    _forward,
+    lambda x, y, scale: x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype)),
+    _backward,
+    reference=reference.residual,
+    reference_backward=_reference_backward,
+    fake_backward=lambda d, x, scale, dtype: (x.new_empty(x.shape), d.new_empty(d.shape, dtype=dtype), scale.new_empty(scale.shape)),
+    save=lambda inputs, output: ((inputs[0], inputs[2]), (inputs[1].dtype,)),
+)

@@ -107,6 +107,11 @@ def short_conv_backward(
     return d_padded[:, history:], d_padded[:, :history], d_weight, d_bias
 
 
+def joint_gradient(x_BTC: Tensor) -> None:
+    """Nothing: plain torch puts the gradient of a projection together from those of its columns."""
+    return None
+
+
 def short_conv_columns(
     x_BTC: Tensor,
     first: int,
@@ -115,11 +120,12 @@ def short_conv_columns(
     bias_D: Tensor,
     starts_BT: Tensor | None = None,
     silu: bool = False,
+    joint: object = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The columns before `first`, `short_conv` of the D columns from there, and the columns after them."""
     D = weight_DW.shape[0]
-    before, own, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
-    return before, short_conv(own, history_BHD, weight_DW, bias_D, starts_BT, silu), after
+    before, convolved, after = x_BTC.split([first, D, x_BTC.shape[-1] - first - D], -1)
+    return before, short_conv(convolved, history_BHD, weight_DW, bias_D, starts_BT, silu), after
 
 
 def last_inputs(x_BTD: Tensor, history_BHD: Tensor | None, width: int, starts_BT: Tensor | None) -> Tensor:

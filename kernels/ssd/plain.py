@@ -22,7 +22,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     x, dt, A, Bm, Cm, h0, D = tensors
     assert x is not None and dt is not None and A is not None and Bm is not None and Cm is not None
-    if starts is not None and dispatch.plain(x) and not x.is_meta:
+    if starts is not None and dispatch.is_eager(x) and not x.is_meta:
         if not all(bool(torch.isfinite(t).all()) for t in (*tensors, *gradients) if t is not None):
             return reference.ssd_loop(x, dt, A, Bm, Cm, h0, starts, D)
     return reference.ssd_chunked(x, dt, A, Bm, Cm, h0, starts, chunk, D)
@@ -56,7 +56,7 @@ def scan(
     with torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
             return _run((x, dt, A, Bm, Cm, h0, D), starts, chunk)
-        if dispatch.plain(x):
+        if dispatch.is_eager(x):
             return _Scan.apply(chunk, starts, x, dt, A, Bm, Cm, h0, D)
         arguments = (x, dt, A, Bm, Cm, h0, starts, chunk, D)  # what traces cannot read a backward pass that calls autograd
         return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)

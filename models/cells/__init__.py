@@ -7,6 +7,7 @@ import keyword
 import pkgutil
 from types import ModuleType
 
+from data.errors import UserError
 from kernels.parallel_rnn.cell import Cell
 
 
@@ -16,49 +17,52 @@ def available() -> list[str]:
 
 
 def cell_module(name: str) -> ModuleType:
-    """The module models/cells/<name>.py. Raises ValueError naming the cells there are, or saying why the file cannot be read."""
+    """The module models/cells/<name>.py. Raises UserError naming the cells there are, or saying why the file cannot be read."""
     if name not in available():
-        raise ValueError(f"there is no cell {name!r}; models/cells/ holds {', '.join(available())}.")
+        raise UserError(f"there is no cell {name!r}; models/cells/ holds {', '.join(available())}.")
     if not name.isidentifier() or keyword.iskeyword(name):
-        raise ValueError(
+        raise UserError(
             f"the cell {name!r} cannot be used under this name; rename models/cells/{name}.py to letters, digits and underscores."
         )
     try:
         return importlib.import_module(f"{__name__}.{name}")
     except SyntaxError as reason:
-        raise ValueError(f"models/cells/{name}.py is not Python: {reason.msg} in line {reason.lineno}.") from None
+        raise UserError(f"models/cells/{name}.py is not Python: {reason.msg} in line {reason.lineno}.") from None
     except Exception as reason:  # whatever a file of the user's does
-        raise ValueError(
+        raise UserError(
             f"models/cells/{name}.py cannot be imported: {type(reason).__name__}: {(str(reason).splitlines() or [''])[0].rstrip('.')}."
         ) from None
 
 
 def load_cell(name: str) -> Cell:
-    """The Cell of models/cells/<name>.py. Raises ValueError for an unknown name and for a file without a step that can be run."""
+    """The Cell of models/cells/<name>.py. Raises UserError for an unknown name and for a file without a step that can be run."""
     module = cell_module(name)
     if not hasattr(module, "step"):
-        raise ValueError(f"models/cells/{name}.py has no function `step`; define step(...) with arguments annotated Pre, Rec or State.")
-    cell = Cell.from_step(module.step, name)
+        raise UserError(f"models/cells/{name}.py has no function `step`; define step(...) with arguments annotated Pre, Rec or State.")
+    try:
+        cell = Cell.from_step(module.step, name)
+    except ValueError as error:  # of a signature that is none of a step
+        raise UserError(str(error)) from error
     bias_init(name)
     return cell
 
 
 def bias_init(name: str) -> dict[str, tuple[float, float]]:
-    """BIAS_INIT of models/cells/<name>.py: initial biases of input projections, as (lowest, highest over the channels). Raises ValueError."""
+    """BIAS_INIT of models/cells/<name>.py: initial biases of input projections, as (lowest, highest over the channels). Raises UserError."""
     module = cell_module(name)
     given, pre = getattr(module, "BIAS_INIT", {}), Cell.from_step(module.step, name).pre
     if not isinstance(given, dict):
-        raise ValueError(
+        raise UserError(
             f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(given).__name__}."
         )
     found = {}
     for argument, value in given.items():
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if argument not in pre:
-            raise ValueError(
+            raise UserError(
                 f"models/cells/{name}.py: BIAS_INIT names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}."
             )
         if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
-            raise ValueError(f"models/cells/{name}.py: BIAS_INIT[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
+            raise UserError(f"models/cells/{name}.py: BIAS_INIT[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
         found[argument] = (float(pair[0]), float(pair[1]))
     return found

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from models.config import ModelConfig
 from models.hub.stock_config import first_line, quiet, their_config
 from models.lm import LanguageModel, LMState
-from training.errors import UserError
 
 SHORT, PIECE, NARROW = 64, 20, 12  # tokens of the shortest text and of a piece, and a window made short
 WORK = 2e12  # multiply-adds of one forward pass beyond which a text is too long to be tried
 RELATIVE = 1e-4  # of the largest logit; rounding beyond it is measured
-HELP = "or leave the comparison out: python -m models.hub.importing FOLDER OUT verify=false, for training model.verify=false"
+HELP = "or leave the comparison out: python -m scripts.import_checkpoint FOLDER OUT verify=false, for training model.verify=false"
 
 
 def compare(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:

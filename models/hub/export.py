@@ -1,21 +1,19 @@
 """Writes a checkpoint as a Hugging Face folder that transformers loads without this project.
 
-    python -m models.hub.export CHECKPOINT OUT [--shard-size 5GB] [--dtype fp32|bf16|fp16] [--licence apache-2.0] [--evals DIR] [--push org/name]
-
-CHECKPOINT: a run folder or a checkpoint. The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared
-with the checkpoint (logits, greedy text, tokenizer, config), and only then renamed to OUT. The optimizer is never read. Without --dtype an
-imported checkpoint keeps the dtypes it came with, and any other is written in fp32.
+The folder is written under a temporary name, loaded in a fresh process by transformers alone, compared with the checkpoint (logits, greedy text,
+tokenizer, config), and only then renamed. The optimizer is never read. An imported checkpoint keeps the dtypes it came with, any other is written in
+fp32, unless another dtype is asked for. The command is scripts/export.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +22,23 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from data.errors import UserError
 from data.files import write_json
 from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
-from models.config import ModelConfig
-from models.hub.card import write_card
+from kernels.moved import moved
+from models.checkpoint import find, read_config
+from models.hub.card import Evaluation, write_card
 from models.hub.custom import custom, write_code
-from models.hub.importing import KEPT, without_tokenizer
+from models.hub.importing import KEPT
 from models.hub.native import Stock, stock
-from models.hub.push import check_name, check_token, push
 from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
-from training.checkpoint import find
-from training.errors import UserError
 
 CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64
 ATOL = 1e-4
 SAMPLE = "Say 1 thing,\n then another: naïve."
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The model of a checkpoint folder. Raises UserError."""
-    try:
-        return ModelConfig.from_dict(read_object(folder / "config.json"))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
 
 
 def read_imported(source: Path) -> dict[str, Any]:
@@ -69,8 +58,8 @@ def dtypes(source: Path, model: LanguageModel, dtype: str | None) -> tuple[torch
     return main, {name: others.get(name, main) for name in model.state_dict()}
 
 
-def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evals: Path | None = None) -> Stock:
-    """Everything of the export but its verification. evals: a folder of evals.run, for the model card. Raises UserError for weights that are another model's."""
+def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evaluation: Evaluation | None = None) -> Stock:
+    """Everything of the export but its verification. evaluation: what the model card shows of it. Raises UserError for weights that are another model's."""
     config, weights, imported = read_config(source), Weights(source), read_imported(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
     origin = origin_of(facts.get("run", {}))
@@ -92,7 +81,7 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
             f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}."
         )
     names = {target.name(ours): ours for ours in shapes}
-    kept, each = dtypes(source, model, dtype)
+    main_dtype, each = dtypes(source, model, dtype)
 
     def get(name: str) -> Tensor:
         tensor = weights.tensor(names[name])
@@ -102,20 +91,20 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     sizes = {name: each[names[name]].itemsize * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
-    own = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
+    marks = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)
     if origin is not None and tokenizer is not None:
         _keep_template(origin, tokenizer, out)
-    end = own.start if own.end is None else own.end
-    marks = {"bos_token_id": own.start, "eos_token_id": end, "pad_token_id": end}
-    ends = {key: imported.get(key) if imported else marks[key] for key in marks}
-    write_json(out / "config.json", {**target.config, **ends, "dtype": str(kept).removeprefix("torch.")})
+    end = marks.start if marks.end is None else marks.end
+    trained = {"bos_token_id": marks.start, "eos_token_id": end, "pad_token_id": end}
+    special = {key: imported.get(key) if imported else trained[key] for key in trained}
+    write_json(out / "config.json", {**target.config, **special, "dtype": str(main_dtype).removeprefix("torch.")})
     if not imported:
-        write_json(out / "generation_config.json", {**ends, "do_sample": True, "temperature": 0.8, "top_k": 50})
+        write_json(out / "generation_config.json", {**special, "do_sample": True, "temperature": 0.8, "top_k": 50})
     for name in KEPT:  # an imported checkpoint's own
         if imported and (source / name).is_file():
             shutil.copyfile(source / name, out / name)
     write_json(out / "everywhen.json", {"model": config.to_dict(), **facts})
-    write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evals)
+    write_card(source, out, config, target.architecture, facts, sum(counts.values()), licence, evaluation)
     for path in out.rglob("*"):  # for everybody to read, as what a web server or another user is given
         path.chmod(0o755 if path.is_dir() else 0o644)
     return target
@@ -123,8 +112,8 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
 
 def origin_of(run: dict[str, Any]) -> Path | None:
     """The folder from whose weights the run started, if it is still there."""
-    found = (run.get("model") or {}).get("init_from")
-    return Path(str(found)) if found and (Path(str(found)) / "config.json").is_file() else None
+    folder = (run.get("model") or {}).get("init_from")
+    return Path(str(folder)) if folder and (Path(str(folder)) / "config.json").is_file() else None
 
 
 def _keep_template(origin: Path, tokenizer: Tokenizer, out: Path) -> None:
@@ -193,21 +182,21 @@ def verify(pairs: list[tuple[Path, Path]]) -> None:
 
 @torch.no_grad()
 def _differences(source: Path, job: dict[str, Any]) -> str:
-    found, seen = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
+    theirs, read_by_them = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
     model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
     weights, written = Weights(source), read_object(Path(job["folder"]) / "config.json")
     main, each = dtypes(source, model, None)
     if written["dtype"] != str(main).removeprefix("torch."):
         _, each = dtypes(source, model, next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{written['dtype']}"))
-    own = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
-    model.load_state_dict(own, strict=False)
+    rounded = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
+    model.load_state_dict(rounded, strict=False)
     ours = model(ids).logits
-    worst = float((ours - found["fp32"]).abs().max())
+    worst = float((ours - theirs["fp32"]).abs().max())
     if not worst < ATOL:
         return f"its fp32 logits differ by {worst:.2g}"
     with torch.autocast("cpu", torch.bfloat16):
         rounding = float((model(ids).logits.float() - ours).abs().max())
-    worst = float((found["bf16"] - ours).abs().max())
+    worst = float((theirs["bf16"] - ours).abs().max())
     if not worst <= 4 * rounding + 0.02 * float(ours.abs().max()):
         return f"its bf16 logits are off by {worst:.2g} where this project's are by {rounding:.2g}"
     state, last = model.init_state(1), ids[:1]
@@ -215,17 +204,19 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
         output = model(last, state=state, last_only=True)
         state = output.state
         top = output.logits[0, -1].topk(2).values
-        chosen = int(found["greedy"][0, step])
+        chosen = int(theirs["greedy"][0, step])
         # A tie within rounding may fall either way; both then go on with the same token.
         if float(top[0] - output.logits[0, -1, chosen]) > ATOL:
             return f"its greedy text differs at token {step + 1}"
-        last = found["greedy"][:, step : step + 1]
-    wrong = [key for key, value in written.items() if key in seen["config"] and key != "dtype" and seen["config"][key] != value]
+        last = theirs["greedy"][:, step : step + 1]
+    wrong = [
+        key for key, value in written.items() if key in read_by_them["config"] and key != "dtype" and read_by_them["config"][key] != value
+    ]
     if wrong:
         return f"transformers reads another {wrong[0]} from its config.json"
-    if "tokenizer" in seen:
+    if "tokenizer" in read_by_them:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        if seen["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
+        if read_by_them["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
             return "its tokenizer splits text differently"
     return ""
 
@@ -237,22 +228,20 @@ def export(
     shard_size: str = "5GB",
     dtype: str | None = None,
     licence: str = "apache-2.0",
-    evals: str | None = None,
+    evaluate: Callable[[Path], Evaluation | None] | None = None,
 ) -> Path:
-    """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evals: a folder that evals.run
-    wrote, whose figures the model card shows. Raises UserError; then `out` does not exist."""
+    """The verified folder `out`. dtype: fp32, bf16, fp16, or None for that of an imported checkpoint, else fp32. evaluate: what is known of the
+    quality of the checkpoint in a folder, for the model card. Raises UserError; then `out` does not exist."""
     source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
-    if evals is not None and not Path(evals).is_dir():
-        raise UserError(f"{evals} is no folder; give the one that evals.run wrote.")
     if final.exists():
         raise UserError(f"{final} exists already; remove it or give another folder.")
     temporary = final.with_name(f".tmp-{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_folder(source, temporary, dtype, limit, licence, Path(evals) if evals else None)
+        write_folder(source, temporary, dtype, limit, licence, evaluate(source) if evaluate is not None else None)
         verify([(source, temporary)])
         os.replace(temporary, final)
     except OSError as error:
@@ -262,35 +251,5 @@ def export(
     return final
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
-    parser.add_argument("out")
-    parser.add_argument("--shard-size", default="5GB")
-    parser.add_argument("--dtype", help="fp32, bf16 or fp16; without it that of an imported checkpoint, else fp32")
-    parser.add_argument("--licence", default="apache-2.0")
-    parser.add_argument("--evals", metavar="DIR", help="a folder that evals.run wrote (OUT or OUT/MODEL), for the model card")
-    parser.add_argument("--push", metavar="org/name")
-    values = parser.parse_args(arguments)
-    try:
-        if values.push:
-            check_name(values.push)
-            check_token()
-        folder = export(
-            values.checkpoint, values.out, shard_size=values.shard_size, dtype=values.dtype, licence=values.licence, evals=values.evals
-        )
-        print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
-        if note := without_tokenizer(folder):
-            print(f"note: {note}", file=sys.stderr)
-        if values.push:
-            print(f"pushed: {push(folder, values.push)}")
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(moved("scripts.export"))

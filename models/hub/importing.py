@@ -1,15 +1,12 @@
 """Stock Llama-shaped and Mamba-2 folders, and this project's exported ones, as checkpoints of this project.
 
-    python -m models.hub.importing FOLDER OUT [verify=false]     # OUT: a checkpoint for evaluation, generation and export
-    python train.py model=hf:FOLDER [model.verify=false] ...      # training goes on from its weights
-
-Nothing is unpickled and no code of the folder is run. What a stock config says that our models do not have is refused by name, and logits that
+scripts/import_checkpoint.py writes a checkpoint for evaluation, generation and export; training goes on from the weights of a folder with
+model=hf:FOLDER. Nothing is unpickled and no code of the folder is run. What a stock config says that our models do not have is refused by name, and logits that
 are not those of transformers' own class are refused too, unless verify=false leaves that comparison out (it takes the model twice in memory, in fp32).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -20,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.errors import UserError
+from data.files import write_json
+from kernels.moved import moved
 from models.config import ModelConfig
 from models.hub.custom import custom
 from models.hub.native import BAMBA_RULES, LLAMA_RULES, MAMBA2_RULES, Stock
 from models.hub.stock_config import read_stock_config
 from models.hub.weights import Weights, read_object, write_shards
 from models.lm import LanguageModel
-from training.errors import UserError
 
 KEPT = (  # for the export back
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -49,13 +48,13 @@ def read_stock(folder: str | Path, verify: bool = True) -> tuple[ModelConfig, di
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give the folder of a Llama-shaped, Mamba-2 or exported model.")
     config, weights = read_stock_config(folder), Weights(folder)
-    own = read_object(folder / "config.json")["model_type"] == "everywhen"
-    found = _tensors(folder, config, weights, names_of(folder, config))
-    if verify and not own:
+    exported = read_object(folder / "config.json")["model_type"] == "everywhen"
+    tensors = _tensors(folder, config, weights, names_of(folder, config))
+    if verify and not exported:
         from models.hub.compare import compare
 
-        compare(folder, config, found)
-    return config, found
+        compare(folder, config, tensors)
+    return config, tensors
 
 
 def names_of(folder: Path, config: ModelConfig) -> Stock:
@@ -72,7 +71,7 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
         shapes = {n: tuple(t.shape) for n, t in LanguageModel(config).state_dict().items()}
     if config.tie_embeddings:
         shapes.pop("head.weight")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     surplus = {name for name in weights.names() if not IGNORED.fullmatch(name)}
     for ours, shape in shapes.items():
         theirs = names.name(ours)
@@ -84,11 +83,11 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
         tensor = tensor[:, 0] if theirs.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
         if tuple(tensor.shape) != shape:
             raise UserError(f"{folder}: the tensor {theirs} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
-        found[ours] = tensor.to(torch.float32).contiguous()
+        tensors[ours] = tensor.to(torch.float32).contiguous()
         surplus.discard(theirs)
     head = names.name("head.weight")
     if config.tie_embeddings and head in surplus:
-        if not torch.equal(weights.tensor(head).to(torch.float32), found["embedding.weight"]):
+        if not torch.equal(weights.tensor(head).to(torch.float32), tensors["embedding.weight"]):
             raise UserError(
                 f"{folder} holds a {head} of its own while its config.json ties it to the embedding; set tie_word_embeddings to false "
                 f"in config.json if the file's is meant, or remove it from the file."
@@ -96,7 +95,7 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
         surplus.discard(head)
     if surplus:
         raise UserError(f"{folder} holds {len(surplus)} tensor(s) that its config.json has no place for, the first is {min(surplus)}.")
-    return found
+    return tensors
 
 
 ARCHITECTURE = ("vocab_size", "d_model", "n_layers", "norm_eps", "tie_embeddings", "d_ff", "pattern", "mixers", "learnable_residual")
@@ -116,8 +115,8 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
         )
     if not (Path(str(folder)) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
-    found = read_stock_config(Path(str(folder))).to_dict()
-    return {**mapping, **{key: found[key] for key in ARCHITECTURE}}
+    theirs = read_stock_config(Path(str(folder))).to_dict()
+    return {**mapping, **{key: theirs[key] for key in ARCHITECTURE}}
 
 
 def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None, verify: bool = True) -> None:
@@ -155,9 +154,9 @@ def without_tokenizer(folder: Path) -> str:
     """Empty where the folder holds a tokenizer.json, else a sentence that says what it lacks and how to make one."""
     if (folder / "tokenizer.json").is_file():
         return ""
-    if found := [name for name in NO_TEXT if (folder / name).is_file()]:
+    if others := [name for name in NO_TEXT if (folder / name).is_file()]:
         return (
-            f"{folder} holds a {found[0]} and no tokenizer.json, which text needs here; write one with "
+            f"{folder} holds a {others[0]} and no tokenizer.json, which text needs here; write one with "
             f"`AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})` of transformers."
         )
     return f"{folder} holds no tokenizer.json, so the model takes token ids and no text; copy that of the model's tokenizer there."
@@ -166,8 +165,8 @@ def without_tokenizer(folder: Path) -> str:
 def end_ids(folder: Path) -> list[int]:
     """The ids that end a text by the folder's generation_config.json or config.json; none where these say nothing."""
     for name in ("generation_config.json", "config.json"):
-        found = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = [i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)]
+        given = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
         if ids:
             return ids
     return []
@@ -176,8 +175,6 @@ def end_ids(folder: Path) -> list[int]:
 def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> Path:
     """Writes a checkpoint (model.safetensors in fp32, config.json, imported.json, and the folder's tokenizer and generation settings) under a
     temporary name, then renames it to `out`. verify: as of `read_stock`."""
-    from data.files import write_json
-
     folder, final = Path(folder), Path(out)
     if final.exists():
         raise UserError(f"{final} exists already; remove it or give another folder.")
@@ -200,27 +197,5 @@ def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> P
     return final
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("out")
-    parser.add_argument("verify", nargs="?", default="verify=true", choices=("verify=true", "verify=false"))
-    values = parser.parse_args(arguments)
-    verify = values.verify == "verify=true"
-    try:
-        out = import_folder(values.folder, values.out, verify)
-        own = read_object(Path(values.folder) / "config.json")["model_type"] == "everywhen"
-        compared = "" if own else ": logits agree with those of transformers' own class"
-        print(f"wrote {out}{compared if verify else ', NOT COMPARED with transformers (verify=false): its numbers may be wrong'}")
-        if note := without_tokenizer(Path(values.folder)):
-            print(f"note: {note}", file=sys.stderr)
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(moved("scripts.import_checkpoint"))

@@ -1,18 +1,17 @@
 """Uploads an exported folder to the Hub as one commit.
 
-    python -m models.hub.push FOLDER org/name [--private]
-
-The token is the one of `hf auth login`, or HF_TOKEN. When the upload is interrupted nothing is visible yet; this command goes on with what is missing.
+The token is the one of `hf auth login`, or HF_TOKEN. When the upload is interrupted nothing is visible yet; the next one goes on with what is missing.
+The command is scripts/push.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from pathlib import Path
 
-from training.errors import UserError
+from data.errors import UserError
+from kernels.moved import moved
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -41,7 +40,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; export the checkpoint first.")
     check_token()
-    api, again = HfApi(), f"`python -m models.hub.push {folder} {repository}` goes on with it."
+    api, again = HfApi(), f"`python -m scripts.push {folder} {repository}` goes on with it."
     try:
         api.create_repo(repository, exist_ok=True, private=private)
         done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model", ignore_patterns=[".*"])
@@ -56,21 +55,5 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     return str(done.commit_url)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
-    parser.add_argument("repository")
-    parser.add_argument("--private", action="store_true")
-    values = parser.parse_args(arguments)
-    try:
-        print(f"pushed: {push(values.folder, values.repository, values.private)}")
-    except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(moved("scripts.push"))

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.errors import UserError
 from models.config import ModelConfig
 from models.hub.weights import read_object
 from models.rope import NEEDED, OPTIONAL
-from training.errors import UserError
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")  # a config.json that does not say these is not whole
 ATTENTION_SIZES = (*SIZES, "intermediate_size", "num_attention_heads")
@@ -33,6 +33,7 @@ KINDS = {
     "bamba": (*ATTENTION_SIZES, "mamba_d_state", "mamba_expand", "mamba_n_heads", "mamba_n_groups", "mamba_d_conv"),
     "everywhen": (*SIZES, "intermediate_size", "rms_norm_eps", "pattern", "mixers", "learnable_residual"),
 }
+WRONG = (KeyError, AttributeError, ValueError, TypeError, ZeroDivisionError)  # what reading a config whose values make no sense ends in
 
 
 @contextlib.contextmanager
@@ -82,14 +83,16 @@ def read_stock_config(folder: Path) -> ModelConfig:
             raise UserError(
                 f"{folder / 'config.json'} says {key} is {raw[key]!r}, which is no number above zero; export or fetch the folder again."
             )
+    values = None if kind == "everywhen" else their_config(folder)
     try:
-        if kind == "everywhen":
-            return ModelConfig.from_dict(_own(raw))
-        read = {"mamba2": _mamba2, "bamba": _bamba}.get(kind, _llama)
-        return ModelConfig.from_dict(read(their_config(folder), folder))
+        ours = _own(raw) if kind == "everywhen" else {"mamba2": _mamba2, "bamba": _bamba}.get(kind, _llama)(values, folder)
     except UserError:
         raise
-    except (KeyError, AttributeError, ValueError, TypeError, ZeroDivisionError) as error:
+    except WRONG as error:
+        raise UserError(f"{folder / 'config.json'} is not a model: {first_line(error)}") from error
+    try:
+        return ModelConfig.from_dict(ours)
+    except WRONG as error:
         raise UserError(f"{folder / 'config.json'} is not a model: {first_line(error)}") from error
 
 

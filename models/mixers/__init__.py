@@ -11,6 +11,7 @@ import typing
 from types import ModuleType
 from typing import Any
 
+from data.errors import UserError
 from data.fields import close_to, read
 
 
@@ -20,31 +21,31 @@ def available() -> list[str]:
 
 
 def load(type_: str) -> ModuleType:
-    """The module models/mixers/<type>.py. Raises ValueError for an unknown one."""
+    """The module models/mixers/<type>.py. Raises UserError for an unknown one."""
     if type_ not in available():
-        raise ValueError(f"there is no mixer type {type_!r}; models/mixers/ holds {', '.join(available())}")
+        raise UserError(f"there is no mixer type {type_!r}; models/mixers/ holds {', '.join(available())}")
     return _module(type_)
 
 
 def _module(type_: str) -> ModuleType:
-    """The imported file of a mixer. Raises ValueError where it is none."""
+    """The imported file of a mixer. Raises UserError where it is none."""
     from models.contract import SequenceMixer
 
     file = f"models/mixers/{type_}.py"
     if not type_.isidentifier() or keyword.iskeyword(type_):
-        raise ValueError(f"the mixer {type_!r} cannot be used under this name; rename {file} to letters, digits and underscores")
+        raise UserError(f"the mixer {type_!r} cannot be used under this name; rename {file} to letters, digits and underscores")
     try:
         module = importlib.import_module(f"{__name__}.{type_}")
     except SyntaxError as reason:
-        raise ValueError(f"{file} is not Python: {reason.msg} in line {reason.lineno}") from None
+        raise UserError(f"{file} is not Python: {reason.msg} in line {reason.lineno}") from None
     except Exception as reason:  # whatever a file of the user's does
         first = (str(reason).splitlines() or [""])[0].rstrip(".")
-        raise ValueError(f"{file} cannot be imported: {type(reason).__name__}: {first}") from None
+        raise UserError(f"{file} cannot be imported: {type(reason).__name__}: {first}") from None
     config, mixer = getattr(module, "Config", None), getattr(module, "Mixer", None)
     if not dataclasses.is_dataclass(config) or not callable(getattr(config, "problems", None)):
-        raise ValueError(f"{file} must define a dataclass Config with a method problems(d_model), which returns a list of sentences")
+        raise UserError(f"{file} must define a dataclass Config with a method problems(d_model), which returns a list of sentences")
     if not (isinstance(mixer, type) and issubclass(mixer, SequenceMixer)):
-        raise ValueError(f"{file} must define a class Mixer(SequenceMixer), of models.contract")
+        raise UserError(f"{file} must define a class Mixer(SequenceMixer), of models.contract")
     return module
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels import decode_step
 from kernels.linear import linear
 from kernels.mamba2_step import mamba2_step
+from kernels.short_conv import joint_gradient
 from kernels.ssd import border, ssd
 from models.contract import Role, SequenceMixer
 from models.init import init_matrix, tag
@@ -112,7 +113,8 @@ class Mixer(SequenceMixer):
         else:
             starts = document_starts(segment_ids, state.segment_B if state is not None else None)
             past = state.conv_BWI if state is not None else None
-        z, xBC, dt, conv_state = self.conv(projected, self.inner, past, starts)
+        joint = joint_gradient(projected)
+        z, xBC, dt, conv_state = self.conv(projected, self.inner, past, starts, joint)
         x, B_, C_ = xBC.split([self.inner, self.BC, self.BC], -1)
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
@@ -126,7 +128,7 @@ class Mixer(SequenceMixer):
             y_BTHP = self.over_ranks(self.slice, x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, starts)
         else:
             y_BTHP, ssm = ssd(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0, starts, chunk=self.config.chunk, D_H=D_H)
-        y = linear(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, projected.shape[-1])), self.out_proj)
+        y = linear(self.norm(y_BTHP.flatten(2), gate=z, dtype=x_BTHP.dtype, columns=(0, joint)), self.out_proj)
         return y, None if state is None else State(conv_state, ssm, last_segment(segment_ids, state.segment_B))
 
     @untraced

@@ -18,6 +18,7 @@ from kernels import decode_step
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
+from kernels.short_conv import joint_gradient
 from models.cells import bias_init, load_cell
 from models.contract import Role, SequenceMixer
 from models.init import init_matrix, normal_, tag
@@ -143,9 +144,10 @@ class Mixer(SequenceMixer):
         slice_ = self.slice if state is None else None
         starts = slice_.starts(segment_ids) if slice_ else document_starts(segment_ids, state.segment_B if state is not None else None)
         conv_state = state.conv_BWI if state is not None else None
+        joint = joint_gradient(projected) if self.conv is not None else None
         if self.conv is not None:
             conv_state = slice_.halo(projected[..., : self.inner], self.conv.width, segment_ids) if slice_ else conv_state
-            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts)
+            _, u, gate, conv_state = self.conv(projected, 0, conv_state, starts, joint)
         else:
             u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], -1)
         cell_state = state.cell_BSI if state is not None else None
@@ -160,8 +162,7 @@ class Mixer(SequenceMixer):
             h, final = parallel_rnn(self.cell, pre_BTPEK, rec_RI, cell_state, starts, bias_PD=bias_PI, emitted=True)
         gate = gate if self.config.gate else None
         if self.norm is not None:
-            columns = (self.inner, projected.shape[-1]) if self.conv is not None else (0, 0)
-            h = self.norm(h, gate, norm_first=True, columns=columns)
+            h = self.norm(h, gate, norm_first=True, columns=(self.inner, joint))
         elif gate is not None:
             h = h * F.silu(gate)
         y = linear(h, self.out_proj)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -26,14 +27,13 @@ from typing import Any
 
 import torch
 
-from data.files import write_json
 from kernels.dispatch import overlapped
 from models.config import ModelConfig
 from models.contract import with_tensors
 from models.decode import Decoder, cast
 from models.lm import LanguageModel, LMState
+from scripts.bench.timing import Results, copy_bandwidth, seconds
 from training.config.arguments import program
-from training.watch.metrics import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,25 +61,6 @@ def config_of(family: str, size: str) -> ModelConfig:
         d_ff=0 if bare else -1,
         learnable_residual=family == "paragru",
     )
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy, read and write counted."""
-    n = 1 << 30 if device.type == "cuda" else 1 << 24
-    a, b = torch.zeros(n, dtype=torch.uint8, device=device), torch.zeros(n, dtype=torch.uint8, device=device)
-    best = float("inf")
-    for _ in range(10):
-        wait(device)
-        begin = time.perf_counter()
-        b.copy_(a)
-        wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n / best
 
 
 def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
@@ -130,15 +111,13 @@ def measure(model: LanguageModel, one: Any, batch: int, context: int, compiled: 
     del state
     first = decoder.step(token).float()
     error = None if expected is None else float((first - expected).norm() / expected.norm())
-    times: list[float] = []
-    while len(times) < 10:
-        wait(device)
-        begin = time.perf_counter()
+
+    def twenty() -> None:
+        nonlocal token
         for _ in range(20):
             token = decoder.step(token).argmax(-1)
-        wait(device)
-        times.append((time.perf_counter() - begin) / 20)
-    step = sorted(times)[len(times) // 2]
+
+    step = statistics.median(seconds(twenty, device) for _ in range(10)) / 20
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) - model.embedding.weight.nbytes  # of it a row a token is read
     state_bytes = model.state_bytes(context, 1, model.head.weight.dtype)
     return {
@@ -174,13 +153,8 @@ def measure_transformers(model: LanguageModel, batch: int, context: int, new: in
     ids = torch.randint(model.config.vocab_size, (batch, context), device=device)
 
     def run(tokens: int) -> float:
-        wait(device)
-        begin = time.perf_counter()
-        theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None
-        )
-        wait(device)
-        return time.perf_counter() - begin
+        options = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens, "eos_token_id": None}
+        return seconds(lambda: theirs.generate(ids, attention_mask=torch.ones_like(ids), **options), device)
 
     run(2)
     first, whole = run(1), run(1 + new)
@@ -225,11 +199,12 @@ class Bench:
         self.toy = options["toy"] == "true"
         if self.device.type == "cpu" and not self.toy:
             sys.exit("error: This measures a GPU; toy=true runs small models on a CPU.")
-        self.report: dict[str, Any] = {**environment(self.device), "compiled": self.compiled, "dependent_launch": overlapped()}
+        self.results = Results(self.out, self.device, compiled=self.compiled, dependent_launch=overlapped())
+        self.report = self.results.values
         before = json.loads(self.out.read_text()) if self.out.exists() else {}
         if before and any(before.get(key) != self.report[key] for key in SAME):
             sys.exit(f"error: {self.out} was measured with another commit, version or device; give another out=FILE or remove it.")
-        self.copy = before.get("copy_bytes_per_s") or bandwidth(self.device)
+        self.copy = before.get("copy_bytes_per_s") or 1e3 * copy_bandwidth(self.device)
         items = {key: row for key, row in before.get("items", {}).items() if row.get("skipped") != NO_TIME}
         self.report |= {"copy_bytes_per_s": self.copy, "items": items}
 
@@ -254,11 +229,7 @@ class Bench:
                 row = work()
             except torch.OutOfMemoryError:
                 row = {"skipped": "out of memory"}
-        self.report["items"][key] = row
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.out, self.report)
-        shown = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
-        print(f"{time.perf_counter() - self.started:.0f} s  {key}: {shown}", flush=True)
+        self.results.item("items", key, row)
         empty_cache(self.device)
 
     def run(self) -> None:

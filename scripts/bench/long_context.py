@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.fields import nearest
 from data.files import write_json
 from training.config.arguments import parse_arguments, program
-from training.config.schema import nearest
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ SAME = 0.01  # a peak may differ by this share of the shortest length's and coun
 
 def untrained(name: str, values: dict[str, Any], device: Any) -> Any:
     """The adapter of a model with random weights."""
-    from evals.adapters.base import OwnAdapter
+    from evals.adapters.own import OwnAdapter
     from models.config import ModelConfig
     from models.lm import LanguageModel
 
@@ -142,7 +142,8 @@ def main(words: list[str]) -> None:
     import numpy as np
     import torch
 
-    from evals.adapters.base import ItemError, load_adapter
+    from evals.adapters.base import ItemError
+    from evals.adapters.load import load_adapter
     from evals.inputs.texts import open_text
     from training.watch.metrics import environment
 

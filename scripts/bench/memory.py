@@ -10,7 +10,6 @@ own with a time limit; rows are written as they come, and `budget` seconds end t
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.files import write_json
 from training.config.arguments import program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +105,6 @@ def measured(overrides: list[str], run_dir: Path, limit: float) -> dict[str, Any
 def main() -> int:
     wanted = settings(sys.argv[1:])
     out, end = Path(wanted["out"]), time.monotonic() + float(wanted["budget"])
-    out.parent.mkdir(parents=True, exist_ok=True)
     chosen = {
         name: row for key, rows in SETS.items() if wanted["set"] in (key, "all") for name, row in rows.items() if wanted["only"] in name
     }
@@ -124,9 +123,7 @@ def main() -> int:
             environment = json.loads(kept.read_text()) if kept.exists() else environment
         rows.append(row)
         report = {"tools": {tool: shutil.which(tool) for tool in ("gcc", "g++", "nvcc", "ninja")}, "environment": environment, "rows": rows}
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(temporary, out)
+        write_json(out, report)
         print(line(row), flush=True)
     return 0 if rows and all(not row["status"] for row in rows) and len(rows) == len(chosen) else 1
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Accuracy, then speed, of what surrounds the recurrence in a mixer on one GPU: short convolution with SiLU, gated norm, whole mixers, and
 a profile of where a mixer's time goes. Limits are bytes at the copy bandwidth measured in the same run. JSON to --out.
 
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_parallel_rnn import bandwidth, milliseconds
 from torch import Tensor
 
-from data.files import write_json
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
 from kernels.short_conv import op as conv_op
 from kernels.short_conv import reference as conv_reference
 from models import mixers
+from scripts.bench.timing import Results, attempted, copy_bandwidth, milliseconds
 
 SHAPES = [(16, 2048, 2048), (1, 32768, 2048)]
 MIXERS: dict[str, dict[str, Any]] = {
@@ -193,8 +191,7 @@ def sweep(B: int, T: int, D: int, copy: float) -> list[dict[str, Any]]:
     back = {"BLOCK_BACK": (64, 128), "UNROLL_BACK": (2, 4, 8), "SLICE_BACK": (64, 128, 256)}
     tried(conv_launch, 3, lambda: conv_launch.convolve_backward(p["dy"], *conv), **back)
     tried(norm_launch, 3, lambda: norm_launch.norm(*gated, torch.bfloat16), PER_WARP=(256, 512, 1024))
-    back = {"PER_WARP_BACK": (128, 256, 512), "PROGRAMS_BACK": (512, 1024, 2048)}
-    tried(norm_launch, 5, lambda: norm_launch.norm_backward(p["dy"], *gated), **back)
+    tried(norm_launch, 5, lambda: norm_launch.norm_backward(p["dy"], *gated), PER_WARP_BACK=(128, 256, 512))
     return rows
 
 
@@ -205,28 +202,22 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA device.")
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    copy = copy_bandwidth()
+    results = Results(arguments.out, torch.device("cuda"), copy_bytes_per_ms=copy)
 
-    def keep(key: str, make: Callable[[], Any]) -> None:
-        try:
-            result[key] = make()
-        except (RuntimeError, ValueError) as problem:  # one part out of memory must not lose the others
-            result[key] = f"{type(problem).__name__}: {problem}"[:500]
-        write_json(arguments.out, result)
-        print(key, result[key], flush=True)
+    def keep(key: str, make: Callable[..., Any], *given: Any) -> None:
+        results.keep(key, attempted(lambda: make(*given)))
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        keep(f"accuracy {str(dtype)[6:]}", lambda: accuracy(dtype))  # noqa: B023
-    keep("copy_bytes_per_ms", bandwidth)
-    copy = result["copy_bytes_per_ms"]
+        keep(f"accuracy {str(dtype)[6:]}", accuracy, dtype)
     for shape in SHAPES:
-        keep(f"kernels {shape}", lambda: kernel_rows(*shape, copy))  # noqa: B023
+        keep(f"kernels {shape}", kernel_rows, *shape, copy)
     for name in MIXERS:
         for shape in SHAPES[: 1 if name == "mamba2" else 2]:
-            keep(f"mixer {name} {shape}", lambda: mixer_row(name, *shape))  # noqa: B023
-        keep(f"profile {name}", lambda: profile(name, *SHAPES[0]))  # noqa: B023
+            keep(f"mixer {name} {shape}", mixer_row, name, *shape)
+        keep(f"profile {name}", profile, name, *SHAPES[0])
     if arguments.sweep:
-        keep("sweep", lambda: sweep(*SHAPES[0], copy))
+        keep("sweep", sweep, *SHAPES[0], copy)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Training over several GPUs of one host: scaling under ZeRO, sequence parallelism, equal losses, resuming on fewer GPUs, a killed rank.
 
     python -m scripts.bench.multi_gpu [gpus=2] [--seconds 1800] [parts=zero,sequence,resume,kill] [sizes=400m,1b] [out=docs/results/multi_gpu]
@@ -36,6 +35,7 @@ from typing import Any
 import torch
 
 from data.files import write_bytes, write_json
+from scripts.bench.multi_gpu_cases import Task, sequence, zero
 from scripts.bench.multi_gpu_report import draw, line_of, summary
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
@@ -47,15 +47,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {
     "gpus": 2, "seconds": 1800.0, "parts": "zero,sequence,resume,kill", "sizes": "400m,1b", "out": "docs/results/multi_gpu", "draw": False, "toy": False,
 }  # fmt: skip
-MODELS = ("transformer", "paragru", "mamba2", "hybrid")
-LAYERS: dict[str, dict[str, Any]] = {
-    "paragru": {"type": "rnn", "cell": "paragru"},
-    "mamba2": {"type": "mamba2", "d_state": 64, "chunk": 64},
-    "attention": {"type": "attention", "n_heads": 8},
-    "paralstm": {"type": "rnn", "cell": "paralstm"},
-    "window 4096": {"type": "attention", "n_heads": 8, "window": 4096},
-}
-MICRO = {"400m": 16, "1b": 8, "tiny": 2}  # rows of 2,048 tokens a GPU, what 80 GB hold of every model
 ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "OMP_NUM_THREADS": "4", "WANDB_MODE": "disabled"}
 
 
@@ -206,85 +197,6 @@ class Bench:
             worker.close() if self.left() > 0 else worker.kill()
 
 
-Task = tuple[int, dict[str, Any]]
-
-
-def sequence(bench: Bench) -> list[list[Task]]:
-    """The cases at the shorter length, those at the longer, what is quadratic last, and those of other layers."""
-    N, D = bench.gpus, 32 if bench.toy else 1024
-    short, long = (128 * N, 256 * N) if bench.toy else (131072, 1048576)
-    size = "tiny" if bench.toy else "400m"
-
-    def layer(name: str, T: int) -> Task:
-        mapping = LAYERS[name]
-        if bench.toy:
-            mapping = mapping | {"mamba2": {"head_dim": 16, "d_state": 8}, "window 4096": {"window": 16}}.get(name, {})
-        alone = T == short or name not in ("attention", "mamba2")
-        check = (64 if bench.toy else 4096) * N if T == short else 0
-        return N, {
-            "part": "sequence",
-            "id": f"{name} {T}",
-            "kind": "layer",
-            "mixer": mapping,
-            "D": D,
-            "T": T,
-            "check": check,
-            "alone": alone,
-        }
-
-    def whole(model: str, T: int) -> Task:
-        overrides = [*plain(model, size, 1, T, 1, 1), "train.activation_checkpointing=full"]
-        named = {"part": "sequence", "id": f"{model} {size} {T}", "kind": "train", "sequence": N, "steps": 3}
-        return N, {**named, "model": model, "overrides": overrides}
-
-    first = [layer(name, short) for name in ("paragru", "mamba2", "attention")]
-    first += [whole(model, short) for model in ("paragru", "mamba2", "transformer")]
-    then = [layer("paragru", long), layer("mamba2", long), whole("paragru", long), whole("mamba2", long), layer("attention", long)]
-    rest = [layer(name, T) for T in (short, long) for name in ("paralstm", "window 4096")]
-    return [first, then, rest]
-
-
-def plain(model: str, size: str, stage: int, T: int, micro: int, rows: int) -> list[str]:
-    return [
-        *(f"model={model}", f"size={size}", f"deepspeed=zero{stage}", "train.precision=bf16", f"train.seq_len={T}"),
-        *(f"train.micro_batch={micro}", f"train.global_batch={rows}"),
-    ]
-
-
-def zero(bench: Bench) -> list[list[Task]]:
-    """ZeRO-1 of the smaller size, each model on one GPU and on all; equal losses, its ZeRO-3 and ZeRO-1 of the larger; then the rest."""
-    N, T = bench.gpus, 64 if bench.toy else 2048
-    sizes = ["tiny"] if bench.toy else bench.sizes
-
-    def case(model: str, size: str, stage: int, ranks: int) -> Task:
-        named = {
-            "part": "zero",
-            "id": f"{model} {size} zero{stage}",
-            "kind": "train",
-            "steps": 8,
-            "model": model,
-            "size": size,
-            "stage": stage,
-        }
-        return ranks, {**named, "overrides": plain(model, size, stage, T, MICRO[size], MICRO[size] * ranks)}
-
-    def equal(ranks: int) -> Task:
-        small, rows = "tiny" if bench.toy else "35m", 8
-        named = {"part": "zero", "id": "equal losses", "kind": "train", "init": "own", "steps": 20, "lr": 1e-3, "vocabulary": 4096}
-        return ranks, {**named, "overrides": plain("hybrid", small, 1, 64 if bench.toy else 1024, rows // ranks, rows)}
-
-    def scaled(size: str) -> list[Task]:
-        return [case(model, size, 1, ranks) for model in MODELS for ranks in (1, N)]
-
-    def staged(stage: int, size: str) -> list[Task]:
-        return [case(model, size, stage, N) for model in MODELS]
-
-    larger = sizes[1:]
-    then = [equal(1), equal(N), *staged(3, sizes[0]), *(task for size in larger for task in scaled(size))]
-    rest = [*staged(2, sizes[0]), *(task for size in larger for stage in (3, 2) for task in staged(stage, size))]
-    return [scaled(sizes[0]), then, rest]
-
-
 def small_run(bench: Bench, name: str, folder: Path, ranks: int, steps: int, *more: str) -> list[str]:
     """A tiny hybrid on the demo text through train.py itself."""
     return [
@@ -371,7 +283,7 @@ def kill(bench: Bench, folder: Path) -> None:
 def tasks(bench: Bench, parts: list[str], folder: Path) -> list[tuple[str, str, int, Callable[[], None]]]:
     """(part, id, GPUs, what measures it) of all parts asked for, the most wanted first."""
     found: list[Task] = []
-    made = {"zero": zero(bench), "sequence": sequence(bench)}
+    made = {"zero": zero(bench.gpus, bench.toy, bench.sizes), "sequence": sequence(bench.gpus, bench.toy)}
     for depth in range(3):
         for part in ("zero", "sequence"):
             found += made[part][depth] if part in parts else []

@@ -1,6 +1,6 @@
 """What each rank of scripts/bench/multi_gpu.py runs: the cases that are put into a folder, one after another in one process group.
 
-    torchrun --nproc_per_node N scripts/bench/multi_gpu_worker.py FOLDER
+    torchrun --nproc_per_node N -m scripts.bench.multi_gpu_worker FOLDER
 
 FOLDER/case-00000.json, case-00001.json, ... appear there one by one; a case is {"id", "kind": "train" or "layer", ...} and its row goes into
 row-00000.json and so on. Every rank looks for the next case by itself, so that nothing waits on a GPU meanwhile. The file `end` ends the
@@ -10,6 +10,7 @@ worker, and so does the first case that fails, because ranks that wait for each 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -28,6 +29,7 @@ from data.loader import BatchLoader, Reader, Rows
 from models import mixers, parallel
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.bench.timing import seconds
 from training.config.arguments import program
 from training.config.cli import checked, compose_config
 from training.cost.flops import device_name, peak_flops, training_flops_per_token
@@ -51,11 +53,6 @@ class RandomTokens(Reader):
     def samples(self, k_R: np.ndarray) -> Rows:
         u = np.stack([np.random.default_rng(int(k)).random(self.seq_len + 1) for k in k_R])
         return (self.vocabulary * u**4).astype(np.int64), np.zeros(u.shape, dtype=np.int32)
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def fresh(device: torch.device) -> None:
@@ -95,7 +92,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, world)
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
-    t, losses, seconds, samples, communication = config.train, [], [], [], []
+    t, losses, times, samples, communication = config.train, [], [], [], []
     with BatchLoader(
         reader,
         global_batch=t.global_batch,
@@ -106,16 +103,13 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     ) as loader:
         for _, batches in zip(range(case["steps"]), loader):
             parallel.traffic.clear()
-            wait(world.device)
-            dist.barrier()
-            start = time.perf_counter()
-            result = engine.step(batches, case.get("lr", 1e-4))
-            losses.append(result.loss)
-            communication.append(result.communication / result.seconds)
-            wait(world.device)
-            seconds.append(time.perf_counter() - start)
+            results: list[Any] = []
+            step = functools.partial(engine.step, batches, case.get("lr", 1e-4))
+            times.append(seconds(lambda: results.append(step()), world.device, dist.barrier))  # noqa: B023
+            losses.append(results[0].loss)
+            communication.append(results[0].communication / results[0].seconds)
             samples.append([i for batch in batches for i in batch.sample_ids])
-    step_seconds = statistics.median(seconds[len(seconds) // 3 :])
+    step_seconds = statistics.median(times[len(times) // 3 :])
     rate = t.global_batch * t.seq_len / step_seconds / world.size
     peak = peak_flops(device_name(world.device), t.precision)
     row = {
@@ -124,7 +118,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "seq_len": t.seq_len,
         "micro_batch": t.micro_batch,
         "losses": losses,
-        "first_step_seconds": seconds[0],
+        "first_step_seconds": times[0],
         "step_seconds": step_seconds,
         "communication_share": statistics.mean(over_ranks(statistics.median(communication[len(communication) // 3 :]))),
         "tokens_per_second_per_gpu": rate,
@@ -209,25 +203,23 @@ def timed(case: dict[str, Any], D: int, T: int, world: World, over: bool) -> dic
     mixer = layer_of(case["mixer"], D, device)
     x = torch.randn(1, T, D, device=device, dtype=torch.bfloat16).requires_grad_()
     segments = torch.zeros(1, T, device=device, dtype=torch.int32)
-    seconds: list[float] = []
-    repeats = 2
-    while len(seconds) < repeats:
-        parallel.traffic.clear()
-        wait(device)
-        if over:
-            dist.barrier()
-        start = time.perf_counter()
+
+    def both() -> None:
         with parallel.split(mixer) if over else torch.enable_grad():
             with torch.autocast(device.type, torch.bfloat16):
                 y = mixer(x, None, segments)[0]
             y.backward(x.detach().to(y.dtype))
-        wait(device)
-        seconds.append(time.perf_counter() - start)
+
+    times: list[float] = []
+    repeats = 2
+    while len(times) < repeats:
+        parallel.traffic.clear()
+        times.append(seconds(both, device, dist.barrier if over else None))
         x.grad = None
-        if len(seconds) == 2:  # how often is rank 0's to say, for all
-            wanted = 2 + min(4, int(2 / max(seconds[1], 1e-3)))
+        if len(times) == 2:  # how often is rank 0's to say, for all
+            wanted = 2 + min(4, int(2 / max(times[1], 1e-3)))
             repeats = over_ranks(wanted)[0] if over else wanted
-    row = {"seconds": statistics.median(seconds[1:]), "first_seconds": seconds[0], "memory_gib": peak_memory_gib(device)}
+    row = {"seconds": statistics.median(times[1:]), "first_seconds": times[0], "memory_gib": peak_memory_gib(device)}
     return {**row, "memory_gib": max(over_ranks(row["memory_gib"])), **traffic_row()} if over else row
 
 

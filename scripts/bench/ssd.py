@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Accuracy, then speed, of Mamba-2's scan on one GPU, and a whole training step; JSON to --out, written after every part.
 
 python -m scripts.bench.ssd --out docs/results/ssd/gpu.json                # accuracy, kernels, training step: two minutes
@@ -9,20 +8,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
-import time
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.files import write_json
 from kernels.ssd import launch, reference, ssd
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.bench.timing import Results, attempted, copy_bandwidth, milliseconds, seconds
 
 # (B, T), H, P, N: the shape of the published figures, then our tiny, 35m and 400m models.
 SHAPES = [
@@ -35,31 +34,6 @@ SHAPES = [
 ]
 PUBLISHED = {(16, 2048, 64, 64, 128): (1.29, 6.04), (1, 32768, 64, 64, 128): (1.32, 6.09)}  # mamba_ssm on an H100, forward and both
 TFLOPS = 745e9  # operations a millisecond of a large bf16 product on an H100, measured
-
-
-def milliseconds(f: Callable[[], Any], repeats: int = 10) -> float:
-    """Median device time, each run after the level-2 cache was overwritten."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    for _ in range(2):
-        f()
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        torch.cuda._sleep(4_000_000)  # two milliseconds, so that the host is ahead of the device
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        f()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def bandwidth() -> float:
-    """Copy bandwidth in bytes a millisecond (read + write)."""
-    a = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / milliseconds(lambda: b.copy_(a))
 
 
 def inputs(B: int, T: int, H: int, P: int, N: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -126,7 +100,7 @@ def kernel_row(shape: tuple[int, ...], copy: float, repeats: int = 10) -> dict[s
     return row
 
 
-def training(compiled: bool, rows: int = 8, seconds: float = 20.0) -> dict[str, Any]:
+def training(compiled: bool, rows: int = 8, at_most: float = 20.0) -> dict[str, Any]:
     """Tokens a second of a 400M Mamba-2's whole step (B=16 as micro-batches of `rows`, T=2048, bf16 autocast, fused AdamW)."""
     mixer = {"type": "mamba2", "d_state": 64, "chunk": 64}
     config = ModelConfig(vocab_size=50432, d_model=1024, n_layers=48, pattern=["mamba2"], mixers={"mamba2": mixer}, d_ff=0)
@@ -150,13 +124,14 @@ def training(compiled: bool, rows: int = 8, seconds: float = 20.0) -> dict[str, 
         return total
 
     torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    losses = [step().item() for _ in range(3)]
-    warm, times = time.perf_counter() - begin, []
-    while len(times) < 8 and sum(times) < seconds:
-        begin = time.perf_counter()
+    device, losses, times = torch.device("cuda"), list[float](), list[float]()
+
+    def run_step() -> None:
         losses.append(step().item())
-        times.append(time.perf_counter() - begin)
+
+    warm = sum(seconds(run_step, device) for _ in range(3))
+    while len(times) < 8 and sum(times) < at_most:
+        times.append(seconds(run_step, device))
     ms = 1e3 * statistics.median(times)
     row = {
         "compiled": compiled, "micro_batch": rows, "step_ms": ms, "tokens_per_s": 16 * 2048 / ms * 1e3, "warm_up_s": warm, "losses": losses,
@@ -187,21 +162,21 @@ CHANGES: list[tuple[str, dict[str, int]]] = [
 
 def sweep(copy: float, worker: str) -> list[dict[str, Any]]:
     """One size at a time away from the constants. worker "i/n" only builds the kernels of every n-th row, from the i-th, on a short shape."""
-    rows, kept = [], {name: getattr(launch, name) for name in ("FORWARD", "BACKWARD")}
+    rows, usual = [], {name: getattr(launch, name) for name in ("FORWARD", "BACKWARD")}
     first, count = map(int, worker.split("/")) if worker else (0, 1)
     for name, changes in CHANGES[first::count]:
-        for k, sizes in kept.items():
+        for k, sizes in usual.items():
             setattr(launch, k, dataclasses.replace(sizes, **changes) if k == name else sizes)
         row: dict[str, Any] = {"pass": name, "changes": changes}
         for label, shape in (("wide", SHAPES[0]), ("long", SHAPES[1]), ("400m", SHAPES[4])):
             try:
-                found = kernel_row((1, 2048, *shape[2:]) if worker else shape, copy, 1 if worker else 5)
-                row[label] = [round(found[k], 3) for k in ("forward_ms", "forward_backward_ms")]
+                times = kernel_row((1, 2048, *shape[2:]) if worker else shape, copy, 1 if worker else 5)
+                row[label] = [round(times[k], 3) for k in ("forward_ms", "forward_backward_ms")]
             except Exception as problem:  # too much shared memory, say: the sweep goes on
                 row[label] = f"{type(problem).__name__}: {str(problem)[:80]}"
         rows.append(row)
         print(json.dumps(row), flush=True)
-    for k, sizes in kept.items():
+    for k, sizes in usual.items():
         setattr(launch, k, sizes)
     return rows
 
@@ -212,37 +187,26 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,kernels,split,training")
     parser.add_argument("--worker", default="", help="i/n: only build this share of the sweep's kernels")
     arguments = parser.parse_args()
-    result: dict[str, Any] = {
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(),
-        "sizes": [str(launch.FORWARD), str(launch.BACKWARD)],
-    }
-
-    def keep(name: str, value: Callable[[], Any]) -> None:
-        try:
-            result[name] = value()
-        except Exception as problem:  # the other parts are still wanted
-            result[name] = f"{type(problem).__name__}: {str(problem)[:500]}"
-        write_json(arguments.out, result)
-        print(name, json.dumps(result[name], indent=1), flush=True)
-
+    if not torch.cuda.is_available():
+        sys.exit("This measures a GPU, and there is none here.")
     wanted = arguments.parts.split(",")
-    copy = 1.0 if arguments.worker else bandwidth()
-    result["copy_GB_per_s"] = copy / 1e6
+    copy = 1.0 if arguments.worker else copy_bandwidth()
+    sizes = [str(launch.FORWARD), str(launch.BACKWARD)]
+    results = Results(arguments.out, torch.device("cuda"), sizes=sizes, copy_bytes_per_ms=copy)
     if "accuracy" in wanted:
-        keep("accuracy", accuracy)
+        results.keep("accuracy", attempted(accuracy))
     if "kernels" in wanted:
         for shape in SHAPES:
-            keep(f"kernels {shape}", lambda: kernel_row(shape, copy))  # noqa: B023
+            results.keep(f"kernels {shape}", attempted(functools.partial(kernel_row, shape, copy)))
     if "split" in wanted:
         for shape in (SHAPES[0], SHAPES[1], SHAPES[4]):
-            keep(f"split {shape}", lambda: parts(shape))  # noqa: B023
+            results.keep(f"split {shape}", attempted(functools.partial(parts, shape)))
     if "training" in wanted:
-        keep("training eager", lambda: training(False))
+        results.keep("training eager", attempted(lambda: training(False)))
     if "compiled" in wanted:
-        keep("training compiled", lambda: training(True))
+        results.keep("training compiled", attempted(lambda: training(True)))
     if "sweep" in wanted:
-        keep("sweep", lambda: sweep(copy, arguments.worker))
+        results.keep("sweep", attempted(lambda: sweep(copy, arguments.worker)))
 
 
 if __name__ == "__main__":

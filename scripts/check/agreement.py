@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from data.files import write_json
-from evals.adapters.base import HFAdapter, ItemError, load_adapter
+from evals.adapters.base import ItemError
+from evals.adapters.hf import HFAdapter
+from evals.adapters.load import load_adapter
 from evals.inputs.tasks import Task
 from evals.inputs.texts import open_text
 from evals.measures.position import position_curve

@@ -103,11 +103,11 @@ exit # the table
 4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
 
 # -- Hub (5)
-5 export | 0 | agree | python -m models.hub.export $T/run $T/hub
-5 export, no checkpoint | 2 | There is no | python -m models.hub.export $T/nosuch $T/y
-5 export, read-only output | 2 | /proc/nowhere | python -m models.hub.export $T/run /proc/nowhere
-5 import, no folder | 2 | config.json | python -m models.hub.importing $T/nosuch $T/y
-5 push, wrong name | 2 | org/name | python -m models.hub.push $T/run nosuch
+5 export | 0 | agree | python -m scripts.export $T/run $T/hub
+5 export, no checkpoint | 2 | There is no | python -m scripts.export $T/nosuch $T/y
+5 export, read-only output | 2 | /proc/nowhere | python -m scripts.export $T/run /proc/nowhere
+5 import, no folder | 2 | config.json | python -m scripts.import_checkpoint $T/nosuch $T/y
+5 push, wrong name | 2 | org/name | python -m scripts.push $T/run nosuch
 5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
 
 # -- messages (6)
@@ -120,16 +120,20 @@ exit # the table
 6 read-only run folder | 2 | cannot be written | $TRAIN run_dir=/proc/nowhere
 6 a file for a run folder | 2 | one.txt | $TRAIN run_dir=$T/one.txt
 6 bytes in a setting | 2 | no UTF-8 text | python train.py name=$'a\xffb'
-6 bytes in a prompt | 2 | no UTF-8 text | python -m models.generate checkpoint=$T/run prompt=$'a\xffb'
+6 bytes in a prompt | 2 | no UTF-8 text | python -m scripts.generate checkpoint=$T/run prompt=$'a\xffb'
 6 WORLD_SIZE empty | 2 | WORLD_SIZE='' | WORLD_SIZE= $TRAIN run_dir=$T/x
 6 WORLD_SIZE alone | 2 | no RANK | WORLD_SIZE=2 $TRAIN run_dir=$T/x
 6 rank too high | 2 | RANK=3 of WORLD_SIZE=2 | WORLD_SIZE=2 RANK=3 $TRAIN run_dir=$T/x
 6 local rank empty | 2 | LOCAL_RANK='' | LOCAL_RANK= $TRAIN run_dir=$T/x
 6 port that is none | 2 | MASTER_PORT='abc' | MASTER_PORT=abc $TRAIN run_dir=$T/x
 6 port in use | 2 | Port [0-9]+ of this machine is in use | python -c "import os, socket, subprocess, sys; s = socket.socket(); s.bind(('0.0.0.0', 0)); s.listen(); sys.exit(subprocess.run('$TRAIN run_dir=$T/x train.micro_batch=2', shell=True, env=dict(os.environ, WORLD_SIZE='2', RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]))).returncode)"
-6 no such cell | 2 | there is no cell 'nosuch' | python -m kernels.parallel_rnn.codegen nosuch
-6 help of the code generator | 0 | Writes the Triton source | python -m kernels.parallel_rnn.codegen --help
-6 help of the decoding step | 0 | Writes the kernel | python -m kernels.decode_step.cell --help
+6 no such cell | 2 | there is no cell 'nosuch' | python -m scripts.print_kernels nosuch
+6 help of the kernel printer | 0 | Prints the Triton source | python -m scripts.print_kernels --help
+6 kernel of the decoding step | 0 | def project_and_step | python -m scripts.print_kernels paragru decode
+6 no such kernels | 2 | choose solve or decode | python -m scripts.print_kernels paragru walk
+6 generation where it used to be | 2 | run python -m scripts.generate with the same | python -m models.generate checkpoint=$T/run
+6 export where it used to be | 2 | run python -m scripts.export with the same | python -m models.hub.export $T/run $T/y
+6 printing where it used to be | 2 | run python -m scripts.print_kernels | python -m kernels.parallel_rnn.codegen paragru
 6 no such command | 2 | nosuchcommand | python -m training.supervisor -- nosuchcommand
 6 supervisor, read-only folder | 2 | /proc/nowhere | python -m training.supervisor folder=/proc/nowhere -- true
 6 Ctrl-C while libraries load | 130 | interrupted | python -c "import signal, subprocess, sys, time; p = subprocess.Popen([sys.executable, 'train.py']); time.sleep(0.4); p.send_signal(signal.SIGINT); sys.exit(p.wait())"
@@ -159,6 +163,6 @@ t true with a capital | 0 | parameters | python train.py dry_run=True
 t yes for true | 2 | dry_run must be | python train.py dry_run=yes
 t a path with a blank | 2 | holds no token shards | python train.py data=shards "data.path='$T/no such'"
 t an empty value | 2 | model | python train.py model=
-t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m models.generate checkpoint=$T/run prompt=a max_tokens=3
-t generation, negative length | 2 | max_new_tokens must be | python -m models.generate checkpoint=$T/run prompt=a max_new_tokens=-3
-t generation, no such prompts | 2 | nosuch.* cannot be read | python -m models.generate checkpoint=$T/run prompts=$T/nosuch
+t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m scripts.generate checkpoint=$T/run prompt=a max_tokens=3
+t generation, negative length | 2 | max_new_tokens must be | python -m scripts.generate checkpoint=$T/run prompt=a max_new_tokens=-3
+t generation, no such prompts | 2 | nosuch.* cannot be read | python -m scripts.generate checkpoint=$T/run prompts=$T/nosuch

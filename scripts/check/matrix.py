@@ -80,7 +80,7 @@ def plain(data: str) -> dict[str, list[float]]:
     model = LanguageModel(model_config(config, shards)[0])
     model.init_weights(config.seed)
     o = config.optim
-    optimizer = build_optimizer(model, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay)
+    optimizer = build_optimizer(model, lr=config.peak_lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay)
     found: dict[str, list[float]] = {"losses": [], "norms": []}
     with BatchLoader(open_reader(config, shards), global_batch=ROWS, micro_batch=ROWS) as loader:
         for _, (batch,) in zip(range(STEPS), loader):

@@ -1,18 +1,19 @@
-"""The arms of the state-collapse study (scripts/studies/collapse.py): small models trained on one corpus, then looked at far beyond their
-training length T.
+"""The arms of the state-collapse study (scripts/studies/collapse.py): small models trained on one corpus by scripts/studies/trainer.py, then looked
+at far beyond their training length T.
 
 An arm trains on windows of T tokens of one stream (end-of-text marks, no resets), as the evaluations feed it, for a number of tokens that
 is the same for all arms; stopped, it goes on where it was. On a GPU the tokens lie on the device and a step is one CUDA graph. Training saves weights,
-train.json, and at 10, 25, 50 and 100 % of the tokens a position curve, since more training may mean less forgetting (arXiv 2410.07145, fig. 8).
+train.json, and at 10, 50 and 100 % of the tokens a position curve, since more training may mean less forgetting (arXiv 2410.07145, fig. 8).
+Legend: B rows of a batch, T tokens of a window, N entries of a Mamba-2 state a channel.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,20 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.files import write_bytes, write_json
 from data.shards import ShardSet
-from evals.adapters.base import ItemError, OwnAdapter
+from evals.adapters.base import ItemError
+from evals.adapters.own import OwnAdapter
 from evals.inputs.texts import Text
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from models.config import ModelConfig
 from models.contract import state_tensors
 from models.init import roles
 from models.lm import LanguageModel, LMState
-from scripts.studies.graphed import GraphedStep, Rate
+from scripts.studies.trainer import Trainer
 from training.initial_state import InitialStates
-from training.optim import build_optimizer
 from training.schedule import lr_factor
 from training.watch.metrics import environment
 
@@ -53,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
 # these it goes on growing for 600 to a million tokens at the usual step sizes, unless training teaches it to forget.
 SLOW, MIDDLE = (0.001, 0.016), (0.1, 1.0)
 HISTORY = (0.1, 0.5)  # and at the end
-KEEP = 60.0  # seconds between two savings of an arm in training
+SAVE_EVERY = 60.0  # seconds between two savings of an arm in training
 
 
 class TimeUp(Exception):
@@ -93,6 +94,7 @@ def study_arms(size: str) -> dict[str, dict[str, Any]]:
 
 
 def model_config(arm: dict[str, Any], vocab_size: int, values: dict[str, Any]) -> dict[str, Any]:
+    """The ModelConfig of an arm, as a mapping; the vocabulary is rounded up to a multiple of 64."""
     size = SIZES[values["size"]]
     mixers = {
         "m": {"type": "mamba2", "d_state": arm["N"], "head_dim": size["head_dim"], "chunk": size["chunk"]},
@@ -128,7 +130,7 @@ def with_tensors(state: LMState, tensors: tuple[Tensor, ...]) -> LMState:
 
 
 class Arm:
-    """A model in training: its data on the device, its optimizer, and the step."""
+    """One arm in training: its text on the device, its trainer, and what its rows begin with."""
 
     def __init__(self, name: str, values: dict[str, Any], device: torch.device) -> None:
         self.name, self.values, self.device, self.spec = name, values, device, study_arms(values["size"])[name]
@@ -136,8 +138,21 @@ class Arm:
         self.T = self.spec["T"]
         self.shards = ShardSet(values["data"], "train")
         self.config = model_config(self.spec, self.shards.vocab_size, values)
+        bf16, lr = values["precision"] == "bf16", values["lr"]
+        self.trainer = Trainer(self._new_model(), device, lr=lr, betas=(0.9, 0.95), weight_decay=0.1, bf16=bf16)
+        self.model, self.peak = self.trainer.model, lr * (0.5 if "from" in self.spec else 1.0)
+        self.rows = max(1, values["tokens_per_step"] // self.T)
+        with self.trainer.here():
+            self.tokens = torch.from_numpy(np.asarray(self.shards.read(0, self.shards.n_tokens)).astype(np.int16)).to(device)
+            self.window = torch.arange(self.T + 1, device=device)
+        self.initial = InitialStates(self.spec.get("initial", "zero"), seed=values["seed"])
+        self.template: LMState | None = None  # the state that rows begin with; its tensors are inputs of the step
+        self.step = self.trainer.graph(self._step)
+
+    def _new_model(self) -> LanguageModel:
+        """Initialised as the arm asks: with slow memories (decay), or with the weights of the arm that it goes on from."""
         model = LanguageModel(ModelConfig.from_dict(self.config))
-        model.init_weights(values["seed"])
+        model.init_weights(self.values["seed"])
         for block in model.blocks if "decay" in self.spec else ():
             for rate in (p for p in block.mixer.parameters() if "log_decay_rate" in roles(p)):
                 rate.data = torch.linspace(*self.spec["decay"], len(rate)).log()
@@ -146,43 +161,38 @@ class Arm:
             with torch.no_grad():
                 for key, p in model.named_parameters():
                     p.copy_(weights[key])
-        self.model = model.to(device).train()
-        self.optimizer = build_optimizer(self.model, lr=values["lr"], betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        self.rate, self.peak = Rate(self.optimizer, device), values["lr"] * (0.5 if "from" in self.spec else 1.0)
-        self.rows = max(1, values["tokens_per_step"] // self.T)
-        self.tokens = torch.from_numpy(np.asarray(self.shards.read(0, self.shards.n_tokens)).astype(np.int16)).to(device)
-        self.window = torch.arange(self.T + 1, device=device)
-        self.initial = InitialStates(self.spec.get("initial", "zero"), seed=values["seed"])
-        self.template: LMState | None = None
-        self.graphed = GraphedStep(self._step, device)
+        return model
 
     def _step(self, offsets_B: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
-        """(loss, gradient norm, tensors of the state at the end)."""
+        """One step on the windows that begin at these tokens: (loss, gradient norm, tensors of the state at the end)."""
         ids = self.tokens[offsets_B[:, None] + self.window].long()
         state = with_tensors(self.template, before) if self.template is not None else None
-        self.optimizer.zero_grad(set_to_none=True)
-        bf16 = self.values["precision"] == "bf16" and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            output = self.model(ids[:, :-1], labels=ids[:, 1:], state=state)
-        loss = output.loss_sum / output.token_count
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        after = [t.detach() for t in tensors_of(output.state)] if output.state is not None else []
-        return loss.detach(), norm.detach(), *after
+        loss, norm, after = self.trainer.update(ids[:, :-1], ids[:, 1:], state)
+        return loss, norm, *([t.detach() for t in tensors_of(after)] if after is not None else [])
 
-    def step(self, offsets: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step at `progress` of the training; (loss, gradient norm) on the device."""
-        self.rate.set(self.peak * lr_factor(round(progress * 10_000), 10_000, kind="wsd", warmup=300, decay=2000, final=0.0))
-        self.template = self.initial.before(self.model, 0, self.rows)
-        before = tensors_of(self.template) if self.template is not None else []
-        loss, norm, *after = self.graphed(torch.from_numpy(offsets).to(self.device), *before)
-        if self.template is not None:
-            self.initial.after(0, with_tensors(self.template, tuple(after)))
-        return loss, norm
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Takes the optimizer steps `first` to `last` of `last`; (number, loss, gradient norm), on the device, after each.
+
+        Step n draws its windows from (seed, T, n) alone.
+        """
+
+        def rate(number: int) -> float:
+            progress = round((number - 1) / last * 10_000)
+            return self.peak * lr_factor(progress, 10_000, kind="wsd", warmup=300, decay=2000, final=0.0)
+
+        def inputs(number: int) -> tuple[Tensor, ...]:
+            rng = np.random.default_rng([self.values["seed"], self.T, number])
+            offsets_B = rng.integers(0, len(self.tokens) - self.T - 1, self.rows)
+            self.template = self.initial.before(self.model, 0, self.rows)
+            return torch.from_numpy(offsets_B).to(self.device), *(tensors_of(self.template) if self.template is not None else [])
+
+        for number, (loss, norm, *after) in self.trainer.run(self.step, range(first, last + 1), rate, inputs):
+            if self.template is not None:
+                self.initial.after(0, with_tensors(self.template, tuple(after)))
+            yield number, loss, norm
 
     def curve(self, beyond: int, rows: int) -> dict[str, Any]:
-        """Loss by position on held-out text now, and what `collapse` makes of it."""
+        """Loss by position on `rows` rows of held-out text, each `beyond` training lengths long, and what `collapse` makes of it."""
         held_out = ShardSet(self.values["data"], "valid")
         text = Text(np.asarray(held_out.read(0, held_out.n_tokens)), "held out", held_out.n_bytes / held_out.n_tokens)
         adapter = OwnAdapter(self.model, None, self.name, "", self.values["precision"] if self.device.type == "cuda" else "fp32")
@@ -196,16 +206,16 @@ class Arm:
         finally:
             self.model.train()
 
-    def keep(self, record: dict[str, Any]) -> None:
+    def save_progress(self, record: dict[str, Any]) -> None:
         """Weights, moments and `record` (steps done, log, ...) in one file, so that the arm goes on from here."""
         tensors = {f"weight.{k}": p for k, p in self.model.named_parameters()}
-        for i, p in enumerate(self._parameters()):
-            tensors |= {f"{name}.{i}": value for name, value in self.optimizer.state[p].items()}
-        held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        write_bytes(self.folder / "under_way.safetensors", save(held, {"record": json.dumps(record)}))
+        for i, p in enumerate(self.trainer.parameters()):
+            tensors |= {f"{name}.{i}": value for name, value in self.trainer.optimizer.state[p].items()}
+        on_cpu = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        write_bytes(self.folder / "under_way.safetensors", save(on_cpu, {"record": json.dumps(record)}))
 
-    def resume(self) -> dict[str, Any]:
-        """The record that `keep` was given last, everything else set back to that moment; {} if there is none."""
+    def load_progress(self) -> dict[str, Any]:
+        """The record that `save_progress` was given last, everything else set back to that moment; {} if there is none."""
         path = self.folder / "under_way.safetensors"
         if not path.exists():
             return {}
@@ -214,37 +224,31 @@ class Arm:
         with torch.no_grad():
             for key, p in self.model.named_parameters():
                 p.copy_(tensors[f"weight.{key}"])
-        for i, p in enumerate(self._parameters()):
+        for i, p in enumerate(self.trainer.parameters()):
             names = [key for key in tensors if key.endswith(f".{i}") and not key.startswith("weight.")]
-            self.optimizer.state[p] = {key.rpartition(".")[0]: tensors[key].to(p.device) for key in names}
+            self.trainer.optimizer.state[p] = {key.rpartition(".")[0]: tensors[key].to(p.device) for key in names}
         return record
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 def train(name: str, values: dict[str, Any], device: torch.device) -> None:
     """Trains one arm, from where it was stopped, and saves its weights; progress and figures in train.json. Raises TimeUp."""
-    with torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else contextlib.nullcontext():
-        arm = Arm(name, values, device)
-        record = _loop(arm)
-    _save(arm, record)
+    arm = Arm(name, values, device)
+    with arm.trainer.here():
+        _save(arm, _loop(arm))
     (arm.folder / "under_way.safetensors").unlink(missing_ok=True)
 
 
 def _loop(arm: Arm) -> dict[str, Any]:
-    """{step, seconds (looking at the model left out), log, history}. Ends with the tokens or where the loss is not finite.
+    """{step, seconds (looking at the model left out), stops, log, history}. Ends with the tokens or where the loss is not finite.
 
-    Step n draws its windows from (seed, T, n) alone. States handed on from batch to batch are not kept: after a stop they begin at zero.
+    States handed on from batch to batch are not saved: after a stop they begin at zero.
     """
     values, tokens_a_step = arm.values, arm.rows * arm.T
     steps = max(1, math.ceil(values["tokens"] * arm.spec.get("share", 1.0) / tokens_a_step))
-    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "stops": -1, "log": [], "history": []} | arm.resume()
+    record: dict[str, Any] = {"step": 0, "seconds": 0.0, "stops": -1, "log": [], "history": []} | arm.load_progress()
     record["stops"] += 1
-    start, kept = time.perf_counter() - record["seconds"], time.perf_counter()
-    for step in range(record["step"] + 1, steps + 1):
-        rng = np.random.default_rng([values["seed"], arm.T, step])
-        loss, norm = arm.step(rng.integers(0, len(arm.tokens) - arm.T - 1, arm.rows), (step - 1) / steps)
+    start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
+    for step, loss, norm in arm.steps(record["step"] + 1, steps):
         if step % 20 == 0:
             loss.item()  # the clock below is the device's too
         record |= {"step": step, "seconds": time.perf_counter() - start}
@@ -267,15 +271,16 @@ def _loop(arm: Arm) -> dict[str, Any]:
             )
             start += time.perf_counter() - looking
         over = values["until"] and time.time() > values["until"]
-        if step < steps and (over or time.perf_counter() - kept > KEEP):
-            kept = time.perf_counter()
-            arm.keep(record)
+        if step < steps and (over or time.perf_counter() - saved > SAVE_EVERY):
+            saved = time.perf_counter()
+            arm.save_progress(record)
             if over:
                 raise TimeUp(f"{arm.name}: stopped after step {step} of {steps}")
     return record
 
 
 def _save(arm: Arm, record: dict[str, Any]) -> None:
+    """The folder of a finished arm: what load_adapter reads, and train.json."""
     folder, values, device, log = arm.folder, arm.values, arm.device, record["log"]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
@@ -299,7 +304,7 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
         "tokens_per_second": log[-1]["tokens"] / log[-1]["seconds"],
         "seconds": record["seconds"],
         "stops": record["stops"],
-        "graphed": not arm.graphed.why_not,
+        "graphed": not arm.step.why_not,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "data_fingerprint": arm.shards.fingerprint,
         "settings": values,
@@ -312,7 +317,8 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
 
 def measure(name: str, values: dict[str, Any], device: torch.device) -> None:
     """The suites' items on a trained arm."""
-    from evals.suites.items import Settings, evaluate
+    from evals.suites.runner import evaluate
+    from evals.suites.subject import Settings
 
     arm, size = study_arms(values["size"])[name], SIZES[values["size"]]
     T = arm["T"]

@@ -34,7 +34,8 @@ from typing import Any
 from data.files import write_json
 from data.shards import open_held_out
 from evals.report.figures import line, pyplot
-from evals.report.page import cell, markdown_table, write_report
+from evals.report.page import cell, markdown_table
+from evals.report.sections import write_report
 from scripts.studies.arms import SIZES, TimeUp, measure, study_arms, train
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError

@@ -1,6 +1,6 @@
 """A whole training step as one CUDA graph, for models so small that launching their kernels takes longer than running them.
 
-    step = GraphedStep(lambda ids, labels: train_on(ids, labels), optimizer)
+    step = GraphedStep(lambda ids, labels: train_on(ids, labels), device)
     loss, = step(ids, labels)                     # the first calls run as written, then one launch replays all of it
 
 The step may do anything that needs no answer from the device: forward, backward, clipping, the optimizer. Its inputs are copied into fixed
@@ -24,7 +24,7 @@ class Rate:
     """The learning rate of an optimizer, a tensor on the device where a graph must read it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.optimizer = optimizer
+        self.optimizer, self.value = optimizer, -1.0
         self.tensor = torch.zeros((), device=device) if device.type == "cuda" else None
         for group in optimizer.param_groups:
             if self.tensor is not None:
@@ -32,6 +32,9 @@ class Rate:
 
     def set(self, rate: float) -> None:
         """Enqueues the change; steps launched before keep the old rate."""
+        if rate == self.value:
+            return
+        self.value = rate
         if self.tensor is not None:
             self.tensor.fill_(rate)
             return
@@ -42,7 +45,7 @@ class Rate:
 class GraphedStep:
     """`step(*tensors) -> tensors`, captured at call number WARMUP + 1 on the current stream, which must not be the default one.
 
-    why_not: why the step runs as written, empty while it is captured (or will be).
+    All calls must be with tensors of the same shapes. why_not: why the step runs as written, empty while it is captured (or will be).
     """
 
     def __init__(self, step: Step, device: torch.device) -> None:
@@ -61,9 +64,9 @@ class GraphedStep:
             if self.why_not:
                 return self.step(*given)
         assert self.graph is not None
-        for held, new in zip(self.inputs, given):
-            if held is not new:
-                held.copy_(new)
+        for fixed, new in zip(self.inputs, given):
+            if fixed is not new:
+                fixed.copy_(new)
         self.graph.replay()
         return self.outputs
 

@@ -8,7 +8,7 @@
     python -m scripts.studies.tracking minutes=0                          only the table and the plot of what is there
 
 Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
-(scripts/studies/trainer.py). Each result is a file in OUT/cells, written when it is known; the same command goes on where it stopped. Needs
+(scripts/studies/cells.py). Each result is a file in OUT/cells, written when it is known; the same command goes on where it stopped. Needs
 torch, numpy and this repository (no launcher, no DeepSpeed, no Hydra).
 Cells end when the task is solved (after a short fall of the learning rate), after `steps`, or when their share of the time is used up.
 Published settings (arXiv 2510.21450, table 6): one layer, width and state 64, 4 heads, convolution 4, no MLP, length 100, 3000 passes over
@@ -27,11 +27,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from data.fields import nearest
 from data.files import write_json
 from evals.report.figures import pyplot
-from scripts.studies.trainer import LENGTHS, MIXERS, TASKS, settings_of, train_cell
+from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
-from training.config.schema import nearest
 from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,10 +74,10 @@ def arguments(given: list[str]) -> dict[str, Any]:
 def read_cell(out: Path, task: str, mixer: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:
     """A finished cell of the same settings, or None."""
     try:
-        found = json.loads((out / "cells" / f"{task}.{mixer}.{seed}.json").read_text())
+        cell = json.loads((out / "cells" / f"{task}.{mixer}.{seed}.json").read_text())
     except (OSError, ValueError):
         return None
-    return found if found.get("settings") == settings and "error" not in found else None
+    return cell if cell.get("settings") == settings and "error" not in cell else None
 
 
 def start_cell(
@@ -145,14 +145,14 @@ def keep(cell: dict[str, Any], out: Path, place: str) -> None:
 
 def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Every finished cell of these settings, in the table's order."""
-    out, found = Path(values["out"]), []
+    out, cells = Path(values["out"]), []
     for task in values["tasks"]:
         for mixer in values["mixers"]:
             for seed in range(values["seeds"]):
                 cell = read_cell(out, task, mixer, seed, settings_of(task, mixer, values))
                 if cell is not None:
-                    found.append(cell)
-    return found
+                    cells.append(cell)
+    return cells
 
 
 def best(cells: list[dict[str, Any]], task: str, mixer: str) -> tuple[dict[str, Any] | None, list[float]]:
@@ -164,6 +164,7 @@ def best(cells: list[dict[str, Any]], task: str, mixer: str) -> tuple[dict[str, 
 
 
 def at(cell: dict[str, Any], length: int) -> dict[str, Any]:
+    """The row of a cell at `length` tokens, {} where it has none."""
     return next((row for row in cell["lengths"] if row["length"] == length and "error" not in row), {})
 
 

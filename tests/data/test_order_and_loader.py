@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import BatchLoader, build_reader
+from data.loader import BatchLoader, WindowReader, build_reader
 from data.order import Blend, Mixture, Permutation
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint
@@ -99,6 +99,16 @@ def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> Non
     start = reader.window(3)[1] * T
     np.testing.assert_array_equal(tokens, stream[start : start + T + 1])
     np.testing.assert_array_equal(segment_ids, np.cumsum(tokens == 256) - int(tokens[0] == 256))
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own(tmp_path: Path) -> None:
+    shards, T = make(tmp_path / "s", [200, 180, 33]), 16
+    n = (shards.n_tokens - 1) // T
+    orders = []
+    for seed in (0, 1):
+        reader = WindowReader([(shards, 1.0)], T, seed)
+        orders += [tuple(reader.window(k)[1] for k in range(epoch * n, (epoch + 1) * n)) for epoch in range(3)]
+    assert len(set(orders)) == 6 and all(sorted(order) == list(range(n)) for order in orders)
 
 
 def collect(

@@ -15,10 +15,11 @@ import torch
 
 from data.synthetic import build_task
 from data.synthetic.task import Draws
-from evals.state_tracking import DEFAULTS, Counts, count, default_lengths, evaluate, evaluate_checkpoint, problems_of
+from evals.measures.tracking import Counts, accuracy_by_length, count, default_lengths
+from evals.state_tracking import DEFAULTS, evaluate_checkpoint, problems_of
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from scripts.studies.trainer import finish
+from scripts.studies.cells import finish
 from tests.conftest import ROOT, run_program
 from training.config.arguments import parse_arguments
 from training.errors import UserError
@@ -86,12 +87,12 @@ def test_what_goes_wrong_at_one_length_is_said_there() -> None:
     model.forward = lambda x, state=None: SimpleNamespace(  # type: ignore[method-assign]
         logits=torch.full((*x.shape, 4), float("nan") if x.shape[1] == 9 else 1.0), state=state
     )
-    rows = evaluate(model, task, [8, 9, 3], sequences=4)["lengths"]
+    rows = accuracy_by_length(model, task, [8, 9, 3], sequences=4)["lengths"]
     assert rows[0]["answers"] == 8 and "not finite" in rows[1]["error"] and "too short" in rows[2]["error"]
     model.config = SimpleNamespace(vocab_size=3)
-    assert "has 3 tokens" in evaluate(model, task, [8], sequences=4)["lengths"][0]["error"]
+    assert "has 3 tokens" in accuracy_by_length(model, task, [8], sequences=4)["lengths"][0]["error"]
     with pytest.raises(UserError):
-        evaluate(model, {"name": "nothing"}, [8])
+        accuracy_by_length(model, {"name": "nothing"}, [8])
     with pytest.raises(UserError) as caught:
         evaluate_checkpoint(model, {"folder": "here", "run": {"data": {"reader": "windows", "path": "x"}}})
     assert "here was not trained on a generated task" in str(caught.value)
@@ -190,7 +191,7 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
 
 
 def test_cells_are_judged_over_thousands_of_answers_and_can_have_the_published_settings() -> None:
-    from scripts.studies.trainer import PUBLISHED, answers_of, settings_of, stages_of
+    from scripts.studies.cells import PUBLISHED, answers_of, settings_of, stages_of
 
     mqar, parity = build_task({"name": "mqar"}), build_task({"name": "parity"})
     assert answers_of(mqar, 100) == 2 and answers_of(parity, 100) == 100

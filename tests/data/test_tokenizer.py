@@ -15,11 +15,12 @@ from data.encode import Encoder
 from data.prepare import main
 from data.shards import ShardSet
 from data.tokenizer import Marks, coder_of, load_tokenizer, marks_of
-from evals.adapters.base import hf_coder, load_adapter
+from evals.adapters.hf import hf_coder
+from evals.adapters.load import load_adapter
 from models.config import ModelConfig
-from models.generate import DEFAULTS, Writer
 from models.hub.export import write_folder
 from models.hub.importing import import_folder
+from scripts.generate import DEFAULTS, Writer
 from tests.hub.folders import checkpoint
 
 WORDS = ["[UNK]", "[CLS]", "[SEP]", "<s>", "</s>", "over", "the", "fox", "<", "s", ">", "/"]
@@ -115,7 +116,7 @@ def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Pa
     shards = ShardSet(tmp_path / "shards", "train")
     assert marks_of(shards.tokenizer(), _written(tmp_path / "again", shards.tokenizer_config())) == Marks(3, 4)
     monkeypatch.setattr(in_loop, "generate", generate)
-    evaluator = in_loop.Evaluator.__new__(in_loop.Evaluator)
+    evaluator = in_loop.TextEvaluator.__new__(in_loop.TextEvaluator)
     world = SimpleNamespace(main=True, device="cpu", barrier=lambda: None)
     module = torch.nn.Linear(1, 1)
     evaluator.engine = SimpleNamespace(world=world, gathered=lambda _: torch.no_grad(), parameters=[], module=module)  # type: ignore[assignment]

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from data.tokenizer import byte_tokenizer
-from evals.adapters.base import HFAdapter, OwnAdapter, own_coder
+from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.hf import HFAdapter
+from evals.adapters.own import OwnAdapter
 from models.config import ModelConfig
 from models.lm import LanguageModel
 
@@ -58,12 +59,12 @@ def own(pattern: str = "mga", d_model: int = 32, n_layers: int = 3) -> LanguageM
 
 
 def own_adapter(pattern: str = "mga", **options: Any) -> OwnAdapter:
-    return OwnAdapter(own(pattern, **options), own_coder(byte_tokenizer()), "own", "own")
+    return OwnAdapter(own(pattern, **options), coder_of(byte_tokenizer()), "own", "own")
 
 
 @pytest.fixture(scope="session")
 def adapters() -> dict[str, Any]:
-    coder = own_coder(byte_tokenizer())
+    coder = coder_of(byte_tokenizer())
     return {
         "llama": HFAdapter(llama(), coder, "llama", "llama"),
         "mamba2": HFAdapter(mamba2(), coder, "mamba2", "mamba2"),

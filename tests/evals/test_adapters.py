@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from evals.adapters.base import Adapter, HFAdapter, ItemError, load_adapter, pieces
+from evals.adapters.base import Adapter, ItemError, pieces
+from evals.adapters.hf import HFAdapter
+from evals.adapters.load import load_adapter
 from evals.measures.position import position_curve
 from models.generate import generate
 from tests.evals.conftest import VOCABULARY, own_adapter

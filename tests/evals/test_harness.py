@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from data.tokenizer import byte_tokenizer
-from evals.adapters.base import Adapter, ItemError, load_adapter
+from evals.adapters.base import Adapter, ItemError
+from evals.adapters.load import load_adapter
 from evals.measures.harness import generation_options, make_lm, run_task, score_pairs, split_pair
 from models.generate import generate
 from tests.evals.conftest import VOCABULARY, llama, own_adapter
@@ -139,8 +140,9 @@ def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tm
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer
 
-    from evals.adapters.base import OwnAdapter, own_coder
-    from training.checkpoint import load_model
+    from data.tokenizer import coder_of
+    from evals.adapters.own import OwnAdapter
+    from models.checkpoint import load_model
 
     llama().save_pretrained(tmp_path)
     if template:
@@ -150,7 +152,7 @@ def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tm
         (tmp_path / "tokenizer_config.json").write_text(
             json.dumps({"eos_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"})
         )
-    coder = own_coder(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tmp_path)
+    coder = coder_of(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tmp_path)
     ours = make_lm(OwnAdapter(load_model(tmp_path)[0], coder, "x", str(tmp_path)), 16, 3)
     theirs = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=3)
     for found, expected in zip(ours.loglikelihood(requests(*PAIRS)), theirs.loglikelihood(requests(*PAIRS))):

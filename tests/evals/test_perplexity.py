@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from data.shards import ShardSet
-from data.tokenizer import byte_tokenizer
-from evals.adapters.base import ItemError, own_coder
+from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.base import ItemError
 from evals.inputs.texts import Text
-from evals.measures.baselines import DISCOUNT, CountBaselines
+from evals.measures.baselines import DISCOUNT, CountBaselines, baselines
 from evals.measures.documents import document_perplexity
 from evals.measures.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
 from models.config import ModelConfig
@@ -94,6 +94,16 @@ def test_baselines_against_dictionaries_and_they_are_distributions(demo_shards: 
     assert sum(p2(ids[5], w) for w in range(V)) == pytest.approx(1.0)
 
 
+def test_baselines_are_of_the_tokens_that_the_model_is_scored_on(model: LanguageModel, demo_shards: Path) -> None:
+    train, valid = ShardSet(demo_shards, "train"), ShardSet(demo_shards, "valid")
+    scored, counted = evaluate(model, valid, length=100, max_tokens=900), baselines(train, valid, 100, 900)
+    counts, rows = CountBaselines(train), [tokens for tokens, _ in held_out_rows(valid, 100, 900)]
+    for i, name in enumerate(("unigram", "bigram")):
+        assert (counted[name].tokens, counted[name].bytes) == (scored.tokens, scored.bytes)
+        assert counted[name].nll_nats == pytest.approx(sum(counts.nll(tokens)[i] for tokens in rows))
+    assert counted["bigram"].bits_per_byte < counted["unigram"].bits_per_byte < scored.bits_per_byte
+
+
 def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert (
@@ -112,7 +122,7 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
         and report["baselines_bits_per_byte"]["bigram"] < report["baselines_bits_per_byte"]["unigram"]
         and "commit" in report["environment"]
     )
-    done = run_program(["-m", "models.generate", f"checkpoint={run}", "prompt=It was", "max_new_tokens=5", "seed=1"])
+    done = run_program(["-m", "scripts.generate", f"checkpoint={run}", "prompt=It was", "max_new_tokens=5", "seed=1"])
     assert done.returncode == 0 and done.stdout.startswith("It was")
     for words, part in (
         (["checkpoint=/nowhere"], "There is no"),
@@ -129,7 +139,7 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     rng, sizes = np.random.default_rng(0), [40, 7, 101, 40, 12, 2, 40, 9, 33]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     text = Text(rng.integers(0, 256, sum(sizes)), "test", starts=starts)
-    decode = own_coder(byte_tokenizer()).decode
+    decode = coder_of(byte_tokenizer()).decode
     chosen = text.documents(9, 30, decode)
     assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[
         starts

@@ -10,9 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evals.adapters.base import Adapter, ItemError, LayerState, OwnAdapter, total_variation
+from evals.adapters.base import Adapter, ItemError, LayerState, total_variation
+from evals.adapters.own import OwnAdapter
 from evals.cures import options as cures
+from evals.cures.attention import lambda_mask
 from evals.cures.hooks import Scan, measure_retention, scan_hook
+from evals.cures.scan import dt_scaling, horizon_multiplier, longmamba, retention, skip_limit, window
+from evals.cures.setting import Setting
+from evals.cures.state import clamp, restart
 from evals.measures.position import position_curve
 from evals.measures.states import effective_remembrance, head_statistics, state_curve
 from models.mixers import attention as attention_module
@@ -44,8 +49,8 @@ def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, h: Any, m: float = 1.0, b: flo
     return torch.stack(out, 1), states
 
 
-def setting(T: int = 16, total: int = 64) -> cures.Setting:
-    return cures.Setting(T, total, ids(3, T, 9), 8)
+def setting(T: int = 16, total: int = 64) -> Setting:
+    return Setting(T, total, ids(3, T, 9), 8)
 
 
 def in_chunks(scan: tuple[torch.Tensor, ...], cuts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,17 +66,17 @@ def in_chunks(scan: tuple[torch.Tensor, ...], cuts: list[int]) -> tuple[torch.Te
 def test_retention_and_insertion_scaling() -> None:
     adapter, scan = own_adapter("m", n_layers=1), random_scan()
     for m, b in ((0.97, 0.75), (1.0, 0.5), (0.9, 1.0)):
-        with cures.retention(adapter, setting(), m=m, b=b):
+        with retention(adapter, setting(), m=m, b=b):
             y, h = in_chunks(scan, [0, 9, 23])
         expected, states = loop(*scan, m=m, b=b)
         torch.testing.assert_close(y, expected, atol=1e-10, rtol=1e-10)
         torch.testing.assert_close(h, states[-1], atol=1e-10, rtol=1e-10)
-    assert cures.horizon_multiplier(8192) == pytest.approx(0.9999) and cures.horizon_multiplier(512) == pytest.approx(0.9984, abs=1e-4)
+    assert horizon_multiplier(8192) == pytest.approx(0.9999) and horizon_multiplier(512) == pytest.approx(0.9984, abs=1e-4)
 
 
 def test_dt_scaling() -> None:
     adapter, (x, dt, A, B, C, h0) = own_adapter("m", n_layers=1), random_scan()
-    with cures.dt_scaling(adapter, setting(), c=0.3):
+    with dt_scaling(adapter, setting(), c=0.3):
         y, h = in_chunks((x, dt, A, B, C, h0), [0, 5, 23])
     expected, states = loop(x, 0.3 * dt, A, B, C, h0)
     torch.testing.assert_close(y, expected)
@@ -81,7 +86,7 @@ def test_dt_scaling() -> None:
 @pytest.mark.parametrize("r", [1, 2, 5, 11, 100])
 def test_window_is_the_difference_of_states(r: int) -> None:
     adapter, (x, dt, A, B, C, h0) = own_adapter("m", n_layers=1), random_scan()
-    with cures.window(adapter, setting(), r=r):
+    with window(adapter, setting(), r=r):
         y, h = in_chunks((x, dt, A, B, C, torch.zeros_like(h0)), [0, 3, 10, 12, 23])
     _, states = loop(x, dt, A, B, C, torch.zeros_like(h0))
     for t in range(23):
@@ -97,7 +102,7 @@ def test_window_is_the_difference_of_states(r: int) -> None:
 def test_window_over_the_whole_text_changes_nothing_and_forgets_between_texts() -> None:
     adapter, rows = own_adapter("mg", n_layers=2), ids(2, 65)
     plain = position_curve(adapter, rows, chunk=16)["nats_per_token"]
-    with cures.window(adapter, setting(), r=64):
+    with window(adapter, setting(), r=64):
         assert position_curve(adapter, rows, chunk=16)["nats_per_token"] == pytest.approx(plain, rel=1e-5)
         assert position_curve(adapter, rows, chunk=7)["nats_per_token"] == pytest.approx(plain, rel=1e-5)
     assert adapter.on_start is None
@@ -105,11 +110,11 @@ def test_window_over_the_whole_text_changes_nothing_and_forgets_between_texts() 
 
 def test_longmamba_skips_as_much_as_it_says() -> None:
     dt = torch.rand(1000, 3, dtype=torch.float64)
-    g = cures.skip_limit(dt, 0.25)
+    g = skip_limit(dt, 0.25)
     for head in range(3):
         kept = dt[:, head][dt[:, head] >= g[head]].sum() / dt[:, head].sum()
         assert 0.25 <= kept < 0.256
-    assert cures.skip_limit(dt, 1.0).tolist() == [0, 0, 0]
+    assert skip_limit(dt, 1.0).tolist() == [0, 0, 0]
     adapter, rows, seen = own_adapter("m", n_layers=2), ids(2, 65), []
 
     def look(module: Any, inputs: Any, output: Any) -> None:
@@ -119,9 +124,9 @@ def test_longmamba_skips_as_much_as_it_says() -> None:
         for block in adapter.model.blocks:  # type: ignore[union-attr]
             block.mixer.A_log.fill_(-3.0)
     plain = position_curve(adapter, rows, chunk=16)["nats_per_token"]
-    with cures.longmamba(adapter, setting(16, 16)):
+    with longmamba(adapter, setting(16, 16)):
         assert position_curve(adapter, rows, chunk=16)["nats_per_token"] == pytest.approx(plain, rel=1e-6)
-    with cures.longmamba(adapter, setting(16, 64)), measure_retention(adapter) as cured:
+    with longmamba(adapter, setting(16, 64)), measure_retention(adapter) as cured:
         assert position_curve(adapter, rows, chunk=16)["nats_per_token"] != pytest.approx(plain, rel=1e-6)
     with measure_retention(adapter) as before:
         position_curve(adapter, rows, chunk=16)
@@ -131,7 +136,7 @@ def test_longmamba_skips_as_much_as_it_says() -> None:
 def test_clamp_and_restart_bound_the_state() -> None:
     adapter, rows = own_adapter("mg", n_layers=2), torch.from_numpy(ids(2, 64))
     limit = 0.5
-    with cures.clamp(adapter, setting(), p=limit):
+    with clamp(adapter, setting(), p=limit):
         state = adapter.start(2)
         for a in range(0, 64, 8):
             state = adapter.advance(rows[:, a : a + 8], state)
@@ -139,12 +144,12 @@ def test_clamp_and_restart_bound_the_state() -> None:
                 heads = s.entries.norm(dim=-1) if s.name == "ssm" else s.entries.norm(dim=-1)
                 assert float(heads.max()) <= limit * (1 + 1e-5)
     free = adapter.advance(rows, adapter.start(2))
-    with cures.clamp(adapter, setting(), p=1e9):
+    with clamp(adapter, setting(), p=1e9):
         for a, b in zip(adapter.layer_states(adapter.advance(rows, adapter.start(2))), adapter.layer_states(free)):
             assert torch.equal(a.entries, b.entries)
-    with cures.clamp(adapter, setting(), q=1.0):  # limits from calibration text
+    with clamp(adapter, setting(), q=1.0):  # limits from calibration text
         adapter.advance(rows, adapter.start(2))
-    with cures.restart(adapter, setting(16)):
+    with restart(adapter, setting(16)):
         state = adapter.advance(rows[:, :8], adapter.start(2))
         assert all(float(s.entries.abs().max()) > 0 for s in adapter.layer_states(state))
         state = adapter.advance(rows[:, 8:16], state)
@@ -175,7 +180,7 @@ def test_lambda_mask_against_brute_force_and_in_chunks() -> None:
     expected = brute_lambda(split(mixer.q_proj), split(mixer.k_proj), split(mixer.v_proj), 3, 7)
     expected = mixer.o_proj(expected.transpose(1, 2).reshape(2, 41, 32))
     plain, _ = mixer(x)
-    with cures.lambda_mask(adapter, setting(), first=3, local=7):
+    with lambda_mask(adapter, setting(), first=3, local=7):
         torch.testing.assert_close(mixer(x)[0], expected, atol=1e-9, rtol=1e-9)
         state, parts = mixer.init_state(2), []
         for a, b in ((0, 2), (2, 13), (13, 14), (14, 41)):
@@ -183,7 +188,7 @@ def test_lambda_mask_against_brute_force_and_in_chunks() -> None:
             parts.append(y)
             assert state.k_BGLK.shape[2] <= 10
         torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-9, rtol=1e-9)
-    with cures.lambda_mask(adapter, setting(), first=3, local=41):
+    with lambda_mask(adapter, setting(), first=3, local=41):
         torch.testing.assert_close(mixer(x)[0], plain, atol=1e-9, rtol=1e-9)
     assert mixer.forward.__func__ is attention_module.Mixer.forward
 
@@ -194,12 +199,12 @@ def test_hooks_change_nothing_by_themselves(adapters: dict[str, Adapter]) -> Non
         adapter = adapters[name]
         plain, prompt = position_curve(adapter, rows, chunk=13)["nats_per_token"], torch.from_numpy(rows)
         written = adapter.greedy(prompt, 6, 16)
-        with cures.retention(adapter, setting(), m=1.0, b=1.0):
+        with retention(adapter, setting(), m=1.0, b=1.0):
             assert position_curve(adapter, rows, chunk=13)["nats_per_token"] == pytest.approx(plain, rel=1e-5)
             assert torch.equal(adapter.greedy(prompt, 6, 16), written)  # single tokens as well
-        with cures.retention(adapter, setting(), m=0.8, b=0.5):
+        with retention(adapter, setting(), m=0.8, b=0.5):
             assert position_curve(adapter, rows, chunk=13)["nats_per_token"] != pytest.approx(plain, rel=1e-5)
-        with cures.clamp(adapter, setting(), q=0.5):
+        with clamp(adapter, setting(), q=0.5):
             position_curve(adapter, rows, chunk=13)
         assert position_curve(adapter, rows, chunk=13)["nats_per_token"] == pytest.approx(plain, rel=1e-6)
     with pytest.raises(ItemError, match="no Mamba-2 scan"), scan_hook(adapters["llama"], lambda layer, s, run: run(s)):

@@ -11,21 +11,23 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import byte_tokenizer
-from evals.adapters.base import HFAdapter, ItemError, own_coder
+from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.base import ItemError
+from evals.adapters.hf import HFAdapter
 from evals.inputs.tasks import NAMES, NOISE, Task
 from evals.inputs.texts import DEMO, Text, corpus_of_file
 from evals.measures.position import collapse, position_curve, windows
 from evals.measures.retrieval import grid, score
 from evals.measures.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
-from evals.report.page import write_report
+from evals.report.sections import write_report
 from evals.run import main
-from evals.suites import items as suites
-from evals.suites.items import Item, guarded, run_items
+from evals.suites.items import Item, items_of
+from evals.suites.runner import guarded, run_items
+from evals.suites.subject import Settings, Subject
 from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
 
-CODER = own_coder(byte_tokenizer())
+CODER = coder_of(byte_tokenizer())
 PROSE = Text(np.array(CODER.encode("It is a truth universally acknowledged. " * 400), dtype=np.int64), "test")
 
 
@@ -192,18 +194,18 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
 
 def test_bad_models_are_one_sentence_each(pages: Path) -> None:
     adapter = own_adapter()
-    bench = suites.Bench(
+    subject = Subject(
         adapter,
-        suites.Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages)),
+        Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages)),
     )
-    assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in bench.items()] == ["done"] * len(bench.items())
+    assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in items_of(subject)] == ["done"] * len(items_of(subject))
     with torch.no_grad():
         adapter.model.embedding.weight.fill_(float("nan"))  # type: ignore[union-attr]
-    for item in bench.items():
+    for item in items_of(subject):
         found = guarded(lambda i=item: i.run(lambda a, b: None))
         assert found["status"] == "failed" and "not finite" in found["reason"]
     adapter.coder = None
-    found = guarded(lambda: next(i for i in bench.items() if i.name == "passkey-300").run(lambda a, b: None))
+    found = guarded(lambda: next(i for i in items_of(subject) if i.name == "passkey-300").run(lambda a, b: None))
     assert "no tokenizer" in found["reason"]
 
 
@@ -212,10 +214,8 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
 
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
     adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
-    chosen = suites.Settings(
-        suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages)
-    )
-    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in suites.Bench(adapter, chosen).items()}
+    chosen = Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages))
+    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in items_of(Subject(adapter, chosen))}
     assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
 
@@ -287,7 +287,7 @@ def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(
 def test_a_model_of_a_generated_task_is_scored_on_it_by_every_suite(tmp_path: Path) -> None:
     run = {"data": {"reader": "synthetic", "task": {"name": "parity"}}, "train": {"seq_len": 16}}
     for suite in ("quick", "long_context", "state_tracking", "all"):
-        items = suites.Bench(own_adapter(), suites.Settings(suite=suite, sequences=20, lengths=[16, 40], train_length=16), run).items()
+        items = items_of(Subject(own_adapter(), Settings(suite=suite, sequences=20, lengths=[16, 40], train_length=16), run))
         assert [item.name for item in items] == ["state_tracking"]
     records = run_items(items, own_adapter(), tmp_path / "model", False)
     assert [row["length"] for row in records[0]["result"]["lengths"]] == [16, 40] and 0 <= records[0]["result"]["accuracy"] <= 1

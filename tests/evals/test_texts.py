@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from evals.inputs.seen import facts_of_run, seen, share_found, window_hashes
 from evals.inputs.texts import Corpus, Text, corpus_of_file, corpus_of_shards, tokenised
 from evals.measures.position import collapse, unigram_nats
 from evals.run import by_tokens
-from evals.suites.items import Bench, Settings
+from evals.suites.items import items_of
+from evals.suites.subject import Settings, Subject
 from tests.evals.conftest import own_adapter
 from training.errors import UserError
 
@@ -66,7 +68,7 @@ def test_a_text_is_read_as_prepare_reads_it(ending: str, tmp_path: Path) -> None
 )
 def test_what_is_no_text_is_refused_in_a_sentence(name: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match="The text .*|cannot be read"):
+    with pytest.raises(UserError, match=f"^The text {re.escape(str(tmp_path / name))} (cannot be read: |holds )"):
         corpus_of_file(tmp_path / name)
 
 
@@ -110,7 +112,7 @@ def test_models_of_different_tokens_and_lengths_read_the_same_characters(tmp_pat
     facts = {str(i): {"run": {"train": {"seq_len": model.train_length}}} for i, model in enumerate(models)}
     common, found = CommonText(["0", "1"], text=str(path), facts=facts), []
     for i, model in enumerate(models):
-        items = Bench(model, Settings(suite="quick", rows=5), None, common, str(i)).items()
+        items = items_of(Subject(model, Settings(suite="quick", rows=5), None, common, str(i)))
         assert items[0].name == "documents"
         found.append((items[0].settings["characters"], items[0].run(lambda a, b: None)))
     assert found[0][0] == found[1][0] == 3 * 4 * 64
@@ -203,7 +205,7 @@ def test_a_curve_says_how_far_its_text_reaches_and_an_untrained_model_gets_no_ve
     path.write_text(prose(0, 150))
     adapter = own_adapter("m", d_model=16, n_layers=1)
     settings = Settings(suite="quick", text=str(path), train_length=64, max_length=4096, rows=8, lengths=[300], samples=1, depths=1)
-    items = {item.name: item for item in Bench(adapter, settings).items()}
+    items = {item.name: item for item in items_of(Subject(adapter, settings))}
     found = items["position-prose"].run(lambda a, b: None)
     tokens = len(tokenised(corpus_of_file(path), adapter).ids)
     assert found["rows"] == 1 and found["length"] == tokens - 1 and f"reaches {tokens:,} tokens of the 4,097" in found["note"]
@@ -218,9 +220,8 @@ def test_perplexity_of_a_text_or_of_several_models_is_a_suite(tmp_path: Path) ->
     for words in ({"text": str(path)}, {"checkpoint": "a,b"}):
         assert not by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None, **words})
     assert by_tokens({"suite": "perplexity", "checkpoint": "a", "text": None})
-    items = Bench(
-        own_adapter("m", d_model=16, n_layers=1), Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)
-    ).items()
+    chosen = Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)
+    items = items_of(Subject(own_adapter("m", d_model=16, n_layers=1), chosen))
     assert [item.name for item in items] == ["documents", "position-prose"]
     found = [item.run(lambda a, b: None) for item in items]
     assert all(result["text"]["sha256"] == corpus_of_file(path).sha256 for result in found) and found[0]["bits_per_byte"] > 0
@@ -234,7 +235,7 @@ def test_results_are_keyed_by_what_the_files_hold(tmp_path: Path) -> None:
     def keys() -> dict[str, Any]:
         adapter = own_adapter("m", d_model=16, n_layers=1)
         chosen = Settings(suite="all", text=str(text), tasks=f"{task},{tmp_path / 'b' / 'task.yaml'}", train_length=64, cures="none")
-        return {item.name: item.settings for item in Bench(adapter, chosen).items()}
+        return {item.name: item.settings for item in items_of(Subject(adapter, chosen))}
 
     text.write_text("one text")
     rows.write_text("one")

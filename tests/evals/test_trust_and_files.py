@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from evals import run as program
-from evals.adapters.base import ItemError, load_adapter
+from evals.adapters.base import ItemError
+from evals.adapters.load import load_adapter
 from evals.adapters.trust import code_hash, may_run_code
 from evals.measures.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
 from evals.report.figures import grids_figure, pyplot, remembrance_figure
-from evals.report.page import write_report
+from evals.report.sections import write_report
 from evals.run import main, where_to_write
 from models.hub.custom import custom, write_code
 from tests.evals.conftest import llama, own
@@ -182,6 +183,8 @@ def test_a_suite_is_refused_before_anything_is_measured(hf_folder: Path, tmp_pat
     [
         (["checkpoint=x", "text=demo"], "There is no x"),
         (["checkpoint=x,y", "text=demo"], "None of the models"),
+        (["checkpoint=x", "device=tpu"], "error: device is 'tpu'"),  # and not a key of train.py
+        (["checkpoint=x", "device=tpu", "text=demo"], "error: device is 'tpu'"),
         (["checkpoint=x", "suite=quick", "text=a.txt", "data=b"], "one of them"),
         (["checkpoint=x", "suite=quick", "add_bos_token=maybe"], "add_bos_token"),
         (["checkpoint=x", "suite=quick", "trust_remote_code=yes"], "trust_remote_code must be true or false"),
@@ -203,6 +206,7 @@ def test_progress_is_plain_lines_of_the_first_process(monkeypatch: pytest.Monkey
 
     lines = told()
     assert len(lines) == 2 and lines[0].startswith("perplexity: 1 of 100 rows") and lines[1].startswith("perplexity: 100 of 100 rows")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert told() == []
     monkeypatch.setenv("RANK", "0")
@@ -287,7 +291,7 @@ def test_a_report_compares_models_and_names_their_text(tmp_path: Path) -> None:
 def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pyplot()
     kept: list[Any] = []
-    monkeypatch.setattr("evals.figures.png", lambda plt, figure: kept.append(figure) or b"png")
+    monkeypatch.setattr("evals.report.figures.png", lambda plt, figure: kept.append(figure) or b"png")
     curve = [{"dropped": d, "distance": 0.05 * d / 4, "low": None, "high": None} for d in range(5)]
     assert remembrance_figure(plt, [("a", {"length": 8, "curve": curve})]) == b"png"
     assert 0.05 < kept[-1].axes[0].get_ylim()[1] < 0.06

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.hub.export import write_folder
 from models.lm import LanguageModel
 from tests.hub.folders import checkpoint
-from training.checkpoint import load_model
 
 MIXERS: dict[str, dict[str, Any]] = {
     **{cell: {"type": "rnn", "cell": cell, "n_heads": 2, "expand": 1.5} for cell in ("paragru", "paralstm", "mingru")},

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from evals.report.card import evaluation
 from models.hub.export import write_folder
 from tests.hub.folders import checkpoint
 from tests.hub.test_native_export import FAMILIES
@@ -36,10 +39,17 @@ def test_the_card_holds_training_evaluation_and_plots(tmp_path: Path) -> None:
     (tmp_path / "evals" / "run" / "items").mkdir(parents=True)
     (tmp_path / "evals" / "run" / "items" / "p.json").write_text(json.dumps({**item, "status": "failed", "reason": "x"}))
     out.mkdir()
-    write_folder(source, out, "fp32", 10**9, "mit", tmp_path / "evals" / "run")
+    write_folder(source, out, "fp32", 10**9, "mit", evaluation(source, tmp_path / "evals" / "run"))
     card = (out / "README.md").read_text()
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "mit",
+        "tags": ["everywhen"],
+    }
+    assert re.findall("^##? (.*)", card, re.M) == ["mine", "Architecture", "Use", "Training", "Evaluation", "Limits", "Licence"]
+    assert "\n\n\n" not in card and "{{" not in card and "| `x` | n_heads 6, n_kv_heads 2 |\n" in card
     for part in (
-        "license: mit",
         "LlamaForCausalLM",
         "books (0.3), web (0.7)",
         "491,520 in 30 steps",
@@ -61,3 +71,4 @@ def test_a_bare_checkpoint_has_a_card_too(tmp_path: Path) -> None:
     write_folder(source, out, "fp32", 10**9, "apache-2.0")
     card = (out / "README.md").read_text()
     assert "Evaluation" not in card and "Training" not in card and "Mamba2ForCausalLM" in card and not (out / "plots").exists()
+    assert "\n\n\n" not in card and "AutoTokenizer" in card

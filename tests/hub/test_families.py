@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.checkpoint import find, load_model
 from models.hub.export import CHECKER, GREEDY, write_folder
 from models.sampling import Sampling
 from models.session import Session
-from training.checkpoint import find, load_model
 
 FAMILIES = {
     "transformer": ("LlamaForCausalLM", ["model=transformer"]),

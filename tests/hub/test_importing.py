@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.tokenizer import byte_tokenizer
+from models.checkpoint import load_model, read_config
 from models.generate import generate
-from models.hub.export import read_config, write_folder
-from models.hub.importing import end_ids, import_folder, main, read_stock
+from models.hub.export import write_folder
+from models.hub.importing import end_ids, import_folder, read_stock
+from scripts.import_checkpoint import main
 from tests.hub.stock_folders import stock_folder
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
-from training.checkpoint import load_model
 from training.errors import UserError
 
 

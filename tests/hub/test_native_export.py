@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.config import ModelConfig
-from models.hub.export import export, main, verify, write_folder
+from models.hub.export import export, verify, write_folder
 from models.hub.native import stock
 from models.hub.weights import Weights, parse_size
+from scripts.export import main
 from tests.conftest import run_program
 from tests.hub.folders import checkpoint
 from training.errors import UserError
@@ -128,14 +129,14 @@ def test_unsafe_folders_are_refused(tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match="holds a pickle"):
         export(source, tmp_path / "o")
-    for command in (["-m", "models.generate", f"checkpoint={source}"], ["-m", "evals.run", f"checkpoint={source}", "suite=quick"]):
+    for command in (["-m", "scripts.generate", f"checkpoint={source}"], ["-m", "evals.run", f"checkpoint={source}", "suite=quick"]):
         done = run_program(command)
         assert done.returncode == 2 and "holds a pickle" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_evaluation_refuses_what_would_have_to_be_unpickled_or_leads_away(kind: str, tmp_path: Path) -> None:
-    from evals.adapters.base import load_adapter
+    from evals.adapters.load import load_adapter
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"wte.weight": "../../secret.safetensors"}}))

@@ -16,7 +16,7 @@ from tests.hub.hub_server import Hub
 from training.errors import UserError
 
 SHORT_WAITS = (
-    "import sys, time; wait = time.sleep; time.sleep = lambda s: wait(min(s, 0.02)); from models.hub.push import main; sys.exit(main())"
+    "import sys, time; wait = time.sleep; time.sleep = lambda s: wait(min(s, 0.02)); from scripts.push import main; sys.exit(main())"
 )
 
 
@@ -37,7 +37,7 @@ def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
     for i in range(3):
         save_file({"x": torch.full((7, 11), float(i))}, folder / f"model-0000{i + 1}-of-00003.safetensors")
     early = run_program(
-        ["-m", "models.hub.export", str(folder), str(tmp_path / "x"), "--push", "org/x"], HF_TOKEN="", HF_HOME=str(tmp_path / "none")
+        ["-m", "scripts.export", str(folder), str(tmp_path / "x"), "--push", "org/x"], HF_TOKEN="", HF_HOME=str(tmp_path / "none")
     )
     assert early.returncode == 2 and "no Hub token" in early.stderr  # before anything is exported
     for token, name, part in ((None, "org/tiny", "no Hub token"), ("wrong", "org/tiny", "write access"), ("right", "tiny", "org/name")):
@@ -46,7 +46,7 @@ def test_push_whole_interrupted_and_refused(tmp_path: Path) -> None:
         assert refused.stderr.strip().splitlines()[-1].startswith("error: ")
     hub.drop_after = 1
     cut = push(hub, folder, "org/tiny")
-    assert cut.returncode == 2 and f"models.hub.push {folder} org/" in cut.stderr, cut.stderr
+    assert cut.returncode == 2 and f"scripts.push {folder} org/" in cut.stderr, cut.stderr
     assert hub.repositories == {"org/tiny": {}} and len(hub.blobs) == 1
     hub.drop_after = None
     done = push(hub, folder, "org/tiny")
@@ -64,7 +64,7 @@ def test_a_large_file_goes_in_parts_and_is_taken_up(tmp_path: Path) -> None:
     save_file({"x": torch.rand(90_000)}, folder / "model.safetensors")
     hub.drop_after = 2
     cut = push(hub, folder, "org/large")
-    assert cut.returncode == 2 and f"models.hub.push {folder} org/" in cut.stderr, cut.stderr
+    assert cut.returncode == 2 and f"scripts.push {folder} org/" in cut.stderr, cut.stderr
     assert hub.repositories == {"org/large": {}} and not hub.blobs
     hub.drop_after = None
     done = push(hub, folder, "org/large")

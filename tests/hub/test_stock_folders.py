@@ -18,9 +18,10 @@ from models.generate import generate
 from models.hub import importing
 from models.hub.compare import compare
 from models.hub.export import verify, write_folder
-from models.hub.importing import import_folder, main, read_stock, resolved
+from models.hub.importing import import_folder, read_stock, resolved
 from models.lm import LanguageModel
 from models.mixers import attention
+from scripts.import_checkpoint import main
 from tests.hub.stock_folders import STOCK, stock_folder, stock_model
 from training.errors import UserError
 
@@ -209,7 +210,7 @@ def test_what_goes_without_saying_is_said(tmp_path: Path, capsys: pytest.Capture
     assert main([str(folder), str(tmp_path / "b")]) == 0
     assert "holds a tokenizer.model and no tokenizer.json" in capsys.readouterr().err
     assert (tmp_path / "b/tokenizer.model").is_file()
-    from training.checkpoint import load_model
+    from models.checkpoint import load_model
 
     with pytest.raises(UserError, match="AutoTokenizer.from_pretrained"):
         load_model(folder)

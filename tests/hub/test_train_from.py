@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.hub.export import write_folder
 from models.hub.importing import load_into
 from models.lm import LanguageModel
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
-from training.checkpoint import load_model
+from training.config.checks import split_problems
 from training.config.cli import checked, compose_config
-from training.config.schema import split_problems
 from training.errors import UserError
 from training.setup import model_config
 
@@ -80,7 +80,7 @@ def test_data_that_begin_documents_with_another_token_are_told_of(tmp_path: Path
 def test_a_run_starts_from_an_exported_run(train: Callable[..., object], tmp_path: Path) -> None:
     first = train("one", "model=transformer", "train.steps=2")
     assert first.returncode == 0, first.stderr  # type: ignore[attr-defined]
-    from training.checkpoint import find
+    from models.checkpoint import find
 
     folder = tmp_path / "hf"
     folder.mkdir()

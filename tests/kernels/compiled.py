@@ -1,6 +1,6 @@
 """Compiles every kernel of the cells named to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled, copies}}}
 (copies: asynchronous ones to shared memory in its text).
-Its own process: Triton must not be in its interpreter. `python tests/kernels/compiled.py 8 4 paragru` (steps of a group, forward and backward);
+Its own process: Triton must not be in its interpreter. `python -m tests.kernels.compiled 8 4 paragru` (steps of a group, forward and backward);
 with `--golden` at the end the figures go to resources.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
-from test_parallel_rnn import cells  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.parallel_rnn import codegen, launch  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
+from tests.kernels.test_parallel_rnn import cells  # noqa: E402
 
 BF16 = {"PRE", "EMITTED", "KEPT", "D_EMITTED", "D_KEPT", "D_PRE", "H", "NEW"}
 SWITCHES = {
@@ -62,8 +62,13 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(re.findall(r"REG:(\d+)", text)[-1]), "spilled": int(re.findall(r"STACK:(\d+)", text)[-1])}
 
 
+def figures(made: Any) -> dict[str, int]:
+    return {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
+
+
 def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
     out: dict[str, dict[str, dict[str, int]]] = {}
+    registers = Registers(f"rnn {ahead} {back}")
     for name in names:
         cell = next(c for c in cells() if c.name == name)
         module = launch.kernels(cell, ahead, back, "ptx", "bfloat16")
@@ -92,18 +97,14 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             source = ASTSource(
                 fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned
             )
-            made = triton.compile(
-                source,
-                target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)},
-            )
-            assert ".target sm_90" in made.asm["ptx"]
-            out[name][kernel] = {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
+            warps = max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)
+            out[name][kernel] = registers.figures(f"{name} {kernel}", source, {"num_warps": warps}, figures)
     print(json.dumps(out))
+    registers.close()
     if golden:
         lines = {"triton": triton.__version__, "ahead": ahead, "back": back, "cells": out}
         GOLDEN.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), [word for word in sys.argv[3:] if word != "--golden"], "--golden" in sys.argv)
+    main(int(sys.argv[1]), int(sys.argv[2]), [word for word in sys.argv[3:] if not word.startswith("--")], "--golden" in sys.argv)

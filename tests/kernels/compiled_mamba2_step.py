@@ -10,15 +10,14 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
-from compiled import resources  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.mamba2_step import tile  # noqa: E402
+from kernels.mamba2_step.op import tile  # noqa: E402
 from kernels.mamba2_step.triton import step  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
 
 KINDS = {"STARTS": "*u8", "low": "fp32", "high": "fp32"}
 ACTIVATIONS = {"ROWS", "PAST", "CONV", "CONV_BIAS", "Y", "NEXT"}
@@ -26,7 +25,10 @@ ODD = {"groups"}  # a number that need not be a multiple of 16
 GOLDEN = Path(__file__).with_name("resources_mamba2_step.json")
 
 
-def made(dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, int]:
+registers = Registers("mamba2_step")
+
+
+def made(label: str, dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, int]:
     BP, BN = tile(B, H, P, N)
     constants = {"HAS_STARTS": starts, "W": 4, "BP": BP, "BN": BN}
     signature = {
@@ -37,19 +39,24 @@ def made(dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, 
     }
     aligned = [i for i, a in enumerate(step.arg_names) if a not in constants and a not in ODD and signature[a] != "fp32"]
     source = ASTSource(step, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    assert ".target sm_90" in kernel.asm["ptx"]
-    return {**resources(kernel.asm["cubin"]), "rows": BP, "wide_loads": kernel.asm["ptx"].count("ld.global.v4")}
+    return registers.figures(
+        label,
+        source,
+        {"num_warps": 4},
+        lambda kernel: {**resources(kernel.asm["cubin"]), "rows": BP, "wide_loads": kernel.asm["ptx"].count("ld.global.v4")},
+    )
 
 
 def main(golden: bool) -> None:
-    out = {
-        "400m, batch 64": made("bf16", 64, 32, 64, 64, False),
-        "1b, batch 64": made("bf16", 64, 64, 64, 128, False),
-        "1b, batch 64, documents": made("bf16", 64, 64, 64, 128, True),
-        "fp32, batch 2": made("fp32", 2, 8, 40, 256, True),
+    cases: dict[str, tuple[str, int, int, int, int, bool]] = {
+        "400m, batch 64": ("bf16", 64, 32, 64, 64, False),
+        "1b, batch 64": ("bf16", 64, 64, 64, 128, False),
+        "1b, batch 64, documents": ("bf16", 64, 64, 64, 128, True),
+        "fp32, batch 2": ("fp32", 2, 8, 40, 256, True),
     }
+    out = {label: made(label, *case) for label, case in cases.items()}
     print(json.dumps(out))
+    registers.close()
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
 

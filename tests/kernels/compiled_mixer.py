@@ -11,28 +11,28 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from compiled import resources  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import cross_entropy  # noqa: E402
+from kernels.add_norm import triton as add_norm  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
 from kernels.residual import triton as residual  # noqa: E402
 from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
 from kernels.swiglu import triton as swiglu  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
 
 FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 
 
-def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
+def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -50,9 +50,10 @@ def made(fn: Any, constants: dict[str, Any], warps: int) -> dict[str, int]:
 
     aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and name not in ODD and kind(name) != "fp32"]
     source = ASTSource(fn, {name: kind(name) for name in fn.arg_names}, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    assert ".target sm_90" in kernel.asm["ptx"]
-    return resources(kernel.asm["cubin"])
+    return registers.figures(label, source, {"num_warps": warps}, lambda kernel: resources(kernel.asm["cubin"]))
+
+
+registers = Registers("mixer")
 
 
 def main(golden: bool) -> None:
@@ -66,24 +67,31 @@ def main(golden: bool) -> None:
         )
         for packed in (False, True):
             flags = {"W": 4, "SILU": True, "HAS_HISTORY": packed, "HAS_STARTS": packed, "U": plan.unroll, "BD": plan.block}
-            out[f"convolution {'backward' if back else 'forward'}{', documents' * packed}"] = made(fn, flags, plan.warps)
+            name = f"convolution {'backward' if back else 'forward'}{', documents' * packed}"
+            out[name] = made(name, fn, flags, plan.warps)
         for K in (2048, 4096):
             BR, BK, warps = norm.tile(K, gpu, norm.PER_WARP_BACK if back else norm.PER_WARP)
             for label, gated, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
                 flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK}
                 name = f"{label} {'backward' if back else 'forward'} {K}"
-                out[name] = made(norm.kernels.backward if back else norm.kernels.forward, flags, warps)
+                out[name] = made(name, norm.kernels.backward if back else norm.kernels.forward, flags, warps)
     for name in ("losses", "gradient"):
-        out[f"cross entropy {name}"] = made(getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
+        out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
     for name in ("forward", "backward"):
-        out[f"swiglu {name}"] = made(getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
+        out[f"swiglu {name}"] = made(f"swiglu {name}", getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
     BR, BD = residual.tile(32768, 1024, gpu)
-    out["residual forward"] = made(residual.forward, {"BR": BR, "BD": BD}, residual.WARPS)
-    out["residual backward"] = made(residual.backward, {"COPY": True, "BR": BR, "BD": BD}, residual.WARPS)
+    out["residual forward"] = made("residual forward", residual.forward, {"BR": BR, "BD": BD}, residual.WARPS)
+    out["residual backward"] = made("residual backward", residual.backward, {"COPY": True, "BR": BR, "BD": BD}, residual.WARPS)
+    for scaled in (False, True):
+        for back in (False, True):
+            BR, BD, warps = add_norm.tile(1024, gpu, add_norm.PER_WARP_BACK if back else add_norm.PER_WARP)
+            name = f"add and norm {'backward' if back else 'forward'}{', scaled' * scaled}"
+            out[name] = made(name, add_norm.backward if back else add_norm.forward, {"SCALED": scaled, "BR": BR, "BD": BD}, warps)
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
-        out[name] = made(rotary.turn, flags, rotary.WARPS)
+        out[name] = made(name, rotary.turn, flags, rotary.WARPS)
     print(json.dumps(out))
+    registers.close()
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
 

@@ -1,5 +1,5 @@
 """Compiles the scan's kernels to sm_90 without a GPU and prints one line of JSON: {kernel: {registers, spilled, shared}}. Its own process:
-Triton must not be in its interpreter. `python tests/kernels/compiled_ssd.py bf16 64 128` (dtype, P, N); with `--golden` at the end the
+Triton must not be in its interpreter. `python -m tests.kernels.compiled_ssd bf16 64 128` (dtype, P, N); with `--golden` at the end the
 figures go to resources_ssd.json, to be looked at and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from compiled import resources  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.ssd import launch  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
 
 LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX"}  # in the dtype of x
 STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}
 GOLDEN = Path(__file__).with_name("resources_ssd.json")
+
+
+registers = Registers("ssd")
 
 
 def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int]:
@@ -60,8 +62,10 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
         fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     warps, stages = (s.walk_warps, s.walk_stages) if walk else (4, 1) if name.startswith(("prepare", "recover")) else (s.warps, 3)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
-    assert ".target sm_90" in kernel.asm["ptx"]
+    return registers.figures(name, source, {"num_warps": warps, "num_stages": stages}, figures)
+
+
+def figures(kernel: Any) -> dict[str, int]:
     return {**resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
 
 
@@ -70,6 +74,7 @@ def main(dtype: str, P: int, N: int, golden: bool) -> None:
         name: made(name, dtype, P, N) for name in ("prepare", "walk", "walk_back", "outputs", "recover", "query_gradients", "key_gradients")
     }
     print(json.dumps(out))
+    registers.close()
     if golden:
         GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, P, N], "kernels": out}, indent=1) + "\n")
 

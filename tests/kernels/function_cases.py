@@ -1,16 +1,13 @@
-"""Every function that a step may use, evaluated by one Triton kernel and compared with float64: in the interpreter (`python
-tests/kernels/function_cases.py`, a process of its own) and on a GPU (test_gpu.py)."""
+"""Every function that a step may use, evaluated by one Triton kernel and compared with float64: in the interpreter (a process of its own,
+`python -m tests.kernels.function_cases`) and on a GPU (test_gpu.py)."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 if __name__ == "__main__":  # the interpreter is chosen when Triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +17,7 @@ from kernels.parallel_rnn import launch
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.functions import functions
+from kernels.parallel_rnn.step import StepFunction
 from kernels.parallel_rnn.trace import trace, vjp
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -62,7 +60,7 @@ def cell_of(call: Callable[[Tensor], Tensor]) -> Cell:
     def step(x: Pre, h: State) -> tuple[Tensor, ...]:
         return (call(x),)
 
-    return Cell("a_function", step, ("x",), (), ("h",))
+    return Cell.of(StepFunction("a_function", step, ("x",), (), ("h",)))
 
 
 def evaluate(x: Tensor, short: str, maths: str, slopes: bool = False) -> dict[str, Tensor]:

@@ -1,22 +1,20 @@
 """Runs every kernel of one cell in Triton's interpreter and compares it with the float64 loop. Its own process: the interpreter is
-chosen when Triton is imported. `python tests/kernels/interpreted.py paragru`"""
+chosen when Triton is imported. `python -m tests.kernels.interpreted paragru`"""
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
-from test_parallel_rnn import cells, problem  # noqa: E402
 
 from kernels.parallel_rnn import launch, op, reference  # noqa: E402
 from kernels.parallel_rnn.cell import Cell, Pre, State, biased  # noqa: E402
 from kernels.parallel_rnn.trace import trace  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
+from tests.kernels.test_parallel_rnn import cells, problem  # noqa: E402
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:

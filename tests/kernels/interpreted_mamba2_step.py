@@ -1,19 +1,17 @@
 """Runs the decoding step of Mamba-2 in Triton's interpreter and compares it with the recurrence and the convolution written out in float64.
-Its own process: the interpreter is chosen when Triton is imported. `python tests/kernels/interpreted_mamba2_step.py`"""
+Its own process: the interpreter is chosen when Triton is imported. `python -m tests.kernels.interpreted_mamba2_step`"""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 
-from kernels.mamba2_step import _step, mamba2_step  # noqa: E402
+from kernels.mamba2_step import mamba2_step  # noqa: E402
+from kernels.mamba2_step.op import step_op  # noqa: E402
 from tests.kernels.mamba2_step_cases import CASES, problem, written_out  # noqa: E402
 
 
@@ -60,5 +58,5 @@ if __name__ == "__main__":
     forgotten()
     given = problem(2, 4, 3, 5, 2, 4, dtype=torch.float32, resets=True)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(_step, (*given[:9], torch.empty_like(given[7]), given[9], 0.0, math.inf), test_utils=tests)
+    torch.library.opcheck(step_op, (*given[:9], torch.empty_like(given[7]), given[9], 0.0, math.inf), test_utils=tests)
     print("ok")

@@ -1,21 +1,21 @@
 """Runs the kernels of whole layers but the recurrence (convolution, norm, SwiGLU, residual, rotary positions, loss) in Triton's interpreter and compares them with torch's own gradients in float64.
-Its own process: the interpreter is chosen when Triton is imported. `python tests/kernels/interpreted_mixer.py`"""
+Its own process: the interpreter is chosen when Triton is imported. `python -m tests.kernels.interpreted_mixer`"""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels import cross_entropy  # noqa: E402
+from kernels.add_norm import add_norm  # noqa: E402
+from kernels.add_norm import op as add_norm_op  # noqa: E402
+from kernels.add_norm import reference as add_norm_reference  # noqa: E402
 from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
@@ -26,9 +26,9 @@ from kernels.residual import residual  # noqa: E402
 from kernels.rotary import op as rotary_op  # noqa: E402
 from kernels.rotary import reference as rotary_reference  # noqa: E402
 from kernels.rotary import rotary  # noqa: E402
+from kernels.short_conv import joint_gradient, short_conv, short_conv_columns  # noqa: E402
 from kernels.short_conv import op as conv_op  # noqa: E402
 from kernels.short_conv import reference as conv_reference  # noqa: E402
-from kernels.short_conv import short_conv, short_conv_columns  # noqa: E402
 from kernels.swiglu import op as swiglu_op  # noqa: E402
 from kernels.swiglu import reference as swiglu_reference  # noqa: E402
 from kernels.swiglu import swiglu  # noqa: E402
@@ -153,8 +153,8 @@ def norms() -> None:
         )
         agree(y, oracle, present(given), present(fine), f"norm {shape} {groups} {dtype}")
     h, gate, weight = (t.requires_grad_() for t in (torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.randn(6)))
-    torch.library.opcheck(norm_op.norm_op, (h, gate, weight, 1e-5, 1, True, torch.float32, 6, 12), test_utils=CHECKS)
-    torch.library.opcheck(norm_op.norm_op, (gate, None, weight, 1e-5, 2, False, torch.bfloat16, 0, 0), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm_op, (h, gate, weight, 1e-5, 1, True, torch.float32), test_utils=CHECKS)
+    torch.library.opcheck(norm_op.norm_op, (gate, None, weight, 1e-5, 2, False, torch.bfloat16), test_utils=CHECKS)
 
 
 def gated_products() -> None:
@@ -163,6 +163,10 @@ def gated_products() -> None:
         given, fine = leaves(*(2 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype) for _ in range(2)))
         parts = [[t[..., ::2] for t in present(tensors)] for tensors in (given, fine)]
         agree(swiglu(*parts[0]), swiglu_reference.swiglu(*parts[1]), present(given), present(fine), f"swiglu {shape} {dtype}")
+    for shape, apart in (((2, 3, 11), 0), ((7, 40), 0), ((7, 40), 1)):  # the halves of one tensor, or columns of it that are not
+        given, fine = leaves(torch.randn(*shape[:-1], 2 * shape[-1] + apart))
+        halves = [(t[0][..., : shape[-1]], t[0][..., shape[-1] + apart :]) for t in (present(given), present(fine))]
+        agree(swiglu(*halves[0]), swiglu_reference.swiglu(*halves[1]), present(given), present(fine), f"swiglu halves {shape} {apart}")
     gate, up = (torch.randn(2, 5, requires_grad=True) for _ in range(2))
     torch.library.opcheck(swiglu_op.product_op, (gate, up), test_utils=CHECKS)
 
@@ -182,6 +186,27 @@ def residuals() -> None:
     x, y, scale = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,)))
     torch.library.opcheck(residual_op.add_op, (x, y, scale), test_utils=CHECKS)
     torch.library.opcheck(residual_op.add_op, (x, y.detach().half().requires_grad_(), scale), test_utils=CHECKS)
+
+
+def streams() -> None:
+    """Rows and widths below, at and above a tile, with and without a scale, the dtypes of stream, sublayer and norm alike and not."""
+    for shape, other, dtype, scaled in (
+        ((1, 1), torch.float32, torch.float32, True),
+        ((2, 3, 5), torch.float32, torch.float32, False),
+        ((7, 521), torch.float16, torch.float32, True),
+        ((2, 5, 33), torch.float16, torch.float16, False),
+        ((3, 34), torch.float16, torch.float16, True),
+    ):
+        scale = torch.randn(shape[-1]) if scaled else None
+        given, fine = leaves(torch.randn(shape), torch.randn(shape).to(other), scale, torch.randn(shape[-1]))
+        made, oracle = add_norm(*given, 1e-5, dtype), add_norm_reference.add_norm(*fine, 1e-5)
+        assert made[0].dtype == torch.float32 and made[1].dtype == dtype
+        for which in ((0,), (1,), (0, 1)):  # gradients of the stream, of its norm, and of both
+            wanted = [torch.cat([r[i].to(r[0].dtype).flatten() for i in which]) for r in (made, oracle)]
+            agree(*wanted, present(given), present(fine), f"stream {shape} {other} {dtype} {scaled} {which}")
+    x, y, scale, weight = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,), (4,)))
+    torch.library.opcheck(add_norm_op.add_norm_op, (x, y, scale, weight, 1e-5, torch.float32), test_utils=CHECKS)
+    torch.library.opcheck(add_norm_op.add_norm_op, (x, y, None, weight, 1e-5, torch.bfloat16), test_utils=CHECKS)
 
 
 def turned(turn: Any, tensors: list[Tensor], H: int, positions: Tensor, *more: Any) -> Tensor:
@@ -221,8 +246,9 @@ def chains() -> None:
     starts = torch.rand(B, T) < 0.3
 
     def chain(conv: Any, norm: Any, projected: Tensor, history: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-        _, u, gate = conv(projected, before, history, weight, bias, starts, True)
-        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(before + I, before + 2 * I))
+        joint = joint_gradient(projected)
+        _, u, gate = conv(projected, before, history, weight, bias, starts, True, joint)
+        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(before + I, joint))
 
     y = chain(short_conv_columns, gated_norm, *present(given))
     oracle = chain(conv_reference.short_conv_columns, norm_reference.gated_norm, *present(fine))
@@ -244,7 +270,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, residuals, rotations, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, residuals, streams, rotations, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()

@@ -1,21 +1,18 @@
 """Runs the scan's Triton kernels in its interpreter and compares them with the float64 loop. Its own process: the interpreter is chosen when
-Triton is imported. `python tests/kernels/interpreted_ssd.py`"""
+Triton is imported. `python -m tests.kernels.interpreted_ssd`"""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
-from ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
 
 from kernels.ssd import op, ssd  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
+from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
 
 CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 37, 6, 24, 2, 40), {"starts": 0.1}),
@@ -98,7 +95,8 @@ def registered() -> None:
         torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, skip, begin, new))
     with torch.no_grad():
         dy, d_final = torch.randn(x.shape), torch.randn(h0.shape)
-        torch.library.opcheck(op.backward_op, (x, dt, A, Bm, Cm, D, h0, starts, dy, d_final), test_utils=("test_schema", "test_faketensor"))
+        backward_op = torch.ops.everywhen.ssd_backward.default
+        torch.library.opcheck(backward_op, (dy, d_final, x, dt, A, Bm, Cm, D, h0, starts), test_utils=("test_schema", "test_faketensor"))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from kernels.parallel_rnn import reference
 from kernels.parallel_rnn.cell import Cell, Pre, State
+from tests.kernels.generate.case import line
 from tests.kernels.generate.cells import run_case
 
 ROOT = Path(__file__).parents[2]
+MODULE = "tests.kernels.generate.cells"
 
 
 def failures(seeds: range, dtype: str) -> list[str]:
-    rows = [run_case(seed, dtype, "cpu") for seed in seeds]
-    return [f"{r['again']}\n{'; '.join(r['problems'])}" for r in rows if r["problems"]]
+    results = [run_case(dtype, seed, "cpu") for seed in seeds]
+    return [f"{line(MODULE, r.kind, r.seed, r.device)}\n{r.error}" for r in results if not r.ok]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,8 +38,8 @@ def test_plain_torch(dtype: str) -> None:
 @pytest.mark.parametrize("first", [100, 108])
 def test_kernels_in_the_interpreter(first: int) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "tests.kernels.generate.cells", "--cases", "8", "--first", str(first), "--dtype", "float32"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", MODULE, "float32", "--cases", "8", "--seed", str(first), "--device", "interpreter"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
@@ -47,20 +49,10 @@ def test_kernels_in_the_interpreter(first: int) -> None:
 def test_kernels_on_a_gpu(tmp_path: Path) -> None:
     """New cells each time, as many as half an hour allows; their lines run them again."""
     out, processes = tmp_path / "cells.json", str(max(1, (os.cpu_count() or 2) - 2))
-    command = [
-        sys.executable,
-        "-m",
-        "tests.kernels.generate.cells",
-        "--cases",
-        "100",
-        "--first",
-        str(secrets.randbelow(10**8)),
-        "--device",
-        "cuda",
-    ]
-    subprocess.run([*command, "--processes", processes, "--seconds", "1500", "--out", str(out)], cwd=ROOT, check=False, timeout=2400)
-    rows = json.loads(out.read_text())["rows"]
-    assert not [f"{r['again']}: {r['problems']}" for r in rows if r["problems"]]
+    command = [sys.executable, "-m", MODULE, "--cases", "100", "--seed", str(secrets.randbelow(10**8)), "--device", "cuda"]
+    subprocess.run([*command, "--jobs", processes, "--seconds", "1500", "--out", str(out)], cwd=ROOT, check=False, timeout=2400)
+    results = json.loads(out.read_text())["results"]
+    assert results and not [f"{line(MODULE, r['kind'], r['seed'], 'cuda')}: {r['error']}" for r in results if not r["ok"]]
 
 
 def absolute(change: Tensor, size: Tensor) -> float:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.kernels.generate.case import line, main, run_one
-from tests.kernels.generate.ops import KERNELS_ONLY, KINDS, usable
+from tests.kernels.generate.ops import KERNELS_ONLY, KINDS, run_case, usable
 
 PLAIN = [kind for kind in KINDS if kind not in KERNELS_ONLY]
 ROOT = Path(__file__).parents[2]
@@ -45,11 +45,11 @@ def test_a_run_goes_on_where_it_stopped_and_says_what_failed(
 ) -> None:
     out = tmp_path / "found.json"
     monkeypatch.setattr(sys, "argv", [MODULE, "conv_history", "--cases", "3", "--seed", "9", "--out", str(out)])
-    assert main(MODULE, KINDS, usable) == 0
+    assert main(MODULE, [*KINDS], run_case, usable) == 0
     lines = [text for text in out.with_suffix(".jsonl").read_text().splitlines() if text]
     wrong = {**json.loads(lines[1]), "ok": False, "error": "y is off by 1"}
     out.with_suffix(".jsonl").write_text("\n".join([lines[0], json.dumps(wrong), lines[2][:20]]))  # the last line is torn
-    assert main(MODULE, KINDS, usable) == 1
+    assert main(MODULE, [*KINDS], run_case, usable) == 1
     assert "python -m tests.kernels.generate.ops conv_history 10 --device cpu" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["failed"] == 1 and [r["seed"] for r in found["results"]] == [9, 10, 11] and found["results"][2]["ok"]

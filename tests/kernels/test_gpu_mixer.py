@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.add_norm import add_norm
+from kernels.add_norm import reference as add_norm_reference
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
@@ -15,9 +17,9 @@ from kernels.residual import reference as residual_reference
 from kernels.residual import residual
 from kernels.rotary import reference as rotary_reference
 from kernels.rotary import rotary
+from kernels.short_conv import joint_gradient, short_conv, short_conv_columns
 from kernels.short_conv import op as conv_op
 from kernels.short_conv import reference as conv_reference
-from kernels.short_conv import short_conv, short_conv_columns
 from kernels.swiglu import reference as swiglu_reference
 from kernels.swiglu import swiglu
 from models import mixers
@@ -99,6 +101,35 @@ def test_residual(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...
     assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 77, 33), (5, 2048), (3, 1500, 768)])
+def test_add_norm(scaled: bool, other: torch.dtype, shape: tuple[int, ...]) -> None:
+    D = shape[-1]
+    given = leaves(shape, shape, (D,), (D,), dtypes=[torch.float32, other, torch.float32, torch.float32])
+    if not scaled:
+        del given[2]
+    fine = [t.detach().double().requires_grad_() for t in given]
+
+    def whole(op: Any, x: torch.Tensor, y: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return torch.cat(op(x, y, rest[0] if scaled else None, rest[-1], 1e-5))
+
+    compare(whole(add_norm, *given), whole(add_norm_reference.add_norm, *fine), given, fine, other)
+    d = torch.randn(2 * shape[0], *shape[1:], device="cuda")
+    one, two = (torch.autograd.grad(whole(add_norm, *given), given, d) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one, two)), "not repeatable"
+
+
+@pytest.mark.parametrize("shape", [(3, 77, 33), (2, 2048), (5, 100, 2816)])
+def test_swiglu_of_halves(shape: tuple[int, ...]) -> None:
+    whole = torch.randn(*shape[:-1], 2 * shape[-1], device="cuda", dtype=torch.bfloat16).requires_grad_()
+    apart = [t.detach().contiguous().requires_grad_() for t in whole.chunk(2, -1)]
+    y, wanted = swiglu(*whole.chunk(2, -1)), swiglu(*apart)
+    assert torch.equal(y, wanted)
+    d = torch.randn_like(y)
+    assert torch.equal(torch.autograd.grad(y, whole, d)[0], torch.cat(torch.autograd.grad(wanted, apart, d), -1))
+
+
 @pytest.mark.slow
 def test_swiglu_past_the_range_of_32_bits() -> None:
     gate, up = (torch.zeros(2**31 + 100, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -143,8 +174,9 @@ def test_split_projection_and_no_copy_of_the_gates_gradient() -> None:
     starts = torch.rand(B, T, device="cuda") < 0.1
 
     def chain(conv: Any, norm: Any, projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-        _, u, gate = conv(projected, 0, None, weight, bias, starts, True)
-        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(I, 2 * I))
+        joint = joint_gradient(projected)
+        _, u, gate = conv(projected, 0, None, weight, bias, starts, True, joint)
+        return norm(2 * u, gate, scale, 1e-5, norm_first=True, columns=(I, joint))
 
     fine = [t.detach().double().requires_grad_() for t in given]
     y = chain(short_conv_columns, gated_norm, *given)
@@ -187,8 +219,9 @@ def test_repeatable_graph_capturable_and_compiled() -> None:
     given = leaves((2, 600, 512), (256, 4), (256,), (256,), dtypes=[torch.bfloat16, *[torch.float32] * 3])
 
     def chain(projected: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-        _, u, gate = short_conv_columns(projected, 0, None, weight, bias, None, True)
-        return gated_norm(u, gate, scale, 1e-5, norm_first=True, columns=(256, 512))
+        joint = joint_gradient(projected)
+        _, u, gate = short_conv_columns(projected, 0, None, weight, bias, None, True, joint)
+        return gated_norm(u, gate, scale, 1e-5, norm_first=True, columns=(256, joint))
 
     first = [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]
     assert all(torch.equal(a, b) for a, b in zip(first, [chain(*given), *torch.autograd.grad(chain(*given).sum(), given)]))

@@ -24,8 +24,8 @@ from kernels.parallel_rnn.cell import Cell, Pre, Rec, State, biased
 from kernels.parallel_rnn.expressions import torch_functions
 from kernels.parallel_rnn.trace import NotLowered, trace
 from models import mixers
+from training.config.checks import check
 from training.config.cli import checked, compose_config
-from training.config.schema import check
 from training.errors import UserError
 
 

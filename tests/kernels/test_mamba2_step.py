@@ -42,7 +42,7 @@ def test_the_kernel_compiles_with_wide_loads_and_does_not_spill() -> None:
     golden, found = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
     assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in found.values()), found
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python tests/kernels/compiled_mamba2_step.py --golden"
+        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mamba2_step --golden"
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.add_norm import add_norm
+from kernels.add_norm import op as add_norm_op
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
 from kernels.residual import op as residual_op
@@ -37,7 +39,11 @@ def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
     golden, found = json.loads((HERE / "resources_mixer.json").read_text()), json.loads(run("compiled_mixer.py"))
     assert found and all(use.get("spilled", 0) == 0 for use in found.values()), found
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python tests/kernels/compiled_mixer.py --golden"
+        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mixer --golden"
+
+
+def both(results: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.cat(results)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the operations then run kernels")
@@ -49,7 +55,7 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     gate, h = (torch.randn(2, 7, 6, dtype=dtype, requires_grad=True) for _ in range(2))
     starts = torch.rand(2, 7) < 0.3
     conv = (x, history, weight, bias, starts, True)
-    norm = (h, gate, bias, 1e-5, 1, True, dtype, 6, 12)
+    norm = (h, gate, bias, 1e-5, 1, True, dtype)
     q, k, positions = x.unflatten(-1, (1, 6)).transpose(1, 2), gate.unflatten(-1, (1, 6)).transpose(1, 2), torch.arange(3, 10)
     torch.library.opcheck(conv_op.convolve_op, conv, test_utils=CHECKS)
     torch.library.opcheck(norm_op.norm_op, norm, test_utils=CHECKS)
@@ -63,11 +69,13 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
         (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),
         (
-            norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype, 0, 0),
+            norm_op.norm(x, gate, bias, 1e-5, 2, False, dtype),
             norm_reference.gated_norm(x, gate, bias, 1e-5, 2),
             (x, gate, bias),
         ),
         (residual_op.add(x, h, bias), residual_reference.residual(x, h, bias), (x, h, bias)),
+        (both(add_norm_op.add_norm(x, h, bias, bias, 1e-5, dtype)), both(add_norm(x, h, bias, bias, 1e-5)), (x, h, bias)),
+        (both(add_norm_op.add_norm(x, h, None, bias, 1e-5, dtype)), both(add_norm(x, h, None, bias, 1e-5)), (x, h, bias)),
         (swiglu_op.product(gate, h), swiglu_reference.swiglu(gate, h), (gate, h)),
         (
             torch.cat(rotary_op.turn(q, k, positions, 100.0, False)),

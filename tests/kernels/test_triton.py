@@ -18,9 +18,16 @@ HERE = Path(__file__).parent
 
 
 def run(script: str, *arguments: str) -> str:
+    """The last line that a program of this folder prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-m", f"tests.kernels.{script.removesuffix('.py')}", *arguments],
+        cwd=HERE.parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
@@ -53,4 +60,4 @@ def test_registers_are_those_of_the_golden_file_and_none_spill_where_speed_matte
     found = json.loads(run("compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]))
     assert all(use.get("spilled", 0) == 0 for name in ("paragru", "paralstm") for use in found[name].values()), found
     if triton.__version__ == golden["triton"]:
-        assert found == golden["cells"], "If the change is wanted: python tests/kernels/compiled.py 8 4 paragru paralstm gru lstm --golden"
+        assert found == golden["cells"], "If the change is wanted: python -m tests.kernels.compiled 8 4 paragru paralstm gru lstm --golden"

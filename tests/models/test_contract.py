@@ -209,3 +209,15 @@ def test_one_token_and_an_empty_config() -> None:
         built = mixers.load(type_).Mixer(config, 64, 0)
         built.init_weights(0.1, 0)
         assert built(torch.randn(1, 1, 64))[0].shape == (1, 1, 64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_decoding_without_gradients_equals_the_whole(mixer: Any, segments: torch.Tensor | None) -> None:
+    """Single tokens take other ways where nothing is differentiated."""
+    x = x_of()
+    whole, state, parts = mixer(x, segment_ids=segments)[0], mixer.init_state(2), []
+    for t in range(T):
+        y, state = mixer(x[:, t : t + 1], state, None if segments is None else segments[:, t : t + 1])
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)

@@ -10,12 +10,12 @@ import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from data.tokenizer import byte_tokenizer
-from models import generate as command
 from models.cells import available as cells
 from models.config import ModelConfig
 from models.generate import generate, left_pad
 from models.lm import LanguageModel
 from models.sampling import Sampling, TextStream
+from scripts import generate as command
 
 V = 71
 MIXERS: dict[str, dict[str, Any]] = {

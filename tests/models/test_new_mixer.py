@@ -85,15 +85,21 @@ def test_it_is_evaluated(model: LanguageModel) -> None:
     assert all(not s.entries.any() for s in adapter.layer_states(emptied)) and emptied.layers[2] is state.layers[2]
 
 
-def test_its_sequences_start_from_other_states(model: LanguageModel) -> None:
-    ids = torch.randint(269, (4, 9))
+@pytest.mark.parametrize("rows", [1, 4])
+def test_its_sequences_start_from_other_states(model: LanguageModel, rows: int) -> None:
+    ids = torch.randint(269, (rows, 9))
     for mode in ("pass", "random", "fitted"):
         initial = InitialStates(mode, drop=0.0)
         for _ in range(2):
-            state = initial.before(model, 0, 4)
+            state = initial.before(model, 0, rows)
             initial.after(0, model(ids, state=state).state)
-        state = initial.before(model, 0, 4, torch.full((4, 9), 5))
-        assert state.layers[0].h_BD.any() and (state.layers[0].segment_B == 5).all() and state.layers[2].seen == 0
+        state = initial.before(model, 0, rows, torch.full((rows, 9), 5))
+        assert (
+            state.layers[0].h_BD.any()
+            and state.layers[0].h_BD.isfinite().all()
+            and (state.layers[0].segment_B == 5).all()
+            and state.layers[2].seen == 0
+        )
 
 
 def test_its_memory_is_planned(mapping: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,9 +277,9 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
                 saver.save({"step": saver.saved + 1})
             return verify(folder, *arguments, **more)
 
-        monkeypatch.setattr(checkpoint, "verify", meanwhile)
+        monkeypatch.setattr("models.checkpoint.verify", meanwhile)
         assert checkpoint.newest(tmp_path, warned.append) == checkpoint.folder_of(tmp_path, 3) and warned == []
-        monkeypatch.setattr(checkpoint, "verify", verify)
+        monkeypatch.setattr("models.checkpoint.verify", verify)
         (checkpoint.folder_of(tmp_path, 3) / "state.json").unlink()
         with pytest.raises(UserError, match="no complete checkpoint"):
             checkpoint.find(tmp_path)

@@ -101,7 +101,7 @@ def test_a_run_goes_through_faults_of_saves_data_and_clocks(whole: dict[int, flo
 @pytest.mark.slow
 def test_a_hung_rank_of_a_run_is_found_and_the_run_finishes(whole: dict[int, float], demo_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    supervisor = [sys.executable, "-m", "training.supervisor", "restarts=1", "timeout=15", "startup=240", "backoff=0", "--", sys.executable]
+    supervisor = [sys.executable, "-m", "training.supervisor", "restarts=1", "timeout=10", "startup=240", "backoff=0", "--", sys.executable]
     done = subprocess.run(
         [*supervisor, *launcher("torchrun"), "-m", "tests.training.inject", *WORDS, f"data.path={demo_shards}", f"run_dir={run}"],
         cwd=ROOT,

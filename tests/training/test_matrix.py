@@ -15,8 +15,9 @@ from training.errors import UserError
 SLICE = {
     1: [
         "zero0, accumulation 2, recomputation full",
-        "zero1, accumulation 1, recomputation none",
+        "zero1, accumulation 1, offload optimizer",  # a single rank runs a stage only where it moves something to the host
         "zero2, accumulation 2, offload optimizer",
+        "zero3, accumulation 2, offload optimizer and parameters",
     ],
     2: [
         "zero0, accumulation 1, recomputation none",

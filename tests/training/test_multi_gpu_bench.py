@@ -16,7 +16,7 @@ from training.supervisor import descendants
 
 STUB = """
 import json, pathlib, sys, time
-ranks, folder = int(sys.argv[1]), pathlib.Path(sys.argv[3])
+ranks, folder = int(sys.argv[1]), pathlib.Path(sys.argv[-1])
 with open(sys.argv[0] + ".starts", "a") as starts:
     starts.write(str(ranks))
 for i in range(99):

@@ -50,6 +50,8 @@ def test_samples_and_tokens_are_counted_over_batches() -> None:
     for _ in range(2):
         at.advance(other)
     assert (at.step, at.samples, at.tokens) == (7, 32, 1024) and at.notes == []
+    again = cursor.read(json.loads(json.dumps(at.state())), settings_of(), config_of("train.global_batch=2"))
+    assert (again.step, again.samples, again.tokens) == (7, 32, 1024), "what was read is known, not worked out from today's batch"
 
 
 def test_a_checkpoint_without_a_cursor_counts_its_own_batches() -> None:

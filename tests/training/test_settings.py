@@ -18,8 +18,9 @@ from models import mixers
 from models.config import RANGES, ModelConfig
 from tests.mixers import mixer_configs
 from training.config import checks, cli, ranges, suggest
+from training.config.checks import check
 from training.config.cli import checked, compose_config, resolved_yaml
-from training.config.schema import Config, check
+from training.config.schema import Config
 from training.cost import fit
 from training.engine import StepResult
 from training.errors import UserError

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from data.errors import UserError
 from data.fields import from_text, read_words
-from kernels.interrupts import INTERRUPTED
-from training.errors import UserError, sentence_of
+from data.program import program, unreadable
+
+__all__ = ["parse_arguments", "program", "unreadable"]
 
 Values = dict[str, Any]
 
@@ -54,41 +54,3 @@ def _convert(text: str, default: Any) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError("a finite number")
     return value
-
-
-def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] | None = None) -> int:
-    """Exit status of a program whose body is `run`, without tracebacks for what is no fault of the program: its docstring for -h, a line for
-    each problem of a UserError and one for what the operating system refuses (2), a word for Ctrl-C (130)."""
-    words = sys.argv[1:] if words is None else words
-    try:
-        if any(word in ("-h", "--help", "help") for word in words):
-            print(doc, flush=True)
-            return 0
-        unreadable(words)
-        return int(run(words) or 0)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except OSError as error:
-        print(f"error: {sentence_of(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
-def unreadable(words: list[str]) -> None:
-    """Raises UserError for words of the command line that hold bytes which are no text in this terminal's encoding."""
-    broken = [word for word in words if any("\udc80" <= c <= "\udcff" for c in word)]  # as Python keeps bytes it cannot decode
-    if broken:
-        raise UserError(
-            [
-                f"The argument {os.fsencode(word).decode(errors='backslashreplace')} holds bytes that are no "
-                f"{sys.getfilesystemencoding().upper()} text; write it in that encoding."
-                for word in broken
-            ]
-        )

@@ -31,21 +31,11 @@ from data.fields import nearest
 from kernels.interrupts import INTERRUPTED
 from training.config import suggest
 from training.config.arguments import unreadable
-from training.config.schema import Config, check, schema_keys
+from training.config.checks import check
+from training.config.groups import CONFIG_DIR, config_groups
+from training.config.schema import Config, schema_keys
 from training.errors import UserError, sentence_of
 from training.launch import first_here, launch, world_size
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-
-
-def config_groups(root: Path = CONFIG_DIR) -> dict[str, list[str]]:
-    """Every config group on disk with its options; those in a folder of their own are options 'FOLDER/NAME' of the group above."""
-    groups: dict[str, list[str]] = {}
-    for file in sorted(root.rglob("*.yaml")):
-        if file.parent != root:
-            group, *rest = file.relative_to(root).with_suffix("").parts
-            groups.setdefault(group, []).append("/".join(rest))
-    return groups
 
 
 def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from training.config.cli import config_groups
+from training.config.groups import config_groups
 
 COLUMN = 50  # where comments start
 COMMENT = re.compile(r"\s#\s*(.*)$")

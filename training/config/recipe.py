@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from training.config.schema import Config
+from training.config.schema import Config
 
 SIZES = Path(__file__).resolve().parents[2] / "configs" / "size"
 FALLBACK = 1e-3  # for a size that says nothing

@@ -1,6 +1,6 @@
-"""The schema of a run, and the checks that turn every mistake in it into one sentence each, all reported together.
+"""The schema of a run: which keys exist and of what types they are. The YAML files under configs/ hold the values.
 
-The YAML files under configs/ hold the values; the dataclasses here say which keys exist, their types and what may be combined.
+`parse` reads a mapping and makes a sentence of each key or type that is wrong; training/config/checks.py says what may be combined.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from data.fields import close_to, nearest, read
-from training.config import checks, ranges, recipe, suggest
+from training.config import ranges, suggest
 from training.config.ranges import AMOUNT, COUNT, MINUTES, POSITIVE, SHARE, Range
-from training.errors import UserError
-from training.schedule import KINDS, lr_factor
+from training.schedule import lr_factor
 
 STARTS = ("zero", "pass", "random", "fitted")  # of training.initial_state, which needs torch
 PRECISIONS = ("fp32", "bf16")
@@ -230,173 +229,3 @@ def _quotes(path: str, value: Any) -> str:
 def parse(mapping: dict[str, Any], schema: type, path: str, problems: list[str]) -> Any:
     """An instance of dataclass `schema` from `mapping`; unknown keys and wrong types keep their defaults and are added to `problems`."""
     return schema(**read(mapping, typing.get_type_hints(schema), path, problems, advice=_advice, hint_for_text=_quotes))
-
-
-def _choices(config: Config) -> list[str]:
-    rows: list[tuple[str, Any, tuple[Any, ...]]] = [
-        ("train.precision", config.train.precision, PRECISIONS),
-        ("train.cuda_graph", config.train.cuda_graph, ("auto", "off")),
-        ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
-        ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
-        ("train.initial_state", config.train.initial_state, STARTS),
-        ("schedule.kind", config.schedule.kind, KINDS),
-        ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
-        ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
-        ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
-        ("faults.policy", config.faults.policy, ("stop", "skip")),
-        ("train.device", config.train.device, ("auto", "cpu", "cuda")),
-        ("train.start_with", config.train.start_with, ("weights", "all")),
-        ("logging.wandb", config.logging.wandb, ("online", "offline", "disabled")),
-    ]
-    return [f"{key} is {value!r}; choose one of {', '.join(map(str, allowed))}." for key, value, allowed in rows if value not in allowed]
-
-
-def _combinations(config: Config, world_size: int) -> list[str]:
-    problems, t, ds = [], config.train, config.deepspeed
-    if (t.steps is None) == (t.tokens is None):
-        problems.append(
-            "Give the length of the run once: train.steps or train.tokens, and null for the other (train.steps=null train.tokens=1e9)."
-        )
-    N = config.parallel.sequence
-    if config.dry_run:  # asks what a run on other machines would cost
-        world_size = N
-    replicas = world_size // N if N > 0 and world_size % N == 0 else world_size
-    rows = t.micro_batch * replicas
-    if rows > 0 and t.global_batch % rows:
-        whom = f"{replicas} rank(s)" if replicas == world_size else f"{replicas} group(s) of {N} ranks"
-        problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
-    if N > 1:
-        problems += _sequence(config, world_size)
-    if ds.offload_parameters != "none" and ds.stage != 3:
-        problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
-    if ds.offload_optimizer != "none" and ds.stage == 0:
-        problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
-    problems += _zero(config, world_size)
-    if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
-        problems.append(
-            "checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'."
-        )
-    if len(config.optim.betas) != 2 or 1 in config.optim.betas:
-        problems.append(f"optim.betas must be two numbers from 0 up to, but not, 1, not {config.optim.betas}.")
-    if 0 < config.faults.spike_factor <= 1:
-        problems.append(f"faults.spike_factor {config.faults.spike_factor} must be above 1, or 0 to leave spikes alone.")
-    if t.start_from and t.resume not in ("auto", "none"):
-        problems.append("train.start_from begins a new run and train.resume goes on with one; give one of them.")
-    if t.start_with == "all" and not t.start_from:
-        problems.append("train.start_with says what train.start_from takes from a checkpoint; give that as well.")
-    if t.start_from and config.model.get("init_from"):
-        problems.append("train.start_from and model=hf: both give the first weights; leave one of them out.")
-    empty = {"name": config.name, "run_dir": config.run_dir, "train.resume": t.resume, "train.start_from": t.start_from}
-    problems += [
-        f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()
-    ]
-    return problems
-
-
-def _zero(config: Config, world_size: int) -> list[str]:
-    """Offload to disk and ZeRO++: what they need and cannot be combined with."""
-    problems, ds = [], config.deepspeed
-    if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
-        if ds.stage != 3:
-            problems.append(f"Offload to nvme needs deepspeed.stage=3, not {ds.stage}.")
-        if not ds.nvme_path:
-            problems.append("Offload to nvme needs deepspeed.nvme_path, a folder on a fast local disk.")
-    plus = {"hpz": ds.hpz > 1, "quantized_weights": ds.quantized_weights, "quantized_gradients": ds.quantized_gradients}
-    problems += [f"deepspeed.{key} needs deepspeed.stage=3, not {ds.stage}." for key, on in plus.items() if on and ds.stage != 3]
-    if ds.hpz > 1 and world_size % ds.hpz and not config.dry_run:
-        problems.append(f"deepspeed.hpz {ds.hpz} does not divide the {world_size} rank(s) of this run; use the number of ranks of a node.")
-    if ds.quantized_weights and config.train.precision != "fp32":
-        problems.append(
-            "DeepSpeed does not quantise weights under autocast: set deepspeed.quantized_weights=false or train.precision=fp32."
-        )
-    return problems
-
-
-def _sequence(config: Config, world_size: int) -> list[str]:
-    """What keeps sequences from being cut over ranks, the mixers left out."""
-    problems, t, N = [], config.train, config.parallel.sequence
-    if world_size % N:
-        problems.append(
-            f"parallel.sequence {N} does not divide the {world_size} rank(s) of this run; change it or start a multiple of {N}."
-        )
-    if t.seq_len % N:
-        problems.append(f"parallel.sequence {N} does not divide train.seq_len {t.seq_len}; change one.")
-    if t.initial_state != "zero":
-        problems.append(f"parallel.sequence above 1 needs train.initial_state=zero, not {t.initial_state}.")
-    return problems
-
-
-def split_problems(config: Config) -> list[str]:
-    """The mixers that cannot have their time cut over the ranks of parallel.sequence, a sentence each."""
-    import torch
-
-    from models import mixers
-    from models.config import ModelConfig
-    from models.hub.importing import resolved
-
-    N, problems = config.parallel.sequence, []
-    model = ModelConfig.from_dict({**resolved(config.model), "vocab_size": config.model.get("vocab_size") or 256})
-    for name in dict.fromkeys(model.pattern):
-        with torch.device("meta"):
-            mixer = mixers.build(model.mixers[name], model.d_model, 0)
-        reason = mixer.why_not_split(config.train.seq_len // N)
-        if reason:
-            problems.append(
-                f"parallel.sequence {N}: mixer {name} cannot be split over ranks, as {reason}; set it to 1 or change the mixer."
-            )
-    return problems
-
-
-def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
-    """The validated Config of a resolved mapping. Raises UserError with every problem found."""
-    problems: list[str] = []
-    config = parse(mapping, Config, "", problems)
-    readable = not problems
-    if readable:
-        checks.at_home(config)
-    told = [text.split()[0] for text in problems]
-    outside = [text for text in ranges.problems(config) if text.split()[0] not in told]
-    problems += outside + ranges.loose(config.size, "size")
-    if readable:
-        problems += _choices(config) + _combinations(config, world_size) + ([] if outside else checks.lengths(config))
-    problems += model_problems(config.model)
-    if config.data.reader == "synthetic":
-        problems += task_problems(config)
-    else:
-        problems += checks.data(config)
-    if not problems and config.parallel.sequence > 1:
-        problems += split_problems(config)
-    if problems:
-        raise UserError(problems)
-    if config.optim.lr is None:
-        config.optim.lr = recipe.rate(config)[0]
-    return config
-
-
-def task_problems(config: Config) -> list[str]:
-    """Problems of generated data: the task's own, and lengths and seeds it cannot have."""
-    from data.synthetic import build_task
-    from data.synthetic.source import SyntheticReader
-
-    try:
-        task = build_task(config.data.task)
-        SyntheticReader(task, config.train.seq_len, config.seed, curriculum=config.data.curriculum)
-    except ValueError as error:
-        return str(error).splitlines()
-    least = task.min_length()
-    return [f"eval.lengths holds {n}, which is too short for the task; it needs {least} or more." for n in config.eval.lengths if n < least]
-
-
-def model_problems(mapping: dict[str, Any]) -> list[str]:
-    """Problems of the model section alone; the vocabulary may still be open (it comes from the shards)."""
-    from models.config import ModelConfig
-
-    try:
-        if "init_from" in mapping:
-            from models.hub.importing import resolved
-
-            mapping = resolved(mapping)
-        ModelConfig.from_dict({**mapping, "vocab_size": mapping.get("vocab_size") or 256})
-    except ValueError as error:
-        return str(error).splitlines()
-    return []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json
-from training.checkpoint import MARKER, order_of
+from models.checkpoint import MARKER, order_of
 
 SLICE = 0.5  # seconds between signs of life while the end of a run waits
 

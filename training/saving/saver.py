@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from data.files import write_json
+from models.checkpoint import MARKER, checkpoints, digest, folder_of, order_of, step_of
 from models.hub.weights import write_tensors
-from training.checkpoint import MARKER, checkpoints, digest, folder_of, order_of, step_of
 from training.config.schema import CheckpointSection
 from training.engine import Engine
 from training.errors import UserError

@@ -18,10 +18,11 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.files import write_json
 
 # what may be lost: multiples of the loop's loss and of the rounding's, and an fp32 sum's last digits
 LOOPS, ROUNDINGS, FLOOR = 8.0, 2.0, 4e-6
@@ -102,16 +103,19 @@ class Answers:
 
 @dataclass
 class Result:
+    """What one case has shown; `group`: under which name the table counts it, the kind if empty."""
+
     kind: str
     seed: int
     device: str
     ok: bool
+    group: str = ""
     description: str = ""
     worst: str = ""  # the answer that is nearest to its bound
     share: float = 0.0  # of its bound
     error: str = ""
     seconds: float = 0.0
-    numbers: dict[str, Any] = field(default_factory=dict)  # what else a generator reports
+    numbers: dict[str, float] = field(default_factory=dict)  # what else a generator reports
 
 
 def loss(found: Tensor, wanted: Tensor, narrow: bool) -> float:
@@ -172,80 +176,97 @@ def run_one(make: Callable[[Draw], Answers], kind: str, seed: int, device: str) 
 
 
 def cases(kinds: Sequence[str], count: int, seed: int) -> list[tuple[str, int]]:
+    """So many cases, of all kinds in turn."""
     return [(kinds[i % len(kinds)], seed + i) for i in range(count)]
 
 
-def known(out: Path) -> dict[tuple[str, int], Result]:
-    """Results that are there already: a run goes on where it stopped."""
+def known(out: Path, device: str) -> dict[tuple[str, int], Result]:
+    """Results of this device that are there already: a run goes on where it stopped."""
     lines = out.read_text().splitlines() if out.exists() else []
-    found = [Result(**json.loads(text)) for text in lines if text.startswith("{") and text.endswith("}")]
-    return {(r.kind, r.seed): r for r in found}
+    results = [Result(**json.loads(text)) for text in lines if text.startswith("{") and text.endswith("}")]
+    return {(r.kind, r.seed): r for r in results if r.device == device}
 
 
 def table(results: Sequence[Result], module: str) -> str:
     rows = [f"{'kind':<14}{'cases':>6}{'failed':>8}{'nearest to its bound':>22}{'slowest':>10}"]
-    for kind in dict.fromkeys(r.kind for r in results):
-        own = [r for r in results if r.kind == kind]
-        rows.append(
-            f"{kind:<14}{len(own):>6}{sum(not r.ok for r in own):>8}{max(r.share for r in own):>22.2f}{max(r.seconds for r in own):>9.1f}s"
-        )
+    for group in dict.fromkeys(r.group or r.kind for r in results):
+        mine = [r for r in results if (r.group or r.kind) == group]
+        worst, slowest = max(r.share for r in mine), max(r.seconds for r in mine)
+        means = {key: sum(r.numbers.get(key, 0.0) for r in mine) / len(mine) for key in mine[0].numbers}
+        more = "".join(f"  {key} {mean:.3g}" for key, mean in means.items())
+        rows.append(f"{group:<14}{len(mine):>6}{sum(not r.ok for r in mine):>8}{worst:>22.2f}{slowest:>9.1f}s{more}")
     rows += [f"FAILED {line(module, r.kind, r.seed, r.device)}\n    {r.description}\n    {r.error}" for r in results if not r.ok]
     return "\n".join(rows)
 
 
-def main(module: str, kinds: dict[str, Callable[[Draw], Answers]], usable: Callable[[str, str], bool]) -> int:
-    """The command line: one case by kind and seed, or many with --cases. Returns the number of failures."""
+Run = Callable[[str, int, str], Result]  # of a kind, a seed and a device
+
+
+def parsed(module: str, kinds: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {module}")
     parser.add_argument("kind", nargs="?", choices=[*kinds])
     parser.add_argument("seed_of_case", nargs="?", type=int)
     parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--cases", type=int, default=0, help="run so many, of all kinds in turn (or of KIND)")
     parser.add_argument("--seed", type=int, default=None, help="the first seed; drawn if not given")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; with it a run that stopped goes on")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile kernels side by side")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which compile kernels side by side; they need --out")
     parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def run_many(module: str, wanted: Sequence[tuple[str, int]], run: Run, given: argparse.Namespace) -> list[Result]:
+    """The results of these cases, each written to FILE.jsonl as soon as it is there, but those that there is no time for."""
+    out, began = given.out and given.out.with_suffix(".jsonl"), time.monotonic()
+    done = known(out, given.device) if out else {}
+    results = []
+    for kind, number in wanted:
+        result = done.get((kind, number))
+        if result is None:
+            if time.monotonic() - began >= given.seconds:
+                continue
+            result = run(kind, number, given.device)
+            if out:
+                with out.open("a") as file:
+                    file.write("\n" + json.dumps(asdict(result)) + "\n")  # the line before may be torn
+        if not result.ok:
+            print(f"FAILED {line(module, kind, number, given.device)}: {result.error}", flush=True)
+        results.append(result)
+    return results
+
+
+def main(module: str, kinds: Sequence[str], run: Run, usable: Callable[[str, str], bool], every: bool = False) -> int:
+    """The command line: one case by kind and seed, or many with --cases. Returns the number of failures.
+
+    usable: whether a kind is among those of --cases on a device. every: --cases counts seeds, each of which is run in every kind."""
+    given = parsed(module, kinds)
     if given.device == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"
         from tests.kernels.interpreter import patch_once
 
         patch_once()
     if given.kind is not None and given.seed_of_case is not None:
-        result = run_one(kinds[given.kind], given.kind, given.seed_of_case, given.device)
+        result = run(given.kind, given.seed_of_case, given.device)
         print(json.dumps(asdict(result), indent=1))
         return int(not result.ok)
     seed = random.SystemRandom().randrange(1 << 30) if given.seed is None else given.seed
     chosen = [given.kind] if given.kind else [kind for kind in kinds if usable(kind, given.device)]
-    out = given.out and given.out.with_suffix(".jsonl")
-    done = known(out) if out else {}
-    wanted = cases(chosen, given.cases, seed)
-    if given.jobs > 1 and out:
+    wanted = [(kind, seed + i) for i in range(given.cases) for kind in chosen] if every else cases(chosen, given.cases, seed)
+    if given.jobs > 1 and given.out:
         words = [sys.executable, "-m", module, *([given.kind] if given.kind else []), "--device", given.device, "--cases", str(given.cases)]
-        words += ["--seed", str(seed), "--out", str(given.out)]
+        words += ["--seed", str(seed), "--out", str(given.out), "--seconds", str(given.seconds)]
         for process in [subprocess.Popen([*words, "--part", f"{i}/{given.jobs}"], stdout=subprocess.DEVNULL) for i in range(given.jobs)]:
             process.wait()
-        done = known(out)
+        given.seconds = 0.0  # what they had no time for stays undone
     part, parts = map(int, given.part.split("/"))
-    results = []
-    for kind, number in wanted[part::parts]:
-        result = done.get((kind, number)) or run_one(kinds[kind], kind, number, given.device)
-        if out and (kind, number) not in done:
-            with out.open("a") as file:
-                file.write("\n" + json.dumps(asdict(result)) + "\n")  # the line before may be torn
-        if not result.ok:
-            print(f"FAILED {line(module, kind, number, given.device)}: {result.error}", flush=True)
-        results.append(result)
+    results = run_many(module, wanted[part::parts], run, given)
+    failed = sum(not r.ok for r in results)
     if parts == 1:
         print(table(results, module))
-        print(f"seed {seed}: {sum(not r.ok for r in results)} of {len(results)} cases failed")
+        print(f"seed {seed}: {failed} of {len(results)} cases failed")
         if given.out:
             name = torch.cuda.get_device_name() if given.device == "cuda" else given.device
-            whole = {
-                "seed": seed,
-                "device": name,
-                "torch": torch.__version__,
-                "cases": len(results),
-                "failed": sum(not r.ok for r in results),
-            }
-            given.out.write_text(json.dumps({**whole, "results": [asdict(r) for r in results]}, indent=1) + "\n")
-    return sum(not r.ok for r in results)
+            whole = {"seed": seed, "device": name, "torch": torch.__version__, "cases": len(results), "failed": failed}
+            write_json(given.out, {**whole, "results": [asdict(r) for r in results]})
+    return failed

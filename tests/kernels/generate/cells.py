@@ -1,8 +1,8 @@
 """Random cells on random inputs against the float64 loop. A case is its seed; a failure prints the line that runs it again.
 
-    python -m tests.kernels.generate.cells --cases 40                                   # plain torch
-    python -m tests.kernels.generate.cells --cases 100 --device cuda --out cells.json   # the kernels; goes on where the file ends
-    TRITON_INTERPRET=1 python -m tests.kernels.generate.cells 17 --dtype bfloat16       # case 17 by Triton's interpreter
+    python -m tests.kernels.generate.cells --cases 40 --seed 0                                   # plain torch
+    python -m tests.kernels.generate.cells --cases 100 --device cuda --jobs 8 --out cells.json   # the kernels; goes on if cells.jsonl is there
+    python -m tests.kernels.generate.cells float16 17 --device interpreter                       # case 17 by Triton's interpreter
 
 What is allowed is a small multiple of what the fp32 loop itself loses, and the certificate's tolerance (docs/parallel_solve.md) of the
 channel's own size; for 16-bit inputs the loop with 16-bit states is the measure of gradients.
@@ -10,16 +10,11 @@ channel's own size; for 16-bit inputs the loop with 16-bit states is the measure
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +22,7 @@ from torch import Tensor
 
 from kernels.parallel_rnn import launch, op, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State  # noqa: F401  (names of the generated source)
+from tests.kernels.generate.case import Result, main
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNARY = (
@@ -245,8 +241,8 @@ def worst(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return gap.flatten(0, -2).amax(0)
 
 
-def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Runs a case. Returns its report with `problems`, sentences."""
+def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[float, dict[str, float], list[str]]:
+    """Runs a case. Returns the share of what is allowed that the states lose, what the solver reports, and problems, sentences."""
     inputs = make_inputs(case, cell, dtype)
     g = torch.Generator().manual_seed(case.seed + 1)
     B, T, D, S = case.B, case.T, case.D, len(cell.state)
@@ -278,7 +274,7 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> dict[str, 
     if bool((torch.isfinite(found[0]).all(2) & lost & ~torch.isfinite(rough[0]).all(2)).any()):
         problems.append("what is not finite in the loop is finite")
     problems += judge_gradients(case, cell, inputs, cotangents, exact, rough, found, fine, dtype)
-    return {**asdict(case), "dtype": str(dtype)[6:], "device": device, "ratio": ratio, **report, "problems": problems}
+    return ratio, report, problems
 
 
 def judge_gradients(
@@ -315,87 +311,30 @@ def judge_gradients(
     return problems
 
 
-def run_case(seed: int, dtype: str, device: str) -> dict[str, Any]:
-    case = make_case(seed, device != "cpu")
+def run_case(dtype: str, seed: int, device: str) -> Result:
+    """Of a dtype's name, a seed, and cpu, interpreter or cuda."""
+    case, began = make_case(seed, device == "cuda"), time.monotonic()
+    sizes = ", ".join(f"{name} {value}" for name, value in asdict(case).items() if name not in ("seed", "source"))
+    result = Result(dtype, seed, device, True, case.regime, f"{sizes}\n{case.source}")
     names: dict[str, Any] = {"torch": torch, "Pre": Pre, "Rec": Rec, "State": State}
     exec(case.source, names)
-    began = time.monotonic()
     try:
         cell = Cell.from_step(names["step"], f"generated_{seed}")
         if not cell.lowered:
-            return {**asdict(case), "dtype": dtype, "device": device, "problems": [], "skipped": "not lowered"}
-        row = judge(case, cell, DTYPES[dtype], device)
-    except Exception as problem:
-        row = {**asdict(case), "dtype": dtype, "device": device, "problems": [f"{type(problem).__name__}: {problem}"[:500]]}
-    again = f"{'TRITON_INTERPRET=1 ' if os.environ.get('TRITON_INTERPRET') == '1' else ''}python -m tests.kernels.generate.cells {seed} --dtype {dtype} --device {device}"
-    return {**row, "seconds": time.monotonic() - began, "again": again}
+            result.group = "not lowered"
+            return result
+        result.share, result.numbers, problems = judge(case, cell, DTYPES[dtype], "cuda" if device == "cuda" else "cpu")
+    except Exception as problem:  # any is a finding, told with the line that runs it again
+        problems = [f"{type(problem).__name__}: {problem}"[:500]]
+    result.ok, result.error, result.seconds = not problems, "; ".join(problems), round(time.monotonic() - began, 2)
+    return result
 
 
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By regime: cases, failures, the mean share walked in order, the slowest forward pass."""
-    out: dict[str, Any] = {}
-    for regime in REGIMES:
-        mine = [r for r in rows if r["regime"] == regime and "skipped" not in r]
-        out[regime] = {
-            "cases": len(mine), "failed": sum(bool(r["problems"]) for r in mine),
-            "walked": sum(r.get("sequential", 0.0) for r in mine) / max(1, len(mine)),
-            "walked_backward": sum(r.get("sequential_backward", 0.0) for r in mine) / max(1, len(mine)),
-            "worst_ms": max([r.get("ms", 0.0) for r in mine], default=0.0), "worst_ratio": max([r.get("ratio", 0.0) for r in mine], default=0.0),
-        }  # fmt: skip
-    return out
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seed", nargs="?", type=int, help="this one case")
-    parser.add_argument("--cases", type=int, default=40, help="this many, from --first on")
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--processes", type=int, default=1, help="cases side by side: most of a new cell's time is its compilation")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which no case is begun")
-    parser.add_argument("--out", type=Path, help="JSON; cases that are in it already are not run again")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.seed is not None:
-        rows = [run_case(options.seed, dtype, options.device) for dtype in options.dtype]
-        print(json.dumps(rows, indent=1))
-        sys.exit(any(r["problems"] for r in rows))
-    rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
-    done, began = {(r["seed"], r["dtype"], r["device"]) for r in rows}, time.monotonic()
-    jobs = [(s, d, options.device) for s in range(options.first, options.first + options.cases) for d in options.dtype]
-    with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
-        futures = [pool.submit(late, options.seconds, time.time(), *job) for job in jobs if job not in done]
-        for future in futures:
-            row = future.result()
-            if row is None:
-                continue
-            rows.append(row)
-            if row["problems"]:
-                print(f"{row['again']}\n  {row['regime']}: {'; '.join(row['problems'])}", flush=True)
-            if options.out:
-                part = options.out.with_suffix(".part")
-                part.write_text(
-                    json.dumps(
-                        {"device": device_name(options.device), "torch": torch.__version__, "summary": summary(rows), "rows": rows},
-                        indent=1,
-                    )
-                )
-                os.replace(part, options.out)
-    for regime, line in summary(rows).items():
-        print(f"{regime:12}", *(f"{k} {v:.3g}" for k, v in line.items()))
-    print(f"{len(rows)} cases, {sum(bool(r['problems']) for r in rows)} failed, {time.monotonic() - began:.0f} s")
-    sys.exit(any(r["problems"] for r in rows))
-
-
-def late(seconds: float, began: float, seed: int, dtype: str, device: str) -> dict[str, Any] | None:
-    torch.set_num_threads(1)
-    return run_case(seed, dtype, device) if time.time() - began < seconds else None
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device != "cpu" else "cpu"
+def usable(dtype: str, device: str) -> bool:
+    """Those that are run if none is named."""
+    return dtype != "float16"
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    sys.exit(min(100, main("tests.kernels.generate.cells", [*DTYPES], run_case, usable, every=True)))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scripts.studies.cells import Cell, settings_of
 from scripts.studies.graphed import WARMUP, GraphedStep, Rate
-from scripts.studies.trainer import Trainer, settings_of
 from training.optim import build_optimizer
 
 VALUES = {"layers": 1, "length": 32, "batch": 8, "steps": 100}
@@ -61,11 +61,11 @@ def test_a_graph_gives_what_calls_give() -> None:
 def test_the_tables_steps_are_captured(mixer: str) -> None:
     runs = []
     for graphed in (True, False):
-        trainer = Trainer(settings_of("S3", mixer, VALUES), 0, torch.device("cuda"))
-        with trainer.here():
-            step = trainer.step_of(32)
+        cell = Cell(settings_of("S3", mixer, VALUES), 0, torch.device("cuda"))
+        with cell.trainer.here():
+            step = cell.step_of(32)
         step.why_not = "" if graphed else "told so"
-        trainer.burst(32, 1e-3, 20)
-        runs.append(trainer.mean_loss(20))
+        cell.burst(32, 1e-3, 20)
+        runs.append(cell.mean_loss(20))
         assert (step.graph is not None) == graphed
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)

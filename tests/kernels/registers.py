@@ -1,0 +1,73 @@
+"""Figures of compiled kernels (registers and the like), kept in registers.json so that only kernels that changed are compiled again.
+
+    python -m tests.kernels.registers        compiles what changed, and writes registers.json
+
+A figure is taken from the file where its key is still the hash of the kernel's source (with all functions it calls), its types and constants, the
+options and Triton's release. One of the kernels, another one each time, is compiled all the same and must give what the file says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).with_name("registers.json")
+Figures = dict[str, int]
+
+
+class Registers:
+    """Compiles for sm_90, or looks up, the kernels of one `part` of the file. `--keep` or `--golden` among the words of the program writes it."""
+
+    def __init__(self, part: str) -> None:
+        self.part, self.used = part, dict[str, dict[str, Any]]()
+        self.known: dict[str, dict[str, Any]] = json.loads(FILE.read_text()).get(part, {}) if FILE.exists() else {}
+        self.again = random.SystemRandom().choice(sorted(self.known)) if self.known else None
+
+    def figures(self, label: str, source: Any, options: dict[str, int], read: Callable[[Any], Figures]) -> Figures:
+        """`read` of the kernel that triton makes of `source` (an ASTSource)."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        key = hashlib.sha256(f"{triton.__version__} sm_90 {source.hash()} {sorted(options.items())}".encode()).hexdigest()
+        entry = self.known.get(label, {})
+        same = entry.get("key") == key
+        if same and label != self.again:
+            figures = entry["figures"]
+        else:
+            kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            assert ".target sm_90" in kernel.asm["ptx"]
+            figures = read(kernel)
+            assert not same or figures == entry["figures"], f"{FILE} says {entry['figures']} of {self.part} {label}, it has {figures}."
+        self.used[label] = {"key": key, "figures": figures}
+        return figures
+
+    def close(self) -> None:
+        """Writes what was used, if asked to."""
+        if {"--keep", "--golden"} & set(sys.argv):
+            parts = json.loads(FILE.read_text()) if FILE.exists() else {}
+            FILE.write_text(json.dumps({**parts, self.part: self.used}, indent=1, sort_keys=True) + "\n")
+
+
+def main() -> None:
+    from models.cells import available
+
+    golden, ssd = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in ("", "_ssd"))
+    for words in (
+        ["compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]],
+        ["compiled.py", "1", "1", *available(), "three"],
+        ["compiled_ssd.py", *map(str, ssd["arguments"])],
+        ["compiled_mixer.py"],
+        ["compiled_mamba2_step.py"],
+    ):
+        module = f"tests.kernels.{words[0].removesuffix('.py')}"
+        subprocess.run([sys.executable, "-m", module, *words[1:], "--keep"], cwd=FILE.parents[2], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

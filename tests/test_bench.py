@@ -1,0 +1,54 @@
+"""What the benches share: one clock, one way of writing results, and the list of them. What they measure needs a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.bench import __main__ as listing
+from scripts.bench import timing
+
+CPU = torch.device("cpu")
+
+
+def test_every_bench_is_listed_and_can_be_imported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listing.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, line in zip(listing.BENCHES, lines):
+        assert line.startswith(name) and len(line) > 40
+        importlib.import_module(f"scripts.bench.{name}")
+    programs = {path.stem for path in Path(listing.__file__).parent.glob("*.py") if "if __name__" in path.read_text()}
+    assert programs - {"__main__", "multi_gpu_worker"} == set(listing.BENCHES)
+
+
+def test_a_bench_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert listing.main(["mixers"]) == 2
+    assert "There is no bench 'mixers'" in capsys.readouterr().err
+
+
+def test_one_clock(tmp_path: Path) -> None:
+    runs: list[int] = []
+    assert timing.milliseconds(lambda: runs.append(1), 4, CPU) >= 0 and len(runs) == timing.WARM_UPS + 4
+    assert timing.copy_bandwidth(CPU) > 0
+    met: list[int] = []
+    assert timing.seconds(lambda: met.append(len(met)), CPU, lambda: met.append(7)) >= 0 and met == [7, 1]
+    with timing.unmeasured():
+        runs.clear()
+        assert timing.milliseconds(lambda: runs.append(1)) == 1.0 and len(runs) == 1
+
+
+def test_results_are_whole_after_every_part(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.json"
+    results = timing.Results(out, CPU, copy_bytes_per_ms=2.0)
+    results.append("rows", {"ms": 1.0})
+    results.append("rows", timing.attempted(lambda: 1 / 0))
+    results.keep("accuracy", {"y": 1e-7})
+    results.item("items", "one", {"ms": 2.0})
+    found = json.loads(out.read_text())
+    assert found["rows"] == [{"ms": 1.0}, {"error": "ZeroDivisionError: division by zero"}]
+    assert found["accuracy"] == {"y": 1e-7} and found["items"] == {"one": {"ms": 2.0}}
+    assert {"commit", "torch", "device"} <= found.keys() and found["copy_bytes_per_ms"] == 2.0
