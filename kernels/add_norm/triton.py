@@ -20,7 +20,7 @@ PER_WARP, PER_WARP_BACK = 512, 256  # columns of a warp
 
 
 @triton.jit
-def forward(X, Y, SCALE, WEIGHT, R, NORM, N, D, EPS, SCALED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
+def forward(X, Y, SCALE, WEIGHT, STREAM, NORM, N, D, EPS, SCALED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):
     row, c = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BD)[None, :]
     inside = (row < N)[:, None] & (c < D)
     i = row.to(tl.int64)[:, None] * D + c
@@ -29,8 +29,8 @@ def forward(X, Y, SCALE, WEIGHT, R, NORM, N, D, EPS, SCALED: tl.constexpr, BR: t
         r *= tl.load(SCALE + c, mask=c < D, other=0.0).to(tl.float32)
     r += tl.load(Y + i, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(WEIGHT + c, mask=c < D, other=0.0).to(tl.float32)
-    stored = r.to(R.dtype.element_ty)
-    tl.store(R + i, stored, mask=inside)
+    stored = r.to(STREAM.dtype.element_ty)
+    tl.store(STREAM + i, stored, mask=inside)
     r = stored.to(tl.float32)  # the norm is of what the stream holds, as if it were read from there
     n = r * tl.rsqrt(tl.sum(r * r, 1) / D + EPS)[:, None] * w
     tl.store(NORM + i, n.to(NORM.dtype.element_ty), mask=inside)
@@ -38,7 +38,7 @@ def forward(X, Y, SCALE, WEIGHT, R, NORM, N, D, EPS, SCALED: tl.constexpr, BR: t
 
 @triton.jit
 def backward(
-    DR, DN, R, X, SCALE, WEIGHT, DX, DY, D_SCALE, D_WEIGHT, N, D, ROWS, EPS,
+    DR, DN, STREAM, X, SCALE, WEIGHT, DX, DY, D_SCALE, D_WEIGHT, N, D, ROWS, EPS,
     SCALED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BD)[None, :]
@@ -53,7 +53,7 @@ def backward(
         row = start + tl.arange(0, BR)
         inside = (row < last)[:, None] & (c < D)
         i = row.to(tl.int64)[:, None] * D + c
-        r = tl.load(R + i, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(STREAM + i, mask=inside, other=0.0).to(tl.float32)
         dn = tl.load(DN + i, mask=inside, other=0.0).to(tl.float32)
         d = tl.load(DR + i, mask=inside, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(r * r, 1) / D + EPS)[:, None]
@@ -108,5 +108,5 @@ def add_norm_backward(d_r, d_n, r, x, scale, weight, eps, dtypes):
         d_r, d_n, r, *given, weight.contiguous(), dx, dy, partial[-1], partial[0], N, D, each, eps,
         SCALED=scale is not None, BR=BR, BD=BD, num_warps=warps,
     )  # fmt: skip
-    sums = partial.sum(1)
-    return dx, dy, sums[1].to(scale.dtype) if scale is not None else None, sums[0].to(weight.dtype)
+    d_scale = partial[1].sum(0).to(scale.dtype) if scale is not None else None
+    return dx, dy, d_scale, partial[0].sum(0).to(weight.dtype)

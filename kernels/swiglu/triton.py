@@ -19,18 +19,18 @@ BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
-def forward(GATE, UP, Y, N, F, ROW, BLOCK: tl.constexpr):
+def forward(GATE, UP, Y, N, F, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = i // F * ROW + i % F
+    j = i // F * stride + i % F
     z = tl.load(GATE + j, mask=i < N, other=0.0).to(tl.float32)
     u = tl.load(UP + j, mask=i < N, other=0.0).to(tl.float32)
     tl.store(Y + i, (z * sigmoid(z) * u).to(Y.dtype.element_ty), mask=i < N)
 
 
 @triton.jit
-def backward(DY, GATE, UP, D_GATE, D_UP, N, F, ROW, BLOCK: tl.constexpr):
+def backward(DY, GATE, UP, D_GATE, D_UP, N, F, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = i // F * ROW + i % F
+    j = i // F * stride + i % F
     d = tl.load(DY + i, mask=i < N, other=0.0).to(tl.float32)
     z = tl.load(GATE + j, mask=i < N, other=0.0).to(tl.float32)
     u = tl.load(UP + j, mask=i < N, other=0.0).to(tl.float32)

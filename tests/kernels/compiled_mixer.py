@@ -27,7 +27,7 @@ from kernels.swiglu import triton as swiglu  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
+FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "D_SCALE", "D_WEIGHT", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 

@@ -103,7 +103,7 @@ def test_residual(dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (2, 77, 33), (5, 2048), (3, 1500, 768)])
+@pytest.mark.parametrize("shape", [(1, 3), (2, 77, 33), (5, 2048), (3, 1500, 768)])
 def test_add_norm(scaled: bool, other: torch.dtype, shape: tuple[int, ...]) -> None:
     D = shape[-1]
     given = leaves(shape, shape, (D,), (D,), dtypes=[torch.float32, other, torch.float32, torch.float32])

@@ -82,6 +82,7 @@ def test_on_a_cpu_each_layer_is_torchs_own() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("widths,bias", [((1024, 1024), False), ((40, 24), True), ((2816, 2816), False)])
 def test_on_a_gpu(widths: tuple[int, ...], bias: bool) -> None:
     layers = [layer.cuda() for layer in projections(widths, bias, 256)]
