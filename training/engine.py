@@ -99,6 +99,10 @@ class Engine:
         wanted = t.cuda_graph == "auto" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
         return wanted and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
 
+    def news(self) -> list[str]:
+        """What the last step settled for those that follow, a sentence each."""
+        return [] if self.graphed is None else self.graphed.news()
+
     def _assert_dtypes(self) -> None:
         cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]
         assert not cast, f"recurrence parameters must stay fp32, but DeepSpeed cast {cast}"

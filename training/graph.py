@@ -49,9 +49,15 @@ class GraphedPass:
     def __init__(self, module: LanguageModel, device: torch.device, autocast: bool) -> None:
         self.module, self.device, self.autocast = module, device, autocast
         self.why_not = ""
+        self._news: list[str] = []
         self.calls: dict[tuple[object, ...], int] = {}
         self.graphs: dict[tuple[object, ...], _Captured] = {}
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def news(self) -> list[str]:
+        """What was settled since the last call, a sentence each."""
+        told, self._news = self._news, []
+        return told
 
     def run(self, batch: Batch, scale: float) -> Tensor | None:
         """Adds the gradients of `scale` times the summed loss and returns the sum of token losses (fp64; the next call may write over it).
@@ -77,8 +83,7 @@ class GraphedPass:
         """Records a pass without running it. False, with the reason in `why_not`, where it cannot be recorded."""
         reserved, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.get_device_properties(self.device).total_memory
         if reserved > ROOM * total:
-            self.why_not = f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation"
-            return False
+            return self._give_up(f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation")
         captured = _Captured(batch, self.device)
         adding = bool(key[2])
         if adding:  # to the gradients that the first micro-batch's graph writes
@@ -93,13 +98,19 @@ class GraphedPass:
             with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
                 self._pass(captured)
         except (RuntimeError, torch.AcceleratorError) as error:
-            self.why_not = f"a pass cannot be recorded: {str(error).strip().splitlines()[0]}"
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
-            return False
+            return self._give_up(f"a pass cannot be recorded ({str(error).strip().splitlines()[0]})")
+        if not self.graphs:
+            self._news.append("Forward and backward are replayed as a CUDA graph from here on; train.cuda_graph=off runs them as written.")
         captured.gradients = [p.grad for p in self.parameters]
         self.graphs[key] = captured
         return True
+
+    def _give_up(self, reason: str) -> bool:
+        self.why_not = reason
+        self._news.append(f"Forward and backward run as written, not as a CUDA graph: {reason}.")
+        return False
 
     def _pass(self, captured: _Captured) -> None:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):

@@ -164,6 +164,8 @@ class Run:
         self.agreed = Agreed(*result.told)
         self.cursor.advance(self.config)
         self.tracer.after(self.step)
+        for sentence in self.engine.news():
+            self.metrics.say(sentence)
         ranks = self.ranks.step(self.step, result, waited)
         self.metrics.step(self.step, result, lr, waited, ranks, self.cursor.tokens)
         self.beat(self.saver.saved)

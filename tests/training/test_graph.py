@@ -1,0 +1,89 @@
+"""Passes replayed as CUDA graphs against the same passes as written, on documents that end elsewhere in every batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from data.loader import Batch
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from models.segments import Documents, documents_in, most_documents
+from training.graph import WARMUP, GraphedPass
+
+T, V = 96, 64
+
+
+def packed(rows: int, seed: int, documents: float = 0.05) -> Batch:
+    draws = torch.Generator().manual_seed(seed)
+    ids = torch.randint(V, (rows, T + 1), generator=draws)
+    segments = (torch.rand(rows, T, generator=draws) < documents).cumsum(1).int()
+    return Batch(ids[:, :-1], ids[:, 1:].contiguous(), segments, [0] * rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("rows,length", [(1, 1), (1, 7), (3, 96), (2, 400)])
+def test_borders_of_fixed_number_are_those_of_the_documents_and_ends(rows: int, length: int, share: float) -> None:
+    segments = (torch.rand(rows, length) < share).cumsum(1)
+    documents = Documents(segments)
+    borders, room = documents._fixed_borders(), most_documents(rows * length)
+    wanted, number = documents.borders(), documents_in(segments)
+    assert len(wanted) == number + 1 and len(borders) == room + 1 and borders.dtype == torch.int32
+    if number <= room:
+        assert torch.equal(borders[: number + 1], wanted) and (borders[number:] == rows * length).all()
+
+
+def model_of(pattern: list[str]) -> LanguageModel:
+    mixers = {
+        "attention": {"type": "attention", "n_heads": 2},
+        "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 2},
+        "mamba2": {"type": "mamba2", "d_state": 16, "head_dim": 16},
+    }
+    model = LanguageModel(ModelConfig(V, 64, 4, pattern, {name: mixers[name] for name in pattern}, d_ff=-1, z_loss=1e-4))
+    model.init_weights(0)
+    return model.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pattern", [["paragru"], ["mamba2"], ["attention"], ["paragru", "attention", "mamba2"]], ids="-".join)
+def test_a_replayed_pass_is_the_pass_as_written(pattern: list[str]) -> None:
+    """Two micro-batches a step, so that gradients are written once and added to once. Attention's gradients do not repeat to the last bit."""
+    one, two = model_of(pattern), model_of(pattern)
+    graphed = GraphedPass(one, torch.device("cuda"), autocast=True)
+    replays = 0
+    for step in range(WARMUP + 3):
+        for model in (one, two):
+            model.zero_grad(set_to_none=True)
+        for micro in range(2):
+            batch, scale = packed(3, 10 * step + micro), 0.01 * (step + 1)
+            on_gpu = batch.to(torch.device("cuda"))
+            replayed = graphed.run(batch, scale)
+            assert not graphed.why_not, graphed.why_not
+            replays += replayed is not None
+            for model in (two,) if replayed is not None else (one, two):
+                with torch.autocast("cuda", torch.bfloat16):
+                    output = model(on_gpu.input_ids, labels=on_gpu.labels, segment_ids=on_gpu.segment_ids)
+                ((output.loss_sum + output.z_loss_sum) * scale).backward()
+            if replayed is not None:
+                torch.testing.assert_close(replayed, output.loss_sum.double(), rtol=1e-3 if "attention" in pattern else 0, atol=0)
+        for (name, p), q in zip(one.named_parameters(), two.parameters()):
+            if "attention" in pattern:
+                assert (p.grad - q.grad).norm() <= 2e-2 * q.grad.norm() + 1e-9, (step, name)
+            else:
+                assert torch.equal(p.grad, q.grad), (step, name)
+    assert replays == 2 * 3 and len(graphed.graphs) == 2
+    assert graphed.run(packed(3, 0, documents=0.9), 1.0) is None  # more documents than a graph has room for
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_pass_that_waits_for_the_device_runs_as_written() -> None:
+    model = model_of(["paragru"])
+    loss = model._loss
+    model._loss = lambda *given: (given[0].sum().item(), loss(*given))[1]  # type: ignore[method-assign]
+    graphed = GraphedPass(model, torch.device("cuda"), autocast=True)
+    for step in range(WARMUP + 2):
+        model.zero_grad(set_to_none=True)
+        assert graphed.run(packed(3, step), 1.0) is None
+    assert "cannot be recorded" in graphed.why_not and len(graphed.news()) == 1 and not graphed.news()
