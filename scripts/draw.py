@@ -319,6 +319,7 @@ def draw_million(path: Path) -> None:
     plt, models = pyplot(), json.loads(path.read_text())["models"]
     if plt is None:
         sys.exit("The curves need matplotlib: pip install matplotlib.")
+    most = max(row["peak_memory_bytes"] for model in models.values() for row in model["passes"].values()) / 1e9
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for name, model in models.items():
         rows = sorted(model["passes"].values(), key=lambda row: row["tokens"])
@@ -326,7 +327,7 @@ def draw_million(path: Path) -> None:
         axes[0].plot(tokens, [row["seconds"] for row in rows], "o-", label=name)
         axes[1].plot(tokens, [row["peak_memory_bytes"] / 1e9 for row in rows], "o-", label=name)
     axes[0].set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds")
-    axes[1].set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel="peak memory, GB")
+    axes[1].set(xscale="log", ylim=(0, 1.2 * most), xlabel="tokens", ylabel="peak memory, GB")
     for axis in axes:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
