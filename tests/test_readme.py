@@ -182,6 +182,11 @@ def test_the_page_on_the_python_api_runs(demo_shards: Path, train: Callable[...,
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 4, done.stderr
 
 
+def test_the_page_on_the_parallel_solve_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    exec("\n".join(blocks((ROOT / "docs" / "parallel_solve.md").read_text(), "python")), {})
+    assert float(re.sub(r"[^0-9.e-]", "", capsys.readouterr().out.replace("tensor", ""))) < 1e-5
+
+
 def test_the_readme_shows_the_cell_of_the_page_on_extending() -> None:
     extending = blocks(PAGES[0].read_text().partition("## Extending")[2], "python")
     assert extending == blocks((ROOT / "docs" / "extending.md").read_text(), "python")[:1]
