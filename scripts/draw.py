@@ -135,91 +135,86 @@ TITLES = {
 
 
 def model_svg(parts: Parts) -> str:
-    """The model, a block of it, and the recurrent mixer in the block, one below the other."""
-    sheet, top = Sheet(1000, 396), 34
-    sheet.text(20, top, "The model", 15, bold=True, middle=False)
-    x, w, h, y = 20.0, 110.0, 62.0, top + 14
-    sheet.text(x + 22, y + h / 2 + 5, "tokens", 13)
-    x += 52
-    place: dict[str, tuple[float, float]] = {}
+    """The model, a block of it, and the recurrent mixer in the block, one below the other; dashed lines lead from a part to its inside."""
+    sheet = Sheet(1000, 396)
+    left, right, below = _draw_model(sheet, parts, 48)
+    _inside(sheet, left, right, below, 138, "A block")
+    left, right, below = _draw_block(sheet, parts, 208)
+    _inside(sheet, left, right, below, 264, "A recurrent mixer")
+    _draw_mixer(sheet, parts, 340)
+    return sheet.svg()
+
+
+def _inside(sheet: Sheet, left: float, right: float, below: float, y: float, title: str) -> None:
+    """Widens the part between `left` and `right`, whose lower edge is `below`, to the row that begins at `y`."""
+    sheet.line((left, below), (20, y + 4), arrow=False, dashed=True)
+    sheet.line((right, below), (980, y + 4), arrow=False, dashed=True)
+    sheet.text(20, y + 22, title, 15, bold=True, middle=False)
+
+
+def _draw_model(sheet: Sheet, parts: Parts, y: float) -> tuple[float, float, float]:
+    """The row of the model; returns left and right edge of the first block, and the lower edge of all."""
+    sheet.text(20, 34, "The model", 15, bold=True, middle=False)
+    h, x = 62.0, 72.0
+    sheet.text(42, y + h / 2 + 5, "tokens", 13)
+    first = (0.0, 0.0)
     for name in parts.model:
-        wide = {"blocks": 478.0, "head": 170.0, "norm": 70.0}.get(name, w)
+        w = {"blocks": 478.0, "head": 170.0, "norm": 70.0}.get(name, 110.0)
         sheet.line((x, y + h / 2), (x + 20, y + h / 2))
         x += 20
-        place[name] = (x, wide)
         if name == "blocks":
-            sheet.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{wide:g}" height="{h:g}" rx="7" fill="#fff" stroke="#555"/>')
-            sheet.text(x + wide / 2, y + h - 7, "blocks, repeated: the order of mixers is a setting, model.pattern", 12)
-            each = (wide - 16) / len(parts.pattern)
-            for i, layer in enumerate(parts.pattern):
-                sheet.box(x + 8 + i * each + 2, y + 6, each - 4, 34, layer, [], FLOORS["models"])
+            sheet.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="7" fill="#fff" stroke="#555"/>')
+            sheet.text(x + w / 2, y + h - 7, "blocks, repeated: the order of mixers is a setting, model.pattern", 12)
+            each = (w - 16) / len(parts.pattern)
+            for i, mixer in enumerate(parts.pattern):
+                sheet.box(x + 10 + i * each, y + 6, each - 4, 34, mixer, [], FLOORS["models"])
+            first = (x + 10, x + 6 + each)
         else:
-            title, line = TITLES[name]
-            sheet.box(x, y, wide, h, title, [line] if line else [], FLOORS["models"])
-        x += wide
+            title, line = TITLES.get(name, (name, ""))
+            sheet.box(x, y, w, h, title, [line] if line else [], FLOORS["models"])
+        x += w
+    return (*first, y + h)
 
-    first = place["blocks"][0] + 8
-    y2 = y + h + 62
-    sheet.line((first + 2, y + h), (20, y2 - 30), arrow=False, dashed=True)
-    sheet.line((first + (place["blocks"][1] - 16) / len(parts.pattern) - 2, y + h), (980, y2 - 30), arrow=False, dashed=True)
-    sheet.text(20, y2 - 12, "A block", 15, bold=True, middle=False)
-    x = 40.0
-    middle = y2 + 36
-    mixer_at = (0.0, 0.0)
-    sheet.text(x + 4, middle + 5, "x", 14)
-    x += 14
-    for i, name in enumerate(parts.block):
-        title, line = TITLES[name]
-        wide = 190.0 if line else 90.0
+
+def _draw_block(sheet: Sheet, parts: Parts, middle: float) -> tuple[float, float, float]:
+    """The row of a block, each norm and what follows it beside a residual path; returns the edges of the mixer."""
+    norm, part, x, mixer = 90.0, 190.0, 54.0, (0.0, 0.0)
+    sheet.text(44, middle + 5, "x", 14)
+    for name in parts.block:
+        title, line = TITLES.get(name, (name, ""))
         if name.endswith("norm"):
-            branch = x + 12
-            sheet.line((x, middle), (branch, middle), arrow=False)
-            sheet.line((branch, middle), (branch, middle - 34), (branch + 364, middle - 34), (branch + 364, middle - 11))
-        gap = 34 if name.endswith("norm") else 20
-        sheet.line((x, middle), (x + gap, middle))
-        x += gap
-        sheet.box(x, middle - 26, wide, 52, title, [line] if line else [], FLOORS["models"])
-        if name == "mixer":
-            mixer_at = (x, wide)
-        x += wide
-        if not name.endswith("norm"):
+            branch, plus = x + 12, x + 34 + norm + 20 + part + 42
+            sheet.line((branch, middle), (branch, middle - 34), (plus, middle - 34), (plus, middle - 11))
+            sheet.line((x, middle), (x + 34, middle))
+            sheet.box(x + 34, middle - 26, norm, 52, title, [], FLOORS["models"])
+            x += 34 + norm
+        else:
+            sheet.line((x, middle), (x + 20, middle))
+            sheet.box(x + 20, middle - 26, part, 52, title, [line], FLOORS["models"])
+            mixer = (x + 20, x + 20 + part) if name == "mixer" else mixer
+            x += 20 + part
             sheet.line((x, middle), (x + 32, middle))
             sheet.plus(x + 42, middle)
             x += 52
-            if i + 1 == len(parts.block):
-                sheet.line((x, middle), (x + 24, middle))
+    sheet.line((x, middle), (x + 24, middle))
+    return (*mixer, middle + 26)
 
-    y3 = middle + 88
-    sheet.line((mixer_at[0], middle + 26), (20, y3 - 28), arrow=False, dashed=True)
-    sheet.line((sum(mixer_at), middle + 26), (980, y3 - 28), arrow=False, dashed=True)
-    sheet.text(20, y3 - 10, "A recurrent mixer", 15, bold=True, middle=False)
-    x, middle = 20.0, y3 + 44
+
+def _draw_mixer(sheet: Sheet, parts: Parts, middle: float) -> None:
+    """The row of the recurrent mixer. The cell's recurrence is a function and no part that is called: it comes before the norm."""
+    x = 20.0
     for name in parts.mixer:
-        title, line = TITLES[name]
-        if name == "norm":  # the cell's recurrence is a function, not a part that is called
-            x = _step_box(sheet, x, middle, parts.step)
-            title, line = "norm, gate", ""
+        title, line = TITLES.get(name, (name, ""))
+        if name == "norm":
+            sheet.line((x, middle), (x + 20, middle))
+            lines = ["solved over slices of time in parallel,", "certified to be what the loop gives"]
+            sheet.box(x + 20, middle - 42, 320, 84, "the cell, for all t at once", lines, FLOORS["kernels"], mono=parts.step)
+            x, title = x + 340, "norm, gate"
         wide = 140.0 if line else 118.0
         sheet.line((x, middle), (x + 20, middle))
         sheet.box(x + 20, middle - 32, wide, 64, title, [line] if line else [], FLOORS["models"])
         x += 20 + wide
     sheet.line((x, middle), (x + 20, middle))
-    return sheet.svg()
-
-
-def _step_box(sheet: Sheet, x: float, middle: float, step: str) -> float:
-    sheet.line((x, middle), (x + 20, middle))
-    sheet.box(
-        x + 20,
-        middle - 42,
-        320,
-        84,
-        "the cell, for all t at once",
-        ["solved over slices of time in parallel,", "certified to be what the loop gives"],
-        FLOORS["kernels"],
-        mono=step,
-    )
-    return x + 340
 
 
 # The way of the data
