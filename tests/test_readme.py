@@ -212,3 +212,10 @@ def test_every_file_of_results_is_listed() -> None:
     pages = "".join(page.read_text() for page in PAGES if page.parent.name in ("results", "docs"))
     pictures = [p for p in (ROOT / "docs").rglob("*.png")]
     assert [p.name for p in pictures if p.relative_to(ROOT / "docs" / "results").as_posix() not in pages] == []
+
+
+def test_every_finding_names_where_its_figures_are() -> None:
+    findings = re.split(r"\n\n", (ROOT / "docs" / "LOG.md").read_text().partition("\n## ")[2])
+    findings = [text for text in findings if text.strip().startswith("**")]
+    assert len(findings) > 40
+    assert [text[:60] for text in findings if not re.search(r"\]\(\S+\)|(commit|docs at) [0-9a-f]{7}", " ".join(text.split()))] == []
