@@ -12,11 +12,6 @@ from tests.conftest import ROOT
 # (who, whom): why this arrow may stay
 EXCEPTIONS = {
     ("training.guard.agreement", "train"): "lists the files whose hash the ranks compare, and loads none of them",
-    ("models.contract", "models.parallel"): "the type of an attribute; to go when slices of time have a file of their own",
-    (
-        "kernels.parallel_rnn.cell",
-        "kernels.parallel_rnn.expressions",
-    ): "a cell is traced when it is made; to go when tracing is called from outside",
 }
 
 
