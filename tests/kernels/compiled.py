@@ -95,7 +95,10 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             made = triton.compile(
                 source,
                 target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)},
+                options={
+                    "num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64),
+                    **({} if kernel == "decode" else {"maxnreg": launch.REGISTERS}),
+                },
             )
             assert ".target sm_90" in made.asm["ptx"]
             out[name][kernel] = {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
