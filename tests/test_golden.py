@@ -6,6 +6,9 @@ import copy
 import json
 from pathlib import Path
 
+import pytest
+
+from scripts.check import golden
 from scripts.check.golden import ELSEWHERE_STEPS, ROOT, STEPS, STORED, cases, differences
 from tests.conftest import run_program
 
@@ -33,3 +36,27 @@ def test_a_difference_in_the_last_bit_is_seen() -> None:
     assert [sentence.partition(" differs ")[0] for sentence in differences(changed, LOSSES)] == ["hybrid: loss", "mamba2: held_out"]
     assert "hybrid: loss differs from step 10 on" in differences(changed, LOSSES)[0]
     assert differences(changed, LOSSES, steps=9) == []
+
+
+def test_losses_are_renewed_with_a_reason_and_compared_with_the_right_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for who in ("AUTHOR", "COMMITTER"):
+        monkeypatch.setenv(f"GIT_{who}_NAME", "a")
+        monkeypatch.setenv(f"GIT_{who}_EMAIL", "a@b")
+    golden.git(tmp_path, "init", "-q", "-b", "main")
+    (tmp_path / "other").write_text("1")
+    golden.git(tmp_path, "add", "other")
+    golden.git(tmp_path, "commit", "-q", "-m", "first")
+    golden.renew(tmp_path, LOSSES, "the norm is rounded once", "a machine")
+    assert golden.git(tmp_path, "log", "-1", "--format=%s") == "Golden losses renewed: the norm is rounded once"
+    assert json.loads((tmp_path / STORED).read_text())["losses"] == LOSSES
+    assert golden.base_commit(tmp_path) == "HEAD~1"
+    (tmp_path / "other").write_text("2")
+    assert golden.base_commit(tmp_path) == "HEAD"
+    first = golden.git(tmp_path, "rev-parse", "HEAD")
+    golden.git(tmp_path, "checkout", "-q", "-b", "branch")
+    golden.git(tmp_path, "commit", "-q", "-a", "-m", "second")
+    assert golden.base_commit(tmp_path) == first
+    with pytest.raises(golden.UserError, match="There is no commit and no file 'nowhere'"):
+        golden.unpack(tmp_path, "nowhere", tmp_path / "base")
+    with pytest.raises(golden.UserError, match="leave out only="):
+        golden.main(["renew=why", "only=hybrid"])

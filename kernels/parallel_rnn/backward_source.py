@@ -243,15 +243,15 @@ def _load_windows(w: Writer) -> None:
 
 
 def _lowest_window(w: Writer) -> None:
-    """lowest: the first window in which f is still more than TOLERANCE of the largest adjoint there and below, -1 if it is nowhere."""
+    """lowest: the first window in which f is still more than TOLERANCE of the largest adjoint there and below, or in which an adjoint overflows,
+    beside which nothing is small; -1 if it is nowhere."""
     most = windows(len(w.S))
     w.put(1, f"low = tl.full((BD,), {most}, tl.int32)  # of each channel", *(f"most{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     for u in range(most):
         w.put(1, *(f"most{i} = _most(most{i}, z{i}_{u})" for i in w.S))
         sums = [" + ".join(f"_times(w{i}{j}_{u}, tl.abs({_down(f'f{j}')}))" for j in w.S) for i in w.S]
-        w.put(
-            1, "fits = " + " & ".join(f"({total} <= TOLERANCE * most{i})" for i, total in enumerate(sums)) + "  # not a number does not fit"
-        )
+        each = (f"({total} <= TOLERANCE * most{i}) & (most{i} <= 3.0e38)" for i, total in enumerate(sums))
+        w.put(1, "fits = " + " & ".join(each) + "  # what is not finite fits nowhere")
         w.put(1, f"low = tl.where(inside & (fits == 0), tl.minimum(low, {u}), low)")
     w.put(1, "lowest = tl.min(low, 0)", f"lowest = tl.where(lowest == {most}, -1, lowest)")
 

@@ -4,7 +4,8 @@ Relative errors are below 1e-6 down to the smallest normal number, or, for input
 type's unit roundoff (2.4e-5 for fp16, and nearly everywhere for bf16, 2e-4); what is not a number stays none. A step's latency is what a kernel waits for, so corrections are worked out beside the power of two and the reciprocal and
 selected before these are ready: they cost instructions, not time.
 
-Polynomials are minimax fits of the relative error, in fp32 coefficients. Where a product's rounding would be multiplied by the size of an
+Polynomials are minimax fits of the relative error, in fp32 coefficients; those that begin with x begin with it exactly, as a state that a function
+leaves nearly as it is would lose the same digits at every step. Where a product's rounding would be multiplied by the size of an
 exponent, it is kept as a sum of two.
 """
 
@@ -67,7 +68,7 @@ def _sigmoid(x):
 def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     twice = 2.0 * tl.abs(x)
     e = _exp2(-{HIGH} * twice)
-    small = twice * (0.99999994 + twice * (-0.4999925 + twice * (0.16654815 + twice * (-0.04100128 + twice * 0.006771037))))
+    small = twice * (1.0 + twice * (-0.49999464 + twice * (0.1665636 + twice * (-0.04104248 + twice * 0.0068076057))))
     top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
 """
@@ -120,8 +121,8 @@ def _expm1(x):
 
 @triton.jit
 def _log1p(x):
-    p = -0.25002718 + x * (0.19953126 + x * (-0.16544227 + x * (0.14972596 + x * (-0.14511782 + x * 0.08849006))))
-    small = x * (0.99999994 + x * (-0.49999982 + x * (0.33334303 + x * p)))
+    p = -0.25002313 + x * (0.19958822 + x * (-0.16553505 + x * (0.14937013 + x * (-0.14449053 + x * 0.08860822))))
+    small = x * (1.0 + x * (-0.49999988 + x * (0.33334035 + x * p)))
     return tl.where((x > -0.3) & (x < 0.42), small, tl.log(1.0 + x))
 
 

@@ -38,6 +38,8 @@ PROGRAMS_BACK = 4
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
 SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
 SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
+# A program has a scheduler for itself, so registers are there in plenty; asked to save them, ptxas lets one step wait for the one before it.
+REGISTERS = 255
 MOST_SLICES = 65535  # the second dimension of a launch
 _stats: dict[torch.device, Tensor] = {}
 
@@ -162,6 +164,8 @@ def _sizes(plan: Plan, pre: Tensor, starts: Tensor | None) -> tuple[Tensor, tupl
         "D": pre.shape[3:].numel(), "HEAD": at.head, "ST": at.time, "SP": at.projection, "MARK": plan.mark, "HAS_RESET": starts is not None,
         "EVEN": plan.even, "BD": plan.block, "num_warps": plan.warps,
     }  # fmt: skip
+    if not interpreted() and torch.version.hip is None:
+        constants["maxnreg"] = REGISTERS
     return at.tensor, (pre.shape[1], plan.slice, at.batch, at.se), constants
 
 

@@ -1,6 +1,6 @@
 """Prints the test files that a change concerns, for daily work: `scripts/test.sh --changed [REV]` runs them.
 
-    python -m scripts.check.changed [REV] [seconds=170]        REV: what the working tree is compared with (default HEAD)
+    python -m scripts.check.changed [REV] [seconds=90]        REV: what the working tree is compared with (default HEAD)
 
 Tests are found by imports: a test file is as far from a changed module as the shortest chain of imports between them, lazy ones and modules that
 are named in strings (`"-m", "data.prepare"`, `"train.py"`) included. A package that finds its members by name (mixers, cells, tasks) imports all
@@ -133,7 +133,7 @@ def main(words: list[str]) -> int:
     if difference.returncode:
         raise UserError(f"git knows no commit {revisions[0]!r}." if revisions else difference.stderr.strip())
     new = subprocess.run(["git", "ls-files", "-o", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-    taken, left = chosen([*difference.stdout.splitlines(), *new.stdout.splitlines()], float((limits or ["170"])[-1]))
+    taken, left = chosen([*difference.stdout.splitlines(), *new.stdout.splitlines()], float((limits or ["90"])[-1]))
     print("\n".join(taken))
     if left:
         print(f"not run, though the change reaches them: {' '.join(left)}", file=sys.stderr)

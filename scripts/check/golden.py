@@ -149,6 +149,8 @@ def main(words: list[str]) -> int:
     from scripts.check import golden_runs
 
     wanted = parse_arguments(words, DEFAULTS)
+    if wanted["renew"] and (wanted["only"] or wanted["against"] or wanted["steps"] != STEPS):
+        raise UserError(f"renew stores all models with {STEPS} steps; leave out only=, against= and steps=.")
     tree, threads = Path(wanted["tree"] or ROOT).resolve(), wanted["threads"]
     with tempfile.TemporaryDirectory(prefix="golden_") as folder:
         work = Path(folder)
@@ -186,6 +188,7 @@ def main(words: list[str]) -> int:
 def renew(tree: Path, losses: Losses, why: str, here: str) -> int:
     """Replaces the stored file and commits it alone, with the reason."""
     file = tree / STORED
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"why": why, "where": here, "losses": losses})
     git(tree, "add", STORED)
     git(tree, "commit", "--only", STORED, "-m", f"Golden losses renewed: {why}")

@@ -97,8 +97,10 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             source = ASTSource(
                 fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned
             )
-            warps = max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)
-            out[name][kernel] = registers.figures(f"{name} {kernel}", source, {"num_warps": warps}, figures)
+            options = {"num_warps": max(1, tile // (32 * launch.EACH) if kernel == "shoot" else tile // 64)}
+            if kernel != "decode":
+                options["maxnreg"] = launch.REGISTERS
+            out[name][kernel] = registers.figures(f"{name} {kernel}", source, options, figures)
     print(json.dumps(out))
     registers.close()
     if golden:

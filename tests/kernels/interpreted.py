@@ -1,5 +1,5 @@
 """Runs every kernel of one cell in Triton's interpreter and compares it with the float64 loop. Its own process: the interpreter is
-chosen when Triton is imported. `python -m tests.kernels.interpreted paragru`"""
+chosen when Triton is imported. `python -m tests.kernels.interpreted shared paragru` (shared: what does not depend on a cell, too)"""
 
 from __future__ import annotations
 
@@ -239,12 +239,15 @@ def layouts_and_sizes() -> None:
 
 if __name__ == "__main__":
     patch_once()
-    adjoints_that_return()
-    walks_that_meet()
-    walks_at_a_kink()
-    not_a_number_is_passed_on()
-    layouts_and_sizes()
-    for cell_name in sys.argv[1:]:
+    words = sys.argv[1:]
+    if "shared" in words:  # what does not depend on the cell, once
+        words.remove("shared")
+        adjoints_that_return()
+        walks_that_meet()
+        walks_at_a_kink()
+        not_a_number_is_passed_on()
+        layouts_and_sizes()
+    for cell_name in words:
         check(cell_name)
         at_once(next(c for c in cells() if c.name == cell_name))
     print("ok")

@@ -82,6 +82,7 @@ def test_repeatable_graph_capturable_and_compiled() -> None:
 
 def test_unconverged_slices_are_walked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "CORRECTIONS", 0)
+    monkeypatch.setattr(launch, "CORRECTIONS_FINE", 0)
     monkeypatch.setattr(launch, "SHOOT_STEPS", 0)
     cell = cells()[0]
     pre, rec, h0, _ = on_gpu(cell, 1, 1024, 64)

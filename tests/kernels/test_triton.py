@@ -34,9 +34,9 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, 1, 2])
 def test_every_kernel_in_the_interpreter(part: int) -> None:
-    assert run("interpreted.py", *[*available(), "three"][part::2]) == "ok"
+    assert run("interpreted.py", *["shared", *available(), "three"][part::3]) == "ok"
 
 
 def test_every_function_of_a_step_in_the_interpreter() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evals.adapters.base import OwnAdapter
+from evals.adapters.own import OwnAdapter
 from evals.measures.position import position_curve
 from models import mixers
 from models.config import ModelConfig

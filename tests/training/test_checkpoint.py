@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: cut over ranks and put together again at any stage, written in the background, verified, dropped, handed on."""
+"""Checkpoints by themselves: cut over ranks and put together again at any stage, written in the background, verified, dropped."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from data.files import lock
 from models.hub.weights import Weights, write_tensors
 from tests.conftest import ROOT, SMALL, environment, run_ranks
+from tests.training.savers import Alone, saver_of
 from training import checkpoint, setup
-from training.config.schema import CheckpointSection, Config
+from training.config.schema import Config
 from training.errors import UserError
 from training.saving import saver as saving
-from training.saving.hook import Hook
 from training.world import World
 from training.zero.local_state import Stretch, share
 
@@ -151,19 +149,6 @@ def test_an_index_with_gaps_or_ways_out_is_refused(tmp_path: Path, parts: Any) -
     cut_in_two(tmp_path, parts)
     with pytest.raises(UserError, match="not the index of a checkpoint"):
         Weights(tmp_path)
-
-
-class Alone(World):
-    def __init__(self) -> None:
-        self.rank, self.size, self.device = 0, 1, torch.device("cpu")
-
-
-def saver_of(run: Path, start: int = 0, **settings: Any) -> tuple[saving.Saver, list[str]]:
-    """A Saver over one parameter of five numbers whose checkpoints are all it does."""
-    parameter = torch.nn.Parameter(torch.arange(5.0))
-    engine: Any = SimpleNamespace(world=Alone(), stage=0, parameters={"w": parameter}, optimizer_steps=lambda: 0)
-    said: list[str] = []
-    return saving.Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append, saved=start), said
 
 
 def test_a_step_waits_for_the_snapshot_and_for_the_save_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,86 +350,6 @@ def test_checkpoints_of_the_first_format_are_read_and_later_ones_refused(tmp_pat
     for number, words in ((1, ""), (3, "is of format 3, this program reads 1 and 2")):
         (folder / "COMPLETE.json").write_text(json.dumps({**marker, "format": number}))
         assert (words in checkpoint.verify(folder)) if words else checkpoint.verify(folder) == ""
-
-
-def test_the_hook_gets_each_checkpoint_and_never_ends_a_run(tmp_path: Path) -> None:
-    out = tmp_path / "up load"
-    out.mkdir()
-    saver, said = saver_of(tmp_path / "it's", keep=1, hook=f"cp -r {{folder}} '{out}' && sleep 0.2 && false")
-    with saver:
-        saver.save({"step": 1})
-        saver.finish()
-        time.sleep(0.1)
-        saver.save({"step": 2})
-    assert sorted(p.name for p in out.iterdir()) == ["step-00000001", "step-00000002"], "one was dropped before it was copied"
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "it's")] == ["step-00000002"]
-    assert sum("status 1" in line and "hook.log" in line for line in said) == 2
-    assert (tmp_path / "it's" / "hook.log").read_text().count("status 1") == 2
-
-
-def test_a_hook_is_ended_at_the_limit_and_overtaken_checkpoints_are_skipped(tmp_path: Path) -> None:
-    said: list[str] = []
-    others = children()
-    hook = Hook("echo {folder}; exec sleep 300", tmp_path / "hook.log", said.append)
-    hook.add(tmp_path / "a")
-    while hook.process is None:
-        time.sleep(0.01)
-    hook.add(tmp_path / "b")
-    hook.add(tmp_path / "c")
-    assert hook.needs(tmp_path / "a") and not hook.needs(tmp_path / "b") and hook.needs(tmp_path / "c")
-    hook.close(0.1)
-    assert "skipped for b" in said[0] and any("did not finish in 0.1 s for a, c" in line for line in said)
-    assert children() == others
-
-
-def children() -> list[int]:
-    """Children of this process, zombies included."""
-    return [child.pid for child in psutil.Process().children()]
-
-
-def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, reached = threading.Event(), threading.Event()
-    monkeypatch.setattr("training.saving.hook.shlex.quote", lambda text: (reached.set(), gate.wait(), text)[2])
-    hook = Hook("exec sleep 300 {folder}", tmp_path / "hook.log", lambda text: None)
-    hook.add(tmp_path / "a")
-    reached.wait()
-    closing = threading.Thread(target=hook.close, args=(0.0,), daemon=True)
-    closing.start()
-    time.sleep(0.1)
-    gate.set()
-    closing.join(20)
-    assert not closing.is_alive() and hook.process is None
-
-
-def test_a_hook_that_cannot_be_started_gives_the_next_checkpoint_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    popen, broken = subprocess.Popen, [True]
-    monkeypatch.setattr(
-        "training.saving.hook.subprocess.Popen", lambda *a, **k: (_ for _ in ()).throw(ValueError("odd name")) if broken else popen(*a, **k)
-    )
-    hook = Hook("touch {folder}-done", tmp_path / "hook.log", said.append)
-    hook.add(tmp_path / "a")
-    while not said and hook.thread.is_alive():
-        time.sleep(0.01)
-    broken.clear()
-    hook.add(tmp_path / "b")
-    signs: list[int] = []
-    hook.close(30, lambda: signs.append(1))
-    assert "could not run for a (odd name)" in said[0] and (tmp_path / "b-done").exists() and signs
-
-
-def test_a_checkpoint_whose_hook_was_cut_short_is_handed_on_by_the_next_run(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    cut, said = saver_of(tmp_path / "run", hook=f"echo {{folder}} >> {out}; sleep 300", hook_minutes=0.001)
-    with cut:
-        cut.save({"step": 1})
-    assert any("did not finish" in line for line in said)
-    for _ in range(3):
-        again, said = saver_of(tmp_path / "run", hook=f"echo {{folder}} >> {out}", start=1)
-        with again:
-            again.finish()
-        assert said == []
-    assert len(out.read_text().splitlines()) == 2, "once cut short, once whole"
 
 
 def test_sigterm_in_the_middle_of_a_save_waits_for_it(demo_shards: Path, tmp_path: Path) -> None:

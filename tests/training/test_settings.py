@@ -146,6 +146,7 @@ def test_numbers_of_models_have_ranges(key: str) -> None:
         ("steps=5", "did you mean 'train.steps'"),
         ("train.seed=1", "did you mean 'seed'"),
         ("train.learning_rate=1", "did you mean 'optim.lr'"),
+        ("parallel.betsa=1", "did you mean 'optim.betas'"),
         ("batch_size=8", "did you mean 'train.global_batch'"),
         ("optim.grad_clip=1", "did you mean 'train.grad_clip'"),
         ("recurrent_max=0.9", "model.mixers.paragru.recurrent_max"),
