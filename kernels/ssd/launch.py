@@ -25,6 +25,10 @@ PREPARED = 16  # heads a program of `prepare` takes
 # widths both forbid that, loads go element by element, an address in registers for each: of those kernels results were 30 to 40 % off on an H100
 # (Triton 3.6, ptxas 12.8), and once a read was outside of shared memory, as of other kernels with wgmma under ptxas before CUDA 13.
 RUN, IN_RUNS = 16, (torch.bfloat16,)
+# Heads of 16 beside a state of 16 had the same fault: gradients 49 % off, or a read outside of memory. Heads of 32 beside a state of 16 and heads
+# of 16 beside a state of 32 are right.
+NARROWEST = 32  # width in which bf16 kernels take a head
+LARGEST_STATE = 128 * 128  # elements of a state that is loaded a stage ahead; larger ones leave no shared memory for it
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
 
@@ -74,9 +78,11 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
 
 
-def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, and neighbours along the last dimension, zeros after them up to whole runs; other strides are free, but of whole runs."""
-    x, more = x.to(dtype), whole_width(x.shape[-1], dtype) - x.shape[-1]
+def ready(x: Tensor, dtype: torch.dtype, least: int = RUN) -> Tensor:
+    """In this dtype, and neighbours along the last dimension, zeros after them up to whole runs and, in bf16, to `least`; other strides are free,
+    but of whole runs."""
+    width = max(x.shape[-1], least) if dtype in IN_RUNS else x.shape[-1]
+    x, more = x.to(dtype), whole_width(width, dtype) - x.shape[-1]
     if more:
         return torch.constant_pad_nd(x, (0, more))
     dense = x.stride(-1) == 1 or x.shape[-1] == 1
@@ -90,6 +96,18 @@ def filled(state: Tensor | None, P: int, N: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, N - state.shape[3], 0, P - state.shape[2])).contiguous()
 
 
+def sizes_of(dtype: torch.dtype, P: int, N: int, back: bool) -> Pass:
+    """The sizes of a pass for heads of P and states of N: as many stages as shared memory holds."""
+    if interpreted():
+        return Pass(16, 16, 4, 1, 2, 4, 1)
+    if dtype != torch.bfloat16:
+        return BACKWARD_WIDE if back else FORWARD_WIDE
+    sizes = BACKWARD if back else FORWARD
+    if max(pad(P), pad(N) // 2) <= 64:
+        return sizes
+    return replace(sizes, stages=min(sizes.stages, 2 if pad(P) * pad(N) <= LARGEST_STATE else 1))
+
+
 class Problem:
     """The arguments of one call in the form the kernels take, and what all kernels of a pass share."""
 
@@ -98,12 +116,8 @@ class Problem:
         tl = self.module.tl
         self.narrow = x.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no bf16 products
         wide = x.dtype != torch.bfloat16
-        self.sizes = (BACKWARD_WIDE if wide else BACKWARD) if back else (FORWARD_WIDE if wide else FORWARD)
-        if interpreted():
-            self.sizes = Pass(16, 16, 4, 1, 2, 4, 1)
-        elif max(pad(x.shape[-1]), pad(Bm.shape[-1]) // 2) > 64:  # three stages of wider heads do not fit into shared memory
-            self.sizes = replace(self.sizes, stages=min(self.sizes.stages, 2))
-        self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
+        self.sizes = sizes_of(x.dtype, x.shape[-1], Bm.shape[-1], back)
+        self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype, NARROWEST), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
         (self.B, self.T, self.H, self.P), (self.G, self.N) = self.x.shape, self.Bm.shape[2:]
         self.R = self.H // self.G
         self.Q = self.sizes.Q
@@ -209,7 +223,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
-    dy = ready(dy, x.dtype)
+    dy = ready(dy, x.dtype, NARROWEST)
     P, N = x.shape[3], Bm.shape[3]
     states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)

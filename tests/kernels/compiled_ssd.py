@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -31,7 +32,7 @@ registers = Registers("ssd")
 def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int]:
     """Resources of one kernel; `walk_back` and `prepare_back` are the backward pass's."""
     wide, back = dtype != "bf16", name.endswith(("_back", "gradients"))
-    s: launch.Pass = (launch.BACKWARD_WIDE if wide else launch.BACKWARD) if back else (launch.FORWARD_WIDE if wide else launch.FORWARD)
+    s = launch.sizes_of(torch.float32 if wide else torch.bfloat16, P, N, back)
     s = launch.Pass(**{**s.__dict__, **changes})
     fn = getattr(launch.kernels(), name.removesuffix("_back"))
     walk = fn.arg_names[1] == "K"

@@ -57,7 +57,7 @@ def test_16_bits(sizes: tuple[int, ...], dtype: torch.dtype, decay: float, start
     assert not off, off
 
 
-ODD = [(24, 40), (17, 33), (24, 64), (17, 64), (64, 40), (64, 33), (1, 1), (8, 24), (33, 17), (80, 48), (127, 65), (100, 200)]
+ODD = [(24, 40), (17, 33), (24, 64), (17, 64), (64, 40), (64, 33), (1, 1), (16, 16), (8, 24), (33, 17), (80, 48), (127, 65), (100, 200)]
 CASES = [(torch.bfloat16, widths, "joint") for widths in ODD]
 CASES += [(dtype, widths, "joint") for dtype in (torch.float16, torch.float32) for widths in ODD[:7:2]]
 CASES += [(torch.bfloat16, widths, layout) for widths in ((24, 40), (64, 64), (17, 33)) for layout in ("apart", "shifted", "time first")]
