@@ -121,6 +121,9 @@ def _softplus(g: Any, input: Any, beta: float = 1.0, threshold: float = 20.0) ->
     scaled = input if beta == 1 else g.make("mul", input, beta)
     soft = g.make("softplus", scaled)
     soft = soft if beta == 1 else g.make("div", soft, beta)
+    if beta < 1:  # e^scaled may be too small for a normal number, which divided by beta is none
+        half = g.make("exp", g.make("mul", 0.5, scaled))
+        soft = g.make("where", g.make("lt", scaled, -80.0), g.make("mul", half, g.make("div", half, beta)), soft)
     return soft if beta == 1 and threshold >= 20 else g.make("where", g.make("gt", scaled, threshold), input, soft)
 
 
