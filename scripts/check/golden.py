@@ -64,11 +64,12 @@ Losses = dict[str, dict[str, Any]]
 
 
 def cases(trees: list[Path]) -> dict[str, list[str]]:
-    """Overrides of train.py by case, for what all `trees` have: each model, and the mixers that are in none of them."""
+    """Overrides of train.py by case, for what all `trees` have: each model, and the mixers that are in none of them and that no other begins from."""
     models = sorted(set.intersection(*({file.stem for file in tree.glob("configs/model/*.yaml")} for tree in trees)))
     mixers = set.intersection(*({file.stem for file in tree.glob("configs/mixer/*.yaml")} for tree in trees))
     named = "".join(file.read_text() for file in trees[0].glob("configs/model/*.yaml"))
-    rest = sorted(mixer for mixer in mixers if f"mixers.{mixer}:" not in named)
+    begun_from = "".join(file.read_text() for tree in trees for file in tree.glob("configs/mixer/*.yaml"))
+    rest = sorted(mixer for mixer in mixers if f"mixers.{mixer}:" not in named and f"  - {mixer}\n" not in begun_from)
     found = {model: [f"model={model}"] for model in models}
     if rest:
         pattern = f"model.pattern=[{','.join(rest)}]"
