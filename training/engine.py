@@ -31,7 +31,7 @@ from models.parallel import split
 from training.config.schema import Config
 from training.graph import GraphedPass
 from training.initial_state import InitialStates
-from training.optim import SkippableAdamW, build_optimizer
+from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.world import World
 from training.zero import patches, policy
 
@@ -59,7 +59,7 @@ def local_tokens(micro_batches: list[Batch]) -> float:
 
 
 class Engine:
-    """A DeepSpeed engine around a LanguageModel and AdamW."""
+    """A DeepSpeed engine around a LanguageModel and its optimizer."""
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
@@ -68,13 +68,7 @@ class Engine:
         patches.load_muon_uncompiled()
         self.config, self.world = config, world
         self.module = model.to(world.device)
-        self.optimizer: SkippableAdamW = build_optimizer(
-            model,
-            lr=config.peak_lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-        )
+        self.optimizer: SkippableAdamW | MuonWithAdamW = optimizer_of(config, model, world)
         self.parameters = dict(model.named_parameters())
         if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -108,13 +102,19 @@ class Engine:
         assert not cast, f"recurrence parameters must stay fp32, but DeepSpeed cast {cast}"
 
     @property
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The parameters that Muon updates, by name; AdamW has the others."""
+        return self.optimizer.matrices if isinstance(self.optimizer, MuonWithAdamW) else {}
+
+    @property
     def stage(self) -> int:
         """The ZeRO stage that is run, see `policy.stage_of`."""
         return policy.stage_of(self.config, self.world.size)
 
     def set_lr(self, lr: float) -> None:
+        """The rate of the next step, of which every group takes its own multiple."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def step(
         self,

@@ -25,11 +25,13 @@ class SkippableAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, without: Callable[[nn.Parameter], bool] = lambda parameter: False
+) -> list[dict[str, Any]]:
+    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names. without: which to leave out."""
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not without(parameter):
             groups["no_decay" not in roles(parameter) and parameter.ndim >= 2].append((name, parameter))
     return [
         {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": weight_decay if decayed else 0.0}
