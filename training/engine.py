@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.tensor_lists import total_norm, use_triton
 from models.block import Block
 from models.init import roles
 from models.parallel import split
@@ -34,6 +35,8 @@ from training.initial_state import InitialStates
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.world import World
 from training.zero import patches, policy
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
 @dataclass
@@ -184,10 +187,18 @@ class Engine:
         return norm, skipped
 
     def _clip(self) -> float:
-        """Clips gradients that are whole on every rank (stage 0; ZeRO does it in its step) and returns their norm before that."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if self.config.train.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.train.grad_clip, norm)
+        """Clips gradients that are whole on every rank (stage 0; ZeRO does it in its step) and returns their norm before that. On a GPU they stay as
+        they are, and the optimizer divides them as it reads them: to the rounding of a division the same, and a pass over memory less."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.optimizer.grad_scale, limit = None, self.config.train.grad_clip
+        if use_triton(gradients):
+            norm = total_norm(gradients)
+            if limit:
+                self.optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)
+            return float(norm)
+        norm = nn.utils.get_total_norm(gradients)
+        if limit:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
         return float(norm)
 
     @contextmanager

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.init import roles
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set."""
+    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set. grad_scale: None, or what torch's fused kernel
+    divides gradients by as it reads them (one number on the GPU)."""
 
     skip_next: bool = False
+    grad_scale: Tensor | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.skip_next:

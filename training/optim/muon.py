@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.tensor_lists import momentum_and_update, take_step
 from models.init import is_hidden_matrix, roles
 from training.optim.adamw import SkippableAdamW, parameter_groups
 from training.optim.newton_schulz import flops, orthogonalized
@@ -99,42 +100,55 @@ class Stack:
         place = (rank - self.owner) % self.size
         return self.slabs[place * self.share : (place + 1) * self.share]
 
-    def updates(self, gradients: dict[str, Tensor], beta: float, nesterov: bool, steps: int, dtype: torch.dtype) -> Tensor:
-        """(share, r, c): takes the gradients into the momentum and returns it orthogonalised; where this rank has less than a share, zeros follow."""
-        out = torch.zeros(self.share, self.rows, self.columns, dtype=dtype, device=self.momentum.device)
+    def updates(
+        self, gradients: dict[str, Tensor], beta: float, nesterov: bool, steps: int, dtype: torch.dtype, divisor: Tensor | None
+    ) -> Tensor:
+        """(share side, r, c / side): takes the gradients into the momentum and returns it orthogonalised, as `momentum_and_update` lays it out; where
+        this rank has less than a share, zeros follow."""
+        size, whole = (self.share * self.side, self.rows, self.columns // self.side), len(self.own) == self.share
         at_once = max(1, CHUNK // (self.rows * self.columns))
+        if whole and self.share <= at_once:
+            return self._orthogonalized(0, self.share, gradients, beta, nesterov, steps, dtype, divisor)
+        out = torch.zeros(size, dtype=dtype, device=self.momentum.device)
         for i in range(0, len(self.own), at_once):
-            momentum = self.momentum[i : i + at_once]
-            g_krc = torch.stack([slab.of(gradients[slab.name]) for slab in self.own[i : i + at_once]])
-            momentum.lerp_(g_krc, 1 - beta)
-            x = (g_krc.lerp_(momentum, beta) if nesterov else momentum).to(dtype)
-            x = x.unflatten(2, (self.side, -1)).transpose(1, 2).flatten(0, 1)  # matrices side by side, one behind the other
-            x = orthogonalized(x, steps).unflatten(0, (-1, self.side)).transpose(1, 2)
-            out[i : i + at_once].unflatten(2, (self.side, -1)).copy_(x)
+            end = min(i + at_once, len(self.own))
+            out[i * self.side : end * self.side] = self._orthogonalized(i, end, gradients, beta, nesterov, steps, dtype, divisor)
         return out
+
+    def _orthogonalized(
+        self,
+        first: int,
+        end: int,
+        gradients: dict[str, Tensor],
+        beta: float,
+        nesterov: bool,
+        steps: int,
+        dtype: torch.dtype,
+        divisor: Tensor | None,
+    ) -> Tensor:
+        mine = [slab.of(gradients[slab.name]) for slab in self.own[first:end]]
+        return orthogonalized(momentum_and_update(mine, self.momentum[first:end], beta, nesterov, self.side, dtype, divisor), steps)
 
     def gathered(self, own: Tensor) -> tuple[Tensor, Any]:
         """(updates of all ranks' shares one behind the other, what to wait for)."""
         if self.size == 1:
             return own, None
-        every = own.new_empty(self.size * self.share, self.rows, self.columns)
-        return every, dist.all_gather_into_tensor(every, own, async_op=True)
+        every = own.new_empty(self.size * own.shape[0], *own.shape[1:])
+        return every, dist.all_gather_into_tensor(every, own.contiguous(), async_op=True)
 
     def take(self, parameters: dict[str, nn.Parameter], updates: Tensor, keep: float, step: float) -> None:
         """weights = keep weights - step update, for the slabs of all ranks."""
+        each = self.share * self.side
         for rank in range(self.size):
-            share = updates[rank * self.share : (rank + 1) * self.share]
             mine = self._share_of(rank)
-            if not mine:
-                continue
-            weights = [slab.of(parameters[slab.name]) for slab in mine]
-            if keep != 1.0:
-                torch._foreach_mul_(weights, keep)
-            torch._foreach_add_(weights, list(share[: len(mine)].to(weights[0].dtype).unbind()), alpha=-step)
+            if mine:
+                weights = [slab.of(parameters[slab.name]) for slab in mine]
+                take_step(weights, updates[rank * each : rank * each + len(mine) * self.side], keep, step, self.side)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for what `is_hidden_matrix`, AdamW for all else; the next `step` does nothing, momentum and moments included, when `skip_next` is set.
+    """Muon for what `is_hidden_matrix`, AdamW for all else. As SkippableAdamW: the next `step` does nothing, momentum and moments included, when
+    `skip_next` is set, and divides gradients by `grad_scale` if that is given.
 
     lr, betas, eps: AdamW's. muon_lr: the matrices' rate, weight_decay is that of both, times the rate of each. scale: 'adamw' multiplies an update
     by 0.2 sqrt(max(outputs, inputs)), the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982), 'spectral' by sqrt(max(1, outputs / inputs)).
@@ -142,6 +156,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     skip_next: bool = False
+    grad_scale: Tensor | None = None
 
     def __init__(
         self,
@@ -183,6 +198,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         if self.skip_next:
             return None
+        self.adamw.grad_scale = self.grad_scale
         self.adamw.step(closure)
         if not self.matrices:
             return None
@@ -190,8 +206,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.matrices.items()}
         waiting: list[tuple[Stack, Tensor, Any]] = []
         for stack in self.stacks:
-            on_gpu = stack.momentum.device.type == "cuda"
-            own = stack.updates(gradients, self.momentum, self.nesterov, self.steps, torch.bfloat16 if on_gpu else torch.float32)
+            dtype = torch.bfloat16 if stack.momentum.device.type == "cuda" else torch.float32
+            own = stack.updates(gradients, self.momentum, self.nesterov, self.steps, dtype, self.grad_scale)
             waiting.append((stack, *stack.gathered(own)))
             if len(waiting) > 1:
                 self._take(group, *waiting.pop(0))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.symmetric import symmetric
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LEAST = 1e-30  # a norm below this is that of a matrix of zeros, which stays one
 
@@ -18,16 +20,17 @@ LEAST = 1e-30  # a norm below this is that of a matrix of zeros, which stays one
 def orthogonalized(x_krc: Tensor, steps: int) -> Tensor:
     """(k, r, c): x with all singular values near 1, in its dtype; every product is one launch for all k. Multiples of x give the same."""
     a, b, c = COEFFICIENTS
-    x = x_krc if x_krc.shape[1] <= x_krc.shape[2] else x_krc.mT  # the products of x and x^T are then the small ones
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = (x / norm.clamp(min=LEAST)).to(x_krc.dtype)  # no singular value is above the root of the sum of their squares
+    norm = torch.linalg.vector_norm(x_krc, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_krc.dtype, torch.float32))
+    x = x_krc * norm.clamp(min=LEAST).reciprocal().to(x_krc.dtype)  # no singular value is above the root of the sum of their squares
+    wide = x.shape[1] <= x.shape[2]
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x if x_krc.shape[1] <= x_krc.shape[2] else x.mT
+        gram = symmetric(x if wide else x.mT)  # the smaller of x x^T and x^T x
+        near = symmetric(gram, gram, c, b)
+        x = torch.baddbmm(x, near, x, beta=a) if wide else torch.baddbmm(x, x, near, beta=a)
+    return x
 
 
 def flops(rows: int, columns: int, steps: int) -> int:
-    """Floating-point operations of `orthogonalized` for one matrix."""
+    """Floating-point operations of `orthogonalized` for one matrix, symmetric products counted whole."""
     small, large = sorted((rows, columns))
     return steps * (4 * small * small * large + 2 * small**3)
