@@ -26,7 +26,7 @@ def symmetric(x_kmn: Tensor, add_kmm: Tensor | None = None, alpha: float = 1.0, 
         from kernels.symmetric import triton
 
         with torch.cuda.device_of(x_kmn):
-            return triton.symmetric(x_kmn, add_kmm, alpha, beta)
+            return triton.symmetric(x_kmn, add_kmm, alpha, beta, TILE, DEPTH)
     if add_kmm is None:
         product = torch.bmm(x_kmn, x_kmn.mT)
         return product if alpha == 1.0 else product.mul_(alpha)

@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.symmetric import DEPTH, TILE
-
 WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies while the other stores
 
 
@@ -42,13 +40,13 @@ def product(X, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_AD
         tl.store(OUT + k * M * M + across[:, None] * M + down[None, :], tl.trans(rounded))
 
 
-def symmetric(x, add, alpha, beta):
+def symmetric(x, add, alpha, beta, tile, depth):
     K, M, N = x.shape
     out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
     add = None if add is None else add.contiguous()
-    rows = M // TILE
+    rows = M // tile
     product[(rows * (rows + 1) // 2, K)](
-        x, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=TILE, DEPTH=DEPTH,
+        x, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
