@@ -15,7 +15,9 @@ WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies wh
 
 
 @triton.jit
-def product(X, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+def symmetric_product(
+    X, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
     """One tile on or below the diagonal, and its mirror image."""
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # tiles before row i: i (i + 1) / 2
@@ -45,7 +47,7 @@ def symmetric(x, add, alpha, beta, tile, depth):
     out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
     add = None if add is None else add.contiguous()
     rows = M // tile
-    product[(rows * (rows + 1) // 2, K)](
+    symmetric_product[(rows * (rows + 1) // 2, K)](
         x, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

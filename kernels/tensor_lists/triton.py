@@ -17,7 +17,7 @@ CHUNK, BLOCK, WARPS = 65536, 4096, 8  # elements of a partial sum, and of a turn
 
 
 @triton.jit
-def squares(ADDRESSES, SIZES, TENSOR, PLACE, OUT, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def total_squares(ADDRESSES, SIZES, TENSOR, PLACE, OUT, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """OUT[b] = the sum of squares of chunk PLACE[b] of tensor TENSOR[b]."""
     b = tl.program_id(0)
     t = tl.load(TENSOR + b)
@@ -48,7 +48,7 @@ def place(e, EACH, C, SIDE: tl.constexpr):
 
 
 @triton.jit
-def momentum(
+def muon_momentum(
     ADDRESSES, M, X, DIVISOR, BETA, EACH, C, SIDE: tl.constexpr, NESTEROV: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     k = tl.program_id(1)
@@ -69,7 +69,7 @@ def momentum(
 
 
 @triton.jit
-def step(ADDRESSES, U, KEEP, STEP, EACH, C, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+def muon_step(ADDRESSES, U, KEEP, STEP, EACH, C, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < EACH
@@ -102,7 +102,7 @@ def total_norm(tensors):
     device = tensors[0].device
     sizes, tensor, place_ = chunks(tuple(t.numel() for t in tensors), device)
     partial = torch.empty(len(tensor), device=device)
-    squares[(len(tensor),)](_table(tensors), sizes, tensor, place_, partial, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS)
+    total_squares[(len(tensor),)](_table(tensors), sizes, tensor, place_, partial, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS)
     return partial.double().sum().sqrt().float()
 
 
@@ -110,7 +110,7 @@ def momentum_and_update(gradients, m, beta, nesterov, side, dtype, divisor):
     K, R, C = m.shape
     block = min(BLOCK // 4, triton.next_power_of_2(R * C))
     x = torch.empty(K * side, R, C // side, dtype=dtype, device=m.device)
-    momentum[(triton.cdiv(R * C, block), K)](
+    muon_momentum[(triton.cdiv(R * C, block), K)](
         _table(gradients), m, x, m if divisor is None else divisor, beta, R * C, C, SIDE=side, NESTEROV=nesterov,
         DIVIDE=divisor is not None, BLOCK=block, num_warps=WARPS // 2,
     )  # fmt: skip
@@ -121,4 +121,4 @@ def take_step(weights, updates, keep, size, side):
     R, C = weights[0].shape
     block = min(BLOCK // 4, triton.next_power_of_2(R * C))
     grid = (triton.cdiv(R * C, block), len(weights))
-    step[grid](_table(weights), updates, keep, size, R * C, C, SIDE=side, BLOCK=block, num_warps=WARPS // 2)
+    muon_step[grid](_table(weights), updates, keep, size, R * C, C, SIDE=side, BLOCK=block, num_warps=WARPS // 2)

@@ -44,14 +44,14 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int, stages: int
 
 def main(golden: bool) -> None:
     block = lists.BLOCK // 4
-    out = {"squares": made("squares", lists.squares, {"CHUNK": lists.CHUNK, "BLOCK": lists.BLOCK}, lists.WARPS)}
+    out = {"squares": made("squares", lists.total_squares, {"CHUNK": lists.CHUNK, "BLOCK": lists.BLOCK}, lists.WARPS)}
     for side in (1, 3):
         flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
-        out[f"momentum {side}"] = made(f"momentum {side}", lists.momentum, flags, lists.WARPS // 2)
-        out[f"step {side}"] = made(f"step {side}", lists.step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
+        out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
+        out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
     for label, has_add, one in (("x x^T", False, "STRIDE_N"), ("x^T x", False, "STRIDE_M"), ("b x + c x x^T", True, "STRIDE_N")):
         flags = {"HAS_ADD": has_add, "TILE": TILE, "DEPTH": DEPTH, one: 1}
-        out[label] = made(label, symmetric.product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", OUT="*bf16")
+        out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", OUT="*bf16")
     print(json.dumps(out))
     registers.close()
     if golden:
