@@ -16,7 +16,7 @@ WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies wh
 
 @triton.jit
 def symmetric_product(
-    X, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+    X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
 ):
     """One tile on or below the diagonal, and its mirror image."""
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -26,7 +26,7 @@ def symmetric_product(
     j = tile - i * (i + 1) // 2
     down, across, inner = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     x = X + k * STRIDE_K + down[:, None] * STRIDE_M + inner[None, :] * STRIDE_N
-    y = X + k * STRIDE_K + across[:, None] * STRIDE_M + inner[None, :] * STRIDE_N
+    y = Y + k * STRIDE_K + across[:, None] * STRIDE_M + inner[None, :] * STRIDE_N
     total = tl.zeros((TILE, TILE), tl.float32)
     for _ in range(0, N, DEPTH):
         total = tl.dot(tl.load(x), tl.trans(tl.load(y)), total)
@@ -42,13 +42,15 @@ def symmetric_product(
         tl.store(OUT + k * M * M + across[:, None] * M + down[None, :], tl.trans(rounded))
 
 
-def symmetric(x, add, alpha, beta, tile, depth):
+def symmetric(x, y, add, alpha, beta, tile, depth):
     K, M, N = x.shape
+    if x.stride() != y.stride():
+        x, y = x.contiguous(), y.contiguous()
     out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
     add = None if add is None else add.contiguous()
     rows = M // tile
     symmetric_product[(rows * (rows + 1) // 2, K)](
-        x, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
+        x, y, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

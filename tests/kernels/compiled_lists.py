@@ -24,7 +24,7 @@ from tests.kernels.registers import Registers  # noqa: E402
 
 KINDS = {
     "ADDRESSES": "*i64", "SIZES": "*i64", "TENSOR": "*i32", "PLACE": "*i32", "OUT": "*fp32", "M": "*fp32", "X": "*bf16", "U": "*bf16",
-    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*bf16",
+    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16",
 }  # fmt: skip
 GOLDEN = Path(__file__).with_name("resources_lists.json")
 registers = Registers("lists")
@@ -51,7 +51,9 @@ def main(golden: bool) -> None:
         out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
     for label, has_add, one in (("x x^T", False, "STRIDE_N"), ("x^T x", False, "STRIDE_M"), ("b x + c x x^T", True, "STRIDE_N")):
         flags = {"HAS_ADD": has_add, "TILE": TILE, "DEPTH": DEPTH, one: 1}
-        out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", OUT="*bf16")
+        out[label] = made(
+            label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
+        )
     print(json.dumps(out))
     registers.close()
     if golden:

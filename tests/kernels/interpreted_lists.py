@@ -72,7 +72,7 @@ def symmetric_products() -> None:
         assert gram.dtype == x.dtype and all(torch.equal(g[beside], g.mT[beside]) for g in gram)
         assert (gram - fine).abs().max() <= 1e-3 * fine.abs().max()
         gram /= 16
-        near = symmetric(gram, gram, 0.5, -2.0)
+        near = symmetric(gram, None, gram, 0.5, -2.0)
         wanted = 0.5 * gram.double() @ gram.double().mT - 2.0 * gram.double()
         assert all(torch.equal(n[beside], n.mT[beside]) for n in near) and (near - wanted).norm() <= 1e-3 * wanted.norm(), f"{(K, M, N)}"
         print(f"symmetric {(K, M, N)}")

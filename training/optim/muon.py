@@ -5,7 +5,7 @@ orthogonalised each by itself, as the roles of the parameter say (`splits`, mode
 larger. Gradients are clipped before any of this, by the norm of them all.
 
 Matrices of one shape are a `Stack`: their momentum is one tensor, and each product of Newton and Schulz one launch. Of every stack each rank has a
-share; it computes the updates of its share, the ranks gather them (in bf16 on a GPU, 2 bytes a parameter), and all take the same step. The
+share; it computes the updates of its share, the ranks gather them (in fp16 on a GPU, 2 bytes a parameter), and all take the same step. The
 gather of one stack runs while the next is computed. Gradients have to be whole on every rank: DeepSpeed averages them as plain data parallelism
 does, no ZeRO stage is in play. Its own Muon was read and left (releases to 0.19.8): it clips the update instead of the gradient, which divides the
 step by 4 to 86 (issue 8439), at ZeRO-3 takes a step of momentum for every micro-batch (8443), and takes a fused projection for one matrix.
@@ -30,7 +30,7 @@ from training.optim.adamw import SkippableAdamW, parameter_groups
 from training.optim.newton_schulz import flops, orthogonalized
 
 SCALES = ("adamw", "spectral")
-CHUNK = 1 << 27  # numbers that are orthogonalised at once: their copies are 0.25 GiB each in bf16
+CHUNK = 1 << 27  # numbers that are orthogonalised at once: their copies are 0.25 GiB each in 16 bits
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,8 @@ class Stack:
         divisor: Tensor | None,
     ) -> Tensor:
         mine = [slab.of(gradients[slab.name]) for slab in self.own[first:end]]
-        return orthogonalized(momentum_and_update(mine, self.momentum[first:end], beta, nesterov, self.side, dtype, divisor), steps)
+        raw = torch.bfloat16 if dtype == torch.float16 else dtype  # before it is divided by its norm, fp16 may be too narrow for it
+        return orthogonalized(momentum_and_update(mine, self.momentum[first:end], beta, nesterov, self.side, raw, divisor), steps, dtype)
 
     def gathered(self, own: Tensor) -> tuple[Tensor, Any]:
         """(updates of all ranks' shares one behind the other, what to wait for)."""
@@ -206,7 +207,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.matrices.items()}
         waiting: list[tuple[Stack, Tensor, Any]] = []
         for stack in self.stacks:
-            dtype = torch.bfloat16 if stack.momentum.device.type == "cuda" else torch.float32
+            dtype = torch.float16 if stack.momentum.device.type == "cuda" else torch.float32
             own = stack.updates(gradients, self.momentum, self.nesterov, self.steps, dtype, self.grad_scale)
             waiting.append((stack, *stack.gathered(own)))
             if len(waiting) > 1:
@@ -240,9 +241,9 @@ def plan(model: nn.Module, size: int, on_gpu: bool = True) -> tuple[int, int, in
         share, each = -(-len(every) // size), rows * columns
         chunk = each * min(share, max(1, CHUNK // each))
         small = chunk // max(rows, columns) * min(rows, columns)
-        # the gathered updates of this stack and the one before, the gradients in a row, x before and after a product, and two small products
+        # the gathered updates of this stack and the one before, x before and after a product, and small matrices; on a CPU the gradients in a row
         there = width * share * each * (size + 1 if size > 1 else 1)
-        update = max(update, before + there + max(4 * chunk, 3 * width * chunk + 2 * width * small) + 4 * chunk)
+        update = max(update, before + there + 2 * width * chunk + 5 * width * small + (0 if on_gpu else 4 * chunk))
         before = there
         for place in range(-(-len(every) // share)):
             held[(owner + place) % size] += each * len(every[place * share : (place + 1) * share])
