@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import gradient_, losses, reference
 from kernels.linear.op import add_product
+from models.init import tag
 
 
 def _logits(h_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,6 +59,7 @@ class Head(nn.Linear):
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__(d_model, vocab_size, bias=False)
+        tag(self.weight, "vocabulary")
 
     def forward(self, h: Tensor, labels_N: Tensor | None = None, *, chunk: int = 2048, recompute: bool = True) -> Any:
         """Without labels: logits (..., V) of h (..., D). With labels (N,): (nats, log-partition), both (N,) and 0 where the

@@ -2,7 +2,8 @@
 
 no_decay: weight decay leaves it alone. keep_fp32: stays fp32 whatever the precision (recurrence parameters). residual: writes into the
 residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell. log_decay_rate: the
-logarithm of the rate at which a head forgets. What the tensors of a state are, a mixer says in `state_roles` (models/contract.py).
+logarithm of the rate at which a head forgets. vocabulary: a row for each token, in the embedding and the head. splits: the outputs of each of the
+matrices that lie side by side in one parameter, a linear map's (outputs, inputs) or a batch's (number, inputs, outputs). What the tensors of a state are, a mixer says in `state_roles` (models/contract.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ def tag(parameter: nn.Parameter, *names: str, **values: Any) -> nn.Parameter:
 def roles(parameter: nn.Parameter) -> dict[str, Any]:
     """The roles of `parameter` (empty for an untagged one)."""
     return getattr(parameter, "roles", {})
+
+
+def is_hidden_matrix(parameter: nn.Parameter) -> bool:
+    """Whether `parameter` maps hidden vectors to hidden vectors, by matrices as `splits` says: not embedding and head, nor what acts channel by
+    channel (norms, biases, convolutions, recurrent vectors, all tagged no_decay). A batch of matrices has to be declared by `splits`."""
+    tags = roles(parameter)
+    maps = parameter.ndim == 2 or parameter.ndim == 3 and "splits" in tags
+    return maps and not {"no_decay", "keep_fp32", "vocabulary"} & set(tags)
 
 
 class Module(nn.Module):

@@ -54,7 +54,7 @@ class LanguageModel(Module):
             raise UserError(problems)
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        tag(self.embedding.weight, "no_decay")
+        tag(self.embedding.weight, "no_decay", "vocabulary")
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = Head(config.d_model, config.vocab_size)

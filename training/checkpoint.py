@@ -56,7 +56,7 @@ def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = pr
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:
-    """Adam's moments and the random state; weights were loaded before the engine was made."""
+    """The optimizer's moments and the random state; weights were loaded before the engine was made."""
     state = read_state(folder)
     if state["optimizer_steps"]:
         load_moments(engine, Weights(folder, "optimizer").stretch, state["optimizer_steps"])

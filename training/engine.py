@@ -25,15 +25,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.tensor_lists import total_norm, use_triton
 from models.block import Block
 from models.init import roles
 from models.parallel import split
 from training.config.schema import Config
 from training.graph import GraphedPass
 from training.initial_state import InitialStates
-from training.optim import SkippableAdamW, build_optimizer
+from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.world import World
 from training.zero import patches, policy
+
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
 @dataclass
@@ -59,7 +62,7 @@ def local_tokens(micro_batches: list[Batch]) -> float:
 
 
 class Engine:
-    """A DeepSpeed engine around a LanguageModel and AdamW."""
+    """A DeepSpeed engine around a LanguageModel and its optimizer."""
 
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
@@ -68,13 +71,7 @@ class Engine:
         patches.load_muon_uncompiled()
         self.config, self.world = config, world
         self.module = model.to(world.device)
-        self.optimizer: SkippableAdamW = build_optimizer(
-            model,
-            lr=config.peak_lr,
-            betas=(config.optim.betas[0], config.optim.betas[1]),
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-        )
+        self.optimizer: SkippableAdamW | MuonWithAdamW = optimizer_of(config, model, world)
         self.parameters = dict(model.named_parameters())
         if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -108,13 +105,19 @@ class Engine:
         assert not cast, f"recurrence parameters must stay fp32, but DeepSpeed cast {cast}"
 
     @property
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The parameters that Muon updates, by name; AdamW has the others."""
+        return self.optimizer.matrices if isinstance(self.optimizer, MuonWithAdamW) else {}
+
+    @property
     def stage(self) -> int:
         """The ZeRO stage that is run, see `policy.stage_of`."""
         return policy.stage_of(self.config, self.world.size)
 
     def set_lr(self, lr: float) -> None:
+        """The rate of the next step, of which every group takes its own multiple."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def step(
         self,
@@ -184,10 +187,18 @@ class Engine:
         return norm, skipped
 
     def _clip(self) -> float:
-        """Clips gradients that are whole on every rank (stage 0; ZeRO does it in its step) and returns their norm before that."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        if self.config.train.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.train.grad_clip, norm)
+        """Clips gradients that are whole on every rank (stage 0; ZeRO does it in its step) and returns their norm before that. On a GPU they stay as
+        they are, and the optimizer divides them as it reads them: to the rounding of a division the same, and a pass over memory less."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.optimizer.grad_scale, limit = None, self.config.train.grad_clip
+        if use_triton(gradients):
+            norm = total_norm(gradients)
+            if limit:
+                self.optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)
+            return float(norm)
+        norm = nn.utils.get_total_norm(gradients)
+        if limit:
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
         return float(norm)
 
     @contextmanager

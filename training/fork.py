@@ -69,6 +69,16 @@ def refuse_own(config: Config) -> None:
         )
 
 
+def refuse_another_optimizer(config: Config, folder: Path) -> None:
+    """Raises UserError where the moments of `folder`, which are to go on, are those of another optimizer."""
+    theirs, own = (settings_of(folder).get("optim") or {}).get("kind", "adamw"), config.optim.kind
+    if theirs != own:
+        raise UserError(
+            f"{folder} holds the moments of optim={theirs}, not of {own}; go on with optim={theirs}, "
+            f"or begin a new run from its weights: train.start_from={folder} run_dir=NEW_FOLDER."
+        )
+
+
 def origin_of(config: Config) -> str:
     return str(Path(config.train.start_from or "").resolve())
 

@@ -201,6 +201,8 @@ def _read(folder: Path, begins: bool, config: Config, world: World, model: Langu
     """(cursor, where training is taken up in words, the wandb run to go on with) of a checkpoint whose weights are loaded into `model`."""
     run_dir = Path(config.run_dir)
     try:
+        if not begins or config.train.start_with == "all":
+            fork.refuse_another_optimizer(config, folder)
         prints, weights = [s.fingerprint for s, _ in shards], [weight for _, weight in shards]
         if begins:
             cursor, what = fork.begun(folder, config, prints, weights)

@@ -1,7 +1,8 @@
 """Safetensors folders, whole or in shards: read a tensor at a time, written a shard at a time, so that a model need not fit in memory.
 
 Three layouts are read: STEM.safetensors; the Hub's shards with model.safetensors.index.json (a tensor is never cut); and the checkpoints of
-several ranks with STEM.index.json, where a tensor is cut into stretches of its flattened elements that lie in different files.
+several ranks with STEM.index.json, where a tensor is cut into stretches of its flattened elements that lie in different files; several of one file
+lie there one behind the other, under the tensor's name.
 
 Nothing is ever unpickled: a folder that holds a pickle is refused, and so is an index that names files outside its folder.
 """
@@ -130,10 +131,12 @@ class Weights:
         """The elements first .. end-1 of the flattened tensor; only the pages that hold them are read."""
         if name not in self.cut:
             return self.tensor(name).view(-1)[first:end]
-        found = []
+        found, passed = [], dict[str, int]()
         for file, a, b in self.cut[name][1]:
+            begin = passed.get(file, 0)
+            passed[file] = begin + b - a
             if a < end and first < b:
-                found.append(self._open(file).get_tensor(name).view(-1)[max(first - a, 0) : end - a])
+                found.append(self._open(file).get_tensor(name).view(-1)[begin + max(first - a, 0) : begin + min(end, b) - a])
         return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
 

@@ -76,6 +76,7 @@ class Mixer(SequenceMixer):
         self.H = self.inner // config.head_dim
         self.BC = config.n_groups * config.d_state
         self.in_proj = nn.Linear(d_model, 2 * self.inner + 2 * self.BC + self.H, bias=False)
+        tag(self.in_proj.weight, splits=[self.inner, self.inner, *[config.d_state] * (2 * config.n_groups), self.H])  # z, x, B, C, dt
         self.conv = CausalConv(self.inner + 2 * self.BC, config.d_conv)
         self.dt_bias = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
         self.A_log = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32", "log_decay_rate")

@@ -83,8 +83,10 @@ class Mixer(SequenceMixer):
         self.cell = load_cell(config.cell)
         P, R, E = len(self.cell.pre), len(self.cell.rec), config.n_heads
         self.in_proj = nn.Linear(d_model, self.inner * (2 if config.gate else 1), bias=False)
+        tag(self.in_proj.weight, splits=[self.inner] * (2 if config.gate else 1))
         self.conv = CausalConv(self.inner, config.d_conv) if config.d_conv else None
-        self.cell_weight = tag(nn.Parameter(torch.empty(E, self.inner // E, P * (self.inner // E))), fan_in=self.inner // E)
+        width = self.inner // E
+        self.cell_weight = tag(nn.Parameter(torch.empty(E, width, P * width)), fan_in=width, splits=[width] * P)
         self.cell_bias = tag(nn.Parameter(torch.empty(P, self.inner)), "no_decay")
         self.recurrent = tag(nn.Parameter(torch.empty(R, self.inner)), "no_decay", "keep_fp32") if R else None
         self.norm = RMSNorm(self.inner, config.norm_eps) if config.norm else None

@@ -3,8 +3,9 @@
     python -m scripts.bench.step out=docs/results/step/h100.json                         # all rows of models=, some minutes
     python -m scripts.bench.step out=FILE models=transformer-400m peers=false packed=true
     python -m scripts.bench.step out=FILE against=v0.1                                    # the same rows of another commit beside them
+    python -m scripts.bench.step out=FILE models=transformer-400m optimizer=adamw,muon    # a row for each; symmetric=false: products whole
 
-A step is forward, backward, clipping and AdamW, with fp32 weights and products in bf16 (autocast), as `train.py` runs it on one GPU but for
+A step is forward, backward, clipping and the optimizer, with fp32 weights and products in bf16 (autocast), as `train.py` runs it on one GPU but for
 DeepSpeed and the loader. Every row runs in a process of its own. tokens/s are medians; `idle` is the share of the profiled step in which no kernel
 runs; packed rows hold documents of 200 to 4,000 tokens.
 """
@@ -35,10 +36,13 @@ DEFAULTS: dict[str, Any] = {
     "steps": 20,  # timed steps of a row
     "packed": False,  # documents end inside rows too
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
+    "optimizer": "adamw",  # of our rows: adamw, muon, or both
+    "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer
     "against": "",  # another commit, whose rows are measured in turn
 }
-PARTS = (  # of a profile: the first that a kernel's name holds
+PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
+    ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
     (
@@ -47,7 +51,6 @@ PARTS = (  # of a profile: the first that a kernel's name holds
     ),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "gradient")),
-    ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach")),
     ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
 )
 
@@ -173,21 +176,59 @@ def parts_of(step: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool) -> dict[str, Any]:
+def update_of(model: Any, kind: str, symmetric: bool) -> Any:
+    """A function that clips the gradients and takes the optimizer's step, and the optimizer. As training.engine does, where the code has it."""
+    parameters = list(model.parameters())
+    settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    if kind == "muon":
+        from kernels import symmetric as products
+        from training.optim.muon import MuonWithAdamW
+
+        if not symmetric:
+            products.use_triton = lambda x_kmn: False
+        optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        from kernels.tensor_lists import total_norm, use_triton
+    except ImportError:  # a commit from before it
+        total_norm, use_triton = None, lambda tensors: False  # type: ignore[assignment]
+
+    def update() -> None:
+        gradients = [p.grad for p in parameters]
+        if kind != "peer" and use_triton(gradients):
+            optimizer.grad_scale = (total_norm(gradients) + 1e-6).clamp(min=1.0)
+        else:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
+        optimizer.step()
+
+    return update, optimizer
+
+
+def update_ms(update: Any) -> float:
+    """Median milliseconds of the update alone, on the device."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
+    for start, end in events:
+        start.record()
+        update()
+        end.record()
+    torch.cuda.synchronize()
+    return round(statistics.median(start.elapsed_time(end) for start, end in events), 3)
+
+
+def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool, kind: str, symmetric: bool) -> dict[str, Any]:
     """A row: what `name` does with `rows` sequences a step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
     model, gradients, flops = peer(name, rows, device) if is_peer else ours(name, rows, packed, graph, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    parameters = list(model.parameters())
+    update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         loss = gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-        optimizer.step()
+        update()
         return loss
 
     losses = [float(step())]
@@ -201,19 +242,19 @@ def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer
     ms = 1e3 * statistics.median(times)
     row = {
         "rows": rows, "step_ms": round(ms, 2), "tokens_per_s": round(rows * T / ms * 1e3), "first_step_s": round(first, 1), "losses": losses,
-        "flops": flops * rows * T, "parameters": sum(p.numel() for p in parameters),
+        "flops": flops * rows * T, "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row |= parts_of(step)
+        row["update_ms"] = update_ms(update)
     return row
 
 
-def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None) -> dict[str, Any]:
+def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None, kind: str) -> dict[str, Any]:
     """`measure` in a process of its own, of the code under `tree`."""
-    words = json.dumps(
-        [name, rows, values["steps"], values["packed"] and not is_peer, values["graph"] and tree == ROOT, is_peer]
-    )  # this file, the code of `tree`
+    packed, graph = values["packed"] and not is_peer, values["graph"] and tree == ROOT
+    words = json.dumps([name, rows, values["steps"], packed, graph, is_peer, kind, values["symmetric"]])  # this file, the code of `tree`
     environment_ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH", "")])])}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", words]
     done = subprocess.run(command, cwd=tree, env=environment_, capture_output=True, text=True, check=False)
@@ -253,6 +294,9 @@ def run(words: list[str]) -> None:
             raise UserError(
                 f"There is no model {name!r}; write family-size with one of {', '.join(FAMILIES)} and one of {', '.join(SIZES)}."
             )
+    kinds = [kind for kind in values["optimizer"].split(",") if kind]
+    if not kinds or set(kinds) - {"adamw", "muon"}:
+        raise UserError(f"optimizer={values['optimizer']} is neither adamw nor muon nor both, optimizer=adamw,muon.")
     with tempfile.TemporaryDirectory() as folder:
         trees = {"ours": ROOT}
         if values["against"]:
@@ -263,15 +307,21 @@ def run(words: list[str]) -> None:
         result: dict[str, Any] = {**environment(device), "settings": values, "rows": {}}
         for name in names:
             rows = values["rows"] or SIZES[name.partition("-")[2]][5]
-            cells = [(label, tree, False) for label, tree in trees.items()]
+            cells = [
+                (label if kind == "adamw" else f"{label}, {kind}", tree, False, kind)
+                for kind in kinds
+                for label, tree in trees.items()
+                if kind == "adamw" or label == "ours"
+            ]
             if values["peers"] and name.startswith("transformer"):
-                cells.append(("transformers compiled", ROOT, True))
-            for label, tree, is_peer in cells:
-                row = run_row(tree, name, rows, values, is_peer, peak)
+                cells.append(("transformers compiled", ROOT, True, "adamw"))
+            for label, tree, is_peer, kind in cells:
+                row = run_row(tree, name, rows, values, is_peer, peak, kind)
                 result["rows"].setdefault(name, {})[label] = row
                 write_json(Path(values["out"]), result)
                 shown = {
-                    k: row.get(k) for k in ("tokens_per_s", "mfu", "step_ms", "kernels_ms", "idle", "peak_gib", "first_step_s", "parts_ms")
+                    k: row.get(k)
+                    for k in ("tokens_per_s", "mfu", "step_ms", "update_ms", "kernels_ms", "idle", "peak_gib", "first_step_s", "parts_ms")
                 }
                 print(f"{name} x {rows}, {label}: {json.dumps(shown) if 'error' not in row else row['error']}", flush=True)
 

@@ -49,6 +49,8 @@ exit # the table
 1 negative eval.every | 2 | eval.every must be zero or more, not -1 | python train.py dry_run=true eval.every=-1
 1 no eval tokens | 2 | eval.tokens must be above zero, not 0 | python train.py dry_run=true eval.tokens=0
 1 infinite rate | 2 | optim.lr must be a finite number | python train.py dry_run=true optim.lr=inf
+1 Muon under ZeRO-2 | 2 | set deepspeed.stage to 0 or 1, not 2 | python train.py dry_run=true optim=muon deepspeed=zero2
+1 Muon without its rate | 2 | optim.muon_lr=0.02 | python train.py dry_run=true optim=muon optim.update_scale=spectral
 1 rate beside its group | 2 | did you mean 'optim.lr' | python train.py lr=1e-3
 1 rate in the wrong group | 2 | did you mean 'optim.lr' | python train.py train.lr=1e-3
 1 steps beside their group | 2 | did you mean 'train.steps' | python train.py steps=10

@@ -31,7 +31,7 @@ LR = 1e-2
 class Run:
     """A tiny model at a ZeRO stage with its data, from the start or from a checkpoint."""
 
-    def __init__(self, world: World, shards: str, stage: int, folder: Path | None = None) -> None:
+    def __init__(self, world: World, shards: str, stage: int, folder: Path | None = None, *more: str) -> None:
         words = [
             "experiment=smoke",
             "train.device=cpu",
@@ -39,6 +39,7 @@ class Run:
             "size.d_model=48",
             "model.mixers.mamba2.head_dim=16",
             "train.micro_batch=1",
+            *more,
         ]
         self.config, self.world = checked(compose_config([*words, f"deepspeed=zero{stage}"])), world
         sources = open_shards(self.config.data.path, "train")

@@ -21,6 +21,6 @@ class Alone(World):
 def saver_of(run: Path, start: int = 0, **settings: Any) -> tuple[Saver, list[str]]:
     """A Saver over one parameter of five numbers whose checkpoints are all it does."""
     parameter = torch.nn.Parameter(torch.arange(5.0))
-    engine: Any = SimpleNamespace(world=Alone(), stage=0, parameters={"w": parameter}, optimizer_steps=lambda: 0)
+    engine: Any = SimpleNamespace(world=Alone(), stage=0, parameters={"w": parameter}, matrices={}, optimizer_steps=lambda: 0)
     said: list[str] = []
     return Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append, saved=start), said

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from training.config import ranges, recipe
-from training.config.schema import PRECISIONS, STARTS, Config, parse
+from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, parse
 from training.schedule import KINDS
 
 NO_DATA = "data.path is not given; write data.path=FOLDER with a folder that python -m data.prepare has made."
@@ -96,6 +96,8 @@ def _choices(config: Config) -> list[str]:
         ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
+        ("optim.kind", config.optim.kind, OPTIMIZERS),
+        ("optim.update_scale", config.optim.update_scale, UPDATE_SCALES),
         ("schedule.kind", config.schedule.kind, KINDS),
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
@@ -128,7 +130,7 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
-    problems += _zero(config, world_size)
+    problems += _zero(config, world_size) + (_muon(config) if config.optim.kind == "muon" else [])
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
         problems.append(
             "checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'."
@@ -165,6 +167,24 @@ def _zero(config: Config, world_size: int) -> list[str]:
     if ds.quantized_weights and config.train.precision != "fp32":
         problems.append(
             "DeepSpeed does not quantise weights under autocast: set deepspeed.quantized_weights=false or train.precision=fp32."
+        )
+    return problems
+
+
+def _muon(config: Config) -> list[str]:
+    """What Muon, which needs whole matrices and their whole gradients on every rank, cannot be combined with."""
+    problems, o, ds = [], config.optim, config.deepspeed
+    if ds.stage > 1:
+        problems.append(
+            f"optim=muon needs whole gradients and divides its own state over the ranks; set deepspeed.stage to 0 or 1, not {ds.stage}."
+        )
+    elif ds.offload_optimizer != "none":
+        problems.append(f"optim=muon keeps its momentum on the device; set deepspeed.offload_optimizer=none, not {ds.offload_optimizer}.")
+    if o.momentum == 1:
+        problems.append("optim.momentum must be from 0 up to, but not, 1.")
+    if o.update_scale == "spectral" and o.muon_lr is None:
+        problems.append(
+            "optim.update_scale=spectral makes updates of another size than AdamW's; give the matrices a rate of their own, optim.muon_lr=0.02 or so."
         )
     return problems
 

@@ -17,6 +17,8 @@ from training.schedule import lr_factor
 
 STARTS = ("zero", "pass", "random", "fitted")  # of training.initial_state, which needs torch
 PRECISIONS = ("fp32", "bf16")
+OPTIMIZERS = ("adamw", "muon")
+UPDATE_SCALES = ("adamw", "spectral")  # of training.optim.muon
 
 
 @dataclass
@@ -77,12 +79,18 @@ class DataSection:
 
 @dataclass
 class OptimSection:
-    """lr: None for the one that goes with the size and the model, see `training.config.recipe`."""
+    """lr: None for the one that goes with the size and the model, see `training.config.recipe`. From muon_lr on: of kind muon alone."""
 
+    kind: str = "adamw"
     lr: Annotated[float | None, POSITIVE] = None
     weight_decay: Annotated[float, Range(0)] = 0.1
     betas: list[Annotated[float, SHARE]] = field(default_factory=lambda: [0.9, 0.95])
     eps: Annotated[float, POSITIVE] = 1e-8
+    muon_lr: Annotated[float | None, POSITIVE] = None
+    momentum: Annotated[float, SHARE] = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: Annotated[int, Range(1, 30)] = 5
+    update_scale: str = "adamw"
 
 
 @dataclass

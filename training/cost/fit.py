@@ -125,15 +125,17 @@ def _advice(config: Config, settings: ModelConfig, model: Any, world: World, hav
             words = f"train.micro_batch={small[-1]} train.activation_checkpointing=full"
             tries.append((words, replace(config, train=replace(full, micro_batch=small[-1]))))
     last = tries[-1] if tries else ("", config)
+    muon = config.optim.kind == "muon"  # which runs under no ZeRO stage
     for stage in (2, 3):
-        if world.size > 1 and stage > ds.stage:
+        if world.size > 1 and stage > ds.stage and not muon:
             tries.append((f"deepspeed=zero{stage} {last[0]}".strip(), replace(last[1], deepspeed=replace(ds, stage=stage))))
-    if world.device.type != "cpu" and ds.offload_parameters == "none":
+    if world.device.type != "cpu" and ds.offload_parameters == "none" and not muon:
         section = replace(ds, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
         tries.append((f"deepspeed=zero3_offload {last[0]}".strip(), replace(last[1], deepspeed=section)))
     for words, plan in tries:
         need = _needs(plan, settings, model, world.size, world.device.type == "cpu")[0]
         if need <= have:
             return f"{words} needs {need / GIB:.1f}"
-    more = "more ranks with deepspeed=zero3, or a device with more memory" if world.device.type != "cpu" else "a machine with more memory"
+    zero3 = "optim=adamw and deepspeed=zero3" if muon else "deepspeed=zero3"
+    more = f"more ranks with {zero3}, or a device with more memory" if world.device.type != "cpu" else "a machine with more memory"
     return f"no smaller micro-batch, recomputation or ZeRO stage makes it fit: take a smaller size, a shorter train.seq_len, {more}"

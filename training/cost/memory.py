@@ -30,6 +30,7 @@ from models.head import Head
 from models.layers import RMSNorm
 from training.config.schema import Config
 from training.optim import parameter_groups
+from training.optim.muon import plan
 from training.zero.policy import bucket_elements, overlaps, stage_of, zero_run
 
 GIB = 2**30
@@ -202,7 +203,11 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
     to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
     if stage == 0:
         flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
-        return Held(4 * P, 8 * P, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P, gradients_stay=not accumulates)
+        moments, update = 8 * P, 0
+        if config.optim.kind == "muon":
+            matrices, own, update = plan(model, world)
+            moments = 8 * (P - matrices) + 4 * own
+        return Held(4 * P, moments, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P + update, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
     step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
     if stage == 3:
@@ -267,9 +272,10 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
     parts = activations(config, settings)
     alone = estimate(config, model, parts, config.parallel.sequence)
     h = alone.held
+    kept = "Adam's and Muon's moments" if config.optim.kind == "muon" else "Adam, and ZeRO's fp32 master copy"
     rows = {
         "weights": h.weights,
-        "optimizer (Adam, and ZeRO's fp32 master copy)": h.optimizer,
+        f"optimizer ({kept})": h.optimizer,
         "gradients": alone.gradients,
         "ZeRO's buckets": h.buckets,
         "parameters gathered by ZeRO-3": h.gathered,
@@ -285,7 +291,7 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
     if h.host:
         lines.append(f"  {'main memory for what is offloaded':<48}{h.host / GIB:>8.2f}")
     lines.append("  peak by ZeRO stage" + "".join(f"{world:>10} ranks" for world in WORLDS))
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 1) if config.optim.kind == "muon" else (0, 1, 2, 3):
         section = replace(ds, stage=stage, offload_optimizer="none", offload_parameters="none")
         plan = replace(config, deepspeed=section)
         lines.append(f"  {stage:>18}" + "".join(f"{estimate(plan, model, parts, world).peak / GIB:>16.2f}" for world in WORLDS))

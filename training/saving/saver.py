@@ -226,7 +226,11 @@ class Saver:
                 f"{kind}.safetensors" if self.world.size == 1 else f"{kind}-{self.world.rank + 1:05d}-of-{self.world.size:05d}.safetensors"
             )
             mine = [(name, first, values) for k, name, first, values in stretches if k == kind]
-            tensors = {name: values.view(shapes[_parameter(kind, name)]) if self.world.size == 1 else values for name, _, values in mine}
+            by_name: dict[str, list[Tensor]] = {}
+            for name, _, values in mine:
+                by_name.setdefault(name, []).append(values)
+            joined = {name: _joined(several) for name, several in by_name.items()}
+            tensors = {name: t.view(shapes[_parameter(kind, name)]) if self.world.size == 1 else t for name, t in joined.items()}
             files[file] = write_tensors(folder / file, tensors, self.cancel)
             entries += [[name, file, first, first + values.numel()] for name, first, values in mine]
         return files, parts
@@ -319,6 +323,14 @@ def _part(rank: int) -> str:
 def _parameter(kind: str, name: str) -> str:
     """The parameter whose moment is called exp_avg.NAME."""
     return name if kind == "model" else name.partition(".")[2]
+
+
+def _joined(copies: list[Tensor]) -> Tensor:
+    """Copies that lie one behind the other in host memory, as one tensor."""
+    first, elements = copies[0], sum(copy.numel() for copy in copies)
+    if any(a.data_ptr() + a.nbytes != b.data_ptr() for a, b in zip(copies, copies[1:])):
+        return torch.cat(copies)
+    return first.as_strided((elements,), (1,))
 
 
 def _sync(path: Path) -> None:

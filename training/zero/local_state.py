@@ -1,8 +1,8 @@
-"""The part of the weights and of Adam's moments that lies on this rank, as views of live memory: checkpoints are read from and loaded into it.
+"""The part of the weights, of Adam's moments and of Muon's momentum that lies on this rank, as views of live memory: checkpoints are read from and loaded into it.
 
 A rank has stretches of flattened parameters: ZeRO-1 and 2 cut the moments of a whole group into equal stretches, ZeRO-3 cuts every parameter and
 its moments. State that every rank has in full (all of it without ZeRO, the weights under ZeRO-1 and 2) is divided among the ranks for writing, so
-that a checkpoint holds it once. Nothing here is gathered or sent.
+that a checkpoint holds it once. Muon divides its momentum by matrices, whatever the number of ranks. Nothing here is gathered or sent.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum"
 
 
 @dataclass
@@ -68,11 +69,25 @@ def local_weights(engine: Any) -> list[Stretch]:
     return [s for s in stretches if s.values.numel()]
 
 
+def _with_moments(engine: Any) -> dict[str, Any]:
+    """The parameters that AdamW updates."""
+    return {name: p for name, p in engine.parameters.items() if name not in engine.matrices}
+
+
+def local_momentum(engine: Any) -> list[Stretch]:
+    """This rank's matrices of Muon's momentum, in the order of the parameters' elements; over the ranks every element comes once."""
+    if not engine.matrices:
+        return []
+    order = {name: i for i, name in enumerate(engine.parameters)}
+    stretches = [Stretch(slab.name, slab.first, values.view(-1)) for slab, values in engine.optimizer.momenta()]
+    return sorted(stretches, key=lambda s: (order[s.name], s.first))
+
+
 def local_moments(engine: Any, key: str) -> list[Stretch]:
-    """This rank's stretches of the moment `key`; the optimizer must have stepped or been given moments."""
+    """This rank's stretches of AdamW's moment `key`; the optimizer must have stepped or been given moments."""
     inner = engine.deepspeed.optimizer
     if not engine.stage:
-        return _whole({name: engine.optimizer.state[p][key] for name, p in engine.parameters.items()})
+        return _whole({name: engine.optimizer.state[p][key] for name, p in _with_moments(engine).items()})
     if engine.stage == 3:
         from deepspeed.utils import safe_get_local_optimizer_state
 
@@ -98,6 +113,8 @@ def to_write(engine: Any) -> Iterator[tuple[str, Stretch]]:
             moments = local_moments(engine, key)
             for s in moments if engine.stage else share(moments, rank, size):
                 yield "optimizer", Stretch(f"{key}.{s.name}", s.first, s.values)
+        for s in local_momentum(engine):
+            yield "optimizer", Stretch(f"{MOMENTUM}.{s.name}", s.first, s.values)
 
 
 def elements_to_write(engine: Any) -> int:
@@ -105,16 +122,19 @@ def elements_to_write(engine: Any) -> int:
     weights = local_weights(engine)
     weights = weights if engine.stage == 3 else share(weights, engine.world.rank, engine.world.size)
     count = sum(s.values.numel() for s in weights)
+    if engine.matrices:
+        moments = share(_whole(_with_moments(engine)), engine.world.rank, engine.world.size)
+        return count + 2 * sum(s.values.numel() for s in moments) + sum(s.values.numel() for s in local_momentum(engine))
     if engine.stage in (0, 3):
         return 3 * count
     return count + 2 * sum(p._hp_mapping.lp_fragment_address.numel for p in engine.parameters.values() if p._hp_mapping is not None)
 
 
 def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: int) -> None:
-    """Sets Adam's moments from `read(name, first, end)` and its counter; works before the first step at any stage, each rank for itself."""
+    """Sets Adam's moments and Muon's momentum from `read(name, first, end)`, and the counter; works before the first step at any stage, each rank for itself."""
     flat = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
     inner = engine.deepspeed.optimizer
-    optimized = getattr(inner, flat[engine.stage]) if engine.stage else engine.parameters.values()
+    optimized = getattr(inner, flat[engine.stage]) if engine.stage else _with_moments(engine).values()
     for i, p in enumerate(optimized):
         away = _swapped(engine) and inner._swappable_optimizer_subgroup(i)
         if away:  # empty while it lies on the disk
@@ -130,6 +150,8 @@ def load_moments(engine: Any, read: Callable[[str, int, int], Tensor], steps: in
             s.values.copy_(read(f"{key}.{s.name}", s.first, s.end))
             if _swapped(engine):
                 _store(engine, s, key)
+    for s in local_momentum(engine):
+        s.values.copy_(read(f"{MOMENTUM}.{s.name}", s.first, s.end))
 
 
 def _store(engine: Any, stretch: Stretch, key: str) -> None:

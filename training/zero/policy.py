@@ -39,8 +39,11 @@ def check_tools(config: Config, device: torch.device) -> None:
 
 def stage_of(config: Config, world_size: int) -> int:
     """The ZeRO stage that is run: the one that deepspeed.stage asks for, but 0 on a single rank that moves nothing to the host and quantises
-    nothing. Such a rank has nothing to split, and would pay for buckets, a copy of the weights and work of the host for each gradient."""
+    nothing. Such a rank has nothing to split, and would pay for buckets, a copy of the weights and work of the host for each gradient. 0 with Muon,
+    which divides its own state over the ranks (training/optim/muon.py)."""
     ds = config.deepspeed
+    if config.optim.kind == "muon":
+        return 0
     moves = ds.offload_optimizer != "none" or ds.offload_parameters != "none" or ds.quantized_weights or ds.quantized_gradients
     return ds.stage if world_size > 1 or moves else 0
 
@@ -48,6 +51,8 @@ def stage_of(config: Config, world_size: int) -> int:
 def zero_run(config: Config, world_size: int) -> str:
     """What a run says of its ZeRO stage."""
     stage = config.deepspeed.stage
+    if config.optim.kind == "muon" and world_size > 1:
+        return "Muon divided over the ranks in the place of ZeRO"
     return f"ZeRO {stage}" if stage_of(config, world_size) == stage else "no ZeRO on a single rank"
 
 

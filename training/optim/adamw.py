@@ -9,15 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.init import roles
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set."""
+    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set. grad_scale: None, or what torch's fused kernel
+    divides gradients by as it reads them (one number on the GPU)."""
 
     skip_next: bool = False
+    grad_scale: Tensor | None = None
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.skip_next:
@@ -25,11 +27,13 @@ class SkippableAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names."""
+def parameter_groups(
+    model: nn.Module, weight_decay: float, without: Callable[[nn.Parameter], bool] = lambda parameter: False
+) -> list[dict[str, Any]]:
+    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names. without: which to leave out."""
     groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not without(parameter):
             groups["no_decay" not in roles(parameter) and parameter.ndim >= 2].append((name, parameter))
     return [
         {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": weight_decay if decayed else 0.0}

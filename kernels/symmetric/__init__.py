@@ -1,0 +1,35 @@
+"""symmetric: products that are symmetric, of which one half is computed and stored twice. Most of Newton and Schulz's iteration are such.
+
+Legend: k matrices, m rows, n columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import no_triton
+
+TILE, DEPTH = 128, 64  # rows of a tile of the result, columns taken at a time: sizes that are no multiples of them go to torch
+
+
+def use_triton(x_kmn: Tensor) -> bool:
+    """Whether the kernel takes this: 16 bits, whole tiles, and enough of them that half is less."""
+    m, n = x_kmn.shape[1:]
+    whole = m % TILE == 0 and n % DEPTH == 0 and m > TILE
+    return whole and x_kmn.dtype in (torch.bfloat16, torch.float16) and x_kmn.numel() > 0 and not no_triton(x_kmn.device)
+
+
+def symmetric(x_kmn: Tensor, y_kmn: Tensor | None = None, add_kmm: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """(k, m, m): alpha x y^T + beta add, which has to be symmetric, as with y = x (None) or for two symmetric matrices that commute. Sums in fp32
+    (fp64), the result in x's dtype; x and y may be transposed views of one layout."""
+    y_kmn = x_kmn if y_kmn is None else y_kmn
+    if use_triton(x_kmn):
+        from kernels.symmetric import triton
+
+        with torch.cuda.device_of(x_kmn):
+            return triton.symmetric(x_kmn, y_kmn, add_kmm, alpha, beta, TILE, DEPTH)
+    if add_kmm is None:
+        product = torch.bmm(x_kmn, y_kmn.mT)
+        return product if alpha == 1.0 else product.mul_(alpha)
+    return torch.baddbmm(add_kmm, x_kmn, y_kmn.mT, beta=beta, alpha=alpha)

@@ -1,0 +1,56 @@
+"""The Triton kernel of symmetric products, and its launch; imported when it is first wanted.
+
+Legend: k matrices, m rows, n columns.
+"""
+
+from __future__ import annotations
+
+# mypy: ignore-errors
+# (arguments of kernels are pointers and numbers of Triton's own kinds)
+import torch
+import triton
+import triton.language as tl
+
+WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies while the other stores
+
+
+@triton.jit
+def symmetric_product(
+    X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
+):
+    """One tile on or below the diagonal, and its mirror image."""
+    tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # tiles before row i: i (i + 1) / 2
+    i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= tile, i + 1, i)
+    j = tile - i * (i + 1) // 2
+    down, across, inner = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+    x = X + k * STRIDE_K + down[:, None] * STRIDE_M + inner[None, :] * STRIDE_N
+    y = Y + k * STRIDE_K + across[:, None] * STRIDE_M + inner[None, :] * STRIDE_N
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for _ in range(0, N, DEPTH):
+        total = tl.dot(tl.load(x), tl.trans(tl.load(y)), total)
+        x += DEPTH * STRIDE_N
+        y += DEPTH * STRIDE_N
+    total *= ALPHA
+    here = down[:, None] * M + across[None, :]
+    if HAS_ADD:
+        total += BETA * tl.load(ADD + k * M * M + here).to(tl.float32)
+    rounded = total.to(OUT.dtype.element_ty)
+    tl.store(OUT + k * M * M + here, rounded)
+    if i != j:
+        tl.store(OUT + k * M * M + across[:, None] * M + down[None, :], tl.trans(rounded))
+
+
+def symmetric(x, y, add, alpha, beta, tile, depth):
+    K, M, N = x.shape
+    if x.stride() != y.stride():
+        x, y = x.contiguous(), y.contiguous()
+    out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
+    add = None if add is None else add.contiguous()
+    rows = M // tile
+    symmetric_product[(rows * (rows + 1) // 2, K)](
+        x, y, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,64 @@
+"""Compiles the kernels of optimizers (lists of tensors, symmetric products) to sm_90 without a GPU and prints one line of JSON: {kernel:
+{registers, spilled, wide}} (wide: loads and stores of 16 bytes in its text). Its own process: Triton must not be in its interpreter. With `--golden`
+the figures go to resources_lists.json, to be looked at and committed when a kernel was changed on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.symmetric import DEPTH, TILE  # noqa: E402
+from kernels.symmetric import triton as symmetric  # noqa: E402
+from kernels.tensor_lists import triton as lists  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
+
+KINDS = {
+    "ADDRESSES": "*i64", "SIZES": "*i64", "TENSOR": "*i32", "PLACE": "*i32", "OUT": "*fp32", "M": "*fp32", "X": "*bf16", "U": "*bf16",
+    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16",
+}  # fmt: skip
+GOLDEN = Path(__file__).with_name("resources_lists.json")
+registers = Registers("lists")
+
+
+def figures(kernel: Any) -> dict[str, int]:
+    wide = len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|(?:ld|st)\.global(?:\.\w+)*\.v2\.b64|cp\.async\.cg", kernel.asm["ptx"]))
+    return {**resources(kernel.asm["cubin"]), "wide": wide, "tensor_cores": len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))}
+
+
+def made(label: str, fn: Any, constants: dict[str, Any], warps: int, stages: int = 3, **kinds: str) -> dict[str, int]:
+    signature = {name: "constexpr" if name in constants else {**KINDS, **kinds}.get(name, "i32") for name in fn.arg_names}
+    aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and signature[name] != "fp32"]
+    source = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return registers.figures(label, source, {"num_warps": warps, "num_stages": stages}, figures)
+
+
+def main(golden: bool) -> None:
+    block = lists.BLOCK // 4
+    out = {"squares": made("squares", lists.total_squares, {"CHUNK": lists.CHUNK, "BLOCK": lists.BLOCK}, lists.WARPS)}
+    for side in (1, 3):
+        flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
+        out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
+        out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
+    for label, has_add, one in (("x x^T", False, "STRIDE_N"), ("x^T x", False, "STRIDE_M"), ("b x + c x x^T", True, "STRIDE_N")):
+        flags = {"HAS_ADD": has_add, "TILE": TILE, "DEPTH": DEPTH, one: 1}
+        out[label] = made(
+            label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
+        )
+    print(json.dumps(out))
+    registers.close()
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main("--golden" in sys.argv)

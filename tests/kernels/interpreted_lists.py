@@ -1,0 +1,116 @@
+"""Runs the kernels of optimizers (lists of tensors, symmetric products) in Triton's interpreter and compares them with float64.
+Its own process: the interpreter is chosen when Triton is imported. `python -m tests.kernels.interpreted_lists`"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from kernels import symmetric as symmetric_module  # noqa: E402
+from kernels import tensor_lists  # noqa: E402
+from kernels.symmetric import symmetric  # noqa: E402
+from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm, triton  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
+
+
+def norms() -> None:
+    """Sizes below, at and above a block and a chunk; the same bits twice; what is not finite stays so; an empty tensor counts nothing."""
+    sizes = (1, 3, 4096, 4097, triton.CHUNK, triton.CHUNK + 5, 2 * triton.CHUNK)
+    tensors = [torch.randn(n) * 10 ** torch.randn(()) for n in sizes] + [torch.zeros(0), torch.randn(3, 5, 7)]
+    assert tensor_lists.use_triton(tensors)
+    wanted = torch.stack([t.double().norm() for t in tensors]).norm()
+    found = total_norm(tensors)
+    assert found.dtype == torch.float32 and abs(found.item() / wanted.item() - 1) < 3e-7
+    assert torch.equal(found, total_norm(tensors))
+    for bad in (torch.inf, torch.nan):
+        tensors[3][4096] = bad
+        assert not total_norm(tensors).isfinite()
+    odd = torch.randn(9)[1:]  # begins beside the 16 bytes
+    assert not tensor_lists.use_triton([odd]) and not tensor_lists.use_triton([torch.randn(4).double()])
+    torch.testing.assert_close(total_norm([odd]), odd.norm())
+
+
+def ends_of_a_step() -> None:
+    for K, R, C, side, nesterov, dtype in (
+        (3, 8, 12, 1, True, torch.float32),
+        (2, 16, 24, 3, True, torch.bfloat16),
+        (1, 1, 4, 1, False, torch.float32),
+        (2, 40, 60, 5, False, torch.float32),
+        (1, 36, 48, 1, True, torch.bfloat16),
+    ):
+        g, m, w = ([torch.randn(R, C) for _ in range(K)] for _ in range(3))
+        divisor = torch.tensor(2.5) if K > 1 else None
+        own, fine = torch.stack(m), torch.stack(m).double()
+        assert tensor_lists.use_triton([*g, own])
+        x = momentum_and_update(g, own, 0.95, nesterov, side, dtype, divisor)
+        wide = None if divisor is None else divisor.double()
+        wanted = reference.momentum_and_update([t.double() for t in g], fine, 0.95, nesterov, side, torch.float64, wide)
+        torch.testing.assert_close(own.double(), fine, atol=1e-6, rtol=1e-6)
+        close = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 8e-3}
+        assert x.dtype == dtype and x.shape == (K * side, R, C // side)
+        torch.testing.assert_close(x.double(), wanted, **close)
+        moved = [t.double() for t in w]
+        reference.take_step(moved, x.double(), 0.99, 0.3, side)
+        take_step(w, x, 0.99, 0.3, side)
+        torch.testing.assert_close([t.double() for t in w], moved, atol=1e-6, rtol=1e-6)
+        print(f"ends of a step {(K, R, C, side)}")
+
+
+def symmetric_products() -> None:
+    """Both ways of lying in memory, one and several matrices, two to four tiles a side; in fp16, as the interpreter multiplies bf16 as integers."""
+    for K, M, N, flipped in ((2, 256, 64, False), (1, 384, 128, True), (1, 512, 64, False)):
+        x = torch.randn(K, M, N).half()
+        x = x.mT.contiguous().mT if flipped else x
+        assert symmetric_module.use_triton(x)
+        gram = symmetric(x)
+        fine = x.double() @ x.double().mT
+        beside = slice(0, 128), slice(128, None)  # tiles off the diagonal are the mirror images of each other to the bit
+        assert gram.dtype == x.dtype and all(torch.equal(g[beside], g.mT[beside]) for g in gram)
+        assert (gram - fine).abs().max() <= 1e-3 * fine.abs().max()
+        gram /= 16
+        near = symmetric(gram, None, gram, 0.5, -2.0)
+        wanted = 0.5 * gram.double() @ gram.double().mT - 2.0 * gram.double()
+        assert all(torch.equal(n[beside], n.mT[beside]) for n in near) and (near - wanted).norm() <= 1e-3 * wanted.norm(), f"{(K, M, N)}"
+        print(f"symmetric {(K, M, N)}")
+
+
+def whole_steps() -> None:
+    """MuonWithAdamW through the kernels against its own plain torch."""
+    from torch import nn
+
+    from models.init import tag
+    from training.optim.muon import MuonWithAdamW
+
+    def made() -> nn.ParameterDict:
+        torch.manual_seed(1)
+        model = nn.ParameterDict({"a": nn.Parameter(torch.randn(16, 12)), "b": nn.Parameter(torch.randn(16, 12))})
+        model["c"] = tag(nn.Parameter(torch.randn(2, 8, 24)), splits=[8, 8, 8])
+        model["d"] = tag(nn.Parameter(torch.randn(24, 12)), splits=[16, 8])
+        model["e"] = tag(nn.Parameter(torch.randn(7)), "no_decay")
+        return model
+
+    results: list[list[Tensor]] = []
+    for kernels in ("1", "0"):
+        os.environ["TRITON_INTERPRET"] = kernels
+        model = made()
+        muon = MuonWithAdamW(model, lr=1e-2, muon_lr=2e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for seed in range(2):
+            torch.manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape)
+            muon.step()
+        results.append([p.detach() for p in model.parameters()])
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    patch_once()
+    for part in (norms, ends_of_a_step, symmetric_products, whole_steps):
+        torch.manual_seed(0)
+        part()
+    print("ok")

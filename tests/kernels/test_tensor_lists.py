@@ -1,0 +1,120 @@
+"""The kernels of optimizers without a GPU: in the interpreter and compiled, and what runs in their place; on a GPU against float64."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.symmetric import symmetric, use_triton
+from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm
+from tests.kernels.test_triton import run
+from training.optim.newton_schulz import orthogonalized
+
+HERE = Path(__file__).parent
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def on_gpu(function):  # type: ignore[no-untyped-def]
+    for mark in gpu:
+        function = mark(function)
+    return function
+
+
+def test_every_kernel_in_the_interpreter() -> None:
+    assert run("interpreted_lists.py") == "ok"
+
+
+@pytest.mark.slow
+def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
+    """Another release of Triton may count otherwise: then only spilling is a failure, and loads that are not wide."""
+    import triton
+
+    golden, found = json.loads((HERE / "resources_lists.json").read_text()), json.loads(run("compiled_lists.py"))
+    assert found and all(use.get("spilled", 0) == 0 and use["wide"] for use in found.values()), found
+    if triton.__version__ == golden["triton"]:
+        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_lists --golden"
+
+
+def test_without_kernels_the_norm_is_torchs_and_symmetric_products_are_products() -> None:
+    tensors = [torch.randn(5, 3), torch.randn(7)]
+    assert torch.equal(total_norm(tensors), torch.nn.utils.get_total_norm(tensors))
+    x, add = torch.randn(3, 4, 9), torch.randn(3, 4, 4)
+    torch.testing.assert_close(symmetric(x, alpha=2.0), 2 * x @ x.mT)
+    torch.testing.assert_close(symmetric(x.mT, None, symmetric(x.mT), 0.5, -1.0), -0.5 * x.mT @ x)
+    torch.testing.assert_close(symmetric(x, x, add, 0.5, -1.0), 0.5 * x @ x.mT - add)
+
+
+@on_gpu
+def test_norm_of_many_tensors_is_exact_and_repeatable() -> None:
+    tensors = [torch.randn(n, device="cuda") for n in (1, 5, 65536, 65537, 10**7, *[1024] * 300)]
+    wanted = torch.stack([t.double().norm() for t in tensors]).norm()
+    found = total_norm(tensors)
+    assert abs(found.item() / wanted.item() - 1) < 2e-7 and all(torch.equal(found, total_norm(tensors)) for _ in range(3))
+    tensors[2][3] = torch.nan
+    assert total_norm(tensors).isnan()
+
+
+@on_gpu
+def test_clipping_inside_the_fused_step_is_clipping_before_it() -> None:
+    """What torch's fused kernel divides by as it reads: weights and moments to the rounding of a division."""
+    made = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        weights = [torch.randn(1000, 33, device="cuda", requires_grad=True) for _ in range(3)]
+        optimizer = torch.optim.AdamW(weights, lr=1e-2, fused=True)
+        for _ in range(3):
+            for w in weights:
+                w.grad = torch.randn_like(w)
+            norm = total_norm([w.grad for w in weights])  # type: ignore[misc]
+            if inside:
+                optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0)  # type: ignore[attr-defined]
+            else:
+                torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
+            optimizer.step()
+        made.append([w.detach() for w in weights] + [s[k] for s in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")])
+    torch.testing.assert_close(made[0], made[1], atol=1e-7, rtol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("K, R, C, side", [(5, 1024, 1024, 1), (3, 2816, 1024, 1), (8, 256, 768, 3), (2, 33, 52, 1), (1, 7, 5, 1)])
+def test_ends_of_a_step_of_muon(K: int, R: int, C: int, side: int) -> None:
+    g, m, w = ([torch.randn(R, C, device="cuda") for _ in range(K)] for _ in range(3))
+    own, fine, divisor = torch.stack(m), torch.stack(m).double(), torch.tensor(2.5, device="cuda")
+    x = momentum_and_update(g, own, 0.95, True, side, torch.bfloat16, divisor)
+    wanted = reference.momentum_and_update([t.double() for t in g], fine, 0.95, True, side, torch.float64, divisor.double())
+    torch.testing.assert_close(own.double(), fine, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(x.double(), wanted, atol=1e-2, rtol=4e-3)
+    moved = [t.double() for t in w]
+    reference.take_step(moved, x.double(), 0.99, 0.3, side)
+    take_step(w, x, 0.99, 0.3, side)
+    torch.testing.assert_close([t.double() for t in w], moved, atol=1e-6, rtol=1e-6)
+
+
+@on_gpu
+@pytest.mark.parametrize("K, M, N, flipped", [(7, 1024, 1024, False), (3, 1024, 2816, True), (2, 256, 64, False), (5, 2048, 5632, False)])
+def test_symmetric_products(K: int, M: int, N: int, flipped: bool) -> None:
+    x = torch.randn(K, M, N, device="cuda").bfloat16() / N**0.5
+    x = x.mT.contiguous().mT if flipped else x
+    assert use_triton(x)
+    gram = symmetric(x)
+    fine = x.double() @ x.double().mT
+    assert torch.equal(gram[:, :128, 128:], gram.mT[:, :128, 128:])
+    assert ((gram - fine).abs() <= 4e-3 * fine.abs() + 1e-4).all()
+    near, wanted = symmetric(gram, None, gram, 2.0, -4.8), 2.0 * gram.double() @ gram.double() - 4.8 * gram.double()
+    assert ((near - wanted).abs() <= 4e-3 * wanted.abs() + 1e-3).all()
+    assert torch.equal(symmetric(x), gram), "not repeatable"
+    commuting = symmetric(gram, near, gram, 1.0, 3.4)
+    assert (commuting - (gram.double() @ near.double() + 3.4 * gram.double())).norm() <= 4e-3 * commuting.double().norm()
+
+
+@on_gpu
+@pytest.mark.parametrize("rows, columns", [(1024, 1024), (2816, 1024), (256, 256), (32, 1024)])
+def test_updates_in_16_bits_are_orthogonal_enough(rows: int, columns: int) -> None:
+    x = torch.randn(4, rows, columns, device="cuda")
+    low, fine = orthogonalized(x.bfloat16(), 5, torch.float16), orthogonalized(x.double(), 5)
+    assert (low - fine).norm() < 0.02 * fine.norm()
+    values = torch.linalg.svdvals(low.float())
+    assert values.max() < 1.3 and values.median() > 0.65
