@@ -64,7 +64,7 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from evals.in_loop import build_evaluator
     from models.lm import LanguageModel
     from training import checkpoint
-    from training.cost.fit import misfit
+    from training.cost.fit import misfit, recomputation_of
     from training.engine import Engine
     from training.guard.agreement import agree
     from training.guard.faults import StopRequest
@@ -80,11 +80,13 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     settings, _ = model_config(config, shards)
     model = LanguageModel(settings)
     model.init_weights(config.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    remade, told = recomputation_of(config, settings, world)
+    model.set_activation_checkpointing(remade)
     stop = StopRequest()
 
     # Resume
     start = take_up(config, world, model, shards, resolved_yaml)
+    start.message += f"\n{told}" if told else ""
     life = SignOfLife(Path(config.run_dir), world.rank)
     engine = Engine(model, config, world)
     if start.folder is not None and start.moments:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.residual import residual
-from models import mixers
+from models import mixers, recompute
 from models.config import ModelConfig
 from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
@@ -31,6 +31,20 @@ class Block(Module):
         self.mlp = SwiGLU(d, config.mlp_width) if config.mlp_width else None
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
+        self.remade: frozenset[str] = frozenset()  # parts whose activations are computed again in training, of models/recompute.py
+
+    def remade_now(self) -> frozenset[str]:
+        return self.remade if self.training and torch.is_grad_enabled() else frozenset()
+
+    def within(
+        self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None, documents: Documents | None, owed: Owed | None
+    ) -> tuple[Tensor, Owed | None, Any]:
+        """(x, what this block owes, state) of forward in a stack of blocks: computed again as one where all of it is, which then owes nothing."""
+        if "layer" in self.remade_now():
+            x_BTD, state = recompute.again(self, x_BTD, state, segment_ids, documents, owed)
+            return x_BTD, None, state
+        (x_BTD, owes), state = self(x_BTD, state, segment_ids, documents, owed, owing=True)
+        return x_BTD, owes, state
 
     def forward(
         self,
@@ -50,11 +64,13 @@ class Block(Module):
             normed = self.mixer_norm(x_BTD)
         else:
             x_BTD, normed = self.mixer_norm.after(x_BTD, *owed)
-        y, state = self.mixer(normed, state, segment_ids, **more)
+        remade = self.remade_now()
+        mixer = recompute.remaking(self.mixer) if "mixer" in remade else self.mixer
+        y, state = mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD, normed = self.mlp_norm.after(x_BTD, y, scales[0])
-            y = self.mlp(normed)
+            y = recompute.mlp(self.mlp, normed, remade)
         scale = scales[-1]
         if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not
             return (x_BTD, (y, None if scale is None else scale.clone())), state
@@ -76,6 +92,11 @@ class Block(Module):
             decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
 
         return step
+
+    def recomputed_flops_per_token(self, T: int, parts: frozenset[str]) -> int:
+        """Forward FLOPs of one token that are made again where these parts are: of the MLP all but its last product."""
+        mixer = self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else 0
+        return mixer + (2 * self.mlp.flops_per_token() // 3 if self.mlp is not None and parts & {"mlp", "layer"} else 0)
 
     def init_weights(self, std: float, n_layers: int) -> None:
         self.mixer_norm.init_weights()

@@ -61,7 +61,11 @@ class SwiGLU(Module):
         tag(self.down.weight, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(swiglu(*linears(x_BTD, self.gate, self.up)), self.down)
+        return linear(self.inner(x_BTD), self.down)
+
+    def inner(self, x_BTD: Tensor) -> Tensor:
+        """What `down` takes, (B, T, F)."""
+        return swiglu(*linears(x_BTD, self.gate, self.up))
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.gate, self.up, self.down):
