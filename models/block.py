@@ -43,8 +43,8 @@ class Block(Module):
         if "layer" in self.remade_now():
             x_BTD, state = recompute.again(self, x_BTD, state, segment_ids, documents, owed)
             return x_BTD, None, state
-        (x_BTD, owes), state = self(x_BTD, state, segment_ids, documents, owed, owing=True)
-        return x_BTD, owes, state
+        x_BTD, y, scale, state = self(x_BTD, state, segment_ids, documents, owed, owing=True)
+        return x_BTD, (y, scale), state
 
     def forward(
         self,
@@ -54,11 +54,12 @@ class Block(Module):
         documents: Documents | None = None,
         owed: Owed | None = None,
         owing: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """(x, state). documents: of segment_ids, shared by all layers; without them a mixer that wants them looks for itself.
 
-        owed: what the block before has still to add to the stream, as (y, scale or None); owing: returns ((x, what this block owes), state), so
-        that whoever reads the stream next adds and normalises in one pass."""
+        owed: what the block before has still to add to the stream, as (y, scale or None); owing: returns (x, y, scale, state) with
+        what this block owes, so that whoever reads the stream next adds and normalises in one pass; not nested, as the hooks by which ZeRO-3 learns
+        that gradients are there look for tensors among the results themselves."""
         more = {"documents": documents} if self.mixer.takes_documents else {}
         if owed is None:
             normed = self.mixer_norm(x_BTD)
@@ -73,7 +74,7 @@ class Block(Module):
             y = recompute.mlp(self.mlp, normed, remade)
         scale = scales[-1]
         if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not
-            return (x_BTD, (y, None if scale is None else scale.clone())), state
+            return x_BTD, y, None if scale is None else scale.clone(), state
         return (x_BTD + y if scale is None else residual(x_BTD, y, scale)), state
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
