@@ -16,7 +16,7 @@ from models.block import Block, Owed
 from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
-from models.init import Module, normal_, tag
+from models.init import Module, Unset, normal_, tag
 from models.layers import RMSNorm
 from models.remade import parts_by_layer
 from models.segments import Documents
@@ -53,11 +53,12 @@ class LanguageModel(Module):
         if problems:
             raise UserError(problems)
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        with Unset():
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.head = Head(config.d_model, config.vocab_size)
         tag(self.embedding.weight, "no_decay")
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = Head(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
