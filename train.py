@@ -64,34 +64,43 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from evals.in_loop import build_evaluator
     from models.lm import LanguageModel
     from training import checkpoint
-    from training.cost.fit import misfit
+    from training.cost.fit import misfit, recomputation_of
     from training.engine import Engine
     from training.guard.agreement import agree
     from training.guard.faults import StopRequest
     from training.loop import Run, documents_of
     from training.watch.observe import SignOfLife
+    from training.watch.startup import StartUp
     from training.world import start_distributed
 
+    start_up = StartUp()
+    start_up.lap("imports")
     shards, _, problem = open_data(config)
+    start_up.lap("data")
     world = start_distributed(config.train.device, config.deepspeed.timeout_minutes, config.parallel.sequence)
+    start_up.lap("process group")
     problem = problem or misfit(config, shards, world)
     agree(world, config, [s.fingerprint for s, _ in shards or ()], problem)
     torch.manual_seed(config.seed)
     settings, _ = model_config(config, shards)
     model = LanguageModel(settings)
-    model.init_weights(config.seed)
-    model.set_activation_checkpointing(config.train.activation_checkpointing)
+    remade, told = recomputation_of(config, settings, world)
+    model.set_activation_checkpointing(remade)
     stop = StopRequest()
+    start_up.lap("model")
 
     # Resume
     start = take_up(config, world, model, shards, resolved_yaml)
+    start.message += f"\n{told}" if told else ""
     life = SignOfLife(Path(config.run_dir), world.rank)
+    start_up.lap("weights")
     engine = Engine(model, config, world)
+    start_up.lap("DeepSpeed")
     if start.folder is not None and start.moments:
         checkpoint.restore_optimizer(start.folder, engine)
     reader = open_reader(config, shards, start.cursor.order)
     documents = documents_of(settings, shards, resolved_yaml)
-    run = Run(config, engine, start=start, shards=shards, reader=reader, documents=documents, stop=stop, life=life)
+    run = Run(config, engine, start=start, shards=shards, reader=reader, documents=documents, stop=stop, life=life, start_up=start_up)
     evaluator = build_evaluator(config, engine, shards, run.metrics)
 
     # Loop

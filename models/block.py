@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.residual import residual
-from models import mixers
+from models import mixers, recompute
 from models.config import ModelConfig
 from models.init import Module, tag
 from models.layers import RMSNorm, SwiGLU
@@ -31,6 +31,20 @@ class Block(Module):
         self.mlp = SwiGLU(d, config.mlp_width) if config.mlp_width else None
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
+        self.remade: frozenset[str] = frozenset()  # parts whose activations are computed again in training, of models/recompute.py
+
+    def remade_now(self) -> frozenset[str]:
+        return self.remade if self.training and torch.is_grad_enabled() else frozenset()
+
+    def within(
+        self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None, documents: Documents | None, owed: Owed | None
+    ) -> tuple[Tensor, Owed | None, Any]:
+        """(x, what this block owes, state) of forward in a stack of blocks: computed again as one where all of it is, which then owes nothing."""
+        if "layer" in self.remade_now():
+            x_BTD, state = recompute.again(self, x_BTD, state, segment_ids, documents, owed)
+            return x_BTD, None, state
+        x_BTD, y, scale, state = self(x_BTD, state, segment_ids, documents, owed, owing=True)
+        return x_BTD, (y, scale), state
 
     def forward(
         self,
@@ -40,24 +54,27 @@ class Block(Module):
         documents: Documents | None = None,
         owed: Owed | None = None,
         owing: bool = False,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Any, ...]:
         """(x, state). documents: of segment_ids, shared by all layers; without them a mixer that wants them looks for itself.
 
-        owed: what the block before has still to add to the stream, as (y, scale or None); owing: returns ((x, what this block owes), state), so
-        that whoever reads the stream next adds and normalises in one pass."""
+        owed: what the block before has still to add to the stream, as (y, scale or None); owing: returns (x, y, scale, state) with
+        what this block owes, so that whoever reads the stream next adds and normalises in one pass; not nested, as the hooks by which ZeRO-3 learns
+        that gradients are there look for tensors among the results themselves."""
         more = {"documents": documents} if self.mixer.takes_documents else {}
         if owed is None:
             normed = self.mixer_norm(x_BTD)
         else:
             x_BTD, normed = self.mixer_norm.after(x_BTD, *owed)
-        y, state = self.mixer(normed, state, segment_ids, **more)
+        remade = self.remade_now()
+        mixer = recompute.remaking(self.mixer) if "mixer" in remade else self.mixer
+        y, state = mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
         if self.mlp is not None and self.mlp_norm is not None:
             x_BTD, normed = self.mlp_norm.after(x_BTD, y, scales[0])
-            y = self.mlp(normed)
+            y = recompute.mlp(self.mlp, normed, remade)
         scale = scales[-1]
         if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not
-            return (x_BTD, (y, None if scale is None else scale.clone())), state
+            return x_BTD, y, None if scale is None else scale.clone(), state
         return (x_BTD + y if scale is None else residual(x_BTD, y, scale)), state
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
@@ -76,6 +93,11 @@ class Block(Module):
             decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
 
         return step
+
+    def recomputed_flops_per_token(self, T: int, parts: frozenset[str]) -> int:
+        """Forward FLOPs of one token that are made again where these parts are: of the MLP all but its last product."""
+        mixer = self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else 0
+        return mixer + (2 * self.mlp.flops_per_token() // 3 if self.mlp is not None and parts & {"mlp", "layer"} else 0)
 
     def init_weights(self, std: float, n_layers: int) -> None:
         self.mixer_norm.init_weights()

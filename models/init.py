@@ -9,11 +9,15 @@ matrices that lie side by side in one parameter, a linear map's (outputs, inputs
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+PIECE = 1 << 20  # numbers that are looked at at once, so that they are in a cache
 
 
 def tag(parameter: nn.Parameter, *names: str, **values: Any) -> nn.Parameter:
@@ -50,10 +54,58 @@ class Module(nn.Module):
 
 def normal_(parameter: torch.Tensor, std: float) -> None:
     """Truncated normal (three standard deviations), drawn on the CPU so that a seed means the same weights on every device."""
-    draw = torch.empty(parameter.shape, dtype=torch.float32)
-    nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std)
     with torch.no_grad():
+        if (
+            parameter.device.type == "cpu"
+            and parameter.dtype == torch.float32
+            and parameter.is_contiguous()
+            and type(parameter.data) is torch.Tensor
+        ):
+            _truncated_(parameter.data, std)
+            return
+        draw = torch.empty(parameter.shape, dtype=torch.float32)
+        _truncated_(draw, std)
         parameter.copy_(draw)
+
+
+def _truncated_(draw: torch.Tensor, std: float) -> None:
+    if _draws_as_torch():
+        _redrawn_(draw, std)
+    else:
+        nn.init.trunc_normal_(draw, std=std, a=-3 * std, b=3 * std)
+
+
+def _redrawn_(draw: torch.Tensor, std: float, generator: torch.Generator | None = None) -> None:
+    """The numbers of torch's own trunc_normal_ in a third of the time: it draws the whole tensor anew as long as one number lies outside, and looks
+    at all of them each time. Here only those outside are looked at again, and memory is taken once."""
+    limit = torch.tensor(3 * std, dtype=torch.float32).item()
+    flat = draw.normal_(0.0, std, generator=generator).view(-1)
+    pieces = enumerate(flat.split(PIECE))
+    outside = torch.cat([torch.zeros(0, dtype=torch.int64), *((p.abs() > limit).nonzero().view(-1) + i * PIECE for i, p in pieces)])
+    again = torch.empty_like(flat) if outside.numel() else flat
+    while outside.numel():
+        values = again.normal_(0.0, std, generator=generator)[outside]
+        flat[outside] = values
+        outside = outside[values.abs() > limit]
+
+
+@functools.cache
+def _draws_as_torch() -> bool:
+    """Whether this torch's trunc_normal_ is the one that `_redrawn_` follows; earlier ones drew otherwise, and their numbers stay theirs."""
+    one, other = torch.empty(5000), torch.empty(5000)
+    _redrawn_(one, 0.5, torch.Generator().manual_seed(0))
+    nn.init.trunc_normal_(other, std=0.5, a=-1.5, b=1.5, generator=torch.Generator().manual_seed(0))
+    return torch.equal(one, other)
+
+
+class Unset(TorchFunctionMode):
+    """Inside, functions of torch.nn.init do nothing: what layers of torch draw when they are made is drawn over by `init_weights`."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        keywords = keywords or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return keywords["tensor"] if "tensor" in keywords else arguments[0]
+        return function(*arguments, **keywords)
 
 
 def init_matrix(parameter: nn.Parameter, std: float, n_layers: int) -> None:

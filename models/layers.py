@@ -34,12 +34,16 @@ class RMSNorm(Module):
         norm_first: bool = False,
         dtype: torch.dtype | None = None,
         columns: tuple[int, Any] = (0, None),
+        owed: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
+        owed: (added, scale or None) of `after`, whose norm alone is returned.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
+        if owed is not None:
+            return self.after(x, *owed)[1]
         return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -61,7 +65,11 @@ class SwiGLU(Module):
         tag(self.down.weight, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(swiglu(*linears(x_BTD, self.gate, self.up)), self.down)
+        return linear(self.inner(x_BTD), self.down)
+
+    def inner(self, x_BTD: Tensor) -> Tensor:
+        """What `down` takes, (B, T, F)."""
+        return swiglu(*linears(x_BTD, self.gate, self.up))
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.gate, self.up, self.down):

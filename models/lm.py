@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from data.errors import UserError
 from models.block import Block, Owed
 from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
-from models.init import Module, normal_, tag
+from models.init import Module, Unset, normal_, tag
 from models.layers import RMSNorm
+from models.remade import parts_by_layer
 from models.segments import Documents
 
 
@@ -53,14 +53,14 @@ class LanguageModel(Module):
         if problems:
             raise UserError(problems)
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        with Unset():
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.head = Head(config.d_model, config.vocab_size)
         tag(self.embedding.weight, "no_decay", "vocabulary")
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = Head(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.checkpointing = False
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter from `seed`, the same on every device and rank; torch's global generator is left as it was."""
@@ -74,11 +74,11 @@ class LanguageModel(Module):
             for block in self.blocks:
                 block.init_weights(self.config.init_std, n_layers)
 
-    def set_activation_checkpointing(self, mode: str) -> None:
-        """'full' recomputes each layer in the backward pass, 'none' keeps everything. Raises ValueError for another mode."""
-        if mode not in ("none", "full"):
-            raise ValueError(f"Activation checkpointing is {mode!r}; choose none or full.")
-        self.checkpointing = mode == "full"
+    def set_activation_checkpointing(self, choice: Any) -> None:
+        """Which activations training computes again in the backward pass instead of keeping them: a setting of models/recompute.py, as 'none',
+        'full' or {'mlp': 2}, or its parts by layer. Raises UserError for another one."""
+        for block, parts in zip(self.blocks, parts_by_layer(choice, self.config)):
+            block.remade = parts
 
     def forward(
         self,
@@ -99,10 +99,7 @@ class LanguageModel(Module):
         layers: list[Any] = []
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x_BTD, after = checkpoint(block, x_BTD, before, segment_ids, documents, use_reentrant=False, preserve_rng_state=False)
-            else:
-                (x_BTD, owed), after = block(x_BTD, before, segment_ids, documents, owed, owing=True)
+            x_BTD, owed, after = block.within(x_BTD, before, segment_ids, documents, owed)
             layers.append(after)
         output = LMOutput(state=None if state is None else LMState(layers))
         if labels is None:
@@ -112,7 +109,7 @@ class LanguageModel(Module):
         return self._loss(self._final(x_BTD, owed), labels, reduction, output)
 
     def _final(self, x_BTD: Tensor, owed: Owed | None) -> Tensor:
-        return self.norm(x_BTD) if owed is None else self.norm.after(x_BTD, *owed)[1]
+        return self.norm(x_BTD, owed=owed)  # called as a module, so that ZeRO-3 finds the weight whole
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head
@@ -144,6 +141,11 @@ class LanguageModel(Module):
         blocks = sum(block.mixer.flops_per_token(T) for block in self.blocks)
         blocks += sum(block.mlp.flops_per_token() for block in self.blocks if block.mlp is not None)
         return blocks + 2 * self.config.d_model * self.config.vocab_size
+
+    def recomputed_flops_per_token(self, T: int) -> int:
+        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits."""
+        twice = 2 * self.config.d_model * self.config.vocab_size if self.config.recompute_head else 0
+        return twice + sum(block.recomputed_flops_per_token(T, block.remade) for block in self.blocks)
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         return sum(block.mixer.state_bytes(T, batch, dtype) for block in self.blocks)

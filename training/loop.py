@@ -25,6 +25,7 @@ from training.saving.saver import Saver
 from training.setup import Shards, Start
 from training.watch.metrics import Metrics, Stopwatch
 from training.watch.observe import RankWatch, SignOfLife
+from training.watch.startup import StartUp
 from training.watch.trace import Tracer
 
 
@@ -72,6 +73,7 @@ class Run:
         documents: dict[str, str],
         stop: StopRequest,
         life: SignOfLife,
+        start_up: StartUp | None = None,
     ) -> None:
         self.config, self.engine, self.world, self.shards = config, engine, engine.world, shards
         self.reader, self.documents, self.stop, self.life, self.cursor = reader, documents, stop, life, start.cursor
@@ -83,12 +85,14 @@ class Run:
             config.profile, self.run_dir, self.world.rank, self.world.device, first_traced, config.profile_steps, self.metrics.say
         )
         self.policy = BadStepPolicy(config.faults, self.run_dir / "faults.jsonl" if self.world.main else None)
+        self.start_up = start_up  # until its first step is told
         self.batches: list[Batch] = []
         self.waited, self.lost, self.agreed = 0.0, "", Agreed()
 
     def _metrics(self, model: LanguageModel, start: Start) -> Metrics:
         flops = training_flops_per_token(model, self.config.train.seq_len)
         metrics = Metrics(self.run_dir, self.config, self.world.device, self.world.size, flops, self.world.main)
+        metrics.again_per_token = model.recomputed_flops_per_token(self.config.train.seq_len)
         metrics.open(self.step, start.wandb_id)
         metrics.say(start.message)
         return metrics
@@ -168,6 +172,11 @@ class Run:
             self.metrics.say(sentence)
         ranks = self.ranks.step(self.step, result, waited)
         self.metrics.step(self.step, result, lr, waited, ranks, self.cursor.tokens)
+        if self.start_up is not None:
+            self.start_up.lap("first step")
+            self.metrics.say(self.start_up.line())
+            self.metrics.write(self.step, **self.start_up.row())
+            self.start_up = None
         self.beat(self.saver.saved)
 
     def save_if_due(self) -> None:

@@ -161,7 +161,8 @@ def _leave(run_dir: Path, locks: list[Any]) -> None:
 
 
 def _from_nothing(config: Config, world: World, model: LanguageModel, shards: Shards) -> tuple[Cursor, str, None]:
-    """What `_read` returns, of a run without a checkpoint; weights of a folder that model=hf: names are compared by one rank and loaded by all."""
+    """What `_read` returns, of a run without a checkpoint, whose weights are drawn here and nowhere else; weights of a folder that model=hf: names are compared by one rank and loaded by all."""
+    model.init_weights(config.seed)
     origin, told = config.model.get("init_from"), f"starting at step 0{TOTAL}"
     if origin:
         verify = bool(config.model.get("verify", True))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from kernels.dispatch import is_eager, planned
 from kernels.linear import reference
 from kernels.linear.reference import product_dtype
+from kernels.linear.spared import unread
 
-__all__ = ["joins", "linear", "linears", "product_dtype"]
+__all__ = ["joins", "linear", "linears", "product_dtype", "unread"]
 
 
 def joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import planned
+from kernels.linear.spared import is_unread
+
 
 def weight_gradient(d_MN: Tensor, x_MD: Tensor) -> Tensor:
     """d^T x (N, D) in fp32, written so by the product itself where the device can."""
     if d_MN.device.type == "cuda" and type(d_MN) is Tensor:
         return torch.mm(d_MN.T, x_MD, out_dtype=torch.float32)
+    if planned():
+        return x_MD.new_empty(d_MN.shape[1], x_MD.shape[1], dtype=torch.float32)
     return (d_MN.T @ x_MD).float()
 
 
@@ -65,7 +70,10 @@ class Joined(torch.autograd.Function):
             for piece, weight in zip(joined_ND.split(rows), weights):
                 piece.copy_(weight)
             x_MD = x.to(dtype).flatten(0, -2)
-            y_MN = torch.addmm(torch.cat(biases).to(dtype), x_MD, joined_ND.T) if biases else x_MD @ joined_ND.T
+            if is_unread():
+                y_MN = x_MD.new_empty(x_MD.shape[0], joined_ND.shape[0])
+            else:
+                y_MN = torch.addmm(torch.cat(biases).to(dtype), x_MD, joined_ND.T) if biases else x_MD @ joined_ND.T
         ctx.save_for_backward(x_MD, joined_ND)
         ctx.rows, ctx.biased, ctx.shape, ctx.of = rows, bool(biases), x.shape, x.dtype
         y = y_MN.view(*x.shape[:-1], -1)

@@ -22,7 +22,7 @@ VARIANTS = {
     "plain": [],
     "bf16": ["train.precision=bf16"],
     "stream": ["data.reader=stream"],
-    "recompute": ["train.activation_checkpointing=full"],
+    "recompute": ["train.activation_checkpointing={swiglu:[0],mlp:[1],mixer:[1,3],layer:[2]}"],
     "compile": [],
 }
 # (model, ranks of a sequence, ZeRO stage, variant); the rest of the ranks is data parallel

@@ -93,7 +93,6 @@ def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
         ("train.cuda_graph", config.train.cuda_graph, ("auto", "off")),
-        ("train.activation_checkpointing", config.train.activation_checkpointing, ("none", "full")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
         ("optim.kind", config.optim.kind, OPTIMIZERS),
@@ -236,7 +235,8 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     problems += outside + ranges.loose(config.size, "size")
     if readable:
         problems += _choices(config) + _combinations(config, world_size) + ([] if outside else lengths(config))
-    problems += model_problems(config.model)
+    told_of_model = model_problems(config.model)
+    problems += told_of_model or recompute_problems(config)
     if config.data.reader == "synthetic":
         problems += task_problems(config)
     else:
@@ -262,6 +262,26 @@ def task_problems(config: Config) -> list[str]:
         return error.problems
     least = task.min_length()
     return [f"eval.lengths holds {n}, which is too short for the task; it needs {least} or more." for n in config.eval.lengths if n < least]
+
+
+def recompute_problems(config: Config) -> list[str]:
+    """What is wrong with train.activation_checkpointing, for the layers of the model."""
+    from models.config import ModelConfig
+    from models.remade import parts_by_layer
+
+    choice = config.train.activation_checkpointing
+    if choice in ("none", "full", "auto"):
+        return []
+    try:
+        model = config.model
+        if "init_from" in model:
+            from models.hub.importing import resolved
+
+            model = resolved(model)
+        parts_by_layer(choice, ModelConfig.from_dict({**model, "vocab_size": model.get("vocab_size") or 256}))
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def model_problems(mapping: dict[str, Any]) -> list[str]:

@@ -32,7 +32,8 @@ class TrainSection:
     grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
     compile: bool = False
     cuda_graph: str = "auto"
-    activation_checkpointing: str = "none"
+    activation_checkpointing: Any = "none"  # of models/remade.py, or auto
+    memory_budget: Annotated[float | None, POSITIVE] = None
     initial_state: str = "zero"
     initial_sigma: Annotated[float, Range(0)] = 1.0
     initial_drop: Annotated[float, SHARE] = 0.1

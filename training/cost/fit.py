@@ -5,42 +5,20 @@ A run that is far below by a bound on its activations is not measured, which wou
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from models.config import ModelConfig
 from training.config.schema import Config
+from training.cost.device import device_memory, main_memory
 from training.errors import UserError
 from training.launch import ranks_here
 from training.world import World
 from training.zero.policy import stage_of
 
 GIB = 2**30
-CONTEXT = 0.5 * GIB  # the least that a CUDA context takes beside torch's allocator
 SURE, SURE_OF_ZERO3 = 1.02, 1.1  # times the device that an estimate has to be before it is sure that the run cannot fit, see docs/memory.md
 NOTICE = 0.25  # share of the device below which a run is not measured
-
-
-def device_memory(device: torch.device) -> float:
-    """Bytes of a GPU, or of main memory as this machine (and the container around this process) has it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory - CONTEXT
-    return main_memory()
-
-
-def main_memory() -> float:
-    """Bytes of main memory that processes of this machine can have: what the kernel has, or the limit of the control group."""
-    limits = [float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(float(Path(name).read_text()))
-        except (OSError, ValueError):  # "max", or no such file
-            continue
-    return min(limits)
 
 
 def bound(config: Config, settings: ModelConfig, parameters: int) -> float:
@@ -73,7 +51,7 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     model = meta_model(settings)
     if bound(config, settings, sum(p.numel() for p in model.parameters())) < NOTICE * have:
         return ""
-    need, phase = _needs(config, settings, model, world.size, on_cpu)
+    need, phase = _needs(config, settings, model, world.size, on_cpu, have)
     if need <= have * (SURE_OF_ZERO3 if stage_of(config, world.size) == 3 else SURE):
         return _host(config, model, world.size, local) if not on_cpu else ""
     whose = (
@@ -89,11 +67,32 @@ def misfit(config: Config, shards: Any, world: World, room: float | None = None)
     )
 
 
-def _needs(config: Config, settings: ModelConfig, model: Any, ranks: int, on_cpu: bool) -> tuple[float, str]:
-    """(bytes of a rank at most, in which phase); on a CPU with what is moved to main memory, which is the device then."""
-    from training.cost import memory
+def recomputation_of(config: Config, settings: ModelConfig, world: World) -> tuple[Any, str]:
+    """(what model.set_activation_checkpointing is given, a sentence about it or ''): the setting, or what auto settles, the same on all ranks, who
+    call this together."""
+    if config.train.activation_checkpointing != "auto":
+        return config.train.activation_checkpointing, ""
+    from training.cost import recomputation
+    from training.cost.flops import meta_model
 
-    need = memory.estimate(config, model, memory.activations(config, settings), ranks)
+    local = ranks_here() if world.size > 1 and world.device.type == "cpu" else 1
+    room = min(row[0] for row in world.gather([recomputation.budget(config, world.device) / local]))
+    model = meta_model(settings)
+    if bound(config, settings, sum(p.numel() for p in model.parameters())) < NOTICE * room:
+        return "none", ""
+    chosen = recomputation.choose(config, settings, model, world.size, room)
+    return chosen.parts, recomputation.told(chosen, room) + "."
+
+
+def _needs(config: Config, settings: ModelConfig, model: Any, ranks: int, on_cpu: bool, have: float) -> tuple[float, str]:
+    """(bytes of a rank at most, in which phase); on a CPU with what is moved to main memory, which is the device then. have: bytes of the device,
+    into which auto fits the run if it can."""
+    from training.cost import memory, recomputation
+
+    if config.train.activation_checkpointing == "auto":
+        need = recomputation.choose(config, settings, model, ranks, recomputation.ROOM * have).estimate
+    else:
+        need = memory.estimate(config, model, memory.activations(config, settings), ranks)
     return need.peak + (need.held.host if on_cpu else 0.0), need.phase
 
 
@@ -113,17 +112,17 @@ def _host(config: Config, model: Any, ranks: int, local: int) -> str:
 def _advice(config: Config, settings: ModelConfig, model: Any, world: World, have: float) -> str:
     """The first change that makes it fit, of those that keep the numbers of the run, in the order of what they cost."""
     t, ds = config.train, config.deepspeed
-    full = replace(t, activation_checkpointing="full")
+    auto = replace(t, activation_checkpointing="auto")
     tries: list[tuple[str, Config]] = []
     small = [t.micro_batch >> i for i in range(1, t.micro_batch.bit_length()) if t.micro_batch % (1 << i) == 0]
     small += [1] if t.micro_batch > 1 and 1 not in small else []
     for micro in small:
         tries.append((f"train.micro_batch={micro}", replace(config, train=replace(t, micro_batch=micro))))
-    if t.activation_checkpointing == "none":
-        tries.append(("train.activation_checkpointing=full", replace(config, train=full)))
+    if t.activation_checkpointing not in ("full", "auto"):
+        tries.append(("train.activation_checkpointing=auto", replace(config, train=auto)))
         if small:
-            words = f"train.micro_batch={small[-1]} train.activation_checkpointing=full"
-            tries.append((words, replace(config, train=replace(full, micro_batch=small[-1]))))
+            words = f"train.micro_batch={small[-1]} train.activation_checkpointing=auto"
+            tries.append((words, replace(config, train=replace(auto, micro_batch=small[-1]))))
     last = tries[-1] if tries else ("", config)
     muon = config.optim.kind == "muon"  # which runs under no ZeRO stage
     for stage in (2, 3):
@@ -133,7 +132,7 @@ def _advice(config: Config, settings: ModelConfig, model: Any, world: World, hav
         section = replace(ds, stage=3, offload_optimizer="cpu", offload_parameters="cpu")
         tries.append((f"deepspeed=zero3_offload {last[0]}".strip(), replace(last[1], deepspeed=section)))
     for words, plan in tries:
-        need = _needs(plan, settings, model, world.size, world.device.type == "cpu")[0]
+        need = _needs(plan, settings, model, world.size, world.device.type == "cpu", have)[0]
         if need <= have:
             return f"{words} needs {need / GIB:.1f}"
     zero3 = "optim=adamw and deepspeed=zero3" if muon else "deepspeed=zero3"

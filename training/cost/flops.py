@@ -1,6 +1,6 @@
 """What a run costs: FLOPs, utilisation and memory, from the layers' own formulae, before and during training.
 
-Model FLOPs of training are 3x the forward pass (recomputation is not counted). Peaks are dense matrix rates from the vendors'
+Model FLOPs of training are 3x the forward pass; what is computed again counts in HFU, not in MFU. Peaks are dense matrix rates from the vendors'
 datasheets; an unknown device has no MFU rather than a guessed one.
 """
 
@@ -10,6 +10,7 @@ import torch
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from models.remade import Parts, parts_by_layer
 from training.config.schema import Config
 from training.cost.memory import report
 
@@ -53,6 +54,8 @@ def meta_model(config: ModelConfig) -> LanguageModel:
 def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") -> str:
     """What dry_run=true prints: parameters by part, FLOPs, memory by ZeRO stage and world size, tokens and steps."""
     model = meta_model(model_config)
+    remade, chosen = _recomputation(config, model_config, model)
+    model.set_activation_checkpointing(remade)
     counts = model.parameter_counts()
     total = sum(counts.values())
     flops = training_flops_per_token(model, config.train.seq_len)
@@ -63,7 +66,25 @@ def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") ->
     lines += [f"  {part:<24}{count:>16,}  {100 * count / total:5.1f} %" for part, count in counts.items()]
     lines += [
         f"training FLOPs per token at T={config.train.seq_len}: {flops:.3e} (3x forward)",
+        again_line(model, config.train.seq_len),
         f"steps {config.total_steps:,} of {config.tokens_per_step:,} tokens: {tokens:.3e} tokens, {tokens * flops:.3e} FLOPs",
         f"state carried per sequence at T={config.train.seq_len}: {model.state_bytes(config.train.seq_len) / 2**20:.2f} MiB",
     ]
-    return "\n".join(lines + report(config, model_config, model))
+    return "\n".join(lines + chosen + report(config, model_config, model, remade))
+
+
+def again_line(model: LanguageModel, seq_len: int) -> str:
+    """What recomputation adds to the FLOPs of training, in words."""
+    flops, again = training_flops_per_token(model, seq_len), model.recomputed_flops_per_token(seq_len)
+    return f"computed again in the backward pass: {again:.3e} FLOPs per token, so that HFU is {1 + again / flops:.3f} times MFU"
+
+
+def _recomputation(config: Config, settings: ModelConfig, model: LanguageModel) -> tuple[list[Parts], list[str]]:
+    """(what each layer computes again, how auto has come to it)."""
+    if config.train.activation_checkpointing != "auto":
+        return parts_by_layer(config.train.activation_checkpointing, settings), []
+    from training.cost import recomputation
+
+    room, whose = recomputation.dry_budget(config)
+    chosen = recomputation.choose(config, settings, model, config.parallel.sequence, room)
+    return chosen.parts, [f"{recomputation.told(chosen, room)}, of {whose}"]

@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from kernels.dispatch import planning
 from models.block import Block
 from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
+from models.remade import Parts, parts_by_layer, setting
 from training.config.schema import Config
 from training.optim import parameter_groups
 from training.optim.muon import plan
@@ -79,47 +80,61 @@ def _as_on_a_gpu(compiled: bool = False) -> Iterator[None]:
 
 @dataclass
 class Cost:
-    """Bytes of one part of the model. saved: from its forward until its backward; forward, backward: at most beyond what was there when it began;
-    gradients: of its parameters; cast: bf16 copies of its weights that autocast keeps until the whole forward pass has ended."""
+    """Bytes of one part of the model. saved: from its forward until its backward, its output stream and what it keeps of what the layer before owes
+    included; forward, backward: at most beyond what was there when it began; gradients: of its parameters; cast: bf16 copies of its weights that
+    autocast keeps until the whole forward pass has ended; output: of saved, the stream where only the part that reads it keeps it, and so no longer
+    than until that part's backward."""
 
     saved: int
     forward: int
     backward: int
     gradients: int
     cast: int = 0
+    output: int = 0
 
 
-def _measure(run: Callable[[Tensor], Tensor], part: nn.Module, x: Tensor, bf16: bool) -> Cost:
-    """Costs of y = run(x), a part of the model with the parameters of `part`, on tensors without storage."""
+Run = Callable[[Tensor, Any], tuple[Tensor, Any]]  # stream and what is owed to it -> the same after a part
+
+
+def _measure(run: Run, part: nn.Module, x: Tensor, bf16: bool, owed: torch.dtype | None = None) -> Cost:
+    """Costs of run(x, owed), a part of the model with the parameters of `part`, on tensors without storage. owed: dtype of what the part before
+    has still to add to the stream x, None where it owes nothing."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(drop) for p in part.parameters()]
-    ledger = Ledger([x, *part.parameters()])
+    one = torch.zeros((), dtype=owed, requires_grad=True)
+    ledger = Ledger([x, one, *part.parameters()])
     with ledger:
+        entering = None if owed is None else (one.expand(x.shape).clone(), None)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            y = run(x)
-            with_cast = ledger.now
-        saved, forward = ledger.now, ledger.peak
-        dy = torch.empty_like(y)
-        before = ledger.now
-        ledger.peak = before
-        torch.autograd.backward([y], [dy])
-        backward = ledger.peak - before
+            y, owes = run(x, entering)
+            cast = ledger.now
+        cast, forward = cast - ledger.now, ledger.peak
+        ends = [y] if owes is None else [y, owes[0]]
+        edges, forms = [get_gradient_edge(end) for end in ends], [(end.shape, end.dtype) for end in ends]
+        del entering, owes, ends
+        saved = ledger.now
+        del y
+        kept = ledger.peak = ledger.now
+        torch.autograd.backward(edges, [torch.empty(shape, dtype=dtype) for shape, dtype in forms])
+        backward = ledger.peak - kept
     for hook in hooks:
         hook.remove()
     x.grad = None
-    return Cost(saved, forward, backward, 4 * sum(p.numel() for p in part.parameters()), with_cast - saved)
+    return Cost(saved, forward, backward, 4 * sum(p.numel() for p in part.parameters()), cast, saved - kept)
 
 
 @dataclass
 class Activations:
-    """Costs of the embedding's output, of every layer and of norm, head and loss."""
+    """Costs of the embedding's output, of every layer and of norm, head and loss. tied: bytes of the gradient of a head that is the embedding too,
+    which waits for that of the embedding."""
 
     embedding: int
     layers: list[Cost]
     head: Cost
+    tied: int = 0
 
     def forward_peak(self) -> int:
         at, peak = self.embedding, 0
@@ -134,41 +149,65 @@ class Activations:
         gradients, peak = 0, 0
         for cost in [self.head, *reversed(self.layers)]:
             gradients += cost.gradients if gradients_stay else 0
-            peak = max(peak, at + self.embedding + cost.backward + gradients)
-            at -= cost.saved
+            peak = max(peak, at - cost.output + cost.backward + gradients)
+            at += (self.tied if cost is self.head and not gradients_stay else 0) - cost.saved
         return peak
 
 
-def activations(config: Config, settings: ModelConfig) -> Activations:
-    """Measures one rank's micro-batch: one block of each kind of mixer, the head, and the embedding's output."""
-    t = config.train
-    rows, T, D = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
-    bf16, kinds = t.precision == "bf16", {}
-    with _as_on_a_gpu(t.compile):
-        x = torch.empty(rows, T, D, requires_grad=True)
-        segments = None if config.data.reader == "synthetic" else torch.zeros(rows, T, dtype=torch.int32)
-        for layer in range(settings.n_layers):
-            name = settings.mixer_name(layer)
-            if name in kinds:
-                continue
-            block = Block(settings, layer).train()
+class Measured:
+    """What the layers of one rank's micro-batch cost: a block of each kind of mixer is measured for each set of parts that it computes again, when
+    it is first asked for, and norm, head and loss once."""
 
-            def run(x: Tensor, block: Block = block) -> Tensor:
-                if t.activation_checkpointing == "full":
-                    return checkpoint(block, x, None, segments, use_reentrant=False, preserve_rng_state=False)[0]
-                return block(x, None, segments)[0]
+    def __init__(self, config: Config, settings: ModelConfig) -> None:
+        t = config.train
+        self.config, self.settings = config, settings
+        self.shape = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
+        self.bf16 = t.precision == "bf16"
+        self.costs: dict[Any, Cost] = {}
 
-            kinds[name] = _measure(run, block, x, bf16)
-        ends = nn.ModuleList([RMSNorm(D), Head(D, settings.vocab_size)])
-        labels_N = torch.zeros(rows * T, dtype=torch.int64)
+    def of(self, remade: list[Parts]) -> Activations:
+        """remade: the parts that each layer computes again."""
+        owed = [i > 0 and "layer" not in remade[i - 1] for i in range(len(remade) + 1)]  # whether the layer before leaves something to add
+        layers = [self.layer(i, parts, owed[i]) for i, parts in enumerate(remade)]
+        embedding = 4 * self.shape[0] * self.shape[1] * self.shape[2]
+        tied = 4 * self.settings.vocab_size * self.shape[2] if self.settings.tie_embeddings else 0
+        return Activations(embedding, layers, self._head(owed[-1]), tied)
 
-        def loss(x: Tensor) -> Tensor:
-            h_ND = ends[0](x).flatten(0, 1)
-            nll_N, log_z_N = ends[1](h_ND, labels_N, chunk=settings.head_chunk, recompute=settings.recompute_head)
-            return nll_N.sum() + settings.z_loss * log_z_N.square().sum()
+    def _owed(self, owed: bool) -> torch.dtype | None:
+        return None if not owed else torch.bfloat16 if self.bf16 else torch.float32
 
-        head = _measure(loss, ends, x, bf16)
-    return Activations(4 * rows * T * D, [kinds[settings.mixer_name(layer)] for layer in range(settings.n_layers)], head)
+    def layer(self, layer: int, parts: Parts, owed: bool) -> Cost:
+        """Of layer number `layer` with these parts computed again; owed: whether the layer before leaves something to add."""
+        key = self.settings.mixer_name(layer), parts, owed
+        if key not in self.costs:
+            with _as_on_a_gpu(self.config.train.compile):
+                x = torch.empty(self.shape, requires_grad=True)
+                segments = None if self.config.data.reader == "synthetic" else torch.zeros(self.shape[:2], dtype=torch.int32)
+                block = Block(self.settings, layer).train()
+                block.remade = parts
+                self.costs[key] = _measure(lambda x, y: block.within(x, None, segments, None, y)[:2], block, x, self.bf16, self._owed(owed))
+        return self.costs[key]
+
+    def _head(self, owed: bool) -> Cost:
+        key, settings = ("head", owed), self.settings
+        if key not in self.costs:
+            with _as_on_a_gpu(self.config.train.compile):
+                x = torch.empty(self.shape, requires_grad=True)
+                norm, head = RMSNorm(settings.d_model), Head(settings.d_model, settings.vocab_size)
+                labels_N = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.int64)
+
+                def loss(x: Tensor, y: Any) -> tuple[Tensor, None]:
+                    h_ND = (norm(x) if y is None else norm.after(x, *y)[1]).flatten(0, 1)
+                    nll_N, log_z_N = head(h_ND, labels_N, chunk=settings.head_chunk, recompute=settings.recompute_head)
+                    return nll_N.sum() + settings.z_loss * log_z_N.square().sum(), None
+
+                self.costs[key] = _measure(loss, nn.ModuleList([norm, head]), x, self.bf16, self._owed(owed))
+        return self.costs[key]
+
+
+def activations(config: Config, settings: ModelConfig, remade: list[Parts] | None = None) -> Activations:
+    """Costs of one rank's micro-batch. remade: parts that each layer computes again, by default those that the config names."""
+    return Measured(config, settings).of(parts_by_layer(remade or config.train.activation_checkpointing, settings))
 
 
 @dataclass
@@ -266,10 +305,11 @@ def estimate(config: Config, model: nn.Module, parts: Activations, world: int) -
 WORLDS = (1, 2, 8, 64)
 
 
-def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]:
-    """The lines of dry_run=true about memory: this config's parts on one rank, and the peak of every stage and number of ranks."""
+def report(config: Config, settings: ModelConfig, model: nn.Module, remade: list[Parts]) -> list[str]:
+    """The lines of dry_run=true about memory: this config's parts on one rank, and the peak of every stage and number of ranks. remade: parts that
+    each layer computes again."""
     t, ds = config.train, config.deepspeed
-    parts = activations(config, settings)
+    parts = activations(config, settings, remade)
     alone = estimate(config, model, parts, config.parallel.sequence)
     h = alone.held
     kept = "Adam's and Muon's moments" if config.optim.kind == "muon" else "Adam, and ZeRO's fp32 master copy"
@@ -285,7 +325,7 @@ def report(config: Config, settings: ModelConfig, model: nn.Module) -> list[str]
     lines = [
         f"memory of a rank, GiB: {zero_run(config, config.parallel.sequence)}, {t.precision}, {t.micro_batch} x {t.seq_len // config.parallel.sequence} tokens"
     ]
-    lines[0] += f", activation checkpointing {t.activation_checkpointing} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
+    lines[0] += f", activation checkpointing {setting(remade)} (the CUDA context and NCCL, 0.5 to 2 GiB, come on top)"
     lines += [f"  {name:<48}{value / GIB:>8.2f}" for name, value in rows.items() if value]
     lines.append(f"  {'peak':<48}{alone.peak / GIB:>8.2f}  in {alone.phase}")
     if h.host:

@@ -79,6 +79,7 @@ class Metrics:
     def __init__(self, run_dir: Path, config: Config, device: torch.device, world_size: int, flops_per_token: int, main: bool) -> None:
         self.run_dir, self.config, self.device, self.main = run_dir, config, device, main
         self.flops_per_token, self.world_size = flops_per_token, world_size
+        self.again_per_token = 0  # FLOPs that are made a second time, which HFU counts and MFU does not
         self.peak = peak_flops(device_name(device), config.train.precision)
         self.rate: float | None = None
         self.wandb_id: str | None = None
@@ -193,6 +194,7 @@ class Metrics:
             "seconds": result.seconds,
             "data_wait": data_wait,
             "mfu": rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None,
+            "hfu": rate * (self.flops_per_token + self.again_per_token) / (self.peak * self.world_size) if self.peak else None,
             "memory_gib": peak_memory_gib(self.device),
         }
         self.write(step, **row, **({"skipped": result.skipped} if result.skipped else {}), **(ranks or {}))

@@ -1,0 +1,81 @@
+"""How parts of a block are computed again in the backward pass instead of being kept; which ones, models/remade.py reads from the settings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.linear import linear, linears, unread
+from kernels.swiglu import swiglu
+from models.remade import Parts
+
+if TYPE_CHECKING:
+    from models.layers import SwiGLU
+
+
+class _Remaking(threading.local):
+    now = False
+
+
+_remaking = _Remaking()
+
+
+@contextmanager
+def _as_remade() -> Iterator[None]:
+    before, _remaking.now = _remaking.now, True
+    try:
+        yield
+    finally:
+        _remaking.now = before
+
+
+def again(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+    """function(...), which is called once more in the backward pass for the activations that it has not kept."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
+    contexts: Any = lambda: (nullcontext(), _as_remade())  # noqa: E731
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **keywords)
+
+
+def remaking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as `again` calls it."""
+    return lambda *arguments, **keywords: again(function, *arguments, **keywords)
+
+
+def mlp(module: SwiGLU, x: Tensor, remade: Parts) -> Tensor:
+    """module(x), the last thing that a block computes, with what `remade` names of it computed again."""
+    if "mlp" in remade:
+        return again(_last, module, x)  # type: ignore[no-any-return]
+    if "swiglu" in remade and not torch.compiler.is_compiling():  # a compiler settles by itself what is cheaper made again than kept
+        return _from_gate_and_up(module, x)
+    return _last(module, x)
+
+
+def _last(module: SwiGLU, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not _remaking.now:
+        return module(x)  # type: ignore[no-any-return]
+    inner = module.inner(x)
+    with unread():  # made again, only what the last product keeps is wanted of it
+        return linear(inner, module.down)
+
+
+def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
+    """module(x). The backward pass keeps gate and up anyway: what `down` would keep of their product is made again from them."""
+    gate, up = linears(x, module.gate, module.up)
+    inner = swiglu(gate, up)
+    storage, sources = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
+
+    def pack(tensor: Tensor) -> Any:
+        return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else swiglu(*sources).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return linear(inner, module.down)

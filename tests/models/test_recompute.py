@@ -1,0 +1,117 @@
+"""Recomputation: no choice changes a number; what each keeps; the last product is not made twice; how the setting is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kernels.linear
+from data.errors import UserError
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from models.remade import parts_by_layer, setting
+
+MIXERS = {"m": {"type": "mamba2", "d_state": 8, "head_dim": 16}, "a": {"type": "attention", "n_heads": 2}}
+CHOICES: list[Any] = [
+    "full", 2, 0.5, "swiglu", "mlp", "mixer", ["mlp", "mixer"], {"a": 1, "swiglu": 2, "layer": [1, "3-4"]}, {"mlp": 0.5, "swiglu": 1},
+]  # fmt: skip
+
+
+def config(**more: Any) -> ModelConfig:
+    return ModelConfig(53, 32, 6, list(MIXERS), MIXERS, **more)
+
+
+def numbers(choice: Any, bf16: bool, **more: Any) -> list[Tensor]:
+    """Loss and gradients of a step."""
+    model = LanguageModel(config(**more))
+    model.init_weights(0)
+    model.set_activation_checkpointing(choice)
+    ids = torch.arange(34).view(2, 17)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model(ids, labels=ids, segment_ids=(ids % 17 > 9).int()).loss_sum
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("more", [{}, {"learnable_residual": True}, {"d_ff": 0}], ids=["plain", "scaled", "no MLP"])
+def test_no_choice_changes_a_number(bf16: bool, more: dict[str, Any]) -> None:
+    expected = numbers("none", bf16, **more)
+    for choice in CHOICES if more.get("d_ff") != 0 else ["full", "mixer", {"a": 1, "layer": [0, 4]}]:
+        found = numbers(choice, bf16, **more)
+        assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected)), choice
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the shape of what they make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[tuple[int, ...], int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        made = function(*arguments, **(keywords or {}))
+        if function is torch.ops.aten.mm.default:
+            self.made[tuple(made.shape)] = self.made.get(tuple(made.shape), 0) + 1
+        return made
+
+
+@pytest.mark.parametrize("choice", ["mlp", "full"])
+def test_joined_products_are_made_again_but_for_the_last(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a width of the MLP that no other product has: gate and up (joined) twice, what they are multiplied to once, and equal gradients."""
+    monkeypatch.setattr(kernels.linear, "joins", lambda x, layers: torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"))
+    expected = numbers("none", True, d_ff=40)
+    with Products() as kept:
+        numbers("none", True, d_ff=40)
+    with Products() as again:
+        found = numbers(choice, True, d_ff=40)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert again.made[34, 80] == kept.made[34, 80] + 6  # a joined product of each layer's gate and up
+    mixers = 0 if choice == "mlp" else 9  # attention's values and every mixer's last product make (34, 32) as `down` does, which is spared
+    assert again.made[34, 32] == kept.made[34, 32] + mixers
+
+
+def test_evaluation_and_decoding_make_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(config())
+    model.init_weights(0)
+    model.set_activation_checkpointing({"layer": 2, "mlp": 1, "mixer": 1})
+    monkeypatch.setattr("models.recompute.checkpoint", None)
+    ids = torch.arange(34).view(2, 17)
+    model.eval()(ids, state=model.init_state(2))
+    with torch.no_grad():
+        model.train()(ids, labels=ids)
+
+
+@pytest.mark.parametrize(
+    "choice,expected",
+    [
+        (None, "none"), (False, "none"), (0, "none"), (True, "full"), (1, "full"), ("layer", "full"), (3, "{layer:[0,3]}"),
+        (0.5, "{layer:[0-2]}"), (["swiglu", "mixer"], "[swiglu,mixer]"), ("a", "{mixer:[1,3,5]}"), ({"a": 0.7}, "{mixer:[1,3]}"),
+        ({"mlp": "0-2", "swiglu": 1}, "{swiglu:[3-5],mlp:[0-2]}"), ({"layer": [0], "mlp": 1}, "{mlp:[1-5],layer:[0]}"),
+    ],
+)  # fmt: skip
+def test_settings_are_read_and_written(choice: Any, expected: str) -> None:
+    parts = parts_by_layer(choice, config())
+    assert setting(parts) == expected and parts_by_layer(parts, config()) == parts
+
+
+@pytest.mark.parametrize(
+    "choice,said",
+    [
+        ("most", "names 'most'"), (1.5, "says 1.5"), (-1, "says -1"), ({"mlp": [6]}, "0-5"), ({"a": [0]}, "1,3,5"),
+        ([1, 2], "is [1, 2]"), ("auto", "settled"), ({"layer": "x"}, "says 'x'"), ({"layer": []}, "says []"), (float("nan"), "says nan"),
+    ],
+)  # fmt: skip
+def test_what_is_no_setting_is_a_sentence(choice: Any, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parts_by_layer(choice, config())
+    assert said in str(caught.value)
+
+
+def test_parts_of_an_mlp_need_one() -> None:
+    with pytest.raises(UserError, match="no MLP"):
+        parts_by_layer("mlp", config(d_ff=0))
