@@ -44,8 +44,8 @@ class Fault:
 FAULTS = {
     "kernels": Fault(
         "the kernel of SwiGLU gives up the gradient of another input",
-        "tl.store(D_UP + i, (d * z * s)",
-        "tl.store(D_UP + i, (d * u * s)",
+        "tl.store(D_UP + j, (d * z * s)",
+        "tl.store(D_UP + j, (d * u * s)",
         "tests/kernels/test_mixer_kernels.py -k interpreter",
     ),
     "solver": Fault(
@@ -86,8 +86,8 @@ FAULTS = {
     ),
     "decode": Fault(
         "a decoding step of Mamba-2 does not let its state decay",
-        "kept = h0.to(dtype) * decay_BH[..., None, None]",
-        "kept = h0.to(dtype) * torch.ones_like(decay_BH)[..., None, None]",
+        "decayed = h0.to(dtype) * decay_BH[..., None, None]",
+        "decayed = h0.to(dtype) * torch.ones_like(decay_BH)[..., None, None]",
         "tests/models/test_contract.py -k without_gradients",
     ),
     "sampling": Fault(
