@@ -134,6 +134,6 @@ class Blend:
         of_stretch = np.searchsorted(self.first, k, side="right") - 1
         for i in np.unique(of_stretch).tolist():
             chosen = of_stretch == i
-            found, place = self.mixtures[i].locate(k[chosen] - self.first[i])
-            source[chosen], index[chosen] = found, self.drawn[i][found] + place
+            local_source, place = self.mixtures[i].locate(k[chosen] - self.first[i])
+            source[chosen], index[chosen] = local_source, self.drawn[i][local_source] + place
         return source, index

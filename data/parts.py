@@ -90,11 +90,11 @@ class Index(Numbers):
         first, last = self.sparse.searchsorted(ends).tolist()
         first = max(0, first - 1)
         if last - first == 1:
-            found = self.files.block(self, first)
+            numbers = self.files.block(self, first)
         else:
-            found = self.read(first * BLOCK, min(self.count, last * BLOCK) - first * BLOCK)
-        a, b = found.searchsorted(ends).tolist()
-        return found[a:b]
+            numbers = self.read(first * BLOCK, min(self.count, last * BLOCK) - first * BLOCK)
+        a, b = numbers.searchsorted(ends).tolist()
+        return numbers[a:b]
 
     def holder(self, values: np.ndarray) -> np.ndarray:
         """(int64) Place of the last number that is not above each of `values`; -1 for none."""

@@ -181,16 +181,16 @@ def pick(value: Any, field: str) -> Iterator[Any]:
     elif field in value:
         yield value[field]
     elif "." in field and (parts := field.split("."))[0] in value:
-        found: list[Any] = [value]
+        items: list[Any] = [value]
         for part in parts:
-            found = [item for one in found for item in (one if isinstance(one, list) else [one])]
-            found = [
+            items = [item for one in items for item in (one if isinstance(one, list) else [one])]
+            items = [
                 one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None)
-                for one in found
+                for one in items
             ]
-            if any(isinstance(one, Missing) for one in found):
+            if any(isinstance(one, Missing) for one in items):
                 break
-        yield from (item for one in found for item in (one if isinstance(one, list) else [one]))
+        yield from (item for one in items for item in (one if isinstance(one, list) else [one]))
     else:
         yield Missing([f"{name}.{field}" if _holds(one, field) else name for name, one in value.items()])
 
