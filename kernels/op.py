@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels take this tensor."""
+    """Whether Triton kernels can run on this tensor: not for fp64, and only where Triton works on its device."""
     return x.dtype != torch.float64 and not no_triton(x.device)
 
 
@@ -84,7 +84,7 @@ def define(
 
 
 def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differentiate: Function) -> Function:
-    """What is called: an autograd.Function around `run` where nobody traces, else the op."""
+    """The function that callers get: an autograd.Function around `run` in eager mode, the op while torch.compile traces."""
 
     # not in two functions: torch inspects the signature of `forward` at every call of those
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -102,7 +102,7 @@ def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differen
 
 
 def _backward_op(name: str, run: Function, like: Function, first: int, schema: str) -> CustomOpDef:
-    """everywhen::NAME_backward, which returns what a custom op can: an empty tensor for None, a copy of a cotangent that is passed on."""
+    """everywhen::NAME_backward. A custom op may return neither None nor one of its arguments: it returns an empty tensor and a copy instead."""
 
     def tensors_only(gradients: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         return tuple(arguments[first].new_empty(0) if g is None else g for g in gradients)
@@ -117,7 +117,8 @@ def _backward_op(name: str, run: Function, like: Function, first: int, schema: s
 
 
 def _chosen(kernels: Function, reference: Function | None, fake: Function, place: int) -> Function:
-    """Runs `kernels` or, where they cannot, `reference`, by the tensor at `place`; what the reference returns is put into what `fake` makes."""
+    """Runs `kernels`, or `reference` where kernels cannot run on the tensor at `place`. Results of the reference are copied into those of `fake`, so
+    that both have the same dtype and layout."""
 
     def run(*inputs: Any) -> Any:
         x = inputs[place]
@@ -133,7 +134,7 @@ def _chosen(kernels: Function, reference: Function | None, fake: Function, place
 
 
 def _results(function: Function) -> int:
-    """How many tensors it returns, by its annotation."""
+    """How many tensors `function` returns, by its annotation."""
     returned = inspect.signature(function).return_annotation
     return len(typing.get_args(returned)) if typing.get_origin(returned) is tuple else 1
 

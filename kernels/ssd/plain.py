@@ -58,5 +58,5 @@ def scan(
             return _run((x, dt, A, Bm, Cm, h0, D), starts, chunk)
         if dispatch.is_eager(x):
             return _Scan.apply(chunk, starts, x, dt, A, Bm, Cm, h0, D)
-        arguments = (x, dt, A, Bm, Cm, h0, starts, chunk, D)  # what traces cannot read a backward pass that calls autograd
+        arguments = (x, dt, A, Bm, Cm, h0, starts, chunk, D)  # torch.compile cannot trace a backward pass that calls autograd itself
         return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)
