@@ -1,4 +1,4 @@
-"""All documents of a preparation, and what they come from: so that the same command goes on, and another is told from it."""
+"""The documents of one preparation and the identity of its input, by which a rerun of the same command is told from a different one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def cut_of(text: str, share: float) -> int:
 
 
 def tokenizer_identity(spec: str) -> Any:
-    """What the tokenizer is: its name, and of a file what it holds."""
+    """What identifies the tokenizer: its name and, where it is a file, the content."""
     path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
     if not path.is_file():
         return spec
@@ -102,7 +102,7 @@ def tokenizer_identity(spec: str) -> Any:
 
 
 def change(out: Path, settings: dict[str, Any]) -> str:
-    """The first thing in which the input or the settings of shards that lie there differ from those asked for, in brackets."""
+    """The first difference between the input or settings of the shards in `out` and those asked for, in brackets; '' if it cannot be read."""
     try:
         there = json.loads((out / INPUTS).read_text())
         files = {one[0]: one[1:] for source in there["input"] for one in source if isinstance(one, list)}

@@ -24,7 +24,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 READABLE = f"{', '.join(KINDS)}, each also {', '.join(COMPRESSED)}"
 HIDDEN = ("__MACOSX",)  # beside what begins with a dot: what systems and editors put there
-NAMED = 3  # examples of what is left out
+NAMED = 3  # paths shown for each reason of leaving files out
 
 
 def kind_of(path: Path) -> str | None:

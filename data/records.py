@@ -111,7 +111,7 @@ def _json_lines(text: Any, reject: Reject) -> Iterator[Any]:
 
 
 class _Window:
-    """The part of a text that is looked at: `left` from `at` on, longer by `more`."""
+    """A moving view of a text that is read bit by bit: `left` is unread from `at` on, and `more` appends the next block."""
 
     def __init__(self, text: Any) -> None:
         self.text, self.left, self.at, self.ended, self.size = text, "", 0, False, BLOCK
