@@ -79,10 +79,10 @@ def agree(world: World, config: Config, fingerprints: list[str], problem: str = 
     """Raises the same UserError on every rank when one of them has a `problem` of its own (its data, say) or differs from rank 0."""
     mine = {"host": socket.gethostname(), "problem": problem, "facts": facts(config, fingerprints) if not problem else {}}
     rows = [json.loads(text) for text in world.texts(json.dumps(mine))]
-    told: dict[str, str] = {}
+    messages: dict[str, str] = {}
     for rank, row in enumerate(rows):
         for line in row["problem"].splitlines():
-            told.setdefault(line, line if world.size == 1 or rank == 0 else f"Rank {rank} ({row['host']}): {line}")
-    problems = list(told.values()) or differences(rows)
+            messages.setdefault(line, line if world.size == 1 or rank == 0 else f"Rank {rank} ({row['host']}): {line}")
+    problems = list(messages.values()) or differences(rows)
     if problems:
         raise UserError(problems)

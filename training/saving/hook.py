@@ -120,5 +120,5 @@ class Hook:
             return {}
 
     def _note(self, folder: Path) -> None:
-        kept = {name: order for name, order in self._done().items() if (folder.parent / name).exists()}
-        write_json(self.log.with_suffix(".json"), {**kept, folder.name: order_of(folder)})
+        still_there = {name: order for name, order in self._done().items() if (folder.parent / name).exists()}
+        write_json(self.log.with_suffix(".json"), {**still_there, folder.name: order_of(folder)})
