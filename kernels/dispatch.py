@@ -31,7 +31,8 @@ def planning(compiled: bool = False) -> Iterator[None]:
 
 
 def planned() -> bool:
-    """Whether this is inside `planning`, where code that launches kernels outside a custom op returns empty tensors of the right shapes instead."""
+    """Whether this is inside `planning`, where code that launches kernels outside a custom op returns empty tensors of the right shapes
+    instead."""
     return _planning
 
 

@@ -102,7 +102,8 @@ def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differen
 
 
 def _backward_op(name: str, run: Function, like: Function, first: int, schema: str) -> CustomOpDef:
-    """everywhen::NAME_backward. A custom op may return neither None nor one of its arguments: it returns an empty tensor and a copy instead."""
+    """everywhen::NAME_backward. A custom op may return neither None nor one of its arguments: it returns an empty tensor and a copy
+    instead."""
 
     def tensors_only(gradients: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         return tuple(arguments[first].new_empty(0) if g is None else g for g in gradients)
@@ -117,8 +118,8 @@ def _backward_op(name: str, run: Function, like: Function, first: int, schema: s
 
 
 def _chosen(kernels: Function, reference: Function | None, fake: Function, place: int) -> Function:
-    """Runs `kernels`, or `reference` where kernels cannot run on the tensor at `place`. Results of the reference are copied into those of `fake`, so
-    that both have the same dtype and layout."""
+    """Runs `kernels`, or `reference` where kernels cannot run on the tensor at `place`. Results of the reference are copied into those of
+    `fake`, so that both have the same dtype and layout."""
 
     def run(*inputs: Any) -> Any:
         x = inputs[place]
