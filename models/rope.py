@@ -134,8 +134,9 @@ class Rope:
         return turns / self.scaling["factor"] if self.kind == "linear" else turns
 
     def frequencies(self, positions_T: Tensor) -> Tensor:
-        """(J,) frequencies on the device of `positions`. Under dynamic scaling they stretch with the largest position of this call once it lies
-        beyond the original length, as in transformers; tokens that are in a cache already keep the angles of the call that read them."""
+        """(J,) frequencies on the device of `positions`. Under dynamic scaling they stretch with the largest position of this call once it
+        lies beyond the original length, as in transformers; tokens that are in a cache already keep the angles of the call that read
+        them."""
         device = str(positions_T.device)
         fixed = self.by_device.get(device)
         if fixed is None:

@@ -43,7 +43,8 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 class Session:
-    """The state has read the tokens of `ids_BT` before `read_to`. At least the last token is always unread, as its logits choose the next one."""
+    """The state has read the tokens of `ids_BT` before `read_to`. At least the last token is always unread, as its logits choose the next
+    one."""
 
     def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
         """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row."""
