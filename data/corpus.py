@@ -102,7 +102,8 @@ def tokenizer_identity(spec: str) -> Any:
 
 
 def change(out: Path, settings: dict[str, Any]) -> str:
-    """The first difference between the input or settings of the shards in `out` and those asked for, in brackets; '' if it cannot be read."""
+    """The first difference between the input or settings of the shards in `out` and those asked for, in brackets; '' if it cannot be
+    read."""
     try:
         there = json.loads((out / INPUTS).read_text())
         files = {one[0]: one[1:] for source in there["input"] for one in source if isinstance(one, list)}
