@@ -125,8 +125,8 @@ class Job:
         return files
 
     def silence(self) -> tuple[float, bool]:
-        """(seconds since a rank of this machine last wrote its file, whether any rank ever did). Time is this process's clock: that of the disk
-        may differ."""
+        """(seconds since a rank of this machine last wrote its file, whether any rank ever did). Time is this process's clock: that of the
+        disk may differ."""
         rows = [
             (path, row) for path, row in rank_files(self.folder) if row.get("step") is not None and row.get("host") == socket.gethostname()
         ]

@@ -209,8 +209,8 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def job(composed: DictConfig, trainer: Path) -> float:
-    """Runs the program `trainer` in its own process on the config that Hydra composed. Returns the run's held-out bits per byte, or its loss where
-    nothing is held out; infinity where it failed."""
+    """Runs the program `trainer` in its own process on the config that Hydra composed. Returns the run's held-out bits per byte, or its
+    loss where nothing is held out; infinity where it failed."""
     hydra = HydraConfig.get()
     fixed_keys = set(hydra.job.config.override_dirname.exclude_keys)
     overrides = list(hydra.overrides.task)

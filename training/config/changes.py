@@ -15,7 +15,7 @@ from data.files import write_bytes
 from training.config.schema import Config, parse
 from training.cursor import Cursor
 
-# Of a start rather than of the training: where it lies, how it is taken up, what only feeds other keys.
+# Keys that describe a start and not the training: its folders and names, how it resumes, and values that only fill in other keys.
 NOT_COMPARED = (
     "name",
     "run_dir",
@@ -85,7 +85,7 @@ def keep_history(run_dir: Path, resolved_yaml: str, row: dict[str, Any]) -> None
     """Writes config.yaml and, where it says something new, its numbered copy; adds `row` to the list of starts. Raises OSError."""
     folder, present = run_dir / "history", run_dir / "config.yaml"
     copies = sorted(folder.glob("config-*.yaml"))
-    if not copies and present.exists():  # of a run from before histories were kept
+    if not copies and present.exists():  # the run began under a release that wrote no history
         copies = [folder / "config-0000.yaml"]
         write_bytes(copies[0], present.read_bytes())
     if not copies or copies[-1].read_text() != resolved_yaml:

@@ -37,8 +37,8 @@ def comments_of(text: str) -> dict[str, str]:
 
 
 def meanings(overrides: list[str], folders: list[Path]) -> dict[str, str]:
-    """The comment on each key, by its dotted path, from the YAML files that `overrides` select; a later file's comment replaces an earlier one's.
-    folders: where configs are looked for; the first that has the file is read."""
+    """The comment on each key, by its dotted path, from the YAML files that `overrides` select; a later file's comment replaces an earlier
+    one's. folders: where configs are looked for; the first that has the file is read."""
     defaults = GlobalHydra.instance().config_loader().compute_defaults_list("train", overrides, RunMode.RUN)
     by_key: dict[str, str] = {}
     for entry in defaults.defaults:

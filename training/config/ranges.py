@@ -82,7 +82,8 @@ def _number(value: Any) -> bool:
 
 
 def problems(settings: Any) -> list[str]:
-    """A sentence for every number of the dataclass tree `settings` that lies outside its range; what is no number is left to others."""
+    """A sentence for every number of the dataclass tree `settings` that lies outside its declared range. Values that are no numbers are not
+    judged here."""
     sentences = []
     for key, limits in declared(type(settings)):
         value = settings

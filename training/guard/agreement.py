@@ -29,7 +29,7 @@ ADVICE = {
 
 
 def code_hash(root: Path = ROOT) -> str:
-    """Of every Python file that a run may use, committed or not."""
+    """A short hash over every Python file that a run may use, committed or not."""
     digest = hashlib.sha256()
     for name in CODE:
         for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
@@ -51,7 +51,7 @@ def _version(package: str) -> str:
 
 
 def facts(config: Config, fingerprints: list[str]) -> dict[str, str]:
-    """What has to be equal on all ranks, by name."""
+    """The values that have to be equal on all ranks, by the name that a message shows."""
     libraries = {f"library {name}": _version(name) for name in ("torch", "deepspeed", "numpy")}
     python = {"library python": ".".join(platform.python_version_tuple()[:2])}
     data = {f"data fingerprint {i}": text for i, text in enumerate(fingerprints)}
