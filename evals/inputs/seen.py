@@ -70,7 +70,8 @@ def folders_of(facts: dict[str, Any]) -> list[str]:
 
 
 def seen(documents: Sequence[str], facts: dict[str, Any], shares: dict[str, float] | None = None) -> Seen:
-    """What is known of a checkpoint with these `facts` and a text. shares: of the text in shards by their fingerprint, looked up and added to."""
+    """Whether a checkpoint with these `facts` (of `facts_of_run`) was trained on the documents. shares: a cache of `share_found` by the
+    fingerprint of the shards, read and filled here."""
     folders, recorded = folders_of(facts), list((facts.get("state") or {}).get("fingerprint") or [])
     if not folders:
         return Seen("not known", None, "The folder does not say what the model was trained on.")

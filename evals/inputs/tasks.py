@@ -54,7 +54,8 @@ class Sample:
     chance: float = 0.0  # score, 0 to 1, of a guess from the task's own set of answers
 
     def copies(self, rng: np.random.Generator) -> dict[str, list[int]]:
-        """What three programs write that copy as many tokens as a model may write: from the text's beginning, its end, or anywhere."""
+        """Three answers that need no understanding: as many tokens as a model may write, copied from the text's beginning, its end, or a
+        random place."""
         n = self.new_tokens
         place = int(rng.integers(0, max(1, len(self.body) - n + 1)))
         return {

@@ -41,7 +41,7 @@ class CountBaselines:
 
 
 def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int | None) -> dict[str, Perplexity]:
-    """What 'unigram' and 'bigram', counted over `train`, make of the same held-out rows that `perplexity.evaluate` scores with these settings.
+    """The scores of unigram and bigram counts of `train` on the held-out rows that `perplexity.evaluate` scores with the same settings.
 
     length: tokens of a row; max_tokens: scored in all, None for the whole split.
     """
