@@ -81,7 +81,8 @@ def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
 
 @torch.no_grad()
 def state_at(model: LanguageModel, context: int, state: Any = None, tokens_read: int = 0) -> Any:
-    """The state of one sequence after `context` random tokens, of which `state` has read `tokens_read`; one with caches is drawn at random."""
+    """The state of one sequence after `context` random tokens, of which `state` has read `tokens_read`; one with caches is drawn at
+    random."""
     device = model.embedding.weight.device
     state = model.init_state(1) if state is None else state
     if any(block.mixer.grows() for block in model.blocks):

@@ -60,7 +60,7 @@ def summary(out: Path) -> list[str]:
 
 
 def note_of(rows: str) -> str:
-    """What a file of rows is named for beyond its number of GPUs: rows_4_later says `, later`."""
+    """The part of a rows file's name after its number of GPUs, as a note: `, later` for rows_4_later."""
     said = " ".join(rows.split("_")[2:])
     return f", {said}" if said else ""
 

@@ -56,7 +56,7 @@ class RandomTokens(Reader):
 
 
 def fresh(device: torch.device) -> None:
-    """Nothing of the case before is counted in this one's memory or traffic."""
+    """Frees memory and resets the counters, so that this case measures nothing of the one before."""
     gc.collect()
     parallel.traffic.clear()
     if device.type == "cuda":

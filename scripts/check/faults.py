@@ -33,7 +33,8 @@ DEFAULTS = {"only": None, "list": False, "jobs": 2, "out": "runs/faults.json", "
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, the text that stands once in the code, what it becomes, and the words for pytest that must fail."""
+    """what: the mistake in words; text: stands exactly once in the code; becomes: replaces it; tests: pytest arguments of tests that must
+    fail."""
 
     what: str
     text: str

@@ -64,8 +64,8 @@ Losses = dict[str, dict[str, Any]]
 
 
 def cases(trees: list[Path]) -> dict[str, list[str]]:
-    """Overrides of train.py by case name, for configs that all `trees` have: one case for each model, and one for the mixers that no model uses
-    and no other mixer's config starts from."""
+    """Overrides of train.py by case name, for configs that all `trees` have: one case for each model, and one for the mixers that no model
+    uses and no other mixer's config starts from."""
     models = sorted(set.intersection(*({file.stem for file in tree.glob("configs/model/*.yaml")} for tree in trees)))
     mixers = set.intersection(*({file.stem for file in tree.glob("configs/mixer/*.yaml")} for tree in trees))
     named = "".join(file.read_text() for file in trees[0].glob("configs/model/*.yaml"))

@@ -31,7 +31,7 @@ SMALL = ["experiment=smoke", "train.device=cpu", "eval=end", "eval.tokens=256"]
 
 
 def why_not() -> str:
-    """'' or why two machines cannot be played here, in one sentence."""
+    """Why two machines cannot be simulated here, in one sentence, or ''."""
     missing = [tool for tool in ("ip", "unshare", "ssh", "ssh-keygen", "pdsh") if shutil.which(tool) is None]
     if shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         missing.append("sshd")
