@@ -1,4 +1,4 @@
-"""All documents of a preparation, and what they come from: so that the same command goes on, and another is told from it."""
+"""The documents of one preparation and the identity of its input, by which a rerun of the same command is told from a different one."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def cut_of(text: str, share: float) -> int:
     """Where a single document is cut: its last `share`, or as much as an evaluation needs, is held out. After a paragraph, line or word; 0 for none."""
     if not share or len(text) < LEAST_CUT:
         return 0
-    wanted = len(text) - max(round(len(text) * share), min(LEAST_HELD_OUT, len(text) // 10))
+    target = len(text) - max(round(len(text) * share), min(LEAST_HELD_OUT, len(text) // 10))
     for border in ("\n\n", "\n", " "):
-        at = text.rfind(border, wanted - (len(text) - wanted) // 2, wanted + 1) + len(border)
+        at = text.rfind(border, target - (len(text) - target) // 2, target + 1) + len(border)
         if at >= len(border) and text[:at].strip() and text[at:].strip():
             return at
-    return wanted if text[:wanted].strip() and text[wanted:].strip() else 0
+    return target if text[:target].strip() and text[target:].strip() else 0
 
 
 def tokenizer_identity(spec: str) -> Any:
-    """What the tokenizer is: its name, and of a file what it holds."""
+    """What identifies the tokenizer: its name and, where it is a file, the content."""
     path = Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
     if not path.is_file():
         return spec
@@ -101,18 +101,19 @@ def tokenizer_identity(spec: str) -> Any:
         raise UserError(f"The tokenizer {spec} cannot be read: {error.strerror}.") from error
 
 
-def change(out: Path, wanted: dict[str, Any]) -> str:
-    """The first thing in which the input or the settings of shards that lie there differ from those asked for, in brackets."""
+def change(out: Path, settings: dict[str, Any]) -> str:
+    """The first difference between the input or settings of the shards in `out` and those asked for, in brackets; '' if it cannot be
+    read."""
     try:
         there = json.loads((out / INPUTS).read_text())
         files = {one[0]: one[1:] for source in there["input"] for one in source if isinstance(one, list)}
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    for source in wanted["input"]:
+    for source in settings["input"]:
         for name, *state in (one for one in source if isinstance(one, list)):
             if files.get(name) != state:
                 return f" ({shown(name)} {'was changed since' if name in files else 'is new'})"
-    key = next((key for key in wanted if key != "input" and there.get(key) != json.loads(json.dumps(wanted[key]))), None)
-    if key == "tokenizer" and isinstance(wanted[key], list) and isinstance(there[key], list) and there[key][0] == wanted[key][0]:
-        return f" ({shown(wanted[key][0])} was changed since)"
+    key = next((key for key in settings if key != "input" and there.get(key) != json.loads(json.dumps(settings[key]))), None)
+    if key == "tokenizer" and isinstance(settings[key], list) and isinstance(there[key], list) and there[key][0] == settings[key][0]:
+        return f" ({shown(settings[key][0])} was changed since)"
     return f" ({key} was {there[key]!r})" if key else " (some of its files are gone)"

@@ -52,9 +52,9 @@ def can_cut(tokenizer: Tokenizer) -> bool:
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
     """`text` in pieces of about `size` characters, each but the last ending in a letter before a space or newline."""
     result, start = [], 0
-    while len(text) - start > 2 * size and (found := CUT.search(text, start + size)):
-        result.append(text[start : found.end()])
-        start = found.end()
+    while len(text) - start > 2 * size and (cut := CUT.search(text, start + size)):
+        result.append(text[start : cut.end()])
+        start = cut.end()
     result.append(text[start:])
     return result
 

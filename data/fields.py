@@ -82,10 +82,10 @@ def _wrong_type(path: str, value: Any, hint: Any, names: dict[Any, str], hint_fo
                 except ValueError:
                     return _wrong_type(f"{path}[{i}]", item, item_hint, names, hint_for_text)
     kinds = [typing.get_origin(option) or option for option in options if option is not types.NoneType]
-    wanted = " or ".join(names.get(kind, f"of type {getattr(kind, '__name__', kind)}") for kind in kinds)
+    expected = " or ".join(names.get(kind, f"of type {getattr(kind, '__name__', kind)}") for kind in kinds)
     null = " or null" if types.NoneType in options else ""
     more = hint_for_text(path, value) if options == (str,) else ""
-    return f"{path} must be {wanted}{null}, not {'null' if value is None else repr(value)}{more}."
+    return f"{path} must be {expected}{null}, not {'null' if value is None else repr(value)}{more}."
 
 
 def read(

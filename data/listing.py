@@ -24,7 +24,7 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 READABLE = f"{', '.join(KINDS)}, each also {', '.join(COMPRESSED)}"
 HIDDEN = ("__MACOSX",)  # beside what begins with a dot: what systems and editors put there
-NAMED = 3  # examples of what is left out
+NAMED = 3  # paths shown for each reason of leaving files out
 
 
 def kind_of(path: Path) -> str | None:
@@ -81,35 +81,35 @@ class Listing:
 
 def list_files(spec: str) -> Listing:
     """The files of a file name, folder or glob. Raises UserError when there are none, or when the one named is of another kind."""
-    found, path = Listing(), Path(spec)
+    listing, path = Listing(), Path(spec)
     if os.path.isdir(path):
-        _walk(found, path)
+        _walk(listing, path)
     elif os.path.exists(path):
-        found.sort(path)
-        if not found.files:
-            reason = next(iter(found.left_out), "no file")
+        listing.sort(path)
+        if not listing.files:
+            reason = next(iter(listing.left_out), "no file")
             raise UserError(f"{shown(path)} is {_article(reason)}; give a file that ends in {READABLE}, or a folder of them.")
     else:
         for one in sorted(Path(p) for p in glob.glob(spec, recursive=True)):
             if os.path.isdir(one):
                 if "**" not in spec:
-                    found.leave("folder (a pattern takes files; name the folder, or use **)", one)
+                    listing.leave("folder (a pattern takes files; name the folder, or use **)", one)
             else:
-                found.sort(one)
-    found.files.sort()
-    if not found.files:
-        why = "; ".join(found.leaving())
+                listing.sort(one)
+    listing.files.sort()
+    if not listing.files:
+        why = "; ".join(listing.leaving())
         raise UserError(
             f"There is nothing to read at input={shown(spec)}{f' ({why})' if why else ''}; give a file or folder of {READABLE}, `demo`, or hf:NAME."
         )
-    return found
+    return listing
 
 
 def _article(reason: str) -> str:
     return f"an {reason}" if reason.startswith("archive") else f"a {reason}" if reason.startswith("link") else reason
 
 
-def _walk(found: Listing, root: Path) -> None:
+def _walk(listing: Listing, root: Path) -> None:
     """All of a folder and of the folders that are linked into it, each once, however they are linked."""
     folders: set[str] = set()
     files: set[str] = set()
@@ -118,36 +118,38 @@ def _walk(found: Listing, root: Path) -> None:
     while waiting or links:
         top = waiting.pop() if waiting else links.pop(0)
         if os.path.realpath(top) in folders:
-            found.leave("link to a folder that is read already", top)
+            listing.leave("link to a folder that is read already", top)
             continue
-        for base, names, members in os.walk(top, onerror=lambda error: found.leave(f"cannot be opened ({error.strerror})", error.filename)):
+        for base, names, members in os.walk(
+            top, onerror=lambda error: listing.leave(f"cannot be opened ({error.strerror})", error.filename)
+        ):
             real = os.path.realpath(base)
             if real in folders:
                 names.clear()
                 continue
             folders.add(real)
             if "tokenizer.json" in members and {"meta.json", "identity.json"} & set(members):
-                found.leave("token shards, which are no text", base)
+                listing.leave("token shards, which are no text", base)
                 names.clear()
                 continue
             for name in [n for n in names if _hidden(n)]:
-                found.leave("hidden", os.path.join(base, name))
+                listing.leave("hidden", os.path.join(base, name))
             names[:] = sorted(n for n in names if not _hidden(n))
             links += [Path(base, n) for n in names if os.path.islink(os.path.join(base, n))]
             for name in sorted(members, key=lambda n: (os.path.islink(os.path.join(base, n)), n)):
                 path = Path(base, name)
                 if _hidden(name):
-                    found.leave("hidden", path)
+                    listing.leave("hidden", path)
                 elif path.is_symlink():
                     links_to = os.path.realpath(path)
                     if links_to in files:
-                        found.leave("link to a file that is read already", path)
+                        listing.leave("link to a file that is read already", path)
                         continue
                     files.add(links_to)
-                    found.sort(path)
+                    listing.sort(path)
                 else:
                     files.add(os.path.join(real, name))
-                    found.sort(path)
+                    listing.sort(path)
 
 
 def _hidden(name: str) -> bool:

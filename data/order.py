@@ -121,7 +121,7 @@ class Blend:
         if self.first[:1] != [0] or any(b <= a for a, b in zip(self.first, self.first[1:])):
             raise ValueError(f"The stretches of a mixture begin at sample 0 and rise, not at {self.first}.")
         self.mixtures = [Mixture(weights, seed) for _, weights in stretches]
-        self.drawn = [np.zeros(len(stretches[0][1]), np.int64)]  # of each source, before each stretch
+        self.drawn = [np.zeros(len(stretches[0][1]), np.int64)]  # how many samples of each source were drawn before each stretch
         for mixture, a, b in zip(self.mixtures, self.first, self.first[1:]):
             self.drawn.append(self.drawn[-1] + mixture.counts(b - a))
 
@@ -134,6 +134,6 @@ class Blend:
         of_stretch = np.searchsorted(self.first, k, side="right") - 1
         for i in np.unique(of_stretch).tolist():
             chosen = of_stretch == i
-            found, place = self.mixtures[i].locate(k[chosen] - self.first[i])
-            source[chosen], index[chosen] = found, self.drawn[i][found] + place
+            local_source, place = self.mixtures[i].locate(k[chosen] - self.first[i])
+            source[chosen], index[chosen] = local_source, self.drawn[i][local_source] + place
         return source, index

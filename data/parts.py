@@ -70,12 +70,12 @@ class Numbers:
         return self.read(b * BLOCK, min(BLOCK, self.count - b * BLOCK))
 
     def at(self, i: int) -> int:
-        """The i-th number, of those that are often asked for one after another."""
+        """The i-th number. Its whole block is read and remembered, since neighbours are usually asked for next."""
         return int(self.files.block(self, i // BLOCK)[i % BLOCK])
 
 
 class Index(Numbers):
-    """Rising numbers, searched with one of BLOCK kept in memory."""
+    """Rising numbers that are searched: every BLOCK-th stays in memory, so that a search reads one block from the file."""
 
     @functools.cached_property
     def sparse(self) -> np.ndarray:
@@ -86,15 +86,15 @@ class Index(Numbers):
 
     def between(self, low: int, high: int) -> np.ndarray:
         """The numbers from low up to, not including, high."""
-        ends = np.array([low, high], self.dtype)  # a key of another type would copy what is searched
+        ends = np.array([low, high], self.dtype)  # numpy would copy the searched array to compare it with another type
         first, last = self.sparse.searchsorted(ends).tolist()
         first = max(0, first - 1)
         if last - first == 1:
-            found = self.files.block(self, first)
+            numbers = self.files.block(self, first)
         else:
-            found = self.read(first * BLOCK, min(self.count, last * BLOCK) - first * BLOCK)
-        a, b = found.searchsorted(ends).tolist()
-        return found[a:b]
+            numbers = self.read(first * BLOCK, min(self.count, last * BLOCK) - first * BLOCK)
+        a, b = numbers.searchsorted(ends).tolist()
+        return numbers[a:b]
 
     def holder(self, values: np.ndarray) -> np.ndarray:
         """(int64) Place of the last number that is not above each of `values`; -1 for none."""

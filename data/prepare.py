@@ -148,9 +148,9 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
         0.0 if arguments.valid_docs else arguments.valid_fraction,
     )
     passing = {"overwrite": None, "benchmark": None, "out": None, "workers": None}
-    wanted = dataclasses.asdict(arguments) | passing | {"input": corpus.identity(), "tokenizer": tokenizer_identity(arguments.tokenizer)}
-    identity = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    meta = _finished(out, identity, arguments, wanted)
+    settings = dataclasses.asdict(arguments) | passing | {"input": corpus.identity(), "tokenizer": tokenizer_identity(arguments.tokenizer)}
+    identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    meta = _finished(out, identity, arguments, settings)
     if meta is not None:
         return meta
     for line in corpus.reading():
@@ -159,7 +159,7 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
         if (partial / "meta.json").exists() and read_meta(partial).get("identity") == identity:  # killed just before the last rename
             publish(partial, out)
             return read_meta(out)
-        tokenizer, marks = _open_partial(partial, identity, wanted, arguments, corpus)
+        tokenizer, marks = _open_partial(partial, identity, settings, arguments, corpus)
         vocab = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         writer = ShardWriter(partial, np.dtype("uint16" if vocab <= 65536 else "uint32"), arguments.shard_tokens)
         if writer.resume():
@@ -189,7 +189,7 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
     return meta
 
 
-def _finished(out: Path, identity: str, arguments: Arguments, wanted: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, identity: str, arguments: Arguments, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The meta of shards that are complete already. Raises UserError where something else lies at `out`."""
     if not os.path.lexists(out):
         return None
@@ -202,7 +202,7 @@ def _finished(out: Path, identity: str, arguments: Arguments, wanted: dict[str, 
     meta = read_meta(out)
     if meta.get("identity") != identity:
         raise UserError(
-            f"{out} holds shards of other text or another tokenizer{change(out, wanted)}; choose another out, or overwrite=true."
+            f"{out} holds shards of other text or another tokenizer{change(out, settings)}; choose another out, or overwrite=true."
         )
     print(f"{out} is already complete: {meta['splits']['train']['tokens']:,} training tokens")
     return meta
@@ -233,7 +233,7 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _open_partial(partial: Path, identity: str, wanted: dict[str, Any], arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
+def _open_partial(partial: Path, identity: str, settings: dict[str, Any], arguments: Arguments, corpus: Corpus) -> tuple[Tokenizer, Marks]:
     """The tokenizer of a run to go on with, or a fresh one in an emptied folder."""
     try:
         if json.loads((partial / "identity.json").read_text()) == identity:
@@ -252,7 +252,7 @@ def _open_partial(partial: Path, identity: str, wanted: dict[str, Any], argument
             path.unlink()
         (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
         (partial / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, marks), indent=1) + "\n", encoding="utf-8")
-        (partial / INPUTS).write_text(json.dumps(wanted) + "\n")
+        (partial / INPUTS).write_text(json.dumps(settings) + "\n")
         (partial / "identity.json").write_text(json.dumps(identity))
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
@@ -265,9 +265,9 @@ def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arg
     try:
         for texts, ids in encoder.stream(batches(iter(corpus), writer.consumed)):
             encoded = [text.encode() for text in texts]
-            held = [held_out(text, number + i, arguments, corpus.cut) for i, text in enumerate(encoded)]
+            is_valid = [held_out(text, number + i, arguments, corpus.cut) for i, text in enumerate(encoded)]
             for name, side in (("train", False), ("valid", True)):
-                chosen = [i for i, h in enumerate(held) if h == side]
+                chosen = [i for i, h in enumerate(is_valid) if h == side]
                 writer.extend(name, [ids[i] for i in chosen], [len(encoded[i]) for i in chosen])
             number += len(texts)
             progress.add(len(texts), sum(map(len, ids)), sum(map(len, encoded)))

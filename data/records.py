@@ -111,7 +111,7 @@ def _json_lines(text: Any, reject: Reject) -> Iterator[Any]:
 
 
 class _Window:
-    """The part of a text that is looked at: `left` from `at` on, longer by `more`."""
+    """A moving view of a text that is read bit by bit: `left` is unread from `at` on, and `more` appends the next block."""
 
     def __init__(self, text: Any) -> None:
         self.text, self.left, self.at, self.ended, self.size = text, "", 0, False, BLOCK
@@ -181,16 +181,16 @@ def pick(value: Any, field: str) -> Iterator[Any]:
     elif field in value:
         yield value[field]
     elif "." in field and (parts := field.split("."))[0] in value:
-        found: list[Any] = [value]
+        items: list[Any] = [value]
         for part in parts:
-            found = [item for one in found for item in (one if isinstance(one, list) else [one])]
-            found = [
+            items = [item for one in items for item in (one if isinstance(one, list) else [one])]
+            items = [
                 one[part] if isinstance(one, dict) and part in one else Missing(list(one) if isinstance(one, dict) else None)
-                for one in found
+                for one in items
             ]
-            if any(isinstance(one, Missing) for one in found):
+            if any(isinstance(one, Missing) for one in items):
                 break
-        yield from (item for one in found for item in (one if isinstance(one, list) else [one]))
+        yield from (item for one in items for item in (one if isinstance(one, list) else [one]))
     else:
         yield Missing([f"{name}.{field}" if _holds(one, field) else name for name, one in value.items()])
 

@@ -39,9 +39,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} holds no token shards; make them with: python -m data.prepare {how}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{directory / 'meta.json'} cannot be read ({error}); prepare the data again.") from None
-    found = meta.get("format") if isinstance(meta, dict) else None
-    if found != FORMAT:
-        raise UserError(f"{directory} is of format {found}, this program reads {FORMAT}; prepare the data again.")
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if version != FORMAT:
+        raise UserError(f"{directory} is of format {version}, this program reads {FORMAT}; prepare the data again.")
     return meta
 
 

@@ -66,7 +66,7 @@ class Source:
             return [self.spec, self.field]
         if self.spec == "demo":
             return [self.field, ["demo", DEMO.stat().st_size]]
-        return [self.field, *([str(p.resolve()), (found := p.stat()).st_size, found.st_mtime_ns] for p in self.files())]
+        return [self.field, *([str(p.resolve()), (status := p.stat()).st_size, status.st_mtime_ns] for p in self.files())]
 
     def _file(self, path: Path) -> Iterator[str]:
         where = shown(path)

@@ -82,8 +82,8 @@ def marks_of(tokenizer: Tokenizer, folder: Path | None = None) -> Marks:
         for key in ("bos_token", "eos_token"):
             token = values.get(key) if isinstance(values, dict) else None
             token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str) and (found := tokenizer.token_to_id(token)) is not None:
-                named[key] = found
+            if isinstance(token, str) and (token_id := tokenizer.token_to_id(token)) is not None:
+                named[key] = token_id
     return marks_from(tokenizer, named.get("bos_token"), named.get("eos_token"))
 
 
@@ -93,7 +93,7 @@ def marks_from(tokenizer: Tokenizer, bos: int | None, eos: int | None) -> Marks:
         return Marks(bos, None if eos == bos else eos)
     if eos is not None:
         return Marks(eos)
-    return Marks(next((found for name in END_NAMES if (found := tokenizer.token_to_id(name)) is not None), None))
+    return Marks(next((token_id for name in END_NAMES if (token_id := tokenizer.token_to_id(name)) is not None), None))
 
 
 def tokenizer_config(tokenizer: Tokenizer, marks: Marks) -> dict[str, Any]:

@@ -171,9 +171,9 @@ class ShardWriter:
         splits = {
             name: {"tokens": s.tokens, "documents": s.documents, "bytes": s.bytes, "shards": s.shards} for name, s in self.splits.items()
         }
-        kept = {f"{shard['file']}{ending}" for split in self.splits.values() for shard in split.shards for ending in ENDINGS}
+        listed_files = {f"{shard['file']}{ending}" for split in self.splits.values() for shard in split.shards for ending in ENDINGS}
         for path in self.folder.iterdir():  # what a killed run or a moved document left
-            if path.suffix in ENDINGS and path.name not in kept:
+            if path.suffix in ENDINGS and path.name not in listed_files:
                 path.unlink()
         content = {**meta, "dtype": self.dtype.name, "splits": splits}
         same = {key: content.get(key) for key in ("format", "dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")}

@@ -26,7 +26,7 @@ from training.engine import Engine
 from training.errors import UserError
 from training.watch.metrics import Metrics
 
-LONG_TOKENS = 100_000_000  # held-out tokens that position curves are drawn from, which are kept in memory
+LONG_TOKENS = 100_000_000  # at most so many held-out tokens are loaded into memory for position curves
 
 
 def build_evaluator(config: Config, engine: Engine, shards: Any, metrics: Metrics) -> TextEvaluator | TaskEvaluator:
@@ -54,7 +54,7 @@ class TextEvaluator:
             metrics.say(f"position curves are those of the held-out text of {self.sources[0].shards.directory} alone.")
 
     def at(self, step: int) -> None:
-        """Runs what is due after optimizer step `step`."""
+        """Runs the evaluations that are due after optimizer step `step`."""
         if step == self.config.total_steps:
             return  # at_end follows
         if self.sources and self.config.eval.every and step % self.config.eval.every == 0:
@@ -187,7 +187,7 @@ class TaskEvaluator:
         self.length = config.train.seq_len
 
     def at(self, step: int) -> None:
-        """Runs what is due after optimizer step `step`."""
+        """Runs the evaluations that are due after optimizer step `step`."""
         every = self.config.eval.every
         if step == self.config.total_steps or not every or step % every:
             return  # at_end follows the last step

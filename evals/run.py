@@ -120,7 +120,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError("Say which token shards to score: data=DIR.")
     held_out, train = open_splits(folder, tokenizer, Path(meta["folder"]))
     out = where_to_write(values, Path(meta["folder"]))
-    seen = what_is_known(meta, held_out)
+    exposure = what_is_known(meta, held_out)
     start = time.perf_counter()
     with Progress("perplexity", "rows", every=True) as progress:
         result = evaluate(
@@ -142,7 +142,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "step": meta.get("state", {}).get("step"),
         **result.to_dict(),
         "text": {"name": f"the valid split of {folder}", "fingerprint": held_out.fingerprint},
-        "seen": seen.to_dict(),
+        "seen": exposure.to_dict(),
         "baselines_bits_per_byte": {name: part.bits_per_byte for name, part in counted.items()},
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # products and sums in one instruction: Triton 3.10 asks for it to be said
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: torch.compile cannot trace the look-up
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # read when the module loads: torch.compile cannot trace reading it
 _planning = _planning_compiled = False
 # A kernel that is one of a chain may be launched before the one before it ends, and wait inside for its results, which hides the launch. None:
 # where the device can. A decoding step on an H100 takes a fifth less time by it.
@@ -31,12 +31,13 @@ def planning(compiled: bool = False) -> Iterator[None]:
 
 
 def planned() -> bool:
-    """Inside `planning`: whoever launches kernels outside a custom op returns tensors of the right shapes instead."""
+    """Whether this is inside `planning`, where code that launches kernels outside a custom op returns empty tensors of the right shapes
+    instead."""
     return _planning
 
 
 def planned_compiled() -> bool:
-    """Inside `planning(compiled=True)`: what cannot be traced is not chosen."""
+    """Whether this is inside `planning(compiled=True)`, where implementations that cannot be traced are not chosen."""
     return _planning_compiled
 
 

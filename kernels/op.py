@@ -22,7 +22,7 @@ Function = Callable[..., Any]
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels take this tensor."""
+    """Whether Triton kernels can run on this tensor: not for fp64, and only where Triton works on its device."""
     return x.dtype != torch.float64 and not no_triton(x.device)
 
 
@@ -61,7 +61,9 @@ def define(
     if backward is None:
         return op, op
     first, gradients = _results(forward), _results(backward)  # place of the first saved tensor among the arguments of `backward`
-    like = fake_backward or (lambda *given: tuple(None if t is None else t.new_empty(t.shape) for t in given[first : first + gradients]))
+    like = fake_backward or (
+        lambda *saved_values: tuple(None if t is None else t.new_empty(t.shape) for t in saved_values[first : first + gradients])
+    )
     run_back = _chosen(backward, reference_backward, like, first)
     back = _backward_op(name, run_back, like, first, _schema_of_gradients(backward))
     tensors = sum(p.annotation in (Tensor, Tensor | None) for p in inspect.signature(forward).parameters.values())
@@ -74,15 +76,15 @@ def define(
 
     def differentiate(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         keep, needed = ctx.saved_tensors, ctx.needs_input_grad  # read once: activation checkpointing unpacks a tensor a single time
-        made = (run_back if is_eager(keep[0]) else back)(*cotangents, *keep, *ctx.settings)
-        return (*[g if wanted else None for g, wanted in zip(made, needed)], *[None] * (len(needed) - gradients))
+        computed = (run_back if is_eager(keep[0]) else back)(*cotangents, *keep, *ctx.settings)
+        return (*[g if is_needed else None for g, is_needed in zip(computed, needed)], *[None] * (len(needed) - gradients))
 
     op.register_autograd(differentiate, setup_context=saved)
     return _called(name, run, op, saved, differentiate), op
 
 
 def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differentiate: Function) -> Function:
-    """What is called: an autograd.Function around `run` where nobody traces, else the op."""
+    """The function that callers get: an autograd.Function around `run` in eager mode, the op while torch.compile traces."""
 
     # not in two functions: torch inspects the signature of `forward` at every call of those
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -100,38 +102,40 @@ def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differen
 
 
 def _backward_op(name: str, run: Function, like: Function, first: int, schema: str) -> CustomOpDef:
-    """everywhen::NAME_backward, which returns what a custom op can: an empty tensor for None, a copy of a cotangent that is passed on."""
+    """everywhen::NAME_backward. A custom op may return neither None nor one of its arguments: it returns an empty tensor and a copy
+    instead."""
 
-    def tensors_only(made: Sequence[Tensor | None], given: Sequence[Any]) -> tuple[Tensor, ...]:
-        return tuple(given[first].new_empty(0) if g is None else g for g in made)
+    def tensors_only(gradients: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+        return tuple(arguments[first].new_empty(0) if g is None else g for g in gradients)
 
-    def implementation(*given: Any) -> tuple[Tensor, ...]:
-        cotangents = {t.data_ptr() for t in given[:first] if t is not None and t.numel()}
-        return tuple(g.clone() if g.data_ptr() in cotangents else g for g in tensors_only(run(*given), given))
+    def implementation(*arguments: Any) -> tuple[Tensor, ...]:
+        cotangents = {t.data_ptr() for t in arguments[:first] if t is not None and t.numel()}
+        return tuple(g.clone() if g.data_ptr() in cotangents else g for g in tensors_only(run(*arguments), arguments))
 
     back = custom_op(f"everywhen::{name}_backward", implementation, mutates_args=(), schema=schema)
-    back.register_fake(lambda *given: tensors_only(like(*given), given))
+    back.register_fake(lambda *arguments: tensors_only(like(*arguments), arguments))
     return back
 
 
 def _chosen(kernels: Function, reference: Function | None, fake: Function, place: int) -> Function:
-    """Runs `kernels` or, where they cannot, `reference`, by the tensor at `place`; what the reference returns is put into what `fake` makes."""
+    """Runs `kernels`, or `reference` where kernels cannot run on the tensor at `place`. Results of the reference are copied into those of
+    `fake`, so that both have the same dtype and layout."""
 
     def run(*inputs: Any) -> Any:
         x = inputs[place]
         if reference is None or (x.numel() and runs_kernels(x)):
             with torch.cuda.device_of(x):  # Triton launches on the current device
                 return kernels(*inputs)
-        made, empty = reference(*inputs), fake(*inputs)
-        if isinstance(made, Tensor):
-            return empty.copy_(made)
-        return tuple(None if e is None else e.copy_(m) for e, m in zip(empty, made))
+        results, empty = reference(*inputs), fake(*inputs)
+        if isinstance(results, Tensor):
+            return empty.copy_(results)
+        return tuple(None if e is None else e.copy_(m) for e, m in zip(empty, results))
 
     return run
 
 
 def _results(function: Function) -> int:
-    """How many tensors it returns, by its annotation."""
+    """How many tensors `function` returns, by its annotation."""
     returned = inspect.signature(function).return_annotation
     return len(typing.get_args(returned)) if typing.get_origin(returned) is tuple else 1
 

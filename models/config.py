@@ -12,7 +12,7 @@ from data.errors import UserError
 from data.fields import read
 from models import mixers
 
-RANGES = {  # of every number: the lowest value (excluded where it is 0 and the number a fraction), and the highest
+RANGES = {  # (lowest, highest) value of every number; a lowest of 0 is itself excluded unless the key is in ZERO_IS_OFF
     "vocab_size": (1, 2**31 - 1),
     "d_model": (1, 2**20),
     "n_layers": (1, 10**4),
@@ -55,51 +55,51 @@ class ModelConfig:
         return self.pattern[layer % len(self.pattern)]
 
     def problems(self) -> list[str]:
-        """Everything that keeps this from being a model, a sentence each."""
-        found = []
+        """What is wrong with this config, one sentence for each problem; empty for one that a model can be built from."""
+        problems = []
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             above = low == 0 and name not in ZERO_IS_OFF
             if math.isfinite(value) and (value > low if above else value >= low) and value <= high:
                 continue
             if name == "d_ff" and value < low:
-                found.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {value}.")
+                problems.append(f"model.d_ff must be a width, 0 (no MLP) or -1 (derived), not {value}.")
             elif value > high:
-                found.append(f"model.{name} must be at most {high:,}, not {value:,}.")
+                problems.append(f"model.{name} must be at most {high:,}, not {value:,}.")
             else:
-                found.append(f"model.{name} must be {'above zero' if above or low == 1 else 'zero or more'}, not {value}.")
+                problems.append(f"model.{name} must be {'above zero' if above or low == 1 else 'zero or more'}, not {value}.")
         if self.residual_init not in ("depth", "none"):
-            found.append(f"model.residual_init is {self.residual_init!r}; choose depth or none.")
+            problems.append(f"model.residual_init is {self.residual_init!r}; choose depth or none.")
         if not self.pattern:
-            found.append("model.pattern is empty; name at least one mixer.")
+            problems.append("model.pattern is empty; name at least one mixer.")
         for name in dict.fromkeys(map(str, self.pattern)):
             if name not in self.mixers:
-                held = ", ".join(self.mixers) or "nothing"
-                found.append(
-                    f"model.pattern names {name!r}, which is not configured; model.mixers holds {held} "
+                configured = ", ".join(self.mixers) or "nothing"
+                problems.append(
+                    f"model.pattern names {name!r}, which is not configured; model.mixers holds {configured} "
                     f"(add one with +mixer@model.mixers.{name}=OPTION)."
                 )
         for name, mapping in self.mixers.items():
             if isinstance(mapping, dict):
-                found += mixers.parse(name, mapping, self.d_model)[1]
+                problems += mixers.parse(name, mapping, self.d_model)[1]
             else:
-                found.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
-        return found
+                problems.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
+        return problems
 
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:
         """Reads a mapping. Raises UserError with one line for every problem."""
-        found: list[str] = []
-        values = read(mapping, typing.get_type_hints(ModelConfig), "model.", found)
+        problems: list[str] = []
+        values = read(mapping, typing.get_type_hints(ModelConfig), "model.", problems)
         if "vocab_size" not in mapping:
-            found.append("model.vocab_size is missing.")
+            problems.append("model.vocab_size is missing.")
         # The rest is judged with defaults for what could not be read; a default's own consequences are no problem of the user's.
         config = ModelConfig(**{"vocab_size": 1, **values})
         unread = [key for key in ("d_model", "mixers", "pattern") if key in mapping and key not in values]
         if not unread:
-            found += config.problems()
-        if found:
-            raise UserError(found)
+            problems += config.problems()
+        if problems:
+            raise UserError(problems)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -74,8 +74,8 @@ class SequenceMixer(Module):
 
     def tensors_of(self, state: Any, *roles: Role) -> dict[str, Tensor]:
         """The tensors of `state` that have one of these roles, by name."""
-        wanted = self.state_roles()
-        return {name: tensor for name, tensor in state_tensors(state).items() if wanted[name] in roles}
+        role_of = self.state_roles()
+        return {name: tensor for name, tensor in state_tensors(state).items() if role_of[name] in roles}
 
     def grows(self) -> bool:
         """Whether the state holds a cache."""

@@ -50,7 +50,7 @@ class Decoder:
         fused: the kernels of kernels/decode_step; None: where they can run, for as few rows as they are made for."""
         layers = [(block.mixer, part) for block, part in zip(model.blocks, state.layers)]
         cached = [mixer.cached_tokens(part) for mixer, part in layers if mixer.grows()]
-        self.room = capacity - max(cached) if cached else -1  # -1: nothing grows
+        self.room = capacity - max(cached) if cached else -1  # -1: the state has no caches, so that there is no limit
         if cached and self.room < 1:
             raise ValueError(f"The cache holds {max(cached)} tokens already; a capacity of {capacity} leaves no room.")
         self.model, self.state = model, fixed(model, state, capacity)
@@ -96,13 +96,13 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self) -> Any:
-        changed = [  # all but caches, where a step writes only behind what was seen
+        changed = [  # caches need no copy: a step writes only behind the tokens that were read
             tensor
             for block, part in zip(self.model.blocks, self.state.layers)
             for tensor in block.mixer.tensors_of(part, "recurrent", "history", "bookkeeping").values()
         ]
         before = [t.clone() for t in changed]
-        here = self.token_B1.device  # perhaps not the current device
+        here = self.token_B1.device  # the model may lie on another device than the current one
         stream = torch.cuda.Stream(here)
         stream.wait_stream(torch.cuda.current_stream(here))
         with torch.cuda.device(here), torch.cuda.stream(stream):  # warm up: kernels are built and workspaces allocated outside the graph

@@ -46,7 +46,9 @@ class FixedCache:
         if segments_BL is not None:
             segments[:, :cached] = segments_BL
             segments[:, cached:] = segments_BL[:, -1:]
-            gone = (segments != segments[:, -1:])[:, None, :, None]  # never read again, so that no mask need keep a NaN apart
+            gone = (segments != segments[:, -1:])[
+                :, None, :, None
+            ]  # the mask hides these, but a masked NaN would still spread: they become zero
             room.k.masked_fill_(gone, 0.0)
             room.v.masked_fill_(gone, 0.0)
         return FixedCache(room.k, room.v, segments, torch.tensor([cached], device=room.k.device), seen - cached)

@@ -28,7 +28,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 
 def rope_problems(width: int, fraction: float, theta: float, scaling: dict[str, Any]) -> list[str]:
-    """What keeps heads of `width` columns from having such positions, a sentence each."""
+    """Why heads of `width` columns cannot have these rotary positions, one sentence for each problem."""
     if not 0 < fraction <= 1:
         return [f"rope_fraction must lie above 0 and be at most 1, not {fraction}; rope=false switches positions off."]
     if not 0 < theta < math.inf:
@@ -41,34 +41,34 @@ def rope_problems(width: int, fraction: float, theta: float, scaling: dict[str, 
 
 
 def scaling_problems(scaling: dict[str, Any], theta: float, dim: int) -> list[str]:
-    """What keeps `scaling` from being one for `dim` turned columns, a sentence each."""
+    """What is wrong with `scaling` for `dim` turned columns, one sentence for each problem."""
     kind = scaling.get("rope_type")
     if kind not in NEEDED:
         return [f"rope_scaling.rope_type is {kind!r}; choose {', '.join(NEEDED)}, or null for none."]
-    known, found = {"rope_type", *NEEDED[kind], *OPTIONAL.get(kind, ())}, []
+    known, problems = {"rope_type", *NEEDED[kind], *OPTIONAL.get(kind, ())}, []
     for key in scaling:
         if key not in known:
-            found.append(f"rope_scaling.{key} is nothing that {kind} has; it takes {', '.join(sorted(known))}.")
+            problems.append(f"rope_scaling.{key} is nothing that {kind} has; it takes {', '.join(sorted(known))}.")
     for key in NEEDED[kind]:
         if key not in scaling:
-            found.append(f"rope_scaling.{key} is missing, which {kind} needs.")
+            problems.append(f"rope_scaling.{key} is missing, which {kind} needs.")
     for key, value in scaling.items():
         if key not in known or key == "rope_type":
             continue
         if key == "truncate":
             if not isinstance(value, bool):
-                found.append(f"rope_scaling.truncate must be true or false, not {value!r}.")
+                problems.append(f"rope_scaling.truncate must be true or false, not {value!r}.")
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-            found.append(f"rope_scaling.{key} must be a number above zero, not {value!r}.")
-    if found:
-        return found
+            problems.append(f"rope_scaling.{key} must be a number above zero, not {value!r}.")
+    if problems:
+        return problems
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
-        found.append("rope_scaling.low_freq_factor must be below high_freq_factor.")
+        problems.append("rope_scaling.low_freq_factor must be below high_freq_factor.")
     if kind == "yarn" and theta <= 1:
-        found.append(f"yarn needs a rope_theta above one, not {theta}.")
+        problems.append(f"yarn needs a rope_theta above one, not {theta}.")
     if kind == "dynamic" and dim <= 2:
-        found.append("dynamic scaling needs more than two turned columns.")
-    return found
+        problems.append("dynamic scaling needs more than two turned columns.")
+    return problems
 
 
 def unscaled(dim: int, base: Any) -> Tensor:
@@ -81,10 +81,10 @@ def llama3(dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     length, turns = scaling["original_max_position_embeddings"], unscaled(dim, theta)
     waves = 2 * math.pi / turns
-    found = torch.where(waves > length / low, turns / factor, turns)
+    stretched = torch.where(waves > length / low, turns / factor, turns)
     smooth = (length / waves - low) / (high - low)
     between = ~(waves < length / high) & ~(waves > length / low)
-    return torch.where(between, (1 - smooth) * found / factor + smooth * found, found)
+    return torch.where(between, (1 - smooth) * stretched / factor + smooth * stretched, stretched)
 
 
 def yarn(dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
@@ -98,12 +98,12 @@ def yarn(dim: int, theta: float, scaling: dict[str, Any]) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / ((high - low) or 0.001)).clamp(0, 1)
-    kept, powers = 1 - ramp, theta ** (torch.arange(0, dim, 2).to(torch.float32) / dim)
-    return 1.0 / (scaling["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    original_share, powers = 1 - ramp, theta ** (torch.arange(0, dim, 2).to(torch.float32) / dim)
+    return 1.0 / (scaling["factor"] * powers) * (1 - original_share) + 1.0 / powers * original_share
 
 
 def yarn_scale(scaling: dict[str, Any]) -> float:
-    """What queries and keys are multiplied by."""
+    """The factor by which YaRN multiplies the turned columns of queries and keys."""
     factor = scaling["factor"]
 
     def magnitude(weight: float) -> float:
@@ -117,13 +117,13 @@ def yarn_scale(scaling: dict[str, Any]) -> float:
 
 
 class Rope:
-    """The frequencies of a mixer, kept by device. scale: a factor on the turned columns."""
+    """The rotary frequencies of one mixer, computed once for each device. scale: a factor on the turned columns."""
 
     def __init__(self, dim: int, theta: float, scaling: dict[str, Any]) -> None:
         self.dim, self.theta, self.scaling = dim, theta, dict(scaling)
         self.kind = scaling.get("rope_type", "default")
         self.scale = yarn_scale(scaling) if self.kind == "yarn" else 1.0
-        self.kept: dict[str, Tensor] = {}
+        self.by_device: dict[str, Tensor] = {}
 
     def _fixed(self) -> Tensor:
         if self.kind == "llama3":
@@ -134,19 +134,22 @@ class Rope:
         return turns / self.scaling["factor"] if self.kind == "linear" else turns
 
     def frequencies(self, positions_T: Tensor) -> Tensor:
-        """(J,) on the device of `positions`. Dynamic ones stretch with the last of the positions beyond the original length, as in transformers:
-        then earlier tokens of a cache keep the angles of their own call."""
+        """(J,) frequencies on the device of `positions`. Under dynamic scaling they stretch with the largest position of this call once it
+        lies beyond the original length, as in transformers; tokens that are in a cache already keep the angles of the call that read
+        them."""
         device = str(positions_T.device)
-        fixed = self.kept.get(device)
+        fixed = self.by_device.get(device)
         if fixed is None:
             fixed = self._fixed().to(positions_T.device)
             recorded = positions_T.is_cuda and is_eager(positions_T) and torch.cuda.is_current_stream_capturing()
-            if is_eager(positions_T) and not recorded and device != "meta":  # a tensor made while a graph is recorded is that graph's
-                self.kept[device] = fixed
+            if (
+                is_eager(positions_T) and not recorded and device != "meta"
+            ):  # memory from a CUDA graph's capture belongs to that graph: do not reuse it
+                self.by_device[device] = fixed
         if self.kind != "dynamic" or not positions_T.numel():
             return fixed
         factor, length = self.scaling["factor"], self.scaling["original_max_position_embeddings"]
-        seen = (positions_T.max() + 1).clamp(min=length)
-        base = self.theta * ((factor * seen / length) - (factor - 1)) ** (self.dim / (self.dim - 2))
+        context = (positions_T.max() + 1).clamp(min=length)
+        base = self.theta * ((factor * context / length) - (factor - 1)) ** (self.dim / (self.dim - 2))
         columns = torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions_T.device) / self.dim
-        return torch.where(seen > length, 1.0 / base**columns, fixed)
+        return torch.where(context > length, 1.0 / base**columns, fixed)

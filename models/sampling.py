@@ -93,7 +93,7 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
         self.ids = list(before)[-8:]
         self.start, self.end = 0, len(self.ids)  # ids[start:end] are decoded again as the context of what follows
-        self.text, self.held, self.stopped = "", "", False
+        self.text, self.undecided, self.stopped = "", "", False
 
     def push(self, token: int) -> str:
         """The text that is certain now, often empty."""
@@ -107,7 +107,7 @@ class TextStream:
         if self.stopped:
             return ""
         last = self._give(self._fresh(True))
-        rest, self.held = ("", self.held) if self.stopped else (self.held, "")
+        rest, self.undecided = ("", self.undecided) if self.stopped else (self.undecided, "")
         self.text += rest
         return last + rest
 
@@ -120,12 +120,12 @@ class TextStream:
         return text[len(context) :]
 
     def _give(self, fresh: str) -> str:
-        self.held += fresh
-        found = [at for s in self.stop if (at := self.held.find(s)) >= 0]
-        if found:
-            certain, self.held, self.stopped = self.held[: min(found)], "", True
+        self.undecided += fresh
+        stop_places = [at for s in self.stop if (at := self.undecided.find(s)) >= 0]
+        if stop_places:
+            certain, self.undecided, self.stopped = self.undecided[: min(stop_places)], "", True
         else:
-            keep = max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-            certain, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+            keep = max((n for s in self.stop for n in range(1, len(s)) if self.undecided.endswith(s[:n])), default=0)
+            certain, self.undecided = self.undecided[: len(self.undecided) - keep], self.undecided[len(self.undecided) - keep :]
         self.text += certain
         return certain

@@ -43,7 +43,8 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
 
 
 class Session:
-    """The state has always read all of `ids_BT` but what lies at and after `read_to`, at least the last token: its logits choose the next."""
+    """The state has read the tokens of `ids_BT` before `read_to`. At least the last token is always unread, as its logits choose the next
+    one."""
 
     def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
         """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row."""
@@ -57,7 +58,7 @@ class Session:
         self.generator = torch.Generator().manual_seed(seed)
 
     def append(self, ids_BT: Tensor) -> Session:
-        """More text for every row."""
+        """Adds text to the end of every row; it is read later, by `read` or `generate`."""
         self.ids_BT = torch.cat([self.ids_BT, ids_BT.to(self.ids_BT)], 1)
         return self
 
@@ -204,8 +205,8 @@ class Session:
         session = Session(model, tensors["ids"].to(device))
         layers = []
         for i, (empty, plain) in enumerate(zip(session.state.layers, header["layers"])):
-            own = {name.split(".", 2)[2]: t.to(device) for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
-            layers.append(dataclasses.replace(empty, **own, **plain))
+            layer_tensors = {name.split(".", 2)[2]: t.to(device) for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
+            layers.append(dataclasses.replace(empty, **layer_tensors, **plain))
         session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
         session.generator.set_state(tensors["generator"])
         return session

@@ -72,19 +72,19 @@ class Run:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a torn line, as of a run that writes right now, is passed over."""
-    found = []
+    rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def read_run(folder: Path, label: str | None = None) -> Run:
-    """What lies in a run folder, however little."""
+    """Reads a run folder; files that are missing or torn leave their part of the Run empty."""
     run, taken = Run(folder, label or folder.name), 0.0
     if (folder / "config.yaml").is_file():
         try:
@@ -174,23 +174,23 @@ def _time(hours: float) -> str:
 
 
 def remarks(runs: list[Run]) -> list[str]:
-    """What keeps the numbers from being compared as they stand."""
-    found = []
+    """Sentences that warn where the numbers of the runs cannot be compared as they are."""
+    sentences = []
     measured = [run for run in runs if run.held_out is not None]
     sources = {json.dumps((run.settings.get("data") or {}).get("path"), sort_keys=True) for run in measured}
     if len(sources) > 1:
-        found.append(
+        sentences.append(
             f"The runs' held-out texts come from {len(sources)} different data.path, so that their bits per byte are of different texts."
         )
     sizes = {(run.settings.get("eval") or {}).get("tokens") for run in measured}
     if len(sizes) > 1:
-        found.append(
+        sentences.append(
             f"eval.tokens differs ({', '.join(map(str, sorted(sizes, key=str)))}): the runs scored more or less of their held-out text."
         )
-    seen = {run.steps[-1]["tokens"] for run in runs if run.steps and "tokens" in run.steps[-1]}
-    if len(seen) > 1:
-        found.append("The runs have seen different numbers of tokens; the plot shows them at equal ones.")
-    return found
+    token_counts = {run.steps[-1]["tokens"] for run in runs if run.steps and "tokens" in run.steps[-1]}
+    if len(token_counts) > 1:
+        sentences.append("The runs have seen different numbers of tokens; the plot shows them at equal ones.")
+    return sentences
 
 
 def plot(runs: list[Run], out: Path, against: str = "tokens") -> str:
@@ -236,12 +236,12 @@ def _averaged(rows: list[dict[str, Any]], against: str, key: str) -> tuple[list[
 
 
 def _problems(values: dict[str, Any]) -> list[str]:
-    found = []
+    problems = []
     if values["against"] not in AGAINST:
-        found.append(f"against is {values['against']!r}; choose one of {', '.join(AGAINST)}.")
+        problems.append(f"against is {values['against']!r}; choose one of {', '.join(AGAINST)}.")
     if Path(values["out"]).suffix not in (".png", ".pdf", ".svg"):
-        found.append(f"out={values['out']} must be a picture: a name that ends in .png, .pdf or .svg.")
-    return found
+        problems.append(f"out={values['out']} must be a picture: a name that ends in .png, .pdf or .svg.")
+    return problems
 
 
 def _main(words: list[str]) -> None:

@@ -55,9 +55,9 @@ class GraphedPass:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     def news(self) -> list[str]:
-        """What was settled since the last call, a sentence each."""
-        told, self._news = self._news, []
-        return told
+        """Sentences about captures that succeeded or were given up since the last call."""
+        sentences, self._news = self._news, []
+        return sentences
 
     def run(self, batch: Batch, scale: float) -> Tensor | None:
         """Adds the gradients of `scale` times the summed loss and returns the sum of token losses (fp64; the next call may write over it).

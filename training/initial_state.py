@@ -62,7 +62,8 @@ class InitialStates:
             for name, x in values.items():
                 if self.mode != "pass":
                     x = self._noise(layer, name, x)
-                values[name] = torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)  # a dropped state is gone, NaN or not
+                # No product with zero: a NaN in a dropped state must not spread.
+                values[name] = torch.where(keep_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)
             part = dataclasses.replace(part, **values)
             if not stream:
                 part = mixer.in_segment(part, keep_B.new_zeros(batch, dtype=torch.int32) if segment_ids is None else segment_ids[:, 0])
@@ -88,7 +89,7 @@ class InitialStates:
                     self._fit(layer, name, tensor.detach())
 
     def _rows(self, state: Any) -> int | None:
-        """Rows of a state; None if all its layers start empty anyway."""
+        """How many rows the state has; None where every layer is one with a cache, which always starts empty."""
         parts = (part for mixer, part in zip(self.mixers, state.layers) if not mixer.grows())
         return next((len(tensor) for part in parts for tensor in state_tensors(part).values()), None)
 

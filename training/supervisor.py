@@ -125,16 +125,17 @@ class Job:
         return files
 
     def silence(self) -> tuple[float, bool]:
-        """(seconds since any rank of this machine was heard of, whether one was heard at all); by this process's clock alone, as a disk's may differ."""
+        """(seconds since a rank of this machine last wrote its file, whether any rank ever did). Time is this process's clock: that of the
+        disk may differ."""
         rows = [
             (path, row) for path, row in rank_files(self.folder) if row.get("step") is not None and row.get("host") == socket.gethostname()
         ]
         if rows and self.began is None:
             self.began = min(row.get("saved") or 0 for _, row in rows)
-        seen = {path: path.stat().st_mtime_ns for path, _ in rows}
-        if seen != self.last:
-            self.last, self.heard = seen, time.monotonic()
-        return time.monotonic() - self.heard, bool(seen)
+        changed_at = {path: path.stat().st_mtime_ns for path, _ in rows}
+        if changed_at != self.last:
+            self.last, self.heard = changed_at, time.monotonic()
+        return time.monotonic() - self.heard, bool(changed_at)
 
     def ask_to_stop(self, number: int) -> None:
         """Tells the ranks alone, so that launchers do not kill them in their save; without known ranks tells every process."""

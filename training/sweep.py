@@ -76,7 +76,7 @@ class Sweep:
         overrides = [_parsed(word) for word in words]
         self._plugins(overrides)
         self.swept = [o for o in overrides if o.is_sweep_override()]
-        self.kept = [o for o in overrides if not o.is_sweep_override() and not o.is_hydra_override()]
+        self.fixed = [o for o in overrides if not o.is_sweep_override() and not o.is_hydra_override()]
         self.discrete = all(o.is_discrete_sweep() for o in self.swept)
         if not self.discrete and not any(o.key_or_group == "hydra/sweeper" for o in overrides):
             raise UserError(
@@ -117,21 +117,22 @@ class Sweep:
 
     def _check(self) -> None:
         """Raises UserError for what is wrong with any of the jobs, before the first one starts."""
-        kept, found = [o.input_line or "" for o in self.kept], dict[str, list[str]]()
+        fixed_words, jobs_by_problem = [o.input_line or "" for o in self.fixed], dict[str, list[str]]()
         for job in self.jobs:
             try:
-                config = self.compose([*kept, *job])
+                config = self.compose([*fixed_words, *job])
                 if not os.environ.get(COMMAND):  # of how many ranks is not known here
                     self.check(config)
             except UserError as error:
                 for problem in error.problems:
-                    found.setdefault(problem, []).append(" ".join(job))
+                    jobs_by_problem.setdefault(problem, []).append(" ".join(job))
         names = [label_of(job) for job in self.jobs]
         for name in sorted({n for n in names if names.count(n) > 1}):
-            found.setdefault(f"{names.count(name)} jobs would share the run folder {name}; give each value once.", []).append(name)
-        if found:
+            shared = f"{names.count(name)} jobs would share the run folder {name}; give each value once."
+            jobs_by_problem.setdefault(shared, []).append(name)
+        if jobs_by_problem:
             whole = len(self.jobs)
-            raise UserError([p if len(jobs) == whole or jobs[0] in p else f"{p} (job {jobs[0]})" for p, jobs in found.items()])
+            raise UserError([p if len(jobs) == whole or jobs[0] in p else f"{p} (job {jobs[0]})" for p, jobs in jobs_by_problem.items()])
 
     def run(self, main: Callable[[], Any]) -> int:
         """Runs all jobs through Hydra, says how they came out, and returns the exit status: 0, 1 when a job failed, 75 when it was stopped."""
@@ -144,12 +145,12 @@ class Sweep:
 
     def _run(self, main: Callable[[], Any]) -> int:
         names = [label_of(job) for job in self.jobs]
-        own = [
+        hydra_words = [
             f"hydra.sweep.dir={quoted(str(self.folder))}",
             "hydra.sweep.subdir=.",
-            f"hydra.job.config.override_dirname.exclude_keys={self._kept_keys()}",
+            f"hydra.job.config.override_dirname.exclude_keys={self._fixed_keys()}",
         ]
-        sys.argv[1:] = [*self.words, *own, *self.flags]
+        sys.argv[1:] = [*self.words, *hydra_words, *self.flags]
         write_json(self.folder / "sweep.json", {"jobs": names, "command": sys.argv})
         if not self.dry:
             print(f"sweep of {len(names) or 'some'} job(s) in {self.folder}", flush=True)
@@ -165,8 +166,8 @@ class Sweep:
             signal.signal(signal.SIGTERM, previous)
         return status if self.dry else max(status, self._report(names, began, stopped))
 
-    def _kept_keys(self) -> str:
-        return "[" + ",".join(quoted(o.get_key_element().lstrip("+~")) for o in self.kept) + "]"
+    def _fixed_keys(self) -> str:
+        return "[" + ",".join(quoted(o.get_key_element().lstrip("+~")) for o in self.fixed) + "]"
 
     def _report(self, names: list[str], began: float, stopped: bool) -> int:
         if not names:
@@ -208,14 +209,15 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def job(composed: DictConfig, trainer: Path) -> float:
-    """Trains the run that Hydra composed in a process of its own, by the program `trainer`; returns held-out bits per byte, else the loss, infinite for one that failed."""
+    """Runs the program `trainer` in its own process on the config that Hydra composed. Returns the run's held-out bits per byte, or its
+    loss where nothing is held out; infinity where it failed."""
     hydra = HydraConfig.get()
-    kept = set(hydra.job.config.override_dirname.exclude_keys)
+    fixed_keys = set(hydra.job.config.override_dirname.exclude_keys)
     overrides = list(hydra.overrides.task)
-    swept = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in kept]
-    own = any(o.startswith("run_dir=") for o in swept)
+    swept = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in fixed_keys]
+    names_folder = any(o.startswith("run_dir=") for o in swept)
     label = label_of(swept)
-    folder = Path(composed.run_dir) if own else Path(hydra.sweep.dir) / label
+    folder = Path(composed.run_dir) if names_folder else Path(hydra.sweep.dir) / label
     name = composed.name if any(o.startswith("name=") for o in swept) else f"{composed.name}-{label}"
     arguments = [o for o in overrides if not o.startswith(("run_dir=", "name="))]
     arguments += [f"run_dir={quoted(str(folder))}", f"name={quoted(str(name))}", *_flags(hydra)]

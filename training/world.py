@@ -116,7 +116,8 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     clock = CommunicationClock(device) if launched.size > 1 else None
     if clock is not None:
         clock.install()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # of what it says while it is imported, and again as the import sets a level
+    # Silences messages of the import itself; set again below, because the import changes the level.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -130,6 +131,6 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
             raise unreachable(error) from error
     rank, size, group = dist.get_rank(), dist.get_world_size(), None
     for first in range(0, size, sequence) if sequence > 1 else ():  # every rank has to take part in making every group
-        made = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
-        group = made if first <= rank < first + sequence else group
+        replica_group = dist.new_group(list(range(first, first + sequence)), timeout=datetime.timedelta(minutes=timeout_minutes))
+        group = replica_group if first <= rank < first + sequence else group
     return World(rank, size, device, sequence, group, clock)

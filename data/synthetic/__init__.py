@@ -43,8 +43,8 @@ def build_task(mapping: Any) -> Task:
         raise UserError(f"data.task.name is {name!r}; {nearest(name, TASKS, known_as='choose one of')}")
     kind = TASKS[name]
     problems: list[str] = []
-    given = {key: value for key, value in mapping.items() if key != "name"}
-    values = read(given, typing.get_type_hints(kind), "data.task.", problems, exact=True, whose=f" of the task {name}")
+    fields = {key: value for key, value in mapping.items() if key != "name"}
+    values = read(fields, typing.get_type_hints(kind), "data.task.", problems, exact=True, whose=f" of the task {name}")
     problems += [
         f"data.task.{key} must be at most {LARGEST:,}, not {value:,}."
         for key, value in values.items()

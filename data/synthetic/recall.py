@@ -23,12 +23,12 @@ class MQAR(Task):
     symbols: int = 128
 
     def problems(self) -> list[str]:
-        found = least_problem("pairs", self.pairs, 1) + least_problem("symbols", self.symbols, 4)
-        if not found and self.symbols % 2:
-            found.append(f"symbols must be even (half of them are keys), not {self.symbols}.")
-        if not found and self.pairs > self.symbols // 2:
-            found.append(f"pairs is {self.pairs}, but {self.symbols} symbols give only {self.symbols // 2} different keys.")
-        return found
+        problems = least_problem("pairs", self.pairs, 1) + least_problem("symbols", self.symbols, 4)
+        if not problems and self.symbols % 2:
+            problems.append(f"symbols must be even (half of them are keys), not {self.symbols}.")
+        if not problems and self.pairs > self.symbols // 2:
+            problems.append(f"pairs is {self.pairs}, but {self.symbols} symbols give only {self.symbols // 2} different keys.")
+        return problems
 
     def vocabulary(self) -> list[str]:
         half = self.symbols // 2
@@ -63,8 +63,8 @@ class KHop(Task):
     answers: str = "every"
 
     def problems(self) -> list[str]:
-        found = least_problem("hops", self.hops, 1) + least_problem("symbols", self.symbols, 1)
-        return found + choose_problem("rule", self.rule, RULES) + choose_problem("answers", self.answers, WHERE)
+        problems = least_problem("hops", self.hops, 1) + least_problem("symbols", self.symbols, 1)
+        return problems + choose_problem("rule", self.rule, RULES) + choose_problem("answers", self.answers, WHERE)
 
     def vocabulary(self) -> list[str]:
         return [f"t{i}" for i in range(self.symbols)]
@@ -101,8 +101,8 @@ class KeepNth(Task):
     answers: str = "every"
 
     def problems(self) -> list[str]:
-        found = least_problem("n", self.n, 1) + least_problem("symbols", self.symbols, 2)
-        return found + choose_problem("answers", self.answers, WHERE)
+        problems = least_problem("n", self.n, 1) + least_problem("symbols", self.symbols, 2)
+        return problems + choose_problem("answers", self.answers, WHERE)
 
     def vocabulary(self) -> list[str]:
         return [f"t{i}" for i in range(self.symbols)]

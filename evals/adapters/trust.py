@@ -48,9 +48,9 @@ def is_our_code(folder: Path, table: dict[str, Any]) -> bool:
         expected = custom(config, 1).config["auto_map"]
         if table != expected or names_code(folder / "tokenizer_config.json"):
             return False
-        with tempfile.TemporaryDirectory() as made:
-            write_code(config, Path(made))
-            ours = {p.name: p.read_bytes() for p in Path(made).iterdir()}
+        with tempfile.TemporaryDirectory() as scratch:
+            write_code(config, Path(scratch))
+            ours = {p.name: p.read_bytes() for p in Path(scratch).iterdir()}
         theirs = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.py")}
         return theirs == ours
     except (UserError, ValueError, KeyError, TypeError, OSError):  # not a config that this version writes

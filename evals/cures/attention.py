@@ -43,14 +43,13 @@ def lambda_mask(adapter: Adapter, setting: Setting, first: float = 10, local: fl
         yield
     finally:
         for mixer in mixers:
-            del mixer.forward  # the class's own shows again
+            del mixer.forward  # deleting the instance's forward restores that of the class
 
 
 def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
+    """A forward of the mixer under the mask, with the mixer's own weights and state."""
     from kernels.rotary.reference import rotate
     from models.mixers.attention import State
-
-    """A forward of the mixer under the mask, with the mixer's own weights and state."""
 
     def turn(x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, positions, *mixer.turned(positions)) if mixer.config.rope else x
@@ -63,21 +62,21 @@ def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
         v = mixer.v_proj(x_BTD).view(B, T, mixer.G, mixer.K).transpose(1, 2)
         if mixer.q_norm is not None:
             q, k = mixer.q_norm(q), mixer.k_norm(k)
-        seen = state.seen if state is not None else 0
-        new = torch.arange(seen, seen + T, device=x_BTD.device)
+        tokens_before = state.seen if state is not None else 0
+        new = torch.arange(tokens_before, tokens_before + T, device=x_BTD.device)
         place, far_q = new, turn(q, torch.full_like(new, local))
         q, k = turn(q, new), turn(k, new)
         if state is not None:
             cached = state.k_BGLK.shape[2]
             k, v = torch.cat([state.k_BGLK.to(k.dtype), k], 2), torch.cat([state.v_BGLK.to(v.dtype), v], 2)
             old = torch.arange(cached, device=x_BTD.device)
-            place = torch.cat([torch.where(old < first, old, old + seen - cached), new])  # the first tokens, then the last ones
+            place = torch.cat([torch.where(old < first, old, old + tokens_before - cached), new])  # the first tokens, then the last ones
         y = _lambda_attention(q, far_q, k, v, new, place, first, local, turn)
         y = mixer.o_proj(y.transpose(1, 2).reshape(B, T, mixer.H * mixer.K))
         if state is None:
             return y, None
-        keep = (place < first) | (place > seen + T - 1 - local)
-        return y, State(k[:, :, keep], v[:, :, keep], None, seen + T)
+        keep = (place < first) | (place > tokens_before + T - 1 - local)
+        return y, State(k[:, :, keep], v[:, :, keep], None, tokens_before + T)
 
     return forward
 
@@ -89,7 +88,7 @@ def _lambda_attention(
     group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    n = int((key_L < first).sum())  # they stand in front
+    n = int((key_L < first).sum())  # the first tokens stand in front of the cache
     unrotated = turn(k[:, :, :n], -key_L[:n])
     parts = []
     for a in range(0, q.shape[2], block):

@@ -201,7 +201,7 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
                 cell: Any, pre: Tensor, rec: Tensor, h0: Any = None, starts: Any = None, *, original: Any = original,
                 bias_PD: Tensor | None = None, emitted: bool = False, **options: Any,
             ) -> Any:  # fmt: skip
-                if not cell.lowered:  # its channels may reach each other: the diagonal says nothing
+                if not cell.lowered:  # channels may depend on each other here, so that diagonal entries are no retention
                     return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, emitted=emitted, **options)
                 states, final = original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
                 wide = torch.promote_types(pre.dtype, torch.float32)

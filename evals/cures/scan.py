@@ -90,7 +90,7 @@ def windowed(s: Scan, buffer: Scan | None, r: int, block: int = 256) -> tuple[Te
         x, dt, Bm = s.x, s.dt, s.B
     past, heads = x.shape[1] - T, x.shape[2] // Bm.shape[2]
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = (dt.double() * s.A.double()).cumsum(1)  # of differences of long sums: fp64
+    total = (dt.double() * s.A.double()).cumsum(1)  # fp64, as differences of long sums cancel
     weighted = x.to(wide) * dt.to(wide)[..., None]
     B_full, outputs = Bm.to(wide).repeat_interleave(heads, 2), []
     for a in range(0, T, block):

@@ -47,11 +47,11 @@ def clamp(adapter: Adapter, setting: Setting, q: float = 0.999, p: float = 0.0) 
 @contextmanager
 def restart(adapter: Adapter, setting: Setting, r: float = 0) -> Iterator[None]:
     """Every recurrent state becomes zero each r tokens (0: T), rounded to whole chunks: no memory beyond r, nothing to collapse."""
-    every, seen = max(1, round((int(r) or setting.train_length) / setting.chunk)), [0]
+    every, chunks_read = max(1, round((int(r) or setting.train_length) / setting.chunk)), [0]
 
     def after(state: Any) -> Any:
-        seen[0] += 1
-        return state if seen[0] % every else adapter.replace_states(state, lambda layer, name, x: torch.zeros_like(x))
+        chunks_read[0] += 1
+        return state if chunks_read[0] % every else adapter.replace_states(state, lambda layer, name, x: torch.zeros_like(x))
 
-    with acting_after_chunk(adapter, after), acting_on_start(adapter, lambda: seen.__setitem__(0, 0)):
+    with acting_after_chunk(adapter, after), acting_on_start(adapter, lambda: chunks_read.__setitem__(0, 0)):
         yield

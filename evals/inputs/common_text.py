@@ -64,7 +64,7 @@ class CommonText:
     def _of(self, path: str, corpus: Corpus) -> Seen:
         key = (path, corpus.sha256)
         if key not in self._known:
-            shares = self._shares.setdefault(corpus.sha256, {})  # models of one data set ask once
+            shares = self._shares.setdefault(corpus.sha256, {})  # models trained on the same shards share one search
             self._known[key] = seen(corpus.documents, self.facts.get(path, {}), shares)
         return self._known[key]
 

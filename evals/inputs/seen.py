@@ -70,7 +70,8 @@ def folders_of(facts: dict[str, Any]) -> list[str]:
 
 
 def seen(documents: Sequence[str], facts: dict[str, Any], shares: dict[str, float] | None = None) -> Seen:
-    """What is known of a checkpoint with these `facts` and a text. shares: of the text in shards by their fingerprint, looked up and added to."""
+    """Whether a checkpoint with these `facts` (of `facts_of_run`) was trained on the documents. shares: a cache of `share_found` by the
+    fingerprint of the shards, read and filled here."""
     folders, recorded = folders_of(facts), list((facts.get("state") or {}).get("fingerprint") or [])
     if not folders:
         return Seen("not known", None, "The folder does not say what the model was trained on.")
@@ -117,19 +118,19 @@ def _starts_elsewhere(facts: dict[str, Any]) -> str:
 def share_found(documents: Sequence[str], shards: ShardSet) -> float:
     """Share of up to 256 passages of the documents that occur among the tokens of `shards`; 0 where there is no passage that long."""
     width = int(np.clip(round(PASSAGE * shards.n_tokens / max(1, shards.n_bytes)), 8, PASSAGE))
-    wanted = _passages(documents, shards, width)
-    if not len(wanted):
+    passages = _passages(documents, shards, width)
+    if not len(passages):
         return 0.0
     blocks = range(0, max(1, shards.n_tokens - width + 1), BLOCK)
     step = -(-len(blocks) * BLOCK // MOST)
-    chosen, occurs = blocks[::step], np.zeros(len(wanted), bool)
+    chosen, occurs = blocks[::step], np.zeros(len(passages), bool)
     known = np.zeros(1 << 16, bool)
-    known[(wanted >> np.uint64(48)).astype(np.int64)] = True
+    known[(passages >> np.uint64(48)).astype(np.int64)] = True
     for start in chosen:
         tokens = shards.read(start, min(BLOCK + width - 1, shards.n_tokens - start))
         hashes = window_hashes(tokens, width)
         hits = np.unique(hashes[known[(hashes >> np.uint64(48)).astype(np.int64)]])
-        occurs |= np.isin(wanted, hits)
+        occurs |= np.isin(passages, hits)
     return float(min(1.0, occurs.mean() * len(blocks) / len(chosen)))
 
 

@@ -54,7 +54,8 @@ class Sample:
     chance: float = 0.0  # score, 0 to 1, of a guess from the task's own set of answers
 
     def copies(self, rng: np.random.Generator) -> dict[str, list[int]]:
-        """What three programs write that copy as many tokens as a model may write: from the text's beginning, its end, or anywhere."""
+        """Three answers that need no understanding: as many tokens as a model may write, copied from the text's beginning, its end, or a
+        random place."""
         n = self.new_tokens
         place = int(rng.integers(0, max(1, len(self.body) - n + 1)))
         return {
@@ -196,49 +197,52 @@ class Task:
         """cwe: ten words occur ten times as often as each of the others. fwe: coded words whose counts fall as 1/(rank + 2), the first three are
         asked for. In both the words asked for are a quarter of the list, so that copying it finds few of them."""
         if self.name == "cwe":
-            head, wanted = "Below is a list of words. Some of them occur much more often than the others. Memorize those.\n\n", 10
-            question = f"\nWhat are the {wanted} most common words in the list? The {wanted} most common words are:"
+            head, n_answers = "Below is a list of words. Some of them occur much more often than the others. Memorize those.\n\n", 10
+            question = f"\nWhat are the {n_answers} most common words in the list? The {n_answers} most common words are:"
             vocabulary = self._names(rng, 300)
-            weights, chance = np.array([10.0] * wanted + [1.0] * (len(vocabulary) - wanted)), wanted / (len(ADJECTIVES) * len(NOUNS))
+            weights, chance = (
+                np.array([10.0] * n_answers + [1.0] * (len(vocabulary) - n_answers)),
+                n_answers / (len(ADJECTIVES) * len(NOUNS)),
+            )
         else:
-            head, wanted = "Below is a coded text. Count how often each coded word occurs and remember the most frequent ones.\n\n", 3
-            question = f"\nWhat are the {wanted} most frequent coded words? The {wanted} most frequent coded words are:"
+            head, n_answers = "Below is a coded text. Count how often each coded word occurs and remember the most frequent ones.\n\n", 3
+            question = f"\nWhat are the {n_answers} most frequent coded words? The {n_answers} most frequent coded words are:"
             vocabulary = ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 6)) for _ in range(60)]
             weights, chance = 1 / np.arange(3, len(vocabulary) + 3), 0.0
-        question_ids, answer = after_question(coder, question, " " + " ".join(vocabulary[:wanted]))
+        question_ids, answer = after_question(coder, question, " " + " ".join(vocabulary[:n_answers]))
         head_ids = coder.encode(head)
         room = length - len(coder.start_ids) - len(head_ids) - len(question_ids)
         encoded = [coder.encode(" " + w) for w in vocabulary]
-        counts = self._counts(weights, np.array([len(e) for e in encoded], dtype=np.float64), room, wanted)
+        counts = self._counts(weights, np.array([len(e) for e in encoded], dtype=np.float64), room, n_answers)
         order = np.repeat(np.arange(len(vocabulary)), counts)
         rng.shuffle(order)
         ids = [i for w in order for i in encoded[w]]
         # What is left is less than any word that may still be added: the beginning of one, as if the list had been cut there.
-        rare = max(encoded[wanted:], key=len)
+        rare = max(encoded[n_answers:], key=len)
         ids += (rare * room)[: room - len(ids)]
         prompt = self._ordered(coder, head_ids + ids, question, question_ids)
-        return Sample(prompt, answer, vocabulary[:wanted], len(answer) + 10, ids, chance)
+        return Sample(prompt, answer, vocabulary[:n_answers], len(answer) + 10, ids, chance)
 
-    def _counts(self, weights: np.ndarray, sizes: np.ndarray, room: float, wanted: int) -> np.ndarray:
+    def _counts(self, weights: np.ndarray, sizes: np.ndarray, room: float, n_answers: int) -> np.ndarray:
         """How often each word occurs: by the weights as far as whole numbers allow, filling `room` tokens but for less than a word. The wanted
         words surely are the most frequent; what does not fit evenly goes to others, the rarest first. Raises ItemError where a wanted word would
         occur less than twice."""
         scale = max(0.0, room) / float(weights @ sizes)
         counts = np.floor(weights * scale).astype(int)
-        least = int(counts[:wanted].min())
+        least = int(counts[:n_answers].min())
         if least < 2:
-            need = float(weights @ sizes) * 2 / float(weights[:wanted].min())
+            need = float(weights @ sizes) * 2 / float(weights[:n_answers].min())
             raise ItemError(
                 f"Task {self.label} does not fit: a wanted word would occur less than twice; ask for {math.ceil(need - room)} tokens more."
             )
-        counts[wanted:] = np.minimum(counts[wanted:], least - 1)
+        counts[n_answers:] = np.minimum(counts[n_answers:], least - 1)
         left = room - float(counts @ sizes)
-        for i in sorted(range(wanted, len(counts)), key=lambda i: counts[i] - weights[i] * scale):
+        for i in sorted(range(n_answers, len(counts)), key=lambda i: counts[i] - weights[i] * scale):
             if sizes[i] <= left and counts[i] < least - 1:
                 counts[i] += 1
                 left -= sizes[i]
-        while left >= (smallest := min((sizes[i] for i in range(wanted, len(counts)) if counts[i] < least - 1), default=math.inf)):
-            i = min((i for i in range(wanted, len(counts)) if sizes[i] == smallest and counts[i] < least - 1), key=lambda i: counts[i])
+        while left >= (smallest := min((sizes[i] for i in range(n_answers, len(counts)) if counts[i] < least - 1), default=math.inf)):
+            i = min((i for i in range(n_answers, len(counts)) if sizes[i] == smallest and counts[i] < least - 1), key=lambda i: counts[i])
             counts[i] += 1
             left -= smallest
         return counts

@@ -34,14 +34,14 @@ class CountBaselines:
         key = previous * self.vocabulary + word
         at = np.minimum(np.searchsorted(self.keys, key), len(self.keys) - 1)
         count = np.where(self.keys[at] == key, self.counts[at], 0)
-        seen = np.maximum(self.context[previous], 1)
-        p_bigram = np.maximum(count - DISCOUNT, 0) / seen + DISCOUNT * self.followers[previous] / seen * p_unigram
+        occurrences = np.maximum(self.context[previous], 1)
+        p_bigram = np.maximum(count - DISCOUNT, 0) / occurrences + DISCOUNT * self.followers[previous] / occurrences * p_unigram
         p_bigram = np.where(self.context[previous] > 0, p_bigram, p_unigram)
         return float(-np.log(p_unigram).sum()), float(-np.log(p_bigram).sum())
 
 
 def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int | None) -> dict[str, Perplexity]:
-    """What 'unigram' and 'bigram', counted over `train`, make of the same held-out rows that `perplexity.evaluate` scores with these settings.
+    """The scores of unigram and bigram counts of `train` on the held-out rows that `perplexity.evaluate` scores with the same settings.
 
     length: tokens of a row; max_tokens: scored in all, None for the whole split.
     """

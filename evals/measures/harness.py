@@ -120,7 +120,7 @@ def hf_tokenizer(adapter: HFAdapter) -> Any:
     if Path(adapter.folder).is_dir():
         try:
             return AutoTokenizer.from_pretrained(adapter.folder, trust_remote_code=adapter.trusted)
-        except Exception:  # transformers raises many kinds; a tokenizer.json alone will do
+        except Exception:  # transformers raises many kinds of error; a folder with only a tokenizer.json still works
             pass
     coder = adapter.need_coder()
     marks = {"bos_token": coder.start_ids[:1], "eos_token": coder.end_ids[:1]}

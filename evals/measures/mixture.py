@@ -44,7 +44,8 @@ def names_of(folders: list[str]) -> list[str]:
 
 
 def combined(parts: Sequence[tuple[Perplexity, float]]) -> Perplexity:
-    """The sums of all (source, share), each weighed as if its share of the tokens had been scored; of one source, its own."""
+    """The sums over all (source, share) pairs, scaled so that each source counts by its share however many tokens were scored of it. A
+    single source's sums are returned unchanged."""
     if len(parts) == 1:
         return parts[0][0]
     total = Perplexity(tokens=sum(part.tokens for part, _ in parts))

@@ -80,11 +80,11 @@ def grid(
     everything: list[Sample] = []
     depths = depths if task.has_depth else [0.5]
     for i, depth in enumerate(depths):
-        made = [task.sample(coder, length, depth, n, seed, text) for n in range(samples)]
-        everything += made
-        longest = max(len(s.prompt) + len(s.answer) for s in made)
+        prompts = [task.sample(coder, length, depth, n, seed, text) for n in range(samples)]
+        everything += prompts
+        longest = max(len(s.prompt) + len(s.answer) for s in prompts)
         adapter.check_length(longest)
-        values = score(adapter, task, made, chunk, batch, greedy)
+        values = score(adapter, task, prompts, chunk, batch, greedy)
         low, high = wilson(round(sum(values)), len(values))
         cells.append(
             {"depth": depth, "accuracy": sum(values) / len(values), "n": len(values), "low": low, "high": high, "prompt_tokens": longest}

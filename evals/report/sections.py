@@ -52,9 +52,9 @@ def documents_section(page: Page, plt: Any, records: Records) -> None:
 
 def _text_of(x: dict[str, Any]) -> list[str]:
     """Name and hash of the text of a result, and whether it was held out from the model's training."""
-    text, seen = x.get("text") or {}, x.get("seen") or {}
-    status = str(seen.get("status", "not known"))
-    share = f" ({100 * seen['share']:.0f} % of it)" if status == "partly trained on" and seen.get("share") else ""
+    text, exposure = x.get("text") or {}, x.get("seen") or {}
+    status = str(exposure.get("status", "not known"))
+    share = f" ({100 * exposure['share']:.0f} % of it)" if status == "partly trained on" and exposure.get("share") else ""
     held_out = {"held out": "yes", "not known": "not known"}.get(status, f"no: {status}{share}")
     return [str(text.get("name", x.get("source", "-"))), str(text.get("sha256", "-"))[:12], held_out]
 
@@ -62,13 +62,13 @@ def _text_of(x: dict[str, Any]) -> list[str]:
 def texts(page: Page, records: Records) -> None:
     """The text that everything was measured on, with its hash, and what is known of each model and it; a warning where models had different texts."""
     by_hash: dict[str, dict[str, Any]] = {}
-    seen_by: dict[tuple[str, str], dict[str, Any]] = {}
+    exposure_by: dict[tuple[str, str], dict[str, Any]] = {}
     for model, items in records.items():
         for r in items:
             result = r.get("result") or {}
             if isinstance(text := result.get("text"), dict):
                 by_hash[text["sha256"]] = text
-                seen_by[(model, text["sha256"])] = result.get("seen") or {}
+                exposure_by[(model, text["sha256"])] = result.get("seen") or {}
     if not by_hash:
         return
     page.head("Text")
@@ -79,7 +79,9 @@ def texts(page: Page, records: Records) -> None:
     for sha, text in by_hash.items():
         note = f", {text['note']}" if text.get("note") else ""
         page.say(f"{text['name']} (sha256 {sha}): {text['documents']:,} documents, {text['bytes']:,} bytes{note}.")
-    rows = [[m, *_text_of({"text": by_hash[sha], "seen": seen})[1:], seen.get("why", "-")] for (m, sha), seen in seen_by.items()]
+    rows = [
+        [m, *_text_of({"text": by_hash[sha], "seen": exposure})[1:], exposure.get("why", "-")] for (m, sha), exposure in exposure_by.items()
+    ]
     page.table(["model", "sha256", "held out", "why"], rows)
     notes = [[m, r["item"], r["result"]["note"]] for m, items in records.items() for r in items if (r.get("result") or {}).get("note")]
     page.table(["model", "item", "the text is shorter than what was asked for"], notes)

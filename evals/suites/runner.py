@@ -186,7 +186,7 @@ def _name(path: str, taken: dict[str, str]) -> str:
     """The last telling part of a path: run folders are called something, their checkpoints step-... A number where the name is taken."""
     parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "/")]
     name = parts[-1] if not parts[-1].startswith("step-") or len(parts) < 2 else f"{parts[-2]}-{parts[-1]}"
-    number, wanted = 2, name
+    number, base = 2, name
     while name in taken:
-        name, number = f"{wanted}-{number}", number + 1
+        name, number = f"{base}-{number}", number + 1
     return name

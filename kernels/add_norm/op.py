@@ -43,16 +43,16 @@ def _backward(
     return triton.add_norm_backward(d_r, d_n, r, x, scale, weight, eps, (x_dtype, y_dtype))
 
 
-def _reference_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    d_r, d_n, r, x, scale, weight, eps, x_dtype, y_dtype = given
+def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    d_r, d_n, r, x, scale, weight, eps, x_dtype, y_dtype = arguments
     dx, dy, d_scale, d_weight = reference.add_norm_backward(d_r, d_n, r, x, scale, weight, eps)
     return dx.to(x_dtype), dy.to(y_dtype), d_scale if scale is not None else None, d_weight
 
 
-def _fake_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    _, _, r, _, scale, weight, _, x_dtype, y_dtype = given
-    made = None if scale is None else scale.new_empty(scale.shape)
-    return r.new_empty(r.shape, dtype=x_dtype), r.new_empty(r.shape, dtype=y_dtype), made, weight.new_empty(weight.shape)
+def _fake_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    _, _, r, _, scale, weight, _, x_dtype, y_dtype = arguments
+    d_scale = None if scale is None else scale.new_empty(scale.shape)
+    return r.new_empty(r.shape, dtype=x_dtype), r.new_empty(r.shape, dtype=y_dtype), d_scale, weight.new_empty(weight.shape)
 
 
 add_norm, add_norm_op = define(

@@ -54,10 +54,10 @@ def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Ten
     from kernels.cross_entropy import triton as kernels
 
     logits_NV, (N, V) = logits_NV.contiguous(), logits_NV.shape
-    given = (labels_N.contiguous(), log_z_N.contiguous(), g_nll_N.float().contiguous(), g_log_z_N.float().contiguous())
+    row_values = (labels_N.contiguous(), log_z_N.contiguous(), g_nll_N.float().contiguous(), g_log_z_N.float().contiguous())
     if planned():
         return logits_NV
     BV = block(V)
     with torch.cuda.device_of(logits_NV):
-        kernels.gradient[(N, -(-V // BV))](logits_NV, *given, V, BV=BV, num_warps=WARPS)
+        kernels.gradient[(N, -(-V // BV))](logits_NV, *row_values, V, BV=BV, num_warps=WARPS)
     return logits_NV

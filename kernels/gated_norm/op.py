@@ -39,5 +39,5 @@ norm, norm_op = define(
     lambda h, gate, weight, eps, groups, norm_first, dtype: h.new_empty(h.shape, dtype=dtype),
     _backward,
     reference=reference.gated_norm,
-    reference_backward=lambda *given: reference.gated_norm_backward(*given[:-1]),
+    reference_backward=lambda *arguments: reference.gated_norm_backward(*arguments[:-1]),
 )

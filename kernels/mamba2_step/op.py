@@ -44,8 +44,8 @@ def _forward(
     return y, following
 
 
-def _fake(projected: Tensor, past: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    (B, H, P, _), (C, W) = given[4].shape, weight.shape
+def _fake(projected: Tensor, past: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    (B, H, P, _), (C, W) = others[4].shape, weight.shape
     return projected.new_empty(B, H * P), projected.new_empty(B, W - 1, C)
 
 

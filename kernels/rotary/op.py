@@ -35,8 +35,8 @@ def _reference(
 
 
 def _fake(q: Tensor, k: Tensor, *settings: Any) -> Pair:
-    made = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k)]
-    return made[0], made[1]
+    turned = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k)]
+    return turned[0], turned[1]
 
 
 def _backward(

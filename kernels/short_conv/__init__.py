@@ -21,8 +21,8 @@ def short_conv(
     x may be some columns of a larger tensor. Differentiable in x, history, weight and bias.
     """
     # Traced, documents go through the op too: torch.compile of torch 2.11 loses gradients of the reference's autograd.Function.
-    wanted = op.use_triton(x_BTD) or starts_BT is not None and torch.compiler.is_compiling()
-    if wanted and weight_DW.shape[1] > 1 and x_BTD.shape[1]:
+    through_op = op.use_triton(x_BTD) or starts_BT is not None and torch.compiler.is_compiling()
+    if through_op and weight_DW.shape[1] > 1 and x_BTD.shape[1]:
         return op.convolve(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
     return reference.short_conv(x_BTD, history_BHD, weight_DW, bias_D, starts_BT, silu)
 

@@ -38,9 +38,9 @@ class Columns(torch.autograd.Function):
         ctx.save_for_backward(x, history, weight, bias, starts)
         ctx.first, ctx.silu, ctx.joint = first, silu, joint
         ctx.set_materialize_grads(False)
-        own = x[..., first:end]
+        to_convolve = x[..., first:end]
         convolve = op.convolve if is_eager(x) else op.convolve_op
-        return x[..., :first], convolve(own, history, weight, bias, starts, silu), x[..., end:]
+        return x[..., :first], convolve(to_convolve, history, weight, bias, starts, silu), x[..., end:]
 
     @staticmethod
     @torch.autograd.function.once_differentiable

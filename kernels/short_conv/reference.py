@@ -38,7 +38,8 @@ def _segmented(padded: Tensor, weight_DW: Tensor, bias_D: Tensor, document: Tens
     y = padded[:, history:] * weight_DW[:, history] + bias_D
     for w in range(history):
         same = document[:, w : w + T] == document[:, history:]
-        y += torch.where(same[..., None], padded[:, w : w + T], 0.0) * weight_DW[:, w]  # selected: zero times NaN is NaN
+        # Selected by torch.where: multiplying by zero would let a NaN through.
+        y += torch.where(same[..., None], padded[:, w : w + T], 0.0) * weight_DW[:, w]
     return y
 
 
@@ -67,7 +68,7 @@ def with_history(x_BTD: Tensor, history_BHD: Tensor | None, width: int) -> Tenso
 
 
 def _nothing(x_BTD: Tensor, *others: Tensor | None) -> Tensor:
-    """No outputs, of which autograd gives gradients of zero."""
+    """The result for T = 0: empty, but part of the graph, so that all inputs get gradients of zero."""
     return x_BTD + sum(t.to(x_BTD.dtype).sum() * 0 for t in others if t is not None)
 
 
@@ -136,6 +137,7 @@ def last_inputs(x_BTD: Tensor, history_BHD: Tensor | None, width: int, starts_BT
     )  # not a view, which keeps all inputs alive
     if starts_BT is None:
         return last
-    tail = F.pad(starts_BT[:, max(0, T - H) :].int(), (max(0, H - T), 0))  # of the inputs kept; what was carried starts nothing
+    # Document starts among the inputs that are kept; carried inputs start none.
+    tail = F.pad(starts_BT[:, max(0, T - H) :].int(), (max(0, H - T), 0))
     after = tail.flip(1).cumsum(1).flip(1) - tail  # starts behind each of them
     return torch.where((after == 0)[..., None], last, 0.0)

@@ -41,13 +41,13 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         starts, *saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        leaves = tuple(None if t is None else t.detach().requires_grad_(want) for t, want in zip(saved, wanted))
+        needed = ctx.needs_input_grad[2:]
+        leaves = tuple(None if t is None else t.detach().requires_grad_(want) for t, want in zip(saved, needed))
         with torch.enable_grad(), torch.autocast(saved[0].device.type, enabled=False):
-            found = _run(leaves, starts, ctx.chunk, gradients)
-            inputs = [t for t, want in zip(leaves, wanted) if t is not None and want]
-            made = iter(torch.autograd.grad(found, inputs, gradients, allow_unused=True))
-        return None, None, *(next(made) if want else None for want in wanted)
+            results = _run(leaves, starts, ctx.chunk, gradients)
+            inputs = [t for t, want in zip(leaves, needed) if t is not None and want]
+            computed = iter(torch.autograd.grad(results, inputs, gradients, allow_unused=True))
+        return None, None, *(next(computed) if want else None for want in needed)
 
 
 def scan(
@@ -58,5 +58,5 @@ def scan(
             return _run((x, dt, A, Bm, Cm, h0, D), starts, chunk)
         if dispatch.is_eager(x):
             return _Scan.apply(chunk, starts, x, dt, A, Bm, Cm, h0, D)
-        arguments = (x, dt, A, Bm, Cm, h0, starts, chunk, D)  # what traces cannot read a backward pass that calls autograd
+        arguments = (x, dt, A, Bm, Cm, h0, starts, chunk, D)  # torch.compile cannot trace a backward pass that calls autograd itself
         return checkpoint(reference.ssd_chunked, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -53,10 +53,10 @@ def ssd_step(
     dt_BH = dt[:, 0].to(dtype)
     decay_BH = torch.exp(dt_BH * A.to(dtype))
     added = dt_BH[..., None] * x[:, 0].to(dtype)
-    kept = h0.to(dtype) * decay_BH[..., None, None]
+    decayed = h0.to(dtype) * decay_BH[..., None, None]
     if starts is not None:
-        kept = torch.where(starts[..., None, None], 0.0, kept)
-    h = torch.addcmul(kept.reshape(B, G, H // G * P, N), added.view(B, G, H // G * P, 1), Bm[:, 0, :, None].to(dtype))
+        decayed = torch.where(starts[..., None, None], 0.0, decayed)
+    h = torch.addcmul(decayed.reshape(B, G, H // G * P, N), added.view(B, G, H // G * P, 1), Bm[:, 0, :, None].to(dtype))
     y = h @ Cm[:, 0, :, :, None].to(dtype)
     y = y.view(B, 1, H, P)
     return _skipped(y, x, D).to(x.dtype), h.view(B, H, P, N)

@@ -28,7 +28,7 @@ def cell_module(name: str) -> ModuleType:
         return importlib.import_module(f"{__name__}.{name}")
     except SyntaxError as reason:
         raise UserError(f"models/cells/{name}.py is not Python: {reason.msg} in line {reason.lineno}.") from None
-    except Exception as reason:  # whatever a file of the user's does
+    except Exception as reason:  # a user's file may raise anything
         raise UserError(
             f"models/cells/{name}.py cannot be imported: {type(reason).__name__}: {(str(reason).splitlines() or [''])[0].rstrip('.')}."
         ) from None
@@ -41,7 +41,7 @@ def load_cell(name: str) -> Cell:
         raise UserError(f"models/cells/{name}.py has no function `step`; define step(...) with arguments annotated Pre, Rec or State.")
     try:
         cell = Cell.from_step(module.step, name)
-    except ValueError as error:  # of a signature that is none of a step
+    except ValueError as error:  # its signature is not that of a step
         raise UserError(str(error)) from error
     bias_init(name)
     return cell
@@ -50,13 +50,13 @@ def load_cell(name: str) -> Cell:
 def bias_init(name: str) -> dict[str, tuple[float, float]]:
     """BIAS_INIT of models/cells/<name>.py: initial biases of input projections, as (lowest, highest over the channels). Raises UserError."""
     module = cell_module(name)
-    given, pre = getattr(module, "BIAS_INIT", {}), Cell.from_step(module.step, name).pre
-    if not isinstance(given, dict):
+    declared, pre = getattr(module, "BIAS_INIT", {}), Cell.from_step(module.step, name).pre
+    if not isinstance(declared, dict):
         raise UserError(
-            f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(given).__name__}."
+            f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(declared).__name__}."
         )
-    found = {}
-    for argument, value in given.items():
+    ranges = {}
+    for argument, value in declared.items():
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if argument not in pre:
             raise UserError(
@@ -64,5 +64,5 @@ def bias_init(name: str) -> dict[str, tuple[float, float]]:
             )
         if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
             raise UserError(f"models/cells/{name}.py: BIAS_INIT[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
-        found[argument] = (float(pair[0]), float(pair[1]))
-    return found
+        ranges[argument] = (float(pair[0]), float(pair[1]))
+    return ranges

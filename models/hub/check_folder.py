@@ -35,16 +35,16 @@ def look(job: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     folder, ids = job["folder"], torch.tensor(job["ids"])
-    found: dict[str, Any] = {}
+    report: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval()
         with torch.no_grad():
             tensors[name] = model(input_ids=ids).logits.float().contiguous()
         if name == "fp32":
-            found["class"] = type(model).__name__
-            found["config"] = model.config.to_dict()
-            found["parameters"] = sum(p.numel() for p in model.parameters())
+            report["class"] = type(model).__name__
+            report["config"] = model.config.to_dict()
+            report["parameters"] = sum(p.numel() for p in model.parameters())
             model.generation_config = GenerationConfig()  # the folder's own may ask for penalties and other choices of tokens
             text = model.generate(
                 ids[:1],
@@ -56,16 +56,16 @@ def look(job: dict[str, Any]) -> None:
             )
             tensors["greedy"] = text[:, ids.shape[1] :].contiguous()
             if job.get("ways"):
-                found["ways"] = ways(model, ids) if found["class"].startswith("Everywhen") else {}
+                report["ways"] = ways(model, ids) if report["class"].startswith("Everywhen") else {}
                 whole = model
     if (Path(folder) / "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         coded = tokenizer(job["sample"], add_special_tokens=False).input_ids
-        found["tokenizer"] = {"ids": coded, "text": tokenizer.decode(coded), "eos": tokenizer.eos_token_id}
+        report["tokenizer"] = {"ids": coded, "text": tokenizer.decode(coded), "eos": tokenizer.eos_token_id}
         if job.get("ways"):
-            found["ways"] |= as_text(whole, tokenizer, folder)
+            report["ways"] |= as_text(whole, tokenizer, folder)
     save_file(tensors, job["out"])
-    Path(job["out"] + ".json").write_text(json.dumps(found, default=str))
+    Path(job["out"] + ".json").write_text(json.dumps(report, default=str))
 
 
 def ways(model: Any, ids: Any) -> dict[str, bool]:

@@ -1,7 +1,7 @@
 """Whether a stock folder computes here what it computes in transformers: logits of both on random tokens.
 
-Both models are held in fp32 on the CPU. Besides whole texts, two pieces with a gap of positions between them are read, which tells scaled
-rotary positions apart far out for the price of a short text; windows too long for that are made short in both models.
+Both models run in fp32 on the CPU. Besides whole texts they read a short text whose second half has far higher positions, which shows a
+difference in scaled rotary positions without the cost of a long text. A window too long to be tested is shortened in both models.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def compare(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> No
     _check_memory(folder, tensors)
     mixers = [config.mixers[config.mixer_name(i)] for i in range(config.n_layers)]
     parameters = sum(t.numel() for t in tensors.values())
-    said = their_config(folder)  # a misread config must not decide how far is looked
+    said = their_config(folder)  # as transformers reads it: our reading is under test and must not choose the lengths
     scaling = getattr(said, "rope_parameters", None) or {}
     window = max(getattr(said, "sliding_window", None) or 0, *(int(m.get("window", 0)) for m in mixers))
     dynamic = scaling.get("rope_type") == "dynamic"
@@ -44,15 +44,15 @@ def compare(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> No
     kind = type(theirs).__name__
     for length in sorted(set(lengths)):
         ids = torch.randint(0, config.vocab_size, (2 if length == SHORT else 1, length), generator=torch.Generator().manual_seed(length))
-        found, wanted, rounding = _both(folder, ours, theirs, ids)
-        _agree(folder, kind, found, wanted, rounding, f"{length} tokens")
-    # dynamic ones depend on what is read at once
+        our_logits, their_logits, rounding = _both(folder, ours, theirs, ids)
+        _agree(folder, kind, our_logits, their_logits, rounding, f"{length} tokens")
+    # Dynamic scaling depends on the length of a call, so that a gap of positions would change it.
     if not dynamic and any(m.get("type") == "attention" and m.get("rope", True) for m in mixers):
         limit = int(getattr(theirs.config, "max_position_embeddings", 0) or 0)
         far = max(limit - PIECE, border + border // 2, 4 * SHORT)
         ids = torch.randint(0, config.vocab_size, (1, 2 * PIECE), generator=torch.Generator().manual_seed(0))
-        found, wanted = _apart(folder, ours, theirs, ids, far)
-        _agree(folder, kind, found, wanted, 0.0, f"positions up to {far + PIECE}")
+        our_logits, their_logits = _apart(folder, ours, theirs, ids, far)
+        _agree(folder, kind, our_logits, their_logits, 0.0, f"positions up to {far + PIECE}")
 
 
 def _affordable(parameters: int, config: ModelConfig, length: int) -> bool:
@@ -60,15 +60,16 @@ def _affordable(parameters: int, config: ModelConfig, length: int) -> bool:
 
 
 def _check_memory(folder: Path, tensors: dict[str, Tensor]) -> None:
-    wanted = 1.3 * sum(t.nbytes for t in tensors.values())  # theirs; ours are the tensors that were read
+    # The weights of their model; ours shares the tensors that are loaded already.
+    needed_bytes = 1.3 * sum(t.nbytes for t in tensors.values())
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError, IndexError):
         return
-    if wanted > free:
+    if needed_bytes > free:
         raise UserError(
-            f"To compare {folder} with transformers takes {wanted / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; free some, {HELP}."
+            f"To compare {folder} with transformers takes {needed_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free; free some, {HELP}."
         )
 
 
@@ -113,15 +114,15 @@ def _run(folder: Path, forward: Callable[[], Tensor]) -> Tensor:
 
 
 def _both(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor) -> tuple[Tensor, Tensor, float]:
-    """(our logits, theirs, and how far theirs of the first row alone are off, which is rounding)."""
-    wanted = _run(folder, lambda: theirs(input_ids=ids, use_cache=False).logits.float())
+    """(our logits, theirs, rounding): rounding is how far their logits of the first row change when that row is read alone."""
+    their_logits = _run(folder, lambda: theirs(input_ids=ids, use_cache=False).logits.float())
     rounding = 0.0
     if ids.shape[0] > 1:
-        rounding = float((_run(folder, lambda: theirs(input_ids=ids[:1], use_cache=False).logits.float()) - wanted[:1]).abs().max())
+        rounding = float((_run(folder, lambda: theirs(input_ids=ids[:1], use_cache=False).logits.float()) - their_logits[:1]).abs().max())
     with torch.no_grad():
-        found = ours(ids).logits
-    assert found is not None
-    return found, wanted, rounding
+        our_logits = ours(ids).logits
+    assert our_logits is not None
+    return our_logits, their_logits, rounding
 
 
 def _apart(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor, far: int) -> tuple[Tensor, Tensor]:
@@ -129,22 +130,22 @@ def _apart(folder: Path, ours: LanguageModel, theirs: Any, ids: Tensor, far: int
     half = ids.shape[1] // 2
     positions = torch.cat([torch.arange(half), torch.arange(far, far + half)])[None]
     mask = torch.ones_like(ids)  # says that it is one text in spite of the gap
-    wanted = _run(folder, lambda: theirs(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float())
+    their_logits = _run(folder, lambda: theirs(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.float())
     with torch.no_grad():
         first = ours(ids[:, :half], state=ours.init_state(1))
         assert first.state is not None
         moved = LMState([block.mixer.at_position(part, far) for block, part in zip(ours.blocks, first.state.layers)])
         second = ours(ids[:, half:], state=moved)
     assert first.logits is not None and second.logits is not None
-    return torch.cat([first.logits, second.logits], 1), wanted
+    return torch.cat([first.logits, second.logits], 1), their_logits
 
 
-def _agree(folder: Path, kind: str, found: Tensor, wanted: Tensor, rounding: float, where: str) -> None:
-    if not bool(wanted.isfinite().all()):
+def _agree(folder: Path, kind: str, our_logits: Tensor, their_logits: Tensor, rounding: float, where: str) -> None:
+    if not bool(their_logits.isfinite().all()):
         raise UserError(
             f"{folder} cannot be imported: its logits are not finite in transformers either, so its weights are damaged; fetch it again."
         )
-    worst, largest = float((found - wanted).abs().max()), float(wanted.abs().max())
+    worst, largest = float((our_logits - their_logits).abs().max()), float(their_logits.abs().max())
     if not worst <= max(RELATIVE * largest, 30 * rounding, 1e-6):
         raise UserError(
             f"{folder} cannot be imported: with {where} our logits differ from those of {kind} of transformers {version('transformers')} by "

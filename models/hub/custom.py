@@ -61,8 +61,8 @@ def write_code(config: ModelConfig, out: Path) -> None:
     cells = sorted({c.cell for c in parsed if hasattr(c, "cell")})
     with torch.device("meta"):
         model = LanguageModel(config)
-    kept = sorted({f"mixer.{n.rsplit('.', 1)[-1]}" for n, p in model.named_parameters() if roles(p).get("keep_fp32")})
-    code = modeling(types, cells, kept)
+    fp32_parameters = sorted({f"mixer.{n.rsplit('.', 1)[-1]}" for n, p in model.named_parameters() if roles(p).get("keep_fp32")})
+    code = modeling(types, cells, fp32_parameters)
     (out / "modeling_everywhen.py").write_text(code)
     # transformers finds the class of a model by that of its config: with another modeling file it must be another one.
     mark = f"# goes with the modeling_everywhen.py of sha256 {hashlib.sha256(code.encode()).hexdigest()[:16]}\n"

@@ -64,7 +64,7 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
     origin = origin_of(facts.get("run", {}))
     length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
-    if origin is not None:  # what it could read before it still can
+    if origin is not None:  # the training length does not shorten what the imported model could read
         length = max(length, int(read_object(origin / "config.json").get("max_position_embeddings") or 0))
     target = stock(config, length)[0]
     if target is None:

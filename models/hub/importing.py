@@ -165,8 +165,8 @@ def without_tokenizer(folder: Path) -> str:
 def end_ids(folder: Path) -> list[int]:
     """The ids that end a text by the folder's generation_config.json or config.json; none where these say nothing."""
     for name in ("generation_config.json", "config.json"):
-        given = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
-        ids = [i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)]
+        declared = read_object(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        ids = [i for i in (declared if isinstance(declared, list) else [declared]) if isinstance(i, int)]
         if ids:
             return ids
     return []

@@ -24,7 +24,7 @@ def kernel(cell: Cell) -> str:
     name, S = cell.name, len(cell.state)
     traced = trace(cell)
     step = function(f"kernel_step_{name}", traced.arguments, traced.new, "h0", legend=traced.legend)
-    given = [*(f"x{p}" for p in range(len(cell.pre))), *(f"w{r}" for r in range(len(cell.rec))), *(f"h{s}" for s in range(S))]
+    step_arguments = [*(f"x{p}" for p in range(len(cell.pre))), *(f"w{r}" for r in range(len(cell.rec))), *(f"h{s}" for s in range(S))]
     states = ", ".join(f"h{s}" for s in range(S))
     lines = [
         "@jit",
@@ -40,7 +40,7 @@ def kernel(cell: Cell) -> str:
         "            start = tl.load(STARTS + b * T + t)",
         *(f"            h{s} = tl.where(start != 0, 0.0, h{s})" for s in range(S)),
         "        at += st",
-        f"        {states} = kernel_step_{name}({', '.join(given)})",
+        f"        {states} = kernel_step_{name}({', '.join(step_arguments)})",
         *(f"        tl.store(STATES + ((b * T + t) * {S} + {s}) * D + d, h{s}.to(STATES.dtype.element_ty), mask=inside)" for s in range(S)),
         *(f"    tl.store(FINAL + (b * {S} + {s}) * D + d, h{s}, mask=inside)" for s in range(S)),
     ]

@@ -96,21 +96,21 @@ def read_stock_config(folder: Path) -> ModelConfig:
         raise UserError(f"{folder / 'config.json'} is not a model: {first_line(error)}") from error
 
 
-def _need(values: Any, folder: Path, wanted: dict[str, Any]) -> None:
-    """Raises UserError for the first key that is there with another value than the only ones we have."""
-    for key, only in wanted.items():
-        found, allowed = getattr(values, key, None), only if isinstance(only, tuple) else (only,)
-        if found is not None and found not in allowed:
-            raise UserError(f"{folder} cannot be imported: its {key} is {found!r}, and only {allowed[0]!r} is supported.")
+def _need(values: Any, folder: Path, required: dict[str, Any]) -> None:
+    """Raises UserError for the first key of `required` that is set to a value which our models do not support."""
+    for key, only in required.items():
+        value, allowed = getattr(values, key, None), only if isinstance(only, tuple) else (only,)
+        if value is not None and value not in allowed:
+            raise UserError(f"{folder} cannot be imported: its {key} is {value!r}, and only {allowed[0]!r} is supported.")
 
 
 def _rope(values: Any, folder: Path, partial: bool = False) -> dict[str, Any]:
-    """The keys of our attention that say the rotary positions."""
-    found = dict(values.rope_parameters or {})
-    kind = found.get("rope_type") or found.get("type") or "default"
-    if any(isinstance(value, dict) for value in found.values()):
+    """The rotary positions as keys of our attention mixer: rope_theta, rope_fraction and rope_scaling."""
+    rope = dict(values.rope_parameters or {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{folder} cannot be imported: its rotary positions differ from layer to layer.")
-    fraction = float(found.get("partial_rotary_factor") or 1.0)
+    fraction = float(rope.get("partial_rotary_factor") or 1.0)
     if fraction != 1 and not partial:
         raise UserError(f"{folder} cannot be imported: its rotary positions are partial, which its class does not have.")
     if kind != "default" and kind not in NEEDED:
@@ -120,14 +120,14 @@ def _rope(values: Any, folder: Path, partial: bool = False) -> dict[str, Any]:
     scaling: dict[str, Any] = {}
     if kind != "default":
         if kind == "dynamic":
-            found["original_max_position_embeddings"] = values.max_position_embeddings
-        elif kind == "yarn" and not found.get("factor"):
-            found["factor"] = values.max_position_embeddings / found["original_max_position_embeddings"]
+            rope["original_max_position_embeddings"] = values.max_position_embeddings
+        elif kind == "yarn" and not rope.get("factor"):
+            rope["factor"] = values.max_position_embeddings / rope["original_max_position_embeddings"]
         known = [*NEEDED[kind], *OPTIONAL.get(kind, ())]
-        scaling = {"rope_type": kind, **{k: found[k] for k in known if found.get(k) not in (None, 0)}}
-        if "truncate" in known and found.get("truncate") is False:
+        scaling = {"rope_type": kind, **{k: rope[k] for k in known if rope.get(k) not in (None, 0)}}
+        if "truncate" in known and rope.get("truncate") is False:
             scaling["truncate"] = False
-    return {"rope_theta": float(found.get("rope_theta") or 10000.0), "rope_fraction": fraction, "rope_scaling": scaling or None}
+    return {"rope_theta": float(rope.get("rope_theta") or 10000.0), "rope_fraction": fraction, "rope_scaling": scaling or None}
 
 
 def _heads(values: Any) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def _llama(values: Any, folder: Path) -> dict[str, Any]:
 
 
 def _period(names: list[str]) -> list[str]:
-    """The shortest beginning whose repetition is the whole."""
+    """The shortest prefix of `names` whose repetition gives all of them."""
     return next(names[:n] for n in range(1, len(names) + 1) if all(name == names[i % n] for i, name in enumerate(names)))
 
 

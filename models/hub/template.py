@@ -136,7 +136,7 @@ class EverywhenModel(EverywhenPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """attention_mask (B, L): zeros are padding, which the text never sees, wherever it lies. position_ids (B, T): where they start again,
-        a new text does; other than that they say nothing to a recurrence."""
+        a new text does; otherwise they are ignored, as a recurrence has no positions."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
@@ -148,7 +148,8 @@ class EverywhenModel(EverywhenPreTrainedModel):
         back = None
         if text is not None and bool((text[:, 1:] < text[:, :-1]).any()):  # padding within or behind the text: it is laid in front
             order = text.argsort(dim=1, stable=True)
-            behind = text.flip(1).cumsum(1).flip(1) == 0  # padding that the last token of the text answers for, whose successor is asked
+            # Padding behind the text: generate asks there for the next token, so it gets the output of the text's last token.
+            behind = text.flip(1).cumsum(1).flip(1) == 0
             back = order.argsort(dim=1).masked_fill(behind, text.shape[1] - 1)
             x_BTD, segments = taken(x_BTD, order), taken(1 - text, order)
             input_ids = None if input_ids is None else taken(input_ids, order)
@@ -173,11 +174,11 @@ class EverywhenModel(EverywhenPreTrainedModel):
             )
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return None
-        wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        return EverywhenCache() if cache is None and wanted else cache
+        make_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        return EverywhenCache() if cache is None and make_cache else cache
 
     def _read(self, x_BTD: Tensor, input_ids: Tensor | None, segments: Tensor | None, cache: Any) -> tuple[Tensor, list[Tensor]]:
-        """(what the last layer makes of x, x and what each layer makes of it); the cache is taken further."""
+        """(the last layer's output, the list of x and every layer's output); the cache is moved on by these tokens."""
         if cache is None:
             return self._run(x_BTD, None, segments)[::2]
         if cache.states is None:
@@ -206,8 +207,8 @@ class EverywhenModel(EverywhenPreTrainedModel):
         which = getattr(self.config, "output_hidden_states", False) if which is None else which
         if isinstance(which, bool) or which is None:
             return tuple(every) if which else None
-        wanted = {i % len(every) for i in ([which] if isinstance(which, int) else which) if -len(every) <= i < len(every)}
-        return tuple(x if i in wanted else None for i, x in enumerate(every))
+        indices = {i % len(every) for i in ([which] if isinstance(which, int) else which) if -len(every) <= i < len(every)}
+        return tuple(x if i in indices else None for i, x in enumerate(every))
 
 
 class EverywhenForCausalLM(EverywhenPreTrainedModel, GenerationMixin):

@@ -64,7 +64,7 @@ class EverywhenCache(Cache):
         """The past is always recorded."""
 
     def crop(self, tokens: int) -> None:
-        """Takes back -tokens tokens; a positive number says how many stay."""
+        """Removes the last -tokens tokens; a positive number is how many tokens stay."""
         target = self.seen + tokens if tokens <= 0 else min(tokens, self.seen)
         if target == self.seen:
             return

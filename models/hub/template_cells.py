@@ -30,7 +30,7 @@ class Cell:
         self.name = name
         self.step, self.derivatives, self.kernel, self.jumps = CELLS[name]
         roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
-        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == wanted] for wanted in ("Pre", "Rec", "State"))
+        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == annotation] for annotation in ("Pre", "Rec", "State"))
 
     def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
         new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
@@ -51,7 +51,7 @@ def torch_functions(cell: Cell) -> Any:
 
 
 def jumps(cell: Cell) -> bool:
-    """Whether a new state may jump where an old one is changed a little."""
+    """Whether the new state is a discontinuous function of the old one."""
     return bool(cell.jumps)
 
 
@@ -82,7 +82,8 @@ def parallel_rnn(
     if has_kernel(cell, pre_BTPD) and T and not learning:
         states, final = walk_on_gpu(cell, pre_BTPD, rec_RD, h0, starts_BT)
     else:
-        run = sequential if T == 1 or cell.derivatives is None else parallel  # without written derivatives by the loop alone
+        # A cell without written derivatives runs step by step under autograd.
+        run = sequential if T == 1 or cell.derivatives is None else parallel
         with torch.autocast(pre.device.type, enabled=False):
             states, final = run(cell, pre_BTPD.to(dtype), rec_RD.to(dtype), h0, starts_BT)
         states = states.to(pre.dtype)

@@ -57,13 +57,13 @@ def parse(name: str, mapping: dict[str, Any], d_model: int) -> tuple[Any, list[s
         return None, [f"model.mixers.{name}: {error}."]
     hints, where = typing.get_type_hints(schema), f"model.mixers.{name}."
     problems: list[str] = []
-    given = {key: value for key, value in mapping.items() if key != "type"}
-    values = read(given, hints, where, problems, exact=True, names={})
+    settings = {key: value for key, value in mapping.items() if key != "type"}
+    values = read(settings, hints, where, problems, exact=True, names={})
     for key, value in list(values.items()):
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{where}{key} must be a finite number, not {values.pop(key)}.")
     # Where a key that was meant is missing, combinations cannot be judged.
-    meant = {key if key in hints else close_to(str(key), hints) for key in given} - {""}
+    meant = {key if key in hints else close_to(str(key), hints) for key in settings} - {""}
     unread = not meant <= values.keys()
     if unread:
         return None, problems

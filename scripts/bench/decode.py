@@ -80,14 +80,15 @@ def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
 
 
 @torch.no_grad()
-def state_at(model: LanguageModel, context: int, state: Any = None, seen: int = 0) -> Any:
-    """The state of one sequence after `context` random tokens, of which `state` has `seen`; where there are caches all is drawn at random."""
+def state_at(model: LanguageModel, context: int, state: Any = None, tokens_read: int = 0) -> Any:
+    """The state of one sequence after `context` random tokens, of which `state` has read `tokens_read`; one with caches is drawn at
+    random."""
     device = model.embedding.weight.device
     state = model.init_state(1) if state is None else state
     if any(block.mixer.grows() for block in model.blocks):
         return LMState([block.mixer.random_state(1, context, device) for block in model.blocks])
     chunk = 4096
-    for first in range(seen, context, chunk):
+    for first in range(tokens_read, context, chunk):
         ids = torch.randint(model.config.vocab_size, (1, min(chunk, context - first)), device=device)
         state = model(ids, state=state, last_only=True).state
     return state
@@ -211,8 +212,8 @@ class Bench:
     def late(self) -> bool:
         return time.perf_counter() - self.started > self.seconds
 
-    def wanted(self, keys: list[str]) -> bool:
-        """Whether one of these items is still to be measured; those there is no time for are marked so."""
+    def still_to_do(self, keys: list[str]) -> bool:
+        """Whether one of these items has to be measured now. When the time is over, the missing ones are recorded as not measured."""
         missing = [key for key in keys if self.only in key and key not in self.report["items"]]
         if missing and self.late():
             for key in missing:
@@ -247,16 +248,16 @@ class Bench:
         name = f"{family}-{size}"
         plain = f"{name} batch {batches[1]} context {contexts[0]}, step in plain torch"
         keys = {(c, b): f"{name} batch {b} context {c}" for c in contexts for b in batches}
-        if not self.wanted([*keys.values(), *([plain] if family == "mamba2" else [])]):
+        if not self.still_to_do([*keys.values(), *([plain] if family == "mamba2" else [])]):
             return
         model = random_model(config_of(family, size), self.device)
-        one, seen = None, 0
+        one, tokens_read = None, 0
         for context in contexts:
-            if not self.wanted([keys[context, b] for b in batches]) and not (
-                family == "mamba2" and context == contexts[0] and self.wanted([plain])
+            if not self.still_to_do([keys[context, b] for b in batches]) and not (
+                family == "mamba2" and context == contexts[0] and self.still_to_do([plain])
             ):
                 continue
-            one, seen = state_at(model, context, one, seen), context
+            one, tokens_read = state_at(model, context, one, tokens_read), context
             for batch in batches:
                 copies = 1 if batch == 1 else 2  # the decoder's, and before it one of a row for all
                 if 1.1 * copies * batch * model.state_bytes(context + 1024) > memory(self.device):
@@ -275,7 +276,7 @@ class Bench:
             for b, c in (((1, 32),) if self.toy else ((1, 1024), (64, 64)))
             if b == 1 or size != "1b"
         }
-        if self.wanted(list(cases)):
+        if self.still_to_do(list(cases)):
             model = random_model(config_of(family, size), self.device)
             for key, (batch, context) in cases.items():
                 self.item(key, functools.partial(measure_transformers, model, batch, context, new))

@@ -95,16 +95,16 @@ def measure(adapter: Any, ids: Any, values: dict[str, Any]) -> dict[str, Any]:
     from evals.measures.position import position_curve
 
     try:
-        found = position_curve(
+        curve = position_curve(
             adapter, ids, chunk=values["chunk"], batch=values["rows"], per_octave=values["per_octave"], seed=values["seed"]
         )
     except (ItemError, torch.OutOfMemoryError) as error:
         return {"length": ids.shape[1] - 1, "failed": str(error).split("\n")[0]}
-    return {**found, "peak_memory_bytes": peak(adapter.device)}
+    return {**curve, "peak_memory_bytes": peak(adapter.device)}
 
 
 def verdict(passes: dict[str, dict[str, Any]], cuda: bool) -> dict[str, Any]:
-    """Of one model: the growth of the peak from the shortest to the longest length, and whether that is none."""
+    """How much one model's peak memory grows from the shortest to the longest length, and whether the growth counts as none."""
     rows = sorted((p for p in passes.values() if "peak_memory_bytes" in p), key=lambda p: p["length"])
     if len(rows) < 2:
         return {"memory_independent_of_length": None}
@@ -119,7 +119,7 @@ def verdict(passes: dict[str, dict[str, Any]], cuda: bool) -> dict[str, Any]:
 
 
 def settle(values: dict[str, Any]) -> list[str]:
-    """Fills in what the machine decides; the names of the models. Raises UserError."""
+    """Replaces defaults that depend on the machine, in place; returns the names of the models to measure. Raises UserError."""
     import torch
 
     if values["device"] not in ("auto", "cpu", "cuda") or values["device"] == "cuda" and not torch.cuda.is_available():
@@ -136,7 +136,7 @@ def settle(values: dict[str, Any]) -> list[str]:
 
 
 def main(words: list[str]) -> None:
-    """What the command line asks for. Raises UserError."""
+    """Measures every model at every length that OUT does not have yet. Raises UserError."""
     values = parse_arguments(words, DEFAULTS)
     names = settle(values)
     import numpy as np
@@ -148,13 +148,13 @@ def main(words: list[str]) -> None:
     from training.watch.metrics import environment
 
     device, out = torch.device(values["device"]), Path(values["out"])
-    kept = {key: values[key] for key in ("chunk", "rows", "width", "seed", "precision", "device", "checkpoint", "text", "data")}
+    settings = {key: values[key] for key in ("chunk", "rows", "width", "seed", "precision", "device", "checkpoint", "text", "data")}
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    if result.get("settings") != kept:
-        result = {"settings": kept, "models": {}}
+    if result.get("settings") != settings:
+        result = {"settings": settings, "models": {}}
     for name in names:
-        held = result["models"].setdefault(name, {"passes": {}})
-        todo = [n for n in values["lengths"] if "seconds" not in held["passes"].get(str(n), {})]
+        record = result["models"].setdefault(name, {"passes": {}})
+        todo = [n for n in values["lengths"] if "seconds" not in record["passes"].get(str(n), {})]
         if not todo:
             print(f"{name}: there already", flush=True)
             continue
@@ -164,7 +164,7 @@ def main(words: list[str]) -> None:
             else untrained(name, values, device)
         )
         text = open_text(adapter, values["data"], values["text"]) if values["checkpoint"] else None
-        held["model"] = adapter.describe()
+        record["model"] = adapter.describe()
         for n, timed in [(todo[0], False), *((n, True) for n in todo)]:
             try:
                 ids = (
@@ -174,18 +174,18 @@ def main(words: list[str]) -> None:
                 )
             except ItemError as error:
                 raise UserError(str(error)) from error
-            found = measure(adapter, ids, values)
+            row = measure(adapter, ids, values)
             if not timed:
                 continue
-            held["passes"][str(n)] = found
-            held["verdict"] = verdict(held["passes"], device.type == "cuda")
+            record["passes"][str(n)] = row
+            record["verdict"] = verdict(record["passes"], device.type == "cuda")
             write_json(out, {**result, "environment": environment(device)})
             figures = (
-                found.get("failed")
-                or f"{found['seconds']:.1f} s, {found['tokens_per_second']:,.0f} tokens/s, peak {found['peak_memory_bytes']:,} bytes"
+                row.get("failed")
+                or f"{row['seconds']:.1f} s, {row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_memory_bytes']:,} bytes"
             )
-            print(f"{name} ({held['model']['parameters']:,} parameters), {n:,} tokens: {figures}", flush=True)
-        print(f"{name}: {held['verdict']}", flush=True)
+            print(f"{name} ({record['model']['parameters']:,} parameters), {n:,} tokens: {figures}", flush=True)
+        print(f"{name}: {record['verdict']}", flush=True)
         del adapter
     print(f"written: {out}")
 

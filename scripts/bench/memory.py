@@ -46,15 +46,15 @@ SETS: dict[str, dict[str, list[str]]] = {
 
 
 def settings(words: list[str]) -> dict[str, str]:
-    wanted = {"out": "", "data": "", "set": "all", "only": "", "budget": "600", "steps": "4"}
+    options = {"out": "", "data": "", "set": "all", "only": "", "budget": "600", "steps": "4"}
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in wanted or not equals:
-            sys.exit(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in wanted)}.")
-        wanted[key] = value
-    if not wanted["out"] or not wanted["data"] or wanted["set"] not in (*SETS, "all"):
+        if key not in options or not equals:
+            sys.exit(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.")
+        options[key] = value
+    if not options["out"] or not options["data"] or options["set"] not in (*SETS, "all"):
         sys.exit(f"error: give out=FILE, data=DIR of token shards, and set= one of {', '.join(SETS)}, all.")
-    return wanted
+    return options
 
 
 def expected(overrides: list[str]) -> dict[str, Any]:
@@ -65,13 +65,13 @@ def expected(overrides: list[str]) -> dict[str, Any]:
     from training.setup import model_config
 
     config = checked(compose_config(overrides))
-    own, _ = model_config(config, None)
-    model = meta_model(own)
-    found = estimate(config, model, activations(config, own), 1)
-    phases = {"forward": found.forward, "backward": found.backward, "update": found.update}
+    shape, _ = model_config(config, None)
+    model = meta_model(shape)
+    forecast = estimate(config, model, activations(config, shape), 1)
+    phases = {"forward": forecast.forward, "backward": forecast.backward, "update": forecast.update}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "estimate_gib": found.peak / GIB,
+        "estimate_gib": forecast.peak / GIB,
         "estimate_by_phase": {k: v / GIB for k, v in phases.items()},
     }
 
@@ -88,25 +88,25 @@ def measured(overrides: list[str], run_dir: Path, limit: float) -> dict[str, Any
     metrics = run_dir / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     rows = [row for row in rows if "loss" in row]
-    found: dict[str, Any] = {"status": status, "wall_s": time.monotonic() - began, "steps": len(rows)}
+    report: dict[str, Any] = {"status": status, "wall_s": time.monotonic() - began, "steps": len(rows)}
     if rows:
         later = rows[2:] or rows
-        found |= {
+        report |= {
             "peak_gib": max(row["memory_gib"] for row in rows),
             "tokens_per_second": statistics.median(row["tokens_per_second"] for row in later),
             "mfu": statistics.median(row["mfu"] for row in later) if all(row["mfu"] for row in later) else None,
             "losses": [row["loss"] for row in rows],
         }
     if status:
-        found["said"] = text[-1500:]
-    return found
+        report["said"] = text[-1500:]
+    return report
 
 
 def main() -> int:
-    wanted = settings(sys.argv[1:])
-    out, end = Path(wanted["out"]), time.monotonic() + float(wanted["budget"])
+    options = settings(sys.argv[1:])
+    out, end = Path(options["out"]), time.monotonic() + float(options["budget"])
     chosen = {
-        name: row for key, rows in SETS.items() if wanted["set"] in (key, "all") for name, row in rows.items() if wanted["only"] in name
+        name: row for key, rows in SETS.items() if options["set"] in (key, "all") for name, row in rows.items() if options["only"] in name
     }
     rows: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
@@ -115,12 +115,12 @@ def main() -> int:
         if left < 15:
             print(f"{name}: no time left", flush=True)
             continue
-        words = [*overrides, *COMMON, f"data.path={Path(wanted['data']).resolve()}", f"train.steps={wanted['steps']}"]
+        words = [*overrides, *COMMON, f"data.path={Path(options['data']).resolve()}", f"train.steps={options['steps']}"]
         with tempfile.TemporaryDirectory() as folder:
             row = {"name": name, "overrides": words, **expected(words)}
             row |= measured(words, Path(folder) / "run", min(LIMIT, left))
-            kept = Path(folder) / "run" / "environment.json"
-            environment = json.loads(kept.read_text()) if kept.exists() else environment
+            environment_file = Path(folder) / "run" / "environment.json"
+            environment = json.loads(environment_file.read_text()) if environment_file.exists() else environment
         rows.append(row)
         report = {"tools": {tool: shutil.which(tool) for tool in ("gcc", "g++", "nvcc", "ninja")}, "environment": environment, "rows": rows}
         write_json(out, report)

@@ -45,10 +45,10 @@ def inputs(B: int, T: int, D: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def gaps(found: list[Tensor], wanted: list[Tensor], names: list[str], largest: bool = False) -> dict[str, float]:
-    """Relative errors by norm; the first, the output, also by its largest error."""
-    out = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, found, wanted)}
-    return out | ({"y_abs": float((found[0].double() - wanted[0]).abs().max())} if largest else {})
+def gaps(ours: list[Tensor], exact: list[Tensor], names: list[str], largest: bool = False) -> dict[str, float]:
+    """||ours - exact|| / ||exact|| of each tensor by name; largest: also the largest absolute error of the first one, the output."""
+    out = {name: float((a.double() - b).norm() / b.norm()) for name, a, b in zip(names, ours, exact)}
+    return out | ({"y_abs": float((ours[0].double() - exact[0]).abs().max())} if largest else {})
 
 
 def accuracy(dtype: torch.dtype) -> dict[str, Any]:
@@ -60,17 +60,17 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
     fine = {k: v.double().requires_grad_() for k, v in p.items() if k not in ("starts", "dy")}
     conv = [p["x"], p["history"], p["weight"], p["bias"], p["starts"], True]
     oracle = conv_reference.short_conv(*(fine[k] for k in ("x", "history", "weight", "bias")), p["starts"], True)
-    wanted = torch.autograd.grad(oracle, [fine[k] for k in ("x", "history", "weight", "bias")], p["dy"].double())
+    gradients = torch.autograd.grad(oracle, [fine[k] for k in ("x", "history", "weight", "bias")], p["dy"].double())
     got = [conv_launch.convolve(*conv), *conv_launch.convolve_backward(p["dy"], *conv)]
-    out = {"conv": gaps(got, [oracle.detach(), *wanted], ["y", "dx", "dhistory", "dweight", "dbias"], True)}
+    out = {"conv": gaps(got, [oracle.detach(), *gradients], ["y", "dx", "dhistory", "dweight", "dbias"], True)}
     out["conv"]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).detach().abs().max())
     for name, gate, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
         leaves = [fine["h"], fine["gate"] if gate else None, fine["norm"]]
         oracle = norm_reference.gated_norm(*leaves, 1e-5, 1, first)
-        wanted = torch.autograd.grad(oracle, [leaf for leaf in leaves if leaf is not None], p["dy"].double())
-        given = (p["h"], p["gate"] if gate else None, p["norm"], 1e-5, 1, first)
-        got = [norm_launch.norm(*given, dtype), *(g for g in norm_launch.norm_backward(p["dy"], *given) if g is not None)]
-        out[name] = gaps(got, [oracle.detach(), *wanted], ["y", "dh", *(["dgate"] if gate else []), "dweight"], True)
+        gradients = torch.autograd.grad(oracle, [leaf for leaf in leaves if leaf is not None], p["dy"].double())
+        norm_arguments = (p["h"], p["gate"] if gate else None, p["norm"], 1e-5, 1, first)
+        got = [norm_launch.norm(*norm_arguments, dtype), *(g for g in norm_launch.norm_backward(p["dy"], *norm_arguments) if g is not None)]
+        out[name] = gaps(got, [oracle.detach(), *gradients], ["y", "dh", *(["dgate"] if gate else []), "dweight"], True)
         out[name]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).detach().abs().max())
     return out
 
@@ -205,8 +205,8 @@ def main() -> None:
     copy = copy_bandwidth()
     results = Results(arguments.out, torch.device("cuda"), copy_bytes_per_ms=copy)
 
-    def keep(key: str, make: Callable[..., Any], *given: Any) -> None:
-        results.keep(key, attempted(lambda: make(*given)))
+    def keep(key: str, make: Callable[..., Any], *values: Any) -> None:
+        results.keep(key, attempted(lambda: make(*values)))
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         keep(f"accuracy {str(dtype)[6:]}", accuracy, dtype)

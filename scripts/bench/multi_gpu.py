@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, ranks: int, environment: dict[str, str]) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"everywhen-{ranks}-gpus-"))
         self.alive()
-        self.given = 0
+        self.cases_sent = 0
         with (self.folder / "said.txt").open("w") as said:
             self.process = subprocess.Popen(
                 [*launcher(ranks), "-m", "scripts.bench.multi_gpu_worker", str(self.folder)],
@@ -79,9 +79,9 @@ class Worker:
 
     def run(self, case: dict[str, Any], wait: Callable[[], None]) -> dict[str, Any] | None:
         """The row of a case, None when the worker died of it; `wait` is called all the time and may raise TimeIsUp."""
-        row = self.folder / f"row-{self.given:05d}.json"
-        write_json(self.folder / f"case-{self.given:05d}.json", case)
-        self.given += 1
+        row = self.folder / f"row-{self.cases_sent:05d}.json"
+        write_json(self.folder / f"case-{self.cases_sent:05d}.json", case)
+        self.cases_sent += 1
         while not row.exists():
             if self.process.poll() is not None:
                 return None
@@ -148,7 +148,7 @@ class Bench:
     def add(self, **row: Any) -> None:
         self.rows.append({"gpus": self.gpus, "device": self.device, "commit": self.about["commit"], **row})
         write_bytes(self.file, "".join(json.dumps(one) + "\n" for one in self.rows).encode())
-        if "not_run" not in row:  # the table at the end names those
+        if "not_run" not in row:  # the table at the end names cases without a row
             print(line_of(self.rows[-1], self.rows), flush=True)
 
     def has(self, part: str, name: str, gpus: int) -> bool:
@@ -169,7 +169,7 @@ class Bench:
             self.silent[ranks] = 0
             self.add(**row)
             return
-        self.silent[ranks] = self.silent.get(ranks, 0) + (worker.given == 1)
+        self.silent[ranks] = self.silent.get(ranks, 0) + (worker.cases_sent == 1)
         said = worker.said()
         worker.kill()
         del self.workers[ranks]
@@ -257,9 +257,9 @@ def kill(bench: Bench, folder: Path) -> None:
         try:
             while process.poll() is None:
                 bench.wait()
-                found = [row for _, row in rank_files(ranks) if row.get("pid")]
-                if not kills and max((row.get("step") or 0 for row in found), default=0) >= steps // 3:
-                    os.kill(random.Random(0).choice(found)["pid"], signal.SIGKILL)
+                rank_rows = [row for _, row in rank_files(ranks) if row.get("pid")]
+                if not kills and max((row.get("step") or 0 for row in rank_rows), default=0) >= steps // 3:
+                    os.kill(random.Random(0).choice(rank_rows)["pid"], signal.SIGKILL)
                     kills += 1
         finally:
             if process.poll() is None:
@@ -282,12 +282,12 @@ def kill(bench: Bench, folder: Path) -> None:
 
 def tasks(bench: Bench, parts: list[str], folder: Path) -> list[tuple[str, str, int, Callable[[], None]]]:
     """(part, id, GPUs, what measures it) of all parts asked for, the most wanted first."""
-    found: list[Task] = []
-    made = {"zero": zero(bench.gpus, bench.toy, bench.sizes), "sequence": sequence(bench.gpus, bench.toy)}
+    cases: list[Task] = []
+    cases_of = {"zero": zero(bench.gpus, bench.toy, bench.sizes), "sequence": sequence(bench.gpus, bench.toy)}
     for depth in range(3):
         for part in ("zero", "sequence"):
-            found += made[part][depth] if part in parts else []
-    result = [(case["part"], case["id"], ranks, lambda ranks=ranks, case=case: bench.case(ranks, case)) for ranks, case in found]
+            cases += cases_of[part][depth] if part in parts else []
+    result = [(case["part"], case["id"], ranks, lambda ranks=ranks, case=case: bench.case(ranks, case)) for ranks, case in cases]
     if "resume" in parts:
         for n in [n for n in (4, 2, 1) if n < bench.gpus][:2]:
             result.append(("resume", f"on {n}, ZeRO 2 to 1", bench.gpus, lambda n=n: resume(bench, folder, n)))

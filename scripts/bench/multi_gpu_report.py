@@ -50,17 +50,17 @@ def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 
 def summary(out: Path) -> list[str]:
     """The table, and summary.json: each row with what follows from the others of its file."""
-    lines, kept = [], []
+    lines, enriched_rows = [], []
     for path in sorted(out.glob("rows_*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        kept += [{"rows": path.stem, **enriched(row, rows)} for row in rows]
+        enriched_rows += [{"rows": path.stem, **enriched(row, rows)} for row in rows]
         lines += [line_of(row, rows) for row in rows]
-    write_json(out / "summary.json", kept)
+    write_json(out / "summary.json", enriched_rows)
     return lines
 
 
 def note_of(rows: str) -> str:
-    """What a file of rows is named for beyond its number of GPUs: rows_4_later says `, later`."""
+    """The part of a rows file's name after its number of GPUs, as a note: `, later` for rows_4_later."""
     said = " ".join(rows.split("_")[2:])
     return f", {said}" if said else ""
 

@@ -56,7 +56,7 @@ class RandomTokens(Reader):
 
 
 def fresh(device: torch.device) -> None:
-    """Nothing of the case before is counted in this one's memory or traffic."""
+    """Frees memory and resets the counters, so that this case measures nothing of the one before."""
     gc.collect()
     parallel.traffic.clear()
     if device.type == "cuda":
@@ -65,9 +65,9 @@ def fresh(device: torch.device) -> None:
 
 
 def over_ranks(value: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def quick_weights(model: nn.Module) -> None:
@@ -164,12 +164,12 @@ def difference(case: dict[str, Any], world: World, T: int, low: bool) -> float:
     g = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(1, T, D, generator=g).to(device) for _ in range(2))
     segments = (torch.arange(T)[None] > T * 2 // 3).int().to(device)
-    own = slice(world.rank * T // world.size, (world.rank + 1) * T // world.size)
+    rank_slice = slice(world.rank * T // world.size, (world.rank + 1) * T // world.size)
     whole = parts_of(case["mixer"], D, x, weight, segments, low)
-    part = parts_of({**case["mixer"], "split": True}, D, x[:, own], weight[:, own], segments[:, own].contiguous(), low)
+    part = parts_of({**case["mixer"], "split": True}, D, x[:, rank_slice], weight[:, rank_slice], segments[:, rank_slice].contiguous(), low)
     for gradient in part[2:]:
         dist.all_reduce(gradient)
-    exact = [whole[0][:, own], whole[1][:, own], *whole[2:]]
+    exact = [whole[0][:, rank_slice], whole[1][:, rank_slice], *whole[2:]]
     return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in zip(part, exact))
 
 
@@ -216,9 +216,9 @@ def timed(case: dict[str, Any], D: int, T: int, world: World, over: bool) -> dic
         parallel.traffic.clear()
         times.append(seconds(both, device, dist.barrier if over else None))
         x.grad = None
-        if len(times) == 2:  # how often is rank 0's to say, for all
-            wanted = 2 + min(4, int(2 / max(times[1], 1e-3)))
-            repeats = over_ranks(wanted)[0] if over else wanted
+        if len(times) == 2:  # rank 0 decides the number of repeats for all ranks
+            enough = 2 + min(4, int(2 / max(times[1], 1e-3)))
+            repeats = over_ranks(enough)[0] if over else enough
     row = {"seconds": statistics.median(times[1:]), "first_seconds": times[0], "memory_gib": peak_memory_gib(device)}
     return {**row, "memory_gib": max(over_ranks(row["memory_gib"])), **traffic_row()} if over else row
 
@@ -244,10 +244,10 @@ def main(words: list[str]) -> None:
     cut = dataclasses.replace(world, sequence=world.size, group=dist.new_group(list(range(world.size))))
     number = 0
     while (case := next_case(Path(folder), number)) is not None:
-        start, held = time.perf_counter(), torch.cuda.memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+        start, gib_before = time.perf_counter(), torch.cuda.memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
         row = (layer_case if case["kind"] == "layer" else train_case)(case, cut if case.get("sequence", 1) > 1 else world)
-        row |= {"held_before_gib": held, "case_seconds": time.perf_counter() - start}
-        fresh(world.device)  # now: the next case may be that of another worker, with which this one shares the GPU
+        row |= {"held_before_gib": gib_before, "case_seconds": time.perf_counter() - start}
+        fresh(world.device)  # at once: the next case may go to another worker on the same GPU
         if world.main:
             write_json(Path(folder) / f"row-{number:05d}.json", {**case, "gpus": world.size, "device": device_name(world.device), **row})
         number += 1

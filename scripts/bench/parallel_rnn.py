@@ -88,9 +88,9 @@ COMPILED = ("accuracy", "kernels", "corrected", "layers", "graph", "memory", "de
 
 def warm(share: int, of: int) -> None:
     """Runs every of-th part that compiles kernels once, unmeasured: Triton keeps what it compiled on disk."""
-    wanted = [make for key, make in parts(1.0) if key in COMPILED]
+    compiled_parts = [make for key, make in parts(1.0) if key in COMPILED]
     with unmeasured():
-        for make in wanted[share::of]:
+        for make in compiled_parts[share::of]:
             row = attempted(make)
             if isinstance(row, dict) and "error" in row:  # the measured run says it
                 print(f"warm: {row['error']}"[:300], flush=True)

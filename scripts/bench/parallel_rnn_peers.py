@@ -98,9 +98,9 @@ def elementwise_newton(cell: Any, pre: Tensor, rec: Tensor, iterations: int = 3)
 def newton_row(B: int, T: int, D: int) -> dict[str, Any]:
     cell, pre, rec, h0 = inputs("paragru", B, T, D, torch.bfloat16)
     with torch.no_grad():
-        found = elementwise_newton(cell, pre, rec)
+        newton_states = elementwise_newton(cell, pre, rec)
         ours = launch.forward(cell, pre, rec, h0, None)[0]
-        error = (found[:, :, 0] - ours.float()).abs().max().item()
+        error = (newton_states[:, :, 0] - ours.float()).abs().max().item()
         return {
             "B": B,
             "T": T,

@@ -38,17 +38,17 @@ def accuracy(name: str) -> dict[str, Any]:
         with torch.no_grad():
             states, _ = reference.sequential(cell, *fine, None)
         d = torch.randn(states[:, :, -1].shape, device="cuda").to(dtype)
-        wanted = reference.linear_backward(
+        exact_gradients = reference.linear_backward(
             cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2])
         )
         launch.last_report()
-        emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None, slices=slices)
+        emitted, saved, final, _ = launch.forward(cell, pre, rec, h0, None, slices=slices)
         tag, exact = f"{str(dtype)[6:]} weights x{scale:g}{', sliced' if slices else ', at once'}", states[:, :, -1]
         out.update({f"{tag}: {k}": v for k, v in launch.last_report().items()})
         out[f"{tag}: forward abs"] = (emitted - exact).abs().max().item()
         out[f"{tag}: forward abs of the rounded oracle"] = (exact.to(dtype) - exact).abs().max().item()
         for label, a, b in zip(
-            ("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, emitted, kept, d, None, torch.zeros_like(final), slices=slices), wanted
+            ("pre", "rec", "h0"), launch.backward(cell, pre, rec, h0, None, emitted, saved, d, None, torch.zeros_like(final), slices=slices), exact_gradients
         ):  # fmt: skip
             if b.numel():
                 out[f"{tag}: d {label} rel"] = ((a - b).norm() / b.norm()).item()
@@ -63,14 +63,14 @@ def kernel_row(name: str, B: int, T: int, D: int, copy: float, memory: float = 0
         pre[:, :, 0] += memory if name == "paragru" else -memory
     P, S = len(cell.pre), len(cell.state)
     launch.last_report()
-    emitted, kept, final, _ = launch.forward(cell, pre, rec, h0, None)
+    emitted, saved, final, _ = launch.forward(cell, pre, rec, h0, None)
     report = launch.last_report()
     d_emitted, d_final = torch.randn_like(emitted), torch.zeros_like(final)
     unit, plan = B * T * D * 2 / copy, launch.plan_of(pre[:, :, :, None], S)
     row = {
         "cell": name, "B": B, "T": T, "D": D, "memory": memory, "slices": plan.slices, "at_once": isinstance(plan, launch.ShootPlan), **report,
         "forward_ms": milliseconds(lambda: launch.forward(cell, pre, rec, h0, None)), "forward_limit_ms": unit * (P + S),
-        "backward_ms": milliseconds(lambda: launch.backward(cell, pre, rec, h0, None, emitted, kept, d_emitted, None, d_final)),
+        "backward_ms": milliseconds(lambda: launch.backward(cell, pre, rec, h0, None, emitted, saved, d_emitted, None, d_final)),
         "backward_limit_ms": unit * (2 * P + S + 1),
     }  # fmt: skip
     for way in ("forward", "backward"):

@@ -60,8 +60,8 @@ def accuracy() -> dict[str, Any]:
         dy = torch.randn(tensors[0].shape, device="cuda").to(dtype)
         leaves = [t.double().requires_grad_() for t in tensors]
         y, _ = reference.ssd_sequential(*leaves[:5], D=leaves[5])
-        wanted = [y, *torch.autograd.grad(y, leaves, dy.double())]
-        for name, a, b in zip(("y", "dx", "ddt", "dA", "dB", "dC", "dD"), both(tensors, dy), wanted):
+        exact = [y, *torch.autograd.grad(y, leaves, dy.double())]
+        for name, a, b in zip(("y", "dx", "ddt", "dA", "dB", "dC", "dD"), both(tensors, dy), exact):
             rounded = ((b.to(a.dtype).double() - b).norm() / b.norm()).item()
             out[f"{str(dtype)[6:]} {name}"] = {"error": ((a.double() - b).norm() / b.norm()).item(), "of rounding": rounded}
     return out
@@ -189,23 +189,23 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
-    wanted = arguments.parts.split(",")
+    chosen_parts = arguments.parts.split(",")
     copy = 1.0 if arguments.worker else copy_bandwidth()
     sizes = [str(launch.FORWARD), str(launch.BACKWARD)]
     results = Results(arguments.out, torch.device("cuda"), sizes=sizes, copy_bytes_per_ms=copy)
-    if "accuracy" in wanted:
+    if "accuracy" in chosen_parts:
         results.keep("accuracy", attempted(accuracy))
-    if "kernels" in wanted:
+    if "kernels" in chosen_parts:
         for shape in SHAPES:
             results.keep(f"kernels {shape}", attempted(functools.partial(kernel_row, shape, copy)))
-    if "split" in wanted:
+    if "split" in chosen_parts:
         for shape in (SHAPES[0], SHAPES[1], SHAPES[4]):
             results.keep(f"split {shape}", attempted(functools.partial(parts, shape)))
-    if "training" in wanted:
+    if "training" in chosen_parts:
         results.keep("training eager", attempted(lambda: training(False)))
-    if "compiled" in wanted:
+    if "compiled" in chosen_parts:
         results.keep("training compiled", attempted(lambda: training(True)))
-    if "sweep" in wanted:
+    if "sweep" in chosen_parts:
         results.keep("sweep", attempted(lambda: sweep(copy, arguments.worker)))
 
 

@@ -72,16 +72,16 @@ def perplexity(adapter: HFAdapter, rows_RT: np.ndarray) -> dict[str, Any]:
 
 def passkey(adapter: HFAdapter, samples: int, length: int, batch: int, seed: int) -> dict[str, Any]:
     coder, rng = adapter.need_coder(), np.random.default_rng(seed)
-    made = [Task("passkey").sample(coder, length, (i + 0.5) / samples, i, seed) for i in range(samples)]
+    samples_drawn = [Task("passkey").sample(coder, length, (i + 0.5) / samples, i, seed) for i in range(samples)]
     model: Any = adapter.model
     equal, right, hits = {"key": 0, "written": 0, "changed": 0}, 0, 0
     for a in range(0, samples, batch):
-        group = made[a : a + batch]
+        group = samples_drawn[a : a + batch]
         prompt = torch.tensor([s.prompt for s in group])
-        given = prompt.to(adapter.device)
+        device_prompt = prompt.to(adapter.device)
         written = model.generate(
-            given,
-            attention_mask=torch.ones_like(given),
+            device_prompt,
+            attention_mask=torch.ones_like(device_prompt),
             max_new_tokens=NEW,
             min_new_tokens=NEW,
             do_sample=False,
@@ -112,10 +112,10 @@ def passkey(adapter: HFAdapter, samples: int, length: int, batch: int, seed: int
 
 
 def long(adapter: HFAdapter, row_1T: np.ndarray) -> dict[str, Any]:
-    found: list[torch.Tensor] = []
+    pieces: list[torch.Tensor] = []
     ids, start = torch.from_numpy(row_1T), time.perf_counter()
-    adapter.stream(ids, 4096, lambda first, nll, state: found.append(nll.cpu()))
-    chunked, seconds = torch.cat(found, 1), time.perf_counter() - start
+    adapter.stream(ids, 4096, lambda first, nll, state: pieces.append(nll.cpu()))
+    chunked, seconds = torch.cat(pieces, 1), time.perf_counter() - start
     whole, _ = adapter.losses(ids[:, :-1], ids[:, 1:], adapter.start(1))
     difference = (chunked - whole.cpu()).abs()
     mean = float(abs(chunked.double().mean() - whole.cpu().double().mean()))

@@ -30,33 +30,33 @@ USUAL = 1.0  # seconds of a test file that durations.json does not know
 
 def modules() -> dict[str, Path]:
     """Every module of the project by its name."""
-    found = {"train": ROOT / "train.py"}
+    file_of = {"train": ROOT / "train.py"}
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return found
+            file_of[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return file_of
 
 
 def imported(name: str, file: Path, tree: ast.Module, known: dict[str, Path]) -> set[str]:
     """The project's modules that a file imports or names in a string."""
-    wanted: set[str] = set()
+    mentioned: set[str] = set()
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            wanted |= {alias.name for alias in node.names}
+            mentioned |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            wanted |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            mentioned |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            wanted.add(node.value.removesuffix(".py").replace("/", "."))
+            mentioned.add(node.value.removesuffix(".py").replace("/", "."))
     if name.startswith("tests."):
         beside = name.rpartition(".")[0]
-        wanted |= {f"{beside}.{other}" for other in set(wanted)}  # pytest puts a test's own folder on the path
+        mentioned |= {f"{beside}.{other}" for other in set(mentioned)}  # pytest puts a test's own folder on the path
     if name in BY_NAME:
-        wanted |= {other for other in known if other.startswith(f"{name}.")}
-    return (wanted & known.keys()) - {name}
+        mentioned |= {other for other in known if other.startswith(f"{name}.")}
+    return (mentioned & known.keys()) - {name}
 
 
 def uses_runs(tree: ast.Module) -> bool:
@@ -71,37 +71,37 @@ def graph() -> dict[str, set[str]]:
     importers: dict[str, set[str]] = {name: set() for name in known}
     for name, file in known.items():
         tree = ast.parse(file.read_text())
-        wanted = imported(name, file, tree, known)
+        imports = imported(name, file, tree, known)
         if file.name == "conftest.py":
-            wanted.discard("train")  # counted for the tests that use it
+            imports.discard("train")  # `uses_runs` below adds it to the tests that use the fixture
         if file.name.startswith("test_") and uses_runs(tree):
-            wanted.add("train")
-        for other in wanted:
+            imports.add("train")
+        for other in imports:
             importers[other].add(name)
     return importers
 
 
 def distances(changed: set[str], importers: dict[str, set[str]]) -> dict[str, int]:
     """How many imports each module is away from the nearest changed one; those that cannot be reached are left out."""
-    found, waiting = dict.fromkeys(changed, 0), deque(changed)
+    distance_of, waiting = dict.fromkeys(changed, 0), deque(changed)
     while waiting:
         name = waiting.popleft()
-        for other in importers[name] - found.keys():
-            found[other] = found[name] + 1
+        for other in importers[name] - distance_of.keys():
+            distance_of[other] = distance_of[name] + 1
             waiting.append(other)
-    return found
+    return distance_of
 
 
 def changed_modules(files: list[str], known: dict[str, Path]) -> set[str]:
     """The modules that the changed files are or belong to."""
     names = {str(file.relative_to(ROOT)): name for name, file in known.items()}
-    found = {names[file] for file in files if file in names}
+    changed = {names[file] for file in files if file in names}
     for file in files:
         if file.endswith(".yaml"):
-            found |= (
+            changed |= (
                 {next(module for folder, module in CONFIGS.items() if file.startswith(folder))} if file.startswith("configs/") else set()
             )
-    return found & known.keys()
+    return changed & known.keys()
 
 
 def chosen(files: list[str], seconds: float) -> tuple[list[str], list[str]]:

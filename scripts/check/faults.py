@@ -33,7 +33,8 @@ DEFAULTS = {"only": None, "list": False, "jobs": 2, "out": "runs/faults.json", "
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, the text that stands once in the code, what it becomes, and the words for pytest that must fail."""
+    """what: the mistake in words; text: stands exactly once in the code; becomes: replaces it; tests: pytest arguments of tests that must
+    fail."""
 
     what: str
     text: str
@@ -44,8 +45,8 @@ class Fault:
 FAULTS = {
     "kernels": Fault(
         "the kernel of SwiGLU gives up the gradient of another input",
-        "tl.store(D_UP + i, (d * z * s)",
-        "tl.store(D_UP + i, (d * u * s)",
+        "tl.store(D_UP + j, (d * z * s)",
+        "tl.store(D_UP + j, (d * u * s)",
         "tests/kernels/test_mixer_kernels.py -k interpreter",
     ),
     "solver": Fault(
@@ -86,8 +87,8 @@ FAULTS = {
     ),
     "decode": Fault(
         "a decoding step of Mamba-2 does not let its state decay",
-        "kept = h0.to(dtype) * decay_BH[..., None, None]",
-        "kept = h0.to(dtype) * torch.ones_like(decay_BH)[..., None, None]",
+        "decayed = h0.to(dtype) * decay_BH[..., None, None]",
+        "decayed = h0.to(dtype) * torch.ones_like(decay_BH)[..., None, None]",
         "tests/models/test_contract.py -k without_gradients",
     ),
     "sampling": Fault(
@@ -215,19 +216,19 @@ def state_of_the_code() -> str:
 
 
 def main(words: list[str]) -> int:
-    wanted = parse_arguments(words, DEFAULTS)
-    chosen = wanted["only"].split(",") if wanted["only"] else list(FAULTS)
+    options = parse_arguments(words, DEFAULTS)
+    chosen = options["only"].split(",") if options["only"] else list(FAULTS)
     if unknown := [name for name in chosen if name not in FAULTS]:
         raise UserError(f"There is no fault {unknown[0]!r}; there are {', '.join(FAULTS)}.")
-    if wanted["list"]:
+    if options["list"]:
         for name in chosen:
             print(f"{name:<15} {FAULTS[name].what} ({place(FAULTS[name])})")
         return 0
-    file, code = ROOT / wanted["out"], state_of_the_code()
+    file, code = ROOT / options["out"], state_of_the_code()
     results = json.loads(file.read_text()) if file.exists() else {}
 
     def known(name: str) -> bool:
-        return not wanted["again"] and results.get(name, {}).get("code") == code
+        return not options["again"] and results.get(name, {}).get("code") == code
 
     def run(name: str) -> None:
         outcome, why = try_out(name)
@@ -238,7 +239,7 @@ def main(words: list[str]) -> int:
     for name in chosen:
         place(FAULTS[name])
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(wanted["jobs"]) as pool:
+    with ThreadPoolExecutor(options["jobs"]) as pool:
         list(pool.map(run, [name for name in chosen if not known(name)]))
     missed = [name for name in chosen if results[name]["outcome"] != "caught"]
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults were caught{'; not: ' + ', '.join(missed) if missed else ''}.")

@@ -64,18 +64,19 @@ Losses = dict[str, dict[str, Any]]
 
 
 def cases(trees: list[Path]) -> dict[str, list[str]]:
-    """Overrides of train.py by case, for what all `trees` have: each model, and the mixers that are in none of them and that no other begins from."""
+    """Overrides of train.py by case name, for configs that all `trees` have: one case for each model, and one for the mixers that no model
+    uses and no other mixer's config starts from."""
     models = sorted(set.intersection(*({file.stem for file in tree.glob("configs/model/*.yaml")} for tree in trees)))
     mixers = set.intersection(*({file.stem for file in tree.glob("configs/mixer/*.yaml")} for tree in trees))
     named = "".join(file.read_text() for file in trees[0].glob("configs/model/*.yaml"))
     begun_from = "".join(file.read_text() for tree in trees for file in tree.glob("configs/mixer/*.yaml"))
     rest = sorted(mixer for mixer in mixers if f"mixers.{mixer}:" not in named and f"  - {mixer}\n" not in begun_from)
-    found = {model: [f"model={model}"] for model in models}
+    overrides_of = {model: [f"model={model}"] for model in models}
     if rest:
         pattern = f"model.pattern=[{','.join(rest)}]"
         layers = [f"model.n_layers={len(rest)}", "size.d_model=64", "optim.lr=3e-3"]
-        found[OTHERS] = ["model=hybrid", *(f"+mixer@model.mixers.{mixer}={mixer}" for mixer in rest), pattern, *layers]
-    return found
+        overrides_of[OTHERS] = ["model=hybrid", *(f"+mixer@model.mixers.{mixer}={mixer}" for mixer in rest), pattern, *layers]
+    return overrides_of
 
 
 def base_commit(tree: Path) -> str:
@@ -122,7 +123,7 @@ def where(threads: int) -> str:
 
 def differences(ours: Losses, theirs: Losses, steps: int | None = None, tolerance: float = 0.0) -> list[str]:
     """A sentence for each case whose figures differ by more than `tolerance` (relative) within `steps`; 0 asks for the same bits."""
-    found = []
+    sentences = []
     for name in [n for n in theirs if n in ours]:
         whole = len(ours[name]["loss"]) == len(theirs[name]["loss"])
         for key in ("loss", "grad_norm", "held_out") if whole and steps is None else ("loss", "grad_norm"):
@@ -131,12 +132,12 @@ def differences(ours: Losses, theirs: Losses, steps: int | None = None, toleranc
             if apart:
                 step, a, b = apart[0]
                 worst = max(abs(x - y) / abs(y) for _, x, y in apart)
-                found.append(f"{name}: {key} differs from step {step} on: {a!r} instead of {b!r} (at most {worst:.1e} relative)")
-    return found
+                sentences.append(f"{name}: {key} differs from step {step} on: {a!r} instead of {b!r} (at most {worst:.1e} relative)")
+    return sentences
 
 
 def reference(against: str, tree: Path, work: Path) -> tuple[Losses | Path, str]:
-    """What the working tree is compared with, read from a file or (a folder) still to be trained, and what to call it."""
+    """(losses read from a file, or the folder of a source tree that has yet to be trained; how messages call it)."""
     if against == "stored":
         stored = json.loads((tree / STORED).read_text())
         return stored["losses"], f"the stored losses ({stored['why']})"
@@ -149,41 +150,41 @@ def reference(against: str, tree: Path, work: Path) -> tuple[Losses | Path, str]
 def main(words: list[str]) -> int:
     from scripts.check import golden_runs
 
-    wanted = parse_arguments(words, DEFAULTS)
-    if wanted["renew"] and (wanted["only"] or wanted["against"] or wanted["steps"] != STEPS):
+    options = parse_arguments(words, DEFAULTS)
+    if options["renew"] and (options["only"] or options["against"] or options["steps"] != STEPS):
         raise UserError(f"renew stores all models with {STEPS} steps; leave out only=, against= and steps=.")
-    tree, threads = Path(wanted["tree"] or ROOT).resolve(), wanted["threads"]
+    tree, threads = Path(options["tree"] or ROOT).resolve(), options["threads"]
     with tempfile.TemporaryDirectory(prefix="golden_") as folder:
         work = Path(folder)
         other: Losses | Path | None = None
-        if not wanted["renew"]:
-            other, called = reference(wanted["against"] or base_commit(tree), tree, work)
+        if not options["renew"]:
+            other, called = reference(options["against"] or base_commit(tree), tree, work)
         trees = [tree] + ([other] if isinstance(other, Path) else [])
         chosen = cases(trees)
-        if wanted["only"]:
-            unknown = set(wanted["only"].split(",")) - chosen.keys()
+        if options["only"]:
+            unknown = set(options["only"].split(",")) - chosen.keys()
             if unknown:
                 raise UserError(f"There is no model {', '.join(sorted(unknown))}; there are {', '.join(chosen)}.")
-            chosen = {name: chosen[name] for name in wanted["only"].split(",")}
-        runs = [(name, [*SETTINGS, f"train.steps={wanted['steps']}", *words]) for name, words in chosen.items()]
-        measured = golden_runs.measure(trees, runs, work, threads, wanted["jobs"])
+            chosen = {name: chosen[name] for name in options["only"].split(",")}
+        runs = [(name, [*SETTINGS, f"train.steps={options['steps']}", *words]) for name, words in chosen.items()]
+        measured = golden_runs.measure(trees, runs, work, threads, options["jobs"])
     ours = measured[0]
     document = {"commit": git(tree, "rev-parse", "HEAD"), "where": where(threads), "losses": ours}
-    if wanted["out"]:
-        write_json(Path(wanted["out"]), document)
-    if wanted["renew"]:
-        return renew(tree, ours, wanted["renew"], where(threads))
+    if options["out"]:
+        write_json(Path(options["out"]), document)
+    if options["renew"]:
+        return renew(tree, ours, options["renew"], where(threads))
     theirs = measured[1] if isinstance(other, Path) else other
     assert theirs is not None and not isinstance(theirs, Path)
-    if wanted["against"] == "stored":
+    if options["against"] == "stored":
         same_place = json.loads((tree / STORED).read_text())["where"] == where(threads)
-        found = differences(ours, theirs, None if same_place else ELSEWHERE_STEPS, ELSEWHERE)
+        sentences = differences(ours, theirs, None if same_place else ELSEWHERE_STEPS, ELSEWHERE)
     else:
-        found = differences(ours, theirs)
-    missing = sorted(set(theirs) - set(ours)) if not wanted["only"] else []
-    found += [f"{name} is in {called} but not in the working tree" for name in missing]
-    print("\n".join(found) or f"equal to {called}: {', '.join(n for n in ours if n in theirs)}")
-    return int(bool(found))
+        sentences = differences(ours, theirs)
+    missing = sorted(set(theirs) - set(ours)) if not options["only"] else []
+    sentences += [f"{name} is in {called} but not in the working tree" for name in missing]
+    print("\n".join(sentences) or f"equal to {called}: {', '.join(n for n in ours if n in theirs)}")
+    return int(bool(sentences))
 
 
 def renew(tree: Path, losses: Losses, why: str, here: str) -> int:

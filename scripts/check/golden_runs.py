@@ -61,7 +61,7 @@ def write_corpus(file: Path) -> None:
 
 
 def figures(run: Path) -> dict[str, list[float]]:
-    """What a run folder says of its training, as the exact numbers."""
+    """Losses, gradient norms and held-out figures of a run folder, unrounded."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     held_out = [value for row in rows for key, value in row.items() if "bits_per_byte" in key]

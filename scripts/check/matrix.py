@@ -41,32 +41,36 @@ OFFLOADS = {
 
 def cells(ranks: int, compiled: bool) -> dict[str, list[str]]:
     """Name and overrides of every cell for this number of ranks."""
-    found: dict[str, list[str]] = {}
+    overrides_of: dict[str, list[str]] = {}
     for stage, accumulation, recompute in itertools.product((0, 1, 2, 3), (1, 2), ("none", "full")):
         words = [
             f"deepspeed=zero{stage}",
             f"train.micro_batch={ROWS // ranks // accumulation}",
             f"train.activation_checkpointing={recompute}",
         ]
-        found[f"zero{stage}, accumulation {accumulation}, recomputation {recompute}"] = words
+        overrides_of[f"zero{stage}, accumulation {accumulation}, recomputation {recompute}"] = words
     for stage, (name, offload), accumulation in itertools.product((1, 2, 3), OFFLOADS.items(), (1, 2)):
         if stage == 3 or "parameters" not in name:
-            found[f"zero{stage}, accumulation {accumulation}, {name}"] = [
+            overrides_of[f"zero{stage}, accumulation {accumulation}, {name}"] = [
                 f"deepspeed=zero{stage}", f"train.micro_batch={ROWS // ranks // accumulation}", *offload,
             ]  # fmt: skip
     if ranks > 1:
-        found[f"zero3, accumulation 1, hpz {ranks}"] = ["deepspeed=zero3", f"train.micro_batch={ROWS // ranks}", f"deepspeed.hpz={ranks}"]
+        overrides_of[f"zero3, accumulation 1, hpz {ranks}"] = [
+            "deepspeed=zero3",
+            f"train.micro_batch={ROWS // ranks}",
+            f"deepspeed.hpz={ranks}",
+        ]
     for stage in (0, 1, 2, 3) if compiled else ():
-        found[f"zero{stage}, accumulation 1, compiled"] = [
+        overrides_of[f"zero{stage}, accumulation 1, compiled"] = [
             f"deepspeed=zero{stage}",
             f"train.micro_batch={ROWS // ranks}",
             "train.compile=true",
         ]
-    return found
+    return overrides_of
 
 
 def plain(data: str) -> dict[str, list[float]]:
-    """Losses and gradient norms of plain torch: one process, one batch a step, no DeepSpeed."""
+    """The losses and gradient norms that every cell must reproduce: plain torch, one process, one batch a step, no DeepSpeed."""
     import torch
 
     from data.loader import BatchLoader
@@ -81,17 +85,17 @@ def plain(data: str) -> dict[str, list[float]]:
     model.init_weights(config.seed)
     o = config.optim
     optimizer = build_optimizer(model, lr=config.peak_lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay)
-    found: dict[str, list[float]] = {"losses": [], "norms": []}
+    curves: dict[str, list[float]] = {"losses": [], "norms": []}
     with BatchLoader(open_reader(config, shards), global_batch=ROWS, micro_batch=ROWS) as loader:
         for _, (batch,) in zip(range(STEPS), loader):
             output = model(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
             tokens = (batch.labels != -100).sum()
             optimizer.zero_grad()
             ((output.loss_sum + output.z_loss_sum) / tokens).backward()
-            found["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)))
-            found["losses"].append(float(output.loss_sum.detach().double() / tokens))
+            curves["norms"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)))
+            curves["losses"].append(float(output.loss_sum.detach().double() / tokens))
             optimizer.step()
-    return found
+    return curves
 
 
 def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
@@ -106,7 +110,7 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
     from training.world import start_distributed
 
     world = start_distributed("cpu")
-    found: dict[str, Any] = {}
+    curves_of: dict[str, Any] = {}
     for name, words in cells(world.size, compiled).items():
         if name not in names:
             continue
@@ -125,10 +129,10 @@ def worker(data: str, out: Path, names: list[str], compiled: bool) -> None:
             replicas=world.replicas,
         ) as loader:
             results = [engine.step(batches, config.peak_lr) for _, batches in zip(range(STEPS), loader)]
-        found[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
+        curves_of[name] = {"losses": [r.loss for r in results], "norms": [r.grad_norm for r in results]}
         engine.destroy()
     if world.main:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(curves_of))
     world.barrier()
 
 
@@ -136,9 +140,9 @@ def in_processes(ranks: int, data: str, names: list[str], compiled: bool) -> dic
     """The results of the named cells on `ranks` ranks. Raises RuntimeError when a rank fails."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port, out, wanted = probe.getsockname()[1], Path(folder) / "found.json", Path(folder) / "names.json"
+        port, out, names_file = probe.getsockname()[1], Path(folder) / "found.json", Path(folder) / "names.json"
         probe.close()
-        wanted.write_text(json.dumps(names))
+        names_file.write_text(json.dumps(names))
         command = [
             sys.executable,
             "-m",
@@ -152,17 +156,22 @@ def in_processes(ranks: int, data: str, names: list[str], compiled: bool) -> dic
         ]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            [*command, "worker", data, str(out), str(wanted), str(compiled)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+            [*command, "worker", data, str(out), str(names_file), str(compiled)],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise RuntimeError(f"{ranks} rank(s) failed: {(done.stdout + done.stderr)[-3000:]}")
         return json.loads(out.read_text())
 
 
-def compare(oracle: dict[str, list[float]], found: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+def compare(oracle: dict[str, list[float]], curves_of: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
     """A row for each cell, with the largest relative difference of its losses and gradient norms from the oracle's."""
     rows = []
-    for name, result in found.items():
+    for name, result in curves_of.items():
         difference = {key: max(abs(a / b - 1) for a, b in zip(result[key], oracle[key])) for key in ("losses", "norms")}
         equal = all(d < TOLERANCE for d in difference.values())
         rows.append({"ranks": ranks, "cell": name, "losses": result["losses"], "difference": difference, "equal": equal})
@@ -209,27 +218,27 @@ def main() -> int:
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], Path(sys.argv[3]), json.loads(Path(sys.argv[4]).read_text()), sys.argv[5] == "True")
         return 0
-    wanted = {"data": "", "out": "", "ranks": "1,2", "only": "", "compile": "true"}
+    options = {"data": "", "out": "", "ranks": "1,2", "only": "", "compile": "true"}
     for word in sys.argv[1:]:
         key, equals, value = word.partition("=")
-        if key not in wanted or not equals:
-            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in wanted)}.", file=sys.stderr)
+        if key not in options or not equals:
+            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.", file=sys.stderr)
             return 2
-        wanted[key] = value
-    if not wanted["data"]:
+        options[key] = value
+    if not options["data"]:
         print("error: give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).", file=sys.stderr)
         return 2
-    compiled = wanted["compile"] == "true"
+    compiled = options["compile"] == "true"
     if compiled and not shutil.which(os.environ.get("CXX", "c++")):
         print("There is no C++ compiler, which torch.compile needs on a CPU; its cells are left out.", file=sys.stderr)
         compiled = False
-    data, rows = str(Path(wanted["data"]).resolve()), []
+    data, rows = str(Path(options["data"]).resolve()), []
     oracle = plain(data)
-    for ranks in map(int, wanted["ranks"].split(",")):
-        names = [name for name in cells(ranks, compiled) if wanted["only"] in name]
+    for ranks in map(int, options["ranks"].split(",")):
+        names = [name for name in cells(ranks, compiled) if options["only"] in name]
         for some in ([n for n in names if "compiled" not in n], [n for n in names if "compiled" in n]):  # the quick ones first
             rows += compare(oracle, in_processes(ranks, data, some, compiled), ranks) if some else []
-            write(wanted["out"], oracle, rows)
+            write(options["out"], oracle, rows)
     print(table(rows))
     return 0 if all(row["equal"] for row in rows) else 1
 

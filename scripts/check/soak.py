@@ -84,14 +84,14 @@ def kill_now_and_then(process: subprocess.Popen[bytes], values: dict[str, Any], 
 
 def left_behind(marker: str) -> list[int]:
     """Processes, zombies among them, whose command names the run."""
-    found = []
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             if int(entry.name) != os.getpid() and marker in (entry / "cmdline").read_bytes().decode(errors="replace"):
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except (OSError, ValueError):
             continue
-    return found
+    return pids
 
 
 def main(words: list[str]) -> int:
@@ -113,7 +113,7 @@ def main(words: list[str]) -> int:
     left = left_behind(f"run_dir={run / 'killed'}")
     one, other = losses(run / "alone"), losses(run / "killed")
     notes = [json.loads(line) for line in (run / "killed" / "supervisor" / "supervisor.jsonl").read_text().splitlines()]
-    kept = [sorted(p.parent.name for p in (run / name / "checkpoints").glob("step-*/COMPLETE.json")) for name in ("alone", "killed")]
+    saved_steps = [sorted(p.parent.name for p in (run / name / "checkpoints").glob("step-*/COMPLETE.json")) for name in ("alone", "killed")]
     report = {
         "steps": values["steps"],
         "ranks": values["ranks"],
@@ -123,14 +123,14 @@ def main(words: list[str]) -> int:
         "losses_equal_bit_for_bit": one == other,
         "steps_that_differ": [step for step in one if one[step] != other.get(step)][:20],
         "final_loss": [one[max(one)], other[max(other)]],
-        "checkpoints_equal": kept[0] == kept[1],
-        "checkpoints": kept[1],
+        "checkpoints_equal": saved_steps[0] == saved_steps[1],
+        "checkpoints": saved_steps[1],
         "processes_left": left,
         "seconds": {"alone": alone, "killed": seconds},
     }
     write_json(Path(values["out"]), report)
     print(json.dumps(report, indent=1))
-    return 0 if one == other and kept[0] == kept[1] and not left and process.returncode == 0 else 1
+    return 0 if one == other and saved_steps[0] == saved_steps[1] and not left and process.returncode == 0 else 1
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ SMALL = ["experiment=smoke", "train.device=cpu", "eval=end", "eval.tokens=256"]
 
 
 def why_not() -> str:
-    """'' or why two machines cannot be played here, in one sentence."""
+    """Why two machines cannot be simulated here, in one sentence, or ''."""
     missing = [tool for tool in ("ip", "unshare", "ssh", "ssh-keygen", "pdsh") if shutil.which(tool) is None]
     if shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin") is None:
         missing.append("sshd")
@@ -206,29 +206,29 @@ def drill(pair: Pair, work: Path, data: str, slots: int, steps: int) -> dict[str
 
 
 def main() -> int:
-    wanted = {"data": "", "out": "", "slots": "1,2", "steps": "24", "work": ""}
+    options = {"data": "", "out": "", "slots": "1,2", "steps": "24", "work": ""}
     for word in sys.argv[1:]:
         key, equals, value = word.partition("=")
-        if key not in wanted or not equals:
-            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in wanted)}.", file=sys.stderr)
+        if key not in options or not equals:
+            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.", file=sys.stderr)
             return 2
-        wanted[key] = value
-    if not wanted["data"]:
+        options[key] = value
+    if not options["data"]:
         print("error: give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).", file=sys.stderr)
         return 2
     reason = why_not()
     if reason:
         print(reason, file=sys.stderr)
         return CANNOT
-    work = Path(wanted["work"] or tempfile.mkdtemp(prefix="two-machines-")).resolve()
+    work = Path(options["work"] or tempfile.mkdtemp(prefix="two-machines-")).resolve()
     rows = []
-    for slots in map(int, wanted["slots"].split(",")):
+    for slots in map(int, options["slots"].split(",")):
         folder = Path(tempfile.mkdtemp(prefix="machines-"))
         (work / f"slots-{slots}").mkdir(parents=True, exist_ok=True)
         pair = None
         try:
             pair = Pair(folder)
-            rows.append(drill(pair, work / f"slots-{slots}", str(Path(wanted["data"]).resolve()), slots, int(wanted["steps"])))
+            rows.append(drill(pair, work / f"slots-{slots}", str(Path(options["data"]).resolve()), slots, int(options["steps"])))
             print(json.dumps(rows[-1]), flush=True)
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -237,9 +237,9 @@ def main() -> int:
             if pair is not None:
                 pair.remove()
             shutil.rmtree(folder, ignore_errors=True)
-    if wanted["out"]:
-        Path(wanted["out"]).parent.mkdir(parents=True, exist_ok=True)
-        Path(wanted["out"]).write_text(json.dumps({"command": "python -m scripts.check.two_machines", "rows": rows}, indent=1) + "\n")
+    if options["out"]:
+        Path(options["out"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(options["out"]).write_text(json.dumps({"command": "python -m scripts.check.two_machines", "rows": rows}, indent=1) + "\n")
     return 0 if all(row["largest_relative_difference_of_losses"] < 1e-5 for row in rows) else 1
 
 

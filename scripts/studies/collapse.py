@@ -139,9 +139,9 @@ def plot(out: Path, names: list[str]) -> None:
 def start_arm(name: str, values: dict[str, Any], gpu: int) -> subprocess.Popen[bytes]:
     """A worker process for one arm on one GPU."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    seen = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
+    visible_gpus = [g for g in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if g]
     if values["device"] == "cuda":
-        variables["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen else str(gpu)
+        variables["CUDA_VISIBLE_DEVICES"] = visible_gpus[gpu] if visible_gpus else str(gpu)
     return subprocess.Popen(
         [sys.executable, "-m", "scripts.studies.collapse", *(f"{k}={v}" for k, v in (values | {"arm": name}).items())], env=variables
     )
@@ -197,8 +197,8 @@ def work(values: dict[str, Any], device: Any) -> int:
     return 0
 
 
-def wanted(values: dict[str, Any]) -> list[str]:
-    """The arms that only=... names."""
+def chosen_arms(values: dict[str, Any]) -> list[str]:
+    """Names of the arms that only= selects: patterns with * or parts of a name, between commas."""
     parts = values["only"].split(",")
     return [n for n in study_arms(values["size"]) if any(fnmatch.fnmatchcase(n, part) if "*" in part else part in n for part in parts)]
 
@@ -218,7 +218,7 @@ def settle(values: dict[str, Any], cuda: bool) -> None:
         problems.append(f"There are no token shards at {values['data']}; make them with python -m data.prepare.")
     elif open_held_out(values["data"]) is None:
         problems.append(f"{values['data']} has no held-out documents to measure on; prepare it with valid_fraction above zero.")
-    if not wanted(values):
+    if not chosen_arms(values):
         problems.append(f"No arm has {values['only']!r} in its name; there are {', '.join(study_arms(values['size']))}.")
     if problems:
         raise UserError(problems)
@@ -239,7 +239,7 @@ def main(words: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     gpus = (values["gpus"] or torch.cuda.device_count()) if device.type == "cuda" else 1
     arms = list(study_arms(values["size"]))
-    failed, late = run_arms(wanted(values), values, gpus, start)
+    failed, late = run_arms(chosen_arms(values), values, gpus, start)
     write_report(out / "evals")
     print(table(out, arms), flush=True)
     plot(out, arms)

@@ -55,24 +55,24 @@ class GraphedStep:
         self.inputs: tuple[Tensor, ...] = ()
         self.outputs: tuple[Tensor, ...] = ()
 
-    def __call__(self, *given: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         self.calls += 1
         if self.why_not or self.calls <= WARMUP:
-            return self.step(*given)
+            return self.step(*tensors)
         if self.graph is None:
-            self._capture(given)
+            self._capture(tensors)
             if self.why_not:
-                return self.step(*given)
+                return self.step(*tensors)
         assert self.graph is not None
-        for fixed, new in zip(self.inputs, given):
+        for fixed, new in zip(self.inputs, tensors):
             if fixed is not new:
                 fixed.copy_(new)
         self.graph.replay()
         return self.outputs
 
-    def _capture(self, given: tuple[Tensor, ...]) -> None:
+    def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         """Records the step without running it; a step that cannot be recorded runs as written from here on."""
-        self.inputs = tuple(t.clone() for t in given)
+        self.inputs = tuple(t.clone() for t in tensors)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.current_stream().synchronize()
         graph.capture_begin(capture_error_mode="thread_local")

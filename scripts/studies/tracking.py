@@ -57,7 +57,7 @@ DEFAULTS: dict[str, Any] = {
 LEAST_SECONDS = 4.0
 
 
-def arguments(given: list[str]) -> dict[str, Any]:
+def arguments(words: list[str]) -> dict[str, Any]:
     """key=value arguments over DEFAULTS, tasks and mixers as lists. Raises UserError with all problems."""
 
     def chosen(values: dict[str, Any]) -> list[str]:
@@ -68,7 +68,7 @@ def arguments(given: list[str]) -> dict[str, Any]:
             values[key] = names
         return problems
 
-    return parse_arguments(given, DEFAULTS, chosen)
+    return parse_arguments(words, DEFAULTS, chosen)
 
 
 def read_cell(out: Path, task: str, mixer: str, seed: int, settings: dict[str, Any]) -> dict[str, Any] | None:

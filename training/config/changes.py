@@ -15,7 +15,7 @@ from data.files import write_bytes
 from training.config.schema import Config, parse
 from training.cursor import Cursor
 
-# Of a start rather than of the training: where it lies, how it is taken up, what only feeds other keys.
+# Keys that describe a start and not the training: its folders and names, how it resumes, and values that only fill in other keys.
 NOT_COMPARED = (
     "name",
     "run_dir",
@@ -40,16 +40,16 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """'key: old -> new' for every setting that both have and that differs; of keys that only one of them has, those of data.path."""
     old, new = flat(before), flat(now)
-    found = []
+    lines = []
     for key in [*old, *(k for k in new if k not in old)]:
         if any(key == name or key.startswith(f"{name}.") or name == "profile" and key.startswith("profile_") for name in NOT_COMPARED):
             continue
         both = key in old and key in new
         if both and old[key] != new[key]:
-            found.append(f"{key}: {_shown(old[key])} -> {_shown(new[key])}")
+            lines.append(f"{key}: {_shown(old[key])} -> {_shown(new[key])}")
         elif not both and key.startswith("data.path"):
-            found.append(f"{key}: {_shown(old[key]) if key in old else 'not there'} -> {_shown(new[key]) if key in new else 'not there'}")
-    return found
+            lines.append(f"{key}: {_shown(old[key]) if key in old else 'not there'} -> {_shown(new[key]) if key in new else 'not there'}")
+    return lines
 
 
 def _shown(value: Any) -> str:
@@ -70,7 +70,7 @@ def lr_jump(before: dict[str, Any], config: Config, cursor: Cursor) -> str:
 
 
 def finished(config: Config, cursor: Cursor) -> str:
-    """A sentence where there is no step left to take, else ''."""
+    """The sentence for a run that has no step left to take; '' where there is one."""
     if cursor.step < config.total_steps:
         return ""
     key = "train.steps" if config.train.steps is not None else "train.tokens"
@@ -84,13 +84,13 @@ def finished(config: Config, cursor: Cursor) -> str:
 def keep_history(run_dir: Path, resolved_yaml: str, row: dict[str, Any]) -> None:
     """Writes config.yaml and, where it says something new, its numbered copy; adds `row` to the list of starts. Raises OSError."""
     folder, present = run_dir / "history", run_dir / "config.yaml"
-    kept = sorted(folder.glob("config-*.yaml"))
-    if not kept and present.exists():  # of a run from before histories were kept
-        kept = [folder / "config-0000.yaml"]
-        write_bytes(kept[0], present.read_bytes())
-    if not kept or kept[-1].read_text() != resolved_yaml:
-        kept.append(folder / f"config-{1 + int(kept[-1].stem.rpartition('-')[2]) if kept else 1:04d}.yaml")
-        write_bytes(kept[-1], resolved_yaml.encode())
+    copies = sorted(folder.glob("config-*.yaml"))
+    if not copies and present.exists():  # the run began under a release that wrote no history
+        copies = [folder / "config-0000.yaml"]
+        write_bytes(copies[0], present.read_bytes())
+    if not copies or copies[-1].read_text() != resolved_yaml:
+        copies.append(folder / f"config-{1 + int(copies[-1].stem.rpartition('-')[2]) if copies else 1:04d}.yaml")
+        write_bytes(copies[-1], resolved_yaml.encode())
     write_bytes(present, resolved_yaml.encode())
     with (folder / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "config": kept[-1].name, **row}, default=str) + "\n")
+        file.write(json.dumps({"time": time.time(), "config": copies[-1].name, **row}, default=str) + "\n")

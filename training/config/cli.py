@@ -41,10 +41,10 @@ from training.launch import first_here, launch, world_size
 def _group_problems(overrides: list[Override], groups: dict[str, list[str]]) -> list[str]:
     problems = []
     for item in overrides:
-        group, given = item.key_or_group.split("@")[0], item.value()
+        group, chosen = item.key_or_group.split("@")[0], item.value()
         if item.is_delete() or item.is_sweep_override() or group not in groups:
             continue
-        for value in [str(one) for one in given] if isinstance(given, list) else [(item.input_line or "").partition("=")[2].strip("'\"")]:
+        for value in [str(one) for one in chosen] if isinstance(chosen, list) else [(item.input_line or "").partition("=")[2].strip("'\"")]:
             if value in groups[group]:
                 continue
             near = suggest.option(group, value, groups[group])
@@ -109,19 +109,19 @@ NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|fa
 def spelled_out(arguments: list[str]) -> list[str]:
     """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
     text gets is text, numbers too (`name=1e3`)."""
-    found = []
+    spelled = []
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if argument == "experiment=null":  # none is what there is without it, and Hydra takes no null for a group
+        if argument == "experiment=null":  # the default is no experiment, and Hydra refuses null for a group
             continue
         if argument.startswith("model=hf:"):
             path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
-            found += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
+            spelled += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
         elif key in TEXTS and NUMBER.fullmatch(value):
-            found.append(f"{key}='{value}'")
+            spelled.append(f"{key}='{value}'")
         else:
-            found.append(argument)
-    return found
+            spelled.append(argument)
+    return spelled
 
 
 def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError, config_dir: Path) -> str:
@@ -169,7 +169,10 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: P
             return compose(name, arguments)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(unreadable_yaml(error, config_dir)) from error
-        except (HydraException, OmegaConfBaseException) as error:  # of the first problem; are there keys that do not exist?
+        except (
+            HydraException,
+            OmegaConfBaseException,
+        ) as error:  # Hydra names only the first problem: look for keys that do not exist as well
             first = error
         try:
             base = compose(name, [o.input_line or "" for o, g in zip(overrides, is_group) if g or _brings_keys(o)])

@@ -21,7 +21,7 @@ COMMENT = re.compile(r"\s#\s*(.*)$")
 
 def comments_of(text: str) -> dict[str, str]:
     """The comment behind each key of a YAML document, by the key's path ('train.seq_len')."""
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     lines = text.splitlines()
 
     def walk(node: Any, path: str) -> None:
@@ -29,24 +29,24 @@ def comments_of(text: str) -> dict[str, str]:
             where = f"{path}.{key.value}" if path else str(key.value)
             mark = value.end_mark if isinstance(value, yaml.ScalarNode) and value.style not in ("|", ">") else key.end_mark
             if match := COMMENT.search(lines[mark.line], mark.column):
-                found[where] = match[1].strip()
+                comments[where] = match[1].strip()
             walk(value, where)
 
     walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
-    return found
+    return comments
 
 
 def meanings(overrides: list[str], folders: list[Path]) -> dict[str, str]:
-    """What the files that make up the config of `overrides` say of each key, by the key's place in the whole; later files speak last.
-    folders: where configs lie, the first that has a file counts."""
+    """The comment on each key, by its dotted path, from the YAML files that `overrides` select; a later file's comment replaces an earlier
+    one's. folders: where configs are looked for; the first that has the file is read."""
     defaults = GlobalHydra.instance().config_loader().compute_defaults_list("train", overrides, RunMode.RUN)
-    found: dict[str, str] = {}
+    by_key: dict[str, str] = {}
     for entry in defaults.defaults:
         file = next((f / f"{entry.config_path}.yaml" for f in folders if (f / f"{entry.config_path}.yaml").is_file()), None)
         if file is not None and not entry.config_path.startswith("hydra"):
             prefix = f"{entry.package}." if entry.package else ""
-            found |= {prefix + key: comment for key, comment in comments_of(file.read_text(encoding="utf-8")).items()}
-    return found
+            by_key |= {prefix + key: comment for key, comment in comments_of(file.read_text(encoding="utf-8")).items()}
+    return by_key
 
 
 def commented(config: DictConfig, notes: dict[str, str]) -> str:
@@ -77,5 +77,5 @@ def help_text(overrides: list[str], folders: list[Path]) -> str:
         for name, options in config_groups(folder).items():
             groups[name] = [*groups.get(name, []), *options]
     shown = "\n".join(f"  {name}: {', '.join(options)}" for name, options in groups.items())
-    own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-    return Template(template).safe_substitute(APP_CONFIG_GROUPS=shown, CONFIG=commented(own, notes))
+    settings = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    return Template(template).safe_substitute(APP_CONFIG_GROUPS=shown, CONFIG=commented(settings, notes))

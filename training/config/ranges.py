@@ -29,7 +29,7 @@ class Range:
         return math.isfinite(value) and value <= self.high and (value > self.low if self.above else value >= self.low)
 
     def words(self, value: float) -> str:
-        """Completes 'must be ...'; limits that are there only to be finite are not named to those who are far from them."""
+        """What completes 'must be ...'. A high limit that only keeps numbers finite is left out unless `value` exceeds it."""
         whole = self.low == 1 and not self.above
         if self.high <= 3 or value > self.high and math.isfinite(value):
             return f"{'above' if self.above else 'from'} {self.low:g} {'and at most' if self.above else 'to'} {self.high:,.15g}"
@@ -58,12 +58,12 @@ def _unions(hint: Any) -> tuple[Any, ...]:
 
 def _declared(hint: Any) -> tuple[bool, Range | None]:
     """(whether a field with this hint holds numbers, the range that it declares)."""
-    found = next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)), None)
+    limits = next((item for item in getattr(hint, "__metadata__", ()) if isinstance(item, Range)), None)
     options = _unions(hint.__origin__ if hasattr(hint, "__metadata__") else hint)
     for option in options:
         if typing.get_origin(option) is list:
             return _declared(typing.get_args(option)[0])
-    return any(option in (int, float) for option in options), found
+    return any(option in (int, float) for option in options), limits
 
 
 def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, Range | None]]:
@@ -72,9 +72,9 @@ def declared(schema: type, prefix: str = "") -> Iterator[tuple[str, Range | None
         if dataclasses.is_dataclass(hint):
             yield from declared(typing.cast(type, hint), f"{prefix}{key}.")
         else:
-            numeric, found = _declared(hint)
+            numeric, limits = _declared(hint)
             if numeric:
-                yield f"{prefix}{key}", found
+                yield f"{prefix}{key}", limits
 
 
 def _number(value: Any) -> bool:
@@ -82,8 +82,9 @@ def _number(value: Any) -> bool:
 
 
 def problems(settings: Any) -> list[str]:
-    """A sentence for every number of the dataclass tree `settings` that lies outside its range; what is no number is left to others."""
-    found = []
+    """A sentence for every number of the dataclass tree `settings` that lies outside its declared range. Values that are no numbers are not
+    judged here."""
+    sentences = []
     for key, limits in declared(type(settings)):
         value = settings
         for part in key.split("."):
@@ -91,8 +92,8 @@ def problems(settings: Any) -> list[str]:
         several = list(value) if isinstance(value, (list, tuple)) else None
         for i, item in enumerate(several if several is not None else [value]):
             if _number(item) and limits is not None:
-                found.append(limits.problem(key if several is None else f"{key}[{i}]", item))
-    return [text for text in found if text]
+                sentences.append(limits.problem(key if several is None else f"{key}[{i}]", item))
+    return [text for text in sentences if text]
 
 
 def loose(mapping: Any, path: str) -> list[str]:

@@ -21,8 +21,8 @@ FALLBACK = 1e-3  # for a size that says nothing
 def _published() -> list[dict[str, Any]]:
     from omegaconf import OmegaConf
 
-    found: list[Any] = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(SIZES.glob("*.yaml"))]
-    return [size for size in found if size.get("lr") and size["n_layers"] > 1]
+    sizes: list[Any] = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(SIZES.glob("*.yaml"))]
+    return [size for size in sizes if size.get("lr") and size["n_layers"] > 1]
 
 
 def _size(config: Config, model: dict[str, Any]) -> dict[str, Any]:
@@ -45,5 +45,5 @@ def rate(config: Config) -> tuple[float, str]:
         return FALLBACK, "no size says another"
     mixers = [model["mixers"][name] for name in dict.fromkeys(model["pattern"])]
     names = [next((str(mixer[key]) for key in ("cell", "type") if mixer.get(key) in rates), "") for mixer in mixers]
-    found = min(float(rates[name]) if name else min(map(float, rates.values())) for name in names)
-    return found, f"size={size.get('name', '?')}, {size.get('lr_source', 'its own')}"
+    lowest = min(float(rates[name]) if name else min(map(float, rates.values())) for name in names)
+    return lowest, f"size={size.get('name', '?')}, {size.get('lr_source', 'its own')}"

@@ -29,7 +29,7 @@ ADVICE = {
 
 
 def code_hash(root: Path = ROOT) -> str:
-    """Of every Python file that a run may use, committed or not."""
+    """A short hash over every Python file that a run may use, committed or not."""
     digest = hashlib.sha256()
     for name in CODE:
         for path in sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / name]:
@@ -51,7 +51,7 @@ def _version(package: str) -> str:
 
 
 def facts(config: Config, fingerprints: list[str]) -> dict[str, str]:
-    """What has to be equal on all ranks, by name."""
+    """The values that have to be equal on all ranks, by the name that a message shows."""
     libraries = {f"library {name}": _version(name) for name in ("torch", "deepspeed", "numpy")}
     python = {"library python": ".".join(platform.python_version_tuple()[:2])}
     data = {f"data fingerprint {i}": text for i, text in enumerate(fingerprints)}
@@ -79,10 +79,10 @@ def agree(world: World, config: Config, fingerprints: list[str], problem: str = 
     """Raises the same UserError on every rank when one of them has a `problem` of its own (its data, say) or differs from rank 0."""
     mine = {"host": socket.gethostname(), "problem": problem, "facts": facts(config, fingerprints) if not problem else {}}
     rows = [json.loads(text) for text in world.texts(json.dumps(mine))]
-    told: dict[str, str] = {}
+    messages: dict[str, str] = {}
     for rank, row in enumerate(rows):
         for line in row["problem"].splitlines():
-            told.setdefault(line, line if world.size == 1 or rank == 0 else f"Rank {rank} ({row['host']}): {line}")
-    problems = list(told.values()) or differences(rows)
+            messages.setdefault(line, line if world.size == 1 or rank == 0 else f"Rank {rank} ({row['host']}): {line}")
+    problems = list(messages.values()) or differences(rows)
     if problems:
         raise UserError(problems)

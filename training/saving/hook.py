@@ -32,7 +32,7 @@ class Hook:
         self.lock = threading.Condition()
         self.running: Path | None = None
         self.waiting: Path | None = None
-        self.process: subprocess.Popen[bytes] | None = None  # only while it runs: its id may be another's afterwards
+        self.process: subprocess.Popen[bytes] | None = None  # None when no command runs: the process id may have passed to another process
         self.closed = self.ended = False
         self.thread = threading.Thread(target=self._work, name="hook", daemon=True)
         self.thread.start()
@@ -102,7 +102,7 @@ class Hook:
                 )
             with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-            with self.lock:  # reaped where `close` cannot be about to signal it
+            with self.lock:  # under the lock, so that `close` never signals an id that was reaped
                 status, self.process = self.process.wait(), None
             with contextlib.suppress(OSError):
                 out.write(f"status {status}\n".encode())
@@ -120,5 +120,5 @@ class Hook:
             return {}
 
     def _note(self, folder: Path) -> None:
-        kept = {name: order for name, order in self._done().items() if (folder.parent / name).exists()}
-        write_json(self.log.with_suffix(".json"), {**kept, folder.name: order_of(folder)})
+        still_there = {name: order for name, order in self._done().items() if (folder.parent / name).exists()}
+        write_json(self.log.with_suffix(".json"), {**still_there, folder.name: order_of(folder)})

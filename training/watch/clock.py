@@ -73,7 +73,7 @@ class CommunicationClock:
         return timed
 
     def time(self, call: Any, *arguments: Any, **keywords: Any) -> Any:
-        """call(...), its duration added."""
+        """Calls `call` and adds its duration."""
         self.inside = True
         try:
             if self.device.type == "cuda":

@@ -59,7 +59,7 @@ class Tracer:
             if cuda:
                 torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{self.rank:05d}.pickle"))
             self.say(f"profile written to {self.folder}")
-        except (OSError, RuntimeError) as error:  # a profile is not worth a run
+        except (OSError, RuntimeError) as error:  # a profile that cannot be written must not end the run
             self.say(f"The profile could not be written ({str(error).splitlines()[0]}); training goes on.")
         finally:
             if cuda:
