@@ -72,6 +72,13 @@ def _store_gradients(w: Writer, u: int) -> None:
 
 
 SCALE = 40  # products of Jacobians start from 2^SCALE, so that one which dies may come back from as little as an adjoint itself could
+# The smaller one of the two is not made smaller still, so that digits are lost only where the result has none.
+PASSED = f"""
+@triton.jit
+def _passed(J, f):  # what a product from 2^{SCALE} leaves of an adjoint
+    large = tl.abs(J) > 1.0
+    return _times(tl.where(large, J * {2.0**-SCALE!r}, J), f * tl.where(large, 1.0, {2.0**-SCALE!r}))
+"""
 
 
 def _head(w: Writer, name: str, own: str, after: bool = False) -> None:
@@ -96,21 +103,22 @@ def _open(w: Writer, last: str) -> None:
 
 
 def _window(w: Writer, k: str) -> str:
-    """Offset of the window k of slice s: the largest products there and the largest adjoints."""
+    """Offset of the window k of slice s: products and U at its first step, which are those that the window before it is entered with."""
     n = len(w.S)
     return f"((b * n + s) * ((SLICE + WINDOW - 1) // WINDOW) + {k}) * {n * n + n} * D + d"
 
 
 def gradient(traced: Traced, unroll: int) -> str:
-    """WINDOWS: of every WINDOW steps of a slice, the largest absolute products of the Jacobians from the slice's end, which say how much of
-    an adjoint from later slices gets there, and the largest adjoints without it. FLAGS: whether a product is of no use, as it is not finite."""
+    """WINDOWS: every WINDOW steps of a slice, the products of the Jacobians from the slice's end, which say how much of an adjoint from later
+    slices gets there, and U, what a change of some adjoint of the slice by its own size would be there: the largest of |product| times
+    |adjoint| over the steps walked so far, as V is of states. FLAGS: whether a product is of no use, as it is not finite."""
     w, n = Writer(traced, unroll), len(traced.cell.state)
     _head(w, "gradient", "SLICED: tl.constexpr, ")
     _open(w, "tl.minimum(first + SLICE, T)")
     last_slice = live("s == n - 1")
     w.put(1, *(f"g{i} = {w.vector('D_FINAL', 'o0', i, last_slice)}  # later slices bring theirs in mend_gradient" for i in w.S))
     w.put(1, *(f"J{i}{j} = tl.full((BD,), {2.0**SCALE * (i == j)}, tl.float32)" for i in w.S for j in w.S))
-    w.put(1, *(f"W{i}{j} = tl.zeros((BD,), tl.float32)" for i in w.S for j in w.S), *(f"Z{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
+    w.put(1, *(f"U{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
     _enter(w)
     _loop(w, "last - first")
     for u in reversed(range(unroll)):
@@ -118,18 +126,23 @@ def gradient(traced: Traced, unroll: int) -> str:
         _gradients(w, u, ("y", "c", "k"), "z{i}")
         _store_gradients(w, u)
         w.put(2, *(f"dw{r} += _keep(go, c{r}, 0.0, EVEN)" for r in w.R))
-        w.put(2, "if SLICED:", *(f"    Z{i} = _most(Z{i}, tl.abs(z{i}))" for i in w.S))
-        w.put(3, *w.matrix("W{i}{j} = _most(W{i}{j}, tl.abs(J{i}{j}))"))
+        w.put(2, "if SLICED:", *(f"    U{i} = _most(U{i}, tl.abs(z{i}))" for i in w.S))
         w.put(3, f"{', '.join(w.matrix('j{i}{j}'))} = {w.call('jacobian', u, w.each('a{i}', w.S))}")
         w.put(3, *(f"m{i}{j} = {w.product(f'j{{m}}{i}', 'J{m}{j}', i, j)}" for i in w.S for j in w.S))
         w.put(3, "if HAS_RESET:", *(f"    {line}" for line in w.matrix(f"m{{i}}{{j}} = tl.where(r{u} != 0, 0.0, m{{i}}{{j}})")))
         w.put(3, *w.matrix("J{i}{j} = _keep(go, m{i}{j}, J{i}{j}, EVEN)"))
+        for i in w.S:  # the last slice, which may end early, has no use for it
+            most = f"tl.abs(j0{i}) * U0"
+            for m in w.S[1:]:
+                most = f"_most({most}, tl.abs(j{m}{i}) * U{m})"
+            w.put(3, f"most{i} = {most}")
+        w.put(3, *(f"U{i} = most{i}" for i in w.S))
+        w.put(3, "if HAS_RESET:", *(f"    U{i} = tl.where(r{u} != 0, 0.0, U{i})" for i in w.S))
         _reset_and_keep(w, u, "k", "g")
-    w.put(2, "if SLICED:", "    going = (t - first) % WINDOW != 0", "    if (t - first) % WINDOW == 0:")
+    w.put(2, "if SLICED:", "    if (t - first) % WINDOW == 0:")
     w.put(4, f"window = WINDOWS + {_window(w, '(t - first) // WINDOW')}")
-    w.put(4, *w.matrix(f"tl.store(window + ({{i}} * {n} + {{j}}) * D, W{{i}}{{j}}, mask=inside)"))
-    w.put(4, *(f"tl.store(window + {n * n + i} * D, Z{i}, mask=inside)" for i in w.S))
-    w.put(3, *w.matrix("W{i}{j} = tl.where(going, W{i}{j}, 0.0)"), *(f"Z{i} = tl.where(going, Z{i}, 0.0)" for i in w.S))
+    w.put(4, *w.matrix(f"tl.store(window + ({{i}} * {n} + {{j}}) * D, J{{i}}{{j}}, mask=inside)"))
+    w.put(4, *(f"tl.store(window + {n * n + i} * D, U{i}, mask=inside)" for i in w.S))
     w.put(2, f"dp -= {unroll} * D_ST")
     w.next_resets(2)
     w.put(1, *(f"tl.store(D_REC + ((b * n + s) * {len(w.R)} + {r}) * D + d, dw{r}, mask=inside)" for r in w.R))
@@ -172,14 +185,10 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     entry = f"tl.load(PRODUCTS + oo + ({{i}} * {n} + {{j}}) * D, mask=inside, other=0.0)"
     w.put(
         2,
-        *(
-            f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_times({entry.format(i=i, j=j)}, {_down(f'f{j}')})" for j in w.S)
-            for i in w.S
-        ),
+        *(f"k{i} = {w.vector('D_H0', 'o0', i)} + " + " + ".join(f"_passed({entry.format(i=i, j=j)}, f{j})" for j in w.S) for i in w.S),
     )
     w.put(2, *(f"tl.store(D_H0 + o0 + {i} * D, k{i}, mask=inside)" for i in w.S))
     _lowest_window(w)
-    w.put(1, "if (bad == 0) & (lowest < 0):", "    return")
     _open(w, "tl.where(bad != 0, T, tl.minimum(first + SLICE, T))")
     _enter(w)
     w.put(1, *(f"g{i} = tl.where(bad != 0, {w.vector('D_FINAL', 'o0', i)}, f{i})" for i in w.S))
@@ -201,11 +210,6 @@ def mend_gradient(traced: Traced, unroll: int) -> str:
     return w.text()
 
 
-def _down(value: str) -> str:
-    """An adjoint that is multiplied with a stored product."""
-    return f"{value} * {2.0**-SCALE!r}"
-
-
 def _handed_down(w: Writer) -> None:
     """f: the adjoint at the slice's end from all slices after it."""
     n = len(w.S)
@@ -222,7 +226,7 @@ def _handed_down(w: Writer) -> None:
         w.put(2, *(f"e{i}_{u} = {w.vector('ENDS', 'oe', i - u * n, here)}" for i in w.S))
         w.put(2, *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + op + ({{i}} * {n} + {{j}} - {u * n * n}) * D, mask={here}, other=0.0)"))
     for u in group:
-        w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_times(j{i}{j}_{u}, {_down(f'f{j}')})" for j in w.S) for i in w.S))
+        w.put(2, *(f"m{i} = e{i}_{u} + " + " + ".join(f"_passed(j{i}{j}_{u}, f{j})" for j in w.S) for i in w.S))
         w.put(2, *(f"f{i} = tl.where(k + {u} <= n - 2 - s, m{i}, f{i})" for i in w.S))
     w.put(2, f"oe -= {len(group) * n} * D", f"op -= {len(group) * n * n} * D")
 
@@ -233,27 +237,26 @@ def windows(n: int) -> int:
 
 
 def _load_windows(w: Writer) -> None:
-    """Early, beside what f waits for."""
+    """w and v: product and U that each window is entered with, but the highest one. Early, beside what f waits for."""
     n = len(w.S)
-    w.put(1, f"window = WINDOWS + {_window(w, '0')}", "windows = (SLICE + WINDOW - 1) // WINDOW")
-    for u in range(windows(n)):
-        here = live(f"{u} < windows")
-        w.put(1, *w.matrix(f"w{{i}}{{j}}_{u} = tl.load(window + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
-        w.put(1, *(f"z{i}_{u} = tl.load(window + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
+    w.put(1, "windows = (SLICE + WINDOW - 1) // WINDOW", f"window = WINDOWS + {_window(w, '0')}")
+    for u in range(windows(n) - 1):
+        here, at = live(f"{u + 1} < windows"), (u + 1) * (n * n + n)
+        w.put(1, *w.matrix(f"w{{i}}{{j}}_{u} = tl.load(window + ({at} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"))
+        w.put(1, *(f"v{i}_{u} = tl.load(window + {at + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
 
 
 def _lowest_window(w: Writer) -> None:
-    """lowest: the first window in which f is still more than TOLERANCE of the largest adjoint there and below, or in which an adjoint overflows,
-    beside which nothing is small; -1 if it is nowhere."""
-    most = windows(len(w.S))
-    w.put(1, f"low = tl.full((BD,), {most}, tl.int32)  # of each channel", *(f"most{i} = tl.zeros((BD,), tl.float32)" for i in w.S))
-    for u in range(most):
-        w.put(1, *(f"most{i} = _most(most{i}, z{i}_{u})" for i in w.S))
-        sums = [" + ".join(f"_times(w{i}{j}_{u}, tl.abs({_down(f'f{j}')}))" for j in w.S) for i in w.S]
-        each = (f"({total} <= TOLERANCE * most{i}) & (most{i} <= 3.0e38)" for i, total in enumerate(sums))
-        w.put(1, "fits = " + " & ".join(each) + "  # what is not finite fits nowhere")
-        w.put(1, f"low = tl.where(inside & (fits == 0), tl.minimum(low, {u}), low)")
-    w.put(1, "lowest = tl.min(low, 0)", f"lowest = tl.where(lowest == {most}, -1, lowest)")
+    """lowest: the first window that f enters with more than TOLERANCE of U, or beside a U that is not finite, and which is not the highest one.
+    Of a cell of one state U falls no faster than f on the way down: what is little where a window is entered is little below."""
+    w.put(1, "low = tl.zeros((BD,), tl.int32) + windows - 1  # of each channel")
+    for u in range(windows(len(w.S)) - 1):
+        fits = []
+        for i in w.S:
+            w.put(1, f"rest{i} = " + " + ".join(f"tl.abs(_passed(w{i}{j}_{u}, f{j}))" for j in w.S))
+            fits.append(f"((rest{i} == 0.0) | ((rest{i} <= TOLERANCE * v{i}_{u}) & (v{i}_{u} <= 3.0e38)))")
+        w.put(1, f"low = tl.where(inside & (({' & '.join(fits)}) == 0), tl.minimum(low, {u}), low)")
+    w.put(1, "lowest = tl.min(low, 0)")
 
 
 def transfer(traced: Traced, unroll: int) -> str:

@@ -50,6 +50,7 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
         header,
         functions("".join(steps), short, maths) + "\n",
         HELPERS.strip("\n") + "\n",
+        backward_source.PASSED.strip("\n") + "\n",
         *steps,
         forward_source.walk(traced, ahead),
         forward_source.mend(traced, ahead),

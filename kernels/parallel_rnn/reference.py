@@ -222,7 +222,8 @@ def jacobian(cell: Cell, pre: Tensor, rec_RD: Tensor, before: Tensor, starts: Te
 def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, starts: Tensor | None, slices: int | None = None) -> tuple[Tensor, Tensor]:
     """g_t = dL/dh_t + J_{t+1}^T g_{t+1} for all t, and J_1^T g_1. One sweep over slices from zero, a scan, one sweep from the true values. The
     scan's products may over- or underflow where the sweep does not: what comes out of every slice has to be what the scan gave the slice
-    before it, or all is swept once more in one piece."""
+    before it, but for a small share of what a change of some later adjoint by its own size would be there, or all is swept once more in one
+    piece."""
     B, T, S, D = d_states.shape
     n = max(1, min(slices or choose_slices(B, T, D, J.device), T))
     length = -(-T // n)
@@ -252,8 +253,9 @@ def adjoints(J: Tensor, d_states: Tensor, d_final: Tensor, starts: Tensor | None
     out = torch.empty_like(d_N)
     left = sweep(carried, out)
     if n > 1:
-        gap, largest = (left[:, 1:] - carried[:, :-1]).abs(), out.abs().amax(2)[:, :-1]
-        if not bool(((gap == 0) | (gap <= 10 * TOLERANCE[J.dtype] * largest)).all()):
+        backwards = J_N.flip(1, 2).transpose(3, 4)
+        sizes = remainders(P.flip(1).transpose(2, 3), remainder(backwards, out.flip(1, 2))).flip(1)[:, 1:]
+        if share(left[:, 1:] - carried[:, :-1], sizes) > 10 * TOLERANCE[J.dtype]:
             return adjoints(J, d_states, d_final, starts, 1)
     return out.flatten(1, 2)[:, :T], left[:, 0]
 

@@ -167,6 +167,41 @@ def adjoints_that_return() -> None:
     assert gap(got[2], wanted[1]) < 1e-5
 
 
+def beside(pre: torch.Tensor, d: torch.Tensor, starts: torch.Tensor | None = None, last: float = 1.0) -> None:
+    """Gradients of h = a h + x, of cotangents d of the states and `last` of the last one, over three slices: each within 1e-5 of itself, and
+    finite where it is in the fp32 loop."""
+    cell, (_, _, _, D) = Cell.from_step(scaled), pre.shape
+    rec, h0 = torch.zeros(0, D), torch.ones(1, 1, D)
+
+    def by_loop(dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        leaves = [x.to(dtype).requires_grad_() for x in (pre, h0)]
+        states, final = reference.sequential(cell, leaves[0], rec.to(dtype), leaves[1], starts)
+        return states.detach().float(), torch.autograd.grad((states[:, :, 0] * d).sum() + last * final.sum(), leaves)
+
+    (states, wanted), (_, rough) = by_loop(torch.float64), by_loop(torch.float32)
+    got = launch.backward(cell, pre, rec, h0, starts, *op.parts(states), d, None, torch.full((1, 1, D), last), slices=3)
+    for a, b, loop in zip((got[0], got[2]), wanted, rough):
+        assert torch.equal(torch.isfinite(a), torch.isfinite(loop))
+        assert ((a - b).abs() <= 1e-5 * b.abs())[torch.isfinite(loop)].all(), (a, b)
+
+
+def adjoints_beside_large_ones() -> None:
+    """What a later slice passes down is 1e-9 of an adjoint that begins below it: small beside that one, and all there is above it, where the
+    states are as much larger, and so are the gates' gradients."""
+    pre, d = torch.zeros(1, 48, 2, 5), torch.zeros(1, 48, 5)
+    pre[:, :, 0], pre[:, 29:32, 0], pre[:, 18, 1], d[:, 17] = 1.0, 1e-3, 1e9, 1.0
+    beside(pre, d)
+    beside(torch.ones(1, 48, 2, 5), 0.0 * d, last=1e-32)
+
+
+def adjoints_that_overflow() -> None:
+    """Nothing is small beside an adjoint that overflows: what a later slice passes down is there above it, whether or not a document begins."""
+    pre, d, starts = torch.ones(1, 48, 2, 5), torch.zeros(1, 48, 5), torch.zeros(1, 48, dtype=torch.bool)
+    pre[:, 17, 0], d[:, 17], starts[:, 15] = 1e3, 1e37, True
+    beside(pre, d)
+    beside(pre, d, starts)
+
+
 def walks_that_meet() -> None:
     """A forgetful recurrence: each slice is mended for a few stretches only, and keeps the rest of its first walk; of small states as of large."""
     cell = Cell.from_step(scaled)
@@ -243,6 +278,8 @@ if __name__ == "__main__":
     if "shared" in words:  # what does not depend on the cell, once
         words.remove("shared")
         adjoints_that_return()
+        adjoints_beside_large_ones()
+        adjoints_that_overflow()
         walks_that_meet()
         walks_at_a_kink()
         not_a_number_is_passed_on()

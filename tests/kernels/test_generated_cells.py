@@ -136,3 +136,15 @@ def test_products_that_overflow_accept_nothing() -> None:
     states = reference.solve(Cell.from_step(scaled), pre, torch.zeros(0, 3), h0, None, 2)
     exact, _ = reference.sequential(Cell.from_step(scaled), pre.double(), torch.zeros(0, 3).double(), h0.double(), None)
     assert ((states - exact).abs() <= 1e-6 * exact).all()
+
+
+def test_adjoints_that_nearly_die_are_passed_on() -> None:
+    """What passes a slice is 1e-30, its product none that fp32 holds; below it is small beside an adjoint of that slice, and then grows to its size."""
+    pre, d = torch.zeros(1, 64, 2, 3), torch.zeros(1, 64, 1, 3)
+    pre[:, :, 0], pre[:, [20, 50], 0], pre[:, 33:37, 0], d[:, 17] = 1.0, 1e30, 1e-15, 1.0
+    cell, h0, none = Cell.from_step(scaled), torch.ones(1, 1, 3), torch.zeros(0, 3)
+    leaves = [x.double().requires_grad_() for x in (pre, h0)]
+    states, final = reference.sequential(cell, leaves[0], none.double(), leaves[1], None)
+    wanted = torch.autograd.grad((states * d).sum() + final.sum(), leaves)
+    found = reference.linear_backward(cell, pre, none, h0, None, states.detach().float(), d, torch.ones(1, 1, 3), 4)
+    assert all(((a - b).abs() <= 1e-6 * b.abs())[b.abs() < 1e37].all() for a, b in zip((found[0], found[2]), wanted))
