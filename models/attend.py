@@ -29,7 +29,7 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents 
         return q_BHTK + 0 * (k_BGLK.sum() + v_BGLK.sum())  # for autograd: gradients of zero, not none
     divided = T == L and (documents is not None or 0 < window < T)  # of the same tokens, of which some are kept apart
     if divided and packable(q_BHTK):
-        if documents is not None and not window and not planned() and not torch.cuda.is_current_stream_capturing():
+        if documents is not None and not window and not planned() and not (q_BHTK.is_cuda and torch.cuda.is_current_stream_capturing()):
             if documents.segments_BL.numel() >= LONG * (len(documents.borders()) - 1):
                 return documents_one_by_one(q_BHTK, k_BGLK, v_BGLK, documents)
         return packed_attention(q_BHTK, k_BGLK, v_BGLK, documents, window)
