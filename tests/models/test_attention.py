@@ -27,6 +27,7 @@ def test_documents_are_looked_up_once_for_all_layers(monkeypatch: pytest.MonkeyP
     mixers = {"a": {"type": "attention", "n_heads": 2}}
     model = LanguageModel(ModelConfig(vocab_size=16, d_model=16, n_layers=3, pattern=["a"], mixers=mixers))
     model.init_weights(0)
+    looked.clear()
     segments = torch.tensor([[0, 0, 1, 1, 2], [2, 2, 2, 2, 2]])
     first = model(segments, segment_ids=segments).logits
     segments[0, 0] = 7  # another batch, in the memory of the one before
