@@ -52,7 +52,7 @@ def main(composed: DictConfig) -> float | None:
 
 def train(config: Config, resolved_yaml: str) -> float | None:
     """Runs `config` to its end; returns the last held-out bits per byte. Raises Stopped when it was asked to stop and has saved."""
-    from training.setup import model_config, open_data, open_reader, take_up
+    from training.setup import loading_the_optimizers, model_config, open_data, open_reader, take_up
 
     if config.dry_run:
         from training.cost.flops import dry_run_report
@@ -90,7 +90,8 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     start_up.lap("model")
 
     # Resume
-    start = take_up(config, world, model, shards, resolved_yaml)
+    with loading_the_optimizers():
+        start = take_up(config, world, model, shards, resolved_yaml)
     start.message += f"\n{told}" if told else ""
     life = SignOfLife(Path(config.run_dir), world.rank)
     start_up.lap("weights")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import importlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,18 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
 
     _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
     return Start(cursor, folder, moments, wandb_id, "\n".join(told), locks)
+
+
+@contextlib.contextmanager
+def loading_the_optimizers() -> Iterator[None]:
+    """Loads in a thread what torch's optimizers load when they are made (torch.compile, seconds of Python) while the weights are drawn inside,
+    which takes no Python."""
+    thread = threading.Thread(target=importlib.import_module, args=("torch._dynamo",))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _leave(run_dir: Path, locks: list[Any]) -> None:
