@@ -188,13 +188,13 @@ def known(out: Path, device: str) -> dict[tuple[str, int], Result]:
 
 
 def table(results: Sequence[Result], module: str) -> str:
-    rows = [f"{'kind':<14}{'cases':>6}{'failed':>8}{'nearest to its bound':>22}{'slowest':>10}"]
+    rows = [f"{'kind':<20}{'cases':>6}{'failed':>8}{'nearest to its bound':>22}{'slowest':>10}"]
     for group in dict.fromkeys(r.group or r.kind for r in results):
         mine = [r for r in results if (r.group or r.kind) == group]
         worst, slowest = max(r.share for r in mine), max(r.seconds for r in mine)
         means = {key: sum(r.numbers.get(key, 0.0) for r in mine) / len(mine) for key in mine[0].numbers}
         more = "".join(f"  {key} {mean:.3g}" for key, mean in means.items())
-        rows.append(f"{group:<14}{len(mine):>6}{sum(not r.ok for r in mine):>8}{worst:>22.2f}{slowest:>9.1f}s{more}")
+        rows.append(f"{group:<20}{len(mine):>6}{sum(not r.ok for r in mine):>8}{worst:>22.2f}{slowest:>9.1f}s{more}")
     rows += [f"FAILED {line(module, r.kind, r.seed, r.device)}\n    {r.description}\n    {r.error}" for r in results if not r.ok]
     return "\n".join(rows)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from kernels.parallel_rnn import launch, op, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State  # noqa: F401  (names of the generated source)
@@ -278,6 +279,37 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[floa
     return ratio, report, problems
 
 
+class Nudged(TorchFunctionMode):
+    """The last digit of every function's value is drawn anew."""
+
+    FUNCTIONS = frozenset(
+        ("tanh", "sigmoid", "exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "erf", "sqrt", "rsqrt", "softplus", "pow")
+    )
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") not in self.FUNCTIONS:
+            return value
+        return value * (1 + torch.finfo(value.dtype).eps * torch.randint(-1, 2, value.shape, generator=self.generator))
+
+
+def other_draws(
+    cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], states: Tensor, count: int = 8
+) -> list[tuple[Tensor, ...]]:
+    """Gradients of pre, rec and h0 in fp32 whose functions are rounded in so many other ways. One loop may have had a lucky draw: 1 - y^2 of a
+    saturated tanh is 1e-5 with an error of 1e-7, or of none."""
+    pre, rec, h0, starts = inputs
+    found = []
+    for seed in range(count):
+        with Nudged(seed):
+            found.append(reference.linear_backward(cell, pre, rec, h0, starts, states.float(), *cotangents, 1))
+    return found
+
+
 def judge_gradients(
     case: Case, cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], exact: list[Tensor], rough: list[Tensor], found: list[Tensor],
     fine: Tensor, dtype: torch.dtype,
@@ -300,7 +332,8 @@ def judge_gradients(
         problems.append("gradients are not finite where the loop's are")
     every = fine.all(1).all(0) & torch.stack([(x.flatten(0, -2).abs() < 1e30).all(0) for x in (*exact[2:], *rough[2:]) if x.numel()]).all(0)
     given = torch.maximum(*(c.double().abs().flatten(0, -2).amax(0) for c in cotangents))
-    for name, want, loop, other, got in zip(("pre", "rec", "h0"), exact[2:], rough[2:], rounded[2:], found[2:]):
+    draws: list[tuple[Tensor, ...]] = []
+    for k, (name, want, loop, other, got) in enumerate(zip(("pre", "rec", "h0"), exact[2:], rough[2:], rounded[2:], found[2:])):
         if not want.numel() or not every.any():
             continue
         axes = tuple(range(want.dim() - 1)) if name != "pre" else (0, 1)
@@ -313,6 +346,11 @@ def judge_gradients(
         allowed = torch.where(size + loop.abs().amax(axes) == 0, 1e-6 * given, allowed)
         gap = ((got - want).abs().amax(axes) - (1e-36 if dtype != torch.float16 else 1e-6)).clamp(min=0)
         ratio = torch.where(every, gap / allowed.clamp(min=1e-300), 0.0).nan_to_num(nan=torch.inf).max().item()
+        if not ratio <= 1 and not low:
+            draws = draws or other_draws(cell, inputs, cotangents, exact[0])
+            lost = torch.stack([(draw[k] - want).abs().amax(axes) for draw in draws]).nan_to_num(nan=0.0, posinf=0.0).amax(0)
+            allowed = torch.maximum(allowed, 4 * lost)
+            ratio = torch.where(every, gap / allowed.clamp(min=1e-300), 0.0).nan_to_num(nan=torch.inf).max().item()
         if not ratio <= 1:
             problems.append(f"gradient of {name} off by {ratio:.3g} times what is allowed")
     return problems
@@ -322,7 +360,9 @@ def run_case(dtype: str, seed: int, device: str) -> Result:
     """Of a dtype's name, a seed, and cpu, interpreter or cuda."""
     case, began = make_case(seed, device == "cuda"), time.monotonic()
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(case).items() if name not in ("seed", "source"))
-    result = Result(dtype, seed, device, True, case.regime, f"{sizes}\n{case.source}")
+    # what walks in order for a reason that is no regime's is counted by itself
+    group = f"{case.regime} {case.poison or ('overflow' if case.regime == 'expanding' and seed % 16 == 15 else '')}".strip()
+    result = Result(dtype, seed, device, True, group, f"{sizes}\n{case.source}")
     names: dict[str, Any] = {"torch": torch, "Pre": Pre, "Rec": Rec, "State": State}
     exec(case.source, names)
     try:
