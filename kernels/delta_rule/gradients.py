@@ -138,50 +138,60 @@ def key_gradients(
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     s = first + q
     read, rows = (s < S) & (s % N == N - 1), s // N
-    d_query, by_right, by_state = tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32)
-    whole = tl.zeros((BV,), tl.float32)
-    for begin in range(0, V, BV):
-        v = begin + tl.arange(0, BV)
-        inside, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
-        place = (row // 64) * V * K + v[:, None] * K + k[None, :]
-        state, d_state = tl.load(STATES + place, inside, other=0.0), tl.load(D_STATES + place, inside, other=0.0)
-        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
-        right = tl.load(RIGHT + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
-        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
-        if HAS_G:
-            whole += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
-        d_query = tl.dot(do.to(DOT), state.to(DOT), acc=d_query, input_precision=PRECISION)
-        by_right = tl.dot(right.to(DOT), state.to(DOT), acc=by_right, input_precision=PRECISION)
-        by_state = tl.dot(u.to(DOT), d_state.to(DOT), acc=by_state, input_precision=PRECISION)
     total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
     end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
     step, rk, rq = tl.load(STEP + row + q), tl.load(RK + row + q), tl.load(RQ + row + q)
     before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
     after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
+    # First what comes through the state before the chunk, with all of dq: two sums (Q, K) at a time are what registers hold.
+    d_query, by_right, whole = tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32), tl.zeros((BV,), tl.float32)
+    for begin in range(0, V, BV):
+        v = begin + tl.arange(0, BV)
+        inside, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
+        state = tl.load(STATES + (row // 64) * V * K + v[:, None] * K + k[None, :], inside, other=0.0)
+        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
+        right = tl.load(RIGHT + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
+        d_query = tl.dot(do.to(DOT), state.to(DOT), acc=d_query, input_precision=PRECISION)
+        by_right = tl.dot(right.to(DOT), state.to(DOT), acc=by_right, input_precision=PRECISION)
     keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0)
     query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
-    by_state = tl.where((document == last)[:, None], by_state * after[:, None], 0.0)
-    by_right = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
+    square = row * 64 + q[:, None] * 64 + q[None, :]
+    d_scores = tl.load(D_SCORES + square).to(DOT)
     d_query = tl.where((document == 0)[:, None], d_query * (before * rq * scale)[:, None], 0.0)
-    wide = keys.to(tl.float32)
-    taken, given = tl.sum(wide * by_right, 1), tl.sum(wide * by_state, 1)
+    asked = tl.load(ROWS + row + q) + tl.sum(query.to(tl.float32) * d_query, 1).to(tl.float64)
+    d_query = tl.dot(d_scores, keys.to(DOT), acc=d_query, input_precision=PRECISION)
+    if NORM:
+        d_query -= query.to(tl.float32) * (rq * rq * tl.sum(query.to(tl.float32) * d_query, 1))[:, None]
+    tokens = ((b * (S // N) + rows) * H + h)[:, None]
+    tl.store(D_Q + tokens * K + k[None, :], d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])
+    d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
+    taken = tl.sum(keys.to(tl.float32) * d_key, 1)
     tl.store(D_BETA + (b * S + s) * H + h, tl.load(STRENGTH + row + q) - taken, s < S)
+    d_key *= -step[:, None]
+    # Then what comes through the state after it.
+    by_state = tl.zeros((64, BK), tl.float32)
+    for begin in range(0, V, BV):
+        v = begin + tl.arange(0, BV)
+        inside, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
+        place = (row // 64) * V * K + v[:, None] * K + k[None, :]
+        d_state = tl.load(D_STATES + place, inside, other=0.0)
+        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
+        if HAS_G:
+            whole += tl.sum(tl.load(STATES + place, inside, other=0.0).to(tl.float32) * d_state.to(tl.float32), 1)
+        by_state = tl.dot(u.to(DOT), d_state.to(DOT), acc=by_state, input_precision=PRECISION)
+    by_state = tl.where((document == last)[:, None], by_state * after[:, None], 0.0)
     if HAS_G:
-        asked = tl.load(ROWS + row + q) + (tl.sum(query.to(tl.float32) * d_query, 1) - taken * step - given).to(tl.float64)
+        given = tl.sum(keys.to(tl.float32) * by_state, 1)
+        asked -= (taken * step + given).to(tl.float64)
         through = tl.where(last == 0, tl.sum(whole, 0) * tl.exp(end.to(tl.float32)), 0.0) + tl.sum(given, 0)
         d_gate = tl.cumsum(asked, 0, reverse=True) + through.to(tl.float64)
         previous = tl.load(DOCUMENT + row + q - 1, q > 0, other=0)
         d_gate = tl.where(document == previous, d_gate, 0.0)
         tl.store(D_G + (b * (S // N) + rows) * H + h, d_gate.to(tl.float32), (s < S) & (s % N == 0))
-    square = row * 64 + q[:, None] * 64 + q[None, :]
-    d_scores = tl.load(D_SCORES + square).to(DOT)
-    d_query = tl.dot(d_scores, keys.to(DOT), acc=d_query, input_precision=PRECISION)
-    d_key = by_state - by_right * step[:, None]
+    d_key += by_state
     d_key = tl.dot(tl.trans(d_scores), query.to(DOT), acc=d_key, input_precision=PRECISION)
     d_key = tl.dot(tl.load(D_PRODUCTS + square).to(DOT), keys.to(DOT), acc=d_key, input_precision=PRECISION)
     if NORM:
+        wide = keys.to(tl.float32)
         d_key -= wide * (rk * rk * tl.sum(wide * d_key, 1))[:, None]
-        d_query -= query.to(tl.float32) * (rq * rq * tl.sum(query.to(tl.float32) * d_query, 1))[:, None]
     tl.store(D_K + ((b * S + s) * H + h)[:, None] * K + k[None, :], d_key.to(D_K.dtype.element_ty), (s < S)[:, None] & (k < K)[None, :])
-    place = D_Q + ((b * (S // N) + rows) * H + h)[:, None] * K + k[None, :]
-    tl.store(place, d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])

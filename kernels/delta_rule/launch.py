@@ -38,11 +38,11 @@ class Tile:
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "invert": Tile(16, 1, 1), "project": Tile(128, 4, 1), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1),
-    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(64, 4, 1), "key_gradients": Tile(64, 8, 1),
+    "invert": Tile(16, 4, 1), "project": Tile(128, 4, 1), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1),
+    "local": Tile(128, 4, 1), "walk_back": Tile(32, 4, 1), "pair_gradients": Tile(32, 4, 1), "key_gradients": Tile(64, 8, 1),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
-    "invert": Tile(16, 2, 1), "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
+    "invert": Tile(16, 4, 1), "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
     "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1), "key_gradients": Tile(16, 8, 1),
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
     tile = (WIDE if wide else NARROW)[name]
     columns, warps, stages = tile.columns, tile.warps, tile.stages
     if pad(K) > 128:
-        columns, warps, stages = max(16, columns // 2), min(8, 2 * warps), 1
+        columns, warps, stages = max(16, columns // 2), warps if name == "invert" else 8, 1
     return Tile(min(columns, pad(V)), warps, stages)
 
 

@@ -53,56 +53,12 @@ def decays(TOTAL, DOCUMENT, row):
 
 
 @triton.jit
-def _block(
-    A, X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, row, b, h, first, sums, counts, S, N, R, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h,
-    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, NORM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Sixteen sub-steps, the A-th: keys, and of each the sum of gates, count of documents, strength over norm; what is kept of them is stored."""
-    i, k = A * 16 + tl.arange(0, 16), tl.arange(0, BK)
-    s = first + i
-    token, lead, inside = s // N, s % N == 0, s < S
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0)
-    rk, rq = tl.full((16,), 1.0, tl.float32), tl.full((16,), 1.0, tl.float32)
-    if NORM:
-        wide = keys.to(tl.float32)
-        rk = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
-        read = inside & (s % N == N - 1)
-        query = tl.load(Y + (b * y_b + h // R * y_g) + token[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
-        wide = query.to(tl.float32)
-        rq = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
-    gate, new = tl.zeros((16,), tl.float32), tl.zeros((16,), tl.int32)
-    if HAS_G:
-        gate = tl.load(G + b * g_b + token * g_t + h * g_h, inside & lead, other=0.0).to(tl.float32)
-        new = (gate < -87.0).to(tl.int32)
-        gate = tl.where(new != 0, 0.0, gate)
-    if HAS_STARTS:
-        new = new | tl.load(STARTS + b * s_b + token * s_t, inside & lead, other=0).to(tl.int32)
-    step = tl.load(BETA + b * b_b + s * b_t + h * b_h, inside, other=0.0).to(tl.float32)
-    total, document = tl.cumsum(gate.to(tl.float64), 0) + sums, tl.cumsum(new, 0) + counts
-    tl.store(TOTAL + row + i, total)
-    tl.store(DOCUMENT + row + i, document)
-    tl.store(RK + row + i, rk)
-    tl.store(RQ + row + i, rq)
-    tl.store(STEP + row + i, step)
-    return keys, total, document, rk, step, sums + tl.sum(gate.to(tl.float64), 0), counts + tl.sum(new, 0)
-
-
-@triton.jit
-def _system(keys_i, total_i, document_i, rk_i, step_i, keys_j, total_j, document_j, rk_j, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """A block of L left of the diagonal."""
-    products = tl.dot(keys_i.to(DOT), tl.trans(keys_j.to(DOT)), input_precision=PRECISION)
-    between = tl.exp((total_i[:, None] - total_j[None, :]).to(tl.float32)) * (step_i * rk_i)[:, None] * rk_j[None, :]
-    return tl.where(document_i[:, None] == document_j[None, :], products * between, 0.0)
-
-
-@triton.jit
-def _mirrored(keys, total, document, rk, step, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """A block of L on the diagonal, mirrored: what i asks of j is in column i."""
-    r = tl.arange(0, 16)
-    products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
-    allowed = (r[:, None] < r[None, :]) & (document[:, None] == document[None, :])
-    between = (total[None, :] - total[:, None]).to(tl.float32)
-    return tl.where(allowed, products * tl.exp(tl.where(allowed, between, 0.0)) * (step * rk)[None, :] * rk[:, None], 0.0)
+def _quarters(x, HALF: tl.constexpr):
+    """The four squares of a square: (top left, top right, bottom left, bottom right)."""
+    top, bottom = tl.split(tl.permute(tl.reshape(x, (2, HALF, 2, HALF)), (1, 3, 2, 0)))
+    left, right = tl.split(top)
+    below, corner = tl.split(bottom)
+    return left, right, below, corner
 
 
 @triton.jit
@@ -126,27 +82,41 @@ def invert(
 ):  # fmt: skip
     """(I + L)^-1 (B, H, chunks, Q, Q), and what is known of each sub-step. X is k, Y is q."""
     row, b, h, _, first = where_is(chunks, H)
-    sums, counts = tl.sum(tl.zeros((16,), tl.float64), 0), tl.sum(tl.zeros((16,), tl.int32), 0)
-    k0, t0, c0, r0, e0, sums, counts = _block(
-        0, X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, row, b, h, first, sums, counts, S, N, R, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h,
-        b_b, b_t, b_h, s_b, s_t, HAS_G, HAS_STARTS, NORM, BK)  # fmt: skip
-    k1, t1, c1, r1, e1, sums, counts = _block(
-        1, X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, row, b, h, first, sums, counts, S, N, R, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h,
-        b_b, b_t, b_h, s_b, s_t, HAS_G, HAS_STARTS, NORM, BK)  # fmt: skip
-    k2, t2, c2, r2, e2, sums, counts = _block(
-        2, X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, row, b, h, first, sums, counts, S, N, R, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h,
-        b_b, b_t, b_h, s_b, s_t, HAS_G, HAS_STARTS, NORM, BK)  # fmt: skip
-    k3, t3, c3, r3, e3, sums, counts = _block(
-        3, X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, row, b, h, first, sums, counts, S, N, R, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h,
-        b_b, b_t, b_h, s_b, s_t, HAS_G, HAS_STARTS, NORM, BK)  # fmt: skip
-    m0, m1 = _mirrored(k0, t0, c0, r0, e0, DOT, PRECISION), _mirrored(k1, t1, c1, r1, e1, DOT, PRECISION)
-    m2, m3 = _mirrored(k2, t2, c2, r2, e2, DOT, PRECISION), _mirrored(k3, t3, c3, r3, e3, DOT, PRECISION)
-    l10 = _system(k1, t1, c1, r1, e1, k0, t0, c0, r0, DOT, PRECISION)
-    l20 = _system(k2, t2, c2, r2, e2, k0, t0, c0, r0, DOT, PRECISION)
-    l21 = _system(k2, t2, c2, r2, e2, k1, t1, c1, r1, DOT, PRECISION)
-    l30 = _system(k3, t3, c3, r3, e3, k0, t0, c0, r0, DOT, PRECISION)
-    l31 = _system(k3, t3, c3, r3, e3, k1, t1, c1, r1, DOT, PRECISION)
-    l32 = _system(k3, t3, c3, r3, e3, k2, t2, c2, r2, DOT, PRECISION)
+    q, k = tl.arange(0, 64), tl.arange(0, BK)
+    s = first + q
+    token, lead, inside = s // N, s % N == 0, s < S
+    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0)
+    rk, rq = tl.full((64,), 1.0, tl.float32), tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        wide = keys.to(tl.float32)
+        rk = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
+        read = inside & (s % N == N - 1)
+        query = tl.load(Y + (b * y_b + h // R * y_g) + token[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+        wide = query.to(tl.float32)
+        rq = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
+    gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
+    if HAS_G:
+        gate = tl.load(G + b * g_b + token * g_t + h * g_h, inside & lead, other=0.0).to(tl.float32)
+        new = (gate < -87.0).to(tl.int32)
+        gate = tl.where(new != 0, 0.0, gate)
+    if HAS_STARTS:
+        new = new | tl.load(STARTS + b * s_b + token * s_t, inside & lead, other=0).to(tl.int32)
+    step = tl.load(BETA + b * b_b + s * b_t + h * b_h, inside, other=0.0).to(tl.float32)
+    total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
+    tl.store(TOTAL + row + q, total)
+    tl.store(DOCUMENT + row + q, document)
+    tl.store(RK + row + q, rk)
+    tl.store(RQ + row + q, rq)
+    tl.store(STEP + row + q, step)
+    products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
+    allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
+    between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
+    system = tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0)
+    first_half, _, below, second_half = _quarters(system, 32)
+    l00, _, l10, l11 = _quarters(first_half, 16)
+    l20, l21, l30, l31 = _quarters(below, 16)
+    l22, _, l32, l33 = _quarters(second_half, 16)
+    m0, m1, m2, m3 = tl.trans(l00), tl.trans(l11), tl.trans(l22), tl.trans(l33)
     r = tl.arange(0, 16)
     one = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
     x0, x1, x2, x3 = one, one, one, one
