@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.delta_rule.reference import LONGEST
+from kernels.delta_rule.reference import CHUNK
 from kernels.dispatch import interpreted, no_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -116,7 +116,7 @@ class Problem:
         self.kind = torch.bfloat16 if narrow else torch.float32  # of what kernels leave for others
         self.q, self.k, self.v = ready(q, dtype), ready(k, dtype), ready(v, dtype)
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
-        self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // LONGEST)
+        self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
         self.beta, self.g, self.starts, self.normalize, self.scale = beta, g, starts, normalize, float(scale)
         self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=v.device)
         self._invert()
@@ -141,10 +141,10 @@ class Problem:
         return g, self.beta, marks, lies
 
     def _invert(self) -> None:
-        length = self.chunks * LONGEST
+        length = self.chunks * CHUNK
         self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
         self.rk, self.rq, self.step = (self.made(length, dtype=torch.float32) for _ in range(3))
-        self.inverse = self.made(length, LONGEST)
+        self.inverse = self.made(length, CHUNK)
         g, beta, marks, lies = self.gates()
         self.module.invert[self.grid](
             self.k, self.q, g, beta, marks, self.total, self.document, self.rk, self.rq, self.step, self.inverse,
@@ -154,7 +154,7 @@ class Problem:
 
     def project(self, values: bool = True) -> None:
         """W, and U if `values`."""
-        length = self.chunks * LONGEST
+        length = self.chunks * CHUNK
         self.W = self.made(length, self.K)
         self.U = self.made(length, self.V) if values else self.W
         self.module.project[self.grid](
@@ -199,7 +199,7 @@ class Problem:
     def walk_back(self, do: Tensor, later: Tensor | None, keep: bool = True) -> Tensor:
         """The gradient of h0; kept are those of the states leaving each chunk and of the corrected values, unless none is wanted."""
         module = gradient_kernels()
-        self.du = self.made(self.chunks * LONGEST, self.V)
+        self.du = self.made(self.chunks * CHUNK, self.V)
         lies = *strides_of(self.k), *strides_of(self.q), *strides_of(do)
         read = (self.k, self.q, do, self.total, self.document, self.rk, self.rq)
         shape = (self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V)
@@ -216,9 +216,9 @@ class Problem:
     def gradients(self, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of q, k, v, beta and g."""
         module, device, kind = gradient_kernels(), do.device, self.v.dtype if self.R == 1 else torch.float32
-        square, length = self.chunks * LONGEST, self.chunks * LONGEST
+        square, length = self.chunks * CHUNK, self.chunks * CHUNK
         right, rows = torch.empty_like(self.du), torch.empty_like(self.total)
-        d_scores, d_products, strength = self.made(square, LONGEST), self.made(square, LONGEST), self.made(length, dtype=torch.float32)
+        d_scores, d_products, strength = self.made(square, CHUNK), self.made(square, CHUNK), self.made(length, dtype=torch.float32)
         dv = torch.empty(self.B, self.S, self.H, self.V, dtype=self.v.dtype, device=device)
         sums = (self.total, self.document, self.rk, self.rq, self.step)
         shape = (self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V)

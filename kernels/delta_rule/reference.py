@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LONGEST = 64  # sub-steps of a chunk
-EPS = 1e-6  # added to the sum of squares under the root where queries and keys are normalised
+CHUNK = 64  # sub-steps of a chunk
+NORM_EPS = 1e-6  # added to the sum of squares under the root where queries and keys are normalised
 FORGOTTEN = -87.0  # log gates from here down are those of a state that is gone: exp gives no normal number in fp32
 
 
-def _inner(dtype: torch.dtype) -> torch.dtype:
+def _state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_norm(x: Tensor) -> Tensor:
     """x divided by its norm over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS)
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
 
 
 def delta_rule_sequential(
@@ -42,7 +42,7 @@ def delta_rule_sequential(
     H, V = v.shape[2:]
     n, repeat = k.shape[1] // max(T, 1), H // G
     if normalize:
-        q, k = unit(q), unit(k)
+        q, k = unit_norm(q), unit_norm(k)
     h = v.new_zeros(B, H, V, K) if h0 is None else h0
     out = []
     for t in range(T):
@@ -71,7 +71,7 @@ def delta_rule_loop(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`delta_rule_sequential` in fp32 (fp64), outputs in v's dtype."""
-    dtype = _inner(v.dtype)
+    dtype = _state_dtype(v.dtype)
     g, h0 = (None if t is None else t.to(dtype) for t in (g, h0))
     o, h = delta_rule_sequential(q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), g, h0, starts, normalize, scale)
     return o.to(v.dtype), h
@@ -89,10 +89,10 @@ def delta_rule_step(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """One token (T = 1) of n updates, heads grouped rather than queries and keys repeated; h0 is left as it is."""
-    dtype, (B, _, G, K), (H, V) = _inner(v.dtype), q.shape, v.shape[2:]
+    dtype, (B, _, G, K), (H, V) = _state_dtype(v.dtype), q.shape, v.shape[2:]
     q, k = q.to(dtype), k.to(dtype)
     if normalize:
-        q, k = unit(q), unit(k)
+        q, k = unit_norm(q), unit_norm(k)
     h = h0.to(dtype)
     if g is not None:
         gate = g[:, 0, :, None, None].to(dtype)
@@ -119,15 +119,15 @@ def delta_rule_chunked(
     starts: Tensor | None,
     normalize: bool = False,
     scale: float = 1.0,
-    chunk: int = LONGEST,
+    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """The same values (arXiv 2406.06484, 2412.06464): inside a chunk the corrected values of all updates solve one triangular system; the state
     goes from chunk to chunk."""
-    dtype, (B, T, G, K), (H, V), S = _inner(v.dtype), q.shape, v.shape[2:], k.shape[1]
-    n, Q, repeat = S // T, min(chunk, S, LONGEST), H // G
+    dtype, (B, T, G, K), (H, V), S = _state_dtype(v.dtype), q.shape, v.shape[2:], k.shape[1]
+    n, Q, repeat = S // T, min(chunk, S, CHUNK), H // G
     q, k = q.to(dtype), k.to(dtype)
     if normalize:
-        q, k = unit(q), unit(k)
+        q, k = unit_norm(q), unit_norm(k)
     last = torch.arange(T, device=q.device) * n + n - 1
     if n > 1:  # a query at the last sub-step of its token
         q = q.unsqueeze(2) * torch.eye(n, dtype=dtype, device=q.device)[-1, :, None, None]
@@ -139,7 +139,7 @@ def delta_rule_chunked(
 
     queries, keys = (chunked(x).repeat_interleave(repeat, 1) for x in (q, k))
     values, beta_BHCQ = chunked(v.to(dtype)), chunked(beta.to(dtype))
-    gate, document = _gates(g, starts, B, T, n, H, v.device)
+    gate, document = _gates_of_updates(g, starts, B, T, n, H, v.device)
     total = chunked(gate).cumsum(3)  # in fp64: of a difference of sums a strong decay leaves no digits to the weak ones
     document_BHCQ = chunked(document).cumsum(3)
     places = torch.arange(Q, device=q.device)
@@ -163,7 +163,7 @@ def delta_rule_chunked(
     return (o[:, last] * scale).to(v.dtype), h
 
 
-def _gates(g: Tensor | None, starts: Tensor | None, B: int, T: int, n: int, H: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gates_of_updates(g: Tensor | None, starts: Tensor | None, B: int, T: int, n: int, H: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(logarithms of the gates in fp64, whether the state before is left out), (B, S, H), at the first sub-step of each token. A gate that leaves
     nothing is said by the second: its logarithm has no sum."""
     gate = torch.zeros(B, T, H, dtype=torch.float64, device=device) if g is None else g.double()
