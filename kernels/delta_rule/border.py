@@ -18,7 +18,7 @@ def end_state(
     k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, starts: Tensor | None, normalize: bool, updates: int = 1
 ) -> tuple[Tensor, Tensor]:
     """(state (B, H, V, K) at the end of the slice from an empty one, product (B, H, K, K) that the state before it is multiplied by)."""
-    (B, S, H, V), K = v.shape, k.shape[-1]
+    (B, _, H, V), K = v.shape, k.shape[-1]
     inner = torch.float64 if v.dtype == torch.float64 else torch.float32
     h0 = torch.cat([torch.zeros(V, K, device=v.device, dtype=inner), torch.eye(K, device=v.device, dtype=inner)]).expand(B, H, V + K, K)
     values = F.pad(v, (0, K))

@@ -4,7 +4,8 @@
 first, with what the states after ask of the corrected values; `pair_gradients` and `key_gradients` then take all chunks at once.
 
 With R = (I + L)^-T du, the gradient of what the triangular system is solved for: dv = b R and dL = -R u^T. A gate's gradient is the sum of what all
-pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel.
+pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel. b's gradient is R_i . u_i / b_i,
+where b is not small: summed over pairs it would lose the digits of what keys that repeat cancel.
 """
 
 from __future__ import annotations
@@ -89,14 +90,15 @@ def pair_gradients(
     DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """R (B, H, chunks Q, V), dv, and the gradients of the products q_i . k_j and (added to its mirror image) k_i . k_j. ROWS: what is asked of the gates
-    by pairs, STRENGTH: of b by values and pairs."""
+    by pairs, STRENGTH: the gradient of b, where it is small without what comes through the state."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     s = first + q
     read, rows = (s < S) & (s % N == N - 1), s // N
     inverse = tl.trans(tl.load(INVERSE + row * 64 + q[:, None] * 64 + q[None, :]).to(DOT))
     step, rk, rq = tl.load(STEP + row + q), tl.load(RK + row + q), tl.load(RQ + row + q) * scale
-    d_scores, d_system, strength = tl.zeros((64, 64), tl.float32), tl.zeros((64, 64), tl.float32), tl.zeros((64,), tl.float32)
+    d_scores, d_system = tl.zeros((64, 64), tl.float32), tl.zeros((64, 64), tl.float32)
+    by_values, by_corrected = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.float32)
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
         mine = tl.broadcast_to((v < V)[None, :], (64, BV))
@@ -106,7 +108,8 @@ def pair_gradients(
         right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
         tl.store(RIGHT + row * V + q[:, None] * V + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
         values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], (s < S)[:, None] & (v < V)[None, :], other=0.0)
-        strength += tl.sum(right * values.to(tl.float32), 1)
+        by_values += tl.sum(right * values.to(tl.float32), 1)
+        by_corrected += tl.sum(right * u.to(tl.float32), 1)
         place = D_V + ((b * S + s) * H + h)[:, None] * V + v[None, :]
         tl.store(place, (right * step[:, None]).to(D_V.dtype.element_ty), (s < S)[:, None] & (v < V)[None, :])
         d_scores = tl.dot(do.to(DOT), tl.trans(u), acc=d_scores, input_precision=PRECISION)
@@ -118,7 +121,8 @@ def pair_gradients(
     d_scores = tl.where(pairs != 0.0, d_scores * weight * rq[:, None], 0.0)
     d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * weight * rk[:, None], 0.0)
     asked = d_system * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    tl.store(STRENGTH + row + q, strength + tl.sum(asked, 1))
+    strength = tl.where(step > 0.01, by_corrected / tl.where(step > 0.01, step, 1.0), by_values + tl.sum(asked, 1))
+    tl.store(STRENGTH + row + q, strength)
     d_system *= step[:, None]
     asked = asked * step[:, None] + d_scores * tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     tl.store(ROWS + row + q, tl.sum(asked.to(tl.float64), 1) - tl.sum(asked.to(tl.float64), 0))
@@ -166,7 +170,7 @@ def key_gradients(
     tl.store(D_Q + tokens * K + k[None, :], d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])
     d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
     taken = tl.sum(keys.to(tl.float32) * d_key, 1)
-    tl.store(D_BETA + (b * S + s) * H + h, tl.load(STRENGTH + row + q) - taken, s < S)
+    tl.store(D_BETA + (b * S + s) * H + h, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), s < S)
     d_key *= -step[:, None]
     # Then what comes through the state after it.
     by_state = tl.zeros((64, BK), tl.float32)
@@ -184,7 +188,8 @@ def key_gradients(
         given = tl.sum(keys.to(tl.float32) * by_state, 1)
         asked -= (taken * step + given).to(tl.float64)
         through = tl.where(last == 0, tl.sum(whole, 0) * tl.exp(end.to(tl.float32)), 0.0) + tl.sum(given, 0)
-        d_gate = tl.cumsum(asked, 0, reverse=True) + through.to(tl.float64)
+        later = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
+        d_gate = tl.sum(tl.where(later, asked[:, None], 0.0), 0) + tl.where(document == last, through, 0.0).to(tl.float64)
         previous = tl.load(DOCUMENT + row + q - 1, q > 0, other=0)
         d_gate = tl.where(document == previous, d_gate, 0.0)
         tl.store(D_G + (b * (S // N) + rows) * H + h, d_gate.to(tl.float32), (s < S) & (s % N == 0))

@@ -163,7 +163,9 @@ def delta_rule_chunked(
     return (o[:, last] * scale).to(v.dtype), h
 
 
-def _gates_of_updates(g: Tensor | None, starts: Tensor | None, B: int, T: int, n: int, H: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _gates_of_updates(
+    g: Tensor | None, starts: Tensor | None, B: int, T: int, n: int, H: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(logarithms of the gates in fp64, whether the state before is left out), (B, S, H), at the first sub-step of each token. A gate that leaves
     nothing is said by the second: its logarithm has no sum."""
     gate = torch.zeros(B, T, H, dtype=torch.float64, device=device) if g is None else g.double()

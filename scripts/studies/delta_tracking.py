@@ -33,7 +33,9 @@ LENGTH, BATCH, CHECK = 16, 128, 100
 def table(group: str) -> Tensor:
     """Products (elements, elements): row g, column h is h after g."""
     things, even = GROUPS[group]
-    elements = [p for p in itertools.permutations(range(things)) if not even or sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0]
+    elements = [
+        p for p in itertools.permutations(range(things)) if not even or sum(a > b for a, b in itertools.combinations(p, 2)) % 2 == 0
+    ]
     place = {p: i for i, p in enumerate(elements)}
     return torch.tensor([[place[tuple(h[i] for i in g)] for h in elements] for g in elements])
 
@@ -85,7 +87,9 @@ def arm(group: str, updates: int, negative: bool, gate: bool, seed: int, most: i
         step += 1
         if step % CHECK == 0:
             now = scores(model, products)
-            curve.append({"step": step, "loss": round(loss.item(), 4), "accuracy": now[str(LENGTH)]["all"], "far": now[str(4 * LENGTH)]["all"]})
+            curve.append(
+                {"step": step, "loss": round(loss.item(), 4), "accuracy": now[str(LENGTH)]["all"], "far": now[str(4 * LENGTH)]["all"]}
+            )
             solved = now[str(4 * LENGTH)]["all"] > 0.98
             print(group, updates, negative, seed, curve[-1], flush=True)
     return {
