@@ -33,7 +33,7 @@ def _backward(
     dq, dk, dv, d_beta, dg, dh0 = launch.backward(q, k, v, beta, g, h0, starts, normalize, scale, do, d_final)
     return (
         dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_beta.to(beta.dtype),
-        None if g is None else dg.to(g.dtype), None if h0 is None else dh0.to(h0.dtype),
+        None if g is None or dg is None else dg.to(g.dtype), None if h0 is None else dh0.to(h0.dtype),
     )  # fmt: skip
 
 

@@ -46,7 +46,8 @@ class _Rule(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         leaves = tuple(None if t is None else t.detach().requires_grad_(want) for t, want in zip(saved, wanted))
         with torch.enable_grad(), torch.autocast(saved[0].device.type, enabled=False):
-            results = _run(leaves, starts, *ctx.settings, gradients)
+            normalize, scale = ctx.settings
+            results = _run(leaves, starts, normalize, scale, gradients)
             inputs = [t for t, want in zip(leaves, wanted) if t is not None and want]
             made = iter(torch.autograd.grad(results, inputs, gradients, allow_unused=True))
         return None, None, None, *(next(made) if want else None for want in wanted)

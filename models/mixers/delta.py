@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,7 +147,7 @@ class Mixer(SequenceMixer):
             return beta_BSH, None
         return beta_BSH, -torch.exp(self.A_log.to(inner)) * F.softplus(a + self.dt_bias.to(inner))
 
-    def _normed(self, o_BTI: Tensor, z_BTI: Tensor, joint: object) -> Tensor:
+    def _normed(self, o_BTI: Tensor, z_BTI: Tensor, joint: Any) -> Tensor:
         """RMSNorm of every head, with one weight for all of them, and the gate behind it."""
         weight, gated = self.norm.weight.repeat(self.H), self.config.output_gate
         columns = (0, joint if gated else None)
