@@ -15,23 +15,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton import decays, where_is
+from kernels.delta_rule.triton import decays, inverse_norms, where_is
 
 
 @triton.jit
 def local(
     X, Y, DO, TOTAL, DOCUMENT, RK, RQ, DU, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """du_j = sum_{i>=j} D_ij (q_i . k_j) do_i, (B, H, chunks Q, V)."""
+    """du_j = sum_{i>=j} D_ij (q_i . k_j) do_i, (B, H, chunks Q, V), and RQ."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     s = first + q
     read, rows = (s < S) & (s % N == N - 1), s // N
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0).to(DOT)
+    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+    rq = inverse_norms(query, NORM)
+    tl.store(RQ + row + q, rq)
+    rq, query = rq * scale, query.to(DOT)
     keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
     pairs, _, _, _ = decays(TOTAL, DOCUMENT, row)
-    rq = tl.load(RQ + row + q) * scale
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
     scores = tl.trans(tl.where(pairs != 0.0, scores, 0.0).to(DOT))
     for begin in range(0, V, BV):

@@ -1,8 +1,8 @@
 """Runs the Triton kernels of `triton.py` and `gradients.py`; imports Triton only when a kernel is first wanted.
 
 Saved for the backward pass are the inputs only; it walks over the states again. While a pass runs it holds, besides its results, W and U (S (K + V)
-numbers a head), the state entering each chunk (S / 64 K V) and the inverses (64 S); going back also the gradients of the states and of the corrected
-values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
+numbers a head), the corrected values (S V) and the state entering each chunk (S / 64 K V); going back also the inverses (64 S), the gradients of the states and of
+the corrected values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
 bf16; fp16 is lifted to fp32, whose range the states need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays,
 norms, triangular systems and the carried state are fp32 throughout.
 
@@ -38,11 +38,11 @@ class Tile:
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "invert": Tile(16, 4, 1), "project": Tile(128, 4, 1), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1),
+    "project": Tile(128, 4, 1), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1),
     "local": Tile(128, 4, 1), "walk_back": Tile(32, 4, 1), "pair_gradients": Tile(32, 4, 1), "key_gradients": Tile(64, 8, 1),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
-    "invert": Tile(16, 4, 1), "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
+    "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
     "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1), "key_gradients": Tile(16, 8, 1),
 }  # fmt: skip
 
@@ -52,7 +52,7 @@ def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
     tile = (WIDE if wide else NARROW)[name]
     columns, warps, stages = tile.columns, tile.warps, tile.stages
     if pad(K) > 128:
-        columns, warps, stages = max(16, columns // 2), warps if name == "invert" else 8, 1
+        columns, warps, stages = max(16, columns // 2), warps if name == "project" else 8, 1
     return Tile(min(columns, pad(V)), warps, stages)
 
 
@@ -119,7 +119,9 @@ class Problem:
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
         self.beta, self.g, self.starts, self.normalize, self.scale = beta, g, starts, normalize, float(scale)
         self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=v.device)
-        self._invert()
+        length = self.chunks * CHUNK
+        self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
+        self.rk, self.step = (self.made(length, dtype=torch.float32) for _ in range(2))
 
     def made(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.B, self.H, *shape, dtype=dtype or self.kind, device=self.v.device)
@@ -130,8 +132,7 @@ class Problem:
 
     def options(self, name: str, **more: Any) -> dict[str, Any]:
         tile = sizes(name, self.wide, self.K, self.V)
-        columns = {} if name == "invert" else {"BV": tile.columns}
-        return {**more, **self.dot, **columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
+        return {**more, **self.dot, "BV": tile.columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
 
     def gates(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """(g, beta, starts, their strides), something in place of what is not given."""
@@ -140,26 +141,17 @@ class Problem:
         lies = (*g.stride(), *self.beta.stride(), *((0, 0) if self.starts is None else marks.stride()))
         return g, self.beta, marks, lies
 
-    def _invert(self) -> None:
-        length = self.chunks * CHUNK
-        self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
-        self.rk, self.rq, self.step = (self.made(length, dtype=torch.float32) for _ in range(3))
-        self.inverse = self.made(length, CHUNK)
-        g, beta, marks, lies = self.gates()
-        self.module.invert[self.grid](
-            self.k, self.q, g, beta, marks, self.total, self.document, self.rk, self.rq, self.step, self.inverse,
-            self.S, self.H, self.N, self.R, self.chunks, self.K, *strides_of(self.k), *strides_of(self.q), *lies,
-            **self.options("invert", HAS_G=self.g is not None, HAS_STARTS=self.starts is not None, NORM=self.normalize),
-        )  # fmt: skip
-
-    def project(self, values: bool = True) -> None:
-        """W, and U if `values`."""
+    def project(self, values: bool = True, keep: bool = False) -> None:
+        """W, U if `values`, and the inverses if they are to be kept."""
         length = self.chunks * CHUNK
         self.W = self.made(length, self.K)
         self.U = self.made(length, self.V) if values else self.W
+        self.inverse = self.made(length, CHUNK) if keep else self.W
+        g, beta, marks, lies = self.gates()
         self.module.project[self.grid](
-            self.k, self.v, self.total, self.document, self.rk, self.step, self.inverse, self.W, self.U, self.S, self.H, self.R, self.chunks, self.K, self.V,
-            *strides_of(self.k), *strides_of(self.v), **self.options("project", HAS_VALUES=values),
+            self.k, self.v, g, beta, marks, self.total, self.document, self.rk, self.step, self.inverse, self.W, self.U,
+            self.S, self.H, self.N, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.v), *lies,
+            **self.options("project", HAS_G=self.g is not None, HAS_STARTS=self.starts is not None, HAS_VALUES=values, KEEP=keep, NORM=self.normalize),
         )  # fmt: skip
 
     def walk(self, begin: Tensor | None, keep: bool = True) -> Tensor:
@@ -178,9 +170,9 @@ class Problem:
     def outputs(self) -> Tensor:
         o = torch.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype, device=self.v.device)
         self.module.outputs[self.grid](
-            self.k, self.q, self.total, self.document, self.rk, self.rq, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
+            self.k, self.q, self.total, self.document, self.rk, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
             self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.q),
-            **self.options("outputs", MARK=self.lost is not None),
+            **self.options("outputs", MARK=self.lost is not None, NORM=self.normalize),
         )  # fmt: skip
         return o
 
@@ -199,11 +191,11 @@ class Problem:
     def walk_back(self, do: Tensor, later: Tensor | None, keep: bool = True) -> Tensor:
         """The gradient of h0; kept are those of the states leaving each chunk and of the corrected values, unless none is wanted."""
         module = gradient_kernels()
-        self.du = self.made(self.chunks * CHUNK, self.V)
+        self.du, self.rq = self.made(self.chunks * CHUNK, self.V), torch.empty_like(self.rk)
         lies = *strides_of(self.k), *strides_of(self.q), *strides_of(do)
         read = (self.k, self.q, do, self.total, self.document, self.rk, self.rq)
         shape = (self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V)
-        module.local[self.grid](*read, self.du, *shape, *lies, **self.options("local"))
+        module.local[self.grid](*read, self.du, *shape, *lies, **self.options("local", NORM=self.normalize))
         later = torch.zeros(self.B, self.H, self.V, self.K, device=do.device) if later is None else later
         first = torch.empty_like(later)
         self.d_states = self.made(self.chunks, self.V, self.K) if keep else self.W
@@ -279,7 +271,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, g and h0: those of q, k and v in the dtype of v (fp32 where heads share keys), the others fp32."""
     this, do, V, K = Problem(q, k, v, beta, g, starts, normalize, scale), ready(do, v.dtype), v.shape[3], k.shape[3]
-    this.project()
+    this.project(keep=True)
     this.walk(filled(h0, this.V, this.K))
     dh0 = this.walk_back(do, filled(d_final, this.V, this.K))
     dq, dk, dv, d_beta, dg = this.gradients(do)

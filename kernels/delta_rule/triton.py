@@ -2,8 +2,8 @@
 
 Time is cut into chunks of Q = 64 sub-steps. With d_i the decay from the chunk's start to i, D_ij that from j to i, and S the state entering the
 chunk, the corrected values u_i = b_i (v_i - a_i S_{i-1} k_i) of a chunk solve (I + L) u = b (v - d S k), L_ij = b_i D_ij k_i . k_j below the
-diagonal. `invert` makes (I + L)^-1, blocks of 16 by forward substitution (powers of L, as in a doubling, would lose all digits where keys repeat and
-b is 2) and from them the others by products; `project` makes W = (I + L)^-1 b d k and U = (I + L)^-1 b v; `walk` carries the state
+diagonal. `project` makes (I + L)^-1, blocks of 16 by forward substitution (powers of L, as in a doubling, would lose all digits where keys repeat and
+b is 2) and from them the others by products, and with it W = (I + L)^-1 b d k and U = (I + L)^-1 b v; `walk` carries the state
 from chunk to chunk, with u = U - W S; `outputs` takes all chunks at once.
 
 Of sub-step i: TOTAL the sum of the logarithms of the gates from the chunk's start, in fp64, as differences are taken of it; DOCUMENT how often until
@@ -39,6 +39,16 @@ def where_is(chunks, H):
 
 
 @triton.jit
+def inverse_norms(x, NORM: tl.constexpr):
+    """One over the norm of each row, or ones."""
+    out = tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        wide = x.to(tl.float32)
+        out = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
+    return out
+
+
+@triton.jit
 def decays(TOTAL, DOCUMENT, row):
     """(D (Q, Q), d, decays to the chunk's end, the whole chunk's), nothing between documents."""
     q = tl.arange(0, 64)
@@ -62,6 +72,13 @@ def _quarters(x, HALF: tl.constexpr):
 
 
 @triton.jit
+def _whole(left, right, below, corner, HALF: tl.constexpr):
+    """The square of four squares, as `_quarters` gives them."""
+    four = tl.join(tl.join(left, right), tl.join(below, corner))
+    return tl.reshape(tl.permute(four, (3, 0, 2, 1)), (2 * HALF, 2 * HALF))
+
+
+@triton.jit
 def _substituted(x, mirrored, i):
     """x with row i of the inverse, once those above it are done."""
     r = tl.arange(0, 16)
@@ -70,30 +87,19 @@ def _substituted(x, mirrored, i):
 
 
 @triton.jit
-def _put(P, A: tl.constexpr, B: tl.constexpr, x):
-    r = tl.arange(0, 16)
-    tl.store(P + (A * 16 + r)[:, None] * 64 + B * 16 + r[None, :], x.to(P.dtype.element_ty))
-
-
-@triton.jit
-def invert(
-    X, Y, G, BETA, STARTS, TOTAL, DOCUMENT, RK, RQ, STEP, INVERSE, S, H, N, R, chunks, K, x_b, x_t, x_g, y_b, y_t, y_g, g_b, g_t, g_h, b_b, b_t, b_h,
-    s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+def project(
+    X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, N, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
+    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """(I + L)^-1 (B, H, chunks, Q, Q), and what is known of each sub-step. X is k, Y is q."""
+    """What is known of each sub-step, W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: also (I + L)^-1 (B, H, chunks, Q, Q), in registers
+    throughout. Its columns are scaled, so that keys and values go into products as they are."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     s = first + q
     token, lead, inside = s // N, s % N == 0, s < S
     keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0)
-    rk, rq = tl.full((64,), 1.0, tl.float32), tl.full((64,), 1.0, tl.float32)
-    if NORM:
-        wide = keys.to(tl.float32)
-        rk = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
-        read = inside & (s % N == N - 1)
-        query = tl.load(Y + (b * y_b + h // R * y_g) + token[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
-        wide = query.to(tl.float32)
-        rq = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
+    rk = inverse_norms(keys, NORM)
     gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
     if HAS_G:
         gate = tl.load(G + b * g_b + token * g_t + h * g_h, inside & lead, other=0.0).to(tl.float32)
@@ -106,7 +112,6 @@ def invert(
     tl.store(TOTAL + row + q, total)
     tl.store(DOCUMENT + row + q, document)
     tl.store(RK + row + q, rk)
-    tl.store(RQ + row + q, rq)
     tl.store(STEP + row + q, step)
     products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
     allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
@@ -130,48 +135,20 @@ def invert(
     x20, x31 = -tl.dot(x2, y20, input_precision="tf32x3"), -tl.dot(x3, y31, input_precision="tf32x3")
     y30 = tl.dot(l31, x10, acc=tl.dot(l30, x0, input_precision="tf32x3"), input_precision="tf32x3")
     x30 = -tl.dot(x3, tl.dot(l32, x20, acc=y30, input_precision="tf32x3"), input_precision="tf32x3")
-    P = INVERSE + row * 64
     zero = one * 0.0
-    _put(P, 0, 0, x0)
-    _put(P, 1, 0, x10)
-    _put(P, 1, 1, x1)
-    _put(P, 2, 0, x20)
-    _put(P, 2, 1, x21)
-    _put(P, 2, 2, x2)
-    _put(P, 3, 0, x30)
-    _put(P, 3, 1, x31)
-    _put(P, 3, 2, x32)
-    _put(P, 3, 3, x3)
-    _put(P, 0, 1, zero)
-    _put(P, 0, 2, zero)
-    _put(P, 0, 3, zero)
-    _put(P, 1, 2, zero)
-    _put(P, 1, 3, zero)
-    _put(P, 2, 3, zero)
-
-
-@triton.jit
-def project(
-    X, VALUES, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h,
-    HAS_VALUES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-):  # fmt: skip
-    """W (B, H, chunks Q, K) and U (B, H, chunks Q, V). The columns of the inverse are scaled, so that keys and values go into products as they are."""
-    row, b, h, _, first = where_is(chunks, H)
-    q = tl.arange(0, 64)
-    s = first + q
-    inverse = tl.load(INVERSE + row * 64 + q[:, None] * 64 + q[None, :]).to(tl.float32)
-    step, total, document = tl.load(STEP + row + q), tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+    upper = _whole(zero, zero, zero, zero, 16)
+    inverse = _whole(_whole(x0, zero, x10, x1, 16), upper, _whole(x20, x21, x30, x31, 16), _whole(x2, zero, x32, x3, 16), 32)
+    if KEEP:
+        tl.store(INVERSE + row * 64 + q[:, None] * 64 + q[None, :], inverse.to(INVERSE.dtype.element_ty))
     before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-    k = tl.arange(0, BK)
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
-    w = tl.dot((inverse * (step * before * tl.load(RK + row + q))[None, :]).to(DOT), keys, input_precision=PRECISION)
+    w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
     w = tl.where((document == 0)[:, None], w, 0.0)
     tl.store(W + row * K + q[:, None] * K + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
     if HAS_VALUES:
         scaled = (inverse * step[None, :]).to(DOT)
         for begin in range(0, V, BV):
             v = begin + tl.arange(0, BV)
-            values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], (s < S)[:, None] & (v < V)[None, :], other=0.0)
+            values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0)
             u = tl.dot(scaled, values.to(DOT), input_precision=PRECISION)
             tl.store(U + row * V + q[:, None] * V + v[None, :], u.to(U.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
 
@@ -221,18 +198,19 @@ def walk(
 
 @triton.jit
 def outputs(
-    X, Y, TOTAL, DOCUMENT, RK, RQ, CORRECTED, STATES, O, LOST, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
-    MARK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
+    MARK: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token."""
     row, b, h, c, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     s = first + q
     read, rows = (s < S) & (s % N == N - 1), s // N
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0).to(DOT)
+    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+    rq = inverse_norms(query, NORM) * scale
+    query = query.to(DOT)
     keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
     pairs, before, _, _ = decays(TOTAL, DOCUMENT, row)
-    rq = tl.load(RQ + row + q) * scale
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
     scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
     document, last = tl.load(DOCUMENT + row + q), tl.load(DOCUMENT + row + 63)

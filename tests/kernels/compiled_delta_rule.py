@@ -20,7 +20,7 @@ from kernels.delta_rule import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-NAMES = ("invert", "project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "key_gradients")
+NAMES = ("project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "key_gradients")
 LIKE_V = {"X", "Y", "VALUES", "DO", "O", "D_V", "D_K", "D_Q"}  # in the dtype of v
 LEFT = {"INVERSE", "W", "U", "STATES", "CORRECTED", "DU", "D_STATES", "RIGHT", "D_SCORES", "D_PRODUCTS"}  # what kernels leave for others
 OTHERS = {"TOTAL": "*fp64", "ROWS": "*fp64", "DOCUMENT": "*i32", "LOST": "*i32", "STARTS": "*u8", "scale": "fp32"}
