@@ -82,16 +82,17 @@ class SwiGLU(Module):
 class CausalConv(Module):
     """Depthwise causal convolution of width W over (B, T, D) and SiLU, its state the last W-1 inputs; it never reaches over a document start."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = tag(nn.Parameter(torch.empty(channels, width)), "no_decay")
-        self.bias = tag(nn.Parameter(torch.empty(channels)), "no_decay")
+        self.bias: Any = tag(nn.Parameter(torch.empty(channels)), "no_decay") if bias else None
         self.width = width
 
     def init_weights(self) -> None:
         bound = self.width**-0.5
         normal_(self.weight, bound / 3**0.5)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def init_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)
@@ -107,7 +108,8 @@ class CausalConv(Module):
         none was given): the last W-1 inputs, zeroed where they belong to an earlier document. joint: `kernels.short_conv.joint_gradient` of the
         projection, if a norm takes some of its columns as a gate."""
         past = None if state_BWD is None else state_BWD.to(x_BTC.dtype)
-        before, y, after = short_conv_columns(x_BTC, first, past, self.weight, self.bias, starts_BT, True, joint)
+        bias = self.weight.new_zeros(self.weight.shape[0]) if self.bias is None else self.bias
+        before, y, after = short_conv_columns(x_BTC, first, past, self.weight, bias, starts_BT, True, joint)
         if past is None:
             return before, y, after, None
         return before, y, after, last_inputs(x_BTC[..., first : first + self.weight.shape[0]], past, self.width, starts_BT)

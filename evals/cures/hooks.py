@@ -173,7 +173,36 @@ def measure_retention(adapter: Adapter) -> Iterator[Retention]:
             stack.enter_context(scan_hook(adapter, retention.scan))
         if isinstance(adapter, OwnAdapter):
             stack.enter_context(_cells(adapter, retention))
+            stack.enter_context(_rules(adapter, retention))
         yield retention
+
+
+@contextmanager
+def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
+    """The context in which our delta rules add to `retention`: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on
+    the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
+    blocks: Any = adapter.model.blocks
+    layers = [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "delta_rule")]
+    now = [0]
+    with ExitStack() as stack:
+        for layer, mixer in layers:
+            handle = mixer.register_forward_pre_hook(lambda *_, layer=layer: now.__setitem__(0, layer))
+            stack.callback(handle.remove)
+        for module in {sys.modules[type(m).__module__] for _, m in layers}:
+            original = module.delta_rule
+
+            def watched(
+                q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *rest: Any, original: Any = original, **options: Any
+            ) -> Any:
+                T = q.shape[1]
+                gates = beta.new_zeros(beta.shape[0], T, beta.shape[2]) if g is None else g
+                retention.add(now[0], "delta", gates.double().clamp(min=-1e3))
+                left = torch.log((1 - beta.double()).abs().clamp(min=1e-30)) / k.shape[-1]
+                retention.add(now[0], "delta_update", left.unflatten(1, (T, -1)).sum(2))
+                return original(q, k, v, beta, g, *rest, **options)
+
+            stack.enter_context(_replaced(module, "delta_rule", watched))
+        yield
 
 
 @contextmanager

@@ -27,6 +27,7 @@ IN_TORCH = (
     "kernels.rotary",
     "kernels.swiglu",
     "kernels.mamba2_step",
+    "kernels.delta_rule",
 )
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",

@@ -86,6 +86,8 @@ def _shared(layers: list[Any]) -> str:
         return "its attention layers have windows of several lengths"
     if first.rope_fraction != 1:
         return "its rotary positions are on a part of the heads"
+    if first.output_gate:
+        return "its attention has an output gate"
     return "" if any(layer.rope for layer in layers) else "it has no rotary positions"
 
 
@@ -183,6 +185,7 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         ("its attention has biases in some projections only", attention.qkv_bias != attention.o_bias),
         ("its attention has a window", attention.window),
         ("its attention has QK-norm", attention.qk_norm),
+        ("its attention has an output gate", attention.output_gate),
         ("its attention heads are not d_model / n_heads wide", attention.head_dim not in (0, config.d_model / attention.n_heads)),
         (
             "its Mamba-2 shares B and C in several groups, which its norm follows in newer releases of the stock class only",

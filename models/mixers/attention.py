@@ -40,6 +40,7 @@ class Config:
     qk_norm_eps: float = 1e-5
     qkv_bias: bool = False  # biases of the projections to queries, keys and values
     o_bias: bool = False  # and of the one back
+    output_gate: bool = False  # outputs times the sigmoid of another projection of the input
 
     def problems(self, d_model: int) -> list[str]:
         problems = []
@@ -83,6 +84,7 @@ class Mixer(SequenceMixer):
         self.k_proj = nn.Linear(d_model, self.G * self.K, bias=config.qkv_bias)
         self.v_proj = nn.Linear(d_model, self.G * self.K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(self.H * self.K, d_model, bias=config.o_bias)
+        self.g_proj = nn.Linear(d_model, self.H * self.K, bias=False) if config.output_gate else None
         tag(self.o_proj.weight, residual=True)
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             if projection.bias is not None:
@@ -97,6 +99,8 @@ class Mixer(SequenceMixer):
             init_matrix(layer.weight, std, n_layers)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        if self.g_proj is not None:
+            init_matrix(self.g_proj.weight, std, n_layers)
         for norm in (self.q_norm, self.k_norm):
             if norm is not None:
                 norm.init_weights()
@@ -133,7 +137,7 @@ class Mixer(SequenceMixer):
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         if isinstance(state, FixedCache):
             assert T == 1, "a fixed cache takes one token at a time"
-            return self.o_proj(self._fixed_attend(q_BHTK, k_BGTK, v_BGTK, state)[:, None]), state
+            return self.o_proj(self._gated(self._fixed_attend(q_BHTK, k_BGTK, v_BGTK, state)[:, None], x_BTD)), state
         seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
         if self.config.rope:
             positions = torch.arange(seen, seen + T, device=x_BTD.device)
@@ -148,7 +152,7 @@ class Mixer(SequenceMixer):
             y_BHTK = self.over_ranks(self.slice, q_BHTK, k_BGTK, v_BGTK, segment_ids)
         else:
             y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, documents, self.config.window)
-        y = linear(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K), self.o_proj)
+        y = linear(self._gated(y_BHTK.transpose(1, 2).reshape(B, T, self.H * self.K), x_BTD), self.o_proj)
         if state is None:
             return y, None
         drop = max(0, k_BGTK.shape[2] - (self.config.window - 1)) if self.config.window else 0
@@ -158,6 +162,10 @@ class Mixer(SequenceMixer):
         after = State(k_BGTK, v_BGTK, segments, seen + T)
         after.room = None if drop else room
         return y, after
+
+    def _gated(self, y_BTI: Tensor, x_BTD: Tensor) -> Tensor:
+        """The heads' outputs, through the output gate if there is one."""
+        return y_BTI if self.g_proj is None else y_BTI * torch.sigmoid(linear(x_BTD, self.g_proj))
 
     @untraced
     def over_ranks(self, slice_: Slice, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -195,7 +203,9 @@ class Mixer(SequenceMixer):
         state.seen.add_(1)
         return y.flatten(1)
 
-    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: FixedCache) -> Callable[[], None]:
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: FixedCache) -> Callable[[], None] | None:
+        if self.g_proj is not None:  # the kernels have no sigmoid gate
+            return None
         sizes = {"q": (self.q_proj, self.H), "k": (self.k_proj, self.G), "v": (self.v_proj, self.G)}
         rows = {name: x_BD.new_empty(x_BD.shape[0], heads * self.K) for name, (_, heads) in sizes.items()}
         dtype = state.k_BGCK.dtype
@@ -269,7 +279,7 @@ class Mixer(SequenceMixer):
         return min(T, self.config.window - 1) if self.config.window else T
 
     def flops_per_token(self, T: int) -> int:
-        projections = 2 * self.d_model * self.K * (2 * self.H + 2 * self.G)
+        projections = 2 * self.d_model * self.K * ((3 if self.config.output_gate else 2) * self.H + 2 * self.G)
         window = min(self.config.window or T, T)
         pairs = window * (window + 1) / 2 + (T - window) * window  # (query, key) pairs of a causal sequence of T
         return projections + math.ceil(4 * self.H * self.K * pairs / T)

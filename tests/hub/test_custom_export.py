@@ -29,6 +29,17 @@ FAMILIES = {
     "paralstm": config({**GRU, "cell": "paralstm", "recurrent_bound": "tanh"}, tie_embeddings=True),
     "mingru": config({**GRU, "cell": "mingru", "d_conv": 0, "gate": False, "norm": False}, d_ff=0),
     "mamba2_mlp": config(MAMBA),
+    "delta": ModelConfig(
+        vocab_size=269,
+        d_model=48,
+        n_layers=3,
+        pattern=["g", "p", "d"],
+        mixers={
+            "g": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "expand_v": 1.5},
+            "p": {"type": "delta", "n_heads": 2, "head_dim": 8, "updates": 2, "negative": True},
+            "d": {"type": "delta", "gate": False, "output_gate": False},
+        },
+    ),
     "hybrid": ModelConfig(
         vocab_size=269,
         d_model=48,

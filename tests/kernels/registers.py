@@ -57,11 +57,12 @@ class Registers:
 def main() -> None:
     from models.cells import available
 
-    golden, ssd = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in ("", "_ssd"))
+    golden, ssd, rule = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in ("", "_ssd", "_delta_rule"))
     for words in (
         ["compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]],
         ["compiled.py", "1", "1", *available(), "three"],
         ["compiled_ssd.py", *map(str, ssd["arguments"])],
+        ["compiled_delta_rule.py", *map(str, rule["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
         ["compiled_lists.py"],

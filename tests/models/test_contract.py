@@ -20,6 +20,8 @@ CONFIGS: dict[str, dict[str, Any]] = mixer_configs()
 CONFIGS |= {f"cell-{name}": {"type": "rnn", "cell": name, "n_heads": 2} for name in cells()}
 CONFIGS |= {
     "attention-gqa": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},
+    "attention-gated": {"type": "attention", "n_heads": 4, "output_gate": True},
+    "delta-groups": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "expand_v": 1.5, "updates": 3, "negative": True},
     "mamba2-groups": {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": 2, "chunk": 5},
     "rnn-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "recurrent_bound": "tanh", "expand": 2.0},
 }

@@ -18,6 +18,7 @@ CONFIGS: dict[str, dict[str, Any]] = {name: {**mapping, **SMALLER.get(name, {})}
 CONFIGS |= {
     "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
     "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
+    "delta-groups": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "expand_v": 1.5, "updates": 3, "negative": True},
     "attention-few-keys": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},  # sent to two ranks each
     "attention-gathered": {"type": "attention", "n_heads": 2},  # heads that four ranks cannot share
     "window-gathered": {"type": "attention", "n_heads": 2, "window": 12},  # reaches over more than a slice
@@ -107,7 +108,7 @@ def check_all(rank: int) -> None:
     for name in ("attention", "attention-gathered"):
         check_mixer(name, 7, True, rank)
     slices.SMALL, attend.MASK_ELEMENTS = 1 << 20, 1 << 27
-    for name in ("mamba2", "mamba2-groups", "attention", "attention-few-keys", "window-gathered", "swa", "new"):
+    for name in ("mamba2", "mamba2-groups", "delta-groups", "attention", "attention-few-keys", "window-gathered", "swa", "new"):
         check_isolation(name, 7, rank)
 
 

@@ -1,0 +1,266 @@
+"""Triton kernels of the delta rule (arXiv 2406.06484, 2412.06464), forward; `gradients.py` has the backward pass's, `launch.py` runs them.
+
+Time is cut into chunks of Q = 64 sub-steps. With d_i the decay from the chunk's start to i, D_ij that from j to i, and S the state entering the
+chunk, the corrected values u_i = b_i (v_i - a_i S_{i-1} k_i) of a chunk solve (I + L) u = b (v - d S k), L_ij = b_i D_ij k_i . k_j below the
+diagonal. `project` makes (I + L)^-1, blocks of 16 by forward substitution (powers of L, as in a doubling, would lose all digits where keys repeat and
+b is 2) and from them the others by products, and with it W = (I + L)^-1 b d k and U = (I + L)^-1 b v; `walk` carries the state
+from chunk to chunk, with u = U - W S; `outputs` takes all chunks at once.
+
+Of sub-step i: TOTAL the sum of the logarithms of the gates from the chunk's start, in fp64, as differences are taken of it; DOCUMENT how often until
+then the state was left behind, at a document's start or by a gate of zero: between unequal counts nothing passes. RK and RQ are one over the norms of
+keys and queries: rows are scaled after the products. Sub-steps past the end have b = 0 and zeros for keys: they change nothing.
+
+What must not pass is selected out, not multiplied by zero. Matrix products cannot select: where documents meet in a chunk and a result is not
+finite, `walk` and `outputs` say so in LOST, and `recover` takes that head's steps one by one.
+
+Legend: b batch row, h head, c chunk, i row of a chunk (what reads), j row of a chunk (what was written), K, V, S, T as in reference.py, N updates a
+token, R heads that share a key.
+"""
+
+from __future__ import annotations
+
+# Arguments of kernels are pointers and numbers of Triton's own kinds.
+# mypy: disable-error-code="no-untyped-def"
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def all_finite(x):
+    return tl.min(tl.min((tl.abs(x) < float("inf")).to(tl.int32), 1), 0) != 0
+
+
+@triton.jit
+def where_is(chunks, H):
+    """(row of the chunk's first sub-step in buffers (B, H, chunks Q), batch row, head, chunk, its first sub-step) of this program."""
+    bh = (tl.program_id(0) // chunks).to(tl.int64)
+    c = bh * 0 + tl.program_id(0) % chunks
+    return (bh * chunks + c) * 64, bh // H, bh % H, c, c * 64
+
+
+@triton.jit
+def inverse_norms(x, NORM: tl.constexpr):
+    """One over the norm of each row, or ones."""
+    out = tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        wide = x.to(tl.float32)
+        out = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
+    return out
+
+
+@triton.jit
+def decays(TOTAL, DOCUMENT, row):
+    """(D (Q, Q), d, decays to the chunk's end, the whole chunk's), nothing between documents."""
+    q = tl.arange(0, 64)
+    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+    between = (total[:, None] - total[None, :]).to(tl.float32)
+    allowed = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
+    pairs = tl.exp(tl.where(allowed, between, float("-inf")))
+    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf")))
+    return pairs, before, after, tl.where(last == 0, tl.exp(end.to(tl.float32)), 0.0)
+
+
+@triton.jit
+def _quarters(x, HALF: tl.constexpr):
+    """The four squares of a square: (top left, top right, bottom left, bottom right)."""
+    top, bottom = tl.split(tl.permute(tl.reshape(x, (2, HALF, 2, HALF)), (1, 3, 2, 0)))
+    left, right = tl.split(top)
+    below, corner = tl.split(bottom)
+    return left, right, below, corner
+
+
+@triton.jit
+def _whole(left, right, below, corner, HALF: tl.constexpr):
+    """The square of four squares, as `_quarters` gives them."""
+    four = tl.join(tl.join(left, right), tl.join(below, corner))
+    return tl.reshape(tl.permute(four, (3, 0, 2, 1)), (2 * HALF, 2 * HALF))
+
+
+@triton.jit
+def _substituted(x, mirrored, i):
+    """x with row i of the inverse, once those above it are done."""
+    r = tl.arange(0, 16)
+    column = tl.sum(tl.where(r[None, :] == i, mirrored, 0.0), 1)
+    return tl.where(r[:, None] == i, x - tl.sum(column[:, None] * x, 0)[None, :], x)
+
+
+@triton.jit
+def project(
+    X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, N, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
+    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What is known of each sub-step, W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: also (I + L)^-1 (B, H, chunks, Q, Q), in registers
+    throughout. Its columns are scaled, so that keys and values go into products as they are."""
+    row, b, h, _, first = where_is(chunks, H)
+    q, k = tl.arange(0, 64), tl.arange(0, BK)
+    s = first + q
+    token, lead, inside = s // N, s % N == 0, s < S
+    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0)
+    rk = inverse_norms(keys, NORM)
+    gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
+    if HAS_G:
+        gate = tl.load(G + b * g_b + token * g_t + h * g_h, inside & lead, other=0.0).to(tl.float32)
+        new = (gate < -87.0).to(tl.int32)
+        gate = tl.where(new != 0, 0.0, gate)
+    if HAS_STARTS:
+        new = new | tl.load(STARTS + b * s_b + token * s_t, inside & lead, other=0).to(tl.int32)
+    step = tl.load(BETA + b * b_b + s * b_t + h * b_h, inside, other=0.0).to(tl.float32)
+    total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
+    tl.store(TOTAL + row + q, total)
+    tl.store(DOCUMENT + row + q, document)
+    tl.store(RK + row + q, rk)
+    tl.store(STEP + row + q, step)
+    products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
+    allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
+    between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
+    system = tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0)
+    first_half, _, below, second_half = _quarters(system, 32)
+    l00, _, l10, l11 = _quarters(first_half, 16)
+    l20, l21, l30, l31 = _quarters(below, 16)
+    l22, _, l32, l33 = _quarters(second_half, 16)
+    m0, m1, m2, m3 = tl.trans(l00), tl.trans(l11), tl.trans(l22), tl.trans(l33)
+    r = tl.arange(0, 16)
+    one = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
+    x0, x1, x2, x3 = one, one, one, one
+    for i in range(1, 16):
+        x0, x1, x2, x3 = _substituted(x0, m0, i), _substituted(x1, m1, i), _substituted(x2, m2, i), _substituted(x3, m3, i)
+    x10 = -tl.dot(x1, tl.dot(l10, x0, input_precision="tf32x3"), input_precision="tf32x3")
+    x21 = -tl.dot(x2, tl.dot(l21, x1, input_precision="tf32x3"), input_precision="tf32x3")
+    x32 = -tl.dot(x3, tl.dot(l32, x2, input_precision="tf32x3"), input_precision="tf32x3")
+    y20 = tl.dot(l21, x10, acc=tl.dot(l20, x0, input_precision="tf32x3"), input_precision="tf32x3")
+    y31 = tl.dot(l32, x21, acc=tl.dot(l31, x1, input_precision="tf32x3"), input_precision="tf32x3")
+    x20, x31 = -tl.dot(x2, y20, input_precision="tf32x3"), -tl.dot(x3, y31, input_precision="tf32x3")
+    y30 = tl.dot(l31, x10, acc=tl.dot(l30, x0, input_precision="tf32x3"), input_precision="tf32x3")
+    x30 = -tl.dot(x3, tl.dot(l32, x20, acc=y30, input_precision="tf32x3"), input_precision="tf32x3")
+    zero = one * 0.0
+    upper = _whole(zero, zero, zero, zero, 16)
+    inverse = _whole(_whole(x0, zero, x10, x1, 16), upper, _whole(x20, x21, x30, x31, 16), _whole(x2, zero, x32, x3, 16), 32)
+    if KEEP:
+        tl.store(INVERSE + row * 64 + q[:, None] * 64 + q[None, :], inverse.to(INVERSE.dtype.element_ty))
+    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+    w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
+    w = tl.where((document == 0)[:, None], w, 0.0)
+    tl.store(W + row * K + q[:, None] * K + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
+    if HAS_VALUES:
+        scaled = (inverse * step[None, :]).to(DOT)
+        for begin in range(0, V, BV):
+            v = begin + tl.arange(0, BV)
+            values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0)
+            u = tl.dot(scaled, values.to(DOT), input_precision=PRECISION)
+            tl.store(U + row * V + q[:, None] * V + v[None, :], u.to(U.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
+
+
+@triton.jit
+def walk(
+    X, TOTAL, DOCUMENT, RK, W, U, FIRST, STATES, CORRECTED, LAST, LOST, S, H, R, chunks, K, V, x_b, x_t, x_g,
+    MARK: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V). A program owns some rows of one
+    head's state. KEEP: all of it, else the last state only."""
+    tiles = tl.cdiv(V, BV)
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    q, k, v = tl.arange(0, 64), tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+    inside, place = (v < V)[:, None] & (k < K)[None, :], v[:, None] * K + k[None, :]
+    state = tl.load(FIRST + bh * V * K + place, inside, other=0.0)
+    for chunk in range(0, chunks):
+        c = bh * 0 + chunk
+        row, s = (bh * chunks + c) * 64, c * 64 + q
+        keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0)
+        w = tl.load(W + row * K + q[:, None] * K + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+        u = tl.load(U + row * V + q[:, None] * V + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
+        end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+        low = state.to(STATES.dtype.element_ty)
+        if KEEP:
+            tl.store(STATES + (bh * chunks + c) * V * K + place, low, inside)
+        taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+        corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
+        if KEEP:
+            tl.store(
+                CORRECTED + row * V + q[:, None] * V + v[None, :],
+                corrected.to(CORRECTED.dtype.element_ty),
+                tl.broadcast_to((v < V)[None, :], (64, BV)),
+            )
+        after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
+        added = tl.where((document == last)[:, None], corrected * after[:, None], 0.0)
+        kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
+        state = tl.dot(tl.trans(added.to(DOT)), keys.to(DOT), acc=kept, input_precision=PRECISION)
+        if MARK:
+            if last > 0:
+                if not all_finite(state):
+                    tl.store(LOST + bh, 1)
+    tl.store(LAST + bh * V * K + place, state, inside)
+
+
+@triton.jit
+def outputs(
+    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
+    MARK: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token."""
+    row, b, h, c, first = where_is(chunks, H)
+    q, k = tl.arange(0, 64), tl.arange(0, BK)
+    s = first + q
+    read, rows = (s < S) & (s % N == N - 1), s // N
+    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+    rq = inverse_norms(query, NORM) * scale
+    query = query.to(DOT)
+    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
+    pairs, before, _, _ = decays(TOTAL, DOCUMENT, row)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
+    scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
+    document, last = tl.load(DOCUMENT + row + q), tl.load(DOCUMENT + row + 63)
+    tokens = b * (S // N)
+    for begin in range(0, V, BV):
+        v = begin + tl.arange(0, BV)
+        inside = (v < V)[:, None] & (k < K)[None, :]
+        state = tl.load(STATES + (row // 64) * V * K + v[:, None] * K + k[None, :], inside, other=0.0)
+        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        o = tl.dot(query, tl.trans(state.to(DOT)), input_precision=PRECISION) * (before * rq)[:, None]
+        o = tl.where((document == 0)[:, None], o, 0.0)
+        o = tl.dot(scores, u.to(DOT), acc=o, input_precision=PRECISION)
+        if MARK:
+            if last > 0:
+                if not all_finite(o):
+                    tl.store(LOST + row // 64 // chunks, 1)
+        tl.store(O + ((tokens + rows) * H + h)[:, None] * V + v[None, :], o.to(O.dtype.element_ty), read[:, None] & (v < V)[None, :])
+
+
+@triton.jit
+def recover(
+    X, Y, VALUES, G, BETA, STARTS, FIRST, O, LAST, LOST, scale, T, H, N, R, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, g_b, g_t, g_h, b_b, b_t, b_h,
+    s_b, s_t, HAS_G: tl.constexpr, NORM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The definition, step by step, of the heads marked LOST; the others' programs end at once."""
+    tiles = tl.cdiv(V, BV)
+    bh = (tl.program_id(0) // tiles).to(tl.int64)
+    b, h = bh // H, bh % H
+    if tl.load(LOST + bh) != 0:
+        k, v = tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
+        inside, place = (v < V)[:, None] & (k < K)[None, :], bh * V * K + v[:, None] * K + k[None, :]
+        state = tl.load(FIRST + place, inside, other=0.0)
+        for step in range(0, T):
+            t = b * 0 + step
+            state = tl.where(tl.load(STARTS + b * s_b + t * s_t) != 0, 0.0, state)
+            if HAS_G:
+                gate = tl.load(G + b * g_b + t * g_t + h * g_h).to(tl.float32)
+                state = tl.where(gate < -87.0, 0.0, state * tl.exp(gate))
+            for update in range(0, N):
+                s = t * N + update
+                key = tl.load(X + b * x_b + s * x_t + h // R * x_g + k, k < K, other=0.0).to(tl.float32)
+                if NORM:
+                    key *= tl.rsqrt(tl.sum(key * key, 0) + 1e-6)
+                value = tl.load(VALUES + b * v_b + s * v_t + h * v_h + v, v < V, other=0.0).to(tl.float32)
+                strength = tl.load(BETA + b * b_b + s * b_t + h * b_h).to(tl.float32)
+                wrong = value - tl.sum(state * key[None, :], 1)
+                state += (strength * wrong)[:, None] * key[None, :]
+            query = tl.load(Y + b * y_b + t * y_t + h // R * y_g + k, k < K, other=0.0).to(tl.float32)
+            if NORM:
+                query *= tl.rsqrt(tl.sum(query * query, 0) + 1e-6)
+            o = tl.sum(state * query[None, :], 1) * scale
+            tl.store(O + ((b * T + t) * H + h) * V + v, o.to(O.dtype.element_ty), v < V)
+        tl.store(LAST + place, state, inside)

@@ -1,0 +1,91 @@
+"""The delta rule in plain torch, by chunks, against the recurrence in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.delta_rule import delta_rule
+from tests.conftest import ROOT, run_ranks
+from tests.kernels.delta_rule_cases import answers, asked, oracle, problem
+from tests.kernels.delta_rule_ranks import OPTIONS, by_slices, compare, whole_problem
+
+
+@pytest.mark.parametrize(("T", "n"), [(1, 1), (7, 3), (64, 1), (65, 2), (130, 1)])
+@pytest.mark.parametrize("starts", [0.0, 0.1])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_values_and_gradients(T: int, n: int, starts: float, normalize: bool) -> None:
+    tensors, new = problem(2, T, 4, 3, 2, 5, n, starts=starts, unit=not normalize)
+    tensors = [t.double() for t in tensors]
+    do, d_final = asked(tensors)
+    found = answers(delta_rule, tensors, new, do, d_final, normalize=normalize, scale=0.5)
+    for a, b in zip(found, oracle(tensors, new, do, d_final, normalize=normalize, scale=0.5)):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_gates_of_one_and_of_nothing_repeated_keys_and_reflections_stay_finite() -> None:
+    tensors, _ = problem(1, 200, 2, 8, 1, 16)
+    tensors[1][:], tensors[3][:] = tensors[1][:, :1], 2.0
+    tensors[4][:] = 0.0
+    do, d_final = asked(tensors)
+    compare(answers(delta_rule, tensors, None, do, d_final, normalize=True), oracle(tensors, None, do, d_final, normalize=True), 1e-4)
+    tensors[4][:, ::9], tensors[4][:, 1::9] = -torch.inf, -200.0
+    found, wanted = answers(delta_rule, tensors, None, do, d_final, normalize=True), oracle(tensors, None, do, d_final, normalize=True)
+    assert all(t.isfinite().all() for t in found)
+    compare(found, wanted, 1e-4, ("dh0",))  # nothing comes from behind a gate of nothing
+    assert not found[-1].any()
+
+
+def test_one_step_and_no_steps() -> None:
+    tensors, _ = problem(3, 1, 4, 6, 2, 8, 3, starts=0.0)
+    starts = torch.tensor([[True], [False], [False]])
+    tensors[5][0], tensors[4][1] = torch.nan, -torch.inf
+    with torch.no_grad():
+        o, final = delta_rule(*tensors, starts, normalize=True, scale=0.5)
+    wanted = oracle(tensors, starts, *asked(tensors), normalize=True, scale=0.5)
+    torch.testing.assert_close(o.double(), wanted[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(final.double(), wanted[1], atol=1e-5, rtol=1e-5)
+    q, k, v, beta, g, h0 = (t[:, :0] if i < 5 else t for i, t in enumerate(tensors))
+    o, final = delta_rule(q, k, v, beta, g, h0)
+    assert o.shape == (3, 0, 4, 6) and torch.equal(final[1:], h0[1:])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v, beta, g, _ = problem(1, 6, 4, 8, 2, 8)[0]
+    with pytest.raises(ValueError, match="do not go together"):
+        delta_rule(q, k[:, :4], v, beta, g)
+    with pytest.raises(ValueError, match="must divide"):
+        delta_rule(q[:, :4], k, v, beta)
+    with pytest.raises(ValueError, match="must have the shape"):
+        delta_rule(q, k, v, beta, g[:, :3])
+
+
+def test_what_is_not_finite_stays_in_its_document() -> None:
+    """Its gradients too."""
+    for bad in range(5):
+        tensors, _ = problem(1, 40, 2, 5, 1, 6)
+        starts = torch.zeros(1, 40, dtype=torch.bool)
+        starts[:, [10, 20]] = True
+        do, d_final = asked(tensors)
+        wanted = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+        tensors[bad][0, 12] = torch.nan
+        found = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+        others = torch.cat([torch.arange(10), torch.arange(20, 40)])
+        assert not found[0].isfinite().all()
+        for i, (a, b) in enumerate(zip(found, wanted)):
+            a, b = (a, b) if i in (1, 7) else (a[:, others], b[:, others])
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_all_at_once_in_slices() -> None:
+    """Packed rows, h0, a gradient of the final state, grouped heads, two updates a token, four slices of 1,024 tokens."""
+    tensors, starts, do, d_final = whole_problem(1024, torch.float32, "cpu", (2, 2, 6, 1, 8, 2))
+    wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
+    compare(answers(delta_rule, tensors, starts, do, d_final, **OPTIONS), wanted, 1e-4)
+    compare(by_slices(tensors, starts, do, d_final, 4), wanted, 1e-4)
+
+
+def test_all_at_once_on_two_ranks() -> None:
+    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cpu", "1024", "float32"], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("equal") == 2

@@ -1,0 +1,202 @@
+"""The delta rule's Triton kernels on a GPU against the float64 loop, in the sizes and ways the interpreter is too slow for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.delta_rule import delta_rule, reference
+from tests.conftest import ROOT, run_ranks
+from tests.kernels.delta_rule_cases import NAMES, answers, asked, distance, oracle, problem
+from tests.kernels.delta_rule_ranks import OPTIONS, by_slices, compare, whole_problem
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+LABELS = ("o", "final", *(f"d{n}" for n in NAMES))
+ALL = {"normalize": True, "scale": 0.125}
+
+
+def found_and_wanted(tensors: list[torch.Tensor], starts: Any, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    do, d_final = asked(tensors)
+    return answers(delta_rule, tensors, starts, do, d_final, **options), oracle(tensors, starts, do, d_final, **options)
+
+
+def within(found: list[torch.Tensor], wanted: list[torch.Tensor], times: float) -> None:
+    """Against what the oracle's own answers lose when rounded to 16 bits: states, corrected values and inverses are rounded on the way."""
+    off = []
+    for name, a, b in zip(LABELS, found, wanted):
+        if b.norm() < 1e-3 * b.numel() ** 0.5:
+            continue  # forgotten: nothing to compare with
+        rounding = max(distance(b.to(torch.bfloat16), b), torch.finfo(torch.bfloat16).eps / 5)
+        if not distance(a, b) <= times * rounding:
+            off.append(f"{name} {distance(a, b) / rounding:.2f}")
+    assert not off, off
+
+
+SIZES = [
+    (2, 300, 4, 64, 2, 128, 1),
+    (1, 1, 2, 64, 1, 64, 1),
+    (1, 70, 6, 24, 2, 40, 2),
+    (1, 257, 2, 128, 2, 128, 3),
+    (1, 130, 1, 256, 1, 256, 1),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("decay", "starts"), [(0.1, 0.0), (50.0, 0.05), (0.0, 0.02)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_values_and_gradients(sizes: tuple[int, ...], decay: float, starts: float, dtype: torch.dtype) -> None:
+    tensors, new = problem(*sizes, decay=decay, starts=starts, dtype=dtype, device="cuda")
+    found, wanted = found_and_wanted(tensors, new, **ALL)
+    if dtype == torch.bfloat16:
+        return within(found, wanted, 5.0)
+    for i, (name, a, b) in enumerate(zip(LABELS, found, wanted)):
+        limit = 1e-3 if dtype == torch.float16 else 1e-5 if i < 2 else 1e-4
+        error = distance(a, b) if b.norm() > 1e-6 else float((a - b).norm())
+        assert error <= limit, f"{name}: {error:.1e}"
+
+
+WIDTHS = [(24, 40), (17, 33), (24, 64), (64, 40), (1, 1), (8, 24), (80, 48), (127, 65), (100, 200), (16, 256), (256, 16)]
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("layout", ["joint", "apart", "shifted"])
+def test_widths_and_layouts(widths: tuple[int, int], layout: str) -> None:
+    """Widths that are no powers of two and no multiples of 16; tensors by themselves, and columns 1 and on of a wider one."""
+    V, K = widths
+    tensors, starts = problem(2, 200, 6, V, 2, K, dtype=torch.bfloat16, starts=0.02, device="cuda")
+
+    def laid(t: torch.Tensor) -> torch.Tensor:
+        if layout == "shifted":
+            flat = t.flatten(2)
+            return torch.cat([flat[..., :1], flat, flat[..., :2]], -1)[..., 1:-2].unflatten(-1, t.shape[2:])
+        return t.contiguous() if layout == "apart" else t
+
+    within(*found_and_wanted([laid(t) if i < 3 else t for i, t in enumerate(tensors)], starts, **ALL), 5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extremes_stay_finite_and_right(dtype: torch.dtype) -> None:
+    """Keys that repeat, b = 2, gates of one and of nothing."""
+    tensors, _ = problem(2, 300, 4, 64, 2, 64, dtype=dtype, device="cuda")
+    tensors[1] = tensors[1][:, :1].expand_as(tensors[1]).clone()
+    tensors[3][:], tensors[4][:] = 2.0, 0.0
+    found, wanted = found_and_wanted(tensors, None, **ALL)
+    assert all(t.isfinite().all() for t in found)
+    for name, a, b in zip(LABELS, found, wanted):
+        assert distance(a, b) < (1e-4 if dtype == torch.float32 else 5e-2), f"{name}: {distance(a, b):.1e}"
+    tensors[4][:, ::7], tensors[4][:, 1::7] = -torch.inf, -60.0
+    found, wanted = found_and_wanted(tensors, None, **ALL)
+    assert all(t.isfinite().all() for t in found) and not found[-1].any()
+    for name, a, b in zip(LABELS[:-1], found, wanted):
+        assert distance(a, b) < (1e-4 if dtype == torch.float32 else 5e-2), f"{name}: {distance(a, b):.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_everything_at_once(dtype: torch.dtype) -> None:
+    """T = 4,096, packed rows, h0, a gradient of the final state, two updates a token, grouped heads: the whole and two slices."""
+    tensors, starts, do, d_final = whole_problem(4096, dtype, "cuda", (3, 4, 64, 2, 128, 2))
+    wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
+    limit = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    compare(answers(delta_rule, tensors, starts, do, d_final, **OPTIONS), wanted, limit)
+    compare(by_slices(tensors, starts, do, d_final, 2), wanted, limit)
+
+
+def test_everything_at_once_on_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cuda", "4096", "bfloat16"], PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stdout + done.stderr[-3000:]
+
+
+def test_packed_rows_chunks_and_steps_equal_the_whole() -> None:
+    tensors, starts = problem(2, 300, 4, 64, 2, 64, dtype=torch.bfloat16, starts=0.02, device="cuda")
+    q, k, v, beta, g, h0 = tensors
+    with torch.no_grad():
+        whole, final = delta_rule(*tensors, starts, **ALL)
+        state, parts = h0, []
+        for a, e in ((0, 100), (100, 165), *((t, t + 1) for t in range(165, 300))):
+            assert starts is not None
+            cut = (t[:, a:e] for t in (q, k, v, beta, g))
+            o, state = delta_rule(*cut, state, starts[:, a:e], **ALL)
+            parts.append(o)
+        assert distance(torch.cat(parts, 1), whole.double()) < 1e-2 and distance(state, final.double()) < 1e-2
+        starts[:] = False
+        starts[:, 130] = True
+        packed, end = delta_rule(*tensors, starts, **ALL)
+        alone, last = delta_rule(*(t[:, 130:] for t in (q, k, v, beta, g)), None, None, **ALL)
+        assert distance(packed[:, 130:], alone.double()) < 1e-2 and distance(end, last.double()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_not_finite_stays_in_its_document(dtype: torch.dtype) -> None:
+    for bad in (0, 1, 2, 3, 4):
+        for place, cuts in ((200, (190, 230)), (60, (40, 350)), (255, (255, 256))):
+            tensors, _ = problem(2, 400, 4, 64, 2, 32, dtype=dtype, device="cuda")
+            starts = torch.zeros(2, 400, dtype=torch.bool, device="cuda")
+            starts[:, list(cuts)] = True
+            others = torch.ones(400, dtype=torch.bool)
+            others[slice(*cuts)] = False
+            with torch.no_grad():
+                wanted = delta_rule(*tensors, starts, **ALL)
+                tensors[bad] = tensors[bad].clone()
+                tensors[bad][0, place] = torch.nan
+                o, final = delta_rule(*tensors, starts, **ALL)
+            assert distance(o[:, others], wanted[0][:, others]) < 1e-2 and distance(final, wanted[1]) < 1e-2
+            assert torch.equal(o[1], wanted[0][1]) and not o[0].isfinite().all()
+
+
+def test_repeatable_compiled_recomputed_and_in_a_graph() -> None:
+    tensors, starts = problem(2, 700, 8, 64, 4, 64, dtype=torch.bfloat16, starts=0.01, device="cuda")
+    do, d_final = asked(tensors)
+    first, again = (answers(delta_rule, tensors, starts, do, d_final, **ALL) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    compiled = answers(torch.compile(delta_rule, fullgraph=True), tensors, starts, do, d_final, **ALL)
+    assert all(torch.equal(a, b) for a, b in zip(first, compiled))
+
+    def recomputed(*given: Any, **options: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(delta_rule, *given, use_reentrant=False, **options)
+
+    assert all(torch.equal(a, b) for a, b in zip(first, answers(recomputed, tensors, starts, do, d_final, **ALL)))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        answers(delta_rule, tensors, starts, do, d_final, **ALL)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = answers(delta_rule, tensors, starts, do, d_final, **ALL)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(first, replayed))
+
+
+def test_more_blocks_than_a_grid_is_wide_in_other_dimensions() -> None:
+    """70,000 rows of the batch."""
+    tensors, _ = problem(70_000, 3, 1, 16, 1, 16, dtype=torch.bfloat16, device="cuda")
+    found = answers(delta_rule, tensors, None, *asked(tensors), **ALL)
+    part = [t[-50:].contiguous() for t in tensors]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        o, _ = reference.delta_rule_sequential(*(t.double() for t in part), **ALL)
+    assert distance(found[0][-50:], o) < 1e-2 and all(t.isfinite().all() for t in found)
+
+
+def test_long_and_past_int32_elements() -> None:
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    T, H, K, V = (1 << 18) + 5, 64, 16, 128  # 2.1e9 elements of v
+    q, k = (torch.zeros(1, T, 1, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    v, beta = torch.zeros(1, T, H, V, device="cuda", dtype=torch.bfloat16), torch.full((1, T, H), 0.5, device="cuda")
+    g = torch.full((1, T, H), -0.01, device="cuda")
+    for t in (q, k, v):
+        t[:, -300:].normal_()
+    with torch.no_grad():
+        o, final = delta_rule(q, k, v, beta, g, **ALL)
+        tail = [t[:, -300:].double() for t in (q, k, v, beta, g)]
+        wanted, end = reference.delta_rule_sequential(*tail, **ALL)
+    assert distance(o[:, -300:], wanted) < 1e-2 and distance(final, end) < 1e-2 and not o[:, :-300].any()
