@@ -82,6 +82,8 @@ class Mixer(SequenceMixer):
         self.convolved = self.keys + self.n * (self.keys + self.values)
         after = self.n * self.H + (self.H if config.gate else 0)
         self.in_proj = nn.Linear(d_model, self.first + self.convolved + after, bias=False)
+        gate, strengths = [self.values] * config.output_gate, [self.n * self.H] + [self.H] * config.gate
+        tag(self.in_proj.weight, splits=[*gate, self.keys, *[self.keys] * self.n, *[self.values] * self.n, *strengths])
         self.conv = CausalConv(self.convolved, config.d_conv, bias=False)
         if config.gate:
             self.dt_bias = tag(nn.Parameter(torch.empty(self.H)), "no_decay", "keep_fp32")
