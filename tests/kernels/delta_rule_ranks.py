@@ -3,6 +3,7 @@ TRITON_INTERPRET=1 the kernels run in the interpreter."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -86,9 +87,9 @@ def compare(found: list[Tensor], wanted: list[Tensor], limit: float, skip: tuple
 
 
 def main(device: str, T: int, dtype: torch.dtype) -> None:
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if device == "cuda":
-        torch.cuda.set_device(dist.get_rank())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     sizes = (3, 4, 64, 2, 128, 2) if device == "cuda" else (2, 2, 6, 1, 8, 1)
     tensors, starts, do, d_final = whole_problem(T, dtype, device, sizes)
     wanted = oracle(tensors, starts, do, d_final, **OPTIONS)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
 from kernels.delta_rule import delta_rule, reference
-from tests.conftest import ROOT, run_ranks
+from tests.conftest import ROOT
 from tests.kernels.delta_rule_cases import NAMES, answers, asked, distance, oracle, problem
 from tests.kernels.delta_rule_ranks import OPTIONS, by_slices, compare, whole_problem
 
@@ -110,7 +113,10 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
 def test_everything_at_once_on_two_devices() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cuda", "4096", "bfloat16"], PYTHONPATH=str(ROOT))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # not forked: CUDA is in use here
+    command = [*launcher, "-m", "tests.kernels.delta_rule_ranks", "cuda", "4096", "bfloat16"]
+    settings = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stdout + done.stderr[-3000:]
 
 
