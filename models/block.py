@@ -64,13 +64,13 @@ class Block(Module):
         if owed is None:
             normed = self.mixer_norm(x_BTD)
         else:
-            x_BTD, normed = self.mixer_norm.after(x_BTD, *owed)
+            x_BTD, normed = self.mixer_norm(x_BTD, owed=owed)
         remade = self.remade_now()
         mixer = recompute.remaking(self.mixer) if "mixer" in remade else self.mixer
         y, state = mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD, normed = self.mlp_norm.after(x_BTD, y, scales[0])
+            x_BTD, normed = self.mlp_norm(x_BTD, owed=(y, scales[0]))
             y = recompute.mlp(self.mlp, normed, remade)
         scale = scales[-1]
         if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not

@@ -35,15 +35,15 @@ class RMSNorm(Module):
         dtype: torch.dtype | None = None,
         columns: tuple[int, Any] = (0, None),
         owed: tuple[Tensor, Tensor | None] | None = None,
-    ) -> Tensor:
+    ) -> Any:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
-        owed: (added, scale or None) of `after`, whose norm alone is returned.
+        owed: (added, scale or None) of `after`, whose two results are returned.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         if owed is not None:
-            return self.after(x, *owed)[1]
+            return self.after(x, *owed)
         return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,7 @@ class LanguageModel(Module):
         return self._loss(self._final(x_BTD, owed), labels, reduction, output)
 
     def _final(self, x_BTD: Tensor, owed: Owed | None) -> Tensor:
-        return self.norm(x_BTD, owed=owed)  # called as a module, so that ZeRO-3 finds the weight whole
+        return self.norm(x_BTD) if owed is None else self.norm(x_BTD, owed=owed)[1]
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head

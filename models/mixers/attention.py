@@ -132,7 +132,8 @@ class Mixer(SequenceMixer):
         B, T, _ = x_BTD.shape
         # values are kept for the backward pass as they are, queries and keys turned: joined with them they would keep all three
         projected = *linears(x_BTD, self.q_proj, self.k_proj), linear(x_BTD, self.v_proj)
-        q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, -1, self.K).transpose(1, 2) for y in projected)
+        heads = (self.H, self.G, self.G)
+        q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, n, self.K).transpose(1, 2) for y, n in zip(projected, heads))
         if self.q_norm is not None and self.k_norm is not None:
             q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
         if isinstance(state, FixedCache):

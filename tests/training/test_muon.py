@@ -304,7 +304,7 @@ def test_the_estimate_counts_one_momentum_a_matrix_and_a_share_of_it_a_rank() ->
     settings = model_config(config, None)[0]
     with torch.device("meta"):
         model = LanguageModel(settings)
-    lines = memory.report(config, settings, model)
+    lines = memory.report(config, settings, model, [frozenset()] * settings.n_layers)
     assert (
         any("Adam's and Muon's moments" in line for line in lines)
         and len(lines[lines.index(next(x for x in lines if "by ZeRO" in x)) :]) == 3
