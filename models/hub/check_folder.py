@@ -99,7 +99,7 @@ def as_text(model: Any, tokenizer: Any, folder: str) -> dict[str, bool]:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             self.text += text
 
-    prompt, options = "The end", {"do_sample": False, "max_new_tokens": 9}
+    prompt, options = "The end", {"do_sample": False, "max_new_tokens": 9, "eos_token_id": tokenizer.eos_token_id}
     inputs = tokenizer(prompt, return_tensors="pt")
     plain = tokenizer.decode(model.generate(**inputs, **options)[0], skip_special_tokens=True)
     streamer = Kept(tokenizer, skip_special_tokens=True)
