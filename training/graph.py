@@ -19,9 +19,8 @@ from models.lm import LanguageModel
 from models.segments import documents_in, most_documents
 
 WARMUP = 2  # passes as written before a capture: kernels are compiled, and their libraries choose, in them
-ROOM = (
-    0.7  # share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own
-)
+# Share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own.
+ROOM = 0.7
 
 
 class _Captured:
@@ -68,10 +67,11 @@ class GraphedPass:
         if segments is not None and documents_in(segments) > most_documents(segments.numel()):
             return None
         key = (batch.input_ids.shape, segments is not None, adding)
-        if key not in self.graphs:
-            self.calls[key] = self.calls.get(key, 0) + 1
-            if self.calls[key] <= WARMUP or not self._capture(key, batch, scale):
-                return None
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= WARMUP or adding and not self._graphs_own(key):
+            return None
+        if key not in self.graphs and not self._capture(key, batch):
+            return None
         captured = self.graphs[key]
         captured.fill(batch, scale)
         captured.graph.replay()
@@ -79,19 +79,18 @@ class GraphedPass:
             parameter.grad = gradient
         return captured.loss_sum
 
-    def _capture(self, key: tuple[object, ...], batch: Batch, scale: float) -> bool:
+    def _graphs_own(self, key: tuple[object, ...]) -> bool:
+        """Whether the gradients to be added to are those that the first micro-batch's graph has written, the only ones that a graph adds to: a
+        first micro-batch that ran as written has left others."""
+        first = self.graphs.get((*key[:2], False))
+        return first is not None and self.parameters[0].grad is first.gradients[0]
+
+    def _capture(self, key: tuple[object, ...], batch: Batch) -> bool:
         """Records a pass without running it. False, with the reason in `why_not`, where it cannot be recorded."""
         reserved, total = torch.cuda.max_memory_reserved(self.device), torch.cuda.get_device_properties(self.device).total_memory
         if reserved > ROOM * total:
             return self._give_up(f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation")
         captured = _Captured(batch, self.device)
-        adding = bool(key[2])
-        if adding:  # to the gradients that the first micro-batch's graph writes
-            first = self.graphs.get((*key[:2], False))
-            if first is None:
-                return False
-            for parameter, gradient in zip(self.parameters, first.gradients):
-                parameter.grad = gradient
         pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
         before = [p.grad for p in self.parameters]
         try:

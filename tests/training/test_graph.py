@@ -33,6 +33,38 @@ def test_borders_of_fixed_number_are_those_of_the_documents_and_ends(rows: int, 
         assert torch.equal(borders[: number + 1], wanted) and (borders[number:] == rows * length).all()
 
 
+class Recorded:
+    """Stands for a graph: says how often it was replayed."""
+
+    def __init__(self, gradients: list[torch.Tensor]) -> None:
+        self.gradients, self.graph, self.loss_sum, self.replays = gradients, self, torch.zeros((), dtype=torch.float64), 0
+
+    def fill(self, batch: Batch, scale: float) -> None:
+        pass
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_graph_adds_to_no_gradients_but_its_own() -> None:
+    """A first micro-batch that ran as written (too many documents for a graph) has left gradients that a graph would lose."""
+    model = torch.nn.Linear(2, 2)
+    graphed = GraphedPass(model, torch.device("cpu"), autocast=False)  # type: ignore[arg-type]
+    batch, own = packed(3, 0), [torch.zeros_like(p) for p in model.parameters()]
+    first, adding = Recorded(own), Recorded(own)
+    key = (batch.input_ids.shape, True)
+    graphed.graphs = {(*key, False): first, (*key, True): adding}  # type: ignore[dict-item]
+    graphed.calls = dict.fromkeys(graphed.graphs, WARMUP)
+    written = [torch.ones_like(p) for p in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), written):
+        parameter.grad = gradient
+    assert graphed.run(batch, 1.0) is None and not adding.replays
+    assert all(p.grad is g for p, g in zip(model.parameters(), written))
+    model.zero_grad(set_to_none=True)
+    assert graphed.run(batch, 1.0) is not None and graphed.run(batch, 1.0) is not None
+    assert (first.replays, adding.replays) == (1, 1) and all(p.grad is g for p, g in zip(model.parameters(), own))
+
+
 def model_of(pattern: list[str]) -> LanguageModel:
     mixers = {
         "attention": {"type": "attention", "n_heads": 2},
