@@ -20,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training.config.arguments import program
+from training.config.arguments import parse_arguments, program
+from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, ROWS, TOLERANCE = 4, 4, 1e-5
@@ -214,21 +215,17 @@ def write(folder: str, oracle: dict[str, list[float]], rows: list[dict[str, Any]
     (out / "cpu.md").write_text(f"{head}{table(rows)}\n")
 
 
-def main() -> int:
-    if sys.argv[1:2] == ["worker"]:
-        worker(sys.argv[2], Path(sys.argv[3]), json.loads(Path(sys.argv[4]).read_text()), sys.argv[5] == "True")
+DEFAULTS: dict[str, Any] = {"data": "", "out": "", "ranks": "1,2", "only": "", "compile": True}
+
+
+def main(words: list[str]) -> int:
+    if words[:1] == ["worker"]:
+        worker(words[1], Path(words[2]), json.loads(Path(words[3]).read_text()), words[4] == "True")
         return 0
-    options = {"data": "", "out": "", "ranks": "1,2", "only": "", "compile": "true"}
-    for word in sys.argv[1:]:
-        key, equals, value = word.partition("=")
-        if key not in options or not equals:
-            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.", file=sys.stderr)
-            return 2
-        options[key] = value
+    options = parse_arguments(words, DEFAULTS)
     if not options["data"]:
-        print("error: give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).", file=sys.stderr)
-        return 2
-    compiled = options["compile"] == "true"
+        raise UserError("Give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).")
+    compiled = options["compile"]
     if compiled and not shutil.which(os.environ.get("CXX", "c++")):
         print("There is no C++ compiler, which torch.compile needs on a CPU; its cells are left out.", file=sys.stderr)
         compiled = False
@@ -244,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(__doc__, lambda words: main()))
+    sys.exit(program(__doc__, main, sys.argv[1:]))

@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training.config.arguments import program
+from training.config.arguments import parse_arguments, program
+from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CANNOT = 77
@@ -205,17 +206,13 @@ def drill(pair: Pair, work: Path, data: str, slots: int, steps: int) -> dict[str
     }  # fmt: skip
 
 
-def main() -> int:
-    options = {"data": "", "out": "", "slots": "1,2", "steps": "24", "work": ""}
-    for word in sys.argv[1:]:
-        key, equals, value = word.partition("=")
-        if key not in options or not equals:
-            print(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.", file=sys.stderr)
-            return 2
-        options[key] = value
+DEFAULTS: dict[str, Any] = {"data": "", "out": "", "slots": "1,2", "steps": 24, "work": ""}
+
+
+def main(words: list[str]) -> int:
+    options = parse_arguments(words, DEFAULTS)
     if not options["data"]:
-        print("error: give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).", file=sys.stderr)
-        return 2
+        raise UserError("Give data=DIR, a folder of token shards (python -m data.prepare input=demo out=DIR).")
     reason = why_not()
     if reason:
         print(reason, file=sys.stderr)
@@ -228,7 +225,7 @@ def main() -> int:
         pair = None
         try:
             pair = Pair(folder)
-            rows.append(drill(pair, work / f"slots-{slots}", str(Path(options["data"]).resolve()), slots, int(options["steps"])))
+            rows.append(drill(pair, work / f"slots-{slots}", str(Path(options["data"]).resolve()), slots, options["steps"]))
             print(json.dumps(rows[-1]), flush=True)
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -244,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program(__doc__, lambda words: main()))
+    sys.exit(program(__doc__, main, sys.argv[1:]))
