@@ -108,6 +108,14 @@ class Unset(TorchFunctionMode):
         return function(*arguments, **keywords)
 
 
+def draw_step_sizes_(bias: torch.Tensor, low: float, high: float, floor: float) -> None:
+    """Draws step sizes log-uniform in [low, high], at least `floor`, and puts into `bias` what softplus takes to them (Mamba's rule)."""
+    first, last = math.log(low), math.log(high)
+    with torch.no_grad():
+        dt = torch.exp(torch.rand(bias.shape[0]) * (last - first) + first).clamp(min=floor)
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 def init_matrix(parameter: nn.Parameter, std: float, n_layers: int) -> None:
     """std, divided by sqrt(2 n_layers) for what writes into the residual stream (GPT-2's rule; n_layers = 0 switches it off)."""
     scale = 1 / math.sqrt(2 * n_layers) if n_layers and roles(parameter).get("residual") else 1.0

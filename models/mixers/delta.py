@@ -7,7 +7,6 @@ Legend: B batch, T time, S updates (n a token), H heads of values, G heads of qu
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import init_matrix, tag
+from models.init import draw_step_sizes_, init_matrix, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -100,10 +99,8 @@ class Mixer(SequenceMixer):
         self.norm.init_weights()
         if not self.config.gate:
             return
-        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        draw_step_sizes_(self.dt_bias, self.config.dt_min, self.config.dt_max, self.config.dt_floor)
         with torch.no_grad():
-            dt = torch.exp(torch.rand(self.H) * (high - low) + low).clamp(min=self.config.dt_floor)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.copy_(torch.log((torch.rand(self.H) * 16).clamp(min=1e-3)))
 
     def state_roles(self) -> dict[str, Role]:

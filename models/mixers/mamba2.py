@@ -19,7 +19,7 @@ from kernels.mamba2_step import mamba2_step
 from kernels.short_conv import joint_gradient
 from kernels.ssd import border, ssd
 from models.contract import Role, SequenceMixer
-from models.init import init_matrix, tag
+from models.init import draw_step_sizes_, init_matrix, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -91,10 +91,8 @@ class Mixer(SequenceMixer):
         init_matrix(self.out_proj.weight, std, n_layers)
         self.conv.init_weights()
         self.norm.init_weights()
-        low, high = math.log(self.config.dt_min), math.log(self.config.dt_max)
+        draw_step_sizes_(self.dt_bias, self.config.dt_min, self.config.dt_max, self.config.dt_floor)
         with torch.no_grad():
-            dt = torch.exp(torch.rand(self.H) * (high - low) + low).clamp(min=self.config.dt_floor)
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.copy_(torch.log(torch.rand(self.H) * 15 + 1))
             self.D.fill_(1.0)
 
