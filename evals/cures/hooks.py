@@ -178,17 +178,29 @@ def measure_retention(adapter: Adapter) -> Iterator[Retention]:
 
 
 @contextmanager
-def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
-    """The context in which our delta rules add to `retention`: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on
-    the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
-    blocks: Any = adapter.model.blocks
-    layers = [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "delta_rule")]
+def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[list[int], set[Any], Callable[[Any, Any], None]]]:
+    """(a list whose one element is the layer that runs now, the modules of the mixers in `layers`, a function that puts another in the place of a
+    module's `name`), until the context ends."""
     now = [0]
     with ExitStack() as stack:
         for layer, mixer in layers:
             handle = mixer.register_forward_pre_hook(lambda *_, layer=layer: now.__setitem__(0, layer))
             stack.callback(handle.remove)
-        for module in {sys.modules[type(m).__module__] for _, m in layers}:
+
+        def replace(module: Any, watched: Any) -> None:
+            stack.enter_context(_replaced(module, name, watched))
+
+        yield now, {sys.modules[type(mixer).__module__] for _, mixer in layers}, replace
+
+
+@contextmanager
+def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
+    """The context in which our delta rules add to `retention`: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on
+    the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
+    blocks: Any = adapter.model.blocks
+    layers = [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "delta_rule")]
+    with _each_module(layers, "delta_rule") as (now, modules, replace):
+        for module in modules:
             original = module.delta_rule
 
             def watched(
@@ -201,7 +213,7 @@ def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
                 retention.add(now[0], "delta_update", left.unflatten(1, (T, -1)).sum(2))
                 return original(q, k, v, beta, g, *rest, **options)
 
-            stack.enter_context(_replaced(module, "delta_rule", watched))
+            replace(module, watched)
         yield
 
 
@@ -218,12 +230,8 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
         and b.mixer.cell.lowered
         and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
     ]
-    now = [0]
-    with ExitStack() as stack:
-        for layer, mixer in layers:
-            handle = mixer.register_forward_pre_hook(lambda *_, layer=layer: now.__setitem__(0, layer))
-            stack.callback(handle.remove)
-        for module in {sys.modules[type(m).__module__] for _, m in layers}:
+    with _each_module(layers, "parallel_rnn") as (now, modules, replace):
+        for module in modules:
             original = module.parallel_rnn
 
             def watched(
@@ -245,5 +253,5 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
                             retention.add(now[0], name, J[..., i, i, :].abs().clamp(min=1e-30).log())
                 return states[:, :, -1] if emitted else states, final
 
-            stack.enter_context(_replaced(module, "parallel_rnn", watched))
+            replace(module, watched)
         yield
