@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         DURATIONS.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """After an illegal access every call of this process to its GPU fails: a worker of xdist ends with it, and a new one takes the tests that are left."""
+    report = yield
+    if report.failed and hasattr(item.config, "workerinput") and "illegal memory access" in str(report.longrepr):
+        sys.stderr.write(f"{item.nodeid}: {call.excinfo}\n")
+        os._exit(1)
+    return report
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Random numbers are the same whatever ran before: with a rare draw, rounding passes a bound that all others keep."""
@@ -62,6 +72,37 @@ def signals_as_before() -> Iterator[None]:
     for number, handler in before.items():
         if signal.getsignal(number) != handler:
             signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several workers share a GPU; what one keeps for later, the others lack."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def most_of_a_gpu() -> Iterator[None]:
+    """50 GiB of GPU memory, which one test at a time may have."""
+    import fcntl
+    import tempfile
+    import time
+
+    import torch
+
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("needs 60 GiB")
+    with (Path(tempfile.gettempdir()) / "everywhen-most-of-a-gpu").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for _ in range(240):
+            if torch.cuda.mem_get_info()[0] > 50 << 30:
+                break
+            time.sleep(0.5)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,13 @@ from kernels.delta_rule.reference import CHUNK
 from kernels.dispatch import interpreted, no_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WIDEST = 256  # of keys: one tile holds them
+# Of keys: one tile holds them. Keys of more than 128 numbers of four bytes need more shared memory in `key_gradients` than there is; read twice
+# instead, they gave illegal accesses on an H100 (see NARROWEST).
+WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
 RUN = 16  # operands are made of whole runs of so many elements (see kernels/ssd/launch.py)
+# Width in which bf16 kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
+# that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
+NARROWEST = 64
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
 
@@ -59,7 +64,8 @@ def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
 def why_not(v: Tensor, K: int) -> str:
     """Empty if the kernels can run on this tensor, else one sentence."""
     reason = no_triton(v.device) or ("" if v.dtype in DTYPES else f"The delta rule's kernels have no {v.dtype}.")
-    return reason or ("" if K <= WIDEST else f"The delta rule's kernels take keys of {WIDEST} channels at most, not {K}.")
+    widest = WIDEST if v.dtype == torch.bfloat16 or interpreted() else WIDEST_OF_FOUR_BYTES
+    return reason or ("" if K <= widest else f"The delta rule's kernels take keys of {widest} channels at most in {v.dtype}, not {K}.")
 
 
 def kernels() -> ModuleType:
@@ -88,9 +94,10 @@ def strides_of(x: Tensor) -> tuple[int, ...]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
 
 
-def ready(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In this dtype, and neighbours along the last dimension, zeros after them up to whole runs; other strides are free, but of whole runs."""
-    x, more = x.to(dtype), whole_width(x.shape[-1]) - x.shape[-1]
+def ready(x: Tensor, dtype: torch.dtype, least: int) -> Tensor:
+    """In this dtype, and neighbours along the last dimension, zeros after them up to `least` and to whole runs; other strides are free, but of whole
+    runs."""
+    x, more = x.to(dtype), whole_width(max(x.shape[-1], least)) - x.shape[-1]
     if more:
         return torch.constant_pad_nd(x, (0, more))
     dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % RUN for stride in strides_of(x))
@@ -114,7 +121,8 @@ class Problem:
         narrow = not self.wide and not interpreted()  # the interpreter has no bf16 products
         self.dot: dict[str, Any] = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32x3" if self.wide else "ieee"}
         self.kind = torch.bfloat16 if narrow else torch.float32  # of what kernels leave for others
-        self.q, self.k, self.v = ready(q, dtype), ready(k, dtype), ready(v, dtype)
+        self.least = NARROWEST if narrow else RUN
+        self.q, self.k, self.v = (ready(x, dtype, self.least) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
         self.beta, self.g, self.starts, self.normalize, self.scale = beta, g, starts, normalize, float(scale)
@@ -262,7 +270,7 @@ def start_gradient(
     values = do if n == 1 else do.repeat_interleave(n, 1)  # of these only the shape counts
     this = Problem(q, k, values, beta, g, starts, normalize, scale)
     this.project(values=False)
-    return this.walk_back(ready(do, do.dtype), None, keep=False)[:, :, : do.shape[3], : k.shape[3]].contiguous()
+    return this.walk_back(ready(do, do.dtype, this.least), None, keep=False)[:, :, : do.shape[3], : k.shape[3]].contiguous()
 
 
 def backward(
@@ -270,7 +278,8 @@ def backward(
     do: Tensor, d_final: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, g and h0: those of q, k and v in the dtype of v (fp32 where heads share keys), the others fp32."""
-    this, do, V, K = Problem(q, k, v, beta, g, starts, normalize, scale), ready(do, v.dtype), v.shape[3], k.shape[3]
+    this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale), v.shape[3], k.shape[3]
+    do = ready(do, v.dtype, this.least)
     this.project(keep=True)
     this.walk(filled(h0, this.V, this.K))
     dh0 = this.walk_back(do, filled(d_final, this.V, this.K))

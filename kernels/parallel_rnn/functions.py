@@ -179,7 +179,7 @@ def _gelu_exponent(x):  # -(A x + B x^3) in powers of two, and what is missing o
     x = tl.minimum(tl.maximum(x, -64.0, propagate_nan=tl.PropagateNan.ALL), 64.0, propagate_nan=tl.PropagateNan.ALL)
     square = x * x
     square_left = tl.fma(x, x, -square)
-    product = square * B_HIGH
+    product = tl.fma(square, B_HIGH, 0.0)  # a product alone is joined with the sum after it, and then its rounding is counted twice
     product_left = tl.fma(square, B_HIGH, -product) + square_left * B_HIGH + square * B_LOW
     total = product + A_HIGH
     back = total - product

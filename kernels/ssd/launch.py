@@ -23,10 +23,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREPARED = 16  # heads a program of `prepare` takes
 # Operands of bf16 kernels are made of whole runs of so many elements, so that all their copies are wide and asynchronous. Where head and state
 # widths both forbid that, loads go element by element, an address in registers for each: of those kernels results were 30 to 40 % off on an H100
-# (Triton 3.6, ptxas 12.8), and once a read was outside of shared memory, as of other kernels with wgmma under ptxas before CUDA 13.
+# (Triton 3.6, ptxas 12.8), and once a read was outside of shared memory: ptxas before 13.1 assembles some programs with wgmma wrongly. The same
+# kernels without any filling were right when ptxas 13.4 assembled them.
 RUN, IN_RUNS = 16, (torch.bfloat16,)
-# Heads of 16 beside a state of 16 had the same fault: gradients 49 % off, or a read outside of memory. Heads of 32 beside a state of 16 and heads
-# of 16 beside a state of 32 are right.
+# Heads of 16 beside a state of 16 had the same fault: gradients 49 % off, or a read outside of memory. Filled up to 32 they are right.
 NARROWEST = 32  # width in which bf16 kernels take a head
 LARGEST_STATE = 128 * 128  # elements of a state that is loaded a stage ahead; larger ones leave no shared memory for it
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
