@@ -26,7 +26,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # instead, they gave illegal accesses on an H100 (see NARROWEST).
 WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
 RUN = 16  # operands are made of whole runs of so many elements (see kernels/ssd/launch.py)
-# Width in which bf16 kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
+# Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
 # that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
 NARROWEST = 64
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
@@ -121,7 +121,7 @@ class Problem:
         narrow = not self.wide and not interpreted()  # the interpreter has no bf16 products
         self.dot: dict[str, Any] = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32x3" if self.wide else "ieee"}
         self.kind = torch.bfloat16 if narrow else torch.float32  # of what kernels leave for others
-        self.least = NARROWEST if narrow else RUN
+        self.least = RUN if interpreted() else NARROWEST
         self.q, self.k, self.v = (ready(x, dtype, self.least) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)

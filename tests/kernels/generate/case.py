@@ -28,6 +28,8 @@ from data.files import write_json
 LOOPS, ROUNDINGS, FLOOR = 8.0, 2.0, 4e-6
 ROW, ZERO = 1e-3, 1e-30  # of the largest value: rows below are compared on this scale; and what counts as nothing
 DEVICES = ("cpu", "interpreter", "cuda")
+WHOLE = "0/1"  # of the cases: the part of a process that runs alone
+LOST = 3  # exit status of a process whose GPU answers no call any more, as after an illegal access; another takes what is left
 
 
 class Draw(random.Random):
@@ -212,7 +214,7 @@ def parsed(module: str, kinds: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=None, help="JSON file; with it a run that stopped goes on")
     parser.add_argument("--jobs", type=int, default=1, help="processes, which compile kernels side by side; they need --out")
-    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
+    parser.add_argument("--part", default=WHOLE, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -232,8 +234,28 @@ def run_many(module: str, wanted: Sequence[tuple[str, int]], run: Run, given: ar
                     file.write("\n" + json.dumps(asdict(result)) + "\n")  # the line before may be torn
         if not result.ok:
             print(f"FAILED {line(module, kind, number, given.device)}: {result.error}", flush=True)
+            if "illegal memory access" in result.error and given.part != WHOLE and not done.get((kind, number)):
+                sys.exit(LOST)
         results.append(result)
     return results
+
+
+def in_parts(command: Sequence[str], jobs: int, seconds: float) -> None:
+    """Runs a process for each part of the cases; one that lost its GPU is replaced."""
+    end = time.monotonic() + seconds
+
+    def start(part: int) -> subprocess.Popen[bytes]:
+        left = max(0.0, end - time.monotonic())
+        return subprocess.Popen([*command, "--seconds", str(left), "--part", f"{part}/{jobs}"], stdout=subprocess.DEVNULL)
+
+    running = {part: start(part) for part in range(jobs)}
+    while running:
+        for part, process in list(running.items()):
+            if process.poll() is not None:
+                del running[part]
+                if process.returncode == LOST:
+                    running[part] = start(part)
+        time.sleep(0.2)
 
 
 def main(module: str, kinds: Sequence[str], run: Run, usable: Callable[[str, str], bool], every: bool = False) -> int:
@@ -255,9 +277,7 @@ def main(module: str, kinds: Sequence[str], run: Run, usable: Callable[[str, str
     wanted = [(kind, seed + i) for i in range(given.cases) for kind in chosen] if every else cases(chosen, given.cases, seed)
     if given.jobs > 1 and given.out:
         words = [sys.executable, "-m", module, *([given.kind] if given.kind else []), "--device", given.device, "--cases", str(given.cases)]
-        words += ["--seed", str(seed), "--out", str(given.out), "--seconds", str(given.seconds)]
-        for process in [subprocess.Popen([*words, "--part", f"{i}/{given.jobs}"], stdout=subprocess.DEVNULL) for i in range(given.jobs)]:
-            process.wait()
+        in_parts([*words, "--seed", str(seed), "--out", str(given.out)], given.jobs, given.seconds)
         given.seconds = 0.0  # what they had no time for stays undone
     part, parts = map(int, given.part.split("/"))
     results = run_many(module, wanted[part::parts], run, given)
