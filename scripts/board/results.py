@@ -1,0 +1,137 @@
+"""The results of the board: one JSON a cell, a log of every attempt, and intervals on differences of equal seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.files import write_json
+
+if TYPE_CHECKING:
+    from scripts.board.plan import Cell
+
+# 97.5 % quantiles of Student's t by degrees of freedom
+T975 = (math.inf, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a cell: its file's content."""
+
+    name: str
+    content: dict[str, Any]
+
+    def of(self, settings: dict[str, Any]) -> bool:
+        """Whether it is the result of these settings."""
+        return bool(self.content.get("settings") == json.loads(json.dumps(settings)))
+
+    @property
+    def diverged(self) -> bool:
+        return self.content.get("ended") == "diverged"
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        value = ((self.content.get("measured") or {}).get("held_out") or {}).get("bits_per_byte")
+        return None if value is None else float(value)
+
+
+def read(out: Path) -> dict[str, Result]:
+    """Every finished cell under `out`, by name; files that are no JSON are passed over."""
+    results = {}
+    for path in sorted((out / "cells").glob("*.json")):
+        try:
+            results[path.stem] = Result(path.stem, json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue
+    return results
+
+
+def keep(out: Path, cell: Cell, content: dict[str, Any]) -> None:
+    """Writes a cell's result."""
+    write_json(
+        out / "cells" / f"{cell.name}.json", {"name": cell.name, "stage": cell.stage, "row": cell.row, **content, "settings": cell.settings}
+    )
+
+
+def attempt(out: Path, cell: str, event: str, **about: Any) -> None:
+    """Adds a line to the log of attempts, which nothing is ever taken out of."""
+    out.mkdir(parents=True, exist_ok=True)
+    line = {"at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "cell": cell, "event": event, **about}
+    with (out / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def attempts(out: Path) -> list[dict[str, Any]]:
+    """The log, in order."""
+    try:
+        return [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
+def final_loss(result: Result | None, settings: dict[str, Any]) -> float | None:
+    """Held-out bits per byte of the cell with these settings; infinite where it diverged, None where it is not done."""
+    if result is None or not result.of(settings):
+        return None
+    value = result.bits_per_byte
+    return math.inf if result.diverged or value is None or not math.isfinite(value) else value
+
+
+def ratio_of_speed(results: dict[str, Result], one: Cell, other: Cell) -> float | None:
+    """Training tokens/s of one row over those of another, to two digits; None where either was not measured."""
+    rates = []
+    for cell in (one, other):
+        result = results.get(cell.name)
+        if result is None or not result.of(cell.settings) or "tokens_per_s" not in result.content:
+            return None
+        rates.append(result.content["tokens_per_s"])
+    return round(rates[0] / rates[1], 2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % t-interval. n: of values; with one there is no interval (infinite)."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def decides(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """Of the mean of the values; None of nothing. Raises ValueError for more than the table of quantiles has."""
+    values = list(values)
+    n = len(values)
+    if not n:
+        return None
+    if n > len(T975):
+        raise ValueError(f"The table of quantiles reaches {len(T975)} values, not {n}.")
+    mean = statistics.fmean(values)
+    if n == 1 or not all(map(math.isfinite, values)):
+        return Interval(mean, math.inf, n)
+    return Interval(mean, T975[n - 1] * statistics.stdev(values) / math.sqrt(n), n)
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """Interval of one minus other over the seeds that both have."""
+    return interval(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys()))
