@@ -9,9 +9,10 @@
 Keys
   data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
-  stages      grid,speed,pass,time,probe,leaders, or all       seeds     of the full pass; decisive rows have five from three on [3]
+  stages      grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   workers     processes that share the device [1]              streams   cells a process keeps going [1]
+  speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
   only        names of cells with commas between               weights   true: keep the trained models of text as folders [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
   page        where the page is drawn [docs/board]             input, part, vocabulary, tokenizer, join: of corpus (scripts/board/corpus.py)
@@ -44,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "workers": 1,
     "streams": 1,
     "only": "",
+    "speedrun_tokens": 0,
+    "speedrun_lr": 0.0,
     "weights": False,
     "device": "auto",
     "precision": "bf16",
@@ -77,6 +80,8 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
             problems.append(f"device is {values['device']!r}; choose auto, cpu or cuda.")
         if values["minutes"] < 0 or values["save_every"] <= 0:
             problems.append("minutes must be zero or more, and save_every above zero.")
+        if "speedrun" in values["stages"] and len(values["stages"]) == 1 and not (values["speedrun_tokens"] and values["speedrun_lr"] > 0):
+            problems.append("A speedrun needs speedrun_tokens and speedrun_lr above zero.")
         try:
             values["rows"] = rows_of(values["rows"])
         except UserError as error:
@@ -91,7 +96,14 @@ def make_plan(values: dict[str, Any]) -> Any:
     from scripts.board.plan import Plan, check
 
     check(values["size"], values["data"])
-    return Plan(values["size"], values["data"], values["rows"], values["precision"], values["seeds"])
+    return Plan(
+        values["size"],
+        values["data"],
+        values["rows"],
+        values["precision"],
+        values["seeds"],
+        (values["speedrun_tokens"], values["speedrun_lr"]),
+    )
 
 
 def pending(values: dict[str, Any], plan: Any) -> list[Any]:

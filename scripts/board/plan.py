@@ -2,7 +2,7 @@
 
 A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
 with the results: a row's best rate on the grid decides its cells of the full pass, a best rate at the grid's edge asks for another rate, the leaders are
-known when the full pass is. Stages, in order: grid, speed, pass, time, probe, leaders.
+known when the full pass is. Stages, in order: grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scripts.board.corpus import identity
 from scripts.board.results import Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
-STAGES = ("grid", "speed", "pass", "time", "probe", "leaders")
+STAGES = ("grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
 PROTOCOL = 1  # raise it when a number of the protocol changes: earlier results then count no more
 
 
@@ -59,6 +59,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 # Rows whose comparison the page answers from; they get DECISIVE_SEEDS seeds.
+SPEEDRUN_TARGET = 1.5  # held-out bits per byte
 DECISIVE = ("gdn_hybrid", "gdn_hybrid_paragru", "mamba2_hybrid", "mamba2_hybrid_paragru")
 
 
@@ -73,7 +74,7 @@ class Cell:
 
     @property
     def alone(self) -> bool:
-        return self.stage == "speed"
+        return self.stage in ("speed", "speedrun")
 
     def of_text(self) -> bool:
         """Whether it is a language model's training, not a probe or a timing."""
@@ -81,10 +82,13 @@ class Cell:
 
 
 class Plan:
-    """The cells of a size on the shards at `data`. rows: those wanted. precision: of matrix products on a GPU."""
+    """The cells of a size on the shards at `data`. rows: those wanted. precision: of matrix products on a GPU. speedrun: tokens
+    and rate of the cells of that stage."""
 
-    def __init__(self, size: str, data: str, rows: list[str], precision: str = "bf16", seeds: int = SEEDS) -> None:
-        self.size, self.data, self.rows, self.precision, self.seeds = size, data, rows, precision, seeds
+    def __init__(
+        self, size: str, data: str, rows: list[str], precision: str = "bf16", seeds: int = SEEDS, speedrun: tuple[int, float] = (0, 0.0)
+    ) -> None:
+        self.size, self.data, self.rows, self.precision, self.seeds, self.speedrun = size, data, rows, precision, seeds, speedrun
         self.board = BOARDS[size]
         self.identities: dict[int, dict[str, Any]] = {}
 
@@ -221,6 +225,12 @@ class Plan:
             made["pass"] = [c for group in self._turns([self.passes(row, results) for row in self.rows]) for c in group]
             made["time"] = [cell for row in self.rows for cell in self.equal_time(row, results)]
             made["leaders"] = self.leaders(results)
+        tokens, lr = self.speedrun
+        if tokens and lr:
+            span = min(self.board.span, max(self.board.grid_span, tokens + self.board.T))
+            made["speedrun"] = [
+                self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
+            ]
         return [cell for stage in STAGES if stage in stages for cell in made.get(stage, [])]
 
     def _probed(self) -> list[str]:

@@ -107,17 +107,41 @@ def write_folder(learner: Any, folder: Path, data: str) -> None:
     write_json(folder / "run.json", {"train": {"seq_len": learner.T}, "data": {"path": data}})
 
 
+def raced(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, None, dict[str, Any]]:
+    """A cell of the speedrun: the seconds from the first step to the end of the last, kernels compiled and evaluation left out."""
+    from scripts.board.learner import Learner
+    from scripts.board.measure import everything
+
+    attempt(Path(values["out"]), cell.name, "begun")
+    for _ in Learner(cell.settings, values["data"], device).advance(8):
+        pass
+    learner = Learner(cell.settings, values["data"], device)
+    learner.mean_loss(1)  # waits for the device
+    start = time.perf_counter()
+    for _ in learner.advance(learner.steps):
+        pass
+    loss = learner.mean_loss(learner.steps)
+    result: dict[str, Any] = {"ended": "raced", "seconds": time.perf_counter() - start, "tokens": learner.steps * learner.B * learner.T}
+    with learner.trainer.here():
+        result |= {"mean_loss": loss, "weights_sha256": learner.weights_sha256(), "graphed": not learner.step.why_not}
+        result["measured"] = everything(learner.model, values["data"], cell.settings, full=False)
+    keep(Path(values["out"]), cell, result | {"environment": values["environment"]})
+    yield
+    return result
+
+
 def timed(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, None, dict[str, Any]]:
     """A cell of the stage speed."""
     from scripts.board.speed import both
 
-    if values["until"] and time.time() > values["until"] - values["least"]:
-        raise Stopped("no time left")
     attempt(Path(values["out"]), cell.name, "begun")
     result = both(cell.settings, values["data"], device)
     keep(Path(values["out"]), cell, {"ended": "timed", **result, "environment": values["environment"]})
     yield
     return result
+
+
+KINDS = {"speed": timed, "speedrun": raced}
 
 
 def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int) -> None:
@@ -138,7 +162,7 @@ def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int) ->
             more = number < len(cells) and not (values["until"] and time.time() > values["until"] - values["least"])
             if more:
                 cell = cells[number]
-                running.append((cell, (timed if cell.alone else train)(cell, values, device)))
+                running.append((cell, KINDS.get(cell.stage, train)(cell, values, device)))
         for entry in list(running):
             cell, generator = entry
             if _turn(cell, generator, values):
