@@ -58,8 +58,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "A5": {"name": "word_problem", "group": "a5"},
 }
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
-# Rows whose comparison the page answers from; they get DECISIVE_SEEDS seeds.
 SPEEDRUN_TARGET = 1.5  # held-out bits per byte
+# Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
 DECISIVE = ("gdn_hybrid", "gdn_hybrid_paragru", "mamba2_hybrid", "mamba2_hybrid_paragru")
 
 
