@@ -1,0 +1,383 @@
+"""The board's page: what was found, as one JSON, and table, plots and the log of attempts drawn from it.
+
+`draw` reads the cells under OUT into PAGE/board.json; where OUT has none, the page is drawn from the board.json that is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from data.files import write_bytes, write_json
+from evals.report.figures import line, png, pyplot
+from scripts.board.answers import Answer, all_answers, bits
+from scripts.board.architectures import ARCHITECTURES, SIZES, WAITING, counts
+from scripts.board.plan import BOARDS, PROTOCOL, SPEEDRUN_TARGET, TASKS
+from scripts.board.results import Interval, Result, attempts, difference, interval, read
+from training.errors import UserError
+
+
+def draw(values: dict[str, Any]) -> None:
+    """Writes board.json, README.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
+    page, out = Path(values["page"]), Path(values["out"])
+    results = read(out)
+    if results:
+        found = collect(values["size"], results, attempts(out))
+        write_json(page / "board.json", found)
+    try:
+        found = json.loads((page / "board.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{out} has no finished cells and {page} no board.json; run cells first, or give out=.") from None
+    pictures = plots(found, page)
+    write_bytes(page / "README.md", page_text(found, pictures).encode())
+    write_bytes(page / "log.md", log_text(found).encode())
+    print(f"{page / 'README.md'}: {sum(len(row['grid']) for row in found['rows'].values())} cells of the grid, "
+          f"{sum(len(row['pass']) for row in found['rows'].values())} of the full pass")  # fmt: skip
+
+
+def collect(size: str, results: dict[str, Result], log: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page needs of the finished cells of this protocol and size. Raises UserError where they were measured on different texts."""
+    board = BOARDS[size]
+    texts = {
+        json.dumps(r.content["settings"]["data"]["held_out"]) for r in results.values() if _of(r, size) and "data" in r.content["settings"]
+    }
+    if len(texts) > 1:
+        raise UserError("The cells were measured on different held-out texts; put those of each corpus into a folder of its own.")
+    rows: dict[str, dict[str, Any]] = {}
+    for name in ARCHITECTURES:
+        mine = [r for r in results.values() if r.content.get("row") == name and _of(r, size)]
+        if mine:
+            rows[name] = {"label": ARCHITECTURES[name].label, **counts(name, size, board.T, board.vocabulary), **_row(mine)}
+    devices = sorted({str((r.content.get("environment") or {}).get("device")) for r in results.values()})
+    commits = sorted({str((r.content.get("environment") or {}).get("commit")) for r in results.values()})
+    tokens = {"grid": int(0.2 * board.tokens), "pass": board.tokens, "leaders": board.leaders_tokens}
+    return {
+        "protocol": PROTOCOL,
+        "size": size,
+        "T": board.T,
+        "tokens": tokens,
+        "devices": devices,
+        "commits": commits,
+        "rows": rows,
+        "attempts": log,
+    }
+
+
+def _of(result: Result, size: str) -> bool:
+    settings = result.content.get("settings") or {}
+    mine = size if result.content.get("stage") != "probe" else BOARDS[size].probe_size
+    width = (settings.get("model") or {}).get("d_model")
+    return settings.get("protocol") == PROTOCOL and width == SIZES[mine].d_model
+
+
+def _row(mine: list[Result]) -> dict[str, Any]:
+    row: dict[str, Any] = {"grid": [], "pass": {}, "leaders": {}, "probe": {}, "speedrun": []}
+    for result in sorted(mine, key=lambda r: r.name):
+        content, settings = result.content, result.content["settings"]
+        stage, seed = content["stage"], str(settings["seed"])
+        if stage == "grid":
+            row["grid"].append({"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, **_held(content)})
+        elif stage in ("pass", "leaders"):
+            row[stage][seed] = _text_cell(result)
+        elif stage == "time":
+            kind = content["name"].split(".")[0].removeprefix("time_of_")
+            row.setdefault(f"time_of_{kind}", {})[seed] = _text_cell(result)
+        elif stage == "probe":
+            lengths = [{key: r.get(key) for key in ("length", "accuracy", "error")} for r in content["measured"]["lengths"]]
+            row["probe"].setdefault(settings["task"]["name"] + settings["task"].get("group", ""), {})[seed] = lengths
+        elif stage == "speed":
+            chosen = ("tokens_per_s", "mfu", "peak_memory_bytes", "decode", "decode_failed", "graphed")
+            row["speed"] = {key: content.get(key) for key in chosen} | {"device": (content.get("environment") or {}).get("device")}
+        elif stage == "speedrun":
+            command = " ".join((content.get("environment") or {}).get("command", [])[1:])
+            row["speedrun"].append(
+                {"seconds": content["seconds"], "tokens": content["tokens"], "bits_per_byte": result.bits_per_byte, "command": command}
+            )
+    row["grid"].sort(key=lambda cell: cell["lr"])
+    return row
+
+
+def _held(content: dict[str, Any]) -> dict[str, Any]:
+    held = (content.get("measured") or {}).get("held_out") or {}
+    return {
+        "low": held.get("low"),
+        "high": held.get("high"),
+        "seconds": content.get("seconds"),
+        "weights_sha256": content.get("weights_sha256"),
+    }
+
+
+def _text_cell(result: Result) -> dict[str, Any]:
+    content = result.content
+    measured = content.get("measured") or {}
+    position, memory = measured.get("position") or {}, measured.get("memory") or {}
+    return {
+        "bits_per_byte": None if result.diverged else result.bits_per_byte,
+        "diverged": result.diverged,
+        "lr": content["settings"]["lr"],
+        "tokens": content.get("tokens"),
+        "stops": content.get("stops"),
+        **_held(content),
+        "curve": [[step, round(loss, 4)] for step, loss in content.get("curve", []) if loss is not None],
+        "verdict": (position.get("collapse") or {}).get("verdict"),
+        "buckets": position.get("buckets"),
+        "repeated": (measured.get("repeated") or {}).get("gaps"),
+        "memory": {key: value.get("tokens") for key, value in memory.items() if isinstance(value, dict)},
+    }
+
+
+# The page
+
+
+def page_text(found: dict[str, Any], pictures: list[str]) -> str:
+    """README.md of the page: negative results first, then the tables."""
+    rows, answers = found["rows"], all_answers(found["rows"])
+    known = [a for a in answers if a.known]
+    lines = ["# The board", "", *_introduction(found), ""]
+    lines += [
+        "## Nulls and negative results",
+        "",
+        *(_items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]),
+        "",
+    ]
+    if rest := [a for a in known if not a.negative]:
+        lines += ["## What came out otherwise", "", *_items(rest), ""]
+    lines += ["## Loss", "", *loss_table(rows), ""]
+    lines += ["## Rates tried", "", *grid_table(found), ""]
+    lines += ["## Behaviour", "", *behaviour_table(rows), ""] if any(row["pass"] or row["probe"] for row in rows.values()) else []
+    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row for row in rows.values()) else []
+    for name in pictures:
+        lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    lines += ["## Speedrun", "", *speedrun_lines(found), ""]
+    missing = [a for a in answers if not a.known]
+    lines += ["## Not known yet", "", *_items(missing), *(f"- {label}: no mixer yet, so no cells." for label in WAITING.values()), ""]
+    return "\n".join(lines)
+
+
+def _items(answers: list[Answer]) -> list[str]:
+    return [textwrap.fill(f"- {a.text}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for a in answers]
+
+
+def _introduction(found: dict[str, Any]) -> list[str]:
+    rows = found["rows"].values()
+    grid, passes = sum(len(row["grid"]) for row in rows), sum(len(row["pass"]) for row in rows)
+    begun, failed = (sum(a["event"] == event for a in found["attempts"]) for event in ("begun", "failed"))
+    text = [
+        f"What each architecture is worth at equal tokens: {found['size']} parameters, training length {found['T']}.",
+        "How, and what was expected, is in the [protocol](protocol.md), which was there before the first run.",
+        f"Drawn by `python -m scripts.board draw` from [board.json](board.json). So far {grid} cells of the rate grid",
+        f"({found['tokens']['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass ({found['tokens']['pass'] / 1e6:g}M tokens),",
+        f"on {', '.join(found['devices'])}. [Every attempt](log.md): {begun} begun, {failed} failed.",
+    ]
+    warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
+    return [textwrap.fill(" ".join(text), 110, break_long_words=False, break_on_hyphens=False), *([] if passes else ["", warning])]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _plus_minus(value: Interval, form: str) -> str:
+    return format(value.mean, form) + (f" ± {value.half:.4f}" if value.n > 1 else "")
+
+
+def loss_table(rows: dict[str, Any]) -> list[str]:
+    """The full pass: bits per byte by row with the interval over seeds, and the difference from the Transformer at equal seeds."""
+    done = {name: bits(rows, name, "pass") for name in rows}
+    if not any(done.values()):
+        return ["No cell of the full pass is finished."]
+    lines = ["Held-out bits per byte after the full pass, 95 % t-intervals over seeds; differences at equal seeds.", ""]
+    lines += ["| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer |", "|---|---|---|---|---|---|---|"]
+    for name in sorted((n for n in done if done[n] or rows[n]["pass"]), key=lambda n: min(done[n].values(), default=math.inf)):
+        row, mean = rows[name], interval(done[name].values())
+        apart = difference(done[name], done.get("transformer", {})) if name != "transformer" else None
+        rates = sorted({cell["lr"] for cell in row["pass"].values()})
+        diverged = sum(cell["diverged"] for cell in row["pass"].values())
+        value = "" if mean is None else _plus_minus(mean, ".4f")
+        seeds = f"{len(done[name])}" + (f", {diverged} diverged" if diverged else "")
+        lines.append(
+            f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | {row['training_flops_per_token']:.3g} | {', '.join(f'{r:g}' for r in rates)} | {value} | {seeds} | "
+            f"{'' if apart is None else _plus_minus(apart, '+.4f')} |"
+        )
+    return lines
+
+
+def grid_table(found: dict[str, Any]) -> list[str]:
+    """Bits per byte of every rate tried, at a fifth of the pass; the best of a row in bold."""
+    rates = sorted({cell["lr"] for row in found["rows"].values() for cell in row["grid"]})
+    if not rates:
+        return ["No cell of the grid is finished."]
+    lines = [
+        f"Held-out bits per byte after {found['tokens']['grid'] / 1e6:g}M tokens, seed 0. A best rate at the edge asks for another one.",
+        "",
+    ]
+    lines += ["| row | parameters | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 2) + "|"]
+    for row in found["rows"].values():
+        values = {cell["lr"]: cell for cell in row["grid"]}
+        finite = [c["bits_per_byte"] for c in row["grid"] if not c["diverged"] and c["bits_per_byte"] is not None]
+        best = min(finite, default=None)
+        texts = []
+        for rate in rates:
+            cell = values.get(rate)
+            text = "" if cell is None else "diverged" if cell["diverged"] else _number(cell["bits_per_byte"], ".4f")
+            texts.append(f"**{text}**" if cell and best is not None and cell["bits_per_byte"] == best else text)
+        lines.append(f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | " + " | ".join(texts) + " |")
+    return lines
+
+
+def behaviour_table(rows: dict[str, Any]) -> list[str]:
+    """Beyond the training length, copying, memory and probes (median of the seeds; probes: the best seed as well)."""
+    names = [task["name"] + task.get("group", "") for task in TASKS.values()]
+    lines = ["| row | 64 times the length | copied at once | after T/2 | after 4 T | memory in T, in 8 T | " + " | ".join(TASKS) + " |"]
+    lines.append("|---" * (6 + len(names)) + "|")
+    for row in rows.values():
+        cells = list(row["pass"].values())
+        if not cells and not row["probe"]:
+            continue
+        verdict = ", ".join(sorted({str(cell["verdict"]) for cell in cells if cell["verdict"]}))
+        copied = []
+        for i in range(3):
+            values = sorted(cell["repeated"][i]["copied"] for cell in cells if cell.get("repeated"))
+            copied.append(f"{100 * values[len(values) // 2]:.0f} %" if values else "")
+        memories = [sorted(c["memory"][key] for c in cells if c.get("memory", {}).get(key) is not None) for key in ("within", "beyond")]
+        memory = ", ".join(str(m[len(m) // 2]) for m in memories if m)
+        probes = []
+        for name in names:
+            scores = sorted(
+                seed[0]["accuracy"] for seed in row["probe"].get(name, {}).values() if seed and seed[0].get("accuracy") is not None
+            )
+            probes.append(f"{100 * scores[len(scores) // 2]:.0f} ({100 * scores[-1]:.0f})" if scores else "")
+        lines.append(f"| {row['label']} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
+    return lines
+
+
+def speed_table(rows: dict[str, Any]) -> list[str]:
+    """Each row alone on the device."""
+    lines = ["Alone on the device. Decoding: one sequence, bf16, after 1,024 and after 131,072 tokens.", ""]
+    lines += ["| row | training tokens/s | MFU | memory | decode tokens/s, 1k | 128k | state bytes, 1k | 128k | device |", "|---" * 9 + "|"]
+    for row in sorted((r for r in rows.values() if "speed" in r), key=lambda r: -r["speed"]["tokens_per_s"]):
+        speed = row["speed"]
+        decode = [f"{d['tokens_per_s']:,.0f}" for d in (speed.get("decode") or [])] + ["", ""]
+        mfu, peak = _number(speed["mfu"] and 100 * speed["mfu"], ".1f"), speed["peak_memory_bytes"]
+        memory = f"{peak / 2**30:.1f} GiB" if peak else ""
+        lines.append(
+            f"| {row['label']} | {speed['tokens_per_s']:,.0f} | {mfu + ' %' if mfu else ''} | {memory} | {decode[0]} | {decode[1]} | "
+            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed['device']} |"
+        )
+    return lines
+
+
+def speedrun_lines(found: dict[str, Any]) -> list[str]:
+    """The record, open to be beaten."""
+    runs = [(run, row["label"]) for row in found["rows"].values() for run in row["speedrun"] if run["bits_per_byte"] is not None]
+    held = sorted((run["seconds"], label, run) for run, label in runs if run["bits_per_byte"] <= SPEEDRUN_TARGET)
+    rule = (
+        f"The least time of training on one H100 to {SPEEDRUN_TARGET} bits per byte; rules are in the [protocol](protocol.md#the-speedrun)."
+    )
+    if not held:
+        return [rule, "", f"Nobody has run it yet ({len(runs)} runs stayed above)." if runs else "Nobody has run it yet."]
+    seconds, label, run = held[0]
+    return [
+        rule,
+        "",
+        f"{seconds:.1f} s, {label}, {run['tokens'] / 1e6:.1f}M tokens, {run['bits_per_byte']:.4f} bits per byte:",
+        "",
+        f"    python -m scripts.board {run['command']}",
+    ]
+
+
+def log_text(found: dict[str, Any]) -> str:
+    """log.md: every attempt, in order."""
+    lines = ["# Every attempt", "", "Nothing is taken out of this list; a cell that was stopped goes on from where it was.", ""]
+    lines += ["| at (UTC) | cell | event | |", "|---|---|---|---|"]
+    for a in found["attempts"]:
+        about = {k: v for k, v in a.items() if k not in ("at", "cell", "event", "traceback")}
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items()).replace("|", "/")
+        lines.append(f"| {a['at']} | {a['cell']} | {a['event']} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+# Plots
+
+
+def plots(found: dict[str, Any], page: Path) -> list[str]:
+    """Loss, loss by position and speed as pictures, those that there are figures for; their names."""
+    plt = pyplot()
+    if plt is None:
+        return [name for name in ("loss.png", "position.png", "speed.png") if (page / name).exists()]
+    made = []
+    for name, picture in (("loss.png", _loss_plot), ("position.png", _position_plot), ("speed.png", _speed_plot)):
+        data = picture(plt, found["rows"])
+        if data is not None:
+            write_bytes(page / name, data)
+            made.append(name)
+    return made
+
+
+def _loss_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
+    """The full pass with intervals; before there is one, the grid by rate."""
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    each = [(row["label"], interval(bits(rows, name, "pass").values())) for name, row in rows.items()]
+    done = sorted(((label, value) for label, value in each if value is not None), key=lambda pair: -pair[1].mean)
+    if done:
+        halves = [value.half if math.isfinite(value.half) else 0.0 for _, value in done]
+        axes.errorbar([value.mean for _, value in done], range(len(done)), xerr=halves, fmt="o", capsize=3)
+        axes.set_yticks(range(len(done)), [label for label, _ in done])
+        axes.set_xlabel("held-out bits per byte after the full pass, 95 % over seeds")
+    else:
+        for i, row in enumerate(rows.values()):
+            points = [(c["lr"], c["bits_per_byte"]) for c in row["grid"] if not c["diverged"] and c["bits_per_byte"] is not None]
+            if points:
+                axes.plot(*zip(*points), marker="o", label=row["label"], **line(i))
+        axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, a fifth of the pass, one seed")
+        axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    return png(plt, figure)
+
+
+def _position_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    drawn = 0
+    for i, row in enumerate(rows.values()):
+        cell = next((cell for cell in row["pass"].values() if cell.get("buckets")), None)
+        if cell:
+            x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
+            axes.plot(x, [b["nats_per_token"] for b in cell["buckets"]], marker=".", label=row["label"], **line(i))
+            drawn += 1
+    axes.set(xscale="log", xlabel="position in the text", ylabel="nats per token (first seed)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7) if drawn else None
+    data = png(plt, figure)
+    return data if drawn else None
+
+
+def _speed_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
+    """Loss against training speed: the full pass, or the best of the grid before there is one."""
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    drawn = 0
+    passed = any(row["pass"] for row in rows.values())
+    for i, (name, row) in enumerate(rows.items()):
+        values = (
+            list(bits(rows, name, "pass").values())
+            if passed
+            else [min((c["bits_per_byte"] for c in row["grid"] if c["bits_per_byte"]), default=math.nan)]
+        )
+        if "speed" in row and values and math.isfinite(values[0]):
+            axes.plot(
+                row["speed"]["tokens_per_s"],
+                sum(values) / len(values),
+                marker="o",
+                linestyle="",
+                label=row["label"],
+                color=line(i)["color"],
+            )
+            drawn += 1
+    what = "after the full pass" if passed else "after a fifth of the pass, best rate, one seed"
+    axes.set(xlabel="training tokens/s, alone on the device", ylabel=f"bits per byte {what}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7) if drawn else None
+    data = png(plt, figure)
+    return data if drawn else None
