@@ -76,8 +76,8 @@ def held_out(
     low, high = (x / math.log(2) for x in bootstrap_ratio(nats, sizes))
     return {
         "bits_per_byte": float(nats.sum() / sizes.sum() / math.log(2)),
-        "low": low,
-        "high": high,
+        "low": low if low == low else None,  # no interval of one document
+        "high": high if high == high else None,
         "nats_per_token": float(nats.sum() / tokens.sum()),
         "documents": len(sizes),
         "tokens": int(tokens.sum()),

@@ -15,7 +15,7 @@ from typing import Any
 from data.fields import nearest
 from scripts.board.architectures import ARCHITECTURES, SIZES, model_config
 from scripts.board.corpus import identity
-from scripts.board.results import Result, final_loss, ratio_of_speed
+from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
 STAGES = ("grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
@@ -61,24 +61,6 @@ PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 SPEEDRUN_TARGET = 1.5  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
 DECISIVE = ("gdn_hybrid", "gdn_hybrid_paragru", "mamba2_hybrid", "mamba2_hybrid_paragru")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run. alone: nothing else may use the device meanwhile."""
-
-    stage: str
-    name: str
-    row: str
-    settings: dict[str, Any]
-
-    @property
-    def alone(self) -> bool:
-        return self.stage in ("speed", "speedrun")
-
-    def of_text(self) -> bool:
-        """Whether it is a language model's training, not a probe or a timing."""
-        return self.stage not in ("speed", "probe")
 
 
 class Plan:

@@ -1,4 +1,4 @@
-"""The results of the board: one JSON a cell, a log of every attempt, and intervals on differences of equal seeds."""
+"""Cells of the board and their results: one JSON a cell, a log of every attempt, and intervals on differences of equal seeds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,30 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data.files import write_json
 
-if TYPE_CHECKING:
-    from scripts.board.plan import Cell
-
 # 97.5 % quantiles of Student's t by degrees of freedom
-T975 = (math.inf, 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+T975 = (math.inf, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. alone: nothing else may use the device meanwhile."""
+
+    stage: str
+    name: str
+    row: str
+    settings: dict[str, Any]
+
+    @property
+    def alone(self) -> bool:
+        return self.stage in ("speed", "speedrun")
+
+    def of_text(self) -> bool:
+        """Whether it is a language model's training, not a probe or a timing."""
+        return self.stage not in ("speed", "probe")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from scripts.board.plan import Cell
-from scripts.board.results import attempt, keep
+from scripts.board.results import Cell, attempt, keep
 
 SAVE_EVERY = 45.0  # seconds between two savings of a cell in training
 POINTS = 100  # of the training curve
