@@ -11,7 +11,7 @@ Keys
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
   stages      grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
-  workers     processes that share the device [1]              streams   cells a process keeps going [1]
+  workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
   only        names of cells with commas between               weights   true: keep the trained models of text as folders [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
@@ -26,10 +26,10 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.fields import nearest
-from data.files import check_writable
+from data.files import check_writable, lock
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -121,6 +121,14 @@ def pending(values: dict[str, Any], plan: Any) -> list[Any]:
     return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))]
 
 
+def _alone(out: Path) -> IO[str]:
+    """The folder's lock. Raises UserError while another process runs cells into it."""
+    try:
+        return lock(out, here=1.0)
+    except UserError:
+        raise UserError(f"Another process runs cells into {out}; wait for it, or give another out=.") from None
+
+
 def run(values: dict[str, Any]) -> None:
     """Runs what is pending, and what follows from its results, until nothing is left, nothing gets done, or time is up."""
     import torch
@@ -133,6 +141,7 @@ def run(values: dict[str, Any]) -> None:
     if values["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
     check_writable(Path(values["out"]))
+    mine = _alone(Path(values["out"]))
     values["until"] = began + 60 * values["minutes"] if values["minutes"] else 0.0
     plan, before = make_plan(values), None
     while True:
@@ -143,6 +152,7 @@ def run(values: dict[str, Any]) -> None:
         print(f"{len(cells)} cells to run on {values['device']}", flush=True)
         run_all(values, cells)
         before = names
+    mine.close()
     print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
 
 

@@ -6,8 +6,10 @@ the device. What is stopped, by time or by a kill, is a file under OUT/under_way
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Generator
@@ -143,29 +145,48 @@ def timed(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
 KINDS = {"speed": timed, "speedrun": raced}
 
 
-def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int) -> None:
-    """One process: takes cells until there are none or time is up. `taken` counts those given out."""
+def repeatable(number: int, name: str) -> Any:
+    """The device of process `number` (of several GPUs one after the other), set so that a cell gives the same bits again: attention's backward pass sums in
+    a fixed order, and products have a work space of their own on every stream."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    if name != "cuda":
+        return torch.device(name)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    device = torch.device("cuda", number % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int, number: int = 0) -> None:
+    """Process `number`: takes cells until there are none or time is up. `taken` counts those given out."""
+    device = repeatable(number, values["device"])
     import torch
 
     from training.watch.metrics import environment
 
     if values["workers"] > 1:
         torch.set_num_threads(1)
-    device = torch.device(values["device"])
     values = values | {"environment": environment(device)}
     running: list[tuple[Cell, Any]] = []
     more = True
     while more or running:
         while more and len(running) < streams:
-            number = _take(taken)
-            more = number < len(cells) and not (values["until"] and time.time() > values["until"] - values["least"])
+            place = _take(taken)
+            more = place < len(cells) and not (values["until"] and time.time() > values["until"] - values["least"])
             if more:
-                cell = cells[number]
+                cell = cells[place]
                 running.append((cell, KINDS.get(cell.stage, train)(cell, values, device)))
         for entry in list(running):
             cell, generator = entry
             if _turn(cell, generator, values):
                 running.remove(entry)
+                del entry, generator
+                gc.collect()  # a learner and its graph hold one another, and a good part of the device's memory
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
 
 
 def _take(taken: Any) -> int:
@@ -206,8 +227,10 @@ def run_all(values: dict[str, Any], cells: list[Cell]) -> None:
         if workers == 1:
             work(values, group, taken, streams)
             continue
-        processes = [spawn.Process(target=work, args=(values, group, taken, streams)) for _ in range(workers)]
+        processes = [spawn.Process(target=work, args=(values, group, taken, streams, number)) for number in range(workers)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
+            if process.exitcode:
+                print(f"A process ended with status {process.exitcode}; its cells go on from where they were saved.", flush=True)
