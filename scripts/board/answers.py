@@ -45,8 +45,9 @@ def questions() -> list[Question]:
     made = []
     for row, chosen in ARCHITECTURES.items():
         if chosen.instead:
-            made.append(Question(f"One ParaGRU layer in {_label(chosen.of)}, at equal tokens", row, chosen.of, 0))
-            made.append(Question(f"One ParaGRU layer in {_label(chosen.of)}, at equal time", row, chosen.of, 1, f"time_of_{row}"))
+            layer, expected = _label(chosen.instead), 0 if chosen.instead == "paragru" else -1
+            made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal tokens", row, chosen.of, expected))
+            made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal time", row, chosen.of, 1, f"time_of_{row}"))
     for row in ARCHITECTURES:
         base = row.removesuffix("_hybrid")
         if row.endswith("_hybrid"):

@@ -8,6 +8,7 @@ layers' own formulae (`LanguageModel.flops_per_token`): matrix products, attenti
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,36 +59,42 @@ class Architecture:
     of: str = ""  # the row that this one is compared with
 
 
+RECURRENT = {
+    "mamba2": "Mamba-2",
+    "gdn": "Gated DeltaNet",
+    "deltaproduct": "DeltaProduct",
+    "paragru": "ParaGRU",
+    "paralstm": "ParaLSTM",
+}
+# In the plan from the start; their rows, hybrids and single layers exist where the file that names the mixer does.
+DENSE = {
+    "dense_lstm": ("LSTM, dense heads", "models.cells.dense_lstm"),
+    "slstm": ("sLSTM, dense heads", "models.cells.slstm"),
+    "m2rnn": ("M2RNN", "models.mixers.m2rnn"),
+}
+WAITING = {name: label for name, (label, module) in DENSE.items() if importlib.util.find_spec(module) is None}
+
+
 def _rows() -> list[Architecture]:
-    three = (
-        ("mamba2", "Mamba-2"),
-        ("gdn", "Gated DeltaNet"),
-        ("deltaproduct", "DeltaProduct"),
-        ("paragru", "ParaGRU"),
-        ("paralstm", "ParaLSTM"),
-    )
+    kinds = RECURRENT | {name: label for name, (label, _) in DENSE.items() if name not in WAITING}
     rows = [Architecture("transformer", "Transformer", ("attention",))]
-    rows += [Architecture(name, label, (name,), bare=name == "mamba2") for name, label in three]
-    rows += [Architecture(f"{name}_hybrid", f"{label} 3:1 attention", (name,) * 3 + ("attention",)) for name, label in three]
-    for name, label in three[:2]:
-        base = f"{name}_hybrid"
-        rows.append(Architecture(f"{base}_paragru", f"{label} 3:1, one ParaGRU", (name,) * 3 + ("attention",), "paragru", of=base))
-    for name, label in (("transformer", "Transformer"), *three[:2], three[3]):
-        plain = next(row for row in rows if row.name == name)
-        rows.append(Architecture(f"{name}_muon", f"{label}, Muon", plain.layers, bare=plain.bare, optimizer="muon", of=name))
-    for name, label in (*three[:2], three[3]):
-        plain = next(row for row in rows if row.name == name)
-        rows.append(Architecture(f"{name}_pass", f"{label}, state passing", plain.layers, bare=plain.bare, initial="pass", of=name))
+    rows += [Architecture(name, label, (name,), bare=name == "mamba2") for name, label in kinds.items()]
+    rows += [Architecture(f"{name}_hybrid", f"{label} 3:1 attention", (name,) * 3 + ("attention",)) for name, label in kinds.items()]
+    for base in ("mamba2", "gdn"):
+        for one in ("paragru", *(name for name in ("dense_lstm", "m2rnn") if name in kinds)):
+            layers, label = (base,) * 3 + ("attention",), f"{kinds[base]} 3:1 attention, one {kinds[one]}"
+            rows.append(Architecture(f"{base}_hybrid_{one}", label, layers, one, of=f"{base}_hybrid"))
+    named = {row.name: row for row in rows}
+    for name in ("transformer", "mamba2", "gdn", "paragru"):
+        plain = named[name]
+        rows.append(Architecture(f"{name}_muon", f"{plain.label}, Muon", plain.layers, bare=plain.bare, optimizer="muon", of=name))
+    for name in ("mamba2", "gdn", "paragru"):
+        plain = named[name]
+        rows.append(Architecture(f"{name}_pass", f"{plain.label}, state passing", plain.layers, bare=plain.bare, initial="pass", of=name))
     return rows
 
 
 ARCHITECTURES = {row.name: row for row in _rows()}
-# In the plan, and no cells until the mixers exist: each is a row of its own, a hybrid, and the one layer of a hybrid.
-WAITING = {
-    "lstm_dense": "LSTM with dense heads",
-    "slstm": "sLSTM with dense heads",
-    "m2rnn": "M2RNN (arXiv 2603.14360)",
-}
 
 
 def _mixer(name: str, size: Size) -> dict[str, Any]:
@@ -98,6 +105,9 @@ def _mixer(name: str, size: Size) -> dict[str, Any]:
         "deltaproduct": {"type": "delta", "n_heads": size.heads, "updates": 2, "negative": True},
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": size.cell_heads},
         "paralstm": {"type": "rnn", "cell": "paralstm", "n_heads": size.cell_heads},
+        "dense_lstm": {"type": "rnn", "cell": "dense_lstm", "n_heads": size.cell_heads, "recurrent_bound": "none"},
+        "slstm": {"type": "rnn", "cell": "slstm", "n_heads": size.cell_heads, "recurrent_bound": "none"},
+        "m2rnn": {"type": "m2rnn"},
     }
     return mixers[name]
 

@@ -223,13 +223,13 @@ def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: 
     assert [cell.settings["lr"] for cell in halved] == [4e-3] * 3
     known |= results_of(halved, lambda cell: math.inf)
     assert [cell.settings["lr"] for cell in plan.passes("gdn", known)] == [4e-3] * 3
-    known |= results_of(plan.grid(DECISIVE[1], {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
-    known |= results_of(plan.grid(DECISIVE[0], {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
-    assert len(plan.passes(DECISIVE[1], known)) == DECISIVE_SEEDS
-    known |= results_of([plan.speed(row) for row in DECISIVE[:2]], lambda cell: 1.0)
-    known[plan.speed(DECISIVE[0]).name].content["tokens_per_s"] = 1.5e5
-    times = plan.equal_time(DECISIVE[1], known)
-    assert [cell.row for cell in times] == [DECISIVE[0]] * 3 and times[0].settings["steps"] == int(1.5 * 25_600) // 256
+    known |= results_of(plan.grid("gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.grid("gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    assert len(plan.passes("gdn_hybrid_paragru", known)) == DECISIVE_SEEDS
+    known |= results_of([plan.speed(row) for row in ("gdn_hybrid", "gdn_hybrid_paragru")], lambda cell: 1.0)
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
+    times = plan.equal_time("gdn_hybrid_paragru", known)
+    assert [cell.row for cell in times] == ["gdn_hybrid"] * 3 and times[0].settings["steps"] == int(1.5 * 25_600) // 256
 
 
 def test_intervals_are_students(data: Path) -> None:
