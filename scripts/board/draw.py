@@ -1,6 +1,6 @@
-"""The board's page: what was found, as one JSON, and table, plots and the log of attempts drawn from it.
+"""The board's page: table, plots and the log of attempts, drawn from the JSON of the cells.
 
-`draw` reads the cells under OUT into PAGE/board.json; where OUT has none, the page is drawn from the board.json that is there.
+`draw` takes the cells under OUT into PAGE/cells.jsonl and their attempts into PAGE/attempts.jsonl, and draws the page from those two.
 """
 
 from __future__ import annotations
@@ -11,48 +11,51 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from data.files import write_bytes, write_json
-from evals.report.figures import line, png, pyplot
+from data.files import write_bytes
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, SIZES, WAITING, counts
 from scripts.board.plan import BOARDS, PROTOCOL, SPEEDRUN_TARGET, TASKS
-from scripts.board.results import Interval, Result, attempts, difference, interval, read
+from scripts.board.plots import plots
+from scripts.board.results import Interval, Result, attempts, difference, gather, interval
 from training.errors import UserError
 
 
 def draw(values: dict[str, Any]) -> None:
     """Writes board.json, README.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
     page, out = Path(values["page"]), Path(values["out"])
-    results = read(out)
-    if results:
-        found = collect(values["size"], results, attempts(out))
-        write_json(page / "board.json", found)
-    try:
-        found = json.loads((page / "board.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{out} has no finished cells and {page} no board.json; run cells first, or give out=.") from None
+    every = gather(out, page)
+    if not every:
+        raise UserError(f"Neither {out} nor {page} has a finished cell; run some first, or give out=.")
+    found = collect(values["size"], every, attempts(page))
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "log.md", log_text(found).encode())
-    print(f"{page / 'README.md'}: {sum(len(row['grid']) for row in found['rows'].values())} cells of the grid, "
-          f"{sum(len(row['pass']) for row in found['rows'].values())} of the full pass")  # fmt: skip
+    print(f"{page / 'README.md'}: {len(every)} cells")
 
 
-def collect(size: str, results: dict[str, Result], log: list[dict[str, Any]]) -> dict[str, Any]:
+def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[str, Any]:
     """What the page needs of the finished cells of this protocol and size. Raises UserError where they were measured on different texts."""
     board = BOARDS[size]
-    texts = {
-        json.dumps(r.content["settings"]["data"]["held_out"]) for r in results.values() if _of(r, size) and "data" in r.content["settings"]
-    }
+    results = [r for r in every if _of(r, size)]
+    texts = {json.dumps(r.content["settings"]["data"]["held_out"]) for r in results if "data" in r.content["settings"]}
     if len(texts) > 1:
         raise UserError("The cells were measured on different held-out texts; put those of each corpus into a folder of its own.")
     rows: dict[str, dict[str, Any]] = {}
     for name in ARCHITECTURES:
-        mine = [r for r in results.values() if r.content.get("row") == name and _of(r, size)]
+        mine = [r for r in results if r.content["row"] == name]
         if mine:
             rows[name] = {"label": ARCHITECTURES[name].label, **counts(name, size, board.T, board.vocabulary), **_row(mine)}
-    devices = sorted({str((r.content.get("environment") or {}).get("device")) for r in results.values()})
-    commits = sorted({str((r.content.get("environment") or {}).get("commit")) for r in results.values()})
+    devices = sorted({str((r.content.get("environment") or {}).get("device")) for r in every})
+    earlier = [
+        {
+            "label": ARCHITECTURES[r.content["row"]].label,
+            "stage": r.content["stage"],
+            "protocol": r.content["settings"]["protocol"],
+            **_text_cell(r),
+        }
+        for r in every
+        if r.content["settings"]["protocol"] < PROTOCOL and r.content["row"] in ARCHITECTURES and r.bits_per_byte is not None
+    ]
     tokens = {"grid": int(0.2 * board.tokens), "pass": board.tokens, "leaders": board.leaders_tokens}
     return {
         "protocol": PROTOCOL,
@@ -60,7 +63,7 @@ def collect(size: str, results: dict[str, Result], log: list[dict[str, Any]]) ->
         "T": board.T,
         "tokens": tokens,
         "devices": devices,
-        "commits": commits,
+        "earlier": earlier,
         "rows": rows,
         "attempts": log,
     }
@@ -152,6 +155,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
+    if found["earlier"]:
+        lines += ["## Under earlier versions of the protocol", "", *earlier_table(found["earlier"]), ""]
     missing = [a for a in answers if not a.known]
     lines += ["## Not known yet", "", *_items(missing), *(f"- {label}: no mixer yet, so no cells." for label in WAITING.values()), ""]
     return "\n".join(lines)
@@ -168,7 +173,7 @@ def _introduction(found: dict[str, Any]) -> list[str]:
     text = [
         f"What each architecture is worth at equal tokens: {found['size']} parameters, training length {found['T']}.",
         "How, and what was expected, is in the [protocol](protocol.md), which was there before the first run.",
-        f"Drawn by `python -m scripts.board draw` from [board.json](board.json). So far {grid} cells of the rate grid",
+        f"Drawn by `python -m scripts.board draw` from [cells.jsonl](cells.jsonl). So far {grid} cells of the rate grid",
         f"({found['tokens']['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass ({found['tokens']['pass'] / 1e6:g}M tokens),",
         f"on {', '.join(found['devices'])}. [Every attempt](log.md): {begun} begun, {failed} failed.",
     ]
@@ -225,6 +230,18 @@ def grid_table(found: dict[str, Any]) -> list[str]:
             text = "" if cell is None else "diverged" if cell["diverged"] else _number(cell["bits_per_byte"], ".4f")
             texts.append(f"**{text}**" if cell and best is not None and cell["bits_per_byte"] == best else text)
         lines.append(f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | " + " | ".join(texts) + " |")
+    return lines
+
+
+def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
+    """Cells that do not count any more, each on a line."""
+    lines = ["They do not count, and are run again; what changed is at the end of the [protocol](protocol.md#versions).", ""]
+    lines += ["| row | stage | version | rate | tokens | bits per byte, 95 % over documents | seconds | stops |", "|---" * 8 + "|"]
+    for c in cells:
+        value = f"{c['bits_per_byte']:.4f} ({_number(c['low'], '.4f')} to {_number(c['high'], '.4f')})"
+        lines.append(
+            f"| {c['label']} | {c['stage']} | {c['protocol']} | {c['lr']:g} | {c['tokens'] / 1e6:.1f}M | {value} | {c['seconds']:.1f} | {c['stops']} |"
+        )
     return lines
 
 
@@ -298,86 +315,3 @@ def log_text(found: dict[str, Any]) -> str:
         text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items()).replace("|", "/")
         lines.append(f"| {a['at']} | {a['cell']} | {a['event']} | {text} |")
     return "\n".join(lines) + "\n"
-
-
-# Plots
-
-
-def plots(found: dict[str, Any], page: Path) -> list[str]:
-    """Loss, loss by position and speed as pictures, those that there are figures for; their names."""
-    plt = pyplot()
-    if plt is None:
-        return [name for name in ("loss.png", "position.png", "speed.png") if (page / name).exists()]
-    made = []
-    for name, picture in (("loss.png", _loss_plot), ("position.png", _position_plot), ("speed.png", _speed_plot)):
-        data = picture(plt, found["rows"])
-        if data is not None:
-            write_bytes(page / name, data)
-            made.append(name)
-    return made
-
-
-def _loss_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    """The full pass with intervals; before there is one, the grid by rate."""
-    figure, axes = plt.subplots(figsize=(8, 4.8))
-    each = [(row["label"], interval(bits(rows, name, "pass").values())) for name, row in rows.items()]
-    done = sorted(((label, value) for label, value in each if value is not None), key=lambda pair: -pair[1].mean)
-    if done:
-        halves = [value.half if math.isfinite(value.half) else 0.0 for _, value in done]
-        axes.errorbar([value.mean for _, value in done], range(len(done)), xerr=halves, fmt="o", capsize=3)
-        axes.set_yticks(range(len(done)), [label for label, _ in done])
-        axes.set_xlabel("held-out bits per byte after the full pass, 95 % over seeds")
-    else:
-        for i, row in enumerate(rows.values()):
-            points = [(c["lr"], c["bits_per_byte"]) for c in row["grid"] if not c["diverged"] and c["bits_per_byte"] is not None]
-            if points:
-                axes.plot(*zip(*points), marker="o", label=row["label"], **line(i))
-        axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, a fifth of the pass, one seed")
-        axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    return png(plt, figure)
-
-
-def _position_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    figure, axes = plt.subplots(figsize=(8, 4.8))
-    drawn = 0
-    for i, row in enumerate(rows.values()):
-        cell = next((cell for cell in row["pass"].values() if cell.get("buckets")), None)
-        if cell:
-            x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
-            axes.plot(x, [b["nats_per_token"] for b in cell["buckets"]], marker=".", label=row["label"], **line(i))
-            drawn += 1
-    axes.set(xscale="log", xlabel="position in the text", ylabel="nats per token (first seed)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7) if drawn else None
-    data = png(plt, figure)
-    return data if drawn else None
-
-
-def _speed_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    """Loss against training speed: the full pass, or the best of the grid before there is one."""
-    figure, axes = plt.subplots(figsize=(8, 4.8))
-    drawn = 0
-    passed = any(row["pass"] for row in rows.values())
-    for i, (name, row) in enumerate(rows.items()):
-        values = (
-            list(bits(rows, name, "pass").values())
-            if passed
-            else [min((c["bits_per_byte"] for c in row["grid"] if c["bits_per_byte"]), default=math.nan)]
-        )
-        if "speed" in row and values and math.isfinite(values[0]):
-            axes.plot(
-                row["speed"]["tokens_per_s"],
-                sum(values) / len(values),
-                marker="o",
-                linestyle="",
-                label=row["label"],
-                color=line(i)["color"],
-            )
-            drawn += 1
-    what = "after the full pass" if passed else "after a fifth of the pass, best rate, one seed"
-    axes.set(xlabel="training tokens/s, alone on the device", ylabel=f"bits per byte {what}")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7) if drawn else None
-    data = png(plt, figure)
-    return data if drawn else None

@@ -19,7 +19,7 @@ from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
 STAGES = ("grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
-PROTOCOL = 1  # raise it when a number of the protocol changes: earlier results then count no more
+PROTOCOL = 2  # raise it when a number of the protocol changes: earlier results then count no more
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,10 @@ class Plan:
             self.identities[span] = identity(self.data, span)
         return self.identities[span]
 
+    def _named(self, row: str) -> str:
+        """The row in names of cells, which are those of all sizes."""
+        return row if self.size == "25m" else f"{row}@{self.size}"
+
     def _common(self, row: str, size: str, vocabulary: int) -> dict[str, Any]:
         chosen = ARCHITECTURES[row]
         return {
@@ -104,13 +108,13 @@ class Plan:
             "measured_rows": board.measured_rows,
             "data": self._identity(span),
         }
-        return Cell(stage, f"{stage}{note}.{row}.{lr:g}.{seed}", row, settings)
+        return Cell(stage, f"{stage}{note}.{self._named(row)}.{lr:g}.{seed}", row, settings)
 
     def speed(self, row: str) -> Cell:
         board = self.board
         cell = self.text("speed", row, board.tokens, board.grid_span, board.rates[0], 0)
         cell.settings.update(burst=board.burst, contexts=list(board.contexts), seeds=1)
-        return Cell("speed", f"speed.{row}", row, cell.settings)
+        return Cell("speed", f"speed.{self._named(row)}", row, cell.settings)
 
     def probe(self, row: str, task: str, seed: int) -> Cell:
         settings = self._common(row, self.board.probe_size, 256) | {
@@ -122,7 +126,7 @@ class Plan:
             "seed": seed,
             "lengths": [PROBE_T * times for times in PROBE_LENGTHS],
         }
-        return Cell("probe", f"probe.{task}.{row}.{seed}", row, settings)
+        return Cell("probe", f"probe.{task}.{self._named(row)}.{seed}", row, settings)
 
     # What follows from results
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
+from data.files import finite, write_bytes, write_json
 
 # 97.5 % quantiles of Student's t by degrees of freedom
 T975 = (math.inf, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
@@ -57,15 +58,36 @@ class Result:
         return None if value is None else float(value)
 
 
-def read(out: Path) -> dict[str, Result]:
-    """Every finished cell under `out`, by name; files that are no JSON are passed over."""
-    results = {}
+def every(out: Path, page: Path) -> list[Result]:
+    """Every finished cell: those that the page keeps (`gather`), then those under `out`; of equal name and version of the protocol the last one."""
+    lines = [json.loads(line) for line in _lines(page / "cells.jsonl")]
     for path in sorted((out / "cells").glob("*.json")):
-        try:
-            results[path.stem] = Result(path.stem, json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return results
+        with contextlib.suppress(OSError, ValueError):
+            lines.append(json.loads(path.read_text()))
+    return list({(content["name"], content["settings"]["protocol"]): Result(content["name"], content) for content in lines}.values())
+
+
+def read(out: Path, page: Path) -> dict[str, Result]:
+    """Finished cells by name, each of the newest version of the protocol that it was run under."""
+    return {result.name: result for result in sorted(every(out, page), key=lambda r: r.content["settings"]["protocol"])}
+
+
+def gather(out: Path, page: Path) -> list[Result]:
+    """Takes the cells and attempts of `out` into the page's files, a line each, so that they outlive `out`; all of the page's cells."""
+    found = sorted(every(out, page), key=lambda r: (r.content["settings"]["protocol"], r.name))
+    if found:
+        write_bytes(page / "cells.jsonl", "".join(json.dumps(finite(r.content), default=str) + "\n" for r in found).encode())
+    known = _lines(page / "attempts.jsonl")
+    if new := [line for line in _lines(out / "attempts.jsonl") if line not in set(known)]:
+        write_bytes(page / "attempts.jsonl", "".join(line + "\n" for line in [*known, *new]).encode())
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except OSError:
+        return []
 
 
 def keep(out: Path, cell: Cell, content: dict[str, Any]) -> None:
@@ -85,12 +107,9 @@ def attempt(out: Path, cell: str, event: str, **about: Any) -> None:
         os.fsync(file.fileno())
 
 
-def attempts(out: Path) -> list[dict[str, Any]]:
+def attempts(folder: Path) -> list[dict[str, Any]]:
     """The log, in order."""
-    try:
-        return [json.loads(line) for line in (out / "attempts.jsonl").read_text().splitlines() if line.strip()]
-    except OSError:
-        return []
+    return [json.loads(line) for line in _lines(folder / "attempts.jsonl")]
 
 
 def final_loss(result: Result | None, settings: dict[str, Any]) -> float | None:

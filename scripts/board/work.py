@@ -33,7 +33,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
 
     learner = Learner(cell.settings, values["data"], device)
     path = Path(values["out"]) / "under_way" / f"{cell.name}.safetensors"
-    record: dict[str, Any] = {"curve": [], "seconds": 0.0, "stops": -1} | (learner.load(path) or {})
+    record: dict[str, Any] = {"curve": [], "clock": [], "seconds": 0.0, "stops": -1} | (learner.load(path) or {})
     record["stops"] += 1
     attempt(Path(values["out"]), cell.name, "resumed" if record["stops"] else "begun", step=learner.done, of=learner.steps)
     start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
@@ -51,6 +51,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
             if done % TURN == 0:
                 yield
         record["curve"].append([learner.done, learner.mean_loss(learner.done - at)])
+        record["clock"].append(round(time.perf_counter() - start, 3))  # seconds at each point of the curve
         at = learner.done
         if diverged(record["curve"], learner.steps):
             ended = "diverged"

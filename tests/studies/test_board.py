@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def values(data: Path, tmp_path: Path) -> dict[str, Any]:
     """What `run` hands to work, without a limit of time."""
-    given = program.arguments(["run", f"data={data}", f"out={tmp_path / 'out'}", "size=tiny", "device=cpu"])[1]
+    given = program.arguments(["run", f"data={data}", f"out={tmp_path / 'out'}", f"page={tmp_path / 'page'}", "size=tiny", "device=cpu"])[1]
     return given | {"until": 0.0, "environment": {}}
 
 
@@ -274,7 +275,16 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     )
     monkeypatch.setattr("scripts.board.plan.MOST_RATES", 2)
     monkeypatch.setattr(measure, "BEYOND", 16)
-    words = [f"data={data}", f"out={tmp_path / 'out'}", "size=tiny", "rows=paragru", "stages=grid,speed,pass", "seeds=1", "device=cpu"]
+    words = [
+        f"data={data}",
+        f"out={tmp_path / 'out'}",
+        f"page={tmp_path / 'page'}",
+        "size=tiny",
+        "rows=paragru",
+        "stages=grid,speed,pass",
+        "seeds=1",
+        "device=cpu",
+    ]
     assert program.main(["run", *words, "streams=2"]) == 0
     assert "All cells known so far are finished" in capsys.readouterr().out
     names = sorted(path.stem.split(".")[0] for path in (tmp_path / "out" / "cells").iterdir())
@@ -289,8 +299,20 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     text = (page / "README.md").read_text()
     assert text.index("Nulls and negative") < text.index("## Loss") and f"{cell['measured']['held_out']['bits_per_byte']:.4f}" in text
-    draw({"page": str(page), "out": str(tmp_path / "nothing"), "size": "tiny"})
-    assert (page / "README.md").read_text() == text
+    # The page keeps all of it: drawn again without the folder it is the same, and nothing is left to do in another one.
+    shutil.rmtree(tmp_path / "out")
+    draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
+    assert (page / "README.md").read_text() == text and len((page / "attempts.jsonl").read_text().splitlines()) == lines
+    assert program.main(["run", *words]) == 0
+    assert not (tmp_path / "out" / "cells").exists()
+    # Under a new version of the protocol the old cells are shown and do not count.
+    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 3)
+    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 3)
+    draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
+    assert (
+        "Under earlier versions" in (page / "README.md").read_text()
+        and "No cell of the grid is finished" in (page / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
