@@ -28,6 +28,8 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 def _loss_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
     """The full pass with intervals; before there is one, the grid by rate."""
+    if not any(row["pass"] or row["grid"] for row in rows.values()):
+        return None
     figure, axes = plt.subplots(figsize=(8, 4.8))
     each = [(row["label"], interval(bits(rows, name, "pass").values())) for name, row in rows.items()]
     done = sorted(((label, value) for label, value in each if value is not None), key=lambda pair: -pair[1].mean)

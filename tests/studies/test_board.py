@@ -21,7 +21,7 @@ from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, corpus, measure, results, work
 from scripts.board.answers import Question, all_answers, answer
-from scripts.board.draw import draw
+from scripts.board.draw import collect, draw, page_text
 from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, Plan
 from scripts.board.results import Cell, Result, difference, interval
 from training.errors import UserError
@@ -313,6 +313,35 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
         "Under earlier versions" in (page / "README.md").read_text()
         and "No cell of the grid is finished" in (page / "README.md").read_text()
     )
+
+
+def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
+    """Differences at equal tokens and equal time, a record that three seeds hold, and a board that mixes texts."""
+    rows = ["gdn_hybrid", "gdn_hybrid_paragru"]
+    plan = Plan("tiny", str(data), rows, speedrun=(2560, 0.01))
+    known: dict[str, Result] = {}
+
+    def loss(cell: Cell) -> float:
+        if cell.stage == "grid":
+            return abs(math.log(cell.settings["lr"] / 8e-3))
+        return 1.4 + 0.01 * cell.settings["seed"] + {"time": -0.05, "speedrun": 0.0}.get(cell.stage, 0.02 * (cell.row == rows[1]))
+
+    while cells := [c for c in plan.cells(known, ["grid", "speed", "pass", "time", "speedrun"]) if c.name not in known]:
+        known |= results_of(cells, loss)
+    for result in known.values():
+        result.content.update(tokens=2560, seconds=4.0, mfu=None, peak_memory_bytes=None, curve=[])
+    found = collect("tiny", list(known.values()), [])
+    said = [a.text for a in all_answers(found["rows"]) if a.negative]
+    assert any("at equal tokens: +0.0200 (+0.0200 to +0.0200, 5 seeds) bits per byte: worse" in text for text in said)
+    assert any("at equal time: +0.0700 (+0.0700 to +0.0700, 3 seeds) bits per byte: worse" in text for text in said)
+    text = page_text(found, [])
+    assert (
+        "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
+    )
+    assert "speedrun_tokens=2560 speedrun_lr=0.01" in text
+    next(iter(known.values())).content["settings"]["data"]["held_out"] = ["another"]
+    with pytest.raises(UserError, match="different held-out texts"):
+        collect("tiny", list(known.values()), [])
 
 
 @pytest.mark.parametrize(
