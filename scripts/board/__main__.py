@@ -4,6 +4,7 @@
     python -m scripts.board plan data=DIR                                   the models, how they are counted, and the cells known so far
     python -m scripts.board run data=DIR minutes=25 workers=1 streams=4     runs cells until time is up; again, or `resume`: goes on
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
+    python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
     python -m scripts.board draw out=DIR                                    table, plots and log in docs/board
 
 Keys
@@ -24,13 +25,14 @@ begun, and every attempt is a line of attempts.jsonl. A cell of 12M tokens takes
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
 from typing import IO, Any
 
 from data.fields import nearest
-from data.files import check_writable, lock
+from data.files import check_writable, finite, lock
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -59,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "draw")
+ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -107,11 +109,8 @@ def make_plan(values: dict[str, Any]) -> Any:
     )
 
 
-def pending(values: dict[str, Any], plan: Any) -> list[Any]:
-    """The cells that are not finished, of those asked for. Raises UserError for a name that the plan does not have."""
-    from scripts.board.results import read
-
-    results = read(Path(values["out"]), Path(values["page"]))
+def chosen_cells(values: dict[str, Any], plan: Any, results: dict[str, Any]) -> list[Any]:
+    """The cells asked for, of those known so far. Raises UserError for a name that the plan does not have."""
     cells = plan.cells(results, values["stages"])
     if values["only"]:
         names = [cell.name for cell in cells]
@@ -119,6 +118,15 @@ def pending(values: dict[str, Any], plan: Any) -> list[Any]:
         if unknown:
             raise UserError([f"only: {nearest(name, names)} (the plan has no cell {name!r} yet)" for name in unknown])
         cells = [cell for cell in cells if cell.name in values["only"]]
+    return cells
+
+
+def pending(values: dict[str, Any], plan: Any) -> list[Any]:
+    """The cells asked for that are not finished."""
+    from scripts.board.results import read
+
+    results = read(Path(values["out"]), Path(values["page"]))
+    cells = chosen_cells(values, plan, results)
     return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))]
 
 
@@ -132,19 +140,9 @@ def _alone(out: Path) -> IO[str]:
 
 def run(values: dict[str, Any]) -> None:
     """Runs what is pending, and what follows from its results, until nothing is left, nothing gets done, or time is up."""
-    import torch
-
     from scripts.board.work import run_all
 
-    began = time.time()
-    if values["device"] == "auto":
-        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if values["device"] == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
-    check_writable(Path(values["out"]))
-    mine = _alone(Path(values["out"]))
-    values["until"] = began + 60 * values["minutes"] if values["minutes"] else 0.0
-    plan, before = make_plan(values), None
+    mine, plan, before = begin(values), make_plan(values), None
     while True:
         cells = pending(values, plan)
         names = [cell.name for cell in cells]
@@ -155,6 +153,49 @@ def run(values: dict[str, Any]) -> None:
         before = names
     mine.close()
     print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
+
+
+def begin(values: dict[str, Any]) -> IO[str]:
+    """Settles the device and the time that is up, and takes the folder; its lock. Raises UserError."""
+    import torch
+
+    began = time.time()
+    if values["device"] == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if values["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
+    check_writable(Path(values["out"]))
+    mine = _alone(Path(values["out"]))
+    values["until"] = began + 60 * values["minutes"] if values["minutes"] else 0.0
+    return mine
+
+
+def again(values: dict[str, Any]) -> int:
+    """Runs finished cells, named by only=, once more into OUT/again, and compares; 1 where bits differ. Raises UserError."""
+    from scripts.board.results import every, read
+    from scripts.board.work import run_all
+
+    known = read(Path(values["out"]), Path(values["page"]))
+    cells = chosen_cells(values, make_plan(values), known) if values["only"] else []
+    missing = [cell.name for cell in cells if cell.name not in known or not known[cell.name].of(cell.settings)]
+    if missing or not cells:
+        raise UserError(f"only={','.join(missing)} is not finished; run it first." if missing else "Name finished cells with only=.")
+    values["out"] = str(Path(values["out"]) / "again")
+    mine, folder = begin(values), Path(values["out"])
+    for cell in cells:
+        (folder / "cells" / f"{cell.name}.json").unlink(missing_ok=True)
+    run_all(values, cells)
+    mine.close()
+    done, status = {result.name: result.content for result in every(folder, folder)}, 0
+    for cell in cells:
+        if cell.name in done:
+            first, second = known[cell.name].content, json.loads(json.dumps(finite(done[cell.name])))
+            differ = [key for key in ("weights_sha256", "curve", "measured") if first.get(key) != second.get(key)]
+            status = max(status, int(bool(differ)))
+            print(
+                f"{cell.name}: {'the same bits' if not differ else 'DIFFERENT: ' + ', '.join(differ)}, {second.get('stops')} stops this time"
+            )
+    return status
 
 
 def show(values: dict[str, Any]) -> None:
@@ -192,6 +233,8 @@ def main(words: list[str]) -> int:
         return corpus.command(values)
     if action == "plan":
         show(values)
+    elif action == "again":
+        return again(values)
     elif action == "draw":
         from scripts.board.draw import draw
 

@@ -178,6 +178,7 @@ def _introduction(found: dict[str, Any]) -> list[str]:
         f"({found['tokens']['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass ({found['tokens']['pass'] / 1e6:g}M tokens),",
         f"on {', '.join(found['devices'])}. [Every attempt](log.md): {begun} begun, {failed} failed.",
     ]
+    text.append("`python -m scripts.board again only=CELL data=DIR` runs a cell once more and compares its bits.")
     warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
     return [textwrap.fill(" ".join(text), 110, break_long_words=False, break_on_hyphens=False), *([] if passes else ["", warning])]
 

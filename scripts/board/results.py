@@ -78,7 +78,8 @@ def gather(out: Path, page: Path) -> list[Result]:
     if found:
         write_bytes(page / "cells.jsonl", "".join(json.dumps(finite(r.content), default=str) + "\n" for r in found).encode())
     known = _lines(page / "attempts.jsonl")
-    if new := [line for line in _lines(out / "attempts.jsonl") if line not in set(known)]:
+    there = [line for folder in (out, out / "again") for line in _lines(folder / "attempts.jsonl")]
+    if new := sorted((line for line in there if line not in set(known)), key=lambda line: str(json.loads(line)["at"])):
         write_bytes(page / "attempts.jsonl", "".join(line + "\n" for line in [*known, *new]).encode())
     return found
 
@@ -101,6 +102,8 @@ def attempt(out: Path, cell: str, event: str, **about: Any) -> None:
     """Adds a line to the log of attempts, which nothing is ever taken out of."""
     out.mkdir(parents=True, exist_ok=True)
     line = {"at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "cell": cell, "event": event, **about}
+    if out.name == "again":
+        line["again"] = True
     with (out / "attempts.jsonl").open("a") as file:
         file.write(json.dumps(line, default=str) + "\n")
         file.flush()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data.corpus import Corpus
+from data.files import write_json
 from data.shards import ShardSet
 from evals.adapters.own import OwnAdapter
 from models.lm import LanguageModel
@@ -295,6 +296,14 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     lines = len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines())
     assert program.main(["resume", *words]) == 0
     assert len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines()) == lines == 8
+    name = f"only={path.stem}"
+    with pytest.raises(UserError, match="has no cell"):
+        program.main(["again", *words, "only=pass.gdn@tiny.0.008.0"])
+    capsys.readouterr()
+    assert program.main(["again", *words, name, "stages=pass"]) == 0 and "the same bits" in capsys.readouterr().out
+    write_json(path, cell | {"weights_sha256": "0"})
+    assert program.main(["again", *words, name]) == 1 and "DIFFERENT: weights_sha256" in capsys.readouterr().out
+    write_json(path, cell)
     page = tmp_path / "page"
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     text = (page / "README.md").read_text()
@@ -302,7 +311,7 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     # The page keeps all of it: drawn again without the folder it is the same, and nothing is left to do in another one.
     shutil.rmtree(tmp_path / "out")
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
-    assert (page / "README.md").read_text() == text and len((page / "attempts.jsonl").read_text().splitlines()) == lines
+    assert (page / "README.md").read_text() == text and len((page / "attempts.jsonl").read_text().splitlines()) == lines + 4
     assert program.main(["run", *words]) == 0
     assert not (tmp_path / "out" / "cells").exists()
     # Under a new version of the protocol the old cells are shown and do not count.
