@@ -2,7 +2,7 @@
 
     python -m scripts.board corpus input=corpus.jsonl.xz data=DIR           order, tokenizer, held-out set and shards of the corpus, once
     python -m scripts.board plan data=DIR                                   the models, how they are counted, and the cells known so far
-    python -m scripts.board run data=DIR minutes=25 workers=1 streams=4     runs cells until time is up; again, or `resume`: goes on
+    python -m scripts.board run data=DIR minutes=25                         runs cells until time is up; again, or `resume`: goes on
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
     python -m scripts.board draw out=DIR                                    table, plots and log in docs/board

@@ -245,6 +245,8 @@ def check(size: str, data: str) -> None:
     if size not in BOARDS:
         raise UserError(f"size: {nearest(size, list(BOARDS))} (there is no {size!r})")
     assert size in SIZES
+    if not (Path(data) / "meta.json").exists():
+        raise UserError(f"{data} holds no token shards; make them with: python -m scripts.board corpus input=TEXT data={data}")
     shards = ShardSet(Path(data), "train")
     if shards.vocab_size != BOARDS[size].vocabulary:
         raise UserError(f"{data} has a vocabulary of {shards.vocab_size:,}, the board of size {size} one of {BOARDS[size].vocabulary:,}.")
