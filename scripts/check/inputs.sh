@@ -173,3 +173,7 @@ t golden losses, no such model | 2 | There is no model nosuch; there are gated_d
 t golden losses, a part renewed | 2 | leave out only= | python -m scripts.check.golden renew=why only=hybrid
 t faults, no such one | 2 | There is no fault 'nosuch'; there are kernels | python -m scripts.check.faults only=nosuch
 t tests of a change, no such commit | 2 | git knows no commit 'nosuch' | python -m scripts.check.changed nosuch
+t the board, no such action | 2 | Say first what is to be done | python -m scripts.board rum
+t the board, no such row | 2 | did you mean 'gdn' | python -m scripts.board plan rows=gnd
+t the board, no shards | 2 | holds no token shards | python -m scripts.board plan data=$T/nosuch
+t the board, nothing to draw | 2 | has a finished cell | python -m scripts.board draw out=$T/nosuch page=$T/nosuch

@@ -1,0 +1,1 @@
+"""The board: what each architecture is worth at equal tokens (docs/board)."""

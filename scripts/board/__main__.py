@@ -1,0 +1,248 @@
+"""The board: what each architecture is worth at equal tokens, on one page that anyone can run again (docs/board/protocol.md).
+
+    python -m scripts.board corpus input=corpus.jsonl.xz data=DIR           order, tokenizer, held-out set and shards of the corpus, once
+    python -m scripts.board plan data=DIR                                   the models, how they are counted, and the cells known so far
+    python -m scripts.board run data=DIR minutes=25                         runs cells until time is up; again, or `resume`: goes on
+    python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
+    python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
+    python -m scripts.board draw out=DIR                                    table, plots and log in docs/board
+
+Keys
+  data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
+  out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
+  stages      grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
+  minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
+  workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
+  speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
+  only        names of cells with commas between               weights   true: keep the trained models of text as folders [false]
+  device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
+  page        where the page is drawn, and results are kept [docs/board]
+            input, part, vocabulary, tokenizer, join: of corpus (scripts/board/corpus.py)
+
+Cells of the same settings are never run twice. A cell is finished (a file in OUT/cells, after `draw` a line of PAGE/cells.jsonl), under way, or not
+begun, and every attempt is a line of attempts.jsonl. A cell of 12M tokens takes 18 s on an H100, one after the other: several streams were no faster.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from data.fields import nearest
+from data.files import check_writable, finite, lock
+from training.config.arguments import parse_arguments, program
+from training.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "data": "runs/board/data",
+    "out": "runs/board",
+    "page": "docs/board",
+    "size": "25m",
+    "rows": "all",
+    "stages": "all",
+    "seeds": 3,
+    "minutes": 0.0,
+    "workers": 1,
+    "streams": 1,
+    "only": "",
+    "speedrun_tokens": 0,
+    "speedrun_lr": 0.0,
+    "weights": False,
+    "device": "auto",
+    "precision": "bf16",
+    "save_every": 45.0,
+    "least": 2.0,  # seconds that must be left for a cell to begin
+    "input": "",
+    "part": "",
+    "join": "",
+    "tokenizer": "",
+    "vocabulary": 16_384,
+}
+ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw")
+
+
+def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """(what is to be done, values). Raises UserError with all problems."""
+    if not words or words[0] not in ACTIONS:
+        said = f" ({nearest(words[0], ACTIONS)})" if words else ""
+        raise UserError(f"Say first what is to be done: {', '.join(ACTIONS)}{said}.")
+
+    def chosen(values: dict[str, Any]) -> list[str]:
+        from scripts.board.plan import STAGES, rows_of
+
+        problems = []
+        values["stages"] = [s.strip() for s in values["stages"].split(",") if s.strip() not in ("", "all")] or list(STAGES)
+        problems += [f"stages: {nearest(s, STAGES)} (there is no {s!r})" for s in values["stages"] if s not in STAGES]
+        values["only"] = [name.strip() for name in values["only"].split(",") if name.strip()]
+        if values["precision"] not in ("bf16", "fp32"):
+            problems.append(f"precision is {values['precision']!r}; choose bf16 or fp32.")
+        if values["device"] not in ("auto", "cpu", "cuda"):
+            problems.append(f"device is {values['device']!r}; choose auto, cpu or cuda.")
+        if values["minutes"] < 0 or values["save_every"] <= 0:
+            problems.append("minutes must be zero or more, and save_every above zero.")
+        if "speedrun" in values["stages"] and len(values["stages"]) == 1 and not (values["speedrun_tokens"] and values["speedrun_lr"] > 0):
+            problems.append("A speedrun needs speedrun_tokens and speedrun_lr above zero.")
+        try:
+            values["rows"] = rows_of(values["rows"])
+        except UserError as error:
+            problems += error.problems
+        return problems
+
+    return words[0], parse_arguments(words[1:], DEFAULTS, chosen)
+
+
+def make_plan(values: dict[str, Any]) -> Any:
+    """The plan of the size and shards. Raises UserError."""
+    from scripts.board.plan import Plan, check
+
+    check(values["size"], values["data"])
+    return Plan(
+        values["size"],
+        values["data"],
+        values["rows"],
+        values["precision"],
+        values["seeds"],
+        (values["speedrun_tokens"], values["speedrun_lr"]),
+    )
+
+
+def chosen_cells(values: dict[str, Any], plan: Any, results: dict[str, Any]) -> list[Any]:
+    """The cells asked for, of those known so far. Raises UserError for a name that the plan does not have."""
+    cells = plan.cells(results, values["stages"])
+    if values["only"]:
+        names = [cell.name for cell in cells]
+        unknown = [name for name in values["only"] if name not in names]
+        if unknown:
+            raise UserError([f"only: {nearest(name, names)} (the plan has no cell {name!r} yet)" for name in unknown])
+        cells = [cell for cell in cells if cell.name in values["only"]]
+    return cells
+
+
+def pending(values: dict[str, Any], plan: Any) -> list[Any]:
+    """The cells asked for that are not finished."""
+    from scripts.board.results import read
+
+    results = read(Path(values["out"]), Path(values["page"]))
+    cells = chosen_cells(values, plan, results)
+    return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))]
+
+
+def _alone(out: Path) -> IO[str]:
+    """The folder's lock. Raises UserError while another process runs cells into it."""
+    try:
+        return lock(out, here=1.0)
+    except UserError:
+        raise UserError(f"Another process runs cells into {out}; wait for it, or give another out=.") from None
+
+
+def run(values: dict[str, Any]) -> None:
+    """Runs what is pending, and what follows from its results, until nothing is left, nothing gets done, or time is up."""
+    from scripts.board.work import run_all
+
+    mine, plan, before = begin(values), make_plan(values), None
+    while True:
+        cells = pending(values, plan)
+        names = [cell.name for cell in cells]
+        if not cells or names == before or values["until"] and time.time() > values["until"] - values["least"]:
+            break
+        print(f"{len(cells)} cells to run on {values['device']}", flush=True)
+        run_all(values, cells)
+        before = names
+    mine.close()
+    print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
+
+
+def begin(values: dict[str, Any]) -> IO[str]:
+    """Settles the device and the time that is up, and takes the folder; its lock. Raises UserError."""
+    import torch
+
+    began = time.time()
+    if values["device"] == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if values["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
+    check_writable(Path(values["out"]))
+    mine = _alone(Path(values["out"]))
+    values["until"] = began + 60 * values["minutes"] if values["minutes"] else 0.0
+    return mine
+
+
+def again(values: dict[str, Any]) -> int:
+    """Runs finished cells, named by only=, once more into OUT/again, and compares; 1 where bits differ. Raises UserError."""
+    from scripts.board.results import every, read
+    from scripts.board.work import run_all
+
+    known = read(Path(values["out"]), Path(values["page"]))
+    cells = chosen_cells(values, make_plan(values), known) if values["only"] else []
+    missing = [cell.name for cell in cells if cell.name not in known or not known[cell.name].of(cell.settings)]
+    if missing or not cells:
+        raise UserError(f"only={','.join(missing)} is not finished; run it first." if missing else "Name finished cells with only=.")
+    values["out"] = str(Path(values["out"]) / "again")
+    mine, folder = begin(values), Path(values["out"])
+    for cell in cells:
+        (folder / "cells" / f"{cell.name}.json").unlink(missing_ok=True)
+    run_all(values, cells)
+    mine.close()
+    done, status = {result.name: result.content for result in every(folder, folder)}, 0
+    for cell in cells:
+        if cell.name in done:
+            first, second = known[cell.name].content, json.loads(json.dumps(finite(done[cell.name])))
+            differ = [key for key in ("weights_sha256", "curve", "measured") if first.get(key) != second.get(key)]
+            status = max(status, int(bool(differ)))
+            print(
+                f"{cell.name}: {'the same bits' if not differ else 'DIFFERENT: ' + ', '.join(differ)}, {second.get('stops')} stops this time"
+            )
+    return status
+
+
+def show(values: dict[str, Any]) -> None:
+    """Prints the models, their counts, and the cells by stage."""
+    from scripts.board.architectures import ARCHITECTURES, WAITING, counts
+    from scripts.board.plan import BOARDS, STAGES
+    from scripts.board.results import read
+
+    board, results, plan = BOARDS[values["size"]], read(Path(values["out"]), Path(values["page"])), make_plan(values)
+    print(f"{'row':24}{'parameters':>12}{'with embedding':>16}{'FLOPs/token':>13}{'layers':>8}{'MLP':>6}{'state at 1k':>13}{'at 128k':>15}")
+    for row in values["rows"]:
+        c = counts(row, values["size"], board.T, board.vocabulary)
+        print(
+            f"{row:24}{c['parameters']:>12,}{c['parameters_with_embedding']:>16,}{c['training_flops_per_token']:>13.3e}{c['n_layers']:>8}"
+            f"{c['d_ff']:>6}{c['state_bytes_1k']:>13,}{c['state_bytes_128k']:>15,}"
+        )
+    for name, label in WAITING.items():
+        print(f"{name:24}{label}: in the plan, no mixer yet; then a row, a 3:1 hybrid, and the one layer of a hybrid")
+    cells = plan.cells(results, values["stages"])
+    for stage in STAGES:
+        of_stage = [cell for cell in cells if cell.stage == stage]
+        done = sum(cell.name in results and results[cell.name].of(cell.settings) for cell in of_stage)
+        tokens = sum(c.settings["steps"] * c.settings["rows"] * c.settings["T"] for c in of_stage if c.stage != "speed")
+        if stage in values["stages"]:
+            print(f"{stage:8} {done:>4} of {len(of_stage):>4} cells known so far, {tokens / 1e6:,.1f}M tokens in all")
+    assert all(row in ARCHITECTURES for row in values["rows"])
+
+
+def main(words: list[str]) -> int:
+    """What the command line asks for; the exit status. Raises UserError."""
+    action, values = arguments(words)
+    if action == "corpus":
+        from scripts.board import corpus
+
+        return corpus.command(values)
+    if action == "plan":
+        show(values)
+    elif action == "again":
+        return again(values)
+    elif action == "draw":
+        from scripts.board.draw import draw
+
+        draw(values)
+    else:
+        run(values)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program(__doc__, main, interrupted="interrupted; the same command goes on where this one stopped"))

@@ -1,0 +1,136 @@
+"""The questions of docs/board/protocol.md, answered in sentences from results: differences between equal seeds with their 95 % t-intervals.
+
+A null (an interval that holds zero) and what went against the expectation come first, and are told in the same words as the rest.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.board.architectures import ARCHITECTURES
+from scripts.board.results import Interval, difference
+
+Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
+NARROW = 0.01  # bits per byte that an answer's interval is to be narrower than
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether row `one` has fewer bits per byte than `other`. expected: the sign of one minus other, 0 for none. seeds: which cells of `other`."""
+
+    about: str
+    one: str
+    other: str
+    expected: int
+    seeds: str = "pass"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sentence; negative: whether it is a null or goes against what was expected; known: whether there is a result at all."""
+
+    text: str
+    negative: bool
+    known: bool = True
+
+
+def _label(row: str) -> str:
+    return ARCHITECTURES[row].label
+
+
+def questions() -> list[Question]:
+    """All pairs that the protocol names, in its order."""
+    made = []
+    for row, chosen in ARCHITECTURES.items():
+        if chosen.instead:
+            layer, expected = _label(chosen.instead), 0 if chosen.instead == "paragru" else -1
+            made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal tokens", row, chosen.of, expected))
+            made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal time", row, chosen.of, 1, f"time_of_{row}"))
+    for row in ARCHITECTURES:
+        base = row.removesuffix("_hybrid")
+        if row.endswith("_hybrid"):
+            made.append(Question(f"{_label(row)} against {_label(base)}", row, base, -1))
+            made.append(Question(f"{_label(row)} against the Transformer", row, "transformer", -1))
+    for one, other in (("gdn", "mamba2"), ("mamba2", "paralstm"), ("mamba2", "paragru"), ("deltaproduct", "gdn")):
+        made.append(Question(f"{_label(one)} against {_label(other)}", one, other, -1 if one != "deltaproduct" else 0))
+    for row, chosen in ARCHITECTURES.items():
+        if chosen.initial == "pass":
+            made.append(Question(f"State passing in {_label(chosen.of)}", row, chosen.of, 0))
+        if chosen.optimizer == "muon":
+            made.append(Question(f"Muon against AdamW in the {_label(chosen.of)}", row, chosen.of, -1))
+    return made
+
+
+def bits(rows: Rows, row: str, cells: str) -> dict[int, float]:
+    """Held-out bits per byte by seed of a row's cells of one kind, of those that did not diverge."""
+    found = rows.get(row, {}).get(cells, {})
+    return {int(seed): cell["bits_per_byte"] for seed, cell in found.items() if cell.get("bits_per_byte") is not None}
+
+
+def shown(value: Interval) -> str:
+    """'-0.0123 (-0.0201 to -0.0045, 3 seeds)'."""
+    if value.n == 1:
+        return f"{value.mean:+.4f} (one seed, so no interval)"
+    return f"{value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f}, {value.n} seeds)"
+
+
+def answer(rows: Rows, question: Question) -> Answer:
+    """What the results say to a question."""
+    found = difference(bits(rows, question.one, "pass"), bits(rows, question.other, question.seeds))
+    if found is None:
+        return Answer(f"{question.about}: not measured yet.", False, False)
+    said = f"{question.about}: {shown(found)} bits per byte"
+    if found.n == 1:
+        return Answer(f"{said}; nothing can be said.", True)
+    if not found.decides():
+        wide = "" if found.high - found.low < NARROW else f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
+        return Answer(f"{said}: no difference is shown{wide}.", True)
+    better = "better" if found.mean < 0 else "worse"
+    against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)
+    return Answer(f"{said}: {better}{', against what was expected' if against else ''}.", against or found.mean > 0)
+
+
+def beyond_length(rows: Rows) -> list[Answer]:
+    """What becomes of each row past its training length."""
+    by_verdict: dict[str, list[str]] = {}
+    for row, found in rows.items():
+        verdicts = sorted({cell["verdict"] for cell in found.get("pass", {}).values() if cell.get("verdict")})
+        if verdicts:
+            by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
+    return [
+        Answer(f"Past the training length, 64 times: {', '.join(names)}: {v}.", v != "holds" and not v.startswith("no verdict"))
+        for v, names in sorted(by_verdict.items())
+    ]
+
+
+def tokens_to_equal(rows: Rows) -> list[Answer]:
+    """The share of its tokens after which a Muon row's training loss is AdamW's at the end, by the mean over equal seeds; the rate of the run falls to the
+    end, so this is an upper bound on the tokens that a run made for that loss would need."""
+    made = []
+    for row, chosen in ARCHITECTURES.items():
+        if chosen.optimizer != "muon":
+            continue
+        shares = []
+        for seed, cell in rows.get(row, {}).get("pass", {}).items():
+            other = rows.get(chosen.of, {}).get("pass", {}).get(seed)
+            if other and other.get("curve") and cell.get("curve"):
+                target = statistics.fmean(loss for _, loss in other["curve"][-5:])
+                reached = next((step for step, loss in cell["curve"] if loss <= target), None)
+                shares.append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
+        if shares and max(shares) < float("inf"):
+            said = (
+                f"{_label(chosen.of)} with Muon has AdamW's last training loss after {100 * statistics.fmean(shares):.0f} % of the tokens"
+            )
+            made.append(Answer(f"{said} ({len(shares)} seeds).", False))
+        elif shares:
+            made.append(Answer(f"{_label(chosen.of)} with Muon does not reach AdamW's last training loss in every seed.", True))
+    return made
+
+
+def all_answers(rows: Rows) -> list[Answer]:
+    """Nulls and negatives first, then the others, then what is not known, each in the protocol's order."""
+    made = [answer(rows, question) for question in questions() if question.one in rows and question.other in rows]
+    made += beyond_length(rows) + tokens_to_equal(rows)
+    return sorted(made, key=lambda a: (not a.known, not a.negative))

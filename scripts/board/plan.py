@@ -1,0 +1,252 @@
+"""The plan of the board: which cells there are, in which order, and what decides the result of each.
+
+A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
+with the results: a row's best rate on the grid decides its cells of the full pass, a best rate at the grid's edge asks for another rate, the leaders are
+known when the full pass is. Stages, in order: grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.fields import nearest
+from scripts.board.architectures import ARCHITECTURES, SIZES, model_config
+from scripts.board.corpus import identity
+from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
+from training.errors import UserError
+
+STAGES = ("grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
+PROTOCOL = 2  # raise it when a number of the protocol changes: earlier results then count no more
+
+
+@dataclass(frozen=True)
+class Board:
+    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus. leaders_tokens: of
+    the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
+
+    T: int
+    rows: int
+    tokens: int
+    span: int
+    grid_span: int
+    leaders_tokens: int
+    rates: tuple[float, ...]
+    contexts: tuple[int, ...]
+    burst: int
+    held_out_tokens: int | None
+    measured_rows: int
+    probe_steps: int
+    probe_size: str
+    vocabulary: int = 16_384
+
+
+BOARDS = {
+    "25m": Board(512, 32, 60_000_000, 60_500_000, 25_000_000, 350_000_000, (1e-3, 2e-3, 4e-3), (1024, 131_072), 60, None, 8, 2000, "probe"),
+    "125m": Board(
+        512, 32, 60_000_000, 60_500_000, 25_000_000, 350_000_000, (5e-4, 1e-3, 2e-3), (1024, 131_072), 40, None, 8, 2000, "probe"
+    ),
+    "tiny": Board(32, 8, 25_600, 60_000, 60_000, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
+}
+GRID_SHARE, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 7, 3, 5, 4
+TASKS: dict[str, dict[str, Any]] = {
+    "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
+    "parity": {"name": "parity"},
+    "S3": {"name": "word_problem", "group": "s3"},
+    "A5": {"name": "word_problem", "group": "a5"},
+}
+PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
+SPEEDRUN_TARGET = 1.5  # held-out bits per byte
+# Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
+DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
+
+
+class Plan:
+    """The cells of a size on the shards at `data`. rows: those wanted. precision: of matrix products on a GPU. speedrun: tokens
+    and rate of the cells of that stage."""
+
+    def __init__(
+        self, size: str, data: str, rows: list[str], precision: str = "bf16", seeds: int = SEEDS, speedrun: tuple[int, float] = (0, 0.0)
+    ) -> None:
+        self.size, self.data, self.rows, self.precision, self.seeds, self.speedrun = size, data, rows, precision, seeds, speedrun
+        self.board = BOARDS[size]
+        self.identities: dict[int, dict[str, Any]] = {}
+
+    def _identity(self, span: int) -> dict[str, Any]:
+        if span not in self.identities:
+            self.identities[span] = identity(self.data, span)
+        return self.identities[span]
+
+    def _named(self, row: str) -> str:
+        """The row in names of cells, which are those of all sizes."""
+        return row if self.size == "25m" else f"{row}@{self.size}"
+
+    def _common(self, row: str, size: str, vocabulary: int) -> dict[str, Any]:
+        chosen = ARCHITECTURES[row]
+        return {
+            "protocol": PROTOCOL,
+            "row": row,
+            "model": model_config(row, size, vocabulary).to_dict(),
+            "optimizer": chosen.optimizer,
+            "initial": chosen.initial,
+            "precision": self.precision,
+        }
+
+    def text(self, stage: str, row: str, tokens: int, span: int, lr: float, seed: int, note: str = "") -> Cell:
+        """A language model's training."""
+        board = self.board
+        settings = self._common(row, self.size, board.vocabulary) | {
+            "T": board.T,
+            "rows": board.rows,
+            "steps": tokens // (board.rows * board.T),
+            "span": span,
+            "lr": lr,
+            "seed": seed,
+            "held_out_tokens": board.held_out_tokens,
+            "measured_rows": board.measured_rows,
+            "data": self._identity(span),
+        }
+        return Cell(stage, f"{stage}{note}.{self._named(row)}.{lr:g}.{seed}", row, settings)
+
+    def speed(self, row: str) -> Cell:
+        board = self.board
+        cell = self.text("speed", row, board.tokens, board.grid_span, board.rates[0], 0)
+        cell.settings.update(burst=board.burst, contexts=list(board.contexts), seeds=1)
+        return Cell("speed", f"speed.{self._named(row)}", row, cell.settings)
+
+    def probe(self, row: str, task: str, seed: int) -> Cell:
+        settings = self._common(row, self.board.probe_size, 256) | {
+            "task": TASKS[task],
+            "T": PROBE_T,
+            "rows": PROBE_ROWS,
+            "steps": self.board.probe_steps,
+            "lr": PROBE_RATE,
+            "seed": seed,
+            "lengths": [PROBE_T * times for times in PROBE_LENGTHS],
+        }
+        return Cell("probe", f"probe.{task}.{self._named(row)}.{seed}", row, settings)
+
+    # What follows from results
+
+    def grid(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
+        board, factor = self.board, self.board.rates[1] / self.board.rates[0]
+        rates = list(board.rates)
+        while True:
+            cells = [self._grid_cell(row, lr) for lr in rates]
+            losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
+            if None in losses or len(rates) >= MOST_RATES:
+                return cells
+            best = losses.index(min(x for x in losses if x is not None))
+            if 0 < best < len(rates) - 1:
+                return cells
+            rates = [rates[0] / factor, *rates] if best == 0 else [*rates, rates[-1] * factor]
+
+    def _grid_cell(self, row: str, lr: float) -> Cell:
+        return self.text("grid", row, int(GRID_SHARE * self.board.tokens), self.board.grid_span, lr, 0)
+
+    def rate(self, row: str, results: dict[str, Result]) -> float | None:
+        """The rate of a row's full pass: the best of its finished grid; half of it once a cell at that rate has diverged. None: not known yet."""
+        cells = self.grid(row, results)
+        losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
+        if any(loss is None for loss in losses):
+            return None
+        known = [loss for loss in losses if loss is not None]
+        best: float = cells[known.index(min(known))].settings["lr"]
+        tried = [self._pass_cell(row, best, seed) for seed in range(DECISIVE_SEEDS)]
+        diverged = any(results[c.name].diverged for c in tried if c.name in results and results[c.name].of(c.settings))
+        return best / 2 if diverged else best
+
+    def _pass_cell(self, row: str, lr: float, seed: int) -> Cell:
+        return self.text("pass", row, self.board.tokens, self.board.span, lr, seed)
+
+    def passes(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """The full pass at the row's rate, a cell a seed."""
+        lr = self.rate(row, results)
+        seeds = max(self.seeds, DECISIVE_SEEDS) if row in DECISIVE and self.seeds >= SEEDS else self.seeds
+        return [] if lr is None else [self._pass_cell(row, lr, seed) for seed in range(seeds)]
+
+    def equal_time(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """For a row with one other layer: the row it is compared with, trained for as many tokens as it reads in the same time."""
+        of = ARCHITECTURES[row].of
+        if not ARCHITECTURES[row].instead:
+            return []
+        ratio, lr = ratio_of_speed(results, self.speed(of), self.speed(row)), self.rate(of, results)
+        if ratio is None or lr is None:
+            return []
+        tokens = int(ratio * self.board.tokens)
+        return [self.text("time", of, tokens, self.board.span, lr, seed, f"_of_{row}") for seed in range(self.seeds)]
+
+    def leaders(self, results: dict[str, Result]) -> list[Cell]:
+        """The longer run of the rows with AdamW and empty states that are best after the full pass, once all of them are done."""
+        means: dict[str, float] = {}
+        rows = [row for row in self.rows if not ARCHITECTURES[row].of]
+        for row in rows:
+            cells = self.passes(row, results)
+            losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
+            known = [loss for loss in losses if loss is not None]
+            if not cells or len(known) < len(losses):
+                return []
+            means[row] = statistics.fmean(known)
+        best = sorted(means, key=means.__getitem__)[:LEADERS]
+        board, cells = self.board, []
+        for row in best:
+            lr = self.rate(row, results)
+            assert lr is not None
+            cells += [self.text("leaders", row, board.leaders_tokens, board.span, lr, seed) for seed in range(self.seeds)]
+        return cells
+
+    def cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
+        """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""
+        made: dict[str, list[Cell]] = {
+            "grid": [cell for group in self._turns([self.grid(row, results) for row in self.rows]) for cell in group],
+            "speed": [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"] if "speed" in stages else [],
+            "probe": [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
+            if "probe" in stages
+            else [],
+        }
+        if {"pass", "time", "leaders"} & set(stages):
+            made["pass"] = [c for group in self._turns([self.passes(row, results) for row in self.rows]) for c in group]
+            made["time"] = [cell for row in self.rows for cell in self.equal_time(row, results)]
+            made["leaders"] = self.leaders(results)
+        tokens, lr = self.speedrun
+        if tokens and lr:
+            span = min(self.board.span, max(self.board.grid_span, tokens + self.board.T))
+            made["speedrun"] = [
+                self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
+            ]
+        return [cell for stage in STAGES if stage in stages for cell in made.get(stage, [])]
+
+    def _probed(self) -> list[str]:
+        return [row for row in self.rows if not ARCHITECTURES[row].of]
+
+    @staticmethod
+    def _turns(groups: list[list[Cell]]) -> list[list[Cell]]:
+        """The first cells of all groups, then the second ones: what breaks off early has something of every row."""
+        longest = max((len(group) for group in groups), default=0)
+        return [[group[i] for group in groups if i < len(group)] for i in range(longest)]
+
+
+def rows_of(text: str) -> list[str]:
+    """Names of rows from a list with commas between, or all. Raises UserError for one that there is not."""
+    names = [name.strip() for name in text.split(",") if name.strip() not in ("", "all")] or list(ARCHITECTURES)
+    unknown = [name for name in names if name not in ARCHITECTURES]
+    if unknown:
+        raise UserError([f"rows: {nearest(name, list(ARCHITECTURES))} (there is no {name!r})" for name in unknown])
+    return list(dict.fromkeys(names))
+
+
+def check(size: str, data: str) -> None:
+    """Raises UserError where there is no such size, or no shards of its vocabulary at `data`."""
+    from data.shards import ShardSet
+
+    if size not in BOARDS:
+        raise UserError(f"size: {nearest(size, list(BOARDS))} (there is no {size!r})")
+    assert size in SIZES
+    if not (Path(data) / "meta.json").exists():
+        raise UserError(f"{data} holds no token shards; make them with: python -m scripts.board corpus input=TEXT data={data}")
+    shards = ShardSet(Path(data), "train")
+    if shards.vocab_size != BOARDS[size].vocabulary:
+        raise UserError(f"{data} has a vocabulary of {shards.vocab_size:,}, the board of size {size} one of {BOARDS[size].vocabulary:,}.")

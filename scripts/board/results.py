@@ -1,0 +1,174 @@
+"""Cells of the board and their results: one JSON a cell, a log of every attempt, and intervals on differences of equal seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import finite, write_bytes, write_json
+
+# 97.5 % quantiles of Student's t by degrees of freedom
+T975 = (math.inf, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. alone: nothing else may use the device meanwhile."""
+
+    stage: str
+    name: str
+    row: str
+    settings: dict[str, Any]
+
+    @property
+    def alone(self) -> bool:
+        return self.stage in ("speed", "speedrun")
+
+    def of_text(self) -> bool:
+        """Whether it is a language model's training, not a probe or a timing."""
+        return self.stage not in ("speed", "probe")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a cell: its file's content."""
+
+    name: str
+    content: dict[str, Any]
+
+    def of(self, settings: dict[str, Any]) -> bool:
+        """Whether it is the result of these settings."""
+        return bool(self.content.get("settings") == json.loads(json.dumps(settings)))
+
+    @property
+    def diverged(self) -> bool:
+        return self.content.get("ended") == "diverged"
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        value = ((self.content.get("measured") or {}).get("held_out") or {}).get("bits_per_byte")
+        return None if value is None else float(value)
+
+
+def every(out: Path, page: Path) -> list[Result]:
+    """Every finished cell: those that the page keeps (`gather`), then those under `out`; of equal name and version of the protocol the last one."""
+    lines = [json.loads(line) for line in _lines(page / "cells.jsonl")]
+    for path in sorted((out / "cells").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            lines.append(json.loads(path.read_text()))
+    return list({(content["name"], content["settings"]["protocol"]): Result(content["name"], content) for content in lines}.values())
+
+
+def read(out: Path, page: Path) -> dict[str, Result]:
+    """Finished cells by name, each of the newest version of the protocol that it was run under."""
+    return {result.name: result for result in sorted(every(out, page), key=lambda r: r.content["settings"]["protocol"])}
+
+
+def gather(out: Path, page: Path) -> list[Result]:
+    """Takes the cells and attempts of `out` into the page's files, a line each, so that they outlive `out`; all of the page's cells."""
+    found = sorted(every(out, page), key=lambda r: (r.content["settings"]["protocol"], r.name))
+    if found:
+        write_bytes(page / "cells.jsonl", "".join(json.dumps(finite(r.content), default=str) + "\n" for r in found).encode())
+    known = _lines(page / "attempts.jsonl")
+    there = [line for folder in (out, out / "again") for line in _lines(folder / "attempts.jsonl")]
+    if new := sorted((line for line in there if line not in set(known)), key=lambda line: str(json.loads(line)["at"])):
+        write_bytes(page / "attempts.jsonl", "".join(line + "\n" for line in [*known, *new]).encode())
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except OSError:
+        return []
+
+
+def keep(out: Path, cell: Cell, content: dict[str, Any]) -> None:
+    """Writes a cell's result."""
+    write_json(
+        out / "cells" / f"{cell.name}.json", {"name": cell.name, "stage": cell.stage, "row": cell.row, **content, "settings": cell.settings}
+    )
+
+
+def attempt(out: Path, cell: str, event: str, **about: Any) -> None:
+    """Adds a line to the log of attempts, which nothing is ever taken out of."""
+    out.mkdir(parents=True, exist_ok=True)
+    line = {"at": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()), "cell": cell, "event": event, **about}
+    if out.name == "again":
+        line["again"] = True
+    with (out / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def attempts(folder: Path) -> list[dict[str, Any]]:
+    """The log, in order."""
+    return [json.loads(line) for line in _lines(folder / "attempts.jsonl")]
+
+
+def final_loss(result: Result | None, settings: dict[str, Any]) -> float | None:
+    """Held-out bits per byte of the cell with these settings; infinite where it diverged, None where it is not done."""
+    if result is None or not result.of(settings):
+        return None
+    value = result.bits_per_byte
+    return math.inf if result.diverged or value is None or not math.isfinite(value) else value
+
+
+def ratio_of_speed(results: dict[str, Result], one: Cell, other: Cell) -> float | None:
+    """Training tokens/s of one row over those of another, to two digits; None where either was not measured."""
+    rates = []
+    for cell in (one, other):
+        result = results.get(cell.name)
+        if result is None or not result.of(cell.settings) or "tokens_per_s" not in result.content:
+            return None
+        rates.append(result.content["tokens_per_s"])
+    return round(rates[0] / rates[1], 2)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % t-interval. n: of values; with one there is no interval (infinite)."""
+
+    mean: float
+    half: float
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def decides(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(values: Iterable[float]) -> Interval | None:
+    """Of the mean of the values; None of nothing. Raises ValueError for more than the table of quantiles has."""
+    values = list(values)
+    n = len(values)
+    if not n:
+        return None
+    if n > len(T975):
+        raise ValueError(f"The table of quantiles reaches {len(T975)} values, not {n}.")
+    mean = statistics.fmean(values)
+    if n == 1 or not all(map(math.isfinite, values)):
+        return Interval(mean, math.inf, n)
+    return Interval(mean, T975[n - 1] * statistics.stdev(values) / math.sqrt(n), n)
+
+
+def difference(one: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """Interval of one minus other over the seeds that both have."""
+    return interval(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys()))
