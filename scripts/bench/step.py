@@ -161,7 +161,9 @@ def parts_of(step: Any) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events() if e.device_type.name == "CUDA")
-    total, busy, end, parts = {}, 0.0, 0.0, {}
+    total: dict[str, tuple[float, int]] = {}
+    parts: dict[str, float] = {}
+    busy, end = 0.0, 0.0
     for first, last, name in spans:
         busy, end = busy + max(0.0, last - max(first, end)), max(end, last)
         total[name] = (total.get(name, (0.0, 0))[0] + (last - first) / 1e3, total.get(name, (0.0, 0))[1] + 1)

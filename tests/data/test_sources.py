@@ -98,7 +98,7 @@ def test_values_of_a_json_file_are_found_wherever_it_is_cut(tmp_path: Path, monk
     for block in (1, 2, 7, 1000):
         monkeypatch.setattr(records, "BLOCK", block)
         for _ in range(40):
-            values, bad = [value() for _ in range(rng.randrange(5))], []
+            values, bad = [value() for _ in range(rng.randrange(5))], list[str]()
             lines = [] if values and isinstance(values[0], list) else ["\n".join(json.dumps(v) for v in values)]  # else it is an array file
             for text in (json.dumps(values), json.dumps(values, indent=1), *lines):
                 (tmp_path / "a.json").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from data.synthetic.source import SyntheticReader, SyntheticSet
 from data.synthetic.task import IGNORE, Draws, _mix
 from data.synthetic.tracking import group_table
 
-MAPPINGS = [
+MAPPINGS: list[dict[str, Any]] = [
     {"name": "parity"},
     {"name": "parity", "answers": "last"},
     {"name": "cycle_navigation", "modulus": 5},
@@ -225,7 +226,8 @@ def test_reader_is_a_function_of_the_number(T: int, curriculum: int) -> None:
 
 def test_ranks_and_micro_batches_see_one_order() -> None:
     reader = SyntheticReader(build_task({"name": "mqar", "pairs": 2, "symbols": 8}), 17, 1, curriculum=20)
-    everything, second_half = {"micro_batch": 12}, {"micro_batch": 3, "replica": 1, "replicas": 2}
+    everything: dict[str, Any] = {"micro_batch": 12}
+    second_half: dict[str, Any] = {"micro_batch": 3, "replica": 1, "replicas": 2}
     with (
         BatchLoader(reader, global_batch=12, start_step=3, **everything) as whole,
         BatchLoader(reader, global_batch=12, start_step=3, **second_half) as part,

@@ -38,7 +38,7 @@ def random_scan(T: int = 23, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return r["x"], r["dt"].exp() * 0.1, -r["A"].exp(), r["B"], r["C"], r["h"]
 
 
-def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, h: Any, m: float = 1.0, b: float = 1.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, h: Any, *, m: float = 1.0, b: float = 1.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """h_t = m alpha_t h + b dt x B^T, one step at a time; outputs and all states."""
     out, states = [], []
     for t in range(x.shape[1]):
@@ -121,7 +121,7 @@ def test_longmamba_skips_as_much_as_it_says() -> None:
         seen.append(1)
 
     with torch.no_grad():
-        for block in adapter.model.blocks:  # type: ignore[union-attr]
+        for block in adapter.model.blocks:
             block.mixer.A_log.fill_(-3.0)
     plain = position_curve(adapter, rows, chunk=16)["nats_per_token"]
     with longmamba(adapter, setting(16, 16)):
@@ -145,8 +145,8 @@ def test_clamp_and_restart_bound_the_state() -> None:
                 assert float(heads.max()) <= limit * (1 + 1e-5)
     free = adapter.advance(rows, adapter.start(2))
     with clamp(adapter, setting(), p=1e9):
-        for a, b in zip(adapter.layer_states(adapter.advance(rows, adapter.start(2))), adapter.layer_states(free)):
-            assert torch.equal(a.entries, b.entries)
+        for loose, plain in zip(adapter.layer_states(adapter.advance(rows, adapter.start(2))), adapter.layer_states(free)):
+            assert torch.equal(loose.entries, plain.entries)
     with clamp(adapter, setting(), q=1.0):  # limits from calibration text
         adapter.advance(rows, adapter.start(2))
     with restart(adapter, setting(16)):
@@ -174,7 +174,7 @@ def brute_lambda(q: Any, k: Any, v: Any, first: int, local: int) -> torch.Tensor
 def test_lambda_mask_against_brute_force_and_in_chunks() -> None:
     adapter = own_adapter("a", n_layers=1)
     adapter.model.double()
-    mixer: Any = adapter.model.blocks[0].mixer  # type: ignore[index, union-attr]
+    mixer: Any = adapter.model.blocks[0].mixer
     x = torch.randn(2, 41, 32, dtype=torch.float64)
     split = lambda p: p(x).view(2, 41, 2, 16).transpose(1, 2)  # noqa: E731
     expected = brute_lambda(split(mixer.q_proj), split(mixer.k_proj), split(mixer.v_proj), 3, 7)
@@ -236,7 +236,7 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
         taken.update(pre=pre.flatten(3).double() + bias_PD.double(), rec=rec.double())
         return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
 
-    rnn.parallel_rnn = note
+    rnn.parallel_rnn = note  # type: ignore[assignment]
     try:
         with torch.no_grad():
             model(x)
@@ -291,7 +291,7 @@ def test_state_curve_is_what_the_states_are(adapters: dict[str, Adapter]) -> Non
 
 def test_effective_remembrance_of_a_model_that_sees_four_tokens() -> None:
     adapter: OwnAdapter = own_adapter("a", n_layers=1)
-    mixer: Any = adapter.model.blocks[0].mixer  # type: ignore[index, union-attr]
+    mixer: Any = adapter.model.blocks[0].mixer
     mixer.config.window = 4
     found = effective_remembrance(adapter, ids(6, 40), [0, 20, 36, 38], chunk=9)
     distances = [c["distance"] for c in found["curve"]]

@@ -192,20 +192,24 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
     assert sum(map(len, parts)) == 5
 
 
+def tried(item: Item) -> dict[str, Any]:
+    return guarded(lambda: item.run(lambda a, b: None))
+
+
 def test_bad_models_are_one_sentence_each(pages: Path) -> None:
     adapter = own_adapter()
     subject = Subject(
         adapter,
         Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages)),
     )
-    assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in items_of(subject)] == ["done"] * len(items_of(subject))
+    assert [tried(item)["status"] for item in items_of(subject)] == ["done"] * len(items_of(subject))
     with torch.no_grad():
-        adapter.model.embedding.weight.fill_(float("nan"))  # type: ignore[union-attr]
+        adapter.model.embedding.weight.fill_(float("nan"))
     for item in items_of(subject):
-        found = guarded(lambda i=item: i.run(lambda a, b: None))
+        found = tried(item)
         assert found["status"] == "failed" and "not finite" in found["reason"]
     adapter.coder = None
-    found = guarded(lambda: next(i for i in items_of(subject) if i.name == "passkey-300").run(lambda a, b: None))
+    found = tried(next(i for i in items_of(subject) if i.name == "passkey-300"))
     assert "no tokenizer" in found["reason"]
 
 
@@ -215,7 +219,7 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
     adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
     chosen = Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages))
-    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in items_of(Subject(adapter, chosen))}
+    items = {item.name: tried(item) for item in items_of(Subject(adapter, chosen))}
     assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
 

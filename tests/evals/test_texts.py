@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_a_text_is_read_as_prepare_reads_it(ending: str, tmp_path: Path) -> None
         with pa.output_stream(str(path), compression="zstd") as file:
             file.write(data)
     else:
-        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(data))
+        packers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+        path.write_bytes(packers.get(path.suffix, bytes)(data))
     assert corpus_of_file(path).documents == list(Source(str(path))) == [text]
 
 
@@ -256,7 +258,7 @@ def test_the_hash_of_a_model_is_of_all_that_it_says() -> None:
     a, b = own_adapter("m", d_model=16, n_layers=1), own_adapter("m", d_model=16, n_layers=1)
     assert a.content_hash() == b.content_hash()
     with torch.no_grad():
-        weight = b.model.embedding.weight  # type: ignore[union-attr]
+        weight = b.model.embedding.weight
         weight.copy_(weight.flip(0))  # every sum is the same
     assert a.content_hash() != b.content_hash()
     c = own_adapter("m", d_model=16, n_layers=1)

@@ -291,7 +291,12 @@ def test_a_report_compares_models_and_names_their_text(tmp_path: Path) -> None:
 def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pyplot()
     kept: list[Any] = []
-    monkeypatch.setattr("evals.report.figures.png", lambda plt, figure: kept.append(figure) or b"png")
+
+    def png(plt: Any, figure: Any) -> bytes:
+        kept.append(figure)
+        return b"png"
+
+    monkeypatch.setattr("evals.report.figures.png", png)
     curve = [{"dropped": d, "distance": 0.05 * d / 4, "low": None, "high": None} for d in range(5)]
     assert remembrance_figure(plt, [("a", {"length": 8, "curve": curve})]) == b"png"
     assert 0.05 < kept[-1].axes[0].get_ylim()[1] < 0.06

@@ -84,7 +84,7 @@ def without_options() -> None:
     """No h0, no skip; equal to both given as zeros."""
     tensors, _ = problem(1, 20, 2, 16, 1, 16)
     y, final = ssd(*tensors[:5])
-    same, end = ssd(*tensors[:5], torch.zeros_like(tensors[5]), torch.zeros(1, 20, dtype=torch.bool), D_H=torch.zeros(2))
+    same, end = ssd(*(*tensors[:5], torch.zeros_like(tensors[5]), torch.zeros(1, 20, dtype=torch.bool)), D_H=torch.zeros(2))
     assert torch.equal(y, same) and torch.equal(final, end)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (B, H, P, N, G, W), dtype, document starts, limits of dt
-CASES: list[tuple[tuple[int, ...], torch.dtype, bool, float, float]] = [
+Sizes = tuple[int, int, int, int, int, int]  # B, H, P, N, G, W
+# sizes, dtype, document starts, limits of dt
+CASES: list[tuple[Sizes, torch.dtype, bool, float, float]] = [
     ((3, 4, 5, 7, 2, 4), torch.float32, False, 0.0, math.inf),
     ((3, 6, 12, 6, 1, 4), torch.float32, True, 0.3, 0.9),
     ((1, 1, 1, 1, 1, 2), torch.float32, False, 0.0, math.inf),
@@ -19,8 +20,9 @@ CASES: list[tuple[tuple[int, ...], torch.dtype, bool, float, float]] = [
 ]
 
 
-def problem(B: int, H: int, P: int, N: int, G: int, W: int, dtype: torch.dtype, resets: bool, device: str = "cpu") -> list[Any]:
-    """Arguments of mamba2_step up to `groups`; the projection is some columns of a wider tensor, and step sizes reach from 1e-6 to 20."""
+def problem(sizes: Sizes, dtype: torch.dtype, resets: bool, low: float = 0.0, high: float = math.inf, device: str = "cpu") -> list[Any]:
+    """All arguments of mamba2_step; the projection is some columns of a wider tensor, and step sizes reach from 1e-6 to 20."""
+    B, H, P, N, G, W = sizes
     C = H * P + 2 * G * N
     rows = torch.randn(B, H * P + C + H + 3)
     rows[:, -H - 3 : -3] *= 6
@@ -29,7 +31,7 @@ def problem(B: int, H: int, P: int, N: int, G: int, W: int, dtype: torch.dtype, 
     starts = torch.rand(B) < 0.5 if resets else None
     tensors = [rows.to(dtype)[:, :-3], past.to(dtype), weight.to(dtype), bias.to(dtype), dt_bias, A_log, D, ssm]
     moved = [t.to(device) for t in tensors]
-    return [*moved, None if starts is None else starts.to(device), G]
+    return [*moved, None if starts is None else starts.to(device), G, low, high]
 
 
 def written_out(

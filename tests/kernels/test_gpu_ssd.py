@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ssd_cases import NAMES, answers, distance, gap, oracle, problem
 
 from kernels.ssd import reference, ssd
+from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

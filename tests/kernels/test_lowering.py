@@ -8,13 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from function_cases import FUNCTIONS, INF, NAN, cell_of, many, points
 from omegaconf import OmegaConf
-from test_parallel_rnn import agree, everything, problem
 from torch import Tensor
 
 import models.cells
@@ -24,6 +23,8 @@ from kernels.parallel_rnn.cell import Cell, Pre, Rec, State, biased
 from kernels.parallel_rnn.expressions import torch_functions
 from kernels.parallel_rnn.trace import NotLowered, trace
 from models import mixers
+from tests.kernels.function_cases import FUNCTIONS, INF, NAN, cell_of, many, points
+from tests.kernels.test_parallel_rnn import agree, everything, problem
 from training.config.checks import check
 from training.config.cli import checked, compose_config
 from training.errors import UserError
@@ -138,7 +139,7 @@ def test_what_cannot_be_followed_runs_as_the_loop(name: str) -> None:
     assert re.match(f"Cell cell_{name} runs as a loop in plain torch: .*{word}.*\\.$", cell.why_loop), cell.why_loop
     assert not cell.lowered and biased(cell).why_loop == cell.why_loop
     pre = torch.randn(2, 40, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    inputs = [pre, torch.zeros(0, 6, dtype=torch.float64), 0.1 * torch.ones(2, 1, 6, dtype=torch.float64), None]
+    inputs = pre, torch.zeros(0, 6, dtype=torch.float64), 0.1 * torch.ones(2, 1, 6, dtype=torch.float64), None
     COUNT[0] = 0
     found = everything(parallel_rnn, cell, inputs)
     COUNT[0] = 0
@@ -322,7 +323,8 @@ def test_dry_run_of_a_new_cell(name: str, folder: Path, capsys: pytest.CaptureFi
 def test_sequence_parallelism_refuses_a_cell_that_is_a_loop(folder: Path) -> None:
     (folder / "looped.py").write_text(f"{HEAD}def step(x: Pre, h: State): return (torch.lgamma(x + h),)\n")
     words = [*SMALL, "parallel.sequence=2", "model.mixers.paragru.cell=looped"]
+    resolved: Any = OmegaConf.to_container(compose_config(words), resolve=True)
     with pytest.raises(
         UserError, match="mixer paragru cannot be split over ranks, as its cell is solved as a loop .*lgamma cannot be lowered"
     ):
-        check(OmegaConf.to_container(compose_config(words), resolve=True), 2)
+        check(resolved, 2)

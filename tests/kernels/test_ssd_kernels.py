@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_triton import run  # noqa: E402
+from tests.kernels.test_triton import run  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -68,9 +68,9 @@ def test_clipping_inside_the_fused_step_is_clipping_before_it() -> None:
         for _ in range(3):
             for w in weights:
                 w.grad = torch.randn_like(w)
-            norm = total_norm([w.grad for w in weights])  # type: ignore[misc]
+            norm = total_norm([w.grad for w in weights])
             if inside:
-                optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0)  # type: ignore[attr-defined]
+                optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0)
             else:
                 torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
             optimizer.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,12 @@ def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: p
     segments = (torch.rand(3, 211, device="cuda") < 0.05).cumsum(1).int() if packed else None
     calls = []
     run = attend.packed_attention
-    monkeypatch.setattr(attend, "packed_attention", lambda *a: calls.append(0) or run(*a))
+
+    def noted(*a: Any) -> Tensor:
+        calls.append(0)
+        return run(*a)
+
+    monkeypatch.setattr(attend, "packed_attention", noted)
 
     def answers(autocast: bool) -> list[Tensor]:
         mixer.zero_grad()
@@ -103,7 +110,11 @@ def test_a_label_that_is_no_logit_is_a_nan_loss(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_model_on_the_second_gpu_decodes_while_the_first_is_current(fused: bool) -> None:
-    layers = {"g": {"type": "rnn"}, "m": {"type": "mamba2", "head_dim": 16, "d_state": 16}, "a": {"type": "attention", "n_heads": 4}}
+    layers: dict[str, dict[str, Any]] = {
+        "g": {"type": "rnn"},
+        "m": {"type": "mamba2", "head_dim": 16, "d_state": 16},
+        "a": {"type": "attention", "n_heads": 4},
+    }
     model = LanguageModel(ModelConfig(64, 64, 3, ["g", "m", "a"], layers, learnable_residual=True))
     model.init_weights(0)
     model.to("cuda:1")

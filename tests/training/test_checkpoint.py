@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_does_not_push_out_what_comes_after_it(tmp_path: Pa
 
 def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, _ = saver_of(tmp_path, keep=1, background=False)
-    verify, warned = checkpoint.verify, []
+    verify, warned = checkpoint.verify, list[str]()
     with saver:
         saver.save({"step": 1})
 
@@ -276,8 +276,13 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
             return int(checkpoint.read_state(folder)["step"])
 
         assert checkpoint.find_and_read(tmp_path, read) == 6
+
+        def outrun(folder: Path) -> Any:
+            saver.save({"step": saver.saved + 1})
+            return checkpoint.read_state(folder)
+
         with pytest.raises(UserError, match="drops its checkpoints before they can be read"):
-            checkpoint.find_and_read(tmp_path, lambda folder: (saver.save({"step": saver.saved + 1}), checkpoint.read_state(folder)))
+            checkpoint.find_and_read(tmp_path, outrun)
         with pytest.raises(FileNotFoundError):
             checkpoint.find_and_read(tmp_path, lambda folder: (folder / "nothing").read_text())
 

@@ -38,7 +38,7 @@ WORDS = [
 ]
 
 
-def start(run: Path, data: Path, inject: str = "", *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def start(run: Path, data: Path, inject: str = "", *words: str, **extra: Any) -> subprocess.CompletedProcess[str]:
     return run_ranks(2, ["-m", "tests.training.inject", *WORDS, f"data.path={data}", f"run_dir={run}", *words], INJECT=inject, **extra)
 
 
@@ -167,7 +167,7 @@ def test_an_unreachable_wandb_costs_a_warning(demo_shards: Path, tmp_path: Path)
         "train.steps=2",
         "logging.wandb=online",
     ]
-    away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    away: dict[str, Any] = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
     done = run_program(["train.py", *words], **away)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("wandb is not available") == 1 and "`wandb sync` uploads later" in done.stdout

@@ -49,7 +49,7 @@ class Recorded:
 def test_a_graph_adds_to_no_gradients_but_its_own() -> None:
     """A first micro-batch that ran as written (too many documents for a graph) has left gradients that a graph would lose."""
     model = torch.nn.Linear(2, 2)
-    graphed = GraphedPass(model, torch.device("cpu"), autocast=False)  # type: ignore[arg-type]
+    graphed = GraphedPass(model, torch.device("cpu"), autocast=False)
     batch, own = packed(3, 0), [torch.zeros_like(p) for p in model.parameters()]
     first, adding = Recorded(own), Recorded(own)
     key = (batch.input_ids.shape, True)

@@ -214,9 +214,9 @@ def test_what_a_run_may_begin_from(tmp_path: Path) -> None:
         fork.refuse_own(config_of(f"train.start_from={tmp_path}/run/checkpoints/step-1", f"run_dir={tmp_path}/run"))
     with pytest.raises(UserError, match=r"train.start_from=.*run and the model= and size="):
         checked(compose_config([f"model=hf:{tmp_path}/run", "data.path=d"]))
-    for words in (["train.start_from=x", "train.resume=y"], ["train.start_with=all"], ["train.start_from=x", "train.start_with=some"]):
+    for refused in (["train.start_from=x", "train.resume=y"], ["train.start_with=all"], ["train.start_from=x", "train.start_with=some"]):
         with pytest.raises(UserError, match="train.start_"):
-            config_of(*words)
+            config_of(*refused)
 
 
 def test_a_refused_start_leaves_no_new_folder(tmp_path: Path) -> None:

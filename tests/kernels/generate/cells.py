@@ -188,7 +188,8 @@ def solve(
     cell: Cell, case: Case, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], device: str
 ) -> tuple[list[Tensor], dict[str, float]]:
     """What `by_loop` returns, by the kernels (a GPU, or the interpreter) or in plain torch, and what is to be reported."""
-    pre, rec, h0, starts = (None if x is None else x.to(device) for x in inputs)
+    pre, rec, h0 = (x.to(device) for x in inputs[:3])
+    starts = None if inputs[3] is None else inputs[3].to(device)
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         dtype = reference.compute_dtype(pre)
         with torch.no_grad():
@@ -325,7 +326,7 @@ def judge_gradients(
         around += [exact[0] + least, exact[0] - least]
     for states in around:
         fp64 = [x.double() for x in inputs[:3]]
-        again = reference.linear_backward(cell, *fp64, inputs[3], states, cotangents[0].double(), cotangents[1].double(), 1)
+        again = reference.linear_backward(cell, *(*fp64, inputs[3], states, cotangents[0].double(), cotangents[1].double(), 1))
         rounded[2:] = [torch.maximum(r, (a - b).abs()) for r, a, b in zip(rounded[2:], again, exact[2:])]
     there = fine[:, :, None] & torch.isfinite(rough[2]) & (rough[2].abs() < min(1e30, torch.finfo(dtype).max / 2))
     if not torch.isfinite(found[2][there]).all():

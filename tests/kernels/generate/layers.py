@@ -167,7 +167,7 @@ def stream_and_norm(draw: Draw) -> Answers:
         return r, r * torch.rsqrt(r.square().mean(-1, keepdim=True) + 1e-5) * weight
 
     def ours(*given: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_norm(*given, 1e-5)  # type: ignore[arg-type]
+        return add_norm(*(*given, 1e-5))  # type: ignore[arg-type]
 
     return differentiated(draw, ours, plain, leaves, ("sum", "norm"), f"{shape}, {other}, scaled {scaled}", 6.0, other)
 

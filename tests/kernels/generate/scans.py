@@ -62,7 +62,7 @@ def scan(draw: Draw) -> Answers:
     starts, chunk = None if starts is None else starts.to(draw.device), draw.choice([1, 5, 16, 64, 256])
     return differentiated(
         draw, lambda x, dt, A, B, C, h0, D: ssd(x, dt, A, B, C, h0, starts, chunk=chunk, D_H=D),
-        lambda *t: scan_definition(*t, starts), leaves, ("y", "final"), f"{description}, chunk {chunk}", products(draw, dtype), dtype, True,
+        lambda *t: scan_definition(*(*t, starts)), leaves, ("y", "final"), f"{description}, chunk {chunk}", products(draw, dtype), dtype, True,
     )  # fmt: skip
 
 
@@ -117,8 +117,8 @@ def scan_not_finite(draw: Draw) -> Answers:
         x_, dt, A, Bm, Cm, h0, D = given
         assert x_ is not None and dt is not None and A is not None and Bm is not None and Cm is not None
         y, final = ssd(x_, dt, A, Bm, Cm, h0, starts, D_H=D)
-        exact = [scan_definition(*widened(given, kind), starts) for kind in (torch.float64, torch.float32)]
+        exact = [scan_definition(*(*widened(given, kind), starts)) for kind in (torch.float64, torch.float32)]
     parts = [(y_[:, others], final_) for y_, final_ in ((y, final), *exact)]
     return compared(
-        ("y", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True)
+        ("y", "final"), *(*parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True))
     )

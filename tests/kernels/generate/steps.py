@@ -54,7 +54,7 @@ def mamba2_token(draw: Draw) -> Answers:
 
     in_place = draw.chance(0.5)
     wanted, loop = exact(torch.float64), exact(torch.float32)
-    found = mamba2_step(*given, state, fresh, G, low, high, in_place)
+    found = mamba2_step(*(*given, state, fresh, G, low, high), in_place=in_place)
     assert not in_place or found[2] is state
     return compared(
         ("y", "past", "ssm"),
@@ -162,7 +162,8 @@ def fused_recurrences(draw: Draw) -> Answers:
             return [((h * o[:, :, None]).sum(-1) + skip[:, None] * x_).flatten(1), h]
 
         wanted, loop, y = exact(torch.float64), exact(torch.float32), torch.empty(B, H * P, device=draw.device)
-        decode_ssm(x, into, out, dt, *own_, state, y, G, 0.0, math.inf)
+        bias_, A_log_, skip_ = own_
+        decode_ssm(x, into, out, dt, bias_, A_log_, skip_, state, y, G, 0.0, math.inf)
         return compared(("y", "state"), (y, state), wanted, loop, f"ssm, B {B}, H {H}, P {P}, G {G}, N {N}", 4.0)
     cell = load_cell(draw.choice([*available()]))
     E, O, dtype = draw.choice([1, 2, 3]), draw.size(64, 100, small=(1, 3, 16, 17)), draw.dtype(interpreter=True)  # noqa: E741
