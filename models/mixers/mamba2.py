@@ -69,6 +69,8 @@ class State:
 
 
 class Mixer(SequenceMixer):
+    recurrence = "ssd"
+
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model
