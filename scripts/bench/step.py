@@ -132,19 +132,19 @@ def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
     """transformers' Llama of the Transformer's shape, compiled."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    own = settings_of(name)
+    shape = settings_of(name)
     config = LlamaConfig(
-        vocab_size=own.vocab_size, hidden_size=own.d_model, intermediate_size=own.mlp_width, num_hidden_layers=own.n_layers,
-        num_attention_heads=own.mixers["attention"]["n_heads"], num_key_value_heads=own.mixers["attention"]["n_heads"],
+        vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.mlp_width, num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.mixers["attention"]["n_heads"], num_key_value_heads=shape.mixers["attention"]["n_heads"],
         tie_word_embeddings=False, use_cache=False, max_position_embeddings=T,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     compiled = torch.compile(model)
-    ids, _ = batch(rows, own.vocab_size, False, device)
+    ids, _ = batch(rows, shape.vocab_size, False, device)
     from models.lm import LanguageModel
 
     with torch.device("meta"):
-        flops = 3.0 * LanguageModel(own).flops_per_token(T)
+        flops = 3.0 * LanguageModel(shape).flops_per_token(T)
 
     def gradients() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):

@@ -70,8 +70,8 @@ def test_weights_that_change_skip_and_repeat_no_sample_of_any_source() -> None:
     blend = Blend([(0, [0.5, 0.5, 0.0]), (33, [0.1, 0.6, 0.3]), (1234, [1.0, 0.0, 2.0])], seed=3)
     source, index = blend.locate(np.arange(4000))
     for i in range(3):
-        own = index[source == i]
-        assert own.tolist() == list(range(len(own)))
+        index_of_source = index[source == i]
+        assert index_of_source.tolist() == list(range(len(index_of_source)))
     assert (source[:33] < 2).all() and (source[1234:] != 1).all()
     assert abs((source[33:1233] == 1).mean() - 0.6) < 0.03
     again = [blend.locate(np.array([k])) for k in (3999, 0, 1234, 33)]

@@ -137,9 +137,9 @@ def test_a_folder_says_what_is_left_out_and_why(tmp_path: Path, capsys: pytest.C
     ):
         (root / path).write_text("no")
     os.mkfifo(root / "pipe.txt")
-    found = list_files(str(root))
-    assert [str(p.relative_to(root)) for p in found.files] == ["a.txt", "linked/deep/b.md", "sub/a.TXT"]
-    reasons = {reason: [Path(p).name for p in paths] for reason, paths in found.left_out.items()}
+    listing = list_files(str(root))
+    assert [str(p.relative_to(root)) for p in listing.files] == ["a.txt", "linked/deep/b.md", "sub/a.TXT"]
+    reasons = {reason: [Path(p).name for p in paths] for reason, paths in listing.left_out.items()}
     assert sorted(reasons.pop("hidden")) == sorted([".hidden.txt", "._a.parquet", ".ipynb_checkpoints", "__MACOSX"])
     assert sorted(reasons.pop("link to a folder that is read already")) == ["back", "loop"]
     assert reasons == {

@@ -89,10 +89,10 @@ def word_problem(x: list[int], m: dict) -> list[int]:
 
 def mqar(x: list[int], m: dict) -> list[int]:
     pairs, half = m["pairs"], m["symbols"] // 2
-    held = {x[2 * i]: x[2 * i + 1] for i in range(pairs)}
-    assert len(held) == pairs and all(k < half <= v for k, v in held.items())
-    assert sorted(t for t in x[2 * pairs :] if t < half) == sorted(held)  # each key asked for once, and no other key anywhere
-    return [IGNORE] * (2 * pairs) + [held[token] if token < half else IGNORE for token in x[2 * pairs :]]
+    value_of = {x[2 * i]: x[2 * i + 1] for i in range(pairs)}
+    assert len(value_of) == pairs and all(k < half <= v for k, v in value_of.items())
+    assert sorted(t for t in x[2 * pairs :] if t < half) == sorted(value_of)  # each key asked for once, and no other key anywhere
+    return [IGNORE] * (2 * pairs) + [value_of[token] if token < half else IGNORE for token in x[2 * pairs :]]
 
 
 def khop(x: list[int], m: dict) -> list[int]:
@@ -115,11 +115,11 @@ def keep_nth(x: list[int], m: dict) -> list[int]:
 
 
 def copying(x: list[int], m: dict) -> list[int]:
-    held = [token for token in x if token < m["symbols"]]
-    assert len(held) == m["tokens"] and x[-m["tokens"] :] == [m["symbols"] + 1] * m["tokens"]
+    symbols = [token for token in x if token < m["symbols"]]
+    assert len(symbols) == m["tokens"] and x[-m["tokens"] :] == [m["symbols"] + 1] * m["tokens"]
     if not m["selective"]:
-        assert x[: m["tokens"]] == held
-    return [IGNORE] * (len(x) - m["tokens"]) + held
+        assert x[: m["tokens"]] == symbols
+    return [IGNORE] * (len(x) - m["tokens"]) + symbols
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS, ids=key)

@@ -46,8 +46,8 @@ def check(name: str) -> None:
         if weight > 1:  # an unstable recurrence amplifies the rounding of its states: the loop in fp32 then says how much
             rough = [x.detach().float().requires_grad_() for x in leaves]
             loop, end = reference.sequential(cell, *(*rough, starts))
-            found = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
-            rounding = [0.0 if b is None else gap(a, b) for a, b in zip(found, wanted)]
+            rough_gradients = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
+            rounding = [0.0 if b is None else gap(a, b) for a, b in zip(rough_gradients, wanted)]
         inputs = [
             leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
             *(x.detach().float() for x in leaves[1:]),

@@ -94,15 +94,15 @@ def documents_that_are_not_finite() -> None:
     starts[:, [0, 7, 10, 16]] = True
     others = torch.ones(19, dtype=torch.bool)
     others[7:10] = False
-    bad, found = x.clone(), []
+    bad, results = x.clone(), []
     bad[:, 8] = torch.inf
     for inputs in (x, bad):
         leaves = [t.clone().requires_grad_() for t in (inputs, past)]
         y = short_conv(*(*leaves, weight, bias, starts, True))
-        found.append(
+        results.append(
             [y[:, others], *(g[:, others] if g.shape[1] == 19 else g for g in torch.autograd.grad(y[:, others].square().sum(), leaves))]
         )
-    for a, b in zip(*found):
+    for a, b in zip(*results):
         assert torch.equal(a, b) and a.isfinite().all()
 
 

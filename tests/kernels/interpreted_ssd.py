@@ -37,14 +37,14 @@ def check(sizes: tuple[int, ...], options: dict[str, Any], borders: bool = False
         starts[0, [0, 16, 31, sizes[1] - 1]] = True
     low = options.get("dtype", torch.float32) != torch.float32
     dy, d_final = torch.randn(tensors[0].shape).to(tensors[0].dtype), torch.randn(tensors[5].shape)
-    wanted, found = oracle(tensors, starts, dy, d_final), answers(scan, tensors, starts, dy, d_final)
-    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+    wanted, computed = oracle(tensors, starts, dy, d_final), answers(scan, tensors, starts, dy, d_final)
+    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), computed, wanted):
         limit = 1e-2 if low else 1e-5 if name in ("y", "final") else 1e-4
         error = gap(a, b) if name in ("y", "final") or low else distance(a, b)
         print(sizes, options, name, f"{error:.1e}")
         assert a.shape == b.shape and error < limit, f"{sizes} {options}: {name} is off by {error:.1e}"
     again = answers(scan, tensors, starts, dy, d_final)
-    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    assert all(torch.equal(a, b) for a, b in zip(computed, again))
 
 
 def uneven() -> None:

@@ -46,8 +46,8 @@ def written_out(
     y, after, following = torch.empty(B, H, P).double(), torch.empty_like(ssm), torch.empty_like(past)
     for b in range(B):
         fresh = starts is not None and bool(starts[b])
-        own_past, own = torch.zeros_like(past[b]) if fresh else past[b], torch.zeros_like(ssm[b]) if fresh else ssm[b]
-        window = torch.cat([own_past, projected[b, None, H * P : H * P + C]])  # (W, C)
+        past_b, state_b = torch.zeros_like(past[b]) if fresh else past[b], torch.zeros_like(ssm[b]) if fresh else ssm[b]
+        window = torch.cat([past_b, projected[b, None, H * P : H * P + C]])  # (W, C)
         following[b] = window[1:]
         mixed = bias.clone()
         for w in range(W):
@@ -58,6 +58,6 @@ def written_out(
             x = mixed[h * P : (h + 1) * P]
             into, out = mixed[H * P + g * N :][:N], mixed[H * P + (groups + g) * N :][:N]
             dt = min(max(math.log1p(math.exp(float(projected[b, H * P + C + h] + dt_bias[h]))), low), high)
-            after[b, h] = math.exp(-dt * math.exp(float(A_log[h]))) * own[h] + dt * torch.outer(x, into)
+            after[b, h] = math.exp(-dt * math.exp(float(A_log[h]))) * state_b[h] + dt * torch.outer(x, into)
             y[b, h] = after[b, h] @ out + D[h] * x
     return y.flatten(1), following, after

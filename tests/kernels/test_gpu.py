@@ -49,9 +49,9 @@ def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: f
     if sensitive:
         return
     d, e = torch.randn_like(states), torch.randn_like(final)
-    found = torch.autograd.grad((states * d).sum() + (final * e).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad((states * d).sum() + (final * e).sum(), leaves, allow_unused=True)
     wanted = torch.autograd.grad((oracle * d).sum() + (end * e).sum(), fine, allow_unused=True)
-    for a, b in zip(found, wanted):
+    for a, b in zip(gradients, wanted):
         if b is not None and b.numel():
             assert (a - b).norm() <= 1e-4 * b.norm() + 3e-7  # fp32 holds tanh, and so 1 - tanh^2, to 1.2e-7
 
@@ -127,10 +127,10 @@ def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
     pre, rec, h0, starts = on_gpu(cell, 2, 700, 65, resets=0.002)
     states, _ = parallel_rnn(cell, pre, rec, h0, starts)
     d_emitted = torch.ones_like(states[:, :, -1])
-    found = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
+    computed = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
     wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
     # what is left of states that mix is a bound, not the same in slices
-    for a, b in zip(found[: 3 if len(cell.state) == 1 else 2], wanted):
+    for a, b in zip(computed[: 3 if len(cell.state) == 1 else 2], wanted):
         assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 

@@ -39,10 +39,10 @@ def test_the_kernel_in_the_interpreter() -> None:
 def test_the_kernel_compiles_with_wide_loads_and_does_not_spill() -> None:
     """Another release of Triton may count otherwise: then only spilling is a failure."""
     triton = pytest.importorskip("triton")
-    golden, found = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
-    assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in found.values()), found
+    golden, compiled = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
+    assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mamba2_step --golden"
+        assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mamba2_step --golden"
 
 
 @pytest.mark.gpu

@@ -58,8 +58,8 @@ def test_a_document_that_is_not_finite_leaves_the_scan_of_the_others_as_it_is(ch
         tensors, starts = scan_problem(bad=bad)
         leaves = [t.requires_grad_() for t in tensors]
         y, final = ssd(*(*leaves, starts), chunk=chunk)
-        kept = y[:, others].square().sum() + final.square().sum()
-        gradients = torch.autograd.grad(kept, leaves)
+        loss = y[:, others].square().sum() + final.square().sum()
+        gradients = torch.autograd.grad(loss, leaves)
         runs.append([y[:, others], final, *(g[:, others] for g in (gradients[0], gradients[1], *gradients[3:5])), gradients[5]])
         assert bad is None or y[:, 11:16].isnan().any()
     for a, b in zip(*runs):
@@ -231,15 +231,15 @@ def test_copies_keep_the_roles_of_parameters() -> None:
     }
     model = LanguageModel(ModelConfig(64, 32, 3, ["g", "m", "a"], mixers, learnable_residual=True, tie_embeddings=True))
     model.init_weights(0)
-    held = [copy.deepcopy({"inner": [model]})["inner"][0], copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
-    for other in held:
+    copies = [copy.deepcopy({"inner": [model]})["inner"][0], copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
+    for other in copies:
         assert other.head.weight is other.embedding.weight is not model.head.weight
         for (name, a), (same, b) in zip(model.named_parameters(), other.named_parameters()):
             assert name == same and roles(a) == roles(b) and roles(a) is not roles(b) and torch.equal(a, b)
     ids = torch.zeros(1, 3, dtype=torch.long)
-    torch.testing.assert_close(held[1](ids).logits, model(ids).logits, rtol=0, atol=0)
-    kept = {n for n, p in cast(held[1], torch.bfloat16).named_parameters() if p.dtype == torch.float32}
-    assert kept and kept == {n for n, p in model.named_parameters() if "keep_fp32" in roles(p)}
+    torch.testing.assert_close(copies[1](ids).logits, model(ids).logits, rtol=0, atol=0)
+    in_fp32 = {n for n, p in cast(copies[1], torch.bfloat16).named_parameters() if p.dtype == torch.float32}
+    assert in_fp32 and in_fp32 == {n for n, p in model.named_parameters() if "keep_fp32" in roles(p)}
     block = copy.deepcopy(model.blocks[1].mixer)
     assert [roles(p) for p in block.parameters()] == [roles(p) for p in model.blocks[1].mixer.parameters()]
 
@@ -249,5 +249,5 @@ def test_the_step_in_place_takes_a_state_of_any_strides() -> None:
     wanted = step_reference.mamba2_step(*arguments)
     arguments[7] = arguments[7].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     for in_place in (False, True):
-        found = mamba2_step(*arguments, in_place=in_place)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted)) and (found[2] is arguments[7]) == in_place
+        computed = mamba2_step(*arguments, in_place=in_place)
+        assert all(torch.equal(a, b) for a, b in zip(computed, wanted)) and (computed[2] is arguments[7]) == in_place

@@ -50,9 +50,9 @@ def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: p
 
     exact = answers(False)
     assert not calls
-    found = answers(True)
+    computed = answers(True)
     assert bool(calls) == (packed or "window" in settings)
-    for a, b in zip(found, exact):
+    for a, b in zip(computed, exact):
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
@@ -84,13 +84,13 @@ def test_compiled_models_equal_eager_ones(layer: dict[str, object]) -> None:
     model.cuda()
     ids = torch.randint(0, 300, (2, 301), device="cuda")
     segments = (torch.arange(301, device="cuda") >= torch.tensor([[50], [200]], device="cuda")).int()
-    found = []
+    results = []
     for forward in (model, torch.compile(model)):
         model.zero_grad()
         loss = forward(ids, labels=ids, segment_ids=segments).loss_sum
         loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*found):
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results):
         assert (a - b).norm() <= 2e-4 * (1e-3 + a.norm())
 
 
@@ -123,6 +123,6 @@ def test_a_model_on_the_second_gpu_decodes_while_the_first_is_current(fused: boo
         state = model(ids[:, :4], state=model.init_state(2)).state
         assert state is not None
         decoder = Decoder(model, state, 16, fused=fused)
-        found = torch.stack([decoder.step(ids[:, t]).clone() for t in range(4, 9)], 1)
-        torch.testing.assert_close(found, model(ids, state=model.init_state(2)).logits[:, 4:], atol=1e-3, rtol=1e-3)
+        decoded = torch.stack([decoder.step(ids[:, t]).clone() for t in range(4, 9)], 1)
+        torch.testing.assert_close(decoded, model(ids, state=model.init_state(2)).logits[:, 4:], atol=1e-3, rtol=1e-3)
         assert torch.cuda.current_device() == 0

@@ -35,9 +35,9 @@ def config_of(*words: str) -> Config:
 
 def settings_of(*words: str) -> dict[str, Any]:
     composed = compose_config([*BASE, *words])
-    found = OmegaConf.to_container(OmegaConf.create(resolved_yaml(composed, checked(composed))))
-    assert isinstance(found, dict)
-    return {str(k): v for k, v in found.items()}
+    resolved = OmegaConf.to_container(OmegaConf.create(resolved_yaml(composed, checked(composed))))
+    assert isinstance(resolved, dict)
+    return {str(k): v for k, v in resolved.items()}
 
 
 def test_samples_and_tokens_are_counted_over_batches() -> None:

@@ -150,8 +150,8 @@ sys.exit(STATUS)
         ("failed", "False", 1, USED_UP, 2),
     ]:
         (tmp_path / name).mkdir()
-        found, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
-        assert (found, tries(tmp_path / name)) == (wanted, attempts), (name, said)
+        ended, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
+        assert (ended, tries(tmp_path / name)) == (wanted, attempts), (name, said)
 
 
 def test_a_train_resume_holds_until_a_checkpoint_was_written_after_it(tmp_path: Path) -> None:

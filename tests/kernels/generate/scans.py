@@ -88,10 +88,10 @@ def scan_borders(draw: Draw) -> Answers:
         x[behind], Bm[behind], dy[ahead], Cm[ahead] = math.nan, math.inf, math.nan, math.inf
         both = behind & ahead
         dt[both] = math.nan
-    found = [*border.end_state(x, dt, A, Bm, starts), *border.start_adjoint(dy, dt, A, Cm, starts)]
+    computed = [*border.end_state(x, dt, A, Bm, starts), *border.start_adjoint(dy, dt, A, Cm, starts)]
     # Weights are rounded to the inputs' dtype on a GPU, and sums of 16-bit products come in fp32.
     coarse = [t.to(dtype).float() if dtype != torch.float32 else t for t in loop]
-    return compared(("end", "through", "adjoint", "left"), found, wanted, coarse, description)
+    return compared(("end", "through", "adjoint", "left"), computed, wanted, coarse, description)
 
 
 def scan_not_finite(draw: Draw) -> Answers:
