@@ -44,10 +44,13 @@ class SequenceMixer(Module):
 
     slice: while time is cut over ranks, this rank's part of it, which forward asks for what lies before (models/slices.py).
     takes_documents: forward is also given documents=Documents(segment_ids), or None, in which layers share where documents lie.
+    recurrence: the op that forward runs along time, by its name in the mixer's module, where evaluation may watch or replace it
+    (evals/cures/hooks.py knows ssd, delta_rule and parallel_rnn); '' if it has none.
     """
 
     slice: Slice | None = None
     takes_documents: ClassVar[bool] = False
+    recurrence: ClassVar[str] = ""
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
         """y (B, T, D) and the new state (None if none was given). segment_ids (B, T) int: a token never sees another segment's."""

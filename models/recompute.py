@@ -74,8 +74,8 @@ def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
     def pack(tensor: Tensor) -> Any:
         return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
 
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else swiglu(*sources).view(kept)
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else swiglu(*sources).view(packed)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return linear(inner, module.down)

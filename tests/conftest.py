@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,7 +147,7 @@ def train(demo_shards: Path, tmp_path: Path) -> Callable[..., subprocess.Complet
     all processes are then really started; ranks: so many forked ones."""
 
     def run(
-        name: str, *overrides: str, launcher: list[str] | None = None, ranks: int = 1, **extra: str
+        name: str, *overrides: str, launcher: list[str] | None = None, ranks: int = 1, **extra: Any
     ) -> subprocess.CompletedProcess[str]:
         arguments = ["train.py", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / name}", *overrides]
         if ranks > 1:

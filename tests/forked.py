@@ -125,20 +125,20 @@ def fork(job: dict[str, Any]) -> int:
 
 def statuses(pids: list[int]) -> list[int]:
     """Waits for all. Ranks that are left when one has failed get the time to end by themselves, then they are killed."""
-    found: dict[int, int] = {}
+    status_of: dict[int, int] = {}
     end = float("inf")
-    while len(found) < len(pids):
+    while len(status_of) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in pids:
-            found[pid] = os.waitstatus_to_exitcode(status)
-            end = min(end, time.monotonic() + GRACE) if found[pid] else end
+            status_of[pid] = os.waitstatus_to_exitcode(status)
+            end = min(end, time.monotonic() + GRACE) if status_of[pid] else end
         elif time.monotonic() > end:
-            for left in set(pids) - found.keys():
+            for left in set(pids) - status_of.keys():
                 os.kill(left, signal.SIGKILL)
             end = float("inf")
         else:
             time.sleep(0.01)
-    return [found[pid] for pid in pids]
+    return [status_of[pid] for pid in pids]
 
 
 def serve() -> None:

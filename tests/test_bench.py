@@ -48,7 +48,7 @@ def test_results_are_whole_after_every_part(tmp_path: Path) -> None:
     results.append("rows", timing.attempted(lambda: 1 / 0))
     results.keep("accuracy", {"y": 1e-7})
     results.item("items", "one", {"ms": 2.0})
-    found = json.loads(out.read_text())
-    assert found["rows"] == [{"ms": 1.0}, {"error": "ZeroDivisionError: division by zero"}]
-    assert found["accuracy"] == {"y": 1e-7} and found["items"] == {"one": {"ms": 2.0}}
-    assert {"commit", "torch", "device"} <= found.keys() and found["copy_bytes_per_ms"] == 2.0
+    written = json.loads(out.read_text())
+    assert written["rows"] == [{"ms": 1.0}, {"error": "ZeroDivisionError: division by zero"}]
+    assert written["accuracy"] == {"y": 1e-7} and written["items"] == {"one": {"ms": 2.0}}
+    assert {"commit", "torch", "device"} <= written.keys() and written["copy_bytes_per_ms"] == 2.0

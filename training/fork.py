@@ -62,8 +62,8 @@ def _kind(folder: Path) -> str:
 def refuse_own(config: Config) -> None:
     """Raises UserError where the run folder is that of the run to begin from: the new run would go on with the old one."""
     assert config.train.start_from
-    source, own = Path(config.train.start_from).resolve(), Path(config.run_dir).resolve()
-    if own == source or own in source.parents:
+    source, run_folder = Path(config.train.start_from).resolve(), Path(config.run_dir).resolve()
+    if run_folder == source or run_folder in source.parents:
         raise UserError(
             f"train.start_from={config.train.start_from} lies in the run folder {config.run_dir} itself; give the new run another name or run_dir."
         )
@@ -71,10 +71,10 @@ def refuse_own(config: Config) -> None:
 
 def refuse_another_optimizer(config: Config, folder: Path) -> None:
     """Raises UserError where the moments of `folder`, which are to go on, are those of another optimizer."""
-    theirs, own = (settings_of(folder).get("optim") or {}).get("kind", "adamw"), config.optim.kind
-    if theirs != own:
+    theirs, wanted = (settings_of(folder).get("optim") or {}).get("kind", "adamw"), config.optim.kind
+    if theirs != wanted:
         raise UserError(
-            f"{folder} holds the moments of optim={theirs}, not of {own}; go on with optim={theirs}, "
+            f"{folder} holds the moments of optim={theirs}, not of {wanted}; go on with optim={theirs}, "
             f"or begin a new run from its weights: train.start_from={folder} run_dir=NEW_FOLDER."
         )
 
@@ -83,10 +83,10 @@ def origin_of(config: Config) -> str:
     return str(Path(config.train.start_from or "").resolve())
 
 
-def refuse_another(config: Config, own: Cursor, folder: Path) -> None:
+def refuse_another(config: Config, earlier: Cursor, folder: Path) -> None:
     """Raises UserError where the run folder holds a run that did not begin from train.start_from, which would be passed over."""
-    if own.origin != origin_of(config):
-        began = f"began from {own.origin}" if own.origin else "began from nothing"
+    if earlier.origin != origin_of(config):
+        began = f"began from {earlier.origin}" if earlier.origin else "began from nothing"
         raise UserError(
             f"{folder} is of a run that {began}, not from train.start_from={config.train.start_from}; give the new run another name or run_dir, "
             "or leave train.start_from out to go on with the old one."

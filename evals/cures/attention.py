@@ -16,6 +16,7 @@ from torch import Tensor
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.cures.setting import Setting
+from models.mixers.attention import Mixer, State
 
 
 def attention_layers(adapter: Adapter) -> list[Any]:
@@ -23,7 +24,7 @@ def attention_layers(adapter: Adapter) -> list[Any]:
     if not isinstance(adapter, OwnAdapter):
         return []
     blocks: Any = adapter.model.blocks
-    return [b.mixer for b in blocks if hasattr(b.mixer, "q_proj") and hasattr(b.mixer.config, "rope") and not b.mixer.config.window]
+    return [b.mixer for b in blocks if isinstance(b.mixer, Mixer) and not b.mixer.config.window]
 
 
 @contextmanager
@@ -49,7 +50,6 @@ def lambda_mask(adapter: Adapter, setting: Setting, first: float = 10, local: fl
 def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
     """A forward of the mixer under the mask, with the mixer's own weights and state."""
     from kernels.rotary.reference import rotate
-    from models.mixers.attention import State
 
     def turn(x: Tensor, positions: Tensor) -> Tensor:
         return rotate(x, positions, *mixer.turned(positions)) if mixer.config.rope else x

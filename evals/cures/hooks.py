@@ -48,11 +48,16 @@ def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
         setattr(holder, name, before)
 
 
+def layers_that_run(adapter: OwnAdapter, op: str) -> list[tuple[int, Any]]:
+    """(layer, mixer) of our mixers that declare `op` as their recurrence."""
+    blocks: Any = adapter.model.blocks
+    return [(i, block.mixer) for i, block in enumerate(blocks) if block.mixer.recurrence == op]
+
+
 def scan_layers(adapter: Adapter) -> list[tuple[int, Any]]:
     """(layer, module) of the Mamba-2 mixers whose scan can be hooked."""
     if isinstance(adapter, OwnAdapter):
-        blocks: Any = adapter.model.blocks
-        return [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "ssd")]
+        return layers_that_run(adapter, "ssd")
     if isinstance(adapter, HFAdapter):
         scans = [
             m for m in adapter.model.modules() if hasattr(sys.modules.get(type(m).__module__), "mamba2_chunk_scan") and hasattr(m, "A_log")
@@ -81,7 +86,7 @@ def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
             handle = module.register_forward_pre_hook(announce(layer))
             stack.callback(handle.remove)
         for module in {sys.modules[type(m).__module__] for _, m in layers}:
-            if hasattr(module, "ssd"):
+            if isinstance(adapter, OwnAdapter):
                 stack.enter_context(_replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
             else:
                 original = module.mamba2_chunk_scan
@@ -197,9 +202,7 @@ def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[lis
 def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
     """The context in which our delta rules add to `retention`: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on
     the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
-    blocks: Any = adapter.model.blocks
-    layers = [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "delta_rule")]
-    with _each_module(layers, "delta_rule") as (now, modules, replace):
+    with _each_module(layers_that_run(adapter, "delta_rule"), "delta_rule") as (now, modules, replace):
         for module in modules:
             original = module.delta_rule
 
@@ -222,14 +225,7 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
     """The context in which the solves of our cells add to `retention`."""
     from kernels.parallel_rnn.reference import jacobian
 
-    blocks: Any = adapter.model.blocks
-    layers = [
-        (i, b.mixer)
-        for i, b in enumerate(blocks)
-        if getattr(b.mixer, "cell", None) is not None
-        and b.mixer.cell.lowered
-        and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
-    ]
+    layers = [(i, mixer) for i, mixer in layers_that_run(adapter, "parallel_rnn") if mixer.cell.lowered]
     with _each_module(layers, "parallel_rnn") as (now, modules, replace):
         for module in modules:
             original = module.parallel_rnn

@@ -34,6 +34,7 @@ def delta_rule_sequential(
     g: Tensor | None = None,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
+    *,
     normalize: bool = False,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ def delta_rule_loop(
     """`delta_rule_sequential` in fp32 (fp64), outputs in v's dtype."""
     dtype = _state_dtype(v.dtype)
     g, h0 = (None if t is None else t.to(dtype) for t in (g, h0))
-    o, h = delta_rule_sequential(q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), g, h0, starts, normalize, scale)
+    o, h = delta_rule_sequential(q.to(dtype), k.to(dtype), v.to(dtype), beta.to(dtype), g, h0, starts, normalize=normalize, scale=scale)
     return o.to(v.dtype), h
 
 

@@ -15,7 +15,7 @@ from kernels.mamba2_step import op, reference
 
 def mamba2_step(
     projected_BE: Tensor, past_BWC: Tensor, weight_CW: Tensor, bias_C: Tensor, dt_bias_H: Tensor, A_log_H: Tensor, D_H: Tensor,
-    ssm_BHPN: Tensor, starts_B: Tensor | None, groups: int, low: float, high: float, in_place: bool = False,
+    ssm_BHPN: Tensor, starts_B: Tensor | None, groups: int, low: float, high: float, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (B, I) in projected's dtype, the next past (B, W-1, C), the next ssm), not differentiable.
 
@@ -25,7 +25,7 @@ def mamba2_step(
     """
     if projected_BE.dtype == torch.float64 or weight_CW.shape[1] < 2 or no_triton(projected_BE.device):
         return reference.mamba2_step(
-            projected_BE, past_BWC, weight_CW, bias_C, dt_bias_H, A_log_H, D_H, ssm_BHPN, starts_B, groups, low, high, in_place
+            projected_BE, past_BWC, weight_CW, bias_C, dt_bias_H, A_log_H, D_H, ssm_BHPN, starts_B, groups, low, high, in_place=in_place
         )
     whole = in_place and ssm_BHPN.is_contiguous() and ssm_BHPN.dtype == torch.float32  # else the kernel writes a tensor of its own
     after = ssm_BHPN if whole else torch.empty(ssm_BHPN.shape, dtype=torch.float32, device=ssm_BHPN.device)

@@ -17,7 +17,7 @@ from kernels.ssd.reference import ssd_step
 
 def mamba2_step(
     projected_BE: Tensor, past_BWC: Tensor, weight_CW: Tensor, bias_C: Tensor, dt_bias_H: Tensor, A_log_H: Tensor, D_H: Tensor,
-    ssm_BHPN: Tensor, starts_B: Tensor | None, groups: int, low: float, high: float, in_place: bool = False,
+    ssm_BHPN: Tensor, starts_B: Tensor | None, groups: int, low: float, high: float, *, in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y (B, I), the next past, the next ssm); arguments as of `kernels.mamba2_step.mamba2_step`."""
     (_, H, P, N), C = ssm_BHPN.shape, weight_CW.shape[0]

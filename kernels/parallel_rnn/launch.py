@@ -196,7 +196,7 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def forward(
-    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, slices: int | None = None, borders: bool = False
+    cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, *, slices: int | None = None, borders: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) and kept (B, T, S - 1, D) states in pre's dtype, final (B, S, D) fp32, marks (B, M, S, D) fp32; without `borders`
     and with one slice there are none: (B, 0, S, D))."""
@@ -283,7 +283,7 @@ def last_report(device: torch.device | None = None) -> dict[str, float]:
 
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor,
-    d_kept: Tensor | None, d_final: Tensor, slices: int | None = None,
+    d_kept: Tensor | None, d_final: Tensor, *, slices: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec and h0 (fp32)."""
     whole, pre, rec, h0 = pre, _heads(pre), rec.float().contiguous(), h0.float().contiguous()

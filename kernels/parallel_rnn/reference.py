@@ -292,7 +292,7 @@ def step_gradients(cell: Cell, pre: Tensor, rec: Tensor, before: Tensor, adjoint
 
 
 def parallel(
-    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, slices: int | None = None
+    cell: Cell, pre_BTPD: Tensor, rec_RD: Tensor, h0_BSD: Tensor, starts_BT: Tensor | None, *, slices: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Same values as `sequential`; the backward pass keeps no graph of the loop. slices: None lets the sizes decide."""
     states, final = _Parallel.apply(cell, pre_BTPD, rec_RD, h0_BSD, starts_BT, slices)

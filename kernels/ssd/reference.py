@@ -28,6 +28,7 @@ def ssd_sequential(
     Cm: Tensor,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
+    *,
     D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, one step at a time, in the inputs' dtype."""
@@ -68,7 +69,7 @@ def ssd_loop(
     """`ssd_sequential` in fp32 (fp64), y in x's dtype."""
     dtype = _inner(x.dtype)
     h0, D = (None if t is None else t.to(dtype) for t in (h0, D))
-    y, h = ssd_sequential(x.to(dtype), dt.to(dtype), A.to(dtype), Bm.to(dtype), Cm.to(dtype), h0, starts, D)
+    y, h = ssd_sequential(x.to(dtype), dt.to(dtype), A.to(dtype), Bm.to(dtype), Cm.to(dtype), h0, starts, D=D)
     return y.to(x.dtype), h
 
 

@@ -70,6 +70,8 @@ class State:
 
 
 class Mixer(SequenceMixer):
+    recurrence = "delta_rule"
+
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model

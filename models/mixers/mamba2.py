@@ -69,6 +69,8 @@ class State:
 
 
 class Mixer(SequenceMixer):
+    recurrence = "ssd"
+
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model
@@ -158,7 +160,7 @@ class Mixer(SequenceMixer):
         starts, c = document_starts(segment_ids, state.segment_B), self.config
         y_BI, conv, ssm = mamba2_step(
             projected_B1E[:, 0], state.conv_BWI, self.conv.weight, self.conv.bias, self.dt_bias, self.A_log, self.D, state.ssm_BHPN,
-            None if starts is None else starts[:, 0], c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf, state.in_place,
+            None if starts is None else starts[:, 0], c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf, in_place=state.in_place,
         )  # fmt: skip
         y = self.out_proj(self.norm(y_BI[:, None], gate=projected_B1E[..., : self.inner], dtype=y_BI.dtype))
         return y, State(conv, ssm, last_segment(segment_ids, state.segment_B), state.in_place)

@@ -76,6 +76,8 @@ class State:
 
 
 class Mixer(SequenceMixer):
+    recurrence = "parallel_rnn"
+
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model

@@ -262,7 +262,7 @@ class Bench:
                 copies = 1 if batch == 1 else 2  # the decoder's, and before it one of a row for all
                 if 1.1 * copies * batch * model.state_bytes(context + 1024) > memory(self.device):
                     row = {"skipped": "its cache does not fit in memory", "state_bytes_per_sequence": model.state_bytes(context)}
-                    self.item(keys[context, batch], lambda row=row: row)
+                    self.item(keys[context, batch], row.copy)
                 else:
                     self.item(keys[context, batch], functools.partial(measure, model, one, batch, context, self.compiled, self.copy))
             if family == "mamba2" and context == contexts[0]:

@@ -59,14 +59,14 @@ def accuracy(dtype: torch.dtype) -> dict[str, Any]:
     p = inputs(2, 700, 96, dtype)
     fine = {k: v.double().requires_grad_() for k, v in p.items() if k not in ("starts", "dy")}
     conv = [p["x"], p["history"], p["weight"], p["bias"], p["starts"], True]
-    oracle = conv_reference.short_conv(*(fine[k] for k in ("x", "history", "weight", "bias")), p["starts"], True)
+    oracle = conv_reference.short_conv(fine["x"], fine["history"], fine["weight"], fine["bias"], p["starts"], True)
     gradients = torch.autograd.grad(oracle, [fine[k] for k in ("x", "history", "weight", "bias")], p["dy"].double())
     got = [conv_launch.convolve(*conv), *conv_launch.convolve_backward(p["dy"], *conv)]
     out = {"conv": gaps(got, [oracle.detach(), *gradients], ["y", "dx", "dhistory", "dweight", "dbias"], True)}
     out["conv"]["y_abs_of_the_rounded_oracle"] = float((oracle.to(dtype) - oracle).detach().abs().max())
     for name, gate, first in (("norm then gate", True, True), ("gate then norm", True, False), ("norm", False, False)):
         leaves = [fine["h"], fine["gate"] if gate else None, fine["norm"]]
-        oracle = norm_reference.gated_norm(*leaves, 1e-5, 1, first)
+        oracle = norm_reference.gated_norm(fine["h"], fine["gate"] if gate else None, fine["norm"], 1e-5, 1, first)
         gradients = torch.autograd.grad(oracle, [leaf for leaf in leaves if leaf is not None], p["dy"].double())
         norm_arguments = (p["h"], p["gate"] if gate else None, p["norm"], 1e-5, 1, first)
         got = [norm_launch.norm(*norm_arguments, dtype), *(g for g in norm_launch.norm_backward(p["dy"], *norm_arguments) if g is not None)]

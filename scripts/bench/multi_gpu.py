@@ -18,6 +18,7 @@ as it is measured; called again, the program measures what is not there yet. Aft
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -287,10 +288,12 @@ def tasks(bench: Bench, parts: list[str], folder: Path) -> list[tuple[str, str, 
     for depth in range(3):
         for part in ("zero", "sequence"):
             cases += cases_of[part][depth] if part in parts else []
-    result = [(case["part"], case["id"], ranks, lambda ranks=ranks, case=case: bench.case(ranks, case)) for ranks, case in cases]
+    result: list[tuple[str, str, int, Callable[[], None]]] = [
+        (case["part"], case["id"], ranks, functools.partial(bench.case, ranks, case)) for ranks, case in cases
+    ]
     if "resume" in parts:
         for n in [n for n in (4, 2, 1) if n < bench.gpus][:2]:
-            result.append(("resume", f"on {n}, ZeRO 2 to 1", bench.gpus, lambda n=n: resume(bench, folder, n)))
+            result.append(("resume", f"on {n}, ZeRO 2 to 1", bench.gpus, functools.partial(resume, bench, folder, n)))
     if "kill" in parts:
         result.append(("kill", "a rank killed", bench.gpus, lambda: kill(bench, folder)))
     return result

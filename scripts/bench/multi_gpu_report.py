@@ -39,7 +39,7 @@ def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     elif "same_samples" in short:
         text = f"losses differ by {short['largest_relative_difference']:.1e} from one GPU's, same samples: {short['same_samples']}"
     elif row["part"] == "sequence":
-        seconds, received = row.get("seconds", row.get("step_seconds")), sum(row["received_bytes"].values())
+        seconds, received = row["seconds"] if "seconds" in row else row["step_seconds"], sum(row["received_bytes"].values())
         right = f"correct: {row['correct']}  " if "correct" in row else ""
         faster = f"{row['speedup']:.2f}x one GPU  " if "speedup" in row else ""
         text = f"{right}{1e3 * seconds:,.1f} ms  {faster}{row['memory_gib']:.1f} GiB  {received:,} bytes received"

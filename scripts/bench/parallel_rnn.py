@@ -42,7 +42,8 @@ from scripts.bench.timing import Results, attempted, copy_bandwidth, unmeasured
 
 def parts(copy: float) -> list[tuple[str, Callable[[], Any]]]:
     """(key of the JSON, what makes one of its rows), the most telling first."""
-    pair, out = ("paragru", "paralstm"), []
+    pair = ("paragru", "paralstm")
+    out: list[tuple[str, Callable[[], Any]]] = []
 
     def add(key: str, make: Callable[..., Any], *arguments: Any, **named: Any) -> None:
         out.append((key, functools.partial(make, *arguments, **named)))

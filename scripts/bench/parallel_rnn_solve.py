@@ -34,13 +34,12 @@ def accuracy(name: str) -> dict[str, Any]:
     for dtype, scale, slices in itertools.product((torch.float32, torch.bfloat16), (1.0, 12.0), (None, 11)):
         cell, pre, rec, h0 = inputs(name, 2, 700, 64, dtype)
         rec = rec * (scale * (64 / 2048) ** 0.5)
-        fine = [x.double() for x in (pre, rec, h0)]
+        fine_pre, fine_rec, fine_h0 = (x.double() for x in (pre, rec, h0))
         with torch.no_grad():
-            states, _ = reference.sequential(cell, *fine, None)
+            states, _ = reference.sequential(cell, fine_pre, fine_rec, fine_h0, None)
         d = torch.randn(states[:, :, -1].shape, device="cuda").to(dtype)
-        exact_gradients = reference.linear_backward(
-            cell, *fine, None, states, op.joined(d.double(), torch.zeros_like(states[:, :, :-1])), torch.zeros_like(fine[2])
-        )
+        d_states = op.joined(d.double(), torch.zeros_like(states[:, :, :-1]))
+        exact_gradients = reference.linear_backward(cell, fine_pre, fine_rec, fine_h0, None, states, d_states, torch.zeros_like(fine_h0))
         launch.last_report()
         emitted, saved, final, _ = launch.forward(cell, pre, rec, h0, None, slices=slices)
         tag, exact = f"{str(dtype)[6:]} weights x{scale:g}{', sliced' if slices else ', at once'}", states[:, :, -1]
@@ -145,7 +144,7 @@ def sweep(copy: float, keep: Callable[[dict[str, Any]], None]) -> None:
     to `keep` as soon as it is there."""
     from kernels.parallel_rnn import backward_source, codegen, forward_source
 
-    tried: list[tuple[str, Any, int]] = [("defaults", None, 0)]
+    tried: list[tuple[str, tuple[Any, str] | None, int]] = [("defaults", None, 0)]
     for place, key, values in (
         (launch, "PROGRAMS", (8, 16)), (launch, "PROGRAMS_BACK", (8, 16)), (launch, "BLOCK", (32,)), (launch, "STRETCH", (64, 256)),
         (launch, "CORRECTIONS", (2, 4)), (codegen, "AHEAD", (4, 16)), (codegen, "AHEAD_BACK", (2, 8)), (forward_source, "STAGES", (3, 6)),
@@ -153,13 +152,13 @@ def sweep(copy: float, keep: Callable[[dict[str, Any]], None]) -> None:
     ):  # fmt: skip
         tried += [(key if place is not backward_source else "STAGES of the backward kernels", (place, key), value) for value in values]
     for label, where, value in tried:
-        usual = getattr(*where) if where else 0
+        usual = getattr(where[0], where[1]) if where else 0
         if where:
-            setattr(*where, value)
+            setattr(where[0], where[1], value)
         launch.kernels.cache_clear()
         for cell, shape, memory in itertools.product(("paragru", "paralstm"), (*SHAPES[::2], SHAPES[3]), (0.0, -5.0)):
             if memory == 0.0 or shape[1] == 32768:
                 keep({"changed": f"{label}={value}" if where else label, **kernel_row(cell, *shape, copy, memory)})
         if where:
-            setattr(*where, usual)
+            setattr(where[0], where[1], usual)
     launch.kernels.cache_clear()

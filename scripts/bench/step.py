@@ -132,19 +132,19 @@ def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
     """transformers' Llama of the Transformer's shape, compiled."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    own = settings_of(name)
+    shape = settings_of(name)
     config = LlamaConfig(
-        vocab_size=own.vocab_size, hidden_size=own.d_model, intermediate_size=own.mlp_width, num_hidden_layers=own.n_layers,
-        num_attention_heads=own.mixers["attention"]["n_heads"], num_key_value_heads=own.mixers["attention"]["n_heads"],
+        vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.mlp_width, num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.mixers["attention"]["n_heads"], num_key_value_heads=shape.mixers["attention"]["n_heads"],
         tie_word_embeddings=False, use_cache=False, max_position_embeddings=T,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     compiled = torch.compile(model)
-    ids, _ = batch(rows, own.vocab_size, False, device)
+    ids, _ = batch(rows, shape.vocab_size, False, device)
     from models.lm import LanguageModel
 
     with torch.device("meta"):
-        flops = 3.0 * LanguageModel(own).flops_per_token(T)
+        flops = 3.0 * LanguageModel(shape).flops_per_token(T)
 
     def gradients() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -161,7 +161,9 @@ def parts_of(step: Any) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events() if e.device_type.name == "CUDA")
-    total, busy, end, parts = {}, 0.0, 0.0, {}
+    total: dict[str, tuple[float, int]] = {}
+    parts: dict[str, float] = {}
+    busy, end = 0.0, 0.0
     for first, last, name in spans:
         busy, end = busy + max(0.0, last - max(first, end)), max(end, last)
         total[name] = (total.get(name, (0.0, 0))[0] + (last - first) / 1e3, total.get(name, (0.0, 0))[1] + 1)

@@ -4,8 +4,9 @@
 
 Tests are found by imports: a test file is as far from a changed module as the shortest chain of imports between them, lazy ones and modules that
 are named in strings (`"-m", "data.prepare"`, `"train.py"`) included. A package that finds its members by name (mixers, cells, tasks) imports all
-of them, and a config belongs to the package of its group. Nearest files come first, until they would take more than `seconds` of one core
-by tests/durations.json; what was left out is named on stderr, and the whole suite remains what decides.
+of them, and a config belongs to the package of its group. A chain through everything that builds a model says little: tests that nowhere name
+what was changed (mamba2, rotary) count as FARTHER. Nearest files come first, until they would take more than `seconds` of one core by
+tests/durations.json; what was left out is named on stderr, and the whole suite remains what decides.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections import deque
@@ -25,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("data", "evals", "kernels", "models", "scripts", "tests", "training")
 BY_NAME = ("models.mixers", "models.cells", "data.synthetic")  # packages that import a member which a config names
 CONFIGS = {"configs/mixer": "models.mixers", "configs/": "training.config.cli"}
+FARTHER = 3  # imports, of a test that does not name what was changed
 USUAL = 1.0  # seconds of a test file that durations.json does not know
 
 
@@ -104,15 +107,31 @@ def changed_modules(files: list[str], known: dict[str, Path]) -> set[str]:
     return changed & known.keys()
 
 
+def word_for(module: str) -> str:
+    """By which word a test names a module: its own, and an op's, whose files are called as those of every op, by its folder."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "kernels" and len(parts) > 1 else parts[-1]
+
+
+def names(file: Path, changed: set[str]) -> bool:
+    """Whether a test's file name or text has a word for one of the changed modules, or goes over all members of a package that has one."""
+    words = "|".join(sorted(re.escape(word_for(module)) for module in changed))
+    text = f"{file.stem} {file.read_text()}"
+    by_name = any(module.startswith(f"{package}.") for module in changed for package in BY_NAME)
+    return bool(re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9])", text)) or (by_name and bool(re.search(r"\bmixers\.available\(", text)))
+
+
 def chosen(files: list[str], seconds: float) -> tuple[list[str], list[str]]:
     """(test files to run, nearest first; test files that the change reaches too but for which there is no time)."""
     known = modules()
-    away = distances(changed_modules(files, known), graph())
+    changed = changed_modules(files, known)
+    away = distances(changed, graph())
     tests = {name: known[name] for name in away if known[name].name.startswith("test_")}
+    rank = {name: away[name] + (0 if away[name] < 2 or names(file, changed) else FARTHER) for name, file in tests.items()}
     recorded = json.loads((ROOT / "tests/durations.json").read_text())
     cost = {name: recorded.get(str(file.relative_to(ROOT)), USUAL) for name, file in tests.items()}
     taken, left = [], []
-    for name in sorted(tests, key=lambda n: (away[n], cost[n])):
+    for name in sorted(tests, key=lambda n: (rank[n], cost[n])):
         path = str(tests[name].relative_to(ROOT))
         if away[name] == 0 or cost[name] <= seconds:
             seconds -= cost[name]

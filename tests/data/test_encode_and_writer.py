@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 
 from data.encode import KNOWN_PATTERNS, Encoder, can_cut, pieces
-from data.loader import build_reader
+from data.loader import StreamReader
 from data.prepare import main
 from data.shards import ShardSet
 from data.sources import DEMO, Source
@@ -221,7 +221,7 @@ def test_rows_and_segments_against_brute_force(tmp_path: Path) -> None:
     for start, n in ((-1, 4), (len(whole) - 3, 4)):
         with pytest.raises(ValueError, match="outside"):
             shards.rows(np.array([start]), n)
-    reader = build_reader([(shards, 1.0)], "stream", 16, 0, 3)
+    reader = StreamReader([(shards, 1.0)], 16, 3)
     for row in range(3):  # one document never goes on in another, also where the next epoch begins
         seen: list[int] = []
         truth: list[tuple[int, int]] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data.loader import BatchLoader, WindowReader, build_reader
+from data.loader import BatchLoader, StreamReader, WindowReader, build_reader
 from data.order import Blend, Mixture, Permutation
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint
@@ -69,8 +70,8 @@ def test_weights_that_change_skip_and_repeat_no_sample_of_any_source() -> None:
     blend = Blend([(0, [0.5, 0.5, 0.0]), (33, [0.1, 0.6, 0.3]), (1234, [1.0, 0.0, 2.0])], seed=3)
     source, index = blend.locate(np.arange(4000))
     for i in range(3):
-        own = index[source == i]
-        assert own.tolist() == list(range(len(own)))
+        index_of_source = index[source == i]
+        assert index_of_source.tolist() == list(range(len(index_of_source)))
     assert (source[:33] < 2).all() and (source[1234:] != 1).all()
     assert abs((source[33:1233] == 1).mean() - 0.6) < 0.03
     again = [blend.locate(np.array([k])) for k in (3999, 0, 1234, 33)]
@@ -90,7 +91,8 @@ def test_another_batch_goes_on_with_the_next_sample(tmp_path: Path) -> None:
 
 def test_every_token_of_an_epoch_is_a_target_exactly_once(tmp_path: Path) -> None:
     shards = make(tmp_path / "s", [37, 80, 5, 61, 140, 33])
-    reader, T = build_reader([(shards, 1.0)], "windows", 16, 0, 4), 16
+    T = 16
+    reader = WindowReader([(shards, 1.0)], T, 0)
     stream = shards.read(0, shards.n_tokens)
     for epoch in range(2):
         starts = sorted(reader.window(k)[1] for k in range(epoch * sum(reader.windows), (epoch + 1) * sum(reader.windows)))
@@ -117,7 +119,7 @@ def collect(
     """(step, sample ids, flattened inputs) of the whole global batch."""
     per_rank = []
     for rank in range(world):
-        placed = {"replica": rank, "replicas": world, "start_step": start, "prefetch": prefetch}
+        placed: dict[str, Any] = {"replica": rank, "replicas": world, "start_step": start, "prefetch": prefetch}
         with BatchLoader(build_reader([(shards, 1.0)], reader, 8, 5, 8), global_batch=8, micro_batch=micro, **placed) as loader:
             batches = iter(loader)
             per_rank.append([next(batches) for _ in range(steps)])
@@ -140,7 +142,7 @@ def test_order_is_independent_of_ranks_micro_batches_prefetch_and_restarts(tmp_p
 
 def test_stream_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
     shards = make(tmp_path / "s", [300, 211, 97, 405])
-    reader = build_reader([(shards, 1.0)], "stream", 8, 0, 4)
+    reader = StreamReader([(shards, 1.0)], 8, 4)
     for row in range(4):
         for step in range(reader.steps - 1):
             a, b = reader.sample(step * 4 + row), reader.sample((step + 1) * 4 + row)
@@ -150,7 +152,7 @@ def test_stream_rows_go_on_where_they_stopped(tmp_path: Path) -> None:
 def test_an_error_in_the_thread_reaches_the_consumer_and_closing_never_hangs(tmp_path: Path) -> None:
     shards = make(tmp_path / "s", [300, 211])
     reader = build_reader([(shards, 1.0)], "windows", 8, 0, 4)
-    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
+    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     with BatchLoader(reader, global_batch=4, micro_batch=4) as loader, pytest.raises(ZeroDivisionError):
         next(iter(loader))
 
@@ -213,7 +215,7 @@ def test_impossible_weights_are_a_sentence(weights: list[float]) -> None:
 
 def test_a_mixture_of_folders_has_each_ones_epochs_whole(tmp_path: Path) -> None:
     a, b = make(tmp_path / "a", [300, 200], seed=1), make(tmp_path / "b", [90, 60, 50], seed=2)
-    reader = build_reader([(a, 0.6), (b, 0.4)], "windows", 8, 3, 8)
+    reader = WindowReader([(a, 0.6), (b, 0.4)], 8, 3)
     where = [reader.window(k) for k in range(1000)]
     assert sum(s == 0 for s, _ in where) == 600
     for source, shards in ((0, a), (1, b)):
@@ -249,7 +251,7 @@ def test_a_loader_ends_when_closed_and_tells_its_error_again(tmp_path: Path) -> 
     next(loader)
     loader.close()
     assert list(loader) == [] and not loader._thread.is_alive()
-    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment]
+    reader.samples = lambda k: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     with BatchLoader(reader, global_batch=4, micro_batch=4) as loader:
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):

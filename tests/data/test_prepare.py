@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_all_formats_give_the_same_tokens(tmp_path: Path) -> None:
     with lzma.open(tmp_path / "b.jsonl.xz", "wt") as file:
         file.write((tmp_path / "a.jsonl").read_text())
     pq.write_table(pa.table({"text": TEXTS[:5]}), tmp_path / "c.parquet")
-    results = []
+    results: list[dict[str, Any]] = []
     for name in ("txt", "a.jsonl", "b.jsonl.xz", "c.parquet", f"hf:{tmp_path / 'hub'}"):
         if name.startswith("hf:"):
             (tmp_path / "hub").mkdir()

@@ -98,7 +98,7 @@ def test_values_of_a_json_file_are_found_wherever_it_is_cut(tmp_path: Path, monk
     for block in (1, 2, 7, 1000):
         monkeypatch.setattr(records, "BLOCK", block)
         for _ in range(40):
-            values, bad = [value() for _ in range(rng.randrange(5))], []
+            values, bad = [value() for _ in range(rng.randrange(5))], list[str]()
             lines = [] if values and isinstance(values[0], list) else ["\n".join(json.dumps(v) for v in values)]  # else it is an array file
             for text in (json.dumps(values), json.dumps(values, indent=1), *lines):
                 (tmp_path / "a.json").write_text(text)
@@ -137,9 +137,9 @@ def test_a_folder_says_what_is_left_out_and_why(tmp_path: Path, capsys: pytest.C
     ):
         (root / path).write_text("no")
     os.mkfifo(root / "pipe.txt")
-    found = list_files(str(root))
-    assert [str(p.relative_to(root)) for p in found.files] == ["a.txt", "linked/deep/b.md", "sub/a.TXT"]
-    reasons = {reason: [Path(p).name for p in paths] for reason, paths in found.left_out.items()}
+    listing = list_files(str(root))
+    assert [str(p.relative_to(root)) for p in listing.files] == ["a.txt", "linked/deep/b.md", "sub/a.TXT"]
+    reasons = {reason: [Path(p).name for p in paths] for reason, paths in listing.left_out.items()}
     assert sorted(reasons.pop("hidden")) == sorted([".hidden.txt", "._a.parquet", ".ipynb_checkpoints", "__MACOSX"])
     assert sorted(reasons.pop("link to a folder that is read already")) == ["back", "loop"]
     assert reasons == {

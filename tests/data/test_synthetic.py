@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from data.synthetic.source import SyntheticReader, SyntheticSet
 from data.synthetic.task import IGNORE, Draws, _mix
 from data.synthetic.tracking import group_table
 
-MAPPINGS = [
+MAPPINGS: list[dict[str, Any]] = [
     {"name": "parity"},
     {"name": "parity", "answers": "last"},
     {"name": "cycle_navigation", "modulus": 5},
@@ -88,10 +89,10 @@ def word_problem(x: list[int], m: dict) -> list[int]:
 
 def mqar(x: list[int], m: dict) -> list[int]:
     pairs, half = m["pairs"], m["symbols"] // 2
-    held = {x[2 * i]: x[2 * i + 1] for i in range(pairs)}
-    assert len(held) == pairs and all(k < half <= v for k, v in held.items())
-    assert sorted(t for t in x[2 * pairs :] if t < half) == sorted(held)  # each key asked for once, and no other key anywhere
-    return [IGNORE] * (2 * pairs) + [held[token] if token < half else IGNORE for token in x[2 * pairs :]]
+    value_of = {x[2 * i]: x[2 * i + 1] for i in range(pairs)}
+    assert len(value_of) == pairs and all(k < half <= v for k, v in value_of.items())
+    assert sorted(t for t in x[2 * pairs :] if t < half) == sorted(value_of)  # each key asked for once, and no other key anywhere
+    return [IGNORE] * (2 * pairs) + [value_of[token] if token < half else IGNORE for token in x[2 * pairs :]]
 
 
 def khop(x: list[int], m: dict) -> list[int]:
@@ -114,11 +115,11 @@ def keep_nth(x: list[int], m: dict) -> list[int]:
 
 
 def copying(x: list[int], m: dict) -> list[int]:
-    held = [token for token in x if token < m["symbols"]]
-    assert len(held) == m["tokens"] and x[-m["tokens"] :] == [m["symbols"] + 1] * m["tokens"]
+    symbols = [token for token in x if token < m["symbols"]]
+    assert len(symbols) == m["tokens"] and x[-m["tokens"] :] == [m["symbols"] + 1] * m["tokens"]
     if not m["selective"]:
-        assert x[: m["tokens"]] == held
-    return [IGNORE] * (len(x) - m["tokens"]) + held
+        assert x[: m["tokens"]] == symbols
+    return [IGNORE] * (len(x) - m["tokens"]) + symbols
 
 
 @pytest.mark.parametrize("mapping", MAPPINGS, ids=key)
@@ -225,7 +226,8 @@ def test_reader_is_a_function_of_the_number(T: int, curriculum: int) -> None:
 
 def test_ranks_and_micro_batches_see_one_order() -> None:
     reader = SyntheticReader(build_task({"name": "mqar", "pairs": 2, "symbols": 8}), 17, 1, curriculum=20)
-    everything, second_half = {"micro_batch": 12}, {"micro_batch": 3, "replica": 1, "replicas": 2}
+    everything: dict[str, Any] = {"micro_batch": 12}
+    second_half: dict[str, Any] = {"micro_batch": 3, "replica": 1, "replicas": 2}
     with (
         BatchLoader(reader, global_batch=12, start_step=3, **everything) as whole,
         BatchLoader(reader, global_batch=12, start_step=3, **second_half) as part,

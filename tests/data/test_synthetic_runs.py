@@ -180,8 +180,8 @@ def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path:
     cells, deadline = [("parity", "dense_gru", 0), ("parity", "dense_gru", 1)], script.time.time() + 300
     taken = script.multiprocessing.get_context("spawn").Value("i", 1)
     script.work(values, cells, taken, deadline, "cpu")
-    found = script.collect(values)
-    assert [c["seed"] for c in found] == [1] and found[0]["ended"] == "solved" and found[0]["accuracy"] > 0.99
+    table = script.collect(values)
+    assert [c["seed"] for c in table] == [1] and table[0]["ended"] == "solved" and table[0]["accuracy"] > 0.99
     assert script.read_cell(tmp_path, "parity", "dense_gru", 1, script.settings_of("parity", "dense_gru", values)) is not None
     assert script.read_cell(tmp_path, "parity", "dense_gru", 1, script.settings_of("parity", "dense_gru", values | {"batch": 32})) is None
     script.report(values, "cpu", 1.0)

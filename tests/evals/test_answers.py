@@ -51,7 +51,7 @@ class Reader(Adapter):
         self.coder = coder
 
     def hits(self, prompt_BT: torch.Tensor, answer_BA: torch.Tensor, chunk: int) -> torch.Tensor:
-        found = []
+        answered = []
         for prompt, answer in zip(prompt_BT.tolist(), answer_BA.tolist()):
             text = self.need_coder().decode(prompt)
             asked = re.search(r"(?:passkey|special magic number for ([a-z-]+)) is$", text)
@@ -61,8 +61,8 @@ class Reader(Adapter):
             assert key is not None
             whole = self.need_coder().encode(text + " " + key[1])
             tail = next(whole[i + 8 :] for i in range(len(whole) - 8, 0, -1) if whole[i : i + 8] == prompt[-8:])
-            found.append(tail == [i for i in answer if i != -100])
-        return torch.tensor(found)
+            answered.append(tail == [i for i in answer if i != -100])
+        return torch.tensor(answered)
 
 
 @pytest.mark.parametrize("name", ["passkey", "niah_single", "niah_multikey"])

@@ -27,14 +27,14 @@ def test_scores_equal_a_plain_loop(adapters: dict[str, Adapter], name: str) -> N
     ]
     for i in range(0, 30, 3):  # some that greedy decoding does write
         pairs[i] = (pairs[i][0], adapter.greedy(torch.tensor([pairs[i][0]]), len(pairs[i][1]), 4)[0].tolist())
-    found = score_pairs(adapter, pairs, 4, 3)
-    for (context, continuation), (nats, exact) in zip(pairs, found):
+    computed = score_pairs(adapter, pairs, 4, 3)
+    for (context, continuation), (nats, exact) in zip(pairs, computed):
         ids = torch.tensor([context + continuation])
         with torch.no_grad():
             logits = adapter.model(ids).logits[0, len(context) - 1 : -1].double()
         assert nats == pytest.approx(float(logits.log_softmax(-1).gather(1, ids[0, len(context) :, None]).sum()), rel=1e-4)
         assert exact == (logits.argmax(-1).tolist() == continuation)
-    assert sum(exact for _, exact in found) >= 10
+    assert sum(exact for _, exact in computed) >= 10
     with pytest.raises(ItemError, match="empty context"):
         score_pairs(adapter, [([], [1])], 4, 1)
 
@@ -66,11 +66,11 @@ def test_a_task_over_a_local_file(adapters: dict[str, Adapter], tmp_path: Path) 
     }
     (tmp_path / "task.yaml").write_text(json.dumps(task))
     adapter = adapters["own"]
-    found = run_task(adapter, str(tmp_path / "task.yaml"), chunk=16, batch=2, limit=4, seed=0)
+    result = run_task(adapter, str(tmp_path / "task.yaml"), chunk=16, batch=2, limit=4, seed=0)
     coder = adapter.need_coder()
     pairs = [(coder.encode(r["q"]), coder.encode(f" {r['a']}")) for r in rows[:4]]  # no template, so no begin token
     nats = [n for n, _ in score_pairs(adapter, pairs, 16, 2)]
-    assert found["figures"]["perplexity,none"] == pytest.approx(float(np.exp(-np.mean(nats))), rel=1e-4) and found["samples"] == 4
+    assert result["figures"]["perplexity,none"] == pytest.approx(float(np.exp(-np.mean(nats))), rel=1e-4) and result["samples"] == 4
     with pytest.raises(ItemError, match="cannot be read"):
         run_task(adapter, str(tmp_path / "none.yaml"), chunk=16, batch=2, limit=4, seed=0)
     with pytest.raises(ItemError, match="lambada_openai"):
@@ -155,8 +155,8 @@ def test_our_models_score_as_their_export_does_in_the_harness(template: bool, tm
     coder = coder_of(Tokenizer.from_file(str(tmp_path / "tokenizer.json")), tmp_path)
     ours = make_lm(OwnAdapter(load_model(tmp_path)[0], coder, "x", str(tmp_path)), 16, 3)
     theirs = HFLM(pretrained=str(tmp_path), device="cpu", batch_size=3)
-    for found, expected in zip(ours.loglikelihood(requests(*PAIRS)), theirs.loglikelihood(requests(*PAIRS))):
-        assert found[0] == pytest.approx(expected[0], rel=1e-4) and found[1] == expected[1]
+    for computed, expected in zip(ours.loglikelihood(requests(*PAIRS)), theirs.loglikelihood(requests(*PAIRS))):
+        assert computed[0] == pytest.approx(expected[0], rel=1e-4) and computed[1] == expected[1]
     assert ours.loglikelihood_rolling(requests(*TEXTS)) == pytest.approx(theirs.loglikelihood_rolling(requests(*TEXTS)), rel=1e-4)
     greedy = [("Write this", {"until": ["e", "!"], "max_gen_toks": 30}), ("and this", {"max_gen_toks": 30})]
     assert ours.generate_until(requests(*greedy)) == theirs.generate_until(requests(*greedy))

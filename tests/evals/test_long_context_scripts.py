@@ -38,7 +38,7 @@ def test_arms_are_those_of_the_sheet() -> None:
 def test_a_slow_arm_begins_with_memories_far_beyond_T(demo_shards: Path, tmp_path: Path) -> None:
     name = "mamba2-n16-t32-slow"
     arm = study.Arm(name, settings(demo_shards, tmp_path), torch.device("cpu"))
-    A = arm.model.blocks[0].mixer.A_log.detach().exp()  # type: ignore[union-attr, operator]
+    A = arm.model.blocks[0].mixer.A_log.detach().exp()
     assert A.min().item() == pytest.approx(0.001) and A.max().item() == pytest.approx(0.016)
 
 
@@ -75,9 +75,9 @@ def test_the_table_and_the_plot_come_from_the_files(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_both_are_sentences(tmp_path: Path, demo_shards: Path) -> None:
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as raised:
         settings(tmp_path, tmp_path, device="tpu", only="lstm")
-    assert [word in " ".join(found.value.problems) for word in ("device=tpu", "no token shards", "No arm has 'lstm'")] == [True] * 3
+    assert [word in " ".join(raised.value.problems) for word in ("device=tpu", "no token shards", "No arm has 'lstm'")] == [True] * 3
     with pytest.raises(UserError, match="gpu or cpu"):
         settings(demo_shards, tmp_path, size="huge")
     with pytest.raises(UserError, match="There is no model 'lstm'"):

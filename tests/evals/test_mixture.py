@@ -43,10 +43,10 @@ def test_a_mixture_is_evaluated_by_source_in_training_and_after(train: Train, tm
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{none} has no held-out documents, so it is not evaluated" in done.stdout
     assert done.stdout.count("weighed as in training; by source: a ") == 2
-    found = json.loads((tmp_path / "run" / "eval.json").read_text())["perplexity"]
-    assert found["sources"].keys() == {"a", "b"} and found["sources"]["a"]["share"] == 0.75
-    nats = [found["sources"][name]["nats_per_token"] for name in "ab"]
-    assert found["nats_per_token"] == pytest.approx(0.75 * nats[0] + 0.25 * nats[1])
+    scores = json.loads((tmp_path / "run" / "eval.json").read_text())["perplexity"]
+    assert scores["sources"].keys() == {"a", "b"} and scores["sources"]["a"]["share"] == 0.75
+    nats = [scores["sources"][name]["nats_per_token"] for name in "ab"]
+    assert scores["nats_per_token"] == pytest.approx(0.75 * nats[0] + 0.25 * nats[1])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("bits_per_byte/a" in row for row in rows) and any("held_out_loss/b" in row for row in rows)
 

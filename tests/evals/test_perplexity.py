@@ -144,15 +144,15 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[
         starts
     ].tolist()
-    found, total, tokens = document_perplexity(adapter, chosen, chunk=8, batch=2), 0.0, 0
+    result, total, tokens = document_perplexity(adapter, chosen, chunk=8, batch=2), 0.0, 0
     for ids, _ in chosen:
         with torch.no_grad():
             logits = adapter.model(torch.from_numpy(ids[None, :-1])).logits[0].double()
         total -= float(logits.log_softmax(-1).gather(1, torch.from_numpy(ids[1:, None])).sum())
         tokens += len(ids) - 1
-    assert found["tokens"] == tokens and found["nats_per_token"] == pytest.approx(total / tokens, rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(size for _, size in chosen), rel=1e-5)
-    assert found["perplexity_low"] < found["perplexity"] < found["perplexity_high"] and "over documents" in found["interval"]
+    assert result["tokens"] == tokens and result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(size for _, size in chosen), rel=1e-5)
+    assert result["perplexity_low"] < result["perplexity"] < result["perplexity_high"] and "over documents" in result["interval"]
     pieces = Text(text.ids, "test").documents(5, 30, decode)  # one document: pieces of it
     assert [len(ids) for ids, _ in pieces] == [31] * 4 + [sum(sizes) - 9 * 30] and pieces[1][0][0] == text.ids[60]
     assert document_perplexity(adapter, pieces[:1])["perplexity_low"] is None

@@ -38,7 +38,7 @@ def random_scan(T: int = 23, seed: int = 0) -> tuple[torch.Tensor, ...]:
     return r["x"], r["dt"].exp() * 0.1, -r["A"].exp(), r["B"], r["C"], r["h"]
 
 
-def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, h: Any, m: float = 1.0, b: float = 1.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def loop(x: Any, dt: Any, A: Any, B: Any, C: Any, h: Any, *, m: float = 1.0, b: float = 1.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """h_t = m alpha_t h + b dt x B^T, one step at a time; outputs and all states."""
     out, states = [], []
     for t in range(x.shape[1]):
@@ -112,8 +112,8 @@ def test_longmamba_skips_as_much_as_it_says() -> None:
     dt = torch.rand(1000, 3, dtype=torch.float64)
     g = skip_limit(dt, 0.25)
     for head in range(3):
-        kept = dt[:, head][dt[:, head] >= g[head]].sum() / dt[:, head].sum()
-        assert 0.25 <= kept < 0.256
+        share = dt[:, head][dt[:, head] >= g[head]].sum() / dt[:, head].sum()
+        assert 0.25 <= share < 0.256
     assert skip_limit(dt, 1.0).tolist() == [0, 0, 0]
     adapter, rows, seen = own_adapter("m", n_layers=2), ids(2, 65), []
 
@@ -121,7 +121,7 @@ def test_longmamba_skips_as_much_as_it_says() -> None:
         seen.append(1)
 
     with torch.no_grad():
-        for block in adapter.model.blocks:  # type: ignore[union-attr]
+        for block in adapter.model.blocks:
             block.mixer.A_log.fill_(-3.0)
     plain = position_curve(adapter, rows, chunk=16)["nats_per_token"]
     with longmamba(adapter, setting(16, 16)):
@@ -145,8 +145,8 @@ def test_clamp_and_restart_bound_the_state() -> None:
                 assert float(heads.max()) <= limit * (1 + 1e-5)
     free = adapter.advance(rows, adapter.start(2))
     with clamp(adapter, setting(), p=1e9):
-        for a, b in zip(adapter.layer_states(adapter.advance(rows, adapter.start(2))), adapter.layer_states(free)):
-            assert torch.equal(a.entries, b.entries)
+        for loose, plain in zip(adapter.layer_states(adapter.advance(rows, adapter.start(2))), adapter.layer_states(free)):
+            assert torch.equal(loose.entries, plain.entries)
     with clamp(adapter, setting(), q=1.0):  # limits from calibration text
         adapter.advance(rows, adapter.start(2))
     with restart(adapter, setting(16)):
@@ -174,7 +174,7 @@ def brute_lambda(q: Any, k: Any, v: Any, first: int, local: int) -> torch.Tensor
 def test_lambda_mask_against_brute_force_and_in_chunks() -> None:
     adapter = own_adapter("a", n_layers=1)
     adapter.model.double()
-    mixer: Any = adapter.model.blocks[0].mixer  # type: ignore[index, union-attr]
+    mixer: Any = adapter.model.blocks[0].mixer
     x = torch.randn(2, 41, 32, dtype=torch.float64)
     split = lambda p: p(x).view(2, 41, 2, 16).transpose(1, 2)  # noqa: E731
     expected = brute_lambda(split(mixer.q_proj), split(mixer.k_proj), split(mixer.v_proj), 3, 7)
@@ -215,16 +215,16 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
     adapter = own_adapter("ml", n_layers=2)
     model: Any = adapter.model
     x = torch.from_numpy(ids(2, 30))
-    with measure_retention(adapter) as found:
+    with measure_retention(adapter) as measured:
         state = adapter.start(2)
         for a, b in ((0, 11), (11, 30)):
             state = adapter.advance(x[:, a:b], state)
-    assert found.tokens == {(0, "ssm"): 30, (1, "c"): 30, (1, "h"): 30}
+    assert measured.tokens == {(0, "ssm"): 30, (1, "c"): 30, (1, "h"): 30}
     mixer = model.blocks[0].mixer
     with torch.no_grad():
         raw = mixer.in_proj(model.blocks[0].mixer_norm(model.embedding(x)))[..., -mixer.H :]
         expected = (F.softplus(raw + mixer.dt_bias) * -mixer.A_log.exp()).sum(1).double()
-    torch.testing.assert_close(found.totals[(0, "ssm")], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(measured.totals[(0, "ssm")], expected, atol=1e-4, rtol=1e-4)
     # The cell: by finite differences of its step, along the states it went through.
     layer = model.blocks[1].mixer
     taken: dict[str, Any] = {}
@@ -236,7 +236,7 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
         taken.update(pre=pre.flatten(3).double() + bias_PD.double(), rec=rec.double())
         return original(cell, pre, rec, h0, starts, bias_PD=bias_PD, **options)
 
-    rnn.parallel_rnn = note
+    rnn.parallel_rnn = note  # type: ignore[assignment]
     try:
         with torch.no_grad():
             model(x)
@@ -254,7 +254,7 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
             total[:, s] += ((step(h + e) - step(h - e))[:, s] / 2e-6).abs().clamp(min=1e-30).log()
         h = step(h)
     for s, name in enumerate(layer.cell.state):
-        torch.testing.assert_close(found.totals[(1, name)], total[:, s], atol=2e-2, rtol=2e-3)
+        torch.testing.assert_close(measured.totals[(1, name)], total[:, s], atol=2e-2, rtol=2e-3)
     with measure_retention(adapters["mamba2"]) as foreign:
         adapters["mamba2"].advance(x, adapters["mamba2"].start(2))
     assert set(foreign.totals) == {(0, "ssm"), (1, "ssm")} and all(bool((v < 0).all()) for v in foreign.totals.values())
@@ -262,12 +262,12 @@ def test_retention_of_scans_and_cells(adapters: dict[str, Adapter]) -> None:
 
 def test_head_statistics() -> None:
     x = torch.randn(3, 2, 200, dtype=torch.float64)
-    found = head_statistics(LayerState(0, "h", x, (200,)))
-    np.testing.assert_allclose(found["variance"], x.numpy().var(-1, ddof=1).mean(0))
-    np.testing.assert_allclose(found["largest"], np.abs(x.numpy()).max(-1).mean(0))
+    statistics = head_statistics(LayerState(0, "h", x, (200,)))
+    np.testing.assert_allclose(statistics["variance"], x.numpy().var(-1, ddof=1).mean(0))
+    np.testing.assert_allclose(statistics["largest"], np.abs(x.numpy()).max(-1).mean(0))
     energy = np.sort(x.numpy() ** 2, -1)
-    np.testing.assert_allclose(found["top"], (energy[..., -2:].sum(-1) / energy.sum(-1)).mean(0))
-    assert "effective_rank" not in found
+    np.testing.assert_allclose(statistics["top"], (energy[..., -2:].sum(-1) / energy.sum(-1)).mean(0))
+    assert "effective_rank" not in statistics
     matrices = torch.stack([torch.eye(6), torch.outer(torch.arange(1.0, 7), torch.ones(6)), torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0]))])
     ranks = head_statistics(LayerState(0, "ssm", matrices.flatten(1)[None], (6, 6)))["effective_rank"]
     np.testing.assert_allclose(ranks, [6, 1, 3], rtol=1e-4)
@@ -276,14 +276,14 @@ def test_head_statistics() -> None:
 def test_state_curve_is_what_the_states_are(adapters: dict[str, Adapter]) -> None:
     rows = ids(2, 300)
     for adapter in (adapters["own"], adapters["mamba2"]):
-        found = state_curve(adapter, rows, 100, chunk=31)
-        assert [s["position"] for s in found["snapshots"]] == [64, 100, 128, 256, 300]
-        for snapshot in found["snapshots"]:
+        curve = state_curve(adapter, rows, 100, chunk=31)
+        assert [s["position"] for s in curve["snapshots"]] == [64, 100, 128, 256, 300]
+        for snapshot in curve["snapshots"]:
             whole = adapter.layer_states(adapter.advance(torch.from_numpy(rows[:, : snapshot["position"]]), adapter.start(2)))
             for a, b in zip(snapshot["states"], whole):
                 np.testing.assert_allclose(a["variance"], head_statistics(b)["variance"], rtol=2e-3)
-        assert len(found["growth"]) == sum(len(s["variance"]) for s in found["snapshots"][0]["states"])
-        row = found["retention"][0]
+        assert len(curve["growth"]) == sum(len(s["variance"]) for s in curve["snapshots"][0]["states"])
+        row = curve["retention"][0]
         assert row["tokens"] == 300 and row["tokens_T"] == 100 and 0 <= row["kept_half_T"] <= 1
     with pytest.raises(ItemError, match="no recurrent state"):
         state_curve(adapters["llama"], rows, 100)
@@ -291,10 +291,10 @@ def test_state_curve_is_what_the_states_are(adapters: dict[str, Adapter]) -> Non
 
 def test_effective_remembrance_of_a_model_that_sees_four_tokens() -> None:
     adapter: OwnAdapter = own_adapter("a", n_layers=1)
-    mixer: Any = adapter.model.blocks[0].mixer  # type: ignore[index, union-attr]
+    mixer: Any = adapter.model.blocks[0].mixer
     mixer.config.window = 4
-    found = effective_remembrance(adapter, ids(6, 40), [0, 20, 36, 38], chunk=9)
-    distances = [c["distance"] for c in found["curve"]]
+    remembrance = effective_remembrance(adapter, ids(6, 40), [0, 20, 36, 38], chunk=9)
+    distances = [c["distance"] for c in remembrance["curve"]]
     assert (
         distances[0] == 0
         and distances[1] == pytest.approx(0, abs=1e-5)
@@ -312,8 +312,8 @@ def test_mistakes_in_cures_are_sentences(text: str, part: str) -> None:
 
 
 def test_cures_are_parsed_and_offered(adapters: dict[str, Adapter]) -> None:
-    found = cures.parse("retention:m=0.99:b=0.5, restart")
-    assert [c.label for c in found] == ["retention-m0.99-b0.5", "restart"] and found[0].options == {"m": 0.99, "b": 0.5}
+    parsed = cures.parse("retention:m=0.99:b=0.5, restart")
+    assert [c.label for c in parsed] == ["retention-m0.99-b0.5", "restart"] and parsed[0].options == {"m": 0.99, "b": 0.5}
     assert {c.name for c in cures.suitable(adapters["own"])} == set(cures.CURES)
     assert {c.name for c in cures.suitable(adapters["mamba2"])} == set(cures.CURES) - {"lambda"}
     assert cures.suitable(adapters["llama"]) == []

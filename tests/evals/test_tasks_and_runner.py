@@ -129,14 +129,19 @@ def curve(values: list[float]) -> list[dict[str, Any]]:
 
 def test_collapse_criteria() -> None:
     assert collapse(curve([9, 4, 3, 3, 3, 3, 3]), 64)["verdict"] == "holds"
-    found = collapse(curve([9, 4, 3, 3.05, 3.2, 3.3, 3.4, 3.6]), 64)  # buckets end at 16, 32, 64 | 128, 256, ...
-    assert found["onset_0.1"] == 128 and found["onset_0.5"] == 1024 and found["forgets_2x"] and found["delta_at_end"] == pytest.approx(0.6)
+    verdict = collapse(curve([9, 4, 3, 3.05, 3.2, 3.3, 3.4, 3.6]), 64)  # buckets end at 16, 32, 64 | 128, 256, ...
+    assert (
+        verdict["onset_0.1"] == 128
+        and verdict["onset_0.5"] == 1024
+        and verdict["forgets_2x"]
+        and verdict["delta_at_end"] == pytest.approx(0.6)
+    )
     spike = collapse(curve([9, 4, 3, 3.0, 3.9, 3.0, 3.0, 3.0, 3.0, 3.0]), 64)
     assert spike["onset_0.1"] is None and spike["delta_largest"] == pytest.approx(0.9)
     assert not collapse(curve([9, 4, 3, 8.1]), 64)["forgets_2x"]
     harder = {"inside": curve([9, 4, 2.5]), "by_place": curve([9, 4, 2.5, 3.0, 3.1])}  # the text, not the model, gets worse
-    found = collapse(curve([9, 4, 3, 3.05, 3.2]), 64, harder)
-    assert found["delta"] == pytest.approx([0.05, 0.1]) and found["level_inside"] == 2.5
+    verdict = collapse(curve([9, 4, 3, 3.05, 3.2]), 64, harder)
+    assert verdict["delta"] == pytest.approx([0.05, 0.1]) and verdict["level_inside"] == 2.5
     assert "not measured" in collapse(curve([9, 4, 3]), 4096)["verdict"]
 
 
@@ -144,19 +149,19 @@ def test_windows_score_every_token_once_with_at_most_T_before_it() -> None:
     adapter, T = own_adapter("mg", d_model=16, n_layers=2), 20
     for length in (100, 93, 21):
         rows = np.random.default_rng(length).integers(0, 256, (3, length + 1))
-        found, total, first = windows(adapter, rows, T, batch=7), 0.0, 0
+        result, total, first = windows(adapter, rows, T, batch=7), 0.0, 0
         for start in [*range(0, length - T + 1, 10), length - T]:
             ids = torch.from_numpy(rows[:, start : start + T + 1])
             nll, _ = adapter.losses(ids[:, :-1], ids[:, 1:], adapter.start(3))
             total += float(nll[:, first - start :].sum()) if first < start + T else 0.0
             first = start + T
-        assert sum(b["tokens"] for b in found["by_place"]) == 3 * length
-        assert sum(b["nats_per_token"] * b["tokens"] for b in found["by_place"]) == pytest.approx(total, rel=1e-5)
-        assert found["inside"][-1]["to"] == T and sum(b["tokens"] for b in found["inside"]) == found["windows"] * T
+        assert sum(b["tokens"] for b in result["by_place"]) == 3 * length
+        assert sum(b["nats_per_token"] * b["tokens"] for b in result["by_place"]) == pytest.approx(total, rel=1e-5)
+        assert result["inside"][-1]["to"] == T and sum(b["tokens"] for b in result["inside"]) == result["windows"] * T
         curve_of_rows = position_curve(adapter, rows, chunk=13, through=T)["buckets"]
-        assert [b["to"] for b in curve_of_rows] == [b["to"] for b in found["by_place"]]
-        assert curve_of_rows[0]["nats_per_token"] == pytest.approx(found["by_place"][0]["nats_per_token"], rel=1e-5)
-        assert collapse(curve_of_rows, T, found)["delta"][0] != 0
+        assert [b["to"] for b in curve_of_rows] == [b["to"] for b in result["by_place"]]
+        assert curve_of_rows[0]["nats_per_token"] == pytest.approx(result["by_place"][0]["nats_per_token"], rel=1e-5)
+        assert collapse(curve_of_rows, T, result)["delta"][0] != 0
 
 
 def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,21 +197,25 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
     assert sum(map(len, parts)) == 5
 
 
+def tried(item: Item) -> dict[str, Any]:
+    return guarded(lambda: item.run(lambda a, b: None))
+
+
 def test_bad_models_are_one_sentence_each(pages: Path) -> None:
     adapter = own_adapter()
     subject = Subject(
         adapter,
         Settings(suite="quick", max_length=512, lengths=[300], samples=1, depths=1, rows=1, train_length=128, text=str(pages)),
     )
-    assert [guarded(lambda i=i: i.run(lambda a, b: None))["status"] for i in items_of(subject)] == ["done"] * len(items_of(subject))
+    assert [tried(item)["status"] for item in items_of(subject)] == ["done"] * len(items_of(subject))
     with torch.no_grad():
-        adapter.model.embedding.weight.fill_(float("nan"))  # type: ignore[union-attr]
+        adapter.model.embedding.weight.fill_(float("nan"))
     for item in items_of(subject):
-        found = guarded(lambda i=item: i.run(lambda a, b: None))
-        assert found["status"] == "failed" and "not finite" in found["reason"]
+        outcome = tried(item)
+        assert outcome["status"] == "failed" and "not finite" in outcome["reason"]
     adapter.coder = None
-    found = guarded(lambda: next(i for i in items_of(subject) if i.name == "passkey-300").run(lambda a, b: None))
-    assert "no tokenizer" in found["reason"]
+    outcome = tried(next(i for i in items_of(subject) if i.name == "passkey-300"))
+    assert "no tokenizer" in outcome["reason"]
 
 
 def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goes_on(pages: Path) -> None:
@@ -215,7 +224,7 @@ def test_prompts_beyond_the_positions_of_a_model_are_a_sentence_and_the_rest_goe
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=320, bos_token_id=0, eos_token_id=0)
     adapter = HFAdapter(GPT2LMHeadModel(config).eval(), CODER, "gpt2", "gpt2")
     chosen = Settings(suite="quick", max_length=256, lengths=[300, 400], samples=1, depths=1, rows=1, train_length=64, text=str(pages))
-    items = {item.name: guarded(lambda i=item: i.run(lambda a, b: None)) for item in items_of(Subject(adapter, chosen))}
+    items = {item.name: tried(item) for item in items_of(Subject(adapter, chosen))}
     assert items["passkey-300"]["status"] == items["position-prose"]["status"] == "done"
     assert items["passkey-400"]["status"] == "failed" and "more than the 320 positions" in items["passkey-400"]["reason"]
 
@@ -241,8 +250,8 @@ def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, pag
     ]
     done = run_ranks(2, ["-m", "evals.run", *words, "device=cpu", f"out={tmp_path}", f"text={pages}"])
     assert done.returncode == 0, done.stderr
-    kept = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
-    assert {r["item"] for r in kept} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in kept)
+    written = json.loads((tmp_path / "llama" / "quick.json").read_text())["items"]
+    assert {r["item"] for r in written} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in written)
     assert {line[:5] for line in done.stdout.splitlines() if "llama:" in line} <= {"[1/1]", "[1/2]", "[2/2]"}
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_a_text_is_read_as_prepare_reads_it(ending: str, tmp_path: Path) -> None
         with pa.output_stream(str(path), compression="zstd") as file:
             file.write(data)
     else:
-        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}.get(path.suffix, bytes)(data))
+        packers: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+        path.write_bytes(packers.get(path.suffix, bytes)(data))
     assert corpus_of_file(path).documents == list(Source(str(path))) == [text]
 
 
@@ -110,14 +112,14 @@ def test_models_of_different_tokens_and_lengths_read_the_same_characters(tmp_pat
     models[1].coder = coder_of(train_bpe([prose(0, 900)], 300))
     models[0].train_length, models[1].train_length, models[1].position_limit = 64, 256, 100
     facts = {str(i): {"run": {"train": {"seq_len": model.train_length}}} for i, model in enumerate(models)}
-    common, found = CommonText(["0", "1"], text=str(path), facts=facts), []
+    common, texts = CommonText(["0", "1"], text=str(path), facts=facts), []
     for i, model in enumerate(models):
         items = items_of(Subject(model, Settings(suite="quick", rows=5), None, common, str(i)))
         assert items[0].name == "documents"
-        found.append((items[0].settings["characters"], items[0].run(lambda a, b: None)))
-    assert found[0][0] == found[1][0] == 3 * 4 * 64
-    assert found[0][1]["bytes"] == sum(len(x) for x in common.corpus.excerpts(5, 768)) and found[0][1]["documents"] == 5
-    assert found[1][1]["bytes"] == found[0][1]["bytes"] and found[1][1]["documents"] > 5 and found[1][1]["tokens"] < found[0][1]["tokens"]
+        texts.append((items[0].settings["characters"], items[0].run(lambda a, b: None)))
+    assert texts[0][0] == texts[1][0] == 3 * 4 * 64
+    assert texts[0][1]["bytes"] == sum(len(x) for x in common.corpus.excerpts(5, 768)) and texts[0][1]["documents"] == 5
+    assert texts[1][1]["bytes"] == texts[0][1]["bytes"] and texts[1][1]["documents"] > 5 and texts[1][1]["tokens"] < texts[0][1]["tokens"]
 
 
 def test_the_hash_is_of_the_documents_alone(tmp_path: Path) -> None:
@@ -206,11 +208,11 @@ def test_a_curve_says_how_far_its_text_reaches_and_an_untrained_model_gets_no_ve
     adapter = own_adapter("m", d_model=16, n_layers=1)
     settings = Settings(suite="quick", text=str(path), train_length=64, max_length=4096, rows=8, lengths=[300], samples=1, depths=1)
     items = {item.name: item for item in items_of(Subject(adapter, settings))}
-    found = items["position-prose"].run(lambda a, b: None)
+    curve = items["position-prose"].run(lambda a, b: None)
     tokens = len(tokenised(corpus_of_file(path), adapter).ids)
-    assert found["rows"] == 1 and found["length"] == tokens - 1 and f"reaches {tokens:,} tokens of the 4,097" in found["note"]
-    assert found["text"]["sha256"] == corpus_of_file(path).sha256 and found["seen"]["status"] == "not known"
-    assert found["collapse"]["verdict"].startswith("no verdict: the model is no better than a unigram")
+    assert curve["rows"] == 1 and curve["length"] == tokens - 1 and f"reaches {tokens:,} tokens of the 4,097" in curve["note"]
+    assert curve["text"]["sha256"] == corpus_of_file(path).sha256 and curve["seen"]["status"] == "not known"
+    assert curve["collapse"]["verdict"].startswith("no verdict: the model is no better than a unigram")
     assert items["remembrance"].run(lambda a, b: None)["length"] == 128
 
 
@@ -223,8 +225,8 @@ def test_perplexity_of_a_text_or_of_several_models_is_a_suite(tmp_path: Path) ->
     chosen = Settings(suite="perplexity", text=str(path), train_length=64, max_length=128)
     items = items_of(Subject(own_adapter("m", d_model=16, n_layers=1), chosen))
     assert [item.name for item in items] == ["documents", "position-prose"]
-    found = [item.run(lambda a, b: None) for item in items]
-    assert all(result["text"]["sha256"] == corpus_of_file(path).sha256 for result in found) and found[0]["bits_per_byte"] > 0
+    results = [item.run(lambda a, b: None) for item in items]
+    assert all(result["text"]["sha256"] == corpus_of_file(path).sha256 for result in results) and results[0]["bits_per_byte"] > 0
 
 
 def test_results_are_keyed_by_what_the_files_hold(tmp_path: Path) -> None:
@@ -256,7 +258,7 @@ def test_the_hash_of_a_model_is_of_all_that_it_says() -> None:
     a, b = own_adapter("m", d_model=16, n_layers=1), own_adapter("m", d_model=16, n_layers=1)
     assert a.content_hash() == b.content_hash()
     with torch.no_grad():
-        weight = b.model.embedding.weight  # type: ignore[union-attr]
+        weight = b.model.embedding.weight
         weight.copy_(weight.flip(0))  # every sum is the same
     assert a.content_hash() != b.content_hash()
     c = own_adapter("m", d_model=16, n_layers=1)

@@ -290,18 +290,23 @@ def test_a_report_compares_models_and_names_their_text(tmp_path: Path) -> None:
 
 def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pyplot()
-    kept: list[Any] = []
-    monkeypatch.setattr("evals.report.figures.png", lambda plt, figure: kept.append(figure) or b"png")
+    figures: list[Any] = []
+
+    def png(plt: Any, figure: Any) -> bytes:
+        figures.append(figure)
+        return b"png"
+
+    monkeypatch.setattr("evals.report.figures.png", png)
     curve = [{"dropped": d, "distance": 0.05 * d / 4, "low": None, "high": None} for d in range(5)]
     assert remembrance_figure(plt, [("a", {"length": 8, "curve": curve})]) == b"png"
-    assert 0.05 < kept[-1].axes[0].get_ylim()[1] < 0.06
+    assert 0.05 < figures[-1].axes[0].get_ylim()[1] < 0.06
     assert grids_figure(plt, {"a": [grid(256, 0.0), grid(512, 0.0)]}, "t") is None
     assert (
         grids_figure(plt, {"a": [grid(256, 0.5)], "b": [grid(256, 0.0), grid(512, 0.2)], "c": [grid(512, 1.0)], "d": [grid(256, 0.1)]}, "t")
         == b"png"
     )
-    panels = [axes for axes in kept[-1].axes if axes.get_visible() and axes.images]
+    panels = [axes for axes in figures[-1].axes if axes.get_visible() and axes.images]
     assert [axes.get_title() for axes in panels] == ["a", "b", "c", "d"]
     assert len({(axes.images[0].norm.vmin, axes.images[0].norm.vmax, axes.get_xlim()) for axes in panels}) == 1
-    for figure in kept:
+    for figure in figures:
         plt.close(figure)

@@ -35,14 +35,14 @@ def check(folder: Path, name: str, device: str) -> None:
     mask[0, :3] = 0  # padding starts a text anew
     code = sys.modules[type(theirs).__module__]
     walked = []
-    plain = code.SCAN[0] if scans else code.walk_on_gpu  # type: ignore[attr-defined]
+    plain = code.SCAN[0] if scans else code.walk_on_gpu
 
     def watched(*arguments: Any) -> Any:
         walked.append(1)
         return plain(*arguments)
 
     if scans:
-        code.SCAN[0] = watched  # type: ignore[attr-defined]
+        code.SCAN[0] = watched
     else:
         code.walk_on_gpu = watched  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -54,10 +54,10 @@ def check(folder: Path, name: str, device: str) -> None:
     gap = float((given - expected).abs().max())
     assert gap < 1e-4 and torch.equal(*new) and len(walked) > 5, (name, gap, len(walked))
     if scans:  # a GPU with less shared memory
-        code.SCAN[0] = out_of_resources  # type: ignore[attr-defined]
+        code.SCAN[0] = out_of_resources
         with torch.no_grad():
             again = theirs(ids.to(device), attention_mask=mask.to(device)).logits[:, -1].cpu()
-        assert (again - expected).abs().max() < 1e-4 and not code.SCAN  # type: ignore[attr-defined]
+        assert (again - expected).abs().max() < 1e-4 and not code.SCAN
     theirs.train()
     theirs(ids.to(device), labels=ids.to(device)).loss.backward()
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)

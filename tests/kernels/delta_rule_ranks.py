@@ -49,7 +49,7 @@ def by_slices(tensors: list[Tensor], starts: Tensor, do: Tensor, d_final: Tensor
     made = []
     for (c, new, given), begin, later in zip(parts, begins, ends):
         leaves = [t.detach().requires_grad_() for t in (*c, begin)]
-        o, final = delta_rule(*leaves, new, **OPTIONS)
+        o, final = delta_rule(*(*leaves, new), **OPTIONS)
         made.append([o.detach(), final.detach(), *torch.autograd.grad((o, final), leaves, (given, later))])
     joined = [torch.cat([m[i] for m in made], 1) for i in (0, 2, 3, 4, 5, 6)]
     return [joined[0], made[-1][1], *joined[1:], made[0][7]]
@@ -72,7 +72,7 @@ def on_a_rank(tensors: list[Tensor], starts: Tensor, do: Tensor, d_final: Tensor
         adjoint, product = border.start_adjoint(d_outputs, *saved, **OPTIONS)
         return adjoint + border.reached_back(product, d_final) * (r == N - 1), product
 
-    o, final = delta_rule(*leaves, new, **OPTIONS)
+    o, final = delta_rule(*(*leaves, new), **OPTIONS)
     loss = (final * d_final).sum() * (r == N - 1)
     q, k, _, beta, g, _ = leaves
     out = slice_.with_adjoint_from_right(o, final, local, border.reached_back, q, k, beta, g, new, through)

@@ -107,16 +107,16 @@ def points(n: int) -> Tensor:
     return torch.cat([sizes, -sizes, near, near / 20, torch.pi * torch.arange(1, 40, dtype=torch.float64) / 2, exact]).float()
 
 
-def worst(name: str, x: Tensor, found: Tensor, wanted: Tensor, floor: Tensor | float = 0.0) -> tuple[float, float]:
+def worst(name: str, x: Tensor, computed: Tensor, wanted: Tensor, floor: Tensor | float = 0.0) -> tuple[float, float]:
     """(largest relative error where the result is a normal number, the place). What is no number must stay none, an infinity one."""
-    found = found.double()
-    lost = wanted.isnan() != found.isnan()
-    assert not lost.any(), f"{name}: NaN at {x[lost][:4].tolist()}: {found[lost][:4].tolist()} for {wanted[lost][:4].tolist()}"
+    computed = computed.double()
+    lost = wanted.isnan() != computed.isnan()
+    assert not lost.any(), f"{name}: NaN at {x[lost][:4].tolist()}: {computed[lost][:4].tolist()} for {wanted[lost][:4].tolist()}"
     over, under = wanted.abs() > HUGE * (1 + 1e-6), wanted.abs() < TINY * (1 - 1e-6)
-    wrong = over & ~(found.abs() > HUGE * 0.9999) | (found * wanted < 0) & ~under | under & (found.abs() > TINY * 1.0001 + floor)
-    assert not wrong.any(), f"{name}: at {x[wrong][:4].tolist()}: {found[wrong][:4].tolist()} for {wanted[wrong][:4].tolist()}"
+    wrong = over & ~(computed.abs() > HUGE * 0.9999) | (computed * wanted < 0) & ~under | under & (computed.abs() > TINY * 1.0001 + floor)
+    assert not wrong.any(), f"{name}: at {x[wrong][:4].tolist()}: {computed[wrong][:4].tolist()} for {wanted[wrong][:4].tolist()}"
     clear = (wanted.abs() > TINY * (1 + 1e-5)) & (wanted.abs() < HUGE * (1 - 1e-5))
-    error = torch.where(clear, ((found - wanted).abs() - floor).clamp(min=0) / wanted.abs(), 0.0)
+    error = torch.where(clear, ((computed - wanted).abs() - floor).clamp(min=0) / wanted.abs(), 0.0)
     at = int(error.argmax())
     return float(error[at]), float(x[at])
 
@@ -169,8 +169,8 @@ def elsewhere() -> None:
     assert torch.allclose(states[:, 0].double(), wanted[0], rtol=3e-6, atol=0), "exported, the first step"
     x = [t.double() for t in (*pre[1, 0], *rec, *state[1])]
     rows = torch.autograd.functional.jacobian(lambda *h: cell(x[:P], x[P : P + R], h), tuple(x[P + R :]))
-    for found, right in zip(module.jacobian_many(*x), (entry.diagonal() for row in rows for entry in row)):
-        assert torch.allclose(found, right, rtol=1e-9), "exported derivatives"
+    for computed, right in zip(module.jacobian_many(*x), (entry.diagonal() for row in rows for entry in row)):
+        assert torch.allclose(computed, right, rtol=1e-9), "exported derivatives"
 
 
 if __name__ == "__main__":

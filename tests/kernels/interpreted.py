@@ -39,15 +39,15 @@ def check(name: str) -> None:
         pre, rec, h0, starts = problem(cell, 1 if weight > 1 else 2, T, D, weight, resets=resets)
         pre = pre.to(dtype).double()
         leaves = [x.float().double().requires_grad_() for x in (pre, rec, h0)]
-        states, final = reference.sequential(cell, *leaves, starts)
+        states, final = reference.sequential(cell, *(*leaves, starts))
         d_states, d_final = torch.randn_like(states), torch.randn_like(final)
         wanted = torch.autograd.grad((states * d_states).sum() + (final * d_final).sum(), leaves, allow_unused=True)
         rounding = [0.0] * 3
         if weight > 1:  # an unstable recurrence amplifies the rounding of its states: the loop in fp32 then says how much
             rough = [x.detach().float().requires_grad_() for x in leaves]
-            loop, end = reference.sequential(cell, *rough, starts)
-            found = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
-            rounding = [0.0 if b is None else gap(a, b) for a, b in zip(found, wanted)]
+            loop, end = reference.sequential(cell, *(*rough, starts))
+            rough_gradients = torch.autograd.grad((loop * d_states.float()).sum() + (end * d_final.float()).sum(), rough, allow_unused=True)
+            rounding = [0.0 if b is None else gap(a, b) for a, b in zip(rough_gradients, wanted)]
         inputs = [
             leaves[0].detach().to(dtype).transpose(1, 2).contiguous().transpose(1, 2),
             *(x.detach().float() for x in leaves[1:]),
@@ -57,7 +57,7 @@ def check(name: str) -> None:
         emitted, kept, end, marks = launch.forward(cell, *inputs, slices=slices, borders=True)
         report, got = launch.last_report(), op.joined(emitted, kept)
         d_emitted, d_kept = op.parts(d_states.to(dtype))
-        gradients = launch.backward(cell, *inputs, emitted, kept, d_emitted, d_kept, d_final.float(), slices=slices)
+        gradients = launch.backward(cell, *(*inputs, emitted, kept, d_emitted, d_kept, d_final.float()), slices=slices)
         low = dtype != torch.float32
         case = f"{name} T={T} slices={slices} weight={weight} {dtype}"
         assert got.dtype == dtype and gap(got, states) < (1e-3 if low else 1e-5), f"{case}: states {gap(got, states):.1e}"
@@ -65,10 +65,10 @@ def check(name: str) -> None:
         for label, a, b, error in zip(("pre", "rec", "h0"), gradients, wanted, rounding):
             if b is not None:
                 assert gap(a, b) < (1e-2 if low else 1e-4) + 4 * error, f"{case}: d {label} {gap(a, b):.1e}, loop {error:.1e}"
-        again = op.joined(*launch.restore(cell, *inputs, marks))
+        again = op.joined(*launch.restore(cell, *(*inputs, marks)))
         assert gap(again, got.double()) < (1e-4 if low else 1e-5), f"{case}: states from marks {gap(again, got.double()):.1e}"
-        start, total, left = launch.adjoint(cell, *inputs, emitted, kept, *op.parts(d_states.to(dtype)))
-        (wanted_start,) = torch.autograd.grad((reference.sequential(cell, *leaves, starts)[0] * d_states).sum(), leaves[2:])
+        start, total, left = launch.adjoint(cell, *(*inputs, emitted, kept, *op.parts(d_states.to(dtype))))
+        (wanted_start,) = torch.autograd.grad((reference.sequential(cell, *(*leaves, starts))[0] * d_states).sum(), leaves[2:])
         assert gap(start, wanted_start) < (1e-2 if low else 1e-3 if weight > 1 else 1e-4), (
             f"{case}: adjoint of the states alone {gap(start, wanted_start):.1e}"
         )
@@ -136,7 +136,7 @@ def heads(cell: Cell) -> None:
     pre = torch.randn(E, B, T, P, K, generator=g).permute(1, 2, 3, 0, 4)
     rec, h0 = (torch.rand(n, E * K, generator=g) - 0.5 for n in (len(cell.rec), len(cell.state)))
     leaves = [x.double().requires_grad_() for x in (pre.flatten(3), rec, h0[None])]
-    states, _ = reference.sequential(cell, *leaves, None)
+    states, _ = reference.sequential(cell, *(*leaves, None))
     d = torch.randn(B, T, E * K, generator=g)
     wanted = torch.autograd.grad((states[:, :, -1] * d).sum(), leaves)
     emitted, kept, final, _ = launch.forward(cell, pre, rec, h0[None], None, slices=2)
@@ -249,7 +249,7 @@ def not_a_number_is_passed_on() -> None:
 def layouts_and_sizes() -> None:
     """Odd layouts get gradients in the layout of torch.empty_like; more stretches between marks than a launch may have; no d_emitted."""
     cell = next(c for c in cells() if c.name == "three")
-    pre, rec, h0, _ = (None if x is None else x.float() for x in problem(cell, 2, 41, 6, 0.5))
+    pre, rec, h0 = (x.float() for x in problem(cell, 2, 41, 6, 0.5)[:3])
     plain = launch.forward(cell, pre, rec, h0, None, slices=3, borders=True)
     d, d_kept = torch.randn_like(plain[0]), torch.randn_like(plain[1])
     wanted = launch.backward(cell, pre, rec, h0, None, *plain[:2], d, d_kept, torch.zeros_like(plain[2]), slices=3)

@@ -63,9 +63,9 @@ def not_finite() -> None:
         others = torch.ones(80, dtype=torch.bool)
         others[slice(*cuts)] = False
         with torch.no_grad():
-            wanted = delta_rule(*tensors, starts, normalize=True)
+            wanted = delta_rule(*(*tensors, starts), normalize=True)
             tensors[bad][0, place] = torch.nan if bad % 2 or bad == 4 else torch.inf
-            o, final = delta_rule(*tensors, starts, normalize=True)
+            o, final = delta_rule(*(*tensors, starts), normalize=True)
         torch.testing.assert_close(o[:, others], wanted[0][:, others])
         torch.testing.assert_close(final, wanted[1])
         assert torch.equal(o[1], wanted[0][1]) and not o[0].isfinite().all()
@@ -80,7 +80,7 @@ def without_options() -> None:
     assert torch.equal(o, same) and torch.equal(final, end)
     for new in (starts, None):
         end, through = border.end_state(k, v, beta, g, new, True, 2)
-        wanted = delta_rule_sequential(*(t.double() for t in tensors), new, normalize=True)[1]
+        wanted = delta_rule_sequential(*(*(t.double() for t in tensors), new), normalize=True)[1]
         assert distance(border.reached(through, h0) + end, wanted) < 1e-5
         do, _ = asked(tensors)
         adjoint, _ = border.start_adjoint(do, q, k, beta, g, new, through, normalize=True, scale=0.5)

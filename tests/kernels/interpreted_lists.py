@@ -23,9 +23,9 @@ def norms() -> None:
     tensors = [torch.randn(n) * 10 ** torch.randn(()) for n in sizes] + [torch.zeros(0), torch.randn(3, 5, 7)]
     assert tensor_lists.use_triton(tensors)
     wanted = torch.stack([t.double().norm() for t in tensors]).norm()
-    found = total_norm(tensors)
-    assert found.dtype == torch.float32 and abs(found.item() / wanted.item() - 1) < 3e-7
-    assert torch.equal(found, total_norm(tensors))
+    computed = total_norm(tensors)
+    assert computed.dtype == torch.float32 and abs(computed.item() / wanted.item() - 1) < 3e-7
+    assert torch.equal(computed, total_norm(tensors))
     for bad in (torch.inf, torch.nan):
         tensors[3][4096] = bad
         assert not total_norm(tensors).isfinite()
@@ -44,12 +44,12 @@ def ends_of_a_step() -> None:
     ):
         g, m, w = ([torch.randn(R, C) for _ in range(K)] for _ in range(3))
         divisor = torch.tensor(2.5) if K > 1 else None
-        own, fine = torch.stack(m), torch.stack(m).double()
-        assert tensor_lists.use_triton([*g, own])
-        x = momentum_and_update(g, own, 0.95, nesterov, side, dtype, divisor)
+        momenta, fine = torch.stack(m), torch.stack(m).double()
+        assert tensor_lists.use_triton([*g, momenta])
+        x = momentum_and_update(g, momenta, 0.95, nesterov, side, dtype, divisor)
         wide = None if divisor is None else divisor.double()
         wanted = reference.momentum_and_update([t.double() for t in g], fine, 0.95, nesterov, side, torch.float64, wide)
-        torch.testing.assert_close(own.double(), fine, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(momenta.double(), fine, atol=1e-6, rtol=1e-6)
         close = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 8e-3}
         assert x.dtype == dtype and x.shape == (K * side, R, C // side)
         torch.testing.assert_close(x.double(), wanted, **close)

@@ -12,42 +12,42 @@ import torch  # noqa: E402
 
 from kernels.mamba2_step import mamba2_step  # noqa: E402
 from kernels.mamba2_step.op import step_op  # noqa: E402
-from tests.kernels.mamba2_step_cases import CASES, problem, written_out  # noqa: E402
+from tests.kernels.mamba2_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 
 
-def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, low: float, high: float) -> None:
-    arguments = problem(*sizes, dtype=dtype, resets=resets)
+def check(sizes: Sizes, dtype: torch.dtype, resets: bool, low: float, high: float) -> None:
+    arguments = problem(sizes, dtype, resets, low, high)
     before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
-    wanted = written_out(*arguments, low, high)
-    found = mamba2_step(*arguments, low, high)
+    wanted = written_out(*arguments)
+    computed = mamba2_step(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor)))), (
         "an input was written over"
     )
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
-    for name, a, b in zip(("y", "past", "ssm"), found, wanted):
+    assert [t.dtype for t in computed] == [dtype, dtype, torch.float32]
+    for name, a, b in zip(("y", "past", "ssm"), computed, wanted):
         rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
         limit = 1.01 * rounding + 2e-6 * (1 + float(b.abs().max()))
         assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
     ssm = arguments[7]
-    again = mamba2_step(*arguments, low, high, in_place=True)
-    assert again[2] is ssm and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
+    again = mamba2_step(*arguments, in_place=True)
+    assert again[2] is ssm and all(torch.equal(a, b) for a, b in zip(again, computed)), "in place"
     if ssm.numel() > 1:  # dense in another order
         arguments[7] = before[7].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-        assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments, low, high), found)), "strides"
-        again = mamba2_step(*arguments, low, high, in_place=True)
-        assert again[2] is arguments[7] and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
+        assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments), computed)), "strides"
+        again = mamba2_step(*arguments, in_place=True)
+        assert again[2] is arguments[7] and all(torch.equal(a, b) for a, b in zip(again, computed)), "strides, in place"
     print(sizes, dtype, flush=True)
 
 
 def forgotten() -> None:
     """A document that starts forgets a state and a past that are not finite; a step size that is NaN stays one, limits or not."""
-    arguments = problem(3, 4, 5, 6, 2, 4, torch.float32, True)
+    arguments = problem((3, 4, 5, 6, 2, 4), torch.float32, True, 0.1, 10.0)
     arguments[8] = torch.tensor([True, False, True])
-    wanted = mamba2_step(*arguments, 0.1, 10.0)
+    wanted = mamba2_step(*arguments)
     arguments[1][[0, 2]], arguments[7][[0, 2]] = torch.nan, torch.inf
-    assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments, 0.1, 10.0), wanted))
+    assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments), wanted))
     arguments[0][1, -1] = torch.nan  # the last head's step size
-    y, _, ssm = mamba2_step(*arguments, 0.1, 10.0)
+    y, _, ssm = mamba2_step(*arguments)
     assert y.view(3, 4, 5)[1, 3].isnan().all() and ssm[1, 3].isnan().all() and ssm[1, :3].isfinite().all()
 
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
     for case in CASES:
         check(*case)
     forgotten()
-    given = problem(2, 4, 3, 5, 2, 4, dtype=torch.float32, resets=True)
+    given = problem((2, 4, 3, 5, 2, 4), torch.float32, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(step_op, (*given[:9], torch.empty_like(given[7]), given[9], 0.0, math.inf), test_utils=tests)
     print("ok")

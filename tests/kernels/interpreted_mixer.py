@@ -50,7 +50,7 @@ def agree(y: Tensor, oracle: Tensor, given: list[Tensor], fine: list[Tensor], ca
     print(case)
 
 
-def leaves(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def leaves(*tensors: Tensor | None) -> tuple[list[Any], list[Any]]:
     given = [None if t is None else t.requires_grad_() for t in tensors]
     return given, [None if t is None else t.detach().double().requires_grad_() for t in given]
 
@@ -94,15 +94,15 @@ def documents_that_are_not_finite() -> None:
     starts[:, [0, 7, 10, 16]] = True
     others = torch.ones(19, dtype=torch.bool)
     others[7:10] = False
-    bad, found = x.clone(), []
+    bad, results = x.clone(), []
     bad[:, 8] = torch.inf
     for inputs in (x, bad):
         leaves = [t.clone().requires_grad_() for t in (inputs, past)]
-        y = short_conv(*leaves, weight, bias, starts, True)
-        found.append(
+        y = short_conv(*(*leaves, weight, bias, starts, True))
+        results.append(
             [y[:, others], *(g[:, others] if g.shape[1] == 19 else g for g in torch.autograd.grad(y[:, others].square().sum(), leaves))]
         )
-    for a, b in zip(*found):
+    for a, b in zip(*results):
         assert torch.equal(a, b) and a.isfinite().all()
 
 
@@ -126,8 +126,8 @@ def convolutions() -> None:
         given, fine = leaves(torch.randn(B, T, 3 * D).to(dtype), history, torch.randn(D, W), torch.randn(D))
         starts = torch.rand(B, T) < resets if resets else None
         assert given[0] is not None and fine[0] is not None
-        y = short_conv(given[0][..., D : 2 * D], *given[1:], starts, silu)  # type: ignore[arg-type]
-        oracle = conv_reference.short_conv(fine[0][..., D : 2 * D], *fine[1:], starts, silu)  # type: ignore[arg-type]
+        y = short_conv(given[0][..., D : 2 * D], *(*given[1:], starts, silu))
+        oracle = conv_reference.short_conv(fine[0][..., D : 2 * D], *(*fine[1:], starts, silu))
         agree(y, oracle, present(given), present(fine), f"convolution {(B, T, D, W)} {dtype}")
     x, weight, bias = (t.requires_grad_() for t in (torch.randn(2, 5, 3), torch.randn(3, 4), torch.randn(3)))
     history, starts = torch.randn(2, 3, 3, requires_grad=True), torch.rand(2, 5) < 0.3
@@ -148,7 +148,7 @@ def norms() -> None:
         wide = torch.randn(*shape[:-1], 3 * D).to(dtype) if gated else None
         given, fine = leaves(torch.randn(shape).to(dtype), wide, torch.randn(D))
         y, oracle = (
-            norm(t[0], None if t[1] is None else t[1][..., D : 2 * D], t[2], 1e-5, groups, first)  # type: ignore[operator]
+            norm(t[0], None if t[1] is None else t[1][..., D : 2 * D], t[2], 1e-5, groups, first)
             for norm, t in ((gated_norm, given), (norm_reference.gated_norm, fine))
         )
         agree(y, oracle, present(given), present(fine), f"norm {shape} {groups} {dtype}")
@@ -199,11 +199,11 @@ def streams() -> None:
     ):
         scale = torch.randn(shape[-1]) if scaled else None
         given, fine = leaves(torch.randn(shape), torch.randn(shape).to(other), scale, torch.randn(shape[-1]))
-        (r, n), (oracle_r, oracle_n) = add_norm(*given, 1e-5, dtype), add_norm_reference.add_norm(*fine, 1e-5)
+        (r, n), (oracle_r, oracle_n) = add_norm(*(*given, 1e-5, dtype)), add_norm_reference.add_norm(*(*fine, 1e-5))
         assert r.dtype == torch.float32 and n.dtype == dtype
         assert (r.detach() - oracle_r.detach()).abs().max() <= 1e-6 * (1 + oracle_r.detach().abs().max())
         agree(n, oracle_n, present(given), present(fine), f"norm of the stream {shape} {other} {dtype} {scaled}")
-        both, oracles = add_norm(*given, 1e-5, torch.float32), add_norm_reference.add_norm(*fine, 1e-5)
+        both, oracles = add_norm(*(*given, 1e-5, torch.float32)), add_norm_reference.add_norm(*(*fine, 1e-5))
         agree(torch.cat(both), torch.cat(oracles), present(given), present(fine), f"stream and norm {shape} {other} {scaled}")
     x, y, scale, weight = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,), (4,)))
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, scale, weight, 1e-5, torch.float32), test_utils=CHECKS)

@@ -37,14 +37,14 @@ def check(sizes: tuple[int, ...], options: dict[str, Any], borders: bool = False
         starts[0, [0, 16, 31, sizes[1] - 1]] = True
     low = options.get("dtype", torch.float32) != torch.float32
     dy, d_final = torch.randn(tensors[0].shape).to(tensors[0].dtype), torch.randn(tensors[5].shape)
-    wanted, found = oracle(tensors, starts, dy, d_final), answers(scan, tensors, starts, dy, d_final)
-    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+    wanted, computed = oracle(tensors, starts, dy, d_final), answers(scan, tensors, starts, dy, d_final)
+    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), computed, wanted):
         limit = 1e-2 if low else 1e-5 if name in ("y", "final") else 1e-4
         error = gap(a, b) if name in ("y", "final") or low else distance(a, b)
         print(sizes, options, name, f"{error:.1e}")
         assert a.shape == b.shape and error < limit, f"{sizes} {options}: {name} is off by {error:.1e}"
     again = answers(scan, tensors, starts, dy, d_final)
-    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    assert all(torch.equal(a, b) for a, b in zip(computed, again))
 
 
 def uneven() -> None:
@@ -84,7 +84,7 @@ def without_options() -> None:
     """No h0, no skip; equal to both given as zeros."""
     tensors, _ = problem(1, 20, 2, 16, 1, 16)
     y, final = ssd(*tensors[:5])
-    same, end = ssd(*tensors[:5], torch.zeros_like(tensors[5]), torch.zeros(1, 20, dtype=torch.bool), D_H=torch.zeros(2))
+    same, end = ssd(*(*tensors[:5], torch.zeros_like(tensors[5]), torch.zeros(1, 20, dtype=torch.bool)), D_H=torch.zeros(2))
     assert torch.equal(y, same) and torch.equal(final, end)
 
 

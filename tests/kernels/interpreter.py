@@ -13,7 +13,8 @@ def patch_once() -> None:
     """Until the process ends. Without effect on a Triton whose interpreter is built in another way."""
     if not (hasattr(interpreter, "_patch_lang") and hasattr(getattr(interpreter, "_LangPatchScope", None), "restore")):
         return
-    patch, restore, patched = interpreter._patch_lang, interpreter._LangPatchScope.restore, set()
+    patch, restore = interpreter._patch_lang, interpreter._LangPatchScope.restore
+    patched: set[str] = set()
 
     def patch_lang(fn: Any) -> Any:
         modules = {module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# (B, H, P, N, G, W), dtype, document starts, limits of dt
-CASES: list[tuple[tuple[int, ...], torch.dtype, bool, float, float]] = [
+Sizes = tuple[int, int, int, int, int, int]  # B, H, P, N, G, W
+# sizes, dtype, document starts, limits of dt
+CASES: list[tuple[Sizes, torch.dtype, bool, float, float]] = [
     ((3, 4, 5, 7, 2, 4), torch.float32, False, 0.0, math.inf),
     ((3, 6, 12, 6, 1, 4), torch.float32, True, 0.3, 0.9),
     ((1, 1, 1, 1, 1, 2), torch.float32, False, 0.0, math.inf),
@@ -19,8 +20,9 @@ CASES: list[tuple[tuple[int, ...], torch.dtype, bool, float, float]] = [
 ]
 
 
-def problem(B: int, H: int, P: int, N: int, G: int, W: int, dtype: torch.dtype, resets: bool, device: str = "cpu") -> list[Any]:
-    """Arguments of mamba2_step up to `groups`; the projection is some columns of a wider tensor, and step sizes reach from 1e-6 to 20."""
+def problem(sizes: Sizes, dtype: torch.dtype, resets: bool, low: float = 0.0, high: float = math.inf, device: str = "cpu") -> list[Any]:
+    """All arguments of mamba2_step; the projection is some columns of a wider tensor, and step sizes reach from 1e-6 to 20."""
+    B, H, P, N, G, W = sizes
     C = H * P + 2 * G * N
     rows = torch.randn(B, H * P + C + H + 3)
     rows[:, -H - 3 : -3] *= 6
@@ -29,7 +31,7 @@ def problem(B: int, H: int, P: int, N: int, G: int, W: int, dtype: torch.dtype, 
     starts = torch.rand(B) < 0.5 if resets else None
     tensors = [rows.to(dtype)[:, :-3], past.to(dtype), weight.to(dtype), bias.to(dtype), dt_bias, A_log, D, ssm]
     moved = [t.to(device) for t in tensors]
-    return [*moved, None if starts is None else starts.to(device), G]
+    return [*moved, None if starts is None else starts.to(device), G, low, high]
 
 
 def written_out(
@@ -44,8 +46,8 @@ def written_out(
     y, after, following = torch.empty(B, H, P).double(), torch.empty_like(ssm), torch.empty_like(past)
     for b in range(B):
         fresh = starts is not None and bool(starts[b])
-        own_past, own = torch.zeros_like(past[b]) if fresh else past[b], torch.zeros_like(ssm[b]) if fresh else ssm[b]
-        window = torch.cat([own_past, projected[b, None, H * P : H * P + C]])  # (W, C)
+        past_b, state_b = torch.zeros_like(past[b]) if fresh else past[b], torch.zeros_like(ssm[b]) if fresh else ssm[b]
+        window = torch.cat([past_b, projected[b, None, H * P : H * P + C]])  # (W, C)
         following[b] = window[1:]
         mixed = bias.clone()
         for w in range(W):
@@ -56,6 +58,6 @@ def written_out(
             x = mixed[h * P : (h + 1) * P]
             into, out = mixed[H * P + g * N :][:N], mixed[H * P + (groups + g) * N :][:N]
             dt = min(max(math.log1p(math.exp(float(projected[b, H * P + C + h] + dt_bias[h]))), low), high)
-            after[b, h] = math.exp(-dt * math.exp(float(A_log[h]))) * own[h] + dt * torch.outer(x, into)
+            after[b, h] = math.exp(-dt * math.exp(float(A_log[h]))) * state_b[h] + dt * torch.outer(x, into)
             y[b, h] = after[b, h] @ out + D[h] * x
     return y.flatten(1), following, after

@@ -42,18 +42,18 @@ def answers(scan: Callable[..., Any], tensors: list[Tensor], starts: Tensor | No
     """y, final state, and the gradients of NAMES."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     y, final = scan(*leaves[:6], starts, D=leaves[6])
-    found = torch.autograd.grad((y, final), leaves, (dy.to(y.dtype), d_final.to(final.dtype)))
-    return [y.detach(), final.detach(), *found]
+    gradients = torch.autograd.grad((y, final), leaves, (dy.to(y.dtype), d_final.to(final.dtype)))
+    return [y.detach(), final.detach(), *gradients]
 
 
 def oracle(tensors: list[Tensor], starts: Tensor | None, dy: Tensor, d_final: Tensor) -> list[Tensor]:
     return answers(ssd_sequential, [t.double() for t in tensors], starts, dy.double(), d_final.double())
 
 
-def gap(found: Tensor, wanted: Tensor) -> float:
+def gap(computed: Tensor, wanted: Tensor) -> float:
     """Largest error relative to the largest value (at least one)."""
-    return ((found.double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1)).item()
+    return ((computed.double() - wanted.double()).abs().max() / wanted.abs().max().clamp(min=1)).item()
 
 
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-9)).item()
+def distance(computed: Tensor, wanted: Tensor) -> float:
+    return ((computed.double() - wanted.double()).norm() / wanted.double().norm().clamp(min=1e-9)).item()

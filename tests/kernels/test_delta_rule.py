@@ -41,7 +41,7 @@ def test_one_step_and_no_steps() -> None:
     starts = torch.tensor([[True], [False], [False]])
     tensors[5][0], tensors[4][1] = torch.nan, -torch.inf
     with torch.no_grad():
-        o, final = delta_rule(*tensors, starts, normalize=True, scale=0.5)
+        o, final = delta_rule(*(*tensors, starts), normalize=True, scale=0.5)
     wanted = oracle(tensors, starts, *asked(tensors), normalize=True, scale=0.5)
     torch.testing.assert_close(o.double(), wanted[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(final.double(), wanted[1], atol=1e-5, rtol=1e-5)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from test_triton import run  # noqa: E402
-
 from tests.conftest import ROOT  # noqa: E402
+from tests.kernels.test_triton import run  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -51,8 +51,8 @@ def test_a_run_goes_on_where_it_stopped_and_says_what_failed(
     out.with_suffix(".jsonl").write_text("\n".join([lines[0], json.dumps(wrong), lines[2][:20]]))  # the last line is torn
     assert main(MODULE, [*KINDS], run_case, usable) == 1
     assert "python -m tests.kernels.generate.ops conv_history 10 --device cpu" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    assert found["failed"] == 1 and [r["seed"] for r in found["results"]] == [9, 10, 11] and found["results"][2]["ok"]
+    written = json.loads(out.read_text())
+    assert written["failed"] == 1 and [r["seed"] for r in written["results"]] == [9, 10, 11] and written["results"][2]["ok"]
 
 
 @pytest.mark.gpu

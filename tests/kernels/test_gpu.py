@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import function_cases
+from typing import Any
+
 import pytest
 import torch
-from test_parallel_rnn import cells, problem
 
 from kernels.parallel_rnn import adjoint, launch, op, parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell
+from tests.kernels import function_cases
+from tests.kernels.test_parallel_rnn import cells, problem
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 
-def on_gpu(cell: Cell, *sizes: int, dtype: torch.dtype = torch.float32, **options: float) -> list[torch.Tensor]:
+def on_gpu(cell: Cell, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any) -> list[Any]:
     pre, rec, h0, starts = problem(cell, *sizes, **options)
     return [pre.to("cuda", dtype), rec.cuda().float(), h0.cuda().float(), None if starts is None else starts.cuda()]
 
@@ -35,11 +37,11 @@ def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: f
     pre, rec, h0, starts = on_gpu(cell, 2, T, D, weight=weight, bias=bias, resets=0.01)
     fine = [x.double().requires_grad_() for x in (pre, rec, h0)]
     leaves = [x.requires_grad_() for x in (pre, rec, h0)]
-    states, final = parallel_rnn(cell, *leaves, starts, method="triton")
-    oracle, end = reference.sequential(cell, *fine, starts)
+    states, final = parallel_rnn(cell, *(*leaves, starts), method="triton")
+    oracle, end = reference.sequential(cell, *(*fine, starts))
     sensitive = weight > 1  # an unstable recurrence amplifies fp32 rounding; the sequential fp32 loop is then the measure
     if sensitive:
-        loop, _ = reference.sequential(cell, *(x.detach() for x in leaves), starts)
+        loop, _ = reference.sequential(cell, *(*(x.detach() for x in leaves), starts))
         allowed = 1e-4 + 10 * (loop - oracle).abs().max().item()
     else:
         allowed = 1e-5 * (1 + oracle.abs().max().item())
@@ -47,9 +49,9 @@ def test_states_and_gradients(cell: Cell, T: int, D: int, weight: float, bias: f
     if sensitive:
         return
     d, e = torch.randn_like(states), torch.randn_like(final)
-    found = torch.autograd.grad((states * d).sum() + (final * e).sum(), leaves, allow_unused=True)
+    gradients = torch.autograd.grad((states * d).sum() + (final * e).sum(), leaves, allow_unused=True)
     wanted = torch.autograd.grad((oracle * d).sum() + (end * e).sum(), fine, allow_unused=True)
-    for a, b in zip(found, wanted):
+    for a, b in zip(gradients, wanted):
         if b is not None and b.numel():
             assert (a - b).norm() <= 1e-4 * b.norm() + 3e-7  # fp32 holds tanh, and so 1 - tanh^2, to 1.2e-7
 
@@ -125,10 +127,10 @@ def test_what_slices_on_two_gpus_tell_each_other(cell: Cell) -> None:
     pre, rec, h0, starts = on_gpu(cell, 2, 700, 65, resets=0.002)
     states, _ = parallel_rnn(cell, pre, rec, h0, starts)
     d_emitted = torch.ones_like(states[:, :, -1])
-    found = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
+    computed = adjoint(cell, pre, rec, h0, starts, op.parts(states), d_emitted)
     wanted = adjoint(cell, pre.double(), rec.double(), h0.double(), starts, op.parts(states.double()), d_emitted.double())
     # what is left of states that mix is a bound, not the same in slices
-    for a, b in zip(found[: 3 if len(cell.state) == 1 else 2], wanted):
+    for a, b in zip(computed[: 3 if len(cell.state) == 1 else 2], wanted):
         assert (a - b).norm() <= 1e-4 * (1e-3 + b.norm())
 
 

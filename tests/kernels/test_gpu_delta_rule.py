@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 LABELS = ("o", "final", *(f"d{n}" for n in NAMES))
-ALL = {"normalize": True, "scale": 0.125}
+ALL: dict[str, Any] = {"normalize": True, "scale": 0.125}
 
 
 def found_and_wanted(tensors: list[torch.Tensor], starts: Any, **options: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -126,19 +126,19 @@ def test_everything_at_once_on_two_devices() -> None:
 def test_packed_rows_chunks_and_steps_equal_the_whole() -> None:
     tensors, starts = problem(2, 300, 4, 64, 2, 64, dtype=torch.bfloat16, starts=0.02, device="cuda")
     q, k, v, beta, g, h0 = tensors
+    assert starts is not None
     with torch.no_grad():
-        whole, final = delta_rule(*tensors, starts, **ALL)
+        whole, final = delta_rule(*(*tensors, starts), **ALL)
         state, parts = h0, []
         for a, e in ((0, 100), (100, 165), *((t, t + 1) for t in range(165, 300))):
-            assert starts is not None
             cut = (t[:, a:e] for t in (q, k, v, beta, g))
-            o, state = delta_rule(*cut, state, starts[:, a:e], **ALL)
+            o, state = delta_rule(*(*cut, state, starts[:, a:e]), **ALL)
             parts.append(o)
         assert distance(torch.cat(parts, 1), whole.double()) < 1e-2 and distance(state, final.double()) < 1e-2
         starts[:] = False
         starts[:, 130] = True
-        packed, end = delta_rule(*tensors, starts, **ALL)
-        alone, last = delta_rule(*(t[:, 130:] for t in (q, k, v, beta, g)), None, None, **ALL)
+        packed, end = delta_rule(*(*tensors, starts), **ALL)
+        alone, last = delta_rule(*(t[:, 130:] for t in (q, k, v, beta, g)), **ALL)
         assert distance(packed[:, 130:], alone.double()) < 1e-2 and distance(end, last.double()) < 1e-2
 
 
@@ -152,10 +152,10 @@ def test_what_is_not_finite_stays_in_its_document(dtype: torch.dtype) -> None:
             others = torch.ones(400, dtype=torch.bool)
             others[slice(*cuts)] = False
             with torch.no_grad():
-                wanted = delta_rule(*tensors, starts, **ALL)
+                wanted = delta_rule(*(*tensors, starts), **ALL)
                 tensors[bad] = tensors[bad].clone()
                 tensors[bad][0, place] = torch.nan
-                o, final = delta_rule(*tensors, starts, **ALL)
+                o, final = delta_rule(*(*tensors, starts), **ALL)
             assert distance(o[:, others], wanted[0][:, others]) < 1e-2 and distance(final, wanted[1]) < 1e-2
             assert torch.equal(o[1], wanted[0][1]) and not o[0].isfinite().all()
 

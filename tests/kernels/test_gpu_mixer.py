@@ -54,7 +54,7 @@ def test_convolution(dtype: torch.dtype, B: int, T: int, D: int, W: int) -> None
         x, *rest = fine if past is not None else [fine[0], None, *fine[1:]]
         compare(
             short_conv(wide[..., D:], past, weight, bias, reset, silu),
-            conv_reference.short_conv(x[..., D:], *rest, reset, silu),
+            conv_reference.short_conv(x[..., D:], *(*rest, reset, silu)),
             given,
             fine,
             dtype,

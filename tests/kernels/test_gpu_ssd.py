@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ssd_cases import NAMES, answers, distance, gap, oracle, problem
 
 from kernels.ssd import reference, ssd
+from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -33,10 +33,10 @@ def compare(sizes: tuple[int, ...], **options: Any) -> tuple[list[torch.Tensor],
 )
 @pytest.mark.parametrize(("decay", "starts"), [(1.0, 0.0), (50.0, 0.05), (0.01, 0.02)])
 def test_fp32(sizes: tuple[int, ...], decay: float, starts: float) -> None:
-    found, wanted, _ = compare(sizes, decay=decay, starts=starts)
-    for name, a, b in zip(("y", "final"), found, wanted):
+    computed, wanted, _ = compare(sizes, decay=decay, starts=starts)
+    for name, a, b in zip(("y", "final"), computed, wanted):
         assert gap(a, b) <= 1e-5, f"{name}: {gap(a, b):.1e}"
-    for name, a, b in zip(NAMES, found[2:], wanted[2:]):
+    for name, a, b in zip(NAMES, computed[2:], wanted[2:]):
         assert distance(a, b) <= 1e-4, f"d{name}: {distance(a, b):.1e}"
 
 
@@ -46,9 +46,9 @@ def test_fp32(sizes: tuple[int, ...], decay: float, starts: float) -> None:
 def test_16_bits(sizes: tuple[int, ...], dtype: torch.dtype, decay: float, starts: float) -> None:
     """Against what the oracle's own answers lose when rounded to the dtype: 1.75 times for what comes in it (states are rounded, and the inputs they
     are summed from: 1.57 was measured where decays are slow), three times for what comes in fp32."""
-    found, wanted, _ = compare(sizes, decay=decay, starts=starts, dtype=dtype)
+    computed, wanted, _ = compare(sizes, decay=decay, starts=starts, dtype=dtype)
     off = []
-    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), computed, wanted):
         if b.norm() < 1e-3 * b.numel() ** 0.5:
             continue  # forgotten: nothing to compare with
         times = distance(a, b) / distance(b.to(dtype), b)
@@ -84,8 +84,8 @@ def test_widths_and_layouts_of_every_dtype(dtype: torch.dtype, widths: tuple[int
     tensors = laid(tensors, layout)
     torch.manual_seed(0)
     dy, d_final = torch.randn(tensors[0].shape, device="cuda").to(dtype), torch.randn(tensors[5].shape, device="cuda")
-    found, wanted = answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)
-    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+    computed, wanted = answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)
+    for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), computed, wanted):
         # of few numbers it may be less
         rounding = 0.0 if dtype == torch.float32 else max(distance(b.to(dtype), b), torch.finfo(dtype).eps / 5)
         limit = (1.75 if name in ("y", "dx", "dB", "dC") else 3.0) * rounding + (1e-4 if name not in ("y", "final") else 1e-5)
@@ -101,8 +101,8 @@ def test_steps_of_very_different_sizes(dtype: torch.dtype) -> None:
         tensors[1][:, ::7] = step
         tensors[2] = -decay * torch.linspace(0.5, 1, 4, device="cuda")
         dy, d_final = torch.randn(tensors[0].shape, device="cuda").to(dtype), torch.randn(tensors[5].shape, device="cuda")
-        found, wanted = answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)
-        for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), found, wanted):
+        computed, wanted = answers(scan, tensors, starts, dy, d_final), oracle(tensors, starts, dy, d_final)
+        for name, a, b in zip(("y", "final", *(f"d{n}" for n in NAMES)), computed, wanted):
             rounding = 0.0 if dtype == torch.float32 else 3 * distance(b.to(dtype), b)
             assert distance(a, b) <= rounding + 1e-5, f"steps of {step}, decay {decay}: {name} is off by {distance(a, b):.1e}"
 

@@ -8,13 +8,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from function_cases import FUNCTIONS, INF, NAN, cell_of, many, points
 from omegaconf import OmegaConf
-from test_parallel_rnn import agree, everything, problem
 from torch import Tensor
 
 import models.cells
@@ -24,6 +23,8 @@ from kernels.parallel_rnn.cell import Cell, Pre, Rec, State, biased
 from kernels.parallel_rnn.expressions import torch_functions
 from kernels.parallel_rnn.trace import NotLowered, trace
 from models import mixers
+from tests.kernels.function_cases import FUNCTIONS, INF, NAN, cell_of, many, points
+from tests.kernels.test_parallel_rnn import agree, everything, problem
 from training.config.checks import check
 from training.config.cli import checked, compose_config
 from training.errors import UserError
@@ -38,12 +39,12 @@ def test_derivatives_are_autograds(name: str) -> None:
     (wanted,) = torch.autograd.grad(value.sum(), x)
     functions = torch_functions(cell_of(FUNCTIONS[name]))
     assert functions is not None
-    found = functions[1](x.detach(), x.detach(), torch.ones_like(x))[0].expand_as(x)
+    computed = functions[1](x.detach(), x.detach(), torch.ones_like(x))[0].expand_as(x)
     clear = ~x.isnan() & (x != 0 if name == "where" else x == x)  # autograd's own 0 * inf, see below
     sixth = name == "hardsigmoid"  # torch's is that of fp32
-    assert torch.allclose(found[clear], wanted[clear], rtol=1e-7 if sixth else 1e-9, atol=3e-9, equal_nan=True), (
+    assert torch.allclose(computed[clear], wanted[clear], rtol=1e-7 if sixth else 1e-9, atol=3e-9, equal_nan=True), (
         x[clear],
-        found[clear],
+        computed[clear],
         wanted[clear],
     )
 
@@ -138,11 +139,11 @@ def test_what_cannot_be_followed_runs_as_the_loop(name: str) -> None:
     assert re.match(f"Cell cell_{name} runs as a loop in plain torch: .*{word}.*\\.$", cell.why_loop), cell.why_loop
     assert not cell.lowered and biased(cell).why_loop == cell.why_loop
     pre = torch.randn(2, 40, 1, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    inputs = [pre, torch.zeros(0, 6, dtype=torch.float64), 0.1 * torch.ones(2, 1, 6, dtype=torch.float64), None]
+    inputs = pre, torch.zeros(0, 6, dtype=torch.float64), 0.1 * torch.ones(2, 1, 6, dtype=torch.float64), None
     COUNT[0] = 0
-    found = everything(parallel_rnn, cell, inputs)
+    computed = everything(parallel_rnn, cell, inputs)
     COUNT[0] = 0
-    agree(found, everything(reference.sequential, cell, inputs), 0.0)
+    agree(computed, everything(reference.sequential, cell, inputs), 0.0)
     for method in ("parallel", "triton"):
         with pytest.raises(ValueError, match=f"method='{method}' is not possible: Cell cell_{name} runs as a loop"):
             parallel_rnn(cell, *inputs[:3], method=method)
@@ -164,8 +165,8 @@ def test_arguments_are_lowered_or_refused_wherever_they_stand() -> None:
         wanted = call(y)
         functions = torch_functions(cell_of(call))
         assert functions is not None
-        found = functions[1](x, x, torch.ones_like(x))[0]
-        assert torch.allclose(found, torch.autograd.grad(wanted.sum(), y)[0], rtol=1e-9), wanted
+        computed = functions[1](x, x, torch.ones_like(x))[0]
+        assert torch.allclose(computed, torch.autograd.grad(wanted.sum(), y)[0], rtol=1e-9), wanted
         out, _ = parallel_rnn(cell_of(call), x[None, None, None], torch.zeros(0, 50, dtype=torch.float64))
         assert torch.allclose(out[0, 0, 0], wanted.detach())
     wrong: list[Callable[[Tensor], Tensor]] = [
@@ -286,10 +287,10 @@ BROKEN = {
 def test_a_broken_cell_is_a_sentence_before_anything_starts(name: str, folder: Path) -> None:
     text, expected = BROKEN[name]
     (folder / f"{name}.py").write_text(f"{HEAD}{text}\n")
-    config, found = mixers.parse("a", {"type": "rnn", "cell": name}, 32)
-    assert config is None and len(found) == 1 and expected in found[0] and found[0].count("\n") == 0, found
+    config, problems = mixers.parse("a", {"type": "rnn", "cell": name}, 32)
+    assert config is None and len(problems) == 1 and expected in problems[0] and problems[0].count("\n") == 0, problems
     with torch.device("meta"):
-        assert mixers.parse("a", {"type": "rnn", "cell": name}, 32)[1] == found
+        assert mixers.parse("a", {"type": "rnn", "cell": name}, 32)[1] == problems
 
 
 def test_a_file_that_is_no_name_and_a_cell_that_is_not_there(folder: Path) -> None:
@@ -322,7 +323,8 @@ def test_dry_run_of_a_new_cell(name: str, folder: Path, capsys: pytest.CaptureFi
 def test_sequence_parallelism_refuses_a_cell_that_is_a_loop(folder: Path) -> None:
     (folder / "looped.py").write_text(f"{HEAD}def step(x: Pre, h: State): return (torch.lgamma(x + h),)\n")
     words = [*SMALL, "parallel.sequence=2", "model.mixers.paragru.cell=looped"]
+    resolved: Any = OmegaConf.to_container(compose_config(words), resolve=True)
     with pytest.raises(
         UserError, match="mixer paragru cannot be split over ranks, as its cell is solved as a loop .*lgamma cannot be lowered"
     ):
-        check(OmegaConf.to_container(compose_config(words), resolve=True), 2)
+        check(resolved, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from kernels.mamba2_step import mamba2_step, reference
-from tests.kernels.mamba2_step_cases import CASES, problem, written_out
+from tests.kernels.mamba2_step_cases import CASES, Sizes, problem, written_out
 from tests.kernels.test_triton import run
 
 HERE = Path(__file__).parent
@@ -21,13 +20,14 @@ HERE = Path(__file__).parent
 def test_the_plain_form_is_the_definition(case: Any) -> None:
     torch.manual_seed(0)
     sizes, _, resets, low, high = case
-    arguments = [a.double() if isinstance(a, torch.Tensor) and a.dtype != torch.bool else a for a in problem(*sizes, torch.float32, resets)]
-    for a, b in zip(mamba2_step(*arguments, low, high), written_out(*arguments, low, high)):
+    given = problem(sizes, torch.float32, resets, low, high)
+    arguments = [a.double() if isinstance(a, torch.Tensor) and a.dtype != torch.bool else a for a in given]
+    for a, b in zip(mamba2_step(*arguments), written_out(*arguments)):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     ssm = arguments[7]
-    expected = reference.mamba2_step(*arguments, low, high)[2]
+    expected = reference.mamba2_step(*arguments)[2]
     assert not torch.equal(ssm, expected)
-    assert mamba2_step(*arguments, low, high, in_place=True)[2] is ssm and torch.equal(ssm, expected)
+    assert mamba2_step(*arguments, in_place=True)[2] is ssm and torch.equal(ssm, expected)
 
 
 def test_the_kernel_in_the_interpreter() -> None:
@@ -39,20 +39,20 @@ def test_the_kernel_in_the_interpreter() -> None:
 def test_the_kernel_compiles_with_wide_loads_and_does_not_spill() -> None:
     """Another release of Triton may count otherwise: then only spilling is a failure."""
     triton = pytest.importorskip("triton")
-    golden, found = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
-    assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in found.values()), found
+    golden, compiled = json.loads((HERE / "resources_mamba2_step.json").read_text()), json.loads(run("compiled_mamba2_step.py"))
+    assert all(use.get("spilled", 0) == 0 and use["wide_loads"] for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mamba2_step --golden"
+        assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mamba2_step --golden"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(64, 3, 64, 128, 1, 4), (5, 4, 64, 64, 2, 4), (3, 2, 40, 256, 1, 4), (2, 3, 17, 33, 3, 3)], ids=str)
-def test_the_kernel_on_a_gpu(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_the_kernel_on_a_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    arguments = problem(*sizes, dtype=dtype, resets=True, device="cuda")
-    wanted = written_out(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments), 0.0, math.inf)
-    for a, b in zip(mamba2_step(*arguments, 0.0, math.inf), wanted):
+    arguments = problem(sizes, dtype, True, device="cuda")
+    wanted = written_out(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments))
+    for a, b in zip(mamba2_step(*arguments), wanted):
         rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
         assert float((a.cpu().double() - b).abs().max()) <= 1.01 * rounding + 1e-5 * (1 + float(b.abs().max()))

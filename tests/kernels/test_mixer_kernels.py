@@ -36,10 +36,10 @@ def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
     """Another release of Triton may count otherwise: then only spilling is a failure."""
     import triton
 
-    golden, found = json.loads((HERE / "resources_mixer.json").read_text()), json.loads(run("compiled_mixer.py"))
-    assert found and all(use.get("spilled", 0) == 0 for use in found.values()), found
+    golden, compiled = json.loads((HERE / "resources_mixer.json").read_text()), json.loads(run("compiled_mixer.py"))
+    assert compiled and all(use.get("spilled", 0) == 0 for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mixer --golden"
+        assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mixer --golden"
 
 
 def both(results: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -65,7 +65,7 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
     torch.library.opcheck(rotary_op.turn_op, turning, test_utils=CHECKS)
     turns = torch.tensor([0.7, 0.01])  # of four of the six columns, the turned ones made larger
     torch.library.opcheck(rotary_op.turn_op, (*turning, turns, 1.3), test_utils=CHECKS)
-    for found, wanted, leaves in (
+    for computed, wanted, leaves in (
         (conv_op.convolve(*conv), conv_reference.short_conv(*conv), (x, history, weight, bias)),
         (norm_op.norm(*norm), norm_reference.gated_norm(h, gate, bias, 1e-5, 1, True), (h, gate, bias)),
         (
@@ -88,9 +88,9 @@ def test_operations_without_kernels(dtype: torch.dtype) -> None:
             (x, gate),
         ),
     ):
-        torch.testing.assert_close(found, wanted)
-        d = torch.randn_like(found)
-        torch.testing.assert_close(torch.autograd.grad(found, leaves, d), torch.autograd.grad(wanted, leaves, d))
+        torch.testing.assert_close(computed, wanted)
+        d = torch.randn_like(computed)
+        torch.testing.assert_close(torch.autograd.grad(computed, leaves, d), torch.autograd.grad(wanted, leaves, d))
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 9])
@@ -98,10 +98,10 @@ def test_history_of_the_next_call(T: int) -> None:
     torch.manual_seed(T)
     x, history, starts = torch.randn(4, T, 2), torch.randn(4, 3, 2), torch.rand(4, T) < 0.3
     for reset in (None, starts):
-        found = conv_reference.last_inputs(x, history, 4, reset)
+        past = conv_reference.last_inputs(x, history, 4, reset)
         padded = torch.cat([history, x], 1)
         for b in range(4):
             for i in range(3):
                 place = T + i - 3  # of this input in x
                 behind = reset is not None and bool(reset[b, max(0, place + 1) :].any())
-                assert torch.equal(found[b, i], torch.zeros(2) if behind else padded[b, T + i])
+                assert torch.equal(past[b, i], torch.zeros(2) if behind else padded[b, T + i])

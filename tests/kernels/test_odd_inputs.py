@@ -57,9 +57,9 @@ def test_a_document_that_is_not_finite_leaves_the_scan_of_the_others_as_it_is(ch
     for bad in (None, slice(9, 11)):
         tensors, starts = scan_problem(bad=bad)
         leaves = [t.requires_grad_() for t in tensors]
-        y, final = ssd(*leaves, starts, chunk=chunk)
-        kept = y[:, others].square().sum() + final.square().sum()
-        gradients = torch.autograd.grad(kept, leaves)
+        y, final = ssd(*(*leaves, starts), chunk=chunk)
+        loss = y[:, others].square().sum() + final.square().sum()
+        gradients = torch.autograd.grad(loss, leaves)
         runs.append([y[:, others], final, *(g[:, others] for g in (gradients[0], gradients[1], *gradients[3:5])), gradients[5]])
         assert bad is None or y[:, 11:16].isnan().any()
     for a, b in zip(*runs):
@@ -69,14 +69,15 @@ def test_a_document_that_is_not_finite_leaves_the_scan_of_the_others_as_it_is(ch
 def test_what_slices_tell_each_other_is_of_their_own_document() -> None:
     (x, dt, A, B, C, _), starts = scan_problem(bad=slice(9, 11))
     clean, _ = scan_problem()
+    x_, dt_, A_, B_, C_, _ = clean
     state, through = border.end_state(x, dt, A, B, starts)
     assert not through.any()
-    torch.testing.assert_close(state, border.end_state(*clean[:4], starts)[0])
+    torch.testing.assert_close(state, border.end_state(x_, dt_, A_, B_, starts)[0])
     start, through = border.start_adjoint(x, dt, A, C, starts)
     assert not through.any()
-    torch.testing.assert_close(start, border.start_adjoint(*clean[:3], clean[4], starts)[0])
-    x, dt, A, B, C, _ = clean  # a decay that leaves nothing is no document's start
-    assert (border.end_state(x, dt * 1e3, A - 1, B, None)[1] > 0).all() and (border.start_adjoint(x, dt * 1e3, A - 1, C, None)[1] > 0).all()
+    torch.testing.assert_close(start, border.start_adjoint(x_, dt_, A_, C_, starts)[0])
+    fast = dt_ * 1e3, A_ - 1  # a decay that leaves nothing is no document's start
+    assert (border.end_state(x_, *fast, B_, None)[1] > 0).all() and (border.start_adjoint(x_, *fast, C_, None)[1] > 0).all()
 
 
 @pytest.mark.parametrize("history", [True, False])
@@ -91,7 +92,7 @@ def test_the_convolution_and_its_history_keep_documents_apart(history: bool) -> 
     runs = []
     for inputs in (x, bad):
         leaves = [t.clone().requires_grad_() for t in (inputs, past, weight, bias)]
-        y = short_conv(leaves[0], leaves[1] if history else None, *leaves[2:], starts, True)
+        y = short_conv(leaves[0], leaves[1] if history else None, leaves[2], leaves[3], starts, True)
         gradients = torch.autograd.grad(y[:, others].square().sum(), leaves, allow_unused=True)
         runs.append([y[:, others], gradients[0][:, others], *([gradients[1]] if history else [])])
     for a, b in zip(*runs):
@@ -103,12 +104,12 @@ def test_the_convolution_and_its_history_keep_documents_apart(history: bool) -> 
 
 
 def test_a_token_that_starts_a_document_forgets_a_state_that_is_not_finite() -> None:
-    arguments = problem(3, 4, 5, 6, 2, 4, torch.float32, True)
+    arguments = problem((3, 4, 5, 6, 2, 4), torch.float32, True, 0.0, 10.0)
     arguments[8] = torch.tensor([True, False, True])
-    wanted = mamba2_step(*arguments, 0.0, 10.0)
+    wanted = mamba2_step(*arguments)
     arguments[1], arguments[7] = (t.clone() for t in (arguments[1], arguments[7]))
     arguments[1][[0, 2]], arguments[7][[0, 2]] = torch.nan, torch.inf
-    for a, b in zip(mamba2_step(*arguments, 0.0, 10.0), wanted):
+    for a, b in zip(mamba2_step(*arguments), wanted):
         torch.testing.assert_close(a, b)
 
 
@@ -138,14 +139,14 @@ def test_no_steps() -> None:
     tensors, starts = scan_problem(0)
     leaves = [t.requires_grad_() for t in tensors]
     for new in (None, starts[:, :0]):
-        y, final = ssd(*leaves, new)
+        y, final = ssd(*(*leaves, new))
         assert y.shape == (2, 0, 4, 3) and torch.equal(final, leaves[5])
         *gradients, d_h0 = torch.autograd.grad(y.sum() + final.sum(), leaves)
         assert not any(g.any() for g in gradients) and (d_h0 == 1).all()
     assert ssd(*tensors[:5])[1].shape == (2, 4, 3, 5)
-    conv = [torch.randn(s, requires_grad=True) for s in ((2, 0, 3), (2, 3, 3), (3, 4), (3,))]
+    x, past, weight, bias = conv = [torch.randn(s, requires_grad=True) for s in ((2, 0, 3), (2, 3, 3), (3, 4), (3,))]
     for new in (None, torch.zeros(2, 0, dtype=torch.bool)):
-        y = short_conv(*conv, new, True)
+        y = short_conv(x, past, weight, bias, new, True)
         assert y.shape == (2, 0, 3) and not any(g.any() for g in torch.autograd.grad(y.sum(), conv))
     head, h = Head(4, 7), torch.randn(0, 4, requires_grad=True)
     for recompute in (True, False):
@@ -201,7 +202,7 @@ def test_derivatives_of_derivatives_are_right_or_refused() -> None:
     assert torch.autograd.gradgradcheck(lambda pre: parallel_rnn(cell, pre, rec.double())[0], pre[:, :5].detach().double().requires_grad_())
     tensors, starts = scan_problem()
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        twice(ssd(tensors[0].requires_grad_(), *tensors[1:], starts)[0], tensors[0])
+        twice(ssd(tensors[0].requires_grad_(), *(*tensors[1:], starts))[0], tensors[0])
     x = torch.randn(2, 5, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         twice(short_conv(x, None, torch.randn(3, 4), torch.randn(3), torch.rand(2, 5) < 0.5), x)
@@ -223,26 +224,30 @@ def test_a_narrow_bias_does_not_round_the_recurrent_weights() -> None:
 
 
 def test_copies_keep_the_roles_of_parameters() -> None:
-    mixers = {"g": {"type": "rnn"}, "m": {"type": "mamba2", "head_dim": 8, "d_state": 8}, "a": {"type": "attention"}}
+    mixers: dict[str, dict[str, Any]] = {
+        "g": {"type": "rnn"},
+        "m": {"type": "mamba2", "head_dim": 8, "d_state": 8},
+        "a": {"type": "attention"},
+    }
     model = LanguageModel(ModelConfig(64, 32, 3, ["g", "m", "a"], mixers, learnable_residual=True, tie_embeddings=True))
     model.init_weights(0)
-    held = [copy.deepcopy({"inner": [model]})["inner"][0], copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
-    for other in held:
+    copies = [copy.deepcopy({"inner": [model]})["inner"][0], copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model))]
+    for other in copies:
         assert other.head.weight is other.embedding.weight is not model.head.weight
         for (name, a), (same, b) in zip(model.named_parameters(), other.named_parameters()):
             assert name == same and roles(a) == roles(b) and roles(a) is not roles(b) and torch.equal(a, b)
     ids = torch.zeros(1, 3, dtype=torch.long)
-    torch.testing.assert_close(held[1](ids).logits, model(ids).logits, rtol=0, atol=0)
-    kept = {n for n, p in cast(held[1], torch.bfloat16).named_parameters() if p.dtype == torch.float32}
-    assert kept and kept == {n for n, p in model.named_parameters() if "keep_fp32" in roles(p)}
+    torch.testing.assert_close(copies[1](ids).logits, model(ids).logits, rtol=0, atol=0)
+    in_fp32 = {n for n, p in cast(copies[1], torch.bfloat16).named_parameters() if p.dtype == torch.float32}
+    assert in_fp32 and in_fp32 == {n for n, p in model.named_parameters() if "keep_fp32" in roles(p)}
     block = copy.deepcopy(model.blocks[1].mixer)
     assert [roles(p) for p in block.parameters()] == [roles(p) for p in model.blocks[1].mixer.parameters()]
 
 
 def test_the_step_in_place_takes_a_state_of_any_strides() -> None:
-    arguments = problem(2, 4, 3, 5, 2, 4, torch.float32, True)
-    wanted = step_reference.mamba2_step(*arguments, 0.0, 10.0)
+    arguments = problem((2, 4, 3, 5, 2, 4), torch.float32, True, 0.0, 10.0)
+    wanted = step_reference.mamba2_step(*arguments)
     arguments[7] = arguments[7].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     for in_place in (False, True):
-        found = mamba2_step(*arguments, 0.0, 10.0, in_place)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted)) and (found[2] is arguments[7]) == in_place
+        computed = mamba2_step(*arguments, in_place=in_place)
+        assert all(torch.equal(a, b) for a, b in zip(computed, wanted)) and (computed[2] is arguments[7]) == in_place

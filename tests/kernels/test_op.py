@@ -66,6 +66,6 @@ def test_a_gradient_begun_for_another_pass_is_left_alone() -> None:
 def test_gradients_nobody_asked_for(names: tuple[str, ...]) -> None:
     tensors = dict(zip("xsw", leaves()))
     frozen = {name: t if name in names else t.detach() for name, t in tensors.items()}
-    found = torch.autograd.grad(scaled(*frozen.values(), 2.0).sum(), [frozen[name] for name in names])
+    gradients = torch.autograd.grad(scaled(*frozen.values(), 2.0).sum(), [frozen[name] for name in names])
     wanted = torch.autograd.grad((tensors["x"] * tensors["w"] * 2.0 + tensors["s"]).sum(), [tensors[name] for name in names])
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients, wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -24,17 +26,20 @@ def cells() -> list[Cell]:
     return [*(load_cell(name) for name in available()), Cell.from_step(three)]
 
 
-def problem(cell: Cell, B: int, T: int, D: int, weight: float = 0.5, bias: float = 0.0, resets: float = 0.0) -> list[Tensor | None]:
+Problem = tuple[Tensor, Tensor, Tensor, Tensor | None]  # pre, rec, h0, starts
+
+
+def problem(cell: Cell, B: int, T: int, D: int, weight: float = 0.5, bias: float = 0.0, resets: float = 0.0) -> Problem:
     g = torch.Generator().manual_seed(T + D)
     pre = torch.randn(B, T, len(cell.pre), D, generator=g, dtype=torch.float64) * (1 + abs(bias) / 4)
     pre[:, :, 0] += bias
     rec = weight * (2 * torch.rand(len(cell.rec), D, generator=g, dtype=torch.float64) - 1)
     h0 = torch.randn(B, len(cell.state), D, generator=g, dtype=torch.float64)
     starts = torch.rand(B, T, generator=g) < resets if resets else None
-    return [pre, rec, h0, starts]
+    return pre, rec, h0, starts
 
 
-def everything(run, cell: Cell, inputs: list[Tensor | None]) -> list[Tensor]:
+def everything(run: Callable[..., tuple[Tensor, Tensor]], cell: Cell, inputs: Problem) -> list[Tensor]:
     """states, final, and the gradients of pre, rec, h0 under fixed cotangents."""
     pre, rec, h0 = (x.clone().requires_grad_() for x in inputs[:3])
     states, final = run(cell, pre, rec, h0, inputs[3])
@@ -100,7 +105,7 @@ def test_gradcheck(name: str) -> None:
     cell = load_cell(name)
     pre, rec, h0, starts = problem(cell, 1, 6, 2, resets=0.3)
     inputs = tuple(x.requires_grad_() for x in (pre, rec, h0))
-    assert torch.autograd.gradcheck(lambda *a: parallel_rnn(cell, *a, starts, method="parallel"), inputs)
+    assert torch.autograd.gradcheck(lambda *a: parallel_rnn(cell, *(*a, starts), method="parallel"), inputs)
 
 
 def test_heads_bias_emitted_and_borders() -> None:

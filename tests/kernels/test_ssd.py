@@ -23,7 +23,7 @@ def test_values_and_gradients(T: int, chunk: int, with_starts: bool) -> None:
     results = []
     for op in (ssd_sequential, lambda *a: ssd(*a, chunk=chunk)):
         leaves = [t.clone().requires_grad_() for t in tensors]
-        y, final = op(*leaves, starts)
+        y, final = op(*(*leaves, starts))
         loss = (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + final.square().sum()
         results.append((y, final, torch.autograd.grad(loss, leaves)))
     for a, b in ((results[1][0], results[0][0]), (results[1][1], results[0][1]), *zip(results[1][2], results[0][2])):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_triton import run  # noqa: E402
+from tests.kernels.test_triton import run  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -25,18 +25,18 @@ def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
     import triton
 
     golden = json.loads((HERE / "resources_ssd.json").read_text())
-    found = json.loads(run("compiled_ssd.py", *map(str, golden["arguments"])))
-    assert all(use["wgmma"] > 0 for name, use in found.items() if name not in ("prepare", "recover")), found
-    assert all(use.get("spilled", 0) <= 160 and use["shared"] <= 227 << 10 for use in found.values()), found
+    compiled = json.loads(run("compiled_ssd.py", *map(str, golden["arguments"])))
+    assert all(use["wgmma"] > 0 for name, use in compiled.items() if name not in ("prepare", "recover")), compiled
+    assert all(use.get("spilled", 0) <= 160 and use["shared"] <= 227 << 10 for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_ssd bf16 64 128 --golden"
+        assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_ssd bf16 64 128 --golden"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("P,N", [(112, 208), (64, 256)])
 def test_wide_heads_and_states_fit_into_shared_memory(P: int, N: int) -> None:
-    found = json.loads(run("compiled_ssd.py", "bf16", str(P), str(N)))
-    assert all(use["shared"] <= 227 << 10 for use in found.values()), found
+    compiled = json.loads(run("compiled_ssd.py", "bf16", str(P), str(N)))
+    assert all(use["shared"] <= 227 << 10 for use in compiled.values()), compiled
 
 
 @pytest.mark.parametrize("P,N", [(16, 16), (1, 1), (16, 33), (24, 40), (64, 128)])

@@ -32,10 +32,10 @@ def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
     """Another release of Triton may count otherwise: then only spilling is a failure, and loads that are not wide."""
     import triton
 
-    golden, found = json.loads((HERE / "resources_lists.json").read_text()), json.loads(run("compiled_lists.py"))
-    assert found and all(use.get("spilled", 0) == 0 and use["wide"] for use in found.values()), found
+    golden, compiled = json.loads((HERE / "resources_lists.json").read_text()), json.loads(run("compiled_lists.py"))
+    assert compiled and all(use.get("spilled", 0) == 0 and use["wide"] for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_lists --golden"
+        assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_lists --golden"
 
 
 def test_without_kernels_the_norm_is_torchs_and_symmetric_products_are_products() -> None:
@@ -51,8 +51,8 @@ def test_without_kernels_the_norm_is_torchs_and_symmetric_products_are_products(
 def test_norm_of_many_tensors_is_exact_and_repeatable() -> None:
     tensors = [torch.randn(n, device="cuda") for n in (1, 5, 65536, 65537, 10**7, *[1024] * 300)]
     wanted = torch.stack([t.double().norm() for t in tensors]).norm()
-    found = total_norm(tensors)
-    assert abs(found.item() / wanted.item() - 1) < 2e-7 and all(torch.equal(found, total_norm(tensors)) for _ in range(3))
+    computed = total_norm(tensors)
+    assert abs(computed.item() / wanted.item() - 1) < 2e-7 and all(torch.equal(computed, total_norm(tensors)) for _ in range(3))
     tensors[2][3] = torch.nan
     assert total_norm(tensors).isnan()
 
@@ -68,9 +68,9 @@ def test_clipping_inside_the_fused_step_is_clipping_before_it() -> None:
         for _ in range(3):
             for w in weights:
                 w.grad = torch.randn_like(w)
-            norm = total_norm([w.grad for w in weights])  # type: ignore[misc]
+            norm = total_norm([w.grad for w in weights])
             if inside:
-                optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0)  # type: ignore[attr-defined]
+                optimizer.grad_scale = ((norm + 1e-6) / 1.0).clamp(min=1.0)
             else:
                 torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
             optimizer.step()
@@ -82,10 +82,10 @@ def test_clipping_inside_the_fused_step_is_clipping_before_it() -> None:
 @pytest.mark.parametrize("K, R, C, side", [(5, 1024, 1024, 1), (3, 2816, 1024, 1), (8, 256, 768, 3), (2, 33, 52, 1), (1, 7, 5, 1)])
 def test_ends_of_a_step_of_muon(K: int, R: int, C: int, side: int) -> None:
     g, m, w = ([torch.randn(R, C, device="cuda") for _ in range(K)] for _ in range(3))
-    own, fine, divisor = torch.stack(m), torch.stack(m).double(), torch.tensor(2.5, device="cuda")
-    x = momentum_and_update(g, own, 0.95, True, side, torch.bfloat16, divisor)
+    momenta, fine, divisor = torch.stack(m), torch.stack(m).double(), torch.tensor(2.5, device="cuda")
+    x = momentum_and_update(g, momenta, 0.95, True, side, torch.bfloat16, divisor)
     wanted = reference.momentum_and_update([t.double() for t in g], fine, 0.95, True, side, torch.float64, divisor.double())
-    torch.testing.assert_close(own.double(), fine, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(momenta.double(), fine, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(x.double(), wanted, atol=1e-2, rtol=4e-3)
     moved = [t.double() for t in w]
     reference.take_step(moved, x.double(), 0.99, 0.3, side)

@@ -44,11 +44,11 @@ def test_every_function_of_a_step_in_the_interpreter() -> None:
 
 
 def test_every_kernel_compiles() -> None:
-    found = json.loads(run("compiled.py", "1", "1", *available(), "three"))
-    assert all(set(kernels) == set(KERNELS) for kernels in found.values())
+    compiled = json.loads(run("compiled.py", "1", "1", *available(), "three"))
+    assert all(set(kernels) == set(KERNELS) for kernels in compiled.values())
     # without these copies they wait for memory at every step
     walks = ("walk", "mend", "finish", "gradient", "mend_gradient", "transfer", "shoot")
-    assert all(kernels[name]["copies"] > 0 for kernels in found.values() for name in walks), found
+    assert all(kernels[name]["copies"] > 0 for kernels in compiled.values() for name in walks), compiled
 
 
 @pytest.mark.slow
@@ -57,7 +57,9 @@ def test_registers_are_those_of_the_golden_file_and_none_spill_where_speed_matte
     import triton
 
     golden = json.loads((HERE / "resources.json").read_text())
-    found = json.loads(run("compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]))
-    assert all(use.get("spilled", 0) == 0 for name in ("paragru", "paralstm") for use in found[name].values()), found
+    compiled = json.loads(run("compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]))
+    assert all(use.get("spilled", 0) == 0 for name in ("paragru", "paralstm") for use in compiled[name].values()), compiled
     if triton.__version__ == golden["triton"]:
-        assert found == golden["cells"], "If the change is wanted: python -m tests.kernels.compiled 8 4 paragru paralstm gru lstm --golden"
+        assert compiled == golden["cells"], (
+            "If the change is wanted: python -m tests.kernels.compiled 8 4 paragru paralstm gru lstm --golden"
+        )

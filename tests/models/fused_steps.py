@@ -51,7 +51,7 @@ def check(name: str, device: str, low: bool) -> None:
         state = model(ids, state=model.init_state(2)).state
         fused = Decoder(model, state, 30, fused=True)
         plain = Decoder(model, state, 30, fused=False)  # the model's forward, writing over its own states
-        kept = [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")]
+        addresses = [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")]
         assert fused.fused and not plain.fused, name
         for token in torch.randint(67, (3, 2), device=device):
             expected = model(token[:, None], state=state)
@@ -60,7 +60,7 @@ def check(name: str, device: str, low: bool) -> None:
             assert gap < limit, (name, low, gap)
             gap = float((plain.step(token).float() - expected.logits[:, -1].float()).abs().max())
             assert gap < limit, (name, low, "plain", gap)
-        assert kept == [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")], name
+        assert addresses == [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")], name
         token = torch.randint(67, (2, 2), device=device)
         for decoder in (plain, fused):
             gap = float((model(token, state=decoder.release()).logits - model(token, state=state).logits).float().abs().max())

@@ -68,8 +68,8 @@ def test_mamba2_gives_transformers_logits() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     mixer = {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": groups, "chunk": 8}
     ours = LanguageModel(ModelConfig(vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=0, pattern=["m"], mixers={"m": mixer})).eval()
-    state, copied = theirs.state_dict(), {}
-    copied |= {
+    state = theirs.state_dict()
+    copied = {
         "embedding.weight": state["backbone.embeddings.weight"],
         "norm.weight": state["backbone.norm_f.weight"],
         "head.weight": state["lm_head.weight"],

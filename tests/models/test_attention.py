@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,12 @@ def test_documents_are_looked_up_once_for_all_layers(monkeypatch: pytest.MonkeyP
         assert Documents(torch.tensor([[0, 1]])).borders().tolist() == [0, 1, 2]
     monkeypatch.setattr(attend, "MASK_ELEMENTS", 0)  # documents one by one, which must know where they are
     look_up, looked = torch.Tensor.nonzero, []
-    monkeypatch.setattr(torch.Tensor, "nonzero", lambda t: looked.append(0) or look_up(t))
+
+    def noted(tensor: Tensor) -> Tensor:
+        looked.append(0)
+        return look_up(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "nonzero", noted)
     mixers = {"a": {"type": "attention", "n_heads": 2}}
     model = LanguageModel(ModelConfig(vocab_size=16, d_model=16, n_layers=3, pattern=["a"], mixers=mixers))
     model.init_weights(0)
@@ -41,14 +48,14 @@ def loop(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, _: Tensor, longest: in
         assert e - a <= longest
         ahead = torch.arange(e - a)[:, None] - torch.arange(e - a)
         mask = (ahead >= -window_size[1]) & ((ahead <= window_size[0]) | (window_size[0] < 0))
-        parts = (t[a:e].transpose(0, 1) for t in (q, k, v))
-        out[a:e] = F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(0, 1)
+        q_, k_, v_ = (t[a:e].transpose(0, 1) for t in (q, k, v))
+        out[a:e] = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask).transpose(0, 1)
     return out
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"n_kv_heads": 2}, {"window": 3}, {"window": 7, "n_kv_heads": 1}], ids=str)
-def test_packed_attention_is_attention_under_the_mask(settings: dict[str, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention_is_attention_under_the_mask(settings: dict[str, Any], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", loop)
     mixer = Mixer(Config(n_heads=4, **settings), 32, 0)
     mixer.init_weights(0.3, 0)
@@ -58,7 +65,12 @@ def test_packed_attention_is_attention_under_the_mask(settings: dict[str, int], 
     if packed or "window" in settings:
         monkeypatch.setattr(attend, "packable", lambda q: True)
         calls = []
-        monkeypatch.setattr(attend, "packed_attention", lambda *a: calls.append(0) or packed_attention(*a))
+
+        def noted(*a: Any) -> Tensor:
+            calls.append(0)
+            return packed_attention(*a)
+
+        monkeypatch.setattr(attend, "packed_attention", noted)
         torch.testing.assert_close(mixer(x, None, segments)[0], wanted)
         assert calls
     if packed and "window" not in settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, get_args
 
 import pytest
@@ -202,6 +203,22 @@ def test_memory_is_planned_without_a_look_at_values(mixer: Any) -> None:
         y, _ = mixer(x, None, torch.zeros(2, T, dtype=torch.int32))
         (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
     assert y.shape == dx.shape == x.shape
+
+
+def test_the_recurrence_is_called_by_its_name_in_the_module(mixer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a mixer declares is what forward runs, and no known op is left undeclared."""
+    module = sys.modules[type(mixer).__module__]
+    called = []
+    for op in ("ssd", "delta_rule", "parallel_rnn", mixer.recurrence or "ssd"):
+        if original := getattr(module, op, None):
+
+            def noted(*given: Any, op: str = op, original: Any = original, **options: Any) -> Any:
+                called.append(op)
+                return original(*given, **options)
+
+            monkeypatch.setattr(module, op, noted)
+    mixer(torch.randn(2, T, D))
+    assert set(called) == ({mixer.recurrence} if mixer.recurrence else set())
 
 
 def test_one_token_and_an_empty_config() -> None:

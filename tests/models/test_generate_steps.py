@@ -27,9 +27,9 @@ def test_decoding_equals_the_sequence_at_once(name: str, segments: torch.Tensor 
         for first in (0, 7):  # from the empty state, and after reading seven tokens at once
             state, parts = mixer.init_state(2), []
             for a, b in [(0, first)] * bool(first) + [(t, t + 1) for t in range(first, T)]:
-                held = [(v, v.clone()) for v in vars(state).values() if isinstance(v, torch.Tensor)]
+                before = [(v, v.clone()) for v in vars(state).values() if isinstance(v, torch.Tensor)]
                 y, state = mixer(x[:, a:b], state, None if segments is None else segments[:, a:b])
-                assert all(torch.equal(now, then) for now, then in held)  # an earlier state is never written into
+                assert all(torch.equal(now, then) for now, then in before)  # an earlier state is never written into
                 parts.append(y)
             torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
 

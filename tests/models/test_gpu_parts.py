@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +32,12 @@ def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: p
     segments = (torch.rand(3, 211, device="cuda") < 0.05).cumsum(1).int() if packed else None
     calls = []
     run = attend.packed_attention
-    monkeypatch.setattr(attend, "packed_attention", lambda *a: calls.append(0) or run(*a))
+
+    def noted(*a: Any) -> Tensor:
+        calls.append(0)
+        return run(*a)
+
+    monkeypatch.setattr(attend, "packed_attention", noted)
 
     def answers(autocast: bool) -> list[Tensor]:
         mixer.zero_grad()
@@ -43,9 +50,9 @@ def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: p
 
     exact = answers(False)
     assert not calls
-    found = answers(True)
+    computed = answers(True)
     assert bool(calls) == (packed or "window" in settings)
-    for a, b in zip(found, exact):
+    for a, b in zip(computed, exact):
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
@@ -77,13 +84,13 @@ def test_compiled_models_equal_eager_ones(layer: dict[str, object]) -> None:
     model.cuda()
     ids = torch.randint(0, 300, (2, 301), device="cuda")
     segments = (torch.arange(301, device="cuda") >= torch.tensor([[50], [200]], device="cuda")).int()
-    found = []
+    results = []
     for forward in (model, torch.compile(model)):
         model.zero_grad()
         loss = forward(ids, labels=ids, segment_ids=segments).loss_sum
         loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    for a, b in zip(*found):
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results):
         assert (a - b).norm() <= 2e-4 * (1e-3 + a.norm())
 
 
@@ -103,7 +110,11 @@ def test_a_label_that_is_no_logit_is_a_nan_loss(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_model_on_the_second_gpu_decodes_while_the_first_is_current(fused: bool) -> None:
-    layers = {"g": {"type": "rnn"}, "m": {"type": "mamba2", "head_dim": 16, "d_state": 16}, "a": {"type": "attention", "n_heads": 4}}
+    layers: dict[str, dict[str, Any]] = {
+        "g": {"type": "rnn"},
+        "m": {"type": "mamba2", "head_dim": 16, "d_state": 16},
+        "a": {"type": "attention", "n_heads": 4},
+    }
     model = LanguageModel(ModelConfig(64, 64, 3, ["g", "m", "a"], layers, learnable_residual=True))
     model.init_weights(0)
     model.to("cuda:1")
@@ -112,6 +123,6 @@ def test_a_model_on_the_second_gpu_decodes_while_the_first_is_current(fused: boo
         state = model(ids[:, :4], state=model.init_state(2)).state
         assert state is not None
         decoder = Decoder(model, state, 16, fused=fused)
-        found = torch.stack([decoder.step(ids[:, t]).clone() for t in range(4, 9)], 1)
-        torch.testing.assert_close(found, model(ids, state=model.init_state(2)).logits[:, 4:], atol=1e-3, rtol=1e-3)
+        decoded = torch.stack([decoder.step(ids[:, t]).clone() for t in range(4, 9)], 1)
+        torch.testing.assert_close(decoded, model(ids, state=model.init_state(2)).logits[:, 4:], atol=1e-3, rtol=1e-3)
         assert torch.cuda.current_device() == 0

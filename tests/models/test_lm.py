@@ -152,11 +152,11 @@ def test_compiled_gradients_equal_those_of_eager_with_packed_documents() -> None
     model = small(pattern=["g", "m", "a"], n_layers=3, mixers=mixers)
     ids = torch.randint(0, model.config.vocab_size, (2, 33))
     segments = (torch.arange(33) >= torch.tensor([[5], [20]])).int()
-    found = []
+    results = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
         forward(ids, labels=ids, segment_ids=segments).loss_sum.backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    for name, gradient in found[0].items():
+        results.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    for name, gradient in results[0].items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(results[1][name], gradient, atol=1e-5, rtol=1e-4)

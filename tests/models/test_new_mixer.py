@@ -70,8 +70,8 @@ def test_it_decodes(model: LanguageModel) -> None:
     torch.testing.assert_close(torch.stack([decoder.step(token).clone() for token in ids[:, 5:].unbind(1)], 1), whole, atol=1e-5, rtol=1e-4)
     following = model(ids[:, :1], state=decoder.release()).logits
     torch.testing.assert_close(following, model(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1:], atol=1e-5, rtol=1e-4)
-    kept = {name for name, parameter in cast(model, torch.bfloat16).named_parameters() if parameter.dtype == torch.float32}
-    assert kept == {f"blocks.{layer}.mixer.gate_bias" for layer in (0, 1)}
+    in_fp32 = {name for name, parameter in cast(model, torch.bfloat16).named_parameters() if parameter.dtype == torch.float32}
+    assert in_fp32 == {f"blocks.{layer}.mixer.gate_bias" for layer in (0, 1)}
 
 
 def test_it_is_evaluated(model: LanguageModel) -> None:
@@ -79,8 +79,8 @@ def test_it_is_evaluated(model: LanguageModel) -> None:
     pieces, whole = (position_curve(adapter, rows, chunk=chunk)["nats_per_token"] for chunk in (7, 64))
     assert pieces == pytest.approx(whole, rel=1e-4)
     _, state = adapter.prefill(torch.from_numpy(rows), 16)
-    found = adapter.layer_states(state)
-    assert [(s.layer, s.name, tuple(s.entries.shape)) for s in found] == [(0, "h", (3, 1, 32)), (1, "h", (3, 1, 32))]
+    memories = adapter.layer_states(state)
+    assert [(s.layer, s.name, tuple(s.entries.shape)) for s in memories] == [(0, "h", (3, 1, 32)), (1, "h", (3, 1, 32))]
     emptied = adapter.replace_states(state, lambda layer, name, tensor: torch.zeros_like(tensor))
     assert all(not s.entries.any() for s in adapter.layer_states(emptied)) and emptied.layers[2] is state.layers[2]
 

@@ -205,7 +205,7 @@ def test_head_loss_gradients_and_their_precision() -> None:
 def test_gradients_flow_through_carried_state() -> None:
     settings = {"g": rnn(n_heads=2), "m": {"type": "mamba2", "d_state": 8, "head_dim": 16}, "a": {"type": "attention", "n_heads": 2}}
     model = LanguageModel(ModelConfig(53, 32, 3, list(settings), settings))
-    ids, found = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(0)), []
+    ids, gradients = torch.randint(0, 53, (2, 17), generator=torch.Generator().manual_seed(0)), []
     for checkpointing, cuts in (("none", [0, 17]), ("none", [0, 9, 17]), ("full", [0, 4, 17])):
         model.init_weights(1)
         model.zero_grad()
@@ -215,9 +215,9 @@ def test_gradients_flow_through_carried_state() -> None:
             output = model(ids[:, a:b], ids[:, a:b], state=state)
             state, loss = output.state, loss + output.loss_sum
         loss.backward()
-        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    for other in found[1:]:
-        for a_, b_ in zip(found[0], other):
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for other in gradients[1:]:
+        for a_, b_ in zip(gradients[0], other):
             torch.testing.assert_close(a_, b_, atol=2e-4, rtol=1e-3)
 
 
@@ -254,14 +254,14 @@ def test_wrong_types_and_impossible_values_are_told_together() -> None:
 def test_mamba2_keeps_no_chunk_matrices_for_the_backward_pass() -> None:
     mixer: Any = mixers.build({"type": "mamba2", "d_state": 4, "head_dim": 4, "chunk": 64}, 32, 0)
     mixer.init_weights(0.1, 0)
-    kept = 0
+    saved_elements = 0
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal kept
-        kept += tensor.numel()
+        nonlocal saved_elements
+        saved_elements += tensor.numel()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         y, _ = mixer(torch.randn(1, 256, 32))
-    assert kept < 256 * 64 * 16  # one (chunk, chunk) matrix per chunk and head: T * chunk * heads
+    assert saved_elements < 256 * 64 * 16  # one (chunk, chunk) matrix per chunk and head: T * chunk * heads
     y.sum().backward()

@@ -42,8 +42,8 @@ def numbers(choice: Any, bf16: bool, **more: Any) -> list[Tensor]:
 def test_no_choice_changes_a_number(bf16: bool, more: dict[str, Any]) -> None:
     expected = numbers("none", bf16, **more)
     for choice in CHOICES if more.get("d_ff") != 0 else ["full", "mixer", {"a": 1, "layer": [0, 4]}]:
-        found = numbers(choice, bf16, **more)
-        assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected)), choice
+        computed = numbers(choice, bf16, **more)
+        assert len(computed) == len(expected) and all(torch.equal(a, b) for a, b in zip(computed, expected)), choice
 
 
 class Products(TorchDispatchMode):
@@ -65,14 +65,14 @@ def test_joined_products_are_made_again_but_for_the_last(choice: str, monkeypatc
     """With a width of the MLP that no other product has: gate and up (joined) twice, what they are multiplied to once, and equal gradients."""
     monkeypatch.setattr(kernels.linear, "joins", lambda x, layers: torch.is_grad_enabled() and torch.is_autocast_enabled("cpu"))
     expected = numbers("none", True, d_ff=40)
-    with Products() as kept:
+    with Products() as products:
         numbers("none", True, d_ff=40)
     with Products() as again:
-        found = numbers(choice, True, d_ff=40)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    assert again.made[34, 80] == kept.made[34, 80] + 6  # a joined product of each layer's gate and up
+        computed = numbers(choice, True, d_ff=40)
+    assert all(torch.equal(a, b) for a, b in zip(computed, expected))
+    assert again.made[34, 80] == products.made[34, 80] + 6  # a joined product of each layer's gate and up
     mixers = 0 if choice == "mlp" else 9  # attention's values and every mixer's last product make (34, 32) as `down` does, which is spared
-    assert again.made[34, 32] == kept.made[34, 32] + mixers
+    assert again.made[34, 32] == products.made[34, 32] + mixers
 
 
 def test_evaluation_and_decoding_make_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:

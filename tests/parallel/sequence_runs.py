@@ -57,18 +57,18 @@ def losses(world: World, shards: str, model: str, stage: int, *more: str, compil
         open_reader(config, sources), global_batch=2, micro_batch=1, replica=world.replica, replicas=world.replicas, slice_of=world.slice_of
     )
     with loader:
-        found = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
+        per_step = [engine.step(loader.step(step), 1e-2).loss for step in range(4)]
     engine.destroy()
-    return found
+    return per_step
 
 
 def main(shards: str, out: str) -> None:
     torch.set_num_threads(1)
-    ranks, found = int(os.environ["WORLD_SIZE"]), {}
+    ranks, results = int(os.environ["WORLD_SIZE"]), {}
     for model, N, stage, variant in RUNS[ranks]:
         world = start_distributed("cpu", sequence=N)
         where = "one" if ranks == 1 else f"{N}x{ranks // N} zero{stage}"
-        found[f"{model} {variant} {where}"] = losses(world, shards, model, stage, *VARIANTS[variant], compiled=variant == "compile")
+        results[f"{model} {variant} {where}"] = losses(world, shards, model, stage, *VARIANTS[variant], compiled=variant == "compile")
     if ranks == 2:  # bytes that cross a layer's borders do not grow with the sequence
         world, counted = start_distributed("cpu", sequence=2), []
         for T in (32, 64):
@@ -77,7 +77,7 @@ def main(shards: str, out: str) -> None:
             counted.append(parallel.traffic.received.total())
         assert counted[0] == counted[1] > 0, counted
     if world.main:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

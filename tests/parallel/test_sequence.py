@@ -41,19 +41,19 @@ def check_mixer(name: str, T: int, packed: bool, rank: int) -> int:
     (whole * weight).sum().backward()
     exact = {n: p.grad.clone() for n, p in mixer.named_parameters()}
     mixer.zero_grad()
-    own = slice(rank * T, (rank + 1) * T)
-    part = x.detach()[:, own].clone().requires_grad_()
+    mine = slice(rank * T, (rank + 1) * T)
+    part = x.detach()[:, mine].clone().requires_grad_()
     parallel.traffic.clear()
     with parallel.split(mixer):
-        y = mixer(part, None, None if segments is None else segments[:, own].contiguous())[0]
-        (y * weight[:, own]).sum().backward()
+        y = mixer(part, None, None if segments is None else segments[:, mine].contiguous())[0]
+        (y * weight[:, mine]).sum().backward()
     received = {purpose: n for purpose, n in parallel.traffic.received.items() if purpose != "segments"}
 
     def close(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
         assert (a - b).norm() <= 1e-8 * b.norm().clamp(min=1e-3), (name, T, packed, what, float((a - b).norm()), float(b.norm()))
 
-    close(y, whole[:, own], "y")
-    close(part.grad, x.grad[:, own], "dx")
+    close(y, whole[:, mine], "y")
+    close(part.grad, x.grad[:, mine], "dx")
     for n, p in mixer.named_parameters():
         total = p.grad if p.grad is not None else torch.zeros_like(p)
         dist.all_reduce(total)
@@ -75,13 +75,13 @@ def check_isolation(name: str, T: int, rank: int) -> None:
     segments = (torch.arange(N * T) >= torch.tensor([[2 * T], [2 * T - 1]])).int()
     whole = mixer(x, segment_ids=segments)[0].detach()
     x[:, 2 * T - 3 : 2 * T - 1] = torch.nan
-    own = slice(rank * T, (rank + 1) * T)
-    part = x[:, own].clone().requires_grad_()
+    mine = slice(rank * T, (rank + 1) * T)
+    part = x[:, mine].clone().requires_grad_()
     with parallel.split(mixer):
-        y = mixer(part, None, segments[:, own].contiguous())[0]
+        y = mixer(part, None, segments[:, mine].contiguous())[0]
         y.sum().backward()
     if rank >= 2:
-        torch.testing.assert_close(y.detach(), whole[:, own])
+        torch.testing.assert_close(y.detach(), whole[:, mine])
         assert part.grad is not None and part.grad.isfinite().all()
 
 

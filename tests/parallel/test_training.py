@@ -44,13 +44,13 @@ def test_a_run_goes_on_with_another_number_of_slices(train, tmp_path: Path) -> N
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     rows = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "moved")]
     # Loss by position over ranks: a finished run only evaluates.
-    found = [json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"]]
+    perplexities = [json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"]]
     done = train("moved", *quiet, "train.steps=5", "parallel.sequence=2", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found.append(json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"])
-    assert found[0]["tokens"] == found[1]["tokens"] == 256 and len(found[0]["by_position"]) == 6
-    assert np.isclose(found[0]["bits_per_byte"], found[1]["bits_per_byte"], rtol=1e-5)
-    for a, b in zip(*(part["by_position"] for part in found)):
+    perplexities.append(json.loads((tmp_path / "moved" / "eval.json").read_text())["perplexity"])
+    assert perplexities[0]["tokens"] == perplexities[1]["tokens"] == 256 and len(perplexities[0]["by_position"]) == 6
+    assert np.isclose(perplexities[0]["bits_per_byte"], perplexities[1]["bits_per_byte"], rtol=1e-5)
+    for a, b in zip(*(part["by_position"] for part in perplexities)):
         assert a["from"] == b["from"] and a["tokens"] == b["tokens"] and np.isclose(a["nats_per_token"], b["nats_per_token"], rtol=1e-4)
     whole, moved = ([row["loss"] for row in part if "loss" in row] for part in rows)
     assert len(whole) == 5 and np.allclose(moved, whole, rtol=1e-5, atol=0)

@@ -53,7 +53,7 @@ def save(world: World, shards: str, folder: Path) -> dict[str, Any]:
         saver.finish()
     if world.main:
         save_file(state, folder / f"whole{world.size}.safetensors")
-    owned = world.gather([float(sum(m.numel() for _, m in run.engine.optimizer.momenta()))])  # type: ignore[union-attr]
+    owned = world.gather([float(sum(m.numel() for _, m in run.engine.optimizer.momenta()))])
     result = {"losses": [*losses, run.step().loss, run.step().loss], "owned": [row[0] for row in owned], "stage": run.engine.stage}
     run.close()
     return result

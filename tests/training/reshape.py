@@ -66,14 +66,14 @@ class Run:
 
         if self.engine.stage in (1, 2):
             self.engine.link_moments()
-        found = {}
+        parameters = {}
         for name, p in self.engine.parameters.items():
             with self.engine.gathered([name]):
-                found[name] = p.detach().clone()
+                parameters[name] = p.detach().clone()
             for key in MOMENTS:
                 state = self.engine.optimizer.state[p][key] if not self.engine.stage else safe_get_full_optimizer_state(p, key)
-                found[f"{key}.{name}"] = state.detach().clone().reshape(found[name].shape)
-        return found
+                parameters[f"{key}.{name}"] = state.detach().clone().reshape(parameters[name].shape)
+        return parameters
 
     def close(self) -> None:
         self.loader.close()
@@ -104,9 +104,9 @@ def load(world: World, shards: str, folder: Path) -> dict[str, Any]:
     result = {}
     pairs = [(a, b) for a in range(4) for b in range(4)] if world.size > 1 else [(a, (a + 1) % 4) for a in range(4)]
     for source, stage in pairs:
-        found = checkpoint.newest_together(folder / f"zero{source}", world)
-        assert found is not None
-        run, exact = Run(world, shards, stage, found), load_file(folder / f"whole{source}.safetensors")
+        newest = checkpoint.newest_together(folder / f"zero{source}", world)
+        assert newest is not None
+        run, exact = Run(world, shards, stage, newest), load_file(folder / f"whole{source}.safetensors")
         differ = [name for name, value in run.whole().items() if not torch.equal(value, exact[name])]
         result[f"{source} {stage}"] = {"loss": run.step().loss, "differ": differ, "steps": run.engine.optimizer_steps()}
         run.close()

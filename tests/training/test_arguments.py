@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from data.files import write_json
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
-DEFAULTS = {"path": None, "name": "a", "rows": 3, "seed": 0, "lr": 0.5, "toy": False, "lengths": [], "limit": int}
+DEFAULTS: dict[str, Any] = {"path": None, "name": "a", "rows": 3, "seed": 0, "lr": 0.5, "toy": False, "lengths": [], "limit": int}
 
 
 def test_a_default_says_what_its_key_takes() -> None:

@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_does_not_push_out_what_comes_after_it(tmp_path: Pa
 
 def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, _ = saver_of(tmp_path, keep=1, background=False)
-    verify, warned = checkpoint.verify, []
+    verify, warned = checkpoint.verify, list[str]()
     with saver:
         saver.save({"step": 1})
 
@@ -276,8 +276,13 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
             return int(checkpoint.read_state(folder)["step"])
 
         assert checkpoint.find_and_read(tmp_path, read) == 6
+
+        def outrun(folder: Path) -> Any:
+            saver.save({"step": saver.saved + 1})
+            return checkpoint.read_state(folder)
+
         with pytest.raises(UserError, match="drops its checkpoints before they can be read"):
-            checkpoint.find_and_read(tmp_path, lambda folder: (saver.save({"step": saver.saved + 1}), checkpoint.read_state(folder)))
+            checkpoint.find_and_read(tmp_path, outrun)
         with pytest.raises(FileNotFoundError):
             checkpoint.find_and_read(tmp_path, lambda folder: (folder / "nothing").read_text())
 
@@ -289,12 +294,12 @@ def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> No
     with pytest.raises(UserError, match=rf"belongs to process {other.pid} of .*; stop it, or give another run_dir"):
         lock(tmp_path, here=0.0)
     threading.Timer(0.3, other.kill).start()
-    held = lock(tmp_path)
+    locked = lock(tmp_path)
     assert (tmp_path / "lock").read_text().split()[1] == str(os.getpid())
     other.wait()
     with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
         lock(tmp_path, here=0.0)
-    held.close()
+    locked.close()
     lock(tmp_path, here=0.0).close()
 
 
@@ -309,8 +314,8 @@ def test_rank_0_says_what_train_resume_means(tmp_path: Path) -> None:
             return [self.first, own]
 
         def sum(self, values: list[float]) -> list[float]:
-            found, self.step = self.step, -1.0
-            return [found]
+            step, self.step = self.step, -1.0
+            return [step]
 
         def any(self, flag: bool) -> bool:
             return flag
@@ -363,6 +368,6 @@ def test_sigterm_in_the_middle_of_a_save_waits_for_it(demo_shards: Path, tmp_pat
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 75 and "stopped by SIGTERM" in out, out
-    found = checkpoint.checkpoints(run)
-    assert found and all(checkpoint.verify(folder) == "" for folder in found) and not list(run.glob("checkpoints/.tmp-*"))
-    assert f"after step {checkpoint.step_of(found[-1])};" in out
+    complete = checkpoint.checkpoints(run)
+    assert complete and all(checkpoint.verify(folder) == "" for folder in complete) and not list(run.glob("checkpoints/.tmp-*"))
+    assert f"after step {checkpoint.step_of(complete[-1])};" in out

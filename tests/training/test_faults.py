@@ -38,7 +38,7 @@ WORDS = [
 ]
 
 
-def start(run: Path, data: Path, inject: str = "", *words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def start(run: Path, data: Path, inject: str = "", *words: str, **extra: Any) -> subprocess.CompletedProcess[str]:
     return run_ranks(2, ["-m", "tests.training.inject", *WORDS, f"data.path={data}", f"run_dir={run}", *words], INJECT=inject, **extra)
 
 
@@ -131,7 +131,7 @@ class Ranks(World):
 
 def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(model={"mixers": {"a": {"n": 1}}})
-    own = agreement.facts(config, ["f"])
+    facts = agreement.facts(config, ["f"])
     agreement.agree(Ranks({"host": "b"}), config, ["f"])
     for key, value, words in [
         ("setting train.seq_len", "512", r"Rank 2 \(b\) differs from rank 0 .* in setting train.seq_len: 512 there, 256 here; start every"),
@@ -141,9 +141,9 @@ def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         ("data fingerprint 0", "g", "in data fingerprint 0: g there, f here"),
     ]:
         with pytest.raises(UserError, match=words):
-            agreement.agree(Ranks({}, {"host": "b", "facts": {**own, key: value}}), config, ["f"])
+            agreement.agree(Ranks({}, {"host": "b", "facts": {**facts, key: value}}), config, ["f"])
     with pytest.raises(UserError, match="and 1 more: 1 there, 0 here"):
-        agreement.agree(Ranks({"facts": {**own, "setting seed": "1", "setting train.steps": "9"}}), config, ["f"])
+        agreement.agree(Ranks({"facts": {**facts, "setting seed": "1", "setting train.steps": "9"}}), config, ["f"])
     with pytest.raises(UserError, match=r"^Rank 1 \(c\): no data$"):
         agreement.agree(Ranks({"host": "c", "problem": "no data"}), config, ["f"])
 
@@ -167,7 +167,7 @@ def test_an_unreachable_wandb_costs_a_warning(demo_shards: Path, tmp_path: Path)
         "train.steps=2",
         "logging.wandb=online",
     ]
-    away = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
+    away: dict[str, Any] = {"WANDB_MODE": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_INIT_TIMEOUT": "3"}
     done = run_program(["train.py", *words], **away)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (done.stdout + done.stderr).count("wandb is not available") == 1 and "`wandb sync` uploads later" in done.stdout
@@ -211,8 +211,8 @@ def test_shards_that_are_cut_under_a_reader_are_named(demo_shards: Path, tmp_pat
         assert loader.fetch()[1] == ""
         path = data / "train-00000.bin"
         os.truncate(path, 1000)
-        found = [loader.fetch() for _ in range(4)]
-    assert found[-1][0] == [] and str(path) in found[-1][1] and "was changed during the run and has 1,000 bytes now" in found[-1][1]
+        fetched = [loader.fetch() for _ in range(4)]
+    assert fetched[-1][0] == [] and str(path) in fetched[-1][1] and "was changed during the run and has 1,000 bytes now" in fetched[-1][1]
 
 
 @pytest.mark.parametrize("ending", [".bin", ".idx"])

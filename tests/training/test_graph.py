@@ -49,9 +49,9 @@ class Recorded:
 def test_a_graph_adds_to_no_gradients_but_its_own() -> None:
     """A first micro-batch that ran as written (too many documents for a graph) has left gradients that a graph would lose."""
     model = torch.nn.Linear(2, 2)
-    graphed = GraphedPass(model, torch.device("cpu"), autocast=False)  # type: ignore[arg-type]
-    batch, own = packed(3, 0), [torch.zeros_like(p) for p in model.parameters()]
-    first, adding = Recorded(own), Recorded(own)
+    graphed = GraphedPass(model, torch.device("cpu"), autocast=False)
+    batch, gradients = packed(3, 0), [torch.zeros_like(p) for p in model.parameters()]
+    first, adding = Recorded(gradients), Recorded(gradients)
     key = (batch.input_ids.shape, True)
     graphed.graphs = {(*key, False): first, (*key, True): adding}  # type: ignore[dict-item]
     graphed.calls = dict.fromkeys(graphed.graphs, WARMUP)
@@ -62,7 +62,7 @@ def test_a_graph_adds_to_no_gradients_but_its_own() -> None:
     assert all(p.grad is g for p, g in zip(model.parameters(), written))
     model.zero_grad(set_to_none=True)
     assert graphed.run(batch, 1.0) is not None and graphed.run(batch, 1.0) is not None
-    assert (first.replays, adding.replays) == (1, 1) and all(p.grad is g for p, g in zip(model.parameters(), own))
+    assert (first.replays, adding.replays) == (1, 1) and all(p.grad is g for p, g in zip(model.parameters(), gradients))
 
 
 def model_of(pattern: list[str]) -> LanguageModel:

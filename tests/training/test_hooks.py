@@ -52,7 +52,13 @@ def children() -> list[int]:
 
 def test_a_hook_that_was_about_to_start_at_the_limit_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, reached = threading.Event(), threading.Event()
-    monkeypatch.setattr("training.saving.hook.shlex.quote", lambda text: (reached.set(), gate.wait(), text)[2])
+
+    def quote(text: str) -> str:
+        reached.set()
+        gate.wait()
+        return text
+
+    monkeypatch.setattr("training.saving.hook.shlex.quote", quote)
     hook = Hook("exec sleep 300 {folder}", tmp_path / "hook.log", lambda text: None)
     hook.add(tmp_path / "a")
     reached.wait()

@@ -79,9 +79,9 @@ def test_noise_has_the_wanted_moments() -> None:
     lm, x = model(["m", "g"]), ids(16, 64)
     state = InitialStates("random", sigma=0.5, drop=0.25, seed=3).before(lm, 0, 64)
     ssm, cell = state.layers[0].ssm_BHPN, state.layers[1].cell_BSI
-    kept = ssm.flatten(1).abs().sum(1) > 0
-    assert 38 <= int(kept.sum()) <= 58 and torch.equal(kept, cell.flatten(1).abs().sum(1) > 0)
-    assert float(ssm[kept].std()) == pytest.approx(0.5, rel=0.02) and state.layers[0].conv_BWI.abs().sum() == 0
+    started = ssm.flatten(1).abs().sum(1) > 0
+    assert 38 <= int(started.sum()) <= 58 and torch.equal(started, cell.flatten(1).abs().sum(1) > 0)
+    assert float(ssm[started].std()) == pytest.approx(0.5, rel=0.02) and state.layers[0].conv_BWI.abs().sum() == 0
     fitted = InitialStates("fitted", drop=0.0, momentum=0.5)
     assert fitted.before(lm, 0, 64).layers[0].ssm_BHPN.abs().sum() == 0  # nothing met yet
     ends: list[Any] = []

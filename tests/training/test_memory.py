@@ -44,11 +44,11 @@ def whole(overrides: list[str]) -> tuple[int, int, int]:
         with ledger:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
                 output = model(ids, labels=ids, segment_ids=ids.int())
-            kept, forward = ledger.now, ledger.peak
+            after_forward, forward = ledger.now, ledger.peak
             ledger.peak = 0
             assert output.loss_sum is not None and output.z_loss_sum is not None
             (output.loss_sum + output.z_loss_sum).backward()
-    return kept, forward, ledger.peak
+    return after_forward, forward, ledger.peak
 
 
 @pytest.mark.parametrize("model", ["transformer", "mamba2", "paragru", "hybrid"])
@@ -60,8 +60,8 @@ def test_parts_put_together_are_the_whole(model: str, words: str) -> None:
     overrides = [f"model={model}", *TINY, f"train.precision={precision}", f"train.activation_checkpointing={choice}"]
     config = checked(compose_config(overrides))
     parts = memory.activations(config, model_config(config, None)[0])
-    kept, forward, backward = whole(overrides)
-    assert parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved == pytest.approx(kept, rel=0.01)
+    after_forward, forward, backward = whole(overrides)
+    assert parts.embedding + sum(c.saved for c in parts.layers) + parts.head.saved == pytest.approx(after_forward, rel=0.01)
     assert parts.forward_peak() == pytest.approx(forward, rel=0.01)
     assert parts.backward_peak(False) == pytest.approx(backward, rel=0.04)
 
@@ -130,11 +130,11 @@ def test_auto_recomputes_as_little_as_fits(model: str) -> None:
     before = 0
     for share in (0.9, 0.5, 0.1, 0.0):
         room = least.estimate.peak + share * (everything.peak - least.estimate.peak)
-        found = chosen(room)
-        assert found.fits and found.estimate.peak <= room and again(found.parts) >= before
-        told = memory.estimate(config, lm, memory.activations(config, settings, parts_by_layer(_written(found.parts), settings)), 1)
-        assert told.peak == found.estimate.peak  # what it says asks for the same
-        before = again(found.parts)
+        choice = chosen(room)
+        assert choice.fits and choice.estimate.peak <= room and again(choice.parts) >= before
+        told = memory.estimate(config, lm, memory.activations(config, settings, parts_by_layer(_written(choice.parts), settings)), 1)
+        assert told.peak == choice.estimate.peak  # what it says asks for the same
+        before = again(choice.parts)
     if settings.mlp_width:
         assert set().union(*chosen(0.95 * everything.peak + 0.05 * least.estimate.peak).parts) == {"swiglu"}
 

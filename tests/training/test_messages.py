@@ -221,14 +221,14 @@ def test_every_command_that_is_told_can_be_typed() -> None:
 
 
 def programs() -> list[list[str]]:
-    found = []
+    files = []
     for path in sorted(
         p for folder in ("kernels", "data", "models", "training", "evals", "scripts") for p in (ROOT / folder).rglob("*.py")
     ):
         if '__name__ == "__main__"' in path.read_text() and path not in moved_programs():
             name = path.relative_to(ROOT)
-            found.append([str(name)] if name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)])
-    return [*found, ["train.py"]]
+            files.append([str(name)] if name.stem == "check_folder" else ["-m", ".".join(name.with_suffix("").parts)])
+    return [*files, ["train.py"]]
 
 
 @pytest.mark.slow

@@ -66,7 +66,8 @@ def test_rows_are_kept_as_they_come_and_not_measured_twice(
     printed = capsys.readouterr().out
     assert "efficiency 0.500" in printed and "failed: this one fails" in printed and "not run: no time left" in printed
 
-    hang.unlink(), hanging.unlink()
+    for script in (hang, hanging):
+        script.unlink()
     again = called()
     assert [row for row in again if (row["id"], row["gpus"]) in done] == [row for row in rows if "losses" in row], "left as they were"
     assert sum("losses" in row for row in again) == len(rows) - 1 and not any("not_run" in row for row in again)

@@ -128,7 +128,7 @@ def test_fused_projections_are_the_matrices_that_lie_in_them() -> None:
         grads = Apart.__new__(Apart)
         nn.Module.__init__(grads)
         together = Fused()
-        together.rows.data, together.batch.data, together.plain.data = (p.grad.clone() for p in (fused.rows, fused.batch, fused.plain))  # type: ignore[union-attr]
+        together.rows.data, together.batch.data, together.plain.data = (p.grad.clone() for p in (fused.rows, fused.batch, fused.plain))
         for piece, gradient in zip(apart.pieces, Apart(together).pieces):
             piece.grad = gradient.detach().clone()
         one.step(), other.step()
@@ -175,12 +175,12 @@ def test_a_step_is_muons_for_matrices_and_torchs_adamw_for_the_rest(scale: str, 
         for name, p in other.named_parameters():
             if name not in plain:
                 continue
-            w, g, m, sizes = plain[name], p.grad.double(), momenta[name], roles(p).get("splits")  # type: ignore[union-attr]
+            w, g, m, sizes = plain[name], p.grad.double(), momenta[name], roles(p).get("splits")
             cut = [t.split(sizes or [len(t)]) if t.ndim == 2 else [q for s in t for q in s.split(sizes, 1)] for t in (w, g, m)]
-            for parts in zip(*cut):
-                outputs, inputs = parts[0].shape if w.ndim == 2 else reversed(parts[0].shape)
+            for w_, g_, m_ in zip(*cut):
+                outputs, inputs = w_.shape if w.ndim == 2 else reversed(w_.shape)
                 by = 0.2 * max(outputs, inputs) ** 0.5 if scale == "adamw" else max(1.0, outputs / inputs) ** 0.5
-                reference_step(*parts, 2e-2, nesterov, by)
+                reference_step(w_, g_, m_, 2e-2, nesterov, by)
     for (name, p), q in zip(model.named_parameters(), other.parameters()):
         if name in plain:
             torch.testing.assert_close(p.double(), plain[name], atol=2e-5, rtol=1e-4)

@@ -42,8 +42,8 @@ def test_a_slow_rank_is_named_and_the_other_is_seen_to_wait(tmp_path: Path) -> N
     done = run_ranks(2, [str(program)], PYTHONPATH=str(ROOT))
     said = json.loads([line for line in ok(done).splitlines() if line.startswith("{")][-1])
     assert said["slowest_rank"] == 1 and said["slowest_ratio"] > 1
-    own, waited = said["ranks"]["own_seconds"], said["ranks"]["communication"]
-    assert own[1] > own[0] and waited[0] > waited[1] and all(len(column) == 2 for column in said["ranks"].values())
+    busy, waited = said["ranks"]["own_seconds"], said["ranks"]["communication"]
+    assert busy[1] > busy[0] and waited[0] > waited[1] and all(len(column) == 2 for column in said["ranks"].values())
 
 
 def test_profile_writes_a_trace_of_every_rank_and_the_log_names_the_ranks(
@@ -71,8 +71,8 @@ def test_the_certificate_of_the_recurrences_is_logged(monkeypatch: pytest.Monkey
             return [row, [*row[:-4], 3e-6, 2.0, 0.25, 0.5]]  # another rank's solves went worse
 
     none = {"tiles": 0, "residual": 0.0, "corrections": 0, "sequential": 0.0, "sequential_backward": 0.0}
-    found = iter([none, {**none, "tiles": 64, "residual": 1e-7, "corrections": 1}])
-    monkeypatch.setattr("kernels.parallel_rnn.last_report", lambda: next(found))
+    reports = iter([none, {**none, "tiles": 64, "residual": 1e-7, "corrections": 1}])
+    monkeypatch.setattr("kernels.parallel_rnn.last_report", lambda: next(reports))
     watch = RankWatch(World(), 1)  # type: ignore[arg-type]
     result = StepResult(0.0, 0.0, 1, "", 0.1, 0.0)
     assert not [key for key in watch.step(1, result, 0.0) if key.startswith("solve_")]  # nothing was solved over slices

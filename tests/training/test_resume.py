@@ -35,9 +35,9 @@ def config_of(*words: str) -> Config:
 
 def settings_of(*words: str) -> dict[str, Any]:
     composed = compose_config([*BASE, *words])
-    found = OmegaConf.to_container(OmegaConf.create(resolved_yaml(composed, checked(composed))))
-    assert isinstance(found, dict)
-    return {str(k): v for k, v in found.items()}
+    resolved = OmegaConf.to_container(OmegaConf.create(resolved_yaml(composed, checked(composed))))
+    assert isinstance(resolved, dict)
+    return {str(k): v for k, v in resolved.items()}
 
 
 def test_samples_and_tokens_are_counted_over_batches() -> None:
@@ -214,9 +214,9 @@ def test_what_a_run_may_begin_from(tmp_path: Path) -> None:
         fork.refuse_own(config_of(f"train.start_from={tmp_path}/run/checkpoints/step-1", f"run_dir={tmp_path}/run"))
     with pytest.raises(UserError, match=r"train.start_from=.*run and the model= and size="):
         checked(compose_config([f"model=hf:{tmp_path}/run", "data.path=d"]))
-    for words in (["train.start_from=x", "train.resume=y"], ["train.start_with=all"], ["train.start_from=x", "train.start_with=some"]):
+    for refused in (["train.start_from=x", "train.resume=y"], ["train.start_with=all"], ["train.start_from=x", "train.start_with=some"]):
         with pytest.raises(UserError, match="train.start_"):
-            config_of(*words)
+            config_of(*refused)
 
 
 def test_a_refused_start_leaves_no_new_folder(tmp_path: Path) -> None:

@@ -176,9 +176,9 @@ def test_mistakes_with_data_and_checkpoints_are_sentences(train: Train, demo_sha
         file.truncate(1000)
     mistake(train("b", f"data.path={cut}"), "bytes instead of")
     ok(train("c", *QUIET, "train.steps=1"))
-    own = (tmp_path / "c" / "config.yaml").read_text()
+    written = (tmp_path / "c" / "config.yaml").read_text()
     mistake(train("c", *QUIET, "size.d_model=64"), "holds another model")
-    assert (tmp_path / "c" / "config.yaml").read_text() == own
+    assert (tmp_path / "c" / "config.yaml").read_text() == written
     mistake(train("d", "train.device=cuda"), "sees no CUDA device")
     mistake(train("e", "train.seq_len=10000000"), "shorten it")
     mistake(train("f", "model.vocab_size=100"), "smaller than")
@@ -234,9 +234,9 @@ def test_a_full_disk_during_a_save_keeps_the_last_checkpoint(train: Train, tmp_p
         pytest.skip("mounting a small tmpfs needs root")
     try:
         ok(train("x", *QUIET, f"run_dir={small}/run", "train.steps=1"))
-        kept = (small / "run" / "checkpoints" / "step-00000001" / "COMPLETE.json").read_text()
+        complete = (small / "run" / "checkpoints" / "step-00000001" / "COMPLETE.json").read_text()
         mistake(train("x", *QUIET, f"run_dir={small}/run", "train.steps=3", "checkpoint.every=1"), "free space on the disk")
-        assert (small / "run" / "checkpoints" / "step-00000001" / "COMPLETE.json").read_text() == kept
+        assert (small / "run" / "checkpoints" / "step-00000001" / "COMPLETE.json").read_text() == complete
         assert not list((small / "run" / "checkpoints").glob(".tmp*"))
     finally:
         subprocess.run(["umount", str(small)], check=False)

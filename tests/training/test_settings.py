@@ -134,7 +134,8 @@ def test_numbers_of_mixers_are_finite(plain: dict[str, Any]) -> None:
 def test_numbers_of_models_have_ranges(key: str) -> None:
     kind = type(getattr(ModelConfig(8), key))
     for wrong in (math.nan, math.inf, -2.0) if kind is float else (-2, 10**11):
-        assert any(f"model.{key} must be" in line for line in ModelConfig(**{"vocab_size": 8, key: wrong}).problems())
+        settings: dict[str, Any] = {"vocab_size": 8, key: wrong}
+        assert any(f"model.{key} must be" in line for line in ModelConfig(**settings).problems())
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,12 +32,12 @@ tries.write_text(str(n))
 """
 
 
-def supervise(tmp_path: Path, script: str, **settings: float) -> tuple[int, list[str], Supervisor]:
+def supervise(tmp_path: Path, script: str, **settings: Any) -> tuple[int, list[str], Supervisor]:
     said: list[str] = []
     (tmp_path / "job.py").write_text(RANK + script)
     made = Supervisor(
         Settings(folder=str(tmp_path / "ranks"), **{"backoff": 0.0, **settings}), [sys.executable, str(tmp_path / "job.py")], said.append
-    )  # type: ignore[arg-type]
+    )
     before = set(descendants(os.getpid()))
     status = made.run()
     assert set(descendants(os.getpid())) <= before, "processes were left behind"
@@ -149,8 +150,8 @@ sys.exit(STATUS)
         ("failed", "False", 1, USED_UP, 2),
     ]:
         (tmp_path / name).mkdir()
-        found, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
-        assert (found, tries(tmp_path / name)) == (wanted, attempts), (name, said)
+        ended, said, _ = supervise(tmp_path / name, rank.replace("STOPPED", stopped).replace("STATUS", str(status)), restarts=1)
+        assert (ended, tries(tmp_path / name)) == (wanted, attempts), (name, said)
 
 
 def test_a_train_resume_holds_until_a_checkpoint_was_written_after_it(tmp_path: Path) -> None:

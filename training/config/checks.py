@@ -41,16 +41,18 @@ def notes(config: Config) -> list[str]:
     """What is allowed but will not happen in a run of this length, a sentence each."""
     total = config.total_steps - config.at.first_step
     rows = {"checkpoint.every": config.checkpoint.every, "eval.every": config.eval.every, "eval.sample_every": config.eval.sample_every}
-    found = [f"{key}={value:,} is longer than the run of {total:,} steps: only at the end" for key, value in rows.items() if value > total]
+    sentences = [
+        f"{key}={value:,} is longer than the run of {total:,} steps: only at the end" for key, value in rows.items() if value > total
+    ]
     late = [step for step in config.checkpoint.milestones if step > config.total_steps]
     if late:
-        found.append(f"checkpoint.milestones holds {late[0]:,}, after the last step {config.total_steps:,}")
+        sentences.append(f"checkpoint.milestones holds {late[0]:,}, after the last step {config.total_steps:,}")
     samples = (config.total_steps - config.at.step) * config.train.global_batch
     if config.data.reader == "synthetic" and config.data.curriculum >= samples > 0:
-        found.append(
+        sentences.append(
             f"data.curriculum={config.data.curriculum:,} is longer than the run of {samples:,} sequences: none has the full length"
         )
-    return found
+    return sentences
 
 
 def at_home(config: Config) -> None:
@@ -79,9 +81,11 @@ def data(config: Config) -> list[str]:
         return [_mixture(list(map(str, config.data.path)))]
     if isinstance(config.data.path, dict) and config.data.path:
         wrong = {folder: weight for folder, weight in config.data.path.items() if not _weight(weight)}
-        found = [f"data.path: the weight of {folder} must be a number of zero or more, not {weight!r}." for folder, weight in wrong.items()]
+        sentences = [
+            f"data.path: the weight of {folder} must be a number of zero or more, not {weight!r}." for folder, weight in wrong.items()
+        ]
         nothing = not wrong and not any(config.data.path.values())
-        return found + (["data.path gives every folder the weight 0; give one of them more."] if nothing else [])
+        return sentences + (["data.path gives every folder the weight 0; give one of them more."] if nothing else [])
     return [] if config.data.path or config.dry_run else [NO_DATA]
 
 

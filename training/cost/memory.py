@@ -117,13 +117,13 @@ def _measure(run: Run, part: nn.Module, x: Tensor, bf16: bool, owed: torch.dtype
         del entering, owes, ends
         saved = ledger.now
         del y
-        kept = ledger.peak = ledger.now
+        before_backward = ledger.peak = ledger.now
         torch.autograd.backward(edges, [torch.empty(shape, dtype=dtype) for shape, dtype in forms])
-        backward = ledger.peak - kept
+        backward = ledger.peak - before_backward
     for hook in hooks:
         hook.remove()
     x.grad = None
-    return Cost(saved, forward, backward, 4 * sum(p.numel() for p in part.parameters()), cast, saved - kept)
+    return Cost(saved, forward, backward, 4 * sum(p.numel() for p in part.parameters()), cast, saved - before_backward)
 
 
 @dataclass
@@ -244,8 +244,8 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
         moments, update = 8 * P, 0
         if config.optim.kind == "muon":
-            matrices, own, update = plan(model, world)
-            moments = 8 * (P - matrices) + 4 * own
+            matrices, momenta_here, update = plan(model, world)
+            moments = 8 * (P - matrices) + 4 * momenta_here
         return Held(4 * P, moments, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P + update, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
     step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
@@ -312,10 +312,10 @@ def report(config: Config, settings: ModelConfig, model: nn.Module, remade: list
     parts = activations(config, settings, remade)
     alone = estimate(config, model, parts, config.parallel.sequence)
     h = alone.held
-    kept = "Adam's and Muon's moments" if config.optim.kind == "muon" else "Adam, and ZeRO's fp32 master copy"
+    optimizer_keeps = "Adam's and Muon's moments" if config.optim.kind == "muon" else "Adam, and ZeRO's fp32 master copy"
     rows = {
         "weights": h.weights,
-        f"optimizer ({kept})": h.optimizer,
+        f"optimizer ({optimizer_keeps})": h.optimizer,
         "gradients": alone.gradients,
         "ZeRO's buckets": h.buckets,
         "parameters gathered by ZeRO-3": h.gathered,

@@ -51,7 +51,7 @@ def compared(
     labels: Sequence[str], found: Sequence[Tensor], wanted: Sequence[Tensor], loop: Sequence[Tensor], description: str, coarse: float = 1.0,
     within: torch.dtype = torch.float32,
 ) -> Answers:  # fmt: skip
-    return Answers(*(dict(zip(labels, tensors)) for tensors in (found, wanted, loop)), description, coarse, within)
+    return Answers(dict(zip(labels, found)), dict(zip(labels, wanted)), dict(zip(labels, loop)), description, coarse, within)
 
 
 def products(draw: Draw, dtype: torch.dtype) -> float:

@@ -73,10 +73,10 @@ class Draw(random.Random):
         kind = self.choice(["none", "rare", "often", "ends"])
         if kind == "none":
             return None
-        found = self.rand(B, T) < {"rare": 0.05, "often": 0.5, "ends": 0.0}[kind]
+        flags = self.rand(B, T) < {"rare": 0.05, "often": 0.5, "ends": 0.0}[kind]
         if kind == "ends" and T:
-            found[:, [0, -1]] = True
-        return found
+            flags[:, [0, -1]] = True
+        return flags
 
     def laid(self, x: Tensor) -> Tensor:
         """The same values as they may lie in memory: dense, columns of a wider tensor, shifted by an element, or with time first."""
@@ -120,11 +120,11 @@ class Result:
     numbers: dict[str, float] = field(default_factory=dict)  # what else a generator reports
 
 
-def loss(found: Tensor, wanted: Tensor, narrow: bool) -> float:
+def loss(computed: Tensor, wanted: Tensor, narrow: bool) -> float:
     """The largest error relative to its row; of answers in 16 bits, whose rounding is relative to each value, that of all together."""
-    found, wanted = found.detach().double().cpu(), wanted.detach().double().cpu()
+    computed, wanted = computed.detach().double().cpu(), wanted.detach().double().cpu()
     fine = torch.isfinite(wanted)
-    gap, size = torch.where(fine, found - wanted, 0.0).abs(), torch.where(fine, wanted, 0.0).abs()
+    gap, size = torch.where(fine, computed - wanted, 0.0).abs(), torch.where(fine, wanted, 0.0).abs()
     if not gap.numel() or not size.any():
         return float(gap.max()) if gap.numel() else 0.0
     if not torch.isfinite(gap).all():

@@ -188,7 +188,8 @@ def solve(
     cell: Cell, case: Case, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], device: str
 ) -> tuple[list[Tensor], dict[str, float]]:
     """What `by_loop` returns, by the kernels (a GPU, or the interpreter) or in plain torch, and what is to be reported."""
-    pre, rec, h0, starts = (None if x is None else x.to(device) for x in inputs)
+    pre, rec, h0 = (x.to(device) for x in inputs[:3])
+    starts = None if inputs[3] is None else inputs[3].to(device)
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         dtype = reference.compute_dtype(pre)
         with torch.no_grad():
@@ -257,7 +258,7 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[floa
         d_states, d_final = d_states * 1e-6, d_final * 1e-6
     cotangents = (d_states.to(dtype).float(), d_final)
     exact, rough = by_loop(cell, inputs, cotangents, torch.float64), by_loop(cell, inputs, cotangents, torch.float32)
-    found, report = solve(cell, case, inputs, cotangents, device)
+    computed, report = solve(cell, case, inputs, cotangents, device)
     tolerance, eps, low = reference.TOLERANCE[dtype], torch.finfo(dtype).eps, dtype != torch.float32
     times = max(30.0, 2 * tolerance / torch.finfo(torch.float32).eps)
     document = documents(inputs[3], B, T)
@@ -266,16 +267,16 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[floa
     mask = fine[:, :, None].expand_as(exact[0])
     rounding = eps / 2 * exact[0].abs() if low else torch.zeros_like(exact[0])
     size = torch.where(mask, exact[0].abs(), 0.0).flatten(0, -2).amax(0)
-    over = (found[0] - exact[0]).abs() - rounding
+    over = (computed[0] - exact[0]).abs() - rounding
     gap, allowed = torch.where(mask, over, 0.0).flatten(0, -2).amax(0), times * worst(rough[0], exact[0], mask) + 4 * tolerance * size
     smallest = 1e-37 if dtype != torch.float16 else 6e-8
     ratio = ((gap - smallest).clamp(min=0) / allowed.clamp(min=1e-300)).max().item()
-    if not ratio <= 1 or not torch.isfinite(found[0][mask]).all():
+    if not ratio <= 1 or not torch.isfinite(computed[0][mask]).all():
         problems.append(f"states off by {ratio:.3g} times what is allowed")
     lost = ~fine & ~torch.isfinite(rough[0].to(dtype)).all(2)
-    if bool((torch.isfinite(found[0]).all(2) & lost & ~torch.isfinite(rough[0]).all(2)).any()):
+    if bool((torch.isfinite(computed[0]).all(2) & lost & ~torch.isfinite(rough[0]).all(2)).any()):
         problems.append("what is not finite in the loop is finite")
-    problems += judge_gradients(case, cell, inputs, cotangents, exact, rough, found, fine, dtype)
+    problems += judge_gradients(case, cell, inputs, cotangents, exact, rough, computed, fine, dtype)
     return ratio, report, problems
 
 
@@ -311,7 +312,7 @@ def other_draws(
 
 
 def judge_gradients(
-    case: Case, cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], exact: list[Tensor], rough: list[Tensor], found: list[Tensor],
+    case: Case, cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], exact: list[Tensor], rough: list[Tensor], computed: list[Tensor],
     fine: Tensor, dtype: torch.dtype,
 ) -> list[str]:  # fmt: skip
     """Of channels whose gradients are finite in both loops, and far from overflow."""
@@ -325,15 +326,15 @@ def judge_gradients(
         around += [exact[0] + least, exact[0] - least]
     for states in around:
         fp64 = [x.double() for x in inputs[:3]]
-        again = reference.linear_backward(cell, *fp64, inputs[3], states, cotangents[0].double(), cotangents[1].double(), 1)
+        again = reference.linear_backward(cell, *(*fp64, inputs[3], states, cotangents[0].double(), cotangents[1].double(), 1))
         rounded[2:] = [torch.maximum(r, (a - b).abs()) for r, a, b in zip(rounded[2:], again, exact[2:])]
     there = fine[:, :, None] & torch.isfinite(rough[2]) & (rough[2].abs() < min(1e30, torch.finfo(dtype).max / 2))
-    if not torch.isfinite(found[2][there]).all():
+    if not torch.isfinite(computed[2][there]).all():
         problems.append("gradients are not finite where the loop's are")
     every = fine.all(1).all(0) & torch.stack([(x.flatten(0, -2).abs() < 1e30).all(0) for x in (*exact[2:], *rough[2:]) if x.numel()]).all(0)
     given = torch.maximum(*(c.double().abs().flatten(0, -2).amax(0) for c in cotangents))
     draws: list[tuple[Tensor, ...]] = []
-    for k, (name, want, loop, other, got) in enumerate(zip(("pre", "rec", "h0"), exact[2:], rough[2:], rounded[2:], found[2:])):
+    for k, (name, want, loop, other, got) in enumerate(zip(("pre", "rec", "h0"), exact[2:], rough[2:], rounded[2:], computed[2:])):
         if not want.numel() or not every.any():
             continue
         axes = tuple(range(want.dim() - 1)) if name != "pre" else (0, 1)

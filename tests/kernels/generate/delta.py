@@ -47,7 +47,7 @@ def delta(draw: Draw) -> Answers:
     leaves, starts, options, description, dtype = _rule(draw)
     starts = None if starts is None else starts.to(draw.device)
     return differentiated(
-        draw, lambda *t: delta_rule(*t, starts, **options), lambda *t: delta_rule_sequential(*t, starts, **options), leaves, ("o", "final"),
+        draw, lambda *t: delta_rule(*(*t, starts), **options), lambda *t: delta_rule_sequential(*(*t, starts), **options), leaves, ("o", "final"),
         description, COARSE * products(draw, dtype), dtype, True,
     )  # fmt: skip
 
@@ -95,8 +95,8 @@ def delta_not_finite(draw: Draw) -> Answers:
     starts, others = starts.to(draw.device), torch.ones(T, dtype=torch.bool)
     others[a:e] = False
     with torch.no_grad():
-        made = [delta_rule(*given, starts, **options)]  # type: ignore[arg-type]
-        made += [delta_rule_sequential(*widened(given, kind), starts, **options) for kind in (torch.float64, torch.float32)]
+        made = [delta_rule(*(*given, starts), **options)]
+        made += [delta_rule_sequential(*(*widened(given, kind), starts), **options) for kind in (torch.float64, torch.float32)]
     parts = [(o[:, others], final) for o, final in made]
     coarse = COARSE * products(draw, dtype)
-    return compared(("o", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", coarse, draw.within(dtype, True))
+    return compared(("o", "final"), *(*parts, f"{description}, {name} at {place} of {a}..{e}", coarse, draw.within(dtype, True)))

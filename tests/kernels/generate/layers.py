@@ -55,8 +55,8 @@ def convolution(draw: Draw) -> Answers:
             def run(x: Tensor, history: Tensor | None, weight: Tensor, bias: Tensor) -> Any:
                 if f is short_conv_columns:
                     return f(x, first, history, weight, bias, starts, silu)
-                own = convolution_definition(x[..., first : first + D], history, weight, bias, starts, silu)
-                return x[..., :first], own, x[..., first + D :]
+                convolved = convolution_definition(x[..., first : first + D], history, weight, bias, starts, silu)
+                return x[..., :first], convolved, x[..., first + D :]
 
             return run
 
@@ -95,12 +95,12 @@ def convolution_not_finite(draw: Draw) -> Answers:
         y = f(leaf, *widened((history, weight, bias), kind), starts, silu)[:, others]
         return [y.detach(), torch.autograd.grad(y, leaf, d[:, others].to(kind))[0][:, others]]
 
-    found, wanted, loop = (
+    computed, wanted, loop = (
         run(short_conv, torch.float32),
         run(convolution_definition, torch.float64),
         run(convolution_definition, torch.float32),
     )
-    return compared(("y", "d x"), found, wanted, loop, f"B {B}, T {T}, D {D}, W {W}, {a}..{e}, silu {silu}", 5.0)
+    return compared(("y", "d x"), computed, wanted, loop, f"B {B}, T {T}, D {D}, W {W}, {a}..{e}, silu {silu}", 5.0)
 
 
 def convolution_history(draw: Draw) -> Answers:
@@ -112,10 +112,10 @@ def convolution_history(draw: Draw) -> Answers:
     last = document[:, -1:] if T else document[:, -1:]
     wanted = torch.where((document == last)[..., None], padded, 0.0)[:, T:]
     padded[(document != last)[..., None].expand_as(padded)] = math.nan
-    found = last_inputs(
+    computed = last_inputs(
         padded[:, W - 1 :].to(draw.device), padded[:, : W - 1].to(draw.device), W, None if starts is None else starts.to(draw.device)
     )
-    return Answers({"history": found}, {"history": wanted.double()}, {"history": wanted}, f"B {B}, T {T}, W {W}")
+    return Answers({"history": computed}, {"history": wanted.double()}, {"history": wanted}, f"B {B}, T {T}, W {W}")
 
 
 def norm(draw: Draw) -> Answers:
@@ -167,7 +167,7 @@ def stream_and_norm(draw: Draw) -> Answers:
         return r, r * torch.rsqrt(r.square().mean(-1, keepdim=True) + 1e-5) * weight
 
     def ours(*given: Tensor | None) -> tuple[Tensor, Tensor]:
-        return add_norm(*given, 1e-5)  # type: ignore[arg-type]
+        return add_norm(*(*given, 1e-5))  # type: ignore[arg-type]
 
     return differentiated(draw, ours, plain, leaves, ("sum", "norm"), f"{shape}, {other}, scaled {scaled}", 6.0, other)
 

@@ -80,8 +80,8 @@ def loss_of_head(draw: Draw) -> Answers:
         nll = z - logits.gather(1, labels.clamp(min=0).long()[:, None])[:, 0]
         return torch.where(counted, nll, 0.0), torch.where(counted, z, 0.0)
 
-    found = run(lambda leaf, _: head(leaf, labels, chunk=chunk, recompute=recompute), torch.float32)
+    computed = run(lambda leaf, _: head(leaf, labels, chunk=chunk, recompute=recompute), torch.float32)
     return compared(
-        ("nll", "log z", "d h", "d weight"), found, run(exact, torch.float64), run(exact, torch.float32),
+        ("nll", "log z", "d h", "d weight"), computed, run(exact, torch.float64), run(exact, torch.float32),
         f"rows {rows}, D {D}, V {V}, chunk {chunk}, recompute {recompute}", 2.0,
     )  # fmt: skip

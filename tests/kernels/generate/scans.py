@@ -62,7 +62,7 @@ def scan(draw: Draw) -> Answers:
     starts, chunk = None if starts is None else starts.to(draw.device), draw.choice([1, 5, 16, 64, 256])
     return differentiated(
         draw, lambda x, dt, A, B, C, h0, D: ssd(x, dt, A, B, C, h0, starts, chunk=chunk, D_H=D),
-        lambda *t: scan_definition(*t, starts), leaves, ("y", "final"), f"{description}, chunk {chunk}", products(draw, dtype), dtype, True,
+        lambda *t: scan_definition(*(*t, starts)), leaves, ("y", "final"), f"{description}, chunk {chunk}", products(draw, dtype), dtype, True,
     )  # fmt: skip
 
 
@@ -88,10 +88,10 @@ def scan_borders(draw: Draw) -> Answers:
         x[behind], Bm[behind], dy[ahead], Cm[ahead] = math.nan, math.inf, math.nan, math.inf
         both = behind & ahead
         dt[both] = math.nan
-    found = [*border.end_state(x, dt, A, Bm, starts), *border.start_adjoint(dy, dt, A, Cm, starts)]
+    computed = [*border.end_state(x, dt, A, Bm, starts), *border.start_adjoint(dy, dt, A, Cm, starts)]
     # Weights are rounded to the inputs' dtype on a GPU, and sums of 16-bit products come in fp32.
     coarse = [t.to(dtype).float() if dtype != torch.float32 else t for t in loop]
-    return compared(("end", "through", "adjoint", "left"), found, wanted, coarse, description)
+    return compared(("end", "through", "adjoint", "left"), computed, wanted, coarse, description)
 
 
 def scan_not_finite(draw: Draw) -> Answers:
@@ -117,8 +117,8 @@ def scan_not_finite(draw: Draw) -> Answers:
         x_, dt, A, Bm, Cm, h0, D = given
         assert x_ is not None and dt is not None and A is not None and Bm is not None and Cm is not None
         y, final = ssd(x_, dt, A, Bm, Cm, h0, starts, D_H=D)
-        exact = [scan_definition(*widened(given, kind), starts) for kind in (torch.float64, torch.float32)]
+        exact = [scan_definition(*(*widened(given, kind), starts)) for kind in (torch.float64, torch.float32)]
     parts = [(y_[:, others], final_) for y_, final_ in ((y, final), *exact)]
     return compared(
-        ("y", "final"), *parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True)
+        ("y", "final"), *(*parts, f"{description}, {name} at {place} of {a}..{e}", products(draw, dtype), draw.within(dtype, True))
     )

@@ -29,14 +29,14 @@ def mamba2_token(draw: Draw) -> Answers:
     rows[:, -H:] *= 6
     ssm = draw.magnitude(-8, 8) * draw.randn(B, H, P, N)
     past, weight, bias = draw.randn(B, W - 1, C).to(dtype), draw.randn(C, W).to(dtype), draw.randn(C).to(dtype)
-    own = (draw.randn(H) - 3, 3 * draw.rand(H), draw.randn(H))
+    per_head = (draw.randn(H) - 3, 3 * draw.rand(H), draw.randn(H))
     starts = draw.rand(B) < 0.5 if draw.chance(0.5) else None
     if starts is not None:
         ssm[starts], past[starts] = math.nan, math.inf
     order = draw.choice([(0, 1, 2, 3), (3, 1, 0, 2), (0, 2, 1, 3), (1, 0, 3, 2)])
     back = [order.index(i) for i in range(4)]
     state = ssm.permute(order).contiguous().permute(back).to(draw.device)
-    given = [draw.laid(rows.to(dtype).to(draw.device)), *(t.to(draw.device) for t in (past, weight, bias, *own))]
+    given = [draw.laid(rows.to(dtype).to(draw.device)), *(t.to(draw.device) for t in (past, weight, bias, *per_head))]
     fresh = None if starts is None else starts.to(draw.device)
 
     def exact(kind: torch.dtype) -> list[Tensor]:
@@ -54,11 +54,11 @@ def mamba2_token(draw: Draw) -> Answers:
 
     in_place = draw.chance(0.5)
     wanted, loop = exact(torch.float64), exact(torch.float32)
-    found = mamba2_step(*given, state, fresh, G, low, high, in_place)
-    assert not in_place or found[2] is state
+    computed = mamba2_step(*(*given, state, fresh, G, low, high), in_place=in_place)
+    assert not in_place or computed[2] is state
     return compared(
         ("y", "past", "ssm"),
-        found,
+        computed,
         wanted,
         loop,
         f"B {B}, H {H}, P {P}, G {G}, N {N}, W {W}, {dtype}, order {order}",
@@ -84,10 +84,10 @@ def cell_token(draw: Draw) -> Answers:
         return torch.stack(tuple(cell((p + b).unbind(1), r.unbind(0), state.unbind(1))), 1)
 
     with torch.no_grad():
-        found = parallel_rnn_step(cell, pre, rec, h, bias)
+        computed = parallel_rnn_step(cell, pre, rec, h, bias)
         return compared(
             ("state",),
-            (found,),
+            (computed,),
             (exact(torch.float64),),
             (exact(torch.float32),),
             f"{cell.name}, B {B}, D {D}, {pre.dtype}, {bias.dtype}",
@@ -150,19 +150,20 @@ def fused_recurrences(draw: Draw) -> Answers:
         H = G * R
         row = draw.randn(B, H * P + 2 * G * N + H)
         row[:, -H:] *= 6
-        own = (draw.randn(H) - 3, 3 * draw.rand(H), draw.randn(H))
-        row, state, *own_ = (t.to(draw.device) for t in (row, draw.magnitude(-8, 8) * draw.randn(B, H, P, N), *own))
+        per_head = (draw.randn(H) - 3, 3 * draw.rand(H), draw.randn(H))
+        row, state, *moved = (t.to(draw.device) for t in (row, draw.magnitude(-8, 8) * draw.randn(B, H, P, N), *per_head))
         x, into, out, dt = row.split([H * P, G * N, G * N, H], 1)
 
         def exact(kind: torch.dtype) -> list[Tensor]:
-            x_, i, o, d, bias, A_log, skip, h = widened((x, into, out, dt, *own_, state), kind)
+            x_, i, o, d, bias, A_log, skip, h = widened((x, into, out, dt, *moved, state), kind)
             i, o = (t.unflatten(1, (G, N)).repeat_interleave(R, 1) for t in (i, o))
             step, x_ = F.softplus(d + bias, threshold=1e9 if kind == torch.float64 else 20), x_.unflatten(1, (H, P))
             h = torch.exp(-step * torch.exp(A_log))[..., None, None] * h + (step[..., None] * x_)[..., None] * i[:, :, None]
             return [((h * o[:, :, None]).sum(-1) + skip[:, None] * x_).flatten(1), h]
 
         wanted, loop, y = exact(torch.float64), exact(torch.float32), torch.empty(B, H * P, device=draw.device)
-        decode_ssm(x, into, out, dt, *own_, state, y, G, 0.0, math.inf)
+        bias_, A_log_, skip_ = moved
+        decode_ssm(x, into, out, dt, bias_, A_log_, skip_, state, y, G, 0.0, math.inf)
         return compared(("y", "state"), (y, state), wanted, loop, f"ssm, B {B}, H {H}, P {P}, G {G}, N {N}", 4.0)
     cell = load_cell(draw.choice([*available()]))
     E, O, dtype = draw.choice([1, 2, 3]), draw.size(64, 100, small=(1, 3, 16, 17)), draw.dtype(interpreter=True)  # noqa: E741
