@@ -82,8 +82,8 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
     w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     if store:
         entries = [f"j{i}{j}" for i, j in w.tracked]
-        w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})")
-        w.put(deep, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
+        w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
+        w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
         _products(w, deep, back=True)
         w.put(deep, "close = go & (now < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))

@@ -75,6 +75,11 @@ class Plan:
     warps: int
 
     @staticmethod
+    def warps_for(K: int) -> int:
+        """Of a program of ROWS rows: a warp for each eight channels, in which a product's columns lie."""
+        return max(4, min(16, pad(K) // 8))
+
+    @staticmethod
     def of(
         pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
     ) -> Plan:
@@ -86,7 +91,7 @@ class Plan:
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         burn_in = BURN_IN if burn_in is None else burn_in
-        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or (8 if pad(K) >= 64 else 4))
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
 class _Problem:

@@ -115,7 +115,7 @@ def parts(dense: Dense) -> list[str]:
     entries = [dense.jacobian[i][j] for i, j in tracked]
     made = [function(f"operands{l}", arguments, [dense.operands[i] for i in level], like) for l, level in enumerate(dense.levels)]
     made.append(function("new_and_jacobian", arguments, [*dense.new, *entries], like))
-    made.append(function("jacobian", arguments, entries, like))
+    made += [function("jacobian", arguments, entries, like)] if entries else []
     for l in range(len(dense.levels)):
         made.append(function(f"d_products{l}", both, [dense.d_product[i] for i in dense.of_level(l)], like))
     made.append(function("gradients", both, [*dense.d_pre, *dense.d_rec, *dense.d_state], like))
@@ -151,7 +151,7 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
     w.put(deep, *(f"x{i} = nx{i}.to(tl.float32)" for i in w.X), "go = live[:, None]", "both = nm", "at = b * T + t", "now = t")
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     if store:
-        w.put(deep, "if HAS_RESET:", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
+        w.put(deep, "if HAS_RESET:" if w.tracked else "", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
     w.put(deep, "t += 1")
     _load_next(w, deep)
