@@ -1,7 +1,7 @@
 """The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
 
-Products of the known states come from one batched product before (PROD), so that of a step only R^T times the products' cotangents waits for
-the step after it. The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
+The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. BEFORE are the emitted states that
+steps start from. Their products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
@@ -11,28 +11,7 @@ from kernels.dense_rnn.source import Writer, _begin_measures, _products, _rows
 
 INPUTS = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
-FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
-
-
-def _load_next(w: Writer, indent: int) -> None:
-    """What step t of each row reads: inputs, products, the states before it, and the gradients of those after it."""
-    n_kept, n_products = len(w.S) - 1, len(w.Q)
-    w.put(indent, "live = here & (t >= low) & (t < T)", "nm = live[:, None] & inside", "nat = b * T + t")
-    w.put(indent, "np_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
-    w.put(indent, *(f"nx{i} = tl.load(np_ + {i} * sp, mask=nm, other=0.0)" for i in w.X))
-    w.put(indent, f"nq_ = PROD + ((e.to(tl.int64) * B * T + nat) * ({n_products} * K))[:, None] + k[None, :]")
-    w.put(indent, *(f"np{i} = tl.load(nq_ + {i} * K, mask=nm, other=0.0)" for i in w.Q))
-    w.put(indent, "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=live, other=0)", "    held = nm & (nr == 0)[:, None]")
-    w.put(indent, "else:", "    held = nm")
-    w.put(indent, f"nh{n_kept} = tl.load(BEFORE + nat[:, None] * D + d, mask=nm, other=0.0)")
-    for i in range(n_kept):
-        w.put(indent, f"nh{i} = tl.load(KEPT + ((nat - 1) * {n_kept} + {i})[:, None] * D + d, mask=held & (t > 0)[:, None], other=0.0)")
-        w.put(indent, f"nh{i} += tl.load(H0 + (b * {len(w.S)} + {i})[:, None] * D + d, mask=held & (t == 0)[:, None], other=0.0)")
-    w.put(indent, f"nd{n_kept} = tl.load(D_EMITTED + nat[:, None] * D + d, mask=nm, other=0.0)")
-    if n_kept:
-        w.put(indent, "if WITH_KEPT:")
-        for i in range(n_kept):
-            w.put(indent + 1, f"nd{i} = tl.load(D_KEPT + (nat * {n_kept} + {i})[:, None] * D + d, mask=nm, other=0.0)")
+FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr"
 
 
 def _cotangents(w: Writer, indent: int) -> None:
@@ -58,37 +37,54 @@ def _cotangents(w: Writer, indent: int) -> None:
             w.put(indent + 1, f"lp{i} = (dp{i} * size).to(DOT)")
         w.put(indent, "else:", *(f"    lp{i} = dp{i}.to(DOT)" for i in mine))
         for operand in dense.levels[l]:
-            terms = [w.dot(f"lp{i}", dense.products[i].matrix) for i in mine if dense.products[i].operand == operand]
+            terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
 
 
-def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
+def _load(w: Writer, indent: int) -> None:
+    """What step t of each row reads: inputs, the states before it, and the adjoints g of those after it. What the carried adjoints a do not
+    reach is on its way steps ahead, but for resets, which are one step ahead."""
     n_kept = len(w.S) - 1
-    w.put(indent, f"t = {first}")
-    _load_next(w, indent)
-    w.put(indent, f"for _ in range(0, {count}):")
-    deep = indent + 1
-    w.put(deep, *(f"x{i} = nx{i}.to(tl.float32)" for i in w.X), *(f"p{i} = np{i}.to(tl.float32)" for i in w.Q))
-    w.put(deep, *(f"h{i} = nh{i}.to(tl.float32)" for i in w.S), f"g{n_kept} = a{n_kept} + nd{n_kept}.to(tl.float32)")
+    w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
+    w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
+    w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    for i in range(n_kept):
+        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
+    w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
     if n_kept:
-        w.put(deep, "if WITH_KEPT:", *(f"    g{i} = a{i} + nd{i}.to(tl.float32)" for i in range(n_kept)))
-        w.put(deep, "else:", *(f"    g{i} = a{i}" for i in range(n_kept)))
-    w.put(deep, "go = live[:, None]", "both = nm", "at = nat", "now = t", "if HAS_RESET:", "    r = (nr != 0)[:, None]", "t -= 1")
-    _load_next(w, deep)
+        w.put(indent, "if WITH_KEPT:")
+        for i in range(n_kept):
+            w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+        w.put(indent, *(f"h{i} += tl.where((t == 0)[:, None], z{i}, 0.0)" for i in range(n_kept)))
+    w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
+    w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
+
+
+def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
+    """Walks `count` steps from step `first` of each row on, backwards."""
+    deep, entries = indent + 1, [f"j{i}{j}" for i, j in w.tracked]
+    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
+    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
+    _load(w, deep)
+    w.put(deep, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+    w.put(deep + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    w.put(deep, "else:")
+    w.dots(deep + 1)
     _cotangents(w, deep)
     cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(len(w.dense.operands))])
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     if store:
-        entries = [f"j{i}{j}" for i, j in w.tracked]
         w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
         w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
         _products(w, deep, back=True)
-        w.put(deep, "close = go & (now < low + NEAR)[:, None]")
+        w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
-        w.put(deep, "to = D_PRE + (b * db + now.to(tl.int64) * dt)[:, None] + columns_out")
+        w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
         if w.apart:
             w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
@@ -96,13 +92,15 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
                 w.put(deep, f"tl.store(to + {place} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)")
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
-    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
+    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
 
 
 def _ready(w: Writer) -> None:
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
-    w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W))
+    w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W), "both = here[:, None] & inside")
+    for i in range(len(w.S) - 1):
+        w.put(1, f"z{i} = {w.vector('H0', 'b', i, len(w.S))}")
 
 
 def gradient(w: Writer) -> None:

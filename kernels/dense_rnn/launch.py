@@ -30,6 +30,8 @@ SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 WAVES = 1.5  # programs wanted for each multiprocessor
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
+STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
+TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 SLOTS = 4  # counters of a pass
 _stats: dict[torch.device, Tensor] = {}
 
@@ -117,19 +119,18 @@ class _Problem:
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
             "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
-            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K),
+            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[pre.dtype])
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
-    def on_chip(self, transposed: bool = False) -> Tensor:
+    def on_chip(self) -> Tensor:
         """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
-        mat = self.mat.permute(0, 3, 2, 1) if transposed else self.mat
         width = pad(self.K)
-        padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=mat.device)
-        padded[:, : self.K, :, : self.K] = mat
+        padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=self.mat.device)
+        padded[:, : self.K, :, : self.K] = self.mat
         return padded
 
     def per_slice(self, entries: int) -> Tensor:
@@ -194,21 +195,20 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """(products (E, B T, products, K) in fp32, operands (E, B T, K) in the dtype of products) of all steps, at the known states."""
-    dense, mat, G = p.dense, p.mat.to(before.dtype), len(p.dense.products)
-    state = f"h{p.S - 1}"
-    if len(dense.operands) == 1 and dense.operands[0].arguments[0] == state:  # the state itself, in all products
+def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
+    states."""
+    dense, mat, Q = p.dense, p.mat.to(before.dtype), len(p.dense.products)
+    if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
         u = _by_head(p, before)
-        order = [product.matrix for product in dense.products]
-        R = mat if order == list(range(p.G)) else mat[:, :, order]
-        return _product(u, R.reshape(p.E, p.K, G * p.K)).view(p.E, -1, G, p.K), [u]
+        R = mat[:, :, [product.matrix for product in dense.products]].reshape(p.E, p.K, Q * p.K) if products else mat
+        return _product(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
     memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
     memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)
     x, w, h = p.pre.flatten(3).float().unbind(2), p.rec.unbind(0), [*memory.unbind(2), before.float()]
     rounded = [_Rounded(R, p, before.dtype) for R in mat.unbind(2)]
     found, operands = in_torch(p.cell).products(x, w, h, rounded)  # type: ignore[arg-type]
-    return torch.stack([_by_head(p, v) for v in found], 2), [_by_head(p, u.to(before.dtype)) for u in operands]
+    return torch.stack([_by_head(p, v) for v in found], 2) if products else None, [_by_head(p, u.to(before.dtype)) for u in operands]
 
 
 class _Rounded(HeadMatrix):
@@ -253,7 +253,8 @@ def backward(
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     before = _before(p, emitted, starts)
-    products_known, operands = _known(p, before, kept, starts)
+    known = pad(p.K) * before.element_size() > TWICE
+    products_known, operands = _known(p, before, kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     apart = len(facts(p.cell).apart)
@@ -264,11 +265,11 @@ def backward(
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(transposed=True), p.reset, before, kept, p.h0, products_known.contiguous(), d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, before, kept, p.h0, before if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
-    flags = (with_kept, pre.dtype == torch.float16)
+    flags = (with_kept, pre.dtype == torch.float16, known)
     measures = (begins, ends, products, nearby)
     p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:

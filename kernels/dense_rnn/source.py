@@ -1,7 +1,8 @@
 """Writes the Triton source of the kernels of a cell that is dense in its heads.
 
 A program owns one head and BM rows; a row is a slice of time of a batch row, and each step multiplies the rows' operands with the head's
-matrices, which stay on chip. Inputs of the next step are loaded before this step's products.
+matrices, which stay on chip. Inputs of later steps are on their way meanwhile: Triton copies them to shared memory, STAGES steps deep, and
+reads them there as the products lie in registers.
 
     walk      all slices: from zero with a burn-in (FIRST), or those again whose start was corrected; states, ends, diagonal Jacobian products
     correct   quasi-Newton: new starts of slices, and which of them have to be walked again
@@ -10,7 +11,7 @@ matrices, which stay on chip. Inputs of the next step are loaded before this ste
     gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
 
 Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
-P{i}{j} products of Jacobians, A{i} the largest state near the slice's end; names that begin with n are those of the next step.
+P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.
 
 Legend: n slices of SLICE steps, B batch rows, T steps, S states, D = E K channels in E heads; BK, BM: K and rows as powers of two.
 """
@@ -25,12 +26,12 @@ from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
-WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
 HELPERS = """
 @triton.jit
 def _columns(e, k, se, K: tl.constexpr, HEAD: tl.constexpr):  # offsets of a head's channels in inputs that lie in blocks of HEAD
     if HEAD % K == 0:
-        return (e * K // HEAD).to(tl.int64) * se + e * K % HEAD + k
+        return (e * K // HEAD).to(tl.int64) * se + (tl.multiple_of(e * K % HEAD, K) + k)
     else:
         d = e * K + k
         return (d // HEAD).to(tl.int64) * se + d % HEAD
@@ -85,8 +86,8 @@ class Writer:
         for r in self.W:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
-    def dot(self, value: str, g: int) -> str:
-        return f"tl.dot({value}, R{g}, input_precision=PRECISION)"
+    def dot(self, value: str, g: int, back: bool = False) -> str:
+        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
 
     def dots(self, indent: int) -> None:
         """All products of the states h."""
@@ -132,41 +133,33 @@ def _products(w: Writer, indent: int, back: bool) -> None:
     w.put(indent, *(f"P{i}{j} = tl.where(go, k{i}{j}, P{i}{j})" for i, j in tracked))
 
 
-def _load_next(w: Writer, indent: int) -> None:
-    """Inputs of step t of each row."""
-    w.put(indent, "live = here & (t >= 0) & (t < last)", "nm = live[:, None] & inside")
-    w.put(indent, "np_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
-    w.put(indent, *(f"nx{i} = tl.load(np_ + {i} * sp, mask=nm, other=0.0)" for i in w.X))
-    w.put(indent, "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=live, other=0)")
-
-
 def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
     """Walks `count` steps from step `first` of each row on."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
-    w.put(indent, f"t = {first}")
-    _load_next(w, indent)
-    w.put(indent, f"for _ in range(0, {count}):")
     deep = indent + 1
-    w.put(deep, *(f"x{i} = nx{i}.to(tl.float32)" for i in w.X), "go = live[:, None]", "both = nm", "at = b * T + t", "now = t")
+    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
+    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
+    w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
+    w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
+    w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
+    w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
     if store:
         w.put(deep, "if HAS_RESET:" if w.tracked else "", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
-    w.put(deep, "t += 1")
-    _load_next(w, deep)
     w.dots(deep)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
-    if not store:
-        return
-    _products(w, deep, back=False)
-    w.put(deep, "close = go & (now >= last - NEAR)[:, None]")
-    w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
-    n_kept = len(w.S) - 1
-    w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
-    for i in range(n_kept):
-        w.put(deep, f"tl.store(KEPT + (at * {n_kept} + {i})[:, None] * D + d, h{i}, mask=both)")
+    if store:
+        _products(w, deep, back=False)
+        w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
+        w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
+        n_kept = len(w.S) - 1
+        w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
+        for i in range(n_kept):
+            w.put(deep, f"tl.store(KEPT + (at * {n_kept} + {i})[:, None] * D + d, h{i}, mask=both)")
+    w.put(deep, "t += 1")
 
 
 def _begin_measures(w: Writer, indent: int) -> None:
