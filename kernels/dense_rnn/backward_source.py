@@ -7,7 +7,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, _begin_measures, _products, _rows
+from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -80,7 +80,7 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
     if store:
         w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
         w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
-        _products(w, deep, back=True)
+        products_of_jacobians(w, deep, back=True)
         w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
@@ -106,7 +106,7 @@ def _ready(w: Writer) -> None:
 def gradient(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.W)
     w.head("gradient", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
-    _rows(w)
+    slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     _ready(w)
@@ -121,7 +121,7 @@ def gradient(w: Writer) -> None:
     w.put(1, "else:")
     for i in w.S:
         w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
-    _begin_measures(w, 1)
+    begin_measures(w, 1)
     _steps_back(w, 1, "right - 1", "SLICE", store=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:
@@ -142,7 +142,7 @@ def finish_back(w: Writer) -> None:
     w.put(1, "low = tl.zeros_like(bad)", "both = here[:, None] & inside")
     for i in w.S:
         w.put(1, f"a{i} = {w.vector('ENDS', 'b * n + n - bad', i, S)}")
-    _begin_measures(w, 1)
+    begin_measures(w, 1)
     _steps_back(w, 1, "(n - bad) * SLICE - 1", "(n - earliest) * SLICE", store=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:

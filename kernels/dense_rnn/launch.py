@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import source
+from kernels.dense_rnn import codegen, source
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
@@ -39,7 +39,7 @@ _stats: dict[torch.device, Tensor] = {}
 @functools.cache
 def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
     """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    return load_source(f"{cell.name}_dense", source.source(cell, short, maths))
+    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths))
 
 
 @functools.cache

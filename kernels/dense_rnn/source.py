@@ -20,10 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.expressions import function
-from kernels.parallel_rnn.functions import functions
-from kernels.parallel_rnn.products import Dense, trace_dense
+from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
 WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
@@ -123,7 +121,7 @@ def parts(dense: Dense) -> list[str]:
     return made
 
 
-def _products(w: Writer, indent: int, back: bool) -> None:
+def products_of_jacobians(w: Writer, indent: int, back: bool) -> None:
     """P after a step with the Jacobian j: later factors on the left, or, backwards, earlier ones on the right."""
     tracked = w.tracked
     for i, j in tracked:
@@ -152,7 +150,7 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     if store:
-        _products(w, deep, back=False)
+        products_of_jacobians(w, deep, back=False)
         w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
         n_kept = len(w.S) - 1
@@ -162,7 +160,7 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
     w.put(deep, "t += 1")
 
 
-def _begin_measures(w: Writer, indent: int) -> None:
+def begin_measures(w: Writer, indent: int) -> None:
     w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BK), tl.float32) + {float(i == j)}" for i, j in w.tracked))
     w.put(indent, *(f"A{i} = tl.zeros((BM, BK), tl.float32)" for i in w.S))
 
@@ -177,7 +175,7 @@ def _keep_measures(w: Writer, indent: int, states: str) -> None:
         w.keep(indent, "PRODUCTS", "place", v, V, f"P{i}{j}")
 
 
-def _rows(w: Writer) -> None:
+def slice_rows(w: Writer) -> None:
     """Rows are slices of batch rows."""
     w.put(1, "here = rows < B * n", "b = (rows // n).to(tl.int64)", "s = rows % n", "place = b * n + s")
     w.put(1, "both = here[:, None] & inside")
@@ -187,7 +185,7 @@ def walk(w: Writer) -> None:
     S = len(w.S)
     own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr"
     w.head("walk", own)
-    _rows(w)
+    slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     w.matrices("MAT")
@@ -202,7 +200,7 @@ def walk(w: Writer) -> None:
     w.put(1, "else:")
     for i in w.S:
         w.put(2, f"h{i} = {w.vector('BEGINS', 'place', i, S)}")
-    _begin_measures(w, 1)
+    begin_measures(w, 1)
     _steps(w, 1, "s * SLICE", "SLICE", store=True)
     _keep_measures(w, 1, "h")
 
@@ -216,7 +214,7 @@ def finish(w: Writer) -> None:
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.zeros_like(bad) + T", "both = here[:, None] & inside")
     for i in w.S:
         w.put(1, f"h{i} = {w.vector('ENDS', 'b * n + bad - 1', i, S)}")
-    _begin_measures(w, 1)
+    begin_measures(w, 1)
     _steps(w, 1, "bad * SLICE", "(n - earliest) * SLICE", store=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:
@@ -277,23 +275,3 @@ def certify(w: Writer, back: bool) -> None:
     for i in w.S:
         w.put(1, f"end{i} = tl.load(ENDS + (({end}) * {S} + {i}) * D + d, mask=inside, other=0.0)")
         w.put(1, f"tl.store(FINAL + (b * {S} + {i}) * D + d, end{i}, mask=inside)")
-
-
-def source(cell: Cell, short: str, maths: str) -> str:
-    """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. Raises NotLowered."""
-    from kernels.dense_rnn.backward_source import finish_back, gradient
-
-    dense = trace_dense(cell)
-    w = Writer(dense)
-    walk(w)
-    finish(w)
-    for back in (False, True):
-        correct(w, back)
-        certify(w, back)
-    gradient(w)
-    finish_back(w)
-    made = "\n\n".join(parts(dense))
-    header = (
-        f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/source.py."""\nimport triton\nimport triton.language as tl\n'
-    )
-    return "\n\n".join([header, functions(made, short, maths), HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"

@@ -55,13 +55,13 @@ class Registers:
 
 
 def main() -> None:
-    from models.cells import available
+    from models.cells import diagonal
 
     names = ("", "_ssd", "_delta_rule", "_dense_rnn")
     golden, ssd, rule, dense = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in names)
     for words in (
         ["compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]],
-        ["compiled.py", "1", "1", *available(), "three"],
+        ["compiled.py", "1", "1", *diagonal(), "three"],
         ["compiled_ssd.py", *map(str, ssd["arguments"])],
         ["compiled_delta_rule.py", *map(str, rule["arguments"])],
         ["compiled_dense_rnn.py", *map(str, dense["arguments"])],

@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State
 from kernels.parallel_rnn.trace import trace
-from models.cells import available, load_cell
+from models.cells import diagonal, load_cell
 
 
 def three(x: Pre, y: Pre, a: Rec, b: Rec, p: State, q: State, h: State) -> tuple[State, State, State]:
@@ -21,7 +21,7 @@ def three(x: Pre, y: Pre, a: Rec, b: Rec, p: State, q: State, h: State) -> tuple
 
 
 def cells() -> list[Cell]:
-    return [*(load_cell(name) for name in available()), Cell.from_step(three)]
+    return [*(load_cell(name) for name in diagonal()), Cell.from_step(three)]
 
 
 def problem(cell: Cell, B: int, T: int, D: int, weight: float = 0.5, bias: float = 0.0, resets: float = 0.0) -> list[Tensor | None]:
@@ -179,4 +179,4 @@ def test_kernels_need_a_gpu() -> None:
 
 
 def test_linear_cells_are_recognised() -> None:
-    assert [name for name in available() if trace(load_cell(name)).linear] == ["mingru", "minlstm"]
+    assert [name for name in diagonal() if trace(load_cell(name)).linear] == ["mingru", "minlstm"]
