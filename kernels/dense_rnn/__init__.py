@@ -33,8 +33,8 @@ def dense_rnn(
     Returns (emitted states (B, T, D) in pre's dtype, final states (B, S, D) in fp32, or fp64 for fp64 inputs); differentiable in pre, rec,
     mat and h0.
     method: "sequential" keeps autograd's graph of the loop; "sliced" solves over slices of time in plain torch, and differentiates
-    through the solution; "triton" does so in kernels generated from the step; "auto" is "triton" on a GPU, else "sliced", of a cell that can
-    be lowered, and "sequential" of any other, which it says once.
+    through the solution; "triton" does so in kernels generated from the step; "auto" is "sliced" (on a GPU "triton", once its kernels
+    are proven there, see launch.py) of a cell that can be lowered, and "sequential" of any other, which it says once.
     Raises ValueError for shapes that do not fit the cell, and for a method that cannot solve it.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()

@@ -10,6 +10,7 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,10 @@ from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 3, 4: 5}  # quasi-Newton steps before the walk in order, by bytes of an input
+# The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch solves until they have, or until they are asked
+# for, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
+PROVEN = False
+NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 WAVES = 1.5  # programs wanted for each multiprocessor
@@ -49,8 +54,13 @@ def facts(cell: Cell) -> source.Writer:
 
 
 def pad(width: int) -> int:
-    """The power of two that holds width, at least the 16 of a matrix product."""
-    return max(16, 1 << (width - 1).bit_length())
+    """The power of two that holds width, at least NARROWEST."""
+    return max(NARROWEST, 1 << (width - 1).bit_length())
+
+
+def proven() -> bool:
+    """Whether the kernels run on a GPU without being asked for by name."""
+    return PROVEN or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def why_not(cell: Cell, pre: Tensor, K: int) -> str:

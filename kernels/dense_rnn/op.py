@@ -20,6 +20,11 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
     reason = launch.why_not(cell, pre, K)
+    if not reason and method == "auto" and pre.is_cuda and not launch.proven():
+        warn_once(
+            "Dense heads are solved in plain torch, which is slow: their kernels have not run on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
+        )
+        return False
     if reason and method == "triton":
         raise ValueError(f"method='triton' is not possible: {reason}")
     if reason and pre.is_cuda:

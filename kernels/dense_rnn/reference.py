@@ -64,9 +64,10 @@ def sequential(
     return torch.stack(out, 1), torch.stack(state, 1)
 
 
-def choose_slices(B: int, T: int, D: int) -> int:
-    """Slices of a solve in plain torch; fewer than four do not repay the corrections, then it is the walk in order."""
-    slices = min((1 << 13) // max(1, B * D), T // 64, 64)
+def choose_slices(B: int, T: int, D: int, device: torch.device) -> int:
+    """Slices of a solve in plain torch, as many as fill an operation; fewer than four do not repay the corrections, then it is the walk in
+    order."""
+    slices = min((1 << 13 if device.type == "cpu" else 1 << 20) // max(1, B * D), T // 64, 64)
     return slices if slices >= 4 else 1
 
 
@@ -125,7 +126,7 @@ def solve(
     """All states (B, T, S, D) of a lowered cell over slices of time."""
     global last_report
     (B, T, _, D), matrix, made = pre.shape, matrices(mat), in_torch(cell)
-    n, length = _sizes(T, slices or choose_slices(B, T, D))
+    n, length = _sizes(T, slices or choose_slices(B, T, D, pre.device))
     if n == 1:
         last_report = Report()
         return _walk(cell, pre[:, None], rec, matrix, h0[:, None], None if starts is None else starts[:, None])[:, 0]
@@ -176,7 +177,7 @@ def _adjoints(
     """(g_t of every state (B, T, S, D), the adjoint of the initial state (B, S, D))."""
     global last_backward
     (B, T, _, D), made, back = pre.shape, in_torch(cell), transposed(mat)
-    n, length = _sizes(T, slices or choose_slices(B, T, D))
+    n, length = _sizes(T, slices or choose_slices(B, T, D, pre.device))
     x, h, d = (slice_time(t, n, length) for t in (pre, before, d_states))
     new_document = None if starts is None else slice_time(starts, n, length)
     p = made.products(x.unbind(-2), rec.unbind(0), h.unbind(-2), mat)[0]

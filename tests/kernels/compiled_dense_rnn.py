@@ -35,7 +35,12 @@ registers = Registers("dense_rnn")
 
 
 def figures(kernel: Any) -> dict[str, int]:
-    return {**resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "products": kernel.asm["ptx"].count("mma.sync")}
+    return {
+        **resources(kernel.asm["cubin"]),
+        "shared": kernel.metadata.shared,
+        "products": kernel.asm["ptx"].count("mma.sync"),
+        "wgmma": kernel.asm["ptx"].count("wgmma"),
+    }
 
 
 def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:

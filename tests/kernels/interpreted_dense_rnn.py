@@ -45,7 +45,7 @@ def compare(
 def walked() -> None:
     """Matrices that expand: what is not certified is walked in order, forwards and backwards, bit for bit as without slices."""
     before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
-    chaotic = problem("dense_lstm", 2, 40, 1, 16, gain=12.0, starts=0.02, seed=3)
+    chaotic = problem("dense_lstm", 2, 28, 1, 16, gain=12.0, starts=0.02, seed=3)
     chaotic[1][0][:, :, 0] += 4
     cell, tensors, starts = chaotic
     given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
@@ -77,9 +77,10 @@ def through_the_op() -> None:
 
 def main() -> None:
     patch_once()
-    compare("in order", problem("dense_lstm", 2, 12, 2, 16, starts=0.1), 1, 0)
-    compare("heads of 24", problem("dense_lstm", 1, 31, 1, 24, starts=0.05), 4, 3)
-    report = compare("bf16", problem("dense_lstm", 2, 40, 1, 16), 3, 8, torch.bfloat16)
+    compare("filled up", problem("dense_lstm", 2, 12, 2, 16, starts=0.1), 1, 0)
+    launch.NARROWEST = 16  # for the interpreter's speed alone
+    compare("heads of 24", problem("dense_lstm", 1, 22, 1, 24, starts=0.08), 3, 3)
+    report = compare("bf16", problem("dense_lstm", 2, 24, 1, 16), 2, 8, torch.bfloat16)
     assert report["heads"] == 2 and report["walked"] == 0, report
     compare("fp16", problem("dense_lstm", 1, 24, 1, 16, starts=0.05), 2, 4, torch.float16)
     for name in known_cells():  # two levels of products, no diagonal at all, one matrix for two operands, four states
