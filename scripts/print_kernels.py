@@ -1,6 +1,7 @@
 """Prints the Triton source that is written for a cell (models/cells/NAME.py).
 
     python -m scripts.print_kernels paragru            # the kernels of the parallel solve (kernels/parallel_rnn/codegen.py)
+    python -m scripts.print_kernels dense_lstm         # of a cell with matrices, those of kernels/dense_rnn/codegen.py
     python -m scripts.print_kernels paragru decode     # the step of decoding (kernels/decode_step/cell.py)
 
 Without a name it is that of paragru.
@@ -13,11 +14,22 @@ import sys
 from data.errors import UserError
 from data.program import program
 from kernels.decode_step import cell as decode_step
+from kernels.dense_rnn import codegen as dense_codegen
 from kernels.parallel_rnn import codegen
+from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.operations import NotLowered
 from models.cells import load_cell
 
 SOURCES = {"solve": codegen.source, "decode": decode_step.source}
+
+
+def text(cell: Cell, kind: str) -> str:
+    """Raises NotLowered, and UserError for a form that a cell with matrices does not have."""
+    if not cell.mat:
+        return SOURCES[kind](cell)
+    if kind != "solve":
+        raise UserError(f"The cell {cell.name} has matrices, and no kernels {kind!r}; leave the word out.")
+    return dense_codegen.source(cell, "bfloat16", "ptx")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -33,7 +45,7 @@ def run(words: list[str]) -> None:
     if kind not in SOURCES:
         raise UserError(f"There are no kernels {kind!r}; choose {' or '.join(SOURCES)}.")
     try:
-        print(SOURCES[kind](load_cell(name)))
+        print(text(load_cell(name), kind))
     except NotLowered as error:
         raise UserError(f"The cell {name} has no kernels and runs as a loop: {error}") from error
 

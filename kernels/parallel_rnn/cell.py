@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.parallel_rnn import products
 from kernels.parallel_rnn.expressions import check
 from kernels.parallel_rnn.operations import NotLowered
-from kernels.parallel_rnn.step import Pre, Rec, State, StepFunction
+from kernels.parallel_rnn.step import HeadMatrix, Mat, Pre, Rec, State, StepFunction
 
-__all__ = ["REGISTRY", "Cell", "Pre", "Rec", "State", "biased", "planned_loop"]
+__all__ = ["REGISTRY", "Cell", "Mat", "Pre", "Rec", "State", "biased", "planned_loop"]
 REGISTRY: dict[str, Cell] = {}  # cells by key: ops take strings
 
 
@@ -66,7 +67,7 @@ def _why_loop(step: StepFunction) -> str:
     """Empty if kernels and derivatives can be written from the step, else a sentence."""
     try:
         with _apart():
-            check(step)
+            (products.check if step.mat else check)(step)
     except NotLowered as reason:
         return str(reason)
     return ""
@@ -75,7 +76,7 @@ def _why_loop(step: StepFunction) -> str:
 def _registered(step: StepFunction, why_loop: str, with_bias: Cell | None) -> Cell:
     numbered = (f"{step.name}#{i}" for i in itertools.count(2))
     key = next(k for k in itertools.chain([step.name], numbered) if REGISTRY.get(k) in (None, step))
-    REGISTRY[key] = Cell(step.name, step.step, step.pre, step.rec, step.state, key, why_loop, with_bias)
+    REGISTRY[key] = Cell(step.name, step.step, step.pre, step.rec, step.state, key, why_loop, with_bias, mat=step.mat)
     return REGISTRY[key]
 
 
@@ -91,9 +92,11 @@ def _tried(cell: Cell, width: int) -> str:
             [torch.rand(*shape, requires_grad=True) * 1.0 for _ in names]
             for names, shape in ((cell.pre, (2, width)), (cell.rec, (width,)), (cell.state, (2, width)))
         )
+        heads = width // 64 if width % 64 == 0 else 1
+        mat = [HeadMatrix(torch.rand(heads, width // heads, width // heads, requires_grad=True) * 1.0) for _ in cell.mat]
         versions = [(name, t, t._version) for name, t in zip((*cell.pre, *cell.rec, *cell.state), (*pre, *rec, *state))]
         try:
-            new = cell(pre, rec, state)
+            new = cell(pre, rec, state, mat)
         except Exception as reason:  # whatever a step can do wrong
             return _failed(cell, "its step fails", reason)
         for name, t, version in versions:
@@ -115,7 +118,8 @@ def _saved_values(cell: Cell) -> int:
     """How many values a channel and step of the loop keeps for its backward pass; 8 where a step cannot be tried on two channels."""
     saved: list[Tensor] = []
     with _apart():
-        given = [[torch.rand(2, requires_grad=True) for _ in names] for names in (cell.pre, cell.rec, cell.state)]
+        given: list[list[Any]] = [[torch.rand(2, requires_grad=True) for _ in names] for names in (cell.pre, cell.rec, cell.state)]
+        given.append([HeadMatrix(torch.rand(1, 2, 2)) for _ in cell.mat])
         try:
             with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
                 cell(*given)
@@ -142,7 +146,7 @@ def biased(cell: Cell) -> Cell:
 @functools.cache
 def _with_bias(cell: StepFunction, why_loop: str) -> Cell:
     """why_loop: why the cell itself runs as a loop, under the name that its author knows, or ''."""
-    taken, names = {*cell.pre, *cell.rec, *cell.state}, dict[str, str]()
+    taken, names = {*cell.pre, *cell.rec, *cell.mat, *cell.state}, dict[str, str]()
     for name in cell.pre:
         bias = f"bias_{name}"
         while bias in taken:
@@ -154,5 +158,5 @@ def _with_bias(cell: StepFunction, why_loop: str) -> Cell:
         biases = {name: given.pop(bias) for name, bias in names.items()}
         return cell.step(**{name: value + biases[name] if name in biases else value for name, value in given.items()})
 
-    made = StepFunction(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state)
+    made = StepFunction(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state, mat=cell.mat)
     return _registered(made, why_loop or _why_loop(made), None)

@@ -116,8 +116,8 @@ def derivatives(traced: Traced, jacobian: str = "jacobian", gradients: str = "st
 
 
 def check(cell: StepFunction) -> None:
-    """Raises NotLowered unless the step can be traced and does to tensors what was traced (it may ask what it is given), ValueError for a step
-    that no solver can run."""
+    """Raises NotLowered unless the step, of a cell without matrices, can be traced and does to tensors what was traced (it may ask what it is
+    given), ValueError for a step that no solver can run."""
     traced = trace(cell)
     names: dict[str, Any] = {"torch": torch}
     exec(function("step", traced.arguments, traced.new, "h0", triton=False), names)  # our own text, as below
@@ -127,7 +127,12 @@ def check(cell: StepFunction) -> None:
     except Exception:  # models say it in a sentence (Cell.problem), and a call of the step says it itself
         return
     wanted = names["step"](*given[0], *given[1], *given[2])
-    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(new, wanted if len(new) > 1 else (wanted,))):
+    compare(cell, new, wanted if len(new) > 1 else (wanted,))
+
+
+def compare(cell: StepFunction, new: Sequence[torch.Tensor], traced: Sequence[torch.Tensor]) -> None:
+    """Raises NotLowered if the step made something else of tensors than what was traced does."""
+    if not all(torch.allclose(a, b, rtol=1e-6, equal_nan=True) for a, b in zip(new, traced)):
         raise NotLowered(
             f"Cell {cell.name} runs as a loop in plain torch: its step does to tensors something else than to what stands for them."
         )

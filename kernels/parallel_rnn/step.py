@@ -3,21 +3,23 @@
     def step(z: Pre, c: Pre, a: Rec, h: State): ...; return (h,)
 
 Pre: an input projection of the layer, one value per token and channel. Rec: a learned weight per channel. State: carried over time.
-The step returns its new states in the order of its State arguments; the last one is what the layer emits. It works on tensors of any
-(broadcast) shape, element by element; one that does anything else is solved as a loop.
+Mat: a learned matrix over each head's channels, used as `R @ h`; it makes the cell dense in its heads (kernels/dense_rnn).
+The step returns its new states in the order of its State arguments; the last one is what the layer emits. Beside products with a Mat it
+works on tensors of any (broadcast) shape, element by element; one that does anything else is solved as a loop.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # to a type checker all three are tensors
-    Pre = Rec = State = Tensor
+if TYPE_CHECKING:  # to a type checker all four are tensors
+    Pre = Rec = Mat = State = Tensor
 else:
 
     class Pre:
@@ -26,11 +28,24 @@ else:
     class Rec:
         """Annotation: a learned per-channel weight."""
 
+    class Mat:
+        """Annotation: a learned matrix over the channels of a head."""
+
     class State:
         """Annotation: carried from step to step."""
 
 
-ROLES = {"Pre": "pre", "Rec": "rec", "State": "state"}
+ROLES = {"Pre": "pre", "Rec": "rec", "Mat": "mat", "State": "state"}
+
+
+class HeadMatrix:
+    """A matrix for each head, R (E, K, J) of K inputs and J = K outputs, that a step multiplies as `R @ h` with values (..., E K)."""
+
+    def __init__(self, R_EKJ: Tensor) -> None:
+        self.R_EKJ = R_EKJ
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return torch.einsum("...ek,ekj->...ej", x.unflatten(-1, self.R_EKJ.shape[:2]), self.R_EKJ).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +57,7 @@ class StepFunction:
     pre: tuple[str, ...]
     rec: tuple[str, ...]
     state: tuple[str, ...]
+    mat: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StepFunction) and self._parts() == other._parts()
@@ -50,7 +66,7 @@ class StepFunction:
         return hash(self._parts())
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.name, self.step, self.pre, self.rec, self.state
+        return self.name, self.step, self.pre, self.rec, self.state, self.mat
 
     @staticmethod
     def read(step: Callable[..., Any], name: str | None = None) -> StepFunction:
@@ -58,7 +74,7 @@ class StepFunction:
         State at all."""
         if not inspect.isfunction(step):
             raise ValueError(f"Cell {name or step!r}: its step must be a function, not a {type(step).__name__}.")
-        names: dict[str, list[str]] = {"pre": [], "rec": [], "state": []}
+        names: dict[str, list[str]] = {"pre": [], "rec": [], "mat": [], "state": []}
         title = name or step.__name__
         for argument, parameter in inspect.signature(step).parameters.items():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -70,19 +86,21 @@ class StepFunction:
             annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
             role = ROLES.get(annotation.strip("'\"").rsplit(".", 1)[-1])
             if role is None:
-                raise ValueError(f"Cell {title}: annotate the argument {argument!r} with Pre, Rec or State.")
+                raise ValueError(f"Cell {title}: annotate the argument {argument!r} with Pre, Rec, Mat or State.")
             names[role].append(argument)
         if not names["state"] or not names["pre"]:
             raise ValueError(f"Cell {title}: a step needs at least one Pre and one State argument.")
-        return StepFunction(title, step, tuple(names["pre"]), tuple(names["rec"]), tuple(names["state"]))
+        return StepFunction(title, step, tuple(names["pre"]), tuple(names["rec"]), tuple(names["state"]), mat=tuple(names["mat"]))
 
-    def call(self, pre: Sequence[Any], rec: Sequence[Any], state: Sequence[Any]) -> Any:
+    def call(self, pre: Sequence[Any], rec: Sequence[Any], state: Sequence[Any], mat: Sequence[Any] = ()) -> Any:
         """What the step returns, whatever it is."""
-        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+        return self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.mat, mat)), **dict(zip(self.state, state)))
 
-    def __call__(self, pre: Sequence[Tensor], rec: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, pre: Sequence[Tensor], rec: Sequence[Tensor], state: Sequence[Tensor], mat: Sequence[HeadMatrix] = ()
+    ) -> tuple[Tensor, ...]:
         """One step on tensors given in the order of the names. Raises ValueError if it returns something else than its states."""
-        new, like = returned(self, self.call(pre, rec, state)), state[0]
+        new, like = returned(self, self.call(pre, rec, state, mat)), state[0]
         return tuple(n if n.dim() >= like.dim() else n.expand_as(like) for n in new)  # one of weights alone
 
 

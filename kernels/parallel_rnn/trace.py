@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,13 +59,13 @@ def names(letter: str, given: Sequence[str]) -> list[str]:
     return [f"{letter}{i}" for i in range(len(given))]
 
 
-def _recorded(cell: StepFunction, graph: Graph) -> tuple[Node, ...]:
-    """The new states of one call of the step."""
+def recorded(cell: StepFunction, graph: Graph, mat: Sequence[Any] = ()) -> tuple[Node, ...]:
+    """The new states of one call of the step. mat: what stands for its matrices (products.py)."""
     pre, rec, state = (
         [graph.leaf("var", n) for n in names(letter, given)] for letter, given in zip("xwh", (cell.pre, cell.rec, cell.state))
     )
     try:
-        made = cell.call(pre, rec, state)
+        made = cell.call(pre, rec, state, mat)
     except NotLowered:
         raise
     except Exception as reason:  # whatever a step does with values that are none
@@ -84,8 +85,8 @@ def trace(cell: StepFunction) -> Traced:
     """Raises NotLowered with one sentence where the step does something that has no kernel form, ValueError for one that no solver can run."""
     graph = Graph()
     try:
-        new = _recorded(cell, graph)
-        if any(a is not b for a, b in zip(new, _recorded(cell, graph))):
+        new = recorded(cell, graph)
+        if any(a is not b for a, b in zip(new, recorded(cell, graph))):
             raise NotLowered("its step does not do the same at every call.")
         one = graph.const(1)
         state = [graph.leaf("var", n) for n in names("h", cell.state)]

@@ -16,6 +16,11 @@ def available() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def diagonal() -> list[str]:
+    """Names of the cells whose step works channel by channel: those without a matrix over a head."""
+    return [name for name in available() if not load_cell(name).mat]
+
+
 def cell_module(name: str) -> ModuleType:
     """The module models/cells/<name>.py. Raises UserError naming the cells there are, or saying why the file cannot be read."""
     if name not in available():
@@ -38,7 +43,7 @@ def load_cell(name: str) -> Cell:
     """The Cell of models/cells/<name>.py. Raises UserError for an unknown name and for a file without a step that can be run."""
     module = cell_module(name)
     if not hasattr(module, "step"):
-        raise UserError(f"models/cells/{name}.py has no function `step`; define step(...) with arguments annotated Pre, Rec or State.")
+        raise UserError(f"models/cells/{name}.py has no function `step`; define step(...) with arguments annotated Pre, Rec, Mat or State.")
     try:
         cell = Cell.from_step(module.step, name)
     except ValueError as error:  # its signature is not that of a step

@@ -16,7 +16,10 @@ from models.hub.recurrence import HEADER, written
 TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}
+PROVIDED = {
+    "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
+    "Pre", "Rec", "Mat", "State",
+}  # fmt: skip
 # operations whose reference.py has the same functions
 IN_TORCH = (
     "kernels.short_conv",
@@ -171,7 +174,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            if name in ("MIXERS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
+            if name in ("MIXERS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "Mat", "State"):
                 flat.add(part, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})

@@ -52,7 +52,7 @@ def written(cells: list[Cell]) -> tuple[list[str], list[str], dict[str, str]]:
     plain, kernels, entries = list[str](), list[str](), dict[str, str]()
     for cell in cells:
         name = cell.name
-        if not cell.lowered:  # plain torch, its derivatives by autograd
+        if not cell.lowered or cell.mat:  # plain torch, its derivatives by autograd
             entries[name] = f"(step_{name}, None, None, False)"
             continue
         plain.append("\n\n".join(derivatives(trace(cell), f"jacobian_{name}", f"gradients_{name}")).rstrip())

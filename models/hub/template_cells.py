@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
+from kernels.parallel_rnn.step import HeadMatrix
 from kernels.ssd.reference import ssd_chunked
 
 CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torch, its kernel, whether it jumps); the middle two may be None
 BIASES: dict[str, Any] = {}  # name: where the biases of its inputs start
 triton: Any = None  # the module, in the exported file, if it is installed
 SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
-Pre = Rec = State = Tensor  # what the arguments of a cell's step are: input projection, learned weight, carried state
+Pre = Rec = Mat = State = (
+    Tensor  # what the arguments of a cell's step are: input projection, learned weight, matrix over a head, carried state
+)
 
 
 class Cell:
@@ -30,10 +33,12 @@ class Cell:
         self.name = name
         self.step, self.derivatives, self.kernel, self.jumps = CELLS[name]
         roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
-        self.pre, self.rec, self.state = ([n for n, role in roles.items() if role == annotation] for annotation in ("Pre", "Rec", "State"))
+        named = ([n for n, role in roles.items() if role == annotation] for annotation in ("Pre", "Rec", "Mat", "State"))
+        self.pre, self.rec, self.mat, self.state = named
 
-    def __call__(self, pre: Any, rec: Any, state: Any) -> Any:
-        new = self.step(**dict(zip(self.pre, pre)), **dict(zip(self.rec, rec)), **dict(zip(self.state, state)))
+    def __call__(self, pre: Any, rec: Any, state: Any, mat: Any = ()) -> Any:
+        given = zip((*self.pre, *self.rec, *self.mat, *self.state), (*pre, *rec, *mat, *state))
+        new = self.step(**dict(given))
         return tuple(n if n.dim() >= state[0].dim() else n.expand_as(state[0]) for n in new)
 
     def __reduce__(self) -> Any:
@@ -93,6 +98,32 @@ def parallel_rnn(
 def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor, bias_PD: Tensor | None = None) -> Tensor:
     """The states (B, S, D) after one token."""
     return parallel_rnn(cell, pre_BPD[:, None], rec_RD, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
+
+
+def dense_rnn(
+    cell: Any, pre: Tensor, rec_RD: Tensor, mat_EKGK: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Emitted states (B, T, D) and final states (B, S, D) of a cell with a matrix for each of E heads of K channels, mat (E, K, matrices, K):
+    step by step in plain torch."""
+    dtype = compute_dtype(pre)
+    with torch.autocast(pre.device.type, enabled=False):
+        x_BTPD = pre.flatten(3).to(dtype) + bias_PD.to(dtype)
+        (B, T, _, D), rec, mat = x_BTPD.shape, rec_RD.to(dtype).unbind(0), [HeadMatrix(R) for R in mat_EKGK.to(dtype).unbind(2)]
+        state = (
+            tuple(torch.zeros(B, D, dtype=dtype, device=pre.device) for _ in cell.state) if h0_BSD is None else h0_BSD.to(dtype).unbind(1)
+        )
+        emitted = []
+        for t in range(T):
+            if starts_BT is not None:
+                state = tuple(torch.where(starts_BT[:, t, None], torch.zeros_like(s), s) for s in state)
+            state = cell(x_BTPD[:, t].unbind(1), rec, state, mat)
+            emitted.append(state[-1].to(pre.dtype))
+    return torch.stack(emitted, 1), torch.stack(state, 1)
+
+
+def dense_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, mat_EKGK: Tensor, h_BSD: Tensor, bias_PD: Tensor) -> Tensor:
+    """The states (B, S, D) after one token."""
+    return dense_rnn(cell, pre_BPD[:, None, :, None], rec_RD, mat_EKGK, h_BSD, None, bias_PD=bias_PD)[1].to(h_BSD.dtype)
 
 
 def has_kernel(cell: Any, pre: Tensor) -> bool:

@@ -1,7 +1,9 @@
 """The published ParaRNN mixer around any cell: in-projection, convolution, cell, gated norm, out-projection (arXiv 2510.21450, fig. 9).
 
+A cell whose step multiplies with matrices (`Mat`) has dense heads of `head_size` channels, and kernels/dense_rnn solves it.
+
 Legend: B batch, T time, I inner width (the cell's channels), E heads of the input projection with K = I / E channels, P projections the cell
-wants, S its states.
+wants, G its matrices, S its states.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.dense_rnn import dense_rnn, dense_rnn_step
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
@@ -33,6 +36,7 @@ BURN_IN = 512  # last steps of a slice of time, walked from zero, whose end is t
 class Config:
     cell: str = "paragru"  # a file of models/cells/
     n_heads: int = 4  # blocks of the cell's block-diagonal input projection
+    head_size: int = 0  # channels of a head of a cell with matrices; 0: 64, or the whole width where that is less
     expand: float = 1.0  # cell channels / d_model
     d_conv: int = 4  # width of the short convolution; 0: none
     gate: bool = True  # silu gate from the in-projection
@@ -43,9 +47,10 @@ class Config:
     norm_eps: float = 1e-5
 
     def problems(self, d_model: int) -> list[str]:
-        problems, inner = [], round(self.expand * d_model)
+        problems, inner, dense = [], round(self.expand * d_model), False
         try:
-            problem = load_cell(self.cell).problem(inner) if inner > 0 else ""
+            cell = load_cell(self.cell)
+            problem, dense = cell.problem(inner) if inner > 0 else "", bool(cell.mat)
         except ValueError as reason:
             problem = str(reason)
         problems += [problem] if problem else []
@@ -53,6 +58,10 @@ class Config:
             problems.append("n_heads and expand must be above zero.")
         elif inner % self.n_heads:
             problems.append(f"expand x d_model = {inner} is not divisible by n_heads {self.n_heads}.")
+        if self.head_size < 0 or self.head_size and not dense and not problem:
+            problems.append(f"head_size must be 0 for a cell without matrices, and above zero or 0 (64) for others, not {self.head_size}.")
+        elif dense and inner > 0 and inner % self.channels_of_head(inner):
+            problems.append(f"expand x d_model = {inner} is not divisible by head_size {self.channels_of_head(inner)}.")
         if self.d_conv < 0 or self.d_conv == 1:
             problems.append("d_conv must be 0 (no convolution) or above one.")
         if self.recurrent_bound not in ("none", "clip", "tanh"):
@@ -64,6 +73,10 @@ class Config:
         if self.recurrent_init < 0:
             problems.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
         return problems
+
+    def channels_of_head(self, inner: int) -> int:
+        """Of a cell with matrices, on `inner` channels."""
+        return self.head_size or min(64, inner)
 
 
 @dataclass
@@ -91,12 +104,15 @@ class Mixer(SequenceMixer):
         self.cell_weight = tag(nn.Parameter(torch.empty(E, width, P * width)), fan_in=width, splits=[width] * P)
         self.cell_bias = tag(nn.Parameter(torch.empty(P, self.inner)), "no_decay")
         self.recurrent = tag(nn.Parameter(torch.empty(R, self.inner)), "no_decay", "keep_fp32") if R else None
+        G, K = len(self.cell.mat), config.channels_of_head(self.inner)
+        self.matrices = tag(nn.Parameter(torch.empty(self.inner // K, K, G * K)), fan_in=K, splits=[K] * G) if G else None
         self.norm = RMSNorm(self.inner, config.norm_eps) if config.norm else None
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
         tag(self.out_proj.weight, residual=True)
 
     def init_weights(self, std: float, n_layers: int) -> None:
-        """Projections as everywhere; input projection of the cell 1/sqrt(fan in); recurrent weights small; biases as the cell asks."""
+        """Projections as everywhere; input projection and matrices of the cell 1/sqrt(fan in); recurrent weights small; biases as the cell
+        asks."""
         init_matrix(self.in_proj.weight, std, n_layers)
         init_matrix(self.out_proj.weight, std, n_layers)
         normal_(self.cell_weight, self.cell_weight.shape[1] ** -0.5)
@@ -108,6 +124,8 @@ class Mixer(SequenceMixer):
             self.cell_bias.zero_()
             for name, (low, high) in bias_init(self.config.cell).items():
                 self.cell_bias[self.cell.pre.index(name)] = torch.linspace(low, high, self.inner)
+        if self.matrices is not None:
+            normal_(self.matrices, self.config.recurrent_init or self.matrices.shape[1] ** -0.5)
         if self.recurrent is not None:
             normal_(self.recurrent, self.config.recurrent_init or self.inner**-0.5)
             if self.config.recurrent_bound == "tanh":  # the weights the cell sees start alike, whatever bounds them
@@ -131,6 +149,21 @@ class Mixer(SequenceMixer):
         pre_ENO = torch.bmm(u_ENI, self.cell_weight.to(u_BTI.dtype))
         return pre_ENO.view(E, B, T, P, self.inner // E).permute(1, 2, 3, 0, 4)
 
+    def _solve(self, pre: Tensor, rec: Tensor, before_BSI: Tensor | None, starts: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor]:
+        """(emitted states (B, T, I), final states (B, S, I)) of inputs (B, T, P, E, K)."""
+        cell, bias, matrices = self.cell, self.cell_bias, self.matrices
+        dense = None if matrices is None else matrices.unflatten(2, (len(cell.mat), -1))
+        if decoding and before_BSI is not None:
+            before = before_BSI if starts is None else torch.where(starts[..., None], 0.0, before_BSI)
+            if dense is None:
+                final = parallel_rnn_step(cell, pre[:, 0].flatten(2), rec, before, bias)
+            else:
+                final = dense_rnn_step(cell, pre[:, 0].flatten(2), rec, dense, before, bias)
+            return final[:, None, -1].to(pre.dtype), final
+        if dense is None:
+            return parallel_rnn(cell, pre, rec, before_BSI, starts, bias_PD=bias, emitted=True)
+        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias)
+
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "cell_BSI": "recurrent", "segment_B": "bookkeeping"}
 
@@ -139,6 +172,8 @@ class Mixer(SequenceMixer):
         return {name: state.cell_BSI[:, i] for i, name in enumerate(self.cell.state)}
 
     def why_not_split(self, T: int = 1 << 62) -> str:
+        if self.matrices is not None:
+            return "its heads are dense"
         if not self.cell.lowered:
             return f"its cell is solved as a loop ({self.cell.why_loop.rstrip('.')})"
         return self.conv.why_not_split(T) if self.conv is not None else ""
@@ -158,12 +193,9 @@ class Mixer(SequenceMixer):
         pre_BTPEK, rec_RI, bias_PI = self._project(u), self.recurrent_weights(), self.cell_bias
         if slice_:
             h = self.over_ranks(slice_, pre_BTPEK, rec_RI, starts, bias_PI)
-        elif cell_state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():  # decoding
-            before = cell_state if starts is None else torch.where(starts[..., None], 0.0, cell_state)
-            final = parallel_rnn_step(self.cell, pre_BTPEK[:, 0].flatten(2), rec_RI, before, bias_PI)
-            h = final[:, None, -1].to(pre_BTPEK.dtype)
         else:
-            h, final = parallel_rnn(self.cell, pre_BTPEK, rec_RI, cell_state, starts, bias_PD=bias_PI, emitted=True)
+            decoding = x_BTD.shape[1] == 1 and not torch.is_grad_enabled()
+            h, final = self._solve(pre_BTPEK, rec_RI, cell_state, starts, decoding)
         gate = gate if self.config.gate else None
         if self.norm is not None:
             h = self.norm(h, gate, norm_first=True, columns=(self.inner, joint))
@@ -206,7 +238,7 @@ class Mixer(SequenceMixer):
             return slice_.with_adjoint_from_right(emitted, final, local, _through, pre, rec, h0, starts, emitted, saved)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
-        if not self.cell.lowered:
+        if not self.cell.lowered or self.matrices is not None:
             return None
         state.segment_B.clamp_(min=0)  # as last_segment does
         inner, groups = self.inner, self.config.n_heads
@@ -241,6 +273,7 @@ class Mixer(SequenceMixer):
         """Projections and convolution; the cell's own few operations per channel are not matrix work and are counted as 2 per weight."""
         widths = self.d_model * self.inner * (3 if self.config.gate else 2)
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
+        cell += 0 if self.matrices is None else self.matrices.numel()
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
 
 

@@ -8,7 +8,18 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHES = ("parallel_rnn", "mixer", "ssd", "delta_rule", "step", "decode", "memory", "long_context", "multi_gpu")  # the order of all_gpu.sh
+BENCHES = (
+    "parallel_rnn",
+    "mixer",
+    "ssd",
+    "delta_rule",
+    "dense_rnn",
+    "step",
+    "decode",
+    "memory",
+    "long_context",
+    "multi_gpu",
+)  # the order of all_gpu.sh
 HELP = "python -m scripts.bench NAME --help says more of one; scripts/bench/all_gpu.sh runs all."
 
 

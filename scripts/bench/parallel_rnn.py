@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from models.cells import available
+from models.cells import diagonal
 from scripts.bench.parallel_rnn_peers import against_loop, cudnn_row, layer_row, newton_row, peer_row
 from scripts.bench.parallel_rnn_plots import corrections, plot
 from scripts.bench.parallel_rnn_solve import (
@@ -74,7 +74,7 @@ def parts(copy: float) -> list[tuple[str, Callable[[], Any]]]:
         add("memory", memory_row, name, 1, 32768, 2048, save)
     add("past_int32", past_int32)
     add("decode", decode_row, "paragru", 8, 2048)
-    for name in available():
+    for name in diagonal():
         if name not in pair:
             add("accuracy", accuracy, name)
             add("kernels", kernel_row, name, *SHAPES[2], copy)

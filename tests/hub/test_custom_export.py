@@ -28,6 +28,7 @@ FAMILIES = {
     "paragru": config(GRU, learnable_residual=True),
     "paralstm": config({**GRU, "cell": "paralstm", "recurrent_bound": "tanh"}, tie_embeddings=True),
     "mingru": config({**GRU, "cell": "mingru", "d_conv": 0, "gate": False, "norm": False}, d_ff=0),
+    "dense_lstm": config({**GRU, "cell": "dense_lstm", "head_size": 16}),
     "mamba2_mlp": config(MAMBA),
     "delta": ModelConfig(
         vocab_size=269,

@@ -55,14 +55,16 @@ class Registers:
 
 
 def main() -> None:
-    from models.cells import available
+    from models.cells import diagonal
 
-    golden, ssd, rule = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in ("", "_ssd", "_delta_rule"))
+    names = ("", "_ssd", "_delta_rule", "_dense_rnn")
+    golden, ssd, rule, dense = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in names)
     for words in (
         ["compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]],
-        ["compiled.py", "1", "1", *available(), "three"],
+        ["compiled.py", "1", "1", *diagonal(), "three"],
         ["compiled_ssd.py", *map(str, ssd["arguments"])],
         ["compiled_delta_rule.py", *map(str, rule["arguments"])],
+        ["compiled_dense_rnn.py", *map(str, dense["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
         ["compiled_lists.py"],

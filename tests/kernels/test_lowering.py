@@ -246,7 +246,7 @@ BROKEN = {
     "none": ("def step(x: Pre, h: State): pass", "not None."),
     "compared": ("def step(x: Pre, h: State): return (x > h,)", "a new state must be a tensor of numbers, not a comparison."),
     "numbered": ("def step(x: Pre, h: State): return (1.0,)", "a new state must be a tensor of numbers, not a float."),
-    "plain": ("def step(x: Pre, a, h: State): return (a * h + x,)", "annotate the argument 'a' with Pre, Rec or State."),
+    "plain": ("def step(x: Pre, a, h: State): return (a * h + x,)", "annotate the argument 'a' with Pre, Rec, Mat or State."),
     "stars": ("def step(x: Pre, *h: State): return (x,)", "write the argument 'h' as an ordinary one"),
     "keywords": ("def step(x: Pre, h: State, **rest: Rec): return (x,)", "write the argument 'rest' as an ordinary one"),
     "default": ("def step(x: Pre, h: State, a: Rec = 0.5): return (a * h + x,)", "the argument 'a' has a default value"),

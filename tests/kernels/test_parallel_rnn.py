@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.parallel_rnn import parallel_rnn, parallel_rnn_step, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State
 from kernels.parallel_rnn.trace import trace
-from models.cells import available, load_cell
+from models.cells import diagonal, load_cell
 
 
 def three(x: Pre, y: Pre, a: Rec, b: Rec, p: State, q: State, h: State) -> tuple[State, State, State]:
@@ -23,7 +23,7 @@ def three(x: Pre, y: Pre, a: Rec, b: Rec, p: State, q: State, h: State) -> tuple
 
 
 def cells() -> list[Cell]:
-    return [*(load_cell(name) for name in available()), Cell.from_step(three)]
+    return [*(load_cell(name) for name in diagonal()), Cell.from_step(three)]
 
 
 Problem = tuple[Tensor, Tensor, Tensor, Tensor | None]  # pre, rec, h0, starts
@@ -184,4 +184,4 @@ def test_kernels_need_a_gpu() -> None:
 
 
 def test_linear_cells_are_recognised() -> None:
-    assert [name for name in available() if trace(load_cell(name)).linear] == ["mingru", "minlstm"]
+    assert [name for name in diagonal() if trace(load_cell(name)).linear] == ["mingru", "minlstm"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -14,7 +15,10 @@ from tests.mixers import mixer_configs, with_new_mixer
 
 N, D = 4, 16
 SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
-CONFIGS: dict[str, dict[str, Any]] = {name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items()}
+REFUSED = {"dense_lstm": "its heads are dense"}  # those that have no form over ranks, and what they say
+CONFIGS: dict[str, dict[str, Any]] = {
+    name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items() if name not in REFUSED
+}
 CONFIGS |= {
     "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
     "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
@@ -110,6 +114,11 @@ def check_all(rank: int) -> None:
     slices.SMALL, attend.MASK_ELEMENTS = 1 << 20, 1 << 27
     for name in ("mamba2", "mamba2-groups", "delta-groups", "attention", "attention-few-keys", "window-gathered", "swa", "new"):
         check_isolation(name, 7, rank)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_says_so(name: str) -> None:
+    assert mixers.build(mixer_configs()[name], D, 0).why_not_split() == REFUSED[name]
 
 
 def test_slices_on_four_ranks_equal_one_rank() -> None:

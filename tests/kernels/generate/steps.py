@@ -15,7 +15,7 @@ from kernels.decode_step import Convolution, cell_step, project
 from kernels.decode_step import ssm as decode_ssm
 from kernels.mamba2_step import mamba2_step
 from kernels.parallel_rnn import parallel_rnn_step
-from models.cells import available, load_cell
+from models.cells import diagonal, load_cell
 from tests.kernels.generate.answers import compared, widened
 from tests.kernels.generate.case import Answers, Draw
 
@@ -69,7 +69,7 @@ def mamba2_token(draw: Draw) -> Answers:
 
 def cell_token(draw: Draw) -> Answers:
     """One token of a nonlinear cell, with a bias that may be narrower than the weights."""
-    cell = load_cell(draw.choice([*available()]))
+    cell = load_cell(draw.choice(diagonal()))
     B, D, S = draw.choice([1, 3]), draw.size(64, 300), len(cell.state)
     pre, rec, bias = (
         draw.randn(B, len(cell.pre), D).to(draw.dtype(True)),
@@ -165,7 +165,7 @@ def fused_recurrences(draw: Draw) -> Answers:
         bias_, A_log_, skip_ = moved
         decode_ssm(x, into, out, dt, bias_, A_log_, skip_, state, y, G, 0.0, math.inf)
         return compared(("y", "state"), (y, state), wanted, loop, f"ssm, B {B}, H {H}, P {P}, G {G}, N {N}", 4.0)
-    cell = load_cell(draw.choice([*available()]))
+    cell = load_cell(draw.choice(diagonal()))
     E, O, dtype = draw.choice([1, 2, 3]), draw.size(64, 100, small=(1, 3, 16, 17)), draw.dtype(interpreter=True)  # noqa: E741
     D, inputs = E * O, len(cell.pre)
     tensors = (

@@ -1,0 +1,154 @@
+"""The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
+
+The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. BEFORE are the emitted states that
+steps start from. Their products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
+that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
+"""
+
+from __future__ import annotations
+
+from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
+
+INPUTS = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
+OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
+FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr"
+
+
+def _cotangents(w: Writer, indent: int) -> None:
+    """Cotangents of products and operands, from the last level on."""
+    dense = w.dense
+    given, states = w.given(), [f"g{i}" for i in w.S]
+    for l in reversed(range(len(dense.levels))):
+        later = {i for level in dense.levels[l + 1 :] for i in level}
+        q = [f"q{i}" if i in later else "h0" for i in range(len(dense.operands))]
+        mine = dense.of_level(l)
+        w.put(indent, f"{', '.join(f'dp{i}' for i in mine)} = d_products{l}({given}, {', '.join([*states, *q])})")
+        w.put(indent, "if SCALED:  # to the middle of the range that 16 bits have")
+        size = f"tl.abs(dp{mine[0]})"
+        for i in mine[1:]:
+            size = f"tl.maximum({size}, tl.abs(dp{i}))"
+        w.put(
+            indent + 1,
+            f"size = tl.max({size}, 1)",
+            "size = tl.where((size > 1.0e-37) & (size < 1.0e37), tl.exp2(-tl.floor(tl.log2(size))), 1.0)",
+        )
+        w.put(indent + 1, "size = size[:, None]")
+        for i in mine:
+            w.put(indent + 1, f"lp{i} = (dp{i} * size).to(DOT)")
+        w.put(indent, "else:", *(f"    lp{i} = dp{i}.to(DOT)" for i in mine))
+        for operand in dense.levels[l]:
+            terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
+            w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
+            w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
+
+
+def _load(w: Writer, indent: int) -> None:
+    """What step t of each row reads: inputs, the states before it, and the adjoints g of those after it. What the carried adjoints a do not
+    reach is on its way steps ahead, but for resets, which are one step ahead."""
+    n_kept = len(w.S) - 1
+    w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
+    w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
+    w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    for i in range(n_kept):
+        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
+    w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
+    if n_kept:
+        w.put(indent, "if WITH_KEPT:")
+        for i in range(n_kept):
+            w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+        w.put(indent, *(f"h{i} += tl.where((t == 0)[:, None], z{i}, 0.0)" for i in range(n_kept)))
+    w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
+    w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
+
+
+def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
+    """Walks `count` steps from step `first` of each row on, backwards."""
+    deep, entries = indent + 1, [f"j{i}{j}" for i, j in w.tracked]
+    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
+    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
+    _load(w, deep)
+    w.put(deep, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+    w.put(deep + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    w.put(deep, "else:")
+    w.dots(deep + 1)
+    _cotangents(w, deep)
+    cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(len(w.dense.operands))])
+    results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
+    w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
+    if store:
+        w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
+        w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
+        products_of_jacobians(w, deep, back=True)
+        w.put(deep, "close = go & (t < low + NEAR)[:, None]")
+        w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
+        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
+        w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+        w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
+        if w.apart:
+            w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
+            for place, i in enumerate(w.apart):
+                w.put(deep, f"tl.store(to + {place} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)")
+        w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W))
+    w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
+    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
+
+
+def _ready(w: Writer) -> None:
+    w.matrices("MAT")
+    w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
+    w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W), "both = here[:, None] & inside")
+    for i in range(len(w.S) - 1):
+        w.put(1, f"z{i} = {w.vector('H0', 'b', i, len(w.S))}")
+
+
+def gradient(w: Writer) -> None:
+    S, V, R = len(w.S), len(w.tracked), len(w.W)
+    w.head("gradient", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
+    slice_rows(w)
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(2, "if tl.max(todo, 0) == 0:", "    return")
+    _ready(w)
+    w.put(1, "low = s * SLICE", "right = (s + 1) * SLICE")
+    w.put(1, "if FIRST:", "    known = both & (right + BURN >= T)[:, None]  # those that begin at the last step")
+    for i in w.S:
+        w.put(2, f"a{i} = {w.vector('D_FINAL', 'b', i, S, 'known')}")
+    _steps_back(w, 2, "right + BURN - 1", "BURN", store=False)
+    w.put(2, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(2, "BEGINS", "place", i, S, f"a{i}")
+    w.put(1, "else:")
+    for i in w.S:
+        w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
+    begin_measures(w, 1)
+    _steps_back(w, 1, "right - 1", "SLICE", store=True)
+    w.put(1, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(1, "ENDS", "place", i, S, f"a{i}")
+        w.keep(1, "NEARBY", "place", i, S, f"A{i}")
+    for v, (i, j) in enumerate(w.tracked):
+        w.keep(1, "PRODUCTS", "place", v, V, f"P{i}{j}")
+    for i in w.W:
+        w.keep(1, "PARTIAL", "place", i, R, f"W{i}")
+
+
+def finish_back(w: Writer) -> None:
+    S, R = len(w.S), len(w.W)
+    w.head("finish_back", f"{INPUTS}, {OUTPUTS}, ENDS, BAD, D_H0, {FLAGS}")
+    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * tl.num_programs(0) + e, mask=rows < B, other=n)")
+    w.put(1, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "if earliest == n:", "    return")
+    _ready(w)
+    w.put(1, "low = tl.zeros_like(bad)", "both = here[:, None] & inside")
+    for i in w.S:
+        w.put(1, f"a{i} = {w.vector('ENDS', 'b * n + n - bad', i, S)}")
+    begin_measures(w, 1)
+    _steps_back(w, 1, "(n - bad) * SLICE - 1", "(n - earliest) * SLICE", store=True)
+    w.put(1, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(1, "D_H0", "b", i, S, f"a{i}")
+    if w.W:
+        w.put(1, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
+        for i in w.W:
+            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
+            w.put(2, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=both & (m < n - bad)[:, None])")

@@ -1,0 +1,28 @@
+"""Puts the Triton source of all kernels of a cell with dense heads together (source.py and backward_source.py write them).
+scripts/print_kernels.py prints it."""
+
+from __future__ import annotations
+
+from kernels.dense_rnn import backward_source
+from kernels.dense_rnn import source as forward
+from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.functions import functions
+from kernels.parallel_rnn.products import trace_dense
+
+
+def source(cell: Cell, short: str, maths: str) -> str:
+    """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. Raises NotLowered."""
+    dense = trace_dense(cell)
+    w = forward.Writer(dense)
+    forward.walk(w)
+    forward.finish(w)
+    for back in (False, True):
+        forward.correct(w, back)
+        forward.certify(w, back)
+    backward_source.gradient(w)
+    backward_source.finish_back(w)
+    made = "\n\n".join(forward.parts(dense))
+    header = (
+        f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
+    )
+    return "\n\n".join([header, functions(made, short, maths), forward.HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"

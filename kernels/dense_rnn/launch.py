@@ -1,0 +1,312 @@
+"""Builds the kernels of a cell that is dense in its heads and launches them. Triton is imported here only, when a kernel is first wanted.
+
+Nothing here waits for the device: a solve is a fixed number of launches (walk, CORRECTIONS times correct and walk, certify, finish), of which
+those with nothing to do return at once. What is returned is either certified or walked in order. Counters on the device tell how it went;
+`last_report()` reads them, when asked.
+
+Legend: B batch, T time, n slices, P input projections, R recurrent weights, G matrices, S states, D = E K channels in E heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dense_rnn import codegen, source
+from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
+from kernels.dispatch import interpreted, no_triton
+from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
+from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
+from kernels.parallel_rnn.step import HeadMatrix
+
+CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
+# The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch solves until they have, or until they are asked
+# for, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
+PROVEN = False
+NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
+SHORTEST = 64  # steps of a slice
+ROWS = 16  # of a program, the fewest that a matrix product takes
+WAVES = 1.5  # programs wanted for each multiprocessor
+LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
+STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
+TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
+SLOTS = 4  # counters of a pass
+_stats: dict[torch.device, Tensor] = {}
+
+
+@functools.cache
+def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
+    """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. Raises NotLowered (the cell) or ImportError (no Triton)."""
+    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths))
+
+
+@functools.cache
+def facts(cell: Cell) -> source.Writer:
+    """What the kernels of a cell track and store."""
+    return source.Writer(trace_dense(cell))
+
+
+def pad(width: int) -> int:
+    """The power of two that holds width, at least NARROWEST."""
+    return max(NARROWEST, 1 << (width - 1).bit_length())
+
+
+def proven() -> bool:
+    """Whether the kernels run on a GPU without being asked for by name."""
+    return PROVEN or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+
+
+def why_not(cell: Cell, pre: Tensor, K: int) -> str:
+    """Empty if the kernels can run, else one sentence."""
+    reason = no_triton(pre.device)
+    if reason:
+        return reason
+    if pre.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"The kernels of dense heads have no {pre.dtype}."
+    most = LARGEST[pre.element_size()]
+    if K > most:
+        return f"The kernels of dense heads hold matrices of {most} channels in {pre.dtype}, not of {K}."
+    return cell.why_loop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slices of how many steps, steps of burn-in, rows and warps of a program."""
+
+    slices: int
+    length: int
+    burn_in: int
+    rows: int
+    warps: int
+
+    @staticmethod
+    def warps_for(K: int) -> int:
+        """Of a program of ROWS rows: a warp for each eight channels, in which a product's columns lie."""
+        return max(4, min(16, pad(K) // 8))
+
+    @staticmethod
+    def of(
+        pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
+    ) -> Plan:
+        """A program walks ROWS rows of one head, bound by the latency of a step: time is cut as far as gives each multiprocessor some."""
+        (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
+        if slices is None:
+            slices = min(T // SHORTEST, round(WAVES * multiprocessors(pre.device) * ROWS / (E * B)))
+            slices = slices if slices >= 4 else 1
+        length = -(-T // max(1, min(slices, T)))
+        n = -(-T // length)
+        burn_in = BURN_IN if burn_in is None else burn_in
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
+
+
+class _Problem:
+    """What all launches of a solve share."""
+
+    def __init__(self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan) -> None:
+        self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
+        self.cell, self.dense, self.plan, self.mat = cell, trace_dense(cell), plan, mat
+        self.E, self.K, self.G, _ = mat.shape
+        self.B, self.T = pre.shape[:2]
+        self.S, self.D = len(cell.state), self.E * self.K
+        self.rec, self.h0 = rec.float().contiguous(), h0.float().contiguous()
+        self.reset = self.h0 if starts is None else starts.contiguous().view(torch.uint8)
+        self.at = Layout(self.pre)
+        short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
+        portable = interpreted() or torch.version.hip is not None
+        self.module = kernels(cell, "portable" if portable else "ptx", short)
+        self.tracked = len(facts(cell).tracked)
+        # the interpreter multiplies bf16 as if it were whole numbers
+        self.product = torch.float32 if interpreted() and pre.dtype == torch.bfloat16 else pre.dtype
+        tl = self.module.tl
+        self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
+        self.constants: dict[str, Any] = {
+            "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
+            "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
+            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
+            "num_warps": plan.warps, "num_stages": 1,
+        }  # fmt: skip
+        self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
+        self.chain = (plan.slices, TOLERANCE[pre.dtype])
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
+
+    def on_chip(self) -> Tensor:
+        """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
+        width = pad(self.K)
+        padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=self.mat.device)
+        padded[:, : self.K, :, : self.K] = self.mat
+        return padded
+
+    def per_slice(self, entries: int) -> Tensor:
+        return self.h0.new_empty(self.B, self.plan.slices, entries, self.D)
+
+
+def _counters(device: torch.device) -> Tensor:
+    """Forward and backward: largest residual, most corrections, heads of batch rows solved, and of these the shares of slices walked in order."""
+    if device not in _stats:
+        with torch.inference_mode(False):  # a tensor that later calls may change
+            counters = torch.zeros(2 * SLOTS, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return counters  # the graph's own: each replay would set it to zero
+        _stats[device] = counters
+    return _stats[device]
+
+
+def _rounds(plan: Plan, pre: Tensor) -> int:
+    return min(CORRECTIONS[pre.element_size()], plan.slices - 1)
+
+
+def forward(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
+    plan = plan or Plan.of(pre, mat.shape[1])
+    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
+    emitted, kept, final = p.pre.new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
+    begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
+    todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
+    R = p.on_chip()
+    shared = (p.at.tensor, p.rec, R)
+    walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
+    p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
+    if n == 1:
+        return emitted, kept, ends[:, 0]
+    stats = _counters(pre.device)[:SLOTS]
+    for k in range(_rounds(plan, pre)):
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+        p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
+    p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
+    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
+    return emitted, kept, final
+
+
+def _before(p: _Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
+    """The emitted state that each step starts from (B, T, D), in the dtype of products."""
+    before = torch.cat([p.h0[:, None, -1].to(emitted.dtype), emitted[:, :-1]], 1)
+    return before if starts is None else before.masked_fill_(starts[..., None], 0)
+
+
+def _by_head(p: _Problem, x: Tensor) -> Tensor:
+    """(B, T, D) as (E, B T, K)."""
+    return x.reshape(p.B * p.T, p.E, p.K).transpose(0, 1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A batched product in fp32."""
+    if a.is_cuda and a.element_size() == 2:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
+    states."""
+    dense, mat, Q = p.dense, p.mat.to(before.dtype), len(p.dense.products)
+    if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
+        u = _by_head(p, before)
+        R = mat[:, :, [product.matrix for product in dense.products]].reshape(p.E, p.K, Q * p.K) if products else mat
+        return _product(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
+    memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
+    memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)
+    x, w, h = p.pre.flatten(3).float().unbind(2), p.rec.unbind(0), [*memory.unbind(2), before.float()]
+    rounded = [_Rounded(R, p, before.dtype) for R in mat.unbind(2)]
+    found, operands = in_torch(p.cell).products(x, w, h, rounded)  # type: ignore[arg-type]
+    return torch.stack([_by_head(p, v) for v in found], 2) if products else None, [_by_head(p, u.to(before.dtype)) for u in operands]
+
+
+class _Rounded(HeadMatrix):
+    """A matrix that rounds what it is multiplied with, as the kernels do."""
+
+    def __init__(self, R_EKJ: Tensor, p: _Problem, dtype: torch.dtype) -> None:
+        super().__init__(R_EKJ)
+        self.p, self.dtype = p, dtype
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
+
+
+def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
+    """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
+    w = facts(p.cell)
+    d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_pre.device)
+    N = p.B * p.T
+    pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
+
+    def product(u: Tensor, d: Tensor) -> Tensor:
+        u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
+        return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
+
+    flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
+    if len(operands) == 1 and [w.same[i] for i in w.Q] == list(w.X) and [q.matrix for q in p.dense.products] == list(range(p.G)):
+        d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
+        return product(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
+    for i, (matrix, operand) in enumerate(p.dense.products):
+        k = w.same[i]
+        d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
+        d_mat[:, :, matrix] += product(operands[operand], d)
+    return d_mat
+
+
+def backward(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
+    plan = plan or Plan.of(pre, mat.shape[1])
+    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    B, T, S, n = p.B, p.T, p.S, plan.slices
+    before = _before(p, emitted, starts)
+    known = pad(p.K) * before.element_size() > TWICE
+    products_known, operands = _known(p, before, kept, starts, known)
+    d_whole = torch.empty_like(pre)
+    to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
+    apart = len(facts(p.cell).apart)
+    d_prod = before.new_empty(p.E, B * T, apart, p.K)
+    partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
+    begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
+    todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
+    with_kept = d_kept is not None and S > 1
+    d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
+    tensors = (
+        p.at.tensor, p.rec, p.on_chip(), p.reset, before, kept, p.h0, before if products_known is None else products_known, d_emitted,
+        d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
+        to.projection, to.se,
+    )  # fmt: skip
+    flags = (with_kept, pre.dtype == torch.float16, known)
+    measures = (begins, ends, products, nearby)
+    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
+    if n > 1:
+        stats = _counters(pre.device)[SLOTS:]
+        for k in range(_rounds(plan, pre)):
+            p.module.correct_back[p.E, B](*measures, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
+        p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
+        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
+    else:
+        d_h0 = ends[:, 0]
+    if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
+        d_whole.copy_(to.tensor.view(d_whole.shape))
+    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0
+
+
+def last_report() -> dict[str, float]:
+    """Of the solves over several slices since the last call: heads of batch rows solved, most corrections, largest residual at the last check,
+    and the share of slices that had to be walked in order; the same of the adjoints. Waits for the device: call it when logging."""
+    read = torch.stack([t.cpu() for t in _stats.values()]).amax(0).tolist() if _stats else [0.0] * (2 * SLOTS)
+    report: dict[str, float] = {}
+    for name, (residual, corrections, heads, walked) in zip(("", "_backward"), (read[:SLOTS], read[SLOTS:])):
+        report |= {f"heads{name}": heads, f"corrections{name}": corrections, f"residual{name}": residual}
+        report[f"walked{name}"] = walked / max(1.0, heads)
+    for t in _stats.values():
+        t.zero_()
+    return report
+
+
+__all__ = ["Dense", "Plan", "backward", "forward", "last_report", "why_not"]

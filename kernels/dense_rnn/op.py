@@ -1,0 +1,89 @@
+"""The op everywhen::dense_rnn, whatever solves underneath. Saved for backward are the inputs and the states: the emitted one in the dtype of
+pre, in which it enters the product, those that a cell keeps to itself in the dtype of the arithmetic (a rounded memory would be another).
+
+Legend: B batch, T time, P input projections, R recurrent weights, G matrices, S states, D = E K channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dense_rnn import launch, reference
+from kernels.op import define
+from kernels.parallel_rnn.cell import REGISTRY, Cell
+from kernels.parallel_rnn.op import flat, joined, warn_once
+
+
+def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
+    """Whether the kernels run. Raises ValueError if they were asked for by name and cannot."""
+    if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
+        return False
+    reason = launch.why_not(cell, pre, K)
+    if not reason and method == "auto" and pre.is_cuda and not launch.proven():
+        warn_once(
+            "Dense heads are solved in plain torch, which is slow: their kernels have not run on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
+        )
+        return False
+    if reason and method == "triton":
+        raise ValueError(f"method='triton' is not possible: {reason}")
+    if reason and pre.is_cuda:
+        warn_once(f"{reason} It is solved in plain torch, which is slow.")
+    return not reason and (method == "triton" or pre.is_cuda)
+
+
+def _forward(
+    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D) in the dtype of pre, kept (B, T, S - 1, D) and final (B, S, D) in the dtype of the arithmetic); T >= 1."""
+    cell, dtype = REGISTRY[key], reference.compute_dtype(pre)
+    if use_triton(cell, pre, mat.shape[1], method):
+        with torch.cuda.device_of(pre):  # Triton launches on the current device
+            return launch.forward(cell, pre, rec, mat, h0, starts)
+    with torch.autocast(pre.device.type, enabled=False):
+        states = reference.solve(cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts)
+    return states[:, :, -1].to(pre.dtype, copy=True).contiguous(), states[:, :, :-1].contiguous().clone(), states[:, -1].clone()
+
+
+def _fake(pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+    (B, T), S, D = pre.shape[:2], h0.shape[1], h0.shape[2]
+    inner = reference.compute_dtype(pre)
+    return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D, dtype=inner), pre.new_empty(B, S, D, dtype=inner)
+
+
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str]]:
+    pre, rec, mat, h0, starts, key, method = inputs
+    return (pre, rec, mat, h0, starts, *output[:2]), (key, method)
+
+
+def _backward(
+    d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor,
+    starts: Tensor | None, emitted: Tensor, kept: Tensor, key: str, method: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre, rec, mat and h0, each in the dtype of its tensor."""
+    cell, dtype = REGISTRY[key], reference.compute_dtype(pre)
+    d_emitted = torch.zeros_like(emitted) if d_emitted is None else d_emitted
+    d_final = torch.zeros_like(h0) if d_final is None else d_final
+    with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
+        if use_triton(cell, pre, mat.shape[1], method):
+            d_pre, d_rec, d_mat, d_h0 = launch.backward(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final)
+            return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)
+    d_kept = torch.zeros_like(kept) if d_kept is None else d_kept
+    with torch.autocast(pre.device.type, enabled=False):
+        states, d_states = joined(emitted.to(dtype), kept), joined(d_emitted.to(dtype), d_kept.to(dtype))
+        x, w, R, h = flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype)
+        d_pre, d_rec, d_mat, d_h0 = reference.backward(cell, x, w, R, h, starts, states, d_states, d_final.to(dtype))
+    return (
+        torch.empty_like(pre).copy_(d_pre.view(pre.shape)),
+        d_rec.to(rec.dtype).contiguous(),
+        d_mat.to(mat.dtype).contiguous(),
+        d_h0.to(h0.dtype).clone(),
+    )
+
+
+def _fake_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre, rec, mat, h0 = given[3:7]
+    return torch.empty_like(pre), rec.new_empty(rec.shape), mat.new_empty(mat.shape), h0.new_empty(h0.shape)
+
+
+solve, solve_op = define("dense_rnn", _forward, _fake, _backward, fake_backward=_fake_backward, save=_save, materialize=False)

@@ -1,0 +1,277 @@
+"""Writes the Triton source of the kernels of a cell that is dense in its heads.
+
+A program owns one head and BM rows; a row is a slice of time of a batch row, and each step multiplies the rows' operands with the head's
+matrices, which stay on chip. Inputs of later steps are on their way meanwhile: Triton copies them to shared memory, STAGES steps deep, and
+reads them there as the products lie in registers.
+
+    walk      all slices: from zero with a burn-in (FIRST), or those again whose start was corrected; states, ends, diagonal Jacobian products
+    correct   quasi-Newton: new starts of slices, and which of them have to be walked again
+    certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
+    finish    walks in order what is not certified
+    gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
+
+Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
+P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.
+
+Legend: n slices of SLICE steps, B batch rows, T steps, S states, D = E K channels in E heads; BK, BM: K and rows as powers of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernels.parallel_rnn.expressions import function
+from kernels.parallel_rnn.products import Dense
+
+SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+HELPERS = """
+@triton.jit
+def _columns(e, k, se, K: tl.constexpr, HEAD: tl.constexpr):  # offsets of a head's channels in inputs that lie in blocks of HEAD
+    if HEAD % K == 0:
+        return (e * K // HEAD).to(tl.int64) * se + (tl.multiple_of(e * K % HEAD, K) + k)
+    else:
+        d = e * K + k
+        return (d // HEAD).to(tl.int64) * se + d % HEAD
+
+
+@triton.jit
+def _share(change, size):  # no change is no share of anything, and what is not finite is too much
+    share = tl.abs(change) / size
+    return tl.where(change == 0.0, 0.0, tl.where(share <= 3.0e38, share, 3.0e38))
+
+
+@triton.jit
+def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
+    return tl.where((x == 0.0) | (J == 0.0), 0.0, J * x)
+"""
+
+
+class Writer:
+    """Lines of kernels with indentation, and what the kernels of a cell share."""
+
+    def __init__(self, dense: Dense) -> None:
+        cell = dense.cell
+        self.dense, self.lines = dense, list[str]()
+        self.X, self.W, self.S, self.G = (range(len(a)) for a in (cell.pre, cell.rec, cell.state, cell.mat))
+        self.Q = range(len(dense.products))
+        carried = set(dense.carried)
+        self.tracked = sorted(carried | {(m, m) for i, j in carried for m in (i, j)})  # with what a product begins from
+        # products whose gradient is that of an input projection, which then stands for it
+        self.same = {i: next((k for k in self.X if dense.d_pre[k] is dense.d_product[i]), None) for i in self.Q}
+        self.apart = [i for i in self.Q if self.same[i] is None]
+
+    def put(self, indent: int, *lines: str) -> None:
+        self.lines += ["    " * indent + line for line in lines if line]
+
+    def given(self, prefix: str = "", products: bool = True) -> str:
+        """The arguments of the step's functions, in the dtype of the arithmetic."""
+        values = [f"{prefix}x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"{prefix}h{i}" for i in self.S]
+        return ", ".join(values + [f"{prefix}p{i}" for i in self.Q])
+
+    def assigned(self, names: Sequence[str]) -> str:
+        return ", ".join(names)
+
+    def head(self, name: str, arguments: str) -> None:
+        self.put(0, "", "", "@triton.jit", f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
+        self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
+        self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
+
+    def matrices(self, source: str) -> None:
+        G = len(self.G)
+        for g in self.G:
+            self.put(1, f"R{g} = tl.load({source} + e.to(tl.int64) * (BK * {G} * BK) + k[:, None] * ({G} * BK) + {g} * BK + k[None, :])")
+        for r in self.W:
+            self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
+
+    def dot(self, value: str, g: int, back: bool = False) -> str:
+        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
+
+    def dots(self, indent: int) -> None:
+        """All products of the states h."""
+        for l, level in enumerate(self.dense.levels):
+            known = [i for earlier in range(l) for i in self.dense.of_level(earlier)]
+            arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
+            arguments += [f"p{i}" if i in known else "h0" for i in self.Q]
+            self.put(indent, f"{', '.join(f'u{i}' for i in level)} = operands{l}({', '.join(arguments)})")
+            self.put(indent, *(f"u{i} = u{i}.to(DOT)" for i in level))
+            for i in self.dense.of_level(l):
+                matrix, operand = self.dense.products[i]
+                self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
+
+    def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
+        """Entry i of a small array (.., of, D) at row `where`."""
+        return f"tl.load({source} + (({where}) * {of} + {i})[:, None] * D + d, mask={mask}, other=0.0)"
+
+    def keep(self, indent: int, target: str, where: str, i: int, of: int, value: str, mask: str = "both") -> None:
+        self.put(indent, f"tl.store({target} + (({where}) * {of} + {i})[:, None] * D + d, {value}, mask={mask})")
+
+
+def parts(dense: Dense) -> list[str]:
+    """The step's functions between products."""
+    arguments, both, like = dense.arguments, [*dense.arguments, *dense.cotangents], "h0"
+    tracked = Writer(dense).tracked
+    entries = [dense.jacobian[i][j] for i, j in tracked]
+    made = [function(f"operands{l}", arguments, [dense.operands[i] for i in level], like) for l, level in enumerate(dense.levels)]
+    made.append(function("new_and_jacobian", arguments, [*dense.new, *entries], like))
+    made += [function("jacobian", arguments, entries, like)] if entries else []
+    for l in range(len(dense.levels)):
+        made.append(function(f"d_products{l}", both, [dense.d_product[i] for i in dense.of_level(l)], like))
+    made.append(function("gradients", both, [*dense.d_pre, *dense.d_rec, *dense.d_state], like))
+    return made
+
+
+def products_of_jacobians(w: Writer, indent: int, back: bool) -> None:
+    """P after a step with the Jacobian j: later factors on the left, or, backwards, earlier ones on the right."""
+    tracked = w.tracked
+    for i, j in tracked:
+        factors = [(f"j{i}{m}", f"P{m}{j}") if not back else (f"P{i}{m}", f"j{m}{j}") for m in w.S]
+        known = [(a, b) for a, b in factors if (int(a[1]), int(a[2])) in tracked and (int(b[1]), int(b[2])) in tracked]
+        w.put(indent, f"k{i}{j} = {' + '.join(f'{a} * {b}' for a, b in known) or 'h0 * 0.0'}")
+    w.put(indent, *(f"P{i}{j} = tl.where(go, k{i}{j}, P{i}{j})" for i, j in tracked))
+
+
+def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
+    """Walks `count` steps from step `first` of each row on."""
+    states = [f"y{i}" for i in w.S]
+    entries = [f"j{i}{j}" for i, j in w.tracked]
+    deep = indent + 1
+    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
+    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
+    w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
+    w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
+    w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
+    w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
+    if store:
+        w.put(deep, "if HAS_RESET:" if w.tracked else "", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
+        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
+    w.dots(deep)
+    w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
+    w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
+    if store:
+        products_of_jacobians(w, deep, back=False)
+        w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
+        w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
+        n_kept = len(w.S) - 1
+        w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
+        for i in range(n_kept):
+            w.put(deep, f"tl.store(KEPT + (at * {n_kept} + {i})[:, None] * D + d, h{i}, mask=both)")
+    w.put(deep, "t += 1")
+
+
+def begin_measures(w: Writer, indent: int) -> None:
+    w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BK), tl.float32) + {float(i == j)}" for i, j in w.tracked))
+    w.put(indent, *(f"A{i} = tl.zeros((BM, BK), tl.float32)" for i in w.S))
+
+
+def _keep_measures(w: Writer, indent: int, states: str) -> None:
+    S, V = len(w.S), len(w.tracked)
+    w.put(indent, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(indent, "ENDS", "place", i, S, f"{states}{i}")
+        w.keep(indent, "NEARBY", "place", i, S, f"A{i}")
+    for v, (i, j) in enumerate(w.tracked):
+        w.keep(indent, "PRODUCTS", "place", v, V, f"P{i}{j}")
+
+
+def slice_rows(w: Writer) -> None:
+    """Rows are slices of batch rows."""
+    w.put(1, "here = rows < B * n", "b = (rows // n).to(tl.int64)", "s = rows % n", "place = b * n + s")
+    w.put(1, "both = here[:, None] & inside")
+
+
+def walk(w: Writer) -> None:
+    S = len(w.S)
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr"
+    w.head("walk", own)
+    slice_rows(w)
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(2, "if tl.max(todo, 0) == 0:", "    return")
+    w.matrices("MAT")
+    w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.minimum((s + 1) * SLICE, T)")
+    w.put(1, "if FIRST:", "    known = both & (s * SLICE <= BURN)[:, None]  # those that begin at the first step")
+    for i in w.S:
+        w.put(2, f"h{i} = {w.vector('H0', 'b', i, S, 'known')}")
+    _steps(w, 2, "s * SLICE - BURN", "BURN", store=False)
+    w.put(2, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(2, "BEGINS", "place", i, S, f"h{i}")
+    w.put(1, "else:")
+    for i in w.S:
+        w.put(2, f"h{i} = {w.vector('BEGINS', 'place', i, S)}")
+    begin_measures(w, 1)
+    _steps(w, 1, "s * SLICE", "SLICE", store=True)
+    _keep_measures(w, 1, "h")
+
+
+def finish(w: Writer) -> None:
+    S = len(w.S)
+    w.head("finish", "PRE, REC, MAT, RESET, EMITTED, KEPT, ENDS, BAD, FINAL")
+    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * tl.num_programs(0) + e, mask=rows < B, other=n)")
+    w.put(1, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "if earliest == n:", "    return")
+    w.matrices("MAT")
+    w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.zeros_like(bad) + T", "both = here[:, None] & inside")
+    for i in w.S:
+        w.put(1, f"h{i} = {w.vector('ENDS', 'b * n + bad - 1', i, S)}")
+    begin_measures(w, 1)
+    _steps(w, 1, "bad * SLICE", "(n - earliest) * SLICE", store=True)
+    w.put(1, "both = here[:, None] & inside")
+    for i in w.S:
+        w.keep(1, "FINAL", "b", i, S, f"h{i}")
+
+
+def _chain(w: Writer, back: bool) -> None:
+    """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
+    S, V = len(w.S), len(w.tracked)
+    w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
+    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
+    w.put(1, "for m in range(1, n):")
+    w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
+    for i in w.S:
+        w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(2, f"old{i} = tl.load(BEGINS + (now * {S} + {i}) * D + d, mask=inside, other=0.0)")
+    for v, (i, j) in enumerate(w.tracked):
+        w.put(2, f"P{i}{j} = tl.load(PRODUCTS + (before * {V} + {v}) * D + d, mask=inside, other=0.0)")
+    for i in w.S:
+        terms = [f"_times(P{a}{c}, c{a if back else c})" for a, c in w.tracked if (c if back else a) == i]
+        w.put(2, f"more{i} = {' + '.join(terms) or 'c0 * 0.0'}", f"to{i} = end{i} + tl.where(tl.abs(more{i}) <= 3.0e38, more{i}, 0.0)")
+    w.put(2, "share = tl.zeros((BK,), tl.float32)")
+    for i in w.S:
+        w.put(2, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
+    w.put(2, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
+    w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
+
+
+CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
+
+
+def correct(w: Writer, back: bool) -> None:
+    S = len(w.S)
+    name = "correct_back" if back else "correct"
+    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, STATS, ROUND, {CHAIN}):")
+    _chain(w, back)
+    w.put(2, "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))", "if not stands:")
+    for i in w.S:
+        w.put(3, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=inside)")
+    first = "n - 1" if back else "0"
+    w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
+    w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
+
+
+def certify(w: Writer, back: bool) -> None:
+    """BAD: the first slice that does not begin, bit for bit, where the one before it ends, if some slice is not certified; else n."""
+    S = len(w.S)
+    name = "certify_back" if back else "certify"
+    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
+    w.put(1, "first = n")
+    _chain(w, back)
+    differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
+    w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "first = tl.where((other > 0) & (first == n), m, first)")
+    w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
+    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32) / n)")
+    end = "b * n" if back else "b * n + n - 1"
+    for i in w.S:
+        w.put(1, f"end{i} = tl.load(ENDS + (({end}) * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(1, f"tl.store(FINAL + (b * {S} + {i}) * D + d, end{i}, mask=inside)")

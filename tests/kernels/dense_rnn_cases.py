@@ -1,0 +1,63 @@
+"""Problems for the solvers of dense heads, and cells that the models do not have."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.dense_rnn import reference
+from kernels.parallel_rnn.cell import Cell, Mat, Pre, Rec, State
+from models.cells import available, load_cell
+
+
+def shared_matrix(x: Pre, y: Pre, R: Mat, a: Rec, m: State, h: State) -> tuple[State, State]:
+    """One matrix, two operands, and a memory that looks at the emitted state."""
+    m = torch.sigmoid(y + R @ m) * m + a * h
+    return m, torch.tanh(x + R @ h) * torch.sigmoid(m)
+
+
+def known_cells() -> dict[str, Cell]:
+    return {
+        **{name: load_cell(name) for name in available() if load_cell(name).mat},
+        "shared_matrix": Cell.from_step(shared_matrix, "shared_matrix"),
+    }
+
+
+def problem(
+    name: str, B: int, T: int, E: int, K: int, *, gain: float = 1.0, starts: float = 0.0, seed: int = 0, device: str = "cpu"
+) -> tuple[Cell, list[Tensor], Tensor | None]:
+    """(cell, [pre (B, T, P, D), rec, mat, h0] in float64, starts)."""
+    cell, generator = known_cells()[name], torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    D = E * K
+    pre = draw(B, T, len(cell.pre), D)
+    if name == "dense_lstm":
+        pre[:, :, 1] += torch.linspace(0, 4, D)
+        pre[:, :, 0] += torch.linspace(0, -4, D)
+    tensors = [pre, draw(len(cell.rec), D) * 0.3, draw(E, K, len(cell.mat), K) * gain / K**0.5, draw(B, len(cell.state), D) * 0.3]
+    if name == "slstm":  # its normaliser is above zero
+        tensors[3][:, 1] = tensors[3][:, 1].abs() + 1
+    new = torch.rand(B, T, generator=generator) < starts if starts else None
+    return cell, [t.to(device) for t in tensors], None if new is None else new.to(device)
+
+
+def wanted(cell: Cell, tensors: list[Tensor], starts: Tensor | None, d_emitted: Tensor, d_final: Tensor) -> list[Tensor]:
+    """Emitted and final states and all gradients by the float64 loop under autograd."""
+    given = [t.detach().double().requires_grad_() for t in tensors]
+    states, final = reference.sequential(cell, *given, starts)
+    loss = (states[:, :, -1] * d_emitted.double()).sum() + (final * d_final.double()).sum()
+    return [states[:, :, -1].detach(), final.detach(), *torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)]
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)) if b.numel() else 0.0
+
+
+def cotangents(tensors: list[Tensor], seed: int = 1) -> tuple[Tensor, Tensor]:
+    pre, _, _, h0 = tensors
+    generator = torch.Generator().manual_seed(seed)
+    d_emitted = torch.randn(*pre.shape[:2], pre.shape[3], generator=generator, dtype=torch.float64)
+    return d_emitted.to(pre.device), torch.randn(h0.shape, generator=generator, dtype=torch.float64).to(pre.device)

@@ -1,0 +1,127 @@
+"""Recurrences with dense heads in plain torch: the solve over slices and its adjoint against autograd through the float64 loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.dense_rnn import dense_rnn, dense_rnn_step, op, reference
+from kernels.parallel_rnn.cell import Cell, Mat, Pre, State
+from kernels.parallel_rnn.products import trace_dense
+from tests.kernels.dense_rnn_cases import cotangents, distance, problem, wanted
+
+NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
+
+
+def sliced(cell: Cell, tensors: list[Any], starts: Any, d_emitted: Any, d_final: Any, slices: int, burn_in: int) -> list[Any]:
+    states = reference.solve(cell, *tensors, starts, slices, burn_in)
+    d_states = torch.zeros_like(states)
+    d_states[:, :, -1] = d_emitted
+    return [states[:, :, -1], states[:, -1], *reference.backward(cell, *tensors, starts, states, d_states, d_final, slices, burn_in)]
+
+
+@pytest.mark.parametrize("name", ["dense_lstm", "dense_gru", "dense_gru_before", "dense_elman", "slstm", "shared_matrix"])
+@pytest.mark.parametrize(("T", "slices", "burn_in", "starts"), [(60, 5, 8, 0.0), (61, 4, 15, 0.04), (20, 1, 0, 0.1), (40, 3, 30, 0.02)])
+def test_slices_equal_the_loop(name: str, T: int, slices: int, burn_in: int, starts: float) -> None:
+    cell, tensors, new = problem(name, 2, T, 2, 8, starts=starts)
+    cotangent = cotangents(tensors)
+    found = sliced(cell, tensors, new, *cotangent, slices, burn_in)
+    for label, a, b in zip(NAMES, found, wanted(cell, tensors, new, *cotangent)):
+        assert distance(a, b) < 1e-10, label
+
+
+def test_few_corrections_where_memories_are_usual_and_all_where_they_are_chaotic() -> None:
+    cell, tensors, _ = problem("dense_lstm", 1, 512, 1, 16)
+    single = [t.float() for t in tensors]
+    reference.solve(cell, *single, None, 8, 32, reference.TOLERANCE[torch.bfloat16])
+    assert 1 <= reference.last_report.corrections <= 4
+    reference.solve(cell, *single, None, 8, 32)
+    assert reference.last_report.corrections <= 6 and reference.last_report.residual <= 1e-6
+    cell, tensors, _ = problem("dense_lstm", 1, 512, 1, 16, gain=12.0)
+    tensors[0][:, :, 0] += 4
+    reference.solve(cell, *tensors, None, 4, 32)
+    assert reference.last_report.corrections == 3 and reference.last_report.residual == 0  # the walk in order
+
+
+@pytest.mark.parametrize("last_only", [False, True])
+def test_small_gradients_are_certified_against_their_own_size(last_only: bool) -> None:
+    """The loss scaled by 1e-8, and of the last step alone: every step's gradient is right relative to itself."""
+    cell, tensors, _ = problem("dense_lstm", 1, 256, 1, 16)
+    d_emitted, d_final = cotangents(tensors)
+    d_emitted, d_final = d_emitted * 1e-8, d_final * 0
+    if last_only:
+        d_emitted[:, :-1] = 0
+    exact = wanted(cell, tensors, None, d_emitted, d_final)[2]
+    single = [t.float() for t in tensors]
+    found = sliced(cell, single, None, d_emitted.float(), d_final.float(), 8, 16)[2]
+    for t in range(0, 256, 16):
+        assert distance(found[:, t], exact[:, t]) < 2e-4, t
+
+
+def test_a_document_that_is_not_finite_leaves_the_others_alone() -> None:
+    cell, tensors, _ = problem("dense_lstm", 1, 80, 1, 16)
+    starts = torch.zeros(1, 80, dtype=torch.bool)
+    starts[0, [30, 50]] = True
+    d_emitted, d_final = cotangents(tensors)
+    clean = sliced(cell, tensors, starts, d_emitted, d_final, 4, 16)
+    tensors[0][0, 35] = torch.nan
+    found = sliced(cell, tensors, starts, d_emitted, d_final, 4, 16)
+    for i in (0, 2):
+        assert torch.equal(found[i][:, :30], clean[i][:, :30]) and torch.equal(found[i][:, 50:], clean[i][:, 50:])
+        assert found[i][:, 35:50].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_op_and_one_step(dtype: torch.dtype) -> None:
+    cell, tensors, starts = problem("dense_lstm", 2, 12, 2, 16, starts=0.1)
+    bias = torch.randn(len(cell.pre), 32, dtype=torch.float64)
+    given = [t.to(dtype if i == 0 else torch.promote_types(dtype, torch.float32)).requires_grad_() for i, t in enumerate(tensors)]
+    emitted, final = dense_rnn(cell, *given, starts, bias_PD=bias.to(given[1].dtype))
+    loop, loop_final = dense_rnn(cell, *given, starts, bias_PD=bias.to(given[1].dtype), method="sequential")
+    assert emitted.dtype == dtype and final.dtype == given[1].dtype
+    for a, b in zip(*(torch.autograd.grad(e.double().square().sum() + f.sum(), given) for e, f in ((emitted, final), (loop, loop_final)))):
+        assert distance(a, b) < (1e-10 if dtype == torch.float64 else 0.02)
+    if dtype == torch.float64:
+        h = tensors[3]
+        for t in range(12):
+            h = dense_rnn_step(cell, tensors[0][:, t], tensors[1], tensors[2], torch.where(starts[:, t, None, None], 0.0, h), bias)
+        assert distance(h, final) < 1e-12
+        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto")
+        torch.library.opcheck(op.solve_op, whole)
+
+
+def test_nothing_to_solve_has_gradients_of_zero() -> None:
+    cell, tensors, _ = problem("dense_lstm", 1, 3, 1, 16)
+    given = [t.requires_grad_() for t in (tensors[0][:, :0].clone(), *tensors[1:])]
+    emitted, final = dense_rnn(cell, *given)
+    assert emitted.shape == (1, 0, 16) and torch.equal(final, given[3])
+    emitted.sum().backward()
+    assert torch.equal(given[2].grad, torch.zeros_like(given[2]))
+
+
+def test_matrices_are_used_in_one_way() -> None:
+    def backwards(x: Pre, R: Mat, h: State) -> tuple[State]:
+        return (torch.tanh(x + h @ R),)
+
+    def unused(x: Pre, R: Mat, h: State) -> tuple[State]:
+        return (torch.tanh(x + h),)
+
+    def summed(x: Pre, R: Mat, h: State) -> tuple[State]:
+        return (torch.tanh(x + R.sum() * h),)
+
+    for step, word in ((backwards, "runs as a loop"), (unused, "does not multiply"), (summed, "another way")):
+        assert word in Cell.from_step(step).why_loop
+    cell, tensors, _ = problem("dense_lstm", 1, 3, 1, 16)
+    with pytest.raises(ValueError, match="takes pre"):
+        dense_rnn(cell, tensors[0], tensors[1], tensors[2][:, :8], tensors[3])
+    with pytest.raises(ValueError, match="not possible"):
+        dense_rnn(Cell.from_step(unused), tensors[0][:, :, :1], tensors[1], tensors[2][:, :, :1], tensors[3][:, :1], method="sliced")
+
+
+def test_what_is_traced() -> None:
+    lstm = trace_dense(problem("dense_lstm", 1, 1, 1, 16)[0])
+    assert lstm.levels == ((0,),) and lstm.carried == [(0, 0), (1, 0)]  # the forget gate, and what it makes of the output
+    assert all(a is b for a, b in zip(lstm.d_pre, lstm.d_product))
+    assert trace_dense(problem("dense_gru_before", 1, 1, 1, 16)[0]).levels == ((0,), (1,))

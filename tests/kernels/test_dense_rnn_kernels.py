@@ -1,0 +1,34 @@
+"""The Triton kernels of dense heads without a GPU: their values in the interpreter, and that every one compiles for sm_90."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+from test_triton import run  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_every_kernel_in_the_interpreter() -> None:
+    assert run("interpreted_dense_rnn.py") == "ok"
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
+    """Another release of Triton may count otherwise: then only much spilling is a failure."""
+    import triton
+
+    golden = json.loads((HERE / "resources_dense_rnn.json").read_text())
+    found = json.loads(run("compiled_dense_rnn.py", *map(str, golden["arguments"])))
+    for kernels in found.values():
+        assert all(kernels[name]["products"] > 0 for name in ("walk", "finish", "gradient", "finish_back")), kernels
+        assert all(use["wgmma"] == 0 for use in kernels.values()), kernels  # which ptxas 12.8 assembles wrongly in blocks of 16 and 32
+        assert all(use.get("spilled", 0) <= 64 and use["shared"] <= 227 << 10 for use in kernels.values()), kernels
+    if triton.__version__ == golden["triton"]:
+        words = " ".join(map(str, golden["arguments"]))
+        assert found == golden["cells"], f"If the change is wanted: python -m tests.kernels.compiled_dense_rnn {words} --golden"

@@ -1,0 +1,66 @@
+"""The kernels of dense heads on a GPU against the float64 loop, in the sizes and dtypes the interpreter is too slow for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.dense_rnn import dense_rnn, launch
+from kernels.dense_rnn.launch import Plan
+from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
+LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 4e-3), torch.bfloat16: (8e-3, 2e-2)}
+
+
+@pytest.mark.parametrize("K", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("slices", [1, 4])
+def test_values_and_gradients(K: int, dtype: torch.dtype, slices: int) -> None:
+    if K > launch.LARGEST[dtype.itemsize]:
+        pytest.skip("its matrices do not fit")
+    check("dense_lstm", K, dtype, slices)
+
+
+@pytest.mark.parametrize("name", [name for name in known_cells() if name != "dense_lstm"])
+def test_other_cells(name: str) -> None:
+    check(name, 64, torch.float32, 4)
+    check(name, 64, torch.bfloat16, 4)
+
+
+def check(name: str, K: int, dtype: torch.dtype, slices: int) -> None:
+    cell, tensors, starts = problem(name, 3, 261, 2, K, gain=0.8, starts=0.01, device="cuda")
+    d_emitted, d_final = cotangents(tensors)
+    given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
+    low, plan = d_emitted.to(dtype), Plan.of(given[0], K, slices)
+    emitted, kept, final = launch.forward(cell, *given, starts, plan)
+    gradients = launch.backward(cell, *given, starts, emitted, kept, low, None, d_final.float(), plan)
+    again = launch.backward(cell, *given, starts, emitted, kept, low, None, d_final.float(), plan)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again))
+    for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
+        assert distance(a, b) < LIMITS[dtype][i > 1], label
+
+
+def test_memories_that_expand_are_walked_bit_for_bit() -> None:
+    cell, tensors, starts = problem("dense_lstm", 2, 512, 2, 64, gain=12.0, device="cuda")
+    tensors[0][:, :, 0] += 4
+    given = [t.bfloat16() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
+    one, several = (launch.forward(cell, *given, starts, Plan.of(given[0], 64, n)) for n in (1, 8))
+    assert all(torch.equal(a, b) for a, b in zip(one, several))
+
+
+def test_a_cuda_graph_and_torch_compile() -> None:
+    cell, tensors, starts = problem("dense_lstm", 2, 256, 2, 64, starts=0.01, device="cuda")
+    given = [t.bfloat16() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
+    wanted_ = dense_rnn(cell, *given, starts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = dense_rnn(cell, *given, starts)
+    graph.replay()
+    compiled = torch.compile(lambda *t: dense_rnn(cell, *t, starts), fullgraph=True)(*given)
+    for found in (captured, compiled):
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted_))
