@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from kernels.tensor_lists import total_norm, use_triton
+from models import attend
 from models.block import Block
 from models.init import roles
 from models.parallel import split
@@ -76,6 +77,7 @@ class Engine:
         if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
+        attend.own_kernels = t.packed_attention == "auto"
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         largest = max(p.numel() for p in self.parameters.values())
         self.deepspeed, *_ = deepspeed.initialize(

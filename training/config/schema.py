@@ -32,6 +32,7 @@ class TrainSection:
     grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
     compile: bool = False
     cuda_graph: str = "auto"
+    packed_attention: str = "auto"
     activation_checkpointing: Any = "none"  # of models/remade.py, or auto
     memory_budget: Annotated[float | None, POSITIVE] = None
     initial_state: str = "zero"
