@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.linear import float8
 from kernels.tensor_lists import total_norm, use_triton
-from models import attend
 from models.block import Block
 from models.init import roles
 from models.parallel import split
+from training.choices import choose_kernels
 from training.config.schema import Config
 from training.graph import GraphedPass
 from training.initial_state import InitialStates
@@ -77,7 +78,7 @@ class Engine:
         if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
-        attend.own_kernels = t.packed_attention == "auto"
+        choose_kernels(t)
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         largest = max(p.numel() for p in self.parameters.values())
         self.deepspeed, *_ = deepspeed.initialize(
@@ -153,6 +154,8 @@ class Engine:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         streams = self.config.data.reader == "stream"
+        if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
+            float8.begin_step(float8.step + 1)
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)

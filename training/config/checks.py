@@ -126,6 +126,8 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
     if N > 1:
         problems += _sequence(config, world_size)
+    if t.fp8 and (t.precision != "bf16" or t.compile):
+        problems.append("train.fp8=true takes products out of bf16 as they are run: it needs train.precision=bf16 and train.compile=false.")
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:

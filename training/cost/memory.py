@@ -29,6 +29,7 @@ from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
 from models.remade import Parts, parts_by_layer, setting
+from training.choices import choose_kernels
 from training.config.schema import Config
 from training.optim import parameter_groups
 from training.optim.muon import plan
@@ -160,6 +161,7 @@ class Measured:
 
     def __init__(self, config: Config, settings: ModelConfig) -> None:
         t = config.train
+        choose_kernels(t)
         self.config, self.settings = config, settings
         self.shape = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
         self.bf16 = t.precision == "bf16"

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from kernels.linear import float8
 from training.config.schema import Config
 from training.errors import UserError
 
 
 def check_tools(config: Config, device: torch.device) -> None:
-    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
+    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot, or products in 8
+    bits something that the device has not."""
     ds, problems = config.deepspeed, []
     if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -33,6 +35,8 @@ def check_tools(config: Config, device: torch.device) -> None:
                 "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
                 " nvcc and ninja installed, or set both to false."
             )
+    if config.train.fp8 and (reason := float8.why_not(device)):
+        problems.append(reason)
     if problems:
         raise UserError(problems)
 
