@@ -102,6 +102,7 @@ def _choices(config: Config) -> list[str]:
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
         ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
+        ("deepspeed.reduction", config.deepspeed.reduction, ("auto", "fp32", "bf16")),
         ("faults.policy", config.faults.policy, ("stop", "skip")),
         ("train.device", config.train.device, ("auto", "cpu", "cuda")),
         ("train.start_with", config.train.start_with, ("weights", "all")),

@@ -114,6 +114,7 @@ class DeepSpeedSection:
     hpz: Annotated[int, Range(1, 10**6)] = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
+    reduction: str = "auto"
     bucket_bytes: Annotated[int, Range(1024, 2**40)] = 200_000_000
     timeout_minutes: Annotated[float, MINUTES] = 30.0
 
