@@ -96,8 +96,9 @@ class Engine:
     def _graphs(self) -> bool:
         """Whether passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
         t = self.config.train
-        wanted = t.cuda_graph == "auto" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
-        return wanted and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
+        wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
+        alone = self.world.size == 1 or t.cuda_graph == "all" and self.world.sequence == 1
+        return wanted and self.world.device.type == "cuda" and alone and not self.stage
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
@@ -162,6 +163,8 @@ class Engine:
             replayed = self.graphed.run(batch, scale) if self.graphed is not None else None
             if replayed is not None:
                 loss_sum += replayed
+                if index == len(micro_batches) - 1 and self.world.size > 1:
+                    self.deepspeed.allreduce_gradients()  # its backward, which does so after a pass as written, has not run
                 continue
             batch = batch.to(self.world.device)
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)
