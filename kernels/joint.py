@@ -6,9 +6,13 @@ Legend: C columns of the projection.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import is_eager
 
 
 class JointGradient:
@@ -52,3 +56,41 @@ def _lies(gradient: Tensor | None, room: Tensor) -> bool:
     if gradient is None or gradient.is_meta or type(gradient) is not Tensor:
         return False
     return gradient.data_ptr() == room.data_ptr() and gradient.stride() == room.stride() and gradient.shape == room.shape
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor (..., C) of which `parts` (..., C of each) are all columns, in their order; None where they are not."""
+    first, C, at = parts[0], sum(t.shape[-1] for t in parts), 0
+    if any(t.is_meta or type(t) is not Tensor for t in parts):
+        return None
+    for t in parts:
+        same = t.dtype == first.dtype and t.shape[:-1] == first.shape[:-1] and t.stride() == first.stride()
+        if not same or t.untyped_storage()._cdata != first.untyped_storage()._cdata or t.storage_offset() != first.storage_offset() + at:
+            return None
+        at += t.shape[-1]
+    if first.stride(-1) != 1 or any(stride < C for size, stride in zip(first.shape[:-1], first.stride()[:-1]) if size > 1):
+        return None
+    return first.as_strided((*first.shape[:-1], C), first.stride())
+
+
+class _Columns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+        ctx.widths, ctx.shape = widths, x.shape
+        ctx.set_materialize_grads(False)
+        return x.split(widths, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        like = next((g for g in gradients if g is not None), None)
+        if like is None:
+            return None, None
+        parts = [like.new_zeros(*ctx.shape[:-1], n) if g is None else g for g, n in zip(gradients, ctx.widths)]
+        whole = beside(parts)
+        return torch.cat(parts, -1) if whole is None else whole, None
+
+
+def columns(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
+    """x (..., C) split into columns. Gradients that come back as neighbouring columns of one tensor are taken as they lie, and not copied."""
+    return _Columns.apply(x, widths) if is_eager(x) else x.split(widths, -1)

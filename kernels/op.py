@@ -110,7 +110,14 @@ def _backward_op(name: str, run: Function, like: Function, first: int, schema: s
 
     def implementation(*arguments: Any) -> tuple[Tensor, ...]:
         cotangents = {t.data_ptr() for t in arguments[:first] if t is not None and t.numel()}
-        return tuple(g.clone() if g.data_ptr() in cotangents else g for g in tensors_only(run(*arguments), arguments))
+        made = tensors_only(run(*arguments), arguments)
+        # where the fakes lie, which compiled code relies on: kernels may write columns of one tensor
+        shapes = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
+        places = [t.stride() for t in tensors_only(like(*shapes), shapes)]
+        made = tuple(
+            g if g.stride() == s else torch.empty_strided(g.shape, s, dtype=g.dtype, device=g.device).copy_(g) for g, s in zip(made, places)
+        )
+        return tuple(g.clone() if g.data_ptr() in cotangents else g for g in made)
 
     back = custom_op(f"everywhen::{name}_backward", implementation, mutates_args=(), schema=schema)
     back.register_fake(lambda *arguments: tensors_only(like(*arguments), arguments))

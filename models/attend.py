@@ -1,5 +1,5 @@
-"""Softmax attention within documents and windows, by the kernel that suits: packed documents as they lie, one document at a time, blocks of a
-window, or torch's own under a mask.
+"""Softmax attention within documents and windows, by the kernel that suits: packed documents as they lie (our kernels, or torch's), one
+document at a time, blocks of a window, or torch's own under a mask.
 
 Queries (B, H, T, K) are the last T of the L tokens whose keys and values (B, G, L, K) are given. `window` above 0: a query sees itself and
 the window-1 tokens before it. Legend: B batch, T queries, L keys, H query heads, G key/value heads, K head width, W window, C blocks.
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import attention
 from kernels.dispatch import is_eager, planned, planned_compiled
 from models.isolation import Lost, isolated
 from models.segments import Documents
@@ -20,6 +21,7 @@ from models.segments import Documents
 MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
 LONG = 8192  # tokens of a mean document from which attention within one alone, by a better kernel, beats that of all together
 PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of which torch has kernels that take packed documents as they lie, without a mask
+own_kernels = True  # kernels.attention where it can run, rather than torch's kernels (train.packed_attention)
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents | None, window: int) -> Tensor:
@@ -27,12 +29,15 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents 
     T, L = q_BHTK.shape[2], k_BGLK.shape[2]
     if not T:
         return q_BHTK + 0 * (k_BGLK.sum() + v_BGLK.sum())  # for autograd: gradients of zero, not none
-    divided = T == L and (documents is not None or 0 < window < T)  # of the same tokens, of which some are kept apart
-    if divided and packable(q_BHTK):
-        if documents is not None and not window and not planned() and not (q_BHTK.is_cuda and torch.cuda.is_current_stream_capturing()):
+    divided = documents is not None or 0 < window < L  # some tokens are kept apart
+    if divided and packable(q_BHTK) and T == L:
+        if documents is not None and not window and L >= LONG and not planned() and not is_captured(q_BHTK):
             if documents.segments_BL.numel() >= LONG * (len(documents.borders()) - 1):
                 return documents_one_by_one(q_BHTK, k_BGLK, v_BGLK, documents)
-        return packed_attention(q_BHTK, k_BGLK, v_BGLK, documents, window)
+        if not own_kernels or attention.why_not(q_BHTK):
+            return packed_attention(q_BHTK, k_BGLK, v_BGLK, documents, window)
+    if divided and T > 1 and own_kernels and not attention.why_not(q_BHTK):
+        return attention.attention(q_BHTK, k_BGLK, v_BGLK, None if documents is None else documents.bounds(), window)
     if documents is not None:
         lost_BHT1, q, k, v = isolated(q_BHTK, k_BGLK, v_BGLK, documents.segments_BL, window)
         return Lost.apply(_attend_masked(q, k, v, documents, window), q_BHTK, lost_BHT1)
@@ -57,6 +62,11 @@ def _kept_by_fused_kernels(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any, is_c
     if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
         bias = torch.where(attn_mask, 0.0, float("-inf")).to(dtype).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal)[0]
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is made of what happens, so that nothing may wait for the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def packable(q_BHTK: Tensor) -> bool:

@@ -51,6 +51,7 @@ class Documents:
         self.segments_BL = segments_BL
         self._places: tuple[Tensor, list[list[int]]] | None = None
         self._fixed: Tensor | None = None
+        self._bounds: tuple[Tensor, Tensor] | None = None
 
     def _look_up(self) -> tuple[Tensor, list[list[int]]]:
         if self._places is None:
@@ -81,6 +82,19 @@ class Documents:
         N = first.numel()
         places = F.pad(torch.where(first.flatten(), torch.arange(N, device=first.device), N), (0, most_documents(N)), value=N)
         return places.sort().values[: most_documents(N) + 1].int()
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """int32 (B, L) each, found without waiting for the device: the places in its row of the first and the last token of each token's
+        document."""
+        if self._bounds is None:
+            first = document_starts(self.segments_BL)
+            assert first is not None
+            L = first.shape[1]
+            place = torch.arange(L, device=first.device)
+            begins = torch.where(first, place, 0).cummax(1).values
+            ends = torch.where(F.pad(first[:, 1:], (0, 1), value=True), place, L).flip(1).cummin(1).values.flip(1)
+            self._bounds = begins.int(), ends.int()
+        return self._bounds
 
     def cuts(self) -> list[list[int]]:
         """For each row where its documents begin, and its length, on the host."""

@@ -25,10 +25,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.linear import float8
 from kernels.tensor_lists import total_norm, use_triton
 from models.block import Block
 from models.init import roles
 from models.parallel import split
+from training.choices import choose_kernels
 from training.config.schema import Config
 from training.graph import GraphedPass
 from training.initial_state import InitialStates
@@ -76,6 +78,7 @@ class Engine:
         if self.stage == 3:  # a block is gathered as one: a fetch for each of its dozen matrices and norms costs the host more
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
+        choose_kernels(t)
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         largest = max(p.numel() for p in self.parameters.values())
         self.deepspeed, *_ = deepspeed.initialize(
@@ -93,8 +96,9 @@ class Engine:
     def _graphs(self) -> bool:
         """Whether passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
         t = self.config.train
-        wanted = t.cuda_graph == "auto" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
-        return wanted and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
+        wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
+        alone = self.world.size == 1 or t.cuda_graph == "all" and self.world.sequence == 1
+        return wanted and self.world.device.type == "cuda" and alone and not self.stage
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
@@ -151,12 +155,16 @@ class Engine:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         streams = self.config.data.reader == "stream"
+        if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
+            float8.begin_step(float8.step + 1)
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             replayed = self.graphed.run(batch, scale) if self.graphed is not None else None
             if replayed is not None:
                 loss_sum += replayed
+                if index == len(micro_batches) - 1 and self.world.size > 1:
+                    self.deepspeed.allreduce_gradients()  # its backward, which does so after a pass as written, has not run
                 continue
             batch = batch.to(self.world.device)
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)

@@ -14,9 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.gated_norm.launch import PER_WARP, PER_WARP_BACK, tile
 from kernels.parts import runs
-
-PER_WARP, PER_WARP_BACK = 512, 256  # columns of a warp
 
 
 @triton.jit
@@ -71,13 +70,6 @@ def backward(
     tl.store(D_WEIGHT + part, tl.sum(d_weight, 0)[None, :], mask=c < D)
     if SCALED:
         tl.store(D_SCALE + part, tl.sum(d_scale, 0)[None, :], mask=c < D)
-
-
-def tile(D, device, per_warp):
-    """(rows, columns, warps) of a program."""
-    BD = triton.next_power_of_2(D)
-    BR = 2 if device.type == "cpu" else max(1, 1024 // BD)
-    return BR, BD, min(16, max(1, BR * BD // per_warp))
 
 
 def add_norm(x, y, scale, weight, eps, dtype):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.dispatch import is_eager, planned
-from kernels.linear import reference
+from kernels.linear import float8, reference
 from kernels.linear.reference import product_dtype
 from kernels.linear.spared import unread
 
@@ -41,7 +41,8 @@ def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     from kernels.linear import op
 
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    made = op.Joined.apply(x, product_dtype(x), len(layers), *(layer.weight for layer in layers), *biases)
+    joined = float8.Joined8 if float8.suits(x, layers) else op.Joined
+    made = joined.apply(x, product_dtype(x), len(layers), *(layer.weight for layer in layers), *biases)
     return made if isinstance(made, tuple) else (made,)
 
 

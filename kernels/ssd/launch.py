@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton
+from kernels.joint import beside
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREPARED = 16  # heads a program of `prepare` takes
@@ -29,6 +30,7 @@ RUN, IN_RUNS = 16, (torch.bfloat16,)
 # Heads of 16 beside a state of 16 had the same fault: gradients 49 % off, or a read outside of memory. Filled up to 32 they are right.
 NARROWEST = 32  # width in which bf16 kernels take a head
 LARGEST_STATE = 128 * 128  # elements of a state that is loaded a stage ahead; larger ones leave no shared memory for it
+SHARE_ROWS = 32  # tokens of which a program adds the shares of blocks of heads
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
 
@@ -228,10 +230,10 @@ def backward(
     states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
     B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
-    dx, d_dt, d_A = torch.empty(this.x.shape, dtype=x.dtype, device=x.device), this.fp32(B, T, H), this.fp32(B * this.chunks, H)
+    dx, to_B, to_C = rooms(x, Bm, Cm) if (this.P, this.N) == (P, N) else rooms(this.x, this.Bm, this.Cm)
+    d_dt, d_A = this.fp32(B, T, H), this.fp32(B * this.chunks, H)
     d_D = None if D is None else torch.empty_like(d_A)
-    kind = x.dtype if this.blocks == 1 else torch.float32
-    d_B, d_C = (torch.empty(B, T, width, this.N, dtype=kind, device=x.device) for _ in range(2))
+    d_B, d_C = (this.fp32(B, T, width, this.N) for _ in range(2))
     d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
     after, within = torch.empty_like(this.total), torch.empty_like(this.total)
     grid, read, lies = (
@@ -243,11 +245,28 @@ def backward(
     this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
     skip = this.A if D is None else D.float().contiguous()
     this.module.key_gradients[grid](
-        *read, this.A, skip, *sums, d_states, d_scores, passed, after, within, dx, d_dt, d_A, d_B, passed.shape[-1], *sizes,
+        *read, this.A, skip, *sums, d_states, d_scores, passed, after, within, dx, d_dt, d_A, d_B, passed.shape[-1], dx.stride(1), *sizes,
         PARTS=pad(passed.shape[-1]), **tiles,
     )  # fmt: skip
-    if this.blocks > 1:
-        d_B, d_C = (d.unflatten(2, (this.G, this.blocks)).sum(3).to(x.dtype) for d in (d_B, d_C))
+    to_A, to_D = this.fp32(H), this.fp32(H)
+    rows, columns, heads = -(-B * T // SHARE_ROWS), pad(this.N), min(32, pad(H))
+    this.module.add_shares[(rows + -(-H // heads), this.G)](
+        d_B, d_C, d_A, d_A if d_D is None else d_D, to_B, to_C, to_A, to_D, B * T, this.N, H, this.G, this.blocks, B * this.chunks,
+        to_B.stride(1), rows, HAS_SKIP=d_D is not None, BR=SHARE_ROWS, BN=columns, BH=heads, BC=32,
+    )  # fmt: skip
     if (this.P, this.N) != (P, N):
-        dx, d_B, d_C, d_h0 = (t.contiguous() for t in (dx[..., :P], d_B[..., :N], d_C[..., :N], d_h0[:, :, :P, :N]))
-    return dx, d_dt, d_A.sum(0), d_B, d_C, None if d_D is None else d_D.sum(0), d_h0
+        dx, to_B, to_C, d_h0 = (t.contiguous() for t in (dx[..., :P], to_B[..., :N], to_C[..., :N], d_h0[:, :, :P, :N]))
+    return dx, d_dt, to_A, to_B, to_C, None if d_D is None else to_D, d_h0
+
+
+def rooms(x: Tensor, Bm: Tensor, Cm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients of x, B and C, heads (groups) of a token beside each other: as columns of one tensor where they are (see
+    `kernels.joint.columns`)."""
+    parts = [t.flatten(2) if t.stride(3) == 1 and t.stride(2) == t.shape[3] else None for t in (x, Bm, Cm)]
+    whole = None if any(t is None for t in parts) else beside(parts)  # type: ignore[arg-type]
+    if whole is None:
+        made = [torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm)]
+    else:
+        pieces = torch.empty(whole.shape, dtype=x.dtype, device=x.device).split([t.shape[2] * t.shape[3] for t in (x, Bm, Cm)], 2)
+        made = [piece.unflatten(2, t.shape[2:]) for piece, t in zip(pieces, (x, Bm, Cm))]
+    return made[0], made[1], made[2]

@@ -264,7 +264,7 @@ def query_gradients(
 @triton.jit
 def key_gradients(
     X, DY, BM, CM, A, D, STEP, TOTAL, LOW, DOCUMENT, D_STATES, D_SCORES, PASSED, AFTER, WITHIN, DX, D_DT, D_A, D_B,
-    parts, T, H, R, blocks, chunks, P, N, x_b, x_t, x_h, y_b, y_t, y_h, b_b, b_t, b_g, c_b, c_t, c_g,
+    parts, d_t, T, H, R, blocks, chunks, P, N, x_b, x_t, x_h, y_b, y_t, y_h, b_b, b_t, b_g, c_b, c_t, c_g,
     HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -312,7 +312,7 @@ def key_gradients(
         dx = tl.dot(weight, dy, acc=dx, input_precision=PRECISION) * step[:, None]
         if HAS_SKIP:
             dx += dy.to(tl.float32) * tl.load(D + h)
-        tl.store(DX + ((b * T + first) * H + h) * P + q[:, None] * (H * P) + p[None, :], dx.to(DX.dtype.element_ty), rows_p)
+        tl.store(DX + (b * T + first) * d_t + h * P + q[:, None] * d_t + p[None, :], dx.to(DX.dtype.element_ty), rows_p)
         part = tl.arange(0, PARTS)
         passed = tl.sum(tl.load(PASSED + ((b * chunks + c) * H + h) * parts + part, part < parts, other=0.0), 0)
         before = (added * step).to(tl.float64)
@@ -323,3 +323,35 @@ def key_gradients(
         tl.store(D_A + (b * chunks + c) * H + h, tl.sum(d_decay * step, 0))
     place = ((b * T + first) * tl.num_programs(1) + tl.program_id(1)) * N + q[:, None] * (tl.num_programs(1) * N) + n[None, :]
     tl.store(D_B + place, d_key.to(D_B.dtype.element_ty), rows_n)
+
+
+@triton.jit
+def add_shares(
+    D_B, D_C, D_A, D_D, TO_B, TO_C, TO_A, TO_D, rows, N, H, G, blocks, chunks, to_t, programs,
+    HAS_SKIP: tl.constexpr, BR: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C (rows, G, N) from those of each block of heads (rows, G, blocks, N), those of A and D (H) from those of each chunk of
+    each row (chunks, H), in a fixed order. Rows of TO_B and TO_C lie to_t apart."""
+    if tl.program_id(0) < programs:
+        row, n = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BN)
+        g, inside = tl.program_id(1), (row < rows)[:, None] & (n < N)[None, :]
+        d_b, d_c = tl.zeros((BR, BN), tl.float32), tl.zeros((BR, BN), tl.float32)
+        for k in range(0, blocks):
+            place = ((row * G + g) * blocks + k)[:, None] * N + n[None, :]
+            d_b += tl.load(D_B + place, inside, other=0.0)
+            d_c += tl.load(D_C + place, inside, other=0.0)
+        place = row[:, None] * to_t + g * N + n[None, :]
+        tl.store(TO_B + place, d_b.to(TO_B.dtype.element_ty), inside)
+        tl.store(TO_C + place, d_c.to(TO_C.dtype.element_ty), inside)
+    elif tl.program_id(1) == 0:
+        h = (tl.program_id(0) - programs) * BH + tl.arange(0, BH)
+        d_a, d_d = tl.zeros((BC, BH), tl.float32), tl.zeros((BC, BH), tl.float32)
+        for first in range(0, chunks, BC):
+            c = first + tl.arange(0, BC)
+            inside, place = (c < chunks)[:, None] & (h < H)[None, :], c.to(tl.int64)[:, None] * H + h[None, :]
+            d_a += tl.load(D_A + place, inside, other=0.0)
+            if HAS_SKIP:
+                d_d += tl.load(D_D + place, inside, other=0.0)
+        tl.store(TO_A + h, tl.sum(d_a, 0), h < H)
+        if HAS_SKIP:
+            tl.store(TO_D + h, tl.sum(d_d, 0), h < H)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.joint import columns
 from kernels.linear import linear
 from kernels.mamba2_step import mamba2_step
 from kernels.short_conv import joint_gradient
@@ -116,7 +117,7 @@ class Mixer(SequenceMixer):
             past = state.conv_BWI if state is not None else None
         joint = joint_gradient(projected)
         z, xBC, dt, conv_state = self.conv(projected, self.inner, past, starts, joint)
-        x, B_, C_ = xBC.split([self.inner, self.BC, self.BC], -1)
+        x, B_, C_ = columns(xBC, [self.inner, self.BC, self.BC])
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
         inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32

@@ -36,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "steps": 20,  # timed steps of a row
     "packed": False,  # documents end inside rows too
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
+    "attention": "auto",  # of packed documents, as train.packed_attention: our kernels, or torch
+    "fp8": False,  # large products of our rows in 8-bit floats, as train.fp8
     "optimizer": "adamw",  # of our rows: adamw, muon, or both
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer
@@ -44,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
 PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
+    ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
     (
         "recurrence",
@@ -219,8 +222,17 @@ def update_ms(update: Any) -> float:
     return round(statistics.median(start.elapsed_time(end) for start, end in events), 3)
 
 
-def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool, kind: str, symmetric: bool) -> dict[str, Any]:
+def measure(
+    name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool, kind: str, symmetric: bool, attention: str, fp8: bool
+) -> dict[str, Any]:
     """A row: what `name` does with `rows` sequences a step."""
+    from models import attend
+
+    attend.own_kernels = attention == "auto"
+    if fp8:
+        from kernels.linear import float8
+
+        float8.wanted = not is_peer
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
@@ -256,7 +268,20 @@ def measure(name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer
 def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None, kind: str) -> dict[str, Any]:
     """`measure` in a process of its own, of the code under `tree`."""
     packed, graph = values["packed"] and not is_peer, values["graph"] and tree == ROOT
-    words = json.dumps([name, rows, values["steps"], packed, graph, is_peer, kind, values["symmetric"]])  # this file, the code of `tree`
+    words = json.dumps(  # for this file, with the code of `tree`
+        [
+            name,
+            rows,
+            values["steps"],
+            packed,
+            graph,
+            is_peer,
+            kind,
+            values["symmetric"],
+            values["attention"],
+            values["fp8"] and tree == ROOT,
+        ]
+    )
     environment_ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH", "")])])}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", words]
     done = subprocess.run(command, cwd=tree, env=environment_, capture_output=True, text=True, check=False)
@@ -296,6 +321,8 @@ def run(words: list[str]) -> None:
             raise UserError(
                 f"There is no model {name!r}; write family-size with one of {', '.join(FAMILIES)} and one of {', '.join(SIZES)}."
             )
+    if values["attention"] not in ("auto", "torch"):
+        raise UserError(f"attention={values['attention']} is neither auto nor torch.")
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
     if not kinds or set(kinds) - {"adamw", "muon"}:
         raise UserError(f"optimizer={values['optimizer']} is neither adamw nor muon nor both, optimizer=adamw,muon.")

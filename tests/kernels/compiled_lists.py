@@ -1,4 +1,4 @@
-"""Compiles the kernels of optimizers (lists of tensors, symmetric products) to sm_90 without a GPU and prints one line of JSON: {kernel:
+"""Compiles the kernels of optimizers (lists of tensors, symmetric products) and of casts to 8 bits to sm_90 without a GPU and prints one line of JSON: {kernel:
 {registers, spilled, wide}} (wide: loads and stores of 16 bytes in its text). Its own process: Triton must not be in its interpreter. With `--golden`
 the figures go to resources_lists.json, to be looked at and committed when a kernel was changed on purpose."""
 
@@ -16,6 +16,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kernels.float8 import triton as float8  # noqa: E402
 from kernels.symmetric import DEPTH, TILE  # noqa: E402
 from kernels.symmetric import triton as symmetric  # noqa: E402
 from kernels.tensor_lists import triton as lists  # noqa: E402
@@ -54,6 +55,12 @@ def main(golden: bool) -> None:
         out[label] = made(
             label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
         )
+    sizes = {"MOST": 448.0, "PARTS": float8.PARTS, "TILE": float8.TILE}
+    kinds = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*fp8e4nv", "COLUMNS": "*fp8e4nv"}
+    for kind in ("bf16", "fp32"):
+        flags = {"DENSE": kind == "fp32", "BLOCK": float8.BLOCK}
+        out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **kinds)
+        out[f"float8 cast {kind}"] = made(f"float8 cast {kind}", float8.float8_cast, sizes, float8.WARPS, X=f"*{kind}", **kinds)
     print(json.dumps(out))
     registers.close()
     if golden:

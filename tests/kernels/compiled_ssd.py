@@ -21,7 +21,7 @@ from kernels.ssd import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX"}  # in the dtype of x
+LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX", "TO_B", "TO_C"}  # in the dtype of x
 STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}
 GOLDEN = Path(__file__).with_name("resources_ssd.json")
 
@@ -43,6 +43,8 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
         "PARTS": launch.pad(-(-N // s.columns) * P),
     }  # fmt: skip
 
+    if name == "add_shares":
+        constants |= {"BR": launch.SHARE_ROWS, "BH": 32, "BC": 32}
     if name == "recover":
         constants |= {"BN": launch.pad(N), "BP": min(launch.pad(P), launch.RECOVERED // launch.pad(N))}
 
@@ -57,8 +59,12 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
             argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32"
         )
 
-    signature = {a: "i32" if a in ("T", "H", "R", "P", "N") else kind(a) for a in fn.arg_names}
-    aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in ("T", "R", "chunks", "blocks", "starts_t", "dt_h")]
+    signature = {a: "i32" if a in ("T", "H", "R", "P", "N", "G") else kind(a) for a in fn.arg_names}
+    aligned = [
+        i
+        for i, a in enumerate(fn.arg_names)
+        if a not in constants and a not in ("T", "R", "G", "rows", "programs", "chunks", "blocks", "starts_t", "dt_h")
+    ]
     source = ASTSource(
         fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
@@ -72,7 +78,17 @@ def figures(kernel: Any) -> dict[str, int]:
 
 def main(dtype: str, P: int, N: int, golden: bool) -> None:
     out = {
-        name: made(name, dtype, P, N) for name in ("prepare", "walk", "walk_back", "outputs", "recover", "query_gradients", "key_gradients")
+        name: made(name, dtype, P, N)
+        for name in (
+            "prepare",
+            "walk",
+            "walk_back",
+            "outputs",
+            "recover",
+            "query_gradients",
+            "key_gradients",
+            "add_shares",
+        )
     }
     print(json.dumps(out))
     registers.close()

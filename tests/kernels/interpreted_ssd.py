@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
+from kernels.joint import columns  # noqa: E402
 from kernels.ssd import op, ssd  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
@@ -88,11 +89,32 @@ def without_options() -> None:
     assert torch.equal(y, same) and torch.equal(final, end)
 
 
+def in_columns() -> None:
+    """x, B and C as columns of one tensor, with gradients that come back so: equal to those of tensors of their own, bit for bit, and not copied."""
+    tensors, starts = problem(2, 37, 6, 16, 2, 16, starts=0.1)
+    x, dt, A, Bm, Cm, h0, D = tensors
+    dy, whole = torch.randn(x.shape), torch.cat([x.flatten(2), Bm.flatten(2), Cm.flatten(2)], 2).requires_grad_()
+    leaves = [t.clone().requires_grad_() for t in (x, Bm, Cm)]
+    wanted = torch.autograd.grad(scan(leaves[0], dt, A, leaves[1], leaves[2], h0, starts, D=D)[0], leaves, dy)
+    x, Bm, Cm = (t.unflatten(2, (-1, 16)) for t in columns(whole, [96, 32, 32]))
+    copied, cat = [], torch.cat
+    torch.cat = lambda *a, **k: copied.append(0) or cat(*a, **k)  # type: ignore[assignment]
+    (found,) = torch.autograd.grad(scan(x, dt, A, Bm, Cm, h0, starts, D=D)[0], whole, dy)
+    torch.cat = cat
+    assert not copied and torch.equal(found, torch.cat([t.flatten(2) for t in wanted], 2))
+
+
 def registered() -> None:
     tensors, starts = problem(1, 19, 2, 16, 1, 16, starts=0.2)
     x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
     for skip, begin, new in ((D, h0, starts), (None, None, None)):
         torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, skip, begin, new))
+    beside = torch.randn(1, 19, 64, requires_grad=True).split([32, 16, 16], 2)
+    parts = (t.unflatten(2, (-1, 16)).detach() for t in beside)
+    x, Bm, Cm = (t.as_strided(t.size(), t.stride(), t.storage_offset()) for t in parts)
+    with torch.no_grad():
+        lies = (torch.randn(x.shape), torch.randn(h0.shape), x, dt, A, Bm, Cm, D, h0, starts)
+        torch.library.opcheck(torch.ops.everywhen.ssd_backward.default, lies, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         dy, d_final = torch.randn(x.shape), torch.randn(h0.shape)
         backward_op = torch.ops.everywhen.ssd_backward.default
@@ -108,5 +130,6 @@ if __name__ == "__main__":
     uneven()
     not_finite()
     without_options()
+    in_columns()
     registered()
     print("ok")

@@ -68,6 +68,7 @@ def main() -> None:
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
         ["compiled_lists.py"],
+        ["compiled_attention.py"],
     ):
         module = f"tests.kernels.{words[0].removesuffix('.py')}"
         subprocess.run([sys.executable, "-m", module, *words[1:], "--keep"], cwd=FILE.parents[2], check=True, stdout=subprocess.DEVNULL)

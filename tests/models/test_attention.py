@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from kernels import attention
 from models import attend
 from models.attend import packed_attention
 from models.config import ModelConfig
@@ -77,3 +78,23 @@ def test_packed_attention_is_attention_under_the_mask(settings: dict[str, Any], 
         monkeypatch.setattr(attend, "LONG", 0)  # each document alone
         torch.testing.assert_close(mixer(x, None, segments)[0], wanted)
         assert len(calls) == 1
+
+
+def test_own_kernels_take_what_is_divided_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents and windows of rows, and of the last tokens of rows; where torch is asked for, and of a single token, not."""
+    q, k, v = (torch.randn(2, n, 12, 8, dtype=torch.float64) for n in (4, 2, 2))
+    documents, calls = Documents((torch.rand(2, 12) < 0.3).cumsum(1)), []
+    run = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *a: calls.append(0) or run(*a))
+    for queries in (q, q[:, :, -5:], q[:, :, -1:]):
+        for given, window in ((documents, 0), (documents, 4), (None, 4), (None, 0)):
+            wanted = attend.attend(queries, k, v, given, window)
+            assert not calls, "not in float64 on a CPU"
+            with monkeypatch.context() as patch:
+                patch.setattr(attention, "why_not", lambda q: "")
+                torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
+                assert bool(calls) == (queries.shape[2] > 1 and (given is not None or window > 0))
+                calls.clear()
+                patch.setattr(attend, "own_kernels", False)
+                torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
+                assert not calls

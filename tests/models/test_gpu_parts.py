@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy
+from kernels import attention, cross_entropy
 from kernels.cross_entropy import reference
 from models import attend, mixers
 from models.config import ModelConfig
@@ -21,23 +21,28 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"n_kv_heads": 2}, {"window": 17}, {"qk_norm": True, "window": 100, "n_kv_heads": 1}], ids=str)
-def test_packed_attention(settings: dict[str, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_attention(settings: dict[str, int], packed: bool, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if own and torch.cuda.get_device_capability()[0] not in attention.CAPABILITIES:
+        pytest.skip("needs an H100 or a B200")
     torch.manual_seed(0)
+    monkeypatch.setattr(attend, "own_kernels", own)
     mixer = mixers.build({"type": "attention", "n_heads": 4, **settings}, 128, 0)
     mixer.init_weights(0.1, 0)
     mixer.cuda()
     x, weight = torch.randn(3, 211, 128, device="cuda"), torch.randn(3, 211, 128, device="cuda")
     segments = (torch.rand(3, 211, device="cuda") < 0.05).cumsum(1).int() if packed else None
     calls = []
-    run = attend.packed_attention
+    module, name = (attention, "attention") if own else (attend, "packed_attention")
+    run = getattr(module, name)
 
     def noted(*a: Any) -> Tensor:
         calls.append(0)
         return run(*a)
 
-    monkeypatch.setattr(attend, "packed_attention", noted)
+    monkeypatch.setattr(module, name, noted)
 
     def answers(autocast: bool) -> list[Tensor]:
         mixer.zero_grad()

@@ -55,6 +55,8 @@ def test_small_sizes(model: str, size: str, low: float, high: float) -> None:
         (["model=transformer", "+model.mixers.attention.n_heads_typo=5", "train.steps=-1"], ["n_heads_typo", "train.steps"]),
         (["train.global_batch=30"], ["multiple"]),
         (["deepspeed.offload_parameters=cpu"], ["stage=3"]),
+        (["train.fp8=true"], ["train.fp8", "train.precision=bf16"]),
+        (["train.packed_attention=flash"], ["auto, torch"]),
         (["train.tokens=1e6"], ["train.steps or train.tokens"]),
         (["train.steps=[1"], ["Cannot read"]),
     ],

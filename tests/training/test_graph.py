@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,6 +13,7 @@ from data.loader import Batch
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.segments import Documents, documents_in, most_documents
+from tests.conftest import SMALL, run_ranks
 from training.graph import WARMUP, GraphedPass
 
 T, V = 96, 64
@@ -63,6 +68,25 @@ def test_a_graph_adds_to_no_gradients_but_its_own() -> None:
     model.zero_grad(set_to_none=True)
     assert graphed.run(batch, 1.0) is not None and graphed.run(batch, 1.0) is not None
     assert (first.replays, adding.replays) == (1, 1) and all(p.grad is g for p, g in zip(model.parameters(), gradients))
+
+
+@pytest.mark.slow
+def test_gradients_of_replayed_passes_are_summed_over_ranks(train: Any, demo_shards: Path, tmp_path: Path) -> None:
+    """Two micro-batches a step on two ranks without ZeRO: the losses of passes through DeepSpeed, bit for bit."""
+    words = ["deepspeed=zero0", "train.steps=3", "train.log_every=1", "train.global_batch=8", "train.micro_batch=2"]
+    assert train("written", *words, ranks=2).returncode == 0
+    arguments = ["-m", "tests.training.graph_ranks", *SMALL, f"data.path={demo_shards}", f"run_dir={tmp_path / 'outside'}", *words]
+    done = run_ranks(2, arguments)
+    assert done.returncode == 0 and "Passes ran outside." in done.stdout + done.stderr, done.stderr
+    losses = [
+        [
+            (row["loss"], row["grad_norm"])
+            for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+            if "loss" in row
+        ]
+        for name in ("written", "outside")
+    ]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
 
 
 def model_of(pattern: list[str]) -> LanguageModel:

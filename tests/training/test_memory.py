@@ -80,6 +80,20 @@ def test_packed_attention_is_counted_without_a_mask() -> None:
         assert kept(2048, *more) > 1.1 * kept(256, *more)
 
 
+def test_products_in_8_bits_keep_less() -> None:
+    """Inputs in 8 bits for 16, weights both ways round."""
+
+    def kept(fp8: bool) -> float:
+        words = ["model=transformer", *TINY, "train.precision=bf16", "size.n_layers=1", "size.d_model=512", f"train.fp8={str(fp8).lower()}"]
+        config = checked(compose_config(words))
+        return sum(c.saved for c in memory.activations(config, model_config(config, None)[0]).layers)
+
+    try:
+        assert 0.6 * kept(False) < kept(True) < kept(False)
+    finally:
+        kept(False)
+
+
 def test_more_ranks_stages_offload_and_recomputation_need_less() -> None:
     def peak(world: int, *words: str) -> float:
         config = checked(

@@ -96,7 +96,8 @@ def _weight(value: Any) -> bool:
 def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
-        ("train.cuda_graph", config.train.cuda_graph, ("auto", "off")),
+        ("train.cuda_graph", config.train.cuda_graph, ("auto", "all", "off")),
+        ("train.packed_attention", config.train.packed_attention, ("auto", "torch")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
         ("optim.kind", config.optim.kind, OPTIMIZERS),
@@ -105,6 +106,7 @@ def _choices(config: Config) -> list[str]:
         ("schedule.unit", config.schedule.unit, ("steps", "tokens")),
         ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
         ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
+        ("deepspeed.reduction", config.deepspeed.reduction, ("auto", "fp32", "bf16")),
         ("faults.policy", config.faults.policy, ("stop", "skip")),
         ("train.device", config.train.device, ("auto", "cpu", "cuda")),
         ("train.start_with", config.train.start_with, ("weights", "all")),
@@ -129,6 +131,8 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
     if N > 1:
         problems += _sequence(config, world_size)
+    if t.fp8 and (t.precision != "bf16" or t.compile):
+        problems.append("train.fp8=true takes products out of bf16 as they are run: it needs train.precision=bf16 and train.compile=false.")
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:

@@ -30,8 +30,10 @@ class TrainSection:
     tokens: Annotated[float | None, Range(1, 10**18)] = None
     precision: str = "fp32"
     grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
+    fp8: bool = False
     compile: bool = False
     cuda_graph: str = "auto"
+    packed_attention: str = "auto"
     activation_checkpointing: Any = "none"  # of models/remade.py, or auto
     memory_budget: Annotated[float | None, POSITIVE] = None
     initial_state: str = "zero"
@@ -112,6 +114,7 @@ class DeepSpeedSection:
     hpz: Annotated[int, Range(1, 10**6)] = 1
     quantized_weights: bool = False
     quantized_gradients: bool = False
+    reduction: str = "auto"
     bucket_bytes: Annotated[int, Range(1024, 2**40)] = 200_000_000
     timeout_minutes: Annotated[float, MINUTES] = 30.0
 

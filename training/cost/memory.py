@@ -29,6 +29,7 @@ from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
 from models.remade import Parts, parts_by_layer, setting
+from training.choices import choose_kernels
 from training.config.schema import Config
 from training.optim import parameter_groups
 from training.optim.muon import plan
@@ -160,6 +161,7 @@ class Measured:
 
     def __init__(self, config: Config, settings: ModelConfig) -> None:
         t = config.train
+        choose_kernels(t)
         self.config, self.settings = config, settings
         self.shape = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
         self.bf16 = t.precision == "bf16"
@@ -239,7 +241,10 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
     P, largest = sum(groups), max(p.numel() for p in model.parameters())
     accumulates = config.train.global_batch > config.train.micro_batch * max(1, world // config.parallel.sequence)
     bucket, part = 4.0 * bucket_elements(config, world, largest), 4 * P / world
-    to_host, buckets = ds.offload_optimizer != "none", float(bucket * (2 if bf16 else 1) * (2 if overlaps(config, world) else 1))
+    to_host, buckets = (
+        ds.offload_optimizer != "none",
+        float(bucket * (2 if bf16 and ds.reduction != "fp32" else 1) * (2 if overlaps(config, world) else 1)),
+    )
     if stage == 0:
         flat = 4 * min(P, PLAIN_BUCKET + largest) if world > 1 else 0
         moments, update = 8 * P, 0

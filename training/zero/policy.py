@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from kernels.linear import float8
 from training.config.schema import Config
 from training.errors import UserError
 
 
 def check_tools(config: Config, device: torch.device) -> None:
-    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot."""
+    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot, or products in 8
+    bits something that the device has not."""
     ds, problems = config.deepspeed, []
     if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
@@ -33,6 +35,8 @@ def check_tools(config: Config, device: torch.device) -> None:
                 "deepspeed.quantized_weights and quantized_gradients run through CUDA kernels that DeepSpeed compiles on first use; run on a GPU with"
                 " nvcc and ninja installed, or set both to false."
             )
+    if config.train.fp8 and (reason := float8.why_not(device)):
+        problems.append(reason)
     if problems:
         raise UserError(problems)
 
@@ -70,6 +74,18 @@ def bucket_elements(config: Config, world_size: int, largest: int) -> int:
     return max(wanted, largest) if stage_of(config, world_size) == 2 and overlaps(config, world_size) else wanted
 
 
+# Layers whose gradients DeepSpeed sums in bf16 under its autocast; by default those that are nn.Linear and nothing more.
+MATRICES = ["torch.nn.Linear", "models.head.Head", "torch.nn.Embedding"]
+
+
+def reduction(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(DeepSpeed's settings, more of them for its autocast) of the dtype in which ranks sum gradients. Under its autocast ZeRO goes by the layer, in
+    which recurrence parameters stay fp32; else one dtype serves all."""
+    of_layers: dict[str, list[str] | None] = {"auto": None, "fp32": [], "bf16": MATRICES}
+    layers, kind = of_layers[config.deepspeed.reduction], config.deepspeed.reduction
+    return {} if kind == "auto" else {"communication_data_type": kind}, {} if layers is None else {"lower_precision_safe_modules": layers}
+
+
 def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str, Any]:
     """DeepSpeed's JSON; every setting that changes numerics is written out here, none is left to its defaults. largest: elements of the largest
     parameter."""
@@ -86,13 +102,15 @@ def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str,
             zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}
         if device == "nvme":
             zero[key]["nvme_path"] = ds.nvme_path
+    all_gradients, by_layer = reduction(config)
     return {
+        **all_gradients,
         "train_micro_batch_size_per_gpu": t.micro_batch,
         "gradient_accumulation_steps": t.global_batch // (t.micro_batch * (world_size // config.parallel.sequence)),
         "gradient_clipping": t.grad_clip if stage else 0.0,  # without ZeRO by `Engine._gradient_norm`
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16", **by_layer},
         "steps_per_print": None,
     }

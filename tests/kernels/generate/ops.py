@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 
+from tests.kernels.generate.attention import packed_attention
 from tests.kernels.generate.case import Answers, Draw, Result, main, run_one
 from tests.kernels.generate.delta import delta, delta_borders, delta_not_finite
 from tests.kernels.generate.dense import dense
@@ -39,7 +40,7 @@ KINDS: dict[str, Callable[[Draw], Answers]] = {
     "residual": sum_of_stream, "add_norm": stream_and_norm, "swiglu": product, "rotary": turning, "loss": loss_of_rows, "head": loss_of_head, "mamba2_step": mamba2_token,
     "delta": delta, "delta_borders": delta_borders, "delta_not_finite": delta_not_finite, "dense": dense,
     "cell_step": cell_token, "project": fused_projection, "fused_step": fused_recurrences,
-    "norm_of_many": norm_of_many, "muon": ends_of_muon, "symmetric": symmetric_product,
+    "attention": packed_attention, "norm_of_many": norm_of_many, "muon": ends_of_muon, "symmetric": symmetric_product,
 }  # fmt: skip
 KERNELS_ONLY = ("project", "fused_step")
 

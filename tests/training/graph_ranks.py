@@ -1,0 +1,32 @@
+"""train.py with passes that run outside of DeepSpeed, as a CUDA graph's do, on CPU ranks: `python -m tests.training.graph_ranks` and its words."""
+
+from __future__ import annotations
+
+import runpy
+
+import torch
+from torch import Tensor, nn
+
+from data.loader import Batch
+from training import engine
+
+
+class Outside:
+    """Stands for training.graph.GraphedPass."""
+
+    def __init__(self, module: nn.Module, device: torch.device, autocast: bool) -> None:
+        self.module = module
+
+    def run(self, batch: Batch, scale: float) -> Tensor:
+        output = self.module(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
+        ((output.loss_sum + output.z_loss_sum) * scale).backward()
+        return output.loss_sum.detach().double()
+
+    def news(self) -> list[str]:
+        return ["Passes ran outside."]
+
+
+if __name__ == "__main__":
+    engine.GraphedPass = Outside  # type: ignore[assignment,misc]
+    engine.Engine._graphs = lambda self: True  # type: ignore[method-assign]
+    runpy.run_path("train.py", run_name="__main__")

@@ -1,0 +1,39 @@
+"""DeepSpeed's settings as the config asks for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from training.config.cli import checked, compose_config
+from training.zero.policy import deepspeed_config
+
+
+@pytest.mark.parametrize("kind,linear,vocabulary", [("auto", "bf16", "fp32"), ("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16")])
+def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(kind: str, linear: str, vocabulary: str) -> None:
+    """By DeepSpeed's own reading of its settings; parameters of recurrences and norms are summed in fp32 in any case."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.torch_autocast import get_comm_dtype, get_default_autocast_lower_precision_modules, init_autocast_params
+
+    config = checked(compose_config(["data.path=x", "train.precision=bf16", f"deepspeed.reduction={kind}"]))
+    given = deepspeed_config(config, 1, 1000)
+    read = DeepSpeedConfig(given)
+    assert read.communication_data_type == {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    mixers = {"m": {"type": "mamba2", "head_dim": 16, "d_state": 16}, "a": {"type": "attention", "n_heads": 2}}
+    model = LanguageModel(ModelConfig(64, 32, 2, ["m", "a"], mixers))
+
+    class Engine:
+        module = model
+
+        def zero_quantized_weights(self) -> bool:
+            return False
+
+    layers = read.torch_autocast_lower_precision_safe_modules
+    init_autocast_params(Engine(), torch.bfloat16, get_default_autocast_lower_precision_modules() if layers is None else layers)
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+    found = {name: names[get_comm_dtype(p)] for name, p in model.named_parameters()}
+    assert {found[n] for n in found if "proj" in n or "mlp.up" in n} == {linear}
+    assert found["head.weight"] == found["embedding.weight"] == vocabulary
+    assert {found[n] for n in found if "A_log" in n or "norm" in n} == {"fp32"}
