@@ -51,7 +51,7 @@ class Config:
             problems.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
         else:
             width = self.expand_v * (self.head_dim or d_model // self.n_heads)
-            if width < 1 or width != int(width):
+            if width < 1 or abs(width - round(width)) > 1e-6 * width:
                 problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
         if not 0 < self.dt_min < self.dt_max or self.dt_floor <= 0:
             problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0.")
@@ -75,7 +75,7 @@ class Mixer(SequenceMixer):
         self.config, self.d_model = config, d_model
         self.n, self.H, self.G = config.updates, config.n_heads, config.n_k_heads or config.n_heads
         self.K = config.head_dim or d_model // config.n_heads
-        self.V = int(config.expand_v * self.K)
+        self.V = round(config.expand_v * self.K)
         self.keys, self.values = self.G * self.K, self.H * self.V
         self.first = self.values if config.output_gate else 0  # columns of the output gate
         self.convolved = self.keys + self.n * (self.keys + self.values)

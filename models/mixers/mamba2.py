@@ -182,9 +182,10 @@ class Mixer(SequenceMixer):
         z, x, B_, C_, dt = row_BI.split([inner, inner, self.BC, self.BC, self.H], -1)
         rates = (self.dt_bias.detach().float(), self.A_log.detach().float(), self.D.detach().float())
         state.segment_B.clamp_(min=0)  # as last_segment does
+        gain = norm.gain.detach()
 
         def step() -> None:
-            decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(0, inner))
+            decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=gain, eps=norm.eps, conv=conv, silu=(0, inner))
             decode_step.ssm(x, B_, C_, dt, *rates, state.ssm_BHPN, y_BI, c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf)
             out = self.out_proj.weight
             decode_step.project(
