@@ -222,9 +222,9 @@ class Mixer(SequenceMixer):
         return y.flatten(1)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: FixedCache) -> Callable[[], None] | None:
-        if self.g_proj is not None:  # the kernels have no sigmoid gate
-            return None
         sizes = {"q": (self.q_proj, self.H), "k": (self.k_proj, self.G), "v": (self.v_proj, self.G)}
+        if self.g_proj is not None:
+            sizes["g"] = self.g_proj, self.H
         rows = {name: x_BD.new_empty(x_BD.shape[0], heads * self.K) for name, (_, heads) in sizes.items()}
         dtype, gain = state.k_BGCK.dtype, norm.gain.detach()
 
@@ -233,8 +233,10 @@ class Mixer(SequenceMixer):
                 decode_step.project(x_BD, layer.weight, rows[name], norm_K=gain, eps=norm.eps)
                 if layer.bias is not None:
                     rows[name].add_(layer.bias)
-            q, k, v = (rows[name].to(dtype).view(-1, heads, 1, self.K) for name, (_, heads) in sizes.items())
+            q, k, v = (rows[name].to(dtype).view(-1, sizes[name][1], 1, self.K) for name in "qkv")
             y_BI = self._fixed_attend(*self._normed(q, k), v, state)
+            if self.g_proj is not None:
+                y_BI = y_BI * torch.sigmoid(rows["g"])
             decode_step.project(y_BI, self.o_proj.weight, x_BD, add=True, keep_N=keep_D)
             if self.o_proj.bias is not None:
                 x_BD.add_(self.o_proj.bias)

@@ -69,6 +69,8 @@ class State:
 
 
 class Mixer(SequenceMixer):
+    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
+
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model
@@ -104,7 +106,7 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        if state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
             return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
             starts = self.slice.starts(segment_ids)

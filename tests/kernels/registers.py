@@ -65,6 +65,7 @@ def main() -> None:
         ["compiled_delta_rule.py", *map(str, rule["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
+        ["compiled_delta_step.py"],
         ["compiled_lists.py"],
     ):
         module = f"tests.kernels.{words[0].removesuffix('.py')}"
