@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import decode_step
+from kernels.linear import product_dtype
 from kernels.residual import residual
 from models import mixers, recompute
 from models.config import ModelConfig
@@ -20,14 +21,16 @@ Owed = tuple[Tensor, Tensor | None]  # what is to be added to a stream, and by w
 
 
 class Block(Module):
-    """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); the scales s are learned if `learnable_residual`, else 1."""
+    """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); the scales s are learned if `learnable_residual`, else 1. Where `norm_after`
+    names the mixer it is s x + norm(mixer(x)) and s' x + norm(mlp(x)) (OLMo 2, arXiv 2501.00656)."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         d = config.d_model
-        self.mixer_norm = RMSNorm(d, config.norm_eps)
+        self.norm_after = config.mixer_name(layer) in config.norm_after
+        self.mixer_norm = RMSNorm(d, config.norm_eps, centred=config.centred_norms)
         self.mixer = mixers.build(config.mixers[config.mixer_name(layer)], d, layer)
-        self.mlp_norm = RMSNorm(d, config.norm_eps) if config.mlp_width else None
+        self.mlp_norm = RMSNorm(d, config.norm_eps, centred=config.centred_norms) if config.mlp_width else None
         self.mlp = SwiGLU(d, config.mlp_width) if config.mlp_width else None
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
@@ -61,7 +64,10 @@ class Block(Module):
         what this block owes, so that whoever reads the stream next adds and normalises in one pass; not nested, as the hooks by which ZeRO-3 learns
         that gradients are there look for tensors among the results themselves."""
         more = {"documents": documents} if self.mixer.takes_documents else {}
-        if owed is None:
+        if self.norm_after:
+            x_BTD = x_BTD if owed is None else _added(x_BTD, *owed)
+            normed = x_BTD.to(product_dtype(x_BTD))
+        elif owed is None:
             normed = self.mixer_norm(x_BTD)
         else:
             x_BTD, normed = self.mixer_norm(x_BTD, owed=owed)
@@ -69,27 +75,39 @@ class Block(Module):
         mixer = recompute.remaking(self.mixer) if "mixer" in remade else self.mixer
         y, state = mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
-        if self.mlp is not None and self.mlp_norm is not None:
+        if self.norm_after:
+            x_BTD, y = self._normed_after(x_BTD, y, scales[0], remade)
+        elif self.mlp is not None and self.mlp_norm is not None:
             x_BTD, normed = self.mlp_norm(x_BTD, owed=(y, scales[0]))
             y = recompute.mlp(self.mlp, normed, remade)
         scale = scales[-1]
         if owing:  # the parameter may be gone from this rank when the next block runs (ZeRO-3), its copy is not
             return x_BTD, y, None if scale is None else scale.clone(), state
-        return (x_BTD + y if scale is None else residual(x_BTD, y, scale)), state
+        return _added(x_BTD, y, scale), state
+
+    def _normed_after(self, x_BTD: Tensor, y: Tensor, scale: Tensor | None, remade: frozenset[str]) -> tuple[Tensor, Tensor]:
+        """(x, what is still to be added to it) from x and what the mixer gave."""
+        y = self.mixer_norm(y)
+        if self.mlp is None or self.mlp_norm is None:
+            return x_BTD, y
+        x_BTD = _added(x_BTD, y, scale)
+        return x_BTD, self.mlp_norm(recompute.mlp(self.mlp, x_BTD.to(product_dtype(x_BTD)), remade, last=False))
 
     def fused_step(self, x_BD: Tensor, state: Any) -> Callable[[], None] | None:
         """forward over one token, x (fp32) and the state written over, or None: see SequenceMixer.fused_step."""
+        if self.norm_after:  # the kernels normalise only what they read
+            return None
         keep = [None, None] if self.residual_scale is None else list(self.residual_scale.detach())
         mix = self.mixer.fused_step(x_BD, self.mixer_norm, keep[0], state)
         if mix is None or self.mlp is None:
             return mix
         norm, mlp = self.mlp_norm, self.mlp
         assert norm is not None
-        inner_BF = x_BD.new_empty(x_BD.shape[0], mlp.gate.out_features)
+        inner_BF, gain = x_BD.new_empty(x_BD.shape[0], mlp.gate.out_features), norm.gain.detach()
 
         def step() -> None:
             mix()
-            decode_step.project(x_BD, mlp.gate.weight, inner_BF, norm_K=norm.weight, eps=norm.eps, pair_NK=mlp.up.weight)
+            decode_step.project(x_BD, mlp.gate.weight, inner_BF, norm_K=gain, eps=norm.eps, pair_NK=mlp.up.weight)
             decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
 
         return step
@@ -107,3 +125,8 @@ class Block(Module):
             self.mlp.init_weights(std, n_layers)
         if self.residual_scale is not None:
             nn.init.ones_(self.residual_scale)
+
+
+def _added(x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+    """x scale + y, or x + y."""
+    return x + y if scale is None else residual(x, y, scale)

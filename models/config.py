@@ -38,6 +38,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     learnable_residual: bool = False  # a learned scale on the residual input of each sublayer
+    centred_norms: bool = False  # norms of the residual stream hold what their gains are above 1
+    norm_after: list[str] = field(default_factory=list)  # mixers whose blocks normalise what a sublayer gives, not what it takes
     z_loss: float = 0.0  # weight of the squared log-partition
     init_std: float = 0.02
     residual_init: str = "depth"  # depth: what writes into the residual stream starts 1/sqrt(2 n_layers) smaller | none
@@ -79,6 +81,9 @@ class ModelConfig:
                     f"model.pattern names {name!r}, which is not configured; model.mixers holds {configured} "
                     f"(add one with +mixer@model.mixers.{name}=OPTION)."
                 )
+        for name in map(str, self.norm_after):
+            if name not in self.pattern:
+                problems.append(f"model.norm_after names {name!r}, which is no mixer of the pattern {list(self.pattern)}.")
         for name, mapping in self.mixers.items():
             if isinstance(mapping, dict):
                 problems += mixers.parse(name, mapping, self.d_model)[1]

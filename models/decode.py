@@ -79,11 +79,13 @@ class Decoder:
         if any(step is None for step in steps):
             return None
 
+        gain = model.norm.gain.detach()
+
         def once() -> None:
             x_BD.copy_(model.embedding(self.token_B1[:, 0]))
             for step in steps:
                 step()
-            decode_step.project(x_BD, model.head.weight, self.logits_BV, norm_K=model.norm.weight, eps=model.norm.eps)
+            decode_step.project(x_BD, model.head.weight, self.logits_BV, norm_K=gain, eps=model.norm.eps)
 
         return torch.no_grad()(once)
 

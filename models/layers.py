@@ -19,12 +19,20 @@ from models.init import Module, init_matrix, normal_, tag
 
 
 class RMSNorm(Module):
-    """x / rms(x) * weight over groups of the last dimension, in fp32 inside."""
+    """x / rms(x) * gain over groups of the last dimension, in fp32 inside. The gain is the weight, or 1 + weight if `centred`, so that a weight
+    in bf16 keeps small changes of it."""
 
-    def __init__(self, dim: int, eps: float = 1e-5, groups: int = 1) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, groups: int = 1, centred: bool = False) -> None:
         super().__init__()
-        self.weight = tag(nn.Parameter(torch.ones(dim)), "no_decay")
-        self.eps, self.groups = eps, groups
+        self.weight = tag(nn.Parameter(torch.full((dim,), 0.0 if centred else 1.0)), "no_decay")
+        self.eps, self.groups, self.centred = eps, groups, centred
+
+    @property
+    def gain(self) -> Tensor:
+        """What x / rms(x) is multiplied by: the weight itself, or 1 + weight in fp32 (fp64)."""
+        if not self.centred:
+            return self.weight
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
     def forward(
         self,
@@ -44,14 +52,14 @@ class RMSNorm(Module):
         """
         if owed is not None:
             return self.after(x, *owed)
-        return gated_norm(x, gate, self.weight, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
+        return gated_norm(x, gate, self.gain, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(r, the norm of r) with r = x scale + added, or x + added: the residual stream after a sublayer, and what the next one reads."""
-        return add_norm(x, added, scale_D, self.weight, self.eps, product_dtype(x))
+        return add_norm(x, added, scale_D, self.gain, self.eps, product_dtype(x))
 
     def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.centred else 1.0)
 
 
 class SwiGLU(Module):

@@ -56,7 +56,7 @@ class LanguageModel(Module):
         with Unset():
             self.embedding = nn.Embedding(config.vocab_size, config.d_model)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-            self.norm = RMSNorm(config.d_model, config.norm_eps)
+            self.norm = RMSNorm(config.d_model, config.norm_eps, centred=config.centred_norms)
             self.head = Head(config.d_model, config.vocab_size)
         tag(self.embedding.weight, "no_decay", "vocabulary")
         if config.tie_embeddings:

@@ -48,13 +48,19 @@ def remaking(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *arguments, **keywords: again(function, *arguments, **keywords)
 
 
-def mlp(module: SwiGLU, x: Tensor, remade: Parts) -> Tensor:
-    """module(x), the last thing that a block computes, with what `remade` names of it computed again."""
+def mlp(module: SwiGLU, x: Tensor, remade: Parts, last: bool = True) -> Tensor:
+    """module(x) with what `remade` names of it computed again. last: it is the last thing that the block computes, so that its values need not
+    be made again."""
+    whole = _last if last else _as_it_is
     if "mlp" in remade:
-        return again(_last, module, x)  # type: ignore[no-any-return]
+        return again(whole, module, x)  # type: ignore[no-any-return]
     if "swiglu" in remade and not torch.compiler.is_compiling():  # a compiler settles by itself what is cheaper made again than kept
         return _from_gate_and_up(module, x)
-    return _last(module, x)
+    return whole(module, x)
+
+
+def _as_it_is(module: SwiGLU, x: Tensor) -> Tensor:
+    return module(x)  # type: ignore[no-any-return]
 
 
 def _last(module: SwiGLU, x: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from pathlib import Path
 from data.errors import UserError
 from data.program import program
 from evals.report.card import evaluation
+from models.checkpoint import find, read_config
 from models.hub.export import GREEDY, export
 from models.hub.importing import without_tokenizer
+from models.hub.native import stock
 from models.hub.push import check_name, check_token, push
 
 
@@ -50,6 +52,8 @@ def run(values: argparse.Namespace) -> None:
         evaluate=lambda source: evaluation(source, values.evals),
     )
     print(f"wrote {values.out}: loaded by transformers in a fresh process; logits, {GREEDY} greedy tokens, config and tokenizer agree")
+    if reason := stock(read_config(find(values.checkpoint)))[1]:
+        print(f"note: the folder brings its own code, as the model is no stock class of transformers: {reason}", file=sys.stderr)
     if note := without_tokenizer(folder):
         print(f"note: {note}", file=sys.stderr)
     if values.push:

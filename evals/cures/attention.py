@@ -60,8 +60,7 @@ def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
         q = mixer.q_proj(x_BTD).view(B, T, mixer.H, mixer.K).transpose(1, 2)
         k = mixer.k_proj(x_BTD).view(B, T, mixer.G, mixer.K).transpose(1, 2)
         v = mixer.v_proj(x_BTD).view(B, T, mixer.G, mixer.K).transpose(1, 2)
-        if mixer.q_norm is not None:
-            q, k = mixer.q_norm(q), mixer.k_norm(k)
+        q, k = mixer._normed(q, k)
         tokens_before = state.seen if state is not None else 0
         new = torch.arange(tokens_before, tokens_before + T, device=x_BTD.device)
         place, far_q = new, turn(q, torch.full_like(new, local))
@@ -72,7 +71,7 @@ def _lambda_forward(mixer: Any, first: int, local: int) -> Callable[..., Any]:
             old = torch.arange(cached, device=x_BTD.device)
             place = torch.cat([torch.where(old < first, old, old + tokens_before - cached), new])  # the first tokens, then the last ones
         y = _lambda_attention(q, far_q, k, v, new, place, first, local, turn)
-        y = mixer.o_proj(y.transpose(1, 2).reshape(B, T, mixer.H * mixer.K))
+        y = mixer.o_proj(mixer._gated(y.transpose(1, 2).reshape(B, T, mixer.H * mixer.K), x_BTD))
         if state is None:
             return y, None
         keep = (place < first) | (place > tokens_before + T - 1 - local)

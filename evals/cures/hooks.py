@@ -1,4 +1,5 @@
-"""Looks into, and reaches into, the recurrences of a model while it runs: the scans of Mamba-2 (ours and transformers') and our cells.
+"""Looks into, and reaches into, the recurrences of a model while it runs: the scans of Mamba-2 (ours and transformers'), our delta rules
+and our cells.
 
 A hook on a scan sees its inputs after the softplus of the step sizes, may change them, and calls the scan (or something else) itself. This is
 where retention is measured and where cures act (evals/cures/scan.py). Nothing is changed for good: the hooks live as long as the context.
@@ -36,6 +37,24 @@ class Scan:
 
 Run = Callable[[Scan], tuple[Tensor, Tensor]]  # a scan to (y, last state)
 ScanHook = Callable[[int, Scan, Run], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Rule:
+    """S_t = a_t S_{t-1} (I - b_t k_t k_t^T) + b_t v_t k_t^T, what a hook may change of it: beta (B, n T, H), g (B, T, H) = ln a or None (a = 1)."""
+
+    beta: Tensor
+    g: Tensor | None
+    tokens: int  # T
+    width: int  # of a key
+
+    def gates(self) -> Tensor:
+        """g, zeros where there is none."""
+        return self.beta.new_zeros(self.beta.shape[0], self.tokens, self.beta.shape[2]) if self.g is None else self.g
+
+
+RuleRun = Callable[[Rule], tuple[Tensor, Tensor]]  # a rule to (o, last state)
+RuleHook = Callable[[int, Rule, RuleRun], tuple[Tensor, Tensor]]
 
 
 @contextmanager
@@ -85,6 +104,8 @@ def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
         for layer, module in layers:
             handle = module.register_forward_pre_hook(announce(layer))
             stack.callback(handle.remove)
+            if isinstance(adapter, OwnAdapter):  # a single token is to take the scan too
+                stack.enter_context(_replaced(module, "one_kernel", False))
         for module in {sys.modules[type(m).__module__] for _, m in layers}:
             if isinstance(adapter, OwnAdapter):
                 stack.enter_context(_replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
@@ -168,6 +189,14 @@ class Retention:
         self.add(layer, "ssm", scan.dt.double() * scan.A.double())
         return run(scan)
 
+    def rule(self, layer: int, rule: Rule, run: RuleRun) -> tuple[Tensor, Tensor]:
+        """A hook for `rule_hook` that changes nothing: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on the
+        average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
+        self.add(layer, "delta", rule.gates().double().clamp(min=-1e3))
+        left = torch.log((1 - rule.beta.double()).abs().clamp(min=1e-30)) / rule.width
+        self.add(layer, "delta_update", left.unflatten(1, (rule.tokens, -1)).sum(2))
+        return run(rule)
+
 
 @contextmanager
 def measure_retention(adapter: Adapter) -> Iterator[Retention]:
@@ -176,9 +205,10 @@ def measure_retention(adapter: Adapter) -> Iterator[Retention]:
     with ExitStack() as stack:
         if scan_layers(adapter):
             stack.enter_context(scan_hook(adapter, retention.scan))
+        if rule_layers(adapter):
+            stack.enter_context(rule_hook(adapter, retention.rule))
         if isinstance(adapter, OwnAdapter):
             stack.enter_context(_cells(adapter, retention))
-            stack.enter_context(_rules(adapter, retention))
         yield retention
 
 
@@ -198,26 +228,38 @@ def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[lis
         yield now, {sys.modules[type(mixer).__module__] for _, mixer in layers}, replace
 
 
+def rule_layers(adapter: Adapter) -> list[tuple[int, Any]]:
+    """(layer, mixer) of our delta rules."""
+    return layers_that_run(adapter, "delta_rule") if isinstance(adapter, OwnAdapter) else []
+
+
 @contextmanager
-def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
-    """The context in which our delta rules add to `retention`: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on
-    the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
-    with _each_module(layers_that_run(adapter, "delta_rule"), "delta_rule") as (now, modules, replace):
+def rule_hook(adapter: Adapter, hook: RuleHook) -> Iterator[None]:
+    """hook(layer, rule, run) stands in for every delta rule of ours. Raises ItemError if there are none."""
+    layers = rule_layers(adapter)
+    if not layers:
+        raise ItemError(f"{adapter.kind} has no delta rule that can be reached into.")
+    with ExitStack() as stack:
+        for _, mixer in layers:
+            stack.enter_context(_replaced(mixer, "one_kernel", False))
+        now, modules, replace = stack.enter_context(_each_module(layers, "delta_rule"))
         for module in modules:
-            original = module.delta_rule
-
-            def watched(
-                q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, *rest: Any, original: Any = original, **options: Any
-            ) -> Any:
-                T = q.shape[1]
-                gates = beta.new_zeros(beta.shape[0], T, beta.shape[2]) if g is None else g
-                retention.add(now[0], "delta", gates.double().clamp(min=-1e3))
-                left = torch.log((1 - beta.double()).abs().clamp(min=1e-30)) / k.shape[-1]
-                retention.add(now[0], "delta_update", left.unflatten(1, (T, -1)).sum(2))
-                return original(q, k, v, beta, g, *rest, **options)
-
-            replace(module, watched)
+            replace(module, _own_rule(module.delta_rule, hook, now))
         yield
+
+
+def _own_rule(original: Any, hook: RuleHook, now: list[int]) -> Any:
+    def delta_rule(
+        q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Any = None, h0: Any = None, starts: Any = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert starts is None, "evaluations feed one document at a time"
+
+        def run(r: Rule) -> tuple[Tensor, Tensor]:
+            return original(q, k, v, r.beta, r.g, h0, None, **options)
+
+        return hook(now[0], Rule(beta, g, q.shape[1], k.shape[-1]), run)
+
+    return delta_rule
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 | name | acts on | source |
 |---|---|---|
-| retention | Mamba-2 scans | "forget more, insert less" (arXiv 2410.07145, section 5) |
-| dt | Mamba-2 scans | LongMamba (jzhang38): smaller step sizes; also MambaExtend with one constant |
+| retention | Mamba-2 scans, our delta rules | "forget more, insert less" (arXiv 2410.07145, section 5) |
+| dt | Mamba-2 scans, gates of our delta rules | LongMamba (jzhang38): smaller step sizes; also MambaExtend with one constant |
 | window | Mamba-2 scans | sliding window by difference of states (arXiv 2410.07145, section 5) |
 | longmamba | Mamba-2 scans | LongMamba (Ye et al., arXiv 2504.16053): skipped tokens in global heads |
 | clamp | every recurrent state | state normalisation of the first version of arXiv 2410.07145, applied between chunks |
@@ -27,7 +27,7 @@ import torch
 
 from evals.adapters.base import Adapter
 from evals.cures.attention import attention_layers, lambda_mask
-from evals.cures.hooks import scan_layers
+from evals.cures.hooks import rule_layers, scan_layers
 from evals.cures.scan import dt_scaling, longmamba, retention, window
 from evals.cures.setting import Setting as Setting
 from evals.cures.state import clamp, restart
@@ -89,15 +89,12 @@ def parse(text: str) -> list[Cure]:
 def suitable(adapter: Adapter) -> list[Cure]:
     """The cures that are worth trying on this model: those that can act on one of its layers."""
     chosen = []
+    if scan_layers(adapter) or rule_layers(adapter):
+        chosen += [Cure("retention"), Cure("retention", {"b": 0.75})]
+    if scan_layers(adapter) or any(mixer.config.gate for _, mixer in rule_layers(adapter)):
+        chosen += [Cure("dt", {"c": 0.75}), Cure("dt", {"c": 0.5})]
     if scan_layers(adapter):
-        chosen += [
-            Cure("retention"),
-            Cure("retention", {"b": 0.75}),
-            Cure("dt", {"c": 0.75}),
-            Cure("dt", {"c": 0.5}),
-            Cure("window"),
-            Cure("longmamba"),
-        ]
+        chosen += [Cure("window"), Cure("longmamba")]
     state = adapter.advance(torch.zeros(1, 2, dtype=torch.long), adapter.start(1))
     if adapter.layer_states(state):
         chosen += [Cure("clamp"), Cure("restart")]

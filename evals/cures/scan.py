@@ -1,4 +1,7 @@
-"""Cures that act on the scans of Mamba-2: another decay, other step sizes, a window, skipped tokens.
+"""Cures that act on the scans of Mamba-2: another decay, other step sizes, a window, skipped tokens. The first two act on our delta rules too.
+
+A window of the delta rule is no difference of two states: what the older one has become went through a matrix for each token. Nor can tokens with
+a small step be skipped: how much they write is another projection than how much they forget, and they take out what the state held.
 
 Each is a context in which the model is cured: `with retention(adapter, setting): ...`. Legend as in evals/cures/hooks.py.
 """
@@ -7,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from evals.adapters.base import Adapter, ItemError
-from evals.cures.hooks import Run, Scan, scan_hook
+from evals.cures.hooks import Rule, RuleHook, RuleRun, Run, Scan, ScanHook, rule_hook, rule_layers, scan_hook, scan_layers
 from evals.cures.setting import Setting, acting_on_start, feed_calibration
 
 PUBLISHED_LEFT = 0.9999**8192  # 0.4408: what the published multiplier leaves after its training length of 8,192 tokens
@@ -25,9 +29,23 @@ def horizon_multiplier(train_length: int) -> float:
 
 
 @contextmanager
+def _acting(adapter: Adapter, on_scan: ScanHook, on_rule: RuleHook) -> Iterator[None]:
+    """The context in which these act on the model's scans and delta rules. Raises ItemError if it has neither."""
+    if not scan_layers(adapter) and not rule_layers(adapter):
+        raise ItemError(f"{adapter.kind} has neither a Mamba-2 scan nor a delta rule that can be reached into.")
+    with ExitStack() as stack:
+        if scan_layers(adapter):
+            stack.enter_context(scan_hook(adapter, on_scan))
+        if rule_layers(adapter):
+            stack.enter_context(rule_hook(adapter, on_rule))
+        yield
+
+
+@contextmanager
 def retention(adapter: Adapter, setting: Setting, m: float = 0.0, b: float = 1.0) -> Iterator[None]:
     """alpha' = m alpha and B' = b B: h_t = m alpha_t h_{t-1} + b dt_t x_t B_t^T (arXiv 2410.07145, section 5: m = 0.9999, b = 0.75 at 8K).
 
+    The delta rule likewise: a' = m a, and its strength b times b, by which it takes out less as well as writing less.
     m = 0 takes `horizon_multiplier(T)`. Inside an unchanged scan: dt' = dt + ln(m)/A gives exp(dt' A) = m exp(dt A), and x' = x b dt/dt'
     keeps dt' x' = b dt x.
     """
@@ -41,20 +59,27 @@ def retention(adapter: Adapter, setting: Setting, m: float = 0.0, b: float = 1.0
         y, h = run(Scan(x, dt, s.A, s.B, s.C, s.h0))
         return y.to(s.x.dtype), h
 
-    with scan_hook(adapter, hook):
+    def on_rule(layer: int, r: Rule, run: RuleRun) -> tuple[Tensor, Tensor]:
+        return run(replace(r, beta=b * r.beta, g=r.gates() + math.log(m)))
+
+    with _acting(adapter, hook, on_rule):
         yield
 
 
 @contextmanager
 def dt_scaling(adapter: Adapter, setting: Setting, c: float = 0.5) -> Iterator[None]:
-    """dt' = c dt after the softplus: slower decay and weaker insertion alike (jzhang38/LongMamba, c = 0.5; MambaExtend with one scale for all)."""
+    """dt' = c dt after the softplus: slower decay and weaker insertion alike (jzhang38/LongMamba, c = 0.5; MambaExtend with one scale for all).
+    The delta rule's step sizes are those of its gates alone: slower decay, and it writes as before."""
     if c <= 0:
         raise ItemError(f"dt needs c above zero, not {c:g}.")
 
     def hook(layer: int, s: Scan, run: Run) -> tuple[Tensor, Tensor]:
         return run(Scan(s.x, c * s.dt, s.A, s.B, s.C, s.h0))
 
-    with scan_hook(adapter, hook):
+    def on_rule(layer: int, r: Rule, run: RuleRun) -> tuple[Tensor, Tensor]:
+        return run(r if r.g is None else replace(r, g=c * r.g))
+
+    with _acting(adapter, hook, on_rule):
         yield
 
 

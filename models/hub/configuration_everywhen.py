@@ -4,7 +4,8 @@ from transformers import PreTrainedConfig
 
 
 class EverywhenConfig(PreTrainedConfig):
-    """pattern: names of mixers; mixers: the settings of each name. intermediate_size 0: no MLP."""
+    """pattern: names of mixers; mixers: the settings of each name. intermediate_size 0: no MLP. norm_after: mixers whose blocks normalise what
+    their sublayers give; centred_norms: norms hold what their gains are above 1."""
 
     model_type = "everywhen"
 
@@ -17,6 +18,8 @@ class EverywhenConfig(PreTrainedConfig):
     pattern: list | None = None
     mixers: dict | None = None
     learnable_residual: bool = False
+    centred_norms: bool = False
+    norm_after: list | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False

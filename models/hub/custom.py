@@ -11,7 +11,7 @@ import torch
 from models import mixers
 from models.config import ModelConfig
 from models.hub.flatten import modeling
-from models.hub.native import Stock
+from models.hub.stock import Stock
 from models.init import roles
 from models.lm import LanguageModel
 
@@ -45,6 +45,8 @@ def custom(config: ModelConfig, max_positions: int) -> Stock:
         "pattern": list(config.pattern),
         "mixers": settings,
         "learnable_residual": config.learnable_residual,
+        "centred_norms": config.centred_norms,
+        "norm_after": list(config.norm_after),
         "max_position_embeddings": max_positions,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,

@@ -8,6 +8,7 @@ fp32, unless another dtype is asked for. The command is scripts/export.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -80,15 +81,17 @@ def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence
         raise UserError(
             f"{source} does not fit its config.json: {len(wrong)} tensor(s) are missing or of another shape, the first is {wrong[0]}."
         )
-    names = {target.name(ours): ours for ours in shapes}
+    parts = target.tensors({name: shape[0] for name, shape in shapes.items()})
     main_dtype, each = dtypes(source, model, dtype)
 
     def get(name: str) -> Tensor:
-        tensor = weights.tensor(names[name])
-        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(each[names[name]])
+        read = {ours: weights.tensor(ours) for ours in {ours for _, ours, _, _ in parts[name]}}
+        pieces = [read[ours][first : first + rows] for _, ours, first, rows in parts[name]]
+        tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return (tensor[:, None] if name.endswith("conv1d.weight") else tensor).to(each[parts[name][0][1]])
 
-    counts = {name: torch.Size(shapes[ours]).numel() for name, ours in names.items()}
-    sizes = {name: each[names[name]].itemsize * count for name, count in counts.items()}
+    counts = {name: sum(rows * math.prod(shapes[ours][1:]) for _, ours, _, rows in pieces) for name, pieces in parts.items()}
+    sizes = {name: each[parts[name][0][1]].itemsize * count for name, count in counts.items()}
     write_shards(out, sizes, get, limit)
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json")) if (source / "tokenizer.json").exists() else None
     marks = _write_tokenizer(tokenizer, source, out, target.config.get("max_position_embeddings"), imported)

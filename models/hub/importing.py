@@ -22,8 +22,10 @@ from data.files import write_json
 from kernels.moved import moved
 from models.config import ModelConfig
 from models.hub.custom import custom
-from models.hub.native import BAMBA_RULES, LLAMA_RULES, MAMBA2_RULES, Stock
-from models.hub.stock_config import read_stock_config
+from models.hub.native import BAMBA_RULES, LLAMA_RULES, MAMBA2_RULES
+from models.hub.native_delta import OLMO_ALIASES, QWEN_RULES, olmo_cuts, olmo_rules, qwen_cuts
+from models.hub.stock import Stock
+from models.hub.stock_config import read_stock_config, their_config
 from models.hub.weights import Weights, read_object, write_shards
 from models.lm import LanguageModel
 
@@ -62,8 +64,20 @@ def names_of(folder: Path, config: ModelConfig) -> Stock:
     kind = read_object(folder / "config.json")["model_type"]
     if kind == "everywhen":
         return custom(config, 1)
+    if kind in ("qwen3_5_text", "olmo_hybrid"):
+        values = their_config(folder).to_dict()
+        if kind == "qwen3_5_text":
+            return Stock(kind, values, QWEN_RULES, qwen_cuts(values))
+        return Stock(kind, values, olmo_rules(values), olmo_cuts(values, _convolutions(Weights(folder))), OLMO_ALIASES)
     rules = {"mamba2": MAMBA2_RULES, "bamba": BAMBA_RULES}.get(kind, LLAMA_RULES)
     return Stock(kind, {}, rules)
+
+
+def _convolutions(weights: Weights) -> list[int] | None:
+    """Rows of the three parts that OLMo Hybrid's first convolution has in the file, or None where they are not there."""
+    first = next((name for name in weights.names() if name.endswith("linear_attn.q_conv1d.weight")), "")
+    names = [first.replace("q_conv1d", f"{kind}_conv1d") for kind in "qkv"]
+    return [weights.shape(name)[0] for name in names] if all(name in weights.where for name in names) else None
 
 
 def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) -> dict[str, Tensor]:
@@ -73,18 +87,25 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
         shapes.pop("head.weight")
     tensors: dict[str, Tensor] = {}
     surplus = {name for name in weights.names() if not IGNORED.fullmatch(name)}
-    for ours, shape in shapes.items():
-        theirs = names.name(ours)
-        if theirs not in weights.where:
+    for theirs, parts in names.tensors({name: shape[0] for name, shape in shapes.items()}).items():
+        held = held_name(names, weights, theirs)
+        if not held:
             raise UserError(f"{folder} lacks the tensor {theirs}; fetch or export the folder again.")
-        if not (dtype := weights.dtype(theirs)).startswith(("float", "bfloat")):
-            raise UserError(f"{folder}: the tensor {theirs} is of {dtype}, so the weights are quantised; fetch the original ones.")
-        tensor = weights.tensor(theirs)
-        tensor = tensor[:, 0] if theirs.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
+        if not (dtype := weights.dtype(held)).startswith(("float", "bfloat")):
+            raise UserError(f"{folder}: the tensor {held} is of {dtype}, so the weights are quantised; fetch the original ones.")
+        tensor = weights.tensor(held)
+        tensor = tensor[:, 0] if held.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
+        shape = (sum(rows for *_, rows in parts), *shapes[parts[0][1]][1:])
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{folder}: the tensor {theirs} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
-        tensors[ours] = tensor.to(torch.float32).contiguous()
-        surplus.discard(theirs)
+            raise UserError(f"{folder}: the tensor {held} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
+        for at, ours, first, rows in parts:
+            if rows == shapes[ours][0]:
+                tensors[ours] = tensor[at : at + rows].to(torch.float32).contiguous()
+                continue
+            whole = tensors.setdefault(ours, torch.empty(shapes[ours]))
+            whole[first : first + rows] = tensor[at : at + rows]
+        surplus.discard(held)
+    tensors = {name: tensors[name] for name in shapes}
     head = names.name("head.weight")
     if config.tie_embeddings and head in surplus:
         if not torch.equal(weights.tensor(head).to(torch.float32), tensors["embedding.weight"]):
@@ -98,7 +119,24 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
     return tensors
 
 
-ARCHITECTURE = ("vocab_size", "d_model", "n_layers", "norm_eps", "tie_embeddings", "d_ff", "pattern", "mixers", "learnable_residual")
+def held_name(names: Stock, weights: Weights, theirs: str) -> str:
+    """The name that the file has for one of its tensors, or ''."""
+    return next((name for name in names.known_as(theirs) if name in weights.where), "")
+
+
+ARCHITECTURE = (
+    "vocab_size",
+    "d_model",
+    "n_layers",
+    "norm_eps",
+    "tie_embeddings",
+    "d_ff",
+    "pattern",
+    "mixers",
+    "learnable_residual",
+    "centred_norms",
+    "norm_after",
+)
 
 
 def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -136,8 +174,8 @@ def facts_of(folder: Path, config: ModelConfig) -> dict[str, Any]:
     most elements, and those of others by our names)."""
     values, weights, names = read_object(folder / "config.json"), Weights(folder), names_of(folder, config)
     with torch.device("meta"):
-        sizes = {n: t.numel() for n, t in LanguageModel(config).state_dict().items() if names.name(n) in weights.where}
-    dtypes = {name: weights.dtype(names.name(name)) for name in sizes}
+        sizes = {n: t.numel() for n, t in LanguageModel(config).state_dict().items() if held_name(names, weights, names.name(n))}
+    dtypes = {name: weights.dtype(held_name(names, weights, names.name(name))) for name in sizes}
     counts: dict[str, int] = {}
     for name, dtype in dtypes.items():
         counts[dtype] = counts.get(dtype, 0) + sizes[name]

@@ -5,28 +5,15 @@ A model that differs in anything from every stock class is none of them: then `s
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from models import mixers
 from models.config import ModelConfig
+from models.hub.native_delta import stock_delta
+from models.hub.stock import Stock, positions, rope_parameters
 
-
-@dataclass
-class Stock:
-    """A stock class: its config.json and how a name of ours reads there."""
-
-    architecture: str
-    config: dict[str, Any]
-    rules: list[tuple[str, str]]
-
-    def name(self, ours: str) -> str:
-        """The name of one of our parameters in the stock class."""
-        for pattern, replacement in self.rules:
-            if re.fullmatch(pattern, ours):
-                return re.sub(pattern, replacement, ours)
-        raise KeyError(ours)
+__all__ = ["Stock", "stock"]
 
 
 LLAMA_RULES = [
@@ -65,6 +52,12 @@ def stock(config: ModelConfig, max_positions: int = 2048) -> tuple[Stock | None,
     if config.learnable_residual:
         return None, "its residual stream has learned scales"
     types = {str(config.mixers[name]["type"]) for name in used}
+    if "delta" in types or types == {"attention"} and all(config.mixers[name].get("output_gate") for name in used):
+        return stock_delta(config, max_positions)
+    if config.centred_norms:
+        return None, "its norms hold what their gains are above 1"
+    if set(used) & set(config.norm_after):
+        return None, "its norms lie behind the sublayers of some blocks"
     if types == {"attention"}:
         return _attention(config, max_positions)
     if len(used) > 1:
@@ -88,6 +81,8 @@ def _shared(layers: list[Any]) -> str:
         return "its rotary positions are on a part of the heads"
     if first.output_gate:
         return "its attention has an output gate"
+    if first.qk_norm and (first.qk_norm_over != "head" or first.qk_norm_centred):
+        return "its QK-norm is over all heads, or holds what its gains are above 1"
     return "" if any(layer.rope for layer in layers) else "it has no rotary positions"
 
 
@@ -112,28 +107,6 @@ def _family(config: ModelConfig, layers: list[Any]) -> tuple[str, str, str]:
     return ("mistral", "MistralForCausalLM", "") if len(windows) == 1 else ("ministral", "MinistralForCausalLM", "")
 
 
-def _rope_parameters(mixer: Any) -> dict[str, Any]:
-    return {
-        "rope_type": "default",
-        "rope_theta": mixer.rope_theta,
-        **{k: v for k, v in (mixer.rope_scaling or {}).items() if not _dynamic_length(mixer, k)},
-    }
-
-
-def _dynamic_length(mixer: Any, key: str) -> bool:
-    """Whether the key of a scaling is what dynamic scaling reads as max_position_embeddings."""
-    return (mixer.rope_scaling or {}).get("rope_type") == "dynamic" and key == "original_max_position_embeddings"
-
-
-def _positions(mixer: Any, wanted: int) -> int:
-    """max_position_embeddings: `wanted`, but where rotary positions follow from it."""
-    return (
-        int(mixer.rope_scaling["original_max_position_embeddings"])
-        if _dynamic_length(mixer, "original_max_position_embeddings")
-        else wanted
-    )
-
-
 def _attention(config: ModelConfig, max_positions: int) -> tuple[Stock | None, str]:
     if not config.mlp_width:
         return None, "it has no MLP"
@@ -153,10 +126,10 @@ def _attention(config: ModelConfig, max_positions: int) -> tuple[Stock | None, s
         "num_key_value_heads": mixer.n_kv_heads or mixer.n_heads,
         "head_dim": mixer.head_dim or config.d_model // mixer.n_heads,
         "hidden_act": "silu",
-        "max_position_embeddings": _positions(mixer, max_positions),
+        "max_position_embeddings": positions(mixer, max_positions),
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
-        "rope_parameters": _rope_parameters(mixer),
+        "rope_parameters": rope_parameters(mixer),
         "attention_bias": mixer.o_bias,
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
@@ -207,7 +180,7 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         "attn_layer_indices": [i for i in range(config.n_layers) if types[config.mixer_name(i)] == "attention"],
         "num_attention_heads": attention.n_heads,
         "num_key_value_heads": attention.n_kv_heads or attention.n_heads,
-        "rope_parameters": {**_rope_parameters(attention), "partial_rotary_factor": attention.rope_fraction},
+        "rope_parameters": {**rope_parameters(attention), "partial_rotary_factor": attention.rope_fraction},
         "attention_bias": attention.o_bias,
         "mlp_bias": False,
         "mamba_expand": mamba.expand,
@@ -220,7 +193,7 @@ def _bamba(config: ModelConfig, used: list[str], max_positions: int) -> tuple[St
         "mamba_conv_bias": True,
         "mamba_proj_bias": False,
         "hidden_act": "silu",
-        "max_position_embeddings": _positions(attention, max_positions),
+        "max_position_embeddings": positions(attention, max_positions),
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,

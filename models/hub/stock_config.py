@@ -11,6 +11,7 @@ from typing import Any
 
 from data.errors import UserError
 from models.config import ModelConfig
+from models.hub.native_delta import DELTA, DELTA_SIZES, OLMO_EPS, too_old
 from models.hub.weights import read_object
 from models.rope import NEEDED, OPTIONAL
 
@@ -26,11 +27,14 @@ COUNTS = (
     "mamba_expand",
     "mamba_n_heads",
     "mamba_n_groups",
+    *DELTA_SIZES,
 )
 KINDS = {
     **dict.fromkeys(("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3"), ATTENTION_SIZES),
     "mamba2": (*SIZES, "state_size", "head_dim", "n_groups"),
     "bamba": (*ATTENTION_SIZES, "mamba_d_state", "mamba_expand", "mamba_n_heads", "mamba_n_groups", "mamba_d_conv"),
+    "qwen3_5_text": (*ATTENTION_SIZES, "layer_types", *DELTA_SIZES),
+    "olmo_hybrid": (*ATTENTION_SIZES, "layer_types", *DELTA_SIZES),
     "everywhen": (*SIZES, "intermediate_size", "rms_norm_eps", "pattern", "mixers", "learnable_residual"),
 }
 WRONG = (KeyError, AttributeError, ValueError, TypeError, ZeroDivisionError)  # what reading a config whose values make no sense ends in
@@ -83,9 +87,11 @@ def read_stock_config(folder: Path) -> ModelConfig:
             raise UserError(
                 f"{folder / 'config.json'} says {key} is {raw[key]!r}, which is no number above zero; export or fetch the folder again."
             )
+    if kind in DELTA and (why := too_old(DELTA[kind])):
+        raise UserError(f"{folder} cannot be read: {why}; upgrade it.")
     values = None if kind == "everywhen" else their_config(folder)
     try:
-        ours = _own(raw) if kind == "everywhen" else {"mamba2": _mamba2, "bamba": _bamba}.get(kind, _llama)(values, folder)
+        ours = _own(raw) if kind == "everywhen" else READERS.get(kind, _llama)(values, folder)
     except UserError:
         raise
     except WRONG as error:
@@ -209,6 +215,40 @@ def _bamba(values: Any, folder: Path) -> dict[str, Any]:
     return {**_common(values, eps), "d_ff": values.intermediate_size, "pattern": pattern, "mixers": known}
 
 
+def _delta(values: Any, folder: Path) -> dict[str, Any]:
+    """Qwen3.5 and OLMo Hybrid: Gated DeltaNet beside attention, each with SwiGLU."""
+    qwen, eps = values.model_type == "qwen3_5_text", float(values.rms_norm_eps)
+    _need(values, folder, {"hidden_act": ("silu", "swish"), **({"attention_bias": False} if qwen else {})})
+    if unknown := sorted(set(values.layer_types) - {"linear_attention", "full_attention"}):
+        raise UserError(f"{folder} cannot be imported: it has layers of {unknown[0]}, which its class does not have.")
+    if len(values.layer_types) != values.num_hidden_layers:
+        raise UserError(f"{folder} cannot be imported: it has {len(values.layer_types)} layer_types for {values.num_hidden_layers} layers.")
+    turned = (values.rope_parameters or {}).get("rope_theta") is not None
+    biased = bool(values.attention_bias)
+    attention = {
+        **_heads(values), **(_rope(values, folder, partial=qwen) if turned else {}), "rope": turned, "qkv_bias": biased, "o_bias": biased,
+        "qk_norm": True, "qk_norm_eps": eps, "qk_norm_over": "head" if qwen else "heads", "qk_norm_centred": qwen, "output_gate": qwen,
+    }  # fmt: skip
+    delta = {
+        "type": "delta",
+        "n_heads": values.linear_num_value_heads,
+        "n_k_heads": values.linear_num_key_heads,
+        "head_dim": values.linear_key_head_dim,
+        "expand_v": values.linear_value_head_dim / values.linear_key_head_dim,
+        "negative": False if qwen else bool(values.linear_allow_neg_eigval),
+        "d_conv": values.linear_conv_kernel_dim,
+        "norm_eps": eps if qwen else OLMO_EPS,
+    }
+    pattern = ["attention" if kind == "full_attention" else "gated_deltanet" for kind in values.layer_types]
+    known = {name: mixer for name, mixer in (("attention", attention), ("gated_deltanet", delta)) if name in pattern}
+    after = [] if qwen else ["attention"]
+    shared = {"d_ff": values.intermediate_size, "pattern": _period(pattern), "mixers": known}
+    return {**_common(values, eps), **shared, "centred_norms": qwen, "norm_after": after}
+
+
+READERS = {"mamba2": _mamba2, "bamba": _bamba, **dict.fromkeys(DELTA, _delta)}
+
+
 def _own(raw: dict[str, Any]) -> dict[str, Any]:
     return {
         "vocab_size": raw["vocab_size"],
@@ -221,6 +261,8 @@ def _own(raw: dict[str, Any]) -> dict[str, Any]:
         "pattern": raw["pattern"],
         "mixers": raw["mixers"],
         "learnable_residual": raw["learnable_residual"],
+        "centred_norms": raw.get("centred_norms", False),
+        "norm_after": raw.get("norm_after") or [],
     }
 
 

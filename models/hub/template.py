@@ -28,25 +28,28 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 
 class Block(GradientCheckpointingLayer):
-    """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)); s are learned scales or 1."""
+    """x <- s x + mixer(norm(x)), then x <- s' x + mlp(norm(x)), or the norms behind mixer and mlp; s are learned scales or 1."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         D, width = config.hidden_size, config.intermediate_size
-        settings = dict(config.mixers[config.pattern[layer % len(config.pattern)]])
+        name, centred = config.pattern[layer % len(config.pattern)], config.centred_norms
+        settings = dict(config.mixers[name])
         Settings, Mixer = MIXERS[settings.pop("type")]
-        self.mixer_norm = RMSNorm(D, config.rms_norm_eps)
+        self.norm_after = name in (config.norm_after or ())
+        self.mixer_norm = RMSNorm(D, config.rms_norm_eps, centred=centred)
         self.mixer = Mixer(Settings(**settings), D, layer)
-        self.mlp_norm = RMSNorm(D, config.rms_norm_eps) if width else None
+        self.mlp_norm = RMSNorm(D, config.rms_norm_eps, centred=centred) if width else None
         self.mlp = SwiGLU(D, width) if width else None
         self.residual_scale = tag(nn.Parameter(torch.empty(1 + bool(width), D)), "no_decay") if config.learnable_residual else None
 
     def forward(self, x_BTD: Tensor, state: Any, segment_ids: Tensor | None, documents: Documents | None) -> tuple[Tensor, Any]:
         more = {"documents": documents} if self.mixer.takes_documents else {}
-        y, state = self.mixer(self.mixer_norm(x_BTD), state, segment_ids, **more)
-        x_BTD = self._keep(x_BTD, 0) + y
+        y, state = self.mixer(x_BTD if self.norm_after else self.mixer_norm(x_BTD), state, segment_ids, **more)
+        x_BTD = self._keep(x_BTD, 0) + (self.mixer_norm(y) if self.norm_after else y)
         if self.mlp is not None and self.mlp_norm is not None:
-            x_BTD = self._keep(x_BTD, 1) + self.mlp(self.mlp_norm(x_BTD))
+            y = self.mlp_norm(self.mlp(x_BTD)) if self.norm_after else self.mlp(self.mlp_norm(x_BTD))
+            x_BTD = self._keep(x_BTD, 1) + y
         return x_BTD, state
 
     def _keep(self, x_BTD: Tensor, which: int) -> Tensor:
@@ -118,7 +121,7 @@ class EverywhenModel(EverywhenPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, centred=config.centred_norms)
         self.gradient_checkpointing = False
         self.post_init()
 

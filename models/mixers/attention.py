@@ -38,6 +38,8 @@ class Config:
     window: int = 0  # a token sees itself and the window-1 before it; 0: all
     qk_norm: bool = False  # RMSNorm of queries and keys per head
     qk_norm_eps: float = 1e-5
+    qk_norm_over: str = "head"  # normalised together: the channels of a head, or those of all heads (OLMo)
+    qk_norm_centred: bool = False  # these norms hold what their gains are above 1
     qkv_bias: bool = False  # biases of the projections to queries, keys and values
     o_bias: bool = False  # and of the one back
     output_gate: bool = False  # outputs times the sigmoid of another projection of the input
@@ -54,6 +56,8 @@ class Config:
             problems += rope_problems(
                 self.head_dim or d_model // self.n_heads, self.rope_fraction, self.rope_theta, self.rope_scaling or {}
             )
+        if self.qk_norm_over not in ("head", "heads"):
+            problems.append(f"qk_norm_over is {self.qk_norm_over!r}; choose head (each by itself) or heads (all at once).")
         if self.qk_norm_eps <= 0:
             problems.append(f"qk_norm_eps must be above zero, not {self.qk_norm_eps}.")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
@@ -89,10 +93,24 @@ class Mixer(SequenceMixer):
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             if projection.bias is not None:
                 tag(projection.bias, "no_decay")
-        self.q_norm = RMSNorm(self.K, config.qk_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.K, config.qk_norm_eps) if config.qk_norm else None
+        self.q_norm, self.k_norm = self._new_norm(self.H), self._new_norm(self.G)
         plain_rope = config.rope_fraction == 1 and not config.rope_scaling  # theta alone says it all
         self.scaled = None if plain_rope else Rope(int(self.K * config.rope_fraction), config.rope_theta, config.rope_scaling or {})
+
+    def _new_norm(self, heads: int) -> RMSNorm | None:
+        c, width = self.config, self.K if self.config.qk_norm_over == "head" else heads * self.K
+        return RMSNorm(width, c.qk_norm_eps, centred=c.qk_norm_centred) if c.qk_norm else None
+
+    def _normed(self, q_BHTK: Tensor, k_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys through their norms, if there are any: over each head's channels, or over those of all heads."""
+        if self.q_norm is None or self.k_norm is None:
+            return q_BHTK, k_BGTK
+        if self.config.qk_norm_over == "head":
+            return self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        q_BTI, k_BTI = (x.transpose(1, 2).flatten(2) for x in (q_BHTK, k_BGTK))
+        normed = (self.q_norm(q_BTI), self.H), (self.k_norm(k_BTI), self.G)
+        q, k = (x.unflatten(-1, (heads, self.K)).transpose(1, 2) for x, heads in normed)
+        return q, k
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
@@ -134,8 +152,7 @@ class Mixer(SequenceMixer):
         projected = *linears(x_BTD, self.q_proj, self.k_proj), linear(x_BTD, self.v_proj)
         heads = (self.H, self.G, self.G)
         q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, n, self.K).transpose(1, 2) for y, n in zip(projected, heads))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BHTK, k_BGTK = self.q_norm(q_BHTK), self.k_norm(k_BGTK)
+        q_BHTK, k_BGTK = self._normed(q_BHTK, k_BGTK)
         if isinstance(state, FixedCache):
             assert T == 1, "a fixed cache takes one token at a time"
             return self.o_proj(self._gated(self._fixed_attend(q_BHTK, k_BGTK, v_BGTK, state)[:, None], x_BTD)), state
@@ -205,21 +222,21 @@ class Mixer(SequenceMixer):
         return y.flatten(1)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: FixedCache) -> Callable[[], None] | None:
-        if self.g_proj is not None:  # the kernels have no sigmoid gate
-            return None
         sizes = {"q": (self.q_proj, self.H), "k": (self.k_proj, self.G), "v": (self.v_proj, self.G)}
+        if self.g_proj is not None:
+            sizes["g"] = self.g_proj, self.H
         rows = {name: x_BD.new_empty(x_BD.shape[0], heads * self.K) for name, (_, heads) in sizes.items()}
-        dtype = state.k_BGCK.dtype
+        dtype, gain = state.k_BGCK.dtype, norm.gain.detach()
 
         def step() -> None:
             for name, (layer, _) in sizes.items():
-                decode_step.project(x_BD, layer.weight, rows[name], norm_K=norm.weight, eps=norm.eps)
+                decode_step.project(x_BD, layer.weight, rows[name], norm_K=gain, eps=norm.eps)
                 if layer.bias is not None:
                     rows[name].add_(layer.bias)
-            q, k, v = (rows[name].to(dtype).view(-1, heads, 1, self.K) for name, (_, heads) in sizes.items())
-            if self.q_norm is not None and self.k_norm is not None:
-                q, k = self.q_norm(q), self.k_norm(k)
-            y_BI = self._fixed_attend(q, k, v, state)
+            q, k, v = (rows[name].to(dtype).view(-1, sizes[name][1], 1, self.K) for name in "qkv")
+            y_BI = self._fixed_attend(*self._normed(q, k), v, state)
+            if self.g_proj is not None:
+                y_BI = y_BI * torch.sigmoid(rows["g"])
             decode_step.project(y_BI, self.o_proj.weight, x_BD, add=True, keep_N=keep_D)
             if self.o_proj.bias is not None:
                 x_BD.add_(self.o_proj.bias)

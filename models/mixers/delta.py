@@ -7,14 +7,18 @@ Legend: B batch, T time, S updates (n a token), H heads of values, G heads of qu
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import decode_step
 from kernels.delta_rule import border, delta_rule
+from kernels.delta_step import delta_step
+from kernels.delta_step.op import launch as launch_step
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
@@ -51,7 +55,7 @@ class Config:
             problems.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
         else:
             width = self.expand_v * (self.head_dim or d_model // self.n_heads)
-            if width < 1 or width != int(width):
+            if width < 1 or abs(width - round(width)) > 1e-6 * width:
                 problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
         if not 0 < self.dt_min < self.dt_max or self.dt_floor <= 0:
             problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0.")
@@ -62,23 +66,27 @@ class Config:
 
 @dataclass
 class State:
-    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet)."""
+    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet). in_place: a decoding step
+    writes over the matrix states."""
 
     conv_BWI: Tensor
     delta_BHVK: Tensor
     segment_B: Tensor
+    in_place: bool = False
 
 
 class Mixer(SequenceMixer):
     recurrence = "delta_rule"
+    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
         self.config, self.d_model = config, d_model
         self.n, self.H, self.G = config.updates, config.n_heads, config.n_k_heads or config.n_heads
         self.K = config.head_dim or d_model // config.n_heads
-        self.V = int(config.expand_v * self.K)
+        self.V = round(config.expand_v * self.K)
         self.keys, self.values = self.G * self.K, self.H * self.V
+        self._strength = 2.0 if config.negative else 1.0  # the largest
         self.first = self.values if config.output_gate else 0  # columns of the output gate
         self.convolved = self.keys + self.n * (self.keys + self.values)
         after = self.n * self.H + (self.H if config.gate else 0)
@@ -113,6 +121,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
+            return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
             starts = self.slice.starts(segment_ids)
             past = self.slice.halo(projected[..., self.first : self.first + self.convolved], self.conv.width, segment_ids)
@@ -132,6 +142,39 @@ class Mixer(SequenceMixer):
         y = linear(self._normed(o_BTHV.flatten(2), z, joint), self.out_proj)
         return y, None if state is None else State(conv_state, delta, last_segment(segment_ids, state.segment_B))
 
+    def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:
+        starts, gated = document_starts(segment_ids, state.segment_B), self.config.gate
+        o_BI, conv, delta = delta_step(
+            projected_B1E[:, 0], state.conv_BWI, self.conv.weight, self.dt_bias if gated else None, self.A_log if gated else None,
+            state.delta_BHVK, None if starts is None else starts[:, 0], self.G, self.n, self._strength, self.K**-0.5, state.in_place,
+        )  # fmt: skip
+        y = linear(self._normed(o_BI[:, None], projected_B1E[..., : self.first], None), self.out_proj)
+        return y, State(conv, delta, last_segment(segment_ids, state.segment_B), state.in_place)
+
+    def fixed_state(self, state: State, capacity: int) -> State:
+        """A copy of `state` whose matrix states a decoding step writes over."""
+        return replace(super().fixed_state(state, capacity), in_place=True)
+
+    def open_state(self, state: State) -> State:
+        """The same tensors as a state that nothing writes into."""
+        return replace(state, in_place=False)
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
+        B, C, gain = x_BD.shape[0], self.convolved, norm.gain.detach()
+        row_BE, o_BI = x_BD.new_empty(B, self.in_proj.out_features), x_BD.new_empty(B, self.values)
+        conv = decode_step.Convolution(self.first, self.conv.weight, self.conv.weight.new_zeros(C), state.conv_BWI)
+        dt_bias, A_log = (self.dt_bias.detach().float(), self.A_log.detach().float()) if self.config.gate else (None, None)
+        gate, sizes, delta = row_BE[:, : self.first], (self.G, self.n, C), state.delta_BHVK
+        state.segment_B.clamp_(min=0)  # as last_segment does
+
+        def step() -> None:
+            decode_step.project(x_BD, self.in_proj.weight, row_BE, norm_K=gain, eps=norm.eps, conv=conv)
+            rows = row_BE[:, self.first :]
+            launch_step(rows, None, None, dt_bias, A_log, delta, None, o_BI, None, delta, sizes, self._strength, self.K**-0.5, chained=True)
+            decode_step.project(self._normed(o_BI, gate, None), self.out_proj.weight, x_BD, add=True, keep_N=keep_D)
+
+        return step
+
     def _updates(self, x_BTI: Tensor, heads: int, width: int) -> Tensor:
         """(B, S, heads, width), of S = n T updates, those of a token one after the other; without a copy for one a token."""
         if self.n == 1:
@@ -142,8 +185,7 @@ class Mixer(SequenceMixer):
         """(b of every update, log gates or None) in fp32 (fp64)."""
         inner = torch.float64 if after_BTE.dtype == torch.float64 else torch.float32
         beta, a = after_BTE.to(inner).split([self.n * self.H, after_BTE.shape[-1] - self.n * self.H], -1)
-        beta_BSH = torch.sigmoid(beta).unflatten(-1, (self.n, self.H)).flatten(1, 2)
-        beta_BSH = 2 * beta_BSH if self.config.negative else beta_BSH
+        beta_BSH = self._strength * torch.sigmoid(beta).unflatten(-1, (self.n, self.H)).flatten(1, 2)
         if not self.config.gate:
             return beta_BSH, None
         return beta_BSH, -torch.exp(self.A_log.to(inner)) * F.softplus(a + self.dt_bias.to(inner))

@@ -71,6 +71,7 @@ class State:
 
 class Mixer(SequenceMixer):
     recurrence = "ssd"
+    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        if state is not None and x_BTD.shape[1] == 1 and not torch.is_grad_enabled():
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
             return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
             starts = self.slice.starts(segment_ids)
@@ -185,9 +186,10 @@ class Mixer(SequenceMixer):
         z, x, B_, C_, dt = row_BI.split([inner, inner, self.BC, self.BC, self.H], -1)
         rates = (self.dt_bias.detach().float(), self.A_log.detach().float(), self.D.detach().float())
         state.segment_B.clamp_(min=0)  # as last_segment does
+        gain = norm.gain.detach()
 
         def step() -> None:
-            decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(0, inner))
+            decode_step.project(x_BD, self.in_proj.weight, row_BI, norm_K=gain, eps=norm.eps, conv=conv, silu=(0, inner))
             decode_step.ssm(x, B_, C_, dt, *rates, state.ssm_BHPN, y_BI, c.n_groups, c.dt_limit_min, c.dt_limit_max or math.inf)
             out = self.out_proj.weight
             decode_step.project(

@@ -248,11 +248,10 @@ class Mixer(SequenceMixer):
         gate = projected_BI[:, inner:] if self.config.gate else None
         conv = None if self.conv is None else decode_step.Convolution(0, self.conv.weight, self.conv.bias, state.conv_BWI)
         after, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
+        gain = norm.gain.detach()
 
         def step() -> None:
-            decode_step.project(
-                x_BD, self.in_proj.weight, projected_BI, norm_K=norm.weight, eps=norm.eps, conv=conv, silu=(inner, 2 * inner)
-            )
+            decode_step.project(x_BD, self.in_proj.weight, projected_BI, norm_K=gain, eps=norm.eps, conv=conv, silu=(inner, 2 * inner))
             decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
             h_BI = state.cell_BSI[:, -1]
             decode_step.project(h_BI, self.out_proj.weight, x_BD, norm_K=after, eps=eps, gate_BK=gate, add=True, keep_N=keep_D)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import statistics
 import sys
@@ -37,10 +38,11 @@ from training.config.arguments import program
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# As configs/size and configs/model have them: width, layers, layers without an MLP, attention heads, Mamba-2 state.
+# As configs/size and configs/model have them: width, layers, layers without an MLP, heads, Mamba-2 state.
 SIZES = {"400m": (1024, 24, 48, 8, 64), "1b": (2048, 24, 48, 16, 128), "toy": (64, 2, 4, 4, 16)}
 VOCABULARY = 50304
-FAMILIES = ("paragru", "mamba2", "transformer")
+FAMILIES = ("paragru", "mamba2", "gated_deltanet", "gdn_hybrid", "transformer")
+STEP_KERNELS = {"mamba2": ("mamba2", "mamba2_step"), "gated_deltanet": ("delta", "delta_step")}  # (file of the mixer, the op) by family
 NO_TIME = "no time left"
 
 
@@ -49,15 +51,19 @@ def config_of(family: str, size: str) -> ModelConfig:
     mixer: dict[str, Any] = {
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state, "chunk": 64},
+        "gated_deltanet": {"type": "delta", "n_heads": heads},
+        "gdn_hybrid": {"type": "attention", "n_heads": heads, "qk_norm": True, "qk_norm_centred": True, "output_gate": True},
         "transformer": {"type": "attention", "n_heads": heads},
     }[family]
+    hybrid = family == "gdn_hybrid"
     bare = family == "mamba2"
     return ModelConfig(
         vocab_size=VOCABULARY if size != "toy" else 512,
         d_model=width,
         n_layers=layers_bare if bare else layers,
-        pattern=[family],
-        mixers={family: mixer},
+        pattern=["delta", "delta", "delta", family] if hybrid else [family],
+        mixers={family: mixer, **({"delta": {"type": "delta", "n_heads": heads}} if hybrid else {})},
+        centred_norms=hybrid,
         d_ff=0 if bare else -1,
         learnable_residual=family == "paragru",
     )
@@ -73,7 +79,7 @@ def random_model(config: ModelConfig, device: torch.device) -> LanguageModel:
     with torch.no_grad():
         model.embedding.weight.normal_(0, 0.02)
         model.head.weight.normal_(0, 0.02)
-        model.norm.weight.fill_(1)
+        model.norm.init_weights()
         for i, block in enumerate(model.blocks):
             block.load_state_dict(one.blocks[i % len(one.blocks)].state_dict())
     return cast(model, torch.bfloat16).eval()
@@ -248,13 +254,13 @@ class Bench:
         name = f"{family}-{size}"
         plain = f"{name} batch {batches[1]} context {contexts[0]}, step in plain torch"
         keys = {(c, b): f"{name} batch {b} context {c}" for c in contexts for b in batches}
-        if not self.still_to_do([*keys.values(), *([plain] if family == "mamba2" else [])]):
+        if not self.still_to_do([*keys.values(), *([plain] if family in STEP_KERNELS else [])]):
             return
         model = random_model(config_of(family, size), self.device)
         one, tokens_read = None, 0
         for context in contexts:
             if not self.still_to_do([keys[context, b] for b in batches]) and not (
-                family == "mamba2" and context == contexts[0] and self.still_to_do([plain])
+                family in STEP_KERNELS and context == contexts[0] and self.still_to_do([plain])
             ):
                 continue
             one, tokens_read = state_at(model, context, one, tokens_read), context
@@ -265,8 +271,10 @@ class Bench:
                     self.item(keys[context, batch], row.copy)
                 else:
                     self.item(keys[context, batch], functools.partial(measure, model, one, batch, context, self.compiled, self.copy))
-            if family == "mamba2" and context == contexts[0]:
-                self.item(plain, functools.partial(in_plain_torch, measure, model, one, batches[1], context, self.compiled, self.copy))
+            if family in STEP_KERNELS and context == contexts[0]:
+                self.item(
+                    plain, functools.partial(in_plain_torch, family, measure, model, one, batches[1], context, self.compiled, self.copy)
+                )
 
     def beside(self, family: str, size: str) -> None:
         """transformers on the exported folder."""
@@ -282,16 +290,16 @@ class Bench:
                 self.item(key, functools.partial(measure_transformers, model, batch, context, new))
 
 
-def in_plain_torch(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """`work` without the kernel of Mamba-2's step, for comparison."""
-    from kernels.mamba2_step import reference
-    from models.mixers import mamba2
-
-    kernel, mamba2.mamba2_step = mamba2.mamba2_step, reference.mamba2_step
+def in_plain_torch(family: str, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """`work` without the kernel of this family's step, for comparison."""
+    mixer, op = STEP_KERNELS[family]
+    module, reference = importlib.import_module(f"models.mixers.{mixer}"), importlib.import_module(f"kernels.{op}.reference")
+    kernel = getattr(module, op)
+    setattr(module, op, getattr(reference, op))
     try:
         return work(*arguments)
     finally:
-        mamba2.mamba2_step = kernel
+        setattr(module, op, kernel)
 
 
 def empty_cache(device: torch.device) -> None:

@@ -157,6 +157,7 @@ t blanks around the sign | 2 | key=value | python train.py train.steps =3
 t a key alone | 2 | key=value | python train.py train.steps
 t an open bracket | 2 | a list is written 'key=\[a,b\]' | python train.py 'model.pattern=[mamba2'
 t a mixer that is not there | 2 | pattern names 'mamba' | python train.py 'model.pattern=[mamba]'
+t norms behind a mixer that is not there | 2 | norm_after names 'mamba' | python train.py 'model.norm_after=[mamba]'
 t precision | 2 | choose one of fp32, bf16 | python train.py train.precision=fp16
 t fp8 | 2 | it needs train.precision=bf16 | python train.py train.fp8=true
 t a device | 2 | choose one of auto, cpu, cuda | $TRAIN run_dir=$T/x train.device=gpu

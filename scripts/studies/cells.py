@@ -52,8 +52,10 @@ TASKS: dict[str, dict[str, Any]] = {
     "keep-5th": {"task": {"name": "keep_nth", "n": 5, "symbols": 128}, "bound": 0.9, "steps": 6000},
     "copying": {"task": {"name": "copying", "tokens": 8, "symbols": 14}, "bound": 0.9, "steps": 8000},
     "mqar-8": {"task": {"name": "mqar", "pairs": 8, "symbols": 128}, "bound": 0.9, "steps": 24000, "lr": 2e-2, "batches": 2},
+    "S4": {"task": {"name": "word_problem", "group": "s4"}, "bound": None, "steps": 12000},
     "S5": {"task": {"name": "word_problem", "group": "s5"}, "bound": None, "steps": 12000},
 }
+DELTA: dict[str, Any] = {"type": "delta", "n_heads": 4, "head_dim": 16, "gate": False}
 # Mixers of the layers. dense_*: torch.nn's cells with full recurrent matrices; gru and lstm: the project's diagonal ones. With one layer
 # on 2-hop, paragru and paralstm have the published 17.0k and 17.1k parameters (16,960 and 17,088); mamba2 (22,604 of 22.7k) and transformer
 # (32,128 of 32.2k), whose SwiGLU is as wide as that takes, have them to half a per cent.
@@ -67,7 +69,16 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
     "hybrid": [{"type": "rnn", "cell": "paragru"}, {"type": "attention", "n_heads": 4}],
     "gru": [{"type": "rnn", "cell": "gru"}],
     "lstm": [{"type": "rnn", "cell": "lstm"}],
+    # so many updates a token, with eigenvalues from -1, or (positive) from 0: negative controls, as neither one reflection nor any number of
+    # contractions is a rotation
+    "delta_1": [{**DELTA, "updates": 1, "negative": True}],
+    "delta_2": [{**DELTA, "updates": 2, "negative": True}],
+    "delta_3": [{**DELTA, "updates": 3, "negative": True}],
+    "delta_4": [{**DELTA, "updates": 4, "negative": True}],
+    "delta_1_positive": [{**DELTA, "updates": 1}],
+    "delta_2_positive": [{**DELTA, "updates": 2}],
 }
+LARGEST_LR = {"delta": 3e-3}  # by type of the first layer
 WIDTH, LR, WARMUP, BURST, INIT_STD = 64, 1e-2, 100, 10, 0.125
 SPREAD = 1.0  # of the initial recurrent weights of unbounded diagonal LSTM cells: all seeds then learn parity; with 1/sqrt(width) a third
 CURRICULUM = 0.6  # of the run at most for sequences of 1/8, 1/4 and 1/2 of the length; 98 % right answers end a stage sooner
@@ -144,7 +155,7 @@ def settings_of(task: str, mixer: str, values: dict[str, Any]) -> dict[str, Any]
         "batch": values["batch"] * chosen.get("batches", 1),
         "steps": values["steps"] or chosen["steps"],
         "samples": chosen.get("samples", SAMPLES),
-        "lr": chosen.get("lr", LR),
+        "lr": min(chosen.get("lr", LR), LARGEST_LR.get(layers[0].get("type", ""), 1.0)),
         "init_std": INIT_STD,
         "curriculum": CURRICULUM,
         "warmup": WARMUP,

@@ -17,6 +17,7 @@ Published settings (arXiv 2510.21450, table 6): one layer, width and state 64, 4
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -209,7 +210,7 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.5), squeeze=False, sharey=True)
-    colours, marks = dict(zip(MIXERS, plt.get_cmap("tab10").colors)), dict(zip(MIXERS, "o^sDv<>Px"))
+    colours, marks = dict(zip(MIXERS, plt.get_cmap("tab20").colors)), dict(zip(MIXERS, itertools.cycle("o^sDv<>Px")))
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks):

@@ -162,7 +162,9 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("mixer", ["paragru", "paralstm", "mamba2", "transformer", "dense_gru", "dense_lstm", "hybrid", "gru", "lstm"])
+@pytest.mark.parametrize(
+    "mixer", ["paragru", "paralstm", "mamba2", "transformer", "dense_gru", "dense_lstm", "hybrid", "gru", "lstm", "delta_2"]
+)
 def test_every_mixer_of_the_table_trains(script: ModuleType, mixer: str) -> None:
     values = script.arguments(["length=16", "steps=20"]) | {"batch": 4}
     settings = script.settings_of("S3", mixer, values)

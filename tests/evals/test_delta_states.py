@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from data.tokenizer import byte_tokenizer, coder_of
+from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
+from evals.cures.attention import lambda_mask
 from evals.cures.hooks import measure_retention
+from evals.cures.options import suitable
+from evals.cures.scan import dt_scaling, retention, window
+from evals.cures.setting import Setting
 from evals.measures.states import state_curve
+from kernels.delta_rule.reference import delta_rule_sequential
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.evals.conftest import VOCABULARY
@@ -30,3 +39,64 @@ def test_retention_and_effective_rank() -> None:
     assert set(found.totals) == {(0, "delta"), (0, "delta_update"), (1, "delta"), (1, "delta_update")}
     assert (found.totals[0, "delta"] < 0).all() and not found.totals[1, "delta"].any() and (found.totals[1, "delta_update"] < 0).all()
     assert all(n == 70 for n in found.tokens.values())
+
+
+def gated_model(mixer: dict[str, Any], **values: Any) -> OwnAdapter:
+    model = LanguageModel(ModelConfig(vocab_size=VOCABULARY, d_model=32, n_layers=1, pattern=["d"], mixers={"d": mixer}, **values))
+    model.init_weights(0)
+    return OwnAdapter(model, coder_of(byte_tokenizer()), "own", "own")
+
+
+DELTA: dict[str, Any] = {"type": "delta", "n_heads": 2, "updates": 2, "dt_min": 0.1, "dt_max": 0.9}
+IDS = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (2, 41)))
+
+
+def cured(adapter: OwnAdapter, cure: Any, pieces: tuple[int, ...]) -> torch.Tensor:
+    """The matrix states after the ids, read in pieces of these lengths, under the cure."""
+    state = adapter.start(2)
+    with cure:
+        for piece in IDS.split(list(pieces), 1):
+            state = adapter.advance(piece, state)
+    return state.layers[0].delta_BHVK  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_cures_of_the_delta_rule_against_the_loop(gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention and step sizes, in one piece and token by token, beside the rule one update at a time with changed gates and strengths."""
+    adapter = gated_model({**DELTA, "gate": gate})
+    module, given = sys.modules["models.mixers.delta"], []
+    original = module.delta_rule  # type: ignore[attr-defined]
+
+    def watched(*tensors: Any, **options: Any) -> Any:
+        given.extend(tensors)
+        return original(*tensors, **options)
+
+    monkeypatch.setattr(module, "delta_rule", watched)
+    adapter.advance(IDS, adapter.start(2))
+    q, k, v, beta = (t.double() for t in given[:4])
+    g = given[4].double() if gate else beta.new_zeros(2, 41, 2)
+    monkeypatch.undo()
+    setting = Setting(train_length=16, total_length=41, calibration_RT=IDS.numpy(), chunk=16)
+    for cure, b, change in (
+        (retention(adapter, setting, m=0.9, b=0.5), 0.5, g + math.log(0.9)),
+        (dt_scaling(adapter, setting, c=0.5), 1.0, 0.5 * g),
+    ):
+        wanted = delta_rule_sequential(q, k, v, b * beta, change, normalize=True)[1]
+        torch.testing.assert_close(cured(adapter, cure, (41,)).double(), wanted, rtol=1e-4, atol=1e-5)
+    cure = retention(adapter, setting, m=0.9, b=0.5)
+    whole = cured(adapter, cure, (41,))
+    again = cured(adapter, retention(adapter, setting, m=0.9, b=0.5), (38, 1, 1, 1))
+    torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
+    assert "window" not in {c.name for c in suitable(adapter)} and ("dt" in {c.name for c in suitable(adapter)}) == gate
+    with pytest.raises(ItemError, match="no Mamba-2 scan"), window(adapter, setting):
+        pass
+
+
+def test_the_lambda_mask_keeps_the_output_gate_and_norms_over_heads() -> None:
+    attention = {"type": "attention", "n_heads": 2, "output_gate": True, "qk_norm": True, "qk_norm_over": "heads"}
+    adapter = gated_model(attention)
+    setting = Setting(train_length=16, total_length=41, calibration_RT=IDS.numpy(), chunk=16)
+    with torch.no_grad():
+        plain = adapter.model(IDS).logits
+        with lambda_mask(adapter, setting, first=0, local=100):  # which hides nothing
+            torch.testing.assert_close(adapter.model(IDS).logits, plain, rtol=1e-4, atol=1e-5)

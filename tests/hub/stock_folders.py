@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from models.hub.native_delta import too_old
+
 SMALL: dict[str, Any] = {"vocab_size": 101, "hidden_size": 36, "num_hidden_layers": 3}
 ATTENTION = {**SMALL, "intermediate_size": 50, "num_attention_heads": 6, "num_key_value_heads": 3, "initializer_range": 0.2}
 LLAMA3 = {
@@ -19,6 +21,13 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
 BAMBA = {**ATTENTION, "hidden_size": 48, "attn_layer_indices": [1], "mamba_n_heads": 6, "mamba_d_state": 7, "mamba_chunk_size": 5}
+DELTA = {
+    **ATTENTION,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+}
 
 # name: (class, its settings; everything else is the default of its config)
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,6 +70,34 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("Bamba", {**BAMBA, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
     "bamba_scaled": ("Bamba", {**BAMBA, "attention_bias": True, "rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.75}}),
 }
+if not too_old("Qwen3_5ForCausalLM"):
+    STOCK |= {
+        "qwen3_5": ("Qwen3_5", {**DELTA, "head_dim": 16, "num_hidden_layers": 4}),
+        "qwen3_5_scaled": (
+            "Qwen3_5",
+            {
+                **DELTA,
+                "head_dim": 16,
+                "linear_conv_kernel_dim": 3,
+                "layer_types": ["full_attention", "linear_attention", "full_attention"],
+                "rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5},
+                "tie_word_embeddings": True,
+            },
+        ),
+        "olmo_hybrid": ("OlmoHybrid", {**DELTA, "linear_value_head_dim": 8, "num_hidden_layers": 4, "pad_token_id": 0, "eos_token_id": 1}),
+        "olmo_hybrid_bare": (  # without positions, as published
+            "OlmoHybrid",
+            {
+                **DELTA,
+                "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                "attention_bias": True,
+                "linear_allow_neg_eigval": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": None},
+                "pad_token_id": 0,
+                "eos_token_id": 1,
+            },
+        ),
+    }
 
 
 def stock_model(name: str) -> Any:
@@ -69,11 +106,16 @@ def stock_model(name: str) -> Any:
 
     torch.manual_seed(0)
     kind, settings = STOCK[name]
-    config = getattr(transformers, f"{kind}Config")(**settings)
+    text = "Text" if kind == "Qwen3_5" else ""  # its config is that of a model of pictures and text
+    config = getattr(transformers, f"{kind}{text}Config")(**settings)
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+            if kind == "Qwen3_5" and parameter_name.endswith(
+                "dt_bias"
+            ):  # as trained: with gates as strong as its first ones few digits of fp32 are left
+                parameter.sub_(4)
     return model.eval()
 
 

@@ -30,6 +30,15 @@ FAMILIES = {
     "mingru": config({**GRU, "cell": "mingru", "d_conv": 0, "gate": False, "norm": False}, d_ff=0),
     "dense_lstm": config({**GRU, "cell": "dense_lstm", "head_size": 16}),
     "mamba2_mlp": config(MAMBA),
+    "norms": ModelConfig(
+        vocab_size=269,
+        d_model=48,
+        n_layers=2,
+        pattern=["m", "a"],
+        mixers={"m": MAMBA, "a": {**ATTENTION, "qk_norm": True, "qk_norm_over": "heads", "qk_norm_centred": True, "output_gate": True}},
+        norm_after=["a"],
+        centred_norms=True,
+    ),
     "delta": ModelConfig(
         vocab_size=269,
         d_model=48,

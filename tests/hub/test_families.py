@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from models.checkpoint import find, load_model
 from models.hub.export import CHECKER, GREEDY, write_folder
+from models.hub.native_delta import too_old
 from models.sampling import Sampling
 from models.session import Session
 
@@ -28,8 +29,11 @@ FAMILIES = {
     "paragru": ("EverywhenForCausalLM", ["model=paragru"]),
     "paralstm": ("EverywhenForCausalLM", ["model=paralstm"]),
     "hybrid": ("EverywhenForCausalLM", ["model=hybrid"]),
+    "gdn_hybrid": ("Qwen3_5ForCausalLM", ["model=gdn_hybrid"]),
     "mamba2_attention": ("BambaForCausalLM", ["model=hybrid", "model.pattern=[mamba2,mamba2,attention]"]),
 }
+if too_old("Qwen3_5ForCausalLM"):
+    FAMILIES["gdn_hybrid"] = "EverywhenForCausalLM", FAMILIES["gdn_hybrid"][1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from models.config import ModelConfig
 from models.hub.export import export, verify, write_folder
 from models.hub.native import stock
+from models.hub.native_delta import too_old
 from models.hub.weights import Weights, parse_size
 from scripts.export import main
 from tests.conftest import run_program
@@ -42,6 +44,44 @@ FAMILIES = {
         mixers={"m": {**MAMBA, "n_groups": 1}, "a": {**ATTENTION, "rope_theta": 700.0}},
     ),
 }
+GDN = ModelConfig(
+    vocab_size=269,
+    d_model=48,
+    n_layers=4,
+    d_ff=72,
+    pattern=["g", "g", "a"],
+    mixers={
+        "g": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "head_dim": 10, "expand_v": 1.4},
+        "a": {**ATTENTION, "head_dim": 10, "rope_fraction": 0.4, "qk_norm": True, "qk_norm_centred": True, "output_gate": True},
+    },
+    centred_norms=True,
+)
+OLMO = ModelConfig(
+    vocab_size=269,
+    d_model=48,
+    n_layers=4,
+    d_ff=72,
+    pattern=["g", "g", "a"],
+    mixers={
+        "g": {"type": "delta", "n_heads": 4, "expand_v": 2.0, "head_dim": 9, "negative": True},
+        "a": {**ATTENTION, "qk_norm": True, "qk_norm_over": "heads", "rope": False},
+    },
+    norm_after=["a"],
+)
+if not too_old("Qwen3_5ForCausalLM"):
+    FAMILIES |= {
+        "qwen3": GDN,
+        "qwen3_attention": replace(GDN, pattern=["a"]),
+        "olmo": OLMO,
+        "olmo_rope": replace(OLMO, mixers={"g": {**OLMO.mixers["g"], "negative": False}, "a": {**OLMO.mixers["a"], "rope": True}}),
+    }
+
+
+def within(settings: ModelConfig, mixer: str = "", **values: Any) -> ModelConfig:
+    """The config with other values, of one of its mixers if that is named."""
+    if not mixer:
+        return replace(settings, **values)
+    return replace(settings, mixers={**settings.mixers, mixer: {**settings.mixers[mixer], **values}})
 
 
 def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
@@ -79,6 +119,28 @@ def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
         (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": MAMBA}), "groups"),
         (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": {**ATTENTION, "window": 3}, "m": MAMBA}), "window"),
         (ModelConfig(vocab_size=9, d_model=48, pattern=["a", "m"], mixers={"a": ATTENTION, "m": {"type": "rnn"}}), "different mixers"),
+        (config(ATTENTION, centred_norms=True), "above 1"),
+        (config(ATTENTION, norm_after=["x"]), "behind the sublayers"),
+        (config({**ATTENTION, "qk_norm": True, "qk_norm_over": "heads"}), "over all heads"),
+        (config({"type": "delta"}), "no layer of attention"),
+        (within(GDN, d_ff=0), "no MLP"),
+        (within(GDN, centred_norms=False), "centred_norms"),
+        (within(GDN, norm_eps=1e-6), "several epsilons"),
+        (within(GDN, "g", norm_eps=1e-6), "another epsilon"),
+        (within(GDN, "g", updates=2), "several times"),
+        (within(GDN, "g", negative=True), "strengths to 2"),
+        (within(GDN, "g", gate=False), "no gate"),
+        (within(GDN, "a", qk_norm=False), "does not normalise"),
+        (within(GDN, "a", qk_norm_centred=False), "qk_norm_centred"),
+        (within(GDN, "a", output_gate=False), "no output gate"),
+        (within(GDN, "a", qkv_bias=True), "biases"),
+        (within(GDN, "a", window=5), "window"),
+        (within(GDN, "a", rope=False), "no rotary"),
+        (within(OLMO, norm_after=["g"]), "and of these alone"),
+        (within(OLMO, "g", norm_eps=1e-6), "other than 1e-05"),
+        (within(OLMO, "a", qk_norm_over="head"), "head by head"),
+        (within(OLMO, "a", head_dim=10), "wide"),
+        (within(OLMO, "a", rope=True, rope_fraction=0.5), "part of the heads"),
     ],
 )
 def test_a_near_miss_is_no_stock_class(settings: ModelConfig, reason: str) -> None:

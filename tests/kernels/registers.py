@@ -67,6 +67,7 @@ def main() -> None:
         ["compiled_dense_rnn.py", *map(str, dense["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
+        ["compiled_delta_step.py"],
         ["compiled_lists.py"],
         ["compiled_attention.py"],
     ):

@@ -12,6 +12,7 @@ from models.lm import LanguageModel
 
 GRU: dict[str, Any] = {"type": "rnn", "n_heads": 4}
 MAMBA: dict[str, Any] = {"type": "mamba2", "d_state": 6, "head_dim": 12, "chunk": 5}
+DELTA: dict[str, Any] = {"type": "delta", "n_heads": 3}
 ATTENTION: dict[str, Any] = {"type": "attention", "n_heads": 4, "n_kv_heads": 2}
 CASES: dict[str, dict[str, Any]] = {
     "gru": {"mixers": {"a": GRU}, "learnable_residual": True},
@@ -26,11 +27,29 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "learnable_residual": True,
     },
+    "delta": {
+        "mixers": {
+            "a": {**DELTA, "n_heads": 2, "n_k_heads": 1, "expand_v": 0.5, "updates": 2, "negative": True, "d_conv": 3},
+            "b": {**DELTA, "n_heads": 2, "head_dim": 9, "gate": False, "output_gate": False},
+        },
+        "learnable_residual": True,
+    },
+    "gdn hybrid": {
+        "mixers": {"a": DELTA, "b": {**ATTENTION, **{f"qk_norm{key}": True for key in ("", "_centred")}, "output_gate": True}},
+        "centred_norms": True,
+    },
+    "over heads": {"mixers": {"a": {**ATTENTION, "qk_norm": True, "qk_norm_over": "heads"}}},
     "hybrid": {
         "mixers": {"a": GRU, "b": MAMBA, "c": ATTENTION, "d": {**ATTENTION, "window": 5, "qk_norm": True}},
         "learnable_residual": True,
     },
 }
+
+
+def places(decoder: Decoder) -> list[int]:
+    """Where the matrix states lie, which are written over."""
+    states = [getattr(part, name) for part in decoder.state.layers for name in ("ssm_BHPN", "delta_BHVK") if hasattr(part, name)]
+    return [state.data_ptr() for state in states]
 
 
 def check(name: str, device: str, low: bool) -> None:
@@ -51,7 +70,7 @@ def check(name: str, device: str, low: bool) -> None:
         state = model(ids, state=model.init_state(2)).state
         fused = Decoder(model, state, 30, fused=True)
         plain = Decoder(model, state, 30, fused=False)  # the model's forward, writing over its own states
-        addresses = [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")]
+        addresses = places(plain)
         assert fused.fused and not plain.fused, name
         for token in torch.randint(67, (3, 2), device=device):
             expected = model(token[:, None], state=state)
@@ -60,7 +79,7 @@ def check(name: str, device: str, low: bool) -> None:
             assert gap < limit, (name, low, gap)
             gap = float((plain.step(token).float() - expected.logits[:, -1].float()).abs().max())
             assert gap < limit, (name, low, "plain", gap)
-        assert addresses == [part.ssm_BHPN.data_ptr() for part in plain.state.layers if hasattr(part, "ssm_BHPN")], name
+        assert addresses == places(plain), name
         token = torch.randint(67, (2, 2), device=device)
         for decoder in (plain, fused):
             gap = float((model(token, state=decoder.release()).logits - model(token, state=state).logits).float().abs().max())
@@ -78,4 +97,5 @@ if __name__ == "__main__":
         check(case, where, False)
     check("gru", where, True)
     check("mamba2", where, True)
+    check("delta", where, True)
     print("ok")

@@ -37,8 +37,11 @@ def numbers(choice: Any, bf16: bool, **more: Any) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+BEHIND = {"norm_after": ["a"], "centred_norms": True}  # norms behind these sublayers, holding what their gains are above 1
+
+
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("more", [{}, {"learnable_residual": True}, {"d_ff": 0}], ids=["plain", "scaled", "no MLP"])
+@pytest.mark.parametrize("more", [{}, {"learnable_residual": True}, {"d_ff": 0}, BEHIND], ids=["plain", "scaled", "no MLP", "behind"])
 def test_no_choice_changes_a_number(bf16: bool, more: dict[str, Any]) -> None:
     expected = numbers("none", bf16, **more)
     for choice in CHOICES if more.get("d_ff") != 0 else ["full", "mixer", {"a": 1, "layer": [0, 4]}]:

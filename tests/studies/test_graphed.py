@@ -57,7 +57,7 @@ def test_a_graph_gives_what_calls_give() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mixer", ["paragru", "paralstm", "mamba2", "transformer"])
+@pytest.mark.parametrize("mixer", ["paragru", "paralstm", "mamba2", "transformer", "delta_2"])
 def test_the_tables_steps_are_captured(mixer: str) -> None:
     runs = []
     for graphed in (True, False):

@@ -9,10 +9,12 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.delta_rule import border, delta_rule
 from kernels.delta_rule.reference import delta_rule_sequential
+from kernels.delta_step import delta_step
 from tests.kernels.generate.answers import compared, differentiated, products, widened
 from tests.kernels.generate.case import Answers, Draw
 
@@ -100,3 +102,44 @@ def delta_not_finite(draw: Draw) -> Answers:
     parts = [(o[:, others], final) for o, final in made]
     coarse = COARSE * products(draw, dtype)
     return compared(("o", "final"), *(*parts, f"{description}, {name} at {place} of {a}..{e}", coarse, draw.within(dtype, True)))
+
+
+def delta_token(draw: Draw) -> Answers:
+    """One token between the projections of a layer, on states of any strides, some rows starting a document though their state is not finite."""
+    B, G, R, n = draw.choice([1, 2, 5]), draw.choice([1, 2, 3]), draw.choice([1, 2, 4]), draw.choice([1, 1, 2, 4])
+    V, K, W, H = draw.size(40, 64), draw.size(64, 128, 200), draw.choice([2, 3, 4, 5]), G * R
+    dtype, C, gated, strength = draw.dtype(interpreter=True), (n + 1) * G * K + n * H * V, draw.chance(0.7), draw.choice([1.0, 2.0])
+    rows = draw.randn(B, 3 + C + (n + gated) * H)
+    rows[:, -H:] *= 4
+    delta = draw.magnitude(-8, 8) * draw.randn(B, H, V, K)
+    past, weight = draw.randn(B, W - 1, C).to(dtype), draw.randn(C, W).to(dtype)
+    rates = (draw.randn(H) - 3, 3 * draw.rand(H)) if gated else (None, None)
+    starts = draw.rand(B) < 0.5 if draw.chance(0.5) else None
+    if starts is not None:
+        delta[starts], past[starts] = math.nan, math.inf
+    order = draw.choice([(0, 1, 2, 3), (3, 1, 0, 2), (0, 2, 1, 3), (1, 0, 3, 2)])
+    state = delta.permute(order).contiguous().permute([order.index(i) for i in range(4)]).to(draw.device)
+    moved = [None if t is None else t.to(draw.device) for t in (past, weight, *rates)]
+    given, fresh = [draw.laid(rows.to(dtype).to(draw.device)), *moved], None if starts is None else starts.to(draw.device)
+
+    def exact(kind: torch.dtype) -> list[Tensor]:
+        row, past_, w, dt_bias, A_log, h = widened([*given, state], kind)
+        if fresh is not None:
+            past_, h = torch.where(fresh[:, None, None], 0.0, past_), torch.where(fresh[:, None, None, None], 0.0, h)
+        window = torch.cat([past_, row[:, None, 3 : 3 + C]], 1)
+        mixed = (window * w.T).sum(1)
+        q, k, v = (mixed * torch.sigmoid(mixed)).split([G * K, n * G * K, n * H * V], 1)
+        beta = strength * torch.sigmoid(row[:, 3 + C : 3 + C + n * H]).view(B, n, H)
+        g = None
+        if gated:
+            g = -torch.exp(A_log) * F.softplus(row[:, -H:] + dt_bias, threshold=1e9 if kind == torch.float64 else 20)[:, None]
+        heads = q.reshape(B, 1, G, K), k.reshape(B, n, G, K), v.reshape(B, n, H, V)
+        o, h = delta_rule_sequential(*heads, beta, g, h, None, True, K**-0.5)
+        return [o.flatten(1), window[:, 1:], h]
+
+    in_place = draw.chance(0.5)
+    wanted, loop = exact(torch.float64), exact(torch.float32)
+    found = delta_step(*given, state, fresh, G, n, strength, K**-0.5, in_place)  # type: ignore[arg-type]
+    assert not in_place or found[2] is state
+    said = f"B {B}, H {H}, V {V}, G {G}, K {K}, W {W}, n {n}, {dtype}, order {order}"
+    return compared(("o", "past", "delta"), found, wanted, loop, said, 5.0, draw.within(dtype))

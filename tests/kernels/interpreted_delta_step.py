@@ -1,0 +1,64 @@
+"""Runs the decoding step of the delta rule in Triton's interpreter and compares it with the recurrence and the convolution written out in float64.
+Its own process: the interpreter is chosen when Triton is imported. `python -m tests.kernels.interpreted_delta_step`"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+from kernels.delta_step import delta_step  # noqa: E402
+from kernels.delta_step.op import step_op  # noqa: E402
+from tests.kernels.delta_step_cases import CASES, problem, written_out  # noqa: E402
+
+
+def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, gated: bool, strength: float) -> None:
+    arguments, more = problem(*sizes, dtype=dtype, resets=resets, gated=gated), (strength, sizes[3] ** -0.5)
+    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
+    wanted = written_out(*arguments, *more)
+    found = delta_step(*arguments, *more)
+    same = (torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor))))
+    assert all(same), "an input was written over"
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
+    for name, a, b in zip(("o", "past", "delta"), found, wanted):
+        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
+        limit = 1.01 * rounding + 3e-6 * (1 + float(b.abs().max()))
+        assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
+    delta = arguments[5]
+    kept = delta.clone()
+    again = delta_step(*arguments, *more, in_place=True)
+    assert again[2] is delta and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
+    if delta.numel() > 1:  # dense in another order
+        arguments[5] = kept.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        assert all(torch.equal(a, b) for a, b in zip(delta_step(*arguments, *more), found)), "strides"
+        again = delta_step(*arguments, *more, in_place=True)
+        assert again[2] is arguments[5] and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
+    print(sizes, dtype, flush=True)
+
+
+def forgotten() -> None:
+    """A document that starts forgets a state and a past that are not finite; a gate of zero takes all; one that is NaN stays one."""
+    arguments = problem(3, 4, 5, 6, 2, 1, 4, torch.float32, True, True)
+    arguments[6] = torch.tensor([True, False, True])
+    wanted = delta_step(*arguments, 1.0, 1.0)
+    arguments[1][[0, 2]], arguments[5][[0, 2]] = torch.nan, torch.inf
+    assert all(torch.equal(a, b) for a, b in zip(delta_step(*arguments, 1.0, 1.0), wanted))
+    arguments[6] = None
+    arguments[0][1, -1], arguments[5][1, 3] = torch.inf, torch.inf  # the last head's gate is exp(-inf)
+    assert delta_step(*arguments, 1.0, 1.0)[2][1].isfinite().all()
+    arguments[0][1, -1] = torch.nan
+    o, _, delta = delta_step(*arguments, 1.0, 1.0)
+    assert o.view(3, 4, 5)[1, 3].isnan().all() and delta[1, 3].isnan().all() and delta[1, :3].isfinite().all()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for case in CASES:
+        check(*case)
+    forgotten()
+    given = problem(2, 4, 3, 5, 2, 2, 4, dtype=torch.float32, resets=True, gated=True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(step_op, (*given[:7], torch.empty_like(given[5]), *given[7:], 2.0, 1.0), test_utils=tests)
+    print("ok")
