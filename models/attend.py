@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention
-from kernels.dispatch import is_eager, planned, planned_compiled
+from kernels.dispatch import interpreted, is_eager, planned, planned_compiled
 from models.isolation import Lost, isolated
 from models.segments import Documents
 
 MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; beyond it they are taken one by one
 LONG = 8192  # tokens of a mean document from which attention within one alone, by a better kernel, beats that of all together
 PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of which torch has kernels that take packed documents as they lie, without a mask
-own_kernels = True  # kernels.attention where it can run, rather than torch's kernels (train.packed_attention)
+own_kernels = "auto"  # kernels.attention rather than torch's: where it can run ("own"), where that was seen to be right ("auto"), or nowhere ("torch")
+SEEN = ((torch.bfloat16, 128),)  # dtypes and widths of heads with which a model on a GPU had the losses of torch's kernels (docs/results/step.md)
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents | None, window: int) -> Tensor:
@@ -34,14 +35,21 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents 
         if documents is not None and not window and L >= LONG and not planned() and not is_captured(q_BHTK):
             if documents.segments_BL.numel() >= LONG * (len(documents.borders()) - 1):
                 return documents_one_by_one(q_BHTK, k_BGLK, v_BGLK, documents)
-        if not own_kernels or attention.why_not(q_BHTK):
+        if not _ours(q_BHTK):
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, documents, window)
-    if divided and T > 1 and own_kernels and not attention.why_not(q_BHTK):
+    if divided and T > 1 and _ours(q_BHTK):
         return attention.attention(q_BHTK, k_BGLK, v_BGLK, None if documents is None else documents.bounds(), window)
     if documents is not None:
         lost_BHT1, q, k, v = isolated(q_BHTK, k_BGLK, v_BGLK, documents.segments_BL, window)
         return Lost.apply(_attend_masked(q, k, v, documents, window), q_BHTK, lost_BHT1)
     return _attend_masked(q_BHTK, k_BGLK, v_BGLK, None, window)
+
+
+def _ours(q_BHTK: Tensor) -> bool:
+    """Whether kernels.attention takes these queries."""
+    if own_kernels == "torch" or attention.why_not(q_BHTK):
+        return False
+    return own_kernels == "own" or interpreted() or (q_BHTK.dtype, q_BHTK.shape[-1]) in SEEN
 
 
 def sdpa(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, *, attn_mask: Any = None, is_causal: bool = False) -> Tensor:

@@ -9,6 +9,6 @@ from training.config.schema import TrainSection
 
 def choose_kernels(train: TrainSection) -> None:
     """For all models of this process."""
-    attend.own_kernels = train.packed_attention == "auto"
+    attend.own_kernels = train.packed_attention
     float8.wanted = train.fp8
     float8.begin_step(0)

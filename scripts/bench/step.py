@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "steps": 20,  # timed steps of a row
     "packed": False,  # documents end inside rows too
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
-    "attention": "auto",  # of packed documents, as train.packed_attention: our kernels, or torch
+    "attention": "auto",  # of packed documents, as train.packed_attention: auto, own or torch
     "fp8": False,  # large products of our rows in 8-bit floats, as train.fp8
     "optimizer": "adamw",  # of our rows: adamw, muon, or both
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
@@ -228,7 +228,7 @@ def measure(
     """A row: what `name` does with `rows` sequences a step."""
     from models import attend
 
-    attend.own_kernels = attention == "auto"
+    attend.own_kernels = attention
     if fp8:
         from kernels.linear import float8
 
@@ -321,8 +321,8 @@ def run(words: list[str]) -> None:
             raise UserError(
                 f"There is no model {name!r}; write family-size with one of {', '.join(FAMILIES)} and one of {', '.join(SIZES)}."
             )
-    if values["attention"] not in ("auto", "torch"):
-        raise UserError(f"attention={values['attention']} is neither auto nor torch.")
+    if values["attention"] not in ("auto", "own", "torch"):
+        raise UserError(f"attention={values['attention']} is none of auto, own and torch.")
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
     if not kinds or set(kinds) - {"adamw", "muon"}:
         raise UserError(f"optimizer={values['optimizer']} is neither adamw nor muon nor both, optimizer=adamw,muon.")

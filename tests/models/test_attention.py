@@ -85,7 +85,12 @@ def test_own_kernels_take_what_is_divided_and_nothing_else(monkeypatch: pytest.M
     q, k, v = (torch.randn(2, n, 12, 8, dtype=torch.float64) for n in (4, 2, 2))
     documents, calls = Documents((torch.rand(2, 12) < 0.3).cumsum(1)), []
     run = attention.attention
-    monkeypatch.setattr(attention, "attention", lambda *a: calls.append(0) or run(*a))
+
+    def noted(*a: Any) -> Tensor:
+        calls.append(0)
+        return run(*a)
+
+    monkeypatch.setattr(attention, "attention", noted)
     for queries in (q, q[:, :, -5:], q[:, :, -1:]):
         for given, window in ((documents, 0), (documents, 4), (None, 4), (None, 0)):
             wanted = attend.attend(queries, k, v, given, window)
@@ -93,8 +98,11 @@ def test_own_kernels_take_what_is_divided_and_nothing_else(monkeypatch: pytest.M
             with monkeypatch.context() as patch:
                 patch.setattr(attention, "why_not", lambda q: "")
                 torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
+                assert not calls, "not of heads that were never seen on a GPU"
+                patch.setattr(attend, "own_kernels", "own")
+                torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
                 assert bool(calls) == (queries.shape[2] > 1 and (given is not None or window > 0))
                 calls.clear()
-                patch.setattr(attend, "own_kernels", False)
+                patch.setattr(attend, "own_kernels", "torch")
                 torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
                 assert not calls

@@ -28,7 +28,7 @@ def test_packed_attention(settings: dict[str, int], packed: bool, own: bool, mon
     if own and torch.cuda.get_device_capability()[0] not in attention.CAPABILITIES:
         pytest.skip("needs an H100 or a B200")
     torch.manual_seed(0)
-    monkeypatch.setattr(attend, "own_kernels", own)
+    monkeypatch.setattr(attend, "own_kernels", "own" if own else "torch")
     mixer = mixers.build({"type": "attention", "n_heads": 4, **settings}, 128, 0)
     mixer.init_weights(0.1, 0)
     mixer.cuda()

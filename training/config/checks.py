@@ -97,7 +97,7 @@ def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
         ("train.cuda_graph", config.train.cuda_graph, ("auto", "all", "off")),
-        ("train.packed_attention", config.train.packed_attention, ("auto", "torch")),
+        ("train.packed_attention", config.train.packed_attention, ("auto", "own", "torch")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
         ("train.initial_state", config.train.initial_state, STARTS),
         ("optim.kind", config.optim.kind, OPTIMIZERS),
