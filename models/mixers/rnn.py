@@ -59,7 +59,8 @@ class Config:
         elif inner % self.n_heads:
             problems.append(f"expand x d_model = {inner} is not divisible by n_heads {self.n_heads}.")
         if self.head_size < 0 or self.head_size and not dense and not problem:
-            problems.append(f"head_size must be 0 for a cell without matrices, and above zero or 0 (64) for others, not {self.head_size}.")
+            dense_or_not = "at least 0 (64)" if dense else f"0, as the cell {self.cell} has no matrices"
+            problems.append(f"head_size must be {dense_or_not}, not {self.head_size}.")
         elif dense and inner > 0 and inner % self.channels_of_head(inner):
             problems.append(f"expand x d_model = {inner} is not divisible by head_size {self.channels_of_head(inner)}.")
         if self.d_conv < 0 or self.d_conv == 1:

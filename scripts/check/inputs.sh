@@ -42,6 +42,7 @@ exit # the table
 # -- settings (1)
 1 experiment in a folder | 2 | synthetic/parity | python train.py experiment=parity
 1 name with a hash | 2 | name=.*run#1 | python train.py name=run#1
+head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=dense_lstm model.mixers.dense_lstm.head_size=12
 1 too large a model | 0 | parameters | python train.py model=transformer size=7b dry_run=true
 1 negative clip | 2 | train.grad_clip must be zero or more, not -1 | python train.py dry_run=true train.grad_clip=-1
 1 clip not a number | 2 | train.grad_clip must be a finite number | python train.py dry_run=true train.grad_clip=nan
