@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear import linear, linears, unread
+from kernels.linear import unread
 from kernels.swiglu import swiglu
 from models.remade import Parts
 
@@ -58,16 +58,16 @@ def mlp(module: SwiGLU, x: Tensor, remade: Parts) -> Tensor:
 
 
 def _last(module: SwiGLU, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not _remaking.now:
+    if torch.compiler.is_compiling() or not _remaking.now or not module.one_last_product:
         return module(x)  # type: ignore[no-any-return]
     inner = module.inner(x)
     with unread():  # made again, only what the last product keeps is wanted of it
-        return linear(inner, module.down)
+        return module.out(inner)
 
 
 def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
-    """module(x). The backward pass keeps gate and up anyway: what `down` would keep of their product is made again from them."""
-    gate, up = linears(x, module.gate, module.up)
+    """module(x). The backward pass keeps gate and up anyway: what `out` would keep of their product is made again from them."""
+    gate, up = module.gate_and_up(x)
     inner = swiglu(gate, up)
     storage, sources = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
@@ -78,4 +78,4 @@ def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
         return kept if isinstance(kept, Tensor) else swiglu(*sources).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return linear(inner, module.down)
+        return module.out(inner)
