@@ -80,6 +80,11 @@ class LanguageModel(Module):
         for block, parts in zip(self.blocks, parts_by_layer(choice, self.config)):
             block.remade = parts
 
+    def follow(self, share: float) -> bool:
+        """To be called before each training step with the share of the run that is behind it. True: from now on passes are made of other operations
+        than before, so that a graph of them is out of date."""
+        return any([block.mlp.follow(share) for block in self.blocks if block.mlp is not None])
+
     def forward(
         self,
         input_ids: Tensor,

@@ -72,10 +72,10 @@ def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
     storage, sources = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def pack(tensor: Tensor) -> Any:
-        return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
+        return (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.untyped_storage()._cdata == storage else tensor
 
     def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else swiglu(*sources).view(kept)
+        return kept if isinstance(kept, Tensor) else swiglu(*sources).as_strided(*kept)  # a kind may keep it transposed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return module.out(inner)

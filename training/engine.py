@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,12 @@ class Engine:
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
         return [] if self.graphed is None else self.graphed.news()
+
+    def follow(self, share: float) -> None:
+        """Tells the model how much of the run is behind its next step."""
+        model: Any = self.module
+        if model.follow(share) and self.graphed is not None:
+            self.graphed.forget()
 
     def _assert_dtypes(self) -> None:
         cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]

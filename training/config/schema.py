@@ -176,6 +176,10 @@ class Config:
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.seq_len
 
+    def share_at(self, step: int) -> float:
+        """How much of the run lies behind it after `step` steps, from 0 to 1."""
+        return (step - self.at.first_step) / max(1, self.total_steps - self.at.first_step)
+
     @property
     def span(self) -> float:
         """What the schedule runs over, in optimizer steps of the present size; of a run that counts tokens not always a whole number."""
