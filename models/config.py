@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import read
-from models import channel, mixers
+from models import channel, mixers, param
 
 RANGES = {  # (lowest, highest) value of every number; a lowest of 0 is itself excluded unless the key is in ZERO_IS_OFF
     "vocab_size": (1, 2**31 - 1),
@@ -44,6 +44,7 @@ class ModelConfig:
     head_chunk: int = 2048  # rows of logits alive at once in the loss
     recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
     channel: dict[str, Any] = field(default_factory=lambda: {"type": channel.PLAIN})  # what mixes within a token, d_ff wide
+    param: dict[str, Any] = field(default_factory=lambda: {"type": param.PLAIN})  # how starting values and rates follow the width
 
     @property
     def mlp_width(self) -> int:
@@ -90,7 +91,7 @@ class ModelConfig:
             problems.append(
                 f"model.channel is {self.channel.get('type')}, but model.d_ff=0 leaves it out of every layer; give a width, or -1."
             )
-        return problems
+        return problems + param.KINDS.parse(self.param, self)[1]
 
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:

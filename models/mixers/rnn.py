@@ -89,6 +89,8 @@ class Mixer(SequenceMixer):
         self.cell_weight = tag(nn.Parameter(torch.empty(E, width, P * width)), fan_in=width, splits=[width] * P)
         self.cell_bias = tag(nn.Parameter(torch.empty(P, self.inner)), "no_decay")
         self.recurrent = tag(nn.Parameter(torch.empty(R, self.inner)), "no_decay", "keep_fp32") if R else None
+        if self.recurrent is not None and not config.recurrent_init:
+            tag(self.recurrent, "falls_with_width")
         self.norm = RMSNorm(self.inner, config.norm_eps) if config.norm else None
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
         tag(self.out_proj.weight, residual=True)

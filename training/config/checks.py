@@ -9,6 +9,7 @@ import shlex
 from typing import Any
 
 from data.errors import UserError
+from models.param import rates_of_its_own
 from training.config import ranges, recipe
 from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, parse
 from training.schedule import KINDS
@@ -179,6 +180,8 @@ def _muon(config: Config) -> list[str]:
         )
     elif ds.offload_optimizer != "none":
         problems.append(f"optim=muon keeps its momentum on the device; set deepspeed.offload_optimizer=none, not {ds.offload_optimizer}.")
+    if rates_of_its_own(config.model):
+        problems.append("model.param gives parameters the rates that AdamW needs; take optim=adamw, or param=standard with optim=muon.")
     if o.momentum == 1:
         problems.append("optim.momentum must be from 0 up to, but not, 1.")
     if o.update_scale == "spectral" and o.muon_lr is None:
