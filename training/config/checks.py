@@ -10,6 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from models.param import rates_of_its_own
+from training import wrappers
 from training.config import ranges, recipe
 from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, parse
 from training.schedule import KINDS
@@ -130,6 +131,7 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
+    problems += wrappers.KINDS.parse(config.optim.wrapper, config)[1]
     problems += _zero(config, world_size) + (_muon(config) if config.optim.kind == "muon" else [])
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
         problems.append(

@@ -83,6 +83,7 @@ class OptimSection:
     """lr: None for the one that goes with the size and the model, see `training.config.recipe`. From muon_lr on: of kind muon alone."""
 
     kind: str = "adamw"
+    wrapper: dict[str, Any] = field(default_factory=lambda: {"type": "none"})  # of training/wrappers
     lr: Annotated[float | None, POSITIVE] = None
     weight_decay: Annotated[float, Range(0)] = 0.1
     betas: list[Annotated[float, SHARE]] = field(default_factory=lambda: [0.9, 0.95])

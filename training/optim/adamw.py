@@ -20,10 +20,13 @@ class SkippableAdamW(torch.optim.AdamW):
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
+    before_step: Callable[[], None] | None = None  # called before each step that is not skipped (training/wrappers)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.skip_next:
             return None
+        if self.before_step is not None:
+            self.before_step()
         return super().step(closure)
 
 
