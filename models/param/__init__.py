@@ -5,25 +5,21 @@ model.param, the group configs/param."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from models.registry import Registry
-
-if TYPE_CHECKING:
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
 
 PLAIN = "standard"
 KINDS = Registry("models.param", "model.param", ("hidden_std", "prepare"))
 
 
-def hidden_std(config: ModelConfig) -> float:
+def hidden_std(config: Any) -> float:
     """The standard deviation at which hidden matrices start."""
     module, settings = KINDS.settled(config.param, config)
     return module.hidden_std(config, settings)  # type: ignore[no-any-return]
 
 
-def prepare(model: LanguageModel, drawn: bool) -> None:
+def prepare(model: Any, drawn: bool) -> None:
     """Tags the parameters of a new model, or changes weights that were just drawn."""
     module, settings = KINDS.settled(model.config.param, model.config)
     module.prepare(model, settings, drawn)

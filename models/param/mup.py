@@ -10,22 +10,19 @@ parameters (models/init.py):
     embedding, norms, biases, convolutions, recurrent vectors, matrices over heads of one size (`fixed_fan_in`)    as at the base width
 
 At base_width all but the zero of the head is the plain parametrisation. What was drawn with a spread that falls with the width though it acts channel
-by channel (`falls_with_width`) gets that of the base width. AdamW's decay is a rate times weight_decay: the optimizer keeps that product. Heads of
-attention keep their width: their number grows.
+by channel (`falls_with_width`) gets that of the base width. AdamW's decay is a rate times weight_decay: the optimizer keeps that product. Where heads
+of attention grow with the width (head_dim: 0), scores have to be divided by their size and not its root: what makes queries (`scores_of_width`) is
+1 / sqrt(m) smaller, start and rate. With a head_dim heads keep their size, and their number grows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from models.init import is_hidden_matrix, roles, tag
-
-if TYPE_CHECKING:
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
 
 
 @dataclass
@@ -33,30 +30,34 @@ class Config:
     base_width: int = 256  # d_model at which rates were found, and at which this is the plain parametrisation
     zero_head: bool = True  # a head of its own starts at zero
 
-    def problems(self, model: ModelConfig) -> list[str]:
+    def problems(self, model: Any) -> list[str]:
         if self.base_width < 1:
             return [f"base_width must be a d_model, not {self.base_width}."]
-        growing = [name for name, mixer in model.mixers.items() if mixer.get("head_dim") == 0 and name in model.pattern]
-        return [
-            f"type is mup, which holds the width of heads while d_model grows; set model.mixers.{name}.head_dim, and n_heads to their number."
-            for name in growing
-        ]
+        return []
 
 
-def hidden_std(model: ModelConfig, config: Config) -> float:
+def hidden_std(model: Any, config: Config) -> float:
     return model.init_std * (config.base_width / model.d_model) ** 0.5
 
 
 @torch.no_grad()
-def prepare(model: LanguageModel, config: Config, drawn: bool) -> None:
+def prepare(model: Any, config: Config, drawn: bool) -> None:
     m, tied = model.config.d_model / config.base_width, model.config.tie_embeddings
     divides = model.norm.weight if tied else model.head.weight
     if not drawn:
         growing = [p for p in model.parameters() if is_hidden_matrix(p) and "fixed_fan_in" not in roles(p)]
         for parameter in [divides, *growing]:
             tag(parameter, rate=1 / m)
+        for parameter in _queries(model):
+            tag(parameter, rate=roles(parameter).get("rate", 1.0) / m**0.5)
         return
     divides.mul_(0.0 if config.zero_head and not tied else 1 / m)
+    for parameter in _queries(model):
+        parameter.mul_(m**-0.5)
     for parameter in model.parameters():
         if "falls_with_width" in roles(parameter):
             parameter.mul_(m**0.5)
+
+
+def _queries(model: Any) -> list[Any]:
+    return [parameter for parameter in model.parameters() if "scores_of_width" in roles(parameter)]

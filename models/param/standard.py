@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from models.config import ModelConfig
-    from models.lm import LanguageModel
+from typing import Any
 
 
 @dataclass
 class Config:
-    def problems(self, model: ModelConfig) -> list[str]:
+    def problems(self, model: Any) -> list[str]:
         return []
 
 
-def hidden_std(model: ModelConfig, config: Config) -> float:
+def hidden_std(model: Any, config: Config) -> float:
     return model.init_std
 
 
-def prepare(model: LanguageModel, config: Config, drawn: bool) -> None:
+def prepare(model: Any, config: Config, drawn: bool) -> None:
     pass

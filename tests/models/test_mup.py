@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import UserError
 from models.config import ModelConfig
 from models.init import is_hidden_matrix, roles
 from models.lm import LanguageModel
 from scripts.studies import mup
-from tests.models.test_param import MIXERS, model_of
+from tests.models.test_param import model_of
 
 BASE = 32
 
@@ -50,10 +49,23 @@ def test_coordinates_stay_flat_where_the_plain_ones_grow() -> None:
     assert slopes["standard"]["logits"] > 0.5, slopes["standard"]
 
 
-def test_heads_that_grow_with_the_width_are_refused() -> None:
-    growing = {**MIXERS, "a": {"type": "attention", "n_heads": 2, "head_dim": 0}}
-    with pytest.raises(UserError, match="model.mixers.a.head_dim"):
-        LanguageModel(ModelConfig(31, 32, 2, ["a", "r"], growing, param=kind()))
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_scores_of_heads_that_grow_are_divided_by_their_size(qk_norm: bool) -> None:
+    """With queries and keys that point the same way, scores of a head are as large at each width."""
+    scores = {}
+    for width in (BASE, 4 * BASE):
+        mixers = {"a": {"type": "attention", "n_heads": 2, "rope": False, "qk_norm": qk_norm}}
+        model = LanguageModel(ModelConfig(31, width, 1, ["a"], mixers, param=kind()))
+        model.init_weights(0)
+        mixer = model.blocks[0].mixer
+        x = torch.randn(5, width, generator=torch.Generator().manual_seed(0))
+        q, k = mixer.q_proj(x), mixer.q_proj(x) * (1 if qk_norm else (width / BASE) ** 0.5)  # keys as muP starts them, along the queries
+        if qk_norm:
+            q, k = mixer.q_norm(q.unflatten(-1, (2, -1))), mixer.k_norm(k.unflatten(-1, (2, -1)))
+        scores[width] = float((q * k).sum() / q[..., 0].numel() / (width / 2) ** 0.5)
+        rate = roles(mixer.q_proj.weight if not qk_norm else mixer.q_norm.weight)["rate"]
+        assert rate == (width / BASE) ** (-0.5 if qk_norm else -1.5)
+    assert abs(scores[4 * BASE] / scores[BASE] - 1) < 0.1, scores
 
 
 def test_the_command_writes_numbers_and_a_picture(tmp_path: Path) -> None:
