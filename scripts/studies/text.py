@@ -54,12 +54,9 @@ class Text:
         bf16: bool = False,
         graph: bool = True,
         each: Callable[[int, float], bool] | None = None,
-        prepare: Callable[[Trainer], None] | None = None,
     ) -> list[float]:
-        """Losses in nats a token. prepare: called with the trainer before its first step. Training is told how far it is (`LanguageModel.follow`), and ends early where each(step, loss) says so."""
+        """Losses in nats a token. Training is told how far it is (`LanguageModel.follow`), and ends early where each(step, loss) says so."""
         trainer = Trainer(model, self.device, lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay, bf16=bf16)
-        if prepare is not None:
-            prepare(trainer)
         step = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
         step.why_not = step.why_not or ("" if graph else "not wanted")
         losses: list[Tensor] = []
