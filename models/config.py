@@ -86,8 +86,9 @@ class ModelConfig:
                 problems += mixers.parse(name, mapping, self.d_model)[1]
             else:
                 problems.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
-        problems += channel.KINDS.parse(self.channel, self.d_model, self.mlp_width)[1]
-        if not self.d_ff and self.channel.get("type") != channel.PLAIN:
+        if self.mlp_width:
+            problems += channel.KINDS.parse(self.channel, self.d_model, self.mlp_width)[1]
+        elif self.channel.get("type") != channel.PLAIN:
             problems.append(
                 f"model.channel is {self.channel.get('type')}, but model.d_ff=0 leaves it out of every layer; give a width, or -1."
             )

@@ -123,7 +123,7 @@ class StructuredLinear(Module):
 
 def _nearest(whole: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """left (out, r) and right (r, in), whose product is the nearest to `whole` of that rank, the singular values split evenly. By the eigenvectors of
-    the smaller Gram matrix, a tenth of the time of a singular value decomposition; the largest values are far from zero."""
+    the smaller Gram matrix, half the time of a singular value decomposition; the largest values are far from zero."""
     wide = whole.shape[1] > whole.shape[0]
     tall = whole.T if wide else whole
     values, vectors = torch.linalg.eigh(tall.T @ tall)
