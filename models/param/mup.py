@@ -5,11 +5,11 @@ Source: Yang and Hu 2021 (arXiv 2011.14522), Yang et al. 2022 (arXiv 2203.03466,
 parameters (models/init.py):
 
     hidden matrices               spread init_std / sqrt(m), rate 1 / m     (d_ff, inner widths and blocks of cells grow as d_model does)
-    head                          zero, or spread init_std / m; rate 1 / m  (as logits divided by m under Adam, with nothing to do in forward)
+    head                          spread init_std / m, or zero; rate 1 / m  (as logits divided by m under Adam, with nothing to do in forward)
     tied head                     the last norm's weight starts at 1 / m, rate 1 / m, which divides the logits just so
     embedding, norms, biases, convolutions, recurrent vectors, matrices over heads of one size (`fixed_fan_in`)    as at the base width
 
-At base_width all but the zero of the head is the plain parametrisation. What was drawn with a spread that falls with the width though it acts channel
+At base_width this is the plain parametrisation, to the bit. What was drawn with a spread that falls with the width though it acts channel
 by channel (`falls_with_width`) gets that of the base width. AdamW's decay is a rate times weight_decay: the optimizer keeps that product. Where heads
 of attention grow with the width (head_dim: 0), scores have to be divided by their size and not its root: what makes queries (`scores_of_width`) is
 1 / sqrt(m) smaller, start and rate. With a head_dim heads keep their size, and their number grows.
@@ -28,7 +28,7 @@ from models.init import is_hidden_matrix, roles, tag
 @dataclass
 class Config:
     base_width: int = 256  # d_model at which rates were found, and at which this is the plain parametrisation
-    zero_head: bool = True  # a head of its own starts at zero
+    zero_head: bool = False  # a head of its own starts at zero, as the paper advises; slower in short runs here
 
     def problems(self, model: Any) -> list[str]:
         if self.base_width < 1:

@@ -50,7 +50,8 @@ def mixer_of(name: str, width: int, base: int) -> dict[str, Any]:
 
 
 def model_of(mixer: str, param: str, width: int, base: int, vocab_size: int, layers: int = LAYERS) -> LanguageModel:
-    kind: dict[str, Any] = {"type": "mup", "base_width": base} if param == "mup" else {"type": param}
+    mup = {"type": "mup", "base_width": base, "zero_head": param == "mup-zero"}
+    kind: dict[str, Any] = mup if param.startswith("mup") else {"type": param}
     return LanguageModel(ModelConfig(vocab_size, width, layers, [mixer], {mixer: mixer_of(mixer, width, base)}, d_ff=2 * width, param=kind))
 
 
@@ -109,7 +110,7 @@ def check_coordinates(given: argparse.Namespace) -> dict[str, Any]:
     rows: Rows = []
     fits: dict[str, dict[str, dict[str, float]]] = {}
     for mixer in given.mixers.split(","):
-        for param in ("mup", "standard"):
+        for param in given.params.split(","):
             new = coordinates(mixer, param, given.widths, given.seeds, given.base or given.widths[0], str(device_of(given.device)))
             fits.setdefault(mixer, {})[param] = slopes(new)
             rows += new
@@ -123,7 +124,7 @@ def check_rates(given: argparse.Namespace) -> dict[str, Any]:
     text, base = Text(given.data, given.length, device), given.base or given.widths[0]
     rates, rows, best = [2.0**power for power in given.powers], list[dict[str, Any]](), dict[str, dict[str, dict[str, float]]]()
     for mixer in given.mixers.split(","):
-        for param in ("mup", "standard"):
+        for param in given.params.split(","):
             for width in given.widths:
                 means = {}
                 for power, rate in zip(given.powers, rates):
@@ -157,9 +158,12 @@ def draw(results: dict[str, Any], what: str, path: Path) -> None:
     if plt is None:
         return
     mixers = list(results["slopes"] if what == "coordinates" else results["best"])
-    figure, axes = plt.subplots(len(mixers), 2, figsize=(8, 2.6 * len(mixers)), squeeze=False, sharex=True, sharey="row")
+    params = list(results["slopes" if what == "coordinates" else "best"][mixers[0]])
+    figure, axes = plt.subplots(
+        len(mixers), len(params), figsize=(4 * len(params), 2.6 * len(mixers)), squeeze=False, sharex=True, sharey="row"
+    )
     for i, mixer in enumerate(mixers):
-        for j, param in enumerate(("mup", "standard")):
+        for j, param in enumerate(params):
             axis = axes[i][j]
             if what == "coordinates":
                 for part in PARTS:
@@ -204,6 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["coordinates", "rates"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--mixers", default="attention,paragru,gru,mamba2,gated_deltanet", help="mixers or cells, comma-separated")
+    parser.add_argument("--params", default="mup,standard", help="also mup-zero, whose head starts at zero")
     parser.add_argument("--widths", type=_numbers, default=[128, 256, 512, 1024])
     parser.add_argument("--base", type=int, default=0, help="width at which muP is the plain model; 0: the first")
     parser.add_argument("--seeds", type=int, default=3)
