@@ -1,7 +1,7 @@
 """Evaluates checkpoints.
 
     python -m evals.run checkpoint=runs/quickstart suite=perplexity [data=DIR] [length=2048] [chunk=512] [batch=8] [max_tokens=N] [device=auto] [precision=fp32] [out=FILE]
-    python -m evals.run checkpoint=DIR[,DIR...] suite=perplexity|quick|long_context|state_tracking|harness|all [out=runs/evals] [train_length=T] [max_length=N]
+    python -m evals.run checkpoint=DIR[,DIR...] suite=perplexity|quick|long_context|state_tracking|harness|all|(a file of evals/suites/extra) [out=runs/evals] [train_length=T] [max_length=N]
         [lengths=512,1024] [depths=5] [samples=20] [sequences=1000] [rows=16] [chunk=2048] [batch=8] [seed=0] [data=DIR] [text=FILE] [cures=default|none|NAME,NAME] [tasks=NAME,FILE.yaml]
         [only=PART-OF-AN-ITEM] [redo=true] [gguf=FILE-NAME] [trust_remote_code=true] [add_bos_token=auto|true|false] [device=auto] [precision=fp32]
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.progress import Progress
+from evals.suites import extra
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -55,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "trust_remote_code": False,
     "add_bos_token": "auto",
 }
-SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking")
+SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking", *extra.available())
 
 
 def problems_of(values: dict[str, Any]) -> list[str]:

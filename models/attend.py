@@ -22,7 +22,9 @@ MASK_ELEMENTS = 1 << 27  # the largest mask of packed documents that is held; be
 LONG = 8192  # tokens of a mean document from which attention within one alone, by a better kernel, beats that of all together
 PACKED_DTYPES = (torch.float16, torch.bfloat16)  # of which torch has kernels that take packed documents as they lie, without a mask
 own_kernels = "auto"  # kernels.attention rather than torch's: where it can run ("own"), where that was seen to be right ("auto"), or nowhere ("torch")
-SEEN = ((torch.bfloat16, 128),)  # dtypes and widths of heads with which a model on a GPU had the losses of torch's kernels (docs/results/step.md)
+SEEN = (
+    (torch.bfloat16, 128),
+)  # dtypes and widths of heads with which a model on a GPU had the losses of torch's kernels (docs/results/step.md)
 
 
 def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents | None, window: int) -> Tensor:

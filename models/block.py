@@ -1,4 +1,4 @@
-"""A pre-norm residual block: sequence mixer, then (optionally) a SwiGLU MLP."""
+"""A pre-norm residual block: sequence mixer, then (optionally) a channel mixer, by default SwiGLU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels import decode_step
 from kernels.linear import product_dtype
 from kernels.residual import residual
-from models import mixers, recompute
+from models import channel, mixers, recompute
 from models.config import ModelConfig
 from models.init import Module, tag
-from models.layers import RMSNorm, SwiGLU
+from models.layers import RMSNorm
 from models.segments import Documents
 
 Owed = tuple[Tensor, Tensor | None]  # what is to be added to a stream, and by what the stream is scaled before
@@ -31,7 +30,7 @@ class Block(Module):
         self.mixer_norm = RMSNorm(d, config.norm_eps, centred=config.centred_norms)
         self.mixer = mixers.build(config.mixers[config.mixer_name(layer)], d, layer)
         self.mlp_norm = RMSNorm(d, config.norm_eps, centred=config.centred_norms) if config.mlp_width else None
-        self.mlp = SwiGLU(d, config.mlp_width) if config.mlp_width else None
+        self.mlp = channel.build(config.channel, d, config.mlp_width) if config.mlp_width else None
         scales = 1 + bool(config.mlp_width)
         self.residual_scale = tag(nn.Parameter(torch.empty(scales, d)), "no_decay") if config.learnable_residual else None
         self.remade: frozenset[str] = frozenset()  # parts whose activations are computed again in training, of models/recompute.py
@@ -101,21 +100,21 @@ class Block(Module):
         mix = self.mixer.fused_step(x_BD, self.mixer_norm, keep[0], state)
         if mix is None or self.mlp is None:
             return mix
-        norm, mlp = self.mlp_norm, self.mlp
-        assert norm is not None
-        inner_BF, gain = x_BD.new_empty(x_BD.shape[0], mlp.gate.out_features), norm.gain.detach()
+        assert self.mlp_norm is not None
+        within = self.mlp.fused_step(x_BD, self.mlp_norm, keep[1])
+        if within is None:
+            return None
 
         def step() -> None:
             mix()
-            decode_step.project(x_BD, mlp.gate.weight, inner_BF, norm_K=gain, eps=norm.eps, pair_NK=mlp.up.weight)
-            decode_step.project(inner_BF, mlp.down.weight, x_BD, add=True, keep_N=keep[1])
+            within()
 
         return step
 
     def recomputed_flops_per_token(self, T: int, parts: frozenset[str]) -> int:
         """Forward FLOPs of one token that are made again where these parts are: of the MLP all but its last product."""
         mixer = self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else 0
-        return mixer + (2 * self.mlp.flops_per_token() // 3 if self.mlp is not None and parts & {"mlp", "layer"} else 0)
+        return mixer + (self.mlp.inner_flops_per_token() if self.mlp is not None and parts & {"mlp", "layer"} else 0)
 
     def init_weights(self, std: float, n_layers: int) -> None:
         self.mixer_norm.init_weights()

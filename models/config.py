@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import read
-from models import mixers
+from models import channel, mixers, param
 
 RANGES = {  # (lowest, highest) value of every number; a lowest of 0 is itself excluded unless the key is in ZERO_IS_OFF
     "vocab_size": (1, 2**31 - 1),
@@ -34,7 +34,7 @@ class ModelConfig:
     n_layers: int = 4
     pattern: list[str] = field(default_factory=lambda: ["attention"])
     mixers: dict[str, dict[str, Any]] = field(default_factory=lambda: {"attention": {"type": "attention"}})
-    d_ff: int = -1  # SwiGLU width; -1: 8/3 d_model rounded up to a multiple of 256 (64 below d_model 512); 0: no MLP
+    d_ff: int = -1  # width of the channel mixer; -1: 8/3 d_model rounded up to a multiple of 256 (64 below d_model 512); 0: no MLP
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     learnable_residual: bool = False  # a learned scale on the residual input of each sublayer
@@ -45,6 +45,8 @@ class ModelConfig:
     residual_init: str = "depth"  # depth: what writes into the residual stream starts 1/sqrt(2 n_layers) smaller | none
     head_chunk: int = 2048  # rows of logits alive at once in the loss
     recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
+    channel: dict[str, Any] = field(default_factory=lambda: {"type": channel.PLAIN})  # what mixes within a token, d_ff wide
+    param: dict[str, Any] = field(default_factory=lambda: {"type": param.PLAIN})  # how starting values and rates follow the width
 
     @property
     def mlp_width(self) -> int:
@@ -89,7 +91,13 @@ class ModelConfig:
                 problems += mixers.parse(name, mapping, self.d_model)[1]
             else:
                 problems.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
-        return problems
+        if self.mlp_width:
+            problems += channel.KINDS.parse(self.channel, self.d_model, self.mlp_width)[1]
+        elif self.channel.get("type") != channel.PLAIN:
+            problems.append(
+                f"model.channel is {self.channel.get('type')}, but model.d_ff=0 leaves it out of every layer; give a width, or -1."
+            )
+        return problems + param.KINDS.parse(self.param, self)[1]
 
     @staticmethod
     def from_dict(mapping: dict[str, Any]) -> ModelConfig:

@@ -1,9 +1,12 @@
 """Roles of parameters: tags that optimizer groups, initialisation and precision read, so that nothing matches on names.
 
 no_decay: weight decay leaves it alone. keep_fp32: stays fp32 whatever the precision (recurrence parameters). residual: writes into the
-residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell. log_decay_rate: the
-logarithm of the rate at which a head forgets. vocabulary: a row for each token, in the embedding and the head. splits: the outputs of each of the
-matrices that lie side by side in one parameter, a linear map's (outputs, inputs) or a batch's (number, inputs, outputs). What the tensors of a state are, a mixer says in `state_roles` (models/contract.py).
+residual stream, so its initial scale shrinks with depth. fan_in: inputs of one output, where the shape does not tell; fixed_fan_in: they do not grow
+in number with the width. falls_with_width: acts channel by channel, yet is drawn with a spread of 1 / sqrt(width). scores_of_width: makes the queries
+of heads that grow with the width. rate: the multiple of the learning rate (models/param). log_decay_rate: the logarithm of the rate at which a head
+forgets. vocabulary: a row for each token, in the embedding and the head. splits: the outputs of each of the matrices that lie side by side in one
+parameter, a linear map's (outputs, inputs) or a batch's (number, inputs, outputs). What the tensors of a state are, a mixer says in `state_roles`
+(models/contract.py).
 """
 
 from __future__ import annotations

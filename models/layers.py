@@ -5,11 +5,13 @@ Legend: B batch, T time, D width, W kernel width.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from kernels import decode_step
 from kernels.add_norm import add_norm
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear, linears, product_dtype
@@ -63,21 +65,31 @@ class RMSNorm(Module):
 
 
 class SwiGLU(Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020), and what every channel mixer (models/channel) is: other maps in its place override `gate_and_up`
+    and `out`, which have to be all that it computes."""
+
+    one_last_product: ClassVar[bool] = True  # `out` is a single product, so that nobody misses its output where it is computed again
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, d_ff, bias=False)
-        self.up = nn.Linear(d_model, d_ff, bias=False)
-        self.down = nn.Linear(d_ff, d_model, bias=False)
+        self.gate: Any = nn.Linear(d_model, d_ff, bias=False)
+        self.up: Any = nn.Linear(d_model, d_ff, bias=False)
+        self.down: Any = nn.Linear(d_ff, d_model, bias=False)
         tag(self.down.weight, residual=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return linear(self.inner(x_BTD), self.down)
+        return self.out(self.inner(x_BTD))
 
     def inner(self, x_BTD: Tensor) -> Tensor:
-        """What `down` takes, (B, T, F)."""
-        return swiglu(*linears(x_BTD, self.gate, self.up))
+        """What `out` takes, (B, T, F)."""
+        return swiglu(*self.gate_and_up(x_BTD))
+
+    def gate_and_up(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """The two that are multiplied, (B, T, F) each, the first after its silu."""
+        return linears(x_BTD, self.gate, self.up)
+
+    def out(self, inner_BTF: Tensor) -> Tensor:
+        return linear(inner_BTF, self.down)
 
     def init_weights(self, std: float, n_layers: int) -> None:
         for layer in (self.gate, self.up, self.down):
@@ -85,6 +97,28 @@ class SwiGLU(Module):
 
     def flops_per_token(self) -> int:
         return 6 * self.gate.in_features * self.gate.out_features
+
+    def inner_flops_per_token(self) -> int:
+        """Of these, those before the last map."""
+        return 2 * self.flops_per_token() // 3
+
+    def plain_weights(self) -> dict[str, Tensor]:
+        """The weights of a SwiGLU of dense maps that computes the same: what an export holds."""
+        return {f"{name}.weight": getattr(self, name).weight.detach() for name in ("gate", "up", "down")}
+
+    def follow(self, share: float) -> bool:
+        """Called before each training step with the share of the run that is behind it. True: from now on passes are made of other operations."""
+        return False
+
+    def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None) -> Callable[[], None] | None:
+        """What takes x <- keep x + self(norm(x)) over one token in two kernels, writing over x (fp32); None: there is no such form."""
+        inner_BF = x_BD.new_empty(x_BD.shape[0], self.gate.out_features)
+
+        def step() -> None:
+            decode_step.project(x_BD, self.gate.weight, inner_BF, norm_K=norm.gain.detach(), eps=norm.eps, pair_NK=self.up.weight)
+            decode_step.project(inner_BF, self.down.weight, x_BD, add=True, keep_N=keep_D)
+
+        return step
 
 
 class CausalConv(Module):

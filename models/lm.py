@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.errors import UserError
+from models import param
 from models.block import Block, Owed
 from models.config import ModelConfig
 from models.contract import tensor_bytes
@@ -61,6 +62,7 @@ class LanguageModel(Module):
         tag(self.embedding.weight, "no_decay", "vocabulary")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        param.prepare(self, drawn=False)
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter from `seed`, the same on every device and rank; torch's global generator is left as it was."""
@@ -72,13 +74,19 @@ class LanguageModel(Module):
                 normal_(self.head.weight, self.config.init_std)
             self.norm.init_weights()
             for block in self.blocks:
-                block.init_weights(self.config.init_std, n_layers)
+                block.init_weights(param.hidden_std(self.config), n_layers)
+            param.prepare(self, drawn=True)
 
     def set_activation_checkpointing(self, choice: Any) -> None:
         """Which activations training computes again in the backward pass instead of keeping them: a setting of models/recompute.py, as 'none',
         'full' or {'mlp': 2}, or its parts by layer. Raises UserError for another one."""
         for block, parts in zip(self.blocks, parts_by_layer(choice, self.config)):
             block.remade = parts
+
+    def follow(self, share: float) -> bool:
+        """To be called before each training step with the share of the run that is behind it. True: from now on passes are made of other operations
+        than before, so that a graph of them is out of date."""
+        return any([block.mlp.follow(share) for block in self.blocks if block.mlp is not None])
 
     def forward(
         self,

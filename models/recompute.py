@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.linear import linear, linears, unread
+from kernels.linear import unread
 from kernels.swiglu import swiglu
 from models.remade import Parts
 
@@ -64,24 +64,24 @@ def _as_it_is(module: SwiGLU, x: Tensor) -> Tensor:
 
 
 def _last(module: SwiGLU, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not _remaking.now:
+    if torch.compiler.is_compiling() or not _remaking.now or not module.one_last_product:
         return module(x)  # type: ignore[no-any-return]
     inner = module.inner(x)
     with unread():  # made again, only what the last product keeps is wanted of it
-        return linear(inner, module.down)
+        return module.out(inner)
 
 
 def _from_gate_and_up(module: SwiGLU, x: Tensor) -> Tensor:
-    """module(x). The backward pass keeps gate and up anyway: what `down` would keep of their product is made again from them."""
-    gate, up = linears(x, module.gate, module.up)
+    """module(x). The backward pass keeps gate and up anyway: what `out` would keep of their product is made again from them."""
+    gate, up = module.gate_and_up(x)
     inner = swiglu(gate, up)
     storage, sources = inner.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def pack(tensor: Tensor) -> Any:
-        return tensor.shape if tensor.untyped_storage()._cdata == storage else tensor
+        return (tensor.shape, tensor.stride(), tensor.storage_offset()) if tensor.untyped_storage()._cdata == storage else tensor
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else swiglu(*sources).view(packed)
+        return packed if isinstance(packed, Tensor) else swiglu(*sources).as_strided(*packed)  # a kind may keep it transposed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return linear(inner, module.down)
+        return module.out(inner)

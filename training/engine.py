@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from kernels.tensor_lists import total_norm, use_triton
 from models.block import Block
 from models.init import roles
 from models.parallel import split
+from training import wrappers
 from training.choices import choose_kernels
 from training.config.schema import Config
 from training.graph import GraphedPass
@@ -89,6 +91,9 @@ class Engine:
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
         self._assert_dtypes()
+        self.steps_taken, self.whole_norm = 0, math.nan
+        wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
+        wrapper.wrap(self, settings)
         self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if self._graphs() else None
         if config.train.compile:
             self.deepspeed.compile()
@@ -103,6 +108,17 @@ class Engine:
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
         return [] if self.graphed is None else self.graphed.news()
+
+    def follow(self, steps: int) -> None:
+        """Tells the engine and the model that `steps` steps of the run are behind the next one."""
+        self.steps_taken = steps
+        model: Any = self.module
+        if model.follow(self.config.share_at(steps)) and self.graphed is not None:
+            self.graphed.forget()
+
+    def norm_now(self) -> float:
+        """The norm of the gradients before clipping, from when it is known in a step until the next."""
+        return self.whole_norm if not self.stage else float(self.deepspeed.optimizer._global_grad_norm)
 
     def _assert_dtypes(self) -> None:
         cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]
@@ -181,6 +197,7 @@ class Engine:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""
         skipped = is_bad(loss) if is_bad else ""
         norm = self._clip() if not self.stage else None
+        self.whole_norm = norm if norm is not None else math.nan
         if not skipped and norm is not None and not math.isfinite(norm):
             skipped = "gradient norm is not finite"
         self.optimizer.skip_next = bool(skipped)

@@ -58,6 +58,11 @@ class GraphedPass:
         sentences, self._news = self._news, []
         return sentences
 
+    def forget(self) -> None:
+        """Drops what was recorded: the model's passes are made of other operations from now on."""
+        self.graphs.clear()
+        self.calls.clear()
+
     def run(self, batch: Batch, scale: float) -> Tensor | None:
         """Adds the gradients of `scale` times the summed loss and returns the sum of token losses (fp64; the next call may write over it).
         None where the pass has to run as written: in the first calls, and for a batch that fits no graph."""

@@ -251,6 +251,11 @@ def harness_section(page: Page, plt: Any, records: Records) -> None:
     page.table(["model", "task", "metric", "value", "standard error", "documents"], rows)
 
 
+def extra_section(page: Page, plt: Any, records: Records) -> None:
+    """What each measurement says of itself in a line."""
+    page.table(["model", "measurement", "result"], [[m, r["item"], r["result"]["summary"]] for m, items in records.items() for r in items])
+
+
 # (kind of the items, heading, what its figures mean, what draws them), in the report's order.
 SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
     (
@@ -299,6 +304,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
         "Accuracy in % over all answers of the generated task the model was trained on (95 % interval over sequences), by length; chance is the share of the commonest answer.",
         tracking_section,
     ),
+    ("extra", "More measurements", "Suites of one measurement each: evals/suites/extra says what they are.", extra_section),
     (
         "harness",
         "lm-evaluation-harness",

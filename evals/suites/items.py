@@ -8,6 +8,7 @@
 | state_tracking | accuracy by length on the generated task that the model was trained on |
 | harness | tasks of lm-evaluation-harness |
 | all | long_context and harness |
+| a file of evals/suites/extra | its measurement |
 
 A model that was trained on a generated task knows no text: it gets that task in every suite but harness. Legend: R rows, L tokens of a row.
 """
@@ -31,6 +32,7 @@ from evals.measures.position import collapse, position_curve
 from evals.measures.retrieval import grid
 from evals.measures.states import effective_remembrance, state_curve
 from evals.measures.tracking import accuracy_by_length, default_lengths
+from evals.suites import extra
 from evals.suites.subject import Subject
 
 OnProgress = Callable[[int, int], None]  # (done, total)
@@ -41,7 +43,7 @@ class Item:
     """One measurement. name: unique in a suite; settings: all that the result depends on beside the model; run(progress): the result."""
 
     name: str
-    kind: str  # documents | position | retrieval | states | remembrance | cure | tracking | harness: what the report draws
+    kind: str  # documents | position | retrieval | states | remembrance | cure | tracking | harness | extra: what the report draws
     settings: dict[str, Any]
     run: Callable[[OnProgress], dict[str, Any]]
 
@@ -50,7 +52,7 @@ def items_of(subject: Subject) -> list[Item]:
     """The items of the suite that the subject's settings name, in the order they are run; of these the ones that `only` names."""
     s, suite = subject.settings, subject.settings.suite
     items: list[Item] = []
-    if suite == "state_tracking" or subject.task and suite != "harness":
+    if suite == "state_tracking" or subject.task and suite not in ("harness", *extra.available()):
         items.append(tracking_item(subject))
     else:
         if suite in ("perplexity", "quick", "long_context", "all"):
@@ -61,6 +63,8 @@ def items_of(subject: Subject) -> list[Item]:
             items += cure_items(subject)
         if suite in ("harness", "all"):
             items += harness_items(subject)
+    if suite in extra.available():
+        items.append(extra_item(subject, suite))
     parts = s.only.split(",")
     return [item for item in items if any(part in item.name for part in parts)]
 
@@ -70,6 +74,12 @@ def _settings(subject: Subject, prose: bool, **more: Any) -> dict[str, Any]:
     s = subject.settings
     text = {"text": subject.text_hash()} if prose else {}
     return {"T": subject.T, "seed": s.seed, "chunk": s.chunk, **text, **more}
+
+
+def extra_item(subject: Subject, suite: str) -> Item:
+    """The measurement of a file of evals/suites/extra."""
+    file = extra.load(suite)
+    return Item(suite, "extra", _settings(subject, True, **file.settings(subject)), lambda progress: file.measure(subject, progress))
 
 
 def tracking_item(subject: Subject) -> Item:

@@ -31,8 +31,9 @@ from models.checkpoint import find, read_config
 from models.hub.card import Evaluation, write_card
 from models.hub.custom import custom, write_code
 from models.hub.importing import KEPT
+from models.hub.merged import Merged, plain
 from models.hub.native import Stock, stock
-from models.hub.weights import DTYPES, Weights, parse_size, read_object, write_shards
+from models.hub.weights import DTYPES, parse_size, read_object, write_shards
 from models.init import roles
 from models.lm import LanguageModel
 
@@ -61,7 +62,7 @@ def dtypes(source: Path, model: LanguageModel, dtype: str | None) -> tuple[torch
 
 def write_folder(source: Path, out: Path, dtype: str | None, limit: int, licence: str, evaluation: Evaluation | None = None) -> Stock:
     """Everything of the export but its verification. evaluation: what the model card shows of it. Raises UserError for weights that are another model's."""
-    config, weights, imported = read_config(source), Weights(source), read_imported(source)
+    config, weights, imported = *plain(source), read_imported(source)
     facts = {name: read_object(source / f"{name}.json") for name in ("run", "state") if (source / f"{name}.json").exists()}
     origin = origin_of(facts.get("run", {}))
     length = int((facts.get("run", {}).get("train") or {}).get("seq_len") or imported.get("max_position_embeddings") or 2048)
@@ -186,14 +187,16 @@ def verify(pairs: list[tuple[Path, Path]]) -> None:
 @torch.no_grad()
 def _differences(source: Path, job: dict[str, Any]) -> str:
     theirs, read_by_them = load_file(job["out"]), json.loads(Path(job["out"] + ".json").read_text())
-    model, ids = LanguageModel(read_config(source)).eval(), torch.tensor(job["ids"])
-    weights, written = Weights(source), read_object(Path(job["folder"]) / "config.json")
+    (config, weights), ids = plain(source), torch.tensor(job["ids"])
+    model, written = LanguageModel(config).eval(), read_object(Path(job["folder"]) / "config.json")
     main, each = dtypes(source, model, None)
     if written["dtype"] != str(main).removeprefix("torch."):
         _, each = dtypes(source, model, next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{written['dtype']}"))
     rounded = {n: weights.tensor(n).to(each[n]).float() for n in weights.names()}
     model.load_state_dict(rounded, strict=False)
     ours = model(ids).logits
+    if isinstance(weights, Merged) and (gap := weights.gap(model, ids)) > ATOL:
+        return f"its plain channel mixers are not the checkpoint's: logits differ by {gap:.2g}"
     worst = float((ours - theirs["fp32"]).abs().max())
     if not worst < ATOL:
         return f"its fp32 logits differ by {worst:.2g}"

@@ -47,7 +47,7 @@ SCAN_KERNELS = '''def scan_kernels() -> Any:
 # what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
 DROPPED = {
     "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
-    "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state",
+    "inner_flops_per_token", "plain_weights", "follow", "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state",
 }  # fmt: skip
 
 NOTHING_PLANNED = {  # plans of memory are made here, not by the exported code

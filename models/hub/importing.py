@@ -154,6 +154,8 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
     if not (Path(str(folder)) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
     theirs = read_stock_config(Path(str(folder))).to_dict()
+    if mapping.get("channel", theirs["channel"]) != theirs["channel"]:
+        raise UserError(f"model.init_from={folder} brings the weights of a plain MLP; leave model.channel at {theirs['channel']['type']}.")
     return {**mapping, **{key: theirs[key] for key in ARCHITECTURE}}
 
 

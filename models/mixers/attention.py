@@ -94,6 +94,8 @@ class Mixer(SequenceMixer):
             if projection.bias is not None:
                 tag(projection.bias, "no_decay")
         self.q_norm, self.k_norm = self._new_norm(self.H), self._new_norm(self.G)
+        if not config.head_dim:
+            tag(self.q_proj.weight if self.q_norm is None else self.q_norm.weight, "scores_of_width")
         plain_rope = config.rope_fraction == 1 and not config.rope_scaling  # theta alone says it all
         self.scaled = None if plain_rope else Rope(int(self.K * config.rope_fraction), config.rope_theta, config.rope_scaling or {})
 

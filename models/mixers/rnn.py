@@ -106,7 +106,9 @@ class Mixer(SequenceMixer):
         self.cell_bias = tag(nn.Parameter(torch.empty(P, self.inner)), "no_decay")
         self.recurrent = tag(nn.Parameter(torch.empty(R, self.inner)), "no_decay", "keep_fp32") if R else None
         G, K = len(self.cell.mat), config.channels_of_head(self.inner)
-        self.matrices = tag(nn.Parameter(torch.empty(self.inner // K, K, G * K)), fan_in=K, splits=[K] * G) if G else None
+        self.matrices = tag(nn.Parameter(torch.empty(self.inner // K, K, G * K)), "fixed_fan_in", fan_in=K, splits=[K] * G) if G else None
+        if self.recurrent is not None and not config.recurrent_init:
+            tag(self.recurrent, "falls_with_width")
         self.norm = RMSNorm(self.inner, config.norm_eps) if config.norm else None
         self.out_proj = nn.Linear(self.inner, d_model, bias=False)
         tag(self.out_proj.weight, residual=True)

@@ -25,8 +25,22 @@ from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("data", "evals", "kernels", "models", "scripts", "tests", "training")
-BY_NAME = ("models.mixers", "models.cells", "data.synthetic")  # packages that import a member which a config names
-CONFIGS = {"configs/mixer": "models.mixers", "configs/": "training.config.cli"}
+BY_NAME = (
+    "models.mixers",
+    "models.cells",
+    "models.channel",
+    "models.param",
+    "training.wrappers",
+    "evals.suites.extra",
+    "data.synthetic",
+)  # packages that import a member which a config names
+CONFIGS = {
+    "configs/mixer": "models.mixers",
+    "configs/channel": "models.channel",
+    "configs/param": "models.param",
+    "configs/wrapper": "training.wrappers",
+    "configs/": "training.config.cli",
+}
 FARTHER = 3  # imports, of a test that does not name what was changed
 USUAL = 1.0  # seconds of a test file that durations.json does not know
 

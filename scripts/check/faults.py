@@ -182,7 +182,7 @@ def copy_of_the_project(folder: Path) -> None:
     for name in filter(None, listed.stdout.split("\0")):
         if (ROOT / name).is_file() and not name.startswith("docs/results/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
+            shutil.copy(ROOT / name, folder / name)
 
 
 def try_out(name: str) -> tuple[str, str]:

@@ -21,25 +21,25 @@ WARMUP = 3  # ordinary calls before the capture: kernels are compiled and the op
 
 
 class Rate:
-    """The learning rate of an optimizer, a tensor on the device where a graph must read it."""
+    """The learning rate of an optimizer, of which groups may take their own multiple; a tensor on the device where a graph must read it."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.optimizer, self.value = optimizer, -1.0
-        self.tensor = torch.zeros((), device=device) if device.type == "cuda" else None
+        self.optimizer, self.value, self.on_gpu = optimizer, -1.0, device.type == "cuda"
         for group in optimizer.param_groups:
-            if self.tensor is not None:
-                group["lr"], group["capturable"] = self.tensor, True
+            if self.on_gpu:
+                group["lr"], group["capturable"] = torch.zeros((), device=device), True
 
     def set(self, rate: float) -> None:
         """Enqueues the change; steps launched before keep the old rate."""
         if rate == self.value:
             return
         self.value = rate
-        if self.tensor is not None:
-            self.tensor.fill_(rate)
-            return
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            own = rate * group.get("lr_ratio", 1.0)
+            if self.on_gpu:
+                group["lr"].fill_(own)
+            else:
+                group["lr"] = own
 
 
 class GraphedStep:

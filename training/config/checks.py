@@ -9,6 +9,8 @@ import shlex
 from typing import Any
 
 from data.errors import UserError
+from models.param import rates_of_its_own
+from training import wrappers
 from training.config import ranges, recipe
 from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, parse
 from training.schedule import KINDS
@@ -137,6 +139,7 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
+    problems += wrappers.KINDS.parse(config.optim.wrapper, config)[1]
     problems += _zero(config, world_size) + (_muon(config) if config.optim.kind == "muon" else [])
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
         problems.append(
@@ -187,6 +190,8 @@ def _muon(config: Config) -> list[str]:
         )
     elif ds.offload_optimizer != "none":
         problems.append(f"optim=muon keeps its momentum on the device; set deepspeed.offload_optimizer=none, not {ds.offload_optimizer}.")
+    if rates_of_its_own(config.model):
+        problems.append("model.param gives parameters the rates that AdamW needs; take optim=adamw, or param=standard with optim=muon.")
     if o.momentum == 1:
         problems.append("optim.momentum must be from 0 up to, but not, 1.")
     if o.update_scale == "spectral" and o.muon_lr is None:

@@ -85,6 +85,7 @@ class OptimSection:
     """lr: None for the one that goes with the size and the model, see `training.config.recipe`. From muon_lr on: of kind muon alone."""
 
     kind: str = "adamw"
+    wrapper: dict[str, Any] = field(default_factory=lambda: {"type": "none"})  # of training/wrappers
     lr: Annotated[float | None, POSITIVE] = None
     weight_decay: Annotated[float, Range(0)] = 0.1
     betas: list[Annotated[float, SHARE]] = field(default_factory=lambda: [0.9, 0.95])
@@ -178,6 +179,10 @@ class Config:
     @property
     def tokens_per_step(self) -> int:
         return self.train.global_batch * self.train.seq_len
+
+    def share_at(self, step: int) -> float:
+        """How much of the run lies behind it after `step` steps, from 0 to 1."""
+        return (step - self.at.first_step) / max(1, self.total_steps - self.at.first_step)
 
     @property
     def span(self) -> float:

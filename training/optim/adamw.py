@@ -20,24 +20,30 @@ class SkippableAdamW(torch.optim.AdamW):
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
+    before_step: Callable[[], None] | None = None  # called before each step that is not skipped (training/wrappers)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.skip_next:
             return None
+        if self.before_step is not None:
+            self.before_step()
         return super().step(closure)
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, without: Callable[[nn.Parameter], bool] = lambda parameter: False
 ) -> list[dict[str, Any]]:
-    """Two groups, decayed and not, in the order of `model.named_parameters()`; each carries its parameters' names. without: which to leave out."""
-    groups: dict[bool, list[tuple[str, nn.Parameter]]] = {True: [], False: []}
+    """Two groups, decayed and not, in the order of `model.named_parameters()`, and more where parameters have rates of their own (`rate`), whose decay
+    is that of the others; each carries its parameters' names. without: which to leave out."""
+    groups: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {(True, 1.0): [], (False, 1.0): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not without(parameter):
-            groups["no_decay" not in roles(parameter) and parameter.ndim >= 2].append((name, parameter))
+            key = ("no_decay" not in roles(parameter) and parameter.ndim >= 2, float(roles(parameter).get("rate", 1.0)))
+            groups.setdefault(key, []).append((name, parameter))
     return [
-        {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": weight_decay if decayed else 0.0}
-        for decayed, rows in groups.items()
+        {"params": [p for _, p in rows], "names": [n for n, _ in rows], "weight_decay": weight_decay / rate if decayed else 0.0}
+        | ({"lr_ratio": rate} if rate != 1 else {})
+        for (decayed, rate), rows in groups.items()
         if rows
     ]
 
@@ -47,4 +53,5 @@ def build_optimizer(model: nn.Module, *, lr: float, betas: tuple[float, float], 
     groups = parameter_groups(model, weight_decay)
     for group in groups:
         group.pop("names")
+        group["lr"] = lr * group.get("lr_ratio", 1.0)
     return SkippableAdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)

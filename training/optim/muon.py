@@ -158,6 +158,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
+    before_step: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -199,6 +200,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         if self.skip_next:
             return None
+        if self.before_step is not None:
+            self.before_step()
         self.adamw.grad_scale = self.grad_scale
         self.adamw.step(closure)
         if not self.matrices:

@@ -31,6 +31,17 @@ class Stretch:
         return self.first + self.values.numel()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Elements first .. first+count-1 of the flattened parameter `name` of `whole` elements, which lie from `start` on in a tensor."""
+
+    name: str
+    whole: int
+    first: int
+    count: int
+    start: int
+
+
 def share(stretches: list[Stretch], rank: int, size: int) -> list[Stretch]:
     """The part that `rank` of `size` writes of stretches that every rank has: an equal share of their elements; tensors are cut where a border
     falls."""
@@ -100,6 +111,33 @@ def local_moments(engine: Any, key: str) -> list[Stretch]:
     engine.link_moments()
     mapped = [(name, p._hp_mapping) for name, p in engine.parameters.items() if p._hp_mapping is not None]
     return [Stretch(name, m.lp_fragment_address.start, m.get_optim_state_fragment(key).view(-1)) for name, m in mapped]
+
+
+def gradient_pieces(engine: Any) -> Iterator[tuple[Tensor, Piece]]:
+    """(a tensor that the optimizer is about to update, a piece of it) for all parameters whose gradient is there now: `tensor.grad` holds them, padded
+    to where ZeRO wants it. What is shared by ranks comes on each, what is cut on the one that has it."""
+    ready = [tensor for group in engine.optimizer.param_groups for tensor in group["params"] if tensor.grad is not None]
+    if not engine.stage:
+        name_of = {id(p): name for name, p in engine.parameters.items()}
+        yield from ((p, Piece(name_of[id(p)], p.numel(), 0, p.numel(), 0)) for p in ready)
+    elif engine.stage == 3:
+        inner, rank, name_of = engine.deepspeed.optimizer, engine.world.rank, {id(p): name for name, p in engine.parameters.items()}
+        for flat, group in zip(inner.fp32_partitioned_groups_flat, inner.fp16_groups):
+            start = 0
+            for p in group if any(flat is tensor for tensor in ready) else ():
+                n = p.ds_tensor.ds_numel
+                count = max(0, min(n, p.ds_numel - rank * n))
+                if count:
+                    yield flat, Piece(name_of[id(p)], p.ds_numel, rank * n, count, start)
+                start += n
+    else:
+        place = {tensor.untyped_storage().data_ptr(): tensor for tensor in ready}
+        for name, p in engine.parameters.items():
+            mapping = p._hp_mapping
+            tensor = None if mapping is None else place.get(mapping.hp_fragment.untyped_storage().data_ptr())
+            if tensor is not None:
+                lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
+                yield tensor, Piece(name, p.numel(), lp.start, lp.numel, hp.start)
 
 
 def to_write(engine: Any) -> Iterator[tuple[str, Stretch]]:
