@@ -66,7 +66,7 @@ def recall_error(mapping: dict[str, Any], seed: int, share: float = 0.05) -> flo
     return float((keys @ W[0, 0].T - values).square().mean() / values.square().mean())
 
 
-def recall(mapping: dict[str, Any], seed: int, steps: int = 1500) -> dict[str, Any]:
+def recall(mapping: dict[str, Any], seed: int, steps: int = 300) -> dict[str, Any]:
     """Accuracies of a model trained without outliers: without and with them; and of one that was trained with them."""
     model = model_of({"type": "miras", "n_heads": 4, **mapping}, 32)
     taken, curve = train(model, batches(build_task(TASK), T, 64, seed), steps, seed=seed)
@@ -96,7 +96,7 @@ def main() -> None:
                 write(given.out, recall={"task": TASK, "T": T, "found": found})
                 print(name, found[name][-1], flush=True)
     if "chunk" in given.only or not given.only:
-        chunks = {c: [recall({"loss": "l2", "chunk": c}, seed)["clean"] for seed in range(given.seeds)] for c in (4, 16)}
+        chunks = {c: [recall({"loss": "l2", "chunk": c}, seed)["clean"] for seed in range(given.seeds)] for c in (1, 16)}
         write(given.out, chunk={"what": "accuracy without outliers by chunk", "accuracy": chunks})
         print(chunks)
     if "cost" in given.only or not given.only:
