@@ -39,7 +39,9 @@ def arm(task: str, name: str, seed: int, most: int) -> dict[str, Any]:
     changed = mock.patch.object(Mixer, "transitions", gates) if name == "positive" else nullcontext()
     with changed:
         draw = batches(build_task(mapping), T, 64, seed)
-        steps, curve = train(model, draw, most, seed=seed, lr=1e-2, solved=lambda model: accuracy(model, mapping, FAR, 128) > 0.99)
+        steps, curve = train(
+            model, draw, most, seed=seed, lr=3e-3 if task == "s3" else 1e-2, solved=lambda model: accuracy(model, mapping, FAR, 128) > 0.99
+        )
         scores = {length: accuracy(model, mapping, length) for length in (T, FAR)}
     return {"task": task, "arm": name, "seed": seed, "steps": steps, "accuracy": scores, "loss": curve}
 
