@@ -54,9 +54,9 @@ def test_transitions_can_be_a_group_that_does_not_commute_and_diagonal_ones_cann
         columns = 4 if orthogonal else 2
         fitted = []
         for target in wanted:
-            rates = torch.randn(8, 1, columns, dtype=torch.float64).requires_grad_()  # eight beginnings
-            optimizer = torch.optim.Adam([rates], lr=0.05)
-            for _ in range(150):
+            rates = torch.randn(4, 1, columns, dtype=torch.float64).requires_grad_()  # four beginnings
+            optimizer = torch.optim.Adam([rates], lr=0.08)
+            for _ in range(100):
                 error = (mixer.transitions(rates)[:, 0, 0] - target).square().sum((-2, -1))
                 optimizer.zero_grad()
                 error.sum().backward()
