@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scripts.studies.methods.common import arguments, cost, model_of, train, write
 
-SYMBOLS, SHORT, LONG = 24, 2, 10
+SYMBOLS, SHORT, LONG = 24, 2, 14
 SEP, ASK, NONE = range(SYMBOLS, SYMBOLS + 3)
 PROMPT = SHORT + LONG + 1  # all but the question
 ARMS: dict[str, dict[str, Any]] = {"causal": {"prompt": 0}, "jrt": {"prompt": PROMPT}}
@@ -41,7 +41,7 @@ def sets(rows: int, seed: int, step: int, order: str) -> tuple[Tensor, Tensor]:
 
 
 def disjoint(mapping: dict[str, Any], order: str, seed: int, steps: int = 400) -> dict[str, Any]:
-    model = model_of({"type": "jrt", "n_heads": 4, "feature_dim": 4, **mapping}, SYMBOLS + 3, layers=2, d_ff=128)
+    model = model_of({"type": "jrt", "n_heads": 2, "feature_dim": 2, **mapping}, SYMBOLS + 3, layers=2, d_ff=128)
 
     @torch.no_grad()
     def right(rows: int = 512) -> float:
