@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from data.files import lock, write_json
 from data.loader import build_reader
+from data.prompted import PromptReader
 from data.shards import ShardSet
 from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader, SyntheticSet
@@ -62,7 +63,10 @@ def open_reader(config: Config, shards: Shards, order: Order | None = None) -> A
     order = order or begin(config, [weight for _, weight in shards]).order
     if config.data.reader == "synthetic":
         return SyntheticReader(build_task(config.data.task), order.seq_len, order.seed, curriculum=config.data.curriculum)
-    return build_reader(shards, order.reader, order.seq_len, order.seed, order.rows, order.stretches)
+    reader = build_reader(shards, order.reader, order.seq_len, order.seed, order.rows, order.stretches)
+    if not config.prompt:
+        return reader
+    return PromptReader(reader, config.prompt, config.data.prompt_mask, shards[0][0].eot_id, order.seed)
 
 
 def open_data(config: Config) -> tuple[Any, Any, str]:

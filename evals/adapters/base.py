@@ -10,6 +10,7 @@ E entries of one head's state. Losses are in nats, lengths and positions in toke
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import TextCoder
 from evals.adapters.trust import code_hash, names_code
+from models.prompt import prompt_of, whole_prompt
 
 PIECE = 1024  # rows of logits alive at once
 FIRST_WORDS = 300  # characters of a foreign library's message that are passed on
@@ -47,15 +49,15 @@ class LayerState:
     shape: tuple[int, ...]
 
 
-def pieces(T: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """(first, last) token positions, last exclusive, of consecutive chunks that cover 0..T.
+def pieces(T: int, chunk: int, whole: int = 0) -> Iterator[tuple[int, int]]:
+    """(first, last) token positions, last exclusive, of consecutive chunks that cover 0..T, the first of `whole` tokens at least.
 
     A last chunk of one token is joined to the one before it, as some libraries treat a single token as a decoding step with other code.
     """
     chunk = max(2, chunk)
     first = 0
     while first < T:
-        last = min(first + chunk, T)
+        last = min(first + (chunk if first else max(chunk, whole)), T)
         if T - last == 1:
             last = T
         yield first, last
@@ -82,6 +84,11 @@ class Adapter:
     trusted = False  # whether code of the folder was run
     after_chunk: Callable[[Any], Any] | None = None  # state -> state, between chunks: where cures act
     on_start: Callable[[], None] | None = None  # called when a new sequence begins: where cures forget the last one
+
+    @property
+    def prompt(self) -> int:
+        """Tokens at the beginning of a text that the model sees whole (models/prompt.py): what it says of them there is no prediction."""
+        return prompt_of(self.model)
 
     def start(self, batch: int) -> Any:
         """The state of `batch` sequences before their first token."""
@@ -211,24 +218,30 @@ class Adapter:
         """Feeds ids (B, T+1) in chunks of `chunk` tokens with carried state, and scores all but the first; returns the last state.
 
         After every chunk each(position of its first token, nats (B, C), state) is called. batch_state: what to begin with, instead of `start`.
-        Raises ItemError as `check_length` and `losses` do.
+        Of a prompt that the model sees whole nothing is scored. Raises ItemError as `check_length` and `losses` do.
         """
-        T = ids_BT.shape[1] - 1
+        T, prompt = ids_BT.shape[1] - 1, self.prompt if batch_state is None else 0
         self.check_length(T)
+        if prompt > T:
+            raise ItemError(f"A text of {T:,} tokens lies within the prompt of {prompt:,} that this model sees whole; ask for longer ones.")
         state = self.start(ids_BT.shape[0]) if batch_state is None else batch_state
-        for first, last in pieces(T, T if self.carry == "none" else chunk):
+        for first, last in pieces(T, T if self.carry == "none" else chunk, prompt):
             nll_BC, state = self.losses(ids_BT[:, first:last], ids_BT[:, first + 1 : last + 1], state)
-            each(first, nll_BC, state)
+            told = max(0, prompt - 1 - first)
+            if told < nll_BC.shape[1]:
+                each(first + told, nll_BC[:, told:], state)
         return state
 
     def prefill(self, ids_BT: Tensor, chunk: int, state: Any = None) -> tuple[Tensor, Any]:
         """(logits (B, V) after the last token, state), fed in chunks of `chunk` tokens. Raises ItemError for logits that are not finite."""
         T = ids_BT.shape[1]
         self.check_length(T)
+        whole = state is None and self.prompt > 0  # then all of it is the prompt
         state = self.start(ids_BT.shape[0]) if state is None else state
         hidden = None
-        for first, last in [(0, T)] if self.carry == "none" else pieces(T, chunk):
-            hidden, state = self._run(ids_BT[:, first:last], state)
+        with whole_prompt(self.model, T) if whole else contextlib.nullcontext():
+            for first, last in [(0, T)] if whole or self.carry == "none" else pieces(T, chunk):
+                hidden, state = self._run(ids_BT[:, first:last], state)
         assert hidden is not None
         return self._finite(self._wide_logits(hidden[:, -1])), state
 

@@ -49,8 +49,9 @@ def document_perplexity(
         adapter.stream(torch.from_numpy(np.stack([documents[i][0] for i in group])), chunk, each)
         nll_BT, n = np.concatenate(scored, 1), length - 1
         block = n if len(documents) >= FEW else BLOCK
+        scored_tokens = nll_BT.shape[1]  # fewer than n where a prompt is not scored
         for i, row in zip(group, nll_BT):
-            parts = [row[a : a + block] for a in range(0, n, block)]
+            parts = [row[a : a + block] for a in range(0, scored_tokens, block)]
             units += [(float(part.sum()), len(part), documents[i][1] * len(part) / n) for part in parts]
         done += len(group)
         if on_progress:

@@ -164,6 +164,10 @@ def _ours(adapter: OwnAdapter, chunk: int, batch: int, seed: int, add_bos_token:
                 def add(first: int, nll: torch.Tensor, state: Any, total: list[float] = total) -> None:
                     total.append(float(nll.double().sum()))
 
+                if adapter.prompt:
+                    raise ItemError(
+                        "This model sees its prompt whole, so it gives whole texts no likelihood; leave out tasks that ask for one."
+                    )
                 if len(ids) > 1:
                     adapter.stream(torch.tensor([ids]), chunk, add)
                 scores.append(-sum(total))

@@ -17,6 +17,7 @@ import torch
 from data.shards import ShardSet
 from models.lm import LanguageModel
 from models.parallel import split
+from models.prompt import prompt_of, told_by_prompt
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Perplexity:
     @property
     def nats_per_token(self) -> float:
         """Mean loss."""
-        return self.nll_nats / self.tokens
+        return self.nll_nats / self.tokens if self.tokens else math.nan  # nothing is scored where a prompt is the whole text
 
     @property
     def perplexity(self) -> float:
@@ -85,12 +86,16 @@ def text_bytes(shards: ShardSet, labels: np.ndarray) -> int:
     return max(1, len(text.encode("utf-8", errors="surrogatepass")))
 
 
-def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]]) -> None:
-    """Adds per-token losses at positions first, first+1, ... to log2 buckets {lowest position: [sum, count]}."""
+def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]], scored_BC: np.ndarray | None = None) -> None:
+    """Adds per-token losses at positions first, first+1, ..., those that are `scored` (None: all), to log2 buckets {lowest position: [sum, count]}."""
     positions = np.arange(first, first + nll_BC.shape[1])
     lows = np.where(positions == 0, 0, 2 ** np.floor(np.log2(np.maximum(positions, 1))).astype(np.int64))
     for low in np.unique(lows):
         chosen = nll_BC[:, lows == low]
+        if scored_BC is not None:
+            chosen = chosen[scored_BC[:, lows == low]]
+            if not chosen.size:
+                continue
         entry = into.setdefault(int(low), [0.0, 0.0])
         entry[0] += float(chosen.sum())
         entry[1] += chosen.size
@@ -160,6 +165,9 @@ def _score(
     segments_BT = torch.from_numpy(np.stack([segments for _, segments in rows])).to(device)
     n, N = tokens_BT.shape[1] - 1, slice_of[1]
     begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N
+    prompt = prompt_of(model)
+    chunk = max(chunk, prompt)
+    told_BT = told_by_prompt(segments_BT[:, :-1], prompt)
     state = model.init_state(len(rows), device=device) if end - begin > chunk else None
     for first in range(begin, end, chunk):
         last = min(first + chunk, end)
@@ -172,9 +180,9 @@ def _score(
                 reduction="none",
             )
         state = output.state
-        nll_BC = output.token_nll.float().cpu().numpy()
-        result.nll_nats += float(nll_BC.sum(dtype=np.float64))
-        result.tokens += nll_BC.size
-        bucket_sums(nll_BC, first, result.by_position)
-    for tokens, _ in rows if slice_of[0] == 0 else ():
-        result.bytes += text_bytes(shards, tokens[1:])
+        nll_BC, scored_BC = output.token_nll.float().cpu().numpy(), ~told_BT[:, first:last].cpu().numpy()
+        result.nll_nats += float(nll_BC.sum(dtype=np.float64, where=scored_BC))
+        result.tokens += int(scored_BC.sum())
+        bucket_sums(nll_BC, first, result.by_position, scored_BC)
+    for (tokens, _), told_T in zip(rows, told_BT.cpu().numpy()) if slice_of[0] == 0 else ():
+        result.bytes += text_bytes(shards, tokens[1:][~told_T])

@@ -88,15 +88,18 @@ def windows(
         part = starts[a : a + group]
         ids = np.concatenate([rows_RT[:, start : start + T + 1] for start in part])
         scored: list[np.ndarray] = []
+        told: list[int] = []  # positions of the first token of each chunk
 
-        def each(first: int, nll: torch.Tensor, state: Any, scored: list[np.ndarray] = scored) -> None:
+        def each(first: int, nll: torch.Tensor, state: Any, scored: list[np.ndarray] = scored, told: list[int] = told) -> None:
             scored.append(nll.float().cpu().numpy())
+            told.append(first)
 
         adapter.stream(torch.from_numpy(ids), chunk, each)
         nll = np.concatenate(scored, 1)
-        inside.add(0, nll, a * R)
+        inside.add(told[0], nll, a * R)
         for i, start in enumerate(part):
-            place.add(covered, nll[i * R : (i + 1) * R, covered - start :])
+            covered = max(covered, start + told[0])  # above `covered` where the model sees a prompt whole, which is not scored
+            place.add(covered, nll[i * R : (i + 1) * R, covered - start - told[0] :])
             covered = start + T
     return {"by_place": place.buckets(seed), "inside": inside.buckets(seed, intervals=False), "windows": R * len(starts)}
 

@@ -100,12 +100,14 @@ class Subject:
                 self._unlearnt = "there is no text to tell whether the model has learnt anything"
                 return self._unlearnt
             nats: list[float] = []
+            scored: list[int] = []
 
             def each(first: int, nll: torch.Tensor, state: Any) -> None:
                 nats.append(float(nll.double().sum()))
+                scored.append(nll.numel())
 
             self.adapter.stream(torch.from_numpy(ids_RL), self.settings.chunk, each)
-            mean = sum(nats) / (rows * (length - 1))
+            mean = sum(nats) / sum(scored)
             self._unlearnt = unlearnt(mean, ids_RL[:, 1:], self.text.ids, self.adapter.vocab_size)
         return self._unlearnt
 

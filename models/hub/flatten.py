@@ -211,7 +211,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
         if isinstance(whole, ast.Assign)
         for target in whole.targets
         for n in ast.walk(target)
-        if isinstance(n, ast.Name)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
     ]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"two definitions have one name in the flattened file: {twice}"

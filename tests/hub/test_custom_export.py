@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports
 
 from kernels.parallel_rnn.reference import parallel
-from models import cells
+from models import cells, mixers
 from models.cells import load_cell
 from models.config import ModelConfig
 from models.hub.custom import write_code
 from models.hub.export import CHECKER, verify, write_folder
+from models.hub.flatten import modeling
 from tests.hub.test_native_export import ATTENTION, MAMBA, checkpoint, config
 
 GRU = {"type": "rnn", "n_heads": 4}
@@ -63,6 +64,12 @@ FAMILIES = {
         },
     ),
 }
+
+
+def test_any_mixers_and_cells_lie_in_one_file() -> None:
+    code = modeling(mixers.available(), cells.available(), [])
+    compile(code, "modeling_everywhen.py", "exec")
+    assert "from models" not in code and "from kernels" not in code
 
 
 def test_the_exported_code_gives_the_checkpoints_numbers(tmp_path: Path) -> None:

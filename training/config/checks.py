@@ -140,7 +140,7 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     if ds.offload_optimizer != "none" and ds.stage == 0:
         problems.append("deepspeed.offload_optimizer needs deepspeed.stage of 1, 2 or 3.")
     problems += wrappers.KINDS.parse(config.optim.wrapper, config)[1]
-    problems += _zero(config, world_size) + (_muon(config) if config.optim.kind == "muon" else [])
+    problems += _prompt(config) + _zero(config, world_size) + (_muon(config) if config.optim.kind == "muon" else [])
     if config.checkpoint.hook and "{folder}" not in config.checkpoint.hook:
         problems.append(
             "checkpoint.hook does not say {folder}; write where the checkpoint goes into the command, as in 'cp -r {folder} /backup'."
@@ -159,6 +159,22 @@ def _combinations(config: Config, world_size: int) -> list[str]:
     problems += [
         f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()
     ]
+    return problems
+
+
+def _prompt(config: Config) -> list[str]:
+    """What prompts that are read twice cannot be combined with."""
+    problems, t, prompt = [], config.train, config.prompt
+    if not prompt:
+        return []
+    if prompt >= t.seq_len:
+        problems.append(
+            f"A prompt of {prompt} tokens leaves nothing of train.seq_len {t.seq_len} to predict; shorten it (model.mixers.NAME.prompt)."
+        )
+    if config.data.reader != "windows":
+        problems.append(f"Prompts that are read twice need data.reader=windows, not {config.data.reader}.")
+    if t.initial_state != "zero":
+        problems.append(f"Prompts that are read twice need train.initial_state=zero, not {t.initial_state}.")
     return problems
 
 

@@ -78,6 +78,7 @@ class DataSection:
     prefetch: Annotated[int, Range(1, 10**4)] = 4
     task: dict[str, Any] = field(default_factory=dict)  # of reader=synthetic, see data/synthetic
     curriculum: Annotated[int, AMOUNT] = 0
+    prompt_mask: Annotated[float, SHARE] = 0.15
 
 
 @dataclass
@@ -175,6 +176,13 @@ class Config:
         assert self.train.tokens is not None
         left = int(self.train.tokens) - (self.at.tokens - self.at.first_tokens)
         return max(self.at.first_step + 1, self.at.step + max(0, -(-left // self.tokens_per_step)))
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompts that the model's mixers read twice; 0 where none does."""
+        mixers = (self.model.get("mixers") or {}).get
+        used = (mixers(name) for name in self.model.get("pattern") or ())
+        return max((int(m.get("prompt") or 0) for m in used if isinstance(m, dict) and str(m.get("prompt") or 0).isdigit()), default=0)
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,0 +1,58 @@
+"""What the mixers of docs/methods owe beside the contract: what is not finite stays in its document, and exported code has them as they are here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import mixers
+from models.config import ModelConfig
+from models.hub.custom import write_code
+from tests.mixers import mixer_configs
+
+CORE = ("attention", "delta", "mamba2", "rnn")  # tested elsewhere
+CONFIGS: dict[str, dict[str, Any]] = {name: mapping for name, mapping in mixer_configs().items() if mapping["type"] not in CORE}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_not_finite_stays_in_its_document(name: str) -> None:
+    torch.manual_seed(0)
+    mixer = mixers.build(CONFIGS[name], 32, 0)
+    mixer.init_weights(0.1, 0)
+    x, segments = torch.randn(2, 24, 32), torch.repeat_interleave(torch.arange(1, 4), torch.tensor([7, 9, 8])).expand(2, -1)
+    bad, others = x.clone(), segments[0] != 2
+    bad[:, 9], bad[:, 10] = torch.nan, torch.inf
+    y = mixer(x, None, segments)[0]
+    found = mixer(bad, None, segments)[0]
+    torch.testing.assert_close(found[:, others], y[:, others])
+    assert found[:, 9].isnan().all()
+    first, state = mixer(bad[:, :12], mixer.init_state(2), segments[:, :12])
+    rest, _ = mixer(bad[:, 12:], state, segments[:, 12:])
+    torch.testing.assert_close(torch.cat([first, rest], 1)[:, others], y[:, others], atol=1e-5, rtol=1e-4)
+
+
+def test_exported_code_has_the_same_mixers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that is written beside an exported model's weights, without this project: outputs and states."""
+    (tmp_path / "exported_methods").mkdir()
+    write_code(ModelConfig(269, 32, len(CONFIGS), list(CONFIGS), CONFIGS, d_ff=0), tmp_path / "exported_methods")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        code = importlib.import_module("exported_methods.modeling_everywhen")
+        for mapping in CONFIGS.values():
+            ours = mixers.build(mapping, 32, 0)
+            ours.init_weights(0.2, 0)
+            Settings, Mixer = code.MIXERS[mapping["type"]]
+            theirs = Mixer(Settings(**{key: value for key, value in mapping.items() if key != "type"}), 32, 0)
+            theirs.load_state_dict(ours.state_dict())
+            x, a, b = torch.randn(2, 9, 32), ours.init_state(2), theirs.init_state(2)
+            for part in (slice(0, 6), slice(6, 7), slice(7, 9)):
+                (y, a), (found, b) = ours(x[:, part], a), theirs(x[:, part], b)
+                torch.testing.assert_close(found, y)
+    finally:
+        for module in [n for n in sys.modules if n.startswith("exported_methods")]:
+            del sys.modules[module]
