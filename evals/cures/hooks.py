@@ -39,7 +39,7 @@ ScanHook = Callable[[int, Scan, Run], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:
@@ -82,12 +82,12 @@ def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
             stack.callback(handle.remove)
         for module in {sys.modules[type(m).__module__] for _, m in layers}:
             if hasattr(module, "ssd"):
-                stack.enter_context(_replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
+                stack.enter_context(replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
             else:
                 original = module.mamba2_chunk_scan
-                stack.enter_context(_replaced(module, "mamba2_chunk_scan", _hf_scan(original, hook, now)))
+                stack.enter_context(replaced(module, "mamba2_chunk_scan", _hf_scan(original, hook, now)))
                 if hasattr(module, "mamba2_selective_state_update"):
-                    stack.enter_context(_replaced(module, "mamba2_selective_state_update", _hf_step(original, hook, now)))
+                    stack.enter_context(replaced(module, "mamba2_selective_state_update", _hf_step(original, hook, now)))
         yield called
 
 
@@ -178,7 +178,7 @@ def measure_retention(adapter: Adapter) -> Iterator[Retention]:
 
 
 @contextmanager
-def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[list[int], set[Any], Callable[[Any, Any], None]]]:
+def each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[list[int], set[Any], Callable[[Any, Any], None]]]:
     """(a list whose one element is the layer that runs now, the modules of the mixers in `layers`, a function that puts another in the place of a
     module's `name`), until the context ends."""
     now = [0]
@@ -188,7 +188,7 @@ def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[lis
             stack.callback(handle.remove)
 
         def replace(module: Any, watched: Any) -> None:
-            stack.enter_context(_replaced(module, name, watched))
+            stack.enter_context(replaced(module, name, watched))
 
         yield now, {sys.modules[type(mixer).__module__] for _, mixer in layers}, replace
 
@@ -199,7 +199,7 @@ def _rules(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
     the average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
     blocks: Any = adapter.model.blocks
     layers = [(i, b.mixer) for i, b in enumerate(blocks) if hasattr(sys.modules[type(b.mixer).__module__], "delta_rule")]
-    with _each_module(layers, "delta_rule") as (now, modules, replace):
+    with each_module(layers, "delta_rule") as (now, modules, replace):
         for module in modules:
             original = module.delta_rule
 
@@ -230,7 +230,7 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
         and b.mixer.cell.lowered
         and hasattr(sys.modules[type(b.mixer).__module__], "parallel_rnn")
     ]
-    with _each_module(layers, "parallel_rnn") as (now, modules, replace):
+    with each_module(layers, "parallel_rnn") as (now, modules, replace):
         for module in modules:
             original = module.parallel_rnn
 
