@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import read
-from models import mixers
+from models import depth, mixers
 
 RANGES = {  # (lowest, highest) value of every number; a lowest of 0 is itself excluded unless the key is in ZERO_IS_OFF
     "vocab_size": (1, 2**31 - 1),
@@ -43,6 +43,7 @@ class ModelConfig:
     residual_init: str = "depth"  # depth: what writes into the residual stream starts 1/sqrt(2 n_layers) smaller | none
     head_chunk: int = 2048  # rows of logits alive at once in the loss
     recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
+    depth: dict[str, Any] = field(default_factory=dict)  # a way of models/depth through the layers; empty: once through each
 
     @property
     def mlp_width(self) -> int:
@@ -53,6 +54,11 @@ class ModelConfig:
 
     def mixer_name(self, layer: int) -> str:
         return self.pattern[layer % len(self.pattern)]
+
+    def learnt_visits(self) -> list[int]:
+        """The layers that the tokens of a training step go through with a gradient, in order."""
+        way = depth.parse(self.depth, self.n_layers)[0] if self.depth else None
+        return list(range(self.n_layers)) if way is None else way.learnt(self.n_layers)
 
     def problems(self) -> list[str]:
         """What is wrong with this config, one sentence for each problem; empty for one that a model can be built from."""
@@ -84,6 +90,8 @@ class ModelConfig:
                 problems += mixers.parse(name, mapping, self.d_model)[1]
             else:
                 problems.append(f"model.mixers.{name} must be a group of keys, not {mapping!r}.")
+        if self.depth and self.n_layers > 0:
+            problems += depth.parse(self.depth, self.n_layers)[1]
         return problems
 
     @staticmethod
@@ -103,4 +111,6 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """What config.json holds; without `depth` where it is empty, as models were written before there was any."""
+        values = dataclasses.asdict(self)
+        return values if self.depth else {key: value for key, value in values.items() if key != "depth"}

@@ -94,7 +94,7 @@ class Engine:
         """Whether passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
         t = self.config.train
         wanted = t.cuda_graph == "auto" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
-        return wanted and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
+        return wanted and not self.module.varies and self.world.device.type == "cuda" and self.world.size == 1 and not self.stage
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""

@@ -223,6 +223,17 @@ def split_problems(config: Config) -> list[str]:
     return problems
 
 
+def depth_problems(config: Config) -> list[str]:
+    """What a way through the depth that varies from step to step does not go with."""
+    from models import depth
+
+    way = depth.parse(config.model.get("depth") or {}, config.model.get("n_layers") or 1)[0] if config.model.get("depth") else None
+    if way is None or not way.varies or config.train.initial_state == "zero":
+        return []
+    start = config.train.initial_state
+    return [f"train.initial_state={start} needs one state for each visit of a layer, and model.depth draws their number; set it to zero."]
+
+
 def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     """The validated Config of a resolved mapping. Raises UserError with every problem found."""
     problems: list[str] = []
@@ -236,7 +247,7 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     if readable:
         problems += _choices(config) + _combinations(config, world_size) + ([] if outside else lengths(config))
     told_of_model = model_problems(config.model)
-    problems += told_of_model or recompute_problems(config)
+    problems += told_of_model or recompute_problems(config) + depth_problems(config)
     if config.data.reader == "synthetic":
         problems += task_problems(config)
     else:
