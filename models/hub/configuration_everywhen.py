@@ -4,7 +4,8 @@ from transformers import PreTrainedConfig
 
 
 class EverywhenConfig(PreTrainedConfig):
-    """pattern: names of mixers; mixers: the settings of each name. intermediate_size 0: no MLP."""
+    """pattern: names of mixers; mixers: the settings of each name. intermediate_size 0: no MLP; depth: another way than once
+    through each layer."""
 
     model_type = "everywhen"
 
@@ -16,6 +17,7 @@ class EverywhenConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     pattern: list | None = None
     mixers: dict | None = None
+    depth: dict | None = None
     learnable_residual: bool = False
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

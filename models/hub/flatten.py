@@ -16,7 +16,20 @@ from models.hub.recurrence import HEADER, written
 TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hub.template")
 OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
-PROVIDED = {"parallel_rnn", "parallel_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell", "Pre", "Rec", "State"}
+PROVIDED = {
+    "parallel_rnn",
+    "parallel_rnn_step",
+    "ssd",
+    "load_cell",
+    "bias_init",
+    "torch_functions",
+    "jumps",
+    "Cell",
+    "Pre",
+    "Rec",
+    "State",
+    "Walk",
+}
 # operations whose reference.py has the same functions
 IN_TORCH = (
     "kernels.short_conv",
@@ -43,7 +56,7 @@ SCAN_KERNELS = '''def scan_kernels() -> Any:
 # what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
 DROPPED = {
     "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
-    "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state",
+    "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state", "begin_step", "learnt",
 }  # fmt: skip
 
 NOTHING_PLANNED = {  # plans of memory are made here, not by the exported code
@@ -162,8 +175,8 @@ def _camel(kind: str) -> str:
     return "".join(part.title() for part in kind.split("_"))
 
 
-def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
-    """The text of modeling_everywhen.py with these mixer types and cells."""
+def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str | None = None) -> str:
+    """The text of modeling_everywhen.py with these mixer types and cells, and a way through the depth of this type."""
     from models.cells import bias_init, load_cell
     from models.mixers import available
 
@@ -171,7 +184,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            if name in ("MIXERS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
+            if name in ("MIXERS", "WAYS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "State"):
                 flat.add(part, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
@@ -180,6 +193,9 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
         assert kind in available(), kind
         titles = {name: f"{_camel(kind)}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
+    if way is not None:
+        flat.done.add(("models.walk", flat.module("models.walk").definitions["Walk"].lineno))  # the template has its own
+        flat.add(f"models.depth.{way}", "Way", {"Config": "WayConfig"})
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
             flat.add(part, name)
@@ -190,6 +206,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
+        *([f'WAYS["{way}"] = (WayConfig, Way)'] if way is not None else []),
         *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),

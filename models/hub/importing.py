@@ -116,7 +116,7 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
     if not (Path(str(folder)) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json; give model=hf: the folder of a Llama-shaped, Mamba-2 or exported model.")
     theirs = read_stock_config(Path(str(folder))).to_dict()
-    return {**mapping, **{key: theirs[key] for key in ARCHITECTURE}}
+    return {**mapping, "depth": theirs.get("depth", {}), **{key: theirs[key] for key in ARCHITECTURE}}
 
 
 def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None, verify: bool = True) -> None:

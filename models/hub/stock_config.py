@@ -221,6 +221,7 @@ def _own(raw: dict[str, Any]) -> dict[str, Any]:
         "pattern": raw["pattern"],
         "mixers": raw["mixers"],
         "learnable_residual": raw["learnable_residual"],
+        "depth": raw.get("depth") or {},
     }
 
 

@@ -224,14 +224,22 @@ def split_problems(config: Config) -> list[str]:
 
 
 def depth_problems(config: Config) -> list[str]:
-    """What a way through the depth that varies from step to step does not go with."""
+    """What layers that are used several times in a pass do not go with."""
     from models import depth
 
-    way = depth.parse(config.model.get("depth") or {}, config.model.get("n_layers") or 1)[0] if config.model.get("depth") else None
-    if way is None or not way.varies or config.train.initial_state == "zero":
+    mapping, start, problems = config.model.get("depth"), config.train.initial_state, []
+    way = depth.parse(mapping, config.model.get("n_layers") or 1)[0] if mapping else None
+    if way is None:
         return []
-    start = config.train.initial_state
-    return [f"train.initial_state={start} needs one state for each visit of a layer, and model.depth draws their number; set it to zero."]
+    if config.deepspeed.stage == 3:
+        problems.append(
+            "deepspeed.stage=3 lets go of a layer's weights after its first use in a pass, and model.depth uses it again; take stage 2."
+        )
+    if way.varies and start != "zero":
+        problems.append(
+            f"train.initial_state={start} needs one state for each visit of a layer, and model.depth draws their number; set it to zero."
+        )
+    return problems
 
 
 def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
