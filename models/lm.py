@@ -38,7 +38,7 @@ class LMState:
 @dataclass
 class LMOutput:
     """loss_sum: nats summed over labelled tokens; z_loss_sum: already weighted, with what a way through the depth
-    adds. Without labels only logits (and state) are filled."""
+    and a teacher add. Without labels only logits (and state) are filled."""
 
     loss_sum: Tensor | None = None
     z_loss_sum: Tensor | None = None
@@ -63,6 +63,7 @@ class LanguageModel(Module):
             self.depth = depth.build(config.depth, config.d_model, config.n_layers)
             self.norm = RMSNorm(config.d_model, config.norm_eps)
             self.head = Head(config.d_model, config.vocab_size)
+        self.beside: Any = None  # what adds to the loss in training, as training/distill.py
         tag(self.embedding.weight, "no_decay", "vocabulary")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -91,12 +92,14 @@ class LanguageModel(Module):
     @property
     def varies(self) -> bool:
         """Whether the work of a training step is drawn anew in each (`begin_step`)."""
-        return self.depth is not None and bool(self.depth.config.varies)
+        return self.depth is not None and bool(self.depth.config.varies) or self.beside is not None
 
     def begin_step(self, seed: int, step: int) -> None:
         """To be called before the training step that follows `step` steps: what it draws depends on nothing else."""
         if self.depth is not None:
             self.depth.begin_step(seed, step)
+        if self.beside is not None:
+            self.beside.begin_step(seed, step)
 
     def set_activation_checkpointing(self, choice: Any) -> None:
         """Which activations training computes again in the backward pass instead of keeping them: a setting of models/recompute.py, as 'none',
@@ -124,12 +127,20 @@ class LanguageModel(Module):
             read = slice(-1, None) if last_only else slice(None)
             output.logits = self.head(self._final(walk, read))
             return output
-        return self._loss(self._final(walk), labels, reduction, output, walk.token_loss_BT)
+        h_BTD = self._final(walk)
+        output = self._loss(h_BTD, labels, reduction, output, walk.token_loss_BT)
+        if self.beside is not None and self.training:
+            output.z_loss_sum = output.z_loss_sum + self.beside(self, h_BTD, input_ids, labels, segment_ids, output.loss_sum)
+        return output
 
     def hidden(self, input_ids: Tensor, state: LMState) -> tuple[Tensor, LMState]:
         """What the head reads (B, T, D) of tokens that follow `state`, and the state behind them."""
         walk = self._walk(input_ids, None, state)
         return self._final(walk), LMState(walk.after)
+
+    def read(self, input_ids: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """What the head reads (B, T, D) of whole sequences."""
+        return self._final(self._walk(input_ids, segment_ids, None))
 
     def _walk(self, input_ids: Tensor, segment_ids: Tensor | None, state: LMState | None) -> Walk:
         """Tokens that have gone through all blocks."""

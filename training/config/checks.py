@@ -125,6 +125,10 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
     if N > 1:
         problems += _sequence(config, world_size)
+        if config.distill.teacher is not None:
+            problems.append(
+                "parallel.sequence above 1 gives each rank a part of a sequence, and distill.teacher reads whole ones; set it to 1."
+            )
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:
