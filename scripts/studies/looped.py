@@ -1,10 +1,12 @@
 """Copying and reversing at four times the trained length: layers that are looped against as many layers of their own; JSON to --out.
 
-    python -m scripts.studies.looped --out docs/results/methods/depth.json          # three seeds, half an hour on one core
+    python -m scripts.studies.looped --out looped.json                              # three seeds, an hour on one core
+    python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
 
 A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16; answers are scored for 16, 32 and 64
-symbols. Both models spend the same FLOPs on a token in their blocks: a core of two layers (a window with rotary positions, and attention without
-positions, which can find a symbol at any distance) four times, or eight layers. Only the looped one can be run for longer, and is, too.
+symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
+near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), or whole (rotary attention).
+Only the looped ones can be run for longer, and are, too.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ from training.watch.metrics import environment
 LENGTH, BATCH, SYMBOLS, LOOPS = 16, 64, 72, 4
 COPY, REVERSE, PAD, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, 80
 MIXERS = {"near": {"type": "attention", "n_heads": 4, "window": 4}, "far": {"type": "attention", "n_heads": 4, "rope": False}}
+MIXERS["whole"] = {"type": "attention", "n_heads": 4}
 ARMS: dict[str, dict[str, Any]] = {
-    "looped": {"n_layers": 2, "depth": {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}},
-    "universal": {"n_layers": 2, "depth": {"type": "universal", "loops": LOOPS}},
-    "unlooped": {"n_layers": 2 * LOOPS},
+    "looped": {"depth": {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}},
+    "universal": {"depth": {"type": "universal", "loops": LOOPS}},
+    "unlooped": {},
 }
 
 
@@ -44,9 +47,13 @@ def rows_of(rows: int, lengths: Tensor, draw: torch.Generator) -> tuple[Tensor, 
     return ids[:, :-1], labels[:, :-1]
 
 
-def model_of(arm: str) -> LanguageModel:
+def model_of(arm: str, pattern: list[str]) -> LanguageModel:
+    layers = len(pattern) * (1 if ARMS[arm] else LOOPS)
+    mixers = {name: MIXERS[name] for name in pattern}
     return LanguageModel(
-        ModelConfig(vocab_size=VOCABULARY, d_model=64, d_ff=128, pattern=["near", "far"], mixers=MIXERS, init_std=0.05, **ARMS[arm])
+        ModelConfig(
+            vocab_size=VOCABULARY, d_model=64, n_layers=layers, d_ff=128, pattern=pattern, mixers=mixers, init_std=0.05, **ARMS[arm]
+        )
     )
 
 
@@ -70,9 +77,9 @@ def scores(model: LanguageModel, device: str, loops: int | None = None) -> dict[
     return out
 
 
-def arm(name: str, seed: int, steps: int, lr: float, device: str) -> dict[str, Any]:
+def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device: str) -> dict[str, Any]:
     """One model, trained and scored."""
-    model, began = model_of(name), time.monotonic()
+    model, began = model_of(name, pattern), time.monotonic()
     model.init_weights(seed)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -93,7 +100,7 @@ def arm(name: str, seed: int, steps: int, lr: float, device: str) -> dict[str, A
             curve.append(round(loss.item(), 4))
             print(name, seed, step + 1, curve[-1], flush=True)
     result = {
-        "arm": name, "seed": seed, "steps": steps, "lr": lr, "parameters": sum(p.numel() for p in model.parameters()),
+        "arm": name, "pattern": pattern, "seed": seed, "steps": steps, "lr": lr, "parameters": sum(p.numel() for p in model.parameters()),
         "flops_per_token": model.flops_per_token(2 * LENGTH), "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device), "loss": curve,
     }  # fmt: skip
     if model.depth is not None:
@@ -106,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", default=",".join(ARMS), help="which models, with commas between them")
+    parser.add_argument("--pattern", default="near,far", help="mixers of the layers that are looped")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -114,7 +122,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
         for name in given.arms.split(","):
-            results.append(arm(name, seed, given.steps, given.lr, given.device))
+            results.append(arm(name, given.pattern.split(","), seed, given.steps, given.lr, given.device))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(given.out, {"runs": results, "environment": environment(torch.device(given.device))})
 

@@ -119,8 +119,12 @@ def test_halting_weighs_every_token_once_and_ponders_what_it_took() -> None:
     assert way.halt.grad.abs().sum() > 0
     with torch.no_grad():
         way.halt_bias.fill_(20.0)
+        way.steps.zero_()
+    seen: list[torch.Tensor] = []
+    model.blocks[0].mixer.register_forward_pre_hook(lambda mixer, x: seen.append(x[0].detach()))
     model(IDS, labels=IDS)
     assert (way.steps_BT == 1).all()
+    assert not torch.equal(seen[1], seen[0]) and all(torch.equal(x, seen[1]) for x in seen[2:]), "what has halted keeps its stream"
 
 
 def chain(rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
