@@ -65,7 +65,6 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     from models.lm import LanguageModel
     from training import checkpoint
     from training.cost.fit import misfit, recomputation_of
-    from training.distill import begin as teach
     from training.engine import Engine
     from training.guard.agreement import agree
     from training.guard.faults import StopRequest
@@ -87,7 +86,10 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     model = LanguageModel(settings)
     remade, told = recomputation_of(config, settings, world)
     model.set_activation_checkpointing(remade)
-    teach(config, model, world, None if config.data.reader == "synthetic" else shards[0][0].tokenizer())
+    if config.distill.teacher is not None:
+        from training.distill import begin
+
+        begin(config, model, world, None if config.data.reader == "synthetic" else shards[0][0].tokenizer())
     stop = StopRequest()
     start_up.lap("model")
 

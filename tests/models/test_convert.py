@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from data.errors import UserError
 from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import scan_hook
-from evals.dynamics import of_scan
-from evals.measures.dynamics import mixing_matrix
 from models.config import ModelConfig
 from models.convert import converted, targets
 from models.lm import LanguageModel
@@ -54,9 +52,8 @@ def test_mamba2_begins_with_the_scores_of_the_attention() -> None:
     seen: list[Any] = []
 
     def look(layer: int, scan: Any, run: Any) -> Any:
-        y, h = run(scan)
-        seen.append(of_scan(scan, y))
-        return y, h
+        seen.append(scan)
+        return run(scan)
 
     with scan_hook(adapter := OwnAdapter(student, None, "s", "s"), look):
         adapter.advance(IDS, adapter.start(2))
@@ -64,8 +61,11 @@ def test_mamba2_begins_with_the_scores_of_the_attention() -> None:
     x = teacher.blocks[0].mixer_norm(teacher.embedding(IDS))
     q, k, v = (F.silu(p(x)).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     wanted = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).tril()
-    torch.testing.assert_close(mixing_matrix(seen[0]).float(), wanted, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(seen[0].u[..., 0, :].transpose(1, 2).float(), v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-4)
+    (scan,) = seen
+    assert (scan.dt * scan.A).abs().max() < 1e-6
+    mixed = scan.C.transpose(1, 2) @ (scan.dt[..., None] * scan.B).transpose(1, 2).transpose(-1, -2)
+    torch.testing.assert_close(mixed.tril(), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(scan.x.transpose(1, 2), v.repeat_interleave(2, 1), atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
