@@ -86,6 +86,10 @@ def train(config: Config, resolved_yaml: str) -> float | None:
     model = LanguageModel(settings)
     remade, told = recomputation_of(config, settings, world)
     model.set_activation_checkpointing(remade)
+    if config.distill.teacher is not None:
+        from training.distill import begin
+
+        begin(config, model, world, None if config.data.reader == "synthetic" else shards[0][0].tokenizer())
     stop = StopRequest()
     start_up.lap("model")
 

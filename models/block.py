@@ -111,6 +111,10 @@ class Block(Module):
 
         return step
 
+    def flops_per_token(self, T: int) -> int:
+        """Forward FLOPs of one token in a sequence of T."""
+        return self.mixer.flops_per_token(T) + (0 if self.mlp is None else self.mlp.flops_per_token())
+
     def recomputed_flops_per_token(self, T: int, parts: frozenset[str]) -> int:
         """Forward FLOPs of one token that are made again where these parts are: of the MLP all but its last product."""
         mixer = self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import read
-from models import channel, mixers, param
+from models import channel, depth, mixers, param
 
 RANGES = {  # (lowest, highest) value of every number; a lowest of 0 is itself excluded unless the key is in ZERO_IS_OFF
     "vocab_size": (1, 2**31 - 1),
@@ -47,6 +47,7 @@ class ModelConfig:
     recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
     channel: dict[str, Any] = field(default_factory=lambda: {"type": channel.PLAIN})  # what mixes within a token, d_ff wide
     param: dict[str, Any] = field(default_factory=lambda: {"type": param.PLAIN})  # how starting values and rates follow the width
+    depth: dict[str, Any] = field(default_factory=dict)  # a way of models/depth through the layers; empty: once through each
 
     @property
     def mlp_width(self) -> int:
@@ -57,6 +58,11 @@ class ModelConfig:
 
     def mixer_name(self, layer: int) -> str:
         return self.pattern[layer % len(self.pattern)]
+
+    def learnt_visits(self) -> list[int]:
+        """The layers that the tokens of a training step go through with a gradient, in order."""
+        way = depth.parse(self.depth, self.n_layers)[0] if self.depth else None
+        return list(range(self.n_layers)) if way is None else way.learnt(self.n_layers)
 
     def problems(self) -> list[str]:
         """What is wrong with this config, one sentence for each problem; empty for one that a model can be built from."""
@@ -97,6 +103,8 @@ class ModelConfig:
             problems.append(
                 f"model.channel is {self.channel.get('type')}, but model.d_ff=0 leaves it out of every layer; give a width, or -1."
             )
+        if self.depth and self.n_layers > 0:
+            problems += depth.parse(self.depth, self.n_layers)[1]
         return problems + param.KINDS.parse(self.param, self)[1]
 
     @staticmethod
@@ -116,4 +124,6 @@ class ModelConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """What config.json holds; without `depth` where it is empty, as models were written before there was any."""
+        values = dataclasses.asdict(self)
+        return values if self.depth else {key: value for key, value in values.items() if key != "depth"}

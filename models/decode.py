@@ -30,7 +30,7 @@ def cast(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
 
 def fixed(model: LanguageModel, state: LMState, capacity: int) -> LMState:
     """A copy of `state` whose tensors a step writes into: caches get room for `capacity` tokens."""
-    return LMState([block.mixer.fixed_state(part, capacity) for block, part in zip(model.blocks, state.layers)])
+    return LMState([block.mixer.fixed_state(part, capacity) for block, part in zip(model.visits(), state.layers)])
 
 
 def _tensors(state: LMState) -> list[Tensor]:
@@ -48,7 +48,7 @@ class Decoder:
     def __init__(self, model: LanguageModel, state: LMState, capacity: int, *, compiled: bool = False, fused: bool | None = None) -> None:
         """capacity: the most tokens a cache holds, those read included. compiled: torch.compile fuses the step's small operations.
         fused: the kernels of kernels/decode_step; None: where they can run, for as few rows as they are made for."""
-        layers = [(block.mixer, part) for block, part in zip(model.blocks, state.layers)]
+        layers = [(block.mixer, part) for block, part in zip(model.visits(), state.layers)]
         cached = [mixer.cached_tokens(part) for mixer, part in layers if mixer.grows()]
         self.room = capacity - max(cached) if cached else -1  # -1: the state has no caches, so that there is no limit
         if cached and self.room < 1:
@@ -74,9 +74,12 @@ class Decoder:
     def _plan(self) -> Callable[[], None] | None:
         """The step in fused kernels; None if a layer has no such form. The residual stream is fp32 there."""
         model = self.model
+        if model.depth is not None:  # what it does between visits has no such form
+            return None
         x_BD = torch.zeros(len(self.token_B1), model.config.d_model, device=self.token_B1.device)
-        steps = [block.fused_step(x_BD, part) for block, part in zip(model.blocks, self.state.layers)]
-        if any(step is None for step in steps):
+        visits = list(zip(model.visits(), self.state.layers))
+        steps = [step for block, part in visits if (step := block.fused_step(x_BD, part)) is not None]
+        if len(steps) < len(visits):
             return None
 
         gain = model.norm.gain.detach()
@@ -100,7 +103,7 @@ class Decoder:
     def _capture(self) -> Any:
         changed = [  # caches need no copy: a step writes only behind the tokens that were read
             tensor
-            for block, part in zip(self.model.blocks, self.state.layers)
+            for block, part in zip(self.model.visits(), self.state.layers)
             for tensor in block.mixer.tensors_of(part, "recurrent", "history", "bookkeeping").values()
         ]
         before = [t.clone() for t in changed]
@@ -138,4 +141,4 @@ class Decoder:
     def release(self) -> LMState:
         """The state after all steps, as the model takes it. The decoder is used up: the state shares its tensors."""
         self.room = 0
-        return LMState([block.mixer.open_state(part) for block, part in zip(self.model.blocks, self.state.layers)])
+        return LMState([block.mixer.open_state(part) for block, part in zip(self.model.visits(), self.state.layers)])

@@ -103,7 +103,7 @@ class Engine:
         t = self.config.train
         wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
         alone = self.world.size == 1 or t.cuda_graph == "all" and self.world.sequence == 1
-        return wanted and self.world.device.type == "cuda" and alone and not self.stage
+        return wanted and self.world.device.type == "cuda" and alone and not self.stage and not self.module.varies
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""

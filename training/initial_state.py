@@ -45,7 +45,7 @@ class InitialStates:
         otherwise the state counts as of the row's first segment."""
         if self.mode == "zero":
             return None
-        self.mixers = [block.mixer for block in model.blocks]
+        self.mixers = [block.mixer for block in model.visits()]
         state = model.init_state(batch)
         if self.mode == "pass":
             ended = self.ended.get(slot)

@@ -28,12 +28,7 @@ class OwnAdapter(Adapter):
 
     def _hidden(self, ids_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         model: Any = self.model
-        x = model.embedding(ids_BT)
-        layers = []
-        for block, before in zip(model.blocks, state.layers):
-            x, after = block(x, before, None)
-            layers.append(after)
-        return model.norm(x), LMState(layers)
+        return model.hidden(ids_BT, state)  # type: ignore[no-any-return]
 
     def _head(self, hidden: Tensor) -> Tensor:
         model: Any = self.model
@@ -43,14 +38,14 @@ class OwnAdapter(Adapter):
         model: Any = self.model
         return [
             as_heads(layer, name, tensor)
-            for layer, (block, part) in enumerate(zip(model.blocks, state.layers))
+            for layer, (block, part) in enumerate(zip(model.visits(), state.layers))
             for name, tensor in block.mixer.named_memories(part).items()
         ]
 
     def replace_states(self, state: Any, change: Callable[[int, str, Tensor], Tensor]) -> Any:
         model: Any = self.model
         layers = []
-        for layer, (block, part) in enumerate(zip(model.blocks, state.layers)):
+        for layer, (block, part) in enumerate(zip(model.visits(), state.layers)):
             recurrent = block.mixer.tensors_of(part, "recurrent")
             changed = {name: change(layer, name, tensor) for name, tensor in recurrent.items()}
             layers.append(dataclasses.replace(part, **changed) if changed else part)

@@ -58,7 +58,7 @@ RuleHook = Callable[[int, Rule, RuleRun], tuple[Tensor, Tensor]]
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(holder, name)
     setattr(holder, name, value)
     try:
@@ -105,15 +105,15 @@ def scan_hook(adapter: Adapter, hook: ScanHook) -> Iterator[list[int]]:
             handle = module.register_forward_pre_hook(announce(layer))
             stack.callback(handle.remove)
             if isinstance(adapter, OwnAdapter):  # a single token is to take the scan too
-                stack.enter_context(_replaced(module, "one_kernel", False))
+                stack.enter_context(replaced(module, "one_kernel", False))
         for module in {sys.modules[type(m).__module__] for _, m in layers}:
             if isinstance(adapter, OwnAdapter):
-                stack.enter_context(_replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
+                stack.enter_context(replaced(module, "ssd", _own_scan(module.ssd, hook, now)))
             else:
                 original = module.mamba2_chunk_scan
-                stack.enter_context(_replaced(module, "mamba2_chunk_scan", _hf_scan(original, hook, now)))
+                stack.enter_context(replaced(module, "mamba2_chunk_scan", _hf_scan(original, hook, now)))
                 if hasattr(module, "mamba2_selective_state_update"):
-                    stack.enter_context(_replaced(module, "mamba2_selective_state_update", _hf_step(original, hook, now)))
+                    stack.enter_context(replaced(module, "mamba2_selective_state_update", _hf_step(original, hook, now)))
         yield called
 
 
@@ -213,7 +213,7 @@ def measure_retention(adapter: Adapter) -> Iterator[Retention]:
 
 
 @contextmanager
-def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[list[int], set[Any], Callable[[Any, Any], None]]]:
+def each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[list[int], set[Any], Callable[[Any, Any], None]]]:
     """(a list whose one element is the layer that runs now, the modules of the mixers in `layers`, a function that puts another in the place of a
     module's `name`), until the context ends."""
     now = [0]
@@ -223,7 +223,7 @@ def _each_module(layers: list[tuple[int, Any]], name: str) -> Iterator[tuple[lis
             stack.callback(handle.remove)
 
         def replace(module: Any, watched: Any) -> None:
-            stack.enter_context(_replaced(module, name, watched))
+            stack.enter_context(replaced(module, name, watched))
 
         yield now, {sys.modules[type(mixer).__module__] for _, mixer in layers}, replace
 
@@ -241,8 +241,8 @@ def rule_hook(adapter: Adapter, hook: RuleHook) -> Iterator[None]:
         raise ItemError(f"{adapter.kind} has no delta rule that can be reached into.")
     with ExitStack() as stack:
         for _, mixer in layers:
-            stack.enter_context(_replaced(mixer, "one_kernel", False))
-        now, modules, replace = stack.enter_context(_each_module(layers, "delta_rule"))
+            stack.enter_context(replaced(mixer, "one_kernel", False))
+        now, modules, replace = stack.enter_context(each_module(layers, "delta_rule"))
         for module in modules:
             replace(module, _own_rule(module.delta_rule, hook, now))
         yield
@@ -268,7 +268,7 @@ def _cells(adapter: OwnAdapter, retention: Retention) -> Iterator[None]:
     from kernels.parallel_rnn.reference import jacobian
 
     layers = [(i, mixer) for i, mixer in layers_that_run(adapter, "parallel_rnn") if mixer.cell.lowered]
-    with _each_module(layers, "parallel_rnn") as (now, modules, replace):
+    with each_module(layers, "parallel_rnn") as (now, modules, replace):
         for module in modules:
             original = module.parallel_rnn
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 
 class EverywhenConfig(PreTrainedConfig):
     """pattern: names of mixers; mixers: the settings of each name. intermediate_size 0: no MLP. norm_after: mixers whose blocks normalise what
-    their sublayers give; centred_norms: norms hold what their gains are above 1."""
+    their sublayers give; centred_norms: norms hold what their gains are above 1; depth: another way than once through each layer."""
 
     model_type = "everywhen"
 
@@ -17,6 +17,7 @@ class EverywhenConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     pattern: list | None = None
     mixers: dict | None = None
+    depth: dict | None = None
     learnable_residual: bool = False
     centred_norms: bool = False
     norm_after: list | None = None

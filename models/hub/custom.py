@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from models import mixers
+from models import depth, mixers
 from models.config import ModelConfig
 from models.hub.flatten import modeling
 from models.hub.stock import Stock
@@ -20,6 +21,7 @@ RULES = [
     (r"head\.weight", "lm_head.weight"),
     (r"norm\.weight", "model.norm.weight"),
     (r"blocks\.(.*)", r"model.layers.\1"),
+    (r"depth\.(.*)", r"model.depth.\1"),
 ]
 
 
@@ -52,6 +54,8 @@ def custom(config: ModelConfig, max_positions: int) -> Stock:
         "tie_word_embeddings": config.tie_embeddings,
         "use_cache": True,
     }
+    if config.depth:
+        values["depth"] = {"type": config.depth["type"], **dataclasses.asdict(depth.parse(config.depth, config.n_layers)[0])}
     return Stock("EverywhenForCausalLM", values, RULES)
 
 
@@ -64,7 +68,7 @@ def write_code(config: ModelConfig, out: Path) -> None:
     with torch.device("meta"):
         model = LanguageModel(config)
     fp32_parameters = sorted({f"mixer.{n.rsplit('.', 1)[-1]}" for n, p in model.named_parameters() if roles(p).get("keep_fp32")})
-    code = modeling(types, cells, fp32_parameters)
+    code = modeling(types, cells, fp32_parameters, config.depth.get("type"))
     (out / "modeling_everywhen.py").write_text(code)
     # transformers finds the class of a model by that of its config: with another modeling file it must be another one.
     mark = f"# goes with the modeling_everywhen.py of sha256 {hashlib.sha256(code.encode()).hexdigest()[:16]}\n"

@@ -18,7 +18,7 @@ OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {
     "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
-    "Pre", "Rec", "Mat", "State",
+    "Pre", "Rec", "Mat", "State", "Walk",
 }  # fmt: skip
 # operations whose reference.py has the same functions
 IN_TORCH = (
@@ -47,7 +47,7 @@ SCAN_KERNELS = '''def scan_kernels() -> Any:
 # what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
 DROPPED = {
     "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
-    "inner_flops_per_token", "plain_weights", "follow", "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state",
+    "inner_flops_per_token", "plain_weights", "follow", "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state", "begin_step", "learnt",
 }  # fmt: skip
 
 NOTHING_PLANNED = {  # plans of memory are made here, not by the exported code
@@ -166,8 +166,8 @@ def _camel(kind: str) -> str:
     return "".join(part.title() for part in kind.split("_"))
 
 
-def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
-    """The text of modeling_everywhen.py with these mixer types and cells."""
+def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str | None = None) -> str:
+    """The text of modeling_everywhen.py with these mixer types and cells, and a way through the depth of this type."""
     from models.cells import bias_init, load_cell
     from models.mixers import available
 
@@ -175,7 +175,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            if name in ("MIXERS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "Mat", "State"):
+            if name in ("MIXERS", "WAYS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "Mat", "State"):
                 flat.add(part, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})
@@ -184,6 +184,9 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
         assert kind in available(), kind
         titles = {name: f"{_camel(kind)}{name}" for name in ("Config", "State", "Mixer")}
         flat.add(f"models.mixers.{kind}", "Mixer", titles)
+    if way is not None:
+        flat.done.add(("models.walk", flat.module("models.walk").definitions["Walk"].lineno))  # the template has its own
+        flat.add(f"models.depth.{way}", "Way", {"Config": "WayConfig"})
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
             flat.add(part, name)
@@ -194,6 +197,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str]) -> str:
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
+        *([f'WAYS["{way}"] = (WayConfig, Way)'] if way is not None else []),
         *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),

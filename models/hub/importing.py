@@ -156,7 +156,7 @@ def resolved(mapping: dict[str, Any]) -> dict[str, Any]:
     theirs = read_stock_config(Path(str(folder))).to_dict()
     if mapping.get("channel", theirs["channel"]) != theirs["channel"]:
         raise UserError(f"model.init_from={folder} brings the weights of a plain MLP; leave model.channel at {theirs['channel']['type']}.")
-    return {**mapping, **{key: theirs[key] for key in ARCHITECTURE}}
+    return {**mapping, "depth": theirs.get("depth", {}), **{key: theirs[key] for key in ARCHITECTURE}}
 
 
 def load_into(folder: str | Path, model: LanguageModel, tokenizer: Any = None, verify: bool = True) -> None:

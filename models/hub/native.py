@@ -51,6 +51,8 @@ def stock(config: ModelConfig, max_positions: int = 2048) -> tuple[Stock | None,
     used = sorted({config.mixer_name(layer) for layer in range(config.n_layers)})
     if config.learnable_residual:
         return None, "its residual stream has learned scales"
+    if config.depth:
+        return None, "tokens go through its layers several times"
     types = {str(config.mixers[name]["type"]) for name in used}
     if "delta" in types or types == {"attention"} and all(config.mixers[name].get("output_gate") for name in used):
         return stock_delta(config, max_positions)

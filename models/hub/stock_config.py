@@ -263,6 +263,7 @@ def _own(raw: dict[str, Any]) -> dict[str, Any]:
         "learnable_residual": raw["learnable_residual"],
         "centred_norms": raw.get("centred_norms", False),
         "norm_after": raw.get("norm_after") or [],
+        "depth": raw.get("depth") or {},
     }
 
 

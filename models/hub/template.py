@@ -22,6 +22,7 @@ from models.layers import RMSNorm, SwiGLU
 from models.segments import Documents
 
 MIXERS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Mixer)
+WAYS: dict[str, tuple[Any, Any]] = {}  # type: (Config, Way) of what leads tokens otherwise than once through each layer
 logger = logging.get_logger(__name__)
 KEEP_FP32: list[str] = []  # parameters that stay fp32 whatever the model's dtype
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name in this transformers
@@ -58,6 +59,23 @@ class Block(GradientCheckpointingLayer):
     def init_weights(self, std: float, n_layers: int) -> None:
         if self.residual_scale is not None:
             nn.init.ones_(self.residual_scale)
+
+
+class Walk:
+    """Tokens on their way through layers: each visit takes its state from `states` and leaves the next one in `after`; `every`: x after each."""
+
+    def __init__(self, x_BTD: Tensor, states: Any, segment_ids: Tensor | None, documents: Documents | None) -> None:
+        self.x, self.states, self.segment_ids, self.documents = x_BTD, states, segment_ids, documents
+        self.after: list[Any] = []
+        self.every = [x_BTD]
+        self.token_loss_BT: Tensor | None = None
+
+    def through(self, block: Any) -> None:
+        """One visit."""
+        before = None if self.states is None else self.states[len(self.after)]
+        self.x, after = block(self.x, before, self.segment_ids, self.documents)
+        self.after.append(after)
+        self.every.append(self.x)
 
 
 class EverywhenPreTrainedModel(PreTrainedModel):
@@ -122,6 +140,10 @@ class EverywhenModel(EverywhenPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, centred=config.centred_norms)
+        way, self.depth = dict(config.depth or {}), None
+        if way:
+            Settings, Way = WAYS[way.pop("type")]
+            self.depth = Way(Settings(**way), config.hidden_size, config.num_hidden_layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -185,7 +207,8 @@ class EverywhenModel(EverywhenPreTrainedModel):
         if cache is None:
             return self._run(x_BTD, None, segments)[::2]
         if cache.states is None:
-            cache.states = cache.anchor = [b.mixer.init_state(x_BTD.shape[0], x_BTD.device, x_BTD.dtype) for b in self.layers]
+            visits = self.layers if self.depth is None else [self.layers[i] for i in self.depth.visits()]
+            cache.states = cache.anchor = [b.mixer.init_state(x_BTD.shape[0], x_BTD.device, x_BTD.dtype) for b in visits]
         if cache.pending is not None:
             ids, before = cache.pending
             _, cache.states, _ = self._run(self.embed_tokens(ids), cache.states, before)
@@ -197,13 +220,14 @@ class EverywhenModel(EverywhenPreTrainedModel):
         return y_BTD, every
 
     def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any], list[Tensor]]:
-        after, every = [], [x_BTD]
-        documents = None if segments is None or states is not None else Documents(segments)
-        for i, block in enumerate(self.layers):
-            x_BTD, state = block(x_BTD, None if states is None else states[i], segments, documents)
-            after.append(state)
-            every.append(x_BTD)
-        return x_BTD, after, every
+        walk = Walk(x_BTD, states, segments, None if segments is None or states is not None else Documents(segments))
+        if self.depth is not None:
+            self.depth(self.layers, walk)
+            walk.every[-1] = walk.x
+        else:
+            for block in self.layers:
+                walk.through(block)
+        return walk.x, walk.after, walk.every
 
     def _chosen(self, every: list[Tensor], which: Any) -> Any:
         """The hidden states that are asked for: all (True), or those of these indices."""

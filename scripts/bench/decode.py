@@ -92,7 +92,7 @@ def state_at(model: LanguageModel, context: int, state: Any = None, tokens_read:
     device = model.embedding.weight.device
     state = model.init_state(1) if state is None else state
     if any(block.mixer.grows() for block in model.blocks):
-        return LMState([block.mixer.random_state(1, context, device) for block in model.blocks])
+        return LMState([block.mixer.random_state(1, context, device) for block in model.visits()])
     chunk = 4096
     for first in range(tokens_read, context, chunk):
         ids = torch.randint(model.config.vocab_size, (1, min(chunk, context - first)), device=device)

@@ -133,6 +133,10 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append(f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch} x {whom} = {rows}.")
     if N > 1:
         problems += _sequence(config, world_size)
+        if config.distill.teacher is not None:
+            problems.append(
+                "parallel.sequence above 1 gives each rank a part of a sequence, and distill.teacher reads whole ones; set it to 1."
+            )
     if t.fp8 and (t.precision != "bf16" or t.compile):
         problems.append("train.fp8=true takes products out of bf16 as they are run: it needs train.precision=bf16 and train.compile=false.")
     if ds.offload_parameters != "none" and ds.stage != 3:
@@ -252,6 +256,25 @@ def split_problems(config: Config) -> list[str]:
     return problems
 
 
+def depth_problems(config: Config) -> list[str]:
+    """What layers that are used several times in a pass do not go with."""
+    from models import depth
+
+    mapping, start, problems = config.model.get("depth"), config.train.initial_state, []
+    way = depth.parse(mapping, config.model.get("n_layers") or 1)[0] if mapping else None
+    if way is None:
+        return []
+    if config.deepspeed.stage == 3:
+        problems.append(
+            "deepspeed.stage=3 lets go of a layer's weights after its first use in a pass, and model.depth uses it again; take stage 2."
+        )
+    if way.varies and start != "zero":
+        problems.append(
+            f"train.initial_state={start} needs one state for each visit of a layer, and model.depth draws their number; set it to zero."
+        )
+    return problems
+
+
 def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     """The validated Config of a resolved mapping. Raises UserError with every problem found."""
     problems: list[str] = []
@@ -265,7 +288,7 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     if readable:
         problems += _choices(config) + _combinations(config, world_size) + ([] if outside else lengths(config))
     told_of_model = model_problems(config.model)
-    problems += told_of_model or recompute_problems(config)
+    problems += told_of_model or recompute_problems(config) + depth_problems(config)
     if config.data.reader == "synthetic":
         problems += task_problems(config)
     else:

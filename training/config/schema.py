@@ -48,6 +48,15 @@ class TrainSection:
 
 
 @dataclass
+class DistillSection:
+    teacher: str | None = None
+    kl: Annotated[float, Range(0)] = 1.0
+    next_token: Annotated[float, Range(0)] = 0.0
+    steps: Annotated[float, Range(0)] = 0.5
+    temperature: Annotated[float, POSITIVE] = 1.0
+
+
+@dataclass
 class ParallelSection:
     sequence: Annotated[int, Range(1, 10**6)] = 1
 
@@ -159,6 +168,7 @@ class Config:
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
+    distill: DistillSection = field(default_factory=DistillSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     faults: FaultSection = field(default_factory=FaultSection)

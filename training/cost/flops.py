@@ -43,7 +43,7 @@ def peak_flops(name: str, precision: str) -> float | None:
 
 
 def training_flops_per_token(model: LanguageModel, seq_len: int) -> int:
-    return 3 * model.flops_per_token(seq_len)
+    return model.training_flops_per_token(seq_len)
 
 
 def meta_model(config: ModelConfig) -> LanguageModel:

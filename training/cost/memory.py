@@ -169,8 +169,11 @@ class Measured:
 
     def of(self, remade: list[Parts]) -> Activations:
         """remade: the parts that each layer computes again."""
-        owed = [i > 0 and "layer" not in remade[i - 1] for i in range(len(remade) + 1)]  # whether the layer before leaves something to add
-        layers = [self.layer(i, parts, owed[i]) for i, parts in enumerate(remade)]
+        visits = self.settings.learnt_visits()
+        owed = [
+            i > 0 and "layer" not in remade[visits[i - 1]] for i in range(len(visits) + 1)
+        ]  # whether the layer before leaves something to add
+        layers = [self.layer(layer, remade[layer], owed[i]) for i, layer in enumerate(visits)]
         embedding = 4 * self.shape[0] * self.shape[1] * self.shape[2]
         tied = 4 * self.settings.vocab_size * self.shape[2] if self.settings.tie_embeddings else 0
         return Activations(embedding, layers, self._head(owed[-1]), tied)

@@ -1,0 +1,86 @@
+"""A trained model with other mixers in the place of some of its attention, which begin from the attention's weights.
+
+    python -m scripts.convert checkpoint=runs/quickstart layers=3 to=mamba2 out=out/hybrid [random=false] [seed=0]
+    python train.py model=hf:out/hybrid distill.teacher=runs/quickstart train.steps=1000
+
+`checkpoint` is a run, a checkpoint, or a folder that model=hf: reads. `to` is mamba2, delta or a cell (`gru`, `paragru`, ...). `layers`: numbers with
+commas, half (every second attention, from the first on) or all. random=true: the new mixers begin anew, to compare with. The folder that is
+written is an exported one, which transformers loads too; until it is trained on it says little. docs/methods/conversion.md.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from data.files import check_writable
+from models.checkpoint import load_model
+from models.convert import converted, targets
+from models.hub.export import write_folder
+from training.config.arguments import parse_arguments, program
+from training.errors import UserError
+
+DEFAULTS: dict[str, Any] = {"checkpoint": None, "layers": "half", "to": "mamba2", "out": None, "random": False, "seed": 0}
+
+
+def problems_of(values: dict[str, Any]) -> list[str]:
+    """What cannot be run, a sentence each."""
+    problems = [
+        f"Say {what}: {key}=DIR." for key, what in (("checkpoint", "what to convert"), ("out", "where to write it")) if not values[key]
+    ]
+    if values["to"] not in targets():
+        problems.append(f"to is {values['to']!r}; choose one of {', '.join(targets())}.")
+    if values["layers"] not in ("half", "all") and not all(part.strip().isdigit() for part in values["layers"].split(",")):
+        problems.append(f"layers is {values['layers']!r}; give half, all, or the numbers of layers with commas between them.")
+    return problems
+
+
+def chosen(words: str, config: Any) -> list[int]:
+    """The layers that `layers=` means."""
+    if words not in ("half", "all"):
+        return sorted({int(part) for part in words.split(",")})
+    attentions = [i for i in range(config.n_layers) if config.mixers[config.mixer_name(i)]["type"] == "attention"]
+    return attentions[:: 2 if words == "half" else 1]
+
+
+def run(values: dict[str, Any]) -> Path:
+    """Converts and writes; returns the folder. Raises UserError."""
+    out = Path(values["out"])
+    if out.exists():
+        raise UserError(f"{out} exists already; give another folder.")
+    teacher, tokenizer, meta = load_model(values["checkpoint"])
+    layers = chosen(values["layers"], teacher.config)
+    if not layers:
+        raise UserError(f"{values['checkpoint']} has no attention to convert.")
+    student = converted(teacher, layers, values["to"], values["seed"], not values["random"])
+    check_writable(out.parent)
+    with tempfile.TemporaryDirectory(dir=out.parent) as made:
+        source, whole = Path(made) / "source", Path(made) / "whole"
+        source.mkdir()
+        whole.mkdir()
+        tied = {"head.weight"} if student.config.tie_embeddings else set()
+        save_file({k: v.contiguous() for k, v in student.state_dict().items() if k not in tied}, source / "model.safetensors")
+        (source / "config.json").write_text(json.dumps(student.config.to_dict(), indent=1) + "\n")
+        (source / "tokenizer.json").write_text(tokenizer.to_str())
+        for name in ("run.json", "tokenizer_config.json"):
+            if (Path(meta["folder"]) / name).is_file():
+                (source / name).write_bytes((Path(meta["folder"]) / name).read_bytes())
+        write_folder(source, whole, None, 1 << 32, "other")
+        whole.rename(out)
+    print(f"wrote {out}: {values['to']} in layers {', '.join(map(str, layers))} of {teacher.config.n_layers}; go on with")
+    print(f"  python train.py model=hf:{out} distill.teacher={values['checkpoint']}")
+    return out
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line of this module; returns the exit status."""
+    return program(__doc__, lambda words: run(parse_arguments(words, DEFAULTS, problems_of)) and None, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Copying and reversing at four times the trained length: layers that are looped against as many layers of their own; JSON to --out.
+
+    python -m scripts.studies.looped --out looped.json                              # three seeds, an hour on one core
+    python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
+
+A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16; answers are scored for 16, 32 and 64
+symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
+near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), or whole (rotary attention).
+Only the looped ones can be run for longer, and are, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.files import write_json
+from models.config import ModelConfig
+from models.lm import LanguageModel
+from training.watch.metrics import environment
+
+LENGTH, BATCH, SYMBOLS, LOOPS = 16, 64, 72, 4
+COPY, REVERSE, PAD, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, 80
+MIXERS = {"near": {"type": "attention", "n_heads": 4, "window": 4}, "far": {"type": "attention", "n_heads": 4, "rope": False}}
+MIXERS["whole"] = {"type": "attention", "n_heads": 4}
+ARMS: dict[str, dict[str, Any]] = {
+    "looped": {"depth": {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}},
+    "universal": {"depth": {"type": "universal", "loops": LOOPS}},
+    "unlooped": {},
+}
+
+
+def rows_of(rows: int, lengths: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(ids, labels), both (rows, 2 max(lengths) + 1), of one task drawn for each row; what lies behind an answer is padding."""
+    longest = int(lengths.max())
+    ids, labels = torch.full((rows, 2 * longest + 2), PAD), torch.full((rows, 2 * longest + 2), -100)
+    for row, n in enumerate(lengths.tolist()):
+        x, task = torch.randperm(SYMBOLS, generator=draw)[:n], int(torch.randint(2, (1,), generator=draw))
+        answer = x.flip(0) if task else x
+        ids[row, : 2 * n + 1] = torch.cat([x, torch.tensor([REVERSE if task else COPY]), answer])
+        labels[row, n : 2 * n] = answer
+    return ids[:, :-1], labels[:, :-1]
+
+
+def model_of(arm: str, pattern: list[str]) -> LanguageModel:
+    layers = len(pattern) * (1 if ARMS[arm] else LOOPS)
+    mixers = {name: MIXERS[name] for name in pattern}
+    return LanguageModel(
+        ModelConfig(
+            vocab_size=VOCABULARY, d_model=64, n_layers=layers, d_ff=128, pattern=pattern, mixers=mixers, init_std=0.05, **ARMS[arm]
+        )
+    )
+
+
+@torch.no_grad()
+def scores(model: LanguageModel, device: str, loops: int | None = None) -> dict[str, dict[str, float]]:
+    """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model."""
+    way: Any = model.eval().depth
+    before = None if way is None else way.loops
+    if way is not None and loops is not None:
+        way.loops = loops
+    out: dict[str, dict[str, float]] = {}
+    for n in (LENGTH, 2 * LENGTH, 4 * LENGTH):
+        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n)))
+        right, asked = model(ids).logits.argmax(-1) == labels, labels != -100
+        out[str(n)] = {
+            name: round(float(right[asked & (ids[:, n : n + 1] == mark)].float().mean()), 4)
+            for name, mark in (("copy", COPY), ("reverse", REVERSE))
+        }
+    if way is not None:
+        way.loops = before
+    return out
+
+
+def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device: str) -> dict[str, Any]:
+    """One model, trained and scored."""
+    model, began = model_of(name, pattern), time.monotonic()
+    model.init_weights(seed)
+    model = model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    draw, curve = torch.Generator().manual_seed(seed + 1), []
+    for step in range(steps):
+        model.train().begin_step(seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
+        ids, labels = (t.to(device) for t in rows_of(BATCH, torch.randint(1, LENGTH + 1, (BATCH,), generator=draw), draw))
+        output = model(ids, labels=labels)
+        assert output.loss_sum is not None and output.token_count is not None
+        loss = output.loss_sum / output.token_count
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 99:
+            curve.append(round(loss.item(), 4))
+            print(name, seed, step + 1, curve[-1], flush=True)
+    result = {
+        "arm": name, "pattern": pattern, "seed": seed, "steps": steps, "lr": lr, "parameters": sum(p.numel() for p in model.parameters()),
+        "flops_per_token": model.flops_per_token(2 * LENGTH), "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device), "loss": curve,
+    }  # fmt: skip
+    if model.depth is not None:
+        result["by_loops"] = {str(n): scores(model, device, n) for n in (1, 2, 3, 4, 6, 8, 16)}
+    print(name, seed, result["scores"], result.get("by_loops"), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default=",".join(ARMS), help="which models, with commas between them")
+    parser.add_argument("--pattern", default="near,far", help="mixers of the layers that are looped")
+    parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    for seed in map(int, given.seeds.split(",")):
+        for name in given.arms.split(","):
+            results.append(arm(name, given.pattern.split(","), seed, given.steps, given.lr, given.device))
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(given.out, {"runs": results, "environment": environment(torch.device(given.device))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""From a checkpoint to a converted folder to a student with its teacher, as the two commands of the page do it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from models.checkpoint import load_model
+from models.config import ModelConfig
+from models.hub.importing import load_into, resolved
+from models.lm import LanguageModel
+from scripts import convert
+from tests.hub.test_native_export import ATTENTION, checkpoint
+from training.config.cli import checked, compose_config
+from training.distill import begin
+from training.errors import UserError
+
+CPU: Any = SimpleNamespace(device=torch.device("cpu"))
+IDS = torch.randint(200, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ModelConfig(vocab_size=269, d_model=48, n_layers=3, pattern=["a"], mixers={"a": ATTENTION}, tie_embeddings=True)
+    teacher, out = checkpoint(tmp_path / "teacher", settings), tmp_path / "hybrid"
+    words = [f"checkpoint={teacher}", f"out={out}", "to=delta"]
+    assert convert.main([*words, "layers=half"]) == 0 and convert.main([*words, "layers=half"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    config = checked(
+        compose_config([f"model=hf:{out}", f"distill.teacher={teacher}", "distill.steps=0.5", "train.steps=10", "data.path=x"])
+    )
+    model = ModelConfig.from_dict({**resolved(config.model), "vocab_size": 269})
+    assert model.pattern == ["delta_for_a", "a", "delta_for_a"]
+    student = LanguageModel(model)
+    load_into(out, student, verify=False)
+    original, tokenizer, _ = load_model(teacher)
+    assert torch.equal(student.blocks[1].mixer.q_proj.weight, original.blocks[1].mixer.q_proj.weight)
+    begin(config, student, CPU, tokenizer)
+    student.train()
+    added = []
+    for step in (4, 5):
+        student.begin_step(0, step)
+        added.append(float(student(IDS, labels=IDS).z_loss_sum.detach()))
+    assert added[0] != 0 and added[1] == 0 and student.varies
+    other = LanguageModel(ModelConfig(vocab_size=300, d_model=32, n_layers=1))
+    with pytest.raises(UserError, match="has other tokens than the student"):
+        begin(config, other, CPU, tokenizer)
+
+
+def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert.main(["to=conformer", "layers=first"]) == 2
+    told = capsys.readouterr().err
+    assert "checkpoint=DIR" in told and "out=DIR" in told and "choose one of mamba2" in told and "half, all" in told
+    with pytest.raises(UserError, match="distill.teacher reads whole ones"):
+        checked(compose_config(["distill.teacher=x", "parallel.sequence=2", "data.path=x"]))
