@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixers.jrt import taylor
 from models.prompt import told_by_prompt, whole_prompt
+from scripts.studies.methods.jrt import told_apart
 from training.config.cli import checked, compose_config
 from training.errors import UserError
 
@@ -143,3 +144,10 @@ def test_runs_that_could_not_score_what_they_train_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             checked(compose_config([*base, more]))
+
+
+def test_disjoint_sets_are_told_apart_in_either_order() -> None:
+    """What can be read from sums of one size: in one pass it matters which set has to be held, in two it does not."""
+    one_pass, twice = ([told_apart(way, first, 0, rows=200) for first in (True, False)] for way in (False, True))
+    assert one_pass[0] > 0.99 and one_pass[1] < 0.93
+    assert min(twice) > 0.99 and abs(twice[0] - twice[1]) < 1e-3
