@@ -40,7 +40,7 @@ def attend(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents 
         if not _ours(q_BHTK):
             return packed_attention(q_BHTK, k_BGLK, v_BGLK, documents, window)
     if divided and T > 1 and _ours(q_BHTK):
-        return attention.attention(q_BHTK, k_BGLK, v_BGLK, None if documents is None else documents.bounds(), window)
+        return _by_ours(q_BHTK, k_BGLK, v_BGLK, documents, window)
     if documents is not None:
         lost_BHT1, q, k, v = isolated(q_BHTK, k_BGLK, v_BGLK, documents.segments_BL, window)
         return Lost.apply(_attend_masked(q, k, v, documents, window), q_BHTK, lost_BHT1)
@@ -52,6 +52,10 @@ def _ours(q_BHTK: Tensor) -> bool:
     if own_kernels == "torch" or attention.why_not(q_BHTK):
         return False
     return own_kernels == "own" or interpreted() or (q_BHTK.dtype, q_BHTK.shape[-1]) in SEEN
+
+
+def _by_ours(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, documents: Documents | None, window: int) -> Tensor:
+    return attention.attention(q_BHTK, k_BGLK, v_BGLK, None if documents is None else documents.bounds(), window)
 
 
 def sdpa(q_BHTK: Tensor, k_BGLK: Tensor, v_BGLK: Tensor, *, attn_mask: Any = None, is_causal: bool = False) -> Tensor:

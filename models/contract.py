@@ -50,7 +50,7 @@ class SequenceMixer(Module):
 
     slice: Slice | None = None
     takes_documents: ClassVar[bool] = False
-    recurrence: ClassVar[str] = ""
+    recurrence: str = ""
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
         """y (B, T, D) and the new state (None if none was given). segment_ids (B, T) int: a token never sees another segment's."""

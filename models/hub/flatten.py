@@ -25,7 +25,6 @@ IN_TORCH = (
     "kernels.short_conv",
     "kernels.linear",
     "kernels.add_norm",
-    "kernels.attention",
     "kernels.gated_norm",
     "kernels.rotary",
     "kernels.swiglu",
@@ -50,7 +49,9 @@ DROPPED = {
     "inner_flops_per_token", "plain_weights", "follow", "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state", "begin_step", "learnt",
 }  # fmt: skip
 
-NOTHING_PLANNED = {  # plans of memory are made here, not by the exported code
+ELSEWISE = {  # plans of memory are made here, not by the exported code, which has no kernels of attention either
+    ("models.attend", "_ours"): "def _ours(q: Tensor) -> bool:\n    return False",
+    ("models.attend", "_by_ours"): "def _by_ours(*_: Any) -> Tensor:\n    raise NotImplementedError",
     ("models.attend", "sdpa"): """def sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Any = None, is_causal: bool = False) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=grouped)""",
@@ -99,7 +100,7 @@ class Flattener:
         self.pieces: list[str] = []
         self.external: set[str] = set()
         self.done: set[tuple[str, int]] = set()
-        self.instead = dict(NOTHING_PLANNED)  # (module, name): text written in place of the definition
+        self.instead = dict(ELSEWISE)  # (module, name): text written in place of the definition
 
     def module(self, name: str) -> Module:
         return self.modules.setdefault(name, Module(name))

@@ -97,6 +97,8 @@ class Mixer(SequenceMixer):
         self.config, self.d_model = config, d_model
         self.inner = round(config.expand * d_model)
         self.cell = load_cell(config.cell)
+        if self.cell.mat:
+            self.recurrence = "dense_rnn"
         P, R, E = len(self.cell.pre), len(self.cell.rec), config.n_heads
         self.in_proj = nn.Linear(d_model, self.inner * (2 if config.gate else 1), bias=False)
         tag(self.in_proj.weight, splits=[self.inner] * (2 if config.gate else 1))

@@ -209,7 +209,7 @@ def test_the_recurrence_is_called_by_its_name_in_the_module(mixer: Any, monkeypa
     """What a mixer declares is what forward runs, and no known op is left undeclared."""
     module = sys.modules[type(mixer).__module__]
     called = []
-    for op in ("ssd", "delta_rule", "parallel_rnn", mixer.recurrence or "ssd"):
+    for op in ("ssd", "delta_rule", "parallel_rnn", "dense_rnn", mixer.recurrence or "ssd"):
         if original := getattr(module, op, None):
 
             def noted(*given: Any, op: str = op, original: Any = original, **options: Any) -> Any:

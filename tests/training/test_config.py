@@ -56,7 +56,7 @@ def test_small_sizes(model: str, size: str, low: float, high: float) -> None:
         (["train.global_batch=30"], ["multiple"]),
         (["deepspeed.offload_parameters=cpu"], ["stage=3"]),
         (["train.fp8=true"], ["train.fp8", "train.precision=bf16"]),
-        (["train.packed_attention=flash"], ["auto, torch"]),
+        (["train.packed_attention=flash"], ["auto, own, torch"]),
         (["train.tokens=1e6"], ["train.steps or train.tokens"]),
         (["train.steps=[1"], ["Cannot read"]),
     ],
