@@ -55,8 +55,8 @@ def problem(name: str, B: int, T: int, E: int, K: int, kind: str = "init") -> tu
 
 
 def solved(cell: Cell, given: list[Tensor], starts: Tensor | None, plan: Plan, d_emitted: Tensor, d_final: Tensor) -> list[Tensor]:
-    emitted, kept, final = launch.forward(cell, *given, starts, plan)  # type: ignore[misc, arg-type]
-    return [emitted, final, *launch.backward(cell, *given, starts, emitted, kept, d_emitted, None, d_final, plan)]  # type: ignore[misc, arg-type]
+    emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
+    return [emitted, final, *launch.backward(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))]
 
 
 def accuracy(name: str, kind: str, K: int, slices: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def accuracy(name: str, kind: str, K: int, slices: int) -> dict[str, Any]:
     plan = Plan.of(given[0], K, slices)
     found, again = (solved(cell, given, starts, plan, d_emitted, d_final) for _ in range(2))
     exact = [t.double().requires_grad_() for t in given]
-    states, final = reference.sequential(cell, *exact, starts)  # type: ignore[misc, arg-type]
+    states, final = reference.sequential(cell, *(*exact, starts))
     loss = (states[:, :, -1] * d_emitted).sum() + (final * d_final).sum()
     wanted = [states[:, :, -1], final, *torch.autograd.grad(loss, exact)]
     row: dict[str, Any] = {"cell": name, "dtype": kind, "K": K, "slices": slices, **launch.last_report()}
@@ -110,7 +110,7 @@ def timed(shape: tuple[int, ...], kind: str, plan: Plan | None = None, slices: i
     launch.last_report()
     solved(cell, given, None, plan, d_emitted, d_final)
     report = launch.last_report()
-    forward = milliseconds(replayed(lambda: launch.forward(cell, *given, None, plan)))  # type: ignore[misc, arg-type]
+    forward = milliseconds(replayed(lambda: launch.forward(cell, *(*given, None, plan))))
     both = milliseconds(replayed(lambda: solved(cell, given, None, plan, d_emitted, d_final)))
     return {"shape": shape, "set": kind, "plan": str(plan), "forward_ms": forward, "forward_backward_ms": both, **report}
 

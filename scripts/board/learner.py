@@ -87,7 +87,7 @@ class Learner:
         lr = self.settings["lr"]
         with self.trainer.here():
             self.muon = MuonWithAdamW(self.model, lr=lr, muon_lr=lr, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.trainer.optimizer = self.muon  # type: ignore[assignment]
+        self.trainer.optimizer = self.muon
         self.trainer.rate = Rate(self.muon, torch.device("cpu"))
 
     def _source(self, data: str) -> None:

@@ -137,7 +137,7 @@ def build_model(layers: list[dict[str, Any]], vocabulary: int, bound: float | No
     )
     for block, layer in zip(model.blocks, layers):
         if "dense" in layer:
-            block.mixer = Dense(layer["dense"])  # type: ignore[assignment]
+            block.mixer = Dense(layer["dense"])
     return model
 
 

@@ -57,15 +57,16 @@ def cured(adapter: OwnAdapter, cure: Any, pieces: tuple[int, ...]) -> torch.Tens
     with cure:
         for piece in IDS.split(list(pieces), 1):
             state = adapter.advance(piece, state)
-    return state.layers[0].delta_BHVK  # type: ignore[no-any-return]
+    return state.layers[0].delta_BHVK
 
 
 @pytest.mark.parametrize("gate", [True, False])
 def test_cures_of_the_delta_rule_against_the_loop(gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention and step sizes, in one piece and token by token, beside the rule one update at a time with changed gates and strengths."""
     adapter = gated_model({**DELTA, "gate": gate})
-    module, given = sys.modules["models.mixers.delta"], []
-    original = module.delta_rule  # type: ignore[attr-defined]
+    module = sys.modules["models.mixers.delta"]
+    given: list[torch.Tensor] = []
+    original = module.delta_rule
 
     def watched(*tensors: Any, **options: Any) -> Any:
         given.extend(tensors)

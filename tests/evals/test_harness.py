@@ -167,7 +167,7 @@ def test_a_text_ends_at_its_end_at_a_stop_text_or_after_so_many_tokens() -> None
     adapter = own_adapter()
     coder = adapter.need_coder()
     lm = make_lm(adapter, 16, 2)
-    whole = generate(adapter.model, torch.tensor([coder.encode("Begin")]), 40, temperature=0.0)[0, 5:].tolist()  # type: ignore[arg-type]
+    whole = generate(adapter.model, torch.tensor([coder.encode("Begin")]), 40, temperature=0.0)[0, 5:].tolist()
     end = next(token for i, token in enumerate(whole) if i > 4 and token not in whole[:i])  # a token that greedy decoding comes to
     place = whole.index(end)
     for end_ids, limit, expected in (([end], 40, whole[:place]), (coder.end_ids, 3, whole[:3])):

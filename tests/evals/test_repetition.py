@@ -28,7 +28,7 @@ def test_figures_of_texts_where_they_are_known() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_the_longest_passage_against_brute_force(dtype: type) -> None:
+def test_the_longest_passage_against_brute_force(dtype: type[np.uint16 | np.uint32]) -> None:
     draw = np.random.default_rng(0)
     for _ in range(12):
         training, text = draw.integers(0, 4, 60).astype(dtype) * 257, draw.integers(0, 4, 14) * 257  # bytes repeat across tokens

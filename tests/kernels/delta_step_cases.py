@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# (B, H, V, K, G, n, W), dtype, document starts, gated, strength
-CASES: list[tuple[tuple[int, ...], torch.dtype, bool, bool, float]] = [
+Sizes = tuple[int, int, int, int, int, int, int]  # B, H, V, K, G, n, W
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, int, int]  # of delta_step up to `updates`
+
+# sizes, dtype, document starts, gated, strength
+CASES: list[tuple[Sizes, torch.dtype, bool, bool, float]] = [
     ((2, 4, 5, 7, 2, 1, 4), torch.float32, False, True, 1.0),
     ((2, 3, 12, 6, 1, 3, 4), torch.float32, True, True, 2.0),
     ((1, 1, 1, 1, 1, 1, 2), torch.float32, False, False, 1.0),
@@ -21,16 +23,17 @@ CASES: list[tuple[tuple[int, ...], torch.dtype, bool, bool, float]] = [
 
 def problem(
     B: int, H: int, V: int, K: int, G: int, n: int, W: int, dtype: torch.dtype, resets: bool, gated: bool, device: str = "cpu"
-) -> list[Any]:
+) -> Arguments:
     """Arguments of delta_step up to `updates`; the projection is some columns of a wider tensor, and gates reach from 1 to exp(-20)."""
     C = G * K * (n + 1) + n * H * V
     rows = torch.randn(B, 5 + C + n * H + gated * H + 3)
     rows[:, -H - 3 : -3] *= 4
     past, weight = torch.randn(B, W - 1, C), torch.randn(C, W)
     dt_bias, A_log, delta = torch.randn(H) - 3, torch.rand(H) * 3, torch.randn(B, H, V, K)
-    starts = torch.rand(B) < 0.5 if resets else None
-    tensors = [rows.to(dtype)[:, :-3], past.to(dtype), weight.to(dtype), *((dt_bias, A_log) if gated else (None, None)), delta, starts]
-    return [*(None if t is None else t.to(device) for t in tensors), G, n]
+    starts = (torch.rand(B) < 0.5).to(device) if resets else None
+    projected, past, weight = (t.to(device) for t in (rows.to(dtype)[:, :-3], past.to(dtype), weight.to(dtype)))
+    rates = (dt_bias.to(device), A_log.to(device)) if gated else (None, None)
+    return projected, past, weight, *rates, delta.to(device), starts, G, n
 
 
 def written_out(

@@ -47,7 +47,7 @@ def problem(
 def wanted(cell: Cell, tensors: list[Tensor], starts: Tensor | None, d_emitted: Tensor, d_final: Tensor) -> list[Tensor]:
     """Emitted and final states and all gradients by the float64 loop under autograd."""
     given = [t.detach().double().requires_grad_() for t in tensors]
-    states, final = reference.sequential(cell, *given, starts)
+    states, final = reference.sequential(cell, *(*given, starts))
     loss = (states[:, :, -1] * d_emitted.double()).sum() + (final * d_final.double()).sum()
     return [states[:, :, -1].detach(), final.detach(), *torch.autograd.grad(loss, given, allow_unused=True, materialize_grads=True)]
 

@@ -11,10 +11,10 @@ import torch  # noqa: E402
 
 from kernels.delta_step import delta_step  # noqa: E402
 from kernels.delta_step.op import step_op  # noqa: E402
-from tests.kernels.delta_step_cases import CASES, problem, written_out  # noqa: E402
+from tests.kernels.delta_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 
 
-def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, gated: bool, strength: float) -> None:
+def check(sizes: Sizes, dtype: torch.dtype, resets: bool, gated: bool, strength: float) -> None:
     arguments, more = problem(*sizes, dtype=dtype, resets=resets, gated=gated), (strength, sizes[3] ** -0.5)
     before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
     wanted = written_out(*arguments, *more)
@@ -31,21 +31,22 @@ def check(sizes: tuple[int, ...], dtype: torch.dtype, resets: bool, gated: bool,
     again = delta_step(*arguments, *more, in_place=True)
     assert again[2] is delta and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
     if delta.numel() > 1:  # dense in another order
-        arguments[5] = kept.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        turned = kept.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        arguments = (*arguments[:5], turned, *arguments[6:])
         assert all(torch.equal(a, b) for a, b in zip(delta_step(*arguments, *more), found)), "strides"
         again = delta_step(*arguments, *more, in_place=True)
-        assert again[2] is arguments[5] and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
+        assert again[2] is turned and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
     print(sizes, dtype, flush=True)
 
 
 def forgotten() -> None:
     """A document that starts forgets a state and a past that are not finite; a gate of zero takes all; one that is NaN stays one."""
-    arguments = problem(3, 4, 5, 6, 2, 1, 4, torch.float32, True, True)
-    arguments[6] = torch.tensor([True, False, True])
+    given = problem(3, 4, 5, 6, 2, 1, 4, torch.float32, True, True)
+    arguments = (*given[:6], torch.tensor([True, False, True]), *given[7:])
     wanted = delta_step(*arguments, 1.0, 1.0)
     arguments[1][[0, 2]], arguments[5][[0, 2]] = torch.nan, torch.inf
     assert all(torch.equal(a, b) for a, b in zip(delta_step(*arguments, 1.0, 1.0), wanted))
-    arguments[6] = None
+    arguments = (*given[:6], None, *given[7:])
     arguments[0][1, -1], arguments[5][1, 3] = torch.inf, torch.inf  # the last head's gate is exp(-inf)
     assert delta_step(*arguments, 1.0, 1.0)[2][1].isfinite().all()
     arguments[0][1, -1] = torch.nan

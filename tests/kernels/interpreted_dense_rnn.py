@@ -31,8 +31,8 @@ def compare(
     low = d_emitted.to(dtype)
     plan = Plan.of(given[0], given[2].shape[1], slices, burn_in)
     launch.last_report()
-    emitted, kept, final = launch.forward(cell, *given, starts, plan)
-    gradients = launch.backward(cell, *given, starts, emitted, kept, low, None, d_final.float(), plan)
+    emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
+    gradients = launch.backward(cell, *(*given, starts, emitted, kept, low, None, d_final.float(), plan))
     report = launch.last_report()
     limits = (1e-5, 1e-4) if dtype == torch.float32 else (3e-3, 5e-3) if dtype == torch.float16 else (1e-2, 2e-2)
     for i, (name, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
@@ -51,10 +51,11 @@ def walked() -> None:
     given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
     launch.last_report()
     plans = [Plan.of(given[0], 16, n, 4) for n in (1, 4)]
-    one, several = (launch.forward(cell, *given, starts, plan) for plan in plans)
+    one, several = (launch.forward(cell, *(*given, starts, plan)) for plan in plans)
     assert all(torch.equal(a, b) for a, b in zip(one, several))
-    one, several = (launch.backward(cell, *given, starts, *one[:2], d_emitted.float(), None, d_final.float(), plan) for plan in plans)
-    assert all(distance(a, b) < 1e-5 for a, b in zip(several, one))
+    ends = (*one[:2], d_emitted.float(), None, d_final.float())
+    gradients, in_slices = (launch.backward(cell, *(*given, starts, *ends, plan)) for plan in plans)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(in_slices, gradients))
     report = launch.last_report()
     assert report["walked"] > 0.1 and report["corrections"] == 1, report
     launch.CORRECTIONS = before

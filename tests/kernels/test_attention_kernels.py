@@ -100,7 +100,7 @@ def test_against_float64_on_a_gpu(
     bounds = None if share is None else Documents((torch.rand(B, L, device="cuda") < share).cumsum(1)).bounds()
     wide: list[torch.Tensor] = [t.detach().double().requires_grad_() for t in (q, k, v)]
     y, again = attention(q, k, v, bounds, window), attention(q, k, v, bounds, window)
-    exact = reference.attention(*wide, None if bounds is None else bounds[0], None, window, K**-0.5)[0]
+    exact = reference.attention(*(*wide, None if bounds is None else bounds[0], None, window, K**-0.5))[0]
     found, wanted = (y, *torch.autograd.grad(y, (q, k, v), d)), (exact, *torch.autograd.grad(exact, wide, d.double()))
     assert torch.equal(y, again) and all(torch.equal(a, b) for a, b in zip(found[1:], torch.autograd.grad(again, (q, k, v), d)))
     for a, b in zip(found, wanted):

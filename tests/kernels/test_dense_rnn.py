@@ -78,12 +78,13 @@ def test_the_op_and_one_step(dtype: torch.dtype) -> None:
     cell, tensors, starts = problem("dense_lstm", 2, 12, 2, 16, starts=0.1)
     bias = torch.randn(len(cell.pre), 32, dtype=torch.float64)
     given = [t.to(dtype if i == 0 else torch.promote_types(dtype, torch.float32)).requires_grad_() for i, t in enumerate(tensors)]
-    emitted, final = dense_rnn(cell, *given, starts, bias_PD=bias.to(given[1].dtype))
-    loop, loop_final = dense_rnn(cell, *given, starts, bias_PD=bias.to(given[1].dtype), method="sequential")
+    emitted, final = dense_rnn(cell, *(*given, starts), bias_PD=bias.to(given[1].dtype))
+    loop, loop_final = dense_rnn(cell, *(*given, starts), bias_PD=bias.to(given[1].dtype), method="sequential")
     assert emitted.dtype == dtype and final.dtype == given[1].dtype
     for a, b in zip(*(torch.autograd.grad(e.double().square().sum() + f.sum(), given) for e, f in ((emitted, final), (loop, loop_final)))):
         assert distance(a, b) < (1e-10 if dtype == torch.float64 else 0.02)
     if dtype == torch.float64:
+        assert starts is not None
         h = tensors[3]
         for t in range(12):
             h = dense_rnn_step(cell, tensors[0][:, t], tensors[1], tensors[2], torch.where(starts[:, t, None, None], 0.0, h), bias)
@@ -98,7 +99,7 @@ def test_nothing_to_solve_has_gradients_of_zero() -> None:
     emitted, final = dense_rnn(cell, *given)
     assert emitted.shape == (1, 0, 16) and torch.equal(final, given[3])
     emitted.sum().backward()
-    assert torch.equal(given[2].grad, torch.zeros_like(given[2]))
+    assert given[2].grad is not None and torch.equal(given[2].grad, torch.zeros_like(given[2]))
 
 
 def test_matrices_are_used_in_one_way() -> None:

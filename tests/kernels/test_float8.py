@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def joined(x: Tensor, layers: list[nn.Linear], dtype: torch.dtype = torch.bfloat
     biases = [layer.bias for layer in layers if layer.bias is not None]
     made = float8.Joined8.apply(x, dtype, len(layers), *(layer.weight for layer in layers), *biases)
     return made if isinstance(made, tuple) else (made,)
+
+
+def watch_casts(monkeypatch: pytest.MonkeyPatch, see: Callable[[Tensor], None]) -> None:
+    """Shows the first piece of every cast from now on to `see`."""
+    run = float8.quantised
+
+    def watched(pieces: Sequence[Tensor], *arguments: Any, **options: Any) -> Any:
+        see(pieces[0])
+        return run(pieces, *arguments, **options)
+
+    monkeypatch.setattr(float8, "quantised", watched)
 
 
 def may_lose(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,9 +96,9 @@ def test_one_scale_for_all_pieces_and_what_is_not_finite_does_not_count() -> Non
 
 
 def test_weights_are_cast_once_a_step_into_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    (layer,), x, calls = layers_of((16,), 64, False), torch.randn(16, 64), []
-    run = float8.quantised
-    monkeypatch.setattr(float8, "quantised", lambda pieces, *a, **k: calls.append(tuple(pieces[0].shape)) or run(pieces, *a, **k))
+    (layer,), x = layers_of((16,), 64, False), torch.randn(16, 64)
+    calls: list[tuple[int, ...]] = []
+    watch_casts(monkeypatch, lambda piece: calls.append(tuple(piece.shape)))
     joined(x, [layer]), joined(x.clone(), [layer])
     assert calls.count((16, 64)) == 4, "without a step, at every use: two of x, two of the weight"
     calls.clear()
@@ -127,9 +139,9 @@ def test_a_whole_model_has_the_gradients_of_bf16_up_to_rounding(remade: tuple[st
     model.init_weights(0)
     for block in model.blocks:
         block.remade = frozenset(remade)
-    ids, found, calls = torch.randint(64, (2, 16)), [], []
-    run = float8.quantised
-    monkeypatch.setattr(float8, "quantised", lambda pieces, *a, **k: calls.append(pieces[0]) or run(pieces, *a, **k))
+    calls: list[Tensor] = []
+    watch_casts(monkeypatch, calls.append)
+    ids, found = torch.randint(64, (2, 16)), []
     for wanted in (False, True):
         float8.wanted, float8.step = wanted, int(wanted)
         model.zero_grad()

@@ -37,9 +37,10 @@ def check(name: str, K: int, dtype: torch.dtype, slices: int) -> None:
     d_emitted, d_final = cotangents(tensors)
     given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
     low, plan = d_emitted.to(dtype), Plan.of(given[0], K, slices)
-    emitted, kept, final = launch.forward(cell, *given, starts, plan)
-    gradients = launch.backward(cell, *given, starts, emitted, kept, low, None, d_final.float(), plan)
-    again = launch.backward(cell, *given, starts, emitted, kept, low, None, d_final.float(), plan)
+    emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
+    back = (*given, starts, emitted, kept, low, None, d_final.float(), plan)
+    gradients = launch.backward(cell, *back)
+    again = launch.backward(cell, *back)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again))
     for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
         assert distance(a, b) < LIMITS[dtype][i > 1], label
@@ -49,18 +50,18 @@ def test_memories_that_expand_are_walked_bit_for_bit() -> None:
     cell, tensors, starts = problem("dense_lstm", 2, 512, 2, 64, gain=12.0, device="cuda")
     tensors[0][:, :, 0] += 4
     given = [t.bfloat16() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
-    one, several = (launch.forward(cell, *given, starts, Plan.of(given[0], 64, n)) for n in (1, 8))
+    one, several = (launch.forward(cell, *(*given, starts, Plan.of(given[0], 64, n))) for n in (1, 8))
     assert all(torch.equal(a, b) for a, b in zip(one, several))
 
 
 def test_a_cuda_graph_and_torch_compile() -> None:
     cell, tensors, starts = problem("dense_lstm", 2, 256, 2, 64, starts=0.01, device="cuda")
     given = [t.bfloat16() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
-    wanted_ = dense_rnn(cell, *given, starts)
+    wanted_ = dense_rnn(cell, *(*given, starts))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = dense_rnn(cell, *given, starts)
+        captured = dense_rnn(cell, *(*given, starts))
     graph.replay()
-    compiled = torch.compile(lambda *t: dense_rnn(cell, *t, starts), fullgraph=True)(*given)
+    compiled = torch.compile(lambda *t: dense_rnn(cell, *(*t, starts)), fullgraph=True)(*given)
     for found in (captured, compiled):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted_))

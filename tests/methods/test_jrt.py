@@ -112,7 +112,7 @@ def test_only_what_comes_after_a_prompt_is_scored() -> None:
     adapter, rows = OwnAdapter(model_of(M), None, "jrt", ""), np.random.default_rng(0).integers(0, 50, (3, 65))
     ids = torch.from_numpy(rows)
     with torch.no_grad():
-        wanted = adapter.model(ids[:, :-1], ids[:, 1:], reduction="none").token_nll[:, M - 1 :]  # type: ignore[operator]
+        wanted = adapter.model(ids[:, :-1], ids[:, 1:], reduction="none").token_nll[:, M - 1 :]
     scored: list[tuple[int, torch.Tensor]] = []
     adapter.stream(ids, 4, lambda first, nll, state: scored.append((first, nll)))
     assert scored[0][0] == M - 1
@@ -128,7 +128,7 @@ def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     """Longer than the model's own prompts and than a chunk; the answer is what follows the prompt read in one call."""
     adapter, ids = OwnAdapter(model_of(M), None, "jrt", ""), torch.arange(30)[None]
     with torch.no_grad(), whole_prompt(adapter.model, 30):
-        wanted = adapter.model(ids).logits[:, -1]  # type: ignore[operator]
+        wanted = adapter.model(ids).logits[:, -1]
     got, _ = adapter.prefill(ids, chunk=4)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, OwnAdapter(model_of(0), None, "causal", "").prefill(ids, chunk=4)[0], atol=1e-3)

@@ -46,4 +46,5 @@ def test_the_model_trains_and_decodes(name: str) -> None:
     for t in range(10):
         out = model(ids[:, t : t + 1], state=state)
         state, last = out.state, out.logits
+    assert last is not None
     torch.testing.assert_close(last[:, -1], model(ids).logits[:, -1], atol=1e-5, rtol=1e-4)

@@ -134,12 +134,12 @@ def delta_token(draw: Draw) -> Answers:
         if gated:
             g = -torch.exp(A_log) * F.softplus(row[:, -H:] + dt_bias, threshold=1e9 if kind == torch.float64 else 20)[:, None]
         heads = q.reshape(B, 1, G, K), k.reshape(B, n, G, K), v.reshape(B, n, H, V)
-        o, h = delta_rule_sequential(*heads, beta, g, h, None, True, K**-0.5)
+        o, h = delta_rule_sequential(*(*heads, beta, g, h, None), normalize=True, scale=K**-0.5)
         return [o.flatten(1), window[:, 1:], h]
 
     in_place = draw.chance(0.5)
     wanted, loop = exact(torch.float64), exact(torch.float32)
-    found = delta_step(*given, state, fresh, G, n, strength, K**-0.5, in_place)  # type: ignore[arg-type]
+    found = delta_step(*(*given, state, fresh, G, n, strength, K**-0.5, in_place))
     assert not in_place or found[2] is state
     said = f"B {B}, H {H}, V {V}, G {G}, K {K}, W {W}, n {n}, {dtype}, order {order}"
     return compared(("o", "past", "delta"), found, wanted, loop, said, 5.0, draw.within(dtype))
