@@ -84,7 +84,7 @@ def test_a_fixed_cache(mapping: dict[str, Any]) -> None:
     """What a step of constant shape reads from a cache that holds an earlier document's NaN."""
     mixer = built(mapping)
     x, bad, segments, _ = documents()
-    model: Any = type("Model", (), {"blocks": [type("Block", (), {"mixer": mixer})]})()
+    model: Any = type("Model", (), {"visits": lambda _: [type("Block", (), {"mixer": mixer})]})()
     with torch.no_grad():
         runs = []
         for inputs in (x, bad):

@@ -70,6 +70,9 @@ class Steps:
     def optimizer_steps(self) -> int:
         return 0
 
+    def follow(self, steps: int) -> None:
+        pass
+
     def news(self) -> list[str]:
         return []
 
