@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.delta_step import op, reference
-from kernels.dispatch import no_triton
 
 
 def delta_step(
@@ -26,7 +25,12 @@ def delta_step(
     """
     arguments = (projected_BE, past_BWC, weight_CW, dt_bias_H, A_log_H, delta_BHVK, starts_B)
     settings = (groups, updates, strength, scale)
-    if projected_BE.dtype == torch.float64 or weight_CW.shape[1] < 2 or no_triton(projected_BE.device) or delta_BHVK.shape[-1] > op.TILE:
+    if (
+        projected_BE.dtype == torch.float64
+        or weight_CW.shape[1] < 2
+        or not op.usable(projected_BE.device)
+        or delta_BHVK.shape[-1] > op.TILE
+    ):
         return reference.delta_step(*arguments, *settings, in_place)
     whole = in_place and delta_BHVK.is_contiguous() and delta_BHVK.dtype == torch.float32  # else the kernel writes a tensor of its own
     after = delta_BHVK if whole else torch.empty(delta_BHVK.shape, dtype=torch.float32, device=delta_BHVK.device)

@@ -19,6 +19,7 @@ from kernels import decode_step
 from kernels.delta_rule import border, delta_rule
 from kernels.delta_step import delta_step
 from kernels.delta_step.op import launch as launch_step
+from kernels.delta_step.op import usable
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
@@ -160,6 +161,8 @@ class Mixer(SequenceMixer):
         return replace(state, in_place=False)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
+        if not usable(x_BD.device):
+            return None
         B, C, gain = x_BD.shape[0], self.convolved, norm.gain.detach()
         row_BE, o_BI = x_BD.new_empty(B, self.in_proj.out_features), x_BD.new_empty(B, self.values)
         conv = decode_step.Convolution(self.first, self.conv.weight, self.conv.weight.new_zeros(C), state.conv_BWI)
