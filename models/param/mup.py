@@ -35,7 +35,7 @@ class Config:
             return [f"base_width must be a d_model, not {self.base_width}."]
         centred = [name for name, mixer in model.mixers.items() if mixer.get("qk_norm_centred")]
         if model.centred_norms or centred:
-            return ["muP scales gains of norms, and centred ones hold 1 + weight: set centred_norms=false and qk_norm_centred=false."]
+            return ["type mup scales gains of norms, and centred ones hold 1 + weight: set centred_norms=false and qk_norm_centred=false."]
         return []
 
 
