@@ -29,6 +29,16 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(finite(value), indent=1, default=str) + "\n").encode())
 
 
+def save_report(out: Path, report: Any, page: str = "") -> None:
+    """The JSON of a result, and its page, if it has one, beside it as .md. Raises UserError where they cannot be written."""
+    try:
+        write_json(out, report)
+        if page:
+            write_bytes(out.with_suffix(".md"), page.encode())
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+
+
 def check_writable(folder: Path) -> None:
     """Makes the folder and a file in it that is removed again. Raises UserError where that cannot be done, before work is lost."""
     try:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import write_json
+from data.files import save_report
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import Run, Scan, each_module, scan_hook, scan_layers
@@ -253,11 +253,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "layers": rows,
         "environment": environment(device),
     }
-    try:
-        write_json(out, report)
-        out.with_suffix(".md").write_text(page(report))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    save_report(out, report, page(report))
     print(page(report) + f"\nwritten to {out} and {out.with_suffix('.md')}")
     return report
 

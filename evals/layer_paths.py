@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.files import write_json
+from data.files import save_report
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.progress import Progress
@@ -173,11 +173,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         raise UserError(str(error)) from error
     about = {"rows": ids.shape[0], "length": ids.shape[1] - 1, "text": subject.text.source, "seen": subject.about_text()["seen"]}
     report = {"arguments": values, "model": adapter.describe(), **about, **result, "environment": environment(device)}
-    try:
-        write_json(out, report)
-        out.with_suffix(".md").write_text(page(report))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    save_report(out, report, page(report))
     print(page(report) + f"\nwritten to {out} and {out.with_suffix('.md')}")
     return report
 

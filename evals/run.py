@@ -103,7 +103,7 @@ def run_suite(values: dict[str, Any]) -> int:
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Scores one checkpoint on the held-out split of token shards: writes the result as JSON, prints and returns it. Raises UserError."""
-    from data.files import write_json
+    from data.files import save_report
     from evals.adapters.load import device_of
     from evals.measures.baselines import baselines
     from evals.measures.perplexity import evaluate
@@ -149,10 +149,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": result.tokens / seconds,
         "environment": environment(device),
     }
-    try:
-        write_json(out, report)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    save_report(out, report)
     _show(report, out)
     return report
 
@@ -210,7 +207,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
 
     The figures of the mixture are those of its tokens if each source gave its share of them. Raises UserError where no source can be scored.
     """
-    from data.files import write_json
+    from data.files import save_report
     from data.shards import open_held_out
     from evals.measures import mixture
 
@@ -242,10 +239,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
     report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}
     out = where_to_write(values, Path(first["checkpoint"]))
-    try:
-        write_json(out, report)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    save_report(out, report)
     print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.by_source(sources)}")
     _show(report, out)
     return report

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
+from data.files import save_report
 from data.synthetic import build_task
 from data.synthetic.task import SEED_BITS
 from evals.measures.tracking import HEADING, accuracy_by_length, default_lengths, line
@@ -88,10 +88,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "environment": environment(device),
     }
     out = Path(values["out"] or Path(meta["folder"]) / "eval-state_tracking.json")
-    try:
-        write_json(out, report)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+    save_report(out, report)
     print(f"written to {out}")
     return report
 
