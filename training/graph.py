@@ -23,6 +23,13 @@ WARMUP = 2  # passes as written before a capture: kernels are compiled, and thei
 ROOM = 0.7
 
 
+def release_random_numbers(device: torch.device) -> None:
+    """After a capture that failed. torch leaves the device's generator of random numbers to the capture, and every later draw outside a graph
+    would raise ("Offset increment outside graph capture"); a copy of it goes on where it stood."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class _Captured:
     """A graph with the tensors it reads and writes."""
 
@@ -102,6 +109,7 @@ class GraphedPass:
             with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
                 self._pass(captured)
         except (RuntimeError, torch.AcceleratorError) as error:
+            release_random_numbers(self.device)
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
             return self._give_up(f"a pass cannot be recorded ({str(error).strip().splitlines()[0]})")

@@ -3,7 +3,6 @@
 Legend: B rows, C channels of the convolution, W its width, H heads of values, V value width, K key width, G groups, n updates.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -13,16 +12,13 @@ from kernels.delta_rule.reference import NORM_EPS
 from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.op import define
 
-# The kernel is right in Triton's interpreter, but has not run on a GPU yet: there plain torch takes a token until it has, or until it is asked for, by
-# EVERYWHEN_DELTA_STEP=1.
-PROVEN = False
 TILE = 4096  # elements of a state a program holds, 32 registers a thread
 PROGRAMS = 512  # wanted before tiles are that large
 
 
 def usable(device: torch.device) -> bool:
     """Whether the kernel takes a token on this device."""
-    return not no_triton(device) and (interpreted() or PROVEN or os.environ.get("EVERYWHEN_DELTA_STEP") == "1")
+    return not no_triton(device)
 
 
 def tile(B: int, H: int, V: int, K: int) -> tuple[int, int]:

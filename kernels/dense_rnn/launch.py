@@ -27,9 +27,7 @@ from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-# The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch solves until they have, or until they are asked
-# for, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
-PROVEN = False
+PROVEN = True  # whether the kernels run on a GPU without being asked for by method="triton" or EVERYWHEN_DENSE_KERNELS=1
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
@@ -211,7 +209,7 @@ def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, pro
     dense, mat, Q = p.dense, p.mat.to(before.dtype), len(p.dense.products)
     if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
         u = _by_head(p, before)
-        R = mat[:, :, [product.matrix for product in dense.products]].reshape(p.E, p.K, Q * p.K) if products else mat
+        R = torch.stack([mat[:, :, product.matrix] for product in dense.products], 2).reshape(p.E, p.K, Q * p.K) if products else mat
         return _product(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
     memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
     memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from training.graph import release_random_numbers
+
 Step = Callable[..., tuple[Tensor, ...]]
 WARMUP = 3  # ordinary calls before the capture: kernels are compiled and the optimizer's moments made in them
 
@@ -87,6 +89,7 @@ class GraphedStep:
             problem = problem or str(error).splitlines()[0]
         if problem:
             self.why_not = problem
+            release_random_numbers(self.inputs[0].device)
             warnings.warn(f"A training step was not captured as a CUDA graph and runs as written ({problem}).", stacklevel=3)
         else:
             self.graph = graph

@@ -52,8 +52,7 @@ def test_the_kernel_compiles_with_wide_loads_and_does_not_spill() -> None:
 @pytest.mark.parametrize(
     "sizes", [(64, 3, 64, 128, 1, 1, 4), (5, 4, 64, 64, 2, 2, 4), (3, 2, 40, 256, 1, 1, 4), (2, 3, 17, 33, 3, 3, 3)], ids=str
 )
-def test_the_kernel_on_a_gpu(sizes: Sizes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVERYWHEN_DELTA_STEP", "1")
+def test_the_kernel_on_a_gpu(sizes: Sizes, dtype: torch.dtype) -> None:
     arguments: list[Any] = [*problem(*sizes, dtype=dtype, resets=True, gated=True, device="cuda"), 2.0, 0.1]
     wanted = written_out(*(a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments))
     for a, b in zip(delta_step(*arguments), wanted):

@@ -29,6 +29,5 @@ def test_the_fused_step_is_the_models() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_the_captured_step_is_the_models(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVERYWHEN_DELTA_STEP", "1")
+def test_the_captured_step_is_the_models(name: str, low: bool) -> None:
     check(name, "cuda", low)

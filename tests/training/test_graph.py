@@ -143,3 +143,4 @@ def test_a_pass_that_waits_for_the_device_runs_as_written() -> None:
         model.zero_grad(set_to_none=True)
         assert graphed.run(packed(3, step), 1.0) is None
     assert "cannot be recorded" in graphed.why_not and len(graphed.news()) == 1 and not graphed.news()
+    assert torch.rand(2, device="cuda").unique().numel() == 2, "random numbers are drawn outside the graph that failed"

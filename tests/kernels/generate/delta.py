@@ -6,7 +6,6 @@ Legend: B batch, T tokens, n updates a token, H heads of values, G groups, K key
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
@@ -107,7 +106,6 @@ def delta_not_finite(draw: Draw) -> Answers:
 
 def delta_token(draw: Draw) -> Answers:
     """One token between the projections of a layer, on states of any strides, some rows starting a document though their state is not finite."""
-    os.environ["EVERYWHEN_DELTA_STEP"] = "1"  # on a GPU too
     B, G, R, n = draw.choice([1, 2, 5]), draw.choice([1, 2, 3]), draw.choice([1, 2, 4]), draw.choice([1, 1, 2, 4])
     V, K, W, H = draw.size(40, 64), draw.size(64, 128, 200), draw.choice([2, 3, 4, 5]), G * R
     dtype, C, gated, strength = draw.dtype(interpreter=True), (n + 1) * G * K + n * H * V, draw.chance(0.7), draw.choice([1.0, 2.0])
