@@ -1,7 +1,7 @@
 """quantised: tensors as one matrix of 8-bit floats under one scale (tensorwise, dynamic), and the same matrix transposed.
 
 The largest magnitude becomes the dtype's largest number. Products of fp8 on an H100 want both operands with the summed dimension innermost, so
-each matrix is wanted both ways: a kernel reads it once and writes both.
+each matrix is wanted both ways.
 
 Legend: M rows, N columns.
 """

@@ -1,5 +1,6 @@
 """Triton kernels that quantise, and their launches; imported when one is first wanted. Two a matrix: the largest magnitude, in parts that are
-looked through in a fixed order; and the cast, of which every program looks through the parts.
+looked through in a fixed order; and the cast, of which every program looks through the parts. torch transposes: kernels that wrote the transposed
+matrix as well, as single bytes or two bytes at a time, wrote wrong ones on an H200 (Triton 3.6), the second also among the rows.
 
 Legend: R rows, C columns of a matrix that is given.
 """
@@ -31,47 +32,29 @@ def float8_largest(X, LARGEST, R, C, stride, blocks, DENSE: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _eighth(x, step, MOST: tl.constexpr, KIND: tl.constexpr):
-    """The 8 bits of x / step."""
-    x = x.to(tl.float32)
-    y = tl.minimum(tl.maximum(x * (1.0 / step), -MOST), MOST)
-    return tl.where(tl.abs(x) < float("inf"), y, float("nan")).to(KIND)
-
-
-@triton.jit
 def float8_cast(
     X,
     ROWS,
-    PAIRS,
     LARGEST,
     STEP,
     R,
     C,
     stride,
     rows_stride,
-    pairs_stride,
     parts,
     MOST: tl.constexpr,
     PARTS: tl.constexpr,
     TILE: tl.constexpr,
-    PAIRED: tl.constexpr,
 ):
-    """PAIRS: the transposed matrix, two rows as one number of 16 bits: tiles of single bytes were transposed wrongly on a GPU."""
     part = tl.arange(0, PARTS)
     largest = tl.max(tl.load(LARGEST + part, mask=part < parts, other=0.0), 0)
     step = tl.maximum(largest, LEAST) / MOST
-    pair, c = tl.program_id(0) * (TILE // 2) + tl.arange(0, TILE // 2), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    r = 2 * pair.to(tl.int64)[:, None]
-    first, second = (r < R) & (c < C)[None, :], (r + 1 < R) & (c < C)[None, :]
-    x, y = X + r * stride + c[None, :], ROWS + r * rows_stride + c[None, :]
-    a = _eighth(tl.load(x, mask=first, other=0.0), step, MOST, ROWS.dtype.element_ty)
-    b = _eighth(tl.load(x + stride, mask=second, other=0.0), step, MOST, ROWS.dtype.element_ty)
-    tl.store(y, a, mask=first)
-    tl.store(y + rows_stride, b, mask=second)
-    if PAIRED:
-        both = a.to(tl.uint8, bitcast=True).to(tl.uint16) | (b.to(tl.uint8, bitcast=True).to(tl.uint16) << 8)
-        at = PAIRS + c.to(tl.int64)[:, None] * pairs_stride + pair[None, :]
-        tl.store(at, tl.trans(both.to(tl.int16, bitcast=True)), mask=tl.trans(second))
+    r, c = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    inside = (r < R)[:, None] & (c < C)[None, :]
+    x = tl.load(X + r.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.minimum(tl.maximum(x * (1.0 / step), -MOST), MOST)
+    q = tl.where(tl.abs(x) < float("inf"), y, float("nan")).to(ROWS.dtype.element_ty)
+    tl.store(ROWS + r.to(tl.int64)[:, None] * rows_stride + c[None, :], q, mask=inside)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(STEP, step)
 
@@ -91,13 +74,9 @@ def quantise(pieces, out, beside):
     for x in pieces:
         R, C = x.shape
         rows = out.rows[:, at : at + C] if beside else out.rows[at : at + R]
-        columns = out.columns[at : at + C] if beside else out.columns[:, at : at + R]
-        paired = R % 2 == out.columns.shape[1] % 2 == columns.storage_offset() % 2 == 0
-        pairs = columns.view(torch.int16) if paired else rows
         float8_cast[(triton.cdiv(R, tile), triton.cdiv(C, tile))](
-            x, rows, pairs, largest, out.step, R, C, x.stride(0), rows.stride(0), pairs.stride(0), len(largest),
-            MOST=most, PARTS=triton.next_power_of_2(len(largest)), TILE=tile, PAIRED=paired, num_warps=WARPS,
+            x, rows, largest, out.step, R, C, x.stride(0), rows.stride(0), len(largest),
+            MOST=most, PARTS=triton.next_power_of_2(len(largest)), TILE=tile, num_warps=WARPS,
         )  # fmt: skip
-        if not paired:
-            columns.view(torch.uint8).copy_(rows.view(torch.uint8).T)
         at += C if beside else R
+    out.columns.view(torch.uint8).copy_(out.rows.view(torch.uint8).T)
