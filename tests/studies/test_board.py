@@ -22,7 +22,8 @@ from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, corpus, measure, results, work
 from scripts.board.answers import Question, all_answers, answer
-from scripts.board.draw import collect, draw, page_text
+from scripts.board.draw import collect, draw
+from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, Plan
 from scripts.board.results import Cell, Result, difference, interval
 from training.errors import UserError
@@ -315,8 +316,8 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert program.main(["run", *words]) == 0
     assert not (tmp_path / "out" / "cells").exists()
     # Under a new version of the protocol the old cells are shown and do not count.
-    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 3)
-    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 3)
+    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 4)
+    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 4)
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     assert (
         "Under earlier versions" in (page / "README.md").read_text()
