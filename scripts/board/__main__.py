@@ -6,6 +6,7 @@
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
     python -m scripts.board draw out=DIR                                    table, plots and log in docs/board
+    python -m scripts.board export out=DIR only=CELL                        a trained cell as a folder for transformers, its numbers in the card
 
 Keys
   data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
@@ -65,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw")
+ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw", "export")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -196,6 +197,10 @@ def main(words: list[str]) -> int:
         from scripts.board.draw import draw
 
         draw(values)
+    elif action == "export":
+        from scripts.board.export import export_cells
+
+        export_cells(values)
     else:
         run(values)
     return 0

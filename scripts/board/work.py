@@ -72,7 +72,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
         }
         phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
         result["measured"] = _measured(cell, learner, values)
-        if values["weights"] and cell.of_text() and ended == "tokens":
+        if (values["weights"] or cell.stage == "leaders") and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])
     took = time.perf_counter() - began
     phases["measure"] = took - sum(phases.values())
@@ -121,6 +121,7 @@ def write_folder(learner: Any, folder: Path, data: str) -> None:
 
     from data.files import write_json
     from data.shards import ShardSet
+    from scripts.board.learner import BETAS, GRAD_CLIP, WARMUP, WEIGHT_DECAY
 
     shards = ShardSet(data, "train")
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +129,19 @@ def write_folder(learner: Any, folder: Path, data: str) -> None:
     write_json(folder / "config.json", learner.settings["model"])
     (folder / "tokenizer.json").write_text(shards.tokenizer().to_str())
     write_json(folder / "tokenizer_config.json", shards.tokenizer_config())
-    write_json(folder / "run.json", {"train": {"seq_len": learner.T}, "data": {"path": data}})
+    settings = learner.settings
+    run = {"name": folder.name, "seed": settings["seed"], "data": {"path": data}}
+    run["train"] = {"seq_len": learner.T, "global_batch": learner.B, "precision": settings["precision"]}
+    run["optim"] = {
+        "name": settings["optimizer"],
+        "lr": settings["lr"],
+        "betas": list(BETAS),
+        "weight_decay": WEIGHT_DECAY,
+        "grad_clip": GRAD_CLIP,
+    }
+    run["schedule"] = {"kind": "linear to nothing", "warmup": f"{WARMUP:.0%} of the steps"}
+    write_json(folder / "run.json", run)
+    write_json(folder / "state.json", {"step": learner.done, "tokens": learner.done * learner.B * learner.T})
 
 
 def raced(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, None, dict[str, Any]]:
