@@ -8,6 +8,7 @@ The folder is checked as scripts/export.py checks it: loaded by transformers alo
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,8 @@ def export_cells(values: dict[str, Any]) -> list[Path]:
     for name in values["only"] or there:
         if name not in known:
             raise UserError(f"{name} has weights but no result in {out} or {page}.")
-        result = known[name]
-        made.append(
-            export(
-                out / "models" / name, out / "exported" / name, evaluate=lambda source, r=result: section(source, r, rows, values["size"])
-            )
-        )
+        card = functools.partial(section, result=known[name], rows=rows, size=values["size"])
+        made.append(export(out / "models" / name, out / "exported" / name, evaluate=card))
         print(f"{made[-1]}: loaded by transformers in a fresh process, and compared")
     return made
 

@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,20 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     attempt(Path(values["out"]), cell.name, "resumed" if record["stops"] else "begun", step=learner.done, of=learner.steps)
     start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
     every, ended = max(1, learner.steps // POINTS), "tokens"
+    asked: list[tuple[int, Callable[[], float]]] = []  # points of the curve whose losses are on their way
+
+    def settle(left: int = 0) -> None:
+        while len(asked) > left:
+            at, read = asked.pop(0)
+            record["curve"].append([at, read()])
+            record["clock"].append(round(time.perf_counter() - start, 3))  # seconds at each point of the curve
+
     at = max((point[0] for point in record["curve"]), default=0)
-    while learner.done < learner.steps:
+    while learner.done < learner.steps and ended == "tokens":
         for done in learner.advance(min(learner.steps, at + every)):
             over, due = values["until"] and time.time() > values["until"], time.perf_counter() - saved > values["save_every"]
             if done < learner.steps and (over or due):
+                settle()
                 record["seconds"] = time.perf_counter() - start
                 learner.save(path, record)
                 saved = time.perf_counter()
@@ -55,12 +64,11 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
                     raise Stopped(f"stopped after step {done:,} of {learner.steps:,}")
             if done % TURN == 0:
                 yield
-        record["curve"].append([learner.done, learner.mean_loss(learner.done - at)])
-        record["clock"].append(round(time.perf_counter() - start, 3))  # seconds at each point of the curve
+        asked.append((learner.done, learner.loss_later(learner.done - at)))
         at = learner.done
-        if diverged(record["curve"], learner.steps):
+        settle(left=int(learner.done < learner.steps))
+        if record["curve"] and diverged(record["curve"], learner.steps):
             ended = "diverged"
-            break
     record["seconds"] = time.perf_counter() - start
     result = record | {"ended": ended, "steps": learner.done, "tokens": learner.done * learner.B * learner.T}
     with learner.trainer.here():
@@ -86,7 +94,7 @@ def _speed(clock: list[float], curve: list[list[float]], tokens: int) -> float |
     """Median tokens/s between the points of the curve, those of the first tenth left out: kernels are compiled there, and the step is captured."""
     steps = [step for step, _ in curve][-len(clock) :]
     pairs = [((b - a) * tokens, end - start) for a, b, start, end in zip(steps, steps[1:], clock, clock[1:])][len(clock) // 10 :]
-    return statistics.median(n / seconds for n, seconds in pairs if seconds > 0) if pairs else None
+    return statistics.median(n / seconds for n, seconds in pairs if seconds > 0) if any(seconds > 0 for _, seconds in pairs) else None
 
 
 def diverged(curve: list[list[float]], steps: int) -> bool:
