@@ -258,7 +258,9 @@ def speedrun_lines(found: dict[str, Any]) -> list[str]:
     lines = [rule, "[protocol](protocol.md#the-speedrun).", ""]
     if not held:
         tried = sum(map(len, groups.values()))
-        return [*lines, f"There is no record yet; {tried} runs are not enough, or stay above." if tried else "Nobody has run it yet."]
+        said = f"There is no record yet; {tried} runs are not enough, or stay above." if tried else "Nobody has run it yet."
+        example = "python -m scripts.board run stages=speedrun rows=ROW speedrun_tokens=N speedrun_lr=R data=DIR"
+        return [*lines, f"{said} To try, with three seeds, any row of the board, any tokens and rate:", "", f"    {example}"]
     seconds, label, tokens, every, command = min(held)
     shown = ", ".join(f"{b:.4f}" for b in every)
     return [
