@@ -41,9 +41,9 @@ def _label(row: str) -> str:
 
 
 def questions() -> list[Question]:
-    """All pairs that the protocol names, in its order."""
+    """All pairs that the protocol names, the one nonlinear layer first."""
     made = []
-    for row, chosen in ARCHITECTURES.items():
+    for row, chosen in sorted(ARCHITECTURES.items(), key=lambda pair: not pair[0].startswith("gdn")):
         if chosen.instead:
             layer, expected = _label(chosen.instead), 0 if chosen.instead == "paragru" else -1
             made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal tokens", row, chosen.of, expected))
@@ -107,7 +107,7 @@ def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
             by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
     return [
         Answer(
-            f"{'Stage 0: past' if stage == 'stage0' else 'Past'} the training length, 64 times: {', '.join(names)}: {v}.",
+            f"{'Stage 0: past' if stage == 'stage0' else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
             v != "holds" and not v.startswith("no verdict"),
         )
         for v, names in sorted(by_verdict.items())

@@ -29,7 +29,14 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     known = [a for a in answers if a.known]
     lines = ["# The board", "", *_introduction(found, stages), ""]
     nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
-    lines += ["## Nulls and negative results", "", *nulls, ""]
+    lines += ["## Nulls and negative results", ""]
+    compared = sum("bits per byte" in a.text for a in known)
+    if compared > 1:
+        lines += [
+            f"Each interval is of 95 %, so of the {compared} comparisons here about {max(1, round(compared / 20))} may miss by chance.",
+            "",
+        ]
+    lines += [*nulls, ""]
     if rest := [a for a in known if not a.negative]:
         lines += ["## What came out otherwise", "", *_items(rest), ""]
     lines += ["## Loss", "", *(["No cell of the full pass is finished.", ""] if "pass" not in stages else [])]

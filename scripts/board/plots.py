@@ -10,6 +10,7 @@ from typing import Any
 from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
+from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import interval
 
 
@@ -63,7 +64,9 @@ def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> b
     """Loss by position in long held-out documents."""
     figure, axes = plt.subplots(figsize=(8.5, 5))
     drawn = 0
-    for i, row in enumerate(rows.values()):
+    for i, row in enumerate(
+        row for name, row in rows.items() if not ARCHITECTURES[name].of
+    ):  # the others are too near to these to be told apart
         cell = next((cell for cell in row[stage].values() if cell.get("buckets")), None)
         if cell:
             x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
@@ -85,10 +88,11 @@ def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> byte
         speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
         speed = row["speed"]["tokens_per_s"] if "speed" in row else statistics.median(speeds) if speeds else None
         if values and speed:
+            speed /= 1e3
             axes.plot(speed, statistics.fmean(values), marker="o", linestyle="", label=row["label"], color=line(i)["color"])
             axes.annotate(row["label"], (speed, statistics.fmean(values)), xytext=(4, 4), textcoords="offset points", fontsize=6)
             drawn += 1
-    axes.set(xlabel="training tokens/s, one cell on the device", ylabel=f"bits per byte after {tokens}")
+    axes.set(xlabel="training, thousands of tokens/s, one cell on the device", ylabel=f"bits per byte after {tokens}")
     axes.margins(x=0.2)
     axes.grid(alpha=0.3)
     data = png(plt, figure)
