@@ -212,8 +212,10 @@ def test_every_file_of_results_is_listed() -> None:
     index = (ROOT / "docs" / "results" / "README.md").read_text()
     assert [p.name for p in (ROOT / "docs" / "results").iterdir() if p.is_dir() and f"]({p.name})" not in index] == []
     pages = "".join(page.read_text() for page in PAGES if page.parent.name in ("results", "docs"))
-    pictures = [p for p in (ROOT / "docs").rglob("*.png")]
+    pictures = [p for p in (ROOT / "docs" / "results").rglob("*.png")]
     assert [p.name for p in pictures if p.relative_to(ROOT / "docs" / "results").as_posix() not in pages] == []
+    board = ROOT / "docs" / "board"  # its plots lie beside its page
+    assert [p.name for p in board.glob("*.png") if f"]({p.name})" not in (board / "README.md").read_text()] == []
 
 
 def test_every_finding_names_where_its_figures_are() -> None:

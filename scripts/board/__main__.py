@@ -6,13 +6,16 @@
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
     python -m scripts.board draw out=DIR                                    table, plots and log in docs/board
+    python -m scripts.board export out=DIR only=CELL                        a trained cell as a folder for transformers, its numbers in the card
 
 Keys
   data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
-  stages      grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
+  stages      stage0,time0,grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
+  whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
+  gpu         the GPU that `again` uses [0]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
   only        names of cells with commas between               weights   true: keep the trained models of text as folders [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
@@ -29,10 +32,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from data.fields import nearest
-from data.files import check_writable, finite, lock
+from data.files import check_writable, finite
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -55,13 +58,15 @@ DEFAULTS: dict[str, Any] = {
     "precision": "bf16",
     "save_every": 45.0,
     "least": 2.0,  # seconds that must be left for a cell to begin
+    "whole": False,
+    "gpu": 0,
     "input": "",
     "part": "",
     "join": "",
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw")
+ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw", "export")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -94,69 +99,22 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
     return words[0], parse_arguments(words[1:], DEFAULTS, chosen)
 
 
-def make_plan(values: dict[str, Any]) -> Any:
-    """The plan of the size and shards. Raises UserError."""
-    from scripts.board.plan import Plan, check
-
-    check(values["size"], values["data"])
-    return Plan(
-        values["size"],
-        values["data"],
-        values["rows"],
-        values["precision"],
-        values["seeds"],
-        (values["speedrun_tokens"], values["speedrun_lr"]),
-    )
-
-
-def chosen_cells(values: dict[str, Any], plan: Any, results: dict[str, Any]) -> list[Any]:
-    """The cells asked for, of those known so far. Raises UserError for a name that the plan does not have."""
-    cells = plan.cells(results, values["stages"])
-    if values["only"]:
-        names = [cell.name for cell in cells]
-        unknown = [name for name in values["only"] if name not in names]
-        if unknown:
-            raise UserError([f"only: {nearest(name, names)} (the plan has no cell {name!r} yet)" for name in unknown])
-        cells = [cell for cell in cells if cell.name in values["only"]]
-    return cells
-
-
-def pending(values: dict[str, Any], plan: Any) -> list[Any]:
-    """The cells asked for that are not finished."""
-    from scripts.board.results import read
-
-    results = read(Path(values["out"]), Path(values["page"]))
-    cells = chosen_cells(values, plan, results)
-    return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))]
-
-
-def _alone(out: Path) -> IO[str]:
-    """The folder's lock. Raises UserError while another process runs cells into it."""
-    try:
-        return lock(out, here=1.0)
-    except UserError:
-        raise UserError(f"Another process runs cells into {out}; wait for it, or give another out=.") from None
-
-
 def run(values: dict[str, Any]) -> None:
-    """Runs what is pending, and what follows from its results, until nothing is left, nothing gets done, or time is up."""
+    """Runs what is pending, and what follows from its results, until nothing is left or time is up."""
+    from scripts.board.queue import make_plan, pending
     from scripts.board.work import run_all
 
-    mine, plan, before = begin(values), make_plan(values), None
-    while True:
-        cells = pending(values, plan)
-        names = [cell.name for cell in cells]
-        if not cells or names == before or values["until"] and time.time() > values["until"] - values["least"]:
-            break
-        print(f"{len(cells)} cells to run on {values['device']}", flush=True)
-        run_all(values, cells)
-        before = names
-    mine.close()
+    begin(values)
+    plan = make_plan(values)
+    cells, _ = pending(values, plan)
+    print(f"{len(cells)} cells known so far are to be run on {values['device']}", flush=True)
+    run_all(values)
+    cells, _ = pending(values, plan)
     print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
 
 
-def begin(values: dict[str, Any]) -> IO[str]:
-    """Settles the device and the time that is up, and takes the folder; its lock. Raises UserError."""
+def begin(values: dict[str, Any]) -> None:
+    """Settles the device and the time that is up. Raises UserError."""
     import torch
 
     began = time.time()
@@ -165,15 +123,14 @@ def begin(values: dict[str, Any]) -> IO[str]:
     if values["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
     check_writable(Path(values["out"]))
-    mine = _alone(Path(values["out"]))
     values["until"] = began + 60 * values["minutes"] if values["minutes"] else 0.0
-    return mine
 
 
 def again(values: dict[str, Any]) -> int:
     """Runs finished cells, named by only=, once more into OUT/again, and compares; 1 where bits differ. Raises UserError."""
+    from scripts.board.queue import chosen_cells, make_plan
     from scripts.board.results import every, read
-    from scripts.board.work import run_all
+    from scripts.board.work import work
 
     known = read(Path(values["out"]), Path(values["page"]))
     cells = chosen_cells(values, make_plan(values), known) if values["only"] else []
@@ -181,11 +138,11 @@ def again(values: dict[str, Any]) -> int:
     if missing or not cells:
         raise UserError(f"only={','.join(missing)} is not finished; run it first." if missing else "Name finished cells with only=.")
     values["out"] = str(Path(values["out"]) / "again")
-    mine, folder = begin(values), Path(values["out"])
+    begin(values)
+    folder = Path(values["out"])
     for cell in cells:
         (folder / "cells" / f"{cell.name}.json").unlink(missing_ok=True)
-    run_all(values, cells)
-    mine.close()
+    work(values | {"workers": 1}, values["gpu"], fixed=list(cells))
     done, status = {result.name: result.content for result in every(folder, folder)}, 0
     for cell in cells:
         if cell.name in done:
@@ -202,6 +159,7 @@ def show(values: dict[str, Any]) -> None:
     """Prints the models, their counts, and the cells by stage."""
     from scripts.board.architectures import ARCHITECTURES, WAITING, counts
     from scripts.board.plan import BOARDS, STAGES
+    from scripts.board.queue import make_plan
     from scripts.board.results import read
 
     board, results, plan = BOARDS[values["size"]], read(Path(values["out"]), Path(values["page"])), make_plan(values)
@@ -239,6 +197,10 @@ def main(words: list[str]) -> int:
         from scripts.board.draw import draw
 
         draw(values)
+    elif action == "export":
+        from scripts.board.export import export_cells
+
+        export_cells(values)
     else:
         run(values)
     return 0

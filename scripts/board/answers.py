@@ -41,9 +41,9 @@ def _label(row: str) -> str:
 
 
 def questions() -> list[Question]:
-    """All pairs that the protocol names, in its order."""
+    """All pairs that the protocol names, the one nonlinear layer first."""
     made = []
-    for row, chosen in ARCHITECTURES.items():
+    for row, chosen in sorted(ARCHITECTURES.items(), key=lambda pair: not pair[0].startswith("gdn")):
         if chosen.instead:
             layer, expected = _label(chosen.instead), 0 if chosen.instead == "paragru" else -1
             made.append(Question(f"One layer of {layer} in {_label(chosen.of)}, at equal tokens", row, chosen.of, expected))
@@ -76,14 +76,20 @@ def shown(value: Interval) -> str:
     return f"{value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f}, {value.n} seeds)"
 
 
-def answer(rows: Rows, question: Question) -> Answer:
-    """What the results say to a question."""
-    found = difference(bits(rows, question.one, "pass"), bits(rows, question.other, question.seeds))
+def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
+    """What the results of a stage, pass or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
+    seeds = stage if question.seeds == "pass" else question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")
+    one, other = bits(rows, question.one, stage), bits(rows, question.other, seeds)
+    about = ("Stage 0: " if stage == "stage0" else "") + question.about
+    found = difference(one, other)
     if found is None:
-        return Answer(f"{question.about}: not measured yet.", False, False)
-    said = f"{question.about}: {shown(found)} bits per byte"
+        return Answer(f"{about}: not measured yet.", False, False)
+    said = f"{about}: {shown(found)} bits per byte"
     if found.n == 1:
         return Answer(f"{said}; nothing can be said.", True)
+    if stage == "stage0":
+        rest = difference({seed: value for seed, value in one.items() if seed}, other)
+        said += f"; without seed 0 {shown(rest)}" if rest is not None else ""
     if not found.decides():
         wide = "" if found.high - found.low < NARROW else f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
         return Answer(f"{said}: no difference is shown{wide}.", True)
@@ -92,20 +98,23 @@ def answer(rows: Rows, question: Question) -> Answer:
     return Answer(f"{said}: {better}{', against what was expected' if against else ''}.", against or found.mean > 0)
 
 
-def beyond_length(rows: Rows) -> list[Answer]:
+def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
     """What becomes of each row past its training length."""
     by_verdict: dict[str, list[str]] = {}
     for row, found in rows.items():
-        verdicts = sorted({cell["verdict"] for cell in found.get("pass", {}).values() if cell.get("verdict")})
+        verdicts = sorted({cell["verdict"] for cell in found.get(stage, {}).values() if cell.get("verdict")})
         if verdicts:
             by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
     return [
-        Answer(f"Past the training length, 64 times: {', '.join(names)}: {v}.", v != "holds" and not v.startswith("no verdict"))
+        Answer(
+            f"{'Stage 0: past' if stage == 'stage0' else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
+            v != "holds" and not v.startswith("no verdict"),
+        )
         for v, names in sorted(by_verdict.items())
     ]
 
 
-def tokens_to_equal(rows: Rows) -> list[Answer]:
+def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
     """The share of its tokens after which a Muon row's training loss is AdamW's at the end, by the mean over equal seeds; the rate of the run falls to the
     end, so this is an upper bound on the tokens that a run made for that loss would need."""
     made = []
@@ -113,8 +122,8 @@ def tokens_to_equal(rows: Rows) -> list[Answer]:
         if chosen.optimizer != "muon":
             continue
         shares = []
-        for seed, cell in rows.get(row, {}).get("pass", {}).items():
-            other = rows.get(chosen.of, {}).get("pass", {}).get(seed)
+        for seed, cell in rows.get(row, {}).get(stage, {}).items():
+            other = rows.get(chosen.of, {}).get(stage, {}).get(seed)
             if other and other.get("curve") and cell.get("curve"):
                 target = statistics.fmean(loss for _, loss in other["curve"][-5:])
                 reached = next((step for step, loss in cell["curve"] if loss <= target), None)
@@ -129,8 +138,8 @@ def tokens_to_equal(rows: Rows) -> list[Answer]:
     return made
 
 
-def all_answers(rows: Rows) -> list[Answer]:
+def all_answers(rows: Rows, stage: str = "pass") -> list[Answer]:
     """Nulls and negatives first, then the others, then what is not known, each in the protocol's order."""
-    made = [answer(rows, question) for question in questions() if question.one in rows and question.other in rows]
-    made += beyond_length(rows) + tokens_to_equal(rows)
+    made = [answer(rows, question, stage) for question in questions() if question.one in rows and question.other in rows]
+    made += beyond_length(rows, stage) + tokens_to_equal(rows, stage)
     return sorted(made, key=lambda a: (not a.known, not a.negative))

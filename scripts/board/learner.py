@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Learner:
             self._take_muon()
         with self.trainer.here():
             self._source(data)
+            # Of all steps at once, so that nothing is reckoned or sent between two steps.
+            self.offsets = torch.from_numpy(self._offsets(0, self.steps).reshape(self.steps, self.B)).to(device)
             self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.initial = InitialStates(settings["initial"], seed=settings["seed"])
         self.template: Any = None  # the state that rows begin with; its tensors are inputs of the step
@@ -101,17 +103,17 @@ class Learner:
         self.window = torch.arange(self.T + 1, device=self.device)
         self.windows = (settings["span"] - 1) // self.T
 
-    def _offsets(self, number: int) -> np.ndarray:
-        """Where the rows of step `number` (from 0) begin: each pass over the windows in an order of its own."""
-        k_B = np.arange(number * self.B, (number + 1) * self.B)
+    def _offsets(self, number: int, count: int = 1) -> np.ndarray:
+        """Where the rows of `count` steps from `number` (from 0) begin, one after the other: each pass over the windows in an order of its own."""
+        k_N = np.arange(number * self.B, (number + count) * self.B)
         if "task" in self.settings:
-            return k_B
-        passes, place_B = np.divmod(k_B, self.windows)
-        starts_B = np.empty_like(place_B)
+            return k_N
+        passes, place_N = np.divmod(k_N, self.windows)
+        starts_N = np.empty_like(place_N)
         for one in np.unique(passes):
             chosen = passes == one
-            starts_B[chosen] = _order(self.windows, self.settings["seed"], int(one))(place_B[chosen]) * self.T
-        return starts_B
+            starts_N[chosen] = _order(self.windows, self.settings["seed"], int(one))(place_N[chosen]) * self.T
+        return starts_N
 
     def _step(self, offsets_B: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
         """One step on the samples at these places: (loss, tensors of the state at the end)."""
@@ -126,11 +128,8 @@ class Learner:
         return loss, *([t.detach() for t in tensors_of(after)] if after is not None else [])
 
     def _inputs(self, number: int) -> tuple[Tensor, ...]:
-        offsets = torch.from_numpy(self._offsets(number))
-        if self.device.type == "cuda":
-            offsets = offsets.pin_memory()
         self.template = self.initial.before(self.model, 0, self.B)
-        return offsets.to(self.device, non_blocking=True), *(tensors_of(self.template) if self.template is not None else [])
+        return self.offsets[number], *(tensors_of(self.template) if self.template is not None else [])
 
     def rate(self, number: int) -> float:
         """Of step `number`, from 0: up in WARMUP of the steps, then down to nothing in a line."""
@@ -150,10 +149,23 @@ class Learner:
 
     def mean_loss(self, steps: int) -> float:
         """Nats per label over the last `steps` steps, which it waits for; the sum begins anew."""
+        return self.loss_later(steps)()
+
+    def loss_later(self, steps: int) -> Callable[[], float]:
+        """`mean_loss` of now, to be asked for when those steps are done, so that the device need not wait for the question."""
         with self.trainer.here():
-            value = float(self.loss_sum) / steps
+            if self.trainer.stream is None:
+                value, wait = self.loss_sum.clone(), lambda: None
+            else:
+                value = torch.empty((), dtype=torch.float64, pin_memory=True).copy_(self.loss_sum, non_blocking=True)
+                wait = self.trainer.stream.record_event().synchronize
             self.loss_sum.zero_()
-        return value
+
+        def read() -> float:
+            wait()
+            return float(value) / steps
+
+        return read
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that changes from step to step, by name; parts of it live in the optimizer, and are views of it."""

@@ -6,6 +6,7 @@ Legend: R rows, T tokens of a training window.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,19 @@ def windows_of(shards: ShardSet, T: int, most_tokens: int | None = None) -> tupl
     return np.concatenate(inputs), np.concatenate(labels), np.array(owner), np.array(sizes, np.float64)
 
 
+@functools.lru_cache(maxsize=2)
+def _windows(data: str, T: int, most_tokens: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """`windows_of` of the held-out documents at `data`; the cells of a process share them."""
+    return windows_of(ShardSet(data, "valid"), T, most_tokens)
+
+
 @torch.no_grad()
 def held_out(
     model: LanguageModel, shards: ShardSet, T: int, precision: str, most_tokens: int | None = None, batch: int = 64
 ) -> dict[str, Any]:
     """Bits per byte of the held-out documents in windows of T tokens from an empty state, as in training; 95 % interval by a bootstrap over documents."""
     device, training = model.embedding.weight.device, model.training
-    inputs, labels, owner, sizes = windows_of(shards, T, most_tokens)
+    inputs, labels, owner, sizes = _windows(str(shards.directory), T, most_tokens)
     nats, tokens = np.zeros(len(sizes)), np.zeros(len(sizes))
     sums = []
     model.eval()

@@ -2,12 +2,14 @@
 
 A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
 with the results: a row's best rate on the grid decides its cells of the full pass, a best rate at the grid's edge asks for another rate, the leaders are
-known when the full pass is. Stages, in order: grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
+known when the full pass is. Stages, in order: stage0 and time0, a small board of its own with a tenth of the tokens, then grid, speed, pass, time, probe,
+leaders; and speedrun, for which the command names tokens and rate.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,14 @@ from scripts.board.corpus import identity
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
-STAGES = ("grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
-PROTOCOL = 2  # raise it when a number of the protocol changes: earlier results then count no more
+STAGES = ("stage0", "time0", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
+PROTOCOL = 3  # raise it when a number of the protocol changes: earlier results then count no more
 
 
 @dataclass(frozen=True)
 class Board:
-    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus. leaders_tokens: of
-    the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
+    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus, and stage 0 a tenth,
+    at rates of its own. leaders_tokens: of the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
 
     T: int
     rows: int
@@ -34,6 +36,7 @@ class Board:
     grid_span: int
     leaders_tokens: int
     rates: tuple[float, ...]
+    rates0: tuple[float, ...]
     contexts: tuple[int, ...]
     burst: int
     held_out_tokens: int | None
@@ -44,13 +47,43 @@ class Board:
 
 
 BOARDS = {
-    "25m": Board(512, 32, 60_000_000, 60_500_000, 25_000_000, 350_000_000, (1e-3, 2e-3, 4e-3), (1024, 131_072), 60, None, 8, 2000, "probe"),
-    "125m": Board(
-        512, 32, 60_000_000, 60_500_000, 25_000_000, 350_000_000, (5e-4, 1e-3, 2e-3), (1024, 131_072), 40, None, 8, 2000, "probe"
+    "25m": Board(
+        512,
+        32,
+        60_000_000,
+        60_500_000,
+        25_000_000,
+        350_000_000,
+        (1e-3, 2e-3, 4e-3),
+        (2e-3, 4e-3, 8e-3),
+        (1024, 131_072),
+        30,
+        None,
+        8,
+        2000,
+        "probe",
     ),
-    "tiny": Board(32, 8, 25_600, 60_000, 60_000, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
+    "125m": Board(
+        512,
+        32,
+        60_000_000,
+        60_500_000,
+        25_000_000,
+        350_000_000,
+        (5e-4, 1e-3, 2e-3),
+        (1e-3, 2e-3, 4e-3),
+        (1024, 131_072),
+        30,
+        None,
+        8,
+        2000,
+        "probe",
+    ),
+    "tiny": Board(
+        32, 8, 25_600, 60_000, 60_000, 51_200, (2e-3, 8e-3, 3.2e-2), (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512
+    ),
 }
-GRID_SHARE, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 7, 3, 5, 4
+GRID_SHARE, SHARE0, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 0.1, 7, 3, 5, 4
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
     "parity": {"name": "parity"},
@@ -61,6 +94,17 @@ PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 SPEEDRUN_TARGET = 1.5  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
 DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
+
+# Stage 0 takes these rows first, group after group, each from its rates to its last seed before the next is begun; then those that are left.
+GROUPS0 = (
+    ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm"),
+    ("transformer", "mamba2", "paragru", "gdn"),
+    ("paralstm", "deltaproduct", "dense_lstm"),
+    ("gdn_hybrid_m2rnn", "m2rnn", "slstm", "paragru_hybrid"),
+    ("mamba2_hybrid", "mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn"),
+)
+DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm", "gdn_hybrid_m2rnn")  # of stage 0; DECISIVE_SEEDS seeds
+READ0 = 1  # the seed whose cell of stage 0 has more read off it than the held-out loss; the first one that chose no rate
 
 
 class Plan:
@@ -130,34 +174,83 @@ class Plan:
 
     # What follows from results
 
-    def grid(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
         """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
-        board, factor = self.board, self.board.rates[1] / self.board.rates[0]
-        rates = list(board.rates)
+        tried, factor = list(rates), rates[1] / rates[0]
         while True:
-            cells = [self._grid_cell(row, lr) for lr in rates]
-            losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
-            if None in losses or len(rates) >= MOST_RATES:
+            cells = [cell(lr) for lr in tried]
+            losses = [final_loss(results.get(one.name), one.settings) for one in cells]
+            if None in losses or len(tried) >= MOST_RATES:
                 return cells
             best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(rates) - 1:
+            if 0 < best < len(tried) - 1:
                 return cells
-            rates = [rates[0] / factor, *rates] if best == 0 else [*rates, rates[-1] * factor]
+            tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
 
-    def _grid_cell(self, row: str, lr: float) -> Cell:
-        return self.text("grid", row, int(GRID_SHARE * self.board.tokens), self.board.grid_span, lr, 0)
-
-    def rate(self, row: str, results: dict[str, Result]) -> float | None:
-        """The rate of a row's full pass: the best of its finished grid; half of it once a cell at that rate has diverged. None: not known yet."""
-        cells = self.grid(row, results)
+    def _best(self, cells: list[Cell], results: dict[str, Result], run: Callable[[float, int], Cell]) -> float | None:
+        """The best rate of these cells; half of it once a cell `run(rate, seed)` at that rate has diverged. None: not known yet."""
         losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
-        if any(loss is None for loss in losses):
-            return None
         known = [loss for loss in losses if loss is not None]
+        if len(known) < len(losses):
+            return None
         best: float = cells[known.index(min(known))].settings["lr"]
-        tried = [self._pass_cell(row, best, seed) for seed in range(DECISIVE_SEEDS)]
+        tried = [run(best, seed) for seed in range(DECISIVE_SEEDS)]
         diverged = any(results[c.name].diverged for c in tried if c.name in results and results[c.name].of(c.settings))
         return best / 2 if diverged else best
+
+    def grid(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """The rates of the full pass tried so far, at a fifth of it, and the one to try next."""
+
+        def cell(lr: float) -> Cell:
+            return self.text("grid", row, int(GRID_SHARE * self.board.tokens), self.board.grid_span, lr, 0)
+
+        return self._widened(self.board.rates, cell, results)
+
+    def rate(self, row: str, results: dict[str, Result]) -> float | None:
+        """The rate of a row's full pass. None: not known yet."""
+        return self._best(self.grid(row, results), results, lambda lr, seed: self._pass_cell(row, lr, seed))
+
+    def _stage0_cell(self, row: str, lr: float, seed: int) -> Cell:
+        return self.text("stage0", row, int(SHARE0 * self.board.tokens), self.board.grid_span, lr, seed)
+
+    def rate0(self, row: str, results: dict[str, Result]) -> float | None:
+        """The rate of a row in stage 0. None: not known yet."""
+        tried = self._widened(self.board.rates0, lambda lr: self._stage0_cell(row, lr, 0), results)
+        return self._best(tried, results, lambda lr, seed: self._stage0_cell(row, lr, seed))
+
+    def stage0(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
+        """A row of stage 0: the rates tried with seed 0, and, once the best is known, the other seeds at it, the one that is read first."""
+        tried = self._widened(self.board.rates0, lambda lr: self._stage0_cell(row, lr, 0), results)
+        lr, seeds = self.rate0(row, results), DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+        if lr is None:
+            return [tried]
+        rest = [self._stage0_cell(row, lr, seed) for seed in range(seeds)]
+        return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
+
+    def stage0_cells(self, results: dict[str, Result]) -> list[Cell]:
+        """All of stage 0 known so far, equal times with it: group after group of rows, rates before seeds, in turns."""
+        listed = [row for group in GROUPS0 for row in group]
+        groups = [*GROUPS0, tuple(row for row in self.rows if row not in listed)]
+        cells = []
+        for group in groups:
+            parts = [self.stage0(row, results) for row in group if row in self.rows]
+            for number in range(2):
+                cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
+            cells += [cell for row in group if row in self.rows for cell in self.equal_time0(row, results)]
+        return cells
+
+    def equal_time0(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more. Speeds
+        are those of training the cells of seed READ0."""
+        of = ARCHITECTURES[row].of
+        rates = (self.rate0(of, results), self.rate0(row, results)) if ARCHITECTURES[row].instead else (None, None)
+        if rates[0] is None or rates[1] is None:
+            return []
+        ratio = ratio_of_speed(results, self._stage0_cell(of, rates[0], READ0), self._stage0_cell(row, rates[1], READ0))
+        if ratio is None or ratio <= 1.0:
+            return []
+        tokens = int(ratio * SHARE0 * self.board.tokens)
+        return [self.text("time0", of, tokens, self.board.grid_span, rates[0], seed, f"_of_{row}") for seed in range(self.seeds)]
 
     def _pass_cell(self, row: str, lr: float, seed: int) -> Cell:
         return self.text("pass", row, self.board.tokens, self.board.span, lr, seed)
@@ -201,6 +294,7 @@ class Plan:
     def cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
         """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""
         made: dict[str, list[Cell]] = {
+            "stage0": [c for c in self.stage0_cells(results) if c.stage in stages] if {"stage0", "time0"} & set(stages) else [],
             "grid": [cell for group in self._turns([self.grid(row, results) for row in self.rows]) for cell in group],
             "speed": [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"] if "speed" in stages else [],
             "probe": [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
@@ -217,7 +311,7 @@ class Plan:
             made["speedrun"] = [
                 self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
             ]
-        return [cell for stage in STAGES if stage in stages for cell in made.get(stage, [])]
+        return [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
 
     def _probed(self) -> list[str]:
         return [row for row in self.rows if not ARCHITECTURES[row].of]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
+from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import interval
 
 
@@ -17,78 +19,81 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
     plt = pyplot()
     if plt is None:
         return [name for name in ("loss.png", "position.png", "speed.png") if (page / name).exists()]
-    made = []
+    made, stage = [], stage_of(found["rows"])
+    tokens = f"{found['tokens'][stage] / 1e6:g}M tokens"
     for name, picture in (("loss.png", _loss_plot), ("position.png", _position_plot), ("speed.png", _speed_plot)):
-        data = picture(plt, found["rows"])
+        data = picture(plt, found["rows"], stage, tokens)
         if data is not None:
             write_bytes(page / name, data)
             made.append(name)
     return made
 
 
-def _loss_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    """The full pass with intervals; before there is one, the grid by rate."""
-    if not any(row["pass"] or row["grid"] for row in rows.values()):
+def stage_of(rows: dict[str, Any]) -> str:
+    """The stage that is drawn: the full pass, where it has begun, or stage 0."""
+    return "pass" if any(row["pass"] for row in rows.values()) else "stage0"
+
+
+def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
+    """A stage with intervals; before there is one, the rates tried."""
+    if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values()):
         return None
-    figure, axes = plt.subplots(figsize=(8, 4.8))
-    each = [(row["label"], interval(bits(rows, name, "pass").values())) for name, row in rows.items()]
-    done = sorted(((label, value) for label, value in each if value is not None), key=lambda pair: -pair[1].mean)
+    each = [(row["label"], interval(bits(rows, name, stage).values()), bits(rows, name, stage)) for name, row in rows.items()]
+    done = sorted(((label, value, seeds) for label, value, seeds in each if value is not None), key=lambda entry: -entry[1].mean)
+    figure, axes = plt.subplots(figsize=(8.5, max(3.0, 1.2 + 0.32 * len(done))) if done else (8, 4.8))
     if done:
-        halves = [value.half if math.isfinite(value.half) else 0.0 for _, value in done]
-        axes.errorbar([value.mean for _, value in done], range(len(done)), xerr=halves, fmt="o", capsize=3)
-        axes.set_yticks(range(len(done)), [label for label, _ in done])
-        axes.set_xlabel("held-out bits per byte after the full pass, 95 % over seeds")
+        halves = [value.half if math.isfinite(value.half) else 0.0 for _, value, _ in done]
+        for place, (_, _, seeds) in enumerate(done):
+            axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=1)
+        axes.errorbar([value.mean for _, value, _ in done], range(len(done)), xerr=halves, fmt="D", markersize=4, capsize=3, zorder=2)
+        axes.set_yticks(range(len(done)), [label for label, _, _ in done], fontsize=8)
+        axes.set_xlabel(f"held-out bits per byte after {tokens}: mean, 95 % over seeds (grey: each seed)")
     else:
+        kind = "grid" if any(row["grid"] for row in rows.values()) else "rates0"
         for i, row in enumerate(rows.values()):
-            points = [(c["lr"], c["bits_per_byte"]) for c in row["grid"] if not c["diverged"] and c["bits_per_byte"] is not None]
+            points = [(c["lr"], c["bits_per_byte"]) for c in row[kind] if not c["diverged"] and c["bits_per_byte"] is not None]
             if points:
                 axes.plot(*zip(*points), marker="o", label=row["label"], **line(i))
-        axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, a fifth of the pass, one seed")
+        axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, one seed")
         axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return png(plt, figure)
 
 
-def _position_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    figure, axes = plt.subplots(figsize=(8, 4.8))
+def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
+    """Loss by position in long held-out documents."""
+    figure, axes = plt.subplots(figsize=(8.5, 5))
     drawn = 0
-    for i, row in enumerate(rows.values()):
-        cell = next((cell for cell in row["pass"].values() if cell.get("buckets")), None)
+    for i, row in enumerate(
+        row for name, row in rows.items() if not ARCHITECTURES[name].of
+    ):  # the others are too near to these to be told apart
+        cell = next((cell for cell in row[stage].values() if cell.get("buckets")), None)
         if cell:
             x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
             axes.plot(x, [b["nats_per_token"] for b in cell["buckets"]], marker=".", label=row["label"], **line(i))
             drawn += 1
-    axes.set(xscale="log", xlabel="position in the text", ylabel="nats per token (first seed)")
+    axes.set(xscale="log", xlabel="position in the text", ylabel=f"nats per token (one seed, {tokens})")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7) if drawn else None
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left") if drawn else None
     data = png(plt, figure)
     return data if drawn else None
 
 
-def _speed_plot(plt: Any, rows: dict[str, Any]) -> bytes | None:
-    """Loss against training speed: the full pass, or the best of the grid before there is one."""
-    figure, axes = plt.subplots(figsize=(8, 4.8))
+def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
+    """Loss against training speed, of the stage's own cells or, better, alone on the device."""
+    figure, axes = plt.subplots(figsize=(8.5, 5))
     drawn = 0
-    passed = any(row["pass"] for row in rows.values())
     for i, (name, row) in enumerate(rows.items()):
-        values = (
-            list(bits(rows, name, "pass").values())
-            if passed
-            else [min((c["bits_per_byte"] for c in row["grid"] if c["bits_per_byte"]), default=math.nan)]
-        )
-        if "speed" in row and values and math.isfinite(values[0]):
-            axes.plot(
-                row["speed"]["tokens_per_s"],
-                sum(values) / len(values),
-                marker="o",
-                linestyle="",
-                label=row["label"],
-                color=line(i)["color"],
-            )
+        values = list(bits(rows, name, stage).values())
+        speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
+        speed = row["speed"]["tokens_per_s"] if "speed" in row else statistics.median(speeds) if speeds else None
+        if values and speed:
+            speed /= 1e3
+            axes.plot(speed, statistics.fmean(values), marker="o", linestyle="", label=row["label"], color=line(i)["color"])
+            axes.annotate(row["label"], (speed, statistics.fmean(values)), xytext=(4, 4), textcoords="offset points", fontsize=6)
             drawn += 1
-    what = "after the full pass" if passed else "after a fifth of the pass, best rate, one seed"
-    axes.set(xlabel="training tokens/s, alone on the device", ylabel=f"bits per byte {what}")
+    axes.set(xlabel="training, thousands of tokens/s, one cell on the device", ylabel=f"bits per byte after {tokens}")
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7) if drawn else None
     data = png(plt, figure)
     return data if drawn else None

@@ -84,6 +84,23 @@ def gather(out: Path, page: Path) -> list[Result]:
     return found
 
 
+def gather_again(out: Path, page: Path, every: list[Result]) -> list[dict[str, Any]]:
+    """Takes what was run a second time under OUT/again into PAGE/again.jsonl, each compared with its first run; all of them."""
+    first = {(r.name, r.content["settings"]["protocol"]): r.content for r in every}
+    runs = {(run["name"], run["protocol"], run["stops"]): run for run in map(json.loads, _lines(page / "again.jsonl"))}
+    for path in sorted((out / "again" / "cells").glob("*.json")):
+        second = json.loads(path.read_text())
+        key = (second["name"], second["settings"]["protocol"])
+        if key in first and first[key]["settings"] == second["settings"]:
+            differ = [what for what in ("weights_sha256", "curve", "measured") if first[key].get(what) != second.get(what)]
+            stops = {"stops_before": first[key].get("stops"), "stops": second.get("stops")}
+            about = {"differ": differ, "weights_sha256": second.get("weights_sha256"), "device": second["environment"].get("device")}
+            runs[(*key, second.get("stops"))] = {"name": key[0], "protocol": key[1], **stops, **about}
+    if runs:
+        write_bytes(page / "again.jsonl", "".join(json.dumps(run) + "\n" for run in runs.values()).encode())
+    return list(runs.values())
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text().splitlines() if line.strip()]

@@ -20,7 +20,7 @@ from scripts.bench.timing import copy_bandwidth
 from scripts.board.learner import Learner
 from training.cost.flops import device_name, peak_flops, training_flops_per_token
 
-BURSTS = 5
+BURSTS = 3
 
 
 def training_speed(settings: dict[str, Any], data: str, device: torch.device) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def training_speed(settings: dict[str, Any], data: str, device: torch.device) ->
         loss = learner.mean_loss(settings["burst"])  # waits for the device
         if burst:  # in the first one kernels are compiled and the step is captured
             seconds.append(time.perf_counter() - start)
+    where = kernels_of(learner)
     rate = settings["burst"] * learner.B * learner.T / statistics.median(seconds)
     flops = training_flops_per_token(learner.model, learner.T)
     peak = peak_flops(device_name(device), settings["precision"]) if device.type == "cuda" else None
@@ -46,7 +47,26 @@ def training_speed(settings: dict[str, Any], data: str, device: torch.device) ->
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "graphed": not learner.step.why_not,
         "loss_is_finite": loss == loss,
+        **where,
     }
+
+
+def kernels_of(learner: Learner, steps: int = 4, most: int = 12) -> dict[str, Any]:
+    """On a GPU the share of a few steps in which a kernel runs (busy), and the kernels that take longest, in ms a step: what a cell waits for."""
+    if learner.device.type != "cuda":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize(learner.device)
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        start = time.perf_counter()
+        for _ in learner.advance(learner.done + steps):
+            pass
+        torch.cuda.synchronize(learner.device)
+        wall = time.perf_counter() - start
+    each = sorted(((k.device_time_total / 1e3 / steps, k.key, k.count // steps) for k in profiler.key_averages()), reverse=True)
+    longest = [{"ms": round(ms, 3), "launches": count, "kernel": name[:80]} for ms, name, count in each[:most]]
+    return {"busy": round(sum(ms for ms, _, _ in each) * steps / 1e3 / wall, 3), "launches": sum(n for _, _, n in each), "kernels": longest}
 
 
 def decoding_speed(settings: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Runs the cells of a plan: several side by side on a device, each interruptible and going on where it was.
 
-A process keeps `streams` cells going, each on a stream of its own, as a generator that hands the device some steps and yields; `workers` processes share
-the device. What is stopped, by time or by a kill, is a file under OUT/under_way; what is finished is a file in OUT/cells.
+A process takes one cell after the other (scripts/board/queue.py) and imports, compiles and reads the corpus once; it keeps `streams` cells going, each on
+a stream of its own, as a generator that hands the device some steps and yields. `workers` processes are spread over the GPUs. What is stopped, by time or by a kill, is a file under OUT/under_way; what is finished is a file in OUT/cells.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import gc
 import math
 import multiprocessing
 import os
+import statistics
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+from scripts.board.plan import READ0
+from scripts.board.queue import Queue
 from scripts.board.results import Cell, attempt, keep
 
 SAVE_EVERY = 45.0  # seconds between two savings of a cell in training
@@ -31,18 +34,29 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     """One cell of text or of a task, from where it was stopped. Returns its result; raises Stopped when time is up."""
     from scripts.board.learner import Learner
 
+    began = time.perf_counter()
     learner = Learner(cell.settings, values["data"], device)
     path = Path(values["out"]) / "under_way" / f"{cell.name}.safetensors"
     record: dict[str, Any] = {"curve": [], "clock": [], "seconds": 0.0, "stops": -1} | (learner.load(path) or {})
     record["stops"] += 1
+    phases = {"build": time.perf_counter() - began}
     attempt(Path(values["out"]), cell.name, "resumed" if record["stops"] else "begun", step=learner.done, of=learner.steps)
     start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
     every, ended = max(1, learner.steps // POINTS), "tokens"
+    asked: list[tuple[int, Callable[[], float]]] = []  # points of the curve whose losses are on their way
+
+    def settle(left: int = 0) -> None:
+        while len(asked) > left:
+            at, read = asked.pop(0)
+            record["curve"].append([at, read()])
+            record["clock"].append(round(time.perf_counter() - start, 3))  # seconds at each point of the curve
+
     at = max((point[0] for point in record["curve"]), default=0)
-    while learner.done < learner.steps:
+    while learner.done < learner.steps and ended == "tokens":
         for done in learner.advance(min(learner.steps, at + every)):
             over, due = values["until"] and time.time() > values["until"], time.perf_counter() - saved > values["save_every"]
             if done < learner.steps and (over or due):
+                settle()
                 record["seconds"] = time.perf_counter() - start
                 learner.save(path, record)
                 saved = time.perf_counter()
@@ -50,26 +64,37 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
                     raise Stopped(f"stopped after step {done:,} of {learner.steps:,}")
             if done % TURN == 0:
                 yield
-        record["curve"].append([learner.done, learner.mean_loss(learner.done - at)])
-        record["clock"].append(round(time.perf_counter() - start, 3))  # seconds at each point of the curve
+        asked.append((learner.done, learner.loss_later(learner.done - at)))
         at = learner.done
-        if diverged(record["curve"], learner.steps):
+        settle(left=int(learner.done < learner.steps))
+        if record["curve"] and diverged(record["curve"], learner.steps):
             ended = "diverged"
-            break
     record["seconds"] = time.perf_counter() - start
     result = record | {"ended": ended, "steps": learner.done, "tokens": learner.done * learner.B * learner.T}
     with learner.trainer.here():
         result |= {
             "weights_sha256": learner.weights_sha256(),
             "graphed": not learner.step.why_not,
-            "beside": values["streams"] * values["workers"],
+            "beside": values.get("beside", 1),
+            "tokens_per_s": _speed(record["clock"], record["curve"], learner.B * learner.T),
         }
+        phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
         result["measured"] = _measured(cell, learner, values)
-        if values["weights"] and cell.of_text() and ended == "tokens":
+        if (values["weights"] or cell.stage == "leaders") and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])
+    took = time.perf_counter() - began
+    phases["measure"] = took - sum(phases.values())
+    result |= {"phases": {key: round(seconds, 3) for key, seconds in phases.items()}, "took": round(took, 3)}
     keep(Path(values["out"]), cell, result | {"environment": values["environment"]})
     path.unlink(missing_ok=True)
     return result
+
+
+def _speed(clock: list[float], curve: list[list[float]], tokens: int) -> float | None:
+    """Median tokens/s between the points of the curve, those of the first tenth left out: kernels are compiled there, and the step is captured."""
+    steps = [step for step, _ in curve][-len(clock) :]
+    pairs = [((b - a) * tokens, end - start) for a, b, start, end in zip(steps, steps[1:], clock, clock[1:])][len(clock) // 10 :]
+    return statistics.median(n / seconds for n, seconds in pairs if seconds > 0) if any(seconds > 0 for _, seconds in pairs) else None
 
 
 def diverged(curve: list[list[float]], steps: int) -> bool:
@@ -80,11 +105,16 @@ def diverged(curve: list[list[float]], steps: int) -> bool:
     return curve[-1][0] >= steps and early is not None and len(curve) > 10 and curve[-1][1] > early
 
 
+def reads_all(cell: Cell) -> bool:
+    """Whether more is read off a cell than its held-out loss: not off those of the grid, and in stage 0 off one seed's."""
+    return cell.stage not in ("grid", "stage0", "time0") or cell.stage == "stage0" and cell.settings["seed"] == READ0
+
+
 def _measured(cell: Cell, learner: Any, values: dict[str, Any]) -> dict[str, Any]:
     if cell.of_text():
         from scripts.board.measure import everything
 
-        return everything(learner.model, values["data"], cell.settings, full=cell.stage != "grid")
+        return everything(learner.model, values["data"], cell.settings, full=reads_all(cell))
     from evals.measures.tracking import accuracy_by_length
 
     settings = cell.settings
@@ -99,6 +129,7 @@ def write_folder(learner: Any, folder: Path, data: str) -> None:
 
     from data.files import write_json
     from data.shards import ShardSet
+    from scripts.board.learner import BETAS, GRAD_CLIP, WARMUP, WEIGHT_DECAY
 
     shards = ShardSet(data, "train")
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +137,19 @@ def write_folder(learner: Any, folder: Path, data: str) -> None:
     write_json(folder / "config.json", learner.settings["model"])
     (folder / "tokenizer.json").write_text(shards.tokenizer().to_str())
     write_json(folder / "tokenizer_config.json", shards.tokenizer_config())
-    write_json(folder / "run.json", {"train": {"seq_len": learner.T}, "data": {"path": data}})
+    settings = learner.settings
+    run = {"name": folder.name, "seed": settings["seed"], "data": {"path": data}}
+    run["train"] = {"seq_len": learner.T, "global_batch": learner.B, "precision": settings["precision"]}
+    run["optim"] = {
+        "name": settings["optimizer"],
+        "lr": settings["lr"],
+        "betas": list(BETAS),
+        "weight_decay": WEIGHT_DECAY,
+        "grad_clip": GRAD_CLIP,
+    }
+    run["schedule"] = {"kind": "linear to nothing", "warmup": f"{WARMUP:.0%} of the steps"}
+    write_json(folder / "run.json", run)
+    write_json(folder / "state.json", {"step": learner.done, "tokens": learner.done * learner.B * learner.T})
 
 
 def raced(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, None, dict[str, Any]]:
@@ -161,8 +204,8 @@ def repeatable(number: int, name: str) -> Any:
     return device
 
 
-def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int, number: int = 0) -> None:
-    """Process `number`: takes cells until there are none or time is up. `taken` counts those given out."""
+def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = None) -> None:
+    """Process `number`: takes cells until there are none or time is up. fixed: these, instead of those of the plan."""
     device = repeatable(number, values["device"])
     import torch
 
@@ -170,68 +213,72 @@ def work(values: dict[str, Any], cells: list[Cell], taken: Any, streams: int, nu
 
     if values["workers"] > 1:
         torch.set_num_threads(1)
-    values = values | {"environment": environment(device)}
+    values = values | {"environment": environment(device), "beside": values["streams"] * _sharing(values["workers"], device)}
+    queue = Queue(values, str(device).replace(":", ""), fixed)
     running: list[tuple[Cell, Any]] = []
-    more = True
-    while more or running:
-        while more and len(running) < streams:
-            place = _take(taken)
-            more = place < len(cells) and not (values["until"] and time.time() > values["until"] - values["least"])
-            if more:
-                cell = cells[place]
-                running.append((cell, KINDS.get(cell.stage, train)(cell, values, device)))
+    while True:
+        while len(running) < values["streams"]:
+            cell = None if any(cell.alone for cell, _ in running) else queue.take()
+            if cell is None:
+                break
+            running.append((cell, KINDS.get(cell.stage, train)(cell, values, device)))
+        if not running:
+            return
         for entry in list(running):
             cell, generator = entry
-            if _turn(cell, generator, values):
+            ended = _turn(cell, generator, values)
+            if ended:
                 running.remove(entry)
+                queue.release(cell, failed=ended == "failed")
                 del entry, generator
                 gc.collect()  # a learner and its graph hold one another, and a good part of the device's memory
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
-def _take(taken: Any) -> int:
-    with taken.get_lock():
-        taken.value += 1
-        return int(taken.value) - 1
+def _sharing(workers: int, device: Any) -> int:
+    """The processes that have the same device."""
+    import torch
+
+    return -(-workers // torch.cuda.device_count()) if device.type == "cuda" else workers
 
 
-def _turn(cell: Cell, generator: Any, values: dict[str, Any]) -> bool:
-    """Lets a cell go on; whether it came to an end, which is told and logged."""
+def _turn(cell: Cell, generator: Any, values: dict[str, Any]) -> str:
+    """Lets a cell go on; how it ended, which is told and logged, empty while it has not."""
     out = Path(values["out"])
     try:
         next(generator)
-        return False
+        return ""
     except StopIteration as end:
         result = end.value
-        told = {key: result[key] for key in ("ended", "seconds", "tokens_per_s") if key in result}
+        told = {key: result[key] for key in ("ended", "seconds", "took", "tokens_per_s") if result.get(key) is not None}
         bits = ((result.get("measured") or {}).get("held_out") or {}).get("bits_per_byte")
         attempt(out, cell.name, "finished", **told, **({} if bits is None else {"bits_per_byte": bits}))
-        print(f"{cell.name}: {told}" + (f" {bits:.4f} bits per byte" if bits is not None else ""), flush=True)
+        figures = [f"{key} {value:,.1f}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items()]
+        figures += [] if bits is None else [f"{bits:.4f} bits per byte"]
+        print(f"{cell.name}: {', '.join(figures)}", flush=True)
+        return "finished"
     except Stopped as why:
         attempt(out, cell.name, "stopped", why=str(why))
         print(f"{cell.name}: {why}", flush=True)
+        return "stopped"
     except Exception as error:  # one cell's failure is its own; the next are run
         text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         attempt(out, cell.name, "failed", why=text, traceback=traceback.format_exc())
         print(f"{cell.name}: {text}", flush=True)
-    return True
+        return "failed"
 
 
-def run_all(values: dict[str, Any], cells: list[Cell]) -> None:
-    """Runs these cells; those that want the device for themselves come one by one, when no other is running."""
-    together, alone = [c for c in cells if not c.alone], [c for c in cells if c.alone]
+def run_all(values: dict[str, Any]) -> None:
+    """Runs the cells asked for and what follows from them, in values['workers'] processes."""
+    Queue(values, "none").forgive()
+    if values["workers"] == 1:
+        return work(values)
     spawn = multiprocessing.get_context("spawn")
-    for group, workers, streams in ((together, values["workers"], values["streams"]), (alone, 1, 1)):
-        workers = min(workers, len(group))
-        taken = spawn.Value("i", 0)
-        if workers == 1:
-            work(values, group, taken, streams)
-            continue
-        processes = [spawn.Process(target=work, args=(values, group, taken, streams, number)) for number in range(workers)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            if process.exitcode:
-                print(f"A process ended with status {process.exitcode}; its cells go on from where they were saved.", flush=True)
+    processes = [spawn.Process(target=work, args=(values, number)) for number in range(values["workers"])]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            print(f"A process ended with status {process.exitcode}; its cells go on from where they were saved.", flush=True)

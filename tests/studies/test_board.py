@@ -6,6 +6,7 @@ import json
 import math
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, corpus, measure, results, work
 from scripts.board.answers import Question, all_answers, answer
-from scripts.board.draw import collect, draw, page_text
+from scripts.board.draw import collect, draw
+from scripts.board.export import export_cells
+from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, Plan
+from scripts.board.queue import Queue
 from scripts.board.results import Cell, Result, difference, interval
 from training.errors import UserError
 
@@ -91,6 +95,87 @@ def test_a_killed_cell_goes_on_and_ends_in_the_same_bits(row: str, data: Path, v
     events = [line["event"] for line in results.attempts(Path(other["out"]))]
     assert events == ["begun", "resumed", "resumed"]
     assert not list((tmp_path / "other" / "under_way").iterdir())
+
+
+def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[str, Any]) -> None:
+    """Two queues on one folder, as of two processes: what one holds the other does not get, a failed cell and its row come last, time is kept."""
+    values = values | {"rows": ["gdn", "paragru"], "stages": ["stage0", "speed"], "whole": True}
+    one, other = Queue(values, "cuda0"), Queue(values, "cuda1")
+    taken = [queue.take() for queue in (one, other, one, other)]
+    names = [cell.name for cell in taken if cell is not None]
+    assert len(set(names)) == 4 and {name.split(".")[0] for name in names} == {"stage0"}
+    for queue, cell in zip((one, other, one, other), taken):
+        assert cell is not None
+        queue.release(cell, failed=cell is taken[0])
+    assert [cell.row for cell in (one.take(), other.take()) if cell is not None] == ["gdn"] * 2  # taken[0] was of the other
+    held = list(one.held)
+    assert one.take() is not None and len(one.held) == 2 and taken[0] is not None and taken[0].name not in [*one.held, *other.held]
+    for queue in (one, other):
+        for name in list(queue.held):
+            queue.release(Cell("stage0", name, "", {}))
+    one.forgive()
+    assert held and (again := other.take()) is not None and again.name == taken[0].name
+    # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("gdn", {})[0][:1], lambda cell: 2.0)
+    for name, result in done.items():
+        write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"took": 1000.0})
+    late = Queue(values | {"until": time.time() + 100}, "cuda0")
+    first = late.take()
+    assert first is not None and first.stage == "speed" and late.take() is None
+    [another] = [cell for cell in Plan("tiny", str(data), values["rows"]).cells({}, ["speed"]) if cell.name != first.name]
+    assert not Queue(values, "cuda0")._lock(another) and Queue(values, "cuda2")._lock(another)
+
+
+@pytest.mark.parametrize("task", ["mqar", "S3"])
+def test_a_probe_is_trained_and_scored_at_several_lengths(task: str, data: Path, values: dict[str, Any]) -> None:
+    cell = Plan("tiny", str(data), ["dense_lstm"]).probe("dense_lstm", task, 0)
+    cell.settings.update(steps=2, rows=8, lengths=[64, 128])
+    result = run(cell, values)
+    assert result is not None and [row["length"] for row in result["measured"]["lengths"]] == [64, 128]
+    assert all(0 <= row["accuracy"] <= 1 for row in result["measured"]["lengths"])
+
+
+def test_stage_0_goes_from_rates_to_seeds_to_equal_time_group_after_group(data: Path) -> None:
+    rows = ["gdn_hybrid", "gdn_hybrid_paragru", "transformer"]
+    plan = Plan("tiny", str(data), rows)
+    known: dict[str, Result] = {}
+
+    def loss(cell: Cell) -> float:
+        return math.inf if cell.row == "transformer" and cell.settings["seed"] == 2 else abs(math.log(cell.settings["lr"] / 8e-3))
+
+    waves = []
+    while cells := [c for c in plan.cells(known, ["stage0", "time0"]) if c.name not in known]:
+        waves.append([cell.name for cell in cells])
+        known |= results_of(cells, loss)
+        for cell in cells:
+            known[cell.name].content["tokens_per_s"] = 1.5e5 if cell.row == "gdn_hybrid" else 1e5
+    assert [name.split(".")[1] for name in waves[0]] == [f"{row}@tiny" for row in rows[:2] * 3 + ["transformer"] * 3]
+    assert [name.split(".", 2)[2] for name in waves[1]] == [f"0.008.{seed}" for seed in (1, 1, 2, 2, 3, 3, 4, 4)] + ["0.008.1", "0.008.2"]
+    assert waves[2][:3] == [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(3)]
+    assert waves[2][3:] == [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]  # diverged in a seed: at half the rate
+    assert known[waves[2][0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
+    assert {work.reads_all(cell) for cell in plan.cells(known, ["stage0"]) if cell.settings["seed"] != 1} == {False}
+    for result in known.values():
+        result.content.update(tokens=2560, seconds=4.0, curve=[])
+    found = collect("tiny", list(known.values()), [])
+    assert {cell["lr"] for cell in found["rows"]["transformer"]["stage0"].values()} == {4e-3}
+    assert sorted(found["rows"]["gdn_hybrid"]["stage0"]) == ["0", "1", "2", "3", "4"]
+    text = page_text(found, [])
+    assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
+    assert "No cell of the full pass is finished" in text and "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
+
+
+def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path, values: dict[str, Any]) -> None:
+    cell = Plan("tiny", str(data), ["gdn_hybrid_dense_lstm"]).stage0("gdn_hybrid_dense_lstm", {})[0][0]
+    cell.settings.update(steps=4, held_out_tokens=500)
+    result = run(cell, values | {"weights": True})
+    assert result is not None
+    with pytest.raises(UserError, match="only: did you mean 'stage0"):
+        export_cells(values | {"only": [cell.name[:-1]]})
+    [folder] = export_cells(values)
+    card = (folder / "README.md").read_text()
+    assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
+    assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card
 
 
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
@@ -315,8 +400,8 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert program.main(["run", *words]) == 0
     assert not (tmp_path / "out" / "cells").exists()
     # Under a new version of the protocol the old cells are shown and do not count.
-    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 3)
-    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 3)
+    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 4)
+    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 4)
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     assert (
         "Under earlier versions" in (page / "README.md").read_text()

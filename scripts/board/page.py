@@ -1,0 +1,289 @@
+"""The words and tables of the board's page (scripts/board/draw.py): answers first, nulls before the rest; what is missing in one table at the end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from typing import Any
+
+from scripts.board.answers import Answer, all_answers, bits
+from scripts.board.architectures import ARCHITECTURES, WAITING
+from scripts.board.plan import SEEDS, SPEEDRUN_TARGET, TASKS
+from scripts.board.results import Interval, difference, interval
+
+STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0"}
+
+
+def shown_stages(rows: dict[str, Any]) -> list[str]:
+    """The stages with seeds that have results: the full pass, then stage 0."""
+    return [stage for stage in STAGE_NAMES if any(bits(rows, name, stage) for name in rows)]
+
+
+def page_text(found: dict[str, Any], pictures: list[str]) -> str:
+    """README.md of the page: negative results first, then the tables."""
+    rows = found["rows"]
+    stages = shown_stages(rows)
+    answers = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)]
+    answers.sort(key=lambda a: not a.negative)
+    known = [a for a in answers if a.known]
+    lines = ["# The board", "", *_introduction(found, stages), ""]
+    nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
+    lines += ["## Nulls and negative results", ""]
+    compared = sum("bits per byte" in a.text for a in known)
+    if compared > 1:
+        lines += [
+            f"Each interval is of 95 %, so of the {compared} comparisons here about {max(1, round(compared / 20))} may miss by chance.",
+            "",
+        ]
+    lines += [*nulls, ""]
+    if rest := [a for a in known if not a.negative]:
+        lines += ["## What came out otherwise", "", *_items(rest), ""]
+    lines += ["## Loss", "", *(["No cell of the full pass is finished.", ""] if "pass" not in stages else [])]
+    for stage in stages:
+        lines += [*loss_table(found, stage), ""]
+    lines += ["## Rates tried", "", *[line for stage in ("grid", "rates0") for line in [*grid_table(found, stage), ""]]]
+    if stages or any(row["probe"] for row in rows.values()):
+        lines += ["## Behaviour", "", *behaviour_table(rows, (stages or ["pass"])[0]), ""]
+    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row for row in rows.values()) else []
+    for name in pictures:
+        lines += [f"![{name.removesuffix('.png')}]({name})", ""]
+    lines += ["## Run again", "", *again_table(found), ""] if found["again"] else []
+    lines += ["## What a cell costs", "", *cost_lines(found["phases"]), ""] if found["phases"] else []
+    lines += ["## Speedrun", "", *speedrun_lines(found), ""]
+    if found["earlier"]:
+        lines += ["## Under earlier versions of the protocol", "", *earlier_table(found["earlier"]), ""]
+    lines += ["## Not known yet", "", *missing_table(found, answers), ""]
+    return "\n".join(lines)
+
+
+def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
+    """What the board is to have and does not, by stage, and the questions without an answer."""
+    rows = found["rows"]
+
+    def whole(stage: str) -> list[str]:
+        return [name for name in rows if len(bits(rows, name, stage)) >= SEEDS]
+
+    def lacking(done: list[str]) -> str:
+        names = [row.label for name, row in ARCHITECTURES.items() if name not in done]
+        return "; ".join(names) if done else "all of it"
+
+    probed = [name for name, row in rows.items() if len(row["probe"]) == len(TASKS)]
+    wanted = [name for name, row in ARCHITECTURES.items() if not row.of]
+    entries = [
+        (f"{STAGE_NAMES[stage]}, {found['tokens'][stage] / 1e6:g}M tokens, {SEEDS} seeds or more", whole(stage)) for stage in STAGE_NAMES
+    ]
+    entries.append(("speed alone on the device, decoding, memory", [name for name, row in rows.items() if "speed" in row]))
+    lines = ["| what | rows done | missing |", "|---|---|---|"]
+    lines += [f"| {what} | {len(done)} of {len(ARCHITECTURES)} | {lacking(done)} |" for what, done in entries]
+    lines.append(f"| probes: {', '.join(TASKS)} | {len(probed)} of {len(wanted)} | {lacking(probed) if probed else 'all of it'} |")
+    leaders = sum(bool(row["leaders"]) for row in rows.values())
+    lines.append(
+        f"| the four leaders on {found['tokens']['leaders'] / 1e6:g}M tokens; 125M parameters; passkey | {leaders} of 4 | {'' if leaders else 'all of it'} |"
+    )
+    lines += [f"| {label} | 0 | no mixer yet, so no cells |" for label in WAITING.values()]
+    if unanswered := list(dict.fromkeys(a.text.removesuffix(": not measured yet.") for a in answers if not a.known)):
+        lines += ["", "Questions of which one side is measured and the other is not:", ""]
+        lines += _items([Answer(text, False) for text in unanswered])
+    return lines
+
+
+def again_table(found: dict[str, Any]) -> list[str]:
+    """Cells that were run a second time from their command."""
+    lines = ["| cell | bits | stops, first and second time | device |", "|---|---|---|---|"]
+    for run in found["again"]:
+        same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
+        lines.append(f"| {run['name']} | {same} | {run['stops_before']}, {run['stops']} | {run['device']} |")
+    return lines
+
+
+def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
+    """Median seconds of the parts of a cell by its tokens."""
+    lines = ["| tokens | cells | build | train | hash | measure |", "|---|---|---|---|---|---|"]
+    for tokens in sorted({p["tokens"] for p in phases}):
+        mine = [p for p in phases if p["tokens"] == tokens]
+        if len(mine) > 2:
+            medians = [f"{statistics.median(p[key] for p in mine):.2f}" for key in ("build", "train", "hash", "measure")]
+            lines.append(f"| {tokens / 1e6:.3g}M | {len(mine)} | " + " | ".join(medians) + " |")
+    return ["Median seconds; the first cell of a process compiles kernels in its training.", "", *lines]
+
+
+def _items(answers: list[Answer]) -> list[str]:
+    return [textwrap.fill(f"- {a.text}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for a in answers]
+
+
+def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
+    rows, tokens = found["rows"].values(), found["tokens"]
+    grid, passes = sum(len(row["grid"]) for row in rows), sum(len(row["pass"]) for row in rows)
+    zero = sum(len(row["rates0"]) + sum(seed != "0" for seed in row["stage0"]) for row in rows)
+    begun, failed = (sum(a["event"] == event for a in found["attempts"]) for event in ("begun", "failed"))
+    text = [
+        f"What each architecture is worth at equal tokens: {found['size']} parameters, training length {found['T']}.",
+        "How, and what was expected, is in the [protocol](protocol.md), which was there before the first run.",
+        f"Drawn by `python -m scripts.board draw` from [cells.jsonl](cells.jsonl). So far {zero} cells of stage 0",
+        f"({tokens['stage0'] / 1e6:g}M tokens), {grid} of the rate grid ({tokens['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass",
+        f"({tokens['pass'] / 1e6:g}M tokens),",
+        f"on {', '.join(found['devices'])}. [Every attempt](log.md): {begun} begun, {failed} failed.",
+    ]
+    text.append("`python -m scripts.board again only=CELL data=DIR` runs a cell once more and compares its bits.")
+    warning = (
+        "**No cell of the full pass is finished. What is below is a tenth of it (stage 0) and does not rank what the full pass is for.**"
+    )
+    if not stages:
+        warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
+    warning = textwrap.fill(warning, 110)
+    return [textwrap.fill(" ".join(text), 110, break_long_words=False, break_on_hyphens=False), *([] if passes else ["", warning])]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _plus_minus(value: Interval, form: str) -> str:
+    return format(value.mean, form) + (f" ± {value.half:.4f}" if value.n > 1 else "")
+
+
+def loss_table(found: dict[str, Any], stage: str) -> list[str]:
+    """A stage: bits per byte by row with the interval over seeds, and the difference from the Transformer at equal seeds."""
+    rows = found["rows"]
+    done = {name: bits(rows, name, stage) for name in rows}
+    lines = [
+        f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:g}M tokens): held-out bits per byte, 95 % t-intervals over seeds; differences",
+        "at equal seeds. Tokens/s are those of training the cell, alone on its device.",
+        "",
+        "| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer | tokens/s |",
+        "|---" * 8 + "|",
+    ]
+    for name in sorted((n for n in done if done[n] or rows[n][stage]), key=lambda n: statistics.fmean(done[n].values() or [math.inf])):
+        row, mean = rows[name], interval(done[name].values())
+        apart = difference(done[name], done.get("transformer", {})) if name != "transformer" else None
+        rates = sorted({cell["lr"] for cell in row[stage].values()})
+        diverged = sum(cell["diverged"] for cell in row[stage].values())
+        value = "" if mean is None else _plus_minus(mean, ".4f")
+        seeds = f"{len(done[name])}" + (f", {diverged} diverged" if diverged else "")
+        speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
+        lines.append(
+            f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | {row['training_flops_per_token']:.3g} | {', '.join(f'{r:g}' for r in rates)} | {value} | {seeds} | "
+            f"{'' if apart is None else _plus_minus(apart, '+.4f')} | {f'{statistics.median(speeds):,.0f}' if speeds else ''} |"
+        )
+    return lines
+
+
+def grid_table(found: dict[str, Any], stage: str) -> list[str]:
+    """Bits per byte of every rate tried with seed 0, in the grid of the full pass or in stage 0; the best of a row in bold."""
+    rates = sorted({cell["lr"] for row in found["rows"].values() for cell in row[stage]})
+    tokens = found["tokens"]["grid" if stage == "grid" else "stage0"]
+    if not rates:
+        return [f"No cell of {'the grid' if stage == 'grid' else 'stage 0'} is finished."]
+    where = "the grid" if stage == "grid" else "stage 0"
+    lines = [
+        f"Held-out bits per byte in {where}, after {tokens / 1e6:g}M tokens, seed 0. A best rate at the edge asks for another one.",
+        "",
+    ]
+    lines += ["| row | parameters | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 2) + "|"]
+    for row in found["rows"].values():
+        if not row[stage]:
+            continue
+        values = {cell["lr"]: cell for cell in row[stage]}
+        finite = [c["bits_per_byte"] for c in row[stage] if not c["diverged"] and c["bits_per_byte"] is not None]
+        best = min(finite, default=None)
+        texts = []
+        for rate in rates:
+            cell = values.get(rate)
+            text = "" if cell is None else "diverged" if cell["diverged"] else _number(cell["bits_per_byte"], ".4f")
+            texts.append(f"**{text}**" if cell and best is not None and cell["bits_per_byte"] == best else text)
+        lines.append(f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | " + " | ".join(texts) + " |")
+    return lines
+
+
+def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
+    """Cells that do not count any more, each on a line."""
+    lines = ["They do not count, and are run again; what changed is at the end of the [protocol](protocol.md#versions).", ""]
+    lines += ["| row | stage | version | rate | tokens | bits per byte, 95 % over documents | seconds | stops |", "|---" * 8 + "|"]
+    for c in cells:
+        value = f"{c['bits_per_byte']:.4f} ({_number(c['low'], '.4f')} to {_number(c['high'], '.4f')})"
+        lines.append(
+            f"| {c['label']} | {c['stage']} | {c['protocol']} | {c['lr']:g} | {c['tokens'] / 1e6:.1f}M | {value} | {c['seconds']:.1f} | {c['stops']} |"
+        )
+    return lines
+
+
+def behaviour_table(rows: dict[str, Any], stage: str) -> list[str]:
+    """Beyond the training length, copying, memory and probes (median of the seeds; probes: the best seed as well)."""
+    names = [task["name"] + task.get("group", "") for task in TASKS.values()]
+    lines = ["| row | 64 times the length | copied at once | after T/2 | after 4 T | memory in T, in 8 T | " + " | ".join(TASKS) + " |"]
+    lines.append("|---" * (6 + len(names)) + "|")
+    for row in rows.values():
+        cells = list(row[stage].values())
+        if not row["probe"] and not any(cell["verdict"] for cell in cells):
+            continue
+        verdict = ", ".join(sorted({str(cell["verdict"]).split(":")[0] for cell in cells if cell["verdict"]}))
+        copied = []
+        for i in range(3):
+            values = sorted(cell["repeated"][i]["copied"] for cell in cells if len(cell.get("repeated") or []) > i)
+            copied.append(f"{100 * values[len(values) // 2]:.0f} %" if values else "")
+        memories = [sorted(c["memory"][key] for c in cells if c.get("memory", {}).get(key) is not None) for key in ("within", "beyond")]
+        memory = ", ".join(str(m[len(m) // 2]) for m in memories if m)
+        probes = []
+        for name in names:
+            scores = sorted(
+                seed[0]["accuracy"] for seed in row["probe"].get(name, {}).values() if seed and seed[0].get("accuracy") is not None
+            )
+            probes.append(f"{100 * scores[len(scores) // 2]:.0f} ({100 * scores[-1]:.0f})" if scores else "")
+        lines.append(f"| {row['label']} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
+    return lines
+
+
+def speed_table(rows: dict[str, Any]) -> list[str]:
+    """Each row alone on the device."""
+    lines = ["Alone on the device. Decoding: one sequence, bf16, after 1,024 and after 131,072 tokens.", ""]
+    lines += ["| row | training tokens/s | MFU | memory | decode tokens/s, 1k | 128k | state bytes, 1k | 128k | device |", "|---" * 9 + "|"]
+    for row in sorted((r for r in rows.values() if "speed" in r), key=lambda r: -r["speed"]["tokens_per_s"]):
+        speed = row["speed"]
+        decode = [f"{d['tokens_per_s']:,.0f}" for d in (speed.get("decode") or [])] + ["", ""]
+        mfu, peak = _number(speed["mfu"] and 100 * speed["mfu"], ".1f"), speed["peak_memory_bytes"]
+        memory = f"{peak / 2**30:.1f} GiB" if peak else ""
+        lines.append(
+            f"| {row['label']} | {speed['tokens_per_s']:,.0f} | {mfu + ' %' if mfu else ''} | {memory} | {decode[0]} | {decode[1]} | "
+            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed['device']} |"
+        )
+    return lines
+
+
+def speedrun_lines(found: dict[str, Any]) -> list[str]:
+    """The record, open to be beaten."""
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
+    for row in found["rows"].values():
+        for run in row["speedrun"]:
+            groups.setdefault((row["label"], run["tokens"], run["lr"]), []).append(run)
+    held = []
+    for (label, tokens, _), runs in groups.items():
+        bits_of_runs = [run["bits_per_byte"] for run in runs]
+        if len(runs) >= SEEDS and all(b is not None and b <= SPEEDRUN_TARGET for b in bits_of_runs):
+            held.append((statistics.fmean(run["seconds"] for run in runs), label, tokens, bits_of_runs, runs[0]["command"]))
+    rule = f"The least time of training on one H100 to {SPEEDRUN_TARGET} bits per byte; rules are in the"
+    lines = [rule, "[protocol](protocol.md#the-speedrun).", ""]
+    if not held:
+        tried = sum(map(len, groups.values()))
+        said = f"There is no record yet; {tried} runs are not enough, or stay above." if tried else "Nobody has run it yet."
+        example = "python -m scripts.board run stages=speedrun rows=ROW speedrun_tokens=N speedrun_lr=R data=DIR"
+        return [*lines, f"{said} To try, with three seeds, any row of the board, any tokens and rate:", "", f"    {example}"]
+    seconds, label, tokens, every, command = min(held)
+    shown = ", ".join(f"{b:.4f}" for b in every)
+    return [
+        *lines,
+        f"{seconds:.1f} s (mean of {len(every)}), {label}, {tokens / 1e6:.1f}M tokens, {shown} bits per byte:",
+        "",
+        f"    {command}",
+    ]
+
+
+def log_text(found: dict[str, Any]) -> str:
+    """log.md: every attempt, in order."""
+    lines = ["# Every attempt", "", "Nothing is taken out of this list; a cell that was stopped goes on from where it was.", ""]
+    lines += ["| at (UTC) | cell | event | |", "|---|---|---|---|"]
+    for a in found["attempts"]:
+        about = {k: v for k, v in a.items() if k not in ("at", "cell", "event", "traceback")}
+        text = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in about.items()).replace("|", "/")
+        lines.append(f"| {a['at']} | {a['cell']} | {a['event']} | {text} |")
+    return "\n".join(lines) + "\n"
