@@ -42,8 +42,7 @@ def m2rnn(
         return _nothing(*tensors)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if T == 1 and h0_BHKV is not None and not wanted:  # decoding
-        with torch.autocast(v_BTHV.device.type, enabled=False):
-            return reference.m2rnn_step(q_BTGK, k_BTGK, v_BTHV, g_BTH, w_HVV, h0_BHKV, starts_BT)
+        return reference.m2rnn(*tensors, starts_BT)
     return op.walk(*tensors, starts_BT, wanted)[:2]
 
 

@@ -39,17 +39,20 @@ def m2rnn_sequential(
     return (torch.stack(out, 1) if out else v[:, :0]), h
 
 
-def m2rnn_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """One token: (o (B, 1, H, V) in v's dtype, new state in the dtype of h0)."""
-    o, final = m2rnn_sequential(q, k, v, g, w, h0, starts)
-    return o.to(v.dtype), final.to(h0.dtype)
+def m2rnn(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loop as the public function: o in v's dtype, whatever autocast says."""
+    with torch.autocast(v.device.type, enabled=False):
+        o, final = m2rnn_sequential(q, k, v, g, w, h0, starts)
+    return o.to(v.dtype), final
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None, starts: Tensor | None, chunk: int = CHUNK
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final, the states (B, H, n, K, V) before each chunk)."""
-    (B, T, H, V), K, inner = v.shape, q.shape[3], compute_dtype(v)
+    (B, T, H, V), K, inner, chunk = v.shape, q.shape[3], compute_dtype(v), CHUNK
     h = torch.zeros(B, H, K, V, dtype=inner, device=v.device) if h0 is None else h0.to(inner)
     out, borders = [], []
     for first in range(0, T, chunk):
