@@ -27,6 +27,7 @@ WARPS = {64: {"walk": 4, "states": 4, "back": 8}, 128: {"walk": 8, "states": 8, 
 WARPS_WIDE = {"walk": 8, "states": 8, "back": 8}
 # Columns are filled up to so many: ptxas 12.8, which Triton 3.6 brings, assembles some products with blocks of 16 or 32 wrongly for an H100.
 NARROWEST = 64
+TANHS = False  # keep also what the tanh of each step gives, in fp16 where operands are bf16, instead of making it again
 PROGRAMS = 264  # wanted while states are made again
 # The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch walks until they have, or until they are asked
 # for, by EVERYWHEN_M2RNN_KERNELS=1.
@@ -126,15 +127,16 @@ def backward(
     dw = torch.zeros(p.programs, p.columns, p.columns, device=v.device)
     at_once = min(p.chunks, max(1, -(-PROGRAMS // p.programs)))
     states = p.scratch(p.programs, at_once * CHUNK, p.rows, p.columns, dtype=p.operand)
+    tanhs = torch.empty_like(states, dtype=torch.float16 if p.operand == torch.bfloat16 else None) if TANHS else states
     for first in reversed(range(0, p.chunks, at_once)):
         many = min(at_once, p.chunks - first)
         p.module.states[(p.programs, many)](
-            p.k, p.v, p.keep, p.write, p.starts, p.w, borders, states, first, *p.sizes, p.chunks, *p.at["k"], *p.at["v"], CHUNK=CHUNK,
-            num_warps=p.warps["states"], **p.common,
+            p.k, p.v, p.keep, p.write, p.starts, p.w, borders, states, tanhs, first, *p.sizes, p.chunks, *p.at["k"], *p.at["v"], CHUNK=CHUNK,
+            HAS_TANHS=TANHS, num_warps=p.warps["states"], **p.common,
         )  # fmt: skip
         p.module.back[(p.programs,)](
-            p.q, p.k, p.v, p.keep, p.write, p.starts, p.w, states, do, dq, dk, dv, dg, dw, adjoint, first * CHUNK, min(T, (first + many) * CHUNK),
-            many * CHUNK, B, *p.sizes, *p.at["q"], *p.at["k"], *p.at["v"], num_warps=p.warps["back"], **p.common,
+            p.q, p.k, p.v, p.keep, p.write, p.starts, p.w, states, tanhs, do, dq, dk, dv, dg, dw, adjoint, first * CHUNK, min(T, (first + many) * CHUNK),
+            many * CHUNK, B, *p.sizes, *p.at["q"], *p.at["k"], *p.at["v"], HAS_TANHS=TANHS, num_warps=p.warps["back"], **p.common,
         )  # fmt: skip
     if p.shared > 1:
         dq, dk = (x.unflatten(2, (p.G, p.shared)).sum(3).to(v.dtype) for x in (dq, dk))

@@ -4,7 +4,7 @@ A program owns BK rows of one head. Its state lies in fp32 in registers, the hea
 adds the outer product of that step's key and value, and forgets by the gate. What the next step reads is loaded before this step's product.
 
     walk     all steps: outputs, and the states at the borders of chunks
-    states   some chunks again, each from its border, for the state that each step enters with
+    states   some chunks again, each from its border, for the state that each step enters with, and HAS_TANHS: what its tanh gives
     back     those chunks backwards: gradients of all inputs; the adjoint and the sum of the weight's gradient are carried in memory
 
 Legend: b batch row, h head, i block of rows, t step; T steps, H heads, K rows and V columns of a state, R heads that share a query and a key.
@@ -44,9 +44,8 @@ def _weight(W, h, v, BV: tl.constexpr):
 
 
 @triton.jit
-def _entered(entering, w, x, y, keep, write, state, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    p = tl.dot(entering, w, input_precision=PRECISION) + x[:, None] * y[None, :]
-    return keep * state + write * _tanh(p, FAST)
+def _content(entering, w, x, y, PRECISION: tl.constexpr, FAST: tl.constexpr):
+    return _tanh(tl.dot(entering, w, input_precision=PRECISION) + x[:, None] * y[None, :], FAST)
 
 
 @triton.jit
@@ -90,7 +89,7 @@ def walk(
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
             new = tl.load(STARTS + b * T + t + 1, mask=more, other=0)
-        state = _entered(state.to(DOT), w, x, y, keep, write, state, PRECISION, FAST)
+        state = keep * state + write * _content(state.to(DOT), w, x, y, PRECISION, FAST)
         tl.store(o_, tl.sum(q[:, None] * state, 0).to(O.dtype.element_ty), mask=there)
         o_ += H * V
         q, x, y = q_next.to(tl.float32), x_next.to(tl.float32), y_next.to(tl.float32)
@@ -100,9 +99,9 @@ def walk(
 
 @triton.jit
 def states(
-    X, Y, KEEP, WRITE, STARTS, W, BORDERS, STATES, first, T, H, K, V, R, blocks, chunks, k_b, k_t, k_h, v_b, v_t, v_h,
-    HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    X, Y, KEEP, WRITE, STARTS, W, BORDERS, STATES, TANHS, first, T, H, K, V, R, blocks, chunks, k_b, k_t, k_h, v_b, v_t, v_h,
+    HAS_STARTS: tl.constexpr, HAS_TANHS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
@@ -113,7 +112,8 @@ def states(
     steps = tl.minimum(CHUNK, T - chunk * CHUNK)
     state = tl.load(BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=here[:, None] & there[None, :], other=0.0)
     place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CHUNK
-    s_ = STATES + place * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
+    at = place * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
+    s_, z_ = STATES + at, TANHS + at
     x_, y_ = X + b * k_b + begin * k_t + (h // R) * k_h + k, Y + b * v_b + begin * v_t + h * v_h + v
     step = (b * T + begin) * H + h
     x = tl.load(x_, mask=here, other=0.0).to(tl.float32)
@@ -135,15 +135,20 @@ def states(
         entering = state.to(DOT)
         tl.store(s_, entering)
         s_ += BK * BV
-        state = _entered(entering, w, x, y, keep, write, state, PRECISION, FAST)
+        z = _content(entering, w, x, y, PRECISION, FAST)
+        if HAS_TANHS:
+            tl.store(z_, z.to(TANHS.dtype.element_ty))
+            z_ += BK * BV
+        state = keep * state + write * z
         x, y, keep, write = x_next.to(tl.float32), y_next.to(tl.float32), keep_next, write_next
 
 
 @triton.jit
 def back(
-    Q, X, Y, KEEP, WRITE, STARTS, W, STATES, DO, DQ, DX, DY, DG, DW, ADJOINT, begin, end, longest, B, T, H, K, V, R, blocks,
+    Q, X, Y, KEEP, WRITE, STARTS, W, STATES, TANHS, DO, DQ, DX, DY, DG, DW, ADJOINT, begin, end, longest, B, T, H, K, V, R, blocks,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    HAS_STARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_TANHS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
@@ -158,12 +163,15 @@ def back(
     y_, row = Y + b * v_b + t * v_t + h * v_h + v, (b * T + t) * H + h
     do_, dy_ = DO + row * V + v, DY + (i * B * T * H + row) * V + v
     dq_, dx_, dg_ = DQ + row * K + k, DX + row * K + k, DG + i * B * T * H + row
-    s_ = STATES + (tl.program_id(0).to(tl.int64) * longest + (end - 1 - begin)) * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
+    at = (tl.program_id(0).to(tl.int64) * longest + (end - 1 - begin)) * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
+    s_, z_ = STATES + at, TANHS + at
     q = tl.load(q_, mask=here, other=0.0).to(tl.float32)
     x = tl.load(x_, mask=here, other=0.0).to(tl.float32)
     y = tl.load(y_, mask=there, other=0.0).to(tl.float32)
     do = tl.load(do_, mask=there, other=0.0).to(tl.float32)
     keep, write, before = tl.load(KEEP + row), tl.load(WRITE + row), tl.load(s_)
+    if HAS_TANHS:
+        z = tl.load(z_).to(tl.float32)
     if HAS_STARTS:
         new = tl.load(STARTS + b * T + t)
     for n in range(0, end - begin):
@@ -180,7 +188,11 @@ def back(
         do_next = tl.load(do_, mask=v < tl.where(more, V, 0), other=0.0)
         keep_next, write_next = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
         before_next = tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-        z = _tanh(tl.dot(before, w, input_precision=PRECISION) + x[:, None] * y[None, :], FAST)
+        if HAS_TANHS:
+            z_ -= BK * BV
+            z_next = tl.load(z_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
+        else:
+            z = _content(before, w, x, y, PRECISION, FAST)
         h_before = before.to(tl.float32)
         a += q[:, None] * do[None, :]
         dp = write * (1.0 - z * z) * a
@@ -201,5 +213,7 @@ def back(
         dg_ -= H
         q, x, y, do = q_next.to(tl.float32), x_next.to(tl.float32), y_next.to(tl.float32), do_next.to(tl.float32)
         keep, write, before = keep_next, write_next, before_next
+        if HAS_TANHS:
+            z = z_next.to(tl.float32)
     tl.store(adjoint_, a, mask=here[:, None] & there[None, :])
     tl.store(dw_, dw)

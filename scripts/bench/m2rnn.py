@@ -116,11 +116,11 @@ def times(sizes: tuple[int, ...], plain: bool) -> dict[str, Any]:
     return row
 
 
-def tile(rows: int, warps: tuple[int, int, int]) -> dict[str, Any]:
-    """Times and distance from the first tile's answers of programs of so many rows, with so many warps in walk, states and back."""
-    launch.ROWS, launch.WARPS = rows, {64: dict(zip(("walk", "states", "back"), warps))}
+def tile(rows: int, warps: tuple[int, int, int], tanhs: bool) -> dict[str, Any]:
+    """Times, and distance from float64, of programs of so many rows, with so many warps in walk, states and back, with tanhs kept or not."""
+    launch.ROWS, launch.WARPS, launch.TANHS = rows, {64: dict(zip(("walk", "states", "back"), warps))}, tanhs
     given = problem(SHAPES[0], torch.bfloat16, 0.1)
-    row = {"rows": rows, "warps": warps, **timed(m2rnn, given, 5)}
+    row = {"rows": rows, "warps": warps, "tanhs": tanhs, **timed(m2rnn, given, 5)}
     small = problem((2, 100, 2, 64, 2, 64), torch.bfloat16, 0.1)
     do, d_final = torch.randn_like(small[2]), torch.randn_like(small[5])
     found = answers(m2rnn, small, None, do, d_final)
@@ -131,7 +131,8 @@ def tile(rows: int, warps: tuple[int, int, int]) -> dict[str, Any]:
 
 
 TILES = [
-    (64, (4, 4, 4)), (64, (4, 4, 8)), (64, (8, 8, 8)), (16, (1, 1, 1)), (16, (2, 2, 2)), (16, (4, 4, 4)), (32, (2, 2, 2)), (32, (4, 4, 4)),
+    (64, (4, 4, 4), False), (64, (4, 4, 8), False), (64, (4, 4, 4), True), (64, (8, 8, 8), True), (16, (1, 1, 1), False), (16, (2, 2, 2), False),
+    (16, (4, 4, 4), False), (16, (2, 2, 2), True), (16, (4, 4, 4), True), (32, (2, 2, 2), True), (32, (4, 4, 4), False), (32, (4, 4, 4), True),
 ]  # fmt: skip
 
 
@@ -171,8 +172,8 @@ def main() -> None:
         results.append("times", attempted(functools.partial(times, sizes, n == 0)))
     if "sweep" in wanted:
         warm("sweep", len(TILES))
-    for rows, warps in TILES if "sweep" in wanted else ():
-        results.append("sweep", attempted(functools.partial(tile, rows, warps)))
+    for one in TILES if "sweep" in wanted else ():
+        results.append("sweep", attempted(functools.partial(tile, *one)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
     rows, columns = min(launch.ROWS, launch.pad(K, launch.NARROWEST)), launch.pad(V, launch.NARROWEST)
     warps = launch.WARPS[columns] if narrow else launch.WARPS_WIDE
     constants: dict[str, Any] = {
-        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "CHUNK": launch.CHUNK, "DOT": tl.bfloat16 if narrow else tl.float32,
+        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "HAS_TANHS": launch.TANHS, "CHUNK": launch.CHUNK, "DOT": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": rows, "BV": columns,
     }  # fmt: skip
 
@@ -47,6 +47,8 @@ def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
             return f"*{dtype}"
         if argument in OPERANDS:
             return "*bf16" if narrow else "*fp32"
+        if argument == "TANHS":
+            return "*fp16" if narrow and launch.TANHS else kind("STATES")
         return "*u8" if argument == "STARTS" else "*fp32" if argument.isupper() and argument not in SIZES else "i32"
 
     signature = {a: kind(a) for a in fn.arg_names}
