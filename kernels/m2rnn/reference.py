@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.parallel_rnn.reference import compute_dtype
+
 CHUNK = 64  # steps between the states that are kept
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def grouped(x_BTGK: Tensor, heads: int) -> Tensor:

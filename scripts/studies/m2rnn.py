@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +28,7 @@ from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, scores
 
 ARMS = {
     "m2rnn": {"type": "m2rnn", "n_heads": 4, "head_dim": 16},
+    "m2rnn, fast gates": {"type": "m2rnn", "n_heads": 4, "head_dim": 16, "dt_min": 0.1, "dt_max": 1.0},
     "gated_deltanet": {"type": "delta", "n_heads": 4, "head_dim": 16},
 }
 SHARES = {"2^-8": 2.0**-8, "2^-18": 2.0**-18}
@@ -128,7 +130,7 @@ def of_a_trained_model(data: Path, steps: int) -> list[dict[str, Any]]:
     model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": {"type": "m2rnn", "n_heads": 2}}))
     model.init_weights(0)
     rows: list[dict[str, Any]] = []
-    ids = torch.from_numpy(text.valid_set.rows([0], 512)[0])
+    ids = torch.from_numpy(text.valid_set.rows(np.array([0]), 512)[0])
     for trained in (0, steps):
         if trained:
             text.train(model, steps=steps, rows=16, rate=3e-3, seed=0)
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="tracking", help="tracking,corrections")
     parser.add_argument("--groups", default="s3,s4,a5")
-    parser.add_argument("--mixers", default=",".join(ARMS))
+    parser.add_argument("--mixers", default=";".join(ARMS), help="arms, divided by semicolons")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=100.0, help="of a model of the tracking")
     parser.add_argument("--data", type=Path, help="shards for the trained model of the corrections")
@@ -182,7 +184,7 @@ def main() -> None:
     if "tracking" in given.parts:
         for group in given.groups.split(","):
             for seed in range(given.seeds):
-                for mixer in given.mixers.split(","):
+                for mixer in given.mixers.split(";"):
                     results.setdefault("tracking", []).append(tracked(mixer, group, seed, given.seconds))
                     write()
     if "corrections" in given.parts:
