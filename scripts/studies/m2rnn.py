@@ -3,7 +3,8 @@
 python -m scripts.studies.m2rnn --out tracking.json                                        # S3, S4, A5 beside a gated delta rule, ten minutes
 python -m scripts.studies.m2rnn --out corrections.json --parts corrections                 # random weights, and those of a trained model of bytes
 
-Tracking: one layer of width 64, four heads of 16, trained on products of 16 elements and scored at 16, 32 and 64. Corrections: of starts of slices by
+Tracking: one layer of width 64, four heads of 16, trained on products of 4 elements for 500 steps, of 8 for 500, then of 16, and scored at 16, 32 and
+64. Corrections: of starts of slices by
 the diagonal of the Jacobian, f + (1 - f) (1 - tanh^2) diag(W), in fp32, until every start is the end of the slice before it but for a share of the
 largest value of that row of the state.
 """
@@ -24,7 +25,7 @@ from torch import Tensor
 from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, scores, table
+from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, table
 
 ARMS = {
     "m2rnn": {"type": "m2rnn", "n_heads": 4, "head_dim": 16},
@@ -33,21 +34,36 @@ ARMS = {
 }
 SHARES = {"2^-8": 2.0**-8, "2^-18": 2.0**-18}
 BURN_IN = 32
+SHORT = 500  # steps on a quarter of the length, and on half of it
 
 
-def tracked(mixer: str, group: str, seed: int, seconds: float, rate: float = 3e-3) -> dict[str, Any]:
+@torch.no_grad()
+def scored(model: LanguageModel, products: Tensor, device: str) -> dict[str, dict[str, float]]:
+    """Accuracy over all positions and of the last answer, by length."""
+    out = {}
+    for length in (LENGTH, 2 * LENGTH, 4 * LENGTH):
+        ids, wanted = problem(products, 256, length, torch.Generator().manual_seed(10**6 + length))
+        right = (model(ids.to(device)).logits.argmax(-1).cpu() == wanted).float()
+        out[str(length)] = {"all": round(right.mean().item(), 4), "last": round(right[:, -1].mean().item(), 4)}
+    return out
+
+
+def tracked(mixer: str, group: str, seed: int, seconds: float, device: str, rate: float = 3e-3) -> dict[str, Any]:
     """Trains one model for so long, or until it is solved at four times the length."""
     torch.manual_seed(seed)
     products, began = table(group), time.monotonic()
     settings: dict[str, Any] = {"vocab_size": len(products), "d_model": 64, "n_layers": 1, "d_ff": 0, "init_std": 0.125}
     model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": ARMS[mixer]}))
     model.init_weights(seed)
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     draw, curve, solved, step = torch.Generator().manual_seed(seed + 1), [], False, 0
     while time.monotonic() - began < seconds and not solved:
         for group_ in optimizer.param_groups:  # a short rise
             group_["lr"] = rate * min(1.0, (step + 1) / 50)
-        ids, wanted = problem(products, BATCH, LENGTH, draw)
+        ids, wanted = (
+            x.to(device) for x in problem(products, BATCH, LENGTH // (4 if step < SHORT else 2 if step < 2 * SHORT else 1), draw)
+        )
         loss = F.cross_entropy(model(ids).logits.flatten(0, 1), wanted.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -55,14 +71,14 @@ def tracked(mixer: str, group: str, seed: int, seconds: float, rate: float = 3e-
         optimizer.zero_grad()
         step += 1
         if step % CHECK == 0:
-            now = scores(model, products)
+            now = scored(model, products, device)
             far = now[str(4 * LENGTH)]["all"]
             curve.append({"step": step, "loss": round(loss.item(), 4), "accuracy": now[str(LENGTH)]["all"], "far": far})
             solved = far > 0.98
             print(mixer, group, seed, curve[-1], flush=True)
     return {
         "mixer": mixer, "group": group, "seed": seed, "steps": step, "ended": "solved" if solved else "time", "chance": round(1 / len(products), 4),
-        "seconds": round(time.monotonic() - began), "scores": scores(model, products), "curve": curve,
+        "seconds": round(time.monotonic() - began), "scores": scored(model, products, device), "curve": curve,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
 
@@ -175,6 +191,8 @@ def main() -> None:
     parser.add_argument("--mixers", default=";".join(ARMS), help="arms, divided by semicolons")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=100.0, help="of a model of the tracking")
+    parser.add_argument("--device", default="cpu", help="of the tracking")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="shards for the trained model of the corrections")
     parser.add_argument("--steps", type=int, default=150, help="of its training")
     given = parser.parse_args()
@@ -183,9 +201,9 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     if "tracking" in given.parts:
         for group in given.groups.split(","):
-            for seed in range(given.seeds):
+            for seed in range(given.first_seed, given.first_seed + given.seeds):
                 for mixer in given.mixers.split(";"):
-                    results.setdefault("tracking", []).append(tracked(mixer, group, seed, given.seconds))
+                    results.setdefault("tracking", []).append(tracked(mixer, group, seed, given.seconds, given.device))
                     write()
     if "corrections" in given.parts:
         results["random"] = of_random_weights()
