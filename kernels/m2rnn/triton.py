@@ -161,8 +161,9 @@ def back(
     t = (end - 1).to(tl.int64)
     q_, x_ = Q + b * q_b + t * q_t + (h // R) * q_h + k, X + b * k_b + t * k_t + (h // R) * k_h + k
     y_, row = Y + b * v_b + t * v_t + h * v_h + v, (b * T + t) * H + h
-    do_, dy_ = DO + row * V + v, DY + (i * B * T * H + row) * V + v
-    dq_, dx_, dg_ = DQ + row * K + k, DX + row * K + k, DG + i * B * T * H + row
+    part = i.to(tl.int64) * B * T * H + row
+    do_, dy_, dg_ = DO + row * V + v, DY + part * V + v, DG + part
+    dq_, dx_ = DQ + row * K + k, DX + row * K + k
     at = (tl.program_id(0).to(tl.int64) * longest + (end - 1 - begin)) * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
     s_, z_ = STATES + at, TANHS + at
     q = tl.load(q_, mask=here, other=0.0).to(tl.float32)
