@@ -14,6 +14,7 @@ BENCHES = (
     "ssd",
     "delta_rule",
     "dense_rnn",
+    "m2rnn",
     "step",
     "decode",
     "memory",

@@ -1,0 +1,74 @@
+"""Compiles the kernels of M2RNN to sm_90 without a GPU and prints one line of JSON: {kernel: {registers, spilled, shared, wgmma}}. Its own process:
+Triton must not be in its interpreter. `python -m tests.kernels.compiled_m2rnn bf16 64 64` (dtype, K, V); with `--golden` at the end the figures go
+to resources_m2rnn.json, to be looked at and committed when a kernel was changed on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.m2rnn import launch  # noqa: E402
+from kernels.m2rnn import triton as kernels  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
+
+LIKE_V = {"Q", "X", "Y", "DO", "O", "DQ", "DX", "DY"}  # in the dtype of v
+OPERANDS = {"W", "STATES"}  # in the dtype of products
+SIZES = {"B", "T", "H", "K", "V", "R"}
+FREE = {"B", "T", "H", "R", "blocks", "chunks", "first", "begin", "end", "longest"}
+GOLDEN = Path(__file__).with_name("resources_m2rnn.json")
+
+registers = Registers("m2rnn")
+
+
+def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
+    """Resources of one kernel."""
+    narrow, fn = dtype == "bf16", getattr(kernels, name)
+    rows, columns = min(launch.ROWS, launch.pad(K, launch.NARROWEST)), launch.pad(V, launch.NARROWEST)
+    warps = launch.WARPS[columns] if narrow else launch.WARPS_WIDE
+    constants: dict[str, Any] = {
+        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "HAS_TANHS": launch.TANHS, "CHUNK": launch.CHUNK, "DOT": tl.bfloat16 if narrow else tl.float32,
+        "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": rows, "BV": columns,
+    }  # fmt: skip
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in LIKE_V:
+            return f"*{dtype}"
+        if argument in OPERANDS:
+            return "*bf16" if narrow else "*fp32"
+        if argument == "TANHS":
+            return "*fp16" if narrow and launch.TANHS else kind("STATES")
+        return "*u8" if argument == "STARTS" else "*fp32" if argument.isupper() and argument not in SIZES else "i32"
+
+    signature = {a: kind(a) for a in fn.arg_names}
+    aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in FREE]
+    used = {a: constants[a] for a in fn.arg_names if a in constants}
+    source = ASTSource(fn, signature, used, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return registers.figures(name, source, {"num_warps": warps[name], "num_stages": 1}, figures)
+
+
+def figures(kernel: Any) -> dict[str, int]:
+    return {**resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
+
+
+def main(dtype: str, K: int, V: int, golden: bool) -> None:
+    out = {name: made(name, dtype, K, V) for name in ("walk", "states", "back")}
+    print(json.dumps(out))
+    registers.close()
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, K, V], "kernels": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), "--golden" in sys.argv)

@@ -1,0 +1,81 @@
+"""M2RNN in plain torch: against autograd of the float64 loop, in pieces, in documents, and as one token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.m2rnn import m2rnn
+from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem
+
+
+@pytest.mark.parametrize("sizes", [(2, 70, 4, 12, 2, 20), (1, 1, 1, 16, 1, 3), (1, 65, 1, 5, 1, 70)], ids=str)
+@pytest.mark.parametrize("starts", [0.0, 0.1])
+def test_the_loop_that_keeps_borders_is_the_loop(sizes: tuple[int, ...], starts: float) -> None:
+    tensors, new = problem(*sizes, starts=starts)
+    tensors = [t.double() for t in tensors]
+    do, d_final = asked(tensors)
+    for label, a, b in zip(LABELS, answers(m2rnn, tensors, new, do, d_final), oracle(tensors, new, do, d_final)):
+        assert distance(a, b) < 1e-12, label
+
+
+def test_a_step_is_the_published_one() -> None:
+    (q, k, v, g, w, h0), _ = problem(1, 1, 1, 3, 1, 2)
+    o, final = m2rnn(q.double(), k.double(), v.double(), g.double(), w.double(), h0.double())
+    f, S = g.double().exp().item(), h0[0, 0].double()
+    wanted = f * S + (1 - f) * torch.tanh(S @ w[0].double() + torch.outer(k[0, 0, 0], v[0, 0, 0]).double())
+    torch.testing.assert_close(final[0, 0], wanted)
+    torch.testing.assert_close(o[0, 0, 0], wanted.T @ q[0, 0, 0].double())
+
+
+def test_pieces_and_tokens_are_the_whole() -> None:
+    tensors, starts = problem(2, 30, 2, 6, 1, 4, starts=0.1)
+    assert starts is not None
+    *inputs, w, h0 = tensors
+    whole, final = m2rnn(*(*tensors, starts))
+    made, h = [], h0
+    for a, e in ((0, 11), (11, 12), (12, 13), (13, 30)):
+        o, h = m2rnn(*(*(x[:, a:e] for x in inputs), w, h, starts[:, a:e]))
+        made.append(o)
+    torch.testing.assert_close(torch.cat(made, 1), whole)
+    torch.testing.assert_close(h, final)
+
+
+def test_a_document_that_is_not_finite_stays_alone() -> None:
+    tensors, _ = problem(1, 20, 2, 6, 1, 4)
+    starts = torch.zeros(1, 20, dtype=torch.bool)
+    starts[:, [8, 16]] = True
+    do, d_final = asked(tensors)
+    wanted = answers(m2rnn, tensors, starts, do, d_final)
+    tensors[2][0, 12] = torch.nan
+    found = answers(m2rnn, tensors, starts, do, d_final)
+    for i in (0, 2, 3, 4, 5):
+        assert torch.equal(found[i][:, :8], wanted[i][:, :8]) and torch.equal(found[i][:, 16:], wanted[i][:, 16:]), LABELS[i]
+    assert torch.equal(found[1], wanted[1]) and torch.equal(found[7], wanted[7])
+
+
+def test_no_steps_and_what_does_not_fit() -> None:
+    (q, k, v, g, w, h0), starts = problem(1, 4, 2, 6, 1, 4, starts=0.5)
+    assert starts is not None
+    empty = [x[:, :0].requires_grad_() for x in (q, k, v, g)]
+    o, final = m2rnn(*(*empty, w, h0))
+    assert o.shape == (1, 0, 2, 6) and torch.equal(final, h0)
+    for bad in (
+        (q, k[:, :3], v, g, w),
+        (q, k, v, g[..., :1], w),
+        (q, k, v, g, w[:1]),
+        (q, k, v, g, w, h0.mT),
+        (q, k, v, g, w, h0, starts.int()),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            m2rnn(*bad)
+
+
+def test_compiled_and_under_autocast() -> None:
+    tensors, starts = problem(1, 20, 2, 6, 1, 4, starts=0.1)
+    do, d_final = asked(tensors)
+    wanted = answers(m2rnn, tensors, starts, do, d_final)
+    compiled = answers(torch.compile(m2rnn, fullgraph=True, backend="aot_eager"), tensors, starts, do, d_final)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = answers(m2rnn, tensors, starts, do, d_final)
+    assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(compiled, wanted, cast))
