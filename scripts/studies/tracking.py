@@ -54,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "published": False,  # true: batch, rate, samples and steps of the publication, and no curriculum
     "device": "auto",
     "sequences": 1000,  # scored at each length in the end; up to ten times as many where a sequence asks little
+    "longer": False,  # true: what ran out of time is trained once more as well
     "again": False,  # train what is there already once more
 }
 
@@ -304,7 +305,8 @@ def main(words: list[str]) -> None:
     (out / "cells").mkdir(parents=True, exist_ok=True)
     cells = [(task, mixer, seed) for seed in range(values["seeds"]) for task in values["tasks"] for mixer in values["mixers"]]
     if not values["again"]:
-        cells = [(t, m, s) for t, m, s in cells if read_cell(out, t, m, s, settings_of(t, m, values)) is None]
+        there = [read_cell(out, t, m, s, settings_of(t, m, values)) for t, m, s in cells]
+        cells = [place for place, cell in zip(cells, there) if cell is None or values["longer"] and cell["ended"] == "time"]
     deadline = began + 60 * values["minutes"]
     if cells and values["minutes"] > 0:
         print(
