@@ -9,7 +9,7 @@ from scripts.studies.tracking import EQUAL_TASKS, arguments, table
 
 def test_models_of_the_equal_study_have_equal_parameters() -> None:
     counts = {name: sum(p.numel() for p in build_model(layers, 6, None).parameters()) for name, layers in EQUAL.items()}
-    assert max(counts.values()) < 1.1 * min(counts.values()), counts
+    assert max(counts.values()) < 1.12 * min(counts.values()), counts
 
 
 def test_large_groups_are_learnt_from_short_words_on_where_parameters_are_equal() -> None:
