@@ -5,6 +5,7 @@
     python -m scripts.studies.tracking tasks=parity,mqar mixers=paragru,mamba2 seeds=1 minutes=2 workers=8 out=runs/state_tracking
     python -m scripts.studies.tracking tasks=mqar mixers=paragru,paralstm minutes=8     longer: MQAR wants tens of thousands of steps
     python -m scripts.studies.tracking published=true tasks=mqar minutes=180            batch 16, rate 5e-4, 1.9 million steps, as published
+    python -m scripts.studies.tracking equal=true minutes=20              word problems; dense heads beside others at equal parameters
     python -m scripts.studies.tracking minutes=0                          only the table and the plot of what is there
 
 Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
@@ -31,7 +32,7 @@ from typing import Any
 from data.fields import nearest
 from data.files import write_json
 from evals.report.figures import pyplot
-from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
+from scripts.studies.cells import EQUAL, LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -40,10 +41,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {
     "out": "runs/state_tracking",
     "tasks": "parity,mqar,1-hop,2-next,2-hop,2-hop-2L,S3,A5,mod-5",  # in order of importance, or all
-    "mixers": "paragru,paralstm,mamba2,transformer,dense_gru",  # or all
+    "mixers": "paragru,paralstm,mamba2,transformer,torch_gru",  # or all
+    "equal": False,  # true: mixers of equal parameters, and unless said otherwise EQUAL_TASKS and all of these mixers
     "seeds": 3,
     "minutes": 6.0,
-    "workers": 0,  # processes; 0: a third of the cores, at most 6; one on a CPU
+    "workers": 0,  # processes, spread over the GPUs; 0: a third of the cores, at most 6 a GPU; one on a CPU
     "streams": 0,  # cells a process trains at a time; 0: 4 on a GPU, one on a CPU
     "steps": 0,  # 0: those of the task
     "batch": 0,  # 0: 64; MQAR takes twice as many
@@ -52,9 +54,11 @@ DEFAULTS: dict[str, Any] = {
     "published": False,  # true: batch, rate, samples and steps of the publication, and no curriculum
     "device": "auto",
     "sequences": 1000,  # scored at each length in the end; up to ten times as many where a sequence asks little
+    "longer": False,  # true: what ran out of time is trained once more as well
     "again": False,  # train what is there already once more
 }
 
+EQUAL_TASKS = "S3,A5,parity,mod-5,S4,S5,2-hop"
 LEAST_SECONDS = 4.0
 
 
@@ -63,7 +67,10 @@ def arguments(words: list[str]) -> dict[str, Any]:
 
     def chosen(values: dict[str, Any]) -> list[str]:
         problems = []
-        for key, known in (("tasks", TASKS), ("mixers", MIXERS)):
+        if values["equal"]:
+            values["tasks"] = EQUAL_TASKS if values["tasks"] == DEFAULTS["tasks"] else values["tasks"]
+            values["mixers"] = "all" if values["mixers"] == DEFAULTS["mixers"] else values["mixers"]
+        for key, known in (("tasks", TASKS), ("mixers", EQUAL if values["equal"] else MIXERS)):
             names = [name.strip() for name in values[key].split(",") if name.strip() not in ("", "all")] or list(known)
             problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
             values[key] = names
@@ -98,10 +105,13 @@ def start_cell(
     return cell, train_cell(settings, seed, device, seconds, values["sequences"])
 
 
-def work(values: dict[str, Any], cells: list[tuple[str, str, int]], taken: Any, deadline: float, device_name: str) -> None:
-    """One worker: takes cells until none or no time is left, `streams` at a time. `taken` counts those given out; `deadline` is of time.time()."""
+def work(values: dict[str, Any], cells: list[tuple[str, str, int]], taken: Any, deadline: float, device_name: str, visible: str) -> None:
+    """One worker: takes cells until none or no time is left, `streams` at a time. `taken` counts those given out; `deadline` is of time.time().
+    visible: the one GPU that it sees."""
     import torch
 
+    if visible:  # before anything here asks for a device
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     torch.set_num_threads(1)
     device = torch.device(device_name)
     running: list[tuple[int, dict[str, Any], Any]] = []
@@ -141,7 +151,9 @@ def keep(cell: dict[str, Any], out: Path, place: str) -> None:
     shown = "  ".join(
         f"{row['length']}: {100 * row['accuracy']:.1f}" if "error" not in row else f"{row['length']}: ?" for row in cell["lengths"]
     )
-    print(f"{name}  {shown}  ({cell['ended']}, {cell['steps']} steps, {cell['seconds']:.0f} s)", flush=True)
+    print(
+        f"{name}  {shown}  ({cell['ended']}, {cell['steps']} steps, {cell['seconds']:.0f} s, {cell['parameters']} parameters)", flush=True
+    )
 
 
 def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
@@ -170,15 +182,16 @@ def at(cell: dict[str, Any], length: int) -> dict[str, Any]:
 
 
 def table(cells: list[dict[str, Any]], values: dict[str, Any]) -> str:
-    """Markdown: best of the seeds at the training length, the median of the seeds where it differs, and the best one at 8x."""
+    """Markdown: best of the seeds at the training length, the median of the seeds where it differs, and the best one beyond it."""
     T = values["length"]
-    longest = round(LENGTHS[-1] * T)
+    beyond = [round(share * T) for share in LENGTHS if share > 1]
     lines = [
-        f"Accuracy in per cent over all answers at length {T}, best seed (median of n seeds) and, after the arrow, that seed at length {longest}.",
-        "Chance is the share of the commonest answer.",
+        f"Accuracy in per cent over all answers at length {T}, best seed (median of n seeds) and, after the arrow, that seed at lengths "
+        f"{', '.join(map(str, beyond))}; m of n seeds that ran out of time before they were solved or took all their steps. Chance is the share of "
+        "the commonest answer; parameters are those of the first task.",
         "",
-        "| mixer | " + " | ".join(values["tasks"]) + " |",
-        "|---" * (len(values["tasks"]) + 1) + "|",
+        "| mixer | parameters | " + " | ".join(values["tasks"]) + " |",
+        "|---" * (len(values["tasks"]) + 2) + "|",
     ]
     chance = []
     for task in values["tasks"]:
@@ -191,11 +204,13 @@ def table(cells: list[dict[str, Any]], values: dict[str, Any]) -> str:
             if top is None:
                 row.append("")
                 continue
-            far = at(top, longest).get("accuracy")
-            text = f"{100 * top['accuracy']:.1f} ({100 * statistics.median(seeds):.1f} of {len(seeds)})"
-            row.append(text + (f" → {100 * far:.1f}" if far is not None else ""))
-        lines.append(f"| {mixer} | " + " | ".join(row) + " |")
-    lines.append("| chance | " + " | ".join(chance) + " |")
+            far = [f"{100 * at(top, n)['accuracy']:.1f}" if at(top, n) else "?" for n in beyond]
+            late = sum(c["ended"] == "time" for c in cells if (c["task"], c["mixer"]) == (task, mixer))
+            text = f"{100 * top['accuracy']:.1f} ({100 * statistics.median(seeds):.1f} of {len(seeds)}) → {', '.join(far)}"
+            row.append(text + (f"; ran out of time: {late} of {len(seeds)}" if late else ""))
+        count = next((f"{c['parameters']:,}" for t in values["tasks"] for c in cells if (c["task"], c["mixer"]) == (t, mixer)), "")
+        lines.append(f"| {mixer} | {count} | " + " | ".join(row) + " |")
+    lines.append("| chance | | " + " | ".join(chance) + " |")
     return "\n".join(lines)
 
 
@@ -210,7 +225,8 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.5), squeeze=False, sharey=True)
-    colours, marks = dict(zip(MIXERS, plt.get_cmap("tab20").colors)), dict(zip(MIXERS, itertools.cycle("o^sDv<>Px")))
+    names = EQUAL if values["equal"] else MIXERS
+    colours, marks = dict(zip(names, plt.get_cmap("tab20").colors)), dict(zip(names, itertools.cycle("o^sDv<>Px")))
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks):
@@ -262,6 +278,16 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
         print(f"The plot could not be drawn: {type(error).__name__}: {error}")
 
 
+def visible_gpus(device: str) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is to say, for each GPU; [""] on a CPU."""
+    import torch
+
+    if device != "cuda":
+        return [""]
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(i) for i in range(torch.cuda.device_count())]
+
+
 def main(words: list[str]) -> None:
     """What the command line asks for. Raises UserError."""
     began = time.time()
@@ -271,14 +297,16 @@ def main(words: list[str]) -> None:
     device = values["device"] if values["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
+    gpus = visible_gpus(device)
     values["batch"] = values["batch"] or 64
-    values["workers"] = values["workers"] or (max(1, min(6, (os.cpu_count() or 1) // 3)) if device == "cuda" else 1)
+    values["workers"] = values["workers"] or (max(1, min(6 * len(gpus), (os.cpu_count() or 1) // 3)) if device == "cuda" else 1)
     values["streams"] = values["streams"] or (4 if device == "cuda" else 1)
     out = Path(values["out"])
     (out / "cells").mkdir(parents=True, exist_ok=True)
     cells = [(task, mixer, seed) for seed in range(values["seeds"]) for task in values["tasks"] for mixer in values["mixers"]]
     if not values["again"]:
-        cells = [(t, m, s) for t, m, s in cells if read_cell(out, t, m, s, settings_of(t, m, values)) is None]
+        there = [read_cell(out, t, m, s, settings_of(t, m, values)) for t, m, s in cells]
+        cells = [place for place, cell in zip(cells, there) if cell is None or values["longer"] and cell["ended"] == "time"]
     deadline = began + 60 * values["minutes"]
     if cells and values["minutes"] > 0:
         print(
@@ -287,7 +315,8 @@ def main(words: list[str]) -> None:
         spawn = multiprocessing.get_context("spawn")
         taken = spawn.Value("i", 0)
         workers = [
-            spawn.Process(target=work, args=(values, cells, taken, deadline, device)) for _ in range(min(values["workers"], len(cells)))
+            spawn.Process(target=work, args=(values, cells, taken, deadline, device, gpus[i % len(gpus)]))
+            for i in range(min(values["workers"], len(cells)))
         ]
         for process in workers:
             process.start()
