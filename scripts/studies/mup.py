@@ -138,7 +138,7 @@ def check_rates(given: argparse.Namespace) -> dict[str, Any]:
                         rows.append({"mixer": mixer, "param": param, "width": width, "power": power, "seed": seed, "loss": round(end, 4)})
                 means = by_power(rows, mixer, param, width)
                 power = min(means, key=lambda p: means[p])
-                print(f"{mixer} {param:9} width {width:4}: best rate 2^{power:g} ({means[power]:.3f}); {_told(means)}", flush=True)
+                print(f"{mixer} {param:9} width {width:4}: best rate 2^{power} ({means[power]:.3f}); {_told(means)}", flush=True)
                 results = {**settings, "best": best_rates(rows), "results": rows}
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 write_json(given.out, {"what": given.what, **results})
@@ -164,8 +164,8 @@ def best_rates(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
     return best
 
 
-def _told(means: dict[float, float]) -> str:
-    return "  ".join(f"2^{power:g} {loss:.3f}" for power, loss in means.items())
+def _told(means: dict[int, float]) -> str:
+    return "  ".join(f"2^{power} {loss:.3f}" for power, loss in means.items())
 
 
 def _name(device: torch.device) -> str:
