@@ -4,7 +4,7 @@
     python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
     python -m scripts.studies.looped --out copy.json --pattern next --arms by_length --tasks copy    # a loop more for each symbol
 
-A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16; answers are scored for 16, 32 and 64
+A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64
 symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
 near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), whole (rotary attention), or
 next (a window of two tokens). Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
@@ -67,7 +67,12 @@ def model_of(arm: str, pattern: list[str], layers: int = 0) -> LanguageModel:
 
 @torch.no_grad()
 def scores(
-    model: LanguageModel, device: str, loops: int | None = None, by_length: bool = False, tasks: tuple[str, ...] = BOTH
+    model: LanguageModel,
+    device: str,
+    loops: int | None = None,
+    by_length: bool = False,
+    tasks: tuple[str, ...] = BOTH,
+    length: int = LENGTH,
 ) -> dict[str, dict[str, float]]:
     """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model;
     by_length: a loop more than there are symbols."""
@@ -76,7 +81,7 @@ def scores(
     if way is not None and loops is not None:
         way.loops = loops
     out: dict[str, dict[str, float]] = {}
-    for n in (LENGTH, 2 * LENGTH, 4 * LENGTH):
+    for n in (length, 2 * length, 4 * length):
         if way is not None and by_length:
             way.loops = n + 1
         ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks))
@@ -104,7 +109,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
         model.train().begin_step(seed, step)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
-        lengths = torch.randint(1, LENGTH + 1, (1 if given.one_length or by_length else BATCH,), generator=draw).expand(BATCH)
+        lengths = torch.randint(1, given.length + 1, (1 if given.one_length or by_length else BATCH,), generator=draw).expand(BATCH)
         if by_length:
             way: Any = model.depth
             way.drawn = int(lengths[0]) + 1
@@ -121,11 +126,11 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             print(name, seed, step + 1, curve[-1], flush=True)
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
-        "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * LENGTH),
-        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks), "loss": curve,
+        "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
+        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks, given.length), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
-        result["by_loops"] = {str(n): scores(model, device, n, False, tasks) for n in (1, 2, 3, 4, 6, 8, 16)}
+        result["by_loops"] = {str(n): scores(model, device, n, False, tasks, given.length) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
 
@@ -135,6 +140,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arms", default="looped,universal,unlooped", help=f"which of {', '.join(ARMS)}, with commas between them")
     parser.add_argument("--pattern", default="near,far", help="mixers of the layers that are looped")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="most symbols of a row in training; scored for as many, twice and four times that"
+    )
     parser.add_argument("--layers", type=int, default=0, help="of the unlooped arm; 0: as many as the looped ones visit")
     parser.add_argument("--tasks", default="copy,reverse")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
