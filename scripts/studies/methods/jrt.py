@@ -12,6 +12,7 @@ trained: small models, with a prompt that is read twice and without, on text (th
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,15 @@ def main() -> None:
         print(found)
     for what, steps in (("text", 300), ("passkey", 300)):
         if given.only in f"trained {what}":
-            runs: dict[str, list[dict[str, Any]]] = {"prompt read twice": [], "one pass": []}
+            before = json.loads(given.out.read_text()) if given.out.exists() else {}
+            runs: dict[str, list[dict[str, Any]]] = before.get(f"trained_{what}", {}).get("runs") or {
+                "prompt read twice": [],
+                "one pass": [],
+            }
             for seed in range(given.seeds):
                 for name, rows in runs.items():
+                    if any(row["seed"] == seed for row in rows):
+                        continue  # was run before
                     rows.append(trained(what, name != "one pass", seed, steps))
                     print(what, name, rows[-1], flush=True)
                     write(given.out, **{f"trained_{what}": {"steps": steps, "prompt": PROMPT, "runs": runs}})
