@@ -193,8 +193,8 @@ def draw(results: dict[str, Any], what: str, path: Path) -> None:
                     axis.loglog(results["widths"], means, "o-", label=f"{part} {results['slopes'][mixer][param][part]:+.2f}", base=2)
             else:
                 for width in results["widths"]:
-                    means = by_power(results["results"], mixer, param, width)
-                    axis.plot(list(means), list(means.values()), "o-", label=f"width {width}")
+                    ends = by_power(results["results"], mixer, param, width)
+                    axis.plot(list(ends), list(ends.values()), "o-", label=f"width {width}")
             axis.set_title(f"{mixer}, {'muP' if param == 'mup' else param}", fontsize=9)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
