@@ -43,8 +43,11 @@ def mapping_of(attention: Any, d_model: int, target: str) -> dict[str, Any]:
     return {"type": "mamba2", "d_state": K, "head_dim": K, "n_groups": H, "expand": H * K // d_model}
 
 
-def converted(teacher: LanguageModel, layers: Sequence[int], target: str, seed: int = 0, copy_attention: bool = True) -> LanguageModel:
+def converted(
+    teacher: LanguageModel, layers: Sequence[int], target: str, seed: int = 0, copy_attention: bool = True, scale: float = 1.0
+) -> LanguageModel:
     """`teacher` with other mixers in `layers`, on its device. copy_attention: whether these begin from the attention's weights, or anew.
+    scale: of what copied mixers with a norm put out, beside the size that values have.
     Raises UserError for layers that are no attention, and for a target that does not fit."""
     config = teacher.config
     names = [config.mixer_name(i) for i in range(config.n_layers)]
@@ -66,12 +69,12 @@ def converted(teacher: LanguageModel, layers: Sequence[int], target: str, seed: 
     student.load_state_dict(kept, strict=False)
     for i in layers if copy_attention else ():
         with torch.no_grad():
-            _begin_from(student.blocks[i].mixer, teacher.blocks[i].mixer, teacher.blocks[i].mixer_norm.weight)
+            _begin_from(student.blocks[i].mixer, teacher.blocks[i].mixer, teacher.blocks[i].mixer_norm.weight, scale)
     return student.to(teacher.embedding.weight.device)
 
 
-def _begin_from(mixer: Any, attention: Any, scale_D: Tensor) -> None:
-    """The weights of `attention` in the new mixer. scale (D,): of the norm before both."""
+def _begin_from(mixer: Any, attention: Any, scale_D: Tensor, size: float) -> None:
+    """The weights of `attention` in the new mixer. scale (D,): of the norm before both; size: a factor of what is put out."""
     H, G, K = attention.H, attention.G, attention.K
     q = attention.q_proj.weight
     k, v = (p.weight.unflatten(0, (G, K)).repeat_interleave(H // G, 0).flatten(0, 1) for p in (attention.k_proj, attention.v_proj))
@@ -80,7 +83,7 @@ def _begin_from(mixer: Any, attention: Any, scale_D: Tensor) -> None:
         mixer.conv.weight.zero_()
         mixer.conv.weight[:, -1] = 1
     if mixer.norm is not None:  # the norm gives outputs the size that values have, of inputs of norm one
-        mixer.norm.weight.fill_(float((v * scale_D).square().sum(1).mean().sqrt()))
+        mixer.norm.weight.fill_(size * float((v * scale_D).square().sum(1).mean().sqrt()))
     {"mamba2": _mamba2, "delta": _delta, "rnn": _cell}[type(mixer).__module__.rpartition(".")[2]](mixer, q, k, v)
 
 

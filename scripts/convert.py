@@ -1,11 +1,12 @@
 """A trained model with other mixers in the place of some of its attention, which begin from the attention's weights.
 
-    python -m scripts.convert checkpoint=runs/quickstart layers=3 to=mamba2 out=out/hybrid [random=false] [seed=0]
+    python -m scripts.convert checkpoint=runs/quickstart layers=3 to=mamba2 out=out/hybrid [random=false] [scale=1] [seed=0]
     python train.py model=hf:out/hybrid distill.teacher=runs/quickstart train.steps=1000
 
 `checkpoint` is a run, a checkpoint, or a folder that model=hf: reads. `to` is mamba2, delta or a cell (`gru`, `paragru`, ...). `layers`: numbers with
-commas, half (every second attention, from the first on) or all. random=true: the new mixers begin anew, to compare with. The folder that is
-written is an exported one, which transformers loads too; until it is trained on it says little. docs/methods/conversion.md.
+commas, half (every second attention, from the first on) or all. random=true: the new mixers begin anew, to compare with. scale: a factor of what
+new mixers with a norm put out at first; where many layers of a deep model are replaced, 0.1 begins better. The folder that is written is an exported
+one, which transformers loads too; until it is trained on it says little. docs/methods/conversion.md.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from models.hub.export import write_folder
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
-DEFAULTS: dict[str, Any] = {"checkpoint": None, "layers": "half", "to": "mamba2", "out": None, "random": False, "seed": 0}
+DEFAULTS: dict[str, Any] = {"checkpoint": None, "layers": "half", "to": "mamba2", "out": None, "random": False, "scale": 1.0, "seed": 0}
 
 
 def problems_of(values: dict[str, Any]) -> list[str]:
@@ -33,6 +34,8 @@ def problems_of(values: dict[str, Any]) -> list[str]:
     problems = [
         f"Say {what}: {key}=DIR." for key, what in (("checkpoint", "what to convert"), ("out", "where to write it")) if not values[key]
     ]
+    if not 0 < values["scale"] <= 10:
+        problems.append(f"scale must be above zero and at most 10, not {values['scale']:g}.")
     if values["to"] not in targets():
         problems.append(f"to is {values['to']!r}; choose one of {', '.join(targets())}.")
     if values["layers"] not in ("half", "all") and not all(part.strip().isdigit() for part in values["layers"].split(",")):
@@ -57,7 +60,7 @@ def run(values: dict[str, Any]) -> Path:
     layers = chosen(values["layers"], teacher.config)
     if not layers:
         raise UserError(f"{values['checkpoint']} has no attention to convert.")
-    student = converted(teacher, layers, values["to"], values["seed"], not values["random"])
+    student = converted(teacher, layers, values["to"], values["seed"], not values["random"], values["scale"])
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:
         source, whole = Path(made) / "source", Path(made) / "whole"

@@ -21,6 +21,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.files import write_json
 from training.config.arguments import parse_arguments, program
@@ -28,7 +29,7 @@ from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("data", "evals", "kernels", "models", "training", "train.py")
-DEFAULTS = {"only": None, "list": False, "jobs": 2, "out": "runs/faults.json", "again": False}
+DEFAULTS: dict[str, Any] = {"only": None, "list": False, "jobs": 2, "out": "runs/faults.json", "again": False}
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,8 @@ def copy_of_the_project(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def try_out(name: str) -> tuple[str, str]:
+def try_out(fault: Fault) -> tuple[str, str]:
     """('caught' | 'not caught' | 'broken', the first failure or the end of what pytest said)."""
-    fault = FAULTS[name]
     with tempfile.TemporaryDirectory(prefix="fault_") as temporary:
         folder = Path(temporary)
         file = place(fault)
@@ -215,14 +215,15 @@ def state_of_the_code() -> str:
     return digest.hexdigest()[:16]
 
 
-def main(words: list[str]) -> int:
-    options = parse_arguments(words, DEFAULTS)
-    chosen = options["only"].split(",") if options["only"] else list(FAULTS)
-    if unknown := [name for name in chosen if name not in FAULTS]:
-        raise UserError(f"There is no fault {unknown[0]!r}; there are {', '.join(FAULTS)}.")
+def main(words: list[str], faults: dict[str, Fault] = FAULTS, out: str = DEFAULTS["out"]) -> int:
+    """The program on a table of faults; out: where results go unless `words` say so."""
+    options = parse_arguments(words, {**DEFAULTS, "out": out})
+    chosen = options["only"].split(",") if options["only"] else list(faults)
+    if unknown := [name for name in chosen if name not in faults]:
+        raise UserError(f"There is no fault {unknown[0]!r}; there are {', '.join(faults)}.")
     if options["list"]:
         for name in chosen:
-            print(f"{name:<15} {FAULTS[name].what} ({place(FAULTS[name])})")
+            print(f"{name:<15} {faults[name].what} ({place(faults[name])})")
         return 0
     file, code = ROOT / options["out"], state_of_the_code()
     results = json.loads(file.read_text()) if file.exists() else {}
@@ -231,13 +232,13 @@ def main(words: list[str]) -> int:
         return not options["again"] and results.get(name, {}).get("code") == code
 
     def run(name: str) -> None:
-        outcome, why = try_out(name)
+        outcome, why = try_out(faults[name])
         print(f"{name:<15} {outcome}: {why}", flush=True)
-        results[name] = {"outcome": outcome, "why": why, "what": FAULTS[name].what, "code": code}
+        results[name] = {"outcome": outcome, "why": why, "what": faults[name].what, "code": code}
         write_json(file, results)
 
     for name in chosen:
-        place(FAULTS[name])
+        place(faults[name])
     file.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options["jobs"]) as pool:
         list(pool.map(run, [name for name in chosen if not known(name)]))

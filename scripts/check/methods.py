@@ -3,6 +3,7 @@
     python -m scripts.check.methods                       every page of docs/methods, with the quick tests
     python -m scripts.check.methods only=mup              one
     python -m scripts.check.methods tests=all             with the whole suite (long), or tests=tests/models,tests/evals
+    python -m scripts.check.methods tests=all at_once=true     all methods (or those of only=) away together: the whole suite once
     python -m scripts.check.methods list=true             which files each would take away
     more key: out=runs/methods.json (results)
 
@@ -33,7 +34,7 @@ QUICK = (
     "tests/training/test_config.py", "tests/test_golden.py", "tests/test_readme.py", "tests/test_changed_tests.py",
 )  # fmt: skip
 DESELECTED = ("tests/test_readme.py::test_extending_works_as_pasted",)  # runs the program for long, and is about no method
-DEFAULTS: dict[str, Any] = {"only": "", "tests": "quick", "list": False, "out": "runs/methods.json"}
+DEFAULTS: dict[str, Any] = {"only": "", "tests": "quick", "list": False, "at_once": False, "out": "runs/methods.json"}
 IMPORT_ALL = """
 import importlib, pathlib
 for top in ("data", "evals", "kernels", "models", "scripts", "training"):
@@ -70,13 +71,13 @@ def without(names: list[str], tests: list[str]) -> tuple[bool, str]:
         skipped = [word for test in DESELECTED for word in ("--deselect", test)]
         commands = {
             "imports": [sys.executable, "-c", IMPORT_ALL],
-            "tests": [sys.executable, "-m", "pytest", "-q", "-n", "0", "-x", *skipped, *left],
+            "tests": [sys.executable, "-m", "pytest", "-q", "-n", "0", "--tb=line", "--maxfail=20", *skipped, *left],
         }
         for what, command in commands.items():
             done = subprocess.run(command, cwd=folder, env=_environment(folder), capture_output=True, text=True, check=False)
             if done.returncode:
                 words = [line for line in (done.stdout + done.stderr).strip().splitlines() if line.startswith(("E  ", "FAILED", "ERROR"))]
-                return False, f"{what}: {' / '.join(words[:4]) or (done.stderr or done.stdout).strip().splitlines()[-1]}"
+                return False, f"{what}: {' / '.join(words[:20]) or (done.stderr or done.stdout).strip().splitlines()[-1]}"
         return True, (done.stdout.strip().splitlines() or ["no tests"])[-1]
 
 
@@ -102,6 +103,8 @@ def main(words: list[str]) -> int:
     if options["list"]:
         print("\n".join(f"{name:<16} {', '.join(files)}" for name, files in taken.items()))
         return 0
+    if options["at_once"]:
+        taken = {"at once": sorted({file for files in taken.values() for file in files})}
     out, results = ROOT / options["out"], {}
     for name, files in taken.items():
         green, words_of_it = without(files, tests)

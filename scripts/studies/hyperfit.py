@@ -89,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--most", type=int, default=2000, help="steps, if the loss stays above")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
     try:
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
     results: dict[str, Any] = {"settings": settings, "device": name, "seeds": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         results["seeds"].append(run(text, seed, given))
         for arm, row in results["seeds"][-1].items():
             print(f"seed {seed} {arm:28} " + "  ".join(f"{key} {row[key]:.3f}" for key in SHOWN), flush=True)

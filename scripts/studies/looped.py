@@ -2,11 +2,13 @@
 
     python -m scripts.studies.looped --out looped.json                              # three seeds, an hour on one core
     python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
+    python -m scripts.studies.looped --out copy.json --pattern next --arms by_length --tasks copy    # a loop more for each symbol
 
-A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16; answers are scored for 16, 32 and 64
+A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64
 symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
-near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), or whole (rotary attention).
-Only the looped ones can be run for longer, and are, too.
+near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), whole (rotary attention), or
+next (a window of two tokens). Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
+by_length takes n + 1 loops for n symbols in training and scoring (Fan et al. 2024, arXiv 2409.15647; every batch then has one n).
 """
 
 from __future__ import annotations
@@ -28,27 +30,33 @@ LENGTH, BATCH, SYMBOLS, LOOPS = 16, 64, 72, 4
 COPY, REVERSE, PAD, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, 80
 MIXERS = {"near": {"type": "attention", "n_heads": 4, "window": 4}, "far": {"type": "attention", "n_heads": 4, "rope": False}}
 MIXERS["whole"] = {"type": "attention", "n_heads": 4}
+MIXERS["next"] = {"type": "attention", "n_heads": 4, "window": 2}
+RECURRENT = {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}
 ARMS: dict[str, dict[str, Any]] = {
-    "looped": {"depth": {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}},
+    "looped": {"depth": RECURRENT},
+    "steady": {"depth": {**RECURRENT, "spread": 0.0}},
     "universal": {"depth": {"type": "universal", "loops": LOOPS}},
+    "by_length": {"depth": {**RECURRENT, "spread": 0.0, "loops": LENGTH // 2, "backprop": 4 * LENGTH + 1}},
     "unlooped": {},
 }
+BOTH = ("copy", "reverse")
 
 
-def rows_of(rows: int, lengths: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(ids, labels), both (rows, 2 max(lengths) + 1), of one task drawn for each row; what lies behind an answer is padding."""
+def rows_of(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH) -> tuple[Tensor, Tensor]:
+    """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding."""
     longest = int(lengths.max())
     ids, labels = torch.full((rows, 2 * longest + 2), PAD), torch.full((rows, 2 * longest + 2), -100)
     for row, n in enumerate(lengths.tolist()):
-        x, task = torch.randperm(SYMBOLS, generator=draw)[:n], int(torch.randint(2, (1,), generator=draw))
-        answer = x.flip(0) if task else x
-        ids[row, : 2 * n + 1] = torch.cat([x, torch.tensor([REVERSE if task else COPY]), answer])
+        x, task = torch.randperm(SYMBOLS, generator=draw)[:n], tasks[int(torch.randint(len(tasks), (1,), generator=draw))]
+        answer = x.flip(0) if task == "reverse" else x
+        ids[row, : 2 * n + 1] = torch.cat([x, torch.tensor([REVERSE if task == "reverse" else COPY]), answer])
         labels[row, n : 2 * n] = answer
     return ids[:, :-1], labels[:, :-1]
 
 
-def model_of(arm: str, pattern: list[str]) -> LanguageModel:
-    layers = len(pattern) * (1 if ARMS[arm] else LOOPS)
+def model_of(arm: str, pattern: list[str], layers: int = 0) -> LanguageModel:
+    """layers: of the unlooped arm; 0: as many as the looped ones visit."""
+    layers = len(pattern) if ARMS[arm] else layers or len(pattern) * LOOPS
     mixers = {name: MIXERS[name] for name in pattern}
     return LanguageModel(
         ModelConfig(
@@ -58,28 +66,41 @@ def model_of(arm: str, pattern: list[str]) -> LanguageModel:
 
 
 @torch.no_grad()
-def scores(model: LanguageModel, device: str, loops: int | None = None) -> dict[str, dict[str, float]]:
-    """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model."""
+def scores(
+    model: LanguageModel,
+    device: str,
+    loops: int | None = None,
+    by_length: bool = False,
+    tasks: tuple[str, ...] = BOTH,
+    length: int = LENGTH,
+) -> dict[str, dict[str, float]]:
+    """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model;
+    by_length: a loop more than there are symbols."""
     way: Any = model.eval().depth
     before = None if way is None else way.loops
     if way is not None and loops is not None:
         way.loops = loops
     out: dict[str, dict[str, float]] = {}
-    for n in (LENGTH, 2 * LENGTH, 4 * LENGTH):
-        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n)))
+    for n in (length, 2 * length, 4 * length):
+        if way is not None and by_length:
+            way.loops = n + 1
+        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks))
         right, asked = model(ids).logits.argmax(-1) == labels, labels != -100
         out[str(n)] = {
             name: round(float(right[asked & (ids[:, n : n + 1] == mark)].float().mean()), 4)
             for name, mark in (("copy", COPY), ("reverse", REVERSE))
+            if name in tasks
         }
     if way is not None:
         way.loops = before
     return out
 
 
-def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device: str) -> dict[str, Any]:
+def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """One model, trained and scored."""
-    model, began = model_of(name, pattern), time.monotonic()
+    model, began = model_of(name, pattern, given.layers), time.monotonic()
+    steps, lr, device, tasks = given.steps, given.lr, given.device, tuple(given.tasks.split(","))
+    by_length = name == "by_length"
     model.init_weights(seed)
     model = model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -88,7 +109,11 @@ def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device:
         model.train().begin_step(seed, step)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
-        ids, labels = (t.to(device) for t in rows_of(BATCH, torch.randint(1, LENGTH + 1, (BATCH,), generator=draw), draw))
+        lengths = torch.randint(1, given.length + 1, (1 if given.one_length or by_length else BATCH,), generator=draw).expand(BATCH)
+        if by_length:
+            way: Any = model.depth
+            way.drawn = int(lengths[0]) + 1
+        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks))
         output = model(ids, labels=labels)
         assert output.loss_sum is not None and output.token_count is not None
         loss = output.loss_sum / output.token_count
@@ -100,11 +125,12 @@ def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device:
             curve.append(round(loss.item(), 4))
             print(name, seed, step + 1, curve[-1], flush=True)
     result = {
-        "arm": name, "pattern": pattern, "seed": seed, "steps": steps, "lr": lr, "parameters": sum(p.numel() for p in model.parameters()),
-        "flops_per_token": model.flops_per_token(2 * LENGTH), "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device), "loss": curve,
+        "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
+        "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
+        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks, given.length), "loss": curve,
     }  # fmt: skip
-    if model.depth is not None:
-        result["by_loops"] = {str(n): scores(model, device, n) for n in (1, 2, 3, 4, 6, 8, 16)}
+    if model.depth is not None and not by_length:
+        result["by_loops"] = {str(n): scores(model, device, n, False, tasks, given.length) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
 
@@ -112,8 +138,14 @@ def arm(name: str, pattern: list[str], seed: int, steps: int, lr: float, device:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--arms", default=",".join(ARMS), help="which models, with commas between them")
+    parser.add_argument("--arms", default="looped,universal,unlooped", help=f"which of {', '.join(ARMS)}, with commas between them")
     parser.add_argument("--pattern", default="near,far", help="mixers of the layers that are looped")
+    parser.add_argument(
+        "--length", type=int, default=LENGTH, help="most symbols of a row in training; scored for as many, twice and four times that"
+    )
+    parser.add_argument("--layers", type=int, default=0, help="of the unlooped arm; 0: as many as the looped ones visit")
+    parser.add_argument("--tasks", default="copy,reverse")
+    parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -122,7 +154,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
         for name in given.arms.split(","):
-            results.append(arm(name, given.pattern.split(","), seed, given.steps, given.lr, given.device))
+            results.append(arm(name, given.pattern.split(","), seed, given))
             given.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(given.out, {"runs": results, "environment": environment(torch.device(given.device))})
 

@@ -119,34 +119,53 @@ def check_coordinates(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_rates(given: argparse.Namespace) -> dict[str, Any]:
-    """Last losses (mean of a tenth of the run) by parametrisation, width, rate and seed; best: the rate whose mean over seeds is lowest."""
+    """Last losses (mean of a tenth of the run) by parametrisation, width, rate and seed; best: the rate whose mean over seeds is lowest.
+    --out is written after every width."""
     device = device_of(given.device)
     text, base = Text(given.data, given.length, device), given.base or given.widths[0]
-    rates, rows, best = [2.0**power for power in given.powers], list[dict[str, Any]](), dict[str, dict[str, dict[str, float]]]()
+    keys = ("widths", "powers", "first_seed", "seeds", "steps", "rows", "length", "layers")
+    settings = {**{key: getattr(given, key) for key in keys}, "base": base, "device": _name(device)}
+    rows, results = list[dict[str, Any]](), dict[str, Any]()
     for mixer in given.mixers.split(","):
         for param in given.params.split(","):
             for width in given.widths:
-                means = {}
-                for power, rate in zip(given.powers, rates):
-                    ends = []
-                    for seed in range(given.seeds):
+                for power in given.powers:
+                    for seed in range(given.first_seed, given.first_seed + given.seeds):
                         model = model_of(mixer, param, width, base, text.vocab_size, given.layers)
                         model.init_weights(seed)
-                        losses = text.train(model, steps=given.steps, rows=given.rows, rate=rate, seed=seed, bf16=True)
-                        ends.append(sum(losses[-max(1, given.steps // 10) :]) / max(1, given.steps // 10))
-                        rows.append(
-                            {"mixer": mixer, "param": param, "width": width, "power": power, "seed": seed, "loss": round(ends[-1], 4)}
-                        )
-                    means[power] = sum(ends) / len(ends) if all(map(math.isfinite, ends)) else math.inf
+                        losses = text.train(model, steps=given.steps, rows=given.rows, rate=2.0**power, seed=seed, bf16=True)
+                        end = _mean(losses[-max(1, given.steps // 10) :])
+                        rows.append({"mixer": mixer, "param": param, "width": width, "power": power, "seed": seed, "loss": round(end, 4)})
+                means = by_power(rows, mixer, param, width)
                 power = min(means, key=lambda p: means[p])
-                best.setdefault(mixer, {}).setdefault(param, {})[str(width)] = power
-                print(f"{mixer} {param:9} width {width:4}: best rate 2^{power:g} ({means[power]:.3f}); {_told(means)}", flush=True)
-    keys = ("widths", "powers", "seeds", "steps", "rows", "length", "layers")
-    return {**{key: getattr(given, key) for key in keys}, "base": base, "device": _name(device), "best": best, "results": rows}
+                print(f"{mixer} {param:9} width {width:4}: best rate 2^{power} ({means[power]:.3f}); {_told(means)}", flush=True)
+                results = {**settings, "best": best_rates(rows), "results": rows}
+                given.out.parent.mkdir(parents=True, exist_ok=True)
+                write_json(given.out, {"what": given.what, **results})
+    return results
 
 
-def _told(means: dict[float, float]) -> str:
-    return "  ".join(f"2^{power:g} {loss:.3f}" for power, loss in means.items())
+def by_power(rows: Rows, mixer: str, param: str, width: int, seed: int | None = None) -> dict[int, float]:
+    """The mean loss over seeds (or that of one) at each power of two; a run that diverged makes it infinite."""
+    losses: dict[int, list[float]] = {}
+    for row in rows:
+        if (row["mixer"], row["param"], row["width"]) == (mixer, param, width) and seed in (None, row["seed"]):
+            losses.setdefault(row["power"], []).append(row["loss"])
+    return {power: _mean(ends) if all(map(math.isfinite, ends)) else math.inf for power, ends in losses.items()}
+
+
+def best_rates(rows: Rows) -> dict[str, dict[str, dict[str, Any]]]:
+    """{mixer: {param: {width: {mean: the power whose mean is lowest, seeds: that of each seed}}}}."""
+    best: dict[str, dict[str, dict[str, Any]]] = {}
+    for mixer, param, width in dict.fromkeys((row["mixer"], row["param"], row["width"]) for row in rows):
+        seeds = sorted({row["seed"] for row in rows if (row["mixer"], row["param"], row["width"]) == (mixer, param, width)})
+        lowest = [min(means, key=lambda p: means[p]) for means in (by_power(rows, mixer, param, width, seed) for seed in (None, *seeds))]
+        best.setdefault(mixer, {}).setdefault(param, {})[str(width)] = {"mean": lowest[0], "seeds": lowest[1:]}
+    return best
+
+
+def _told(means: dict[int, float]) -> str:
+    return "  ".join(f"2^{power} {loss:.3f}" for power, loss in means.items())
 
 
 def _name(device: torch.device) -> str:
@@ -174,15 +193,8 @@ def draw(results: dict[str, Any], what: str, path: Path) -> None:
                     axis.loglog(results["widths"], means, "o-", label=f"{part} {results['slopes'][mixer][param][part]:+.2f}", base=2)
             else:
                 for width in results["widths"]:
-                    means = [
-                        _mean(
-                            r["loss"]
-                            for r in results["results"]
-                            if (r["mixer"], r["param"], r["width"], r["power"]) == (mixer, param, width, p)
-                        )
-                        for p in results["powers"]
-                    ]
-                    axis.plot(results["powers"], means, "o-", label=f"width {width}")
+                    ends = by_power(results["results"], mixer, param, width)
+                    axis.plot(list(ends), list(ends.values()), "o-", label=f"width {width}")
             axis.set_title(f"{mixer}, {'muP' if param == 'mup' else param}", fontsize=9)
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
@@ -212,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--widths", type=_numbers, default=[128, 256, 512, 1024])
     parser.add_argument("--base", type=int, default=0, help="width at which muP is the plain model; 0: the first")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="rates: seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--data", type=Path, default=Path("runs/data/demo"), help="rates: folder of shards")
     parser.add_argument("--powers", type=_numbers, default=[-11, -10, -9, -8, -7, -6], help="rates: powers of two to try")

@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
     try:
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
     results: dict[str, Any] = {"settings": settings, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "arms": {}}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in range(given.seeds):
+    for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name, channel in arms(given.structures.split(","), given.rank, given.blocks).items():
             row = run(channel, given, text, seed)
             results["arms"].setdefault(name, []).append(row)

@@ -71,10 +71,13 @@ class Text:
             return rate * lr_factor(number, steps, kind=kind, warmup=round(warmup * steps), final=0.1)
 
         for number, (loss, _) in trainer.run(step, range(steps), rate_of, inputs):
-            losses.append(loss.clone())
-            if each is not None and each(number, float(loss)):
+            with trainer.here():  # elsewhere it would be read while the step is still at work
+                losses.append(loss.clone())
+                ended = each is not None and each(number, float(losses[-1]))
+            if ended:
                 break
-        return [round(float(loss), 5) for loss in losses]
+        with trainer.here():  # waits for the last step, so that the weights are whole
+            return [round(loss, 5) for loss in torch.stack(losses).tolist()]
 
     @torch.no_grad()
     def held_out(self, model: LanguageModel, windows: int = 64) -> float:

@@ -14,6 +14,7 @@ from evals.cures.hooks import scan_hook
 from models.config import ModelConfig
 from models.convert import converted, targets
 from models.lm import LanguageModel
+from scripts.convert import DEFAULTS, problems_of
 from training.distill import Distillation, divergence
 
 IDS = torch.randint(48, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -81,6 +82,16 @@ def test_the_delta_rule_and_cells_read_what_the_attention_read() -> None:
     candidate = cell._project(u)[:, :, cell.cell.pre.index("c")].flatten(2)
     torch.testing.assert_close(candidate, u)
     assert torch.equal(cell.in_proj.weight, heads[1])
+
+
+@pytest.mark.parametrize("target", ["mamba2", "delta"])
+def test_the_size_of_what_new_mixers_put_out_can_be_smaller(target: str) -> None:
+    teacher = teacher_of()
+    whole, tenth = (converted(teacher, [0], target, scale=scale).state_dict() for scale in (1.0, 0.1))
+    changed = [name for name, value in whole.items() if not torch.equal(value, tenth[name])]
+    assert changed == ["blocks.0.mixer.norm.weight"]
+    torch.testing.assert_close(tenth[changed[0]], 0.1 * whole[changed[0]])
+    assert problems_of({**DEFAULTS, "checkpoint": "a", "out": "b", "scale": 0.0}) == ["scale must be above zero and at most 10, not 0."]
 
 
 def test_what_cannot_be_converted_is_a_sentence() -> None:

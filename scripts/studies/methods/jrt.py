@@ -1,20 +1,32 @@
 """JRT-RNN: whether it can be read from a state if two sets are disjoint, by which of them comes first; and cost.
 
-    python -m scripts.studies.methods.jrt            # a minute on one core; docs/results/methods/jrt.json
+    python -m scripts.studies.methods.jrt            # a quarter of an hour on one core; docs/results/methods/jrt.json
 
-Nothing is trained: symbols are random codes, keys and queries are the codes, values as well, and a token's score is how much of its own code it reads.
+sets: nothing is trained: symbols are random codes, keys and queries are the codes, values as well, and a token's score is how much of its own code it reads.
 The mixer's own sums are used, with 273 features. In one pass the tokens of the second set look for themselves in the state of the first. With a
 prompt read twice those of the long set look for themselves in what the prompt's sums hold of the short one, wherever it stands.
+
+trained: small models, with a prompt that is read twice and without, on text (the loss behind the prompt, at the same places for both) and on a passkey
+(a mark and a number somewhere in a prompt of noise, asked for behind it; scored behind prompts of the trained length and of four times that).
 """
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
+import numpy as np
 import torch
 
+from data.loader import Reader, Rows
+from data.prompted import PromptReader
 from models.mixers.jrt import twice_read
-from scripts.studies.methods.common import arguments, cost, write
+from models.prompt import whole_prompt
+from scripts.studies.methods.common import Batches, arguments, cost, demo_bytes, model_of, train, write
 
 SHORT, LONG, F, SYMBOLS = 4, 64, 16, 256
+PROMPT, T, MASK = 64, 128, 256  # of text
+NOISE, NUMBERS = 32, 16  # symbols of a passkey's noise, and numbers: then the mark before a number, the question, the mask
 
 
 def told_apart(twice: bool, short_first: bool, seed: int, rows: int = 400) -> float:
@@ -48,6 +60,71 @@ def told_apart(twice: bool, short_first: bool, seed: int, rows: int = 400) -> fl
     return float((score[shared][:, None] > score[~shared]).float().mean())
 
 
+class Bytes(Reader):
+    """Windows of a text drawn from the number of the sample."""
+
+    seq_len = T
+
+    def __init__(self, whole: np.ndarray, seed: int) -> None:
+        self.whole, self.seed = whole, seed
+
+    def samples(self, k_R: np.ndarray) -> Rows:
+        starts = np.array([np.random.default_rng([self.seed, int(k)]).integers(0, len(self.whole) - T - 1) for k in k_R])
+        return self.whole[starts[:, None] + np.arange(T + 1)], np.zeros((len(k_R), T + 1), dtype=np.int32)
+
+
+class Passkeys(Reader):
+    """A prompt of noise with `mark number` in it, that ends with the question; behind it the number."""
+
+    def __init__(self, prompt: int, seed: int) -> None:
+        self.prompt, self.seq_len, self.seed = prompt, prompt, seed
+
+    def samples(self, k_R: np.ndarray) -> Rows:
+        rows = np.empty((len(k_R), self.prompt + 1), dtype=np.int64)
+        for row, k in zip(rows, k_R):
+            draw = np.random.default_rng([self.seed, int(k), self.prompt])
+            row[:] = draw.integers(0, NOISE, self.prompt + 1)
+            at, number = int(draw.integers(0, self.prompt - 2)), NOISE + int(draw.integers(NUMBERS))
+            row[at], row[at + 1], row[-2], row[-1] = NOISE + NUMBERS, number, NOISE + NUMBERS + 1, number
+        return rows, np.zeros(rows.shape, dtype=np.int32)
+
+
+def batches_of(reader: Reader, prompt: int, rows: int, mask: int, seed: int) -> Batches:
+    """As in training by the program: rows whose prompts have masked tokens; without a prompt plain rows."""
+    whole = PromptReader(reader, prompt, 0.15, mask, seed) if prompt else reader
+
+    def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs, labels, _ = whole.labelled(np.arange(step * rows, (step + 1) * rows))
+        return torch.from_numpy(inputs.copy()), torch.from_numpy(labels.copy())
+
+    return draw
+
+
+@torch.no_grad()
+def behind(model: Any, reader: Reader, prompt: int, rows: int = 128) -> tuple[float, float]:
+    """(nats a token, share that is right) of what comes after the first `prompt` tokens of held-out rows, which are one prompt of the model."""
+    tokens, _ = reader.samples(np.arange(rows))
+    ids, labels = torch.from_numpy(tokens[:, :-1]), torch.from_numpy(tokens[:, 1:])
+    with whole_prompt(model.eval(), prompt):
+        nll = model(ids, labels, reduction="none").token_nll[:, prompt - 1 :]
+        right = model(ids).logits[:, prompt - 1 :].argmax(-1) == labels[:, prompt - 1 :]
+    return round(float(nll.mean()), 4), round(float(right.float().mean()), 4)
+
+
+def trained(what: str, twice: bool, seed: int, steps: int) -> dict[str, Any]:
+    """One model of two layers and width 64, and what it scores behind prompts."""
+    prompt = PROMPT if twice else 0
+    mixer = {"type": "jrt", "n_heads": 4, "feature_dim": 8, "prompt": prompt}
+    if what == "text":
+        text, held_out = demo_bytes()
+        model = model_of(mixer, MASK + 1, layers=2, d_ff=128)
+        _, curve = train(model, batches_of(Bytes(text, seed), prompt, 8, MASK, seed), steps, seed=seed)
+        return {"seed": seed, "nats": behind(model, Bytes(held_out, 1), PROMPT)[0], "loss": curve}
+    model = model_of(mixer, NOISE + NUMBERS + 3, layers=2, d_ff=128)
+    _, curve = train(model, batches_of(Passkeys(PROMPT, seed), prompt, 32, NOISE + NUMBERS + 2, seed), steps, seed=seed)
+    return {"seed": seed, "loss": curve, "right": {n: behind(model, Passkeys(n, 10**6), n)[1] for n in (PROMPT, 4 * PROMPT)}}
+
+
 def main() -> None:
     given = arguments(__doc__, "jrt")
     if "sets" in given.only or not given.only:
@@ -61,6 +138,20 @@ def main() -> None:
         what = "chance that rows whose sets share a symbol score higher than disjoint ones (0.5: not told apart), a number a seed"
         write(given.out, sets={"what": what, "short": SHORT, "long": LONG, "features": 1 + F + F * F, "found": found})
         print(found)
+    for what, steps in (("text", 300), ("passkey", 300)):
+        if given.only in f"trained {what}":
+            before = json.loads(given.out.read_text()) if given.out.exists() else {}
+            runs: dict[str, list[dict[str, Any]]] = before.get(f"trained_{what}", {}).get("runs") or {
+                "prompt read twice": [],
+                "one pass": [],
+            }
+            for seed in range(given.seeds):
+                for name, rows in runs.items():
+                    if any(row["seed"] == seed for row in rows):
+                        continue  # was run before
+                    rows.append(trained(what, name != "one pass", seed, steps))
+                    print(what, name, rows[-1], flush=True)
+                    write(given.out, **{f"trained_{what}": {"steps": steps, "prompt": PROMPT, "runs": runs}})
     if "cost" in given.only or not given.only:
         write(
             given.out, cost={name: cost({"type": "jrt", "n_heads": 4, "prompt": p}) for name, p in (("causal", 0), ("prompt of 128", 128))}

@@ -3,11 +3,12 @@
     python -m scripts.studies.methods.plstm          # a quarter of an hour on one core; docs/results/methods/plstm.json
 
 One layer of width 64 learns the parity of bits, and products of the group S3, in 16 tokens, and is scored at 16 and at 64. A model that solves the
-latter at 64 ends there; the others are given the full number of steps.
+latter at 64 ends there; the others are given the full number of steps. Runs that the JSON holds already are not run again.
 """
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -49,10 +50,13 @@ def arm(task: str, name: str, seed: int, most: int) -> dict[str, Any]:
 def main() -> None:
     given = arguments(__doc__, "plstm")
     if "tracking" in given.only or not given.only:
-        found = []
+        found = json.loads(given.out.read_text()).get("tracking", []) if given.out.exists() else []
+        held = {(run["task"], run["arm"], run["seed"]) for run in found}
         for seed in range(given.seeds):
             for task, most in (("parity", 600), ("s3", 1000)):
                 for name in ARMS if task == "parity" else ("orthogonal", "diagonal"):
+                    if (task, name, seed) in held:
+                        continue
                     found.append(arm(task, name, seed, most))
                     write(given.out, tracking=found)
                     print(found[-1], flush=True)
