@@ -108,3 +108,12 @@ def test_all_at_once_on_two_ranks() -> None:
     done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cpu", "4096", "float32"], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("equal") == 2
+
+
+@pytest.mark.slow
+def test_several_updates_compile() -> None:
+    tensors, starts = problem(1, 70, 2, 8, 1, 8, 2, starts=0.1)
+    with torch.no_grad():
+        wanted = delta_rule(*tensors, starts, normalize=True)
+        found = torch.compile(delta_rule, fullgraph=True)(*tensors, starts, normalize=True)
+    compare([*found], [*wanted], 1e-5)
