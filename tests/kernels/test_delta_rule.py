@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ids=str,
 )
 def test_states_starts_and_kinds_that_do_not_fit_are_refused(place: int, wrong: torch.Tensor, said: str) -> None:
-    given = [*problem(1, 6, 4, 8, 2, 8)[0], torch.zeros(1, 6, dtype=torch.bool)]
+    given: list[Any] = [*problem(1, 6, 4, 8, 2, 8)[0], torch.zeros(1, 6, dtype=torch.bool)]
     given[place] = wrong
     with pytest.raises(ValueError, match=said):
         delta_rule(*given)
@@ -114,6 +116,6 @@ def test_all_at_once_on_two_ranks() -> None:
 def test_several_updates_compile() -> None:
     tensors, starts = problem(1, 70, 2, 8, 1, 8, 2, starts=0.1)
     with torch.no_grad():
-        wanted = delta_rule(*tensors, starts, normalize=True)
-        found = torch.compile(delta_rule, fullgraph=True)(*tensors, starts, normalize=True)
+        wanted = delta_rule(*(*tensors, starts), normalize=True)
+        found = torch.compile(delta_rule, fullgraph=True)(*(*tensors, starts), normalize=True)
     compare([*found], [*wanted], 1e-5)
