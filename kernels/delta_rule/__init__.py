@@ -36,7 +36,7 @@ def delta_rule(
     Returns (o (B, T, H, V) in v's dtype, final state (B, H, V, K) in fp32 or fp64); differentiable in every tensor argument.
     On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks. Raises ValueError for shapes that do not fit.
     """
-    _check(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH)
+    _check(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT)
     if not q_BTGK.shape[1]:
         return _nothing(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK)
     if q_BTGK.shape[1] == 1 and h0_BHVK is not None and not torch.is_grad_enabled():  # decoding
@@ -50,14 +50,24 @@ def delta_rule(
     return plain.rule(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None) -> None:
-    (B, T, G, K), (S, H) = q.shape, v.shape[1:3]
+def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None) -> None:
+    if q.ndim != 4 or v.ndim != 4 or not q.shape[2]:
+        raise ValueError(
+            f"q must be (B, T, G, K) and v (B, S, H, V), each of at least one group, not {tuple(q.shape)} and {tuple(v.shape)}."
+        )
+    (B, T, G, K), (S, H, V) = q.shape, v.shape[1:]
     if k.shape != (B, S, G, K) or beta.shape != (B, S, H) or v.shape[0] != B:
         raise ValueError(f"k {tuple(k.shape)}, v {tuple(v.shape)} and beta {tuple(beta.shape)} do not go together with q {tuple(q.shape)}.")
     if H % G or (S % T if T else S) or (T and not S):
         raise ValueError(f"{H} heads of values in {G} groups, and {S} updates of {T} tokens: the second must divide the first.")
     if g is not None and g.shape != (B, T, H):
         raise ValueError(f"g {tuple(g.shape)} must have the shape {(B, T, H)}.")
+    if h0 is not None and h0.shape != (B, H, V, K):
+        raise ValueError(f"h0 must be {(B, H, V, K)}, not {tuple(h0.shape)}.")
+    if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
+        raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts.dtype} of {tuple(starts.shape)}.")
+    if not all(t is None or t.is_floating_point() for t in (q, k, v, beta, g, h0)):
+        raise ValueError("All tensors of the delta rule but starts must be of floating-point numbers.")
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Of keys: one tile holds them. Keys of more than 128 numbers of four bytes need more shared memory in `key_gradients` than there is; read twice
 # instead, they gave illegal accesses on an H100 (see NARROWEST).
 WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
-RUN = 16  # operands are made of whole runs of so many elements (see kernels/ssd/launch.py)
+RUN = 16  # operands are made of whole runs of so many elements, as those of Mamba-2's scan
 # Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
 # that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
 NARROWEST = 64

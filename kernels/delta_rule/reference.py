@@ -174,9 +174,10 @@ def _gates_of_updates(
     gate = torch.where(new, 0.0, gate)
     if starts is not None:
         new = new | starts[..., None]
+    left = new.int()  # before it is filled up: of padded comparisons in fp64 torch 2.13's compiler makes C++ that does not compile
     if n > 1:
-        gate, new = (F.pad(x.unsqueeze(2), (0, 0, 0, n - 1)).flatten(1, 2) for x in (gate, new))
-    return gate, new.int()
+        gate, left = (F.pad(x.unsqueeze(2), (0, 0, 0, n - 1)).flatten(1, 2) for x in (gate, left))
+    return gate, left
 
 
 def delta_rule(

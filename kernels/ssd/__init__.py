@@ -33,8 +33,14 @@ def ssd(
     dt is positive (after softplus), A negative; heads share B and C in G groups. starts (B, T) bool zeroes the state before a step.
     Returns (y (B, T, H, P) in x's dtype, final state (B, H, P, N) in fp32 or fp64); differentiable in every tensor argument.
     On a GPU Triton kernels run, elsewhere and in float64 plain torch in chunks of `chunk` steps, 64 at most.
+    Raises ValueError for a state or starts that do not fit.
     """
-    if not x_BTHP.shape[1]:
+    (B, T, H, P), N = x_BTHP.shape, B_BTGN.shape[-1]
+    if h0_BHPN is not None and h0_BHPN.shape != (B, H, P, N):
+        raise ValueError(f"h0 must be {(B, H, P, N)}, not {tuple(h0_BHPN.shape)}.")
+    if starts_BT is not None and (starts_BT.shape != (B, T) or starts_BT.dtype != torch.bool):
+        raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts_BT.dtype} of {tuple(starts_BT.shape)}.")
+    if not T:
         return _nothing(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, D_H)
     if x_BTHP.shape[1] == 1 and h0_BHPN is not None and not torch.is_grad_enabled():  # decoding
         with torch.autocast(x_BTHP.device.type, enabled=False):

@@ -17,7 +17,7 @@ TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hu
 OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {
-    "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
+    "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "delta_rule", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
     "Pre", "Rec", "Mat", "State", "Walk",
 }  # fmt: skip
 # operations whose reference.py has the same functions
@@ -29,7 +29,6 @@ IN_TORCH = (
     "kernels.rotary",
     "kernels.swiglu",
     "kernels.mamba2_step",
-    "kernels.delta_rule",
     "kernels.delta_step",
     "kernels.m2rnn",
 )
@@ -44,10 +43,25 @@ SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without
 SCAN_KERNELS = '''def scan_kernels() -> Any:
     """The scan's kernels by name."""
     return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs, scan_recover=scan_recover)'''
+RULE = {  # likewise kernels/delta_rule
+    "forward": "rule_on_gpu", "Problem": "Rule", "pad": "whole_power", "ready": "with_whole_runs", "kernels": "rule_kernels", "sizes": "rule_tile",
+    "project": "rule_project", "walk": "rule_walk", "outputs": "rule_outputs", "recover": "rule_recover", "decays": "rule_decays",
+    "where_is": "place_of_chunk", "strides_of": "rule_strides", "whole_width": "rule_width", "filled": "rule_state", "NARROWEST": "RULE_NARROWEST",
+    "RECOVERED": "RULE_RECOVERED", "RUN": "RULE_RUN", "NARROW": "RULE_NARROW", "WIDE": "RULE_WIDE", "Tile": "RuleTile",
+}  # fmt: skip
+ONLY_RULES = ("RULE", "delta_rule")  # of the template, which no model without the delta rule needs
+RULE_TEXT = """# The delta rule in Triton (arXiv 2406.06484, 2412.06464), without gradients. Time is cut into chunks of 64 updates: `rule_project` sums the logarithms of
+# the gates, counts document starts and solves each chunk's triangular system, `rule_walk` carries the state from chunk to chunk, `rule_outputs` takes
+# all chunks at once, `rule_recover` in order what may have left its document. b batch row, h head, c chunk, i and j rows of a chunk, K and V widths of a
+# key and a value, S updates, N updates a token, R heads that share a key."""
+RULE_KERNELS = '''def rule_kernels() -> Any:
+    """The rule's kernels by name."""
+    return SimpleNamespace(tl=tl, rule_project=rule_project, rule_walk=rule_walk, rule_outputs=rule_outputs, rule_recover=rule_recover)'''
 # what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
 DROPPED = {
     "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
     "inner_flops_per_token", "plain_weights", "follow", "tensors_of", "grows", "cached_tokens", "named_memories", "in_segment", "at_position", "random_state", "begin_step", "learnt",
+    "walk_back", "gradients",
 }  # fmt: skip
 
 ELSEWISE = {  # plans of memory are made here, not by the exported code, which has no kernels of attention either
@@ -164,6 +178,16 @@ def add_scan(flat: Flattener) -> None:
     flat.add("kernels.ssd.launch", "forward", SCAN)
 
 
+def add_rule(flat: Flattener) -> None:
+    """The forward kernels of the delta rule and what launches them: `rule_on_gpu`."""
+    flat.pieces.append(RULE_TEXT)
+    flat.external.add("from types import SimpleNamespace")
+    flat.instead["kernels.delta_rule.launch", "kernels"] = RULE_KERNELS
+    for name in ("project", "walk", "outputs", "recover"):
+        flat.add("kernels.delta_rule.triton", name, RULE)
+    flat.add("kernels.delta_rule.launch", "forward", RULE)
+
+
 def _camel(kind: str) -> str:
     return "".join(part.title() for part in kind.split("_"))
 
@@ -189,13 +213,17 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
     if way is not None:
         flat.done.add(("models.walk", flat.module("models.walk").definitions["Walk"].lineno))  # the template has its own
         flat.add(f"models.depth.{way}", "Way", {"Config": "WayConfig"})
+    rules = "delta" in types
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            flat.add(part, name)
+            if rules or name not in ONLY_RULES:
+                flat.add(part, name)
     flat.pieces += kernels
     scans = "mamba2" in types
     if scans:
         add_scan(flat)
+    if rules:
+        add_rule(flat)
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
@@ -203,6 +231,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
         *[f'BIASES["{cell}"] = {biases!r}' for cell in cells if (biases := bias_init(cell))],
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),
+        *(["RULE.append(rule_on_gpu)"] if rules else []),
     ]
     title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
     imports = "\n".join(sorted(flat.external))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.delta_rule.reference import delta_rule_chunked, delta_rule_step
 from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
 from kernels.parallel_rnn.step import HeadMatrix
 from kernels.ssd.reference import ssd_chunked
@@ -21,6 +22,7 @@ CELLS: dict[str, Any] = {}  # name: (step, (its Jacobian, its gradients) in torc
 BIASES: dict[str, Any] = {}  # name: where the biases of its inputs start
 triton: Any = None  # the module, in the exported file, if it is installed
 SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
+RULE: list[Any] = []  # the delta rule in kernels, if this file has it
 Pre = Rec = Mat = State = (
     Tensor  # what the arguments of a cell's step are: input projection, learned weight, matrix over a head, carried state
 )
@@ -158,6 +160,24 @@ def ssd(
         except triton.OutOfResources:  # less shared memory than the kernels were made for
             SCAN.clear()
     return ssd_chunked(x, dt, A, B_, C_, h0, starts, chunk, D_H)
+
+
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None, *, normalize: bool, scale: float
+) -> Any:  # fmt: skip
+    """The delta rule: without gradients and on a GPU in kernels, else in plain torch in chunks of time. K, the width of keys."""
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, beta, g, h0))
+    T, K = q.shape[1], q.shape[-1]
+    with torch.autocast(q.device.type, enabled=False):
+        if T == 1 and h0 is not None:
+            return delta_rule_step(q, k, v, beta, g, h0, starts, normalize, scale)
+        if RULE and not learning and T and can_scan(v) and K <= (256 if v.dtype == torch.bfloat16 else 128):
+            try:
+                with torch.cuda.device_of(v):
+                    return RULE[0](q, k, v, beta, g, h0, starts, normalize, scale)
+            except triton.OutOfResources:  # less shared memory than the kernels were made for
+                RULE.clear()
+        return delta_rule_chunked(q, k, v, beta, g, h0, starts, normalize, scale)
 
 
 def can_scan(x: Tensor) -> bool:

@@ -107,9 +107,10 @@ class Mixer(SequenceMixer):
         """Queries and keys through their norms, if there are any: over each head's channels, or over those of all heads."""
         if self.q_norm is None or self.k_norm is None:
             return q_BHTK, k_BGTK
+        q_BTHK, k_BTGK = q_BHTK.transpose(1, 2), k_BGTK.transpose(1, 2)  # as they lie: the norm copies what cannot be seen as rows
         if self.config.qk_norm_over == "head":
-            return self.q_norm(q_BHTK), self.k_norm(k_BGTK)
-        q_BTI, k_BTI = (x.transpose(1, 2).flatten(2) for x in (q_BHTK, k_BGTK))
+            return self.q_norm(q_BTHK).transpose(1, 2), self.k_norm(k_BTGK).transpose(1, 2)
+        q_BTI, k_BTI = q_BTHK.flatten(2), k_BTGK.flatten(2)
         normed = (self.q_norm(q_BTI), self.H), (self.k_norm(k_BTI), self.G)
         q, k = (x.unflatten(-1, (heads, self.K)).transpose(1, 2) for x, heads in normed)
         return q, k

@@ -4,6 +4,7 @@
     python -m scripts.bench.step out=FILE models=transformer-400m peers=false packed=true
     python -m scripts.bench.step out=FILE against=v0.1                                    # the same rows of another commit beside them
     python -m scripts.bench.step out=FILE models=transformer-400m optimizer=adamw,muon    # a row for each; symmetric=false: products whole
+    python -m scripts.bench.step out=FILE models=transformer-400m,gdn_hybrid-400m length=8192 peers=false
 
 A step is forward, backward, clipping and the optimizer, with fp32 weights and products in bf16 (autocast), as `train.py` runs it on one GPU but for
 DeepSpeed and the loader. Every row runs in a process of its own. tokens/s are medians; `idle` is the share of the profiled step in which no kernel
@@ -28,11 +29,12 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, T = 50432, 2048
 # width, layers, layers without an MLP, attention heads, Mamba-2 state, rows of a step: configs/size
 SIZES = {"400m": (1024, 24, 48, 8, 64, 16), "1b": (2048, 24, 48, 16, 128, 8), "toy": (64, 2, 4, 4, 16, 2)}
-FAMILIES = ("transformer", "paragru", "mamba2", "hybrid")
+FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid")
 DEFAULTS: dict[str, Any] = {
     "out": "",  # JSON to write
     "models": "transformer-400m,paragru-400m,hybrid-400m,mamba2-400m,transformer-1b,paragru-1b",  # family-size
-    "rows": 0,  # sequences of a step; 0: 16 at 400m, 8 at 1b
+    "rows": 0,  # sequences of a step; 0: 16 at 400m, 8 at 1b, so many times fewer as they are longer than 2,048 tokens
+    "length": T,  # tokens of a sequence
     "steps": 20,  # timed steps of a row
     "packed": False,  # documents end inside rows too
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
@@ -50,7 +52,22 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
     (
         "recurrence",
-        ("shoot", "mend", "border", "parallel_rnn", "walk", "outputs", "key_gradients", "query_gradients", "prepare", "recover", "inputs"),
+        (
+            *(
+                "shoot",
+                "mend",
+                "border",
+                "parallel_rnn",
+                "walk",
+                "outputs",
+                "key_gradients",
+                "query_gradients",
+                "prepare",
+                "recover",
+                "inputs",
+            ),
+            *("project", "local", "pair_gradients"),
+        ),
     ),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "gradient")),
@@ -68,9 +85,16 @@ def settings_of(name: str) -> Any:
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state},
         "attention": {"type": "attention", "n_heads": heads},
+        "gated_deltanet": {"type": "delta", "n_heads": heads},
     }
-    pattern = {"hybrid": ["paragru", "mamba2", "paragru", "attention"], "transformer": ["attention"]}.get(family, [family])
+    pattern = {
+        "hybrid": ["paragru", "mamba2", "paragru", "attention"],
+        "gdn_hybrid": ["gated_deltanet"] * 3 + ["attention"],
+        "transformer": ["attention"],
+    }.get(family, [family])
     bare = family == "mamba2"
+    if family == "gdn_hybrid":
+        mixers["attention"] |= {"qk_norm": True, "output_gate": True, "qk_norm_centred": True}
     return ModelConfig(
         vocab_size=VOCABULARY if size != "toy" else 512,
         d_model=width,
@@ -79,33 +103,34 @@ def settings_of(name: str) -> Any:
         mixers={kind: mixers[kind] for kind in pattern},
         d_ff=0 if bare else -1,
         learnable_residual=family == "paragru",
+        centred_norms=family == "gdn_hybrid",
     )
 
 
-def batch(rows: int, vocabulary: int, packed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(ids (rows, T), the document of each token or None), from a seed."""
+def batch(rows: int, length: int, vocabulary: int, packed: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(ids (rows, length), the document of each token or None), from a seed."""
     draws = torch.Generator().manual_seed(1)
-    ids = torch.randint(vocabulary, (rows, T), generator=draws)
+    ids = torch.randint(vocabulary, (rows, length), generator=draws)
     if not packed:
         return ids.to(device), None
-    starts = torch.zeros(rows * T, dtype=torch.int32)
+    starts = torch.zeros(rows * length, dtype=torch.int32)
     at = 0
-    while at < rows * T:
+    while at < rows * length:
         starts[at] = 1
         at += int(torch.randint(200, 4001, (), generator=draws))
-    starts = starts.view(rows, T)
+    starts = starts.view(rows, length)
     starts[:, 0] = 0
     return ids.to(device), starts.cumsum(1).int().to(device)
 
 
-def ours(name: str, rows: int, packed: bool, graph: bool, device: torch.device) -> tuple[Any, Any, float]:
+def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: torch.device) -> tuple[Any, Any, float]:
     """(model, a function that makes the gradients and returns the loss, model FLOPs of a token in training)."""
     from models.lm import LanguageModel
 
     model = LanguageModel(settings_of(name))
     model.init_weights(0)
     model.to(device)
-    ids, segments = batch(rows, model.config.vocab_size, packed, device)
+    ids, segments = batch(rows, length, model.config.vocab_size, packed, device)
 
     labels = ids.roll(-1, 1)
     graphed = None
@@ -128,10 +153,10 @@ def ours(name: str, rows: int, packed: bool, graph: bool, device: torch.device) 
         loss.backward()
         return loss.detach()
 
-    return model, gradients, 3.0 * model.flops_per_token(T)
+    return model, gradients, 3.0 * model.flops_per_token(length)
 
 
-def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
+def peer(name: str, rows: int, length: int, device: torch.device) -> tuple[Any, Any, float]:
     """transformers' Llama of the Transformer's shape, compiled."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -139,15 +164,15 @@ def peer(name: str, rows: int, device: torch.device) -> tuple[Any, Any, float]:
     config = LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.mlp_width, num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.mixers["attention"]["n_heads"], num_key_value_heads=shape.mixers["attention"]["n_heads"],
-        tie_word_embeddings=False, use_cache=False, max_position_embeddings=T,
+        tie_word_embeddings=False, use_cache=False, max_position_embeddings=length,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     compiled = torch.compile(model)
-    ids, _ = batch(rows, shape.vocab_size, False, device)
+    ids, _ = batch(rows, length, shape.vocab_size, False, device)
     from models.lm import LanguageModel
 
     with torch.device("meta"):
-        flops = 3.0 * LanguageModel(shape).flops_per_token(T)
+        flops = 3.0 * LanguageModel(shape).flops_per_token(length)
 
     def gradients() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -223,9 +248,19 @@ def update_ms(update: Any) -> float:
 
 
 def measure(
-    name: str, rows: int, steps: int, packed: bool, graph: bool, is_peer: bool, kind: str, symmetric: bool, attention: str, fp8: bool
+    name: str,
+    rows: int,
+    length: int,
+    steps: int,
+    packed: bool,
+    graph: bool,
+    is_peer: bool,
+    kind: str,
+    symmetric: bool,
+    attention: str,
+    fp8: bool,
 ) -> dict[str, Any]:
-    """A row: what `name` does with `rows` sequences a step."""
+    """A row: what `name` does with `rows` sequences of `length` tokens a step."""
     from models import attend
 
     attend.own_kernels = attention
@@ -236,7 +271,7 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
-    model, gradients, flops = peer(name, rows, device) if is_peer else ours(name, rows, packed, graph, device)
+    model, gradients, flops = peer(name, rows, length, device) if is_peer else ours(name, rows, length, packed, graph, device)
     update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
     def step() -> torch.Tensor:
@@ -255,8 +290,8 @@ def measure(
         times.append(time.perf_counter() - start)
     ms = 1e3 * statistics.median(times)
     row = {
-        "rows": rows, "step_ms": round(ms, 2), "tokens_per_s": round(rows * T / ms * 1e3), "first_step_s": round(first, 1), "losses": losses,
-        "flops": flops * rows * T, "parameters": sum(p.numel() for p in model.parameters()),
+        "rows": rows, "length": length, "step_ms": round(ms, 2), "tokens_per_s": round(rows * length / ms * 1e3), "first_step_s": round(first, 1), "losses": losses,
+        "flops": flops * rows * length, "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -272,6 +307,7 @@ def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: b
         [
             name,
             rows,
+            values["length"],
             values["steps"],
             packed,
             graph,
@@ -321,6 +357,8 @@ def run(words: list[str]) -> None:
             raise UserError(
                 f"There is no model {name!r}; write family-size with one of {', '.join(FAMILIES)} and one of {', '.join(SIZES)}."
             )
+    if values["length"] < 2:
+        raise UserError(f"length={values['length']} must be at least 2.")
     if values["attention"] not in ("auto", "own", "torch"):
         raise UserError(f"attention={values['attention']} is none of auto, own and torch.")
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
@@ -335,7 +373,7 @@ def run(words: list[str]) -> None:
         peak = peak_flops(torch.cuda.get_device_name(), "bf16") if device.type == "cuda" else None
         result: dict[str, Any] = {**environment(device), "settings": values, "rows": {}}
         for name in names:
-            rows = values["rows"] or SIZES[name.partition("-")[2]][5]
+            rows = values["rows"] or max(1, SIZES[name.partition("-")[2]][5] * T // values["length"])
             cells = [
                 (label if kind == "adamw" else f"{label}, {kind}", tree, False, kind)
                 for kind in kinds

@@ -19,6 +19,7 @@ from tests.hub.folders import checkpoint
 MIXERS: dict[str, dict[str, Any]] = {
     **{cell: {"type": "rnn", "cell": cell, "n_heads": 2, "expand": 1.5} for cell in ("paragru", "paralstm", "mingru")},
     "mamba2": {"type": "mamba2", "d_state": 6, "head_dim": 12, "n_groups": 2, "chunk": 5},
+    "delta": {"type": "delta", "n_heads": 2, "n_k_heads": 1, "head_dim": 12, "updates": 2, "negative": True},
 }
 
 
@@ -29,20 +30,20 @@ def check(folder: Path, name: str, device: str) -> None:
     write_folder(source, out, "fp32", 10**9, "apache-2.0")
     theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).to(device).eval()
     ours: LanguageModel = load_model(source)[0]
-    scans = name == "mamba2"  # of Mamba-2 the prompt, of the others every token
-    T = 300 if device == "cuda" else 19 if scans else 9  # 19: two chunks in the interpreter
+    table = {"mamba2": "SCAN", "delta": "RULE"}.get(name)  # of these the prompt, of the others every token
+    T = 300 if device == "cuda" else {"mamba2": 19, "delta": 35}.get(name, 9)  # two chunks in the interpreter
     ids, mask = torch.randint(1, 67, (2, T)), torch.ones(2, T, dtype=torch.long)
     mask[0, :3] = 0  # padding starts a text anew
     code = sys.modules[type(theirs).__module__]
     walked = []
-    plain = code.SCAN[0] if scans else code.walk_on_gpu
+    plain = getattr(code, table)[0] if table else code.walk_on_gpu
 
     def watched(*arguments: Any) -> Any:
         walked.append(1)
         return plain(*arguments)
 
-    if scans:
-        code.SCAN[0] = watched
+    if table:
+        getattr(code, table)[0] = watched
     else:
         code.walk_on_gpu = watched  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -53,18 +54,18 @@ def check(folder: Path, name: str, device: str) -> None:
         ]
     gap = float((given - expected).abs().max())
     assert gap < 1e-4 and torch.equal(*new) and len(walked) > 5, (name, gap, len(walked))
-    if scans:  # a GPU with less shared memory
-        code.SCAN[0] = out_of_resources
+    if table:  # a GPU with less shared memory
+        getattr(code, table)[0] = out_of_resources
         with torch.no_grad():
             again = theirs(ids.to(device), attention_mask=mask.to(device)).logits[:, -1].cpu()
-        assert (again - expected).abs().max() < 1e-4 and not code.SCAN
+        assert (again - expected).abs().max() < 1e-4 and not getattr(code, table)
     theirs.train()
     theirs(ids.to(device), labels=ids.to(device)).loss.backward()
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
     output = ours(ids, labels)
     (output.loss_sum / output.token_count).backward()
     pairs = [(theirs.model.embed_tokens.weight, ours.embedding.weight)]
-    if scans:
+    if table:
         pairs.append((theirs.model.layers[0].mixer.A_log, ours.blocks[0].mixer.A_log))
     elif ours.blocks[0].mixer.recurrent is not None:
         pairs.append((theirs.model.layers[0].mixer.recurrent, ours.blocks[0].mixer.recurrent))

@@ -1,5 +1,6 @@
-"""Everything at once: packed rows, h0, a gradient of the final state, grouped heads, and the time cut over ranks, against the float64 loop. What each rank of a launcher runs: `python -m tests.kernels.delta_rule_ranks DEVICE T DTYPE` (T tokens in all); with
-TRITON_INTERPRET=1 the kernels run in the interpreter."""
+"""Everything at once: packed rows, h0, a gradient of the final state, grouped heads, and the time cut over ranks, against the float64 loop. What
+each rank of a launcher runs: `python -m tests.kernels.delta_rule_ranks DEVICE T DTYPE` (T tokens in all); with TRITON_INTERPRET=1 the kernels run
+in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from kernels.delta_rule import border, delta_rule
 from models.slices import Slice
-from tests.kernels.delta_rule_cases import NAMES, asked, distance, oracle, problem
+from tests.kernels.delta_rule_cases import NAMES, answers, asked, distance, oracle, problem
 
 OPTIONS: dict[str, Any] = {"normalize": True, "scale": 0.25}
 
@@ -92,7 +93,10 @@ def main(device: str, T: int, dtype: torch.dtype) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     sizes = (3, 4, 64, 2, 128, 2) if device == "cuda" else (2, 2, 6, 1, 8, 1)
     tensors, starts, do, d_final = whole_problem(T, dtype, device, sizes)
-    wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
+    if device == "cpu" and T > 1024:  # the loop takes seconds; chunks in float64 are compared with it in test_delta_rule.py
+        wanted = answers(delta_rule, [t.double() for t in tensors], starts, do.double(), d_final.double(), **OPTIONS)
+    else:
+        wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
     slice_, n = Slice(), sizes[-1]
     found, mine = on_a_rank(tensors, starts, do, d_final, slice_)
     steps = slice(mine.start * n, mine.stop * n)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -60,6 +62,25 @@ def test_what_does_not_fit_is_refused() -> None:
         delta_rule(q, k, v, beta, g[:, :3])
 
 
+@pytest.mark.parametrize(
+    ("place", "wrong", "said"),
+    [
+        (5, torch.zeros(1, 4, 8, 4), "h0 must be"),  # kernels would cut it, or read what lies behind it
+        (5, torch.zeros(3, 4, 8, 8), "h0 must be"),
+        (6, torch.zeros(1, 5, dtype=torch.bool), "starts must be bool of shape"),
+        (6, torch.zeros(1, 6, dtype=torch.int64), "starts must be bool"),
+        (0, torch.zeros(6, 2, 8), "q must be"),
+        (2, torch.zeros(1, 6, 4, 8, dtype=torch.int64), "floating-point"),
+    ],
+    ids=str,
+)
+def test_states_starts_and_kinds_that_do_not_fit_are_refused(place: int, wrong: torch.Tensor, said: str) -> None:
+    given: list[Any] = [*problem(1, 6, 4, 8, 2, 8)[0], torch.zeros(1, 6, dtype=torch.bool)]
+    given[place] = wrong
+    with pytest.raises(ValueError, match=said):
+        delta_rule(*given)
+
+
 def test_what_is_not_finite_stays_in_its_document() -> None:
     """Its gradients too."""
     for bad in range(5):
@@ -86,6 +107,15 @@ def test_all_at_once_in_slices() -> None:
 
 
 def test_all_at_once_on_two_ranks() -> None:
-    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cpu", "1024", "float32"], PYTHONPATH=str(ROOT))
+    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cpu", "4096", "float32"], PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("equal") == 2
+
+
+@pytest.mark.slow
+def test_several_updates_compile() -> None:
+    tensors, starts = problem(1, 70, 2, 8, 1, 8, 2, starts=0.1)
+    with torch.no_grad():
+        wanted = delta_rule(*(*tensors, starts), normalize=True)
+        found = torch.compile(delta_rule, fullgraph=True)(*(*tensors, starts), normalize=True)
+    compare([*found], [*wanted], 1e-5)

@@ -106,3 +106,17 @@ def test_own_kernels_take_what_is_divided_and_nothing_else(monkeypatch: pytest.M
                 patch.setattr(attend, "own_kernels", "torch")
                 torch.testing.assert_close(attend.attend(queries, k, v, given, window), wanted)
                 assert not calls
+
+
+@pytest.mark.parametrize("over", ["head", "heads"])
+def test_norms_of_queries_and_keys_read_them_as_they_lie(over: str) -> None:
+    """What they cannot see as rows they copy, forward and twice backward."""
+    rows = pytest.importorskip("kernels.gated_norm.launch").rows
+    mixer = Mixer(Config(n_heads=4, n_kv_heads=2, qk_norm=True, qk_norm_over=over), 32, 0)
+    given: list[torch.Tensor] = []
+    for norm in (mixer.q_norm, mixer.k_norm):
+        assert norm is not None
+        norm.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    mixer.init_weights(0.02, 1)
+    mixer(torch.randn(2, 9, 32))
+    assert len(given) == 2 and all(rows(x).data_ptr() == x.data_ptr() for x in given)
