@@ -7,6 +7,7 @@ a kernel's results with and without all this.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def types_once() -> None:
     dtypes: dict[str, Any] = {}
 
     def block_init(self: Any, element_ty: Any, shape: Any) -> None:
-        key = (id(element_ty), *[size if type(size) is int else size.value for size in shape])
+        key = (id(element_ty), *(shape.values if type(shape) is core.tuple else shape))
         if key not in blocks:
             make_block(self, element_ty, shape)
             blocks[key] = element_ty, dict(self.__dict__)  # the element type, too, so that no other gets its id
@@ -92,18 +93,25 @@ def types_once() -> None:
 
 
 def call_directly() -> None:
-    """Of each function of the language: without the two wrappers that only hand on which semantics hold."""
+    """Of each function of the language: without the two wrappers that only hand on which semantics hold; looked for once."""
     wrapper = core.add.__code__
+    functions: dict[int, list[tuple[str, Any]]] = {}  # of each module or class
 
-    def patch_attr(holder: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    def direct(member: Any) -> Any:
         function, semantics = member.__wrapped__ if member.__code__ is wrapper else member, interpreter.interpreter_semantic
 
         def call(*args: Any, _semantic: Any = None, **kwargs: Any) -> Any:
             return function(*args, _semantic=semantics, **kwargs)
 
-        scope.set_attr(holder, name, call)
+        return call
 
-    interpreter._patch_attr = patch_attr
+    def patch_builtin(holder: Any, builder: Any, scope: Any) -> None:
+        if id(holder) not in functions:
+            functions[id(holder)] = [(name, direct(member)) for name, member in inspect.getmembers(holder) if core.is_builtin(member)]
+        for name, call in functions[id(holder)]:
+            scope.set_attr(holder, name, call)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 def usual_types_at_once() -> None:
