@@ -12,19 +12,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.files import save_report
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import Run, Scan, each_module, scan_hook, scan_layers
 from evals.measures.dynamics import QUANTILES, TOLERANCE, Recurrence, figures, mixing_figures, probed
+from evals.suites.prose import problems_of_text, report_on_prose
 from training.config.arguments import parse_arguments, program
-from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
@@ -220,42 +218,19 @@ def _figure(value: float | None, form: str) -> str:
 
 def problems_of(values: dict[str, Any]) -> list[str]:
     """What cannot be run, a sentence each."""
-    problems = [] if values["checkpoint"] else ["Say what to look at: checkpoint=DIR."]
+    problems = problems_of_text(values)
     if not 8 <= values["length"] <= 4096:
         problems.append(f"length must be from 8 to 4096 tokens, as matrices of all pairs are made; not {values['length']}.")
-    if values["text"] is not None and values["data"] is not None:
-        problems.append("text and data both say what to read; give one of them.")
     return problems
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Reads one model, writes the JSON and the page, prints the page and returns the report. Raises UserError."""
-    from evals.adapters.load import device_of, load_adapter
-    from evals.suites.subject import Settings, Subject
-    from training.watch.metrics import environment
 
-    device = device_of(values["device"])
-    adapter = load_adapter(values["checkpoint"], device)
-    subject = Subject(adapter, Settings(data=values["data"], text=values["text"], seed=values["seed"]), path=values["checkpoint"])
-    out = Path(values["out"] or Path(adapter.folder) / "dynamics.json")
-    try:
-        ids = torch.from_numpy(subject.rows_of("prose", values["rows"], values["length"]))
-        rows = dynamics(adapter, ids)
-    except ItemError as error:
-        raise UserError(str(error)) from error
-    report = {
-        "arguments": values,
-        "model": adapter.describe(),
-        "rows": ids.shape[0],
-        "length": ids.shape[1],
-        "text": subject.text.source,
-        "quantiles": QUANTILES,
-        "layers": rows,
-        "environment": environment(device),
-    }
-    save_report(out, report, page(report))
-    print(page(report) + f"\nwritten to {out} and {out.with_suffix('.md')}")
-    return report
+    def measure(adapter: Adapter, ids: Tensor) -> dict[str, Any]:
+        return {"quantiles": QUANTILES, "layers": dynamics(adapter, ids)}
+
+    return report_on_prose("dynamics", values, measure, page)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,20 +12,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.files import save_report
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.progress import Progress
+from evals.suites.prose import problems_of_text, report_on_prose
 from models.lm import LanguageModel
 from training.config.arguments import parse_arguments, program
-from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
@@ -147,35 +145,17 @@ def page(report: dict[str, Any]) -> str:
 
 def problems_of(values: dict[str, Any]) -> list[str]:
     """What cannot be run, a sentence each."""
-    problems = [] if values["checkpoint"] else ["Say what to look at: checkpoint=DIR."]
-    if values["length"] < 2:
-        problems.append("length must be 2 tokens or more.")
-    if values["text"] is not None and values["data"] is not None:
-        problems.append("text and data both say what to read; give one of them.")
-    return problems
+    return problems_of_text(values) + ([] if values["length"] >= 2 else ["length must be 2 tokens or more."])
 
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Walks the paths of one model, writes the JSON and the page, prints the page and returns the report. Raises UserError."""
-    from evals.adapters.load import device_of, load_adapter
-    from evals.suites.subject import Settings, Subject
-    from training.watch.metrics import environment
 
-    device = device_of(values["device"])
-    adapter = load_adapter(values["checkpoint"], device)
-    subject = Subject(adapter, Settings(data=values["data"], text=values["text"], seed=values["seed"]), path=values["checkpoint"])
-    out = Path(values["out"] or Path(adapter.folder) / "layer_paths.json")
-    try:
-        ids = torch.from_numpy(subject.rows_of("prose", values["rows"], values["length"] + 1))
+    def measure(adapter: Adapter, ids: Tensor) -> dict[str, Any]:
         with Progress("layer paths", "paths") as progress:
-            result = layer_paths(adapter, ids, values["budget"], progress)
-    except ItemError as error:
-        raise UserError(str(error)) from error
-    about = {"rows": ids.shape[0], "length": ids.shape[1] - 1, "text": subject.text.source, "seen": subject.about_text()["seen"]}
-    report = {"arguments": values, "model": adapter.describe(), **about, **result, "environment": environment(device)}
-    save_report(out, report, page(report))
-    print(page(report) + f"\nwritten to {out} and {out.with_suffix('.md')}")
-    return report
+            return layer_paths(adapter, ids, values["budget"], progress)
+
+    return report_on_prose("layer_paths", values, measure, page, labels=1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -61,7 +61,7 @@ class ModelConfig:
 
     def learnt_visits(self) -> list[int]:
         """The layers that the tokens of a training step go through with a gradient, in order."""
-        way = depth.parse(self.depth, self.n_layers)[0] if self.depth else None
+        way = depth.KINDS.parse(self.depth, self.n_layers)[0] if self.depth else None
         return list(range(self.n_layers)) if way is None else way.learnt(self.n_layers)
 
     def problems(self) -> list[str]:
@@ -104,7 +104,7 @@ class ModelConfig:
                 f"model.channel is {self.channel.get('type')}, but model.d_ff=0 leaves it out of every layer; give a width, or -1."
             )
         if self.depth and self.n_layers > 0:
-            problems += depth.parse(self.depth, self.n_layers)[1]
+            problems += depth.KINDS.parse(self.depth, self.n_layers)[1]
         return problems + param.KINDS.parse(self.param, self)[1]
 
     @staticmethod

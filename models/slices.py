@@ -40,40 +40,18 @@ class Traffic:
 traffic = Traffic()
 
 
-class _Shift(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, slice_: Slice, purpose: str) -> Tensor:
-        ctx.slice, ctx.purpose = slice_, purpose
-        return slice_.pass_on(value.detach(), 1, purpose)
+class _Exchange(torch.autograd.Function):
+    """there: a linear map of this rank's tensor over all ranks; back: its adjoint, for the gradient."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slice.pass_on(gradients[0], -1, ctx.purpose), None, None
-
-
-class _Swap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, slice_: Slice, purpose: str) -> Tensor:
-        ctx.slice, ctx.purpose = slice_, purpose
-        return slice_.swap(value.detach(), purpose)
+    def forward(ctx: Any, value: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(value.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slice.swap(gradients[0], ctx.purpose), None, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, slice_: Slice, purpose: str) -> Tensor:
-        ctx.slice, ctx.purpose = slice_, purpose
-        return slice_.gather(value.detach(), purpose)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.slice.swap(gradients[0], ctx.purpose).sum(0), None, None
+        return ctx.back(gradients[0]), None, None
 
 
 class _AdjointFromRight(torch.autograd.Function):
@@ -164,17 +142,17 @@ class Slice:
     @untraced
     def shifted(self, value: Tensor, purpose: str) -> Tensor:
         """The tensor of the rank before (zeros on the first); its gradient goes the other way."""
-        return _Shift.apply(value, self, purpose)
+        return _Exchange.apply(value, lambda v: self.pass_on(v, 1, purpose), lambda g: self.pass_on(g, -1, purpose))
 
     @untraced
     def swapped(self, value: Tensor, purpose: str) -> Tensor:
         """(N, ...): `swap`, which is its own adjoint."""
-        return _Swap.apply(value, self, purpose)
+        return _Exchange.apply(value, lambda v: self.swap(v, purpose), lambda g: self.swap(g, purpose))
 
     @untraced
     def gathered(self, value: Tensor, purpose: str) -> Tensor:
         """(N, ...): the tensors of all ranks; the gradient is what all ranks ask of this rank's."""
-        return _Gather.apply(value, self, purpose)
+        return _Exchange.apply(value, lambda v: self.gather(v, purpose), lambda g: self.swap(g, purpose).sum(0))
 
     @untraced
     def carried(self, end: Tensor, through: Tensor) -> Tensor:
@@ -237,4 +215,4 @@ class Slice:
         tail = x_BTD[:, T - width + 1 :]
         if segment_ids is not None:
             tail = torch.where((segment_ids[:, T - width + 1 :] == segment_ids[:, -1:])[..., None], tail, 0.0)
-        return _Shift.apply(tail, self, "halo")
+        return self.shifted(tail, "halo")

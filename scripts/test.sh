@@ -5,6 +5,7 @@
 source "$(dirname "$0")/common.sh"
 setup_venv dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" WANDB_MODE="${WANDB_MODE:-disabled}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+unset PYTHONDONTWRITEBYTECODE  # else each program that a test starts compiles the project anew
 ruff check .
 ruff format --check .
 mypy

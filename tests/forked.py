@@ -26,7 +26,21 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = ("deepspeed", "hydra", "safetensors.torch", "torch._dynamo", "transformers", "transformers.modeling_utils")
-STARTED = ("data.loader", "training.checkpoint", "training.engine", "training.watch.metrics", "training.saving.saver", "training.setup")
+STARTED = (  # what a run of the smallest model loads, and Hydra and DeepSpeed only then
+    *(
+        "data.loader",
+        "evals.in_loop",
+        "training.checkpoint",
+        "training.config.cli",
+        "training.engine",
+        "training.loop",
+        "training.guard.faults",
+    ),
+    *("training.saving.saver", "training.setup", "training.watch.metrics", "training.watch.observe", "training.watch.trace"),
+    *("models.mixers.attention", "models.mixers.mamba2", "models.mixers.rnn", "models.cells.paragru", "models.channel.swiglu"),
+    *("hydra._internal.core_plugins.file_config_source", "hydra._internal.core_plugins.basic_launcher", "antlr4.LL1Analyzer"),
+    *("setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer"),
+)
 GRACE = 10.0  # seconds
 
 

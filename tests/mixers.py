@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
@@ -20,6 +22,12 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 def mixer_configs() -> dict[str, dict[str, Any]]:
     """{name of the file: its keys, with those of the files that it begins from}."""
+    return copy.deepcopy(composed_mixers())
+
+
+@functools.cache
+def composed_mixers() -> dict[str, dict[str, Any]]:
+    """Once a process: Hydra takes seconds for all of them, and many test files ask."""
     with initialize_config_dir(version_base=None, config_dir=str(FOLDER)):
         composed = {path.stem: compose(f"mixer/{path.stem}") for path in sorted((FOLDER / "mixer").glob("*.yaml"))}
     return {name: OmegaConf.to_container(config.mixer) for name, config in composed.items()}  # type: ignore[misc]

@@ -76,16 +76,16 @@ def ways(model: Any, ids: Any) -> dict[str, bool]:
         options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "eos_token_id": None, **options}
         return model.generate(rows, attention_mask=torch.ones_like(rows) if mask is None else mask, **options)[:, rows.shape[1] :]
 
-    one, short = ids[:1], ids[:1, 5:]
+    first, unpadded = ids[:1], ids[:1, 5:]
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     padded = torch.cat([ids[:1] * mask[:1], ids[1:]])
     return {
-        "uncached": torch.equal(text(one), text(one, use_cache=False)),
-        "beams": torch.equal(text(one, num_beams=3), text(one, num_beams=3, use_cache=False)),
-        "padding": torch.equal(text(padded, mask), torch.cat([text(short), text(ids[1:])])),
-        "assisted": torch.equal(text(one, assistant_model=model), text(one)),
-        "lookup": torch.equal(text(torch.cat([one, one], 1), prompt_lookup_num_tokens=3), text(torch.cat([one, one], 1))),
+        "uncached": torch.equal(text(first), text(first, use_cache=False)),
+        "beams": torch.equal(text(first, num_beams=3), text(first, num_beams=3, use_cache=False)),
+        "padding": torch.equal(text(padded, mask), torch.cat([text(unpadded), text(ids[1:])])),
+        "assisted": torch.equal(text(first, assistant_model=model), text(first)),
+        "lookup": torch.equal(text(torch.cat([first, first], 1), prompt_lookup_num_tokens=3), text(torch.cat([first, first], 1))),
     }
 
 

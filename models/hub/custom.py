@@ -55,7 +55,7 @@ def custom(config: ModelConfig, max_positions: int) -> Stock:
         "use_cache": True,
     }
     if config.depth:
-        values["depth"] = {"type": config.depth["type"], **dataclasses.asdict(depth.parse(config.depth, config.n_layers)[0])}
+        values["depth"] = {"type": config.depth["type"], **dataclasses.asdict(depth.KINDS.parse(config.depth, config.n_layers)[0])}
     return Stock("EverywhenForCausalLM", values, RULES)
 
 

@@ -88,23 +88,23 @@ def _tensors(folder: Path, config: ModelConfig, weights: Weights, names: Stock) 
     tensors: dict[str, Tensor] = {}
     surplus = {name for name in weights.names() if not IGNORED.fullmatch(name)}
     for theirs, parts in names.tensors({name: shape[0] for name, shape in shapes.items()}).items():
-        held = held_name(names, weights, theirs)
-        if not held:
+        stored = held_name(names, weights, theirs)
+        if not stored:
             raise UserError(f"{folder} lacks the tensor {theirs}; fetch or export the folder again.")
-        if not (dtype := weights.dtype(held)).startswith(("float", "bfloat")):
-            raise UserError(f"{folder}: the tensor {held} is of {dtype}, so the weights are quantised; fetch the original ones.")
-        tensor = weights.tensor(held)
-        tensor = tensor[:, 0] if held.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
+        if not (dtype := weights.dtype(stored)).startswith(("float", "bfloat")):
+            raise UserError(f"{folder}: the tensor {stored} is of {dtype}, so the weights are quantised; fetch the original ones.")
+        tensor = weights.tensor(stored)
+        tensor = tensor[:, 0] if stored.endswith("conv1d.weight") and tensor.ndim == 3 else tensor
         shape = (sum(rows for *_, rows in parts), *shapes[parts[0][1]][1:])
         if tuple(tensor.shape) != shape:
-            raise UserError(f"{folder}: the tensor {held} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
+            raise UserError(f"{folder}: the tensor {stored} has shape {tuple(tensor.shape)} where config.json makes it {shape}.")
         for at, ours, first, rows in parts:
             if rows == shapes[ours][0]:
                 tensors[ours] = tensor[at : at + rows].to(torch.float32).contiguous()
                 continue
             whole = tensors.setdefault(ours, torch.empty(shapes[ours]))
             whole[first : first + rows] = tensor[at : at + rows]
-        surplus.discard(held)
+        surplus.discard(stored)
     tensors = {name: tensors[name] for name in shapes}
     head = names.name("head.weight")
     if config.tie_embeddings and head in surplus:

@@ -41,9 +41,9 @@ class Merged(Weights):
             return super().tensor(name)
         layer, part = self.plain[name]
         if self.last[0] != layer:
-            own = channel.build(self.config.channel, self.config.d_model, self.config.mlp_width)
-            own.load_state_dict({key: self.source.tensor(f"blocks.{layer}.mlp.{key}") for key in self.parts})
-            self.last = (layer, own.plain_weights())
+            mixer = channel.build(self.config.channel, self.config.d_model, self.config.mlp_width)
+            mixer.load_state_dict({key: self.source.tensor(f"blocks.{layer}.mlp.{key}") for key in self.parts})
+            self.last = (layer, mixer.plain_weights())
         return self.last[1][part]
 
     @torch.no_grad()

@@ -44,9 +44,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def refuse_pickles(folder: Path) -> None:
     """Raises UserError if the folder holds a file that would have to be unpickled."""
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if found:
-        raise UserError(f"{folder} holds a pickle ({found[0]}), which can run code when read; convert it to safetensors and remove it.")
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(f"{folder} holds a pickle ({pickles[0]}), which can run code when read; convert it to safetensors and remove it.")
 
 
 class Weights:
@@ -118,8 +118,8 @@ class Weights:
 
     def dtype(self, name: str) -> str:
         """The dtype of a tensor that is not cut, as torch calls it; its own name for one that torch reads as something else."""
-        found = str(self._open(self.where[name]).get_slice(name).get_dtype())
-        return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(found, found)
+        stored = str(self._open(self.where[name]).get_slice(name).get_dtype())
+        return {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(stored, stored)
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.cut:
@@ -131,13 +131,13 @@ class Weights:
         """The elements first .. end-1 of the flattened tensor; only the pages that hold them are read."""
         if name not in self.cut:
             return self.tensor(name).view(-1)[first:end]
-        found, passed = [], dict[str, int]()
+        pieces, passed = [], dict[str, int]()
         for file, a, b in self.cut[name][1]:
             begin = passed.get(file, 0)
             passed[file] = begin + b - a
             if a < end and first < b:
-                found.append(self._open(file).get_tensor(name).view(-1)[begin + max(first - a, 0) : begin + min(end, b) - a])
-        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
+                pieces.append(self._open(file).get_tensor(name).view(-1)[begin + max(first - a, 0) : begin + min(end, b) - a])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
 
 
 def _blob(folder: Path, file: str) -> bool:

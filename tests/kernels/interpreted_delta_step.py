@@ -12,6 +12,7 @@ import torch  # noqa: E402
 from kernels.delta_step import delta_step  # noqa: E402
 from kernels.delta_step.op import step_op  # noqa: E402
 from tests.kernels.delta_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 
 
 def check(sizes: Sizes, dtype: torch.dtype, resets: bool, gated: bool, strength: float) -> None:
@@ -55,6 +56,7 @@ def forgotten() -> None:
 
 
 if __name__ == "__main__":
+    patch_once()
     torch.manual_seed(0)
     for case in CASES:
         check(*case)

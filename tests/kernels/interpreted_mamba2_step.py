@@ -12,6 +12,7 @@ import torch  # noqa: E402
 
 from kernels.mamba2_step import mamba2_step  # noqa: E402
 from kernels.mamba2_step.op import step_op  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.mamba2_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 
 
@@ -52,6 +53,7 @@ def forgotten() -> None:
 
 
 if __name__ == "__main__":
+    patch_once()
     torch.manual_seed(0)
     for case in CASES:
         check(*case)

@@ -34,7 +34,7 @@ def model_of(way: dict[str, Any], mixer: str = "attention", n_layers: int = 3, s
 
 
 def test_every_way_on_disk_is_tried() -> None:
-    assert {way["type"] for way in WAYS.values()} == set(depth.available())
+    assert {way["type"] for way in WAYS.values()} == set(depth.KINDS.available())
 
 
 def test_one_step_is_the_model_of_one_layer() -> None:

@@ -39,7 +39,7 @@ def test_what_it_does_not_go_with_is_a_sentence() -> None:
     with pytest.raises(UserError) as caught:
         checked(compose_config(["experiment=recurrent_depth", "deepspeed.stage=3", "train.initial_state=pass", "data.path=x"]))
     assert "take stage 2" in str(caught.value) and "set it to zero" in str(caught.value)
-    with pytest.raises(UserError, match="choose one of recurrent, universal"):
+    with pytest.raises(UserError, match="models.depth holds recurrent, universal"):
         checked(compose_config(["experiment=recurrent_depth", "model.depth.type=deep", "data.path=x"]))
     with pytest.raises(UserError, match="leave no layer of 4"):
         checked(compose_config(["experiment=recurrent_depth", "model.depth.prelude=3", "data.path=x"]))

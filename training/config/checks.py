@@ -261,7 +261,7 @@ def depth_problems(config: Config) -> list[str]:
     from models import depth
 
     mapping, start, problems = config.model.get("depth"), config.train.initial_state, []
-    way = depth.parse(mapping, config.model.get("n_layers") or 1)[0] if mapping else None
+    way = depth.KINDS.parse(mapping, config.model.get("n_layers") or 1)[0] if mapping else None
     if way is None:
         return []
     if config.deepspeed.stage == 3:
