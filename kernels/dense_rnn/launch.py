@@ -24,6 +24,7 @@ from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
+from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
@@ -166,6 +167,25 @@ def forward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
+    return _forward(cell, pre, rec, mat, h0, starts, plan)[:3]
+
+
+def forward_with_border(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
+    all slices left them."""
+    emitted, kept, final, products, nearby = _forward(cell, pre, rec, mat, h0, starts, plan)
+    P = products.new_zeros(*products.shape[:2], len(cell.state), len(cell.state), products.shape[3])
+    for v, (i, j) in enumerate(facts(cell).tracked):
+        P[:, :, i, j] = products[:, :, v]
+    return emitted, kept, final, product(P[:, None])[:, 0], nearby[:, -1]
+
+
+def _forward(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, and of each slice the tracked products (B, n, tracked, D) and the sizes near its end (B, n, S, D)."""
     plan = plan or Plan.of(pre, mat.shape[1])
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
@@ -177,14 +197,14 @@ def forward(
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
     p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
     if n == 1:
-        return emitted, kept, ends[:, 0]
+        return emitted, kept, ends[:, 0], products, nearby
     stats = _counters(pre.device)[:SLOTS]
     for k in range(_rounds(plan, pre)):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
-    return emitted, kept, final
+    return emitted, kept, final, products, nearby
 
 
 def _before(p: _Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
@@ -239,18 +259,18 @@ def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod:
     N = p.B * p.T
     pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
 
-    def product(u: Tensor, d: Tensor) -> Tensor:
+    def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
     flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
     if len(operands) == 1 and [w.same[i] for i in w.Q] == list(w.X) and [q.matrix for q in p.dense.products] == list(range(p.G)):
         d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
-        return product(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
+        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
     for i, (matrix, operand) in enumerate(p.dense.products):
         k = w.same[i]
         d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
-        d_mat[:, :, matrix] += product(operands[operand], d)
+        d_mat[:, :, matrix] += piecewise(operands[operand], d)
     return d_mat
 
 
@@ -259,6 +279,14 @@ def backward(
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan)[:4]
+
+
+def backward_with_border(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, and the adjoint's size near the first step (B, S, D)."""
     plan = plan or Plan.of(pre, mat.shape[1])
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, n = p.B, p.T, p.S, plan.slices
@@ -293,7 +321,7 @@ def backward(
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0
+    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.dense_rnn import dense_rnn, dense_rnn_step
+from kernels.dense_rnn import dense_rnn, dense_rnn_step, ranks
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
@@ -177,8 +177,6 @@ class Mixer(SequenceMixer):
         return {name: state.cell_BSI[:, i] for i, name in enumerate(self.cell.state)}
 
     def why_not_split(self, T: int = 1 << 62) -> str:
-        if self.matrices is not None:
-            return "its heads are dense"
         if not self.cell.lowered:
             return f"its cell is solved as a loop ({self.cell.why_loop.rstrip('.')})"
         return self.conv.why_not_split(T) if self.conv is not None else ""
@@ -221,6 +219,8 @@ class Mixer(SequenceMixer):
         slice exact, whatever the Jacobians are.
         """
         cell, rec = biased(self.cell), with_bias(rec, bias)
+        if self.matrices is not None:
+            return _dense_over_ranks(slice_, cell, pre, rec, self.matrices, starts)
         with torch.autocast(pre.device.type, enabled=False):
             start = _guessed_starts(slice_, cell, pre, rec, starts)
             for correction in range(slice_.size):
@@ -279,6 +279,17 @@ class Mixer(SequenceMixer):
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
         cell += 0 if self.matrices is None else self.matrices.numel()
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
+
+
+def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None) -> Tensor:
+    """`over_ranks` of a cell with matrices, whose adjoint is corrected as its states are."""
+
+    def count(what: str) -> None:
+        setattr(traffic, what, getattr(traffic, what) + 1)
+
+    part = ranks.Part(slice_.rank, slice_.size, slice_.gather, count)
+    with torch.autocast(pre.device.type, enabled=False):
+        return ranks.over_ranks(cell, pre, rec, matrices.unflatten(2, (len(cell.mat), -1)), starts, part)
 
 
 @torch.no_grad()

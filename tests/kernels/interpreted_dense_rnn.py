@@ -10,10 +10,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import launch, op  # noqa: E402
+from kernels.dense_rnn import launch, op, ranks, reference  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
+from kernels.parallel_rnn.op import joined  # noqa: E402
 from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
@@ -40,6 +41,24 @@ def compare(
         print(label, name, f"{error:.1e}")
         assert a.shape == b.shape and error < limits[i > 1], f"{label}: {name} is off by {error:.1e}"
     return report
+
+
+def borders() -> None:
+    """What ranks exchange, of one slice and of several, as plain torch finds it."""
+    for name, T, counts in (("dense_lstm", 48, (1, 3)), ("dense_elman", 7, (1,)), ("slstm", 9, (1,))):
+        cell, tensors, starts = problem(name, 2, T, 1, 16, starts=0.05, seed=2)
+        given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
+        for n in counts:
+            plan = Plan.of(given[0], 16, n, 4)
+            emitted, kept, _, P, size = launch.forward_with_border(cell, *(*given, starts, plan))
+            states = joined(emitted, kept)
+            *_, near = launch.backward_with_border(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))
+            d_states = joined(d_emitted, torch.zeros_like(kept))
+            wanted_ = (
+                *ranks.border(cell, *(*given, starts, states)),
+                reference.backward_with_border(cell, *(*given, starts, states, d_states, d_final))[4],
+            )
+            assert all(torch.allclose(a, b, rtol=2e-3, atol=1e-5) for a, b in zip((P, size, near), wanted_)), (name, n)
 
 
 def walked() -> None:
@@ -90,6 +109,7 @@ def main() -> None:
     launch.TWICE = 16  # as of heads whose matrices fit once only
     for name in ("dense_lstm", "dense_gru_before"):
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
+    borders()
     walked()
     through_the_op()
     print("ok")
