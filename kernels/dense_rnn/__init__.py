@@ -23,6 +23,7 @@ def dense_rnn(
     *,
     bias_PD: Tensor | None = None,
     method: str = "auto",
+    learner: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Solves h_t = step(pre_t, rec, R, h_{t-1}) for all t, of E heads of K channels, D = E K.
 
@@ -35,6 +36,7 @@ def dense_rnn(
     method: "sequential" keeps autograd's graph of the loop; "sliced" solves over slices of time in plain torch, and differentiates
     through the solution; "triton" does so in kernels generated from the step; "auto" is "sliced" (on a GPU "triton", once its kernels
     are proven there, see launch.py) of a cell that can be lowered, and "sequential" of any other, which it says once.
+    learner: the number of a layer of plans.py, whose plan is in force and which is told what the solve needed; 0: none.
     Raises ValueError for shapes that do not fit the cell, and for a method that cannot solve it.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
@@ -65,7 +67,7 @@ def dense_rnn(
         nothing = 0 * (pre_BTPD.sum() + rec_RD.sum().to(pre_BTPD.dtype) + mat_EKGK.sum().to(pre_BTPD.dtype))  # gradients of zero, not none
         return pre_BTPD.new_zeros((B, T, D)) + nothing, h0
     if method != "sequential" and cell.lowered:
-        emitted, _, final = op.solve(pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method)
+        emitted, _, final = op.solve(pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method, learner)
         return emitted, final
     return _loop(cell, pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.dense_rnn import codegen, source
+from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
@@ -38,7 +39,6 @@ WAVES = 1.5  # programs wanted for each multiprocessor
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
-SLOTS = 4  # counters of a pass
 _stats: dict[torch.device, Tensor] = {}
 
 
@@ -107,6 +107,12 @@ class Plan:
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
+def in_force(pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
+    """The reckoned plan, or what a layer has learnt to do."""
+    plan = Plan.of(pre, K)
+    return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
+
+
 class _Problem:
     """What all launches of a solve share."""
 
@@ -149,7 +155,7 @@ class _Problem:
 
 
 def _counters(device: torch.device) -> Tensor:
-    """Forward and backward: largest residual, most corrections, heads of batch rows solved, and of these the shares of slices walked in order."""
+    """Forward and backward, as in plans.py: largest residual, most corrections, heads of batch rows solved, slices walked, slices."""
     if device not in _stats:
         with torch.inference_mode(False):  # a tensor that later calls may change
             counters = torch.zeros(2 * SLOTS, device=device)
@@ -164,18 +170,32 @@ def _rounds(plan: Plan, pre: Tensor) -> int:
 
 
 def forward(
-    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None = None,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
-    return _forward(cell, pre, rec, mat, h0, starts, plan)[:3]
+    return _forward(cell, pre, rec, mat, h0, starts, plan, layer)[:3]
 
 
 def forward_with_border(
-    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None = None,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
-    emitted, kept, final, products, nearby = _forward(cell, pre, rec, mat, h0, starts, plan)
+    emitted, kept, final, products, nearby = _forward(cell, pre, rec, mat, h0, starts, plan, layer)
     P = products.new_zeros(*products.shape[:2], len(cell.state), len(cell.state), products.shape[3])
     for v, (i, j) in enumerate(facts(cell).tracked):
         P[:, :, i, j] = products[:, :, v]
@@ -183,10 +203,17 @@ def forward_with_border(
 
 
 def _forward(
-    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None,
+    layer: Layer | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, and of each slice the tracked products (B, n, tracked, D) and the sizes near its end (B, n, S, D)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
+    plan = plan or in_force(pre, mat.shape[1], layer, False)
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = p.pre.new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
@@ -198,7 +225,7 @@ def _forward(
     p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby
-    stats = _counters(pre.device)[:SLOTS]
+    stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(_rounds(plan, pre)):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
@@ -277,17 +304,19 @@ def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod:
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
-    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan)[:4]
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer)[:4]
 
 
 def backward_with_border(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
+    plan = plan or in_force(pre, mat.shape[1], layer, True)
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     before = _before(p, emitted, starts)
@@ -311,7 +340,7 @@ def backward_with_border(
     measures = (begins, ends, products, nearby)
     p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
-        stats = _counters(pre.device)[SLOTS:]
+        stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(_rounds(plan, pre)):
             p.module.correct_back[p.E, B](*measures, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
             p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
@@ -325,13 +354,13 @@ def backward_with_border(
 
 
 def last_report() -> dict[str, float]:
-    """Of the solves over several slices since the last call: heads of batch rows solved, most corrections, largest residual at the last check,
+    """Of the solves over several slices since the last call, but those of layers that learn: heads of batch rows solved, most corrections, largest residual at the last check,
     and the share of slices that had to be walked in order; the same of the adjoints. Waits for the device: call it when logging."""
     read = torch.stack([t.cpu() for t in _stats.values()]).amax(0).tolist() if _stats else [0.0] * (2 * SLOTS)
     report: dict[str, float] = {}
-    for name, (residual, corrections, heads, walked) in zip(("", "_backward"), (read[:SLOTS], read[SLOTS:])):
+    for name, (residual, corrections, heads, walked, slices) in zip(("", "_backward"), (read[:SLOTS], read[SLOTS:])):
         report |= {f"heads{name}": heads, f"corrections{name}": corrections, f"residual{name}": residual}
-        report[f"walked{name}"] = walked / max(1.0, heads)
+        report[f"walked{name}"] = walked / max(1.0, slices)
     for t in _stats.values():
         t.zero_()
     return report

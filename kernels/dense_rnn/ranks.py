@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.dense_rnn import launch, op, reference
+from kernels.dense_rnn import launch, op, plans, reference
 from kernels.dense_rnn.reference import TOLERANCE
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 from kernels.parallel_rnn.op import flat, joined
@@ -30,12 +30,14 @@ PIECE = 256  # steps whose Jacobians are held at a time in plain torch
 
 @dataclass(frozen=True)
 class Part:
-    """This rank's place, how all ranks' tensors are gathered to (N, ...), and what counts "solves", "corrections" and "adjoints"."""
+    """This rank's place, how all ranks' tensors are gathered to (N, ...), what counts "solves", "corrections" and "adjoints", and the layer that
+    learns (plans.py)."""
 
     rank: int
     size: int
     gather: Callable[[Tensor, str], Tensor]
     count: Callable[[str], None]
+    learner: int = 0
 
 
 def border(
@@ -54,30 +56,33 @@ def border(
 
 
 def _solved(
-    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, learner: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(emitted, kept, final) of a part, its diagonal product, and its channels' size near the end."""
     if op.use_triton(cell, pre, mat.shape[1], "auto"):
         with torch.cuda.device_of(pre):
-            return launch.forward_with_border(cell, pre, rec, mat, h0, starts)
+            return launch.forward_with_border(cell, pre, rec, mat, h0, starts, layer=plans.find(learner))
     dtype = reference.compute_dtype(pre)
-    emitted, kept, final = op.solve(pre, rec, mat, h0, starts, cell.key, "auto")
+    emitted, kept, final = op.solve(pre, rec, mat, h0, starts, cell.key, "auto", learner)
     states = joined(emitted.to(dtype), kept)
     return emitted, kept, final, *border(cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0, starts, states)
 
 
 def _back(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor, d_emitted: Tensor,
-    d_final: Tensor,
+    d_final: Tensor, learner: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of pre, rec, mat and h0, and the adjoint's size near the part's beginning."""
+    layer = plans.find(learner)
     if op.use_triton(cell, pre, mat.shape[1], "auto"):
         with torch.cuda.device_of(pre):
-            return launch.backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None, d_final)
+            return launch.backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None, d_final, layer=layer)
     dtype = reference.compute_dtype(pre)
     states, d_states = joined(emitted.to(dtype), kept), joined(d_emitted.to(dtype), torch.zeros_like(kept))
     x, w, R = flat(pre).to(dtype), rec.to(dtype), mat.to(dtype)
-    d_pre, *others = reference.backward_with_border(cell, x, w, R, h0, starts, states, d_states, d_final)
+    slices_and_burn_in = op.chosen(pre, h0, layer, True)
+    d_pre, *others = reference.backward_with_border(cell, x, w, R, h0, starts, states, d_states, d_final, *slices_and_burn_in)
+    op.note(layer, True, reference.last_backward, pre.shape[0] * mat.shape[0])
     return torch.empty_like(pre).copy_(d_pre.view(pre.shape)), *others
 
 
@@ -92,7 +97,7 @@ def _between(part: Part, end: Tensor, size: Tensor, P: Tensor, purpose: str) -> 
 def _guess(part: Part, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, starts: Tensor | None, zero: Tensor) -> Tensor:
     """(B, N, S, D): zero, then what the last steps of each part alone end in."""
     first = max(0, pre.shape[1] - BURN_IN)
-    end = op.solve(pre[:, first:], rec, mat, zero, None if starts is None else starts[:, first:].contiguous(), cell.key, "auto")[2]
+    end = op.solve(pre[:, first:], rec, mat, zero, None if starts is None else starts[:, first:].contiguous(), cell.key, "auto", 0)[2]
     ends = part.gather(end, "states").transpose(0, 1)
     return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
 
@@ -105,7 +110,7 @@ class _Over(torch.autograd.Function):
         start = _guess(part, cell, pre, rec, mat, starts, zero)
         for correction in range(part.size):
             h0 = start[:, part.rank].contiguous()
-            emitted, kept, final, P, size = _solved(cell, pre, rec, mat, h0, starts)
+            emitted, kept, final, P, size = _solved(cell, pre, rec, mat, h0, starts, part.learner)
             part.count("solves")
             if correction == part.size - 1:
                 break
@@ -127,12 +132,12 @@ class _Over(torch.autograd.Function):
         with torch.autocast(pre.device.type, enabled=False):
             W = slice(0, min(BURN_IN, pre.shape[1]))
             early = (pre[:, W], rec, mat, h0, None if starts is None else starts[:, W].contiguous())
-            guess = _back(cell, *early, emitted[:, W].contiguous(), kept[:, W].contiguous(), d_emitted[:, W].contiguous(), zero)[3]
+            guess = _back(cell, *early, emitted[:, W].contiguous(), kept[:, W].contiguous(), d_emitted[:, W].contiguous(), zero, 0)[3]
             lefts = part.gather(guess, "adjoints").transpose(0, 1)
             right = torch.cat([lefts[:, 1:], torch.zeros_like(lefts[:, :1])], 1)
             for correction in range(part.size):
                 d_final = right[:, part.rank].contiguous()
-                d_pre, d_rec, d_mat, d_h0, size = _back(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_final)
+                d_pre, d_rec, d_mat, d_h0, size = _back(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_final, part.learner)
                 part.count("adjoints")
                 if correction == part.size - 1:
                     break

@@ -270,7 +270,8 @@ def certify(w: Writer, back: bool) -> None:
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "first = tl.where((other > 0) & (first == n), m, first)")
     w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
-    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32) / n)")
+    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
+    w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")
     end = "b * n" if back else "b * n + n - 1"
     for i in w.S:
         w.put(1, f"end{i} = tl.load(ENDS + (({end}) * {S} + {i}) * D + d, mask=inside, other=0.0)")

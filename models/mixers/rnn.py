@@ -91,6 +91,7 @@ class State:
 
 class Mixer(SequenceMixer):
     recurrence = "parallel_rnn"
+    learner = 0  # the number of a layer whose plan is learnt in training (kernels/dense_rnn/plans.py, training/plans.py)
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ class Mixer(SequenceMixer):
             return final[:, None, -1].to(pre.dtype), final
         if dense is None:
             return parallel_rnn(cell, pre, rec, before_BSI, starts, bias_PD=bias, emitted=True)
-        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias)
+        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias, learner=self.learner if self.training else 0)
 
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "cell_BSI": "recurrent", "segment_B": "bookkeeping"}
@@ -220,7 +221,7 @@ class Mixer(SequenceMixer):
         """
         cell, rec = biased(self.cell), with_bias(rec, bias)
         if self.matrices is not None:
-            return _dense_over_ranks(slice_, cell, pre, rec, self.matrices, starts)
+            return _dense_over_ranks(slice_, cell, pre, rec, self.matrices, starts, self.learner if self.training else 0)
         with torch.autocast(pre.device.type, enabled=False):
             start = _guessed_starts(slice_, cell, pre, rec, starts)
             for correction in range(slice_.size):
@@ -281,13 +282,13 @@ class Mixer(SequenceMixer):
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
 
 
-def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None) -> Tensor:
+def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None, learner: int) -> Tensor:
     """`over_ranks` of a cell with matrices, whose adjoint is corrected as its states are."""
 
     def count(what: str) -> None:
         setattr(traffic, what, getattr(traffic, what) + 1)
 
-    part = ranks.Part(slice_.rank, slice_.size, slice_.gather, count)
+    part = ranks.Part(slice_.rank, slice_.size, slice_.gather, count, learner)
     with torch.autocast(pre.device.type, enabled=False):
         return ranks.over_ranks(cell, pre, rec, matrices.unflatten(2, (len(cell.mat), -1)), starts, part)
 

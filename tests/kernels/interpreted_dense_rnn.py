@@ -88,7 +88,7 @@ def through_the_op() -> None:
     made = []
     for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
         given = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, rec, mat, h0)]
-        emitted, kept, final = op.solve(*given, starts, cell.key, method)
+        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0)
         gradients = torch.autograd.grad((emitted**2).sum() + kept.cos().sum() + final.sum(), given)
         made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))

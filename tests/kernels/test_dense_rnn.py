@@ -89,7 +89,7 @@ def test_the_op_and_one_step(dtype: torch.dtype) -> None:
         for t in range(12):
             h = dense_rnn_step(cell, tensors[0][:, t], tensors[1], tensors[2], torch.where(starts[:, t, None, None], 0.0, h), bias)
         assert distance(h, final) < 1e-12
-        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto")
+        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto", 0)
         torch.library.opcheck(op.solve_op, whole)
 
 
