@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.dense_rnn import dense_rnn, dense_rnn_step, ranks
+from kernels.dense_rnn.launch import proven
+from kernels.dispatch import interpreted
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
@@ -244,7 +246,7 @@ class Mixer(SequenceMixer):
             return slice_.with_adjoint_from_right(emitted, final, local, _through, pre, rec, h0, starts, emitted, saved)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
-        if not self.cell.lowered or self.matrices is not None:
+        if not self.cell.lowered or self.matrices is not None and not _step_has_kernel(self.config, self.inner):
             return None
         state.segment_B.clamp_(min=0)  # as last_segment does
         inner, groups = self.inner, self.config.n_heads
@@ -252,13 +254,17 @@ class Mixer(SequenceMixer):
         rec_RI = self.recurrent_weights().detach().float().contiguous()
         weight = self.cell_weight.detach().reshape(groups, inner // groups, -1)
         gate = projected_BI[:, inner:] if self.config.gate else None
+        matrices = None if self.matrices is None else self.matrices.detach()
         conv = None if self.conv is None else decode_step.Convolution(0, self.conv.weight, self.conv.bias, state.conv_BWI)
         after, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
         gain = norm.gain.detach()
 
         def step() -> None:
             decode_step.project(x_BD, self.in_proj.weight, projected_BI, norm_K=gain, eps=norm.eps, conv=conv, silu=(inner, 2 * inner))
-            decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
+            if matrices is None:
+                decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
+            else:
+                decode_step.dense_cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, matrices, state.cell_BSI)
             h_BI = state.cell_BSI[:, -1]
             decode_step.project(h_BI, self.out_proj.weight, x_BD, norm_K=after, eps=eps, gate_BK=gate, add=True, keep_N=keep_D)
 
@@ -280,6 +286,12 @@ class Mixer(SequenceMixer):
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
         cell += 0 if self.matrices is None else self.matrices.numel()
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
+
+
+def _step_has_kernel(config: Config, inner: int) -> bool:
+    """Whether a fused step has a kernel for dense heads of this size, which runs on a GPU once it is proven there."""
+    K = config.channels_of_head(inner)
+    return K <= decode_step.LARGEST_HEAD and inner // config.n_heads % K == 0 and (interpreted() or proven())
 
 
 def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None, learner: int) -> Tensor:
