@@ -7,6 +7,7 @@ written in place into tensors that stay where they are, so that a CUDA graph can
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -19,6 +20,7 @@ from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import load_source
 
+DENSE_PROVEN = False  # whether `dense_cell_step` was seen to be right on a GPU; EVERYWHEN_DENSE_STEP=1 runs it there before
 LARGEST_HEAD = 128  # channels of a dense head, whose matrices a program reads whole
 ROWS = 8  # with more rows a matrix product reads the weights once for all of them
 
@@ -112,6 +114,12 @@ def cell_step(cell: Cell, u_BI: Tensor, weight_EKO: Tensor, bias_PI: Tensor, rec
         _cell_kernels(cell).project_and_step[(u_BI.shape[0], -(-O // BN), E)](
             u_BI, weight_EKO, bias_PI, rec_RI, state_BSI, D, K, O, u_BI.stride(0), BN=BN, BK=BK, num_warps=4, **_options()
         )
+
+
+def steps_dense_heads(K: int, within: int) -> bool:
+    """Whether `dense_cell_step` can be had for heads of K channels in blocks of `within`."""
+    runs = interpreted() or DENSE_PROVEN or os.environ.get("EVERYWHEN_DENSE_STEP") == "1"
+    return runs and K <= LARGEST_HEAD and within % K == 0
 
 
 @functools.cache

@@ -29,13 +29,14 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-# The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch solves until they have, or until they are asked
-# for, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
-PROVEN = False
+# Seen to be right on an H100, all cells and dtypes (docs/dense_rnn.md). Where it is false a GPU solves in plain torch until it is asked for the
+# kernels, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
+PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
-WAVES = 1.5  # programs wanted for each multiprocessor
+SUMMED = 16  # steps of a product of the gradient of the matrices
+PIECES = 32  # of time, over which the gradient of the matrices is summed apart
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
@@ -96,10 +97,10 @@ class Plan:
     def of(
         pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
     ) -> Plan:
-        """A program walks ROWS rows of one head, bound by the latency of a step: time is cut as far as gives each multiprocessor some."""
+        """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
         if slices is None:
-            slices = min(T // SHORTEST, round(WAVES * multiprocessors(pre.device) * ROWS / (E * B)))
+            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS // (E * B))
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
@@ -107,9 +108,9 @@ class Plan:
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
-def in_force(pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
-    """The reckoned plan, or what a layer has learnt to do."""
-    plan = Plan.of(pre, K)
+def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
+    """The reckoned plan, or what a layer has learnt to do. A memory that the diagonal carries is not found by a burn-in, but by corrections."""
+    plan = Plan.of(pre, K, burn_in=0 if facts(cell).tracked else None)
     return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
 
 
@@ -213,7 +214,7 @@ def _forward(
     layer: Layer | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, and of each slice the tracked products (B, n, tracked, D) and the sizes near its end (B, n, S, D)."""
-    plan = plan or in_force(pre, mat.shape[1], layer, False)
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = p.pre.new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
@@ -227,7 +228,7 @@ def _forward(
         return emitted, kept, ends[:, 0], products, nearby
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(_rounds(plan, pre)):
-        p.module.correct[p.E, B](begins, ends, products, nearby, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
@@ -279,6 +280,19 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
+def _matrix_sums(p: _Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
+    """`_matrix_gradient` of a cell whose matrices multiply the emitted state alone, read where it lies."""
+    N, rows = p.B * p.T, SUMMED
+    piece = -(-N // (PIECES * rows)) * rows
+    sums = p.h0.new_empty(-(-N // piece), p.E, p.K, p.G, p.K)
+    names = ("K", "D", "HEAD", "HAS_RESET", "DOT", "PRECISION", "BK")
+    p.module.matrix_sums[p.E * p.G, len(sums)](
+        emitted, p.h0, p.reset, d_pre.tensor, sums, p.T, N, piece, d_pre.batch, d_pre.time, d_pre.projection, d_pre.se,
+        **{name: p.constants[name] for name in names}, BN=rows, STAGES=STAGES, num_warps=2, num_stages=1,  # four would make it wgmma, see NARROWEST
+    )  # fmt: skip
+    return sums.sum(0)
+
+
 def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
     """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
     w = facts(p.cell)
@@ -291,9 +305,6 @@ def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod:
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
     flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
-    if len(operands) == 1 and [w.same[i] for i in w.Q] == list(w.X) and [q.matrix for q in p.dense.products] == list(range(p.G)):
-        d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
-        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
     for i, (matrix, operand) in enumerate(p.dense.products):
         k = w.same[i]
         d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
@@ -316,23 +327,23 @@ def backward_with_border(
     layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
-    plan = plan or in_force(pre, mat.shape[1], layer, True)
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, n = p.B, p.T, p.S, plan.slices
-    before = _before(p, emitted, starts)
-    known = pad(p.K) * before.element_size() > TWICE
-    products_known, operands = _known(p, before, kept, starts, known)
+    known = pad(p.K) * emitted.element_size() > TWICE
+    direct = facts(p.cell).direct and pad(p.K) <= 64
+    products_known, operands = (None, []) if direct and not known else _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     apart = len(facts(p.cell).apart)
-    d_prod = before.new_empty(p.E, B * T, apart, p.K)
+    d_prod = emitted.new_empty(p.E, B * T, apart, p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(), p.reset, before, kept, p.h0, before if products_known is None else products_known, d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, emitted if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
@@ -342,15 +353,17 @@ def backward_with_border(
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(_rounds(plan, pre)):
-            p.module.correct_back[p.E, B](*measures, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
             p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
         d_h0 = ends[:, 0]
+    d_mat = _matrix_sums(p, emitted, to) if direct else None
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0, nearby[:, 0]
+    d_mat = _matrix_gradient(p, operands, d_whole, d_prod) if d_mat is None else d_mat
+    return d_whole, partial.sum((0, 1)), d_mat, d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

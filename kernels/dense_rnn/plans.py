@@ -66,8 +66,8 @@ class Pass:
         return self.T if n == 1 else min(key[1], length) + length * (1 + corrections) + walked * self.T
 
     def expected(self, key: Key) -> float:
-        """What a choice costs: as seen not long ago, or reckoned from the nearest that was: a notch of burn-in saves a correction, slices twice as
-        long half of them and all walks. Where none was needed, the next shorter burn-in may do."""
+        """What a choice costs: as seen not long ago, or reckoned from the nearest that was: a notch of burn-in more saves a correction, and a shorter
+        one costs none, until it was tried; slices twice as long save half of them and all walks."""
         mine = (self.halvings, self.burn_in)
         fresh = {k: v for k, v in self.seen.items() if self.now - v[2] < STALE or k == mine}
         if key in fresh:
@@ -81,8 +81,7 @@ class Pass:
             return self.cost(key, FIRST_GUESS, 0.0)
         nearest = min(known, key=lambda other: (sum(map(abs, notches(other))), -fresh[other][2], other))
         (corrections, walked, _), (fewer, longer) = fresh[nearest], notches(nearest)
-        slack = 1 if corrections == 0 else 0
-        return self.cost(key, max(0.0, corrections * 0.5**fewer - longer - slack), 0.0 if fewer > 0 else walked)
+        return self.cost(key, max(0.0, corrections * 0.5**fewer - max(0, longer)), 0.0 if fewer > 0 else walked)
 
     def add(self, corrections: float, walked: float, slices: float, times: int) -> None:
         self.sums = [a + b for a, b in zip(self.sums, (corrections, walked, slices, times))]

@@ -9,6 +9,7 @@ reads them there as the products lie in registers.
     certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
     finish    walks in order what is not certified
     gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
+    matrix_sums   the gradient of the matrices, where what they are multiplied with is the emitted state
 
 Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
 P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.
@@ -60,6 +61,10 @@ class Writer:
         # products whose gradient is that of an input projection, which then stands for it
         self.same = {i: next((k for k in self.X if dense.d_pre[k] is dense.d_product[i]), None) for i in self.Q}
         self.apart = [i for i in self.Q if self.same[i] is None]
+        # each matrix multiplies the emitted state, and its product's gradient is that of the input beside it
+        emitted = len(dense.operands) == 1 and dense.operands[0].op == "var" and dense.operands[0].arguments[0] == f"h{len(cell.state) - 1}"
+        in_order = [q.matrix for q in dense.products] == list(self.G)
+        self.direct = emitted and in_order and [self.same[i] for i in self.Q] == list(range(len(self.G)))
 
     def put(self, indent: int, *lines: str) -> None:
         self.lines += ["    " * indent + line for line in lines if line]
@@ -226,7 +231,7 @@ def _chain(w: Writer, back: bool) -> None:
     S, V = len(w.S), len(w.tracked)
     w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
     w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
-    w.put(1, "for m in range(1, n):")
+    w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
     w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
         w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
@@ -244,19 +249,27 @@ def _chain(w: Writer, back: bool) -> None:
     w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
 
 
+CHAIN_STAGES = 4  # slices whose ends are on their way
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
 
 
 def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
-    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, STATS, ROUND, {CHAIN}):")
+    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
+    w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
+    w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
-    w.put(2, "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))", "if not stands:")
+    w.put(
+        2,
+        "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
+        "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
+    )
     for i in w.S:
-        w.put(3, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=inside)")
+        w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
+    w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
     w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
 
 

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.dense_rnn import dense_rnn, dense_rnn_step, ranks
-from kernels.dense_rnn.launch import proven
-from kernels.dispatch import interpreted
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
@@ -246,7 +244,8 @@ class Mixer(SequenceMixer):
             return slice_.with_adjoint_from_right(emitted, final, local, _through, pre, rec, h0, starts, emitted, saved)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
-        if not self.cell.lowered or self.matrices is not None and not _step_has_kernel(self.config, self.inner):
+        K, within = self.config.channels_of_head(self.inner), self.inner // self.config.n_heads
+        if not self.cell.lowered or self.matrices is not None and not decode_step.steps_dense_heads(K, within):
             return None
         state.segment_B.clamp_(min=0)  # as last_segment does
         inner, groups = self.inner, self.config.n_heads
@@ -286,12 +285,6 @@ class Mixer(SequenceMixer):
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
         cell += 0 if self.matrices is None else self.matrices.numel()
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
-
-
-def _step_has_kernel(config: Config, inner: int) -> bool:
-    """Whether a fused step has a kernel for dense heads of this size, which runs on a GPU once it is proven there."""
-    K = config.channels_of_head(inner)
-    return K <= decode_step.LARGEST_HEAD and inner // config.n_heads % K == 0 and (interpreted() or proven())
 
 
 def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None, learner: int) -> Tensor:

@@ -31,5 +31,5 @@ def test_the_fused_step_is_the_models() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_captured_step_is_the_models(name: str, low: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVERYWHEN_DELTA_STEP", "1")
-    monkeypatch.setenv("EVERYWHEN_DENSE_KERNELS", "1")
+    monkeypatch.setenv("EVERYWHEN_DENSE_STEP", "1")
     check(name, "cuda", low)
