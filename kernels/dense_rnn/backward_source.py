@@ -7,7 +7,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import JIT, Writer, begin_measures, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -163,7 +163,7 @@ def matrix_sums(w: Writer) -> None:
         0,
         "",
         "",
-        "@triton.jit",
+        JIT,
         "def matrix_sums(EMITTED, H0, RESET, D_PRE, SUMS, T, N, PIECE, db, dt, dp, de, K: tl.constexpr, D: tl.constexpr,",
     )
     w.put(

@@ -35,6 +35,7 @@ PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
+SUMS_IN_PLACE = True  # whether the gradient of the matrices is summed by a kernel where its factors lie
 SUMMED = 16  # steps of a product of the gradient of the matrices
 PIECES = 32  # of time, over which the gradient of the matrices is summed apart
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
@@ -331,7 +332,7 @@ def backward_with_border(
     p = _Problem(cell, pre, rec, mat, h0, starts, plan)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * emitted.element_size() > TWICE
-    direct = facts(p.cell).direct and pad(p.K) <= 64
+    direct = SUMS_IN_PLACE and facts(p.cell).direct and pad(p.K) <= 64
     products_known, operands = (None, []) if direct and not known else _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)

@@ -26,6 +26,8 @@ from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
 WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+# sizes that plans change: another plan is no reason to compile again
+JIT = '@triton.jit(do_not_specialize=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
 @triton.jit
 def _columns(e, k, se, K: tl.constexpr, HEAD: tl.constexpr):  # offsets of a head's channels in inputs that lie in blocks of HEAD
@@ -78,7 +80,7 @@ class Writer:
         return ", ".join(names)
 
     def head(self, name: str, arguments: str) -> None:
-        self.put(0, "", "", "@triton.jit", f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
+        self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
         self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
         self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
 
@@ -256,7 +258,7 @@ CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
 def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
-    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
@@ -277,7 +279,7 @@ def certify(w: Writer, back: bool) -> None:
     """BAD: the first slice that does not begin, bit for bit, where the one before it ends, if some slice is not certified; else n."""
     S = len(w.S)
     name = "certify_back" if back else "certify"
-    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)

@@ -1,7 +1,7 @@
 """Accuracy, then speed, of LSTMs with dense heads on one GPU, with cuDNN's LSTM in the same run; JSON to --out, written after every part.
 
 python -m scripts.bench.dense_rnn --out docs/results/dense_rnn/gpu.json                    # accuracy, solves, cuDNN: two minutes
-python -m scripts.bench.dense_rnn --out near.json --parts solves,cudnn,near --seconds 140  # three shapes, and plans near to what is reckoned
+python -m scripts.bench.dense_rnn --out near.json --parts few,solves,near --seconds 120    # heads of 64: three shapes, plans near to the reckoned
 python -m scripts.bench.dense_rnn --out sweep.json --parts sweep                           # slices, burn-in, rows and warps; builds many kernels
 
 Run it before the kernels are trusted (PROVEN in kernels/dense_rnn/launch.py): accuracy runs in several processes, so that a wrong access to memory
@@ -94,9 +94,9 @@ def group(index: int) -> list[dict[str, Any]]:
     return [{"case": case, **attempted(functools.partial(accuracy, *case))} for case in GROUPS[index]]
 
 
-def warm(K: int, rows: int, warps: int) -> list[dict[str, Any]]:
-    """Compiles what a sweep of heads of K channels launches with this tile, all at once in each of several processes."""
-    cell, (pre, rec, mat, h0) = problem("dense_lstm", 2, 512, 2, K)
+def warm(D: int, K: int, rows: int, warps: int) -> list[dict[str, Any]]:
+    """Compiles what solves of this width launch with this tile, side by side in several processes."""
+    cell, (pre, rec, mat, h0) = problem("dense_lstm", 2, 512, D // K, K)
     given = [pre.bfloat16(), rec, mat, h0]
     for n in (1, 8):
         solved(cell, given, None, Plan.of(given[0], K, n, None, rows, warps), given[0][:, :, 0].contiguous(), torch.zeros_like(h0))
@@ -123,10 +123,9 @@ def errors(row: dict[str, Any]) -> str:
     return " ".join(words + [f"{row[f'{key}{side}']:.2g}" for side in ("", "_backward") for key in ("corrections", "residual", "walked")])
 
 
-def side_by_side(results: Results, with_accuracy: bool, tiles: list[tuple[int, int, int]]) -> None:
+def side_by_side(results: Results, groups: list[int], tiles: list[tuple[int, int, int, int]]) -> None:
     """Accuracy, and kernels of later parts compiled, in as many processes as there are cores."""
-    words: list[tuple[object, ...]] = [("--group", i) for i in range(len(GROUPS) if with_accuracy else 0)]
-    words += [("--warm", *tile) for tile in tiles]
+    words: list[tuple[object, ...]] = [("--warm", *tile) for tile in tiles] + [("--group", i) for i in groups]
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         for rows in pool.map(lambda w: apart(*w), words):
             results.quiet("accuracy", rows)
@@ -152,7 +151,7 @@ def timed(
     B, T, E, K = shape
     cell, (pre, rec, mat, h0) = problem("dense_lstm", B, T, E, K, kind)
     given = [pre.bfloat16(), rec, mat, h0]
-    plan = plan or Plan.of(given[0], K, slices)
+    plan = plan or Plan.of(given[0], K, slices, 0)
     d_emitted, d_final = torch.randn(B, T, E * K, device="cuda").bfloat16(), torch.zeros_like(h0)
     launch.last_report()
     solved(cell, given, None, plan, d_emitted, d_final)
@@ -184,11 +183,11 @@ def plans(shape: tuple[int, ...], wide: bool) -> list[Plan]:
     """Those of a sweep, `wide`, or near to what is reckoned."""
     B, T, E, K = shape
     reckoned = Plan.of(torch.empty(B, T, 1, E, K, device="cuda", dtype=torch.bfloat16), K)
-    counts = (1, 8, 16, 32, 64, 128, 256) if wide else [max(2, round(reckoned.slices * f)) for f in (0.5, 1, 2, 4)]
+    counts = (1, 8, 16, 32, 64, 128, 256) if wide else [round(reckoned.slices * f) for f in (0.7, 1, 1.5, 2)]
     made = []
-    for (rows, warps), n, burn_in in itertools.product(TILES[K], counts, (0, 32) if wide else (0, 16, 32, 64)):
+    for (rows, warps), n, burn_in in itertools.product(TILES[K], counts, (0, 32) if wide else (0, 32, 64)):
         length = -(-T // n)
-        if length < 32 or n == 1 and burn_in or B * n > 4096 or not wide and burn_in == 64 and length < 64:
+        if length < 32 or n == 1 and burn_in or B * n > 4096:
             continue
         made.append(Plan(-(-T // length), length, min(burn_in, length), rows, warps))
     return list(dict.fromkeys(made))
@@ -227,7 +226,7 @@ def profile(results: Results, shape: tuple[int, ...]) -> None:
     B, T, E, K = shape
     cell, (pre, rec, mat, h0) = problem("dense_lstm", B, T, E, K)
     given = [pre.bfloat16(), rec, mat, h0]
-    plan, d_emitted = Plan.of(given[0], K), torch.randn(B, T, E * K, device="cuda").bfloat16()
+    plan, d_emitted = Plan.of(given[0], K, None, 0), torch.randn(B, T, E * K, device="cuda").bfloat16()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
         solved(cell, given, None, plan, d_emitted, torch.zeros_like(h0))
         torch.cuda.synchronize()
@@ -245,7 +244,7 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,solves,cudnn")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which a sweep begins no further plan")
     parser.add_argument("--group", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--warm", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", type=int, nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
@@ -253,22 +252,23 @@ def main() -> None:
         print(json.dumps(warm(*arguments.warm) if arguments.warm else group(arguments.group)))
         return
     wanted, results = arguments.parts.split(","), Results(arguments.out, torch.device("cuda"))
-    few = "near" in wanted
-    shapes = SHAPES[:3] if few else SHAPES
-    sizes = {shape[3] for shape in shapes} if {"near", "sweep", "solves"} & {*wanted} else set[int]()
-    side_by_side(results, "accuracy" in wanted, [(K, *tile) for K in sorted(sizes) for tile in TILES[K]])
+    near = "near" in wanted
+    shapes = SHAPES[:3] if near else SHAPES
+    widths = sorted({(E * K, K) for _, _, E, K in shapes}) if {"near", "sweep", "solves"} & {*wanted} else []
+    groups = [i for i, cases in enumerate(GROUPS) if "accuracy" in wanted or "few" in wanted and cases[0][2] == 64]
+    side_by_side(results, groups, [(*width, *tile) for width in widths for tile in TILES[width[1]]])
     for shape in shapes:
         for kind in ("init", "sketch") if "solves" in wanted else ():
             results.append("solves", attempted(functools.partial(timed, shape, kind)))
         if "solves" in wanted:
             results.append("walks", attempted(functools.partial(timed, shape, "init", slices=1)))
         for dtype in (torch.float16, torch.bfloat16) if "cudnn" in wanted else ():
-            if not few or dtype == torch.float16 or shape[1] < 4096:
+            if not near or dtype == torch.float16 or shape[1] < 4096:
                 results.append("cudnn", attempted(functools.partial(cudnn, shape, dtype)))
-    if few:
+    if near:
         attempted(functools.partial(profile, results, shapes[0]))
-    if few or "sweep" in wanted:
-        sweep(results, shapes, ("init", "sketch") if few else ("init",), not few, arguments.seconds)
+    if near or "sweep" in wanted:
+        sweep(results, shapes, ("init", "sketch") if near else ("init",), not near, arguments.seconds)
 
 
 if __name__ == "__main__":
