@@ -29,7 +29,7 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-# Seen to be right on an H100, all cells and dtypes (docs/dense_rnn.md). Where it is false a GPU solves in plain torch until it is asked for the
+# Seen to be right on an H200, all cells and dtypes (docs/dense_rnn.md). Where it is false a GPU solves in plain torch until it is asked for the
 # kernels, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
 PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
