@@ -34,11 +34,14 @@ def _cotangents(w: Writer, indent: int) -> None:
         )
         w.put(indent + 1, "size = size[:, None]")
         for i in mine:
-            w.put(indent + 1, f"lp{i} = (dp{i} * size).to(DOT)")
-        w.put(indent, "else:", *(f"    lp{i} = dp{i}.to(DOT)" for i in mine))
+            w.put(indent + 1, f"vp{i} = dp{i} * size")
+        w.put(indent, "else:", *(f"    vp{i} = dp{i}" for i in mine), *(f"lp{i} = vp{i}.to(DOT)" for i in mine))
+        w.put(indent, "if HALVES:", *(f"    vp{i} = (vp{i} - lp{i}.to(tl.float32)).to(DOT)" for i in mine))
         for operand in dense.levels[l]:
             terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
+            low = [w.dot(f"vp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
+            w.put(indent, "if HALVES:", *(f"    q{operand} += {term}" for term in low))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
 
 

@@ -118,7 +118,9 @@ def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -
 class _Problem:
     """What all launches of a solve share."""
 
-    def __init__(self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan) -> None:
+    def __init__(
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool
+    ) -> None:
         self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
         self.cell, self.dense, self.plan, self.mat = cell, trace_dense(cell), plan, mat
         self.E, self.K, self.G, _ = mat.shape
@@ -136,13 +138,14 @@ class _Problem:
         tl = self.module.tl
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
         self.constants: dict[str, Any] = {
-            "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
+            "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
             "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
-        self.chain = (plan.slices, TOLERANCE[pre.dtype])
+        self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
+        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
     def on_chip(self) -> Tensor:
@@ -167,10 +170,6 @@ def _counters(device: torch.device) -> Tensor:
     return _stats[device]
 
 
-def _rounds(plan: Plan, pre: Tensor) -> int:
-    return min(CORRECTIONS[pre.element_size()], plan.slices - 1)
-
-
 def forward(
     cell: Cell,
     pre: Tensor,
@@ -180,9 +179,11 @@ def forward(
     starts: Tensor | None,
     plan: Plan | None = None,
     layer: Layer | None = None,
+    halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
-    return _forward(cell, pre, rec, mat, h0, starts, plan, layer)[:3]
+    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32). halves: what is multiplied is not rounded to 16 bits but
+    taken in two halves, and emitted states are fp32."""
+    return _forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)[:3]
 
 
 def forward_with_border(
@@ -194,6 +195,7 @@ def forward_with_border(
     starts: Tensor | None,
     plan: Plan | None = None,
     layer: Layer | None = None,
+    halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
@@ -213,12 +215,13 @@ def _forward(
     starts: Tensor | None,
     plan: Plan | None,
     layer: Layer | None,
+    halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, and of each slice the tracked products (B, n, tracked, D) and the sizes near its end (B, n, S, D)."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    p = _Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
-    emitted, kept, final = p.pre.new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
+    emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     R = p.on_chip()
@@ -228,7 +231,7 @@ def _forward(
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
-    for k in range(_rounds(plan, pre)):
+    for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
@@ -257,7 +260,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
     """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
     states."""
-    dense, mat, Q = p.dense, p.mat.to(before.dtype), len(p.dense.products)
+    dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
     if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
         u = _by_head(p, before)
         R = mat[:, :, [product.matrix for product in dense.products]].reshape(p.E, p.K, Q * p.K) if products else mat
@@ -316,23 +319,23 @@ def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod:
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
-    layer: Layer | None = None,
+    layer: Layer | None = None, halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
-    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer)[:4]
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer, halves)[:4]
 
 
 def backward_with_border(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
-    layer: Layer | None = None,
+    layer: Layer | None = None, halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    p = _Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
-    known = pad(p.K) * emitted.element_size() > TWICE
-    direct = SUMS_IN_PLACE and facts(p.cell).direct and pad(p.K) <= 64
+    known = pad(p.K) * pre.element_size() > TWICE
+    direct = SUMS_IN_PLACE and not halves and facts(p.cell).direct and pad(p.K) <= 64
     products_known, operands = (None, []) if direct and not known else _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
@@ -353,7 +356,7 @@ def backward_with_border(
     p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
-        for k in range(_rounds(plan, pre)):
+        for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
             p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)

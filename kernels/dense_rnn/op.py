@@ -46,38 +46,46 @@ def note(layer: plans.Layer | None, back: bool, report: reference.Report, heads:
 
 
 def _forward(
-    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, learner: int
+    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, learner: int, halves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in the dtype of pre, kept (B, T, S - 1, D) and final (B, S, D) in the dtype of the arithmetic); T >= 1.
-    learner: the number of the layer whose plan (plans.py) is in force, or 0."""
+    learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in the dtype of the arithmetic."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
     if use_triton(cell, pre, mat.shape[1], method):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            return launch.forward(cell, pre, rec, mat, h0, starts, layer=layer)
+            return launch.forward(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
     with torch.autocast(pre.device.type, enabled=False):
         states = reference.solve(
             cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts, *chosen(pre, h0, layer, False)
         )
     note(layer, False, reference.last_report, pre.shape[0] * mat.shape[0])
-    return states[:, :, -1].to(pre.dtype, copy=True).contiguous(), states[:, :, :-1].contiguous().clone(), states[:, -1].clone()
+    return (
+        states[:, :, -1].to(dtype if halves else pre.dtype, copy=True).contiguous(),
+        states[:, :, :-1].contiguous().clone(),
+        states[:, -1].clone(),
+    )
 
 
 def _fake(
-    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, learner: int
+    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, learner: int, halves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T), S, D = pre.shape[:2], h0.shape[1], h0.shape[2]
     inner = reference.compute_dtype(pre)
-    return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D, dtype=inner), pre.new_empty(B, S, D, dtype=inner)
+    return (
+        pre.new_empty(B, T, D, dtype=inner if halves else pre.dtype),
+        pre.new_empty(B, T, S - 1, D, dtype=inner),
+        pre.new_empty(B, S, D, dtype=inner),
+    )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str, int]]:
-    pre, rec, mat, h0, starts, key, method, learner = inputs
-    return (pre, rec, mat, h0, starts, *output[:2]), (key, method, learner)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str, int, bool]]:
+    pre, rec, mat, h0, starts, key, method, learner, halves = inputs
+    return (pre, rec, mat, h0, starts, *output[:2]), (key, method, learner, halves)
 
 
 def _backward(
     d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor,
-    starts: Tensor | None, emitted: Tensor, kept: Tensor, key: str, method: str, learner: int,
+    starts: Tensor | None, emitted: Tensor, kept: Tensor, key: str, method: str, learner: int, halves: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre, rec, mat and h0, each in the dtype of its tensor."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)

@@ -25,7 +25,7 @@ from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
-WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
 # sizes that plans change: another plan is no reason to compile again
 JIT = '@triton.jit(do_not_specialize=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
@@ -101,10 +101,14 @@ class Writer:
             arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
             arguments += [f"p{i}" if i in known else "h0" for i in self.Q]
             self.put(indent, f"{', '.join(f'u{i}' for i in level)} = operands{l}({', '.join(arguments)})")
-            self.put(indent, *(f"u{i} = u{i}.to(DOT)" for i in level))
+            self.put(indent, *(f"v{i}, u{i} = u{i}, u{i}.to(DOT)" for i in level))
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
                 self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
+            self.put(indent, "if HALVES:", *(f"    v{i} = (v{i} - u{i}.to(tl.float32)).to(DOT)" for i in level))
+            for i in self.dense.of_level(l):
+                matrix, operand = self.dense.products[i]
+                self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""

@@ -49,7 +49,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     fn = getattr(launch.kernels(biased(load_cell(name)), "ptx", short), kernel)
     warps = launch.Plan.warps_for(K)
     constants = {
-        "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
+        "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
         "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": True, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "STAGES": launch.STAGES, "BN": launch.SUMMED,
     }  # fmt: skip
 

@@ -43,6 +43,22 @@ def compare(
     return report
 
 
+def halves() -> None:
+    """States and adjoints of fp16 in two halves are those of fp32, of matrices of fp16; what is stored in fp16 is rounded once."""
+    for name in ("dense_lstm", "dense_gru_before"):
+        cell, tensors, starts = problem(name, 1, 24, 1, 16, starts=0.05)
+        given = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
+        d_emitted, d_final = (t.float() for t in cotangents(tensors))
+        plan = Plan.of(given[0], 16, 3, 4)
+        emitted, kept, final = launch.forward(cell, *(*given, starts, plan, None, True))
+        gradients = launch.backward(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan, None, True))
+        exact = wanted(cell, given, starts, d_emitted, d_final)
+        assert emitted.dtype == torch.float32 and gradients[0].dtype == torch.float16
+        for label, limit, a, b in zip(NAMES, (2e-6, 2e-6, 4e-4, 1e-3, 4e-4, 1e-5), (emitted, final, *gradients), exact):
+            print("halves", name, label, f"{distance(a, b):.1e}")
+            assert distance(a, b) < limit, (name, label, distance(a, b))
+
+
 def borders() -> None:
     """What ranks exchange, of one slice and of several, as plain torch finds it."""
     for name, T, counts in (("dense_lstm", 48, (1, 3)), ("dense_elman", 7, (1,)), ("slstm", 9, (1,))):
@@ -88,7 +104,7 @@ def through_the_op() -> None:
     made = []
     for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
         given = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, rec, mat, h0)]
-        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0)
+        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0, False)
         gradients = torch.autograd.grad((emitted**2).sum() + kept.cos().sum() + final.sum(), given)
         made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))
@@ -110,6 +126,7 @@ def main() -> None:
     for name in ("dense_lstm", "dense_gru_before"):
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
     borders()
+    halves()
     walked()
     through_the_op()
     print("ok")

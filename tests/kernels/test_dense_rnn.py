@@ -89,7 +89,7 @@ def test_the_op_and_one_step(dtype: torch.dtype) -> None:
         for t in range(12):
             h = dense_rnn_step(cell, tensors[0][:, t], tensors[1], tensors[2], torch.where(starts[:, t, None, None], 0.0, h), bias)
         assert distance(h, final) < 1e-12
-        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto", 0)
+        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto", 0, False)
         torch.library.opcheck(op.solve_op, whole)
 
 
@@ -117,6 +117,8 @@ def test_matrices_are_used_in_one_way() -> None:
     cell, tensors, _ = problem("dense_lstm", 1, 3, 1, 16)
     with pytest.raises(ValueError, match="takes pre"):
         dense_rnn(cell, tensors[0], tensors[1], tensors[2][:, :8], tensors[3])
+    with pytest.raises(ValueError, match="choose one of once, halves"):
+        dense_rnn(cell, *tensors, precision="double")
     with pytest.raises(ValueError, match="not possible"):
         dense_rnn(Cell.from_step(unused), tensors[0][:, :, :1], tensors[1], tensors[2][:, :, :1], tensors[3][:, :1], method="sliced")
 
