@@ -49,7 +49,8 @@ def _forward(
     pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str, learner: int, halves: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in the dtype of pre, kept (B, T, S - 1, D) and final (B, S, D) in the dtype of the arithmetic); T >= 1.
-    learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in the dtype of the arithmetic."""
+    learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in
+    the dtype of the arithmetic."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
     if use_triton(cell, pre, mat.shape[1], method):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
@@ -94,7 +95,7 @@ def _backward(
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
         if use_triton(cell, pre, mat.shape[1], method):
             d_pre, d_rec, d_mat, d_h0 = launch.backward(
-                cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, layer=layer
+                cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, layer=layer, halves=halves
             )
             return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)
     d_kept = torch.zeros_like(kept) if d_kept is None else d_kept

@@ -59,6 +59,16 @@ def halves() -> None:
             assert distance(a, b) < limit, (name, label, distance(a, b))
 
 
+def halves_through_the_op() -> None:
+    cell, tensors, starts = problem("dense_lstm", 1, 12, 1, 16)
+    given = [(t.half() if i in (0, 2) else t.float()).requires_grad_() for i, t in enumerate(tensors)]
+    d_emitted, d_final = (t.float() for t in cotangents(tensors))
+    emitted, _, final = op.solve(*given, starts, cell.key, "triton", 0, True)
+    d_h0 = torch.autograd.grad((emitted * d_emitted).sum() + (final * d_final).sum(), given[3])[0]
+    exact = wanted(cell, given, starts, d_emitted, d_final)
+    assert distance(emitted.detach(), exact[0]) < 2e-6 and distance(d_h0, exact[5]) < 1e-5
+
+
 def borders() -> None:
     """What ranks exchange, of one slice and of several, as plain torch finds it."""
     for name, T, counts in (("dense_lstm", 48, (1, 3)), ("dense_elman", 7, (1,)), ("slstm", 9, (1,))):
@@ -127,6 +137,7 @@ def main() -> None:
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
     borders()
     halves()
+    halves_through_the_op()
     walked()
     through_the_op()
     print("ok")
