@@ -12,6 +12,7 @@ from kernels.parallel_rnn.op import flat, warn_once
 
 METHODS = ("auto", "sequential", "sliced", "triton")
 PRECISIONS = ("once", "halves")
+SAVES = ("states", "borders")
 
 
 def dense_rnn(
@@ -26,6 +27,7 @@ def dense_rnn(
     method: str = "auto",
     learner: int = 0,
     precision: str = "once",
+    save: str = "states",
 ) -> tuple[Tensor, Tensor]:
     """Solves h_t = step(pre_t, rec, R, h_{t-1}) for all t, of E heads of K channels, D = E K.
 
@@ -41,6 +43,8 @@ def dense_rnn(
     learner: the number of a layer of plans.py, whose plan is in force and which is told what the solve needed; 0: none.
     precision, of inputs in 16 bits: "once" rounds what is multiplied with the matrices to their dtype, and certifies to that; "halves" takes it in
     two halves of 16 bits, which costs a second product a step, and certifies as in fp32. Emitted states are rounded at the end.
+    save: what the backward pass keeps besides inputs and emitted states: the other "states" in fp32, or "borders", those that slices of time start
+    from, of which it makes the others again by one more pass.
     Raises ValueError for shapes that do not fit the cell, and for a method that cannot solve it.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
@@ -57,6 +61,8 @@ def dense_rnn(
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if save not in SAVES:
+        raise ValueError(f"save is {save!r}; choose one of {', '.join(SAVES)}.")
     if not cell.lowered and method in ("sliced", "triton"):
         raise ValueError(f"method={method!r} is not possible: {cell.why_loop} Use method='sequential' or 'auto'.")
     if not cell.lowered and method == "auto" and not torch.compiler.is_compiling():
@@ -74,7 +80,9 @@ def dense_rnn(
         return pre_BTPD.new_zeros((B, T, D)) + nothing, h0
     if method != "sequential" and cell.lowered:
         halves = precision == "halves" and pre_BTPD.element_size() == 2
-        emitted, _, final = op.solve(pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method, learner, halves)
+        emitted, _, final = op.solve(
+            pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method, learner, halves, save == "borders" and S > 1
+        )
         return emitted.to(pre_BTPD.dtype), final
     return _loop(cell, pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT)
 

@@ -115,7 +115,7 @@ def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -
     return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
 
 
-class _Problem:
+class Problem:
     """What all launches of a solve share."""
 
     def __init__(
@@ -183,7 +183,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32). halves: what is multiplied is not rounded to 16 bits but
     taken in two halves, and emitted states are fp32."""
-    return _forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)[:3]
+    emitted, kept, final, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
+    return emitted, kept, final
 
 
 def forward_with_border(
@@ -199,14 +200,14 @@ def forward_with_border(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
-    emitted, kept, final, products, nearby = _forward(cell, pre, rec, mat, h0, starts, plan, layer)
+    emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer)
     P = products.new_zeros(*products.shape[:2], len(cell.state), len(cell.state), products.shape[3])
     for v, (i, j) in enumerate(facts(cell).tracked):
         P[:, :, i, j] = products[:, :, v]
     return emitted, kept, final, product(P[:, None])[:, 0], nearby[:, -1]
 
 
-def _forward(
+def solved(
     cell: Cell,
     pre: Tensor,
     rec: Tensor,
@@ -216,10 +217,11 @@ def _forward(
     plan: Plan | None,
     layer: Layer | None,
     halves: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`forward`, and of each slice the tracked products (B, n, tracked, D) and the sizes near its end (B, n, S, D)."""
+) -> tuple[Tensor, ...]:
+    """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
+    first slice of each head that was walked in order (B, E), n if none was."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
@@ -229,23 +231,23 @@ def _forward(
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
     p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
     if n == 1:
-        return emitted, kept, ends[:, 0], products, nearby
+        return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
-    return emitted, kept, final, products, nearby
+    return emitted, kept, final, products, nearby, begins, bad
 
 
-def _before(p: _Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
+def _before(p: Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
     """The emitted state that each step starts from (B, T, D), in the dtype of products."""
     before = torch.cat([p.h0[:, None, -1].to(emitted.dtype), emitted[:, :-1]], 1)
     return before if starts is None else before.masked_fill_(starts[..., None], 0)
 
 
-def _by_head(p: _Problem, x: Tensor) -> Tensor:
+def _by_head(p: Problem, x: Tensor) -> Tensor:
     """(B, T, D) as (E, B T, K)."""
     return x.reshape(p.B * p.T, p.E, p.K).transpose(0, 1)
 
@@ -257,7 +259,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
+def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
     """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
     states."""
     dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
@@ -276,7 +278,7 @@ def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, pro
 class _Rounded(HeadMatrix):
     """A matrix that rounds what it is multiplied with, as the kernels do."""
 
-    def __init__(self, R_EKJ: Tensor, p: _Problem, dtype: torch.dtype) -> None:
+    def __init__(self, R_EKJ: Tensor, p: Problem, dtype: torch.dtype) -> None:
         super().__init__(R_EKJ)
         self.p, self.dtype = p, dtype
 
@@ -284,7 +286,7 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_sums(p: _Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
+def _matrix_sums(p: Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
     """`_matrix_gradient` of a cell whose matrices multiply the emitted state alone, read where it lies."""
     N, rows = p.B * p.T, SUMMED
     piece = -(-N // (PIECES * rows)) * rows
@@ -297,7 +299,7 @@ def _matrix_sums(p: _Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
     return sums.sum(0)
 
 
-def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
+def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
     """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
     w = facts(p.cell)
     d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_pre.device)
@@ -332,7 +334,7 @@ def backward_with_border(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * pre.element_size() > TWICE
     direct = SUMS_IN_PLACE and not halves and facts(p.cell).direct and pad(p.K) <= 64

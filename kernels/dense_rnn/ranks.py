@@ -63,7 +63,7 @@ def _solved(
         with torch.cuda.device_of(pre):
             return launch.forward_with_border(cell, pre, rec, mat, h0, starts, layer=plans.find(learner))
     dtype = reference.compute_dtype(pre)
-    emitted, kept, final = op.solve(pre, rec, mat, h0, starts, cell.key, "auto", learner, False)
+    emitted, kept, final = op.solve(pre, rec, mat, h0, starts, cell.key, "auto", learner, False, False)
     states = joined(emitted.to(dtype), kept)
     return emitted, kept, final, *border(cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0, starts, states)
 
@@ -97,9 +97,9 @@ def _between(part: Part, end: Tensor, size: Tensor, P: Tensor, purpose: str) -> 
 def _guess(part: Part, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, starts: Tensor | None, zero: Tensor) -> Tensor:
     """(B, N, S, D): zero, then what the last steps of each part alone end in."""
     first = max(0, pre.shape[1] - BURN_IN)
-    end = op.solve(pre[:, first:], rec, mat, zero, None if starts is None else starts[:, first:].contiguous(), cell.key, "auto", 0, False)[
-        2
-    ]
+    end = op.solve(
+        pre[:, first:], rec, mat, zero, None if starts is None else starts[:, first:].contiguous(), cell.key, "auto", 0, False, False
+    )[2]
     ends = part.gather(end, "states").transpose(0, 1)
     return torch.cat([torch.zeros_like(ends[:, :1]), ends[:, :-1]], 1)
 

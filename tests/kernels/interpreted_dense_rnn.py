@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import launch, op, ranks, reference  # noqa: E402
+from kernels.dense_rnn import launch, marks, op, ranks, reference  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -63,10 +63,28 @@ def halves_through_the_op() -> None:
     cell, tensors, starts = problem("dense_lstm", 1, 12, 1, 16)
     given = [(t.half() if i in (0, 2) else t.float()).requires_grad_() for i, t in enumerate(tensors)]
     d_emitted, d_final = (t.float() for t in cotangents(tensors))
-    emitted, _, final = op.solve(*given, starts, cell.key, "triton", 0, True)
+    emitted, _, final = op.solve(*given, starts, cell.key, "triton", 0, True, False)
     d_h0 = torch.autograd.grad((emitted * d_emitted).sum() + (final * d_final).sum(), given[3])[0]
     exact = wanted(cell, given, starts, d_emitted, d_final)
     assert distance(emitted.detach(), exact[0]) < 2e-6 and distance(d_h0, exact[5]) < 1e-5
+
+
+def restored() -> None:
+    """Kept states made again from the borders are those that were there, bit for bit, where slices stand and where they were walked in order."""
+    before, shortest, launch.CORRECTIONS, launch.SHORTEST = launch.CORRECTIONS, launch.SHORTEST, {2: 1, 4: 1}, 7
+    for gain in (1.0, 12.0):
+        cell, tensors, starts = problem("dense_lstm", 2, 28, 1, 16, gain=gain, starts=0.02, seed=3)
+        tensors[0][:, :, 0] += 4 * (gain > 1)
+        given = [t.float() for t in tensors]
+        for n in (1, 4):
+            plan = Plan.of(given[0], 16, n, 4)
+            emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
+            same, saved, last = marks.forward_with_marks(cell, *(*given, starts, plan))
+            again = marks.restore(cell, *(*given, starts, saved, plan))
+            assert torch.equal(emitted, same) and torch.equal(final, last) and torch.equal(kept, again), (gain, n)
+            assert gain == 1.0 or n == 1 or (saved[:, -1] < n).any()
+    launch.CORRECTIONS, launch.SHORTEST = before, shortest
+    launch.last_report()
 
 
 def borders() -> None:
@@ -114,7 +132,7 @@ def through_the_op() -> None:
     made = []
     for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
         given = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, rec, mat, h0)]
-        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0, False)
+        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0, False, False)
         gradients = torch.autograd.grad((emitted**2).sum() + kept.cos().sum() + final.sum(), given)
         made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))
@@ -136,6 +154,7 @@ def main() -> None:
     for name in ("dense_lstm", "dense_gru_before"):
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
     borders()
+    restored()
     halves()
     halves_through_the_op()
     walked()
