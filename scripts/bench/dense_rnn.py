@@ -1,6 +1,7 @@
 """Accuracy, then speed, of LSTMs with dense heads on one GPU, with cuDNN's LSTM in the same run; JSON to --out, written after every part.
 
 python -m scripts.bench.dense_rnn --out docs/results/dense_rnn/gpu.json                    # accuracy, solves, cuDNN: two minutes
+python -m scripts.bench.dense_rnn --out final.json --parts final                           # a minute: every shape by the reckoned plan
 python -m scripts.bench.dense_rnn --out near.json --parts few,solves,near --seconds 120    # heads of 64: three shapes, plans near to the reckoned
 python -m scripts.bench.dense_rnn --out sweep.json --parts sweep                           # slices, burn-in, rows and warps; builds many kernels
 
@@ -94,9 +95,9 @@ def group(index: int) -> list[dict[str, Any]]:
     return [{"case": case, **attempted(functools.partial(accuracy, *case))} for case in GROUPS[index]]
 
 
-def warm(D: int, K: int, rows: int, warps: int) -> list[dict[str, Any]]:
+def warm(cell_name: str, D: int, K: int, rows: int, warps: int) -> list[dict[str, Any]]:
     """Compiles what solves of this width launch with this tile, side by side in several processes."""
-    cell, (pre, rec, mat, h0) = problem("dense_lstm", 2, 512, D // K, K)
+    cell, (pre, rec, mat, h0) = problem(cell_name, 2, 512, D // K, K)
     given = [pre.bfloat16(), rec, mat, h0]
     for n in (1, 8):
         solved(cell, given, None, Plan.of(given[0], K, n, None, rows, warps), given[0][:, :, 0].contiguous(), torch.zeros_like(h0))
@@ -123,7 +124,7 @@ def errors(row: dict[str, Any]) -> str:
     return " ".join(words + [f"{row[f'{key}{side}']:.2g}" for side in ("", "_backward") for key in ("corrections", "residual", "walked")])
 
 
-def side_by_side(results: Results, groups: list[int], tiles: list[tuple[int, int, int, int]]) -> None:
+def side_by_side(results: Results, groups: list[int], tiles: list[tuple[str, int, int, int, int]]) -> None:
     """Accuracy, and kernels of later parts compiled, in as many processes as there are cores."""
     words: list[tuple[object, ...]] = [("--warm", *tile) for tile in tiles] + [("--group", i) for i in groups]
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
@@ -145,11 +146,11 @@ def replayed(f: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def timed(
-    shape: tuple[int, ...], kind: str, plan: Plan | None = None, slices: int | None = None, repeats: int = 10
+    shape: tuple[int, ...], kind: str, plan: Plan | None = None, slices: int | None = None, repeats: int = 10, name: str = "dense_lstm"
 ) -> dict[str, Any]:  # fmt: skip
     """Milliseconds of forward, and of forward and backward with all gradients, in bf16; corrections, residual and share walked."""
     B, T, E, K = shape
-    cell, (pre, rec, mat, h0) = problem("dense_lstm", B, T, E, K, kind)
+    cell, (pre, rec, mat, h0) = problem(name, B, T, E, K, kind)
     given = [pre.bfloat16(), rec, mat, h0]
     plan = plan or Plan.of(given[0], K, slices, 0)
     d_emitted, d_final = torch.randn(B, T, E * K, device="cuda").bfloat16(), torch.zeros_like(h0)
@@ -158,7 +159,7 @@ def timed(
     report = launch.last_report()
     forward = milliseconds(replayed(lambda: launch.forward(cell, *(*given, None, plan))), repeats)
     both = milliseconds(replayed(lambda: solved(cell, given, None, plan, d_emitted, d_final)), repeats)
-    return {"shape": shape, "set": kind, "plan": str(plan), "forward_ms": forward, "forward_backward_ms": both, **report}
+    return {"shape": shape, "cell": name, "set": kind, "plan": str(plan), "forward_ms": forward, "forward_backward_ms": both, **report}
 
 
 def cudnn(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
@@ -221,6 +222,32 @@ def sweep(results: Results, shapes: list[tuple[int, ...]], kinds: tuple[str, ...
                 print(" ", short(row), flush=True)
 
 
+def final(results: Results) -> None:
+    """All shapes by the reckoned plan, those of 64 channels with either number of warps, and other cells beside the LSTM; a line each."""
+    tiles = {32: (8,), 64: (4, 8), 128: (16,)}
+    wanted = {(name, E * K, K, launch.ROWS, warps) for _, _, E, K in SHAPES for name in ("dense_lstm",) for warps in tiles[K]}
+    wanted |= {(name, 768, 64, launch.ROWS, 8) for name in ("dense_gru", "dense_gru_before", "slstm")}
+    few = [
+        i
+        for i, ((name, dtype, K, _), *_) in enumerate(GROUPS)
+        if K == 64 and (name == "dense_lstm" or name == "slstm" and dtype == "bfloat16")
+    ]
+    side_by_side(results, few, sorted(wanted))
+    cases: list[tuple[str, tuple[int, ...], str, int, int | None]] = [("dense_lstm", SHAPES[0], "init", 8, 1)]
+    cases += [("dense_lstm", shape, kind, warps, None) for shape in SHAPES for kind in ("init", "sketch") for warps in tiles[shape[3]]]
+    cases += [("dense_lstm", shape, kind, 4, 2) for shape in SHAPES[:3] for kind in ("init", "sketch")]  # twice as many slices
+    cases += [(name, SHAPES[0], "init", 8, None) for name in ("dense_gru", "dense_gru_before", "slstm")]
+    for name, shape, kind, warps, slices in cases:
+        B, T, E, K = shape
+        like = torch.empty(B, T, 1, E, K, device="cuda", dtype=torch.bfloat16)
+        slices = 2 * Plan.of(like, K).slices if slices == 2 else slices
+        plan = Plan.of(like, K, slices, 0, None, warps)
+        row = {"plan": str(plan), **attempted(functools.partial(timed, shape, kind, plan, repeats=5, name=name))}
+        results.quiet("final", [row])
+        print(name, shape, short(row), flush=True)
+    attempted(functools.partial(profile, results, SHAPES[0]))
+
+
 def profile(results: Results, shape: tuple[int, ...]) -> None:
     """Microseconds of every kernel of one solve, forwards and backwards."""
     B, T, E, K = shape
@@ -244,19 +271,22 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,solves,cudnn")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which a sweep begins no further plan")
     parser.add_argument("--group", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--warm", type=int, nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--warm", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     if arguments.group is not None or arguments.warm:
-        print(json.dumps(warm(*arguments.warm) if arguments.warm else group(arguments.group)))
+        print(json.dumps(warm(arguments.warm[0], *map(int, arguments.warm[1:])) if arguments.warm else group(arguments.group)))
         return
     wanted, results = arguments.parts.split(","), Results(arguments.out, torch.device("cuda"))
+    if "final" in wanted:
+        final(results)
+        return
     near = "near" in wanted
     shapes = SHAPES[:3] if near else SHAPES
     widths = sorted({(E * K, K) for _, _, E, K in shapes}) if {"near", "sweep", "solves"} & {*wanted} else []
     groups = [i for i, cases in enumerate(GROUPS) if "accuracy" in wanted or "few" in wanted and cases[0][2] == 64]
-    side_by_side(results, groups, [(*width, *tile) for width in widths for tile in TILES[width[1]]])
+    side_by_side(results, groups, [("dense_lstm", *width, *tile) for width in widths for tile in TILES[width[1]]])
     for shape in shapes:
         for kind in ("init", "sketch") if "solves" in wanted else ():
             results.append("solves", attempted(functools.partial(timed, shape, kind)))
