@@ -35,7 +35,8 @@ PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
-SUMS_IN_PLACE = True  # whether the gradient of the matrices is summed by a kernel where its factors lie
+# Whether the gradient of the matrices is summed by a kernel where its factors lie; not seen to be right on a GPU yet, else a library's product.
+SUMS_IN_PLACE = interpreted() or os.environ.get("EVERYWHEN_DENSE_SUMS") == "1"
 SUMMED = 16  # steps of a product of the gradient of the matrices
 PIECES = 32  # of time, over which the gradient of the matrices is summed apart
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
@@ -311,6 +312,9 @@ def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: 
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
     flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
+    if w.direct:
+        d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
+        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
     for i, (matrix, operand) in enumerate(p.dense.products):
         k = w.same[i]
         d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
