@@ -31,10 +31,11 @@ class Traffic:
     received: Counter[str] = field(default_factory=Counter)
     solves: int = 0
     corrections: int = 0
+    adjoints: int = 0  # of those that are solved more than once
 
     def clear(self) -> None:
         self.received.clear()
-        self.solves = self.corrections = 0
+        self.solves = self.corrections = self.adjoints = 0
 
 
 traffic = Traffic()

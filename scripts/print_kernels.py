@@ -14,6 +14,7 @@ import sys
 from data.errors import UserError
 from data.program import program
 from kernels.decode_step import cell as decode_step
+from kernels.decode_step import dense_cell
 from kernels.dense_rnn import codegen as dense_codegen
 from kernels.parallel_rnn import codegen
 from kernels.parallel_rnn.cell import Cell
@@ -24,12 +25,10 @@ SOURCES = {"solve": codegen.source, "decode": decode_step.source}
 
 
 def text(cell: Cell, kind: str) -> str:
-    """Raises NotLowered, and UserError for a form that a cell with matrices does not have."""
+    """Raises NotLowered."""
     if not cell.mat:
         return SOURCES[kind](cell)
-    if kind != "solve":
-        raise UserError(f"The cell {cell.name} has matrices, and no kernels {kind!r}; leave the word out.")
-    return dense_codegen.source(cell, "bfloat16", "ptx")
+    return dense_codegen.source(cell, "bfloat16", "ptx") if kind == "solve" else dense_cell.source(cell)
 
 
 def main(words: list[str] | None = None) -> int:

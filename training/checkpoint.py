@@ -56,8 +56,10 @@ def newest_together(run_dir: Path, world: World, warn: Callable[[str], Any] = pr
 
 
 def restore_optimizer(folder: Path, engine: Engine) -> None:
-    """The optimizer's moments and the random state; weights were loaded before the engine was made."""
+    """The optimizer's moments, what solves have learnt, and the random state; weights were loaded before the engine was made."""
     state = read_state(folder)
+    if engine.plans is not None and "plans" in state:
+        engine.plans.load(state["plans"])
     if state["optimizer_steps"]:
         load_moments(engine, Weights(folder, "optimizer").stretch, state["optimizer_steps"])
     rng = load_file(folder / "rng.safetensors")

@@ -37,6 +37,7 @@ from training.config.schema import Config
 from training.graph import GraphedPass
 from training.initial_state import InitialStates
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
+from training.plans import plans_of
 from training.world import World
 from training.zero import patches, policy
 
@@ -94,6 +95,7 @@ class Engine:
         self.steps_taken, self.whole_norm = 0, math.nan
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
         wrapper.wrap(self, settings)
+        self.plans = plans_of(model, world)
         self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if self._graphs() else None
         if config.train.compile:
             self.deepspeed.compile()
@@ -158,14 +160,25 @@ class Engine:
             clock.lap()
         tokens = self.world.sum([local_tokens(micro_batches)])[0] if tokens is None else tokens
         self.set_lr(lr)
-        local_loss = self._backward(micro_batches, self.world.size / tokens).item()  # DeepSpeed averages over ranks, and we sum over tokens
+        loss = self._backward(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
+        if self.plans is not None:
+            self.plans.collect()
+        local_loss = loss.item()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
         telling = time.perf_counter() - telling
-        loss_sum, *told = self.world.sum([local_loss, *words])
+        learnt = self.plans.words() if self.plans is not None else []
+        loss_sum, *told = self.world.sum([local_loss, *learnt, *words])
+        self._learn(told[: len(learnt)])
+        told = told[len(learnt) :]
         norm, skipped = self._update(loss_sum / tokens, is_bad)
         seconds = time.perf_counter() - start - telling
         return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
+
+    def _learn(self, words: list[float]) -> None:
+        """Settles the plans of the steps that follow, from what all ranks' solves needed in this one; graphs are of the plans before."""
+        if self.plans is not None and self.plans.decide(words, self.world.size) and self.graphed is not None:
+            self.graphed.forget()
 
     def _backward(self, micro_batches: list[Batch], scale: float) -> Tensor:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""

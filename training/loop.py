@@ -215,7 +215,8 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside weights and moments (state.json)."""
-        return {**self.cursor.state(), "fingerprint": [s.fingerprint for s, _ in self.shards], "wandb_id": self.metrics.wandb_id}
+        learnt = {} if self.engine.plans is None else {"plans": self.engine.plans.state()}
+        return {**self.cursor.state(), "fingerprint": [s.fingerprint for s, _ in self.shards], "wandb_id": self.metrics.wandb_id, **learnt}
 
     def tell(self) -> None:
         """Writes what the saves since the last call took, and a sign of life."""

@@ -7,6 +7,7 @@ written in place into tensors that stay where they are, so that a CUDA graph can
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -14,10 +15,13 @@ import torch
 from torch import Tensor
 
 from kernels.decode_step import cell as cell_source
+from kernels.decode_step import dense_cell
 from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import load_source
 
+DENSE_PROVEN = False  # whether `dense_cell_step` was seen to be right on a GPU; EVERYWHEN_DENSE_STEP=1 runs it there before
+LARGEST_HEAD = 128  # channels of a dense head, whose matrices a program reads whole
 ROWS = 8  # with more rows a matrix product reads the weights once for all of them
 
 
@@ -109,4 +113,45 @@ def cell_step(cell: Cell, u_BI: Tensor, weight_EKO: Tensor, bias_PI: Tensor, rec
     with torch.cuda.device_of(u_BI):
         _cell_kernels(cell).project_and_step[(u_BI.shape[0], -(-O // BN), E)](
             u_BI, weight_EKO, bias_PI, rec_RI, state_BSI, D, K, O, u_BI.stride(0), BN=BN, BK=BK, num_warps=4, **_options()
+        )
+
+
+def steps_dense_heads(K: int, within: int) -> bool:
+    """Whether `dense_cell_step` can be had for heads of K channels in blocks of `within`."""
+    runs = interpreted() or DENSE_PROVEN or os.environ.get("EVERYWHEN_DENSE_STEP") == "1"
+    return runs and K <= LARGEST_HEAD and within % K == 0
+
+
+@functools.cache
+def _dense_cell_kernels(cell: Cell) -> ModuleType:
+    return load_source(f"{cell.name}_dense_step", dense_cell.source(cell))
+
+
+def dense_cell_step(
+    cell: Cell, u_BI: Tensor, weight_EIO: Tensor, bias_PI: Tensor, rec_RI: Tensor, mat_EKGK: Tensor, state_BSI: Tensor
+) -> None:  # fmt: skip
+    """`cell_step` of a cell with dense heads, mat (heads, K, matrices K): heads of at most LARGEST_HEAD channels, each within a block of the
+    projection."""
+    (_, width, PO), P, D, (heads, K, _) = weight_EIO.shape, len(cell.pre), bias_PI.shape[1], mat_EKGK.shape
+    O = PO // P  # noqa: E741
+    assert K <= LARGEST_HEAD and O % K == 0, (K, O)
+    BN = _power(K)
+    BK = 16 if interpreted() else min(_power(width), max(16, 4096 // BN))
+    with torch.cuda.device_of(u_BI):
+        _dense_cell_kernels(cell).project_and_step[(u_BI.shape[0], heads)](
+            u_BI,
+            weight_EIO,
+            bias_PI,
+            rec_RI,
+            mat_EKGK,
+            state_BSI,
+            D,
+            width,
+            O,
+            u_BI.stride(0),
+            K=K,
+            BN=BN,
+            BK=BK,
+            num_warps=8,
+            **_options(),
         )

@@ -11,6 +11,8 @@ from kernels.parallel_rnn.cell import Cell, biased
 from kernels.parallel_rnn.op import flat, warn_once
 
 METHODS = ("auto", "sequential", "sliced", "triton")
+PRECISIONS = ("once", "halves")
+SAVES = ("states", "borders")
 
 
 def dense_rnn(
@@ -23,6 +25,9 @@ def dense_rnn(
     *,
     bias_PD: Tensor | None = None,
     method: str = "auto",
+    learner: int = 0,
+    precision: str = "once",
+    save: str = "states",
 ) -> tuple[Tensor, Tensor]:
     """Solves h_t = step(pre_t, rec, R, h_{t-1}) for all t, of E heads of K channels, D = E K.
 
@@ -35,6 +40,11 @@ def dense_rnn(
     method: "sequential" keeps autograd's graph of the loop; "sliced" solves over slices of time in plain torch, and differentiates
     through the solution; "triton" does so in kernels generated from the step; "auto" is "sliced" (on a GPU "triton", once its kernels
     are proven there, see launch.py) of a cell that can be lowered, and "sequential" of any other, which it says once.
+    learner: the number of a layer of plans.py, whose plan is in force and which is told what the solve needed; 0: none.
+    precision, of inputs in 16 bits: "once" rounds what is multiplied with the matrices to their dtype, and certifies to that; "halves" takes it in
+    two halves of 16 bits, which costs a second product a step, and certifies as in fp32. Emitted states are rounded at the end.
+    save: what the backward pass keeps besides inputs and emitted states: the other "states" in fp32, or "borders", those that slices of time start
+    from, of which it makes the others again by one more pass.
     Raises ValueError for shapes that do not fit the cell, and for a method that cannot solve it.
     """
     (B, T, P), D = pre_BTPD.shape[:3], pre_BTPD.shape[3:].numel()
@@ -49,6 +59,10 @@ def dense_rnn(
         )
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    if save not in SAVES:
+        raise ValueError(f"save is {save!r}; choose one of {', '.join(SAVES)}.")
     if not cell.lowered and method in ("sliced", "triton"):
         raise ValueError(f"method={method!r} is not possible: {cell.why_loop} Use method='sequential' or 'auto'.")
     if not cell.lowered and method == "auto" and not torch.compiler.is_compiling():
@@ -65,8 +79,11 @@ def dense_rnn(
         nothing = 0 * (pre_BTPD.sum() + rec_RD.sum().to(pre_BTPD.dtype) + mat_EKGK.sum().to(pre_BTPD.dtype))  # gradients of zero, not none
         return pre_BTPD.new_zeros((B, T, D)) + nothing, h0
     if method != "sequential" and cell.lowered:
-        emitted, _, final = op.solve(pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method)
-        return emitted, final
+        halves = precision == "halves" and pre_BTPD.element_size() == 2
+        emitted, _, final = op.solve(
+            pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT, cell.key, method, learner, halves, save == "borders" and S > 1
+        )
+        return emitted.to(pre_BTPD.dtype), final
     return _loop(cell, pre_BTPD, rec_RD, mat_EKGK, h0, starts_BT)
 
 

@@ -1,15 +1,15 @@
 """The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
 
-The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. BEFORE are the emitted states that
-steps start from. Their products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
+The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
+state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import JIT, Writer, begin_measures, products_of_jacobians, slice_rows
 
-INPUTS = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
+INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
 FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr"
 
@@ -34,11 +34,14 @@ def _cotangents(w: Writer, indent: int) -> None:
         )
         w.put(indent + 1, "size = size[:, None]")
         for i in mine:
-            w.put(indent + 1, f"lp{i} = (dp{i} * size).to(DOT)")
-        w.put(indent, "else:", *(f"    lp{i} = dp{i}.to(DOT)" for i in mine))
+            w.put(indent + 1, f"vp{i} = dp{i} * size")
+        w.put(indent, "else:", *(f"    vp{i} = dp{i}" for i in mine), *(f"lp{i} = vp{i}.to(DOT)" for i in mine))
+        w.put(indent, "if HALVES:", *(f"    vp{i} = (vp{i} - lp{i}.to(tl.float32)).to(DOT)" for i in mine))
         for operand in dense.levels[l]:
             terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
+            low = [w.dot(f"vp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
+            w.put(indent, "if HALVES:", *(f"    q{operand} += {term}" for term in low))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
 
 
@@ -49,17 +52,18 @@ def _load(w: Writer, indent: int) -> None:
     w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
-    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(indent, "later = both & (t > 0)[:, None]")
+    w.put(indent, f"h{n_kept} = tl.load(EMITTED + (at - 1)[:, None] * D + d, mask=later, other=0.0).to(tl.float32)")
     for i in range(n_kept):
-        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
+        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=later, other=0.0)")
     w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
     if n_kept:
         w.put(indent, "if WITH_KEPT:")
         for i in range(n_kept):
             w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-        w.put(indent, *(f"h{i} += tl.where((t == 0)[:, None], z{i}, 0.0)" for i in range(n_kept)))
-    w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
+    w.put(indent, *(f"h{i} += tl.where((t == 0)[:, None], z{i}, 0.0)" for i in w.S))
+    w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
 
 
@@ -99,8 +103,9 @@ def _ready(w: Writer) -> None:
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W), "both = here[:, None] & inside")
-    for i in range(len(w.S) - 1):
+    for i in w.S:
         w.put(1, f"z{i} = {w.vector('H0', 'b', i, len(w.S))}")
+    w.put(1, f"z{len(w.S) - 1} = z{len(w.S) - 1}.to(EMITTED.dtype.element_ty).to(tl.float32)  # as the other emitted states are rounded")
 
 
 def gradient(w: Writer) -> None:
@@ -152,3 +157,32 @@ def finish_back(w: Writer) -> None:
         for i in w.W:
             value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
             w.put(2, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=both & (m < n - bad)[:, None])")
+
+
+def matrix_sums(w: Writer) -> None:
+    """SUMS (pieces of time, E, K, matrices, K): emitted state before a step, transposed, times cotangents of its products."""
+    S, G = len(w.S), len(w.G)
+    w.put(
+        0,
+        "",
+        "",
+        JIT,
+        "def matrix_sums(EMITTED, H0, RESET, D_PRE, SUMS, T, N, PIECE, db, dt, dp, de, K: tl.constexpr, D: tl.constexpr,",
+    )
+    w.put(
+        1,
+        "    HEAD: tl.constexpr, HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):",
+    )
+    w.put(1, f"e, g, piece = tl.program_id(0) // {G}, tl.program_id(0) % {G}, tl.program_id(1)")
+    w.put(1, "k, i, first = tl.arange(0, BK), tl.arange(0, BN), piece * PIECE", "inside, d = (k < K)[None, :], (e * K + k)[None, :]")
+    w.put(1, "columns = _columns(e, k, de, K, HEAD)[None, :]", "total = tl.zeros((BK, BK), tl.float32)")
+    w.put(1, "for begin in tl.range(first, tl.minimum(first + PIECE, N), BN, num_stages=STAGES):")
+    w.put(2, "at = (begin + i).to(tl.int64)", "b, t, here = at // T, at % T, begin + i < N", "goes_on = here")
+    w.put(2, "if HAS_RESET:", "    goes_on = here & (tl.load(RESET + at, mask=here, other=0) == 0)")
+    w.put(2, "u = tl.load(EMITTED + (at - 1)[:, None] * D + d, mask=inside & (goes_on & (t > 0))[:, None], other=0.0).to(tl.float32)")
+    w.put(2, f"z = tl.load(H0 + (b * {S} + {S - 1})[:, None] * D + d, mask=inside & (goes_on & (t == 0))[:, None], other=0.0)")
+    w.put(2, "u += z.to(EMITTED.dtype.element_ty).to(tl.float32)")
+    w.put(2, "q = tl.load(D_PRE + (b * db + t * dt + g * dp)[:, None] + columns, mask=inside & here[:, None], other=0.0)")
+    w.put(2, "total = tl.dot(tl.trans(u.to(DOT)), q.to(DOT), total, input_precision=PRECISION)")
+    w.put(1, f"to = SUMS + ((piece * (tl.num_programs(0) // {G}) + e).to(tl.int64) * K + k[:, None]) * ({G} * K) + g * K + k[None, :]")
+    w.put(1, "tl.store(to, total, mask=(k < K)[:, None] & inside)")

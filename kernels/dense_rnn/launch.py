@@ -19,23 +19,29 @@ import torch
 from torch import Tensor
 
 from kernels.dense_rnn import codegen, source
+from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
+from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-PROVEN = True  # whether the kernels run on a GPU without being asked for by method="triton" or EVERYWHEN_DENSE_KERNELS=1
+# Seen to be right on an H200, all cells and dtypes (docs/dense_rnn.md). Where it is false a GPU solves in plain torch until it is asked for the
+# kernels, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
+PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
-WAVES = 1.5  # programs wanted for each multiprocessor
+# Whether the gradient of the matrices is summed by a kernel where its factors lie; not seen to be right on a GPU yet, else a library's product.
+SUMS_IN_PLACE = interpreted() or os.environ.get("EVERYWHEN_DENSE_SUMS") == "1"
+SUMMED = 16  # steps of a product of the gradient of the matrices
+PIECES = 32  # of time, over which the gradient of the matrices is summed apart
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
-SLOTS = 4  # counters of a pass
 _stats: dict[torch.device, Tensor] = {}
 
 
@@ -93,10 +99,10 @@ class Plan:
     def of(
         pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
     ) -> Plan:
-        """A program walks ROWS rows of one head, bound by the latency of a step: time is cut as far as gives each multiprocessor some."""
+        """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
         if slices is None:
-            slices = min(T // SHORTEST, round(WAVES * multiprocessors(pre.device) * ROWS / (E * B)))
+            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS // (E * B))
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
@@ -104,10 +110,18 @@ class Plan:
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
-class _Problem:
+def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
+    """The reckoned plan, or what a layer has learnt to do. A memory that the diagonal carries is not found by a burn-in, but by corrections."""
+    plan = Plan.of(pre, K, burn_in=0 if facts(cell).tracked else None)
+    return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
+
+
+class Problem:
     """What all launches of a solve share."""
 
-    def __init__(self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan) -> None:
+    def __init__(
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool
+    ) -> None:
         self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
         self.cell, self.dense, self.plan, self.mat = cell, trace_dense(cell), plan, mat
         self.E, self.K, self.G, _ = mat.shape
@@ -125,13 +139,14 @@ class _Problem:
         tl = self.module.tl
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
         self.constants: dict[str, Any] = {
-            "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
+            "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
             "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
-        self.chain = (plan.slices, TOLERANCE[pre.dtype])
+        self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
+        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
     def on_chip(self) -> Tensor:
@@ -146,7 +161,7 @@ class _Problem:
 
 
 def _counters(device: torch.device) -> Tensor:
-    """Forward and backward: largest residual, most corrections, heads of batch rows solved, and of these the shares of slices walked in order."""
+    """Forward and backward, as in plans.py: largest residual, most corrections, heads of batch rows solved, slices walked, slices."""
     if device not in _stats:
         with torch.inference_mode(False):  # a tensor that later calls may change
             counters = torch.zeros(2 * SLOTS, device=device)
@@ -156,18 +171,60 @@ def _counters(device: torch.device) -> Tensor:
     return _stats[device]
 
 
-def _rounds(plan: Plan, pre: Tensor) -> int:
-    return min(CORRECTIONS[pre.element_size()], plan.slices - 1)
-
-
 def forward(
-    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None = None,
+    layer: Layer | None = None,
+    halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32). halves: what is multiplied is not rounded to 16 bits but
+    taken in two halves, and emitted states are fp32."""
+    emitted, kept, final, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
+    return emitted, kept, final
+
+
+def forward_with_border(
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None = None,
+    layer: Layer | None = None,
+    halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
+    all slices left them."""
+    emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer)
+    P = products.new_zeros(*products.shape[:2], len(cell.state), len(cell.state), products.shape[3])
+    for v, (i, j) in enumerate(facts(cell).tracked):
+        P[:, :, i, j] = products[:, :, v]
+    return emitted, kept, final, product(P[:, None])[:, 0], nearby[:, -1]
+
+
+def solved(
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None,
+    layer: Layer | None,
+    halves: bool = False,
+) -> tuple[Tensor, ...]:
+    """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
+    first slice of each head that was walked in order (B, E), n if none was."""
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
+    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
-    emitted, kept, final = p.pre.new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
+    emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     R = p.on_chip()
@@ -175,23 +232,23 @@ def forward(
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
     p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
     if n == 1:
-        return emitted, kept, ends[:, 0]
-    stats = _counters(pre.device)[:SLOTS]
-    for k in range(_rounds(plan, pre)):
-        p.module.correct[p.E, B](begins, ends, products, nearby, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+        return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
+    stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
+    for k in range(p.rounds):
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
-    return emitted, kept, final
+    return emitted, kept, final, products, nearby, begins, bad
 
 
-def _before(p: _Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
+def _before(p: Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
     """The emitted state that each step starts from (B, T, D), in the dtype of products."""
     before = torch.cat([p.h0[:, None, -1].to(emitted.dtype), emitted[:, :-1]], 1)
     return before if starts is None else before.masked_fill_(starts[..., None], 0)
 
 
-def _by_head(p: _Problem, x: Tensor) -> Tensor:
+def _by_head(p: Problem, x: Tensor) -> Tensor:
     """(B, T, D) as (E, B T, K)."""
     return x.reshape(p.B * p.T, p.E, p.K).transpose(0, 1)
 
@@ -203,10 +260,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
+def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
     """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
     states."""
-    dense, mat, Q = p.dense, p.mat.to(before.dtype), len(p.dense.products)
+    dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
     if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
         u = _by_head(p, before)
         R = torch.stack([mat[:, :, product.matrix] for product in dense.products], 2).reshape(p.E, p.K, Q * p.K) if products else mat
@@ -222,7 +279,7 @@ def _known(p: _Problem, before: Tensor, kept: Tensor, starts: Tensor | None, pro
 class _Rounded(HeadMatrix):
     """A matrix that rounds what it is multiplied with, as the kernels do."""
 
-    def __init__(self, R_EKJ: Tensor, p: _Problem, dtype: torch.dtype) -> None:
+    def __init__(self, R_EKJ: Tensor, p: Problem, dtype: torch.dtype) -> None:
         super().__init__(R_EKJ)
         self.p, self.dtype = p, dtype
 
@@ -230,50 +287,73 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_gradient(p: _Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
+def _matrix_sums(p: Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
+    """`_matrix_gradient` of a cell whose matrices multiply the emitted state alone, read where it lies."""
+    N, rows = p.B * p.T, SUMMED
+    piece = -(-N // (PIECES * rows)) * rows
+    sums = p.h0.new_empty(-(-N // piece), p.E, p.K, p.G, p.K)
+    names = ("K", "D", "HEAD", "HAS_RESET", "DOT", "PRECISION", "BK")
+    p.module.matrix_sums[p.E * p.G, len(sums)](
+        emitted, p.h0, p.reset, d_pre.tensor, sums, p.T, N, piece, d_pre.batch, d_pre.time, d_pre.projection, d_pre.se,
+        **{name: p.constants[name] for name in names}, BN=rows, STAGES=STAGES, num_warps=2, num_stages=1,  # four would make it wgmma, see NARROWEST
+    )  # fmt: skip
+    return sums.sum(0)
+
+
+def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
     """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
     w = facts(p.cell)
     d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_pre.device)
     N = p.B * p.T
     pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
 
-    def product(u: Tensor, d: Tensor) -> Tensor:
+    def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
     flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
-    if len(operands) == 1 and [w.same[i] for i in w.Q] == list(w.X) and [q.matrix for q in p.dense.products] == list(range(p.G)):
+    if w.direct:
         d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
-        return product(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
+        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
     for i, (matrix, operand) in enumerate(p.dense.products):
         k = w.same[i]
         d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
-        d_mat[:, :, matrix] += product(operands[operand], d)
+        d_mat[:, :, matrix] += piecewise(operands[operand], d)
     return d_mat
 
 
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan)
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer, halves)[:4]
+
+
+def backward_with_border(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, and the adjoint's size near the first step (B, S, D)."""
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
+    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
-    before = _before(p, emitted, starts)
-    known = pad(p.K) * before.element_size() > TWICE
-    products_known, operands = _known(p, before, kept, starts, known)
+    known = pad(p.K) * pre.element_size() > TWICE
+    direct = SUMS_IN_PLACE and not halves and facts(p.cell).direct and pad(p.K) <= 64
+    products_known, operands = (None, []) if direct and not known else _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     apart = len(facts(p.cell).apart)
-    d_prod = before.new_empty(p.E, B * T, apart, p.K)
+    d_prod = emitted.new_empty(p.E, B * T, apart, p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(), p.reset, before, kept, p.h0, before if products_known is None else products_known, d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, emitted if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
@@ -281,27 +361,29 @@ def backward(
     measures = (begins, ends, products, nearby)
     p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
-        stats = _counters(pre.device)[SLOTS:]
-        for k in range(_rounds(plan, pre)):
-            p.module.correct_back[p.E, B](*measures, todo, stats, float(k + 1), *p.chain, **p.chain_constants)
+        stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
+        for k in range(p.rounds):
+            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
             p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
         d_h0 = ends[:, 0]
+    d_mat = _matrix_sums(p, emitted, to) if direct else None
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0
+    d_mat = _matrix_gradient(p, operands, d_whole, d_prod) if d_mat is None else d_mat
+    return d_whole, partial.sum((0, 1)), d_mat, d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:
-    """Of the solves over several slices since the last call: heads of batch rows solved, most corrections, largest residual at the last check,
+    """Of the solves over several slices since the last call, but those of layers that learn: heads of batch rows solved, most corrections, largest residual at the last check,
     and the share of slices that had to be walked in order; the same of the adjoints. Waits for the device: call it when logging."""
     read = torch.stack([t.cpu() for t in _stats.values()]).amax(0).tolist() if _stats else [0.0] * (2 * SLOTS)
     report: dict[str, float] = {}
-    for name, (residual, corrections, heads, walked) in zip(("", "_backward"), (read[:SLOTS], read[SLOTS:])):
+    for name, (residual, corrections, heads, walked, slices) in zip(("", "_backward"), (read[:SLOTS], read[SLOTS:])):
         report |= {f"heads{name}": heads, f"corrections{name}": corrections, f"residual{name}": residual}
-        report[f"walked{name}"] = walked / max(1.0, heads)
+        report[f"walked{name}"] = walked / max(1.0, slices)
     for t in _stats.values():
         t.zero_()
     return report

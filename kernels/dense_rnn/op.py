@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import launch, reference
+from kernels.dense_rnn import launch, marks, plans, reference
 from kernels.op import define
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 from kernels.parallel_rnn.op import flat, joined, warn_once
@@ -32,47 +32,104 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
     return not reason and (method == "triton" or pre.is_cuda)
 
 
+def chosen(pre: Tensor, h0: Tensor, layer: plans.Layer | None, back: bool) -> tuple[int, int] | tuple[()]:
+    """Slices and burn-in in plain torch, where a layer has learnt them."""
+    if layer is None:
+        return ()
+    (B, T), D = pre.shape[:2], h0.shape[2]
+    return layer.passes[back].plan(reference.choose_slices(B, T, D, pre.device), T)
+
+
+def note(layer: plans.Layer | None, back: bool, report: reference.Report, heads: int) -> None:
+    if layer is not None and report.slices > 1:
+        layer.note(back, report, heads)
+
+
 def _forward(
-    pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    key: str,
+    method: str,
+    learner: int,
+    halves: bool,
+    borders: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(emitted (B, T, D) in the dtype of pre, kept (B, T, S - 1, D) and final (B, S, D) in the dtype of the arithmetic); T >= 1."""
-    cell, dtype = REGISTRY[key], reference.compute_dtype(pre)
+    """(emitted (B, T, D) in the dtype of pre, kept (B, T, S - 1, D) and final (B, S, D) in the dtype of the arithmetic); T >= 1.
+    learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in
+    the dtype of the arithmetic. borders: in place of kept, marks (B, M, S, D) from which the backward pass makes it again."""
+    cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
     if use_triton(cell, pre, mat.shape[1], method):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            return launch.forward(cell, pre, rec, mat, h0, starts)
+            solved = marks.forward_with_marks if borders else launch.forward
+            return solved(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
     with torch.autocast(pre.device.type, enabled=False):
-        states = reference.solve(cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts)
-    return states[:, :, -1].to(pre.dtype, copy=True).contiguous(), states[:, :, :-1].contiguous().clone(), states[:, -1].clone()
+        states = reference.solve(
+            cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts, *chosen(pre, h0, layer, False)
+        )
+    note(layer, False, reference.last_report, pre.shape[0] * mat.shape[0])
+    return (
+        states[:, :, -1].to(dtype if halves else pre.dtype, copy=True).contiguous(),
+        h0.new_zeros(h0.shape[0], marks.marks_of(pre.shape[1]), *h0.shape[1:], dtype=dtype)
+        if borders
+        else states[:, :, :-1].contiguous().clone(),
+        states[:, -1].clone(),
+    )
 
 
-def _fake(pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, key: str, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    key: str,
+    method: str,
+    learner: int,
+    halves: bool,
+    borders: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     (B, T), S, D = pre.shape[:2], h0.shape[1], h0.shape[2]
     inner = reference.compute_dtype(pre)
-    return pre.new_empty(B, T, D), pre.new_empty(B, T, S - 1, D, dtype=inner), pre.new_empty(B, S, D, dtype=inner)
+    return (
+        pre.new_empty(B, T, D, dtype=inner if halves else pre.dtype),
+        pre.new_empty(B, marks.marks_of(T), S, D, dtype=inner) if borders else pre.new_empty(B, T, S - 1, D, dtype=inner),
+        pre.new_empty(B, S, D, dtype=inner),
+    )
 
 
-def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str]]:
-    pre, rec, mat, h0, starts, key, method = inputs
-    return (pre, rec, mat, h0, starts, *output[:2]), (key, method)
+def _save(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], tuple[str, str, int, bool, bool]]:
+    pre, rec, mat, h0, starts, key, method, learner, halves, borders = inputs
+    return (pre, rec, mat, h0, starts, *output[:2]), (key, method, learner, halves, borders)
 
 
 def _backward(
     d_emitted: Tensor | None, d_kept: Tensor | None, d_final: Tensor | None, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor,
-    starts: Tensor | None, emitted: Tensor, kept: Tensor, key: str, method: str,
+    starts: Tensor | None, emitted: Tensor, kept: Tensor, key: str, method: str, learner: int, halves: bool, borders: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre, rec, mat and h0, each in the dtype of its tensor."""
-    cell, dtype = REGISTRY[key], reference.compute_dtype(pre)
+    cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
     d_emitted = torch.zeros_like(emitted) if d_emitted is None else d_emitted
     d_final = torch.zeros_like(h0) if d_final is None else d_final
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
         if use_triton(cell, pre, mat.shape[1], method):
-            d_pre, d_rec, d_mat, d_h0 = launch.backward(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final)
+            kept = marks.restore(cell, pre, rec, mat, h0, starts, kept, layer=layer, halves=halves) if borders else kept
+            d_pre, d_rec, d_mat, d_h0 = launch.backward(
+                cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None if borders else d_kept, d_final, layer=layer, halves=halves
+            )
             return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)
-    d_kept = torch.zeros_like(kept) if d_kept is None else d_kept
+    if borders:
+        kept = _forward(pre, rec, mat, h0, starts, key, method, learner, halves, False)[1]
+    d_kept = torch.zeros_like(kept) if d_kept is None or borders else d_kept
     with torch.autocast(pre.device.type, enabled=False):
         states, d_states = joined(emitted.to(dtype), kept), joined(d_emitted.to(dtype), d_kept.to(dtype))
         x, w, R, h = flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype)
-        d_pre, d_rec, d_mat, d_h0 = reference.backward(cell, x, w, R, h, starts, states, d_states, d_final.to(dtype))
+        d_pre, d_rec, d_mat, d_h0 = reference.backward(
+            cell, x, w, R, h, starts, states, d_states, d_final.to(dtype), *chosen(pre, h0, layer, True)
+        )
+    note(layer, True, reference.last_backward, pre.shape[0] * mat.shape[0])
     return (
         torch.empty_like(pre).copy_(d_pre.view(pre.shape)),
         d_rec.to(rec.dtype).contiguous(),

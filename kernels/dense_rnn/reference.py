@@ -17,6 +17,7 @@ heads; mat (E, K, G, K) as (head, input, matrix, output).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def local_size(values: Tensor, starts: Tensor | None) -> Tensor:
     return size[:, :, max(0, first) : last].amax(2)
 
 
-def _diagonal(made: InTorch, pre: Tensor, rec: Tensor, mat: list[HeadMatrix], before: Tensor, starts: Tensor | None) -> Tensor:
+def diagonal(made: InTorch, pre: Tensor, rec: Tensor, mat: list[HeadMatrix], before: Tensor, starts: Tensor | None) -> Tensor:
     """The Jacobian's diagonal part (..., S, S, D) of every step."""
     x, w, h = pre.unbind(-2), rec.unbind(0), before.unbind(-2)
     J = torch.stack(made.jacobian(x, w, h, made.products(x, w, h, mat)[0]), -2)
@@ -143,7 +144,7 @@ def solve(
         states = _walk(cell, pre_N, rec, matrix, start, starts_N)
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
         before = before if starts_N is None else zeroed(before, starts_N[..., None, None])
-        P = product(_unit_after(_diagonal(made, pre_N, rec, matrix, before, starts_N), T))
+        P = product(_unit_after(diagonal(made, pre_N, rec, matrix, before, starts_N), T))
         end, size = states[:, :, -1], local_size(states, starts_N)
         new = corrected(end, P, start)
         residual = share((new - start)[:, 1:], size[:, :-1])
@@ -203,7 +204,7 @@ def _adjoints(
         if T - (n - 1) * length <= burn_in:  # the last slice's own sweep
             guess[:, -1] = d_final
         carried[:, :-1] = sweep(slice(1, None), 0, min(burn_in, length), guess)[1]
-    P = product(_unit_after(_diagonal(made, x, rec, mat, h, new_document), T)).flip(1).transpose(2, 3)
+    P = product(_unit_after(diagonal(made, x, rec, mat, h, new_document), T)).flip(1).transpose(2, 3)
     for corrections in range(n):
         g, left = sweep(slice(None), 0, length, carried)
         new = corrected(left.flip(1), P, carried.flip(1)).flip(1)
@@ -216,11 +217,12 @@ def _adjoints(
 
 
 @torch.no_grad()
-def backward(
+def backward_with_border(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, states: Tensor, d_states: Tensor,
     d_final: Tensor, slices: int | None = None, burn_in: int = BURN_IN,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of pre, rec, mat and h0 at the solved states (B, T, S, D), given those of all states and of the final one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre, rec, mat and h0 at the solved states (B, T, S, D), given those of all states and of the final one; and the adjoint's
+    size near the first step (B, S, D)."""
     matrix, made = matrices(mat), in_torch(cell)
     before = previous(states, h0, starts)
     g, d_h0 = _adjoints(cell, pre, rec, matrix, before, d_states, d_final, starts, slices, burn_in)
@@ -234,4 +236,9 @@ def backward(
         left, right = (v.reshape(-1, E, K).transpose(0, 1) for v in (u[operand], value))
         d_mat[:, :, index] += left.transpose(1, 2) @ right
     sums = torch.stack([d.sum((0, 1)) for d in d_rec]) if d_rec else torch.zeros_like(rec)
-    return torch.stack(d_pre, 2), sums, d_mat, d_h0
+    return torch.stack(d_pre, 2), sums, d_mat, d_h0, _size_back(g[:, None], None if starts is None else starts[:, None])[:, 0]
+
+
+def backward(*given: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward_with_border` without the size."""
+    return backward_with_border(*given, **options)[:4]

@@ -9,6 +9,7 @@ reads them there as the products lie in registers.
     certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
     finish    walks in order what is not certified
     gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
+    matrix_sums   the gradient of the matrices, where what they are multiplied with is the emitted state
 
 Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
 P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.
@@ -24,7 +25,9 @@ from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
-WIDTHS = "HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+# sizes that plans change: another plan is no reason to compile again
+JIT = '@triton.jit(do_not_specialize=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
 @triton.jit
 def _columns(e, k, se, K: tl.constexpr, HEAD: tl.constexpr):  # offsets of a head's channels in inputs that lie in blocks of HEAD
@@ -60,6 +63,10 @@ class Writer:
         # products whose gradient is that of an input projection, which then stands for it
         self.same = {i: next((k for k in self.X if dense.d_pre[k] is dense.d_product[i]), None) for i in self.Q}
         self.apart = [i for i in self.Q if self.same[i] is None]
+        # each matrix multiplies the emitted state, and its product's gradient is that of the input beside it
+        emitted = len(dense.operands) == 1 and dense.operands[0].op == "var" and dense.operands[0].arguments[0] == f"h{len(cell.state) - 1}"
+        in_order = [q.matrix for q in dense.products] == list(self.G)
+        self.direct = emitted and in_order and [self.same[i] for i in self.Q] == list(range(len(self.G)))
 
     def put(self, indent: int, *lines: str) -> None:
         self.lines += ["    " * indent + line for line in lines if line]
@@ -73,7 +80,7 @@ class Writer:
         return ", ".join(names)
 
     def head(self, name: str, arguments: str) -> None:
-        self.put(0, "", "", "@triton.jit", f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
+        self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
         self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
         self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
 
@@ -94,10 +101,14 @@ class Writer:
             arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
             arguments += [f"p{i}" if i in known else "h0" for i in self.Q]
             self.put(indent, f"{', '.join(f'u{i}' for i in level)} = operands{l}({', '.join(arguments)})")
-            self.put(indent, *(f"u{i} = u{i}.to(DOT)" for i in level))
+            self.put(indent, *(f"v{i}, u{i} = u{i}, u{i}.to(DOT)" for i in level))
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
                 self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
+            self.put(indent, "if HALVES:", *(f"    v{i} = (v{i} - u{i}.to(tl.float32)).to(DOT)" for i in level))
+            for i in self.dense.of_level(l):
+                matrix, operand = self.dense.products[i]
+                self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
@@ -226,7 +237,7 @@ def _chain(w: Writer, back: bool) -> None:
     S, V = len(w.S), len(w.tracked)
     w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
     w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
-    w.put(1, "for m in range(1, n):")
+    w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
     w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
         w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
@@ -244,19 +255,27 @@ def _chain(w: Writer, back: bool) -> None:
     w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
 
 
+CHAIN_STAGES = 4  # slices whose ends are on their way
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
 
 
 def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
-    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, STATS, ROUND, {CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
+    w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
+    w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
-    w.put(2, "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))", "if not stands:")
+    w.put(
+        2,
+        "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
+        "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
+    )
     for i in w.S:
-        w.put(3, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=inside)")
+        w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
+    w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
     w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
 
 
@@ -264,13 +283,14 @@ def certify(w: Writer, back: bool) -> None:
     """BAD: the first slice that does not begin, bit for bit, where the one before it ends, if some slice is not certified; else n."""
     S = len(w.S)
     name = "certify_back" if back else "certify"
-    w.put(0, "", "", "@triton.jit", f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "first = tl.where((other > 0) & (first == n), m, first)")
     w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
-    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32) / n)")
+    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
+    w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")
     end = "b * n" if back else "b * n + n - 1"
     for i in w.S:
         w.put(1, f"end{i} = tl.load(ENDS + (({end}) * {S} + {i}) * D + d, mask=inside, other=0.0)")

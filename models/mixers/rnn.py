@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.dense_rnn import dense_rnn, dense_rnn_step
+from kernels.dense_rnn import dense_rnn, dense_rnn_step, ranks
 from kernels.linear import linear
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
@@ -91,6 +91,7 @@ class State:
 
 class Mixer(SequenceMixer):
     recurrence = "parallel_rnn"
+    learner = 0  # the number of a layer whose plan is learnt in training (kernels/dense_rnn/plans.py, training/plans.py)
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -167,7 +168,7 @@ class Mixer(SequenceMixer):
             return final[:, None, -1].to(pre.dtype), final
         if dense is None:
             return parallel_rnn(cell, pre, rec, before_BSI, starts, bias_PD=bias, emitted=True)
-        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias)
+        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias, learner=self.learner if self.training else 0)
 
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "cell_BSI": "recurrent", "segment_B": "bookkeeping"}
@@ -177,8 +178,6 @@ class Mixer(SequenceMixer):
         return {name: state.cell_BSI[:, i] for i, name in enumerate(self.cell.state)}
 
     def why_not_split(self, T: int = 1 << 62) -> str:
-        if self.matrices is not None:
-            return "its heads are dense"
         if not self.cell.lowered:
             return f"its cell is solved as a loop ({self.cell.why_loop.rstrip('.')})"
         return self.conv.why_not_split(T) if self.conv is not None else ""
@@ -221,6 +220,8 @@ class Mixer(SequenceMixer):
         slice exact, whatever the Jacobians are.
         """
         cell, rec = biased(self.cell), with_bias(rec, bias)
+        if self.matrices is not None:
+            return _dense_over_ranks(slice_, cell, pre, rec, self.matrices, starts, self.learner if self.training else 0)
         with torch.autocast(pre.device.type, enabled=False):
             start = _guessed_starts(slice_, cell, pre, rec, starts)
             for correction in range(slice_.size):
@@ -243,7 +244,8 @@ class Mixer(SequenceMixer):
             return slice_.with_adjoint_from_right(emitted, final, local, _through, pre, rec, h0, starts, emitted, saved)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
-        if not self.cell.lowered or self.matrices is not None:
+        K, within = self.config.channels_of_head(self.inner), self.inner // self.config.n_heads
+        if not self.cell.lowered or self.matrices is not None and not decode_step.steps_dense_heads(K, within):
             return None
         state.segment_B.clamp_(min=0)  # as last_segment does
         inner, groups = self.inner, self.config.n_heads
@@ -251,13 +253,17 @@ class Mixer(SequenceMixer):
         rec_RI = self.recurrent_weights().detach().float().contiguous()
         weight = self.cell_weight.detach().reshape(groups, inner // groups, -1)
         gate = projected_BI[:, inner:] if self.config.gate else None
+        matrices = None if self.matrices is None else self.matrices.detach()
         conv = None if self.conv is None else decode_step.Convolution(0, self.conv.weight, self.conv.bias, state.conv_BWI)
         after, eps = (None, 0.0) if self.norm is None else (self.norm.weight, self.norm.eps)
         gain = norm.gain.detach()
 
         def step() -> None:
             decode_step.project(x_BD, self.in_proj.weight, projected_BI, norm_K=gain, eps=norm.eps, conv=conv, silu=(inner, 2 * inner))
-            decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
+            if matrices is None:
+                decode_step.cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, state.cell_BSI)
+            else:
+                decode_step.dense_cell_step(self.cell, projected_BI, weight, self.cell_bias, rec_RI, matrices, state.cell_BSI)
             h_BI = state.cell_BSI[:, -1]
             decode_step.project(h_BI, self.out_proj.weight, x_BD, norm_K=after, eps=eps, gate_BK=gate, add=True, keep_N=keep_D)
 
@@ -279,6 +285,17 @@ class Mixer(SequenceMixer):
         cell = len(self.cell.pre) * self.inner * self.inner // self.config.n_heads
         cell += 0 if self.matrices is None else self.matrices.numel()
         return math.ceil(2 * (widths + cell + self.config.d_conv * self.inner + len(self.cell.rec) * self.inner))
+
+
+def _dense_over_ranks(slice_: Slice, cell: Cell, pre: Tensor, rec: Tensor, matrices: Tensor, starts: Tensor | None, learner: int) -> Tensor:
+    """`over_ranks` of a cell with matrices, whose adjoint is corrected as its states are."""
+
+    def count(what: str) -> None:
+        setattr(traffic, what, getattr(traffic, what) + 1)
+
+    part = ranks.Part(slice_.rank, slice_.size, slice_.gather, count, learner)
+    with torch.autocast(pre.device.type, enabled=False):
+        return ranks.over_ranks(cell, pre, rec, matrices.unflatten(2, (len(cell.mat), -1)), starts, part)
 
 
 @torch.no_grad()

@@ -101,6 +101,12 @@ class Results:
         self.values.setdefault(key, []).append(row)
         self._write(key, row)
 
+    def quiet(self, key: str, rows: list[Any]) -> None:
+        """More rows of `key`, in the file only."""
+        self.values.setdefault(key, []).extend(rows)
+        if self.out:
+            write_json(self.out, self.values)
+
     def item(self, key: str, name: str, row: Any) -> None:
         """One more of the named items of `key`."""
         self.values.setdefault(key, {})[name] = row

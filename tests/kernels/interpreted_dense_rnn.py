@@ -10,10 +10,11 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import launch, op  # noqa: E402
+from kernels.dense_rnn import launch, marks, op, ranks, reference  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
+from kernels.parallel_rnn.op import joined  # noqa: E402
 from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
@@ -40,6 +41,68 @@ def compare(
         print(label, name, f"{error:.1e}")
         assert a.shape == b.shape and error < limits[i > 1], f"{label}: {name} is off by {error:.1e}"
     return report
+
+
+def halves() -> None:
+    """States and adjoints of fp16 in two halves are those of fp32, of matrices of fp16; what is stored in fp16 is rounded once."""
+    for name in ("dense_lstm", "dense_gru_before"):
+        cell, tensors, starts = problem(name, 1, 24, 1, 16, starts=0.05)
+        given = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)]
+        d_emitted, d_final = (t.float() for t in cotangents(tensors))
+        plan = Plan.of(given[0], 16, 3, 4)
+        emitted, kept, final = launch.forward(cell, *(*given, starts, plan, None, True))
+        gradients = launch.backward(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan, None, True))
+        exact = wanted(cell, given, starts, d_emitted, d_final)
+        assert emitted.dtype == torch.float32 and gradients[0].dtype == torch.float16
+        for label, limit, a, b in zip(NAMES, (2e-6, 2e-6, 4e-4, 1e-3, 4e-4, 1e-5), (emitted, final, *gradients), exact):
+            print("halves", name, label, f"{distance(a, b):.1e}")
+            assert distance(a, b) < limit, (name, label, distance(a, b))
+
+
+def halves_through_the_op() -> None:
+    cell, tensors, starts = problem("dense_lstm", 1, 12, 1, 16)
+    given = [(t.half() if i in (0, 2) else t.float()).requires_grad_() for i, t in enumerate(tensors)]
+    d_emitted, d_final = (t.float() for t in cotangents(tensors))
+    emitted, _, final = op.solve(*given, starts, cell.key, "triton", 0, True, False)
+    d_h0 = torch.autograd.grad((emitted * d_emitted).sum() + (final * d_final).sum(), given[3])[0]
+    exact = wanted(cell, given, starts, d_emitted, d_final)
+    assert distance(emitted.detach(), exact[0]) < 2e-6 and distance(d_h0, exact[5]) < 1e-5
+
+
+def restored() -> None:
+    """Kept states made again from the borders are those that were there, bit for bit, where slices stand and where they were walked in order."""
+    before, shortest, launch.CORRECTIONS, launch.SHORTEST = launch.CORRECTIONS, launch.SHORTEST, {2: 1, 4: 1}, 7
+    for gain in (1.0, 12.0):
+        cell, tensors, starts = problem("dense_lstm", 2, 28, 1, 16, gain=gain, starts=0.02, seed=3)
+        tensors[0][:, :, 0] += 4 * (gain > 1)
+        given = [t.float() for t in tensors]
+        for n in (1, 4):
+            plan = Plan.of(given[0], 16, n, 4)
+            emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
+            same, saved, last = marks.forward_with_marks(cell, *(*given, starts, plan))
+            again = marks.restore(cell, *(*given, starts, saved, plan))
+            assert torch.equal(emitted, same) and torch.equal(final, last) and torch.equal(kept, again), (gain, n)
+            assert gain == 1.0 or n == 1 or (saved[:, -1] < n).any()
+    launch.CORRECTIONS, launch.SHORTEST = before, shortest
+    launch.last_report()
+
+
+def borders() -> None:
+    """What ranks exchange, of one slice and of several, as plain torch finds it."""
+    for name, T, counts in (("dense_lstm", 48, (1, 3)), ("dense_elman", 7, (1,)), ("slstm", 9, (1,))):
+        cell, tensors, starts = problem(name, 2, T, 1, 16, starts=0.05, seed=2)
+        given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
+        for n in counts:
+            plan = Plan.of(given[0], 16, n, 4)
+            emitted, kept, _, P, size = launch.forward_with_border(cell, *(*given, starts, plan))
+            states = joined(emitted, kept)
+            *_, near = launch.backward_with_border(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))
+            d_states = joined(d_emitted, torch.zeros_like(kept))
+            wanted_ = (
+                *ranks.border(cell, *(*given, starts, states)),
+                reference.backward_with_border(cell, *(*given, starts, states, d_states, d_final))[4],
+            )
+            assert all(torch.allclose(a, b, rtol=2e-3, atol=1e-5) for a, b in zip((P, size, near), wanted_)), (name, n)
 
 
 def walked() -> None:
@@ -69,7 +132,7 @@ def through_the_op() -> None:
     made = []
     for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
         given = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, rec, mat, h0)]
-        emitted, kept, final = op.solve(*given, starts, cell.key, method)
+        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0, False, False)
         gradients = torch.autograd.grad((emitted**2).sum() + kept.cos().sum() + final.sum(), given)
         made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))
@@ -83,13 +146,19 @@ def main() -> None:
     compare("heads of 24", problem("dense_lstm", 1, 22, 1, 24, starts=0.08), 3, 3)
     report = compare("bf16", problem("dense_lstm", 2, 24, 1, 16), 2, 8, torch.bfloat16)
     assert report["heads"] == 2 and report["walked"] == 0, report
+    launch.SUMS_IN_PLACE = False
     compare("fp16", problem("dense_lstm", 1, 24, 1, 16, starts=0.05), 2, 4, torch.float16)
+    launch.SUMS_IN_PLACE = True
     for name in known_cells():  # two levels of products, no diagonal at all, one matrix for two operands, four states
         if name != "dense_lstm":
             compare(name, problem(name, 1, 21, 1, 16, starts=0.08), 2, 6, bias=name != "dense_elman")
     launch.TWICE = 16  # as of heads whose matrices fit once only
     for name in ("dense_lstm", "dense_gru_before"):
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
+    borders()
+    restored()
+    halves()
+    halves_through_the_op()
     walked()
     through_the_op()
     print("ok")

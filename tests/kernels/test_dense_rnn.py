@@ -89,8 +89,19 @@ def test_the_op_and_one_step(dtype: torch.dtype) -> None:
         for t in range(12):
             h = dense_rnn_step(cell, tensors[0][:, t], tensors[1], tensors[2], torch.where(starts[:, t, None, None], 0.0, h), bias)
         assert distance(h, final) < 1e-12
-        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto")
-        torch.library.opcheck(op.solve_op, whole)
+        whole = (given[0], given[1].new_zeros(0, 32), given[2], given[3], starts, cell.key, "auto", 0, False)
+        for borders in (False, True):
+            torch.library.opcheck(op.solve_op, (*whole, borders))
+
+
+def test_saved_borders_give_the_same_gradients() -> None:
+    cell, tensors, starts = problem("slstm", 1, 80, 1, 16, starts=0.05)
+    given = [t.requires_grad_() for t in tensors]
+    found = []
+    for save in ("states", "borders"):
+        emitted, final = dense_rnn(cell, *(*given, starts), save=save)
+        found.append(torch.autograd.grad(emitted.square().sum() + final.sum(), given))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_nothing_to_solve_has_gradients_of_zero() -> None:
@@ -117,6 +128,10 @@ def test_matrices_are_used_in_one_way() -> None:
     cell, tensors, _ = problem("dense_lstm", 1, 3, 1, 16)
     with pytest.raises(ValueError, match="takes pre"):
         dense_rnn(cell, tensors[0], tensors[1], tensors[2][:, :8], tensors[3])
+    with pytest.raises(ValueError, match="choose one of states, borders"):
+        dense_rnn(cell, *tensors, save="nothing")
+    with pytest.raises(ValueError, match="choose one of once, halves"):
+        dense_rnn(cell, *tensors, precision="double")
     with pytest.raises(ValueError, match="not possible"):
         dense_rnn(Cell.from_step(unused), tensors[0][:, :, :1], tensors[1], tensors[2][:, :, :1], tensors[3][:, :1], method="sliced")
 

@@ -18,6 +18,13 @@ CASES: dict[str, dict[str, Any]] = {
     "gru": {"mixers": {"a": GRU}, "learnable_residual": True},
     "bare lstm": {"mixers": {"a": {**GRU, "cell": "paralstm", "d_conv": 0, "gate": False, "norm": False, "expand": 1.5}}, "d_ff": 0},
     "mingru": {"mixers": {"a": {**GRU, "cell": "mingru", "recurrent_bound": "tanh"}}},
+    "dense": {  # heads of 12 and of a block each, resets before the product
+        "mixers": {
+            "a": {**GRU, "cell": "dense_lstm", "n_heads": 2, "head_size": 12},
+            "b": {**GRU, "cell": "dense_gru_before", "head_size": 12, "expand": 1.0, "d_conv": 0},
+        }
+    },
+    "slstm": {"mixers": {"a": {**GRU, "cell": "slstm", "n_heads": 3, "head_size": 16}}},
     "mamba2": {"mixers": {"a": MAMBA}, "d_ff": 0},
     "limited": {"mixers": {"a": {**MAMBA, "dt_limit_min": 0.3, "dt_limit_max": 0.9}}, "tie_embeddings": True},
     "positions": {  # biases, partial and scaled rotary positions
@@ -98,4 +105,5 @@ if __name__ == "__main__":
     check("gru", where, True)
     check("mamba2", where, True)
     check("delta", where, True)
+    check("dense", where, True)
     print("ok")

@@ -18,6 +18,7 @@ from training.setup import model_config, open_reader, open_shards
 from training.world import World, start_distributed
 
 MODELS = ("hybrid", "mamba2", "paralstm", "transformer")
+DENSE = "dense_lstm"
 VARIANTS = {
     "plain": [],
     "bf16": ["train.precision=bf16"],
@@ -27,9 +28,10 @@ VARIANTS = {
 }
 # (model, ranks of a sequence, ZeRO stage, variant); the rest of the ranks is data parallel
 RUNS = {
-    1: [*((model, 1, 1, "plain") for model in MODELS), ("hybrid", 1, 1, "bf16"), ("hybrid", 1, 1, "stream")],
+    1: [*((model, 1, 1, "plain") for model in MODELS), ("hybrid", 1, 1, "bf16"), ("hybrid", 1, 1, "stream"), (DENSE, 1, 1, "plain")],
     2: [
         *(("hybrid", 2, stage, variant) for stage, variant in ((1, "plain"), (0, "bf16"), (1, "stream"), (3, "recompute"), (1, "compile"))),
+        (DENSE, 2, 1, "recompute"),
     ],
     4: [*((model, 4, 1, "plain") for model in MODELS), ("hybrid", 2, 2, "recompute")],
 }

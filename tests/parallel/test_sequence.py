@@ -15,15 +15,14 @@ from tests.mixers import mixer_configs, with_new_mixer
 
 N, D = 4, 16
 SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
-REFUSED = dict.fromkeys(("dense_lstm", "dense_gru", "slstm"), "its heads are dense") | {
-    "m2rnn": "its states pass through a tanh"
-}  # no form over ranks, and what they say
+REFUSED = {"m2rnn": "its states pass through a tanh"}  # no form over ranks, and what they say
 CONFIGS: dict[str, dict[str, Any]] = {
     name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items() if name not in REFUSED
 }
 CONFIGS |= {
     "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
     "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
+    "dense-gru-before": {"type": "rnn", "cell": "dense_gru_before", "head_size": 8},
     "delta-groups": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "expand_v": 1.5, "updates": 3, "negative": True},
     "attention-few-keys": {"type": "attention", "n_heads": 4, "n_kv_heads": 2, "qk_norm": True},  # sent to two ranks each
     "attention-gathered": {"type": "attention", "n_heads": 2},  # heads that four ranks cannot share
@@ -68,6 +67,9 @@ def check_mixer(name: str, T: int, packed: bool, rank: int) -> int:
     if solves:  # how many depends on the numbers; the bytes of each do not grow with T
         S = len(mixer.cell.state)
         assert received.pop("checks") == min(solves, N - 1) * 2 * (2 + S) * S * D * 8 * (N - 1) and solves == corrections + 1
+    if adjoints := parallel.traffic.adjoints:  # of dense heads, corrected as their states are
+        S = len(mixer.cell.state)
+        assert received.pop("checks of adjoints") == min(adjoints, N - 1) * 2 * (2 + S) * S * D * 8 * (N - 1)
     return sum(received.values())
 
 
@@ -128,13 +130,19 @@ def check_all(rank: int) -> None:
     for name in ("attention", "attention-gathered"):
         check_mixer(name, 7, True, rank)
     slices.SMALL, attend.MASK_ELEMENTS = 1 << 20, 1 << 27
-    for name in ("mamba2", "mamba2-groups", "delta-groups", "attention", "attention-few-keys", "window-gathered", "swa", "new"):
+    for name in (
+        "mamba2",
+        "mamba2-groups",
+        "delta-groups",
+        "attention",
+        "attention-few-keys",
+        "window-gathered",
+        "swa",
+        "new",
+        "dense_lstm",
+        "slstm",
+    ):
         check_isolation(name, 7, rank)
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_split_says_so(name: str) -> None:
-    assert mixers.build(mixer_configs()[name], D, 0).why_not_split() == REFUSED[name]
 
 
 def test_slices_on_four_ranks_equal_one_rank() -> None:
