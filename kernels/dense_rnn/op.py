@@ -4,23 +4,30 @@ pre, in which it enters the product, those that a cell keeps to itself in the dt
 Legend: B batch, T time, P input projections, R recurrent weights, G matrices, S states, D = E K channels.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import launch, reference
+from kernels.dense_rnn import large, launch, reference
 from kernels.op import define
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 from kernels.parallel_rnn.op import flat, joined, warn_once
+
+
+def kernels_for(pre: Tensor, K: int) -> ModuleType:
+    """The module that launches kernels for heads of K channels."""
+    return large if large.takes(pre, K) else launch
 
 
 def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
     """Whether the kernels run. Raises ValueError if they were asked for by name and cannot."""
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
-    reason = launch.why_not(cell, pre, K)
-    if not reason and method == "auto" and pre.is_cuda and not launch.proven():
+    chosen = kernels_for(pre, K)
+    reason = chosen.why_not(cell, pre, K)
+    if not reason and method == "auto" and pre.is_cuda and not chosen.proven():
         warn_once(
             "Dense heads are solved in plain torch, which is slow: their kernels have not run on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
         )
@@ -39,7 +46,7 @@ def _forward(
     cell, dtype = REGISTRY[key], reference.compute_dtype(pre)
     if use_triton(cell, pre, mat.shape[1], method):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            return launch.forward(cell, pre, rec, mat, h0, starts)
+            return kernels_for(pre, mat.shape[1]).forward(cell, pre, rec, mat, h0, starts)
     with torch.autocast(pre.device.type, enabled=False):
         states = reference.solve(cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts)
     return states[:, :, -1].to(pre.dtype, copy=True).contiguous(), states[:, :, :-1].contiguous().clone(), states[:, -1].clone()
@@ -66,7 +73,8 @@ def _backward(
     d_final = torch.zeros_like(h0) if d_final is None else d_final
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
         if use_triton(cell, pre, mat.shape[1], method):
-            d_pre, d_rec, d_mat, d_h0 = launch.backward(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final)
+            given = (cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final)
+            d_pre, d_rec, d_mat, d_h0 = kernels_for(pre, mat.shape[1]).backward(*given)
             return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)
     d_kept = torch.zeros_like(kept) if d_kept is None else d_kept
     with torch.autocast(pre.device.type, enabled=False):

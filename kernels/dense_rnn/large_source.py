@@ -1,0 +1,407 @@
+"""Writes the Triton source of the kernels for heads whose matrices do not fit on a multiprocessor (kernels/dense_rnn/large.py launches them).
+
+A team of programs walks BM rows of one head, a row being a slice of time of a batch row, and each program owns BN of the head's channels. A step is
+a phase for each level of products: a program multiplies the operands of all the team's channels with its columns of the matrices, does all that
+lies between products for its own channels, and writes its share of the next phase's operands; then the team meets at a barrier (`_meet`). All
+programs of a launch are on the device at once, which a cooperative launch asserts. So a pass is one launch, and one with nothing to do ends at once.
+
+    walk      all slices (FIRST: from zero with a burn-in, else those again whose start was corrected), or, in FINISH, what is not certified in order
+    gradient  the same for the adjoint, backwards in time with the matrices transposed; products at the known states are read from PROD
+
+MODE -2 is a whole pass. In Triton's interpreter, where programs run one after the other, a launch is one phase: -1 what comes before the first
+product, 0, 1 .. the phase of a level; what the others carry in registers then lies in ENDS, PRODUCTS, NEARBY, PARTIAL between launches.
+
+Names are those of kernels/dense_rnn/source.py. U: operands as they enter products (2, operands, rows, E KP), V: cotangents of products, of even and
+odd steps; KP: K filled up to whole tiles; MAT: matrices cut into the columns of programs (`large.forward_tiles`); it: steps since the slice's start,
+or, backwards, since its end, negative in the burn-in.
+"""
+
+from __future__ import annotations
+
+from kernels.dense_rnn import source as narrow
+from kernels.dense_rnn.source import Writer, products_of_jacobians
+from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.functions import functions
+from kernels.parallel_rnn.graph import order
+from kernels.parallel_rnn.products import Dense, trace_dense
+
+HELPERS = (
+    narrow.HELPERS
+    + """
+
+@triton.jit
+def _meet(counter, target):  # all programs of a team, at the barrier that `target` arrivals pass
+    tl.debug_barrier()  # what all threads wrote comes before the arrival
+    seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+    while seen < target:
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+"""
+)
+SIZES = "COUNTER, first, teams, T, SLICE, n, B, RT, sb, st, sp, se, BURN, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr"
+FLAGS = "HEAD: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, FINISH: tl.constexpr, MODE: tl.constexpr, HAS_RESET: tl.constexpr"
+WIDTHS = "DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+FORWARD = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BAD, FINAL, U, EARLIER"
+BACKWARD = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
+BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
+
+
+def padded(count: int) -> int:
+    """The power of two that holds so many matrices side by side."""
+    return 1 << (count - 1).bit_length()
+
+
+def of_operand(dense: Dense, operand: int) -> list[int]:
+    """The products of an operand."""
+    return [i for i, product in enumerate(dense.products) if product.operand == operand]
+
+
+def places(dense: Dense) -> list[int]:
+    """Where each operand's matrices begin in MAT, in units of E KP KP elements."""
+    sizes = [padded(len(of_operand(dense, i))) for i in range(len(dense.operands))]
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def source(cell: Cell, short: str, maths: str) -> str:
+    """All kernels of a cell with large heads. Arguments as of kernels/dense_rnn/codegen.py. Raises NotLowered."""
+    dense = trace_dense(cell)
+    w = Writer(dense)
+    _walk(w)
+    _gradient(w)
+    for back in (False, True):
+        narrow.correct(w, back)
+        narrow.certify(w, back)
+    made = "\n\n".join(narrow.parts(dense))
+    header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_source.py."""\n'
+    header += "import triton\nimport triton.language as tl\n"
+    return "\n\n".join([header, functions(made, short, maths), HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"
+
+
+def _head(w: Writer, name: str, own: str, back: bool) -> None:
+    """Teams take one group of rows of a head after the other."""
+    w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
+    w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
+    w.put(1, "team = tl.program_id(0) // C", "c = tl.program_id(0) % C", "k = c * BN + tl.arange(0, BN)", "inside = (k < K)[None, :]")
+    w.put(1, "ks = tl.arange(0, BK)", "meetings = 0", "if FINISH:", "    groups = E * tl.cdiv(B, BM)", "else:")
+    w.put(2, "groups = E * tl.cdiv(B * n, BM)")
+    w.put(1, "for group in tl.range(team, groups, teams, num_stages=1):")
+    w.put(2, "e = group % E", "rows = (group // E) * BM + tl.arange(0, BM)", "d = (e * K + k)[None, :]", "low = tl.zeros_like(rows)")
+    w.put(2, "last = low + T", "if FINISH:", "    b = rows.to(tl.int64)", "    bad = tl.load(BAD + b * E + e, mask=rows < B, other=n)")
+    w.put(3, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "work = earliest < n", "steps = (n - earliest) * SLICE")
+    w.put(3, "origin = (n - bad) * SLICE - 1" if back else "origin = bad * SLICE", "from_ = b * n + n - bad" if back else "from_ = b * n + bad - 1")
+    w.put(3, "place = b", "own = b * n + n - 1 - bad" if back else "")
+    w.put(2, "else:", "    here = rows < B * n", "    b = (rows // n).to(tl.int64)", "    s = rows % n", "    place = rows.to(tl.int64)")
+    w.put(3, "from_ = place", "steps = SLICE", "origin = (s + 1) * SLICE - 1" if back else "origin = s * SLICE", "own = place" if back else "")
+    w.put(3, "low = s * SLICE" if back else "last = tl.minimum((s + 1) * SLICE, T)", "work = True", "if not FIRST:")
+    w.put(4, "work = tl.max(tl.load(TODO + place * E + e, mask=here, other=0), 0) > 0")
+    w.put(2, "if work:", "    all_ = here[:, None] & inside")
+    w.put(3, *(f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)" for r in w.W))
+
+
+def _columns(w: Writer, indent: int, name: str, stride: str) -> None:
+    """Offsets of a program's channels in inputs that lie in blocks of HEAD."""
+    w.put(indent, f"{name} = ((d // HEAD).to(tl.int64) * {stride} + d % HEAD)")
+
+
+def _meet(w: Writer, indent: int) -> None:
+    w.put(indent, "if MODE == -2:", "    meetings += 1", "    _meet(COUNTER + team, meetings * C)")
+
+
+def _reset(w: Writer, indent: int, name: str, t: str, live: str) -> None:
+    w.put(indent, f"{name} = (tl.load(RESET + b * T + {t}, mask={live}, other=0) != 0)[:, None]")
+
+
+def _inputs(w: Writer, indent: int, t: str, mask: str, which: list[int]) -> None:
+    if which:
+        w.put(indent, f"p_ = PRE + (b * sb + {t}.to(tl.int64) * st)[:, None] + columns")
+        w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask={mask}, other=0.0).to(tl.float32)" for i in which))
+
+
+def _leaves(w: Writer, level: int) -> set[str]:
+    return {n.arguments[0] for n in order([w.dense.operands[i] for i in w.dense.levels[level]]) if n.op == "var"}
+
+
+def _operands(w: Writer, indent: int, level: int, parity: str, states: str, known: list[int]) -> None:
+    """This program's share of a level's operands."""
+    dense, needed = w.dense, _leaves(w, level)
+    arguments = [f"x{i}" if f"x{i}" in needed else f"{states}0" for i in w.X] + [f"w{i}" for i in w.W] + [f"{states}{i}" for i in w.S]
+    arguments += [f"p{i}" if i in known else f"{states}0" for i in w.Q]
+    level_operands = dense.levels[level]
+    w.put(indent, f"{', '.join(f'u{i}' for i in level_operands)} = operands{level}({', '.join(arguments)})")
+    for i in level_operands:
+        w.put(indent, f"u_ = U + (({parity}) * {len(dense.operands)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
+        w.put(indent, f"tl.store(u_ + k[None, :], u{i}.to(DOT), mask=all_)")
+
+
+def _multiply(w: Writer, indent: int, level: int) -> None:
+    """A level's products, of the operands that the whole team wrote."""
+    dense, at = w.dense, places(w.dense)
+    for operand in dense.levels[level]:
+        mine = of_operand(dense, operand)
+        M = padded(len(mine))
+        w.put(indent, f"u_ = U + (parity * {len(dense.operands)} + {operand}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W")
+        w.put(indent, "u_ += e * KP + ks[None, :]", f"m_ = MAT + ({at[operand]} * E + e * {M}).to(tl.int64) * KP * KP + c * (KP * {M} * BN)")
+        w.put(indent, f"m_ += ks[:, None] * ({M} * BN) + tl.arange(0, {M} * BN)[None, :]", f"sums = tl.zeros((BM, {M} * BN), tl.float32)")
+        w.put(indent, "for at_ in tl.range(0, KP, BK, num_stages=STAGES):")
+        w.put(indent + 1, f"sums = tl.dot(tl.load(u_ + at_), tl.load(m_ + at_ * ({M} * BN)), sums, input_precision=PRECISION)")
+        names = [f"p{mine[m]}" if m < len(mine) else f"spare{m}_" for m in range(M)]
+        w.put(indent, *_apart(names))
+
+
+def _apart(names: list[str]) -> list[str]:
+    """Takes columns that lie side by side, matrix by matrix, apart."""
+    if len(names) == 1:
+        return [f"{names[0]} = sums"]
+    bits = len(names).bit_length() - 1
+    shape = ", ".join(["BM", *["2"] * bits, "BN"])
+    turned = ", ".join(map(str, [0, bits + 1, *range(1, bits + 1)]))
+    lines, pieces = [f"piece_ = tl.permute(tl.reshape(sums, ({shape})), ({turned}))"], {"": "piece_"}
+    for depth in range(bits):  # split takes the last, the lowest bit
+        split: dict[str, str] = {}
+        for bit, name in pieces.items():
+            split |= {f"0{bit}": f"piece0{bit}_", f"1{bit}": f"piece1{bit}_"}
+            targets = [names[int(b, 2)] if depth == bits - 1 else split[b] for b in (f"0{bit}", f"1{bit}")]
+            lines.append(f"{', '.join(targets)} = tl.split({name})")
+        pieces = split
+    return lines
+
+
+def _between(w: Writer, indent: int, target: str, names: list[str], of: int, load: bool) -> None:
+    """Values that a later phase of the step reads."""
+    for name in names:
+        place = f"{target} + ((place * {of} + {name[1:]})[:, None]) * D + d"
+        w.put(indent, f"{name} = tl.load({place}, mask=all_, other=0.0)" if load else f"tl.store({place}, {name}, mask=all_)")
+
+
+def _measures(w: Writer, indent: int, load: bool) -> None:
+    S, V = len(w.S), len(w.tracked)
+    for i in w.S:
+        if load:
+            w.put(indent, f"A{i} = {w.vector('NEARBY', 'place', i, S, 'all_')}")
+        else:
+            w.keep(indent, "NEARBY", "place", i, S, f"A{i}", "all_")
+    for v, (i, j) in enumerate(w.tracked):
+        if load:
+            w.put(indent, f"P{i}{j} = {w.vector('PRODUCTS', 'place', v, V, 'all_')}")
+        else:
+            w.keep(indent, "PRODUCTS", "place", v, V, f"P{i}{j}", "all_")
+
+
+def _fresh(w: Writer, indent: int) -> None:
+    w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BN), tl.float32) + {float(i == j)}" for i, j in w.tracked))
+    w.put(indent, *(f"A{i} = tl.zeros((BM, BN), tl.float32)" for i in w.S))
+
+
+def _begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], known: str) -> None:
+    """The states, or adjoints, that rows begin with: of a first pass, of a repeated one, and between launches of phases."""
+    S = len(w.S)
+    given, carried, finished = sources
+    w.put(indent, "if MODE < 0:", "    if FINISH:", *(f"        {letter}{i} = {w.vector('ENDS', 'from_', i, S, 'all_')}" for i in w.S))
+    w.put(indent + 1, "elif FIRST:", f"    known = all_ & ({known})[:, None]")
+    w.put(indent + 2, *(f"{letter}{i} = {w.vector(given, 'b', i, S, 'known')}" for i in w.S))
+    w.put(indent + 1, "else:", *(f"    {letter}{i} = {w.vector('BEGINS', 'place', i, S, 'all_')}" for i in w.S))
+    _fresh(w, indent + 1)
+    w.put(indent, "else:", "    if FINISH:", *(f"        {letter}{i} = {w.vector(finished, 'place', i, S, 'all_')}" for i in w.S))
+    _fresh(w, indent + 2)
+    w.put(indent + 1, "else:", *(f"    {letter}{i} = {w.vector(carried, 'place', i, S, 'all_')}" for i in w.S))
+    _measures(w, indent + 2, load=True)
+
+
+def _walk(w: Writer) -> None:
+    dense, S, deep = w.dense, len(w.S), 4
+    _head(w, "walk", FORWARD, back=False)
+    _columns(w, 3, "columns", "se")
+    _begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
+    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
+    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    _next_operands(w, 4, "begin", "parity")
+    _meet(w, 4)
+    w.put(3, "for it in tl.range(begin, end, num_stages=1):")
+    w.put(deep, "t = origin + it", "parity = (it + BURN) & 1", "live = here & (t >= 0) & (t < last)", "go = live[:, None]")
+    w.put(deep, "both = go & inside", "at = b * T + t", "kept = both & (it >= 0)")
+    for l in range(len(dense.levels)):
+        w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
+        _phase(w, deep + 1, l)
+        _meet(w, deep + 1)
+    w.put(3, "if FINISH:")
+    for i in w.S:
+        w.keep(4, "FINAL", "place", i, S, f"h{i}", "all_")
+    w.put(3, "else:")
+    for i in w.S:
+        w.keep(4, "ENDS", "place", i, S, f"h{i}", "all_")
+    _measures(w, 4, load=False)
+
+
+def _next_operands(w: Writer, indent: int, it: str, parity: str) -> None:
+    """The first operands of a step, of states that are zeroed where a document starts there."""
+    needed = _leaves(w, 0)
+    w.put(indent, f"tn = origin + {it}", "ahead = here & (tn >= 0) & (tn < last)", *(f"n{i} = h{i}" for i in w.S), "if HAS_RESET:")
+    _reset(w, indent + 1, "rn", "tn", "ahead")
+    w.put(indent + 1, *(f"n{i} = tl.where(rn, 0.0, n{i})" for i in w.S))
+    _inputs(w, indent, "tn", "ahead[:, None] & inside", [i for i in w.X if f"x{i}" in needed])
+    _operands(w, indent, 0, parity, "n", [])
+
+
+def _phase(w: Writer, indent: int, level: int) -> None:
+    dense, S, last = w.dense, len(w.S), level == len(w.dense.levels) - 1
+    if level == 0:
+        w.put(indent, "if FIRST:")
+        for i in w.S:
+            w.keep(indent + 1, "BEGINS", "place", i, S, f"h{i}", "all_ & (it == 0)")
+        w.put(indent + 1, *(f"P{i}{j} = tl.where(it == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
+        w.put(indent + 1, *(f"A{i} = tl.where(it == 0, 0.0, A{i})" for i in w.S))
+        w.put(indent, "if HAS_RESET:")
+        _reset(w, indent + 1, "r", "t", "live")
+        w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
+        w.put(indent + 1, *(f"A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
+    _inputs(w, indent, "t", "both", list(w.X))
+    _multiply(w, indent, level)
+    known = [i for earlier in range(level) for i in dense.of_level(earlier)]
+    _between(w, indent, "EARLIER", [f"p{i}" for i in known], len(w.Q), load=True)
+    if not last:
+        mine = dense.of_level(level)
+        _between(w, indent, "EARLIER", [f"p{i}" for i in mine], len(w.Q), load=False)
+        _operands(w, indent, level + 1, "parity", "h", [*known, *mine])
+        return
+    entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(indent, f"{', '.join([*(f'y{i}' for i in w.S), *entries])} = new_and_jacobian({w.given()})")
+    w.put(indent, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
+    products_of_jacobians(w, indent, back=False)
+    w.put(indent, "close = go & (t >= last - NEAR)[:, None]")
+    w.put(indent, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
+    w.put(indent, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
+    w.put(indent, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
+    _next_operands(w, indent, "it + 1", "1 - parity")
+
+
+def _gradient(w: Writer) -> None:
+    dense, S, R, deep = w.dense, len(w.S), len(w.W), 4
+    _head(w, "gradient", BACKWARD, back=True)
+    _columns(w, 3, "columns", "se")
+    _columns(w, 3, "columns_out", "de")
+    _begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
+    w.put(3, "if MODE < 0:" if R else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in w.W), "else:" if R else "")
+    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in w.W))
+    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
+    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    _open(w, 4, "begin", "parity")
+    _meet(w, 4)
+    w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    parity = (it + BURN) & 1")
+    for l in reversed(range(len(dense.levels))):
+        w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
+        _phase_back(w, deep + 1, l)
+        _meet(w, deep + 1)
+    w.put(3, "if FINISH:")
+    for i in w.S:
+        w.keep(4, "D_H0", "place", i, S, f"a{i}", "all_")
+    if R:
+        w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
+        for i in w.W:
+            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
+            w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
+    w.put(3, "else:")
+    for i in w.S:
+        w.keep(4, "ENDS", "place", i, S, f"a{i}", "all_")
+    _measures(w, 4, load=False)
+    for i in w.W:
+        w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
+
+
+def _known(w: Writer, indent: int) -> None:
+    """What a step reads: inputs, the states before it, its products, and the adjoints g of those after it."""
+    n_kept = len(w.S) - 1
+    w.put(indent, "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t")
+    _inputs(w, indent, "t", "both", list(w.X))
+    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    for i in range(n_kept):
+        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
+        w.put(indent, f"h{i} += {w.vector('H0', 'b', i, len(w.S), 'both & (t == 0)[:, None]')}")
+    w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
+    if n_kept:
+        w.put(indent, "if WITH_KEPT:")
+        for i in range(n_kept):
+            w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(indent, "if HAS_RESET:")
+    _reset(w, indent + 1, "r", "t", "live")
+    w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
+    w.put(indent, f"q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+    w.put(indent, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+
+
+def _cotangents(w: Writer, indent: int, level: int, parity: str) -> None:
+    """This program's share of the cotangents of a level's products."""
+    dense = w.dense
+    later = {i for above in dense.levels[level + 1 :] for i in above}
+    q = [f"q{i}" if i in later else "h0" for i in range(len(dense.operands))]
+    mine = dense.of_level(level)
+    w.put(indent, f"{', '.join(f'dp{i}' for i in mine)} = d_products{level}({w.given()}, {', '.join([*(f'g{i}' for i in w.S), *q])})")
+    size = f"tl.abs(dp{mine[0]})"
+    for i in mine[1:]:
+        size = f"tl.maximum({size}, tl.abs(dp{i}))"
+    w.put(indent, "if SCALED:  # to the middle of the range that 16 bits have", f"    size = tl.max(tl.where(all_, {size}, 0.0), 1)")
+    w.put(indent + 1, "size = tl.where((size > 1.0e-37) & (size < 1.0e37), tl.exp2(-tl.floor(tl.log2(size))), 1.0)")
+    place = f"SCALES + ((({parity}) * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C"
+    w.put(indent + 1, f"tl.store({place} + c, 1.0 / size, mask=here)", *(f"dq{i} = dp{i} * size[:, None]" for i in mine))
+    w.put(indent, "else:", *(f"    dq{i} = dp{i}" for i in mine))
+    for i in mine:
+        w.put(indent, f"v_ = V + (({parity}) * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
+        w.put(indent, f"tl.store(v_ + k[None, :], dq{i}.to(DOT), mask=all_)")
+    apart = [i for i in mine if i in w.apart]
+    if apart:
+        w.put(indent, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
+        for i in apart:
+            w.put(indent, f"tl.store(to + {w.apart.index(i)} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both & (t <= origin)[:, None])")
+
+
+def _open(w: Writer, indent: int, it: str, parity: str) -> None:
+    """The first cotangents of a step."""
+    w.put(indent, f"t = origin - ({it})", "if FIRST:", "    border = (t == origin)[:, None]")
+    for i in w.S:
+        w.keep(indent + 1, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
+    w.put(indent + 1, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
+    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in [*(f"A{i}" for i in w.S), *(f"W{i}" for i in w.W)]))
+    _known(w, indent)
+    _cotangents(w, indent, len(w.dense.levels) - 1, parity)
+
+
+def _multiply_back(w: Writer, indent: int, level: int) -> None:
+    """Cotangents of a level's operands, of those of products that the whole team wrote. MAT here: (E, products, KP, KP) transposed."""
+    dense = w.dense
+    for operand in dense.levels[level]:
+        w.put(indent, f"q{operand} = tl.zeros((BM, BN), tl.float32)")
+        for i in of_operand(dense, operand):
+            w.put(indent, f"v_ = V + (parity * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]")
+            w.put(indent, f"m_ = MAT + (e.to(tl.int64) * {len(w.Q)} + {i}) * KP * KP + ks[:, None] * KP + k[None, :]")
+            w.put(indent, f"s_ = SCALES + ((parity * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C")
+            w.put(indent, "for at_ in tl.range(0, KP, BK, num_stages=STAGES):", "    if SCALED:  # each program has its own, of BK = BN columns")
+            one = "tl.dot(tl.load(v_ + at_), tl.load(m_ + at_ * KP)"
+            w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * tl.load(s_ + at_ // BN, mask=here, other=0.0)[:, None]")
+            w.put(indent + 1, "else:", f"    q{operand} = {one}, q{operand}, input_precision=PRECISION)")
+
+
+def _phase_back(w: Writer, indent: int, level: int) -> None:
+    dense, operands = w.dense, len(w.dense.operands)
+    w.put(indent, "t = origin - it")
+    _known(w, indent)
+    _multiply_back(w, indent, level)
+    later = [i for above in dense.levels[level + 1 :] for i in above]
+    _between(w, indent, "LATER", [f"q{i}" for i in later], operands, load=True)
+    if level:
+        _between(w, indent, "LATER", [f"q{i}" for i in dense.levels[level]], operands, load=False)
+        _cotangents(w, indent, level - 1, "parity")
+        return
+    cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(operands)])
+    results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
+    entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
+    w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
+    w.put(indent, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries), *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
+    products_of_jacobians(w, indent, back=True)
+    w.put(indent, "close = go & (t < low + NEAR)[:, None]")
+    w.put(indent, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
+    w.put(indent, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S), "kept = both & (it >= 0)")
+    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
+    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
+    _open(w, indent, "it + 1", "1 - parity")
