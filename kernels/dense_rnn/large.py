@@ -50,7 +50,7 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
     if torch.version.hip is not None:
         return "Large dense heads need an NVIDIA GPU, on which all programs of a launch can meet."
     if not planned() and not interpreted():
-        tiles = Tiles.of(pre)
+        tiles = Tiles.of(cell, pre, K)
         programs = -(-K // tiles.multiple) * tiles.multiple // tiles.columns
         if programs > multiprocessors(pre.device):
             return f"A head of {K} channels takes {programs} multiprocessors, more than this GPU has."
@@ -59,10 +59,11 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a program: rows, channels forwards and backwards, depth of a product's tile, warps, tiles in flight."""
+    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight."""
 
     rows: int
     columns: int
+    rows_back: int
     columns_back: int
     depth: int
     warps: int
@@ -73,11 +74,17 @@ class Tiles:
         return max(self.columns, self.columns_back, self.depth)
 
     @staticmethod
-    def of(pre: Tensor) -> Tiles:
-        """Matrices of four gates side by side make products 128 wide; none is narrower than 64, which ptxas 12.8 assembles wrongly."""
+    def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
+        """A step has some 16 values for each row and channel, which fit into registers of tiles of 2,048. Matrices of four gates side by side make
+        products 128 wide and 64 or more rows high, of wgmma; backwards, and where one matrix stands alone, 32 rows take mma.sync instead: ptxas 12.8
+        assembles wgmma of narrow products wrongly. Where matrices outweigh all else, twice the rows are worth some spilled registers."""
         if interpreted():
-            return Tiles(16, 16, 16, 16, 4, 1)
-        return Tiles(64, 32, 64, 32, 8, 2) if pre.element_size() == 4 else Tiles(128, 32, 64, 64, 8, 3)
+            return Tiles(16, 16, 16, 16, 16, 4, 1)
+        if pre.element_size() == 4:
+            return Tiles(32, 32, 32, 64, 32, 8, 2)
+        dense = trace_dense(cell)
+        wide = all(len(large_source.of_operand(dense, i)) > 2 for i in range(len(dense.operands)))
+        return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64, 8, 3)
 
 
 @dataclass(frozen=True)
@@ -90,14 +97,18 @@ class Plan:
     tiles: Tiles
 
     @staticmethod
-    def of(pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, tiles: Tiles | None = None) -> Plan:
+    def of(
+        cell: Cell, pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, tiles: Tiles | None = None,
+        back: bool = False,
+    ) -> Plan:  # fmt: skip
         """A step takes about as long for one row as for a whole tile (the matrices come from the second-level cache either way): as many slices as
         fill the rows of all teams that fit on the device."""
-        tiles = tiles or Tiles.of(pre)
+        tiles = tiles or Tiles.of(cell, pre, K)
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
+        rows, columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
         if slices is None:
-            teams = max(1, multiprocessors(pre.device) * tiles.columns // (-(-K // tiles.multiple) * tiles.multiple))
-            slices = min(T // SHORTEST, tiles.rows * teams // (E * B))
+            teams = max(1, multiprocessors(pre.device) * columns // (-(-K // tiles.multiple) * tiles.multiple))
+            slices = min(T // SHORTEST, rows * teams // (E * B))
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
@@ -135,7 +146,9 @@ def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Te
 class _Problem:
     """What all launches of a solve share; the first half is what functions of launch.py read."""
 
-    def __init__(self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, back: bool) -> None:
+    def __init__(
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, back: bool
+    ) -> None:
         self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
         self.cell, self.dense, self.mat = cell, trace_dense(cell), mat
         self.E, self.K, self.G, _ = mat.shape
@@ -144,7 +157,8 @@ class _Problem:
         self.rec, self.h0 = rec.float().contiguous(), h0.float().contiguous()
 
         self.plan, tiles, n = plan, plan.tiles, plan.slices
-        self.back, self.columns = back, tiles.columns_back if back else tiles.columns
+        self.back = back
+        self.rows, self.columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
         self.reset = self.h0 if starts is None else starts.contiguous().view(torch.uint8)
         self.at = Layout(self.pre)
         self.module = kernels(cell, "portable" if interpreted() else "ptx", str(pre.dtype)[6:] if pre.element_size() == 2 else "")
@@ -152,8 +166,8 @@ class _Problem:
         self.product = torch.float32 if interpreted() and pre.dtype == torch.bfloat16 else pre.dtype
         self.KP = -(-self.K // tiles.multiple) * tiles.multiple
         self.programs = self.KP // self.columns
-        self.groups, self.groups_finish = (self.E * -(-rows // tiles.rows) for rows in (self.B * n, self.B))
-        self.RT = self.groups // self.E * tiles.rows
+        self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
+        self.RT = self.groups // self.E * self.rows
         self.most = max(1, multiprocessors(pre.device) // self.programs)
         self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], self.most, dtype=torch.int32, device=pre.device)
         self.passes = 0
@@ -161,7 +175,7 @@ class _Problem:
         self.constants: dict[str, Any] = {
             "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
             "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
-            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": tiles.rows, "BN": self.columns,
+            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": self.rows, "BN": self.columns,
             "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
             "num_stages": 1,
         }  # fmt: skip
@@ -204,7 +218,7 @@ def forward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
+    plan = plan or Plan.of(cell, pre, mat.shape[1])
     p = _Problem(cell, pre, rec, mat, h0, starts, plan, back=False)
     dense, n = p.dense, plan.slices
     emitted, kept, final = p.pre.new_empty(p.B, p.T, p.D), p.h0.new_empty(p.B, p.T, p.S - 1, p.D), torch.empty_like(p.h0)
@@ -230,7 +244,7 @@ def backward(
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
-    plan = plan or Plan.of(pre, mat.shape[1])
+    plan = plan or Plan.of(cell, pre, mat.shape[1], back=True)
     p = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
     dense, n, Q = p.dense, plan.slices, len(p.dense.products)
     before = launch._before(p, emitted, starts)
@@ -261,4 +275,9 @@ def backward(
         d_h0 = p.ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), launch._matrix_gradient(p, operands, d_whole, d_prod), d_h0
+    d_rec = partial.sum((0, 1))
+    for r in range(p.rec.shape[0]):
+        k = large_source.bias_of(dense, r)
+        if k is not None:
+            d_rec[r] = d_whole[:, :, k].flatten(2).sum((0, 1), dtype=torch.float32)
+    return d_whole, d_rec, launch._matrix_gradient(p, operands, d_whole, d_prod), d_h0

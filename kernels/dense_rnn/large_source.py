@@ -30,6 +30,15 @@ HELPERS = (
     + """
 
 @triton.jit
+def _columns_of(begin, stride, K: tl.constexpr, HEAD: tl.constexpr, BN: tl.constexpr):  # offsets of BN channels that lie in blocks of HEAD
+    if (HEAD % BN == 0) & (K % BN == 0):  # one block, and single loads where the compiler does not see it
+        return (begin // HEAD).to(tl.int64) * stride + (tl.multiple_of(begin % HEAD, BN) + tl.arange(0, BN))
+    else:
+        d = begin + tl.arange(0, BN)
+        return (d // HEAD).to(tl.int64) * stride + d % HEAD
+
+
+@triton.jit
 def _meet(counter, target):  # all programs of a team, at the barrier that `target` arrivals pass
     tl.debug_barrier()  # what all threads wrote comes before the arrival
     seen = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
@@ -42,7 +51,9 @@ SIZES = "COUNTER, first, teams, T, SLICE, n, B, RT, sb, st, sp, se, BURN, E: tl.
 FLAGS = "HEAD: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, FINISH: tl.constexpr, MODE: tl.constexpr, HAS_RESET: tl.constexpr"
 WIDTHS = "DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
 FORWARD = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BAD, FINAL, U, EARLIER"
-BACKWARD = "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
+BACKWARD = (
+    "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
+)
 BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
 
 
@@ -77,6 +88,16 @@ def source(cell: Cell, short: str, maths: str) -> str:
     return "\n\n".join([header, functions(made, short, maths), HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"
 
 
+def summed(w: Writer) -> list[int]:
+    """The weights whose gradient the walk sums over steps; that of a bias is the sum of an input projection's."""
+    return [r for r in w.W if bias_of(w.dense, r) is None]
+
+
+def bias_of(dense: Dense, r: int) -> int | None:
+    """The input projection that weight r is added to and does nothing else with."""
+    return next((k for k, d in enumerate(dense.d_pre) if d is dense.d_rec[r]), None)
+
+
 def _head(w: Writer, name: str, own: str, back: bool) -> None:
     """Teams take one group of rows of a head after the other."""
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
@@ -88,10 +109,16 @@ def _head(w: Writer, name: str, own: str, back: bool) -> None:
     w.put(2, "e = group % E", "rows = (group // E) * BM + tl.arange(0, BM)", "d = (e * K + k)[None, :]", "low = tl.zeros_like(rows)")
     w.put(2, "last = low + T", "if FINISH:", "    b = rows.to(tl.int64)", "    bad = tl.load(BAD + b * E + e, mask=rows < B, other=n)")
     w.put(3, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "work = earliest < n", "steps = (n - earliest) * SLICE")
-    w.put(3, "origin = (n - bad) * SLICE - 1" if back else "origin = bad * SLICE", "from_ = b * n + n - bad" if back else "from_ = b * n + bad - 1")
+    w.put(
+        3,
+        "origin = (n - bad) * SLICE - 1" if back else "origin = bad * SLICE",
+        "from_ = b * n + n - bad" if back else "from_ = b * n + bad - 1",
+    )
     w.put(3, "place = b", "own = b * n + n - 1 - bad" if back else "")
     w.put(2, "else:", "    here = rows < B * n", "    b = (rows // n).to(tl.int64)", "    s = rows % n", "    place = rows.to(tl.int64)")
-    w.put(3, "from_ = place", "steps = SLICE", "origin = (s + 1) * SLICE - 1" if back else "origin = s * SLICE", "own = place" if back else "")
+    w.put(
+        3, "from_ = place", "steps = SLICE", "origin = (s + 1) * SLICE - 1" if back else "origin = s * SLICE", "own = place" if back else ""
+    )
     w.put(3, "low = s * SLICE" if back else "last = tl.minimum((s + 1) * SLICE, T)", "work = True", "if not FIRST:")
     w.put(4, "work = tl.max(tl.load(TODO + place * E + e, mask=here, other=0), 0) > 0")
     w.put(2, "if work:", "    all_ = here[:, None] & inside")
@@ -100,7 +127,7 @@ def _head(w: Writer, name: str, own: str, back: bool) -> None:
 
 def _columns(w: Writer, indent: int, name: str, stride: str) -> None:
     """Offsets of a program's channels in inputs that lie in blocks of HEAD."""
-    w.put(indent, f"{name} = ((d // HEAD).to(tl.int64) * {stride} + d % HEAD)")
+    w.put(indent, f"{name} = _columns_of(e * K + c * BN, {stride}, K, HEAD, BN)[None, :]")
 
 
 def _meet(w: Writer, indent: int) -> None:
@@ -129,7 +156,9 @@ def _operands(w: Writer, indent: int, level: int, parity: str, states: str, know
     level_operands = dense.levels[level]
     w.put(indent, f"{', '.join(f'u{i}' for i in level_operands)} = operands{level}({', '.join(arguments)})")
     for i in level_operands:
-        w.put(indent, f"u_ = U + (({parity}) * {len(dense.operands)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
+        w.put(
+            indent, f"u_ = U + (({parity}) * {len(dense.operands)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP"
+        )
         w.put(indent, f"tl.store(u_ + k[None, :], u{i}.to(DOT), mask=all_)")
 
 
@@ -140,7 +169,9 @@ def _multiply(w: Writer, indent: int, level: int) -> None:
         mine = of_operand(dense, operand)
         M = padded(len(mine))
         w.put(indent, f"u_ = U + (parity * {len(dense.operands)} + {operand}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W")
-        w.put(indent, "u_ += e * KP + ks[None, :]", f"m_ = MAT + ({at[operand]} * E + e * {M}).to(tl.int64) * KP * KP + c * (KP * {M} * BN)")
+        w.put(
+            indent, "u_ += e * KP + ks[None, :]", f"m_ = MAT + ({at[operand]} * E + e * {M}).to(tl.int64) * KP * KP + c * (KP * {M} * BN)"
+        )
         w.put(indent, f"m_ += ks[:, None] * ({M} * BN) + tl.arange(0, {M} * BN)[None, :]", f"sums = tl.zeros((BM, {M} * BN), tl.float32)")
         w.put(indent, "for at_ in tl.range(0, KP, BK, num_stages=STAGES):")
         w.put(indent + 1, f"sums = tl.dot(tl.load(u_ + at_), tl.load(m_ + at_ * ({M} * BN)), sums, input_precision=PRECISION)")
@@ -173,13 +204,8 @@ def _between(w: Writer, indent: int, target: str, names: list[str], of: int, loa
         w.put(indent, f"{name} = tl.load({place}, mask=all_, other=0.0)" if load else f"tl.store({place}, {name}, mask=all_)")
 
 
-def _measures(w: Writer, indent: int, load: bool) -> None:
-    S, V = len(w.S), len(w.tracked)
-    for i in w.S:
-        if load:
-            w.put(indent, f"A{i} = {w.vector('NEARBY', 'place', i, S, 'all_')}")
-        else:
-            w.keep(indent, "NEARBY", "place", i, S, f"A{i}", "all_")
+def _products(w: Writer, indent: int, load: bool) -> None:
+    V = len(w.tracked)
     for v, (i, j) in enumerate(w.tracked):
         if load:
             w.put(indent, f"P{i}{j} = {w.vector('PRODUCTS', 'place', v, V, 'all_')}")
@@ -189,7 +215,21 @@ def _measures(w: Writer, indent: int, load: bool) -> None:
 
 def _fresh(w: Writer, indent: int) -> None:
     w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BN), tl.float32) + {float(i == j)}" for i, j in w.tracked))
-    w.put(indent, *(f"A{i} = tl.zeros((BM, BN), tl.float32)" for i in w.S))
+
+
+def _near(w: Writer, indent: int, values: str, back: bool) -> None:
+    """The largest values near the slice's end, which are kept in memory, as few steps need them."""
+    w.put(indent, "if not FINISH:", "    if it >= tl.maximum(SLICE - NEAR, 0):")
+    passed = "origin - t" if back else "t - origin"
+    w.put(indent + 2, f"more = all_ & (({passed} > 0) & ({passed} > SLICE - NEAR))[:, None]")
+    for i in w.S:
+        w.put(indent + 2, f"A{i} = {w.vector('NEARBY', 'place', i, len(w.S), 'more')}")
+        if not back:
+            w.put(indent + 2, "if HAS_RESET:", f"    A{i} = tl.where(r, 0.0, A{i})")
+        w.put(indent + 2, f"A{i} = tl.where(go, tl.maximum(A{i}, tl.abs({values}{i})), A{i})")
+        if back:
+            w.put(indent + 2, "if HAS_RESET:", f"    A{i} = tl.where(r & go, 0.0, A{i})")
+        w.keep(indent + 2, "NEARBY", "place", i, len(w.S), f"A{i}", "all_")
 
 
 def _begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], known: str) -> None:
@@ -204,7 +244,7 @@ def _begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], k
     w.put(indent, "else:", "    if FINISH:", *(f"        {letter}{i} = {w.vector(finished, 'place', i, S, 'all_')}" for i in w.S))
     _fresh(w, indent + 2)
     w.put(indent + 1, "else:", *(f"    {letter}{i} = {w.vector(carried, 'place', i, S, 'all_')}" for i in w.S))
-    _measures(w, indent + 2, load=True)
+    _products(w, indent + 2, load=True)
 
 
 def _walk(w: Writer) -> None:
@@ -229,7 +269,7 @@ def _walk(w: Writer) -> None:
     w.put(3, "else:")
     for i in w.S:
         w.keep(4, "ENDS", "place", i, S, f"h{i}", "all_")
-    _measures(w, 4, load=False)
+    _products(w, 4, load=False)
 
 
 def _next_operands(w: Writer, indent: int, it: str, parity: str) -> None:
@@ -249,11 +289,9 @@ def _phase(w: Writer, indent: int, level: int) -> None:
         for i in w.S:
             w.keep(indent + 1, "BEGINS", "place", i, S, f"h{i}", "all_ & (it == 0)")
         w.put(indent + 1, *(f"P{i}{j} = tl.where(it == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
-        w.put(indent + 1, *(f"A{i} = tl.where(it == 0, 0.0, A{i})" for i in w.S))
         w.put(indent, "if HAS_RESET:")
         _reset(w, indent + 1, "r", "t", "live")
         w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
-        w.put(indent + 1, *(f"A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
     _inputs(w, indent, "t", "both", list(w.X))
     _multiply(w, indent, level)
     known = [i for earlier in range(level) for i in dense.of_level(earlier)]
@@ -263,12 +301,14 @@ def _phase(w: Writer, indent: int, level: int) -> None:
         _between(w, indent, "EARLIER", [f"p{i}" for i in mine], len(w.Q), load=False)
         _operands(w, indent, level + 1, "parity", "h", [*known, *mine])
         return
+    if level:
+        w.put(indent, "if HAS_RESET:")
+        _reset(w, indent + 1, "r", "t", "live")
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join([*(f'y{i}' for i in w.S), *entries])} = new_and_jacobian({w.given()})")
     w.put(indent, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     products_of_jacobians(w, indent, back=False)
-    w.put(indent, "close = go & (t >= last - NEAR)[:, None]")
-    w.put(indent, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
+    _near(w, indent, "h", back=False)
     w.put(indent, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
     w.put(indent, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
     _next_operands(w, indent, "it + 1", "1 - parity")
@@ -276,12 +316,13 @@ def _phase(w: Writer, indent: int, level: int) -> None:
 
 def _gradient(w: Writer) -> None:
     dense, S, R, deep = w.dense, len(w.S), len(w.W), 4
+    sums = summed(w)
     _head(w, "gradient", BACKWARD, back=True)
     _columns(w, 3, "columns", "se")
     _columns(w, 3, "columns_out", "de")
     _begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
-    w.put(3, "if MODE < 0:" if R else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in w.W), "else:" if R else "")
-    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in w.W))
+    w.put(3, "if MODE < 0:" if sums else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in sums), "else:" if sums else "")
+    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in sums))
     w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
     w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
     _open(w, 4, "begin", "parity")
@@ -294,16 +335,16 @@ def _gradient(w: Writer) -> None:
     w.put(3, "if FINISH:")
     for i in w.S:
         w.keep(4, "D_H0", "place", i, S, f"a{i}", "all_")
-    if R:
+    if sums:
         w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
-        for i in w.W:
+        for i in sums:
             value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
             w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
     w.put(3, "else:")
     for i in w.S:
         w.keep(4, "ENDS", "place", i, S, f"a{i}", "all_")
-    _measures(w, 4, load=False)
-    for i in w.W:
+    _products(w, 4, load=False)
+    for i in sums:
         w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
 
 
@@ -356,11 +397,12 @@ def _cotangents(w: Writer, indent: int, level: int, parity: str) -> None:
 
 def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     """The first cotangents of a step."""
+    sums = summed(w)
     w.put(indent, f"t = origin - ({it})", "if FIRST:", "    border = (t == origin)[:, None]")
     for i in w.S:
         w.keep(indent + 1, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
     w.put(indent + 1, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
-    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in [*(f"A{i}" for i in w.S), *(f"W{i}" for i in w.W)]))
+    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in (f"W{i}" for i in sums)))
     _known(w, indent)
     _cotangents(w, indent, len(w.dense.levels) - 1, parity)
 
@@ -371,20 +413,27 @@ def _multiply_back(w: Writer, indent: int, level: int) -> None:
     for operand in dense.levels[level]:
         w.put(indent, f"q{operand} = tl.zeros((BM, BN), tl.float32)")
         for i in of_operand(dense, operand):
-            w.put(indent, f"v_ = V + (parity * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]")
+            w.put(
+                indent,
+                f"v_ = V + (parity * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]",
+            )
             w.put(indent, f"m_ = MAT + (e.to(tl.int64) * {len(w.Q)} + {i}) * KP * KP + ks[:, None] * KP + k[None, :]")
             w.put(indent, f"s_ = SCALES + ((parity * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C")
-            w.put(indent, "for at_ in tl.range(0, KP, BK, num_stages=STAGES):", "    if SCALED:  # each program has its own, of BK = BN columns")
+            w.put(
+                indent,
+                "for at_ in tl.range(0, KP, BK, num_stages=STAGES):",
+                "    if SCALED:  # each program has its own, of BK = BN columns",
+            )
             one = "tl.dot(tl.load(v_ + at_), tl.load(m_ + at_ * KP)"
             w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * tl.load(s_ + at_ // BN, mask=here, other=0.0)[:, None]")
             w.put(indent + 1, "else:", f"    q{operand} = {one}, q{operand}, input_precision=PRECISION)")
 
 
 def _phase_back(w: Writer, indent: int, level: int) -> None:
-    dense, operands = w.dense, len(w.dense.operands)
-    w.put(indent, "t = origin - it")
-    _known(w, indent)
+    dense, operands, sums = w.dense, len(w.dense.operands), summed(w)
     _multiply_back(w, indent, level)
+    w.put(indent, "t = origin - it")
+    _known(w, indent)  # what `_open` read before the meeting; carried over it, it would not fit into registers
     later = [i for above in dense.levels[level + 1 :] for i in above]
     _between(w, indent, "LATER", [f"q{i}" for i in later], operands, load=True)
     if level:
@@ -396,12 +445,16 @@ def _phase_back(w: Writer, indent: int, level: int) -> None:
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(indent, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries), *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
+    w.put(
+        indent,
+        "if HAS_RESET:",
+        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
+        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
+    )
     products_of_jacobians(w, indent, back=True)
-    w.put(indent, "close = go & (t < low + NEAR)[:, None]")
-    w.put(indent, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
-    w.put(indent, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S), "kept = both & (it >= 0)")
+    _near(w, indent, "g", back=True)
+    w.put(indent, "kept = both & (it >= 0)")
     w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
     w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
-    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
+    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
     _open(w, indent, "it + 1", "1 - parity")

@@ -46,11 +46,13 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     kind, short = KINDS[dtype]
     back = kernel == "gradient"
     fn = getattr(large.kernels(biased(load_cell(name)), "ptx", short), kernel)
-    tiles = tiles or large.Tiles.of(torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]))
-    columns = tiles.columns_back if back else tiles.columns
+    tiles = tiles or large.Tiles.of(
+        load_cell(name), torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]), K
+    )
+    rows, columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
     constants = {
         "E": 1, "K": K, "KP": -(-K // tiles.multiple) * tiles.multiple, "HEAD": K // 4, "NEAR": large.NEAR, "HAS_RESET": True, "DOT": kind,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": tiles.rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
         "BK": columns if back and dtype == "fp16" else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "STAGES": tiles.stages,
     }  # fmt: skip
 

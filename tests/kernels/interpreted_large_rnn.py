@@ -30,7 +30,7 @@ def compare(
     d_emitted, d_final = cotangents(tensors)
     given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
     low = d_emitted.to(dtype)
-    plan = Plan.of(given[0], given[2].shape[1], slices, burn_in)
+    plan = Plan.of(cell, given[0], given[2].shape[1], slices, burn_in)
     launch.last_report()
     emitted, kept, final = large.forward(cell, *(*given, starts, plan))
     gradients = large.backward(cell, *(*given, starts, emitted, kept, low, None, d_final.float(), plan))
@@ -50,7 +50,7 @@ def walked() -> None:
     cell, tensors, starts = chaotic
     given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
     launch.last_report()
-    plans = [Plan.of(given[0], 24, n, 4) for n in (1, 4)]
+    plans = [Plan.of(cell, given[0], 24, n, 4) for n in (1, 4)]
     one, several = (large.forward(cell, *(*given, starts, plan)) for plan in plans)
     assert all(torch.equal(a, b) for a, b in zip(one, several))
     ends = (*one[:2], d_emitted.float(), None, d_final.float())
