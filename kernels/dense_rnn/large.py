@@ -231,7 +231,7 @@ def forward(
     if n == 1:
         return emitted, kept, p.ends[:, 0]
     stats = launch._counters(pre.device)[: launch.SLOTS]
-    for k in range(launch._rounds(plan, pre)):
+    for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
         p.module.correct[p.E, p.B](*p.measures, p.todo, stats, float(k + 1), *p.chain, **p.chain_constants)
         p.walk(p.module.walk, tensors)
     p.module.certify[p.E, p.B](*p.measures, p.bad, final, stats, *p.chain, **p.chain_constants)
@@ -245,7 +245,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
     plan = plan or Plan.of(cell, pre, mat.shape[1], back=True)
-    p = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
+    p: Any = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
     dense, n, Q = p.dense, plan.slices, len(p.dense.products)
     before = launch._before(p, emitted, starts)
     products, operands = launch._known(p, before, kept, starts, True)
@@ -266,7 +266,7 @@ def backward(
     p.walk(p.module.gradient, tensors, first=True)
     if n > 1:
         stats = launch._counters(pre.device)[launch.SLOTS :]
-        for k in range(launch._rounds(plan, pre)):
+        for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
             p.module.correct_back[p.E, p.B](*p.measures, p.todo, stats, float(k + 1), *p.chain, **p.chain_constants)
             p.walk(p.module.gradient, tensors)
         p.module.certify_back[p.E, p.B](*p.measures, p.bad, d_h0, stats, *p.chain, **p.chain_constants)
@@ -277,7 +277,6 @@ def backward(
         d_whole.copy_(to.tensor.view(d_whole.shape))
     d_rec = partial.sum((0, 1))
     for r in range(p.rec.shape[0]):
-        k = large_source.bias_of(dense, r)
-        if k is not None:
-            d_rec[r] = d_whole[:, :, k].flatten(2).sum((0, 1), dtype=torch.float32)
+        if (of := large_source.bias_of(dense, r)) is not None:
+            d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
     return d_whole, d_rec, launch._matrix_gradient(p, operands, d_whole, d_prod), d_h0

@@ -183,8 +183,10 @@ def main() -> None:
         for row in rows if isinstance(rows, list) else [rows]:
             results.append(part, row)
 
-    measured = [("times", i) for i in range(len(SHAPES))] if "times" in parts else []
-    tried = [("times", i, which) for i, which in ((0, 0), (1, 1), (0, 1), (0, 2), (0, 3))] if "tiles" in parts else []
+    measured: list[tuple[Any, ...]] = [("times", i) for i in range(len(SHAPES))] if "times" in parts else []
+    tried: list[tuple[Any, ...]] = (
+        [("times", i, which) for i, which in ((0, 0), (1, 1), (0, 1), (0, 2), (0, 3))] if "tiles" in parts else []
+    )
     with ThreadPoolExecutor(14) as pool:
         cases = [pool.submit(keep, "accuracy", ("accuracy", *case), 70) for case in (ACCURACY if "accuracy" in parts else [])]
         cases += [pool.submit(attempted, functools.partial(apart, "warm", *words[1:])) for words in (*measured, *tried)]

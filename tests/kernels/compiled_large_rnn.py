@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ registers = Registers("large_rnn")
 
 def figures(kernel: Any) -> dict[str, int]:
     ptx = kernel.asm["ptx"]
+    widths = [int(n) for n in re.findall(r"wgmma\.mma_async\S*?\.m64n(\d+)k", ptx)]
     return {
-        **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
-        "mma": ptx.count("mma.sync"),
+        **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": len(widths),
+        "mma": ptx.count("mma.sync"), "narrowest": min(widths, default=0),
     }  # fmt: skip
 
 
