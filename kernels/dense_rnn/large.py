@@ -1,4 +1,4 @@
-"""Launches the kernels of heads whose matrices do not fit on a multiprocessor (kernels/dense_rnn/large_source.py writes them).
+"""Launches the kernels of heads whose matrices do not fit on a multiprocessor (kernels/dense_rnn/large_codegen.py writes them).
 
 A pass over all slices is one launch, whose programs meet at a barrier after every step (in teams of as many as own a head's channels); so a pass, or
 the walk in order, with nothing to do costs one launch and no step. Everything else is as of small heads: burn-in, corrections, certificate, counters.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import large_source, launch
+from kernels.dense_rnn import large_codegen, large_source, launch
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
 from kernels.parallel_rnn.cell import Cell
@@ -118,7 +118,7 @@ class Plan:
 
 @functools.cache
 def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
-    return load_source(f"{cell.name}_large", large_source.source(cell, short, maths))
+    return load_source(f"{cell.name}_large", large_codegen.source(cell, short, maths))
 
 
 def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch.dtype) -> Tensor:

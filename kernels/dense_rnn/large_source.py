@@ -6,7 +6,7 @@ lies between products for its own channels, and writes its share of the next pha
 programs of a launch are on the device at once, which a cooperative launch asserts. So a pass is one launch, and one with nothing to do ends at once.
 
     walk      all slices (FIRST: from zero with a burn-in, else those again whose start was corrected), or, in FINISH, what is not certified in order
-    gradient  the same for the adjoint, backwards in time with the matrices transposed; products at the known states are read from PROD
+    gradient  the same for the adjoint, backwards in time with the matrices transposed (large_backward_source.py)
 
 MODE -2 is a whole pass. In Triton's interpreter, where programs run one after the other, a launch is one phase: -1 what comes before the first
 product, 0, 1 .. the phase of a level; what the others carry in registers then lies in ENDS, PRODUCTS, NEARBY, PARTIAL between launches.
@@ -20,10 +20,8 @@ from __future__ import annotations
 
 from kernels.dense_rnn import source as narrow
 from kernels.dense_rnn.source import Writer, products_of_jacobians
-from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.graph import order
-from kernels.parallel_rnn.products import Dense, trace_dense
+from kernels.parallel_rnn.products import Dense
 
 HELPERS = (
     narrow.HELPERS
@@ -51,10 +49,6 @@ SIZES = "COUNTER, first, teams, T, SLICE, n, B, RT, sb, st, sp, se, BURN, E: tl.
 FLAGS = "HEAD: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, FINISH: tl.constexpr, MODE: tl.constexpr, HAS_RESET: tl.constexpr"
 WIDTHS = "DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
 FORWARD = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BAD, FINAL, U, EARLIER"
-BACKWARD = (
-    "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
-)
-BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
 
 
 def padded(count: int) -> int:
@@ -73,32 +67,12 @@ def places(dense: Dense) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-def source(cell: Cell, short: str, maths: str) -> str:
-    """All kernels of a cell with large heads. Arguments as of kernels/dense_rnn/codegen.py. Raises NotLowered."""
-    dense = trace_dense(cell)
-    w = Writer(dense)
-    _walk(w)
-    _gradient(w)
-    for back in (False, True):
-        narrow.correct(w, back)
-        narrow.certify(w, back)
-    made = "\n\n".join(narrow.parts(dense))
-    header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_source.py."""\n'
-    header += "import triton\nimport triton.language as tl\n"
-    return "\n\n".join([header, functions(made, short, maths), HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"
-
-
-def summed(w: Writer) -> list[int]:
-    """The weights whose gradient the walk sums over steps; that of a bias is the sum of an input projection's."""
-    return [r for r in w.W if bias_of(w.dense, r) is None]
-
-
 def bias_of(dense: Dense, r: int) -> int | None:
     """The input projection that weight r is added to and does nothing else with."""
     return next((k for k, d in enumerate(dense.d_pre) if d is dense.d_rec[r]), None)
 
 
-def _head(w: Writer, name: str, own: str, back: bool) -> None:
+def head(w: Writer, name: str, own: str, back: bool) -> None:
     """Teams take one group of rows of a head after the other."""
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
     w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
@@ -125,20 +99,20 @@ def _head(w: Writer, name: str, own: str, back: bool) -> None:
     w.put(3, *(f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)" for r in w.W))
 
 
-def _columns(w: Writer, indent: int, name: str, stride: str) -> None:
+def columns(w: Writer, indent: int, name: str, stride: str) -> None:
     """Offsets of a program's channels in inputs that lie in blocks of HEAD."""
     w.put(indent, f"{name} = _columns_of(e * K + c * BN, {stride}, K, HEAD, BN)[None, :]")
 
 
-def _meet(w: Writer, indent: int) -> None:
+def meet(w: Writer, indent: int) -> None:
     w.put(indent, "if MODE == -2:", "    meetings += 1", "    _meet(COUNTER + team, meetings * C)")
 
 
-def _reset(w: Writer, indent: int, name: str, t: str, live: str) -> None:
+def reset(w: Writer, indent: int, name: str, t: str, live: str) -> None:
     w.put(indent, f"{name} = (tl.load(RESET + b * T + {t}, mask={live}, other=0) != 0)[:, None]")
 
 
-def _inputs(w: Writer, indent: int, t: str, mask: str, which: list[int]) -> None:
+def inputs(w: Writer, indent: int, t: str, mask: str, which: list[int]) -> None:
     if which:
         w.put(indent, f"p_ = PRE + (b * sb + {t}.to(tl.int64) * st)[:, None] + columns")
         w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask={mask}, other=0.0).to(tl.float32)" for i in which))
@@ -197,14 +171,14 @@ def _apart(names: list[str]) -> list[str]:
     return lines
 
 
-def _between(w: Writer, indent: int, target: str, names: list[str], of: int, load: bool) -> None:
+def between(w: Writer, indent: int, target: str, names: list[str], of: int, load: bool) -> None:
     """Values that a later phase of the step reads."""
     for name in names:
         place = f"{target} + ((place * {of} + {name[1:]})[:, None]) * D + d"
         w.put(indent, f"{name} = tl.load({place}, mask=all_, other=0.0)" if load else f"tl.store({place}, {name}, mask=all_)")
 
 
-def _products(w: Writer, indent: int, load: bool) -> None:
+def products(w: Writer, indent: int, load: bool) -> None:
     V = len(w.tracked)
     for v, (i, j) in enumerate(w.tracked):
         if load:
@@ -217,7 +191,7 @@ def _fresh(w: Writer, indent: int) -> None:
     w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BN), tl.float32) + {float(i == j)}" for i, j in w.tracked))
 
 
-def _near(w: Writer, indent: int, values: str, back: bool) -> None:
+def near(w: Writer, indent: int, values: str, back: bool) -> None:
     """The largest values near the slice's end, which are kept in memory, as few steps need them."""
     w.put(indent, "if not FINISH:", "    if it >= tl.maximum(SLICE - NEAR, 0):")
     passed = "origin - t" if back else "t - origin"
@@ -232,7 +206,7 @@ def _near(w: Writer, indent: int, values: str, back: bool) -> None:
         w.keep(indent + 2, "NEARBY", "place", i, len(w.S), f"A{i}", "all_")
 
 
-def _begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], known: str) -> None:
+def begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], known: str) -> None:
     """The states, or adjoints, that rows begin with: of a first pass, of a repeated one, and between launches of phases."""
     S = len(w.S)
     given, carried, finished = sources
@@ -244,41 +218,41 @@ def _begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], k
     w.put(indent, "else:", "    if FINISH:", *(f"        {letter}{i} = {w.vector(finished, 'place', i, S, 'all_')}" for i in w.S))
     _fresh(w, indent + 2)
     w.put(indent + 1, "else:", *(f"    {letter}{i} = {w.vector(carried, 'place', i, S, 'all_')}" for i in w.S))
-    _products(w, indent + 2, load=True)
+    products(w, indent + 2, load=True)
 
 
-def _walk(w: Writer) -> None:
+def walk(w: Writer) -> None:
     dense, S, deep = w.dense, len(w.S), 4
-    _head(w, "walk", FORWARD, back=False)
-    _columns(w, 3, "columns", "se")
-    _begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
+    head(w, "walk", FORWARD, back=False)
+    columns(w, 3, "columns", "se")
+    begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
     w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
     w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
     _next_operands(w, 4, "begin", "parity")
-    _meet(w, 4)
+    meet(w, 4)
     w.put(3, "for it in tl.range(begin, end, num_stages=1):")
     w.put(deep, "t = origin + it", "parity = (it + BURN) & 1", "live = here & (t >= 0) & (t < last)", "go = live[:, None]")
     w.put(deep, "both = go & inside", "at = b * T + t", "kept = both & (it >= 0)")
     for l in range(len(dense.levels)):
         w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
         _phase(w, deep + 1, l)
-        _meet(w, deep + 1)
+        meet(w, deep + 1)
     w.put(3, "if FINISH:")
     for i in w.S:
         w.keep(4, "FINAL", "place", i, S, f"h{i}", "all_")
     w.put(3, "else:")
     for i in w.S:
         w.keep(4, "ENDS", "place", i, S, f"h{i}", "all_")
-    _products(w, 4, load=False)
+    products(w, 4, load=False)
 
 
 def _next_operands(w: Writer, indent: int, it: str, parity: str) -> None:
     """The first operands of a step, of states that are zeroed where a document starts there."""
     needed = _leaves(w, 0)
     w.put(indent, f"tn = origin + {it}", "ahead = here & (tn >= 0) & (tn < last)", *(f"n{i} = h{i}" for i in w.S), "if HAS_RESET:")
-    _reset(w, indent + 1, "rn", "tn", "ahead")
+    reset(w, indent + 1, "rn", "tn", "ahead")
     w.put(indent + 1, *(f"n{i} = tl.where(rn, 0.0, n{i})" for i in w.S))
-    _inputs(w, indent, "tn", "ahead[:, None] & inside", [i for i in w.X if f"x{i}" in needed])
+    inputs(w, indent, "tn", "ahead[:, None] & inside", [i for i in w.X if f"x{i}" in needed])
     _operands(w, indent, 0, parity, "n", [])
 
 
@@ -290,171 +264,25 @@ def _phase(w: Writer, indent: int, level: int) -> None:
             w.keep(indent + 1, "BEGINS", "place", i, S, f"h{i}", "all_ & (it == 0)")
         w.put(indent + 1, *(f"P{i}{j} = tl.where(it == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
         w.put(indent, "if HAS_RESET:")
-        _reset(w, indent + 1, "r", "t", "live")
+        reset(w, indent + 1, "r", "t", "live")
         w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
-    _inputs(w, indent, "t", "both", list(w.X))
+    inputs(w, indent, "t", "both", list(w.X))
     _multiply(w, indent, level)
     known = [i for earlier in range(level) for i in dense.of_level(earlier)]
-    _between(w, indent, "EARLIER", [f"p{i}" for i in known], len(w.Q), load=True)
+    between(w, indent, "EARLIER", [f"p{i}" for i in known], len(w.Q), load=True)
     if not last:
         mine = dense.of_level(level)
-        _between(w, indent, "EARLIER", [f"p{i}" for i in mine], len(w.Q), load=False)
+        between(w, indent, "EARLIER", [f"p{i}" for i in mine], len(w.Q), load=False)
         _operands(w, indent, level + 1, "parity", "h", [*known, *mine])
         return
     if level:
         w.put(indent, "if HAS_RESET:")
-        _reset(w, indent + 1, "r", "t", "live")
+        reset(w, indent + 1, "r", "t", "live")
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join([*(f'y{i}' for i in w.S), *entries])} = new_and_jacobian({w.given()})")
     w.put(indent, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     products_of_jacobians(w, indent, back=False)
-    _near(w, indent, "h", back=False)
+    near(w, indent, "h", back=False)
     w.put(indent, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
     w.put(indent, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
     _next_operands(w, indent, "it + 1", "1 - parity")
-
-
-def _gradient(w: Writer) -> None:
-    dense, S, R, deep = w.dense, len(w.S), len(w.W), 4
-    sums = summed(w)
-    _head(w, "gradient", BACKWARD, back=True)
-    _columns(w, 3, "columns", "se")
-    _columns(w, 3, "columns_out", "de")
-    _begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
-    w.put(3, "if MODE < 0:" if sums else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in sums), "else:" if sums else "")
-    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in sums))
-    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
-    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
-    _open(w, 4, "begin", "parity")
-    _meet(w, 4)
-    w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    parity = (it + BURN) & 1")
-    for l in reversed(range(len(dense.levels))):
-        w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
-        _phase_back(w, deep + 1, l)
-        _meet(w, deep + 1)
-    w.put(3, "if FINISH:")
-    for i in w.S:
-        w.keep(4, "D_H0", "place", i, S, f"a{i}", "all_")
-    if sums:
-        w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
-        for i in sums:
-            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
-            w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
-    w.put(3, "else:")
-    for i in w.S:
-        w.keep(4, "ENDS", "place", i, S, f"a{i}", "all_")
-    _products(w, 4, load=False)
-    for i in sums:
-        w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
-
-
-def _known(w: Writer, indent: int) -> None:
-    """What a step reads: inputs, the states before it, its products, and the adjoints g of those after it."""
-    n_kept = len(w.S) - 1
-    w.put(indent, "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t")
-    _inputs(w, indent, "t", "both", list(w.X))
-    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    for i in range(n_kept):
-        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
-        w.put(indent, f"h{i} += {w.vector('H0', 'b', i, len(w.S), 'both & (t == 0)[:, None]')}")
-    w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
-    if n_kept:
-        w.put(indent, "if WITH_KEPT:")
-        for i in range(n_kept):
-            w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    w.put(indent, "if HAS_RESET:")
-    _reset(w, indent + 1, "r", "t", "live")
-    w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
-    w.put(indent, f"q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-    w.put(indent, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
-
-
-def _cotangents(w: Writer, indent: int, level: int, parity: str) -> None:
-    """This program's share of the cotangents of a level's products."""
-    dense = w.dense
-    later = {i for above in dense.levels[level + 1 :] for i in above}
-    q = [f"q{i}" if i in later else "h0" for i in range(len(dense.operands))]
-    mine = dense.of_level(level)
-    w.put(indent, f"{', '.join(f'dp{i}' for i in mine)} = d_products{level}({w.given()}, {', '.join([*(f'g{i}' for i in w.S), *q])})")
-    size = f"tl.abs(dp{mine[0]})"
-    for i in mine[1:]:
-        size = f"tl.maximum({size}, tl.abs(dp{i}))"
-    w.put(indent, "if SCALED:  # to the middle of the range that 16 bits have", f"    size = tl.max(tl.where(all_, {size}, 0.0), 1)")
-    w.put(indent + 1, "size = tl.where((size > 1.0e-37) & (size < 1.0e37), tl.exp2(-tl.floor(tl.log2(size))), 1.0)")
-    place = f"SCALES + ((({parity}) * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C"
-    w.put(indent + 1, f"tl.store({place} + c, 1.0 / size, mask=here)", *(f"dq{i} = dp{i} * size[:, None]" for i in mine))
-    w.put(indent, "else:", *(f"    dq{i} = dp{i}" for i in mine))
-    for i in mine:
-        w.put(indent, f"v_ = V + (({parity}) * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
-        w.put(indent, f"tl.store(v_ + k[None, :], dq{i}.to(DOT), mask=all_)")
-    apart = [i for i in mine if i in w.apart]
-    if apart:
-        w.put(indent, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
-        for i in apart:
-            w.put(indent, f"tl.store(to + {w.apart.index(i)} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both & (t <= origin)[:, None])")
-
-
-def _open(w: Writer, indent: int, it: str, parity: str) -> None:
-    """The first cotangents of a step."""
-    sums = summed(w)
-    w.put(indent, f"t = origin - ({it})", "if FIRST:", "    border = (t == origin)[:, None]")
-    for i in w.S:
-        w.keep(indent + 1, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
-    w.put(indent + 1, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
-    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in (f"W{i}" for i in sums)))
-    _known(w, indent)
-    _cotangents(w, indent, len(w.dense.levels) - 1, parity)
-
-
-def _multiply_back(w: Writer, indent: int, level: int) -> None:
-    """Cotangents of a level's operands, of those of products that the whole team wrote. MAT here: (E, products, KP, KP) transposed."""
-    dense = w.dense
-    for operand in dense.levels[level]:
-        w.put(indent, f"q{operand} = tl.zeros((BM, BN), tl.float32)")
-        for i in of_operand(dense, operand):
-            w.put(
-                indent,
-                f"v_ = V + (parity * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]",
-            )
-            w.put(indent, f"m_ = MAT + (e.to(tl.int64) * {len(w.Q)} + {i}) * KP * KP + ks[:, None] * KP + k[None, :]")
-            w.put(indent, f"s_ = SCALES + ((parity * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C")
-            w.put(
-                indent,
-                "for at_ in tl.range(0, KP, BK, num_stages=STAGES):",
-                "    if SCALED:  # each program has its own, of BK = BN columns",
-            )
-            one = "tl.dot(tl.load(v_ + at_), tl.load(m_ + at_ * KP)"
-            w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * tl.load(s_ + at_ // BN, mask=here, other=0.0)[:, None]")
-            w.put(indent + 1, "else:", f"    q{operand} = {one}, q{operand}, input_precision=PRECISION)")
-
-
-def _phase_back(w: Writer, indent: int, level: int) -> None:
-    dense, operands, sums = w.dense, len(w.dense.operands), summed(w)
-    _multiply_back(w, indent, level)
-    w.put(indent, "t = origin - it")
-    _known(w, indent)  # what `_open` read before the meeting; carried over it, it would not fit into registers
-    later = [i for above in dense.levels[level + 1 :] for i in above]
-    _between(w, indent, "LATER", [f"q{i}" for i in later], operands, load=True)
-    if level:
-        _between(w, indent, "LATER", [f"q{i}" for i in dense.levels[level]], operands, load=False)
-        _cotangents(w, indent, level - 1, "parity")
-        return
-    cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(operands)])
-    results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
-    entries = [f"j{i}{j}" for i, j in w.tracked]
-    w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
-    w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(
-        indent,
-        "if HAS_RESET:",
-        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
-        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
-    )
-    products_of_jacobians(w, indent, back=True)
-    _near(w, indent, "g", back=True)
-    w.put(indent, "kept = both & (it >= 0)")
-    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
-    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
-    _open(w, indent, "it + 1", "1 - parity")
