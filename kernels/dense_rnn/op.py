@@ -4,23 +4,30 @@ pre, in which it enters the product, those that a cell keeps to itself in the dt
 Legend: B batch, T time, P input projections, R recurrent weights, G matrices, S states, D = E K channels.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import launch, marks, plans, reference
+from kernels.dense_rnn import large, launch, marks, plans, reference
 from kernels.op import define
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 from kernels.parallel_rnn.op import flat, joined, warn_once
+
+
+def kernels_for(pre: Tensor, K: int) -> ModuleType:
+    """The module that launches kernels for heads of K channels."""
+    return large if large.takes(pre, K) else launch
 
 
 def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
     """Whether the kernels run. Raises ValueError if they were asked for by name and cannot."""
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
-    reason = launch.why_not(cell, pre, K)
-    if not reason and method == "auto" and pre.is_cuda and not launch.proven():
+    module = kernels_for(pre, K)
+    reason = module.why_not(cell, pre, K)
+    if not reason and method == "auto" and pre.is_cuda and not module.proven():
         warn_once(
             "Dense heads are solved in plain torch, which is slow: their kernels have not run on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
         )
@@ -61,9 +68,9 @@ def _forward(
     learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in
     the dtype of the arithmetic. borders: in place of kept, marks (B, M, S, D) from which the backward pass makes it again."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
-    if use_triton(cell, pre, mat.shape[1], method):
+    if use_triton(cell, pre, mat.shape[1], method) and not (large.takes(pre, mat.shape[1]) and (halves or borders)):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            solved = marks.forward_with_marks if borders else launch.forward
+            solved = marks.forward_with_marks if borders else kernels_for(pre, mat.shape[1]).forward
             return solved(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
     with torch.autocast(pre.device.type, enabled=False):
         states = reference.solve(
@@ -114,9 +121,9 @@ def _backward(
     d_emitted = torch.zeros_like(emitted) if d_emitted is None else d_emitted
     d_final = torch.zeros_like(h0) if d_final is None else d_final
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
-        if use_triton(cell, pre, mat.shape[1], method):
+        if use_triton(cell, pre, mat.shape[1], method) and not (large.takes(pre, mat.shape[1]) and (halves or borders)):
             kept = marks.restore(cell, pre, rec, mat, h0, starts, kept, layer=layer, halves=halves) if borders else kept
-            d_pre, d_rec, d_mat, d_h0 = launch.backward(
+            d_pre, d_rec, d_mat, d_h0 = kernels_for(pre, mat.shape[1]).backward(
                 cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None if borders else d_kept, d_final, layer=layer, halves=halves
             )
             return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)

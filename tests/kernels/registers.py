@@ -57,14 +57,15 @@ class Registers:
 def main() -> None:
     from models.cells import diagonal
 
-    names = ("", "_ssd", "_delta_rule", "_dense_rnn", "_m2rnn")
-    golden, ssd, rule, dense, matrix = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in names)
+    names = ("", "_ssd", "_delta_rule", "_dense_rnn", "_large_rnn", "_m2rnn")
+    golden, ssd, rule, dense, large, matrix = (json.loads(FILE.with_name(f"resources{n}.json").read_text()) for n in names)
     for words in (
         ["compiled.py", str(golden["ahead"]), str(golden["back"]), *golden["cells"]],
         ["compiled.py", "1", "1", *diagonal(), "three"],
         ["compiled_ssd.py", *map(str, ssd["arguments"])],
         ["compiled_delta_rule.py", *map(str, rule["arguments"])],
         ["compiled_dense_rnn.py", *map(str, dense["arguments"])],
+        ["compiled_large_rnn.py", *map(str, large["arguments"])],
         ["compiled_m2rnn.py", *map(str, matrix["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],

@@ -19,6 +19,26 @@ def test_every_kernel_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
+def test_large_heads_in_the_interpreter() -> None:
+    assert run("interpreted_large_rnn.py") == "ok"
+
+
+@pytest.mark.slow
+def test_kernels_of_large_heads_compile_and_hardly_spill() -> None:
+    """wgmma only of products that are 64 wide or more, which ptxas 12.8 assembles rightly."""
+    import triton
+
+    golden = json.loads((HERE / "resources_large_rnn.json").read_text())
+    found = json.loads(run("compiled_large_rnn.py", *map(str, golden["arguments"])))
+    for kernels in found.values():
+        assert all(use["narrowest"] in (0, 64, 128) and use["wgmma"] + use["mma"] > 0 for use in kernels.values()), kernels
+        assert all(use.get("spilled", 0) <= 400 and use["shared"] <= 227 << 10 for use in kernels.values()), kernels
+    if triton.__version__ == golden["triton"]:
+        words = " ".join(map(str, golden["arguments"]))
+        assert found == golden["cells"], f"If the change is wanted: python -m tests.kernels.compiled_large_rnn {words} --golden"
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
     """Another release of Triton may count otherwise: then only much spilling is a failure."""
     import triton

@@ -240,3 +240,20 @@ def test_decoding_without_gradients_equals_the_whole(mixer: Any, segments: torch
         y, state = mixer(x[:, t : t + 1], state, None if segments is None else segments[:, t : t + 1])
         parts.append(y)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cell", ["dense_lstm", "dense_gru_before"])
+def test_one_dense_head_of_the_whole_width(cell: str) -> None:
+    """Wider than a head of the small kernels: tokens one by one, and in pieces, give what the whole gives."""
+    config, problems = mixers.parse("m", {"type": "rnn", "cell": cell, "head_size": 256}, 256)
+    assert config is not None and not problems
+    built = mixers.load("rnn").Mixer(config, 256, 0)
+    built.init_weights(0.1, 0)
+    assert tuple(built.matrices.shape[:2]) == (1, 256)
+    x = torch.randn(2, 9, 256)
+    whole, state, parts = built(x)[0], built.init_state(2), []
+    for piece in (x[:, :5], *x[:, 5:].split(1, 1)):
+        y, state = built(piece, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)

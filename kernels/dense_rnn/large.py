@@ -1,0 +1,300 @@
+"""Launches the kernels of heads whose matrices do not fit on a multiprocessor (kernels/dense_rnn/large_codegen.py writes them).
+
+A pass over all slices is one launch, whose programs meet at a barrier after every step (in teams of as many as own a head's channels); so a pass, or
+the walk in order, with nothing to do costs one launch and no step. Everything else is as of small heads: burn-in, corrections, certificate, counters.
+
+Legend: B batch, T time, n slices, P input projections, G matrices, S states, D = E K channels in E heads, KP: K filled up to whole tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dense_rnn import large_codegen, large_source, launch
+from kernels.dense_rnn.plans import SLOTS, Layer
+from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
+from kernels.dispatch import interpreted, no_triton, planned
+from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
+from kernels.parallel_rnn.products import Dense, trace_dense
+
+PROVEN = False  # as of kernels/dense_rnn/launch.py: heads of 2,048 in 16 bits have not been seen to be right on a GPU
+LARGEST = 2048  # channels of a head
+SHORTEST = 32  # steps of a slice
+
+
+def proven() -> bool:
+    return PROVEN or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+
+
+def takes(pre: Tensor, K: int) -> bool:
+    """Whether a head is too large for the kernels of kernels/dense_rnn/launch.py."""
+    return K > launch.LARGEST.get(pre.element_size(), K)
+
+
+def why_not(cell: Cell, pre: Tensor, K: int) -> str:
+    """Empty if the kernels can run, else one sentence."""
+    reason = no_triton(pre.device)
+    if reason:
+        return reason
+    if pre.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"The kernels of dense heads have no {pre.dtype}."
+    if K > LARGEST:
+        return f"The kernels of dense heads take heads of up to {LARGEST} channels, not of {K}."
+    if torch.version.hip is not None:
+        return "Large dense heads need an NVIDIA GPU, on which all programs of a launch can meet."
+    if not planned() and not interpreted():
+        tiles = Tiles.of(cell, pre, K)
+        programs = -(-K // tiles.multiple) * tiles.multiple // tiles.columns
+        if programs > multiprocessors(pre.device):
+            return f"A head of {K} channels takes {programs} multiprocessors, more than this GPU has."
+    return cell.why_loop
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight."""
+
+    rows: int
+    columns: int
+    rows_back: int
+    columns_back: int
+    depth: int
+    warps: int
+    stages: int
+
+    @property
+    def multiple(self) -> int:
+        return max(self.columns, self.columns_back, self.depth)
+
+    @staticmethod
+    def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
+        """A step has some 16 values for each row and channel, which fit into registers of tiles of 2,048. Matrices of four gates side by side make
+        products 128 wide and 64 or more rows high, of wgmma; backwards, and where one matrix stands alone, 32 rows take mma.sync instead: ptxas 12.8
+        assembles wgmma of narrow products wrongly. Where matrices outweigh all else, twice the rows are worth some spilled registers."""
+        if interpreted():
+            return Tiles(16, 16, 16, 16, 16, 4, 1)
+        if pre.element_size() == 4:
+            return Tiles(32, 32, 32, 64, 32, 8, 2)
+        dense = trace_dense(cell)
+        wide = all(len(large_source.of_operand(dense, i)) > 2 for i in range(len(dense.operands)))
+        return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64, 8, 3)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Slices of how many steps, steps of burn-in, and a program's tiles."""
+
+    slices: int
+    length: int
+    burn_in: int
+    tiles: Tiles
+
+    @staticmethod
+    def of(
+        cell: Cell, pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, tiles: Tiles | None = None,
+        back: bool = False,
+    ) -> Plan:  # fmt: skip
+        """A step takes about as long for one row as for a whole tile (the matrices come from the second-level cache either way): as many slices as
+        fill the rows of all teams that fit on the device."""
+        tiles = tiles or Tiles.of(cell, pre, K)
+        (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
+        rows, columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
+        if slices is None:
+            teams = max(1, multiprocessors(pre.device) * columns // (-(-K // tiles.multiple) * tiles.multiple))
+            slices = min(T // SHORTEST, rows * teams // (E * B))
+            slices = slices if slices >= 4 else 1
+        length = -(-T // max(1, min(slices, T)))
+        n = -(-T // length)
+        burn_in = BURN_IN if burn_in is None else burn_in
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
+
+
+def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
+    """The reckoned plan, or what a layer has learnt to do, as of small heads."""
+    plan = Plan.of(cell, pre, K, burn_in=0 if launch.facts(cell).tracked else None, back=back)
+    return plan if layer is None else Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]), back=back)
+
+
+@functools.cache
+def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
+    return load_source(f"{cell.name}_large", large_codegen.source(cell, short, maths))
+
+
+def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The matrices in `dtype`, flat: of each operand (E, KP / columns, KP, M, columns), the M matrices that multiply it side by side."""
+    (E, K), parts = mat.shape[:2], []
+    for operand in range(len(dense.operands)):
+        mine = large_source.of_operand(dense, operand)
+        M = large_source.padded(len(mine))
+        part = torch.zeros(E, KP // columns, KP, M, columns, dtype=dtype, device=mat.device)
+        wide = torch.zeros(E, KP, len(mine), KP, dtype=dtype, device=mat.device)
+        wide[:, :K, :, :K] = mat[:, :, [dense.products[i].matrix for i in mine]]
+        part[:, :, :, : len(mine)] = wide.unflatten(3, (-1, columns)).permute(0, 3, 1, 2, 4)
+        parts.append(part.flatten())
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Tensor:
+    """(E, products, KP outputs, KP inputs) in `dtype`."""
+    E, K = mat.shape[:2]
+    wide = torch.zeros(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
+    wide[:, :, :K, :K] = mat[:, :, [product.matrix for product in dense.products]].permute(0, 2, 3, 1)
+    return wide
+
+
+class _Problem:
+    """What all launches of a solve share; the first half is what functions of launch.py read."""
+
+    def __init__(
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, back: bool
+    ) -> None:
+        self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
+        self.cell, self.dense, self.mat = cell, trace_dense(cell), mat
+        self.E, self.K, self.G, _ = mat.shape
+        self.B, self.T = pre.shape[:2]
+        self.S, self.D = len(cell.state), self.E * self.K
+        self.rec, self.h0 = rec.float().contiguous(), h0.float().contiguous()
+
+        self.plan, tiles, n = plan, plan.tiles, plan.slices
+        self.back = back
+        self.rows, self.columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
+        self.reset = self.h0 if starts is None else starts.contiguous().view(torch.uint8)
+        self.at = Layout(self.pre)
+        self.module = kernels(cell, "portable" if interpreted() else "ptx", str(pre.dtype)[6:] if pre.element_size() == 2 else "")
+        # the interpreter multiplies bf16 as if it were whole numbers
+        self.product = torch.float32 if interpreted() and pre.dtype == torch.bfloat16 else pre.dtype
+        self.KP = -(-self.K // tiles.multiple) * tiles.multiple
+        self.programs = self.KP // self.columns
+        self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
+        self.RT = self.groups // self.E * self.rows
+        self.most = max(1, multiprocessors(pre.device) // self.programs)
+        self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], self.most, dtype=torch.int32, device=pre.device)
+        self.passes = 0
+        tl = self.module.tl
+        self.constants: dict[str, Any] = {
+            "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
+            "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
+            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": self.rows, "BN": self.columns,
+            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
+            "num_stages": 1,
+        }  # fmt: skip
+        self.chain = (n, TOLERANCE[pre.dtype])
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "num_warps": 8}
+        self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
+        self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
+        tracked = len(launch.facts(cell).tracked)
+        self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, tracked))
+        self.measures = (self.begins, self.ends, self.products, self.nearby)
+
+    def per_slice(self, entries: int) -> Tensor:
+        return self.h0.new_empty(self.B, self.plan.slices, entries, self.D)
+
+    def shared(self, *shape: int) -> Tensor:
+        """What programs of a team exchange, of even and odd steps: zero where rows and channels are filled up."""
+        return torch.zeros(2, *shape, self.RT, self.E * self.KP, dtype=self.product, device=self.pre.device)
+
+    def walk(self, kernel: Any, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
+        """A pass in one launch, or, in the interpreter, phase by phase."""
+        at, plan, groups = self.at, self.plan, self.groups_finish if finish else self.groups
+        begin = -plan.burn_in if first else 0
+        sizes = (self.T, plan.length, plan.slices, self.B, self.RT, at.batch, at.time, at.projection, at.se, plan.burn_in)
+        counter = self.counters[self.passes]
+        self.passes += 1
+        if not interpreted():
+            teams = min(groups, self.most)
+            constants = {**self.constants, "FIRST": first, "FINISH": finish, "MODE": -2, "launch_cooperative_grid": True}
+            kernel[(teams * self.programs,)](*tensors, counter, begin, teams, *sizes, **constants)
+            return
+        end = (plan.slices - int(self.bad.min())) * plan.length if finish else plan.length
+        levels = range(len(self.dense.levels))
+        phases = [(begin, -1), *((it, l) for it in range(begin, end) for l in (reversed(levels) if self.back else levels))]
+        for it, mode in phases:
+            constants = {**self.constants, "FIRST": first, "FINISH": finish, "MODE": mode}
+            kernel[(groups * self.programs,)](*tensors, counter, it, groups, *sizes, **constants)
+
+
+def forward(
+    cell: Cell,
+    pre: Tensor,
+    rec: Tensor,
+    mat: Tensor,
+    h0: Tensor,
+    starts: Tensor | None,
+    plan: Plan | None = None,
+    layer: Layer | None = None,
+    halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32)."""
+    assert not halves  # such are solved in plain torch
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
+    p = _Problem(cell, pre, rec, mat, h0, starts, plan, back=False)
+    dense, n = p.dense, plan.slices
+    emitted, kept, final = p.pre.new_empty(p.B, p.T, p.D), p.h0.new_empty(p.B, p.T, p.S - 1, p.D), torch.empty_like(p.h0)
+    several = len(dense.levels) > 1
+    tensors = (
+        p.at.tensor, p.rec, forward_tiles(dense, mat, p.KP, p.columns, p.product), p.h0, p.reset, emitted, kept, p.begins, p.ends,
+        p.products, p.nearby, p.todo, p.bad, final, p.shared(len(dense.operands)), p.per_slice(len(dense.products)) if several else p.ends,
+    )  # fmt: skip
+    p.walk(p.module.walk, tensors, first=True)
+    if n == 1:
+        return emitted, kept, p.ends[:, 0]
+    stats = (launch._counters(pre.device) if layer is None else layer.counters)[:SLOTS]
+    for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
+        p.module.correct[p.E, p.B](*p.measures, p.todo, p.bad, stats, float(k + 1), *p.chain, **p.chain_constants)
+        p.walk(p.module.walk, tensors)
+    p.module.certify[p.E, p.B](*p.measures, p.bad, final, stats, *p.chain, **p.chain_constants)
+    p.walk(p.module.walk, tensors, finish=True)
+    return emitted, kept, final
+
+
+def backward(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None, layer: Layer | None = None,
+    halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
+    assert not halves  # such are solved in plain torch
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
+    p: Any = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
+    dense, n, Q = p.dense, plan.slices, len(p.dense.products)
+    before = launch._before(p, emitted, starts)
+    products, operands = launch._known(p, before, kept, starts, True)
+    d_whole = torch.empty_like(pre)
+    to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
+    d_prod = before.new_empty(p.E, p.B * p.T, len(launch.facts(cell).apart), p.K)
+    partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
+    with_kept, scaled = d_kept is not None and p.S > 1, pre.dtype == torch.float16
+    d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
+    scales = p.h0.new_zeros(2, len(dense.levels), p.RT, p.E * p.programs) if scaled else p.h0
+    several = len(dense.levels) > 1
+    tensors = (
+        p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
+        d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
+        p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.per_slice(len(dense.operands)) if several else p.ends,
+        to.batch, to.time, to.projection, to.se, with_kept, scaled,
+    )  # fmt: skip
+    p.walk(p.module.gradient, tensors, first=True)
+    if n > 1:
+        stats = (launch._counters(pre.device) if layer is None else layer.counters)[SLOTS:]
+        for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
+            p.module.correct_back[p.E, p.B](*p.measures, p.todo, p.bad, stats, float(k + 1), *p.chain, **p.chain_constants)
+            p.walk(p.module.gradient, tensors)
+        p.module.certify_back[p.E, p.B](*p.measures, p.bad, d_h0, stats, *p.chain, **p.chain_constants)
+        p.walk(p.module.gradient, tensors, finish=True)
+    else:
+        d_h0 = p.ends[:, 0]
+    if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
+        d_whole.copy_(to.tensor.view(d_whole.shape))
+    d_rec = partial.sum((0, 1))
+    for r in range(p.rec.shape[0]):
+        if (of := large_source.bias_of(dense, r)) is not None:
+            d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
+    return d_whole, d_rec, launch._matrix_gradient(p, operands, d_whole, d_prod), d_h0

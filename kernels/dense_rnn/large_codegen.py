@@ -1,0 +1,24 @@
+"""Puts the Triton source of all kernels of a cell with large dense heads together (large_source.py and large_backward_source.py write them)."""
+
+from __future__ import annotations
+
+from kernels.dense_rnn import large_backward_source, large_source
+from kernels.dense_rnn import source as narrow
+from kernels.parallel_rnn.cell import Cell
+from kernels.parallel_rnn.functions import functions
+from kernels.parallel_rnn.products import trace_dense
+
+
+def source(cell: Cell, short: str, maths: str) -> str:
+    """All kernels of a cell with large heads. Arguments as of kernels/dense_rnn/codegen.py. Raises NotLowered."""
+    dense = trace_dense(cell)
+    w = narrow.Writer(dense)
+    large_source.walk(w)
+    large_backward_source.gradient(w)
+    for back in (False, True):
+        narrow.correct(w, back)
+        narrow.certify(w, back)
+    made = "\n\n".join(narrow.parts(dense))
+    header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_codegen.py."""\n'
+    header += "import triton\nimport triton.language as tl\n"
+    return "\n\n".join([header, functions(made, short, maths), large_source.HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"

@@ -1,0 +1,203 @@
+"""Accuracy, then speed, of LSTMs with one large dense head on one GPU, with cuDNN's LSTM in the same run; JSON to --out, written after every part.
+
+python -m scripts.bench.large_rnn --out docs/results/dense_rnn/large.json       # a minute and a half
+
+Every case is a process of its own with a limit of time: programs of these kernels wait for one another, so that a fault in them may hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dense_rnn import large, launch, reference
+from kernels.dense_rnn.large import Plan, Tiles
+from kernels.parallel_rnn.cell import Cell, biased
+from models.cells import bias_init, load_cell
+from scripts.bench.timing import Results, attempted, milliseconds
+
+ACCURACY = [("dense_lstm", dtype, K) for K in (256, 768, 2048) for dtype in ("bfloat16", "float16", "float32")]
+ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before", "dense_elman", "slstm")]
+SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
+# (rows, columns) of tiles forwards and backwards, and stages, tried beside those that are reckoned
+TILES = [((128, 32), (32, 64), 3), ((64, 32), (64, 64), 3), ((32, 32), (32, 64), 4), ((64, 32), (32, 32), 4)]
+NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
+
+
+def problem(name: str, B: int, T: int, E: int, K: int, gain: float = 1.0) -> tuple[Cell, list[Tensor]]:
+    """(cell with biases as models start with, [pre, rec, mat, h0] in fp32)."""
+    g, plain, D = torch.Generator("cuda").manual_seed(0), load_cell(name), E * K
+    bias = torch.zeros(len(plain.pre), D, device="cuda")
+    for argument, (low, high) in bias_init(name).items():
+        bias[plain.pre.index(argument)] = torch.linspace(low, high, D, device="cuda")
+    rec = torch.cat([torch.zeros(len(plain.rec), D, device="cuda"), bias])
+    pre = torch.randn(B, T, len(plain.pre), D, device="cuda", generator=g)
+    mat = torch.randn(E, K, len(plain.mat), K, device="cuda", generator=g) * gain * K**-0.5
+    return biased(plain), [pre, rec, mat, torch.zeros(B, len(plain.state), D, device="cuda")]
+
+
+def solved(
+    cell: Cell, given: list[Tensor], starts: Tensor | None, d_emitted: Tensor, d_final: Tensor, plan: Plan | None, back: Plan | None
+) -> list[Tensor]:
+    emitted, kept, final = large.forward(cell, *(*given, starts, plan))
+    return [emitted, final, *large.backward(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, back))]
+
+
+def accuracy(name: str, kind: str, K: int) -> list[dict[str, Any]]:
+    """Relative distances from the float64 loop in shares of the dtype's rounding (fp32: themselves), walked in order and over slices; whether
+    results repeat bit for bit, and whether weights that expand are walked bit for bit."""
+    dtype, rows = getattr(torch, kind), []
+    cell, (pre, rec, mat, h0) = problem(name, 3, 133, 1, K)
+    given = [pre.to(dtype), rec, mat.to(dtype), h0]
+    g = torch.Generator("cuda").manual_seed(1)
+    starts = torch.rand(3, 133, device="cuda", generator=g) < 0.01
+    d_emitted, d_final = torch.randn(3, 133, K, device="cuda", generator=g).to(dtype), torch.randn(h0.shape, device="cuda", generator=g)
+    exact = [t.double().requires_grad_() for t in given]
+    states, final = reference.sequential(cell, *(*exact, starts))
+    loss = (states[:, :, -1] * d_emitted).sum() + (final * d_final).sum()
+    wanted = [states[:, :, -1].detach(), final.detach(), *torch.autograd.grad(loss, exact)]
+    scale = 1.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for slices in (1, 4):
+        plan = Plan.of(cell, given[0], K, slices)
+        launch.last_report()
+        found, again = (solved(cell, given, starts, d_emitted, d_final, plan, plan) for _ in range(2))
+        row: dict[str, Any] = {"cell": name, "dtype": kind, "K": K, "slices": slices, **launch.last_report()}
+        row["repeats"] = all(torch.equal(a, b) for a, b in zip(found, again))
+        row |= {label: float((a.double() - b).norm() / b.norm() / scale) for label, a, b in zip(NAMES, found, wanted)}
+        rows.append(row)
+    wild = [pre.to(dtype), rec, (8 * mat).to(dtype), h0]
+    one, several = (large.forward(cell, *(*wild, starts, Plan.of(cell, wild[0], K, n))) for n in (1, 4))
+    rows[-1]["walked alike"] = all(torch.equal(a, b) for a, b in zip(one, several))
+    return rows
+
+
+def replayed(f: Callable[[], Any]) -> Callable[[], Any]:
+    """`f` as a CUDA graph: of solves this short the launches would be timed else."""
+    f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
+def timed(shape: tuple[int, ...], tiles: Tiles | None, walk: bool, warm: bool) -> list[dict[str, Any]]:
+    """Milliseconds of forward, and of forward and backward with all gradients, in bf16; corrections, residual and share walked. warm: builds the
+    kernels and measures nothing."""
+    B, T, E, K = shape
+    cell, (pre, rec, mat, h0) = problem("dense_lstm", B, T, E, K)
+    given = [pre.bfloat16(), rec, mat, h0]
+    d_emitted, d_final = torch.randn(B, T, E * K, device="cuda").bfloat16(), torch.zeros_like(h0)
+    rows = []
+    for slices in (None, 1) if walk else (None,):
+        plan, back = (Plan.of(cell, given[0], K, slices, tiles=tiles, back=back) for back in (False, True))
+        launch.last_report()
+        solved(cell, given, None, d_emitted, d_final, plan, back)
+        report, repeats = launch.last_report(), 5
+        if warm:
+            continue
+        forward = milliseconds(replayed(functools.partial(large.forward, cell, *(*given, None, plan))), repeats)
+        both = milliseconds(replayed(functools.partial(solved, cell, given, None, d_emitted, d_final, plan, back)), repeats)
+        rows.append(
+            {"shape": shape, "tiles": str(plan.tiles), "slices": plan.slices, "slices_backward": back.slices, "forward_ms": forward,
+             "forward_backward_ms": both, **report}
+        )  # fmt: skip
+    return rows
+
+
+def cudnn(shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """torch.nn.LSTM of one dense head of the same width, its input product included."""
+    B, T, E, K = shape
+    rows = []
+    for dtype in (torch.float16, torch.bfloat16):
+        model = torch.nn.LSTM(E * K, E * K, batch_first=True, device="cuda", dtype=dtype)
+        x = torch.randn(B, T, E * K, device="cuda", dtype=dtype, requires_grad=True)
+        dy = torch.randn_like(x)
+
+        def both(model: Any = model, x: Tensor = x, dy: Tensor = dy) -> None:
+            model.zero_grad()
+            model(x)[0].backward(dy)
+
+        forward = milliseconds(functools.partial(model, x), 3)
+        rows.append({"cudnn": str(dtype), "shape": shape, "forward_ms": forward, "forward_backward_ms": milliseconds(both, 3)})
+    return rows
+
+
+def job(words: list[str]) -> list[dict[str, Any]]:
+    if words[0] == "accuracy":
+        return accuracy(words[1], words[2], int(words[3]))
+    shape = SHAPES[int(words[1])]
+    if words[0] == "cudnn":
+        return cudnn(shape)
+    cell, given = load_cell("dense_lstm"), torch.empty(1, 1, 4, shape[3], dtype=torch.bfloat16)
+    tiles = Tiles.of(cell, given, shape[3])
+    if len(words) > 2:
+        (rows, columns), (rows_back, columns_back), stages = TILES[int(words[2])]
+        tiles = replace(tiles, rows=rows, columns=columns, rows_back=rows_back, columns_back=columns_back, stages=stages)
+    return timed(shape, tiles, len(words) == 2, words[0] == "warm")
+
+
+def apart(*words: object, seconds: float = 70) -> list[dict[str, Any]]:
+    """`job` in a process of its own. Raises RuntimeError with the end of what it said, if it failed or took too long."""
+    command = [sys.executable, "-m", "scripts.bench.large_rnn", "--job", *map(str, words)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{words}: longer than {seconds} s") from None
+    if done.returncode:
+        raise RuntimeError(f"{words}: {done.stderr[-400:]}")
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", default="accuracy,times,tiles")
+    parser.add_argument("--seconds", type=float, default=95, help="after which no further case is begun")
+    parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("This measures a GPU, and there is none here.")
+    if arguments.job:
+        print(json.dumps(job(arguments.job)))
+        return
+    began, parts, results = time.monotonic(), arguments.parts.split(","), Results(arguments.out, torch.device("cuda"))
+
+    def keep(part: str, words: tuple[object, ...], seconds: float) -> None:
+        if time.monotonic() - began > arguments.seconds:
+            return
+        rows: Any = attempted(functools.partial(apart, *words, seconds=seconds))
+        for row in rows if isinstance(rows, list) else [rows]:
+            results.append(part, row)
+
+    measured: list[tuple[Any, ...]] = [("times", i) for i in range(len(SHAPES))] if "times" in parts else []
+    tried: list[tuple[Any, ...]] = (
+        [("times", i, which) for i, which in ((0, 0), (1, 1), (0, 1), (0, 2), (0, 3))] if "tiles" in parts else []
+    )
+    with ThreadPoolExecutor(14) as pool:
+        cases = [pool.submit(keep, "accuracy", ("accuracy", *case), 70) for case in (ACCURACY if "accuracy" in parts else [])]
+        cases += [pool.submit(attempted, functools.partial(apart, "warm", *words[1:])) for words in (*measured, *tried)]
+        for case in cases:
+            case.result()
+    for words in measured:
+        keep("times", words, 30)
+        keep("cudnn", ("cudnn", words[1]), 20)
+    for words in tried:
+        keep("tiles", words, 20)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Compiles the kernels of large dense heads to sm_90 without a GPU and prints one line of JSON: {cell: {kernel: {registers, spilled, shared,
+wgmma}}}. Its own process: Triton must not be in its interpreter. `python -m tests.kernels.compiled_large_rnn bf16 768 dense_lstm` (dtype, channels
+of a head, cells); with `--golden` at the end the figures go to resources_large_rnn.json, to be looked at and committed when a kernel was changed on
+purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels.dense_rnn import large  # noqa: E402
+from kernels.parallel_rnn.cell import biased  # noqa: E402
+from models.cells import load_cell  # noqa: E402
+from tests.kernels.compiled import resources  # noqa: E402
+from tests.kernels.registers import Registers  # noqa: E402
+
+KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
+LIKE_PRE = {"PRE", "MAT", "EMITTED", "BEFORE", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD", "U", "V"}
+OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32"}
+WHOLE = {"T", "B", "SLICE", "BURN", "RT"}
+GOLDEN = Path(__file__).with_name("resources_large_rnn.json")
+
+registers = Registers("large_rnn")
+
+
+def figures(kernel: Any) -> dict[str, int]:
+    ptx = kernel.asm["ptx"]
+    widths = [int(n) for n in re.findall(r"wgmma\.mma_async\S*?\.m64n(\d+)k", ptx)]
+    return {
+        **resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared, "wgmma": len(widths),
+        "mma": ptx.count("mma.sync"), "narrowest": min(widths, default=0),
+    }  # fmt: skip
+
+
+def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None = None) -> dict[str, int]:
+    """Resources of one kernel, a whole pass of a slice's first."""
+    kind, short = KINDS[dtype]
+    back = kernel == "gradient"
+    fn = getattr(large.kernels(biased(load_cell(name)), "ptx", short), kernel)
+    tiles = tiles or large.Tiles.of(
+        load_cell(name), torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]), K
+    )
+    rows, columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
+    constants = {
+        "E": 1, "K": K, "KP": -(-K // tiles.multiple) * tiles.multiple, "HEAD": K // 4, "NEAR": large.NEAR, "HAS_RESET": True, "DOT": kind,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
+        "BK": columns if back and dtype == "fp16" else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "STAGES": tiles.stages,
+    }  # fmt: skip
+
+    def type_of(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in LIKE_PRE:
+            return f"*{dtype}"
+        return OTHERS.get(argument, "*fp32" if argument.isupper() and argument not in WHOLE else "i32")
+
+    signature = {a: type_of(a) for a in fn.arg_names}
+    strides = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
+    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a].startswith("*") or a in strides}
+    source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
+    options = {"num_warps": tiles.warps, "num_stages": 1, "launch_cooperative_grid": True}
+    return registers.figures(f"{name} {kernel}", source, options, figures)
+
+
+def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
+    out = {name: {kernel: made(name, kernel, dtype, K) for kernel in ("walk", "gradient")} for name in cells}
+    print(json.dumps(out))
+    registers.close()
+    if golden:
+        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, K, *cells], "cells": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), [word for word in sys.argv[3:] if not word.startswith("--")], "--golden" in sys.argv)

@@ -1,0 +1,101 @@
+"""Runs the Triton kernels of large dense heads in its interpreter, phase by phase, and compares them with the float64 loop. Its own process: the
+interpreter is chosen when Triton is imported. `python -m tests.kernels.interpreted_large_rnn --all`"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+
+from kernels.dense_rnn import large, launch, op  # noqa: E402
+from kernels.dense_rnn.large import Plan  # noqa: E402
+from kernels.parallel_rnn import with_bias  # noqa: E402
+from kernels.parallel_rnn.cell import biased  # noqa: E402
+from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted  # noqa: E402
+from tests.kernels.interpreter import patch_once  # noqa: E402
+
+NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
+LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (3e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)}
+
+
+def compare(
+    label: str, problem_: Any, slices: int, burn_in: int, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> dict[str, float]:
+    cell, tensors, starts = problem_
+    if bias:
+        cell, tensors[1] = biased(cell), with_bias(tensors[1], torch.randn(len(cell.pre), tensors[0].shape[3], dtype=torch.float64))
+    d_emitted, d_final = cotangents(tensors)
+    given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
+    low = d_emitted.to(dtype)
+    plan = Plan.of(cell, given[0], given[2].shape[1], slices, burn_in)
+    launch.last_report()
+    emitted, kept, final = large.forward(cell, *(*given, starts, plan))
+    gradients = large.backward(cell, *(*given, starts, emitted, kept, low, None, d_final.float(), plan))
+    report = launch.last_report()
+    for i, (name, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
+        error = distance(a, b)
+        print(label, name, f"{error:.1e}")
+        assert a.shape == b.shape and error < LIMITS[dtype][i > 1], f"{label}: {name} is off by {error:.1e}"
+    return report
+
+
+def walked() -> None:
+    """Matrices that expand: what is not certified is walked in order, forwards and backwards, bit for bit as without slices."""
+    before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
+    chaotic = problem("dense_lstm", 1, 8, 1, 24, gain=12.0, starts=0.02, seed=3)
+    chaotic[1][0][:, :, 0] += 4
+    cell, tensors, starts = chaotic
+    given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
+    launch.last_report()
+    plans = [Plan.of(cell, given[0], 24, n, 1) for n in (1, 3)]
+    one, several = (large.forward(cell, *(*given, starts, plan)) for plan in plans)
+    assert all(torch.equal(a, b) for a, b in zip(one, several))
+    ends = (*one[:2], d_emitted.float(), None, d_final.float())
+    gradients, in_slices = (large.backward(cell, *(*given, starts, *ends, plan)) for plan in plans)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(in_slices, gradients))
+    report = launch.last_report()
+    assert report["walked"] > 0.1 and report["corrections"] == 1, report
+    launch.CORRECTIONS = before
+
+
+def through_the_op() -> None:
+    """The op takes them where a head is too large for the other kernels: inputs laid out as a block-diagonal projection makes them, a gradient of
+    the kept states, and results that repeat bit for bit."""
+    before, launch.LARGEST = launch.LARGEST, {2: 16, 4: 16}
+    cell, tensors, starts = problem("dense_lstm", 1, 3, 1, 32, starts=0.1)
+    pre, rec, mat, h0 = (t.float() for t in tensors)
+    blocks = pre.unflatten(3, (4, 8)).permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
+    made = []
+    for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
+        given = [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, rec, mat, h0)]
+        emitted, kept, final = op.solve(*given, starts, cell.key, method, 0, False, False)
+        gradients = torch.autograd.grad((emitted**2).sum() + kept.cos().sum() + final.sum(), given)
+        made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
+    assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))
+    assert all(distance(a, b) < 1e-5 for a, b in zip(made[0], made[2]))
+    launch.LARGEST = before
+
+
+def main() -> None:
+    patch_once()
+    compare("one slice", problem("dense_lstm", 1, 3, 2, 16, starts=0.3), 1, 0)
+    report = compare("heads of 24", problem("dense_lstm", 1, 8, 1, 24, starts=0.15), 3, 2)
+    assert report["heads"] == 1 and report["heads_backward"] == 1, report
+    report = compare("bf16", problem("dense_lstm", 2, 10, 1, 16), 2, 5, torch.bfloat16)
+    assert report["walked"] == 0, report
+    compare("fp16", problem("dense_lstm", 1, 4, 1, 24, starts=0.2), 2, 1, torch.float16)
+    # two levels of products; with --all also one matrix for two operands, no diagonal at all, a weight beside the product, four states
+    for name in known_cells() if "--all" in sys.argv else ("dense_gru_before",):
+        if name != "dense_lstm":
+            compare(name, problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, bias=name != "dense_elman")
+    walked()
+    through_the_op()
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
