@@ -7,7 +7,6 @@ written in place into tensors that stay where they are, so that a CUDA graph can
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -20,7 +19,6 @@ from kernels.dispatch import interpreted, no_triton, overlapped
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import load_source
 
-DENSE_PROVEN = False  # whether `dense_cell_step` was seen to be right on a GPU; EVERYWHEN_DENSE_STEP=1 runs it there before
 LARGEST_HEAD = 128  # channels of a dense head, whose matrices a program reads whole
 ROWS = 8  # with more rows a matrix product reads the weights once for all of them
 
@@ -118,8 +116,7 @@ def cell_step(cell: Cell, u_BI: Tensor, weight_EKO: Tensor, bias_PI: Tensor, rec
 
 def steps_dense_heads(K: int, within: int) -> bool:
     """Whether `dense_cell_step` can be had for heads of K channels in blocks of `within`."""
-    runs = interpreted() or DENSE_PROVEN or os.environ.get("EVERYWHEN_DENSE_STEP") == "1"
-    return runs and K <= LARGEST_HEAD and within % K == 0
+    return K <= LARGEST_HEAD and within % K == 0
 
 
 @functools.cache

@@ -166,7 +166,7 @@ class _Rows:
     def __init__(
         self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: launch.Plan, begins: Tensor
     ) -> None:
-        self.p = p = launch._Problem(cell, pre, rec, mat, h0, starts, plan)
+        self.p = p = launch.Problem(cell, pre, rec, mat, h0, starts, plan, False)
         self.begins, self.ends, self.nearby = begins, torch.empty_like(begins), torch.empty_like(begins)
         self.emitted, self.kept = p.pre.new_empty(p.B, p.T, p.D), p.h0.new_empty(p.B, p.T, p.S - 1, p.D)
         self.todo = torch.ones(p.B, plan.slices, p.E, dtype=torch.int32, device=pre.device)

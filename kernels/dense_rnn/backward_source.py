@@ -7,7 +7,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import JIT, Writer, begin_measures, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -157,32 +157,3 @@ def finish_back(w: Writer) -> None:
         for i in w.W:
             value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
             w.put(2, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=both & (m < n - bad)[:, None])")
-
-
-def matrix_sums(w: Writer) -> None:
-    """SUMS (pieces of time, E, K, matrices, K): emitted state before a step, transposed, times cotangents of its products."""
-    S, G = len(w.S), len(w.G)
-    w.put(
-        0,
-        "",
-        "",
-        JIT,
-        "def matrix_sums(EMITTED, H0, RESET, D_PRE, SUMS, T, N, PIECE, db, dt, dp, de, K: tl.constexpr, D: tl.constexpr,",
-    )
-    w.put(
-        1,
-        "    HEAD: tl.constexpr, HAS_RESET: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr):",
-    )
-    w.put(1, f"e, g, piece = tl.program_id(0) // {G}, tl.program_id(0) % {G}, tl.program_id(1)")
-    w.put(1, "k, i, first = tl.arange(0, BK), tl.arange(0, BN), piece * PIECE", "inside, d = (k < K)[None, :], (e * K + k)[None, :]")
-    w.put(1, "columns = _columns(e, k, de, K, HEAD)[None, :]", "total = tl.zeros((BK, BK), tl.float32)")
-    w.put(1, "for begin in tl.range(first, tl.minimum(first + PIECE, N), BN, num_stages=STAGES):")
-    w.put(2, "at = (begin + i).to(tl.int64)", "b, t, here = at // T, at % T, begin + i < N", "goes_on = here")
-    w.put(2, "if HAS_RESET:", "    goes_on = here & (tl.load(RESET + at, mask=here, other=0) == 0)")
-    w.put(2, "u = tl.load(EMITTED + (at - 1)[:, None] * D + d, mask=inside & (goes_on & (t > 0))[:, None], other=0.0).to(tl.float32)")
-    w.put(2, f"z = tl.load(H0 + (b * {S} + {S - 1})[:, None] * D + d, mask=inside & (goes_on & (t == 0))[:, None], other=0.0)")
-    w.put(2, "u += z.to(EMITTED.dtype.element_ty).to(tl.float32)")
-    w.put(2, "q = tl.load(D_PRE + (b * db + t * dt + g * dp)[:, None] + columns, mask=inside & here[:, None], other=0.0)")
-    w.put(2, "total = tl.dot(tl.trans(u.to(DOT)), q.to(DOT), total, input_precision=PRECISION)")
-    w.put(1, f"to = SUMS + ((piece * (tl.num_programs(0) // {G}) + e).to(tl.int64) * K + k[:, None]) * ({G} * K) + g * K + k[None, :]")
-    w.put(1, "tl.store(to, total, mask=(k < K)[:, None] & inside)")

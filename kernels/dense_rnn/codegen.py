@@ -21,8 +21,6 @@ def source(cell: Cell, short: str, maths: str) -> str:
         forward.certify(w, back)
     backward_source.gradient(w)
     backward_source.finish_back(w)
-    if w.direct:
-        backward_source.matrix_sums(w)
     made = "\n\n".join(forward.parts(dense))
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'

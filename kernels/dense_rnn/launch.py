@@ -10,7 +10,6 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -29,16 +28,9 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-# Seen to be right on an H200, all cells and dtypes (docs/dense_rnn.md). Where it is false a GPU solves in plain torch until it is asked for the
-# kernels, by method="triton" or EVERYWHEN_DENSE_KERNELS=1.
-PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
-# Whether the gradient of the matrices is summed by a kernel where its factors lie; not seen to be right on a GPU yet, else a library's product.
-SUMS_IN_PLACE = interpreted() or os.environ.get("EVERYWHEN_DENSE_SUMS") == "1"
-SUMMED = 16  # steps of a product of the gradient of the matrices
-PIECES = 32  # of time, over which the gradient of the matrices is summed apart
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
@@ -60,11 +52,6 @@ def facts(cell: Cell) -> source.Writer:
 def pad(width: int) -> int:
     """The power of two that holds width, at least NARROWEST."""
     return max(NARROWEST, 1 << (width - 1).bit_length())
-
-
-def proven() -> bool:
-    """Whether the kernels run on a GPU without being asked for by name."""
-    return PROVEN or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def why_not(cell: Cell, pre: Tensor, K: int) -> str:
@@ -287,19 +274,6 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_sums(p: Problem, emitted: Tensor, d_pre: Layout) -> Tensor:
-    """`_matrix_gradient` of a cell whose matrices multiply the emitted state alone, read where it lies."""
-    N, rows = p.B * p.T, SUMMED
-    piece = -(-N // (PIECES * rows)) * rows
-    sums = p.h0.new_empty(-(-N // piece), p.E, p.K, p.G, p.K)
-    names = ("K", "D", "HEAD", "HAS_RESET", "DOT", "PRECISION", "BK")
-    p.module.matrix_sums[p.E * p.G, len(sums)](
-        emitted, p.h0, p.reset, d_pre.tensor, sums, p.T, N, piece, d_pre.batch, d_pre.time, d_pre.projection, d_pre.se,
-        **{name: p.constants[name] for name in names}, BN=rows, STAGES=STAGES, num_warps=2, num_stages=1,  # four would make it wgmma, see NARROWEST
-    )  # fmt: skip
-    return sums.sum(0)
-
-
 def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
     """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
     w = facts(p.cell)
@@ -341,8 +315,7 @@ def backward_with_border(
     p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * pre.element_size() > TWICE
-    direct = SUMS_IN_PLACE and not halves and facts(p.cell).direct and pad(p.K) <= 64
-    products_known, operands = (None, []) if direct and not known else _known(p, _before(p, emitted, starts), kept, starts, known)
+    products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     apart = len(facts(p.cell).apart)
@@ -369,11 +342,9 @@ def backward_with_border(
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
         d_h0 = ends[:, 0]
-    d_mat = _matrix_sums(p, emitted, to) if direct else None
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    d_mat = _matrix_gradient(p, operands, d_whole, d_prod) if d_mat is None else d_mat
-    return d_whole, partial.sum((0, 1)), d_mat, d_h0, nearby[:, 0]
+    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -27,9 +27,10 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
         return False
     module = kernels_for(pre, K)
     reason = module.why_not(cell, pre, K)
-    if not reason and method == "auto" and pre.is_cuda and not module.proven():
+    if not reason and method == "auto" and pre.is_cuda and module is large and not large.proven(pre, K):
         warn_once(
-            "Dense heads are solved in plain torch, which is slow: their kernels have not run on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
+            f"Heads of {K} channels in {str(pre.dtype)[6:]} are solved in plain torch, which is slow: their kernels have not been seen to be right "
+            "on a GPU. EVERYWHEN_DENSE_KERNELS=1 runs them."
         )
         return False
     if reason and method == "triton":

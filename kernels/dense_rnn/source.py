@@ -9,7 +9,6 @@ reads them there as the products lie in registers.
     certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
     finish    walks in order what is not certified
     gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
-    matrix_sums   the gradient of the matrices, where what they are multiplied with is the emitted state
 
 Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
 P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.

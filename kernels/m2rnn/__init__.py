@@ -24,7 +24,7 @@ def m2rnn(
     f = exp(g), g in [-inf, 0]. Heads share queries and keys in G groups. w (H, V, V): as (head, input, output). starts (B, T) bool: True where a
     document starts and the state is zeroed first. h0: the state before the first step (zeros if None).
     Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) in fp32 or fp64); differentiable in every tensor argument.
-    Where Triton kernels are not to be had, in float64, and on a GPU until they are proven there (launch.py), plain torch walks.
+    Where Triton kernels are not to be had, and in float64, plain torch walks.
     Raises ValueError for shapes that do not fit.
     """
     (B, T, G, K), (H, V) = q_BTGK.shape, v_BTHV.shape[2:]

@@ -10,7 +10,6 @@ Legend: as in triton.py; n chunks.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -29,14 +28,6 @@ WARPS_WIDE = {"walk": 8, "states": 8, "back": 8}
 NARROWEST = 64
 TANHS = False  # keep also what the tanh of each step gives, in fp16 where operands are bf16, instead of making it again
 PROGRAMS = 264  # wanted while states are made again
-# The kernels are right in Triton's interpreter, but have not run on a GPU yet: there plain torch walks until they have, or until they are asked
-# for, by EVERYWHEN_M2RNN_KERNELS=1.
-PROVEN = False
-
-
-def proven() -> bool:
-    """Whether the kernels run on a GPU without being asked for."""
-    return PROVEN or os.environ.get("EVERYWHEN_M2RNN_KERNELS") == "1"
 
 
 def why_not(v: Tensor) -> str:
@@ -45,8 +36,6 @@ def why_not(v: Tensor) -> str:
     widest = WIDEST if v.dtype == torch.bfloat16 else WIDEST_OF_FOUR_BYTES
     if not reason and v.shape[-1] > widest:
         reason = f"The kernels of M2RNN hold states of {widest} columns in {v.dtype}, not of {v.shape[-1]}."
-    if not reason and v.is_cuda and not proven():
-        reason = "Its kernels have not run on a GPU; EVERYWHEN_M2RNN_KERNELS=1 runs them."
     return reason
 
 

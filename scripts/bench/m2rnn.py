@@ -108,10 +108,7 @@ def times(sizes: tuple[int, ...], plain: bool) -> dict[str, Any]:
     rule = functools.partial(delta_rule, normalize=True)
     row["gated delta rule"] = timed(rule, [q, k, v, beta, g, first.contiguous()])
     if plain:
-        before, launch.PROVEN = launch.PROVEN, False
-        os.environ.pop("EVERYWHEN_M2RNN_KERNELS", None)
-        row["plain torch"] = timed(m2rnn, given, 1)
-        os.environ["EVERYWHEN_M2RNN_KERNELS"], launch.PROVEN = "1", before
+        row["plain torch"] = timed(reference.m2rnn_sequential, given, 1)
     print(json.dumps(row), flush=True)
     return row
 
@@ -152,7 +149,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
-    os.environ["EVERYWHEN_M2RNN_KERNELS"] = "1"
     if arguments.case is not None:
         print(json.dumps(accuracy(*CASES[arguments.case])))
         return

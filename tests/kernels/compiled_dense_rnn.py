@@ -23,7 +23,7 @@ from models.cells import load_cell  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-KERNELS = ("walk", "correct", "certify", "finish", "gradient", "correct_back", "certify_back", "finish_back", "matrix_sums")
+KERNELS = ("walk", "correct", "certify", "finish", "gradient", "correct_back", "certify_back", "finish_back")
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
 OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "DONE": "*i32", "TOLERANCE": "fp32", "ROUND": "fp32"}
@@ -50,7 +50,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     warps = launch.Plan.warps_for(K)
     constants = {
         "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": True, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "STAGES": launch.STAGES, "BN": launch.SUMMED,
+        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": True, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "STAGES": launch.STAGES,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
@@ -64,7 +64,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     strides = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a].startswith("*") or a in strides}
     source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
-    options = {"num_warps": warps if "REC" in fn.arg_names else 2 if kernel == "matrix_sums" else 1, "num_stages": 1}
+    options = {"num_warps": warps if "REC" in fn.arg_names else 1, "num_stages": 1}
     return registers.figures(f"{name} {kernel}", source, options, figures)
 
 

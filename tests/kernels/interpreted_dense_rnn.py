@@ -146,9 +146,7 @@ def main() -> None:
     compare("heads of 24", problem("dense_lstm", 1, 22, 1, 24, starts=0.08), 3, 3)
     report = compare("bf16", problem("dense_lstm", 2, 24, 1, 16), 2, 8, torch.bfloat16)
     assert report["heads"] == 2 and report["walked"] == 0, report
-    launch.SUMS_IN_PLACE = False
     compare("fp16", problem("dense_lstm", 1, 24, 1, 16, starts=0.05), 2, 4, torch.float16)
-    launch.SUMS_IN_PLACE = True
     for name in known_cells():  # two levels of products, no diagonal at all, one matrix for two operands, four states
         if name != "dense_lstm":
             compare(name, problem(name, 1, 21, 1, 16, starts=0.08), 2, 6, bias=name != "dense_elman")

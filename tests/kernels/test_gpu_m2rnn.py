@@ -16,11 +16,6 @@ LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (2e-3, 4e-3), torch.bfloat
 SIZES = [(3, 261, 2, 64, 2, 64), (2, 150, 4, 40, 2, 24), (2, 130, 2, 16, 1, 128), (1, 70, 2, 128, 2, 64), (1, 1, 1, 8, 1, 5)]
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVERYWHEN_M2RNN_KERNELS", "1")
-
-
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decay", [0.01, 0.5])

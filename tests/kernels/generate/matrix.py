@@ -6,7 +6,6 @@ Legend: B batch, T tokens, H heads, G groups of queries and keys, K rows and V c
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from tests.kernels.generate.case import Answers, Draw
 
 def matrix_states(draw: Draw) -> Answers:
     """Weights that do not expand: of a chaotic recurrence every rounding grows."""
-    os.environ["EVERYWHEN_M2RNN_KERNELS"] = "1"  # on a GPU too
     B, G, R = draw.choice([1, 2, 3]), draw.choice([1, 2]), draw.choice([1, 1, 2])
     T, H = draw.size(64, 65, 129, 257, small=(1, 2, 7, 16, 65)), G * R
     K, V = draw.size(24, 64, 70, 128, small=(1, 5, 16, 17)), draw.size(24, 31, 64, small=(1, 5, 16))
