@@ -35,7 +35,8 @@ PROVEN = True
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
-# Whether the gradient of the matrices is summed by a kernel where its factors lie; not seen to be right on a GPU yet, else a library's product.
+# Whether the gradient of the matrices is summed by a kernel where its factors lie: right on an H200, and three times slower there (0.66 ms at
+# 16 x 1,024 x 768) than copies and a library's product.
 SUMS_IN_PLACE = interpreted() or os.environ.get("EVERYWHEN_DENSE_SUMS") == "1"
 SUMMED = 16  # steps of a product of the gradient of the matrices
 PIECES = 32  # of time, over which the gradient of the matrices is summed apart
