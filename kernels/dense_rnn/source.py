@@ -25,8 +25,8 @@ from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
 WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
-# sizes that plans change: another plan is no reason to compile again
-JIT = '@triton.jit(do_not_specialize=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
+# sizes that plans change: another plan is no reason to compile again; but one slice is, where a step is a tenth to a third quicker
+JIT = '@triton.jit(do_not_specialize_on_alignment=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
 @triton.jit
 def _columns(e, k, se, K: tl.constexpr, HEAD: tl.constexpr):  # offsets of a head's channels in inputs that lie in blocks of HEAD
