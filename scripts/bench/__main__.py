@@ -14,6 +14,8 @@ BENCHES = (
     "ssd",
     "delta_rule",
     "dense_rnn",
+    "large_rnn",
+    "automata",
     "m2rnn",
     "step",
     "decode",

@@ -163,7 +163,7 @@ def script() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "mixer", ["paragru", "paralstm", "mamba2", "transformer", "dense_gru", "dense_lstm", "hybrid", "gru", "lstm", "delta_2"]
+    "mixer", ["paragru", "paralstm", "mamba2", "transformer", "torch_gru", "torch_lstm", "hybrid", "gru", "lstm", "delta_2"]
 )
 def test_every_mixer_of_the_table_trains(script: ModuleType, mixer: str) -> None:
     values = script.arguments(["length=16", "steps=20"]) | {"batch": 4}
@@ -175,20 +175,20 @@ def test_every_mixer_of_the_table_trains(script: ModuleType, mixer: str) -> None
 
 def test_the_table_solves_parity_goes_on_and_draws(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = script.arguments(
-        ["--tasks", "parity", "mixers=dense_gru", "--seeds=2", "length=8", "steps=1000", "sequences=50", f"out={tmp_path}"]
+        ["--tasks", "parity", "mixers=torch_gru", "--seeds=2", "length=8", "steps=1000", "sequences=50", f"out={tmp_path}"]
     )
     values |= {"batch": 64, "workers": 1, "streams": 2}
     (tmp_path / "cells").mkdir()
-    cells, deadline = [("parity", "dense_gru", 0), ("parity", "dense_gru", 1)], script.time.time() + 300
+    cells, deadline = [("parity", "torch_gru", 0), ("parity", "torch_gru", 1)], script.time.time() + 300
     taken = script.multiprocessing.get_context("spawn").Value("i", 1)
-    script.work(values, cells, taken, deadline, "cpu")
+    script.work(values, cells, taken, deadline, "cpu", "")
     table = script.collect(values)
     assert [c["seed"] for c in table] == [1] and table[0]["ended"] == "solved" and table[0]["accuracy"] > 0.99
-    assert script.read_cell(tmp_path, "parity", "dense_gru", 1, script.settings_of("parity", "dense_gru", values)) is not None
-    assert script.read_cell(tmp_path, "parity", "dense_gru", 1, script.settings_of("parity", "dense_gru", values | {"batch": 32})) is None
+    assert script.read_cell(tmp_path, "parity", "torch_gru", 1, script.settings_of("parity", "torch_gru", values)) is not None
+    assert script.read_cell(tmp_path, "parity", "torch_gru", 1, script.settings_of("parity", "torch_gru", values | {"batch": 32})) is None
     script.report(values, "cpu", 1.0)
     text = (tmp_path / "table.md").read_text()
-    assert "| dense_gru | 100.0 (100.0 of 1)" in text and (tmp_path / "table.png").stat().st_size > 1000
+    assert "| torch_gru | 100.0 (100.0 of 1)" in text and (tmp_path / "table.png").stat().st_size > 1000
     assert json.loads((tmp_path / "table.json").read_text())["cells"][0]["seed"] == 1
     with pytest.raises(UserError) as caught:
         script.arguments(["tasks=parity,nope", "mixers=x", "seeds=0", "minuts=3"])

@@ -91,14 +91,13 @@ def check(name: str) -> None:
 
 def at_once(cell: Cell) -> None:
     """Small problems in one launch: odd sizes, resets, marks, and no Newton steps at all."""
-    sizes = (
-        (33, 5, 0.5, 0.1, torch.float32, 8),
-        (18, 17, 8.0, 0.0, torch.float32, 0),  # each slice from the end of the one before it, in turn
+    for T, D, weight, resets, dtype, shots in (
         (1, 5, 0.5, 0.0, torch.float32, 8),
         (16, 16, 0.5, 0.0, torch.float32, 8),  # whole rows and tiles: no masks
+        (33, 5, 0.5, 0.1, torch.float32, 8),
+        (18, 17, 8.0, 0.0, torch.float32, 0),  # each slice from the end of the one before it, in turn
         (10, 5, 0.5, 0.0, torch.float16, 8),
-    )
-    for T, D, weight, resets, dtype, shots in sizes if cell.name in EVERY_SIZE else sizes[:2]:
+    ):
         launch.SHOTS = shots
         torch.manual_seed(T)
         pre, rec, h0, starts = problem(cell, 2, T, D, weight, resets=resets)
@@ -125,8 +124,6 @@ def at_once(cell: Cell) -> None:
         assert report["residual"] <= 1e-5 and (report["sequential"] > 0) == (shots == 0), (case, report)
         assert not trace(cell).linear or shots == 0 or report["corrections"] <= 2, (case, report)
     launch.SHOTS = 8
-    if cell.name not in EVERY_SIZE:
-        return
     long = inputs[0].repeat(1, 13, 1, 1, 1)  # as many steps as a problem needs to be solved so by itself
     assert torch.equal(
         launch.forward(cell, long, *inputs[1:])[2], launch.shoot(cell, launch.ShootPlan(long, len(cell.state), False), long, *inputs[1:])[2]
@@ -253,7 +250,7 @@ def not_a_number_is_passed_on() -> None:
 
 def layouts_and_sizes() -> None:
     """Odd layouts get gradients in the layout of torch.empty_like; more stretches between marks than a launch may have; no d_emitted."""
-    cell = next(c for c in cells() if c.name == "paralstm")
+    cell = next(c for c in cells() if c.name == "three")
     pre, rec, h0 = (x.float() for x in problem(cell, 2, 41, 6, 0.5)[:3])
     plain = launch.forward(cell, pre, rec, h0, None, slices=3, borders=True)
     d, d_kept = torch.randn_like(plain[0]), torch.randn_like(plain[1])

@@ -60,7 +60,7 @@ class Steps:
     """An engine that takes no step but keeps what it was given."""
 
     def __init__(self, world: World) -> None:
-        self.world, self.stage, self.matrices = world, 0, dict[str, torch.Tensor]()
+        self.world, self.stage, self.matrices, self.plans = world, 0, dict[str, torch.Tensor](), None
         self.module = LanguageModel(
             ModelConfig(vocab_size=64, d_model=32, n_layers=1, mixers={"attention": {"type": "attention", "n_heads": 2}})
         )
