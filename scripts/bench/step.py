@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer
     "against": "",  # another commit, whose rows are measured in turn
 }
+SHOWN = "tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()  # of a row, on the screen
 PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
@@ -87,14 +88,10 @@ def settings_of(name: str) -> Any:
         "attention": {"type": "attention", "n_heads": heads},
         "gated_deltanet": {"type": "delta", "n_heads": heads},
     }
-    pattern = {
-        "hybrid": ["paragru", "mamba2", "paragru", "attention"],
-        "gdn_hybrid": ["gated_deltanet"] * 3 + ["attention"],
-        "transformer": ["attention"],
-    }.get(family, [family])
-    bare = family == "mamba2"
+    before_attention = {"hybrid": ["paragru", "mamba2", "paragru"], "gdn_hybrid": ["gated_deltanet"] * 3, "transformer": []}
+    pattern, bare = [*before_attention[family], "attention"] if family in before_attention else [family], family == "mamba2"
     if family == "gdn_hybrid":
-        mixers["attention"] |= {"qk_norm": True, "output_gate": True, "qk_norm_centred": True}
+        mixers["attention"] |= dict.fromkeys(("qk_norm", "output_gate", "qk_norm_centred"), True)
     return ModelConfig(
         vocab_size=VOCABULARY if size != "toy" else 512,
         d_model=width,
@@ -386,10 +383,7 @@ def run(words: list[str]) -> None:
                 row = run_row(tree, name, rows, values, is_peer, peak, kind)
                 result["rows"].setdefault(name, {})[label] = row
                 write_json(Path(values["out"]), result)
-                shown = {
-                    k: row.get(k)
-                    for k in ("tokens_per_s", "mfu", "step_ms", "update_ms", "kernels_ms", "idle", "peak_gib", "first_step_s", "parts_ms")
-                }
+                shown = {k: row.get(k) for k in SHOWN}
                 print(f"{name} x {rows}, {label}: {json.dumps(shown) if 'error' not in row else row['error']}", flush=True)
 
 

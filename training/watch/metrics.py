@@ -49,13 +49,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             return "not installed"
 
+    root, program = Path(__file__).resolve().parents[2], Path(sys.argv[0]).resolve()
+
     def git(*arguments: str) -> str:
-        root = Path(__file__).resolve().parents[2]
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
     return {
-        "command": sys.argv,
+        "command": [str(program.relative_to(root)) if program.is_relative_to(root) else sys.argv[0], *sys.argv[1:]],
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": git("status", "--porcelain") not in ("", "unknown"),
         "python": platform.python_version(),
