@@ -137,7 +137,7 @@ def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch
         M = large_source.padded(len(mine))
         part = torch.zeros(E, KP // columns, KP, M, columns, dtype=dtype, device=mat.device)
         wide = torch.zeros(E, KP, len(mine), KP, dtype=dtype, device=mat.device)
-        wide[:, :K, :, :K] = mat[:, :, [dense.products[i].matrix for i in mine]]
+        wide[:, :K, :, :K] = launch.taken(mat, [dense.products[i].matrix for i in mine])
         part[:, :, :, : len(mine)] = wide.unflatten(3, (-1, columns)).permute(0, 3, 1, 2, 4)
         parts.append(part.flatten())
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -147,31 +147,21 @@ def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Te
     """(E, products, KP outputs, KP inputs) in `dtype`."""
     E, K = mat.shape[:2]
     wide = torch.zeros(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
-    wide[:, :, :K, :K] = mat[:, :, [product.matrix for product in dense.products]].permute(0, 2, 3, 1)
+    wide[:, :, :K, :K] = launch.taken(mat, [product.matrix for product in dense.products]).permute(0, 2, 3, 1)
     return wide
 
 
-class _Problem:
-    """What all launches of a solve share; the first half is what functions of launch.py read."""
+class _Problem(launch.Solve):
+    """A solve of large heads."""
 
     def __init__(
         self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, back: bool
     ) -> None:
-        self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
-        self.cell, self.dense, self.mat = cell, trace_dense(cell), mat
-        self.E, self.K, self.G, _ = mat.shape
-        self.B, self.T = pre.shape[:2]
-        self.S, self.D = len(cell.state), self.E * self.K
-        self.rec, self.h0 = rec.float().contiguous(), h0.float().contiguous()
-
+        super().__init__(cell, pre, rec, mat, h0, starts, plan.slices)
         self.plan, tiles, n = plan, plan.tiles, plan.slices
         self.back = back
         self.rows, self.columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
-        self.reset = self.h0 if starts is None else starts.contiguous().view(torch.uint8)
-        self.at = Layout(self.pre)
         self.module = kernels(cell, "portable" if interpreted() else "ptx", str(pre.dtype)[6:] if pre.element_size() == 2 else "")
-        # the interpreter multiplies bf16 as if it were whole numbers
-        self.product = torch.float32 if interpreted() and pre.dtype == torch.bfloat16 else pre.dtype
         self.KP = -(-self.K // tiles.multiple) * tiles.multiple
         self.programs = self.KP // self.columns
         self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
@@ -179,11 +169,9 @@ class _Problem:
         self.most = max(1, multiprocessors(pre.device) // self.programs)
         self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], self.most, dtype=torch.int32, device=pre.device)
         self.passes = 0
-        tl = self.module.tl
         self.constants: dict[str, Any] = {
             "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
-            "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
-            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": self.rows, "BN": self.columns,
+            **self.of_products(self.module.tl), "BM": self.rows, "BN": self.columns,
             "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
             "num_stages": 1,
         }  # fmt: skip
@@ -191,12 +179,8 @@ class _Problem:
         self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "num_warps": 8}
         self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
         self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
-        tracked = len(launch.facts(cell).tracked)
-        self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, tracked))
+        self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))
         self.measures = (self.begins, self.ends, self.products, self.nearby)
-
-    def per_slice(self, entries: int) -> Tensor:
-        return self.h0.new_empty(self.B, self.plan.slices, entries, self.D)
 
     def shared(self, *shape: int) -> Tensor:
         """What programs of a team exchange, of even and odd steps: zero where rows and channels are filled up."""

@@ -10,6 +10,7 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -103,32 +104,46 @@ def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -
     return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
 
 
-class Problem:
-    """What all launches of a solve share."""
+class Solve:
+    """What the launches of a solve share, of small heads and of large ones: tensors as kernels read them, and sizes."""
 
-    def __init__(
-        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool
-    ) -> None:
+    def __init__(self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, slices: int) -> None:
         self.pre = pre.unsqueeze(3) if pre.dim() == 4 else pre
-        self.cell, self.dense, self.plan, self.mat = cell, trace_dense(cell), plan, mat
+        self.cell, self.dense, self.mat, self.slices = cell, trace_dense(cell), mat, slices
         self.E, self.K, self.G, _ = mat.shape
         self.B, self.T = pre.shape[:2]
         self.S, self.D = len(cell.state), self.E * self.K
         self.rec, self.h0 = rec.float().contiguous(), h0.float().contiguous()
         self.reset = self.h0 if starts is None else starts.contiguous().view(torch.uint8)
         self.at = Layout(self.pre)
-        short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
-        portable = interpreted() or torch.version.hip is not None
-        self.module = kernels(cell, "portable" if portable else "ptx", short)
         self.tracked = len(facts(cell).tracked)
         # the interpreter multiplies bf16 as if it were whole numbers
         self.product = torch.float32 if interpreted() and pre.dtype == torch.bfloat16 else pre.dtype
-        tl = self.module.tl
+
+    def of_products(self, tl: ModuleType) -> dict[str, Any]:
+        """Constants of kernels that say how products are taken; tl: triton.language."""
+        dot = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product]
+        return {"DOT": dot, "PRECISION": "tf32x3" if self.pre.dtype == torch.float32 else "ieee"}
+
+    def per_slice(self, entries: int) -> Tensor:
+        return self.h0.new_empty(self.B, self.slices, entries, self.D)
+
+
+class Problem(Solve):
+    """A solve of small heads."""
+
+    def __init__(
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool
+    ) -> None:
+        super().__init__(cell, pre, rec, mat, h0, starts, plan.slices)
+        self.plan = plan
+        short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
+        portable = interpreted() or torch.version.hip is not None
+        self.module = kernels(cell, "portable" if portable else "ptx", short)
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
-            "DOT": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[self.product],
-            "PRECISION": "tf32x3" if pre.dtype == torch.float32 else "ieee", "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
+            **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
@@ -142,9 +157,6 @@ class Problem:
         padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=self.mat.device)
         padded[:, : self.K, :, : self.K] = self.mat
         return padded
-
-    def per_slice(self, entries: int) -> Tensor:
-        return self.h0.new_empty(self.B, self.plan.slices, entries, self.D)
 
 
 def _counters(device: torch.device) -> Tensor:
@@ -184,7 +196,6 @@ def forward_with_border(
     starts: Tensor | None,
     plan: Plan | None = None,
     layer: Layer | None = None,
-    halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
@@ -240,6 +251,11 @@ def _by_head(p: Problem, x: Tensor) -> Tensor:
     return x.reshape(p.B * p.T, p.E, p.K).transpose(0, 1)
 
 
+def taken(mat: Tensor, matrices: Sequence[int]) -> Tensor:
+    """These matrices of mat (E, K, G, K). An index would come from the host, which a CUDA graph cannot hold."""
+    return torch.stack([mat[:, :, g] for g in matrices], 2)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """A batched product in fp32."""
     if a.is_cuda and a.element_size() == 2:
@@ -253,7 +269,7 @@ def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, prod
     dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
     if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
         u = _by_head(p, before)
-        R = torch.stack([mat[:, :, product.matrix] for product in dense.products], 2).reshape(p.E, p.K, Q * p.K) if products else mat
+        R = taken(mat, [product.matrix for product in dense.products]).reshape(p.E, p.K, Q * p.K) if products else mat
         return _product(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
     memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
     memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)

@@ -21,8 +21,9 @@ def kernels_for(pre: Tensor, K: int) -> ModuleType:
     return large if large.takes(pre, K) else launch
 
 
-def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
-    """Whether the kernels run. Raises ValueError if they were asked for by name and cannot."""
+def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False) -> bool:
+    """Whether the kernels run; small: what is wanted of them only those of small heads have (halves, borders, ranks). Raises ValueError if they were
+    asked for by name and cannot."""
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
     module = kernels_for(pre, K)
@@ -37,7 +38,7 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str) -> bool:
         raise ValueError(f"method='triton' is not possible: {reason}")
     if reason and pre.is_cuda:
         warn_once(f"{reason} It is solved in plain torch, which is slow.")
-    return not reason and (method == "triton" or pre.is_cuda)
+    return not reason and (method == "triton" or pre.is_cuda) and not (small and module is large)
 
 
 def chosen(pre: Tensor, h0: Tensor, layer: plans.Layer | None, back: bool) -> tuple[int, int] | tuple[()]:
@@ -69,7 +70,7 @@ def _forward(
     learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in
     the dtype of the arithmetic. borders: in place of kept, marks (B, M, S, D) from which the backward pass makes it again."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
-    if use_triton(cell, pre, mat.shape[1], method) and not (large.takes(pre, mat.shape[1]) and (halves or borders)):
+    if use_triton(cell, pre, mat.shape[1], method, halves or borders):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
             solved = marks.forward_with_marks if borders else kernels_for(pre, mat.shape[1]).forward
             return solved(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
@@ -122,7 +123,7 @@ def _backward(
     d_emitted = torch.zeros_like(emitted) if d_emitted is None else d_emitted
     d_final = torch.zeros_like(h0) if d_final is None else d_final
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
-        if use_triton(cell, pre, mat.shape[1], method) and not (large.takes(pre, mat.shape[1]) and (halves or borders)):
+        if use_triton(cell, pre, mat.shape[1], method, halves or borders):
             kept = marks.restore(cell, pre, rec, mat, h0, starts, kept, layer=layer, halves=halves) if borders else kept
             d_pre, d_rec, d_mat, d_h0 = kernels_for(pre, mat.shape[1]).backward(
                 cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None if borders else d_kept, d_final, layer=layer, halves=halves

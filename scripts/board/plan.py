@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,26 +63,11 @@ BOARDS = {
         2000,
         "probe",
     ),
-    "125m": Board(
-        512,
-        32,
-        60_000_000,
-        60_500_000,
-        25_000_000,
-        350_000_000,
-        (5e-4, 1e-3, 2e-3),
-        (1e-3, 2e-3, 4e-3),
-        (1024, 131_072),
-        30,
-        None,
-        8,
-        2000,
-        "probe",
-    ),
     "tiny": Board(
         32, 8, 25_600, 60_000, 60_000, 51_200, (2e-3, 8e-3, 3.2e-2), (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512
     ),
 }
+BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3), rates0=(1e-3, 2e-3, 4e-3))
 GRID_SHARE, SHARE0, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 0.1, 7, 3, 5, 4
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},

@@ -68,6 +68,7 @@ def through_the_op() -> None:
     before, launch.LARGEST = launch.LARGEST, {2: 16, 4: 16}
     cell, tensors, starts = problem("dense_lstm", 1, 3, 1, 32, starts=0.1)
     pre, rec, mat, h0 = (t.float() for t in tensors)
+    assert op.use_triton(cell, pre, 32, "triton") and not op.use_triton(cell, pre, 32, "triton", small=True), "kernels of small heads"
     blocks = pre.unflatten(3, (4, 8)).permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
     made = []
     for x, method in ((blocks, "triton"), (blocks, "triton"), (pre, "sliced")):
