@@ -14,11 +14,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.delta_rule import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
-from tests.kernels.registers import Registers  # noqa: E402
+from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 NAMES = ("project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "key_gradients")
 LIKE_V = {"X", "Y", "VALUES", "DO", "O", "D_V", "D_K", "D_Q"}  # in the dtype of v
@@ -44,8 +43,6 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
     }  # fmt: skip
 
     def kind(argument: str) -> str:
-        if argument in constants:
-            return "constexpr"
         if argument in LIKE_V:
             return f"*{dtype}"
         if argument in LEFT:
@@ -53,11 +50,8 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
         sizes = argument in ("S", "H", "N", "R", "K", "V", "T")
         return OTHERS.get(argument, "*fp32" if argument.isupper() and not sizes else "i32")
 
-    signature = {a: kind(a) for a in fn.arg_names}
     free = ("S", "T", "N", "R", "H", "chunks", "scale", "s_b", "s_t", "g_h", "b_h", "g_b", "b_b", "g_t", "b_t")
-    aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in free]
-    used = {a: constants[a] for a in fn.arg_names if a in constants}
-    source = ASTSource(fn, signature, used, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = source_of(fn, constants, kind, lambda a: a not in free)
     return registers.figures(name, source, {"num_warps": tile.warps, "num_stages": tile.stages}, figures)
 
 

@@ -17,18 +17,18 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.dense_rnn import large  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
 from models.cells import load_cell  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
-from tests.kernels.registers import Registers  # noqa: E402
+from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "BEFORE", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD", "U", "V"}
 OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32"}
 WHOLE = {"T", "B", "SLICE", "BURN", "RT"}
+STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
 GOLDEN = Path(__file__).with_name("resources_large_rnn.json")
 
 registers = Registers("large_rnn")
@@ -59,16 +59,11 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
-        if argument in constants:
-            return "constexpr"
         if argument in LIKE_PRE:
             return f"*{dtype}"
         return OTHERS.get(argument, "*fp32" if argument.isupper() and argument not in WHOLE else "i32")
 
-    signature = {a: type_of(a) for a in fn.arg_names}
-    strides = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if signature[a].startswith("*") or a in strides}
-    source = ASTSource(fn=fn, signature=signature, constexprs={a: constants[a] for a in fn.arg_names if a in constants}, attrs=aligned)
+    source = source_of(fn, constants, type_of, lambda a: type_of(a).startswith("*") or a in STRIDES)
     options = {"num_warps": tiles.warps, "num_stages": 1, "launch_cooperative_grid": True}
     return registers.figures(f"{name} {kernel}", source, options, figures)
 

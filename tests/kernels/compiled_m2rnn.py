@@ -14,12 +14,11 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.m2rnn import launch  # noqa: E402
 from kernels.m2rnn import triton as kernels  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
-from tests.kernels.registers import Registers  # noqa: E402
+from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 LIKE_V = {"Q", "X", "Y", "DO", "O", "DQ", "DX", "DY"}  # in the dtype of v
 OPERANDS = {"W", "STATES"}  # in the dtype of products
@@ -41,8 +40,6 @@ def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
     }  # fmt: skip
 
     def kind(argument: str) -> str:
-        if argument in constants:
-            return "constexpr"
         if argument in LIKE_V:
             return f"*{dtype}"
         if argument in OPERANDS:
@@ -51,10 +48,7 @@ def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
             return "*fp16" if narrow and launch.TANHS else kind("STATES")
         return "*u8" if argument == "STARTS" else "*fp32" if argument.isupper() and argument not in SIZES else "i32"
 
-    signature = {a: kind(a) for a in fn.arg_names}
-    aligned = [i for i, a in enumerate(fn.arg_names) if a not in constants and a not in FREE]
-    used = {a: constants[a] for a in fn.arg_names if a in constants}
-    source = ASTSource(fn, signature, used, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = source_of(fn, constants, kind, lambda a: a not in FREE)
     return registers.figures(name, source, {"num_warps": warps[name], "num_stages": 1}, figures)
 
 

@@ -54,6 +54,15 @@ class Registers:
             FILE.write_text(json.dumps({**parts, self.part: self.used}, indent=1, sort_keys=True) + "\n")
 
 
+def source_of(fn: Any, constants: dict[str, Any], kind: Callable[[str], str], aligned: Callable[[str], bool]) -> Any:
+    """triton's ASTSource of a kernel: `kind` names the type of an argument that is no constant, `aligned` says of which 16 divides the value."""
+    from triton.compiler import ASTSource
+
+    signature = {a: "constexpr" if a in constants else kind(a) for a in fn.arg_names}
+    marks = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(fn.arg_names) if a not in constants and aligned(a)}
+    return ASTSource(fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, marks)
+
+
 def main() -> None:
     from models.cells import diagonal
 
