@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import reference
+from kernels.dense_rnn import launch, reference
 from kernels.parallel_rnn.cell import Cell, Mat, Pre, Rec, State
 from models.cells import available, load_cell
 
@@ -61,3 +65,23 @@ def cotangents(tensors: list[Tensor], seed: int = 1) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     d_emitted = torch.randn(*pre.shape[:2], pre.shape[3], generator=generator, dtype=torch.float64)
     return d_emitted.to(pre.device), torch.randn(h0.shape, generator=generator, dtype=torch.float64).to(pre.device)
+
+
+def check_walked(module: ModuleType, sizes: tuple[int, int, int, int], plans_of: Callable[[Cell, Tensor], list[Any]]) -> None:
+    """Matrices that expand, B, T, E, K as `sizes`: what is not certified is walked in order, forwards and backwards, bit for bit as without slices.
+    module: launch.py or large.py; plans_of: a plan of one slice and one of several."""
+    before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
+    chaotic = problem("dense_lstm", *sizes, gain=12.0, starts=0.02, seed=3)
+    chaotic[1][0][:, :, 0] += 4
+    cell, tensors, starts = chaotic
+    given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
+    launch.last_report()
+    plans = plans_of(cell, given[0])
+    one, several = (module.forward(cell, *(*given, starts, plan)) for plan in plans)
+    assert all(torch.equal(a, b) for a, b in zip(one, several))
+    ends = (*one[:2], d_emitted.float(), None, d_final.float())
+    gradients, in_slices = (module.backward(cell, *(*given, starts, *ends, plan)) for plan in plans)
+    assert all(distance(a, b) < 1e-5 for a, b in zip(in_slices, gradients))
+    report = launch.last_report()
+    assert report["walked"] > 0.1 and report["corrections"] == 1, report
+    launch.CORRECTIONS = before

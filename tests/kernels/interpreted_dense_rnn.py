@@ -15,7 +15,7 @@ from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
 from kernels.parallel_rnn.op import joined  # noqa: E402
-from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted  # noqa: E402
+from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
@@ -106,22 +106,7 @@ def borders() -> None:
 
 
 def walked() -> None:
-    """Matrices that expand: what is not certified is walked in order, forwards and backwards, bit for bit as without slices."""
-    before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
-    chaotic = problem("dense_lstm", 2, 28, 1, 16, gain=12.0, starts=0.02, seed=3)
-    chaotic[1][0][:, :, 0] += 4
-    cell, tensors, starts = chaotic
-    given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
-    launch.last_report()
-    plans = [Plan.of(given[0], 16, n, 4) for n in (1, 4)]
-    one, several = (launch.forward(cell, *(*given, starts, plan)) for plan in plans)
-    assert all(torch.equal(a, b) for a, b in zip(one, several))
-    ends = (*one[:2], d_emitted.float(), None, d_final.float())
-    gradients, in_slices = (launch.backward(cell, *(*given, starts, *ends, plan)) for plan in plans)
-    assert all(distance(a, b) < 1e-5 for a, b in zip(in_slices, gradients))
-    report = launch.last_report()
-    assert report["walked"] > 0.1 and report["corrections"] == 1, report
-    launch.CORRECTIONS = before
+    check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
 
 def through_the_op() -> None:

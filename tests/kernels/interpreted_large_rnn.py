@@ -15,7 +15,7 @@ from kernels.dense_rnn import large, launch, op  # noqa: E402
 from kernels.dense_rnn.large import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
-from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted  # noqa: E402
+from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
@@ -44,22 +44,7 @@ def compare(
 
 
 def walked() -> None:
-    """Matrices that expand: what is not certified is walked in order, forwards and backwards, bit for bit as without slices."""
-    before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
-    chaotic = problem("dense_lstm", 1, 8, 1, 24, gain=12.0, starts=0.02, seed=3)
-    chaotic[1][0][:, :, 0] += 4
-    cell, tensors, starts = chaotic
-    given, (d_emitted, d_final) = [t.float() for t in tensors], cotangents(tensors)
-    launch.last_report()
-    plans = [Plan.of(cell, given[0], 24, n, 1) for n in (1, 3)]
-    one, several = (large.forward(cell, *(*given, starts, plan)) for plan in plans)
-    assert all(torch.equal(a, b) for a, b in zip(one, several))
-    ends = (*one[:2], d_emitted.float(), None, d_final.float())
-    gradients, in_slices = (large.backward(cell, *(*given, starts, *ends, plan)) for plan in plans)
-    assert all(distance(a, b) < 1e-5 for a, b in zip(in_slices, gradients))
-    report = launch.last_report()
-    assert report["walked"] > 0.1 and report["corrections"] == 1, report
-    launch.CORRECTIONS = before
+    check_walked(large, (1, 8, 1, 24), lambda cell, pre: [Plan.of(cell, pre, 24, n, 1) for n in (1, 3)])
 
 
 def through_the_op() -> None:
