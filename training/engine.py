@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,43 +26,20 @@ from torch import Tensor, nn
 
 from data.loader import Batch
 from kernels.linear import float8
-from kernels.tensor_lists import total_norm, use_triton
 from models.block import Block
-from models.init import roles
 from models.parallel import split
 from training import wrappers
 from training.choices import choose_kernels
 from training.config.schema import Config
-from training.graph import GraphedPass
+from training.graph import GraphedPass, may_replay
 from training.initial_state import InitialStates
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
+from training.optim.clip import clip
 from training.plans import plans_of
+from training.result import StepResult, local_tokens
 from training.world import World
 from training.zero import patches, policy
-
-CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step measured, equal on all ranks but for the times.
-
-    loss: mean nats per token; skipped: why the step was left out, or ''; seconds: without what `tell` took; communication: seconds of these in
-    which this rank was in collectives, on a GPU also beside computation; told: the sums over ranks of what `tell` gave.
-    """
-
-    loss: float
-    grad_norm: float
-    tokens: int
-    skipped: str
-    seconds: float
-    communication: float = 0.0
-    told: list[float] = field(default_factory=list)
-
-
-def local_tokens(micro_batches: list[Batch]) -> float:
-    """How many labels this rank's micro-batches ask for; -100 asks for none."""
-    return float(sum((batch.labels != -100).sum().item() for batch in micro_batches))
+from training.zero.parameters import assert_fp32, gathered
 
 
 class Engine:
@@ -91,21 +67,15 @@ class Engine:
             patches.keep_gradients_in_place(self.deepspeed)
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
-        self._assert_dtypes()
+        assert_fp32(self.parameters)
         self.steps_taken, self.whole_norm = 0, math.nan
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
         wrapper.wrap(self, settings)
         self.plans = plans_of(model, world)
-        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if self._graphs() else None
+        graphs = may_replay(config, world) and not self.stage and not model.varies
+        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs else None
         if config.train.compile:
             self.deepspeed.compile()
-
-    def _graphs(self) -> bool:
-        """Whether passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
-        t = self.config.train
-        wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and self.config.data.reader != "stream"
-        alone = self.world.size == 1 or t.cuda_graph == "all" and self.world.sequence == 1
-        return wanted and self.world.device.type == "cuda" and alone and not self.stage and not self.module.varies
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
@@ -121,10 +91,6 @@ class Engine:
     def norm_now(self) -> float:
         """The norm of the gradients before clipping, from when it is known in a step until the next."""
         return self.whole_norm if not self.stage else float(self.deepspeed.optimizer._global_grad_norm)
-
-    def _assert_dtypes(self) -> None:
-        cast = [name for name, p in self.parameters.items() if "keep_fp32" in roles(p) and p.dtype != torch.float32]
-        assert not cast, f"recurrence parameters must stay fp32, but DeepSpeed cast {cast}"
 
     @property
     def matrices(self) -> dict[str, nn.Parameter]:
@@ -209,7 +175,7 @@ class Engine:
     def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""
         skipped = is_bad(loss) if is_bad else ""
-        norm = self._clip() if not self.stage else None
+        norm = clip(self.parameters.values(), self.optimizer, self.config.train.grad_clip) if not self.stage else None
         self.whole_norm = norm if norm is not None else math.nan
         if not skipped and norm is not None and not math.isfinite(norm):
             skipped = "gradient norm is not finite"
@@ -224,31 +190,9 @@ class Engine:
             skipped = "gradient norm is not finite"
         return norm, skipped
 
-    def _clip(self) -> float:
-        """Clips gradients that are whole on every rank (stage 0; ZeRO does it in its step) and returns their norm before that. On a GPU they stay as
-        they are, and the optimizer divides them as it reads them: to the rounding of a division the same, and a pass over memory less."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        self.optimizer.grad_scale, limit = None, self.config.train.grad_clip
-        if use_triton(gradients):
-            norm = total_norm(gradients)
-            if limit:
-                self.optimizer.grad_scale = ((norm + CLIP_EPS) / limit).clamp(min=1.0)
-            return float(norm)
-        norm = nn.utils.get_total_norm(gradients)
-        if limit:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, norm)
-        return float(norm)
-
-    @contextmanager
-    def gathered(self, names: Iterable[str]) -> Iterator[None]:
+    def gathered(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Context in which the named parameters are whole on every rank (ZeRO-3 splits them), and one rank alone may run the module."""
-        import deepspeed
-
-        if self.stage != 3:
-            yield
-            return
-        with deepspeed.zero.GatheredParameters([self.parameters[name] for name in names]), patches.without_hooks(self.module):
-            yield
+        return gathered(self.module, [self.parameters[name] for name in names]) if self.stage == 3 else nullcontext()
 
     def link_moments(self) -> None:
         """To be called before moments are read or written."""

@@ -17,6 +17,8 @@ from torch import Tensor
 from data.loader import Batch
 from models.lm import LanguageModel
 from models.segments import documents_in, most_documents
+from training.config.schema import Config
+from training.world import World
 
 WARMUP = 2  # passes as written before a capture: kernels are compiled, and their libraries choose, in them
 # Share of the device's memory up to which a run may fill it as written; a graph keeps its activations, so evaluation needs its own.
@@ -28,6 +30,14 @@ def release_random_numbers(device: torch.device) -> None:
     would raise ("Offset increment outside graph capture"); a copy of it goes on where it stood."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     generator.graphsafe_set_state(generator.clone_state())
+
+
+def may_replay(config: Config, world: World) -> bool:
+    """Whether a run's passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
+    t = config.train
+    wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and config.data.reader != "stream"
+    alone = world.size == 1 or t.cuda_graph == "all" and world.sequence == 1
+    return wanted and world.device.type == "cuda" and alone
 
 
 class _Captured:

@@ -18,9 +18,10 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.config.schema import Config
 from training.cost.flops import training_flops_per_token
-from training.engine import Engine, local_tokens
+from training.engine import Engine
 from training.errors import UserError
 from training.guard.faults import BadStepPolicy, StopRequest
+from training.result import local_tokens
 from training.saving.saver import Saver
 from training.setup import Shards, Start
 from training.watch.metrics import Metrics, Stopwatch

@@ -18,7 +18,8 @@ from models.config import ModelConfig  # noqa: E402
 from models.lm import LanguageModel  # noqa: E402
 from scripts.bench.multi_gpu_worker import RandomTokens  # noqa: E402
 from training.config.cli import checked, compose_config  # noqa: E402
-from training.engine import Engine, local_tokens  # noqa: E402
+from training.engine import Engine  # noqa: E402
+from training.result import local_tokens  # noqa: E402
 from training.world import World, start_distributed  # noqa: E402
 
 OURS = F.linear

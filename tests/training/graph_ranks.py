@@ -28,5 +28,5 @@ class Outside:
 
 if __name__ == "__main__":
     engine.GraphedPass = Outside  # type: ignore[assignment,misc]
-    engine.Engine._graphs = lambda self: True  # type: ignore[method-assign]
+    engine.may_replay = lambda config, world: True
     runpy.run_path("train.py", run_name="__main__")

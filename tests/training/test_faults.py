@@ -18,10 +18,10 @@ from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
 from tests.training.test_runs import launcher, losses
 from training.config.schema import Config, DataSection, FaultSection
-from training.engine import StepResult
 from training.errors import UserError
 from training.guard import agreement
 from training.guard.faults import BadStepPolicy
+from training.result import StepResult
 from training.setup import open_reader, open_shards
 from training.watch.metrics import Metrics
 from training.world import World

@@ -18,9 +18,9 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from training import checkpoint, cursor
 from training.config.schema import CheckpointSection, Config, TrainSection
-from training.engine import StepResult
 from training.errors import UserError
 from training.loop import Run
+from training.result import StepResult
 from training.setup import Start
 from training.watch.observe import SignOfLife
 from training.world import World

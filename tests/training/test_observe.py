@@ -13,12 +13,12 @@ import torch
 
 from tests.conftest import ROOT, run_ranks
 from tests.training.test_runs import QUIET, ok
-from training.engine import StepResult
+from training.result import StepResult
 from training.watch.observe import RankWatch
 
 SLOW_RANK = """
 import json, sys, time
-from training.engine import StepResult
+from training.result import StepResult
 from training.world import start_distributed
 from training.watch.observe import RankWatch
 world = start_distributed("cpu")

@@ -20,8 +20,8 @@ from training import checkpoint, cursor, fork, setup
 from training.config import changes
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config, Position
-from training.engine import StepResult
 from training.errors import UserError
+from training.result import StepResult
 from training.watch.metrics import Metrics
 from training.world import World
 

@@ -22,8 +22,8 @@ from training.config.checks import check
 from training.config.cli import checked, compose_config, resolved_yaml
 from training.config.schema import Config
 from training.cost import fit
-from training.engine import StepResult
 from training.errors import UserError
+from training.result import StepResult
 from training.watch.metrics import Metrics
 from training.world import World
 

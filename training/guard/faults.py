@@ -14,8 +14,8 @@ from typing import Any
 
 from data.files import finite
 from training.config.schema import FaultSection
-from training.engine import StepResult
 from training.errors import UserError
+from training.result import StepResult
 
 
 class BadStepPolicy:

@@ -21,7 +21,7 @@ from training.config.schema import Config
 from training.cost.flops import device_name, peak_flops
 
 if TYPE_CHECKING:
-    from training.engine import StepResult
+    from training.result import StepResult
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from training.engine import StepResult
+    from training.result import StepResult
     from training.world import World
 
 FOLDER = "EVERYWHEN_RANKS"  # set by training/supervisor.py
