@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from kernels.parallel_rnn import launch, op, reference
 from kernels.parallel_rnn.cell import Cell, Pre, Rec, State  # noqa: F401  (names of the generated source)
 from kernels.parallel_rnn.trace import trace
 from tests.kernels.generate.case import Result, main
+from tests.kernels.generate.roundings import most_lost, other_draws, walked, worst
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNARY = (
@@ -170,15 +170,9 @@ def arranged(pre: Tensor, layout: str) -> Tensor:
 
 def by_loop(cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """(states, final, gradients of pre, rec, h0) of the loop under autograd, as fp64."""
-    pre, rec, h0, starts = inputs
-    leaves = [x.to(dtype).requires_grad_() for x in (pre, rec, h0)]
-    h, steps = leaves[2], []
-    for t in range(pre.shape[1]):
-        if starts is not None:
-            h = torch.where(starts[:, t, None, None], torch.zeros_like(h), h)
-        h = torch.stack(cell(leaves[0][:, t].unbind(1), leaves[1].unbind(0), h.unbind(1)), 1)
-        steps.append(h)
-    states, final = torch.stack(steps, 1), h
+    leaves = [x.to(dtype).requires_grad_() for x in inputs[:3]]
+    states = walked(cell, leaves[0], leaves[1], leaves[2], inputs[3])
+    final = states[:, -1] if states.shape[1] else leaves[2]
     loss = (states * cotangents[0].to(dtype)).sum() + (final * cotangents[1].to(dtype)).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [x.detach().double() for x in (states, final, *(torch.zeros_like(a) if b is None else b for a, b in zip(leaves, gradients)))]
@@ -238,12 +232,6 @@ def finite_documents(values: Tensor, documents_BT: Tensor, dtype: torch.dtype) -
     return out
 
 
-def worst(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Largest |a - b| a channel, over what is masked."""
-    gap = torch.where(mask, (a - b).abs(), torch.zeros_like(a))
-    return gap.flatten(0, -2).amax(0)
-
-
 def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[float, dict[str, float], list[str]]:
     """Runs a case. Returns the share of what is allowed that the states lose, what the solver reports, and problems, sentences."""
     inputs = make_inputs(case, cell, dtype)
@@ -268,9 +256,13 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[floa
     rounding = eps / 2 * exact[0].abs() if low else torch.zeros_like(exact[0])
     size = torch.where(mask, exact[0].abs(), 0.0).flatten(0, -2).amax(0)
     over = (computed[0] - exact[0]).abs() - rounding
-    gap, allowed = torch.where(mask, over, 0.0).flatten(0, -2).amax(0), times * worst(rough[0], exact[0], mask) + 4 * tolerance * size
+    gap, lost_by_loop = torch.where(mask, over, 0.0).flatten(0, -2).amax(0), worst(rough[0], exact[0], mask)
     smallest = 1e-37 if dtype != torch.float16 else 6e-8
-    ratio = ((gap - smallest).clamp(min=0) / allowed.clamp(min=1e-300)).max().item()
+    gap = (gap - smallest).clamp(min=0)
+    ratio = (gap / (times * lost_by_loop + 4 * tolerance * size).clamp(min=1e-300)).max().item()
+    if not ratio <= 1 and case.regime == "chaotic":  # one loop may have had a lucky draw, and every rounding grows
+        lost_by_loop = torch.maximum(lost_by_loop, most_lost(cell, inputs, exact[0], mask))
+        ratio = (gap / (times * lost_by_loop + 4 * tolerance * size).clamp(min=1e-300)).max().item()
     if not ratio <= 1 or not torch.isfinite(computed[0][mask]).all():
         problems.append(f"states off by {ratio:.3g} times what is allowed")
     lost = ~fine & ~torch.isfinite(rough[0].to(dtype)).all(2)
@@ -278,37 +270,6 @@ def judge(case: Case, cell: Cell, dtype: torch.dtype, device: str) -> tuple[floa
         problems.append("what is not finite in the loop is finite")
     problems += judge_gradients(case, cell, inputs, cotangents, exact, rough, computed, fine, dtype)
     return ratio, report, problems
-
-
-class Nudged(TorchFunctionMode):
-    """The last digit of every function's value is drawn anew."""
-
-    FUNCTIONS = frozenset(
-        ("tanh", "sigmoid", "exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "erf", "sqrt", "rsqrt", "softplus", "pow")
-    )
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        value = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") not in self.FUNCTIONS:
-            return value
-        return value * (1 + torch.finfo(value.dtype).eps * torch.randint(-1, 2, value.shape, generator=self.generator))
-
-
-def other_draws(
-    cell: Cell, inputs: tuple[Any, ...], cotangents: tuple[Tensor, Tensor], states: Tensor, count: int = 8
-) -> list[tuple[Tensor, ...]]:
-    """Gradients of pre, rec and h0 in fp32 whose functions are rounded in so many other ways. One loop may have had a lucky draw: 1 - y^2 of a
-    saturated tanh is 1e-5 with an error of 1e-7, or of none."""
-    pre, rec, h0, starts = inputs
-    found = []
-    for seed in range(count):
-        with Nudged(seed):
-            found.append(reference.linear_backward(cell, pre, rec, h0, starts, states.float(), *cotangents, 1))
-    return found
 
 
 def judge_gradients(
