@@ -44,7 +44,9 @@ def delta_rule(
             return reference.delta_rule_step(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
     reason = launch.why_not(v_BSHV, q_BTGK.shape[-1])
     if not reason:
-        return op.rule(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
+        tensors = (q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return op.rule(*tensors, starts_BT, normalize, scale, keep)[:2]
     if v_BSHV.is_cuda and v_BSHV.dtype != torch.float64 and not torch.compiler.is_compiling():
         _warn_once(reason)
     return plain.rule(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)

@@ -91,12 +91,13 @@ def without_options() -> None:
 def registered() -> None:
     tensors, starts = problem(1, 9, 2, 16, 1, 16, starts=0.2)
     q, k, v, beta, g, h0 = (t.requires_grad_() for t in tensors)
-    for gate, begin, new in ((g, h0, starts), (None, None, None)):
-        torch.library.opcheck(op.rule_op, (q, k, v, beta, gate, begin, new, True, 0.5))
+    for gate, begin, new, keep in ((g, h0, starts, True), (None, None, None, False)):
+        torch.library.opcheck(op.rule_op, (q, k, v, beta, gate, begin, new, True, 0.5, keep))
     with torch.no_grad():
         do, d_final = asked(tensors)
         backward_op = torch.ops.everywhen.delta_rule_backward.default
-        arguments = (do, d_final, q, k, v, beta, g, h0, starts, True, 0.5)
+        kept = op.rule(q, k, v, beta, g, h0, starts, True, 0.5, True)[2:]
+        arguments = (do, d_final, *[None] * 5, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
         torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
