@@ -68,6 +68,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: 
         raise ValueError(f"h0 must be {(B, H, V, K)}, not {tuple(h0.shape)}.")
     if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
         raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts.dtype} of {tuple(starts.shape)}.")
+    if any(t is not None and t.device != v.device for t in (q, k, beta, g, h0, starts)):
+        raise ValueError(f"All tensors of the delta rule must be on one device, that of v is {v.device}.")
     if not all(t is None or t.is_floating_point() for t in (q, k, v, beta, g, h0)):
         raise ValueError("All tensors of the delta rule but starts must be of floating-point numbers.")
 
