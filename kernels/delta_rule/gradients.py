@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton import decays, inverse_norms, rows_of, where_is
+from kernels.delta_rule.triton import decays, inverse_norms, rows_of, sums_of, where_is
 
 
 @triton.jit
@@ -31,14 +31,17 @@ def local(
     query = tl.load(
         Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
     )
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    sums = sums_of(TOTAL, DOCUMENT, row)
+    rk = tl.load(RK + row + q)
     rq = inverse_norms(query, NORM)
     tl.store(RQ + row + q, rq)
     rq, query = rq * scale, query.to(DOT)
-    keys = tl.load(
-        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
-    ).to(DOT)
-    pairs, _, _, _ = decays(TOTAL, DOCUMENT, row)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
+    keys = keys.to(DOT)
+    pairs, _, _, _ = decays(sums)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
     scores = tl.trans(tl.where(pairs != 0.0, scores, 0.0).to(DOT))
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
@@ -67,6 +70,9 @@ def walk_back(
         row, first = (bh * chunks + c) * 64, c * 64
         token, rows, update, within = rows_of(first, S, N)
         read = within & (update == N - 1)
+        # These before the tiles: loads keep their order, and behind the tiles they would wait a second time for memory.
+        total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
+        end, last, rq = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63), tl.load(RQ + row + q) * scale
         keys = tl.load(
             X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], within[:, None] & (k < K)[None, :], other=0.0
         )
@@ -79,8 +85,6 @@ def walk_back(
         w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
         mine = tl.broadcast_to((v < V)[None, :], (64, BV))
         du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(tl.float32)
-        total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
-        end, last, rq = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63), tl.load(RQ + row + q) * scale
         low = state.to(D_STATES.dtype.element_ty)
         if KEEP:
             tl.store(D_STATES + (bh * chunks + c) * V * K + place, low, inside)
@@ -122,11 +126,11 @@ def pair_gradients(
         )
         du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(DOT)
-        right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
-        tl.store(RIGHT + row * V + (q * V)[:, None] + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
         values = tl.load(
             VALUES + (b * v_b + first * v_t + h * v_h) + (q * v_t)[:, None] + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0
         )
+        right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
+        tl.store(RIGHT + row * V + (q * V)[:, None] + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
         by_values += tl.sum(right * values.to(tl.float32), 1)
         by_corrected += tl.sum(right * u.to(tl.float32), 1)
         place = D_V + ((b * S + first) * d_v + h * V) + (q * d_v)[:, None] + v[None, :]
@@ -139,7 +143,7 @@ def pair_gradients(
     keys = tl.load(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     ).to(DOT)
-    pairs, _, _, _ = decays(TOTAL, DOCUMENT, row)
+    pairs, _, _, _ = decays(sums_of(TOTAL, DOCUMENT, row))
     weight = pairs * rk[None, :]
     d_scores = tl.where(pairs != 0.0, d_scores * weight * rq[:, None], 0.0)
     d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * weight * rk[:, None], 0.0)

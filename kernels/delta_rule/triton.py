@@ -58,11 +58,17 @@ def inverse_norms(x, NORM: tl.constexpr):
 
 
 @triton.jit
-def decays(TOTAL, DOCUMENT, row):
-    """(D (Q, Q), d, decays to the chunk's end, the whole chunk's), nothing between documents."""
+def sums_of(TOTAL, DOCUMENT, row):
+    """(TOTAL, DOCUMENT) of a chunk's sub-steps, and both of the last. Loads keep their order: those that nothing has to wait for stand first."""
     q = tl.arange(0, 64)
-    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
-    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+    return tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+
+
+@triton.jit
+def decays(sums):
+    """(D (Q, Q), d, decays to the chunk's end, the whole chunk's) of `sums_of` a chunk, nothing between documents."""
+    q = tl.arange(0, 64)
+    total, document, end, last = sums
     between = (total[:, None] - total[None, :]).to(tl.float32)
     allowed = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
     pairs = tl.exp(tl.where(allowed, between, float("-inf")))
@@ -124,16 +130,16 @@ def project(
         rk, step = tl.load(RK + row + q), tl.load(STEP + row + q)
         inverse = tl.load(INVERSE + square).to(tl.float32)
     else:
-        rk = inverse_norms(keys, NORM)
         gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
         lead = inside & (update == 0)
         if HAS_G:
             gate = tl.load(G + (b * g_b + token * g_t + h * g_h) + tokens * g_t, lead, other=0.0).to(tl.float32)
-            new = (gate < -87.0).to(tl.int32)
-            gate = tl.where(new != 0, 0.0, gate)
         if HAS_STARTS:
-            new = new | tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
+            new = tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
         step = tl.load(BETA + (b * b_b + first * b_t + h * b_h) + q * b_t, inside, other=0.0).to(tl.float32)
+        rk = inverse_norms(keys, NORM)
+        gone = gate < -87.0
+        new, gate = new | gone.to(tl.int32), tl.where(gone, 0.0, gate)
         total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
         tl.store(TOTAL + row + q, total)
         tl.store(DOCUMENT + row + q, document)
@@ -221,15 +227,18 @@ def outputs(
     query = tl.load(
         Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
     )
-    rq = inverse_norms(query, NORM) * scale
-    query = query.to(DOT)
     keys = tl.load(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
-    ).to(DOT)
-    pairs, before, _, _ = decays(TOTAL, DOCUMENT, row)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
+    )
+    sums = sums_of(TOTAL, DOCUMENT, row)
+    rk = tl.load(RK + row + q)
+    rq = inverse_norms(query, NORM) * scale
+    query = query.to(DOT)
+    keys = keys.to(DOT)
+    pairs, before, _, _ = decays(sums)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
     scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
-    document, last = tl.load(DOCUMENT + row + q), tl.load(DOCUMENT + row + 63)
+    _, document, _, last = sums
     to = ((b * (S // N) + token) * H + h) * V
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
