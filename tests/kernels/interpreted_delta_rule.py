@@ -104,7 +104,7 @@ def kept_and_joined() -> None:
     assert len({t.untyped_storage().data_ptr() for t in made[0][:3]}) == 1 and made[0][0].stride(1) == 3 * 32
     for place in range(6):
         leaves = [t.detach().requires_grad_(i == place) for i, t in enumerate(tensors)]
-        (one,) = torch.autograd.grad(delta_rule(*leaves, starts, normalize=True, scale=0.5), leaves[place], (do, d_final))
+        (one,) = torch.autograd.grad(delta_rule(*(*leaves, starts), normalize=True, scale=0.5), leaves[place], (do, d_final))
         assert torch.equal(one, made[0][place])
 
 
