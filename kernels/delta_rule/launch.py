@@ -23,8 +23,7 @@ from kernels.dispatch import interpreted, no_triton
 from kernels.joint import rooms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of keys: one tile holds them. Keys of more than 128 numbers of four bytes need more shared memory in `key_gradients` than there is; read twice
-# instead, they gave illegal accesses on an H100 (see NARROWEST).
+# Of keys: one tile holds them. Of four bytes more than 128 have not been run on a GPU since `key_gradients` has the shared memory for them.
 WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
 RUN = 16  # operands are made of whole runs of so many elements, as those of Mamba-2's scan
 # Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
