@@ -73,6 +73,17 @@ def beside(parts: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((*first.shape[:-1], C), first.stride())
 
 
+def rooms(like: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Memory for gradients of tensors (B, T, heads, width), the heads of a token beside each other: columns of one tensor, in their order, where the
+    tensors are (see `columns`)."""
+    parts = [t.flatten(2) if t.stride(3) == 1 and t.stride(2) == t.shape[3] else None for t in like]
+    whole = None if any(t is None for t in parts) else beside(parts)  # type: ignore[arg-type]
+    if whole is None:
+        return [torch.empty(t.shape, dtype=dtype, device=t.device) for t in like]
+    pieces = torch.empty(whole.shape, dtype=dtype, device=whole.device).split([t.shape[2] * t.shape[3] for t in like], 2)
+    return [piece.unflatten(2, t.shape[2:]) for piece, t in zip(pieces, like)]
+
+
 class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:

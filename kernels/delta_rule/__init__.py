@@ -44,7 +44,9 @@ def delta_rule(
             return reference.delta_rule_step(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
     reason = launch.why_not(v_BSHV, q_BTGK.shape[-1])
     if not reason:
-        return op.rule(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
+        tensors = (q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK)
+        keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return op.rule(*tensors, starts_BT, normalize, scale, keep)[:2]
     if v_BSHV.is_cuda and v_BSHV.dtype != torch.float64 and not torch.compiler.is_compiling():
         _warn_once(reason)
     return plain.rule(q_BTGK, k_BSGK, v_BSHV, beta_BSH, g_BTH, h0_BHVK, starts_BT, normalize, scale)
@@ -66,6 +68,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: 
         raise ValueError(f"h0 must be {(B, H, V, K)}, not {tuple(h0.shape)}.")
     if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
         raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts.dtype} of {tuple(starts.shape)}.")
+    if any(t is not None and t.device != v.device for t in (q, k, beta, g, h0, starts)):
+        raise ValueError(f"All tensors of the delta rule must be on one device, that of v is {v.device}.")
     if not all(t is None or t.is_floating_point() for t in (q, k, v, beta, g, h0)):
         raise ValueError("All tensors of the delta rule but starts must be of floating-point numbers.")
 

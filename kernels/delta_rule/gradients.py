@@ -1,7 +1,7 @@
 """Triton kernels of the delta rule's backward pass; names and legend as in `triton.py`.
 
 `local` gives what outputs ask of the corrected values of their own chunk; `walk_back` carries the gradient of the state from the last chunk to the
-first, with what the states after ask of the corrected values; `pair_gradients` and `key_gradients` then take all chunks at once.
+first, with what the states after ask of the corrected values; `pair_gradients`, `query_gradients` and `key_gradients` then take all chunks at once.
 
 With R = (I + L)^-T du, the gradient of what the triangular system is solved for: dv = b R and dL = -R u^T. A gate's gradient is the sum of what all
 pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel. b's gradient is R_i . u_i / b_i,
@@ -15,38 +15,47 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton import decays, inverse_norms, where_is
+from kernels.delta_rule.triton import decays, inverse_norms, rows_of, sums_of, where_is
 
 
 @triton.jit
 def local(
-    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, DU, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, DU, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
+    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """du_j = sum_{i>=j} D_ij (q_i . k_j) do_i, (B, H, chunks Q, V), and RQ."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
-    s = first + q
-    read, rows = (s < S) & (s % N == N - 1), s // N
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+    token, rows, update, inside = rows_of(first, S, N)
+    read = inside & (update == N - 1)
+    query = tl.load(
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
+    )
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    sums = sums_of(TOTAL, DOCUMENT, row)
+    rk = tl.load(RK + row + q)
     rq = inverse_norms(query, NORM)
     tl.store(RQ + row + q, rq)
     rq, query = rq * scale, query.to(DOT)
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
-    pairs, _, _, _ = decays(TOTAL, DOCUMENT, row)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
+    keys = keys.to(DOT)
+    pairs, _, _, _ = decays(sums)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
     scores = tl.trans(tl.where(pairs != 0.0, scores, 0.0).to(DOT))
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
-        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
+        do = tl.load(
+            DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
+        )
         du = tl.dot(scores, do.to(DOT), input_precision=PRECISION)
-        tl.store(DU + row * V + q[:, None] * V + v[None, :], du.to(DU.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
+        tl.store(DU + row * V + (q * V)[:, None] + v[None, :], du.to(DU.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
 
 
 @triton.jit
 def walk_back(
-    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, W, DU, LATER, D_STATES, FIRST, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, W, DU, LATER, D_STATES, FIRST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
+    KEEP: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state leaving every chunk, and FIRST, that of h0, from that of the last state, LATER; completes DU. KEEP: all of it, else
     that of h0 only."""
@@ -58,16 +67,24 @@ def walk_back(
     state = tl.load(LATER + bh * V * K + place, inside, other=0.0)
     for back in range(0, chunks):
         c = bh * 0 + chunks - 1 - back
-        row, s = (bh * chunks + c) * 64, c * 64 + q
-        read, rows = (s < S) & (s % N == N - 1), s // N
-        keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0)
-        query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
-        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
-        w = tl.load(W + row * K + q[:, None] * K + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
-        du = tl.load(DU + row * V + q[:, None] * V + v[None, :], mine, other=0.0).to(tl.float32)
+        row, first = (bh * chunks + c) * 64, c * 64
+        token, rows, update, within = rows_of(first, S, N)
+        read = within & (update == N - 1)
+        # These before the tiles: loads keep their order, and behind the tiles they would wait a second time for memory.
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last, rq = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63), tl.load(RQ + row + q) * scale
+        keys = tl.load(
+            X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], within[:, None] & (k < K)[None, :], other=0.0
+        )
+        query = tl.load(
+            Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
+        )
+        do = tl.load(
+            DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
+        )
+        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
+        du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(tl.float32)
         low = state.to(D_STATES.dtype.element_ty)
         if KEEP:
             tl.store(D_STATES + (bh * chunks + c) * V * K + place, low, inside)
@@ -75,7 +92,7 @@ def walk_back(
         asked = tl.dot(keys.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION) * after[:, None]
         du += tl.where((document == last)[:, None], asked, 0.0)
         if KEEP:
-            tl.store(DU + row * V + q[:, None] * V + v[None, :], du.to(DU.dtype.element_ty), mine)
+            tl.store(DU + row * V + (q * V)[:, None] + v[None, :], du.to(DU.dtype.element_ty), mine)
         before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf"))) * rq
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
         asked = tl.where((document == 0)[:, None], do.to(tl.float32) * before[:, None], 0.0)
@@ -88,37 +105,45 @@ def walk_back(
 @triton.jit
 def pair_gradients(
     X, Y, VALUES, DO, TOTAL, DOCUMENT, RK, RQ, STEP, INVERSE, CORRECTED, DU, RIGHT, D_SCORES, D_PRODUCTS, D_V, ROWS, STRENGTH, scale,
-    S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, o_b, o_t, o_h,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, o_b, o_t, o_h, d_v,
+    N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """R (B, H, chunks Q, V), dv, and the gradients of the products q_i . k_j and (added to its mirror image) k_i . k_j. ROWS: what is asked of the gates
     by pairs, STRENGTH: the gradient of b, where it is small without what comes through the state."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
-    s = first + q
-    read, rows = (s < S) & (s % N == N - 1), s // N
-    inverse = tl.trans(tl.load(INVERSE + row * 64 + q[:, None] * 64 + q[None, :]).to(DOT))
+    token, rows, update, inside = rows_of(first, S, N)
+    read = inside & (update == N - 1)
+    inverse = tl.trans(tl.load(INVERSE + row * 64 + (q * 64)[:, None] + q[None, :]).to(DOT))
     step, rk, rq = tl.load(STEP + row + q), tl.load(RK + row + q), tl.load(RQ + row + q) * scale
     d_scores, d_system = tl.zeros((64, 64), tl.float32), tl.zeros((64, 64), tl.float32)
     by_values, by_corrected = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.float32)
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
         mine = tl.broadcast_to((v < V)[None, :], (64, BV))
-        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
-        du = tl.load(DU + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
-        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], mine, other=0.0).to(DOT)
+        do = tl.load(
+            DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
+        )
+        du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(DOT)
+        values = tl.load(
+            VALUES + (b * v_b + first * v_t + h * v_h) + (q * v_t)[:, None] + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0
+        )
         right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
-        tl.store(RIGHT + row * V + q[:, None] * V + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
-        values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], (s < S)[:, None] & (v < V)[None, :], other=0.0)
+        tl.store(RIGHT + row * V + (q * V)[:, None] + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
         by_values += tl.sum(right * values.to(tl.float32), 1)
         by_corrected += tl.sum(right * u.to(tl.float32), 1)
-        place = D_V + ((b * S + s) * H + h)[:, None] * V + v[None, :]
-        tl.store(place, (right * step[:, None]).to(D_V.dtype.element_ty), (s < S)[:, None] & (v < V)[None, :])
+        place = D_V + ((b * S + first) * d_v + h * V) + (q * d_v)[:, None] + v[None, :]
+        tl.store(place, (right * step[:, None]).to(D_V.dtype.element_ty), inside[:, None] & (v < V)[None, :])
         d_scores = tl.dot(do.to(DOT), tl.trans(u), acc=d_scores, input_precision=PRECISION)
         d_system = tl.dot(right.to(DOT), tl.trans(u), acc=d_system, input_precision=PRECISION)
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0).to(DOT)
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
-    pairs, _, _, _ = decays(TOTAL, DOCUMENT, row)
+    query = tl.load(
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
+    ).to(DOT)
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    ).to(DOT)
+    pairs, _, _, _ = decays(sums_of(TOTAL, DOCUMENT, row))
     weight = pairs * rk[None, :]
     d_scores = tl.where(pairs != 0.0, d_scores * weight * rq[:, None], 0.0)
     d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * weight * rk[:, None], 0.0)
@@ -128,77 +153,108 @@ def pair_gradients(
     d_system *= step[:, None]
     asked = asked * step[:, None] + d_scores * tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     tl.store(ROWS + row + q, tl.sum(asked.to(tl.float64), 1) - tl.sum(asked.to(tl.float64), 0))
-    square = row * 64 + q[:, None] * 64 + q[None, :]
+    square = row * 64 + (q * 64)[:, None] + q[None, :]
     tl.store(D_SCORES + square, d_scores.to(D_SCORES.dtype.element_ty))
     tl.store(D_PRODUCTS + square, (d_system + tl.trans(d_system)).to(D_PRODUCTS.dtype.element_ty))
 
 
 @triton.jit
-def key_gradients(
-    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, STEP, STATES, D_STATES, CORRECTED, RIGHT, D_SCORES, D_PRODUCTS, ROWS, STRENGTH, D_Q, D_K, D_G, D_BETA, scale,
-    S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    HAS_G: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def query_gradients(
+    X, Y, DO, TOTAL, DOCUMENT, RQ, STATES, D_SCORES, ROWS, D_Q, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h, d_q,
+    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dq (B, T, H, K) and dk (B, S, H, K) of every value head, dg (B, T, H) and d beta (B, S, H)."""
+    """dq (B, T, H, K) of every value head, rows d_q apart; adds to ROWS what is asked of the gates by what comes through the state."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
-    s = first + q
-    read, rows = (s < S) & (s % N == N - 1), s // N
-    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
-    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
-    step, rk, rq = tl.load(STEP + row + q), tl.load(RK + row + q), tl.load(RQ + row + q)
-    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-    # First what comes through the state before the chunk, with all of dq: two sums (Q, K) at a time are what registers hold.
-    d_query, by_right, whole = tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32), tl.zeros((BV,), tl.float32)
+    token, rows, update, inside = rows_of(first, S, N)
+    read = inside & (update == N - 1)
+    d_query = tl.zeros((64, BK), tl.float32)
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
-        inside, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
-        state = tl.load(STATES + (row // 64) * V * K + v[:, None] * K + k[None, :], inside, other=0.0)
-        do = tl.load(DO + (b * o_b + h * o_h) + rows[:, None] * o_t + v[None, :], read[:, None] & (v < V)[None, :], other=0.0)
-        right = tl.load(RIGHT + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
+        state = tl.load(STATES + (row // 64) * V * K + (v * K)[:, None] + k[None, :], (v < V)[:, None] & (k < K)[None, :], other=0.0)
+        do = tl.load(
+            DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
+        )
         d_query = tl.dot(do.to(DOT), state.to(DOT), acc=d_query, input_precision=PRECISION)
-        by_right = tl.dot(right.to(DOT), state.to(DOT), acc=by_right, input_precision=PRECISION)
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0)
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
-    square = row * 64 + q[:, None] * 64 + q[None, :]
-    d_scores = tl.load(D_SCORES + square).to(DOT)
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    query = tl.load(
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
+    )
+    d_scores = tl.load(D_SCORES + row * 64 + (q * 64)[:, None] + q[None, :]).to(DOT)
+    document, rq = tl.load(DOCUMENT + row + q), tl.load(RQ + row + q)
+    before = tl.exp(tl.where(document == 0, tl.load(TOTAL + row + q).to(tl.float32), float("-inf")))
     d_query = tl.where((document == 0)[:, None], d_query * (before * rq * scale)[:, None], 0.0)
-    asked = tl.load(ROWS + row + q) + tl.sum(query.to(tl.float32) * d_query, 1).to(tl.float64)
+    tl.store(ROWS + row + q, tl.load(ROWS + row + q) + tl.sum(query.to(tl.float32) * d_query, 1).to(tl.float64))
     d_query = tl.dot(d_scores, keys.to(DOT), acc=d_query, input_precision=PRECISION)
     if NORM:
         d_query -= query.to(tl.float32) * (rq * rq * tl.sum(query.to(tl.float32) * d_query, 1))[:, None]
-    tokens = ((b * (S // N) + rows) * H + h)[:, None]
-    tl.store(D_Q + tokens * K + k[None, :], d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])
-    d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
-    taken = tl.sum(keys.to(tl.float32) * d_key, 1)
-    tl.store(D_BETA + (b * S + s) * H + h, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), s < S)
-    d_key *= -step[:, None]
-    # Then what comes through the state after it.
-    by_state = tl.zeros((64, BK), tl.float32)
+    to = D_Q + ((b * (S // N) + token) * d_q + h * K) + (rows * d_q)[:, None] + k[None, :]
+    tl.store(to, d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _of_one_document(later, its_document, x, document):
+    """Of a sum from the end of a chunk: x, and what was summed of later sub-steps if they are of the same document."""
+    return tl.where(its_document == document, later + x, x), document
+
+
+@triton.jit
+def key_gradients(
+    X, Y, TOTAL, DOCUMENT, RK, STEP, STATES, D_STATES, CORRECTED, RIGHT, D_SCORES, D_PRODUCTS, ROWS, STRENGTH, D_K, D_G, D_BETA,
+    S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, d_k,
+    HAS_G: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """dk (B, S, H, K) of every value head, rows d_k apart, dg (B, T, H) and d beta (B, S, H)."""
+    row, b, h, _, first = where_is(chunks, H)
+    q, k = tl.arange(0, 64), tl.arange(0, BK)
+    token, rows, update, inside = rows_of(first, S, N)
+    # What comes through the state before the chunk and through that after it.
+    by_right, by_state, whole = tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32), tl.zeros((BV,), tl.float32)
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
-        inside, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
-        place = (row // 64) * V * K + v[:, None] * K + k[None, :]
-        d_state = tl.load(D_STATES + place, inside, other=0.0)
-        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], mine, other=0.0)
+        within, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
+        place = (row // 64) * V * K + (v * K)[:, None] + k[None, :]
+        state, d_state = tl.load(STATES + place, within, other=0.0), tl.load(D_STATES + place, within, other=0.0)
+        right = tl.load(RIGHT + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         if HAS_G:
-            whole += tl.sum(tl.load(STATES + place, inside, other=0.0).to(tl.float32) * d_state.to(tl.float32), 1)
+            whole += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+        by_right = tl.dot(right.to(DOT), state.to(DOT), acc=by_right, input_precision=PRECISION)
         by_state = tl.dot(u.to(DOT), d_state.to(DOT), acc=by_state, input_precision=PRECISION)
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+    step, rk = tl.load(STEP + row + q), tl.load(RK + row + q)
+    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
+    d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
+    taken = tl.sum(keys.to(tl.float32) * d_key, 1)
+    tl.store(D_BETA + ((b * S + first) * H + h) + q * H, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), inside)
     by_state = tl.where((document == last)[:, None], by_state * after[:, None], 0.0)
     if HAS_G:
         given = tl.sum(keys.to(tl.float32) * by_state, 1)
-        asked -= (taken * step + given).to(tl.float64)
+        asked = tl.load(ROWS + row + q) - (taken * step + given).to(tl.float64)
         through = tl.where(last == 0, tl.sum(whole, 0) * tl.exp(end.to(tl.float32)), 0.0) + tl.sum(given, 0)
-        later = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
-        d_gate = tl.sum(tl.where(later, asked[:, None], 0.0), 0) + tl.where(document == last, through, 0.0).to(tl.float64)
+        later, _ = tl.associative_scan((asked, document), 0, _of_one_document, reverse=True)
+        d_gate = later + tl.where(document == last, through, 0.0).to(tl.float64)
         previous = tl.load(DOCUMENT + row + q - 1, q > 0, other=0)
         d_gate = tl.where(document == previous, d_gate, 0.0)
-        tl.store(D_G + (b * (S // N) + rows) * H + h, d_gate.to(tl.float32), (s < S) & (s % N == 0))
-    d_key += by_state
-    d_key = tl.dot(tl.trans(d_scores), query.to(DOT), acc=d_key, input_precision=PRECISION)
+        tl.store(D_G + ((b * (S // N) + token) * H + h) + rows * H, d_gate.to(tl.float32), inside & (update == 0))
+    d_key = d_key * -step[:, None] + by_state
+    query = tl.load(
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :],
+        (inside & (update == N - 1))[:, None] & (k < K)[None, :],
+        other=0.0,
+    )
+    square = row * 64 + (q * 64)[:, None] + q[None, :]
+    d_key = tl.dot(tl.trans(tl.load(D_SCORES + square).to(DOT)), query.to(DOT), acc=d_key, input_precision=PRECISION)
     d_key = tl.dot(tl.load(D_PRODUCTS + square).to(DOT), keys.to(DOT), acc=d_key, input_precision=PRECISION)
     if NORM:
         wide = keys.to(tl.float32)
         d_key -= wide * (rk * rk * tl.sum(wide * d_key, 1))[:, None]
-    tl.store(D_K + ((b * S + s) * H + h)[:, None] * K + k[None, :], d_key.to(D_K.dtype.element_ty), (s < S)[:, None] & (k < K)[None, :])
+    to = D_K + ((b * S + first) * d_k + h * K) + (q * d_k)[:, None] + k[None, :]
+    tl.store(to, d_key.to(D_K.dtype.element_ty), inside[:, None] & (k < K)[None, :])

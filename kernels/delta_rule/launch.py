@@ -1,8 +1,8 @@
 """Runs the Triton kernels of `triton.py` and `gradients.py`; imports Triton only when a kernel is first wanted.
 
-Saved for the backward pass are the inputs only; it walks over the states again. While a pass runs it holds, besides its results, W and U (S (K + V)
-numbers a head), the corrected values (S V) and the state entering each chunk (S / 64 K V); going back also the inverses (64 S), the gradients of the states and of
-the corrected values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
+Saved for the backward pass are the inputs, the inverses (64 S numbers a head) and what is known of each sub-step (`Kept`); it walks over the
+states again. While a pass runs it holds, besides its results, W and U (S (K + V) numbers a head), the corrected values (S V) and the state entering
+each chunk (S / 64 K V); going back also the gradients of the states and of the corrected values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
 bf16; fp16 is lifted to fp32, whose range the states need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays,
 norms, triangular systems and the carried state are fp32 throughout.
 
@@ -20,35 +20,40 @@ from torch import Tensor
 
 from kernels.delta_rule.reference import CHUNK
 from kernels.dispatch import interpreted, no_triton
+from kernels.joint import rooms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of keys: one tile holds them. Keys of more than 128 numbers of four bytes need more shared memory in `key_gradients` than there is; read twice
-# instead, they gave illegal accesses on an H100 (see NARROWEST).
+# Of keys: one tile holds them. Of four bytes more than 128 have not been run on a GPU since `key_gradients` has the shared memory for them.
 WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
 RUN = 16  # operands are made of whole runs of so many elements, as those of Mamba-2's scan
 # Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
 # that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
 NARROWEST = 64
+FARTHEST = 1 << 24  # elements between two steps: what lies in a chunk is addressed in 32 bits
+AT_ONCE = 264  # programs of a walk that run at once: two on each of the 132 processors of an H100
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Of a kernel: the columns of V taken at once, warps and stages."""
+    """Of a kernel: the columns of V taken at once, warps, stages and registers."""
 
     columns: int
     warps: int
     stages: int
+    registers: int = 0  # the most a thread takes; 0: as many as the compiler likes
 
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "project": Tile(128, 4, 1), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1),
-    "local": Tile(128, 4, 1), "walk_back": Tile(32, 4, 1), "pair_gradients": Tile(32, 4, 1), "key_gradients": Tile(64, 8, 1),
+    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1, 168),
+    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 1, 168),
+    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 1, 128),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
     "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
-    "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1), "key_gradients": Tile(16, 8, 1),
+    "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1),
+    "query_gradients": Tile(16, 8, 1), "key_gradients": Tile(16, 8, 1),
 }  # fmt: skip
 
 
@@ -58,7 +63,7 @@ def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
     columns, warps, stages = tile.columns, tile.warps, tile.stages
     if pad(K) > 128:
         columns, warps, stages = max(16, columns // 2), warps if name == "project" else 8, 1
-    return Tile(min(columns, pad(V)), warps, stages)
+    return Tile(min(columns, pad(V)), warps, stages, 0 if pad(K) > 128 else tile.registers)
 
 
 def why_not(v: Tensor, K: int) -> str:
@@ -78,6 +83,11 @@ def gradient_kernels() -> ModuleType:
     from kernels.delta_rule import gradients
 
     return gradients
+
+
+def kind_of(dtype: torch.dtype) -> torch.dtype:
+    """Of what kernels leave for others and multiply, by the dtype of v: the interpreter has no bf16 products."""
+    return torch.bfloat16 if dtype == torch.bfloat16 and not interpreted() else torch.float32
 
 
 def pad(width: int) -> int:
@@ -100,7 +110,7 @@ def ready(x: Tensor, dtype: torch.dtype, least: int) -> Tensor:
     x, more = x.to(dtype), whole_width(max(x.shape[-1], least)) - x.shape[-1]
     if more:
         return torch.constant_pad_nd(x, (0, more))
-    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % RUN for stride in strides_of(x))
+    dense = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(stride % RUN for stride in strides_of(x)) and x.stride(1) < FARTHEST
     return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
@@ -109,27 +119,39 @@ def filled(state: Tensor | None, V: int, K: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, K - state.shape[3], 0, V - state.shape[2])).contiguous()
 
 
+# Of every chunk and sub-step, (B, H, L 64, ...): inverses, sums of gates, counts of documents, norms and strengths (`triton.py`).
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Problem:
-    """The arguments of one call in the form the kernels take, and what all kernels of a pass share."""
+    """The arguments of one call in the form the kernels take, and what all kernels of a pass share. kept: what the forward pass left."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, starts: Tensor | None, normalize: bool, scale: float
-    ) -> None:
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, starts: Tensor | None, normalize: bool, scale: float,
+        kept: Kept | None = None,
+    ) -> None:  # fmt: skip
         self.module, dtype = kernels(), v.dtype
         tl = self.module.tl
         self.wide = dtype != torch.bfloat16
-        narrow = not self.wide and not interpreted()  # the interpreter has no bf16 products
+        self.kind = kind_of(dtype)
+        narrow = self.kind == torch.bfloat16
         self.dot: dict[str, Any] = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32x3" if self.wide else "ieee"}
-        self.kind = torch.bfloat16 if narrow else torch.float32  # of what kernels leave for others
         self.least = RUN if interpreted() else NARROWEST
         self.q, self.k, self.v = (ready(x, dtype, self.least) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
         self.beta, self.g, self.starts, self.normalize, self.scale = beta, g, starts, normalize, float(scale)
         self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=v.device)
-        length = self.chunks * CHUNK
+        self.given, length = kept is not None, self.chunks * CHUNK
+        if kept is not None:
+            self.inverse, self.total, self.document, self.rk, self.step = kept
+            return
         self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
         self.rk, self.step = (self.made(length, dtype=torch.float32) for _ in range(2))
+
+    @property
+    def kept(self) -> Kept:
+        return self.inverse, self.total, self.document, self.rk, self.step
 
     def made(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.B, self.H, *shape, dtype=dtype or self.kind, device=self.v.device)
@@ -140,7 +162,17 @@ class Problem:
 
     def options(self, name: str, **more: Any) -> dict[str, Any]:
         tile = sizes(name, self.wide, self.K, self.V)
-        return {**more, **self.dot, "BV": tile.columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
+        limit = {"maxnreg": tile.registers} if tile.registers and not interpreted() else {}
+        return {**more, **self.dot, **limit, "BV": tile.columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
+
+    def walking(self, name: str, **more: Any) -> tuple[tuple[int], dict[str, Any]]:
+        """(grid, options) of a kernel whose programs carry rows of one head's state. Of few heads they take fewer rows each, as nobody waits for them
+        to end: a step of 32 takes 4.7 us for 6.0 of 64 (`walk_back`, H200)."""
+        options = self.options(name, **more)
+        few = min(32, options["BV"])
+        if self.B * self.H * -(-self.V // few) <= AT_ONCE:
+            options["BV"] = few
+        return (self.B * self.H * -(-self.V // options["BV"]),), options
 
     def gates(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """(g, beta, starts, their strides), something in place of what is not given."""
@@ -150,16 +182,17 @@ class Problem:
         return g, self.beta, marks, lies
 
     def project(self, values: bool = True, keep: bool = False) -> None:
-        """W, U if `values`, and the inverses if they are to be kept."""
+        """W, U if `values`, and, where they are not given, the inverses if they are to be kept."""
         length = self.chunks * CHUNK
         self.W = self.made(length, self.K)
         self.U = self.made(length, self.V) if values else self.W
-        self.inverse = self.made(length, CHUNK) if keep else self.W
+        if not self.given:
+            self.inverse = self.made(length, CHUNK) if keep else self.W
         g, beta, marks, lies = self.gates()
         self.module.project[self.grid](
             self.k, self.v, g, beta, marks, self.total, self.document, self.rk, self.step, self.inverse, self.W, self.U,
-            self.S, self.H, self.N, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.v), *lies,
-            **self.options("project", HAS_G=self.g is not None, HAS_STARTS=self.starts is not None, HAS_VALUES=values, KEEP=keep, NORM=self.normalize),
+            self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.v), *lies, HAS_G=self.g is not None,
+            HAS_STARTS=self.starts is not None, HAS_VALUES=values, KEEP=keep, GIVEN=self.given, NORM=self.normalize, N=self.N, **self.options("project"),
         )  # fmt: skip
 
     def walk(self, begin: Tensor | None, keep: bool = True) -> Tensor:
@@ -168,8 +201,8 @@ class Problem:
         last = torch.empty_like(self.begin)
         self.states = self.made(self.chunks, self.V, self.K) if keep else self.W
         self.corrected = torch.empty_like(self.U) if keep else self.U
-        options = self.options("walk", MARK=self.lost is not None, KEEP=keep)
-        self.module.walk[(self.B * self.H * -(-self.V // options["BV"]),)](
+        grid, options = self.walking("walk", MARK=self.lost is not None, KEEP=keep)
+        self.module.walk[grid](
             self.k, self.total, self.document, self.rk, self.W, self.U, self.begin, self.states, self.corrected, last, last if self.lost is None else self.lost,
             self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), **options,
         )  # fmt: skip
@@ -179,8 +212,8 @@ class Problem:
         o = torch.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype, device=self.v.device)
         self.module.outputs[self.grid](
             self.k, self.q, self.total, self.document, self.rk, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
-            self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.q),
-            **self.options("outputs", MARK=self.lost is not None, NORM=self.normalize),
+            self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.q),
+            **self.options("outputs", MARK=self.lost is not None, NORM=self.normalize, N=self.N),
         )  # fmt: skip
         return o
 
@@ -191,9 +224,9 @@ class Problem:
         g, beta, marks, lies = self.gates()
         rows = min(pad(self.V), max(1, RECOVERED // pad(self.K)))
         self.module.recover[(self.B * self.H * -(-self.V // rows),)](
-            self.k, self.q, self.v, g, beta, marks, self.begin, o, last, self.lost, self.scale, self.T, self.H, self.N, self.R, self.K, self.V,
+            self.k, self.q, self.v, g, beta, marks, self.begin, o, last, self.lost, self.scale, self.T, self.H, self.R, self.K, self.V,
             *strides_of(self.k), *strides_of(self.q), *strides_of(self.v), *lies,
-            HAS_G=self.g is not None, NORM=self.normalize, BK=pad(self.K), BV=rows,
+            HAS_G=self.g is not None, NORM=self.normalize, N=self.N, BK=pad(self.K), BV=rows,
         )  # fmt: skip
 
     def walk_back(self, do: Tensor, later: Tensor | None, keep: bool = True) -> Tensor:
@@ -202,39 +235,43 @@ class Problem:
         self.du, self.rq = self.made(self.chunks * CHUNK, self.V), torch.empty_like(self.rk)
         lies = *strides_of(self.k), *strides_of(self.q), *strides_of(do)
         read = (self.k, self.q, do, self.total, self.document, self.rk, self.rq)
-        shape = (self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V)
-        module.local[self.grid](*read, self.du, *shape, *lies, **self.options("local", NORM=self.normalize))
+        shape = (self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V)
+        module.local[self.grid](*read, self.du, *shape, *lies, **self.options("local", NORM=self.normalize, N=self.N))
         later = torch.zeros(self.B, self.H, self.V, self.K, device=do.device) if later is None else later
         first = torch.empty_like(later)
         self.d_states = self.made(self.chunks, self.V, self.K) if keep else self.W
-        options = self.options("walk_back", KEEP=keep)
-        module.walk_back[(self.B * self.H * -(-self.V // options["BV"]),)](
-            *read, self.W, self.du, later, self.d_states, first, *shape, *lies, **options
-        )
+        grid, options = self.walking("walk_back", KEEP=keep, N=self.N)
+        module.walk_back[grid](*read, self.W, self.du, later, self.d_states, first, *shape, *lies, **options)
         return first
 
-    def gradients(self, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Of q, k, v, beta and g."""
-        module, device, kind = gradient_kernels(), do.device, self.v.dtype if self.R == 1 else torch.float32
+    def gradients(self, do: Tensor, like: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Of q, k, v, beta and g; the first three lie as those `like` them where heads share no keys."""
+        module, device = gradient_kernels(), do.device
         square, length = self.chunks * CHUNK, self.chunks * CHUNK
         right, rows = torch.empty_like(self.du), torch.empty_like(self.total)
         d_scores, d_products, strength = self.made(square, CHUNK), self.made(square, CHUNK), self.made(length, dtype=torch.float32)
-        dv = torch.empty(self.B, self.S, self.H, self.V, dtype=self.v.dtype, device=device)
+        if self.R == 1:
+            dq, dk, dv = rooms(like, self.v.dtype)
+        else:
+            dq, dk = (torch.empty(self.B, n, self.H, self.K, device=device) for n in (self.T, self.S))
+            dv = torch.empty(self.B, self.S, self.H, self.V, dtype=self.v.dtype, device=device)
         sums = (self.total, self.document, self.rk, self.rq, self.step)
-        shape = (self.scale, self.S, self.H, self.N, self.R, self.chunks, self.K, self.V)
+        shape = (self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V)
         lies = *strides_of(self.k), *strides_of(self.q)
         module.pair_gradients[self.grid](
             self.k, self.q, self.v, do, *sums, self.inverse, self.corrected, self.du, right, d_scores, d_products, dv, rows, strength, *shape, *lies,
-            *strides_of(self.v), *strides_of(do), **self.options("pair_gradients"),
+            *strides_of(self.v), *strides_of(do), dv.stride(1), **self.options("pair_gradients", N=self.N),
         )  # fmt: skip
-        dq = torch.empty(self.B, self.T, self.H, self.K, dtype=kind, device=device)
-        dk = torch.empty(self.B, self.S, self.H, self.K, dtype=kind, device=device)
         d_beta = torch.empty(self.B, self.S, self.H, device=device)
         dg = None if self.g is None else torch.empty(self.B, self.T, self.H, device=device)
+        module.query_gradients[self.grid](
+            self.k, self.q, do, self.total, self.document, self.rq, self.states, d_scores, rows, dq, *shape, *lies, *strides_of(do), dq.stride(1),
+            **self.options("query_gradients", NORM=self.normalize, N=self.N),
+        )  # fmt: skip
         module.key_gradients[self.grid](
-            self.k, self.q, do, *sums, self.states, self.d_states, self.corrected, right, d_scores, d_products, rows, strength, dq, dk,
-            d_beta if dg is None else dg, d_beta, *shape, *lies, *strides_of(do),
-            **self.options("key_gradients", HAS_G=self.g is not None, NORM=self.normalize),
+            self.k, self.q, self.total, self.document, self.rk, self.step, self.states, self.d_states, self.corrected, right, d_scores, d_products,
+            rows, strength, dk, d_beta if dg is None else dg, d_beta, *shape[1:], *lies, dk.stride(1),
+            **self.options("key_gradients", HAS_G=self.g is not None, NORM=self.normalize, N=self.N),
         )  # fmt: skip
         if self.R > 1:
             dq, dk = (d.unflatten(2, (self.G, self.R)).sum(3) for d in (dq, dk))
@@ -245,8 +282,20 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(o (B, T, H, V) in v's dtype, final state (B, H, V, K) fp32)."""
-    this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale), v.shape[3], k.shape[3]
-    this.project()
+    return _run(Problem(q, k, v, beta, g, starts, normalize, scale), h0, v.shape[3], k.shape[3])
+
+
+def forward_kept(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Kept]:
+    """As `forward`, and what `backward` then need not make again."""
+    this = Problem(q, k, v, beta, g, starts, normalize, scale)
+    o, last = _run(this, h0, v.shape[3], k.shape[3], keep=True)
+    return o, last, this.kept
+
+
+def _run(this: Problem, h0: Tensor | None, V: int, K: int, keep: bool = False) -> tuple[Tensor, Tensor]:
+    this.project(keep=keep)
     last = this.walk(filled(h0, this.V, this.K))
     o = this.outputs()
     this.recover(o, last)
@@ -275,15 +324,15 @@ def start_gradient(
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None, normalize: bool, scale: float,
-    do: Tensor, d_final: Tensor,
+    kept: Kept | None, do: Tensor, d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of q, k, v, beta, g and h0: those of q, k and v in the dtype of v (fp32 where heads share keys), the others fp32."""
-    this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale), v.shape[3], k.shape[3]
+    this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale, kept), v.shape[3], k.shape[3]
     do = ready(do, v.dtype, this.least)
     this.project(keep=True)
     this.walk(filled(h0, this.V, this.K))
     dh0 = this.walk_back(do, filled(d_final, this.V, this.K))
-    dq, dk, dv, d_beta, dg = this.gradients(do)
+    dq, dk, dv, d_beta, dg = this.gradients(do, (q, k, v) if (this.V, this.K) == (V, K) else (this.q, this.k, this.v))
     if (this.V, this.K) != (V, K):
         dq, dk, dv, dh0 = (t.contiguous() for t in (dq[..., :K], dk[..., :K], dv[..., :V], dh0[:, :, :V, :K]))
     return dq, dk, dv, d_beta, dg, dh0

@@ -49,7 +49,8 @@ class _Rule(torch.autograd.Function):
             normalize, scale = ctx.settings
             results = _run(leaves, starts, normalize, scale, gradients)
             inputs = [t for t, want in zip(leaves, wanted) if t is not None and want]
-            made = iter(torch.autograd.grad(results, inputs, gradients, allow_unused=True))
+            count = 1 + results[1].requires_grad  # a state knows nothing of queries
+            made = iter(torch.autograd.grad(results[:count], inputs, gradients[:count], allow_unused=True))
         return None, None, None, *(next(made) if want else None for want in wanted)
 
 

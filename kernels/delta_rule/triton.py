@@ -39,6 +39,15 @@ def where_is(chunks, H):
 
 
 @triton.jit
+def rows_of(first, S, N: tl.constexpr):
+    """Of a chunk from sub-step `first` on: (its first token, the token of each row after that one, which of the token's updates it is, whether there
+    is such a sub-step). 64 bits for the chunk, 32 for what lies in it, which costs a third of the instructions."""
+    q = tl.arange(0, 64)
+    since = (first % N).to(tl.int32) + q
+    return first // N, since // N, since % N, q < tl.minimum(S - first, 64).to(tl.int32)
+
+
+@triton.jit
 def inverse_norms(x, NORM: tl.constexpr):
     """One over the norm of each row, or ones."""
     out = tl.full((64,), 1.0, tl.float32)
@@ -49,11 +58,17 @@ def inverse_norms(x, NORM: tl.constexpr):
 
 
 @triton.jit
-def decays(TOTAL, DOCUMENT, row):
-    """(D (Q, Q), d, decays to the chunk's end, the whole chunk's), nothing between documents."""
+def sums_of(TOTAL, DOCUMENT, row):
+    """(TOTAL, DOCUMENT) of a chunk's sub-steps, and both of the last. Loads keep their order: those that nothing has to wait for stand first."""
     q = tl.arange(0, 64)
-    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
-    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+    return tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+
+
+@triton.jit
+def decays(sums):
+    """(D (Q, Q), d, decays to the chunk's end, the whole chunk's) of `sums_of` a chunk, nothing between documents."""
+    q = tl.arange(0, 64)
+    total, document, end, last = sums
     between = (total[:, None] - total[None, :]).to(tl.float32)
     allowed = (q[:, None] >= q[None, :]) & (document[:, None] == document[None, :])
     pairs = tl.exp(tl.where(allowed, between, float("-inf")))
@@ -63,94 +78,92 @@ def decays(TOTAL, DOCUMENT, row):
 
 
 @triton.jit
-def _quarters(x, HALF: tl.constexpr):
-    """The four squares of a square: (top left, top right, bottom left, bottom right)."""
-    top, bottom = tl.split(tl.permute(tl.reshape(x, (2, HALF, 2, HALF)), (1, 3, 2, 0)))
-    left, right = tl.split(top)
-    below, corner = tl.split(bottom)
-    return left, right, below, corner
-
-
-@triton.jit
-def _whole(left, right, below, corner, HALF: tl.constexpr):
-    """The square of four squares, as `_quarters` gives them."""
-    four = tl.join(tl.join(left, right), tl.join(below, corner))
-    return tl.reshape(tl.permute(four, (3, 0, 2, 1)), (2 * HALF, 2 * HALF))
-
-
-@triton.jit
-def _substituted(x, mirrored, i):
-    """x with row i of the inverse, once those above it are done."""
-    r = tl.arange(0, 16)
-    column = tl.sum(tl.where(r[None, :] == i, mirrored, 0.0), 1)
-    return tl.where(r[:, None] == i, x - tl.sum(column[:, None] * x, 0)[None, :], x)
+def _inverse_of_unit(system):
+    """(I + L)^-1 of a strictly lower triangle L (64, 64). Four squares of 16 along the diagonal at once, each in one warp, row by row; then
+    pairs of them, then both pairs, by products."""
+    r, d = tl.arange(0, 16), tl.arange(0, 4)
+    same = (d[:, None] == d[None, :])[:, None, :, None]
+    square = tl.sum(tl.where(same, tl.reshape(system, (4, 16, 4, 16)), 0.0), 2)
+    mirrored = tl.permute(square, (0, 2, 1))
+    x = tl.zeros((4, 16, 16), tl.float32) + tl.where(r[:, None] == r[None, :], 1.0, 0.0)[None, :, :]
+    for i in range(1, 16):
+        column = tl.sum(tl.where(r[None, None, :] == i, mirrored, 0.0), 2)
+        x = tl.where(r[None, :, None] == i, x - tl.sum(column[:, :, None] * x, 1)[:, None, :], x)
+    # within halves of 32: what is below the diagonal is -x1 l x0
+    even, odd = tl.split(tl.permute(tl.reshape(x, (2, 2, 16, 16)), (0, 2, 3, 1)))
+    p = tl.arange(0, 2)
+    half = tl.sum(tl.where((p[:, None] == p[None, :])[:, None, :, None], tl.reshape(system, (2, 32, 2, 32)), 0.0), 2)
+    halves = tl.reshape(half, (2, 2, 16, 2, 16))
+    below = tl.sum(tl.sum(tl.where((p[:, None] > p[None, :])[None, :, None, :, None], halves, 0.0), 3), 1)
+    corner = -tl.dot(odd, tl.dot(below, even, input_precision="tf32x3"), input_precision="tf32x3")
+    none = tl.zeros((2, 16, 16), tl.float32)
+    four = tl.join(tl.join(even, corner), tl.join(none, odd))  # (2, 16, 16, row of squares, column)
+    blocks = tl.reshape(tl.permute(four, (0, 3, 1, 4, 2)), (2, 32, 32))
+    first, second = tl.split(tl.permute(blocks, (1, 2, 0)))
+    wide = tl.reshape(system, (2, 32, 2, 32))
+    across = tl.sum(tl.sum(tl.where((p[:, None] > p[None, :])[:, None, :, None], wide, 0.0), 2), 0)
+    lowest = -tl.dot(second, tl.dot(across, first, input_precision="tf32x3"), input_precision="tf32x3")
+    nothing = tl.zeros((32, 32), tl.float32)
+    whole = tl.join(tl.join(first, lowest), tl.join(nothing, second))
+    return tl.reshape(tl.permute(whole, (2, 0, 3, 1)), (64, 64))
 
 
 @triton.jit
 def project(
-    X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, N, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
-    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
+    X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
+    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr,
+    NORM: tl.constexpr, N: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What is known of each sub-step, W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: also (I + L)^-1 (B, H, chunks, Q, Q), in registers
-    throughout. Its columns are scaled, so that keys and values go into products as they are."""
+    throughout; GIVEN: that and what is known of the sub-steps is there already. The inverse's columns are scaled, so that keys and values go into
+    products as they are."""
     row, b, h, _, first = where_is(chunks, H)
+    token, tokens, update, inside = rows_of(first, S, N)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
-    s = first + q
-    token, lead, inside = s // N, s % N == 0, s < S
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0)
-    rk = inverse_norms(keys, NORM)
-    gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
-    if HAS_G:
-        gate = tl.load(G + b * g_b + token * g_t + h * g_h, inside & lead, other=0.0).to(tl.float32)
-        new = (gate < -87.0).to(tl.int32)
-        gate = tl.where(new != 0, 0.0, gate)
-    if HAS_STARTS:
-        new = new | tl.load(STARTS + b * s_b + token * s_t, inside & lead, other=0).to(tl.int32)
-    step = tl.load(BETA + b * b_b + s * b_t + h * b_h, inside, other=0.0).to(tl.float32)
-    total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
-    tl.store(TOTAL + row + q, total)
-    tl.store(DOCUMENT + row + q, document)
-    tl.store(RK + row + q, rk)
-    tl.store(STEP + row + q, step)
-    products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
-    allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
-    between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
-    system = tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0)
-    first_half, _, below, second_half = _quarters(system, 32)
-    l00, _, l10, l11 = _quarters(first_half, 16)
-    l20, l21, l30, l31 = _quarters(below, 16)
-    l22, _, l32, l33 = _quarters(second_half, 16)
-    m0, m1, m2, m3 = tl.trans(l00), tl.trans(l11), tl.trans(l22), tl.trans(l33)
-    r = tl.arange(0, 16)
-    one = tl.where(r[:, None] == r[None, :], 1.0, 0.0)
-    x0, x1, x2, x3 = one, one, one, one
-    for i in range(1, 16):
-        x0, x1, x2, x3 = _substituted(x0, m0, i), _substituted(x1, m1, i), _substituted(x2, m2, i), _substituted(x3, m3, i)
-    x10 = -tl.dot(x1, tl.dot(l10, x0, input_precision="tf32x3"), input_precision="tf32x3")
-    x21 = -tl.dot(x2, tl.dot(l21, x1, input_precision="tf32x3"), input_precision="tf32x3")
-    x32 = -tl.dot(x3, tl.dot(l32, x2, input_precision="tf32x3"), input_precision="tf32x3")
-    y20 = tl.dot(l21, x10, acc=tl.dot(l20, x0, input_precision="tf32x3"), input_precision="tf32x3")
-    y31 = tl.dot(l32, x21, acc=tl.dot(l31, x1, input_precision="tf32x3"), input_precision="tf32x3")
-    x20, x31 = -tl.dot(x2, y20, input_precision="tf32x3"), -tl.dot(x3, y31, input_precision="tf32x3")
-    y30 = tl.dot(l31, x10, acc=tl.dot(l30, x0, input_precision="tf32x3"), input_precision="tf32x3")
-    x30 = -tl.dot(x3, tl.dot(l32, x20, acc=y30, input_precision="tf32x3"), input_precision="tf32x3")
-    zero = one * 0.0
-    upper = _whole(zero, zero, zero, zero, 16)
-    inverse = _whole(_whole(x0, zero, x10, x1, 16), upper, _whole(x20, x21, x30, x31, 16), _whole(x2, zero, x32, x3, 16), 32)
-    if KEEP:
-        tl.store(INVERSE + row * 64 + q[:, None] * 64 + q[None, :], inverse.to(INVERSE.dtype.element_ty))
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    square = row * 64 + (q * 64)[:, None] + q[None, :]
+    if GIVEN:
+        total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+        rk, step = tl.load(RK + row + q), tl.load(STEP + row + q)
+        inverse = tl.load(INVERSE + square).to(tl.float32)
+    else:
+        gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
+        lead = inside & (update == 0)
+        if HAS_G:
+            gate = tl.load(G + (b * g_b + token * g_t + h * g_h) + tokens * g_t, lead, other=0.0).to(tl.float32)
+        if HAS_STARTS:
+            new = tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
+        step = tl.load(BETA + (b * b_b + first * b_t + h * b_h) + q * b_t, inside, other=0.0).to(tl.float32)
+        rk = inverse_norms(keys, NORM)
+        gone = gate < -87.0
+        new, gate = new | gone.to(tl.int32), tl.where(gone, 0.0, gate)
+        total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
+        tl.store(TOTAL + row + q, total)
+        tl.store(DOCUMENT + row + q, document)
+        tl.store(RK + row + q, rk)
+        tl.store(STEP + row + q, step)
+        products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
+        allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
+        between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
+        inverse = _inverse_of_unit(tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0))
+        if KEEP:
+            tl.store(INVERSE + square, inverse.to(INVERSE.dtype.element_ty))
     before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
     w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
     w = tl.where((document == 0)[:, None], w, 0.0)
-    tl.store(W + row * K + q[:, None] * K + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
+    tl.store(W + row * K + (q * K)[:, None] + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
     if HAS_VALUES:
         scaled = (inverse * step[None, :]).to(DOT)
         for begin in range(0, V, BV):
             v = begin + tl.arange(0, BV)
-            values = tl.load(VALUES + (b * v_b + h * v_h) + s[:, None] * v_t + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0)
+            values = tl.load(
+                VALUES + (b * v_b + first * v_t + h * v_h) + (q * v_t)[:, None] + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0
+            )
             u = tl.dot(scaled, values.to(DOT), input_precision=PRECISION)
-            tl.store(U + row * V + q[:, None] * V + v[None, :], u.to(U.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
+            tl.store(U + row * V + (q * V)[:, None] + v[None, :], u.to(U.dtype.element_ty), tl.broadcast_to((v < V)[None, :], (64, BV)))
 
 
 @triton.jit
@@ -168,10 +181,15 @@ def walk(
     state = tl.load(FIRST + bh * V * K + place, inside, other=0.0)
     for chunk in range(0, chunks):
         c = bh * 0 + chunk
-        row, s = (bh * chunks + c) * 64, c * 64 + q
-        keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0)
-        w = tl.load(W + row * K + q[:, None] * K + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-        u = tl.load(U + row * V + q[:, None] * V + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        row, first = (bh * chunks + c) * 64, c * 64
+        inside_chunk = q < tl.minimum(S - first, 64).to(tl.int32)
+        keys = tl.load(
+            X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :],
+            inside_chunk[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+        u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
         low = state.to(STATES.dtype.element_ty)
@@ -181,7 +199,7 @@ def walk(
         corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
         if KEEP:
             tl.store(
-                CORRECTED + row * V + q[:, None] * V + v[None, :],
+                CORRECTED + row * V + (q * V)[:, None] + v[None, :],
                 corrected.to(CORRECTED.dtype.element_ty),
                 tl.broadcast_to((v < V)[None, :], (64, BV)),
             )
@@ -198,28 +216,35 @@ def walk(
 
 @triton.jit
 def outputs(
-    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, N, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
-    MARK: tl.constexpr, NORM: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
+    MARK: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token."""
     row, b, h, c, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
-    s = first + q
-    read, rows = (s < S) & (s % N == N - 1), s // N
-    query = tl.load(Y + (b * y_b + h // R * y_g) + rows[:, None] * y_t + k[None, :], read[:, None] & (k < K)[None, :], other=0.0)
+    token, rows, update, inside = rows_of(first, S, N)
+    read = inside & (update == N - 1)
+    query = tl.load(
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
+    )
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    sums = sums_of(TOTAL, DOCUMENT, row)
+    rk = tl.load(RK + row + q)
     rq = inverse_norms(query, NORM) * scale
     query = query.to(DOT)
-    keys = tl.load(X + (b * x_b + h // R * x_g) + s[:, None] * x_t + k[None, :], (s < S)[:, None] & (k < K)[None, :], other=0.0).to(DOT)
-    pairs, before, _, _ = decays(TOTAL, DOCUMENT, row)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * tl.load(RK + row + q)[None, :]
+    keys = keys.to(DOT)
+    pairs, before, _, _ = decays(sums)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
     scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
-    document, last = tl.load(DOCUMENT + row + q), tl.load(DOCUMENT + row + 63)
-    tokens = b * (S // N)
+    _, document, _, last = sums
+    to = ((b * (S // N) + token) * H + h) * V
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
-        inside = (v < V)[:, None] & (k < K)[None, :]
-        state = tl.load(STATES + (row // 64) * V * K + v[:, None] * K + k[None, :], inside, other=0.0)
-        u = tl.load(CORRECTED + row * V + q[:, None] * V + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        whole = (v < V)[:, None] & (k < K)[None, :]
+        state = tl.load(STATES + (row // 64) * V * K + (v * K)[:, None] + k[None, :], whole, other=0.0)
+        u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
         o = tl.dot(query, tl.trans(state.to(DOT)), input_precision=PRECISION) * (before * rq)[:, None]
         o = tl.where((document == 0)[:, None], o, 0.0)
         o = tl.dot(scores, u.to(DOT), acc=o, input_precision=PRECISION)
@@ -227,13 +252,13 @@ def outputs(
             if last > 0:
                 if not all_finite(o):
                     tl.store(LOST + row // 64 // chunks, 1)
-        tl.store(O + ((tokens + rows) * H + h)[:, None] * V + v[None, :], o.to(O.dtype.element_ty), read[:, None] & (v < V)[None, :])
+        tl.store(O + to + (rows * (H * V))[:, None] + v[None, :], o.to(O.dtype.element_ty), read[:, None] & (v < V)[None, :])
 
 
 @triton.jit
 def recover(
-    X, Y, VALUES, G, BETA, STARTS, FIRST, O, LAST, LOST, scale, T, H, N, R, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, g_b, g_t, g_h, b_b, b_t, b_h,
-    s_b, s_t, HAS_G: tl.constexpr, NORM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, VALUES, G, BETA, STARTS, FIRST, O, LAST, LOST, scale, T, H, R, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, g_b, g_t, g_h, b_b, b_t, b_h,
+    s_b, s_t, HAS_G: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The definition, step by step, of the heads marked LOST; the others' programs end at once."""
     tiles = tl.cdiv(V, BV)

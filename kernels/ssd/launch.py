@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton
-from kernels.joint import beside
+from kernels.joint import rooms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PREPARED = 16  # heads a program of `prepare` takes
@@ -230,7 +230,7 @@ def backward(
     states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
     B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
-    dx, to_B, to_C = rooms(x, Bm, Cm) if (this.P, this.N) == (P, N) else rooms(this.x, this.Bm, this.Cm)
+    dx, to_B, to_C = rooms((x, Bm, Cm) if (this.P, this.N) == (P, N) else (this.x, this.Bm, this.Cm), x.dtype)
     d_dt, d_A = this.fp32(B, T, H), this.fp32(B * this.chunks, H)
     d_D = None if D is None else torch.empty_like(d_A)
     d_B, d_C = (this.fp32(B, T, width, this.N) for _ in range(2))
@@ -257,16 +257,3 @@ def backward(
     if (this.P, this.N) != (P, N):
         dx, to_B, to_C, d_h0 = (t.contiguous() for t in (dx[..., :P], to_B[..., :N], to_C[..., :N], d_h0[:, :, :P, :N]))
     return dx, d_dt, to_A, to_B, to_C, None if d_D is None else to_D, d_h0
-
-
-def rooms(x: Tensor, Bm: Tensor, Cm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the gradients of x, B and C, heads (groups) of a token beside each other: as columns of one tensor where they are (see
-    `kernels.joint.columns`)."""
-    parts = [t.flatten(2) if t.stride(3) == 1 and t.stride(2) == t.shape[3] else None for t in (x, Bm, Cm)]
-    whole = None if any(t is None for t in parts) else beside(parts)  # type: ignore[arg-type]
-    if whole is None:
-        made = [torch.empty(t.shape, dtype=x.dtype, device=x.device) for t in (x, Bm, Cm)]
-    else:
-        pieces = torch.empty(whole.shape, dtype=x.dtype, device=x.device).split([t.shape[2] * t.shape[3] for t in (x, Bm, Cm)], 2)
-        made = [piece.unflatten(2, t.shape[2:]) for piece, t in zip(pieces, (x, Bm, Cm))]
-    return made[0], made[1], made[2]

@@ -21,6 +21,7 @@ from kernels.delta_step import delta_step
 from kernels.delta_step.op import launch as launch_step
 from kernels.delta_step.op import usable
 from kernels.gated_norm import gated_norm
+from kernels.joint import columns
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
@@ -132,7 +133,7 @@ class Mixer(SequenceMixer):
             past = state.conv_BWI if state is not None else None
         joint = joint_gradient(projected)
         z, qkv, after, conv_state = self.conv(projected, self.first, past, starts, joint)
-        q, k, v = qkv.split([self.keys, self.n * self.keys, self.n * self.values], -1)
+        q, k, v = columns(qkv, [self.keys, self.n * self.keys, self.n * self.values])
         q_BTGK, k_BSGK = q.unflatten(-1, (self.G, self.K)), self._updates(k, self.G, self.K)
         v_BSHV, (beta_BSH, g_BTH) = self._updates(v, self.H, self.V), self._strengths(after)
         if self.slice is not None and state is None:
@@ -196,8 +197,8 @@ class Mixer(SequenceMixer):
     def _normed(self, o_BTI: Tensor, z_BTI: Tensor, joint: Any) -> Tensor:
         """RMSNorm of every head, with one weight for all of them, and the gate behind it."""
         weight, gated = self.norm.weight.repeat(self.H), self.config.output_gate
-        columns = (0, joint if gated else None)
-        return gated_norm(o_BTI, z_BTI if gated else None, weight, self.norm.eps, self.H, True, o_BTI.dtype, columns=columns)
+        of_joint = (0, joint if gated else None)
+        return gated_norm(o_BTI, z_BTI if gated else None, weight, self.norm.eps, self.H, True, o_BTI.dtype, columns=of_joint)
 
     @untraced
     def over_ranks(

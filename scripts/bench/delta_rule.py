@@ -12,6 +12,7 @@ import functools
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,12 +198,8 @@ def train_all(results: Results) -> None:
 def changes() -> list[tuple[str, launch.Tile]]:
     rows = []
     for name, tile in launch.NARROW.items():
-        for columns in () if name == "invert" else (32, 64, 128):
-            rows.append((name, launch.Tile(columns, tile.warps, tile.stages)))
-        for warps in (2, 4, 8):
-            rows.append((name, launch.Tile(tile.columns, warps, tile.stages)))
-        for stages in (2, 3):
-            rows.append((name, launch.Tile(tile.columns, tile.warps, stages)))
+        tried = {"columns": (32, 64, 128), "warps": (2, 4, 8), "stages": (2, 3), "registers": (0, 128, 168)}
+        rows += [(name, replace(tile, **{size: value})) for size, values in tried.items() for value in values]
     return [(name, tile) for name, tile in rows if tile != launch.NARROW[name]]
 
 

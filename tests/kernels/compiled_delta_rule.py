@@ -19,7 +19,7 @@ from kernels.delta_rule import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers, source_of  # noqa: E402
 
-NAMES = ("project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "key_gradients")
+NAMES = ("project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "query_gradients", "key_gradients")
 LIKE_V = {"X", "Y", "VALUES", "DO", "O", "D_V", "D_K", "D_Q"}  # in the dtype of v
 LEFT = {"INVERSE", "W", "U", "STATES", "CORRECTED", "DU", "D_STATES", "RIGHT", "D_SCORES", "D_PRODUCTS"}  # what kernels leave for others
 OTHERS = {"TOTAL": "*fp64", "ROWS": "*fp64", "DOCUMENT": "*i32", "LOST": "*i32", "STARTS": "*u8", "scale": "fp32"}
@@ -37,7 +37,7 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
     fn = getattr(launch.gradient_kernels() if hasattr(launch.gradient_kernels(), name) else launch.kernels(), name)
     rows = min(launch.pad(V), max(1, launch.RECOVERED // launch.pad(K)))
     constants = {
-        "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "HAS_VALUES": True,
+        "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "GIVEN": False, "HAS_VALUES": True, "N": 1,
         "DOT": tl.float32 if wide else tl.bfloat16, "PRECISION": "tf32x3" if wide else "ieee", "BK": launch.pad(K),
         "BV": rows if name == "recover" else tile.columns,
     }  # fmt: skip
@@ -47,12 +47,13 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
             return f"*{dtype}"
         if argument in LEFT:
             return "*fp32" if wide else "*bf16"
-        sizes = argument in ("S", "H", "N", "R", "K", "V", "T")
+        sizes = argument in ("S", "H", "R", "K", "V", "T")
         return OTHERS.get(argument, "*fp32" if argument.isupper() and not sizes else "i32")
 
-    free = ("S", "T", "N", "R", "H", "chunks", "scale", "s_b", "s_t", "g_h", "b_h", "g_b", "b_b", "g_t", "b_t")
+    free = ("S", "T", "R", "H", "chunks", "scale", "s_b", "s_t", "g_h", "b_h", "g_b", "b_b", "g_t", "b_t")
     source = source_of(fn, constants, kind, lambda a: a not in free)
-    return registers.figures(name, source, {"num_warps": tile.warps, "num_stages": tile.stages}, figures)
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return registers.figures(name, source, {"num_warps": tile.warps, "num_stages": tile.stages, **limit}, figures)
 
 
 def figures(kernel: Any) -> dict[str, int]:

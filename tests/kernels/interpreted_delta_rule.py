@@ -88,15 +88,50 @@ def without_options() -> None:
         assert (adjoint - wanted).norm() < 1e-5 * max(1, float(wanted.norm()))
 
 
+def kept_and_joined() -> None:
+    """The same gradients where nothing was kept; those of columns of one tensor are columns of one; and where only one result counts."""
+    tensors, starts = problem(1, 70, 2, 16, 2, 16, starts=0.05)
+    do, d_final = asked(tensors)
+    made = []
+    for keep in (True, False):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        o, final, *_ = op.rule(*leaves, starts, True, 0.5, keep)
+        made.append(torch.autograd.grad((o, final), leaves, (do, d_final), retain_graph=True))
+        (alone,) = torch.autograd.grad(final, leaves[2], d_final)
+        wanted = oracle(tensors, starts, torch.zeros_like(do), d_final, normalize=True, scale=0.5)[4]
+        assert distance(alone, wanted) < 1e-4
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+    assert len({t.untyped_storage().data_ptr() for t in made[0][:3]}) == 1 and made[0][0].stride(1) == 3 * 32
+    for place in range(6):
+        leaves = [t.detach().requires_grad_(i == place) for i, t in enumerate(tensors)]
+        (one,) = torch.autograd.grad(delta_rule(*(*leaves, starts), normalize=True, scale=0.5), leaves[place], (do, d_final))
+        assert torch.equal(one, made[0][place])
+
+
+def odd_shapes() -> None:
+    """Nothing, a document a token, a state in fp32 beside values in bf16, strides of every kind."""
+    for sizes in ((0, 5, 2, 8, 1, 8), (2, 0, 2, 8, 1, 8), (1, 3, 2, 0, 1, 4)):
+        tensors, _ = problem(*sizes)
+        found = answers(delta_rule, tensors, None, *asked(tensors), normalize=True)
+        assert [t.shape for t in found[2:]] == [t.shape for t in tensors]
+    tensors, _ = problem(1, 66, 2, 16, 1, 16, dtype=torch.bfloat16)
+    compare("a document a token", tensors, torch.ones(1, 66, dtype=torch.bool), (1e-2, 1e-2), normalize=True)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors]
+    turned[5] = tensors[5].transpose(2, 3).contiguous().transpose(2, 3)
+    for a, b in zip(delta_rule(*(*turned, None), normalize=True), delta_rule(*(*tensors, None), normalize=True)):
+        assert torch.equal(a, b)
+
+
 def registered() -> None:
     tensors, starts = problem(1, 9, 2, 16, 1, 16, starts=0.2)
     q, k, v, beta, g, h0 = (t.requires_grad_() for t in tensors)
-    for gate, begin, new in ((g, h0, starts), (None, None, None)):
-        torch.library.opcheck(op.rule_op, (q, k, v, beta, gate, begin, new, True, 0.5))
+    for gate, begin, new, keep in ((g, h0, starts, True), (None, None, None, False)):
+        torch.library.opcheck(op.rule_op, (q, k, v, beta, gate, begin, new, True, 0.5, keep))
     with torch.no_grad():
         do, d_final = asked(tensors)
         backward_op = torch.ops.everywhen.delta_rule_backward.default
-        arguments = (do, d_final, q, k, v, beta, g, h0, starts, True, 0.5)
+        kept = op.rule(q, k, v, beta, g, h0, starts, True, 0.5, True)[2:]
+        arguments = (do, d_final, *[None] * 5, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
         torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -110,5 +145,7 @@ if __name__ == "__main__":
     extremes()
     not_finite()
     without_options()
+    kept_and_joined()
+    odd_shapes()
     registered()
     print("ok")

@@ -52,6 +52,39 @@ def test_one_step_and_no_steps() -> None:
     assert o.shape == (3, 0, 4, 6) and torch.equal(final[1:], h0[1:])
 
 
+@pytest.mark.parametrize("place", range(6))
+def test_gradient_of_one_tensor_only(place: int) -> None:
+    """The final state knows nothing of queries."""
+    tensors, starts = problem(1, 9, 2, 3, 1, 4, starts=0.2)
+    do, d_final = asked(tensors)
+    leaves = [t.clone().requires_grad_(i == place) for i, t in enumerate(tensors)]
+    o, final = delta_rule(*(*leaves, starts), normalize=True)
+    (o * do).sum().add((final * d_final).sum()).backward()
+    compare([leaves[place].grad], [oracle(tensors, starts, do, d_final, normalize=True)[2 + place]], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 5, 2, 8, 1, 8), (2, 0, 2, 8, 1, 8), (1, 3, 2, 0, 1, 4), (1, 3, 2, 4, 1, 0), (1, 1, 1, 1, 1, 1)], ids=str
+)
+def test_sizes_of_nothing_and_of_one(sizes: tuple[int, ...]) -> None:
+    tensors, _ = problem(*sizes)
+    starts = torch.zeros(*sizes[:2], dtype=torch.bool)
+    do, d_final = asked(tensors)
+    found = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+    assert [t.shape for t in found[2:]] == [t.shape for t in tensors] and found[0].shape == do.shape
+    assert all(t.isfinite().all() for t in found)
+
+
+def test_a_document_a_token_and_a_gate_of_nothing_beside_reflections() -> None:
+    tensors, _ = problem(1, 80, 2, 8, 1, 8)
+    tensors[3][:], tensors[4][:, 30] = 2.0, -torch.inf
+    do, d_final = asked(tensors)
+    for starts in (torch.ones(1, 80, dtype=torch.bool), None):
+        wanted = oracle(tensors, starts, do, d_final, normalize=True)
+        skip = ("dg", "dh0") if starts is not None else ("dh0",)
+        compare(answers(delta_rule, tensors, starts, do, d_final, normalize=True), wanted, 1e-5, skip)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, beta, g, _ = problem(1, 6, 4, 8, 2, 8)[0]
     with pytest.raises(ValueError, match="do not go together"):
@@ -71,6 +104,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (6, torch.zeros(1, 6, dtype=torch.int64), "starts must be bool"),
         (0, torch.zeros(6, 2, 8), "q must be"),
         (2, torch.zeros(1, 6, 4, 8, dtype=torch.int64), "floating-point"),
+        (3, torch.zeros(1, 6, 4, device="meta"), "on one device"),
     ],
     ids=str,
 )

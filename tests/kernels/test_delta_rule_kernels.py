@@ -35,12 +35,13 @@ def test_all_at_once_on_two_ranks_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
-    """Another release of Triton may count otherwise: then only much spilling is a failure."""
+    """Another release of Triton may count otherwise: then only much spilling is a failure. Some is wanted: with fewer registers more programs run at
+    once (`launch.NARROW`)."""
     import triton
 
     golden = json.loads((HERE / "resources_delta_rule.json").read_text())
     found = json.loads(run("compiled_delta_rule.py", *map(str, golden["arguments"])))
     assert all(use["wgmma"] > 0 for name, use in found.items() if name != "recover"), found
-    assert all(use.get("spilled", 0) <= 160 and use["shared"] <= 227 << 10 for use in found.values()), found
+    assert all(use.get("spilled", 0) <= 320 and use["shared"] <= 227 << 10 for use in found.values()), found
     if triton.__version__ == golden["triton"]:
         assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_delta_rule bf16 128 128 --golden"
