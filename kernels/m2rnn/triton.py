@@ -1,13 +1,15 @@
 """Triton kernels of M2RNN: walks in order over blocks of rows of a head's state, which share a weight and nothing else.
 
 A program owns BK rows of one head. Its state lies in fp32 in registers, the head's weight beside it; a step multiplies the one with the other,
-adds the outer product of that step's key and value, and forgets by the gate. What the next step reads is loaded before this step's product.
+adds the outer product of that step's key and value, and forgets by the gate. What steps read is loaded two steps ahead.
 
-    walk     all steps: outputs, and the states at the borders of chunks
-    states   some chunks again, each from its border, for the state that each step enters with, and HAS_TANHS: what its tanh gives
-    back     those chunks backwards: gradients of all inputs; the adjoint and the sum of the weight's gradient are carried in memory
+    walk       all steps: outputs, and the states at the borders of chunks
+    slopes     chunks again, side by side, each from its border: 1 - tanh^2 of each step
+    adjoint    steps backwards, one after another, with one product each: the adjoint of each step's state
+    gradients  chunks again from their borders, side by side, with the adjoints at hand: gradients of all inputs, and of the weight a sum for a chunk
 
 Legend: b batch row, h head, i block of rows, t step; T steps, H heads, K rows and V columns of a state, R heads that share a query and a key.
+SLOPES and ADJOINTS are (B H, steps of some chunks, ROWS, BV).
 """
 
 # Arguments of kernels are pointers and numbers of Triton's own kinds.
@@ -15,6 +17,13 @@ Legend: b batch row, h head, i block of rows, t step; T steps, H heads, K rows a
 
 import triton
 import triton.language as tl
+
+# A number of 1 would become a constant of the kernel, and so another kernel for one step or one row.
+FREE = ("B", "T", "first", "begin", "end", "longest", "blocks", "chunks", "R")
+
+
+def _kernel(fn):
+    return triton.jit(fn, do_not_specialize=[name for name in FREE if name in fn.__code__.co_varnames[: fn.__code__.co_argcount]])
 
 
 @triton.jit
@@ -45,10 +54,16 @@ def _weight(W, h, v, BV: tl.constexpr):
 
 @triton.jit
 def _content(entering, w, x, y, PRECISION: tl.constexpr, FAST: tl.constexpr):
-    return _tanh(tl.dot(entering, w, input_precision=PRECISION) + x[:, None] * y[None, :], FAST)
+    return _tanh(tl.dot(entering, w, x[:, None] * y[None, :], input_precision=PRECISION), FAST)
 
 
 @triton.jit
+def _vector(at, n, size, inside):
+    """A vector of `size` numbers, zeros where the step is none."""
+    return tl.load(at, mask=n < tl.where(inside, size, 0), other=0.0)
+
+
+@_kernel
 def walk(
     Q, X, Y, KEEP, WRITE, STARTS, W, H0, O, FINAL, BORDERS, B, T, H, K, V, R, blocks, chunks, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     HAS_H0: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BORDERS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -63,45 +78,48 @@ def walk(
     if HAS_H0:
         state = tl.load(H0 + bh * K * V + tile, mask=inside, other=0.0)
     q_, x_, y_ = Q + b * q_b + (h // R) * q_h + k, X + b * k_b + (h // R) * k_h + k, Y + b * v_b + h * v_h + v
-    step = b * T * H + h
+    step, start_ = b * T * H + h, STARTS + b * T
     o_ = O + ((i * B + b) * T * H + h) * V + v
     border = BORDERS + bh * chunks * K * V + tile
-    q = tl.load(q_, mask=here, other=0.0).to(tl.float32)
-    x = tl.load(x_, mask=here, other=0.0).to(tl.float32)
-    y = tl.load(y_, mask=there, other=0.0).to(tl.float32)
-    keep, write = tl.load(KEEP + step), tl.load(WRITE + step)
+    q, x, y = tl.load(q_, mask=here, other=0.0), tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0)
+    keep, write, new = tl.load(KEEP + step), tl.load(WRITE + step), 0
+    q_ += q_t
+    x_ += k_t
+    y_ += v_t
+    step += H
+    more = T > 1
+    q1, x1, y1 = _vector(q_, k, K, more), _vector(x_, k, K, more), _vector(y_, v, V, more)
+    keep1, write1, new1 = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0), 0
     if HAS_STARTS:
-        new = tl.load(STARTS + b * T)
+        new, new1 = tl.load(start_).to(tl.int32), tl.load(start_ + 1, mask=more, other=0).to(tl.int32)
     for t in range(0, T):
-        more = t + 1 < T
+        more = t + 2 < T
         q_ += q_t
         x_ += k_t
         y_ += v_t
         step += H
-        q_next = tl.load(q_, mask=k < tl.where(more, K, 0), other=0.0)
-        x_next = tl.load(x_, mask=k < tl.where(more, K, 0), other=0.0)
-        y_next = tl.load(y_, mask=v < tl.where(more, V, 0), other=0.0)
-        keep_next, write_next = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
+        q2, x2, y2 = _vector(q_, k, K, more), _vector(x_, k, K, more), _vector(y_, v, V, more)
+        keep2, write2 = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
         if HAS_BORDERS:
             if t % CHUNK == 0:
                 tl.store(border, state, mask=inside)
                 border += K * V
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
-            new = tl.load(STARTS + b * T + t + 1, mask=more, other=0)
-        state = keep * state + write * _content(state.to(DOT), w, x, y, PRECISION, FAST)
-        tl.store(o_, tl.sum(q[:, None] * state, 0).to(O.dtype.element_ty), mask=there)
+            new, new1 = new1, tl.load(start_ + t + 2, mask=more, other=0).to(tl.int32)
+        state = keep * state + write * _content(state.to(DOT), w, x.to(tl.float32), y.to(tl.float32), PRECISION, FAST)
+        tl.store(o_, tl.sum(q.to(tl.float32)[:, None] * state, 0).to(O.dtype.element_ty), mask=there)
         o_ += H * V
-        q, x, y = q_next.to(tl.float32), x_next.to(tl.float32), y_next.to(tl.float32)
-        keep, write = keep_next, write_next
+        q, x, y, keep, write = q1, x1, y1, keep1, write1
+        q1, x1, y1, keep1, write1 = q2, x2, y2, keep2, write2
     tl.store(FINAL + bh * K * V + tile, state, mask=inside)
 
 
-@triton.jit
-def states(
-    X, Y, KEEP, WRITE, STARTS, W, BORDERS, STATES, TANHS, first, T, H, K, V, R, blocks, chunks, k_b, k_t, k_h, v_b, v_t, v_h,
-    HAS_STARTS: tl.constexpr, HAS_TANHS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+@_kernel
+def slopes(
+    X, Y, KEEP, WRITE, STARTS, W, BORDERS, SLOPES, first, T, H, K, V, R, blocks, chunks, k_b, k_t, k_h, v_b, v_t, v_h,
+    HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
@@ -111,13 +129,10 @@ def states(
     begin = (chunk * CHUNK).to(tl.int64)
     steps = tl.minimum(CHUNK, T - chunk * CHUNK)
     state = tl.load(BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=here[:, None] & there[None, :], other=0.0)
-    place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * CHUNK
-    at = place * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
-    s_, z_ = STATES + at, TANHS + at
+    s_ = SLOPES + (bh * tl.num_programs(1) + tl.program_id(1)) * CHUNK * ROWS * BV + k[:, None] * BV + v[None, :]
     x_, y_ = X + b * k_b + begin * k_t + (h // R) * k_h + k, Y + b * v_b + begin * v_t + h * v_h + v
     step = (b * T + begin) * H + h
-    x = tl.load(x_, mask=here, other=0.0).to(tl.float32)
-    y = tl.load(y_, mask=there, other=0.0).to(tl.float32)
+    x, y = tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0)
     keep, write = tl.load(KEEP + step), tl.load(WRITE + step)
     if HAS_STARTS:
         new = tl.load(STARTS + b * T + begin)
@@ -126,95 +141,119 @@ def states(
         x_ += k_t
         y_ += v_t
         step += H
-        x_next = tl.load(x_, mask=k < tl.where(more, K, 0), other=0.0)
-        y_next = tl.load(y_, mask=v < tl.where(more, V, 0), other=0.0)
+        x_next, y_next = _vector(x_, k, K, more), _vector(y_, v, V, more)
         keep_next, write_next = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
             new = tl.load(STARTS + b * T + begin + t + 1, mask=more, other=0)
-        entering = state.to(DOT)
-        tl.store(s_, entering)
-        s_ += BK * BV
-        z = _content(entering, w, x, y, PRECISION, FAST)
-        if HAS_TANHS:
-            tl.store(z_, z.to(TANHS.dtype.element_ty))
-            z_ += BK * BV
+        z = _content(state.to(DOT), w, x.to(tl.float32), y.to(tl.float32), PRECISION, FAST)
+        tl.store(s_, (1.0 - z * z).to(SLOPES.dtype.element_ty))
+        s_ += ROWS * BV
         state = keep * state + write * z
-        x, y, keep, write = x_next.to(tl.float32), y_next.to(tl.float32), keep_next, write_next
+        x, y, keep, write = x_next, y_next, keep_next, write_next
 
 
-@triton.jit
-def back(
-    Q, X, Y, KEEP, WRITE, STARTS, W, STATES, TANHS, DO, DQ, DX, DY, DG, DW, ADJOINT, begin, end, longest, B, T, H, K, V, R, blocks,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
-    HAS_STARTS: tl.constexpr, HAS_TANHS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+@_kernel
+def adjoint(
+    Q, KEEP, WRITE, STARTS, W, SLOPES, DO, ADJOINTS, ADJOINT, begin, end, longest, B, T, H, K, V, R, blocks, q_b, q_t, q_h,
+    HAS_STARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    b, h, i, bh = _place(H, blocks)
+    k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
+    here, there = k < K, v < V
+    w = tl.load(W + h.to(tl.int64) * (BV * BV) + v[None, :] * BV + v[:, None])  # transposed
+    adjoint_ = ADJOINT + bh * K * V + k[:, None] * V + v[None, :]
+    a = tl.load(adjoint_, mask=here[:, None] & there[None, :], other=0.0)
+    t, last = tl.cast(end - 1, tl.int64), end - begin - 1
+    q_, row, start_ = Q + b * q_b + t * q_t + (h // R) * q_h + k, (b * T + t) * H + h, STARTS + b * T + t
+    do_ = DO + row * V + v
+    at = (bh * longest + last) * ROWS * BV + k[:, None] * BV + v[None, :]
+    s_, a_ = SLOPES + at, ADJOINTS + at
+    q, do, s = tl.load(q_, mask=here, other=0.0), tl.load(do_, mask=there, other=0.0), tl.load(s_)
+    keep, write, new = tl.load(KEEP + row), tl.load(WRITE + row), 0
+    q_ -= q_t
+    do_ -= H * V
+    row -= H
+    s_ -= ROWS * BV
+    more = last > 0
+    q1, do1, s1 = _vector(q_, k, K, more), _vector(do_, v, V, more), tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
+    keep1, write1, new1 = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0), 0
+    if HAS_STARTS:
+        new, new1 = tl.load(start_).to(tl.int32), tl.load(start_ - 1, mask=more, other=0).to(tl.int32)
+    for n in range(0, last + 1):
+        more = n + 2 <= last
+        q_ -= q_t
+        do_ -= H * V
+        row -= H
+        s_ -= ROWS * BV
+        q2, do2, s2 = _vector(q_, k, K, more), _vector(do_, v, V, more), tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
+        keep2, write2 = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
+        a += q.to(tl.float32)[:, None] * do.to(tl.float32)[None, :]
+        tl.store(a_, a.to(ADJOINTS.dtype.element_ty))
+        a_ -= ROWS * BV
+        dp = s.to(tl.float32) * (write * a)
+        a = tl.dot(dp.to(DOT), w, keep * a, input_precision=PRECISION)
+        if HAS_STARTS:
+            a = tl.where(new != 0, 0.0, a)
+            new, new1 = new1, tl.load(start_ - n - 2, mask=more, other=0).to(tl.int32)
+        q, do, s, keep, write = q1, do1, s1, keep1, write1
+        q1, do1, s1, keep1, write1 = q2, do2, s2, keep2, write2
+    tl.store(adjoint_, a, mask=here[:, None] & there[None, :])
+
+
+@_kernel
+def gradients(
+    X, Y, KEEP, WRITE, STARTS, W, BORDERS, ADJOINTS, DO, DQ, DX, DY, DG, DW, first, B, T, H, K, V, R, blocks, chunks,
+    k_b, k_t, k_h, v_b, v_t, v_h,
+    HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
     here, there = k < K, v < V
     w = _weight(W, h, v, BV)
-    adjoint_ = ADJOINT + bh * K * V + k[:, None] * V + v[None, :]
-    a = tl.load(adjoint_, mask=here[:, None] & there[None, :], other=0.0)
-    dw_ = DW + tl.program_id(0).to(tl.int64) * (BV * BV) + v[:, None] * BV + v[None, :]
+    chunk = first + tl.program_id(1)
+    begin = (chunk * CHUNK).to(tl.int64)
+    steps = tl.minimum(CHUNK, T - chunk * CHUNK)
+    state = tl.load(BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=here[:, None] & there[None, :], other=0.0)
+    a_ = ADJOINTS + (bh * tl.num_programs(1) + tl.program_id(1)) * CHUNK * ROWS * BV + k[:, None] * BV + v[None, :]
+    dw_ = DW + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BV * BV) + v[:, None] * BV + v[None, :]
     dw = tl.load(dw_)
-    t = (end - 1).to(tl.int64)
-    q_, x_ = Q + b * q_b + t * q_t + (h // R) * q_h + k, X + b * k_b + t * k_t + (h // R) * k_h + k
-    y_, row = Y + b * v_b + t * v_t + h * v_h + v, (b * T + t) * H + h
+    x_, y_ = X + b * k_b + begin * k_t + (h // R) * k_h + k, Y + b * v_b + begin * v_t + h * v_h + v
+    row = (b * T + begin) * H + h
     part = i.to(tl.int64) * B * T * H + row
     do_, dy_, dg_ = DO + row * V + v, DY + part * V + v, DG + part
     dq_, dx_ = DQ + row * K + k, DX + row * K + k
-    at = (tl.program_id(0).to(tl.int64) * longest + (end - 1 - begin)) * (BK * BV) + tl.arange(0, BK)[:, None] * BV + v[None, :]
-    s_, z_ = STATES + at, TANHS + at
-    q = tl.load(q_, mask=here, other=0.0).to(tl.float32)
-    x = tl.load(x_, mask=here, other=0.0).to(tl.float32)
-    y = tl.load(y_, mask=there, other=0.0).to(tl.float32)
-    do = tl.load(do_, mask=there, other=0.0).to(tl.float32)
-    keep, write, before = tl.load(KEEP + row), tl.load(WRITE + row), tl.load(s_)
-    if HAS_TANHS:
-        z = tl.load(z_).to(tl.float32)
+    x, y, do, a = tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0), tl.load(do_, mask=there, other=0.0), tl.load(a_)
+    keep, write = tl.load(KEEP + row), tl.load(WRITE + row)
     if HAS_STARTS:
-        new = tl.load(STARTS + b * T + t)
-    for n in range(0, end - begin):
-        more = n + 1 < end - begin
-        q_ -= q_t
-        x_ -= k_t
-        y_ -= v_t
-        row -= H
-        do_ -= H * V
-        s_ -= BK * BV
-        q_next = tl.load(q_, mask=k < tl.where(more, K, 0), other=0.0)
-        x_next = tl.load(x_, mask=k < tl.where(more, K, 0), other=0.0)
-        y_next = tl.load(y_, mask=v < tl.where(more, V, 0), other=0.0)
-        do_next = tl.load(do_, mask=v < tl.where(more, V, 0), other=0.0)
+        new = tl.load(STARTS + b * T + begin)
+    for t in range(0, steps):
+        more = t + 1 < steps
+        x_ += k_t
+        y_ += v_t
+        row += H
+        do_ += H * V
+        a_ += ROWS * BV
+        x_next, y_next, do_next = _vector(x_, k, K, more), _vector(y_, v, V, more), _vector(do_, v, V, more)
+        a_next = tl.load(a_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
         keep_next, write_next = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
-        before_next = tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-        if HAS_TANHS:
-            z_ -= BK * BV
-            z_next = tl.load(z_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-        else:
-            z = _content(before, w, x, y, PRECISION, FAST)
-        h_before = before.to(tl.float32)
-        a += q[:, None] * do[None, :]
+        if HAS_STARTS:
+            state = tl.where(new != 0, 0.0, state)
+            new = tl.load(STARTS + b * T + begin + t + 1, mask=more, other=0)
+        x, y, do, a = x.to(tl.float32), y.to(tl.float32), do.to(tl.float32), a.to(tl.float32)
+        entering = state.to(DOT)
+        z = _content(entering, w, x, y, PRECISION, FAST)
         dp = write * (1.0 - z * z) * a
-        dp_ = dp.to(DOT)
-        through = tl.dot(dp_, tl.trans(w), input_precision=PRECISION)
-        dw = tl.dot(tl.trans(before), dp_, dw, input_precision=PRECISION)
-        tl.store(dq_, tl.sum((keep * h_before + write * z) * do[None, :], 1).to(DQ.dtype.element_ty), mask=here)
+        dw = tl.dot(tl.trans(entering), dp.to(DOT), dw, input_precision=PRECISION)
+        tl.store(dg_, keep * tl.sum(tl.sum(a * (state - z), 1), 0))
+        state = keep * state + write * z
+        tl.store(dq_, tl.sum(state * do[None, :], 1).to(DQ.dtype.element_ty), mask=here)
         tl.store(dx_, tl.sum(dp * y[None, :], 1).to(DX.dtype.element_ty), mask=here)
         tl.store(dy_, tl.sum(dp * x[:, None], 0).to(DY.dtype.element_ty), mask=there)
-        tl.store(dg_, keep * tl.sum(tl.sum(a * (h_before - z), 1), 0))
-        a = keep * a + through
-        if HAS_STARTS:
-            a = tl.where(new != 0, 0.0, a)
-            new = tl.load(STARTS + b * T + t - n - 1, mask=more, other=0)
-        dq_ -= H * K
-        dx_ -= H * K
-        dy_ -= H * V
-        dg_ -= H
-        q, x, y, do = q_next.to(tl.float32), x_next.to(tl.float32), y_next.to(tl.float32), do_next.to(tl.float32)
-        keep, write, before = keep_next, write_next, before_next
-        if HAS_TANHS:
-            z = z_next.to(tl.float32)
-    tl.store(adjoint_, a, mask=here[:, None] & there[None, :])
+        dq_ += H * K
+        dx_ += H * K
+        dy_ += H * V
+        dg_ += H
+        x, y, do, a, keep, write = x_next, y_next, do_next, a_next, keep_next, write_next
     tl.store(dw_, dw)

@@ -49,9 +49,9 @@ def extremes() -> None:
     tensors[3][:, ::5] = -torch.inf
     tensors[3][:, 1::5] = 0.0
     compare("borders", tensors, starts, (1e-5, 1e-4))
-    many, launch.PROGRAMS = launch.PROGRAMS, 1
+    many, launch.SCRATCH = launch.SCRATCH, 1
     compare("chunk by chunk, of a small loss", tensors, starts, (1e-5, 1e-4), scale=1e-8)
-    launch.PROGRAMS = many
+    launch.SCRATCH = many
 
 
 def not_finite() -> None:
