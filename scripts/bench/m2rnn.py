@@ -101,7 +101,11 @@ def timed(rule: Any, given: list[torch.Tensor], repeats: int = 10) -> dict[str, 
 
     with torch.no_grad():
         forward = milliseconds(lambda: rule(*given), repeats)
-    return {"forward_ms": forward, "forward_backward_ms": milliseconds(both, repeats)}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return {"forward_ms": forward, "forward_backward_ms": milliseconds(both, repeats), "peak_mb": round(peak)}
 
 
 def times(sizes: tuple[int, ...], plain: bool) -> dict[str, Any]:

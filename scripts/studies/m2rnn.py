@@ -27,9 +27,16 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, table
 
-ARMS = {
+# "noise": of the share in which W begins as noise of deviation 1 / sqrt(V) instead of the identity.
+ARMS: dict[str, dict[str, Any]] = {
     "m2rnn": {"type": "m2rnn", "n_heads": 4, "head_dim": 16},
+    "m2rnn, noise": {"type": "m2rnn", "n_heads": 4, "head_dim": 16, "noise": 1.0},
     "m2rnn, fast gates": {"type": "m2rnn", "n_heads": 4, "head_dim": 16, "dt_min": 0.1, "dt_max": 1.0},
+    "m2rnn, fast gates, noise": {"type": "m2rnn", "n_heads": 4, "head_dim": 16, "dt_min": 0.1, "dt_max": 1.0, "noise": 1.0},
+    "m2rnn, 64 columns": {"type": "m2rnn", "n_heads": 2, "head_dim": 16, "expand_v": 4.0},
+    "m2rnn, 64 columns, noise": {"type": "m2rnn", "n_heads": 2, "head_dim": 16, "expand_v": 4.0, "noise": 1.0},
+    "m2rnn, 64 rows": {"type": "m2rnn", "n_heads": 4, "n_k_heads": 1, "head_dim": 64, "expand_v": 0.25},
+    "m2rnn, 64 rows, noise": {"type": "m2rnn", "n_heads": 4, "n_k_heads": 1, "head_dim": 64, "expand_v": 0.25, "noise": 1.0},
     "gated_deltanet": {"type": "delta", "n_heads": 4, "head_dim": 16},
 }
 SHARES = {"2^-8": 2.0**-8, "2^-18": 2.0**-18}
@@ -53,8 +60,13 @@ def tracked(mixer: str, group: str, seed: int, seconds: float, device: str, rate
     torch.manual_seed(seed)
     products, began = table(group), time.monotonic()
     settings: dict[str, Any] = {"vocab_size": len(products), "d_model": 64, "n_layers": 1, "d_ff": 0, "init_std": 0.125}
-    model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": ARMS[mixer]}))
+    noise, arm = ARMS[mixer].get("noise", 0.0), {key: value for key, value in ARMS[mixer].items() if key != "noise"}
+    model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": arm}))
     model.init_weights(seed)
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            if noise and name.endswith("state_weight"):
+                w.mul_(1.0 - noise).add_(torch.randn(w.shape), alpha=noise * w.shape[-1] ** -0.5)
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     draw, curve, solved, step = torch.Generator().manual_seed(seed + 1), [], False, 0
