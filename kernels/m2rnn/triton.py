@@ -27,16 +27,21 @@ def _kernel(fn):
 
 
 @triton.jit
+def exact_tanh(x):
+    size = tl.abs(x)
+    e = tl.exp(-2.0 * size)
+    s = x * x
+    small = size * (1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869489))))
+    top = tl.where(size < 0.2, small, (1.0 - e) / (1.0 + e))
+    return tl.where(x < 0.0, -top, top)
+
+
+@triton.jit
 def _tanh(x, FAST: tl.constexpr):
     if FAST:  # within 2^-11, relatively
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        size = tl.abs(x)
-        e = tl.exp(-2.0 * size)
-        s = x * x
-        small = size * (1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.053968254 + s * 0.021869489))))
-        top = tl.where(size < 0.2, small, (1.0 - e) / (1.0 + e))
-        return tl.where(x < 0.0, -top, top)
+        return exact_tanh(x)
 
 
 @triton.jit

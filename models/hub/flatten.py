@@ -31,6 +31,7 @@ IN_TORCH = (
     "kernels.mamba2_step",
     "kernels.delta_step",
     "kernels.m2rnn",
+    "kernels.m2rnn_step",
 )
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
