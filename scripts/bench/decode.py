@@ -56,7 +56,7 @@ def config_of(family: str, size: str) -> ModelConfig:
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state, "chunk": 64},
         "gated_deltanet": {"type": "delta", "n_heads": heads},
-        "m2rnn": {"type": "m2rnn"},
+        "m2rnn": {"type": "m2rnn", "n_heads": width // 64},
         "gdn_hybrid": {"type": "attention", "n_heads": heads, "qk_norm": True, "qk_norm_centred": True, "output_gate": True},
         "transformer": {"type": "attention", "n_heads": heads},
     }[family]
