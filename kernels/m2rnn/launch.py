@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton
-from kernels.m2rnn.reference import CHUNK
+from kernels.m2rnn.reference import EVERY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST, WIDEST_OF_FOUR_BYTES = 128, 64  # columns of a state that are walked in registers, by the width of operands
@@ -54,16 +54,21 @@ def neighbours(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def kernels() -> Any:
+    from kernels.m2rnn import triton
+
+    return triton
+
+
 class Problem:
     """The arguments of one call in the form the kernels take, and what all kernels of a pass share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, starts: Tensor | None) -> None:
-        from kernels.m2rnn import triton
-
-        self.module, tl, kind = triton, triton.tl, v.dtype
+        self.kernels = kernels()
+        tl, kind = self.kernels.tl, v.dtype
         self.q, self.k, self.v = (neighbours(x.to(kind)) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.H, self.V) = q.shape, v.shape[2:]
-        self.columns, self.chunks, self.shared = pad(self.V, NARROWEST), -(-self.T // CHUNK), self.H // self.G
+        self.columns, self.chunks, self.shared = pad(self.V, NARROWEST), -(-self.T // EVERY), self.H // self.G
         gate = g.float()
         self.keep, self.write = torch.exp(gate).contiguous(), (-torch.expm1(gate)).contiguous()
         self.starts = self.keep if starts is None else starts.contiguous().view(torch.uint8)
@@ -89,7 +94,7 @@ class Problem:
     def run(self, kernel: str, *arguments: Any, side_by_side: int = 1, **constants: Any) -> None:
         grid = (self.B * self.H * self.blocks(kernel), side_by_side)
         constants |= {"BK": self.rows(kernel), "num_warps": self.tiles[kernel][1], **self.numbers}
-        getattr(self.module, kernel)[grid](*arguments, **constants)
+        getattr(self.kernels, kernel)[grid](*arguments, **constants)
 
     def sizes(self, kernel: str) -> tuple[int, ...]:
         return self.T, self.H, self.K, self.V, self.shared, self.blocks(kernel)
@@ -112,7 +117,7 @@ def forward(
     begin = final if h0 is None else h0.float().contiguous()
     p.run(
         "walk", p.q, p.k, p.v, p.keep, p.write, p.starts, p.w, begin, o, final, borders, p.B, *p.sizes("walk"), p.chunks,
-        *p.at["q"], *p.at["k"], *p.at["v"], HAS_H0=h0 is not None, HAS_BORDERS=keep, CHUNK=CHUNK, FAST=p.fast,
+        *p.at["q"], *p.at["k"], *p.at["v"], HAS_H0=h0 is not None, HAS_BORDERS=keep, CHUNK=EVERY, FAST=p.fast,
     )  # fmt: skip
     return total(o, v.dtype), final, borders
 
@@ -132,13 +137,13 @@ def backward(
     dv, dg = p.parts(blocks, B, T, H, V), p.scratch(blocks, B, T, H)
     adjoint = d_final.float().clone(memory_format=torch.contiguous_format)
     rows = max(p.rows(kernel) * p.blocks(kernel) for kernel in p.tiles)
-    size, numbers = p.operand.itemsize, B * H * CHUNK * rows * p.columns  # of slopes and of adjoints of a chunk
+    size, numbers = p.operand.itemsize, B * H * EVERY * rows * p.columns  # of slopes and of adjoints of a chunk
     at_once = max(1, min(p.chunks, SCRATCH // (2 * size * numbers), 65535))
     slopes = p.scratch(at_once * numbers, dtype=torch.float16 if size == 2 else torch.float32)
     adjoints, dw = p.scratch(at_once * numbers, dtype=p.operand), torch.zeros(at_once, B, H, blocks, p.columns, p.columns, device=v.device)
     for first in reversed(range(0, p.chunks, at_once)):
         many = min(at_once, p.chunks - first)
-        walked = {"side_by_side": many, "CHUNK": CHUNK, "FAST": p.fast, "ROWS": rows}
+        walked = {"side_by_side": many, "CHUNK": EVERY, "FAST": p.fast, "ROWS": rows}
         p.run(
             "slopes",
             p.k,
@@ -157,7 +162,7 @@ def backward(
             **walked,
         )
         p.run(
-            "adjoint", p.q, p.keep, p.write, p.starts, p.w, slopes, do, adjoints, adjoint, first * CHUNK, min(T, (first + many) * CHUNK), many * CHUNK, B,
+            "adjoint", p.q, p.keep, p.write, p.starts, p.w, slopes, do, adjoints, adjoint, first * EVERY, min(T, (first + many) * EVERY), many * EVERY, B,
             *p.sizes("adjoint"), *p.at["q"], ROWS=rows,
         )  # fmt: skip
         p.run(

@@ -18,13 +18,6 @@ SLOPES and ADJOINTS are (B H, steps of some chunks, ROWS, BV).
 import triton
 import triton.language as tl
 
-# A number of 1 would become a constant of the kernel, and so another kernel for one step or one row.
-FREE = ("B", "T", "first", "begin", "end", "longest", "blocks", "chunks", "R")
-
-
-def _kernel(fn):
-    return triton.jit(fn, do_not_specialize=[name for name in FREE if name in fn.__code__.co_varnames[: fn.__code__.co_argcount]])
-
 
 @triton.jit
 def exact_tanh(x):
@@ -68,7 +61,7 @@ def _vector(at, n, size, inside):
     return tl.load(at, mask=n < tl.where(inside, size, 0), other=0.0)
 
 
-@_kernel
+@triton.jit
 def walk(
     Q, X, Y, KEEP, WRITE, STARTS, W, H0, O, FINAL, BORDERS, B, T, H, K, V, R, blocks, chunks, q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h,
     HAS_H0: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BORDERS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -120,7 +113,7 @@ def walk(
     tl.store(FINAL + bh * K * V + tile, state, mask=inside)
 
 
-@_kernel
+@triton.jit
 def slopes(
     X, Y, KEEP, WRITE, STARTS, W, BORDERS, SLOPES, first, T, H, K, V, R, blocks, chunks, k_b, k_t, k_h, v_b, v_t, v_h,
     HAS_STARTS: tl.constexpr, CHUNK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -158,7 +151,7 @@ def slopes(
         x, y, keep, write = x_next, y_next, keep_next, write_next
 
 
-@_kernel
+@triton.jit
 def adjoint(
     Q, KEEP, WRITE, STARTS, W, SLOPES, DO, ADJOINTS, ADJOINT, begin, end, longest, B, T, H, K, V, R, blocks, q_b, q_t, q_h,
     HAS_STARTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -206,7 +199,7 @@ def adjoint(
     tl.store(adjoint_, a, mask=here[:, None] & there[None, :])
 
 
-@_kernel
+@triton.jit
 def gradients(
     X, Y, KEEP, WRITE, STARTS, W, BORDERS, ADJOINTS, DO, DQ, DX, DY, DG, DW, first, B, T, H, K, V, R, blocks, chunks,
     k_b, k_t, k_h, v_b, v_t, v_h,

@@ -37,7 +37,7 @@ def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str,
     tiles = launch.TILES[columns] if narrow else launch.TILES_WIDE
     rows, warps = tiles[name]
     constants: dict[str, Any] = {
-        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "CHUNK": launch.CHUNK, "DOT": tl.bfloat16 if narrow else tl.float32,
+        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "CHUNK": launch.EVERY, "DOT": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": min(rows, filled), "BV": columns, "ROWS": filled,
     }  # fmt: skip
 
