@@ -31,7 +31,7 @@ registers = Registers("m2rnn")
 
 
 def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str, int]:
-    """Resources of one kernel. ones: with what a launch makes constants of where all its numbers are 1."""
+    """Resources of one kernel. ones: with what a launch of one step of one row makes constants of."""
     narrow, fn = dtype == "bf16", getattr(kernels, name)
     columns, filled = launch.pad(V, launch.NARROWEST), launch.pad(K, launch.NARROWEST)
     tiles = launch.TILES[columns] if narrow else launch.TILES_WIDE
@@ -42,9 +42,7 @@ def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str,
     }  # fmt: skip
 
     if ones:
-        constants |= {
-            a.name: 1 for a in fn.params if not a.do_not_specialize and (a.name in SIZES or a.name.islower()) and a.name not in constants
-        }
+        constants |= {a: 1 for a in fn.arg_names if (a in SIZES or a.islower()) and a not in {*constants, "first", "begin", "longest"}}
 
     def kind(argument: str) -> str:
         if argument in LIKE_V:
