@@ -134,7 +134,7 @@ def backward(
     (B, T, H, K, V), do = (p.B, p.T, p.H, p.K, p.V), do.to(v.dtype).contiguous()
     dq, dk = (p.scratch(B, T, H, K, dtype=v.dtype if p.shared == 1 else torch.float32) for _ in range(2))
     blocks = p.blocks("gradients")
-    dv, dg = p.parts(blocks, B, T, H, V), p.scratch(blocks, B, T, H)
+    dv, dg = p.parts(blocks, B, T, H, V), p.scratch(B, T, H, K)
     adjoint = d_final.float().clone(memory_format=torch.contiguous_format)
     rows = max(p.rows(kernel) * p.blocks(kernel) for kernel in p.tiles)
     size, numbers = p.operand.itemsize, B * H * EVERY * rows * p.columns  # of slopes and of adjoints of a chunk
@@ -171,4 +171,4 @@ def backward(
         )  # fmt: skip
     if p.shared > 1:
         dq, dk = (x.unflatten(2, (p.G, p.shared)).sum(3).to(v.dtype) for x in (dq, dk))
-    return dq, dk, total(dv, v.dtype), dg.sum(0), dw.sum((0, 1, 3))[:, :V, :V], adjoint
+    return dq, dk, total(dv, v.dtype), dg.sum(3), dw.sum((0, 1, 3))[:, :V, :V], adjoint

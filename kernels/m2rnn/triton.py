@@ -56,6 +56,11 @@ def _content(entering, w, x, y, PRECISION: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def _plus(a, b, c, d, e, f):
+    return a + d, b + e, c + f
+
+
+@triton.jit
 def _vector(at, n, size, inside):
     """A vector of `size` numbers, zeros where the step is none."""
     return tl.load(at, mask=n < tl.where(inside, size, 0), other=0.0)
@@ -220,7 +225,7 @@ def gradients(
     x_, y_ = X + b * k_b + begin * k_t + (h // R) * k_h + k, Y + b * v_b + begin * v_t + h * v_h + v
     row = (b * T + begin) * H + h
     part = i.to(tl.int64) * B * T * H + row
-    do_, dy_, dg_ = DO + row * V + v, DY + part * V + v, DG + part
+    do_, dy_, dg_ = DO + row * V + v, DY + part * V + v, DG + row * K + k
     dq_, dx_ = DQ + row * K + k, DX + row * K + k
     x, y, do, a = tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0), tl.load(do_, mask=there, other=0.0), tl.load(a_)
     keep, write = tl.load(KEEP + row), tl.load(WRITE + row)
@@ -244,14 +249,16 @@ def gradients(
         z = _content(entering, w, x, y, PRECISION, FAST)
         dp = write * (1.0 - z * z) * a
         dw = tl.dot(tl.trans(entering), dp.to(DOT), dw, input_precision=PRECISION)
-        tl.store(dg_, keep * tl.sum(tl.sum(a * (state - z), 1), 0))
+        change = a * (state - z)
         state = keep * state + write * z
-        tl.store(dq_, tl.sum(state * do[None, :], 1).to(DQ.dtype.element_ty), mask=here)
-        tl.store(dx_, tl.sum(dp * y[None, :], 1).to(DX.dtype.element_ty), mask=here)
+        of_gate, of_q, of_x = tl.reduce((change, state * do[None, :], dp * y[None, :]), 1, _plus)  # of rows, in one exchange between warps
+        tl.store(dg_, keep * of_gate, mask=here)
+        tl.store(dq_, of_q.to(DQ.dtype.element_ty), mask=here)
+        tl.store(dx_, of_x.to(DX.dtype.element_ty), mask=here)
         tl.store(dy_, tl.sum(dp * x[:, None], 0).to(DY.dtype.element_ty), mask=there)
         dq_ += H * K
         dx_ += H * K
         dy_ += H * V
-        dg_ += H
+        dg_ += H * K
         x, y, do, a, keep, write = x_next, y_next, do_next, a_next, keep_next, write_next
     tl.store(dw_, dw)
