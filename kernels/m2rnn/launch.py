@@ -25,10 +25,10 @@ WIDEST, WIDEST_OF_FOUR_BYTES = 128, 64  # columns of a state that are walked in 
 # ptxas 12.8, which Triton 3.6 brings, assembles some of wgmma with blocks of 16 or 32 columns wrongly for an H100.
 Tiles = dict[str, tuple[int, int]]
 TILES: dict[int, Tiles] = {
-    16: {"walk": (32, 1), "slopes": (32, 1), "adjoint": (32, 1), "gradients": (32, 1)},
+    16: {"walk": (32, 1), "slopes": (64, 2), "adjoint": (16, 1), "gradients": (32, 1)},
     32: {"walk": (16, 2), "slopes": (16, 1), "adjoint": (16, 2), "gradients": (16, 2)},
-    64: {"walk": (16, 4), "slopes": (64, 4), "adjoint": (16, 4), "gradients": (32, 4)},
-    128: {"walk": (16, 8), "slopes": (16, 4), "adjoint": (16, 8), "gradients": (16, 8)},
+    64: {"walk": (16, 4), "slopes": (16, 1), "adjoint": (16, 4), "gradients": (64, 4)},
+    128: {"walk": (16, 8), "slopes": (64, 8), "adjoint": (16, 8), "gradients": (32, 8)},
 }
 TILES_WIDE: Tiles = {"walk": (16, 4), "slopes": (16, 4), "adjoint": (16, 8), "gradients": (16, 4)}  # of operands of four bytes
 NARROWEST = 16  # columns and rows are filled up to so many

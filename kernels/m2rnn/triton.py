@@ -1,7 +1,7 @@
 """Triton kernels of M2RNN: walks in order over blocks of rows of a head's state, which share a weight and nothing else.
 
 A program owns BK rows of one head. Its state lies in fp32 in registers, the head's weight beside it; a step multiplies the one with the other,
-adds the outer product of that step's key and value, and forgets by the gate. What steps read is loaded two steps ahead.
+adds the outer product of that step's key and value, and forgets by the gate.
 
     walk       all steps: outputs, and the states at the borders of chunks
     slopes     chunks again, side by side, each from its border: 1 - tanh^2 of each step
@@ -60,9 +60,35 @@ def _plus(a, b, c, d, e, f):
     return a + d, b + e, c + f
 
 
+# What a step reads is loaded four steps before, right after its place was read last. Loops are unrolled by eight, so that it is moved from one register
+# to another only then, and after the last step that step is read again, so that nothing is selected: either waits for the load.
+
+
 @triton.jit
-def _vector(at, n, size, inside):
-    """A vector of `size` numbers, zeros where the step is none."""
+def _vector(at, t, stride, T, n, size):
+    """Step t, or the last, of what has `size` numbers a step."""
+    return tl.load(at + tl.cast(tl.minimum(t, T - 1), tl.int64) * stride, mask=n < size, other=0.0)
+
+
+@triton.jit
+def _vectors(at, stride, T, n, size):
+    """The first four steps."""
+    one, two = _vector(at, 0, stride, T, n, size), _vector(at, 1, stride, T, n, size)
+    return one, two, _vector(at, 2, stride, T, n, size), _vector(at, 3, stride, T, n, size)
+
+
+@triton.jit
+def _number(at, t, stride, T):
+    return tl.load(at + tl.cast(tl.minimum(t, T - 1), tl.int64) * stride)
+
+
+@triton.jit
+def _numbers(at, stride, T):
+    return _number(at, 0, stride, T), _number(at, 1, stride, T), _number(at, 2, stride, T), _number(at, 3, stride, T)
+
+
+@triton.jit
+def _next(at, n, size, inside):
     return tl.load(at, mask=n < tl.where(inside, size, 0), other=0.0)
 
 
@@ -81,40 +107,32 @@ def walk(
     if HAS_H0:
         state = tl.load(H0 + bh * K * V + tile, mask=inside, other=0.0)
     q_, x_, y_ = Q + b * q_b + (h // R) * q_h + k, X + b * k_b + (h // R) * k_h + k, Y + b * v_b + h * v_h + v
-    step, start_ = b * T * H + h, STARTS + b * T
+    keep_, write_, start_ = KEEP + b * T * H + h, WRITE + b * T * H + h, STARTS + b * T
     o_ = O + ((i * B + b) * T * H + h) * V + v
     border = BORDERS + bh * chunks * K * V + tile
-    q, x, y = tl.load(q_, mask=here, other=0.0), tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0)
-    keep, write, new = tl.load(KEEP + step), tl.load(WRITE + step), 0
-    q_ += q_t
-    x_ += k_t
-    y_ += v_t
-    step += H
-    more = T > 1
-    q1, x1, y1 = _vector(q_, k, K, more), _vector(x_, k, K, more), _vector(y_, v, V, more)
-    keep1, write1, new1 = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0), 0
-    if HAS_STARTS:
-        new, new1 = tl.load(start_).to(tl.int32), tl.load(start_ + 1, mask=more, other=0).to(tl.int32)
-    for t in range(0, T):
-        more = t + 2 < T
-        q_ += q_t
-        x_ += k_t
-        y_ += v_t
-        step += H
-        q2, x2, y2 = _vector(q_, k, K, more), _vector(x_, k, K, more), _vector(y_, v, V, more)
-        keep2, write2 = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
+    q0, q1, q2, q3 = _vectors(q_, q_t, T, k, K)
+    x0, x1, x2, x3 = _vectors(x_, k_t, T, k, K)
+    y0, y1, y2, y3 = _vectors(y_, v_t, T, v, V)
+    keep0, keep1, keep2, keep3 = _numbers(keep_, H, T)
+    write0, write1, write2, write3 = _numbers(write_, H, T)
+    new0, new1, new2, new3 = _numbers(start_, 1, T) if HAS_STARTS else (0, 0, 0, 0)
+    for t in tl.range(0, T, loop_unroll_factor=8):
         if HAS_BORDERS:
             if t % CHUNK == 0:
                 tl.store(border, state, mask=inside)
                 border += K * V
         if HAS_STARTS:
-            state = tl.where(new != 0, 0.0, state)
-            new, new1 = new1, tl.load(start_ + t + 2, mask=more, other=0).to(tl.int32)
-        state = keep * state + write * _content(state.to(DOT), w, x.to(tl.float32), y.to(tl.float32), PRECISION, FAST)
-        tl.store(o_, tl.sum(q.to(tl.float32)[:, None] * state, 0).to(O.dtype.element_ty), mask=there)
+            state = tl.where(new0 != 0, 0.0, state)
+        state = keep0 * state + write0 * _content(state.to(DOT), w, x0.to(tl.float32), y0.to(tl.float32), PRECISION, FAST)
+        tl.store(o_, tl.sum(q0.to(tl.float32)[:, None] * state, 0).to(O.dtype.element_ty), mask=there)
         o_ += H * V
-        q, x, y, keep, write = q1, x1, y1, keep1, write1
-        q1, x1, y1, keep1, write1 = q2, x2, y2, keep2, write2
+        q0, q1, q2, q3 = q1, q2, q3, _vector(q_, t + 4, q_t, T, k, K)
+        x0, x1, x2, x3 = x1, x2, x3, _vector(x_, t + 4, k_t, T, k, K)
+        y0, y1, y2, y3 = y1, y2, y3, _vector(y_, t + 4, v_t, T, v, V)
+        keep0, keep1, keep2, keep3 = keep1, keep2, keep3, _number(keep_, t + 4, H, T)
+        write0, write1, write2, write3 = write1, write2, write3, _number(write_, t + 4, H, T)
+        if HAS_STARTS:
+            new0, new1, new2, new3 = new1, new2, new3, _number(start_, t + 4, 1, T)
     tl.store(FINAL + bh * K * V + tile, state, mask=inside)
 
 
@@ -144,7 +162,7 @@ def slopes(
         x_ += k_t
         y_ += v_t
         step += H
-        x_next, y_next = _vector(x_, k, K, more), _vector(y_, v, V, more)
+        x_next, y_next = _next(x_, k, K, more), _next(y_, v, V, more)
         keep_next, write_next = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
@@ -167,40 +185,31 @@ def adjoint(
     w = tl.load(W + h.to(tl.int64) * (BV * BV) + v[None, :] * BV + v[:, None])  # transposed
     adjoint_ = ADJOINT + bh * K * V + k[:, None] * V + v[None, :]
     a = tl.load(adjoint_, mask=here[:, None] & there[None, :], other=0.0)
-    t, last = tl.cast(end - 1, tl.int64), end - begin - 1
+    t, steps = tl.cast(end - 1, tl.int64), end - begin  # n counts back from t
     q_, row, start_ = Q + b * q_b + t * q_t + (h // R) * q_h + k, (b * T + t) * H + h, STARTS + b * T + t
-    do_ = DO + row * V + v
-    at = (bh * longest + last) * ROWS * BV + k[:, None] * BV + v[None, :]
+    do_, keep_, write_ = DO + row * V + v, KEEP + row, WRITE + row
+    at = (bh * longest + steps - 1) * ROWS * BV + k[:, None] * BV + v[None, :]
     s_, a_ = SLOPES + at, ADJOINTS + at
-    q, do, s = tl.load(q_, mask=here, other=0.0), tl.load(do_, mask=there, other=0.0), tl.load(s_)
-    keep, write, new = tl.load(KEEP + row), tl.load(WRITE + row), 0
-    q_ -= q_t
-    do_ -= H * V
-    row -= H
-    s_ -= ROWS * BV
-    more = last > 0
-    q1, do1, s1 = _vector(q_, k, K, more), _vector(do_, v, V, more), tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-    keep1, write1, new1 = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0), 0
-    if HAS_STARTS:
-        new, new1 = tl.load(start_).to(tl.int32), tl.load(start_ - 1, mask=more, other=0).to(tl.int32)
-    for n in range(0, last + 1):
-        more = n + 2 <= last
-        q_ -= q_t
-        do_ -= H * V
-        row -= H
-        s_ -= ROWS * BV
-        q2, do2, s2 = _vector(q_, k, K, more), _vector(do_, v, V, more), tl.load(s_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-        keep2, write2 = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
-        a += q.to(tl.float32)[:, None] * do.to(tl.float32)[None, :]
+    q0, q1, q2, q3 = _vectors(q_, -q_t, steps, k, K)
+    do0, do1, do2, do3 = _vectors(do_, -H * V, steps, v, V)
+    s0, s1, s2, s3 = _numbers(s_, -ROWS * BV, steps)
+    keep0, keep1, keep2, keep3 = _numbers(keep_, -H, steps)
+    write0, write1, write2, write3 = _numbers(write_, -H, steps)
+    new0, new1, new2, new3 = _numbers(start_, -1, steps) if HAS_STARTS else (0, 0, 0, 0)
+    for n in tl.range(0, steps, loop_unroll_factor=8):
+        a += q0.to(tl.float32)[:, None] * do0.to(tl.float32)[None, :]
         tl.store(a_, a.to(ADJOINTS.dtype.element_ty))
         a_ -= ROWS * BV
-        dp = s.to(tl.float32) * (write * a)
-        a = tl.dot(dp.to(DOT), w, keep * a, input_precision=PRECISION)
+        dp = s0.to(tl.float32) * (write0 * a)
+        a = tl.dot(dp.to(DOT), w, keep0 * a, input_precision=PRECISION)
         if HAS_STARTS:
-            a = tl.where(new != 0, 0.0, a)
-            new, new1 = new1, tl.load(start_ - n - 2, mask=more, other=0).to(tl.int32)
-        q, do, s, keep, write = q1, do1, s1, keep1, write1
-        q1, do1, s1, keep1, write1 = q2, do2, s2, keep2, write2
+            a = tl.where(new0 != 0, 0.0, a)
+            new0, new1, new2, new3 = new1, new2, new3, _number(start_, n + 4, -1, steps)
+        q0, q1, q2, q3 = q1, q2, q3, _vector(q_, n + 4, -q_t, steps, k, K)
+        do0, do1, do2, do3 = do1, do2, do3, _vector(do_, n + 4, -H * V, steps, v, V)
+        s0, s1, s2, s3 = s1, s2, s3, _number(s_, n + 4, -ROWS * BV, steps)
+        keep0, keep1, keep2, keep3 = keep1, keep2, keep3, _number(keep_, n + 4, -H, steps)
+        write0, write1, write2, write3 = write1, write2, write3, _number(write_, n + 4, -H, steps)
     tl.store(adjoint_, a, mask=here[:, None] & there[None, :])
 
 
@@ -238,7 +247,7 @@ def gradients(
         row += H
         do_ += H * V
         a_ += ROWS * BV
-        x_next, y_next, do_next = _vector(x_, k, K, more), _vector(y_, v, V, more), _vector(do_, v, V, more)
+        x_next, y_next, do_next = _next(x_, k, K, more), _next(y_, v, V, more), _next(do_, v, V, more)
         a_next = tl.load(a_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
         keep_next, write_next = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
         if HAS_STARTS:

@@ -158,18 +158,18 @@ def tile(columns: int, number: int) -> dict[str, Any]:
 # (rows, warps) of programs by columns: each kernel is timed by itself, so that a number may stand for one of each.
 TILES: dict[int, dict[str, list[tuple[int, int]]]] = {
     64: {
-        "walk": [(16, 4), (16, 2), (16, 1), (32, 4), (64, 4), (32, 2), (16, 8)],
-        "slopes": [(64, 4), (16, 1), (16, 4), (32, 2), (16, 2), (32, 4)],
-        "adjoint": [(16, 4), (16, 2), (32, 4), (64, 4), (16, 8), (32, 8)],
-        "gradients": [(32, 4), (16, 4), (64, 8), (64, 4), (32, 8), (16, 8)],
+        "walk": [(16, 4), (16, 2), (32, 4), (16, 8), (64, 4)],
+        "slopes": [(16, 1), (64, 4), (16, 2)],
+        "adjoint": [(16, 4), (16, 2), (32, 4), (16, 8), (64, 4)],
+        "gradients": [(64, 4), (32, 4), (16, 4)],
     },
     16: {
         "walk": [(32, 1), (16, 1), (64, 2), (16, 2)],
-        "slopes": [(32, 1), (16, 1), (64, 2), (16, 2)],
-        "adjoint": [(32, 1), (16, 1), (64, 2), (16, 2)],
-        "gradients": [(32, 1), (16, 1), (64, 2), (16, 2)],
+        "slopes": [(64, 2), (16, 1), (32, 1)],
+        "adjoint": [(16, 1), (16, 2), (32, 1)],
+        "gradients": [(32, 1), (16, 1), (64, 2)],
     },
-    128: {"walk": [(16, 8), (16, 4)], "slopes": [(16, 4), (64, 8)], "adjoint": [(16, 8), (16, 4)], "gradients": [(16, 8), (32, 8)]},
+    128: {"walk": [(16, 8), (16, 4)], "slopes": [(64, 8), (16, 4)], "adjoint": [(16, 8), (16, 4)], "gradients": [(32, 8), (16, 8)]},
 }
 SWEEP = [(columns, number) for columns, choices in TILES.items() for number in range(max(map(len, choices.values())))]
 
