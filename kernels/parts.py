@@ -37,6 +37,28 @@ def clamped(x, low, high):
     return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
 
 
+@triton.jit
+def convolved(
+    ROW, PAST, NEXT, CONV, CONV_BIAS, c, inside, written, start, C, W: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """One token's convolution and silu of the channels c, fp32; their inputs are moved on from PAST to NEXT, both (W-1, C), of channels below
+    `written`. W = 0: the row holds the results."""
+    x = tl.load(ROW + c, mask=inside, other=0.0)
+    if W == 0:
+        return x.to(tl.float32)
+    mixed = tl.load(CONV_BIAS + c, mask=inside, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    mixed += x.to(tl.float32) * tl.load(CONV + c * W + W - 1, mask=inside, other=0.0).to(tl.float32)
+    for w in tl.static_range(W - 1):
+        before = tl.load(PAST + w * C + c, mask=inside, other=0.0)
+        if HAS_STARTS:
+            before = tl.where(start, 0.0, before)
+        mixed += before.to(tl.float32) * tl.load(CONV + c * W + w, mask=inside, other=0.0).to(tl.float32)
+        if w > 0:
+            tl.store(NEXT + (w - 1) * C + c, before.to(NEXT.dtype.element_ty), mask=inside & (c < written))
+    tl.store(NEXT + (W - 2) * C + c, x.to(NEXT.dtype.element_ty), mask=inside & (c < written))
+    return silu(mixed)
+
+
 def runs(N: int, tile: int) -> tuple[int, int]:
     """(rows of a run, number of runs) for N >= 1 rows that programs take `tile` at a time. Each run leaves one partial sum of a weight's gradient in
     memory, so their number has a limit."""

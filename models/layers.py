@@ -139,6 +139,20 @@ class CausalConv(Module):
     def init_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
         return torch.zeros(batch, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)
 
+    def with_memory(
+        self, batch: int, memory: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the empty state of a mixer that remembers more than this convolution's inputs: those in `dtype` (None: the weight's), zeros of
+        shape (batch, *memory) in fp32 (fp64), and the segment of the last token (-1: none yet)."""
+        kind = dtype or self.weight.dtype
+        inner = torch.float64 if kind == torch.float64 else torch.float32
+        zeros = torch.zeros(batch, *memory, device=device, dtype=inner)
+        return self.init_state(batch, device, kind), zeros, torch.full((batch,), -1, device=device, dtype=torch.int32)
+
+    def bytes_with(self, numbers: int, batch: int, dtype: torch.dtype) -> int:
+        """Bytes of that state without the segment, its memory of so many numbers a row in fp32."""
+        return batch * ((self.width - 1) * self.weight.shape[0] * dtype.itemsize + 4 * numbers)
+
     def why_not_split(self, T: int) -> str:
         """Why slices of T tokens are too short to lie on different ranks, or ''."""
         return "" if T >= self.width - 1 else f"slices of {T} token(s) are shorter than the {self.width - 1} a convolution looks back"

@@ -14,25 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.parts import sigmoid, silu, softplus
-
-
-@triton.jit
-def _convolved(ROW, PAST, NEXT, CONV, c, inside, written, start, C, W: tl.constexpr, HAS_STARTS: tl.constexpr):
-    """Convolution and silu of the channels c, fp32; their inputs are moved on from PAST to NEXT, both (W-1, C), of channels below `written`."""
-    x = tl.load(ROW + c, mask=inside, other=0.0)
-    if W == 0:
-        return x.to(tl.float32)
-    mixed = x.to(tl.float32) * tl.load(CONV + c * W + W - 1, mask=inside, other=0.0).to(tl.float32)
-    for w in tl.static_range(W - 1):
-        before = tl.load(PAST + w * C + c, mask=inside, other=0.0)
-        if HAS_STARTS:
-            before = tl.where(start, 0.0, before)
-        mixed += before.to(tl.float32) * tl.load(CONV + c * W + w, mask=inside, other=0.0).to(tl.float32)
-        if w > 0:
-            tl.store(NEXT + (w - 1) * C + c, before.to(NEXT.dtype.element_ty), mask=inside & (c < written))
-    tl.store(NEXT + (W - 2) * C + c, x.to(NEXT.dtype.element_ty), mask=inside & (c < written))
-    return silu(mixed)
+from kernels.parts import convolved, sigmoid, softplus
 
 
 @triton.jit
@@ -65,12 +47,12 @@ def step(
     heads = H // G
     g = h // heads
     once = tl.where((h % heads == 0) & (tile == 0), C, 0)  # one of a group's programs moves the inputs of queries and keys on
-    q = _convolved(row, past, following, CONV, g * K + c, in_c, once, start, C, W, HAS_STARTS)
+    q = convolved(row, past, following, CONV, CONV, g * K + c, in_c, once, start, C, W, HAS_STARTS, False)
     q *= tl.rsqrt(tl.sum(q * q, 0) + eps) * scale
     for u in range(n):
-        k = _convolved(row, past, following, CONV, ((u + 1) * G + g) * K + c, in_c, once, start, C, W, HAS_STARTS)
+        k = convolved(row, past, following, CONV, CONV, ((u + 1) * G + g) * K + c, in_c, once, start, C, W, HAS_STARTS, False)
         k *= tl.rsqrt(tl.sum(k * k, 0) + eps)
-        v = _convolved(row, past, following, CONV, (n + 1) * G * K + (u * H + h) * V + p, in_p, C, start, C, W, HAS_STARTS)
+        v = convolved(row, past, following, CONV, CONV, (n + 1) * G * K + (u * H + h) * V + p, in_p, C, start, C, W, HAS_STARTS, False)
         beta = strength * sigmoid(tl.load(row + C + u * H + h).to(tl.float32))
         state += (beta * (v - tl.sum(state * k[None, :], 1)))[:, None] * k[None, :]
     tl.store(AFTER + place, state, mask=both)

@@ -42,7 +42,7 @@ def _fake(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None, starts: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, T, H, V), K, inner = v.shape, q.shape[3], reference.compute_dtype(v)
-    chunks = (T + reference.CHUNK - 1) // reference.CHUNK if keep else 0
+    chunks = (T + reference.EVERY - 1) // reference.EVERY if keep else 0
     return v.new_empty(B, T, H, V), v.new_empty(B, H, K, V, dtype=inner), v.new_empty(B, H, chunks, K, V, dtype=inner)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.parallel_rnn.reference import compute_dtype
 
-CHUNK = 64  # steps between the states that are kept
+EVERY = 64  # steps between the states that are kept
 
 
 def grouped(x_BTGK: Tensor, heads: int) -> Tensor:
@@ -50,7 +50,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(o, final, the states (B, H, n, K, V) before each chunk)."""
-    (B, T, H, V), K, inner, chunk = v.shape, q.shape[3], compute_dtype(v), CHUNK
+    (B, T, H, V), K, inner, chunk = v.shape, q.shape[3], compute_dtype(v), EVERY
     h = torch.zeros(B, H, K, V, dtype=inner, device=v.device) if h0 is None else h0.to(inner)
     out, borders = [], []
     for first in range(0, T, chunk):
@@ -65,7 +65,7 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, starts: Tensor | None, borders: Tensor, do: Tensor, d_final: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, g, w and h0: each chunk is walked again from its border, and back with its states at hand."""
-    inner, chunk, (T, heads), G = compute_dtype(v), CHUNK, v.shape[1:3], q.shape[2]
+    inner, chunk, (T, heads), G = compute_dtype(v), EVERY, v.shape[1:3], q.shape[2]
     shared = heads // G
     q, k = (grouped(x, heads).to(inner) for x in (q, k))
     v, g, w, do, a = (x.to(inner) for x in (v, g, w, do, d_final))

@@ -13,24 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.parts import clamped, silu, softplus
-
-
-@triton.jit
-def _convolved(ROW, PAST, NEXT, CONV, CONV_BIAS, c, inside, written, start, C, W: tl.constexpr, HAS_STARTS: tl.constexpr):
-    """Convolution and silu of the channels c; their inputs are moved on from PAST to NEXT, both (W-1, C), of channels below `written`."""
-    x = tl.load(ROW + c, mask=inside, other=0.0)
-    mixed = tl.load(CONV_BIAS + c, mask=inside, other=0.0).to(tl.float32)
-    mixed += x.to(tl.float32) * tl.load(CONV + c * W + W - 1, mask=inside, other=0.0).to(tl.float32)
-    for w in tl.static_range(W - 1):
-        before = tl.load(PAST + w * C + c, mask=inside, other=0.0)
-        if HAS_STARTS:
-            before = tl.where(start, 0.0, before)
-        mixed += before.to(tl.float32) * tl.load(CONV + c * W + w, mask=inside, other=0.0).to(tl.float32)
-        if w > 0:
-            tl.store(NEXT + (w - 1) * C + c, before.to(NEXT.dtype.element_ty), mask=inside & (c < written))
-    tl.store(NEXT + (W - 2) * C + c, x.to(NEXT.dtype.element_ty), mask=inside & (c < written))
-    return silu(mixed)
+from kernels.parts import clamped, convolved, softplus
 
 
 @triton.jit
@@ -58,9 +41,9 @@ def step(
     heads = H // groups
     shared = H * P + h // heads * N + n
     once = tl.where((h % heads == 0) & (tile == 0), C, 0)  # one of a group's programs moves the inputs of B and C on
-    x = _convolved(row, past, following, CONV, CONV_BIAS, h * P + p, in_p, C, start, C, W, HAS_STARTS)
-    into = _convolved(row, past, following, CONV, CONV_BIAS, shared, in_n, once, start, C, W, HAS_STARTS)
-    out = _convolved(row, past, following, CONV, CONV_BIAS, shared + groups * N, in_n, once, start, C, W, HAS_STARTS)
+    x = convolved(row, past, following, CONV, CONV_BIAS, h * P + p, in_p, C, start, C, W, HAS_STARTS, True)
+    into = convolved(row, past, following, CONV, CONV_BIAS, shared, in_n, once, start, C, W, HAS_STARTS, True)
+    out = convolved(row, past, following, CONV, CONV_BIAS, shared + groups * N, in_n, once, start, C, W, HAS_STARTS, True)
     state = kept + (dt * x)[:, None] * into[None, :]
     tl.store(AFTER + place, state, mask=both)
     y = tl.sum(state * out[None, :], 1) + tl.load(SKIP + h).to(tl.float32) * x

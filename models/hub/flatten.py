@@ -17,7 +17,7 @@ TEMPLATE = ("models.hub.template_cells", "models.hub.template_cache", "models.hu
 OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {
-    "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "delta_rule", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
+    "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "delta_rule", "m2rnn", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
     "Pre", "Rec", "Mat", "State", "Walk",
 }  # fmt: skip
 # operations whose reference.py has the same functions
@@ -30,7 +30,7 @@ IN_TORCH = (
     "kernels.swiglu",
     "kernels.mamba2_step",
     "kernels.delta_step",
-    "kernels.m2rnn",
+    "kernels.m2rnn_step",
 )
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
@@ -57,6 +57,18 @@ RULE_TEXT = """# The delta rule in Triton (arXiv 2406.06484, 2412.06464), withou
 RULE_KERNELS = '''def rule_kernels() -> Any:
     """The rule's kernels by name."""
     return SimpleNamespace(tl=tl, rule_project=rule_project, rule_walk=rule_walk, rule_outputs=rule_outputs, rule_recover=rule_recover)'''
+MATRIX = {  # likewise kernels/m2rnn
+    "forward": "m2rnn_on_gpu", "Problem": "MatrixStates", "pad": "matrix_width", "neighbours": "matrix_neighbours", "kernels": "matrix_kernels",
+    "total": "matrix_total", "TILES": "MATRIX_TILES", "TILES_WIDE": "MATRIX_TILES_WIDE", "Tiles": "MatrixTiles", "NARROWEST": "MATRIX_NARROWEST",
+    "walk": "matrix_walk", "exact_tanh": "matrix_exact_tanh", "_tanh": "matrix_tanh", "_place": "matrix_place",
+    "_weight": "matrix_weight", "_content": "matrix_content", "_vector": "matrix_vector",
+}  # fmt: skip
+ONLY_MATRIX = ("MATRIX", "m2rnn")
+MATRIX_TEXT = """# M2RNN in Triton (arXiv 2603.14360), without gradients: `matrix_walk` takes all steps in order, a block of rows of a head's state a program. b batch
+# row, h head, i block of rows, t step; K rows and V columns of a state, R heads that share a query and a key."""
+MATRIX_KERNELS = '''def matrix_kernels() -> Any:
+    """The kernel by its name."""
+    return SimpleNamespace(tl=tl, matrix_walk=matrix_walk)'''
 # what a mixer declares to training, evaluation and decoding here, and its exchange over ranks
 DROPPED = {
     "flops_per_token", "state_bytes", "problems", "why_not_split", "over_ranks", "fused_step", "fixed_state", "open_state", "state_roles",
@@ -188,6 +200,15 @@ def add_rule(flat: Flattener) -> None:
     flat.add("kernels.delta_rule.launch", "forward", RULE)
 
 
+def add_matrix(flat: Flattener) -> None:
+    """The forward kernel of M2RNN and what launches it: `m2rnn_on_gpu`."""
+    flat.pieces.append(MATRIX_TEXT)
+    flat.external.add("from types import SimpleNamespace")
+    flat.instead["kernels.m2rnn.launch", "kernels"] = MATRIX_KERNELS
+    flat.add("kernels.m2rnn.triton", "walk", MATRIX)
+    flat.add("kernels.m2rnn.launch", "forward", MATRIX)
+
+
 def _camel(kind: str) -> str:
     return "".join(part.title() for part in kind.split("_"))
 
@@ -213,10 +234,11 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
     if way is not None:
         flat.done.add(("models.walk", flat.module("models.walk").definitions["Walk"].lineno))  # the template has its own
         flat.add(f"models.depth.{way}", "Way", {"Config": "WayConfig"})
-    rules = "delta" in types
+    rules, matrices = "delta" in types, "m2rnn" in types
+    unused = (() if rules else ONLY_RULES) + (() if matrices else ONLY_MATRIX)
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            if rules or name not in ONLY_RULES:
+            if name not in unused:
                 flat.add(part, name)
     flat.pieces += kernels
     scans = "mamba2" in types
@@ -224,6 +246,8 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
         add_scan(flat)
     if rules:
         add_rule(flat)
+    if matrices:
+        add_matrix(flat)
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
@@ -232,6 +256,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
         "KEEP_FP32.extend(" + str(keep_fp32).replace("'", '"') + ")",
         *(["SCAN.append(ssd_on_gpu)"] if scans else []),
         *(["RULE.append(rule_on_gpu)"] if rules else []),
+        *(["MATRIX.append(m2rnn_on_gpu)"] if matrices else []),
     ]
     title = '"""An Everywhen language model for transformers, in one file. Apache-2.0.\n\nLegend: B batch, T time, D width; other letters are explained where they are used.\n"""'
     imports = "\n".join(sorted(flat.external))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.delta_rule.reference import delta_rule_chunked, delta_rule_step
+from kernels.m2rnn.reference import m2rnn_sequential
 from kernels.parallel_rnn.reference import compute_dtype, parallel, sequential
 from kernels.parallel_rnn.step import HeadMatrix
 from kernels.ssd.reference import ssd_chunked
@@ -23,6 +24,7 @@ BIASES: dict[str, Any] = {}  # name: where the biases of its inputs start
 triton: Any = None  # the module, in the exported file, if it is installed
 SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
 RULE: list[Any] = []  # the delta rule in kernels, if this file has it
+MATRIX: list[Any] = []  # M2RNN in a kernel, if this file has it
 Pre = Rec = Mat = State = (
     Tensor  # what the arguments of a cell's step are: input projection, learned weight, matrix over a head, carried state
 )
@@ -179,6 +181,20 @@ def delta_rule(
             except triton.OutOfResources:  # less shared memory than the kernels were made for
                 RULE.clear()
         return delta_rule_chunked(q, k, v, beta, g, h0, starts, normalize, scale)
+
+
+def m2rnn(q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None, starts: Tensor | None) -> Any:
+    """M2RNN: without gradients and on a GPU in its kernel, else in plain torch step by step."""
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, g, w, h0))
+    with torch.autocast(v.device.type, enabled=False):
+        if MATRIX and not learning and v.shape[1] > 1 and can_scan(v) and v.shape[3] <= (128 if v.dtype == torch.bfloat16 else 64):
+            try:
+                with torch.cuda.device_of(v):
+                    return MATRIX[0](q, k, v, g, w, h0, starts, False)[:2]
+            except triton.OutOfResources:  # less shared memory than the kernel was made for
+                MATRIX.clear()
+        o, final = m2rnn_sequential(q, k, v, g, w, h0, starts)
+        return o.to(v.dtype), final
 
 
 def can_scan(x: Tensor) -> bool:

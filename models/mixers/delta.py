@@ -219,13 +219,10 @@ class Mixer(SequenceMixer):
             return slice_.with_adjoint_from_right(o, final, local, border.reached_back, q_BTGK, k_BSGK, beta_BSH, g_BTH, starts, through)
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        kind = dtype or self.in_proj.weight.dtype
-        inner = torch.float64 if kind == torch.float64 else torch.float32
-        delta = torch.zeros(batch, self.H, self.V, self.K, device=device, dtype=inner)
-        return State(self.conv.init_state(batch, device, kind), delta, torch.full((batch,), -1, device=device, dtype=torch.int32))
+        return State(*self.conv.with_memory(batch, (self.H, self.V, self.K), device, dtype))
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-        return batch * ((self.config.d_conv - 1) * self.convolved * dtype.itemsize + 4 * self.values * self.K)
+        return self.conv.bytes_with(self.values * self.K, batch, dtype)
 
     def flops_per_token(self, T: int) -> int:
         """Projections, convolution, and the recurrence counted as a recurrence (each update reads and writes the state, the output reads it)."""

@@ -6,7 +6,7 @@ Legend: B batch, T time, H heads of values, G heads of queries and keys, K key w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kernels.linear import linear
 from kernels.m2rnn import m2rnn
+from kernels.m2rnn_step import m2rnn_step
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer, document_starts, last_segment
 from models.init import draw_step_sizes_, init_matrix, tag
@@ -56,15 +57,18 @@ class Config:
 
 @dataclass
 class State:
-    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet)."""
+    """The last convolution inputs, the matrix states in fp32, and the segment of the last token (-1: none yet). in_place: a decoding step
+    writes over the matrix states."""
 
     conv_BWI: Tensor
     m2rnn_BHKV: Tensor
     segment_B: Tensor
+    in_place: bool = False
 
 
 class Mixer(SequenceMixer):
     recurrence = "m2rnn"
+    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -107,6 +111,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
+            return self._decode(projected, state, segment_ids)
         starts = document_starts(segment_ids, state.segment_B if state is not None else None)
         joint = joint_gradient(projected)
         z, qkv, after, conv_state = self.conv(projected, self.values, state.conv_BWI if state is not None else None, starts, joint)
@@ -118,19 +124,33 @@ class Mixer(SequenceMixer):
         y = linear(self.norm(o_BTI, z, columns=(0, joint)), self.out_proj)
         return y, None if state is None else State(conv_state, final, last_segment(segment_ids, state.segment_B))
 
+    def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:
+        starts = document_starts(segment_ids, state.segment_B)
+        o_BI, conv, memory = m2rnn_step(
+            projected_B1E[:, 0], state.conv_BWI, self.conv.weight, self.dt_bias, self.A_log, self.state_weight, self.skip, state.m2rnn_BHKV,
+            None if starts is None else starts[:, 0], self.G, state.in_place,
+        )  # fmt: skip
+        y = linear(self.norm(o_BI[:, None], projected_B1E[..., : self.values]), self.out_proj)
+        return y, State(conv, memory, last_segment(segment_ids, state.segment_B), state.in_place)
+
+    def fixed_state(self, state: State, capacity: int) -> State:
+        """A copy of `state` whose matrix states a decoding step writes over."""
+        return replace(super().fixed_state(state, capacity), in_place=True)
+
+    def open_state(self, state: State) -> State:
+        """The same tensors as a state that nothing writes into."""
+        return replace(state, in_place=False)
+
     def _gates(self, after_BTH: Tensor) -> Tensor:
         """The logarithms of the forget gates, in fp32 (fp64)."""
         inner = torch.float64 if after_BTH.dtype == torch.float64 else torch.float32
         return -torch.exp(self.A_log.to(inner)) * F.softplus(after_BTH.to(inner) + self.dt_bias.to(inner))
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        kind = dtype or self.in_proj.weight.dtype
-        inner = torch.float64 if kind == torch.float64 else torch.float32
-        memory = torch.zeros(batch, self.H, self.K, self.V, device=device, dtype=inner)
-        return State(self.conv.init_state(batch, device, kind), memory, torch.full((batch,), -1, device=device, dtype=torch.int32))
+        return State(*self.conv.with_memory(batch, (self.H, self.K, self.V), device, dtype))
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-        return batch * ((self.config.d_conv - 1) * self.convolved * dtype.itemsize + 4 * self.values * self.K)
+        return self.conv.bytes_with(self.values * self.K, batch, dtype)
 
     def flops_per_token(self, T: int) -> int:
         """Projections, convolution, and the recurrence: every row of a state times the head's weight, the outer product, and the output."""

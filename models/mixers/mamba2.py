@@ -199,13 +199,10 @@ class Mixer(SequenceMixer):
         return step
 
     def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-        kind = dtype or self.in_proj.weight.dtype
-        inner = torch.float64 if kind == torch.float64 else torch.float32
-        ssm = torch.zeros(batch, self.H, self.config.head_dim, self.config.d_state, device=device, dtype=inner)
-        return State(self.conv.init_state(batch, device, kind), ssm, torch.full((batch,), -1, device=device, dtype=torch.int32))
+        return State(*self.conv.with_memory(batch, (self.H, self.config.head_dim, self.config.d_state), device, dtype))
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
-        return batch * ((self.config.d_conv - 1) * (self.inner + 2 * self.BC) * dtype.itemsize + 4 * self.inner * self.config.d_state)
+        return self.conv.bytes_with(self.inner * self.config.d_state, batch, dtype)
 
     def flops_per_token(self, T: int) -> int:
         """Projections, convolution, and the recurrence counted as a recurrence (update and read: 3 multiply-adds per state element)."""

@@ -41,8 +41,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # As configs/size and configs/model have them: width, layers, layers without an MLP, heads, Mamba-2 state.
 SIZES = {"400m": (1024, 24, 48, 8, 64), "1b": (2048, 24, 48, 16, 128), "toy": (64, 2, 4, 4, 16)}
 VOCABULARY = 50304
-FAMILIES = ("paragru", "mamba2", "gated_deltanet", "gdn_hybrid", "transformer")
-STEP_KERNELS = {"mamba2": ("mamba2", "mamba2_step"), "gated_deltanet": ("delta", "delta_step")}  # (file of the mixer, the op) by family
+FAMILIES = ("paragru", "mamba2", "gated_deltanet", "gdn_hybrid", "transformer", "m2rnn")
+STEP_KERNELS = {
+    "mamba2": ("mamba2", "mamba2_step"),
+    "gated_deltanet": ("delta", "delta_step"),
+    "m2rnn": ("m2rnn", "m2rnn_step"),
+}  # (file of the mixer, the op) by family
 NO_TIME = "no time left"
 
 
@@ -52,6 +56,7 @@ def config_of(family: str, size: str) -> ModelConfig:
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state, "chunk": 64},
         "gated_deltanet": {"type": "delta", "n_heads": heads},
+        "m2rnn": {"type": "m2rnn", "n_heads": width // 64},
         "gdn_hybrid": {"type": "attention", "n_heads": heads, "qk_norm": True, "qk_norm_centred": True, "output_gate": True},
         "transformer": {"type": "attention", "n_heads": heads},
     }[family]

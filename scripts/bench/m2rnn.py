@@ -3,7 +3,7 @@
 python -m scripts.bench.m2rnn --out docs/results/m2rnn/gpu.json                            # accuracy, times: two minutes
 python -m scripts.bench.m2rnn --out sweep.json --parts sweep                               # rows and warps of a program; builds many kernels
 
-Run it before the kernels are trusted (PROVEN in kernels/m2rnn/launch.py): every case of the accuracy is a process of its own, so that a wrong access
+Every case of the accuracy is a process of its own, so that a wrong access
 to memory ends that one alone.
 """
 
@@ -27,12 +27,16 @@ from kernels.m2rnn import launch, m2rnn, reference
 from scripts.bench.timing import Results, attempted, milliseconds, unmeasured
 
 # B, T, heads, V, groups, K
-SHAPES = [(4, 2048, 16, 64, 16, 64), (16, 1024, 12, 64, 12, 64), (1, 16384, 12, 64, 12, 64), (4, 2048, 8, 128, 8, 64)]
+# The last is what is published: 84 heads of 16 columns that share one query and key of 64.
+SHAPES = [
+    (4, 2048, 16, 64, 16, 64), (16, 1024, 12, 64, 12, 64), (1, 16384, 12, 64, 12, 64), (4, 2048, 8, 128, 8, 64), (4, 2048, 16, 64, 16, 128),
+    (4, 2048, 84, 16, 1, 64),
+]  # fmt: skip
 CASES = [
     (kind, sizes, decay)
     for kind, sizes, decay in itertools.product(
         ("bfloat16", "float32", "float16"),
-        ((3, 261, 2, 64, 2, 64), (2, 150, 4, 40, 2, 24), (2, 130, 2, 16, 1, 128), (1, 70, 2, 128, 2, 64)),
+        ((3, 261, 2, 64, 2, 64), (2, 150, 4, 40, 2, 24), (2, 130, 2, 16, 1, 128), (1, 70, 2, 128, 2, 64), (2, 200, 6, 16, 1, 64)),
         (0.5, 0.01),
     )
     if sizes[3] <= launch.WIDEST_OF_FOUR_BYTES or kind == "bfloat16"
@@ -97,7 +101,11 @@ def timed(rule: Any, given: list[torch.Tensor], repeats: int = 10) -> dict[str, 
 
     with torch.no_grad():
         forward = milliseconds(lambda: rule(*given), repeats)
-    return {"forward_ms": forward, "forward_backward_ms": milliseconds(both, repeats)}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return {"forward_ms": forward, "forward_backward_ms": milliseconds(both, repeats), "peak_mb": round(peak)}
 
 
 def times(sizes: tuple[int, ...], plain: bool) -> dict[str, Any]:
@@ -106,31 +114,64 @@ def times(sizes: tuple[int, ...], plain: bool) -> dict[str, Any]:
     q, k, v, g, w, h0 = given
     beta, first = torch.sigmoid(torch.randn_like(g)), torch.zeros_like(h0.mT)
     rule = functools.partial(delta_rule, normalize=True)
-    row["gated delta rule"] = timed(rule, [q, k, v, beta, g, first.contiguous()])
+    row["gated delta rule"] = attempted(lambda: timed(rule, [q, k, v, beta, g, first.contiguous()]))
     if plain:
         row["plain torch"] = timed(reference.m2rnn_sequential, given, 1)
     print(json.dumps(row), flush=True)
     return row
 
 
-def tile(rows: int, warps: tuple[int, int, int], tanhs: bool) -> dict[str, Any]:
-    """Times, and distance from float64, of programs of so many rows, with so many warps in walk, states and back, with tanhs kept or not."""
-    launch.ROWS, launch.WARPS, launch.TANHS = rows, {64: dict(zip(("walk", "states", "back"), warps))}, tanhs
-    given = problem(SHAPES[0], torch.bfloat16, 0.1)
-    row = {"rows": rows, "warps": warps, "tanhs": tanhs, **timed(m2rnn, given, 5)}
-    small = problem((2, 100, 2, 64, 2, 64), torch.bfloat16, 0.1)
+def tile(columns: int, number: int) -> dict[str, Any]:
+    """Milliseconds of each kernel with the tile of this number, both passes of a shape of so many columns; distance from float64."""
+    tiles = {name: choices[number % len(choices)] for name, choices in TILES[columns].items()}
+    launch.TILES[columns] = tiles
+    sizes = next(sizes for sizes in SHAPES if sizes[3] == columns)
+    given, spans = problem(sizes, torch.bfloat16, 0.1), dict[str, list[float]]()
+    run = launch.Problem.run
+
+    def watched(self: launch.Problem, kernel: str, *arguments: Any, **constants: Any) -> None:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run(self, kernel, *arguments, **constants)
+        end.record()
+        torch.cuda.synchronize()
+        spans.setdefault(kernel, []).append(begin.elapsed_time(end))
+
+    small = problem((2, 100, 2, columns, 2, 64), torch.bfloat16, 0.1)
     do, d_final = torch.randn_like(small[2]), torch.randn_like(small[5])
     found = answers(m2rnn, small, None, do, d_final)
     wanted = answers(reference.m2rnn_sequential, [t.double() for t in small], None, do.double(), d_final.double())
-    row["worst"] = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted))
+    worst = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted))
+    do, d_final = torch.randn_like(given[2]), torch.zeros_like(given[5])
+    launch.Problem.run = watched  # type: ignore[method-assign]
+    try:
+        for _ in range(3):
+            spans.clear()
+            answers(m2rnn, given, None, do, d_final)
+    finally:
+        launch.Problem.run = run  # type: ignore[method-assign]
+    row = {"columns": columns, "tiles": tiles, "ms": {kernel: round(sum(times), 4) for kernel, times in spans.items()}, "worst": worst}
     print(json.dumps(row), flush=True)
     return row
 
 
-TILES = [
-    (64, (4, 4, 4), False), (64, (4, 4, 8), False), (64, (4, 4, 4), True), (64, (8, 8, 8), True), (16, (1, 1, 1), False), (16, (2, 2, 2), False),
-    (16, (4, 4, 4), False), (16, (2, 2, 2), True), (16, (4, 4, 4), True), (32, (2, 2, 2), True), (32, (4, 4, 4), False), (32, (4, 4, 4), True),
-]  # fmt: skip
+# (rows, warps) of programs by columns: each kernel is timed by itself, so that a number may stand for one of each.
+TILES: dict[int, dict[str, list[tuple[int, int]]]] = {
+    64: {
+        "walk": [(16, 4), (16, 2), (32, 4), (16, 8), (64, 4)],
+        "slopes": [(16, 1), (64, 4), (16, 2)],
+        "adjoint": [(16, 4), (16, 2), (32, 4), (16, 8), (64, 4)],
+        "gradients": [(64, 4), (32, 4), (16, 4)],
+    },
+    16: {
+        "walk": [(32, 1), (16, 1), (64, 2), (16, 2)],
+        "slopes": [(64, 2), (16, 1), (32, 1)],
+        "adjoint": [(16, 1), (16, 2), (32, 1)],
+        "gradients": [(32, 1), (16, 1), (64, 2)],
+    },
+    128: {"walk": [(16, 8), (16, 4)], "slopes": [(64, 8), (16, 4)], "adjoint": [(16, 8), (16, 4)], "gradients": [(32, 8), (16, 8)]},
+}
+SWEEP = [(columns, number) for columns, choices in TILES.items() for number in range(max(map(len, choices.values())))]
 
 
 def warm(part: str, count: int) -> None:
@@ -155,7 +196,7 @@ def main() -> None:
     if arguments.warm:
         part, index = arguments.warm.split(":")
         with unmeasured():
-            times(SHAPES[int(index)], False) if part == "times" else tile(*TILES[int(index)])
+            times(SHAPES[int(index)], False) if part == "times" else tile(*SWEEP[int(index)])
         return
     wanted, results = arguments.parts.split(","), Results(arguments.out, torch.device("cuda"))
     if "accuracy" in wanted:
@@ -167,8 +208,8 @@ def main() -> None:
     for n, sizes in enumerate(SHAPES) if "times" in wanted else ():
         results.append("times", attempted(functools.partial(times, sizes, n == 0)))
     if "sweep" in wanted:
-        warm("sweep", len(TILES))
-    for one in TILES if "sweep" in wanted else ():
+        warm("sweep", len(SWEEP))
+    for one in SWEEP if "sweep" in wanted else ():
         results.append("sweep", attempted(functools.partial(tile, *one)))
 
 

@@ -3,16 +3,16 @@
 python -m scripts.studies.m2rnn --out tracking.json                                        # S3, S4, A5 beside a gated delta rule, ten minutes
 python -m scripts.studies.m2rnn --out corrections.json --parts corrections                 # random weights, and those of a trained model of bytes
 
-Tracking: one layer of width 64, four heads of 16, trained on products of 4 elements for 500 steps, of 8 for 500, then of 16, and scored at 16, 32 and
-64. Corrections: of starts of slices by
-the diagonal of the Jacobian, f + (1 - f) (1 - tanh^2) diag(W), in fp32, until every start is the end of the slice before it but for a share of the
-largest value of that row of the state.
+Tracking: one layer of width 64, four heads of 16, trained on products of 8 elements for 1,000 steps, then of 16, and scored at 16, 32 and 64, from the
+published start and from others. Corrections: of starts of slices by the diagonal of the Jacobian, f + (1 - f) (1 - tanh^2) diag(W), in fp32, until
+every start is the end of the slice before it but for a share of the largest value of that row of the state.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,27 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, table
 
-ARMS = {
-    "m2rnn": {"type": "m2rnn", "n_heads": 4, "head_dim": 16},
-    "m2rnn, fast gates": {"type": "m2rnn", "n_heads": 4, "head_dim": 16, "dt_min": 0.1, "dt_max": 1.0},
+SMALL = {"type": "m2rnn", "n_heads": 4, "head_dim": 16}
+WIDE = {"type": "m2rnn", "n_heads": 2, "head_dim": 4, "expand_v": 8.0}
+# Starts other than the published ones: noise, W is noise of deviation 1 / sqrt(V) instead of the identity; keep, every f at an input of zero;
+# inputs, the convolution's weights are so many times as large, so that products of keys and values leave the straight part of the tanh.
+OTHER = {"noise": True, "keep": 0.27, "inputs": 3.0}
+ARMS: dict[str, dict[str, Any]] = {
+    "m2rnn": SMALL,
+    "m2rnn, noise": {**SMALL, "noise": True},
+    "m2rnn, noise, fast": {**SMALL, "noise": True, "keep": 0.27},
+    "m2rnn, noise, inputs": {**SMALL, "noise": True, "inputs": 3.0},
+    "m2rnn, fast, inputs": {**SMALL, "keep": 0.27, "inputs": 3.0},
+    "m2rnn, noise, fast, inputs": {**SMALL, **OTHER},
+    "m2rnn, 32 columns": WIDE,
+    "m2rnn, 32 columns, noise, fast, inputs": {**WIDE, **OTHER},
+    "m2rnn, 64 rows": {"type": "m2rnn", "n_heads": 4, "n_k_heads": 1, "head_dim": 64, "expand_v": 0.25},
+    "m2rnn, 64 rows, noise, fast, inputs": {"type": "m2rnn", "n_heads": 4, "n_k_heads": 1, "head_dim": 64, "expand_v": 0.25, **OTHER},
     "gated_deltanet": {"type": "delta", "n_heads": 4, "head_dim": 16},
 }
 SHARES = {"2^-8": 2.0**-8, "2^-18": 2.0**-18}
 BURN_IN = 32
-SHORT = 500  # steps on a quarter of the length, and on half of it
+SHORT = 1000  # steps on half of the length
 
 
 @torch.no_grad()
@@ -48,22 +61,35 @@ def scored(model: LanguageModel, products: Tensor, device: str) -> dict[str, dic
     return out
 
 
+@torch.no_grad()
+def start_otherwise(model: LanguageModel, noise: bool = False, keep: float = 0.0, inputs: float = 1.0) -> None:
+    """Starts as of OTHER."""
+    for block in model.blocks:
+        m = block.mixer
+        if noise:
+            m.state_weight.normal_(0.0, m.V**-0.5)
+        if keep:
+            m.A_log.zero_()
+            m.dt_bias.fill_(math.log(1 / keep - 1))  # softplus of it is -log(keep)
+        m.conv.weight.mul_(inputs)
+
+
 def tracked(mixer: str, group: str, seed: int, seconds: float, device: str, rate: float = 3e-3) -> dict[str, Any]:
     """Trains one model for so long, or until it is solved at four times the length."""
     torch.manual_seed(seed)
     products, began = table(group), time.monotonic()
     settings: dict[str, Any] = {"vocab_size": len(products), "d_model": 64, "n_layers": 1, "d_ff": 0, "init_std": 0.125}
-    model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": ARMS[mixer]}))
+    arm = {key: value for key, value in ARMS[mixer].items() if key not in OTHER}
+    model = LanguageModel(ModelConfig(**settings, pattern=["m"], mixers={"m": arm}))
     model.init_weights(seed)
+    start_otherwise(model, **{key: ARMS[mixer][key] for key in OTHER if key in ARMS[mixer]})
     model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     draw, curve, solved, step = torch.Generator().manual_seed(seed + 1), [], False, 0
     while time.monotonic() - began < seconds and not solved:
         for group_ in optimizer.param_groups:  # a short rise
             group_["lr"] = rate * min(1.0, (step + 1) / 50)
-        ids, wanted = (
-            x.to(device) for x in problem(products, BATCH, LENGTH // (4 if step < SHORT else 2 if step < 2 * SHORT else 1), draw)
-        )
+        ids, wanted = (x.to(device) for x in problem(products, BATCH, LENGTH // (2 if step < SHORT else 1), draw))
         loss = F.cross_entropy(model(ids).logits.flatten(0, 1), wanted.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -20,6 +20,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     **{cell: {"type": "rnn", "cell": cell, "n_heads": 2, "expand": 1.5} for cell in ("paragru", "paralstm", "mingru")},
     "mamba2": {"type": "mamba2", "d_state": 6, "head_dim": 12, "n_groups": 2, "chunk": 5},
     "delta": {"type": "delta", "n_heads": 2, "n_k_heads": 1, "head_dim": 12, "updates": 2, "negative": True},
+    "m2rnn": {"type": "m2rnn", "n_heads": 2, "n_k_heads": 1, "head_dim": 12},
 }
 
 
@@ -30,7 +31,7 @@ def check(folder: Path, name: str, device: str) -> None:
     write_folder(source, out, "fp32", 10**9, "apache-2.0")
     theirs = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).to(device).eval()
     ours: LanguageModel = load_model(source)[0]
-    table = {"mamba2": "SCAN", "delta": "RULE"}.get(name)  # of these the prompt, of the others every token
+    table = {"mamba2": "SCAN", "delta": "RULE", "m2rnn": "MATRIX"}.get(name)  # of these the prompt, of the others every token
     T = 300 if device == "cuda" else {"mamba2": 19, "delta": 35}.get(name, 9)  # two chunks in the interpreter
     ids, mask = torch.randint(1, 67, (2, T)), torch.ones(2, T, dtype=torch.long)
     mask[0, :3] = 0  # padding starts a text anew

@@ -21,35 +21,40 @@ from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 LIKE_V = {"Q", "X", "Y", "DO", "O", "DQ", "DX", "DY"}  # in the dtype of v
-OPERANDS = {"W", "STATES"}  # in the dtype of products
+OPERANDS = {"W", "ADJOINTS"}  # in the dtype of products
 SIZES = {"B", "T", "H", "K", "V", "R"}
 FREE = {"B", "T", "H", "R", "blocks", "chunks", "first", "begin", "end", "longest"}
+KERNELS = ("walk", "slopes", "adjoint", "gradients")
 GOLDEN = Path(__file__).with_name("resources_m2rnn.json")
 
 registers = Registers("m2rnn")
 
 
-def made(name: str, dtype: str, K: int, V: int) -> dict[str, int]:
-    """Resources of one kernel."""
+def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str, int]:
+    """Resources of one kernel. ones: with what a launch of one step of one row makes constants of."""
     narrow, fn = dtype == "bf16", getattr(kernels, name)
-    rows, columns = min(launch.ROWS, launch.pad(K, launch.NARROWEST)), launch.pad(V, launch.NARROWEST)
-    warps = launch.WARPS[columns] if narrow else launch.WARPS_WIDE
+    columns, filled = launch.pad(V, launch.NARROWEST), launch.pad(K, launch.NARROWEST)
+    tiles = launch.TILES[columns] if narrow else launch.TILES_WIDE
+    rows, warps = tiles[name]
     constants: dict[str, Any] = {
-        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "HAS_TANHS": launch.TANHS, "CHUNK": launch.CHUNK, "DOT": tl.bfloat16 if narrow else tl.float32,
-        "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": rows, "BV": columns,
+        "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "CHUNK": launch.EVERY, "DOT": tl.bfloat16 if narrow else tl.float32,
+        "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": min(rows, filled), "BV": columns, "ROWS": filled,
     }  # fmt: skip
+
+    if ones:
+        constants |= {a: 1 for a in fn.arg_names if (a in SIZES or a.islower()) and a not in {*constants, "first", "begin", "longest"}}
 
     def kind(argument: str) -> str:
         if argument in LIKE_V:
             return f"*{dtype}"
         if argument in OPERANDS:
             return "*bf16" if narrow else "*fp32"
-        if argument == "TANHS":
-            return "*fp16" if narrow and launch.TANHS else kind("STATES")
+        if argument == "SLOPES":
+            return "*fp16" if narrow else "*fp32"
         return "*u8" if argument == "STARTS" else "*fp32" if argument.isupper() and argument not in SIZES else "i32"
 
     source = source_of(fn, constants, kind, lambda a: a not in FREE)
-    return registers.figures(name, source, {"num_warps": warps[name], "num_stages": 1}, figures)
+    return registers.figures(name + (" of ones" if ones else ""), source, {"num_warps": warps, "num_stages": 1}, figures)
 
 
 def figures(kernel: Any) -> dict[str, int]:
@@ -57,7 +62,9 @@ def figures(kernel: Any) -> dict[str, int]:
 
 
 def main(dtype: str, K: int, V: int, golden: bool) -> None:
-    out = {name: made(name, dtype, K, V) for name in ("walk", "states", "back")}
+    out = {name: made(name, dtype, K, V) for name in KERNELS}
+    for name in KERNELS:
+        made(name, dtype, K, V, ones=True)
     print(json.dumps(out))
     registers.close()
     if golden:

@@ -14,7 +14,7 @@ from kernels.m2rnn import launch, m2rnn, op, reference  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem  # noqa: E402
 
-reference.CHUNK = launch.CHUNK = 8  # the interpreter is slow
+reference.EVERY = launch.EVERY = 8  # the interpreter is slow
 CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((2, 18, 4, 24, 2, 40), {"starts": 0.05}),  # heads that share keys, widths that are filled up
     ((1, 1, 1, 16, 1, 16), {}),
@@ -49,9 +49,9 @@ def extremes() -> None:
     tensors[3][:, ::5] = -torch.inf
     tensors[3][:, 1::5] = 0.0
     compare("borders", tensors, starts, (1e-5, 1e-4))
-    many, launch.PROGRAMS = launch.PROGRAMS, 1
+    many, launch.SCRATCH = launch.SCRATCH, 1
     compare("chunk by chunk, of a small loss", tensors, starts, (1e-5, 1e-4), scale=1e-8)
-    launch.PROGRAMS = many
+    launch.SCRATCH = many
 
 
 def not_finite() -> None:

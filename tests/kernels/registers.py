@@ -78,6 +78,7 @@ def main() -> None:
         ["compiled_m2rnn.py", *map(str, matrix["arguments"])],
         ["compiled_mixer.py"],
         ["compiled_mamba2_step.py"],
+        ["compiled_m2rnn_step.py"],
         ["compiled_delta_step.py"],
         ["compiled_lists.py"],
         ["compiled_attention.py"],

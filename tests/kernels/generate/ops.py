@@ -31,7 +31,7 @@ from tests.kernels.generate.layers import (
     turning,
 )  # fmt: skip
 from tests.kernels.generate.losses import loss_of_head, loss_of_rows
-from tests.kernels.generate.matrix import matrix_states
+from tests.kernels.generate.matrix import matrix_states, matrix_token
 from tests.kernels.generate.optimizers import ends_of_muon, norm_of_many, symmetric_product
 from tests.kernels.generate.scans import scan, scan_borders, scan_not_finite
 from tests.kernels.generate.steps import cell_token, fused_projection, fused_recurrences, mamba2_token
@@ -40,7 +40,7 @@ KINDS: dict[str, Callable[[Draw], Answers]] = {
     "ssd": scan, "ssd_borders": scan_borders, "ssd_not_finite": scan_not_finite, "conv": convolution, "conv_not_finite": convolution_not_finite, "conv_history": convolution_history, "norm": norm,
     "residual": sum_of_stream, "add_norm": stream_and_norm, "swiglu": product, "rotary": turning, "loss": loss_of_rows, "head": loss_of_head, "mamba2_step": mamba2_token,
     "delta": delta, "delta_borders": delta_borders, "delta_not_finite": delta_not_finite, "delta_step": delta_token, "dense": dense,
-    "m2rnn": matrix_states,
+    "m2rnn": matrix_states, "m2rnn_step": matrix_token,
     "cell_step": cell_token, "project": fused_projection, "fused_step": fused_recurrences,
     "attention": packed_attention, "norm_of_many": norm_of_many, "muon": ends_of_muon, "symmetric": symmetric_product,
 }  # fmt: skip
