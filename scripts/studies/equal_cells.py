@@ -56,7 +56,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "deltaproduct_2": {**DELTA, "n_heads": 4, "updates": 2, "negative": True, "gate": False},
     "deltaproduct_4": {**DELTA, "n_heads": 3, "updates": 4, "negative": True, "gate": False, "output_gate": False},
 }
-DENSE = ("dense_gru", "dense_lstm", "slstm")
+DENSE = {"dense_gru": 1, "dense_lstm": 2, "slstm": 2}  # blocks of the input projection where there is no output gate
 RATES = {"m2rnn": 5e-3}  # by type of the mixer, else RATE
 RATE, WARMUP, DECAY, INIT_STD, BURST, EVERY = 1e-2, 50, 1e-6, 0.125, 10, 20
 CURRICULUM = 0.6  # of the steps, by which the ladder is climbed at the latest
@@ -69,7 +69,7 @@ def settings_of(task: str, mixer: str, values: dict[str, Any]) -> dict[str, Any]
     """All that decides a cell's result but its seed and how far it came."""
     chosen, layer = TASKS[task], MIXERS[mixer]
     if mixer in DENSE:
-        layer = {**layer, **chosen.get("dense", {})}
+        layer = {**layer, **chosen["dense"], "n_heads": DENSE[mixer]} if "dense" in chosen else layer
     return {
         "task": chosen["task"], "layer": layer, "bound": chosen["bound"], "first": chosen["first"], "grow": chosen["grow"],
         "length": values["length"], "batch": values["batch"], "lr": RATES.get(layer["type"], RATE), "warmup": WARMUP, "weight_decay": DECAY,

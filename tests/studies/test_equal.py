@@ -15,8 +15,10 @@ from training.errors import UserError
 VALUES = {**DEFAULTS, "length": 8, "batch": 8}
 
 
-def test_models_have_equal_parameters() -> None:
-    counts = {name: sum(p.numel() for p in build_model([layer], 6, None).parameters()) for name, layer in MIXERS.items()}
+@pytest.mark.parametrize("task", ["S3", "mqar"])
+def test_models_have_equal_parameters(task: str) -> None:
+    layers = {name: settings_of(task, name, VALUES)["layer"] for name in MIXERS}
+    counts = {name: sum(p.numel() for p in build_model([layer], 6, None).parameters()) for name, layer in layers.items()}
     assert max(counts.values()) < 1.12 * min(counts.values()), counts
 
 
