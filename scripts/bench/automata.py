@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.dense_rnn import automata, launch, reference
-from kernels.dense_rnn.automata import Dictionary
+from kernels.dense_rnn.dictionary import Dictionary, slices_for
 from kernels.parallel_rnn.cell import Cell
 from models.cells import load_cell
 from scripts.bench.timing import Results, attempted, milliseconds
@@ -85,7 +85,7 @@ def exact(name: str, T: int, E: int, device: torch.device, out: Results, limit: 
     given = list(tracker(name, cell, 1, T, E, torch.bfloat16, device))
     plan = launch.Plan.of(given[0], K, 1)
     programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    about = {"tracker": name, "shape": [1, T, E, K], "candidates": n, "reckoned": automata.slices_for(1, T, E, n, programs)}
+    about = {"tracker": name, "shape": [1, T, E, K], "candidates": n, "reckoned": slices_for(1, T, E, n, programs)}
     walk = milliseconds(lambda: launch.forward(cell, *(*given, None, plan)), 5)
     corrected = milliseconds(lambda: launch.forward(cell, *(*given, None)), 3) if name == "S3" else None
     rows = []

@@ -10,7 +10,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch  # noqa: E402
 
 from kernels.dense_rnn import launch  # noqa: E402
-from kernels.dense_rnn.automata import Dictionary, forward  # noqa: E402
+from kernels.dense_rnn.automata import forward  # noqa: E402
+from kernels.dense_rnn.dictionary import Dictionary  # noqa: E402
 from models.cells import load_cell  # noqa: E402
 from scripts.bench.trackers import size, tracker  # noqa: E402
 from tests.kernels.dense_rnn_cases import problem  # noqa: E402
