@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST_TASKS, FIRST = ("S3", "parity", "S4"), ("dense_gru", "deltaproduct_2", "dense_lstm", "slstm", "deltaproduct_4", "m2rnn")
 CONTROLS = ("gated_deltanet_2", "gated_deltanet", "mamba2", "paragru", "paralstm")
+MOST_COMPILING = 60.0  # seconds
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
 Place = tuple[str, str, int]
@@ -136,31 +137,47 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
     write_json(out / "cells" / f"{name}.json", cell)
 
 
-def work(values: dict[str, Any], cells: list[Place], taken: Any, deadline: float, device_name: str, visible: str) -> None:
-    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; deadline: of time.time()."""
+def prepare(values: dict[str, Any], mixer: str, visible: str) -> None:
+    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it."""
+    device = pick(visible, "cuda")
+    learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
+    learner.warm()
+    learner.score(values["length"] * LENGTHS[-1], values["batch"])
+
+
+def pick(visible: str, device_name: str) -> Any:
+    """The device of this process."""
     if visible:  # before anything here asks for a device
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     import torch
 
     torch.set_num_threads(1)
-    device = torch.device(device_name)
+    return torch.device(device_name)
+
+
+def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, deadline: float, device_name: str, visible: str) -> None:
+    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: when kernels are compiled;
+    deadline: of time.time()."""
+    device = pick(visible, device_name)
+    ready.wait()
     running: list[tuple[Place, Learner, float]] = []
+    more = True
 
     def late() -> bool:
         return time.time() > deadline - SCORING * len(running) / 4 - 1
 
     while True:
-        while not late() and len(running) < values["streams"]:
+        if more and not late() and len(running) < values["streams"]:  # one, and the others go on
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
-            if number >= len(cells):
-                break
+            more = number < len(cells)
             try:
-                running.append((cells[number], begin(cells[number], values, device), time.perf_counter()))
+                if more:
+                    running.append((cells[number], begin(cells[number], values, device), time.perf_counter()))
             except Exception as error:
                 keep(cells[number], None, values, error)
-        if not running:
+        if not running and (not more or late()):
             return
         for entry in list(running):
             place, learner, since = entry
@@ -226,13 +243,19 @@ def main(words: list[str]) -> None:
             flush=True,
         )
         spawn = multiprocessing.get_context("spawn")
-        taken = spawn.Value("i", 0)
+        taken, ready = spawn.Value("i", 0), spawn.Event()
         workers = [
-            spawn.Process(target=work, args=(values, cells, taken, deadline, device, gpus[i % len(gpus)]))
+            spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
             for i in range(min(processes, len(cells)))
         ]
-        for process in workers:
+        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
+        compilers = [spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)])) for i, mixer in enumerate(first)]
+        for process in (*compilers, *workers):
             process.start()
+        for process in compilers:
+            process.join(max(1.0, began + MOST_COMPILING - time.time()))
+        print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
+        ready.set()
         for process in workers:
             process.join(max(1.0, deadline + 20 - time.time()))
             if process.is_alive():

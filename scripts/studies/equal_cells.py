@@ -102,7 +102,10 @@ def drawn(mapping: str, n: int, T: int, seed: int, fill: int, rows: int) -> tupl
 def held_out(mapping: str, n: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(inputs, labels) (rows, n) that no training draws."""
     inputs, labels = build_task(json.loads(mapping)).sample(Draws(0, "valid", np.arange(rows)), n)
-    return torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+    on_device = torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # other streams read it too
+    return on_device
 
 
 @dataclass

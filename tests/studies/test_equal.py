@@ -1,11 +1,13 @@
 """The study of state tracking at equal parameters: what its models have, its ladder of lengths, that a cell that was cut goes on, and its table."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from scripts.studies import equal_cells
 from scripts.studies.cells import build_model
 from scripts.studies.equal import DEFAULTS, arguments, limit_of, order, work
 from scripts.studies.equal_cells import MIXERS, TASKS, Learner, ladder, settings_of
@@ -53,7 +55,8 @@ def test_a_cell_that_was_cut_goes_on() -> None:
     assert all(int(v["step"]) == wanted for v in held.values())
 
 
-def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path) -> None:
+def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_cells, "SCORED", 16)
     values = {**VALUES, "out": str(tmp_path), "streams": 2, "most": 10}
     for folder in ("cells", "states"):
         (tmp_path / folder).mkdir()
@@ -64,9 +67,10 @@ def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path) ->
         def get_lock(self) -> Any:
             return torch.no_grad()
 
-    work(values, [("S3", "dense_gru", 0), ("S3", "mamba2", 0)], Taken(), 4e9, "cpu", "")
-    import json
+        def wait(self) -> None:
+            pass
 
+    work(values, [("S3", "dense_gru", 0), ("S3", "paragru", 0)], Taken(), Taken(), 4e9, "cpu", "")
     cells = [json.loads(path.read_text()) for path in sorted((tmp_path / "cells").iterdir())]
     assert [c["ended"] for c in cells] == ["steps", "steps"] and all(c["step"] == 20 for c in cells)
     for seed, steps in enumerate((300, 700, 400)):
