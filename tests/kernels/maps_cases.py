@@ -19,8 +19,8 @@ def failed(layer: plans.Layer) -> None:
 class Walked:
     """Plans of one layer that walks all in order because corrections failed."""
 
-    def __init__(self, cell: Cell, ranks: int, failing: bool = True) -> None:
-        self.cell, self.ranks, self.plans = cell, ranks, plans.Plans(1, torch.device("cpu"))
+    def __init__(self, cell: Cell, ranks: int, failing: bool = True, device: str = "cpu") -> None:
+        self.cell, self.ranks, self.plans = cell, ranks, plans.Plans(1, torch.device(device))
         if failing:
             failed(self.layer)
 
