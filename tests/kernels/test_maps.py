@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kernels.dense_rnn import automata, dense_rnn, dictionary, plans, reference
 from kernels.dense_rnn.plans import PERIOD, Plans
@@ -128,3 +129,28 @@ def test_plans_of_before_are_read() -> None:
     del state["maps"]
     run.plans.load(state)
     assert run.maps.status == "off"
+
+
+def test_a_pass_that_is_made_again_for_its_gradients_solves_alike() -> None:
+    cell = load_cell("dense_gru")
+    run = Walked(cell, 1)
+    run.maps.status = "looking"
+    dense_rnn(cell, *tracker("parity", cell, 1, 256, 1, torch.float32, seed=1), learner=run.layer.number)
+    run.decide()
+    assert run.maps.status == "tried"
+    pre, rec, mat, h0 = tracker("parity", cell, 1, 256, 1, torch.float32)
+    pre = 0.02 * pre  # not saturated, so that there are gradients
+
+    def gradients(learner: int, again: bool) -> list[Tensor]:
+        given = [t.clone().requires_grad_() for t in (pre, rec, mat * 0.02, h0)]
+
+        def solve(*tensors: Tensor) -> Tensor:
+            return dense_rnn(cell, *tensors, learner=learner)[0]
+
+        out = checkpoint(solve, *given, use_reentrant=False) if again else solve(*given)
+        out.square().sum().backward()
+        return [t.grad for t in given if t.grad is not None]
+
+    once, twice, walked = gradients(run.layer.number, False), gradients(run.layer.number, True), gradients(0, False)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice))
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(once, walked)) and once[0].abs().max() > 1e-3
