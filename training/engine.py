@@ -143,8 +143,12 @@ class Engine:
 
     def _learn(self, words: list[float]) -> None:
         """Settles the plans of the steps that follow, from what all ranks' solves needed in this one; graphs are of the plans before."""
-        if self.plans is not None and self.plans.decide(words, self.world.size) and self.graphed is not None:
+        if self.plans is not None and self.plans.decide(words, self.world.size, self._of_first) and self.graphed is not None:
             self.graphed.forget()
+
+    def _of_first(self, values: list[float]) -> list[float]:
+        """The first rank's numbers. Collective."""
+        return self.world.gather(values)[0] if self.world.size > 1 else values
 
     def _backward(self, micro_batches: list[Batch], scale: float) -> Tensor:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""

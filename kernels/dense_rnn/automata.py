@@ -10,7 +10,7 @@ are, and what is not certified is walked in order, so that what comes out is nev
     dictionary = Dictionary(E, 6, S, K);  dictionary.learn(borders_RSD)      # states at borders of slices, seen in earlier solves
     states_BTSD = solve(cell, pre, rec, mat, h0, starts, dictionary.states)  # plain torch; `forward` does so by the Triton kernels
 
-It pays where rows are few and long (`slices_for`), and only with exact trackers: `spread` says how far states met lie from the nearest
+It pays where rows are few and long (`dictionary.slices_for`), and only with exact trackers: `spread` says how far states met lie from the nearest
 candidate, which for an automaton is nothing. Legend: as in reference.py; M candidates; dictionaries are (E, M, S, K).
 """
 
@@ -19,17 +19,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.dense_rnn import launch, reference
+from kernels.dense_rnn.dictionary import SETTLE, by_channel, by_head, scale_of
 from kernels.dense_rnn.reference import TOLERANCE, local_size
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import share, slice_time, zeroed
 from kernels.parallel_rnn.step import HeadMatrix
 
-SETTLE = 8  # last steps of the slice before, over which a candidate is walked before it is one
 REPEATS = 3  # passes after the one from composed starts
-OVERHEAD = 400  # steps of a walk that take as long as all launches that do not walk: about 0.3 ms of 0.7 us
 
 
 @dataclass
@@ -46,50 +45,6 @@ class Report:
 last_report = Report()
 
 
-class Dictionary(nn.Module):
-    """The few states of each head, as buffers: part of a state dict. states (E, M, S, K); spread (E), in shares of a channel's size."""
-
-    states: Tensor
-    spread: Tensor
-
-    def __init__(self, heads: int, candidates: int, states: int, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("states", torch.zeros(heads, candidates, states, channels))
-        self.register_buffer("spread", torch.full((heads,), torch.inf))
-
-    @torch.no_grad()
-    def learn(self, borders_RSD: Tensor) -> None:
-        """Takes those of R states met at borders that lie farthest from each other, the first one to begin with, each head for itself."""
-        E, M, S, K = self.states.shape
-        seen = _by_head(borders_RSD.float(), E)  # (R, E, S K)
-        far = (seen / _scale(seen.transpose(0, 1))).transpose(0, 1)
-        chosen = torch.zeros(E, M, dtype=torch.long, device=far.device)
-        nearest = torch.full(far.shape[:2], torch.inf, device=far.device)
-        for m in range(M):
-            if m:
-                chosen[:, m] = nearest.argmax(1)
-            picked = far.gather(1, chosen[:, m, None, None].expand(-1, 1, far.shape[2]))
-            nearest = torch.minimum(nearest, (far - picked).abs().amax(2))
-        picked = seen.transpose(0, 1).gather(1, chosen[..., None].expand(-1, -1, S * K))
-        self.states.copy_(picked.unflatten(2, (S, K)))
-        self.spread.copy_(nearest.amax(1))
-
-
-def _by_head(x: Tensor, E: int) -> Tensor:
-    """(..., S, D) as (..., E, S K)."""
-    return x.unflatten(-1, (E, -1)).transpose(-3, -2).flatten(-2)
-
-
-def _by_channel(x: Tensor, S: int) -> Tensor:
-    """(..., E, S K) as (..., S, D)."""
-    return x.unflatten(-1, (S, -1)).transpose(-3, -2).flatten(-2)
-
-
-def _scale(states_EMF: Tensor) -> Tensor:
-    """(E, F): the largest absolute value of each channel."""
-    return states_EMF.abs().amax(1).clamp_min(1e-30)
-
-
 def compose(maps_BNEM: Tensor, first_BE: Tensor) -> Tensor:
     """(B, N + 1, E): where `first` is taken by the first 0, 1, .. N maps one after the other, all at once by a scan over N."""
     whole, ahead = maps_BNEM, 1
@@ -103,8 +58,8 @@ def compose(maps_BNEM: Tensor, first_BE: Tensor) -> Tensor:
 def starts_of(first_BSD: Tensor, ends_BNMSD: Tensor, candidates_BNMSD: Tensor, dictionary: Tensor) -> Tensor:
     """Starts (B, N, S, D) of slices 1 .. N, from the true end of slice 0 and what each candidate of the slices 1 .. N comes to."""
     E, S = dictionary.shape[0], dictionary.shape[2]
-    scale = _scale(dictionary.flatten(2).float())
-    first, ends, candidates = (_by_head(x, E) for x in (first_BSD, ends_BNMSD, candidates_BNMSD))  # (.., E, S K)
+    scale = scale_of(dictionary.flatten(2).float())
+    first, ends, candidates = (by_head(x, E) for x in (first_BSD, ends_BNMSD, candidates_BNMSD))  # (.., E, S K)
 
     def nearest(x: Tensor, among: Tensor) -> Tensor:  # (.., M', E, F) and (.., M, E, F): (.., E, M')
         a, b = ((v.float() / scale).transpose(-3, -2) for v in (x, among))
@@ -113,7 +68,7 @@ def starts_of(first_BSD: Tensor, ends_BNMSD: Tensor, candidates_BNMSD: Tensor, d
     maps = nearest(ends[:, :-1], candidates[:, 1:])
     index = compose(maps, nearest(first[:, None], candidates[:, 0])[..., 0])[:, : ends.shape[1]]  # which candidate each slice starts near
     take = index[:, :-1, None, :, None].expand(-1, -1, 1, -1, ends.shape[-1])
-    return torch.cat([first_BSD[:, None], _by_channel(ends[:, :-1].gather(2, take)[:, :, 0], S)], 1)
+    return torch.cat([first_BSD[:, None], by_channel(ends[:, :-1].gather(2, take)[:, :, 0], S)], 1)
 
 
 def _walk_all(cell: Cell, pre: Tensor, rec: Tensor, mat: list[HeadMatrix], begins: Tensor, starts: Tensor | None) -> Tensor:
@@ -138,7 +93,7 @@ def solve(
     x, at = slice_time(pre, n, length), None if starts is None else slice_time(starts, n, length)
     begins = h0[:, None].expand(-1, n, -1, -1).clone()
     if n > 1:
-        few = _by_channel(dictionary.to(h0.dtype).flatten(2).transpose(0, 1), h0.shape[1])  # (M, S, D)
+        few = by_channel(dictionary.to(h0.dtype).flatten(2).transpose(0, 1), h0.shape[1])  # (M, S, D)
         candidates, tail = few.expand(B, n - 1, *few.shape), min(settle, length)
         if tail:
             early = None if at is None else at[:, :-1, length - tail :]
@@ -209,7 +164,7 @@ def forward(
     n, L = plan.slices, plan.length
     begins = h0.float()[:, None].expand(-1, n, -1, -1).contiguous()
     if n > 1:
-        few = _by_channel(dictionary.float().flatten(2).transpose(0, 1), h0.shape[1])
+        few = by_channel(dictionary.float().flatten(2).transpose(0, 1), h0.shape[1])
         candidates, tail = few.expand(B, n - 1, *few.shape), min(settle, L)
         body, new = (
             pre[:, : (n - 1) * L].unflatten(1, (n - 1, L)),
@@ -245,22 +200,6 @@ def forward(
     return rows.emitted, rows.kept, final, bad
 
 
-def slices_for(
-    B: int, T: int, E: int, M: int, programs: int, settle: int = SETTLE, repeats: int = 1, shortest: int = launch.SHORTEST
-) -> int:
-    """Slices that `forward` takes least time over, or 1 where the walk in order is faster; reckoned in steps of a walk. programs: those that run
-    side by side, some for each multiprocessor. shortest: steps in which the heads forget where in a basin they started."""
-
-    def waves(rows: int) -> int:
-        return -(-E * -(-rows // launch.ROWS) // programs)
-
-    best, least = 1, T * waves(B)
-    for k in range(2, 13):
-        n = 1 << k
-        if T // n < max(shortest, settle):
-            break
-        length = -(-T // n)
-        each = B * waves(M * n)  # batch rows one after the other
-        cost = OVERHEAD * B + each * (settle + length) + (1 + repeats) * waves(B * n) * length
-        best, least = (n, cost) if cost < least else (best, least)
-    return best
+def slices_of(pre: Tensor, mat: Tensor, slices: int) -> int:
+    """Slices that `forward` makes where so many are asked for."""
+    return launch.Plan.of(pre, mat.shape[1], slices, 0).slices

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import large, launch, marks, plans, reference
+from kernels.dense_rnn import automata, large, launch, marks, plans, reference
 from kernels.op import define
 from kernels.parallel_rnn.cell import REGISTRY, Cell
 from kernels.parallel_rnn.op import flat, joined, warn_once
@@ -70,15 +70,24 @@ def _forward(
     learner: the number of the layer whose plan (plans.py) is in force, or 0. halves: the product in two halves (launch.forward), emitted states in
     the dtype of the arithmetic. borders: in place of kept, marks (B, M, S, D) from which the backward pass makes it again."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
+    by_maps = None if layer is None or halves or borders else layer.maps.in_force(pre, mat, h0.shape[1])
     if use_triton(cell, pre, mat.shape[1], method, halves or borders):
         with torch.cuda.device_of(pre):  # Triton launches on the current device
+            if layer is not None and not borders and not halves and kernels_for(pre, mat.shape[1]) is launch:
+                return _learning(layer, by_maps, cell, pre, rec, mat, h0, starts)
             solved = marks.forward_with_marks if borders else kernels_for(pre, mat.shape[1]).forward
             return solved(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
     with torch.autocast(pre.device.type, enabled=False):
-        states = reference.solve(
-            cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts, *chosen(pre, h0, layer, False)
-        )
-    note(layer, False, reference.last_report, pre.shape[0] * mat.shape[0])
+        given = (cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts)
+        if by_maps is not None and layer is not None:
+            states = automata.solve(*given, *by_maps)
+            n, walked = automata.last_report.slices, automata.last_report.walked
+            layer.note_walked(torch.full((pre.shape[0], mat.shape[0]), 0 if walked else n), n)
+        else:
+            states = reference.solve(*given, *chosen(pre, h0, layer, False))
+            note(layer, False, reference.last_report, pre.shape[0] * mat.shape[0])
+    if layer is not None and not borders:
+        layer.maps.leave(states[:, :, -1], states[:, :, :-1])
     return (
         states[:, :, -1].to(dtype if halves else pre.dtype, copy=True).contiguous(),
         h0.new_zeros(h0.shape[0], marks.marks_of(pre.shape[1]), *h0.shape[1:], dtype=dtype)
@@ -86,6 +95,19 @@ def _forward(
         else states[:, :, :-1].contiguous().clone(),
         states[:, -1].clone(),
     )
+
+
+def _learning(
+    layer: plans.Layer, by_maps: tuple[Tensor, int] | None, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """launch.forward of a layer that learns, by composed maps where these are in force; states that it asks for are left."""
+    if by_maps is None:
+        emitted, kept, final = launch.forward(cell, pre, rec, mat, h0, starts, layer=layer)
+    else:
+        emitted, kept, final, bad = automata.forward(cell, pre, rec, mat, h0, starts, *by_maps)
+        layer.note_walked(bad, automata.slices_of(pre, mat, by_maps[1]))
+    layer.maps.leave(emitted, kept)
+    return emitted, kept, final
 
 
 def _fake(

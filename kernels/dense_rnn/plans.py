@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.dense_rnn.maps import Maps, Share
 from kernels.dense_rnn.reference import BURN_IN, Report
 
 SLOTS = 5  # of a pass: largest residual, most corrections, heads of batch rows, slices of these that were walked in order, their slices
@@ -102,6 +103,12 @@ class Pass:
         self.halvings, self.burn_in = best
         return self.plan(self.reckoned, self.T) != before
 
+    @property
+    def failed(self) -> bool:
+        """Whether all is walked in order because corrections of slices did not help lately."""
+        walked = any(self.now - when < STALE and share > 0.5 for _, share, when in self.seen.values())
+        return walked and self.reckoned >= FEWEST and self.slices(self.reckoned) == 1
+
     def state(self) -> dict[str, Any]:
         seen = [[*key, *value] for key, value in sorted(self.seen.items())]
         last = {"reckoned": self.reckoned, "T": self.T}
@@ -114,13 +121,30 @@ class Pass:
 
 
 class Layer:
-    """A layer's choices. number: by which an op finds them (`find`); counters: where solves count, (2 SLOTS,)."""
+    """A layer's choices. number: by which an op finds them (`find`); counters: where solves count, (2 SLOTS,); maps: the third way."""
 
     _numbers = itertools.count(1)
 
     def __init__(self, counters: Tensor) -> None:
-        self.number, self.counters, self.passes = next(self._numbers), counters, (Pass(), Pass())
+        self.number, self.counters, self.passes, self.maps = next(self._numbers), counters, (Pass(), Pass()), Maps(counters.device)
         _layers[self.number] = self
+
+    def note_walked(self, bad: Tensor, slices: int) -> None:
+        """What a solve by composed maps needed: `bad` (B, E), the first slice of each head that was walked in order. Waits for nothing."""
+        self.counters[2] += bad.numel()
+        self.counters[3] += (slices - bad).sum()
+        self.counters[4] += bad.numel() * slices
+
+    def decide(self, share: Share) -> bool:
+        """Draws choices from what was added; whether any is another than before."""
+        states, adjoints = self.passes
+        changed = adjoints.decide()
+        _, walked, slices, _ = states.sums
+        if self.maps.status not in ("tried", "on"):
+            changed |= states.decide()
+        else:
+            states.sums = [0.0] * (WORDS + 1)
+        return self.maps.decide(states.failed, walked / max(1.0, slices), share) or changed
 
     def note(self, back: bool, report: Report, heads: int) -> None:
         """What a solve in plain torch needed, in which nothing is walked in order."""
@@ -156,16 +180,21 @@ class Plans:
         """This rank's counts of a step: corrections, slices walked, slices, of states and adjoints of each layer."""
         return [float(row[back + i]) for row in self.host for back in (0, SLOTS) for i in (1, 3, 4)]
 
-    def decide(self, words: list[float], ranks: int) -> bool:
-        """One more step, with the words of all ranks added up. True: some layer solves otherwise from now on."""
+    def decide(self, words: list[float], ranks: int, share: Share = list) -> bool:
+        """One more step, with the words of all ranks added up; share gives all ranks the first one's numbers. True: some layer solves otherwise from
+        now on."""
         for i, one in enumerate(one for layer in self.layers for one in layer.passes):
             corrections, walked, slices = words[WORDS * i : WORDS * (i + 1)]
             one.add(corrections, walked, slices, ranks)
         self.steps += 1
-        return self.steps % PERIOD == 0 and any([one.decide() for layer in self.layers for one in layer.passes])
+        return self.steps % PERIOD == 0 and any([layer.decide(share) for layer in self.layers])
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "layers": [[one.state() for one in layer.passes] for layer in self.layers]}
+        return {
+            "steps": self.steps,
+            "layers": [[one.state() for one in layer.passes] for layer in self.layers],
+            "maps": [x.maps.state() for x in self.layers],
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """What `state` gave. Raises ValueError if it is of another number of layers."""
@@ -175,3 +204,5 @@ class Plans:
         for layer, passes in zip(self.layers, state["layers"]):
             for one, known in zip(layer.passes, passes):
                 one.load(known)
+        for layer, known in zip(self.layers, state.get("maps", [])):
+            layer.maps.load(known)

@@ -23,7 +23,6 @@ from evals.measures.tracking import accuracy_by_length
 from models.config import ModelConfig
 from models.contract import SequenceMixer
 from models.lm import LanguageModel
-from models.mixers import available as mixer_types
 from scripts.studies.graphed import GraphedStep
 from scripts.studies.trainer import Trainer
 from training.schedule import lr_factor
@@ -55,7 +54,6 @@ TASKS: dict[str, dict[str, Any]] = {
     "mqar-8": {"task": {"name": "mqar", "pairs": 8, "symbols": 128}, "bound": 0.9, "steps": 24000, "lr": 2e-2, "batches": 2},
     "S4": {"task": {"name": "word_problem", "group": "s4"}, "bound": None, "steps": 12000},
     "S5": {"task": {"name": "word_problem", "group": "s5"}, "bound": None, "steps": 12000},
-    "A5-long": {"task": {"name": "word_problem", "group": "a5"}, "bound": None, "steps": 400_000, "weight": 40, "samples": 400_000},
 }
 DELTA: dict[str, Any] = {"type": "delta", "n_heads": 4, "head_dim": 16, "gate": False}
 # Mixers of the layers. torch_*: torch.nn's cells with full recurrent matrices; gru and lstm: the project's diagonal ones. With one layer
@@ -80,24 +78,6 @@ MIXERS: dict[str, list[dict[str, Any]]] = {
     "delta_1_positive": [{**DELTA, "updates": 1}],
     "delta_2_positive": [{**DELTA, "updates": 2}],
 }
-RNN: dict[str, Any] = {"type": "rnn"}
-# Models with 31,000 to 35,000 parameters each, the fewest that dense heads of 64 channels take: other mixers are made as wide as that allows.
-EQUAL: dict[str, list[dict[str, Any]]] = {
-    "dense_gru": [{**RNN, "cell": "dense_gru", "n_heads": 2}],
-    "dense_lstm": [{**RNN, "cell": "dense_lstm"}],
-    "slstm": [{**RNN, "cell": "slstm"}],
-    "paragru": [{**RNN, "cell": "paragru", "expand": 1.75}],
-    "mamba2": [{"type": "mamba2", "d_state": 48, "expand": 2, "head_dim": 16}],
-    "deltaproduct": [{"type": "delta", "n_heads": 4, "head_dim": 16, "updates": 2, "negative": True}],
-    "dense_elman": [{**RNN, "cell": "dense_elman", "expand": 1.75, "head_size": 56}],
-    "paralstm": [{**RNN, "cell": "paralstm", "expand": 1.75}],
-    "gated_deltanet": [{"type": "delta", "n_heads": 6, "head_dim": 16}],
-}
-if "m2rnn" in mixer_types():
-    EQUAL["m2rnn"] = [{"type": "m2rnn", "n_heads": 6, "head_dim": 16}]
-# Large groups are learnt from short words on: lengths of the curriculum begin at this share of the whole, and rates are lower.
-HARD = {"S4", "A5", "S5", "A5-long"}
-HARD_SETTINGS: dict[str, Any] = {"shortest": 32, "lr": 4e-3}
 LARGEST_LR = {"delta": 3e-3}  # by type of the first layer
 WIDTH, LR, WARMUP, BURST, INIT_STD = 64, 1e-2, 100, 10, 0.125
 SPREAD = 1.0  # of the initial recurrent weights of unbounded diagonal LSTM cells: all seeds then learn parity; with 1/sqrt(width) a third
@@ -164,10 +144,7 @@ def build_model(layers: list[dict[str, Any]], vocabulary: int, bound: float | No
 def settings_of(task: str, mixer: str, values: dict[str, Any]) -> dict[str, Any]:
     """All that decides a cell's result but its seed and the clock."""
     chosen = TASKS[task]
-    mixers = EQUAL if values.get("equal") else MIXERS
-    if values.get("equal") and task in HARD:
-        chosen = {**chosen, **HARD_SETTINGS}
-    layers = mixers[mixer] if len(mixers[mixer]) > 1 else mixers[mixer] * chosen.get("layers", values["layers"])
+    layers = MIXERS[mixer] if len(MIXERS[mixer]) > 1 else MIXERS[mixer] * chosen.get("layers", values["layers"])
     return {
         "task": chosen["task"],
         "layers": layers,
@@ -185,7 +162,6 @@ def settings_of(task: str, mixer: str, values: dict[str, Any]) -> dict[str, Any]
         "betas": [0.9, 0.999],
         "weight_decay": 1e-6,
         "grad_clip": 1.0,
-        **({"shortest": chosen["shortest"]} if "shortest" in chosen else {}),
         **(PUBLISHED if values.get("published") else {}),
     }
 
@@ -293,10 +269,9 @@ class Cell:
             )
 
 
-def stages_of(task: Task, T: int, curriculum: float = CURRICULUM, shortest: int = 8) -> list[int]:
-    """Lengths of the curriculum, the last one T; the first is T / shortest, a power of two."""
-    shares = [1 << k for k in range(shortest.bit_length() - 1, 0, -1)]
-    return [T // share for share in shares if curriculum and T // share >= max(4 if shortest == 8 else 2, task.min_length())] + [T]
+def stages_of(task: Task, T: int, curriculum: float = CURRICULUM) -> list[int]:
+    """Lengths of the curriculum, the last one T."""
+    return [T // share for share in (8, 4, 2) if curriculum and T // share >= max(4, task.min_length())] + [T]
 
 
 def answers_of(task: Task, T: int) -> int:
@@ -324,7 +299,7 @@ def train_cell(
     """Trains one model and scores it by length; yields after each burst of steps. The learning rate falls as a cosine of steps or time,
     whichever is further."""
     cell, T, steps = Cell(settings, seed, device), settings["length"], settings["steps"]
-    stages, asked = stages_of(cell.task, T, settings["curriculum"], settings.get("shortest", 8)), answers_of(cell.task, T)
+    stages, asked = stages_of(cell.task, T, settings["curriculum"]), answers_of(cell.task, T)
     checked = max(256, -(-CHECKED // asked))
     for n in stages:
         cell.warm(n)

@@ -5,7 +5,6 @@
     python -m scripts.studies.tracking tasks=parity,mqar mixers=paragru,mamba2 seeds=1 minutes=2 workers=8 out=runs/state_tracking
     python -m scripts.studies.tracking tasks=mqar mixers=paragru,paralstm minutes=8     longer: MQAR wants tens of thousands of steps
     python -m scripts.studies.tracking published=true tasks=mqar minutes=180            batch 16, rate 5e-4, 1.9 million steps, as published
-    python -m scripts.studies.tracking equal=true minutes=20              word problems; dense heads beside others at equal parameters
     python -m scripts.studies.tracking minutes=0                          only the table and the plot of what is there
 
 Several worker processes share the device, each with several cells on streams of their own, since one such model does not fill it
@@ -32,7 +31,7 @@ from typing import Any
 from data.fields import nearest
 from data.files import write_json
 from evals.report.figures import pyplot
-from scripts.studies.cells import EQUAL, LENGTHS, MIXERS, TASKS, settings_of, train_cell
+from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -42,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "out": "runs/state_tracking",
     "tasks": "parity,mqar,1-hop,2-next,2-hop,2-hop-2L,S3,A5,mod-5",  # in order of importance, or all
     "mixers": "paragru,paralstm,mamba2,transformer,torch_gru",  # or all
-    "equal": False,  # true: mixers of equal parameters, and unless said otherwise EQUAL_TASKS and all of these mixers
     "seeds": 3,
     "minutes": 6.0,
     "workers": 0,  # processes, spread over the GPUs; 0: a third of the cores, at most 6 a GPU; one on a CPU
@@ -58,7 +56,6 @@ DEFAULTS: dict[str, Any] = {
     "again": False,  # train what is there already once more
 }
 
-EQUAL_TASKS = "S3,A5,parity,mod-5,S4,S5,2-hop"
 LEAST_SECONDS = 4.0
 
 
@@ -67,10 +64,7 @@ def arguments(words: list[str]) -> dict[str, Any]:
 
     def chosen(values: dict[str, Any]) -> list[str]:
         problems = []
-        if values["equal"]:
-            values["tasks"] = EQUAL_TASKS if values["tasks"] == DEFAULTS["tasks"] else values["tasks"]
-            values["mixers"] = "all" if values["mixers"] == DEFAULTS["mixers"] else values["mixers"]
-        for key, known in (("tasks", TASKS), ("mixers", EQUAL if values["equal"] else MIXERS)):
+        for key, known in (("tasks", TASKS), ("mixers", MIXERS)):
             names = [name.strip() for name in values[key].split(",") if name.strip() not in ("", "all")] or list(known)
             problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
             values[key] = names
@@ -225,8 +219,7 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.7 * rows + 0.5), squeeze=False, sharey=True)
-    names = EQUAL if values["equal"] else MIXERS
-    colours, marks = dict(zip(names, plt.get_cmap("tab20").colors)), dict(zip(names, itertools.cycle("o^sDv<>Px")))
+    colours, marks = dict(zip(MIXERS, plt.get_cmap("tab20").colors)), dict(zip(MIXERS, itertools.cycle("o^sDv<>Px")))
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks):

@@ -48,14 +48,17 @@ class Trainer:
         """The context in which work goes to this trainer's stream."""
         return torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext()
 
-    def update(self, ids_BT: Tensor, labels_BT: Tensor, state: LMState | None = None) -> tuple[Tensor, Tensor, LMState | None]:
+    def update(
+        self, ids_BT: Tensor, labels_BT: Tensor, state: LMState | None = None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LMState | None]:
         """One optimizer step: (loss in nats per label, norm of the gradient before clipping, state after the last token), all on the device.
 
         Asks nothing of the device, so that it can be part of a graph. state: what the rows begin with; None: an empty one that is not returned.
+        segment_ids: (B, T) the document of each token; None: one a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            output = self.model(ids_BT, labels=labels_BT, state=state)
+            output = self.model(ids_BT, labels=labels_BT, segment_ids=segment_ids, state=state)
         loss = output.loss_sum / output.token_count
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from kernels.dense_rnn import automata, reference
-from kernels.dense_rnn.automata import Dictionary, compose, slices_for, solve
+from kernels.dense_rnn.automata import compose, solve
+from kernels.dense_rnn.dictionary import Dictionary, slices_for
 from models.cells import load_cell
 from scripts.bench.trackers import TRACKERS, products, size, tracker
 from tests.kernels.dense_rnn_cases import problem

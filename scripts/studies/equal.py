@@ -1,0 +1,267 @@
+"""State tracking at equal parameters: the table of eight tasks, eleven mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
+
+    python -m scripts.studies.equal minutes=6                              # all GPUs that are visible; the same command goes on where it stopped
+    python -m scripts.studies.equal tasks=S3,parity mixers=dense_gru,deltaproduct_2 seeds=1 minutes=3
+    python -m scripts.studies.equal minutes=0                              # only the table and the plot of what is there
+
+Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered: first those that are expected
+to succeed on S3, parity and S4, then the same tasks with mixers that should fail, which take twice the steps of the slowest success there, then the rest.
+Each result is a file in OUT/cells; what the clock cuts is kept in OUT/states and goes on in a later call. `ended` says whether a cell was solved, took
+all its steps, or ran out of time: a cell that ran out of time is no evidence that the mixer cannot do the task.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from data.fields import nearest
+from data.files import write_json
+from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of
+from scripts.studies.equal_table import plot, table
+from scripts.studies.tracking import visible_gpus
+from training.config.arguments import parse_arguments, program
+from training.errors import UserError
+
+DEFAULTS: dict[str, Any] = {
+    "out": "runs/state_tracking_equal",
+    "tasks": "S3,parity,S4,A5,mod-5,S5,2-hop,mqar",
+    "mixers": "all",
+    "seeds": 3,
+    "long": "",  # mixers that run A5-long beside the table, one seed each, from the beginning to the end
+    "minutes": 6.0,
+    "processes": 3,  # of a GPU
+    "streams": 8,  # cells that a process trains at a time
+    "length": 64,
+    "batch": 128,
+    "most": 0,  # steps at most, for a trial; 0: those of the task
+    "device": "auto",
+}
+FIRST_TASKS, FIRST = ("S3", "parity", "S4"), ("dense_gru", "deltaproduct_2", "dense_lstm", "slstm", "deltaproduct_4", "m2rnn")
+CONTROLS = ("gated_deltanet_2", "gated_deltanet", "mamba2", "paragru", "paralstm")
+MOST_COMPILING = 60.0  # seconds
+SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
+
+Place = tuple[str, str, int]
+
+
+def arguments(words: list[str]) -> dict[str, Any]:
+    """key=value arguments over DEFAULTS, with lists of names. Raises UserError with all problems."""
+
+    def chosen(values: dict[str, Any]) -> list[str]:
+        problems = []
+        for key, known in (("tasks", TASKS), ("mixers", MIXERS), ("long", MIXERS)):
+            names = [name.strip() for name in values[key].split(",") if name.strip()]
+            names = list(known) if names == ["all"] else names
+            problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
+            values[key] = names
+        return problems
+
+    return parse_arguments(words, DEFAULTS, chosen)
+
+
+def order(values: dict[str, Any]) -> list[Place]:
+    """All cells: long runs, what decides most, its negative controls, the rest, each seed after seed."""
+    tasks, mixers, seeds = values["tasks"], values["mixers"], range(values["seeds"])
+    decisive = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in FIRST]
+    controls = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in CONTROLS]
+    rest = [(t, m, s) for s in seeds for t in tasks for m in (*FIRST, *CONTROLS)]
+    every = [place for place in [*decisive, *controls, *rest] if place[0] in tasks and place[1] in mixers]
+    return [("A5-long", m, 0) for m in values["long"]] + list(dict.fromkeys(every))
+
+
+def name_of(place: Place) -> str:
+    return "{}.{}.{}".format(*place)
+
+
+def read(out: Path, place: Place, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """A cell on disk of the same settings, finished or cut, or None."""
+    try:
+        cell = json.loads((out / "cells" / f"{name_of(place)}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return cell if cell.get("settings") == settings and "error" not in cell else None
+
+
+def limit_of(out: Path, place: Place, most: int) -> int:
+    """Steps that a cell may take: those of its task, of a control twice those that the slowest success took, where there were three."""
+    task, mixer, _ = place
+    steps = TASKS[task]["steps"]
+    if mixer in CONTROLS:
+        cells = [json.loads(path.read_text()) for path in (out / "cells").glob(f"{task}.*.json")]
+        slowest = [cell["solved"] for cell in cells if cell.get("ended") == "solved" and cell["mixer"] not in CONTROLS]
+        steps = min(steps, max(500, 2 * max(slowest))) if len(slowest) >= 3 else steps
+    return min(steps, most) if most else steps
+
+
+def begin(place: Place, values: dict[str, Any], device: Any) -> Learner:
+    """A cell, from its beginning or from where it was cut."""
+    import torch
+
+    out, settings = Path(values["out"]), settings_of(*place[:2], values)
+    learner = Learner(settings, place[2], device, limit_of(out, place, values["most"]))
+    learner.warm()
+    cut = read(out, place, settings)
+    if cut is not None and (path := out / "states" / f"{name_of(place)}.pt").exists():
+        learner.load(torch.load(path, map_location=device, weights_only=True))
+    return learner
+
+
+def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: Exception | None = None) -> None:
+    """Writes what became of a cell, with its state where it can go on, and says it."""
+    import torch
+
+    out, name = Path(values["out"]), name_of(place)
+    cell: dict[str, Any] = dict(zip(("task", "mixer", "seed"), place)) | {"settings": settings_of(*place[:2], values)}
+    path = out / "states" / f"{name}.pt"
+    if learner is None or error is not None:
+        cell |= {"error": f"{type(error).__name__}: {str(error)[:300]}", "traceback": traceback.format_exc()[-3000:]}
+        print(f"{name} {cell['error']}", flush=True)
+    else:
+        cell |= learner.result()
+        path.unlink(missing_ok=True)
+        if cell["ended"] == "time":
+            torch.save(learner.state(), path.with_suffix(".new"))
+            os.replace(path.with_suffix(".new"), path)
+        shown = " ".join(f"{row['length']}: {100 * row['accuracy']:.1f}" for row in cell["lengths"])
+        print(
+            f"{name} {cell['ended']} {cell['step']}/{cell['limit']} at {learner.n} {cell['seconds']:.0f} s {cell['parameters']}  {shown}",
+            flush=True,
+        )
+    write_json(out / "cells" / f"{name}.json", cell)
+
+
+def prepare(values: dict[str, Any], mixer: str, visible: str) -> None:
+    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it."""
+    device = pick(visible, "cuda")
+    learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
+    learner.warm()
+    learner.score(values["length"] * LENGTHS[-1], values["batch"])
+
+
+def pick(visible: str, device_name: str) -> Any:
+    """The device of this process."""
+    if visible:  # before anything here asks for a device
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.device(device_name)
+
+
+def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, deadline: float, device_name: str, visible: str) -> None:
+    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: when kernels are compiled;
+    deadline: of time.time()."""
+    device = pick(visible, device_name)
+    ready.wait()
+    running: list[tuple[Place, Learner, float]] = []
+    more = True
+
+    def late() -> bool:
+        return time.time() > deadline - SCORING * len(running) / 4 - 1
+
+    while True:
+        if more and not late() and len(running) < values["streams"]:  # one, and the others go on
+            with taken.get_lock():
+                number, taken.value = taken.value, taken.value + 1
+            more = number < len(cells)
+            try:
+                if more:
+                    running.append((cells[number], begin(cells[number], values, device), time.perf_counter()))
+            except Exception as error:
+                keep(cells[number], None, values, error)
+        if not running and (not more or late()):
+            return
+        for entry in list(running):
+            place, learner, since = entry
+            problem: Exception | None = None
+            try:
+                if not late():
+                    learner.burst(BURST)
+                    learner.look()
+                if not late() and not learner.ended:
+                    continue
+                learner.progress.seconds += time.perf_counter() - since
+                keep(place, learner, values)
+            except Exception as error:
+                problem = error
+                keep(place, None, values, problem)
+            running.remove(entry)
+            if problem is not None and device.type == "cuda" and "CUDA" in str(problem) and "OutOfMemory" not in type(problem).__name__:
+                return  # the device is lost to this process
+
+
+def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every cell of these settings on disk, in the table's order."""
+    out = Path(values["out"])
+    tasks = [*values["tasks"], "A5-long"]
+    places = [(t, m, s) for t in tasks for m in MIXERS if m in values["mixers"] for s in range(values["seeds"])]
+    return [cell for place in places if (cell := read(out, place, settings_of(*place[:2], values))) is not None]
+
+
+def report(values: dict[str, Any], device: str, seconds: float) -> None:
+    """Writes table.json, table.md and the plot from the cells on disk, and prints the table."""
+    import torch
+
+    from training.watch.metrics import environment
+
+    cells, out = collect(values), Path(values["out"])
+    text = table(cells, values["length"], LENGTHS)
+    kept = {"arguments": values, "seconds": seconds, "environment": environment(torch.device(device)), "cells": cells}
+    if values["minutes"] or not (out / "table.json").exists():
+        write_json(out / "table.json", kept)
+    (out / "table.md").write_text(text + "\n")
+    print(f"\n{text}\n\n{len(cells)} cells: {out / 'table.json'}")
+    print(plot(cells, values["length"], out / "table.png"))
+
+
+def main(words: list[str]) -> None:
+    """What the command line asks for. Raises UserError."""
+    began, values = time.time(), arguments(words)
+    import torch
+
+    device = values["device"] if values["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
+    gpus, out = visible_gpus(device), Path(values["out"])
+    for folder in ("cells", "states"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    there = {place: read(out, place, settings_of(*place[:2], values)) for place in order(values)}
+    cells = [place for place, cell in there.items() if cell is None or cell["ended"] == "time"]
+    deadline = began + 60 * values["minutes"]
+    if cells and values["minutes"] > 0:
+        processes = values["processes"] * len(gpus) if device == "cuda" else 1
+        print(
+            f"{len(cells)} cells on {len(gpus)} x {device}, {processes} processes of {values['streams']} cells, {values['minutes']:.2f} minutes",
+            flush=True,
+        )
+        spawn = multiprocessing.get_context("spawn")
+        taken, ready = spawn.Value("i", 0), spawn.Event()
+        workers = [
+            spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
+            for i in range(min(processes, len(cells)))
+        ]
+        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
+        compilers = [spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)])) for i, mixer in enumerate(first)]
+        for process in (*compilers, *workers):
+            process.start()
+        for process in compilers:
+            process.join(max(1.0, began + MOST_COMPILING - time.time()))
+        print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
+        ready.set()
+        for process in workers:
+            process.join(max(1.0, deadline + 20 - time.time()))
+            if process.is_alive():
+                process.terminate()
+    report(values, device, time.time() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(program(__doc__, main))

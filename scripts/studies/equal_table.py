@@ -1,0 +1,92 @@
+"""Table and plot of scripts/studies/equal.py, from its cells."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.report.figures import pyplot
+
+Cell = dict[str, Any]
+
+
+def at(cell: Cell, length: int) -> float:
+    return next(row["accuracy"] for row in cell["lengths"] if row["length"] == length)
+
+
+def names(cells: Sequence[Cell], key: str) -> list[str]:
+    return list(dict.fromkeys(cell[key] for cell in cells))
+
+
+def summary(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
+    """One entry of the table: how many seeds were solved in how many steps, the median seed by length, and what was not to its end."""
+    cells = sorted(cells, key=lambda cell: at(cell, T * lengths[-1]) + at(cell, T))
+    median = cells[len(cells) // 2]
+    solved = sorted(cell["solved"] for cell in cells if cell["ended"] == "solved")
+    reach = ", ".join(f"{100 * at(median, T * m):.0f}" for m in lengths)
+    text = f"**{len(solved)}/{len(cells)}** in {statistics.median_high(solved):,}; " if solved else f"0/{len(cells)}; "
+    text += reach
+    steps = [cell["step"] for cell in cells if cell["ended"] == "steps"]
+    late = [cell["step"] for cell in cells if cell["ended"] == "time"]
+    text += f"; {max(steps):,} steps" if steps else ""
+    text += f"; out of time: {len(late)} at {max(late):,}" if late else ""
+    diverged = sum(cell["ended"] == "diverged" for cell in cells)
+    return text + (f"; diverged: {diverged}" if diverged else "")
+
+
+def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
+    """Markdown, a row a mixer and a column a task."""
+    tasks, mixers = names(cells, "task"), names(cells, "mixer")
+    lines = [
+        f"Seeds that were solved (of those trained) and the median of their steps; accuracy in per cent of the median seed at "
+        f"{', '.join(str(T * m) for m in lengths)} tokens; steps of seeds that took all of theirs unsolved, and of those that ran out of time.",
+        "",
+        "| mixer | parameters | " + " | ".join(tasks) + " |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for mixer in mixers:
+        row, mine = [], [cell for cell in cells if cell["mixer"] == mixer]
+        for task in tasks:
+            chosen = [cell for cell in mine if cell["task"] == task]
+            row.append(summary(chosen, T, lengths) if chosen else "")
+        lines.append(f"| {mixer} | {mine[0]['parameters']:,} | " + " | ".join(row) + " |")
+    chance = [100 * max(cell["lengths"][0]["chance"] for cell in cells if cell["task"] == task) for task in tasks]
+    return "\n".join([*lines, "| chance | | " + " | ".join(f"{c:.0f}" for c in chance) + " |"])
+
+
+def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
+    """Accuracy by length, a panel a task and a line a mixer (median seed). Returns what was done, for people."""
+    plt = pyplot()
+    if plt is None or not cells:
+        return "There is no plot: matplotlib is not installed, or there is no cell."
+    tasks, mixers = names(cells, "task"), names(cells, "mixer")
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.7), squeeze=False, sharey=True)
+    colours = dict(zip(mixers, plt.get_cmap("tab20").colors))
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks):
+        for mixer in mixers:
+            chosen = sorted((c for c in cells if (c["task"], c["mixer"]) == (task, mixer)), key=lambda c: at(c, T))
+            if chosen:
+                points = [(row["length"], 100 * row["accuracy"]) for row in chosen[len(chosen) // 2]["lengths"]]
+                axis.plot(*zip(*points), marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
+        axis.axhline(100 * max(c["lengths"][0]["chance"] for c in cells if c["task"] == task), color="grey", linewidth=0.8, linestyle=":")
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(0, 103)
+        axis.set_title(task, fontsize=10)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("right answers, %")
+    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8, frameon=False)
+    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10)
+    figure.tight_layout(rect=(0, 0.08, 1, 0.99))
+    temporary = path.with_name("." + path.name)
+    figure.savefig(temporary, dpi=120)
+    plt.close(figure)
+    os.replace(temporary, path)
+    return f"plot: {path}"

@@ -1,0 +1,94 @@
+"""The study of state tracking at equal parameters: what its models have, its ladder of lengths, that a cell that was cut goes on, and its table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scripts.studies import equal_cells
+from scripts.studies.cells import build_model
+from scripts.studies.equal import DEFAULTS, arguments, limit_of, order, work
+from scripts.studies.equal_cells import MIXERS, TASKS, Learner, ladder, settings_of
+from scripts.studies.equal_table import table
+from training.errors import UserError
+
+VALUES = {**DEFAULTS, "length": 8, "batch": 8}
+
+
+@pytest.mark.parametrize("task", ["S3", "mqar"])
+def test_models_have_equal_parameters(task: str) -> None:
+    layers = {name: settings_of(task, name, VALUES)["layer"] for name in MIXERS}
+    counts = {name: sum(p.numel() for p in build_model([layer], 6, None).parameters()) for name, layer in layers.items()}
+    assert max(counts.values()) < 1.12 * min(counts.values()), counts
+
+
+def test_lengths_rise_to_the_whole() -> None:
+    assert ladder(2, 1.4, 1, 16) == [2, 3, 4, 5, 7, 9, 12, 16] and ladder(2, 2.0, 11, 64) == [11, 22, 44, 64]
+
+
+def test_what_decides_comes_first_and_every_cell_once() -> None:
+    values = arguments(["mixers=all", "long=dense_gru"])
+    places = order(values)
+    assert places[0] == ("A5-long", "dense_gru", 0) and places[1][:2] == ("S3", "dense_gru")
+    assert len(places) == len(set(places)) == 1 + 8 * len(MIXERS) * 3
+    with pytest.raises(UserError, match="deltaproduct"):
+        arguments(["mixers=deltaproducts"])
+
+
+def test_a_cell_that_was_cut_goes_on() -> None:
+    settings, device = settings_of("S3", "dense_gru", VALUES), torch.device("cpu")
+    one = Learner(settings, 0, device, 200)
+    one.warm()
+    for _ in range(3):
+        one.burst()
+        one.look()
+    again = Learner(settings, 1, device, 300)
+    again.warm()
+    again.load(one.state())
+    assert again.progress.step == 30 and again.progress.limit == 300 and again.n == one.n
+    for (name, a), b in zip(one.trainer.model.state_dict().items(), again.trainer.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    again.burst()
+    held, wanted = ({p: again.trainer.optimizer.state[p] for p in again.trainer.model.parameters()}, 40)
+    assert all(int(v["step"]) == wanted for v in held.values())
+
+
+def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_cells, "SCORED", 16)
+    values = {**VALUES, "out": str(tmp_path), "streams": 2, "most": 10}
+    for folder in ("cells", "states"):
+        (tmp_path / folder).mkdir()
+
+    class Taken:
+        value = 0
+
+        def get_lock(self) -> Any:
+            return torch.no_grad()
+
+        def wait(self) -> None:
+            pass
+
+    work(values, [("S3", "dense_gru", 0), ("S3", "paragru", 0)], Taken(), Taken(), 4e9, "cpu", "")
+    cells = [json.loads(path.read_text()) for path in sorted((tmp_path / "cells").iterdir())]
+    assert [c["ended"] for c in cells] == ["steps", "steps"] and all(c["step"] == 20 for c in cells)
+    for seed, steps in enumerate((300, 700, 400)):
+        (tmp_path / "cells" / f"S3.slstm.{seed}.json").write_text(json.dumps({"mixer": "slstm", "ended": "solved", "solved": steps}))
+    assert limit_of(tmp_path, ("S3", "mamba2", 0), 0) == 1400
+    assert limit_of(tmp_path, ("S3", "dense_gru", 0), 0) == TASKS["S3"]["steps"]
+    assert limit_of(tmp_path, ("S4", "mamba2", 0), 0) == TASKS["S4"]["steps"]
+
+
+def test_the_table_says_what_ran_out_of_time() -> None:
+    def cell(mixer: str, seed: int, accuracy: float, ended: str, step: int) -> dict[str, Any]:
+        lengths = [{"length": 64 * m, "accuracy": accuracy / m, "chance": 0.17} for m in (1, 2)]
+        solved = step if ended == "solved" else 0
+        return {
+            "task": "S3", "mixer": mixer, "seed": seed, "ended": ended, "lengths": lengths, "parameters": 31000, "step": step, "solved": solved,
+        }  # fmt: skip
+
+    cells = [cell("slstm", 0, 1.0, "solved", 500), cell("slstm", 1, 0.9, "time", 300), cell("mamba2", 0, 0.4, "steps", 1000)]
+    rows = table(cells, 64, (1, 2)).splitlines()
+    assert "| slstm | 31,000 | **1/2** in 500; 100, 50; out of time: 1 at 300 |" in rows
+    assert "| mamba2 | 31,000 | 0/1; 40, 20; 1,000 steps |" in rows and "| chance | | 17 |" in rows
