@@ -35,6 +35,7 @@ class Config:
     rank: float = 0.5  # r / D, of lowrank and blockdense
     blocks: int = 2  # of blockdense and blockshuffle
     guide: float = 0.0  # share of the run that the dense helper guides; 0: none
+    rate_power: float = 0.0  # a factor's learning rate is that of its map times (the map's inputs / its own) to this power
 
     def problems(self, d_model: int, d_ff: int) -> list[str]:
         if self.structure not in STRUCTURES:
@@ -77,6 +78,10 @@ class StructuredLinear(Module):
         self.right = Blocks(inputs, between, config.blocks) if blocked else nn.Linear(inputs, between, bias=False)
         self.left = Blocks(between, outputs, config.blocks) if self.shuffled else nn.Linear(between, outputs, bias=False)
         self.dense = nn.Linear(inputs, outputs, bias=False) if config.guide else None
+        if config.rate_power:
+            for factor, width in ((self.right, inputs), (self.left, between)):
+                fan_in = width // (config.blocks if isinstance(factor, Blocks) else 1)
+                tag(factor.weight, rate=(inputs / fan_in) ** config.rate_power)
         for layer in (self.left, self.dense) if residual else ():
             if layer is not None:
                 tag(layer.weight, residual=True)

@@ -44,7 +44,7 @@ def custom(config: ModelConfig, max_positions: int) -> Stock:
         "num_attention_heads": heads[0] if heads else 1,
         "intermediate_size": config.mlp_width,
         "rms_norm_eps": config.norm_eps,
-        "pattern": list(config.pattern),
+        "pattern": list(config.pattern[: config.n_layers]),  # as its mixers, those that are there
         "mixers": settings,
         "learnable_residual": config.learnable_residual,
         "centred_norms": config.centred_norms,

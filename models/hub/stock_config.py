@@ -258,7 +258,7 @@ def _own(raw: dict[str, Any]) -> dict[str, Any]:
         "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "init_std": float(raw.get("initializer_range", 0.02)),
         "d_ff": raw["intermediate_size"],
-        "pattern": raw["pattern"],
+        "pattern": raw["pattern"][: raw["num_hidden_layers"]],
         "mixers": raw["mixers"],
         "learnable_residual": raw["learnable_residual"],
         "centred_norms": raw.get("centred_norms", False),

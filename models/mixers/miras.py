@@ -12,7 +12,9 @@ under a retention. Moneta, Yaad and Memora are rows of its table, and so are old
 A memory is A = first weights (learned; of a matrix none) + what was written. Of a token: what was written decays; the gradient is taken at W(A), the
 memory that is left; what is written moves against it; the query is read at the new W(A). With a matrix, l2 and decay this is Gated DeltaNet to the
 letter. Other than in the paper, the first weights of an MLP do not decay (its norm would be over nothing), and gate, step size and Huber
-threshold are numbers of a head and token, not of a channel. Plain torch, token by token.
+threshold are numbers of a head and token, not of a channel. The norm |A|_q is of the mean of powers, not of their sum: summed over a matrix it holds
+all weights so small that the MLP's norm enlarges them, and every inner gradient, by hundreds. And a slope of l_p is at most the error itself, where
+l_p's would be steeper, so that a step cannot carry further than what it corrects. Plain torch, token by token.
 
 Legend: B batch, T time, H heads, K width of keys and values, M width inside an MLP.
 """
@@ -34,15 +36,17 @@ from models.init import draw_step_sizes_, init_matrix, normal_, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 
-SMOOTH = 1e-6  # added to squared errors under the root of an l_p loss
+SMOOTH = 1e-6  # added to squared errors under the root of an l_p loss, whose power may have no value at zero
 CHOICES = {"memory": ("matrix", "mlp"), "loss": ("dot", "l2", "huber", "lp"), "retention": ("none", "decay", "lq", "kl")}
 
 
 @dataclass
 class Config:
     memory: str = "matrix"  # matrix | mlp: k + LayerNorm(W1 gelu(W2 k)) with learned first weights
-    loss: str = "l2"  # dot | l2 | huber (of each number, with a threshold that the token sets) | lp
-    retention: str = "decay"  # none | decay | lq (W = A / |A|_q^(q-2)) | kl (W = softmax of A, row by row); the last two decay too
+    loss: str = "l2"  # dot | l2 | huber (of each number, with a threshold that the token sets) | lp (where that is the flatter one: l2)
+    retention: str = (
+        "decay"  # none | decay | lq (W = A / |A|_q^(q-2), the norm a mean) | kl (W = softmax of A, row by row); the last two decay too
+    )
     n_heads: int = 4
     head_dim: int = 0  # width of keys and values; 0: d_model / n_heads
     expand: int = 4  # M / K of an mlp
@@ -187,7 +191,7 @@ class Mixer(SequenceMixer):
         if kind == "kl":
             return [w.softmax(-1) for w in written]
         if kind == "lq":  # where the norm is below one W is A, so that an empty memory is none
-            return [w / (1 + w.abs().pow(q).sum((-2, -1), keepdim=True)) ** ((q - 2) / q) for w in written]
+            return [w / (1 + w.abs().pow(q).mean((-2, -1), keepdim=True)) ** ((q - 2) / q) for w in written]
         return written
 
     def _opened(self, state: State, inner: torch.dtype) -> list[Tensor]:
@@ -233,7 +237,7 @@ def miras_read(weights: list[Tensor], x: Tensor) -> list[Tensor]:
 
 def miras_gradient(weights: list[Tensor], k: Tensor, v: Tensor, loss: str, p: float, limit: Tensor | None) -> list[Tensor]:
     """Gradients of the loss between what the memory holds under k and v (B, H, K, 1), for each of its weights; without the factor p
-    of the powers, which is the step size's."""
+    of the powers, which is the step size's. lp: min(|e|, |e|^(p-1)), with the error's sign."""
     made = miras_read(weights, k)
     error = made[-1] - v
     if loss == "dot":
@@ -242,7 +246,7 @@ def miras_gradient(weights: list[Tensor], k: Tensor, v: Tensor, loss: str, p: fl
         assert limit is not None
         slope = torch.maximum(torch.minimum(error, limit), -limit)
     else:
-        slope = error * (error.square() + SMOOTH) ** (p / 2 - 1) if loss == "lp" else error
+        slope = error * ((error.square() + SMOOTH) ** (p / 2 - 1)).clamp(max=1.0) if loss == "lp" else error
     if len(weights) == 1:
         return [slope * k.mT]
     h, a, z, normed, _ = made

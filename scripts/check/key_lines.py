@@ -117,6 +117,18 @@ KEY_LINES = {
         "slope = error",
         "tests/methods/test_miras.py",
     ),
+    "miras norm": Fault(
+        "the q-norm of a memory is a sum over its weights, so that it holds them all far below one",
+        "return [w / (1 + w.abs().pow(q).mean((-2, -1), keepdim=True)) ** ((q - 2) / q) for w in written]",
+        "return [w / (1 + w.abs().pow(q).sum((-2, -1), keepdim=True)) ** ((q - 2) / q) for w in written]",
+        "tests/methods/test_miras.py",
+    ),
+    "miras step": Fault(
+        "an l_p step carries further than the error",
+        "slope = error * ((error.square() + SMOOTH) ** (p / 2 - 1)).clamp(max=1.0) if",
+        "slope = error * ((error.square() + SMOOTH) ** (p / 2 - 1)) if",
+        "tests/methods/test_miras.py",
+    ),
     "conversion": Fault(
         "a new mixer does not begin from the attention's weights",
         "x.copy_(v), B.copy_(k), C.copy_(q)",

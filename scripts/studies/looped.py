@@ -4,10 +4,10 @@
     python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
     python -m scripts.studies.looped --out copy.json --pattern next --arms by_length --tasks copy    # a loop more for each symbol
 
-A row is n different symbols, a mark that says copy or reverse, and the answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64
+A row is n different symbols (with --repeats any of --symbols, so that a symbol does not say where it stood), a mark that says copy or reverse, and the answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64
 symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
 near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), whole (rotary attention), or
-next (a window of two tokens). Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
+next or three (a window of two or three tokens). --noise is added to what is carried from loop to loop in training, so that it has to stand errors. Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
 by_length takes n + 1 loops for n symbols in training and scoring (Fan et al. 2024, arXiv 2409.15647; every batch then has one n).
 """
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.graphed import GraphedStep
+from scripts.studies.trainer import Trainer
 from training.watch.metrics import environment
 
 LENGTH, BATCH, SYMBOLS, LOOPS = 16, 64, 72, 4
@@ -31,6 +33,7 @@ COPY, REVERSE, PAD, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, 80
 MIXERS = {"near": {"type": "attention", "n_heads": 4, "window": 4}, "far": {"type": "attention", "n_heads": 4, "rope": False}}
 MIXERS["whole"] = {"type": "attention", "n_heads": 4}
 MIXERS["next"] = {"type": "attention", "n_heads": 4, "window": 2}
+MIXERS["three"] = {"type": "attention", "n_heads": 4, "window": 3}
 RECURRENT = {"type": "recurrent", "prelude": 0, "coda": 0, "loops": LOOPS, "spread": 0.5, "backprop": LOOPS}
 ARMS: dict[str, dict[str, Any]] = {
     "looped": {"depth": RECURRENT},
@@ -42,16 +45,35 @@ ARMS: dict[str, dict[str, Any]] = {
 BOTH = ("copy", "reverse")
 
 
-def rows_of(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH) -> tuple[Tensor, Tensor]:
-    """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding."""
+def rows_of(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH, repeated: int = 0) -> tuple[Tensor, Tensor]:
+    """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding. repeated: symbols
+    that are drawn again and again; 0: all of a row differ."""
+    if repeated:
+        return _repeated(rows, lengths, draw, tasks, repeated)
     longest = int(lengths.max())
     ids, labels = torch.full((rows, 2 * longest + 2), PAD), torch.full((rows, 2 * longest + 2), -100)
     for row, n in enumerate(lengths.tolist()):
-        x, task = torch.randperm(SYMBOLS, generator=draw)[:n], tasks[int(torch.randint(len(tasks), (1,), generator=draw))]
+        x = torch.randint(repeated, (n,), generator=draw) if repeated else torch.randperm(SYMBOLS, generator=draw)[:n]
+        task = tasks[int(torch.randint(len(tasks), (1,), generator=draw))]
         answer = x.flip(0) if task == "reverse" else x
         ids[row, : 2 * n + 1] = torch.cat([x, torch.tensor([REVERSE if task == "reverse" else COPY]), answer])
         labels[row, n : 2 * n] = answer
     return ids[:, :-1], labels[:, :-1]
+
+
+def _repeated(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...], symbols: int) -> tuple[Tensor, Tensor]:
+    """rows_of with symbols that are drawn again and again."""
+    longest, n = int(lengths.max()), lengths[:, None]
+    x = torch.randint(symbols, (rows, longest), generator=draw)
+    reverse = torch.tensor([task == "reverse" for task in tasks])[torch.randint(len(tasks), (rows, 1), generator=draw)]
+    place = torch.arange(2 * longest + 1)[None]
+    told = torch.where(reverse, 2 * n - place, place - n - 1)  # whose symbol stands at a place behind the mark
+    told_next = torch.where(reverse, 2 * n - place - 1, place - n)
+    ids = torch.where(place < n, x.gather(1, place.clamp(max=longest - 1).expand(rows, -1)), x.gather(1, told.clamp(0, longest - 1)))
+    ids = torch.where(place == n, torch.where(reverse, REVERSE, COPY), torch.where(place > 2 * n, PAD, ids))
+    asked = (place >= n) & (place < 2 * n)
+    ids = torch.where(place == 2 * n, PAD, ids)
+    return ids, torch.where(asked, x.gather(1, told_next.clamp(0, longest - 1)), -100)
 
 
 def model_of(arm: str, pattern: list[str], layers: int = 0) -> LanguageModel:
@@ -73,6 +95,7 @@ def scores(
     by_length: bool = False,
     tasks: tuple[str, ...] = BOTH,
     length: int = LENGTH,
+    repeated: int = 0,
 ) -> dict[str, dict[str, float]]:
     """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model;
     by_length: a loop more than there are symbols."""
@@ -84,7 +107,7 @@ def scores(
     for n in (length, 2 * length, 4 * length):
         if way is not None and by_length:
             way.loops = n + 1
-        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks))
+        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks, repeated))
         right, asked = model(ids).logits.argmax(-1) == labels, labels != -100
         out[str(n)] = {
             name: round(float(right[asked & (ids[:, n : n + 1] == mark)].float().mean()), 4)
@@ -101,38 +124,51 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     model, began = model_of(name, pattern, given.layers), time.monotonic()
     steps, lr, device, tasks = given.steps, given.lr, given.device, tuple(given.tasks.split(","))
     by_length = name == "by_length"
+    repeated, where = given.symbols if given.repeats else 0, torch.device(device)
     model.init_weights(seed)
-    model = model.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    if model.depth is not None and given.noise:
+        norm: Any = model.depth
+        norm.norm.register_forward_hook(noisy(given.noise))
+    trainer = Trainer(model, where, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    graphs: dict[int, GraphedStep] = {}  # by length of rows, where all of a batch have one and all steps the same loops
     draw, curve = torch.Generator().manual_seed(seed + 1), []
+    one_length = given.one_length or by_length
     for step in range(steps):
         model.train().begin_step(seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
-        lengths = torch.randint(1, given.length + 1, (1 if given.one_length or by_length else BATCH,), generator=draw).expand(BATCH)
+        lengths = torch.randint(1, given.length + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
+        n = int(lengths[0])
         if by_length:
             way: Any = model.depth
-            way.drawn = int(lengths[0]) + 1
-        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks))
-        output = model(ids, labels=labels)
-        assert output.loss_sum is not None and output.token_count is not None
-        loss = output.loss_sum / output.token_count
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 99:
-            curve.append(round(loss.item(), 4))
+            way.drawn = n + 1
+        if n not in graphs or not one_length or name == "looped":
+            graphs[n] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
+            if not one_length or name == "looped":
+                graphs[n].why_not = "lengths or loops differ"
+        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated))
+        with trainer.here():
+            trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
+            loss = graphs[n](ids, labels)[0]
+            if step % 100 == 99:
+                curve.append(round(loss.item(), 4))
+        if step % 1000 == 999:
             print(name, seed, step + 1, curve[-1], flush=True)
+    if where.type == "cuda":
+        torch.cuda.synchronize()
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks, given.length), "loss": curve,
+        "symbols": repeated or "different", "length": given.length, "noise": given.noise,
+        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks, given.length, repeated), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
-        result["by_loops"] = {str(n): scores(model, device, n, False, tasks, given.length) for n in (1, 2, 3, 4, 6, 8, 16)}
+        result["by_loops"] = {str(n): scores(model, device, n, False, tasks, given.length, repeated) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
+
+
+def noisy(size: float) -> Any:
+    """A hook of the norm after each loop that adds noise of this size in training, beside values of about one."""
+    return lambda module, inputs, made: made + size * torch.randn_like(made) if module.training else made
 
 
 def main() -> None:
@@ -145,6 +181,9 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=0, help="of the unlooped arm; 0: as many as the looped ones visit")
     parser.add_argument("--tasks", default="copy,reverse")
+    parser.add_argument("--symbols", type=int, default=10, help="with --repeats")
+    parser.add_argument("--repeats", action="store_true", help="the symbols of a row are drawn with repeats")
+    parser.add_argument("--noise", type=float, default=0.0, help="of the looped arms in training")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)

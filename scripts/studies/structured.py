@@ -24,11 +24,11 @@ from models.lm import LanguageModel
 from scripts.studies.text import Text, device_of
 
 
-def arms(structures: list[str], rank: float, blocks: int) -> dict[str, dict[str, Any]]:
+def arms(structures: list[str], rank: float, blocks: int, guide: float = 0.5, rate_power: float = 0.0) -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {"dense": {"type": "swiglu"}}
     for structure in structures:
-        for name, guide in ((structure, 0.0), (f"{structure} guided", 0.5)):
-            made[name] = {"type": "structured", "structure": structure, "rank": rank, "blocks": blocks, "guide": guide}
+        shared = {"type": "structured", "structure": structure, "rank": rank, "blocks": blocks, "rate_power": rate_power}
+        made |= {structure: {**shared, "guide": 0.0}, f"{structure} guided": {**shared, "guide": guide}}
     return made
 
 
@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--guide", type=float, default=0.5, help="share of the run that is guided")
+    parser.add_argument("--rate-power", type=float, default=0.0, help="of the rates of factors, see models/channel/structured.py")
+    parser.add_argument("--only-guided", action="store_true", help="leaves out the structures alone")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -92,7 +95,9 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, Any] = {"settings": settings, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "arms": {}}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(given.first_seed, given.first_seed + given.seeds):
-        for name, channel in arms(given.structures.split(","), given.rank, given.blocks).items():
+        for name, channel in arms(given.structures.split(","), given.rank, given.blocks, given.guide, given.rate_power).items():
+            if given.only_guided and channel.get("guide") == 0:
+                continue
             row = run(channel, given, text, seed)
             results["arms"].setdefault(name, []).append(row)
             print(

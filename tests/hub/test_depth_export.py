@@ -23,7 +23,7 @@ HYBRID: dict[str, Any] = {
     "vocab_size": 269, "d_model": 48, "pattern": ["m", "g", "a"], "mixers": {"m": MAMBA, "g": {"type": "rnn", "n_heads": 4}, "a": ATTENTION},
 }  # fmt: skip
 FAMILIES = {
-    "halting": ModelConfig(**HYBRID, n_layers=3, depth={"type": "universal", "loops": 3, "halting": True}),
+    "halting": ModelConfig(**HYBRID, n_layers=2, depth={"type": "universal", "loops": 3, "halting": True}),
     "recurrent": ModelConfig(**HYBRID, n_layers=4, depth={"type": "recurrent", "loops": 3, "backprop": 1}),
 }
 IDS = torch.tensor([[(7 * i * i + row) % 251 + 1 for i in range(17)] for row in range(2)])

@@ -13,6 +13,7 @@ import torch
 from models import mixers
 from models.config import ModelConfig
 from models.hub.custom import write_code
+from scripts.check.whole_way import cases
 from tests.mixers import mixer_configs
 
 CORE = ("attention", "delta", "mamba2", "rnn")  # tested elsewhere
@@ -56,3 +57,10 @@ def test_exported_code_has_the_same_mixers(tmp_path: Path, monkeypatch: pytest.M
     finally:
         for module in [n for n in sys.modules if n.startswith("exported_methods")]:
             del sys.modules[module]
+
+
+def test_the_whole_way_is_gone_by_every_mixer_of_the_pages() -> None:
+    """python -m scripts.check.whole_way: ZeRO-1 on two ranks, evaluation, text, export."""
+    words = next(word for word in cases("")["all mixers"] if word.startswith("model.pattern="))
+    named = words.removeprefix("model.pattern=[").removesuffix("]").split(",")
+    assert {CONFIGS[name]["type"] for name in named if name} == {mapping["type"] for mapping in CONFIGS.values()} - {"m2rnn"}

@@ -136,12 +136,21 @@ def write(out: Path, **results: Any) -> None:
     write_json(out, {**before, **results, "environment": environment(torch.device("cpu"))})
 
 
-def arguments(description: str | None, name: str) -> argparse.Namespace:
+def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
     """--out, by default docs/results/methods/NAME.json, --seeds and --only (a part of the study)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(f"docs/results/methods/{name}.json"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="the parts of the study whose names contain this")
+    return parser
+
+
+def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was given; the folder of --out is made."""
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     return given
+
+
+def arguments(description: str | None, name: str) -> argparse.Namespace:
+    return settled(parser_of(description, name))

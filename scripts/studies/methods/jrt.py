@@ -2,9 +2,14 @@
 
     python -m scripts.studies.methods.jrt            # a quarter of an hour on one core; docs/results/methods/jrt.json
 
+    python -m scripts.studies.methods.jrt --only shared --device cuda       # minutes on a GPU, which plays its steps from graphs
+
 sets: nothing is trained: symbols are random codes, keys and queries are the codes, values as well, and a token's score is how much of its own code it reads.
 The mixer's own sums are used, with 273 features. In one pass the tokens of the second set look for themselves in the state of the first. With a
 prompt read twice those of the long set look for themselves in what the prompt's sums hold of the short one, wherever it stands.
+
+shared: two layers of width 64 are trained to name the one symbol that a short and a long set share, behind both; half of the rows have the short one
+first. The state is small (four features of a key): a long set does not fit into it, which does no harm where one knows what to look for.
 
 trained: small models, with a prompt that is read twice and without, on text (the loss behind the prompt, at the same places for both) and on a passkey
 (a mark and a number somewhere in a prompt of noise, asked for behind it; scored behind prompts of the trained length and of four times that).
@@ -22,7 +27,8 @@ from data.loader import Reader, Rows
 from data.prompted import PromptReader
 from models.mixers.jrt import twice_read
 from models.prompt import whole_prompt
-from scripts.studies.methods.common import Batches, arguments, cost, demo_bytes, model_of, train, write
+from scripts.studies.methods.common import Batches, cost, demo_bytes, model_of, parser_of, settled, train, write
+from scripts.studies.trainer import Trainer
 
 SHORT, LONG, F, SYMBOLS = 4, 64, 16, 256
 PROMPT, T, MASK = 64, 128, 256  # of text
@@ -58,6 +64,44 @@ def told_apart(twice: bool, short_first: bool, seed: int, rows: int = 400) -> fl
         looks = ~first.expand_as(ids)
     score = (y[:, 0] * x[:, 0]).sum(-1).masked_fill(~looks, float("-inf")).amax(1)
     return float((score[shared][:, None] > score[~shared]).float().mean())
+
+
+def sharing(short_first: bool, rows: int, draw: torch.Generator, short: int, long: int, symbols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels), (rows, short + long + 2): a set, a mark, a set, a question, whose answer is the symbol that is in both."""
+    order = torch.rand(rows, symbols, generator=draw).argsort(1)
+    one, other, row = order[:, :short], order[:, short : short + long].clone(), torch.arange(rows)
+    answer = one[row, torch.randint(short, (rows,), generator=draw)]
+    other[row, torch.randint(long, (rows,), generator=draw)] = answer
+    mark, sets = torch.full((rows, 1), symbols), (one, other) if short_first else (other, one)
+    ids = torch.cat([sets[0], mark, sets[1], mark + 1], 1)
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = answer
+    return ids, labels
+
+
+def shared(twice: bool, seed: int, steps: int, device: torch.device, sizes: tuple[int, int, int], features: int) -> dict[str, Any]:
+    """A model trained on both orders alike, and the share of right answers in each."""
+    short, long, symbols = sizes
+    mixer = {"type": "jrt", "n_heads": 4, "feature_dim": features, "prompt": short + long + 2 if twice else 0}
+    model = model_of(mixer, symbols + 2, layers=2, d_ff=128)
+    model.init_weights(seed)
+    trainer = Trainer(model, device, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    graph, draw, curve = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2]), torch.Generator().manual_seed(seed), []
+    for step in range(steps):
+        halves = [sharing(first, 32, draw, *sizes) for first in (True, False)]
+        ids, labels = (torch.cat(both).to(device) for both in zip(*halves))
+        with trainer.here():
+            trainer.rate.set(3e-3 * min(1.0, (step + 1) / 50, 4 * (1 - step / steps)))
+            loss = graph(ids, labels)[0]
+            if step % 100 == 99:
+                curve.append(round(float(loss), 4))
+    with trainer.here(), torch.no_grad():
+        right = {}
+        for first in (True, False):
+            ids, labels = (t.to(device) for t in sharing(first, 1024, torch.Generator().manual_seed(10**6), *sizes))
+            answers = model.eval()(ids).logits[:, -1].argmax(-1)
+            right["short first" if first else "long first"] = round(float((answers == labels[:, -1]).float().mean()), 4)
+    return {"seed": seed, "right": right, "loss": curve[:: max(1, len(curve) // 10)]}
 
 
 class Bytes(Reader):
@@ -126,7 +170,12 @@ def trained(what: str, twice: bool, seed: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = arguments(__doc__, "jrt")
+    parser = parser_of(__doc__, "jrt")
+    parser.add_argument("--device", default="cpu", help="of the part 'shared'")
+    parser.add_argument("--arms", default="prompt read twice,one pass", help="of the part 'shared'")
+    for name, value in (("first-seed", 0), ("steps", 3000), ("short", 4), ("long", 48), ("symbols", 96), ("features", 4)):
+        parser.add_argument(f"--{name}", type=int, default=value, help="of the part 'shared'")
+    given = settled(parser)
     if "sets" in given.only or not given.only:
         found = {
             f"{'prompt read twice' if twice else 'one pass'}, {'short' if first else 'long'} set first": [
@@ -138,6 +187,21 @@ def main() -> None:
         what = "chance that rows whose sets share a symbol score higher than disjoint ones (0.5: not told apart), a number a seed"
         write(given.out, sets={"what": what, "short": SHORT, "long": LONG, "features": 1 + F + F * F, "found": found})
         print(found)
+    if "shared" in given.only or not given.only:
+        device, rows_of = torch.device(given.device), dict[str, list[dict[str, Any]]]()
+        sizes = (given.short, given.long, given.symbols)
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
+            for name in given.arms.split(","):
+                rows_of.setdefault(name, []).append(shared(name != "one pass", seed, given.steps, device, sizes, given.features))
+                print(name, rows_of[name][-1], flush=True)
+                settings = {
+                    "short": given.short,
+                    "long": given.long,
+                    "symbols": given.symbols,
+                    "features": given.features,
+                    "steps": given.steps,
+                }
+                write(given.out, trained_shared={**settings, "device": given.device, "runs": rows_of})
     for what, steps in (("text", 300), ("passkey", 300)):
         if given.only in f"trained {what}":
             before = json.loads(given.out.read_text()) if given.out.exists() else {}

@@ -53,7 +53,7 @@ def main() -> None:
         found = json.loads(given.out.read_text()).get("tracking", []) if given.out.exists() else []
         held = {(run["task"], run["arm"], run["seed"]) for run in found}
         for seed in range(given.seeds):
-            for task, most in (("parity", 600), ("s3", 1000)):
+            for task, most in (("parity", 600), ("s3", 2000)):
                 for name in ARMS if task == "parity" else ("orthogonal", "diagonal"):
                     if (task, name, seed) in held:
                         continue
