@@ -2,9 +2,9 @@
 
     python -m evals.dynamics checkpoint=runs/quickstart [length=256] [rows=2] [text=FILE] [data=DIR] [seed=0] [device=auto] [out=FILE.json]
 
-Mamba-2 (ours and transformers'), delta rules and attention are read as (Lambda, B, C) by head, and their outputs are rebuilt from these within
-1e-4, else the program says so; cells by the Jacobian of each channel; any other mixer with a state by probes through its own
-forward. Writes JSON, and beside it a page (.md). docs/methods/dynamics.md says how to read it.
+Mamba-2 (ours and transformers'), delta rules, running averages, cells that are linear, and attention are read as (Lambda, B, C) by head, and their
+outputs are rebuilt from these within 1e-4, else the program says so; other cells by the Jacobian of each channel; any other mixer with a state by
+probes through its own forward, and rebuilt if it turns out to be linear. Writes JSON, and beside it a page (.md). docs/methods/dynamics.md says how to read it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ DEFAULTS: dict[str, Any] = {
     "device": "auto",
     "out": None,
 }
-CERTIFIED = {"mamba2", "delta rule"}  # whose outputs are rebuilt
 
 
 def of_scan(s: Scan, y: Tensor) -> Recurrence:
@@ -102,9 +101,7 @@ def _rules(layers: list[tuple[int, Any]], reading: Reading) -> Iterator[None]:
 
 @contextmanager
 def _cells(layers: list[tuple[int, Any]], reading: Reading) -> Iterator[None]:
-    """Cells whose channels do not mix: the Jacobian (S, S) of every channel, for the S states of the cell."""
-    from kernels.parallel_rnn.reference import jacobian
-
+    """Cells whose channels do not mix."""
     solved = [(i, m) for i, m in _with(layers, "parallel_rnn") if getattr(m, "cell", None) is not None and m.cell.lowered]
     with each_module(solved, "parallel_rnn") as (now, modules, replace):
         for module in modules:
@@ -118,9 +115,7 @@ def _cells(layers: list[tuple[int, Any]], reading: Reading) -> Iterator[None]:
                 if cell.lowered:
                     inputs = (pre.flatten(3) if pre.dim() == 5 else pre).double() + (0 if bias_PD is None else bias_PD.double())
                     before = torch.cat([h0[:, None].double(), states[:, :-1].double()], 1)
-                    J = jacobian(cell, inputs, rec.double(), before).permute(0, 1, 4, 3, 2)  # rows times Lambda: the transpose
-                    Lambda = J[..., 0, 0] if J.shape[-1] == 1 else J
-                    reading.add(now[0], f"cell {cell.name}", figures(Recurrence(Lambda, J.shape[2] * J.shape[-1])))
+                    reading.add(now[0], f"cell {cell.name}", figures(of_cell(cell, inputs, rec.double(), before, states.double())))
                 return (states[:, :, -1] if emitted else states), final
 
             replace(module, watched)
@@ -150,6 +145,44 @@ def _attention(layers: list[tuple[int, Any]], reading: Reading) -> Iterator[None
         yield
 
 
+@contextmanager
+def _averages(layers: list[tuple[int, Any]], reading: Reading) -> Iterator[None]:
+    """Averages weighted by exp(s): Lambda is the share of the sum so far that lay before a token, B the share of the token."""
+    with each_module(_with(layers, "running_average"), "running_average") as (now, modules, replace):
+        for module in modules:
+            original = module.running_average
+
+            def watched(s: Tensor, v: Tensor, log_sum: Tensor, *rest: Any, original: Any = original) -> Any:
+                y, *after = original(s, v, log_sum, *rest)
+                sums = torch.cat([log_sum[:, None], s], 1).double().logcumsumexp(1)
+                share = (s.double() - sums[:, 1:]).exp()[..., None, None]
+                size = v[0, 0].numel() + v.shape[2]
+                r = Recurrence(
+                    (sums[:, :-1] - sums[:, 1:]).exp(), size, share, v.double()[..., None, :], torch.ones_like(share[..., 0]), y.double()
+                )
+                reading.add(now[0], "running average", figures(r))
+                return y, *after
+
+            replace(module, watched)
+        yield
+
+
+def of_cell(cell: Any, inputs: Tensor, rec: Tensor, before: Tensor, states: Tensor) -> Recurrence:
+    """A cell by channel: Lambda its Jacobian (S, S), for the S states; where one state enters linearly what is written too, the step from nothing.
+    inputs (B, T, P, D), rec (R, D), before and states (B, T, S, D)."""
+    from kernels.parallel_rnn.reference import jacobian
+
+    J = jacobian(cell, inputs, rec, before).permute(0, 1, 4, 3, 2)  # rows times Lambda: the transpose
+    if J.shape[-1] > 1:
+        return Recurrence(J, J.shape[2] * J.shape[-1])
+    Lambda, h = J[..., 0, 0], states[:, :, 0]
+    (written,) = cell(inputs.unbind(2), rec.unbind(0), (torch.zeros_like(h),))
+    if float((Lambda * before[:, :, 0] + written - h).abs().max()) > TOLERANCE * float(h.abs().max()):
+        return Recurrence(Lambda, J.shape[2])
+    ones = torch.ones_like(written)
+    return Recurrence(Lambda, J.shape[2], written[..., None, None], ones[..., None, None], ones[..., None], h[..., None])
+
+
 def _with(layers: list[tuple[int, Any]], name: str) -> list[tuple[int, Any]]:
     """The layers whose mixer's file calls `name`."""
     return [(i, m) for i, m in layers if hasattr(sys.modules[type(m).__module__], name)]
@@ -167,7 +200,7 @@ def dynamics(adapter: Adapter, ids_RT: Tensor) -> list[dict[str, Any]]:
             for layer, mixer in layers:
                 handle = mixer.register_forward_pre_hook(lambda m, x, layer=layer: reading.inputs.__setitem__(layer, x[0].detach()))
                 stack.callback(handle.remove)
-            for watch in (_rules, _cells, _attention):
+            for watch in (_rules, _cells, _averages, _attention):
                 stack.enter_context(watch(layers, reading))
         if scan_layers(adapter):
             stack.enter_context(scan_hook(adapter, reading.scan))

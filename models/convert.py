@@ -43,11 +43,40 @@ def mapping_of(attention: Any, d_model: int, target: str) -> dict[str, Any]:
     return {"type": "mamba2", "d_state": K, "head_dim": K, "n_groups": H, "expand": H * K // d_model}
 
 
+@torch.no_grad()
+def sizes_of(teacher: LanguageModel, layers: Sequence[int], ids_BT: Tensor) -> dict[int, Tensor]:
+    """Root mean squares (H K,), over the tokens of a text, of what each attention in `layers` hands to its last projection."""
+    read: dict[int, Any] = {}
+    hooks = [teacher.blocks[i].mixer.register_forward_pre_hook(lambda _, given, i=i: read.update({i: given})) for i in layers]
+    try:
+        teacher.read(ids_BT, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes = {}
+    for i in layers:
+        mixer: Any = teacher.blocks[i].mixer
+        last = mixer.o_proj
+        mixer.o_proj = torch.nn.Linear(last.in_features, last.in_features, bias=False, device=ids_BT.device, dtype=last.weight.dtype)
+        mixer.o_proj.weight.copy_(torch.eye(last.in_features))
+        try:
+            sizes[i] = mixer(*read[i])[0].float().square().mean((0, 1)).sqrt()
+        finally:
+            mixer.o_proj = last
+    return sizes
+
+
 def converted(
-    teacher: LanguageModel, layers: Sequence[int], target: str, seed: int = 0, copy_attention: bool = True, scale: float = 1.0
+    teacher: LanguageModel,
+    layers: Sequence[int],
+    target: str,
+    seed: int = 0,
+    copy_attention: bool = True,
+    scale: float = 1.0,
+    sizes: dict[int, Tensor] | None = None,
 ) -> LanguageModel:
     """`teacher` with other mixers in `layers`, on its device. copy_attention: whether these begin from the attention's weights, or anew.
-    scale: of what copied mixers with a norm put out, beside the size that values have.
+    scale: of what copied mixers with a norm put out, beside the size that values have, or beside `sizes`, those measured by `sizes_of`.
     Raises UserError for layers that are no attention, and for a target that does not fit."""
     config = teacher.config
     names = [config.mixer_name(i) for i in range(config.n_layers)]
@@ -69,12 +98,13 @@ def converted(
     student.load_state_dict(kept, strict=False)
     for i in layers if copy_attention else ():
         with torch.no_grad():
-            _begin_from(student.blocks[i].mixer, teacher.blocks[i].mixer, teacher.blocks[i].mixer_norm.weight, scale)
+            _begin_from(student.blocks[i].mixer, teacher.blocks[i].mixer, teacher.blocks[i].mixer_norm.weight, scale, (sizes or {}).get(i))
     return student.to(teacher.embedding.weight.device)
 
 
-def _begin_from(mixer: Any, attention: Any, scale_D: Tensor, size: float) -> None:
-    """The weights of `attention` in the new mixer. scale (D,): of the norm before both; size: a factor of what is put out."""
+def _begin_from(mixer: Any, attention: Any, scale_D: Tensor, size: float, measured_I: Tensor | None) -> None:
+    """The weights of `attention` in the new mixer. scale (D,): of the norm before both; size: a factor of what is put out;
+    measured (H K,): the sizes that this is to have, channel by channel."""
     H, G, K = attention.H, attention.G, attention.K
     q = attention.q_proj.weight
     k, v = (p.weight.unflatten(0, (G, K)).repeat_interleave(H // G, 0).flatten(0, 1) for p in (attention.k_proj, attention.v_proj))
@@ -82,8 +112,11 @@ def _begin_from(mixer: Any, attention: Any, scale_D: Tensor, size: float) -> Non
     if mixer.conv is not None:
         mixer.conv.weight.zero_()
         mixer.conv.weight[:, -1] = 1
-    if mixer.norm is not None:  # the norm gives outputs the size that values have, of inputs of norm one
-        mixer.norm.weight.fill_(size * float((v * scale_D).square().sum(1).mean().sqrt()))
+    if mixer.norm is not None:  # the norm gives outputs a size: that of values, of inputs of norm one, where none was measured
+        weight = mixer.norm.weight
+        if measured_I is None:
+            measured_I = (v * scale_D).square().sum(1).mean().sqrt().expand(H * K)
+        weight.copy_(size * measured_I.view(-1, weight.numel()).square().mean(0).sqrt())  # heads may share one scale
     {"mamba2": _mamba2, "delta": _delta, "rnn": _cell}[type(mixer).__module__.rpartition(".")[2]](mixer, q, k, v)
 
 

@@ -1,11 +1,12 @@
 """A trained model with other mixers in the place of some of its attention, which begin from the attention's weights.
 
-    python -m scripts.convert checkpoint=runs/quickstart layers=3 to=mamba2 out=out/hybrid [random=false] [scale=1] [seed=0]
+    python -m scripts.convert checkpoint=runs/quickstart layers=3 to=mamba2 out=out/hybrid [text=FILE] [random=false] [scale=1] [seed=0]
     python train.py model=hf:out/hybrid distill.teacher=runs/quickstart train.steps=1000
 
 `checkpoint` is a run, a checkpoint, or a folder that model=hf: reads. `to` is mamba2, delta or a cell (`gru`, `paragru`, ...). `layers`: numbers with
-commas, half (every second attention, from the first on) or all. random=true: the new mixers begin anew, to compare with. scale: a factor of what
-new mixers with a norm put out at first; where many layers of a deep model are replaced, 0.1 begins better. The folder that is written is an exported
+commas, half (every second attention, from the first on) or all. text: a text file, on whose first 4,096 tokens it is
+measured how large the attention's outputs are, which the new mixers' are then made to be at first; wanted where many layers are replaced. random=true:
+the new mixers begin anew, to compare with. scale: a factor of what new mixers with a norm put out at first. The folder that is written is an exported
 one, which transformers loads too; until it is trained on it says little. docs/methods/conversion.md.
 """
 
@@ -17,16 +18,30 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from data.files import check_writable
+from data.tokenizer import encode_bare
 from models.checkpoint import load_model
-from models.convert import converted, targets
+from models.convert import converted, sizes_of, targets
 from models.hub.export import write_folder
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
-DEFAULTS: dict[str, Any] = {"checkpoint": None, "layers": "half", "to": "mamba2", "out": None, "random": False, "scale": 1.0, "seed": 0}
+MEASURED = 4096  # tokens of a text
+DEFAULTS: dict[str, Any] = {
+    "checkpoint": None,
+    "layers": "half",
+    "to": "mamba2",
+    "out": None,
+    "text": None,
+    "random": False,
+    "scale": 1.0,
+    "seed": 0,
+}
 
 
 def problems_of(values: dict[str, Any]) -> list[str]:
@@ -51,6 +66,17 @@ def chosen(words: str, config: Any) -> list[int]:
     return attentions[:: 2 if words == "half" else 1]
 
 
+def start_of(file: Path, tokenizer: Tokenizer) -> Tensor:
+    """The first tokens of a text (R, T), R rows of 512 or one shorter. Raises UserError where there are none."""
+    if not file.is_file():
+        raise UserError(f"There is no file {file}; give a text with text=FILE.")
+    ids = encode_bare(tokenizer).encode(file.read_text(errors="replace")[: 16 * MEASURED], add_special_tokens=False).ids[:MEASURED]
+    if len(ids) < 16:
+        raise UserError(f"{file} is too short to measure anything: it has {len(ids)} tokens.")
+    T = min(512, len(ids))
+    return torch.tensor(ids[: len(ids) // T * T]).view(-1, T)
+
+
 def run(values: dict[str, Any]) -> Path:
     """Converts and writes; returns the folder. Raises UserError."""
     out = Path(values["out"])
@@ -60,7 +86,8 @@ def run(values: dict[str, Any]) -> Path:
     layers = chosen(values["layers"], teacher.config)
     if not layers:
         raise UserError(f"{values['checkpoint']} has no attention to convert.")
-    student = converted(teacher, layers, values["to"], values["seed"], not values["random"], values["scale"])
+    sizes = sizes_of(teacher, layers, start_of(Path(values["text"]), tokenizer)) if values["text"] else None
+    student = converted(teacher, layers, values["to"], values["seed"], not values["random"], values["scale"], sizes)
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:
         source, whole = Path(made) / "source", Path(made) / "whole"

@@ -18,6 +18,7 @@ from types import ModuleType
 import pytest
 
 from data.prepare import parse
+from scripts.check.methods import files_of
 from tests.conftest import ROOT, SMALL, environment, run_program
 from training.config.arguments import parse_arguments
 from training.config.cli import checked, compose_config
@@ -153,6 +154,19 @@ def test_paths_exist(page: Path) -> None:
     paths = {w for code in codes for w in code.split() if w.split("/")[0] in folders and "/" in w and "NAME" not in w}
     assert not [w for w in paths - new if not (ROOT / w).exists() and not ("*" in w and any(ROOT.glob(w)))]
     assert len(paths) > 10 or page.name != "README.md" or page.parent != ROOT
+
+
+def test_no_page_but_a_methods_own_leads_to_its_files() -> None:
+    """So that a method can be taken away (scripts/check/methods.py): other pages name it in words, or the figures in docs/results."""
+    taken = {name for page in (ROOT / "docs" / "methods").glob("*.md") for name in files_of(page)}
+    led = {
+        (name_of(page), name)
+        for page in PAGES
+        if page.parent.name != "methods"
+        for name in taken
+        if f"`{name}`" in (text := page.read_text()) or f"]({name.removeprefix('docs/')})" in text
+    }
+    assert not led
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor
 from models.contract import SequenceMixer
 
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+MIXED = 32  # heads or channels at most, evenly chosen, of which mixing matrices are made
 TOLERANCE = 1e-4  # of outputs rebuilt from (Lambda, B, C), relative to the largest of them
 
 
@@ -43,6 +44,13 @@ class Recurrence:
         """rows (B, H, X, N) times Lambda_t."""
         here = self.Lambda[:, t]
         return rows @ here if self.Lambda.ndim == 5 else rows * here[..., None, None]
+
+    def some(self, most: int) -> Recurrence:
+        """The same of at most so many heads."""
+        chosen = torch.arange(0, H := self.Lambda.shape[2], -(-H // most), device=self.Lambda.device)
+        return Recurrence(
+            self.Lambda[:, :, chosen], self.size, *(None if x is None else x[:, :, chosen] for x in (self.B, self.u, self.C, self.y))
+        )
 
 
 def rebuilt(r: Recurrence) -> Tensor:
@@ -160,20 +168,22 @@ def figures(r: Recurrence) -> dict[str, Any]:
     }
     if r.C is None:
         return row
-    return {**row, "rebuild_error": rebuild_error(r), "coupling": coupling(r, radii), **mixing_figures(mixing_matrix(r))}
+    return {**row, "rebuild_error": rebuild_error(r), "coupling": coupling(r, radii), **mixing_figures(mixing_matrix(r.some(MIXED)))}
 
 
 def probed(mixer: SequenceMixer, x_BTD: Tensor, seed: int = 0) -> dict[str, Any]:
     """What the contract alone says of any mixer with a state of fixed size: one memory for all of the state, from random directions carried back
-    through the Jacobians of T steps, the spectral radius at eight of them by the power method, and whether the state enters linearly.
+    through the Jacobians of T steps, the spectral radius at eight of them by the power method, and whether the state enters linearly: then its
+    outputs are rebuilt too (`walked`).
 
     x (B, T, D): the mixer's inputs.
     """
     generator = torch.Generator().manual_seed(seed)
-    T, taken = x_BTD.shape[1], []
+    T, taken, states = x_BTD.shape[1], [], list[Any]()
     state = mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype)
     with torch.enable_grad():
         for t in range(T):
+            states.append(state)
             before = {n: v.detach().requires_grad_() for n, v in mixer.tensors_of(state, "recurrent").items()}
             _, state = mixer(x_BTD[:, t : t + 1], replace(state, **before))
             taken.append((list(before.values()), list(mixer.tensors_of(state, "recurrent").values())))
@@ -193,13 +203,14 @@ def probed(mixer: SequenceMixer, x_BTD: Tensor, seed: int = 0) -> dict[str, Any]
             curve.append((_norm(probe) / start).square().mean().sqrt())
         radii = [_power(partial(back, t), draw()) for t in range(T // 2, T, max(1, T // 16))]
     size = sum(v[0].numel() for v in taken[-1][1])
-    bent = _bent(mixer, x_BTD[:, -1:], state)
+    error = walked(mixer, x_BTD, states)
+    linear: dict[str, Any] = {"linear": error < TOLERANCE}
     return {
         "heads": 1,
         "size": size,
         "expansion": None,
         "radius": _quantiles(torch.cat(radii)),
-        "linear": bent < 1e-3,
+        **(linear | {"rebuild_error": error} if linear["linear"] else linear),
         **_memories(torch.stack(curve)[None]),
     }
 
@@ -220,12 +231,25 @@ def _power(step: Callable[[list[Tensor]], list[Tensor]], probe: list[Tensor], it
 
 
 @torch.no_grad()
-def _bent(mixer: SequenceMixer, x_B1D: Tensor, state: Any) -> float:
-    """How far the next state from halfway between two states is from halfway between the two next states, over their distance."""
-    here = mixer.tensors_of(state, "recurrent")
-    other = {n: v.flip(0) if len(v) > 1 else -v for n, v in here.items()}
-    middle = {n: (here[n] + other[n]) / 2 for n in here}
-    after = [mixer.tensors_of(mixer(x_B1D, replace(state, **s))[1], "recurrent") for s in (here, other, middle)]
-    worst = max(float(((a + b) / 2 - m).abs().max()) for a, b, m in zip(*(part.values() for part in after)))
-    apart = max(float((a - b).abs().max()) for a, b in zip(here.values(), other.values()))
-    return worst / max(apart, 1e-30)
+def walked(mixer: SequenceMixer, x_BTD: Tensor, states: list[Any]) -> float:
+    """How far the outputs of a whole sequence are from those of a walk that takes every step for Lambda_t s + w_t, over the largest of them.
+
+    w is what a step makes of an empty state, and Lambda s what it makes of twice s more than of s, which a step that is not linear does not
+    satisfy. states: those before each step, of which the walk takes what is not recurrent (histories of convolutions).
+    """
+    s = mixer.tensors_of(states[0], "recurrent")
+    nothing = {name: torch.zeros_like(value) for name, value in s.items()}
+    outputs = []
+    for t, state in enumerate(states):
+
+        def step(recurrent: dict[str, Tensor], t: int = t, state: Any = state) -> tuple[Tensor, dict[str, Tensor]]:
+            y, after = mixer(x_BTD[:, t : t + 1], replace(state, **recurrent))
+            return y, mixer.tensors_of(after, "recurrent")
+
+        y, once = step(s)
+        twice, written = step({name: 2 * value for name, value in s.items()})[1], step(nothing)[1]
+        outputs.append(y)
+        s = {name: twice[name] - once[name] + written[name] for name in s}
+    whole = mixer(x_BTD, mixer.init_state(len(x_BTD), x_BTD.device, x_BTD.dtype))[0]
+    error = float((torch.cat(outputs, 1) - whole).abs().max() / whole.abs().max().clamp(min=1e-30))
+    return error if error == error else float("inf")

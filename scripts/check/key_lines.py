@@ -159,6 +159,24 @@ KEY_LINES = {
         "S = S + r.u[:, t]",
         "tests/evals/test_dynamics.py",
     ),
+    "dynamics walk": Fault(
+        "a walk writes what a step makes of its own state once more",
+        "twice[name] - once[name] + written[name]",
+        "twice[name] - once[name] + once[name]",
+        "tests/evals/test_dynamics.py",
+    ),
+    "dynamics averages": Fault(
+        "an average forgets nothing",
+        "(sums[:, :-1] - sums[:, 1:]).exp()",
+        "(sums[:, :-1] - sums[:, :-1]).exp()",
+        "tests/evals/test_dynamics.py",
+    ),
+    "conversion sizes": Fault(
+        "copied mixers begin with outputs of the size of values though others were measured",
+        "if measured_I is None:",
+        "if True:",
+        "tests/models/test_convert.py",
+    ),
 }
 
 

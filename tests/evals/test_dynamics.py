@@ -24,6 +24,10 @@ from tests.mixers import mixer_configs
 
 D = 32
 CONFIGS = mixer_configs()
+LINEAR = (
+    "attention", "swa", "mamba2", "gated_deltanet", "deltanet", "deltaproduct", "mingru", "minlstm", "aaren", "jrt", "s4d", "s5", "lssl", "plstm",
+    "miras",
+)  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
     "mamba2": {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": 2},
     "delta": {"type": "delta", "n_heads": 2},
@@ -92,6 +96,7 @@ def test_every_mixer_gets_a_row(name: str) -> None:
     model.init_weights(0)
     (row,) = dynamics(OwnAdapter(model, None, "own", "own"), torch.randint(64, (2, 24)))
     assert row["heads"] > 0 and ("memory" in row or row["kind"] == "attention")
+    assert name not in LINEAR or 0 < row["rebuild_error"] < 1e-4, row
 
 
 @pytest.mark.parametrize("kind", ["mamba2", "delta", "mingru"])
@@ -118,7 +123,8 @@ def test_a_cell_whose_state_enters_its_gates_is_not_linear() -> None:
     config, _ = mixers.parse("m", {"type": "rnn", "n_heads": 2, "recurrent_init": 1.0, "recurrent_bound": "none"}, D)
     mixer = mixers.load("rnn").Mixer(config, D, 0)
     mixer.init_weights(1.0, 0)
-    assert not probed(mixer, inputs(32))["linear"]
+    row = probed(mixer, inputs(32))
+    assert not row["linear"] and "rebuild_error" not in row
 
 
 def test_memory_between_the_steps_of_a_curve() -> None:

@@ -12,7 +12,7 @@ from data.errors import UserError
 from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import scan_hook
 from models.config import ModelConfig
-from models.convert import converted, targets
+from models.convert import converted, sizes_of, targets
 from models.lm import LanguageModel
 from scripts.convert import DEFAULTS, problems_of
 from training.distill import Distillation, divergence
@@ -92,6 +92,23 @@ def test_the_size_of_what_new_mixers_put_out_can_be_smaller(target: str) -> None
     assert changed == ["blocks.0.mixer.norm.weight"]
     torch.testing.assert_close(tenth[changed[0]], 0.1 * whole[changed[0]])
     assert problems_of({**DEFAULTS, "checkpoint": "a", "out": "b", "scale": 0.0}) == ["scale must be above zero and at most 10, not 0."]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["mamba2", "delta"])
+def test_outputs_begin_with_the_size_that_the_attentions_have_on_a_text(target: str) -> None:
+    teacher = teacher_of()
+    (size,) = sizes_of(teacher, [1], IDS).values()
+    attention, seen = teacher.blocks[1].mixer, []
+    hook = attention.register_forward_hook(lambda m, given, made: seen.append(made[0]))
+    wanted = teacher(IDS).logits
+    hook.remove()
+    handed_on = torch.linalg.solve(attention.o_proj.weight, seen[0].flatten(0, 1).T)
+    torch.testing.assert_close(size, handed_on.square().mean(1).sqrt(), rtol=1e-3, atol=1e-6)
+    assert torch.equal(teacher(IDS).logits, wanted), "the teacher stays as it was"
+    norm = converted(teacher, [1], target, scale=0.5, sizes={1: size}).blocks[1].mixer.norm.weight
+    heads = size if target == "mamba2" else size.view(4, 8).square().mean(0).sqrt()
+    torch.testing.assert_close(norm, 0.5 * heads)
 
 
 def test_what_cannot_be_converted_is_a_sentence() -> None:

@@ -14,6 +14,8 @@ from models.config import ModelConfig
 from models.hub.importing import load_into, resolved
 from models.lm import LanguageModel
 from scripts import convert
+from scripts.studies.conversion import Conversion
+from scripts.studies.text import Text
 from tests.hub.test_native_export import ATTENTION, checkpoint
 from training.config.cli import checked, compose_config
 from training.distill import begin
@@ -29,6 +31,12 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
     words = [f"checkpoint={teacher}", f"out={out}", "to=delta"]
     assert convert.main([*words, "layers=half"]) == 0 and convert.main([*words, "layers=half"]) == 2
     assert "exists already" in capsys.readouterr().err
+    (text := tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 4)
+    assert convert.main([f"checkpoint={teacher}", f"out={tmp_path / 'sized'}", "to=delta", f"text={text}"]) == 0
+    sized, plain = (load_model(folder)[0].state_dict() for folder in (tmp_path / "sized", out))
+    assert [name for name in plain if not torch.equal(plain[name], sized[name])] == [f"blocks.{i}.mixer.norm.weight" for i in (0, 2)]
+    assert convert.main([f"checkpoint={teacher}", f"out={tmp_path / 'x'}", "text=none.txt"]) == 2
+    assert "There is no file none.txt" in capsys.readouterr().err
     config = checked(
         compose_config([f"model=hf:{out}", f"distill.teacher={teacher}", "distill.steps=0.5", "train.steps=10", "data.path=x"])
     )
@@ -48,6 +56,18 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
     other = LanguageModel(ModelConfig(vocab_size=300, d_model=32, n_layers=1))
     with pytest.raises(UserError, match="has other tokens than the student"):
         begin(config, other, CPU, tokenizer)
+
+
+def test_the_study_learns_from_the_teacher_first_and_says_after_how_many_tokens(demo_shards: Path) -> None:
+    text = Text(demo_shards, 24, torch.device("cpu"))
+    teacher = LanguageModel(ModelConfig(text.vocab_size, d_model=48, n_layers=2, pattern=["a"], mixers={"a": ATTENTION}))
+    teacher.init_weights(0)
+    study = Conversion(teacher, text, rows=2, windows=4, kl=0.5)
+    row = study.run("delta", "copied", 3e-3, 0, tokens=8 * 48)
+    assert [n for n, _ in row["held_out"]] == [0, 48, 96, 192, 384] and row["held_out"][-1][1] < row["held_out"][0][1]
+    assert row["held_out"] == study.run("delta", "copied", 3e-3, 0, tokens=8 * 48)["held_out"]
+    assert study.run("delta", "copied", 3e-3, 0, 8 * 48, ends=lambda: True)["cut_at"] == 48
+    assert study.layers == [0] and study.run("delta", "anew", 3e-3, 0, 48)["held_out"][0] != row["held_out"][0]
 
 
 def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
