@@ -13,6 +13,7 @@ from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import Interval, difference
 
 Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
+PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}
 NARROW = 0.01  # bits per byte that an answer's interval is to be narrower than
 
 
@@ -77,10 +78,16 @@ def shown(value: Interval) -> str:
 
 
 def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
-    """What the results of a stage, pass or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
-    seeds = stage if question.seeds == "pass" else question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")
-    one, other = bits(rows, question.one, stage), bits(rows, question.other, seeds)
-    about = ("Stage 0: " if stage == "stage0" else "") + question.about
+    """What the results of a stage, pass, stage1 or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
+    sides = {"one": stage, "other": stage}
+    if question.seeds != "pass":  # equal time: in stage 1, where no more text is there, the slower row reads less
+        sides |= (
+            {"one": "time1"}
+            if stage == "stage1"
+            else {"other": question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")}
+        )
+    one, other = bits(rows, question.one, sides["one"]), bits(rows, question.other, sides["other"])
+    about = PREFIXES[stage] + question.about
     found = difference(one, other)
     if found is None:
         return Answer(f"{about}: not measured yet.", False, False)
@@ -107,7 +114,7 @@ def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
             by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
     return [
         Answer(
-            f"{'Stage 0: past' if stage == 'stage0' else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
+            f"{PREFIXES[stage]}{'past' if PREFIXES[stage] else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
             v != "holds" and not v.startswith("no verdict"),
         )
         for v, names in sorted(by_verdict.items())
@@ -129,12 +136,12 @@ def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
                 reached = next((step for step, loss in cell["curve"] if loss <= target), None)
                 shares.append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
         if shares and max(shares) < float("inf"):
-            said = (
-                f"{_label(chosen.of)} with Muon has AdamW's last training loss after {100 * statistics.fmean(shares):.0f} % of the tokens"
-            )
+            said = f"{PREFIXES[stage]}{_label(chosen.of)} with Muon has AdamW's last training loss after {100 * statistics.fmean(shares):.0f} % of the tokens"
             made.append(Answer(f"{said} ({len(shares)} seeds).", False))
         elif shares:
-            made.append(Answer(f"{_label(chosen.of)} with Muon does not reach AdamW's last training loss in every seed.", True))
+            made.append(
+                Answer(f"{PREFIXES[stage]}{_label(chosen.of)} with Muon does not reach AdamW's last training loss in every seed.", True)
+            )
     return made
 
 

@@ -12,7 +12,7 @@ from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.plan import SEEDS, SPEEDRUN_TARGET, TASKS
 from scripts.board.results import Interval, difference, interval
 
-STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0"}
+STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
 
 
 def shown_stages(rows: dict[str, Any]) -> list[str]:

@@ -30,8 +30,8 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 
 def stage_of(rows: dict[str, Any]) -> str:
-    """The stage that is drawn: the full pass, where it has begun, or stage 0."""
-    return "pass" if any(row["pass"] for row in rows.values()) else "stage0"
+    """The stage that is drawn: the one of most tokens that has three rows or more, or else stage 0."""
+    return next((stage for stage in ("pass", "stage1") if sum(bool(row[stage]) for row in rows.values()) > 2), "stage0")
 
 
 def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
