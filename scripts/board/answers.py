@@ -77,16 +77,23 @@ def shown(value: Interval) -> str:
     return f"{value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f}, {value.n} seeds)"
 
 
+def sides(rows: Rows, question: Question, stage: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Bits per byte by seed of what a question compares in a stage."""
+    cells = {"one": stage, "other": stage}
+    if question.seeds != "pass":  # equal time: in stage 1, where no more text is there, the slower row reads less
+        more = question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")
+        cells |= {"one": "time1"} if stage == "stage1" else {"other": more}
+    return bits(rows, question.one, cells["one"]), bits(rows, question.other, cells["other"])
+
+
+def compared(rows: Rows, question: Question, stage: str) -> Interval | None:
+    """One minus other over the seeds that both have; None where there is none."""
+    return difference(*sides(rows, question, stage))
+
+
 def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
     """What the results of a stage, pass, stage1 or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
-    sides = {"one": stage, "other": stage}
-    if question.seeds != "pass":  # equal time: in stage 1, where no more text is there, the slower row reads less
-        sides |= (
-            {"one": "time1"}
-            if stage == "stage1"
-            else {"other": question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")}
-        )
-    one, other = bits(rows, question.one, sides["one"]), bits(rows, question.other, sides["other"])
+    one, other = sides(rows, question, stage)
     about = PREFIXES[stage] + question.about
     found = difference(one, other)
     if found is None:
@@ -121,27 +128,32 @@ def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
     ]
 
 
-def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
-    """The share of its tokens after which a Muon row's training loss is AdamW's at the end, by the mean over equal seeds; the rate of the run falls to the
-    end, so this is an upper bound on the tokens that a run made for that loss would need."""
-    made = []
+def muon_shares(rows: Rows, stage: str) -> dict[str, list[float]]:
+    """Of each Muon row, seed by seed, the share of its tokens after which its training loss is AdamW's at the end (infinite: never). The rate of the run
+    falls to the end, so this is an upper bound on the tokens that a run made for that loss would need."""
+    shares: dict[str, list[float]] = {}
     for row, chosen in ARCHITECTURES.items():
         if chosen.optimizer != "muon":
             continue
-        shares = []
         for seed, cell in rows.get(row, {}).get(stage, {}).items():
             other = rows.get(chosen.of, {}).get(stage, {}).get(seed)
             if other and other.get("curve") and cell.get("curve"):
                 target = statistics.fmean(loss for _, loss in other["curve"][-5:])
                 reached = next((step for step, loss in cell["curve"] if loss <= target), None)
-                shares.append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
-        if shares and max(shares) < float("inf"):
-            said = f"{PREFIXES[stage]}{_label(chosen.of)} with Muon has AdamW's last training loss after {100 * statistics.fmean(shares):.0f} % of the tokens"
-            made.append(Answer(f"{said} ({len(shares)} seeds).", False))
-        elif shares:
-            made.append(
-                Answer(f"{PREFIXES[stage]}{_label(chosen.of)} with Muon does not reach AdamW's last training loss in every seed.", True)
-            )
+                shares.setdefault(row, []).append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
+    return shares
+
+
+def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
+    """What `muon_shares` found, in sentences."""
+    made = []
+    for row, shares in muon_shares(rows, stage).items():
+        about = f"{PREFIXES[stage]}{_label(ARCHITECTURES[row].of)} with Muon"
+        if max(shares) < float("inf"):
+            after = f"after {100 * statistics.fmean(shares):.0f} % of the tokens ({len(shares)} seeds)"
+            made.append(Answer(f"{about} has AdamW's last training loss {after}.", False))
+        else:
+            made.append(Answer(f"{about} does not reach AdamW's last training loss in every seed.", True))
     return made
 
 

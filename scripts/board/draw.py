@@ -112,6 +112,7 @@ def _row(mine: list[Result]) -> dict[str, Any]:
             words = f"rows={content['row']} speedrun_tokens={content['tokens']} speedrun_lr={settings['lr']:g}"
             command = f"python -m scripts.board run stages=speedrun {words}"
             run = {"seconds": content["seconds"], "tokens": content["tokens"], "lr": settings["lr"], "bits_per_byte": result.bits_per_byte}
+            run["device"] = str((content.get("environment") or {}).get("device"))
             row["speedrun"].append(run | {"command": command})
     for rates in ("grid", "rates0"):
         row[rates].sort(key=lambda cell: cell["lr"])

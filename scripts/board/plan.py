@@ -343,7 +343,8 @@ class Plan:
         return [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
 
     def _probed(self) -> list[str]:
-        return [row for row in self.rows if not ARCHITECTURES[row].of]
+        """Rows of AdamW and an empty state: what a probe asks of is the mixers."""
+        return [row for row in self.rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
 
     @staticmethod
     def _turns(groups: list[list[Cell]]) -> list[list[Cell]]:

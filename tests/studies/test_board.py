@@ -24,6 +24,7 @@ from scripts.board import __main__ as program
 from scripts.board import architectures, corpus, measure, results, work
 from scripts.board.answers import Question, all_answers, answer
 from scripts.board.draw import collect, draw
+from scripts.board.expected import expectation_lines, expectations
 from scripts.board.export import export_cells
 from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, Plan
@@ -191,6 +192,33 @@ def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path
     card = (folder / "README.md").read_text()
     assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
     assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card
+
+
+def test_training_is_strict_and_a_model_without_an_order_says_so(
+    data: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch cannot sum in order raises while a cell trains; that step is then taken all the same, once, and the result tells."""
+    from scripts.board.learner import Learner
+
+    cell = Plan("tiny", str(data), ["paragru"]).grid("paragru", {})[0]
+    cell.settings.update(steps=3, held_out_tokens=500)
+    taken, strict = Learner._taken, []
+
+    def refuses(self: Learner, *places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        strict.append(torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled())
+        if strict[-1]:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+        return taken(self, *places)
+
+    monkeypatch.setattr(Learner, "_taken", refuses)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        result = run(cell, values)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert strict == [True, False, False, False]
+    assert result is not None and result["unordered"].startswith("cumsum_cuda_kernel") and result["steps"] == 3
 
 
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
@@ -361,6 +389,15 @@ def test_answers_say_nulls_and_what_went_against_the_expectation_first() -> None
     null = answer(rows, Question("H", "gdn_hybrid", "gdn", 0))
     assert null.negative and "no difference is shown; the interval is wider than 0.01" in null.text
     assert not answer(rows, Question("P", "paragru", "gdn", 0)).known
+    said = dict(expectations(rows))
+    [order_of_three] = said["Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU"]
+    assert order_of_three == "GDN minus Mamba-2: held, -0.1000 (-0.1000 to -0.1000, 3 seeds)"
+    hybrids = said["Hybrids are ahead of their recurrent rows, and of the Transformer, by 0.01 to 0.03"]
+    assert (
+        hybrids[0].startswith("Gated DeltaNet 3:1 attention minus Gated DeltaNet: open")
+        and not said["State passing costs nothing within the interval"]
+    )
+    assert any(line.endswith("| not answered yet |") for line in expectation_lines(rows))
     order = [(a.known, a.negative) for a in all_answers(rows)]
     assert order == sorted(order, key=lambda pair: (not pair[0], not pair[1])) and (True, True) in order and (True, False) in order
 
