@@ -25,6 +25,9 @@ def draw(values: dict[str, Any]) -> None:
     if not every:
         raise UserError(f"Neither {out} nor {page} has a finished cell; run some first, or give out=.")
     found = collect(values["size"], every, attempts(page)) | {"again": gather_again(out, page, every)}
+    for card in sorted((out / "cards").glob("*.md")):
+        write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
+    found["cards"] = sorted(path.name for path in (page / "cards").glob("*.txt"))
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "log.md", log_text(found).encode())
@@ -73,6 +76,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "attempts": log,
         "phases": phases,
         "again": [],
+        "cards": [],
     }
 
 

@@ -52,6 +52,14 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     lines += ["## Run again", "", *again_table(found), ""] if found["again"] else []
     lines += ["## What a cell costs", "", *cost_lines(found["phases"]), ""] if found["phases"] else []
+    if found["cards"]:
+        lines += [
+            "## Models for transformers",
+            "",
+            "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The",
+        ]
+        lines += ["weights are made again by the command in each card, `weights=true` and `export`.", ""]
+        lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
     if found["earlier"]:
         lines += ["## Under earlier versions of the protocol", "", *earlier_table(found["earlier"]), ""]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import multiprocessing
+import os
 import statistics
 import time
 import traceback
@@ -218,7 +219,10 @@ def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = Non
         "environment": environment(device) | {"code": source_hash()},
         "beside": values["streams"] * _sharing(values["workers"], device),
     }
-    queue = Queue(values, str(device).replace(":", ""), fixed)
+    place = (
+        f"{device}.{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"  # where a program sees some of the GPUs, its cuda:0 is another's cuda:1
+    )
+    queue = Queue(values, place.replace(":", "").replace(",", "-"), fixed)
     running: list[tuple[Cell, Any]] = []
     while True:
         while len(running) < values["streams"]:
