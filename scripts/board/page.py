@@ -99,10 +99,11 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
 
 def again_table(found: dict[str, Any]) -> list[str]:
     """Cells that were run a second time from their command."""
-    lines = ["| cell | version | bits | stops, first and second time | device |", "|---|---|---|---|---|"]
+    lines = ["| cell | version | bits | stops, first and second time | code, first and second time | device |", "|---" * 6 + "|"]
     for run in sorted(found["again"], key=lambda run: -run["protocol"]):
+        codes = ", ".join(code or "" for code in run.get("code") or [])
         same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
-        lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {run['device']} |")
+        lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {codes} | {run['device']} |")
     if loose := sorted({row["label"] for row in found["rows"].values() for c in row["stage0"].values() if c["unordered"]}):
         lines += ["", f"Operations without an order, so that bits need not repeat: {', '.join(loose)}."]
     return lines

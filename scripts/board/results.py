@@ -97,7 +97,13 @@ def gather_again(out: Path, page: Path, every: list[Result]) -> list[dict[str, A
         if key in first and first[key]["settings"] == second["settings"]:
             differ = [what for what in ("weights_sha256", "curve", "measured") if first[key].get(what) != second.get(what)]
             stops = {"stops_before": first[key].get("stops"), "stops": second.get("stops")}
-            about = {"differ": differ, "weights_sha256": second.get("weights_sha256"), "device": second["environment"].get("device")}
+            code = [run["environment"].get("code") for run in (first[key], second)]
+            about = {
+                "differ": differ,
+                "code": code,
+                "weights_sha256": second.get("weights_sha256"),
+                "device": second["environment"].get("device"),
+            }
             runs[(*key, second.get("stops"))] = {"name": key[0], "protocol": key[1], **stops, **about}
     if runs:
         write_bytes(page / "again.jsonl", "".join(json.dumps(run) + "\n" for run in runs.values()).encode())

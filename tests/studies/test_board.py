@@ -221,6 +221,33 @@ def test_training_is_strict_and_a_model_without_an_order_says_so(
     assert result is not None and result["unordered"].startswith("cumsum_cuda_kernel") and result["steps"] == 3
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("row", ["transformer", "gdn_hybrid_dense_lstm", "transformer_muon"])
+def test_a_cell_repeats_on_a_gpu(row: str, data: Path, values: dict[str, Any]) -> None:
+    """Twice the same weights, the second time stopped and gone on with; attention's backward pass is the one that did not repeat."""
+    from scripts.board.repeat import repeatable
+
+    device = repeatable(0, "cuda")
+    try:
+        cell = Plan("tiny", str(data), [row], "bf16").grid(row, {})[1]
+        cell.settings.update(steps=40, rows=64, held_out_tokens=500)
+        path = Path(values["out"]) / "cells" / f"{cell.name}.json"
+        for _ in work.train(cell, values, device):
+            pass
+        first = json.loads(path.read_text())
+        training = work.train(cell, values | {"save_every": 1e-9}, device)
+        next(training)
+        training.close()
+        for _ in work.train(cell, values, device):
+            pass
+        second = json.loads(path.read_text())
+        assert second["stops"] == 1 and not second["unordered"]
+        assert [second[key] for key in ("weights_sha256", "curve")] == [first[key] for key in ("weights_sha256", "curve")]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
     plan = Plan("tiny", str(data), ["paragru"])
     cell = plan.grid("paragru", {})[0]
