@@ -11,19 +11,19 @@
 Keys
   data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
-  stages      stage0,time0,grid,speed,pass,time,probe,leaders,speedrun, or all       seeds     of the full pass; decisive rows have five from three on [3]
+  stages      stage0,time0,stage1,time1,grid,speed,pass,time,probe,leaders,speedrun  seeds     decisive rows have five from three on [3]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
   gpu         the GPU that `again` uses [0]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
-  only        names of cells with commas between               weights   true: keep the trained models of text as folders [false]
+  only        names of cells with commas between               weights   true: keep the models of text that more is read off, or named by only [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
   page        where the page is drawn, and results are kept [docs/board]
             input, part, vocabulary, tokenizer, join: of corpus (scripts/board/corpus.py)
 
 Cells of the same settings are never run twice. A cell is finished (a file in OUT/cells, after `draw` a line of PAGE/cells.jsonl), under way, or not
-begun, and every attempt is a line of attempts.jsonl. A cell of 12M tokens takes 18 s on an H100, one after the other: several streams were no faster.
+begun, and every attempt is a line of attempts.jsonl. One cell after the other: several streams of a process were no faster, two processes a GPU may be.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import Interval, difference
 
 Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
+PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}
 NARROW = 0.01  # bits per byte that an answer's interval is to be narrower than
 
 
@@ -76,11 +77,24 @@ def shown(value: Interval) -> str:
     return f"{value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f}, {value.n} seeds)"
 
 
+def sides(rows: Rows, question: Question, stage: str) -> tuple[dict[int, float], dict[int, float]]:
+    """Bits per byte by seed of what a question compares in a stage."""
+    cells = {"one": stage, "other": stage}
+    if question.seeds != "pass":  # equal time: in stage 1, where no more text is there, the slower row reads less
+        more = question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")
+        cells |= {"one": "time1"} if stage == "stage1" else {"other": more}
+    return bits(rows, question.one, cells["one"]), bits(rows, question.other, cells["other"])
+
+
+def compared(rows: Rows, question: Question, stage: str) -> Interval | None:
+    """One minus other over the seeds that both have; None where there is none."""
+    return difference(*sides(rows, question, stage))
+
+
 def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
-    """What the results of a stage, pass or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
-    seeds = stage if question.seeds == "pass" else question.seeds.replace("time_", "time0_" if stage == "stage0" else "time_")
-    one, other = bits(rows, question.one, stage), bits(rows, question.other, seeds)
-    about = ("Stage 0: " if stage == "stage0" else "") + question.about
+    """What the results of a stage, pass, stage1 or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
+    one, other = sides(rows, question, stage)
+    about = PREFIXES[stage] + question.about
     found = difference(one, other)
     if found is None:
         return Answer(f"{about}: not measured yet.", False, False)
@@ -107,34 +121,39 @@ def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
             by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
     return [
         Answer(
-            f"{'Stage 0: past' if stage == 'stage0' else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
+            f"{PREFIXES[stage]}{'past' if PREFIXES[stage] else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
             v != "holds" and not v.startswith("no verdict"),
         )
         for v, names in sorted(by_verdict.items())
     ]
 
 
-def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
-    """The share of its tokens after which a Muon row's training loss is AdamW's at the end, by the mean over equal seeds; the rate of the run falls to the
-    end, so this is an upper bound on the tokens that a run made for that loss would need."""
-    made = []
+def muon_shares(rows: Rows, stage: str) -> dict[str, list[float]]:
+    """Of each Muon row, seed by seed, the share of its tokens after which its training loss is AdamW's at the end (infinite: never). The rate of the run
+    falls to the end, so this is an upper bound on the tokens that a run made for that loss would need."""
+    shares: dict[str, list[float]] = {}
     for row, chosen in ARCHITECTURES.items():
         if chosen.optimizer != "muon":
             continue
-        shares = []
         for seed, cell in rows.get(row, {}).get(stage, {}).items():
             other = rows.get(chosen.of, {}).get(stage, {}).get(seed)
             if other and other.get("curve") and cell.get("curve"):
                 target = statistics.fmean(loss for _, loss in other["curve"][-5:])
                 reached = next((step for step, loss in cell["curve"] if loss <= target), None)
-                shares.append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
-        if shares and max(shares) < float("inf"):
-            said = (
-                f"{_label(chosen.of)} with Muon has AdamW's last training loss after {100 * statistics.fmean(shares):.0f} % of the tokens"
-            )
-            made.append(Answer(f"{said} ({len(shares)} seeds).", False))
-        elif shares:
-            made.append(Answer(f"{_label(chosen.of)} with Muon does not reach AdamW's last training loss in every seed.", True))
+                shares.setdefault(row, []).append(reached / cell["curve"][-1][0] if reached is not None else float("inf"))
+    return shares
+
+
+def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
+    """What `muon_shares` found, in sentences."""
+    made = []
+    for row, shares in muon_shares(rows, stage).items():
+        about = f"{PREFIXES[stage]}{_label(ARCHITECTURES[row].of)} with Muon"
+        if max(shares) < float("inf"):
+            after = f"after {100 * statistics.fmean(shares):.0f} % of the tokens ({len(shares)} seeds)"
+            made.append(Answer(f"{about} has AdamW's last training loss {after}.", False))
+        else:
+            made.append(Answer(f"{about} does not reach AdamW's last training loss in every seed.", True))
     return made
 
 

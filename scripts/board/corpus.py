@@ -96,6 +96,11 @@ def identity(data: str | Path, tokens: int | None = None) -> dict[str, Any]:
     return {"tokenizer": meta["tokenizer_sha256"], "train": shards, "held_out": held_out}
 
 
+def training_tokens(data: str | Path) -> int:
+    """How many training tokens the folder holds."""
+    return sum(shard["tokens"] for shard in read_meta(Path(data))["splits"]["train"]["shards"])
+
+
 def split(data: Path, out: Path, most: int) -> list[Path]:
     """Copies the files of `data` into folders OUT-0, OUT-1, ... of at most `most` bytes each, in the order of their names; `join` puts them together."""
     folders: list[Path] = []

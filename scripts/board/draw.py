@@ -25,6 +25,9 @@ def draw(values: dict[str, Any]) -> None:
     if not every:
         raise UserError(f"Neither {out} nor {page} has a finished cell; run some first, or give out=.")
     found = collect(values["size"], every, attempts(page)) | {"again": gather_again(out, page, every)}
+    for card in sorted((out / "cards").glob("*.md")):
+        write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
+    found["cards"] = sorted(path.name for path in (page / "cards").glob("*.txt"))
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "log.md", log_text(found).encode())
@@ -54,7 +57,12 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         for r in every
         if r.content["settings"]["protocol"] < PROTOCOL and r.content["row"] in ARCHITECTURES and r.bits_per_byte is not None
     ]
-    tokens = {"stage0": int(SHARE0 * board.tokens), "grid": int(GRID_SHARE * board.tokens), "pass": board.tokens}
+    tokens = {
+        "stage0": int(SHARE0 * board.tokens),
+        "stage1": board.grid_span - board.T,
+        "grid": int(GRID_SHARE * board.tokens),
+        "pass": board.tokens,
+    }
     tokens["leaders"] = board.leaders_tokens
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in results if "phases" in r.content]
     return {
@@ -68,6 +76,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "attempts": log,
         "phases": phases,
         "again": [],
+        "cards": [],
     }
 
 
@@ -79,15 +88,15 @@ def _of(result: Result, size: str) -> bool:
 
 
 def _row(mine: list[Result]) -> dict[str, Any]:
-    row: dict[str, Any] = {"rates0": [], "stage0": {}, "grid": [], "pass": {}, "leaders": {}, "probe": {}, "speedrun": []}
-    chosen0 = _rate0(mine)
+    row: dict[str, Any] = {"rates0": [], "stage0": {}, "stage1": {}, "grid": [], "pass": {}, "leaders": {}, "probe": {}, "speedrun": []}
+    rate = {"stage0": _chosen(mine, "stage0"), "stage1": _chosen(mine, "stage1")}
     for result in sorted(mine, key=lambda r: r.name):
         content, settings = result.content, result.content["settings"]
         stage, seed = content["stage"], str(settings["seed"])
-        if stage == "stage0":
-            if settings["lr"] == chosen0:
-                row["stage0"][seed] = _text_cell(result)
-            if seed != "0":
+        if stage in rate:
+            if settings["lr"] == rate[stage]:
+                row[stage][seed] = _text_cell(result)
+            if stage == "stage1" or seed != "0":
                 continue
         if stage in ("grid", "stage0"):
             row["grid" if stage == "grid" else "rates0"].append(
@@ -95,7 +104,7 @@ def _row(mine: list[Result]) -> dict[str, Any]:
             )
         elif stage in ("pass", "leaders"):
             row[stage][seed] = _text_cell(result)
-        elif stage in ("time", "time0"):
+        elif stage in ("time", "time0", "time1"):
             row.setdefault(content["name"].split(".")[0], {})[seed] = _text_cell(result)
         elif stage == "probe":
             lengths = [{key: r.get(key) for key in ("length", "accuracy", "error")} for r in content["measured"]["lengths"]]
@@ -107,17 +116,18 @@ def _row(mine: list[Result]) -> dict[str, Any]:
             words = f"rows={content['row']} speedrun_tokens={content['tokens']} speedrun_lr={settings['lr']:g}"
             command = f"python -m scripts.board run stages=speedrun {words}"
             run = {"seconds": content["seconds"], "tokens": content["tokens"], "lr": settings["lr"], "bits_per_byte": result.bits_per_byte}
+            run["device"] = str((content.get("environment") or {}).get("device"))
             row["speedrun"].append(run | {"command": command})
     for rates in ("grid", "rates0"):
         row[rates].sort(key=lambda cell: cell["lr"])
     return row
 
 
-def _rate0(mine: list[Result]) -> float | None:
-    """The rate at which a row's seeds of stage 0 are run: the lowest one that has a seed other than the one that chose it (half the best where that
+def _chosen(mine: list[Result], stage: str) -> float | None:
+    """The rate at which a row's seeds of stage 0 or 1 are run: the lowest one that has a seed other than the one that chose it (half the best where that
     diverged). None: not there yet."""
-    cells = [r.content["settings"] for r in mine if r.content["stage"] == "stage0"]
-    return min((settings["lr"] for settings in cells if settings["seed"]), default=None)
+    cells = [r.content["settings"] for r in mine if r.content["stage"] == stage]
+    return min((settings["lr"] for settings in cells if settings["seed"] or stage == "stage1"), default=None)
 
 
 def _held(content: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +150,8 @@ def _text_cell(result: Result) -> dict[str, Any]:
         "lr": content["settings"]["lr"],
         "tokens": content.get("tokens"),
         "stops": content.get("stops"),
-        "tokens_per_s": content.get("tokens_per_s"),
+        "tokens_per_s": content.get("tokens_per_s") if content.get("beside", 1) == 1 else None,
+        "unordered": content.get("unordered") or "",
         **_held(content),
         "curve": [[step, round(loss, 4)] for step, loss in content.get("curve", []) if loss is not None],
         "verdict": (position.get("collapse") or {}).get("verdict"),

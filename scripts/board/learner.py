@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.board.repeat import strictly
 from scripts.studies.arms import tensors_of, with_tensors
 from scripts.studies.graphed import Rate
 from scripts.studies.trainer import Trainer
@@ -36,6 +38,7 @@ from training.schedule import lr_factor
 
 BETAS, EPS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 WARMUP = 0.05  # of the steps
+HEAD_CHUNK = 16_384  # tokens whose logits are held at once
 AHEAD = 8  # steps handed to the device before one waits for it
 
 
@@ -63,7 +66,8 @@ class Learner:
     def __init__(self, settings: dict[str, Any], data: str, device: torch.device) -> None:
         self.settings, self.device = settings, device
         self.T, self.B, self.steps = settings["T"], settings["rows"], settings["steps"]
-        model = LanguageModel(ModelConfig.from_dict(settings["model"]))
+        # Logits that are kept go through a dozen passes of torch's over memory; made again they are one kernel. The same loss, a third less time.
+        model = LanguageModel(replace(ModelConfig.from_dict(settings["model"]), recompute_head=True, head_chunk=HEAD_CHUNK))
         model.init_weights(settings["seed"])
         bf16 = settings["precision"] == "bf16"
         self.trainer = Trainer(model, device, lr=settings["lr"], betas=BETAS, weight_decay=WEIGHT_DECAY, grad_clip=GRAD_CLIP, bf16=bf16)
@@ -78,10 +82,8 @@ class Learner:
             self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.initial = InitialStates(settings["initial"], seed=settings["seed"])
         self.template: Any = None  # the state that rows begin with; its tensors are inputs of the step
-        self.done = 0
+        self.done, self.unordered = 0, ""
         self.step = self.trainer.graph(self._step)
-        if self.muon is not None:
-            self.step.why_not = "Muon reads its rate on the host"
         self._waits: list[Any] = []
 
     def _take_muon(self) -> None:
@@ -116,14 +118,27 @@ class Learner:
         return starts_N
 
     def _step(self, offsets_B: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
-        """One step on the samples at these places: (loss, tensors of the state at the end)."""
+        """One step on the samples at these places, its sums in a fixed order: (loss, tensors of the state at the end). A model with an operation that has
+        no such order is trained all the same, and `unordered` says so."""
+        if not self.unordered:
+            try:
+                with strictly():
+                    return self._taken(offsets_B, *before)
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                self.unordered = str(error).splitlines()[0]
+        return self._taken(offsets_B, *before)
+
+    def _taken(self, offsets_B: Tensor, *before: Tensor) -> tuple[Tensor, ...]:
         if "task" in self.settings:
             inputs, labels = (part[offsets_B].long() for part in self.samples)
         else:
             ids = self.tokens[offsets_B[:, None] + self.window].long()
             inputs, labels = ids[:, :-1], ids[:, 1:]
         state = with_tensors(self.template, before) if self.template is not None else None
-        loss, _, after = self.trainer.update(inputs, labels, state)
+        take = self.trainer.update if self.muon is None else self.trainer.gradients  # Muon reads its rate on the host, behind the graph
+        loss, _, after = take(inputs, labels, state)
         self.loss_sum.add_(loss)
         return loss, *([t.detach() for t in tensors_of(after)] if after is not None else [])
 
@@ -138,6 +153,9 @@ class Learner:
     def advance(self, until: int) -> Iterator[int]:
         """Takes the steps from where it is to number `until`; yields how many were taken after each. At most AHEAD of them are unfinished."""
         for number, (_, *after) in self.trainer.run(self.step, range(self.done, until), self.rate, self._inputs):
+            if self.muon is not None:
+                with self.trainer.here():
+                    self.muon.step()
             if self.template is not None:
                 self.initial.after(0, with_tensors(self.template, tuple(after)))
             self.done = number + 1

@@ -9,10 +9,11 @@ from typing import Any
 
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, WAITING
+from scripts.board.expected import expectation_lines
 from scripts.board.plan import SEEDS, SPEEDRUN_TARGET, TASKS
 from scripts.board.results import Interval, difference, interval
 
-STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0"}
+STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
 
 
 def shown_stages(rows: dict[str, Any]) -> list[str]:
@@ -39,6 +40,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     lines += [*nulls, ""]
     if rest := [a for a in known if not a.negative]:
         lines += ["## What came out otherwise", "", *_items(rest), ""]
+    lines += ["## What was expected", "", *expectation_lines(rows), ""]
     lines += ["## Loss", "", *(["No cell of the full pass is finished.", ""] if "pass" not in stages else [])]
     for stage in stages:
         lines += [*loss_table(found, stage), ""]
@@ -50,6 +52,14 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     lines += ["## Run again", "", *again_table(found), ""] if found["again"] else []
     lines += ["## What a cell costs", "", *cost_lines(found["phases"]), ""] if found["phases"] else []
+    if found["cards"]:
+        lines += [
+            "## Models for transformers",
+            "",
+            "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The",
+        ]
+        lines += ["weights are made again by the command in each card, `weights=true` and `export`.", ""]
+        lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
     if found["earlier"]:
         lines += ["## Under earlier versions of the protocol", "", *earlier_table(found["earlier"]), ""]
@@ -65,13 +75,12 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
         return [name for name in rows if len(bits(rows, name, stage)) >= SEEDS]
 
     def lacking(done: list[str]) -> str:
-        names = [row.label for name, row in ARCHITECTURES.items() if name not in done]
-        return "; ".join(names) if done else "all of it"
+        return ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in done) if done else "all of it"
 
     probed = [name for name, row in rows.items() if len(row["probe"]) == len(TASKS)]
-    wanted = [name for name, row in ARCHITECTURES.items() if not row.of]
+    wanted = [name for name, row in ARCHITECTURES.items() if (row.optimizer, row.initial) == ("adamw", "zero")]
     entries = [
-        (f"{STAGE_NAMES[stage]}, {found['tokens'][stage] / 1e6:g}M tokens, {SEEDS} seeds or more", whole(stage)) for stage in STAGE_NAMES
+        (f"{STAGE_NAMES[stage]}, {found['tokens'][stage] / 1e6:.3g}M tokens, {SEEDS} seeds or more", whole(stage)) for stage in STAGE_NAMES
     ]
     entries.append(("speed alone on the device, decoding, memory", [name for name, row in rows.items() if "speed" in row]))
     lines = ["| what | rows done | missing |", "|---|---|---|"]
@@ -90,10 +99,13 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
 
 def again_table(found: dict[str, Any]) -> list[str]:
     """Cells that were run a second time from their command."""
-    lines = ["| cell | bits | stops, first and second time | device |", "|---|---|---|---|"]
-    for run in found["again"]:
+    lines = ["| cell | version | bits | stops, first and second time | code, first and second time | device |", "|---" * 6 + "|"]
+    for run in sorted(found["again"], key=lambda run: -run["protocol"]):
+        codes = ", ".join(code or "" for code in run.get("code") or [])
         same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
-        lines.append(f"| {run['name']} | {same} | {run['stops_before']}, {run['stops']} | {run['device']} |")
+        lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {codes} | {run['device']} |")
+    if loose := sorted({row["label"] for row in found["rows"].values() for c in row["stage0"].values() if c["unordered"]}):
+        lines += ["", f"Operations without an order, so that bits need not repeat: {', '.join(loose)}."]
     return lines
 
 
@@ -116,18 +128,20 @@ def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
     rows, tokens = found["rows"].values(), found["tokens"]
     grid, passes = sum(len(row["grid"]) for row in rows), sum(len(row["pass"]) for row in rows)
     zero = sum(len(row["rates0"]) + sum(seed != "0" for seed in row["stage0"]) for row in rows)
+    one = sum(len(row["stage1"]) for row in rows)
     begun, failed = (sum(a["event"] == event for a in found["attempts"]) for event in ("begun", "failed"))
     text = [
         f"What each architecture is worth at equal tokens: {found['size']} parameters, training length {found['T']}.",
         "How, and what was expected, is in the [protocol](protocol.md), which was there before the first run.",
         f"Drawn by `python -m scripts.board draw` from [cells.jsonl](cells.jsonl). So far {zero} cells of stage 0",
-        f"({tokens['stage0'] / 1e6:g}M tokens), {grid} of the rate grid ({tokens['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass",
-        f"({tokens['pass'] / 1e6:g}M tokens),",
+        f"({tokens['stage0'] / 1e6:g}M tokens), {one} of stage 1 ({tokens['stage1'] / 1e6:.0f}M tokens), {grid} of the rate grid",
+        f"({tokens['grid'] / 1e6:g}M tokens, one seed) and {passes} of the full pass ({tokens['pass'] / 1e6:g}M tokens),",
         f"on {', '.join(found['devices'])}. [Every attempt](log.md): {begun} begun, {failed} failed.",
     ]
     text.append("`python -m scripts.board again only=CELL data=DIR` runs a cell once more and compares its bits.")
+    shares = " and ".join(f"{tokens[s] / tokens['pass']:.0%} of its tokens ({STAGE_NAMES[s]})" for s in stages if s != "pass")
     warning = (
-        "**No cell of the full pass is finished. What is below is a tenth of it (stage 0) and does not rank what the full pass is for.**"
+        f"**No cell of the full pass is finished. What is below was trained on {shares} and does not rank what the full pass is for.**"
     )
     if not stages:
         warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
@@ -148,11 +162,11 @@ def loss_table(found: dict[str, Any], stage: str) -> list[str]:
     rows = found["rows"]
     done = {name: bits(rows, name, stage) for name in rows}
     lines = [
-        f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:g}M tokens): held-out bits per byte, 95 % t-intervals over seeds; differences",
-        "at equal seeds. Tokens/s are those of training the cell, alone on its device.",
+        f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:.3g}M tokens): held-out bits per byte, 95 % t-intervals over seeds; differences",
+        "at equal seeds.",
         "",
-        "| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer | tokens/s |",
-        "|---" * 8 + "|",
+        "| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer |",
+        "|---" * 7 + "|",
     ]
     for name in sorted((n for n in done if done[n] or rows[n][stage]), key=lambda n: statistics.fmean(done[n].values() or [math.inf])):
         row, mean = rows[name], interval(done[name].values())
@@ -161,10 +175,9 @@ def loss_table(found: dict[str, Any], stage: str) -> list[str]:
         diverged = sum(cell["diverged"] for cell in row[stage].values())
         value = "" if mean is None else _plus_minus(mean, ".4f")
         seeds = f"{len(done[name])}" + (f", {diverged} diverged" if diverged else "")
-        speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
         lines.append(
             f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | {row['training_flops_per_token']:.3g} | {', '.join(f'{r:g}' for r in rates)} | {value} | {seeds} | "
-            f"{'' if apart is None else _plus_minus(apart, '+.4f')} | {f'{statistics.median(speeds):,.0f}' if speeds else ''} |"
+            f"{'' if apart is None else _plus_minus(apart, '+.4f')} |"
         )
     return lines
 
@@ -197,14 +210,17 @@ def grid_table(found: dict[str, Any], stage: str) -> list[str]:
 
 
 def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
-    """Cells that do not count any more, each on a line."""
-    lines = ["They do not count, and are run again; what changed is at the end of the [protocol](protocol.md#versions).", ""]
-    lines += ["| row | stage | version | rate | tokens | bits per byte, 95 % over documents | seconds | stops |", "|---" * 8 + "|"]
+    """Cells that do not count any more, those of one row, stage and rate on a line; each of them is in cells.jsonl."""
+    lines = ["They do not count; what changed is at the end of the [protocol](protocol.md#versions).", ""]
+    lines += ["| row | stage | version | rate | tokens | cells | bits per byte, mean (least to most) |", "|---" * 7 + "|"]
+    groups: dict[tuple[Any, ...], list[float]] = {}
     for c in cells:
-        value = f"{c['bits_per_byte']:.4f} ({_number(c['low'], '.4f')} to {_number(c['high'], '.4f')})"
-        lines.append(
-            f"| {c['label']} | {c['stage']} | {c['protocol']} | {c['lr']:g} | {c['tokens'] / 1e6:.1f}M | {value} | {c['seconds']:.1f} | {c['stops']} |"
-        )
+        stage = c["stage"].split("_of_")[0]
+        groups.setdefault((c["label"], stage, c["protocol"], c["lr"], c["tokens"]), []).append(c["bits_per_byte"])
+    for (label, stage, version, lr, tokens), found in groups.items():
+        spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
+        mean = f"{statistics.fmean(found):.4f}{spread}"
+        lines.append(f"| {label} | {stage} | {version} | {lr:g} | {tokens / 1e6:.1f}M | {len(found)} | {mean} |")
     return lines
 
 
@@ -235,47 +251,52 @@ def behaviour_table(rows: dict[str, Any], stage: str) -> list[str]:
 
 
 def speed_table(rows: dict[str, Any]) -> list[str]:
-    """Each row alone on the device."""
-    lines = ["Alone on the device. Decoding: one sequence, bf16, after 1,024 and after 131,072 tokens.", ""]
+    """Each row alone on the device; state bytes, which are reckoned, of all of them."""
+    lines = ["Alone on the device. Decoding: one sequence, bf16, after 1,024 and after 131,072 tokens. State bytes are reckoned.", ""]
     lines += ["| row | training tokens/s | MFU | memory | decode tokens/s, 1k | 128k | state bytes, 1k | 128k | device |", "|---" * 9 + "|"]
-    for row in sorted((r for r in rows.values() if "speed" in r), key=lambda r: -r["speed"]["tokens_per_s"]):
-        speed = row["speed"]
+    for row in sorted(rows.values(), key=lambda r: -r["speed"]["tokens_per_s"] if "speed" in r else 0.0):
+        speed = row.get("speed") or {}
         decode = [f"{d['tokens_per_s']:,.0f}" for d in (speed.get("decode") or [])] + ["", ""]
-        mfu, peak = _number(speed["mfu"] and 100 * speed["mfu"], ".1f"), speed["peak_memory_bytes"]
-        memory = f"{peak / 2**30:.1f} GiB" if peak else ""
+        mfu, peak = _number(speed.get("mfu") and 100 * speed["mfu"], ".1f"), speed.get("peak_memory_bytes")
         lines.append(
-            f"| {row['label']} | {speed['tokens_per_s']:,.0f} | {mfu + ' %' if mfu else ''} | {memory} | {decode[0]} | {decode[1]} | "
-            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed['device']} |"
+            f"| {row['label']} | {_number(speed.get('tokens_per_s'), ',.0f')} | {mfu + ' %' if mfu else ''} | "
+            f"{f'{peak / 2**30:.1f} GiB' if peak else ''} | {decode[0]} | {decode[1]} | "
+            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed.get('device', '')} |"
         )
     return lines
 
 
 def speedrun_lines(found: dict[str, Any]) -> list[str]:
-    """The record, open to be beaten."""
+    """The record, open to be beaten, and every attempt at it."""
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for row in found["rows"].values():
         for run in row["speedrun"]:
             groups.setdefault((row["label"], run["tokens"], run["lr"]), []).append(run)
     held = []
-    for (label, tokens, _), runs in groups.items():
+    table = ["", "| row | tokens | rate | seconds of each seed | bits per byte | device |", "|---" * 6 + "|"]
+    for (label, tokens, lr), runs in sorted(groups.items(), key=lambda entry: min(r["bits_per_byte"] or math.inf for r in entry[1])):
         bits_of_runs = [run["bits_per_byte"] for run in runs]
+        figures = [", ".join(_number(run[key], form) for run in runs) for key, form in (("seconds", ".1f"), ("bits_per_byte", ".4f"))]
+        table.append(
+            f"| {label} | {tokens / 1e6:.1f}M | {lr:g} | {' | '.join(figures)} | {', '.join(sorted({r['device'] for r in runs}))} |"
+        )
         if len(runs) >= SEEDS and all(b is not None and b <= SPEEDRUN_TARGET for b in bits_of_runs):
             held.append((statistics.fmean(run["seconds"] for run in runs), label, tokens, bits_of_runs, runs[0]["command"]))
-    rule = f"The least time of training on one H100 to {SPEEDRUN_TARGET} bits per byte; rules are in the"
-    lines = [rule, "[protocol](protocol.md#the-speedrun).", ""]
-    if not held:
-        tried = sum(map(len, groups.values()))
-        said = f"There is no record yet; {tried} runs are not enough, or stay above." if tried else "Nobody has run it yet."
+    lines = [f"The least time of training on one H100 or H200 to {SPEEDRUN_TARGET} bits per byte; rules are in the"]
+    lines += ["[protocol](protocol.md#the-speedrun).", ""]
+    if held:
+        seconds, label, tokens, every, command = min(held)
+        shown = ", ".join(f"{b:.4f}" for b in every)
+        lines += [
+            f"{seconds:.1f} s (mean of {len(every)}), {label}, {tokens / 1e6:.1f}M tokens, {shown} bits per byte:",
+            "",
+            f"    {command}",
+        ]
+    else:
+        said = "There is no record yet: the attempts below are of too few seeds, or stay above." if groups else "Nobody has run it yet."
         example = "python -m scripts.board run stages=speedrun rows=ROW speedrun_tokens=N speedrun_lr=R data=DIR"
-        return [*lines, f"{said} To try, with three seeds, any row of the board, any tokens and rate:", "", f"    {example}"]
-    seconds, label, tokens, every, command = min(held)
-    shown = ", ".join(f"{b:.4f}" for b in every)
-    return [
-        *lines,
-        f"{seconds:.1f} s (mean of {len(every)}), {label}, {tokens / 1e6:.1f}M tokens, {shown} bits per byte:",
-        "",
-        f"    {command}",
-    ]
+        lines += [f"{said} To try, with three seeds, any row of the board, any tokens and rate:", "", f"    {example}"]
+    return [*lines, *(table if groups else [])]
 
 
 def log_text(found: dict[str, Any]) -> str:

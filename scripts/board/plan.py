@@ -2,8 +2,8 @@
 
 A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
 with the results: a row's best rate on the grid decides its cells of the full pass, a best rate at the grid's edge asks for another rate, the leaders are
-known when the full pass is. Stages, in order: stage0 and time0, a small board of its own with a tenth of the tokens, then grid, speed, pass, time, probe,
-leaders; and speedrun, for which the command names tokens and rate.
+known when the full pass is. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, at stage 0's rates with four times as many,
+each with its cells of equal time (time0, time1); then grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from data.fields import nearest
 from scripts.board.architectures import ARCHITECTURES, SIZES, model_config
-from scripts.board.corpus import identity
+from scripts.board.corpus import identity, training_tokens
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
-STAGES = ("stage0", "time0", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
-PROTOCOL = 3  # raise it when a number of the protocol changes: earlier results then count no more
+STAGES = ("stage0", "time0", "stage1", "time1", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
+PROTOCOL = 4  # raise it when a number of the protocol changes: earlier results then count no more
 
 
 @dataclass(frozen=True)
 class Board:
-    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus, and stage 0 a tenth,
-    at rates of its own. leaders_tokens: of the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
+    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus, stage 0 a tenth, and
+    stage 1 all of those first tokens. leaders_tokens: of the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
 
     T: int
     rows: int
@@ -36,7 +36,6 @@ class Board:
     grid_span: int
     leaders_tokens: int
     rates: tuple[float, ...]
-    rates0: tuple[float, ...]
     contexts: tuple[int, ...]
     burst: int
     held_out_tokens: int | None
@@ -55,7 +54,6 @@ BOARDS = {
         25_000_000,
         350_000_000,
         (1e-3, 2e-3, 4e-3),
-        (2e-3, 4e-3, 8e-3),
         (1024, 131_072),
         30,
         None,
@@ -63,11 +61,9 @@ BOARDS = {
         2000,
         "probe",
     ),
-    "tiny": Board(
-        32, 8, 25_600, 60_000, 60_000, 51_200, (2e-3, 8e-3, 3.2e-2), (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512
-    ),
+    "tiny": Board(32, 8, 25_600, 60_000, 10_100, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
 }
-BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3), rates0=(1e-3, 2e-3, 4e-3))
+BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3))
 GRID_SHARE, SHARE0, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 0.1, 7, 3, 5, 4
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
@@ -80,16 +76,27 @@ SPEEDRUN_TARGET = 1.5  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
 DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
-# Stage 0 takes these rows first, group after group, each from its rates to its last seed before the next is begun; then those that are left.
-GROUPS0 = (
-    ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm"),
-    ("transformer", "mamba2", "paragru", "gdn"),
-    ("paralstm", "deltaproduct", "dense_lstm"),
-    ("gdn_hybrid_m2rnn", "m2rnn", "slstm", "paragru_hybrid"),
-    ("mamba2_hybrid", "mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn"),
+# The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun.
+# `more`: seeds beyond those of the decisive rows, in turns, as far as time reaches. Rows that are not named come last.
+DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
+PLAIN = ("mamba2", "transformer", "gdn", "paragru")
+RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
+ORDER = (
+    ("stage0", DECISIVE0),
+    ("stage0", PLAIN),
+    ("stage0", RECURRENT),
+    ("stage1", DECISIVE0),
+    ("stage1", PLAIN),
+    ("time0", DECISIVE0),
+    ("more", DECISIVE0),
+    ("stage0", ("transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
+    ("stage1", RECURRENT),
+    ("time1", DECISIVE0),
+    ("stage0", ("gdn_hybrid_m2rnn", "mamba2_hybrid", "slstm")),
+    ("stage1", ("transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
 )
-DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm", "gdn_hybrid_m2rnn")  # of stage 0; DECISIVE_SEEDS seeds
-READ0 = 1  # the seed whose cell of stage 0 has more read off it than the held-out loss; the first one that chose no rate
+MORE_SEEDS = 12  # of decisive rows in stage 1, at most
+READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
 
 
 class Plan:
@@ -200,42 +207,77 @@ class Plan:
 
     def rate0(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 0. None: not known yet."""
-        tried = self._widened(self.board.rates0, lambda lr: self._stage0_cell(row, lr, 0), results)
+        tried = self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
         return self._best(tried, results, lambda lr, seed: self._stage0_cell(row, lr, seed))
 
     def stage0(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
         """A row of stage 0: the rates tried with seed 0, and, once the best is known, the other seeds at it, the one that is read first."""
-        tried = self._widened(self.board.rates0, lambda lr: self._stage0_cell(row, lr, 0), results)
-        lr, seeds = self.rate0(row, results), DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+        tried = self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        lr = self.rate0(row, results)
         if lr is None:
             return [tried]
-        rest = [self._stage0_cell(row, lr, seed) for seed in range(seeds)]
+        rest = [self._stage0_cell(row, lr, seed) for seed in range(self._seeds0(row))]
         return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
 
-    def stage0_cells(self, results: dict[str, Result]) -> list[Cell]:
-        """All of stage 0 known so far, equal times with it: group after group of rows, rates before seeds, in turns."""
-        listed = [row for group in GROUPS0 for row in group]
-        groups = [*GROUPS0, tuple(row for row in self.rows if row not in listed)]
-        cells = []
-        for group in groups:
-            parts = [self.stage0(row, results) for row in group if row in self.rows]
-            for number in range(2):
-                cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
-            cells += [cell for row in group if row in self.rows for cell in self.equal_time0(row, results)]
-        return cells
+    def stage1(self, row: str, results: dict[str, Result], more: bool = False) -> list[Cell]:
+        """A row of stage 1 at its rate of stage 0, once that is known; at half of it where that diverged. more: its seeds beyond the usual ones."""
+
+        def cell(lr: float, seed: int) -> Cell:
+            return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
+
+        lr = self.rate0(row, results)
+        if lr is None:
+            return []
+        if any(
+            c.name in results and results[c.name].diverged and results[c.name].of(c.settings)
+            for c in (cell(lr, s) for s in range(MORE_SEEDS))
+        ):
+            lr /= 2
+        usual = self._seeds0(row)
+        return [cell(lr, seed) for seed in (range(usual, MORE_SEEDS) if more else range(usual))]
+
+    def _seeds0(self, row: str) -> int:
+        return DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+
+    def small_cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
+        """The cells of stages 0 and 1 known so far, equal times with them, in ORDER."""
+        listed = {row for stage, group in ORDER for row in group if stage == "stage0"}
+        rest = tuple(row for row in self.rows if row not in listed)
+        cells: list[Cell] = []
+        for stage, group in (*ORDER, ("stage0", rest)):
+            rows = [row for row in group if row in self.rows]
+            if stage == "stage0":
+                parts = [self.stage0(row, results) for row in rows]
+                for number in range(2):
+                    cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
+            elif stage in ("stage1", "more"):
+                cells += [c for turn in self._turns([self.stage1(row, results, stage == "more") for row in rows]) for c in turn]
+            else:
+                cells += [cell for row in rows for cell in (self.equal_time0 if stage == "time0" else self.equal_time1)(row, results)]
+        return [cell for cell in cells if cell.stage in stages]
 
     def equal_time0(self, row: str, results: dict[str, Result]) -> list[Cell]:
-        """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more. Speeds
-        are those of training the cells of seed READ0."""
+        """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more."""
         of = ARCHITECTURES[row].of
-        rates = (self.rate0(of, results), self.rate0(row, results)) if ARCHITECTURES[row].instead else (None, None)
-        if rates[0] is None or rates[1] is None:
-            return []
-        ratio = ratio_of_speed(results, self._stage0_cell(of, rates[0], READ0), self._stage0_cell(row, rates[1], READ0))
-        if ratio is None or ratio <= 1.0:
+        lr, ratio = (self.rate0(of, results), self._ratio(of, row, results)) if ARCHITECTURES[row].instead else (None, None)
+        if lr is None or ratio is None or ratio <= 1.0:
             return []
         tokens = int(ratio * SHARE0 * self.board.tokens)
-        return [self.text("time0", of, tokens, self.board.grid_span, rates[0], seed, f"_of_{row}") for seed in range(self.seeds)]
+        return [self.text("time0", of, tokens, self.board.grid_span, lr, seed, f"_of_{row}") for seed in range(self._seeds0(of))]
+
+    def equal_time1(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        """The same in stage 1, where no more text is there: the row itself, for as many tokens as it reads in the time of the one it is compared with."""
+        of = ARCHITECTURES[row].of
+        ratio = self._ratio(row, of, results) if ARCHITECTURES[row].instead else None
+        cells = self.stage1(row, results)
+        if ratio is None or ratio >= 1.0 or not cells:
+            return []
+        span, lr = self.board.grid_span, cells[0].settings["lr"]
+        return [self.text("time1", row, int(ratio * (span - self.board.T)), span, lr, seed) for seed in range(self._seeds0(row))]
+
+    def _ratio(self, one: str, other: str, results: dict[str, Result]) -> float | None:
+        """Training tokens/s of one row over another's, each alone on the device."""
+        return ratio_of_speed(results, self.speed(one), self.speed(other))
 
     def _pass_cell(self, row: str, lr: float, seed: int) -> Cell:
         return self.text("pass", row, self.board.tokens, self.board.span, lr, seed)
@@ -279,7 +321,7 @@ class Plan:
     def cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
         """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""
         made: dict[str, list[Cell]] = {
-            "stage0": [c for c in self.stage0_cells(results) if c.stage in stages] if {"stage0", "time0"} & set(stages) else [],
+            "stage0": self.small_cells(results, stages),
             "grid": [cell for group in self._turns([self.grid(row, results) for row in self.rows]) for cell in group],
             "speed": [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"] if "speed" in stages else [],
             "probe": [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
@@ -292,14 +334,17 @@ class Plan:
             made["leaders"] = self.leaders(results)
         tokens, lr = self.speedrun
         if tokens and lr:
-            span = min(self.board.span, max(self.board.grid_span, tokens + self.board.T))
+            span = (
+                self.board.span if training_tokens(self.data) >= self.board.span else self.board.grid_span
+            )  # read again where tokens are more
             made["speedrun"] = [
                 self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
             ]
         return [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
 
     def _probed(self) -> list[str]:
-        return [row for row in self.rows if not ARCHITECTURES[row].of]
+        """Rows of AdamW and an empty state: what a probe asks of is the mixers."""
+        return [row for row in self.rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
 
     @staticmethod
     def _turns(groups: list[list[Cell]]) -> list[list[Cell]]:

@@ -20,7 +20,7 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
     if plt is None:
         return [name for name in ("loss.png", "position.png", "speed.png") if (page / name).exists()]
     made, stage = [], stage_of(found["rows"])
-    tokens = f"{found['tokens'][stage] / 1e6:g}M tokens"
+    tokens = f"{found['tokens'][stage] / 1e6:.3g}M tokens"
     for name, picture in (("loss.png", _loss_plot), ("position.png", _position_plot), ("speed.png", _speed_plot)):
         data = picture(plt, found["rows"], stage, tokens)
         if data is not None:
@@ -30,8 +30,8 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 
 def stage_of(rows: dict[str, Any]) -> str:
-    """The stage that is drawn: the full pass, where it has begun, or stage 0."""
-    return "pass" if any(row["pass"] for row in rows.values()) else "stage0"
+    """The stage that is drawn: the one of most tokens that has three rows or more, or else stage 0."""
+    return next((stage for stage in ("pass", "stage1") if sum(bool(row[stage]) for row in rows.values()) > 2), "stage0")
 
 
 def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
@@ -80,20 +80,29 @@ def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> b
 
 
 def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
-    """Loss against training speed, of the stage's own cells or, better, alone on the device."""
+    """Loss against training speed, of the stage's own cells or, better, alone on the device. Names stand in a list, as points lie close."""
     figure, axes = plt.subplots(figsize=(8.5, 5))
     drawn = 0
-    for i, (name, row) in enumerate(rows.items()):
+    for name, row in rows.items():
         values = list(bits(rows, name, stage).values())
         speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
         speed = row["speed"]["tokens_per_s"] if "speed" in row else statistics.median(speeds) if speeds else None
-        if values and speed:
-            speed /= 1e3
-            axes.plot(speed, statistics.fmean(values), marker="o", linestyle="", label=row["label"], color=line(i)["color"])
-            axes.annotate(row["label"], (speed, statistics.fmean(values)), xytext=(4, 4), textcoords="offset points", fontsize=6)
+        if len(values) > 1 and speed:
+            value, style = interval(values), line(drawn)
+            assert value is not None
+            axes.errorbar(
+                speed / 1e3,
+                value.mean,
+                yerr=value.half,
+                marker="osD^vP*"[drawn % 7],
+                capsize=2,
+                linestyle="",
+                label=row["label"],
+                color=style["color"],
+            )
             drawn += 1
-    axes.set(xlabel="training, thousands of tokens/s, one cell on the device", ylabel=f"bits per byte after {tokens}")
-    axes.margins(x=0.2)
+    axes.set(xlabel="training, thousands of tokens/s, one cell on the device", ylabel=f"bits per byte after {tokens}, 95 % over seeds")
     axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left") if drawn else None
     data = png(plt, figure)
     return data if drawn else None

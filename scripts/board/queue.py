@@ -100,9 +100,10 @@ class Queue:
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
             steps = cell.settings["steps"]
-            of_row = [r.content["took"] for r in results.values() if r.content["row"] == cell.row and _trained(r, steps)]
-            of_any = [r.content["took"] for r in results.values() if _trained(r, steps)]
-            least = max(least, 1.1 * statistics.median(of_row or of_any or [least]))
+            took = [(r.content["row"], r.content["settings"]["steps"], r.content["took"]) for r in results.values() if _is_like(r, cell)]
+            alike = [seconds for row, n, seconds in took if (row, n) == (cell.row, steps)]
+            longer = [seconds * max(1.0, steps / n) for row, n, seconds in took if row == cell.row]
+            least = max(least, 1.1 * statistics.median(alike or [min(longer or [s * max(1.0, steps / n) for _, n, s in took] or [least])]))
         return bool(time.time() < self.values["until"] - least)
 
     def _lock(self, cell: Cell) -> bool:
@@ -132,5 +133,6 @@ class Queue:
         return True
 
 
-def _trained(result: Result, steps: int) -> bool:
-    return "took" in result.content and result.content["settings"].get("steps") == steps
+def _is_like(result: Result, cell: Cell) -> bool:
+    """Whether how long it took says something of the cell: both are trainings on text, or both on tasks."""
+    return "took" in result.content and (result.content["stage"] == "probe") == (cell.stage == "probe")

@@ -16,7 +16,10 @@ from typing import Any
 from data.files import finite, write_bytes, write_json
 
 # 97.5 % quantiles of Student's t by degrees of freedom
-T975 = (math.inf, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
+T975 = (
+    *(math.inf, 12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139),
+    *(2.200985, 2.178813, 2.160369, 2.144787, 2.131450, 2.119905, 2.109816, 2.100922, 2.093024, 2.085963),
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,13 @@ def gather_again(out: Path, page: Path, every: list[Result]) -> list[dict[str, A
         if key in first and first[key]["settings"] == second["settings"]:
             differ = [what for what in ("weights_sha256", "curve", "measured") if first[key].get(what) != second.get(what)]
             stops = {"stops_before": first[key].get("stops"), "stops": second.get("stops")}
-            about = {"differ": differ, "weights_sha256": second.get("weights_sha256"), "device": second["environment"].get("device")}
+            code = [run["environment"].get("code") for run in (first[key], second)]
+            about = {
+                "differ": differ,
+                "code": code,
+                "weights_sha256": second.get("weights_sha256"),
+                "device": second["environment"].get("device"),
+            }
             runs[(*key, second.get("stops"))] = {"name": key[0], "protocol": key[1], **stops, **about}
     if runs:
         write_bytes(page / "again.jsonl", "".join(json.dumps(run) + "\n" for run in runs.values()).encode())

@@ -19,6 +19,7 @@ from typing import Any
 
 from scripts.board.plan import READ0
 from scripts.board.queue import Queue
+from scripts.board.repeat import repeatable, source_hash
 from scripts.board.results import Cell, attempt, keep
 
 SAVE_EVERY = 45.0  # seconds between two savings of a cell in training
@@ -35,6 +36,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     from scripts.board.learner import Learner
 
     began = time.perf_counter()
+    _peak(device)
     learner = Learner(cell.settings, values["data"], device)
     path = Path(values["out"]) / "under_way" / f"{cell.name}.safetensors"
     record: dict[str, Any] = {"curve": [], "clock": [], "seconds": 0.0, "stops": -1} | (learner.load(path) or {})
@@ -75,12 +77,15 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
         result |= {
             "weights_sha256": learner.weights_sha256(),
             "graphed": not learner.step.why_not,
+            "unordered": learner.unordered,
             "beside": values.get("beside", 1),
+            "peak_memory_bytes": _peak(device),
             "tokens_per_s": _speed(record["clock"], record["curve"], learner.B * learner.T),
         }
         phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
         result["measured"] = _measured(cell, learner, values)
-        if (values["weights"] or cell.stage == "leaders") and cell.of_text() and ended == "tokens":
+        kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) or values["only"])
+        if kept and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])
     took = time.perf_counter() - began
     phases["measure"] = took - sum(phases.values())
@@ -88,6 +93,17 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     keep(Path(values["out"]), cell, result | {"environment": values["environment"]})
     path.unlink(missing_ok=True)
     return result
+
+
+def _peak(device: Any) -> int | None:
+    """The most memory that this process had on the device since it was asked last."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def _speed(clock: list[float], curve: list[list[float]], tokens: int) -> float | None:
@@ -106,8 +122,9 @@ def diverged(curve: list[list[float]], steps: int) -> bool:
 
 
 def reads_all(cell: Cell) -> bool:
-    """Whether more is read off a cell than its held-out loss: not off those of the grid, and in stage 0 off one seed's."""
-    return cell.stage not in ("grid", "stage0", "time0") or cell.stage == "stage0" and cell.settings["seed"] == READ0
+    """Whether more is read off a cell than its held-out loss: not off those of the grid, and in stages 0 and 1 off one seed's."""
+    few = ("stage0", "stage1")
+    return cell.stage not in ("grid", "time0", "time1", *few) or cell.stage in few and cell.settings["seed"] == READ0
 
 
 def _measured(cell: Cell, learner: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -189,21 +206,6 @@ def timed(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
 KINDS = {"speed": timed, "speedrun": raced}
 
 
-def repeatable(number: int, name: str) -> Any:
-    """The device of process `number` (of several GPUs one after the other), set so that a cell gives the same bits again: attention's backward pass sums in
-    a fixed order, and products have a work space of their own on every stream."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    import torch
-
-    if name != "cuda":
-        return torch.device(name)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    device = torch.device("cuda", number % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = None) -> None:
     """Process `number`: takes cells until there are none or time is up. fixed: these, instead of those of the plan."""
     device = repeatable(number, values["device"])
@@ -213,8 +215,14 @@ def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = Non
 
     if values["workers"] > 1:
         torch.set_num_threads(1)
-    values = values | {"environment": environment(device), "beside": values["streams"] * _sharing(values["workers"], device)}
-    queue = Queue(values, str(device).replace(":", ""), fixed)
+    values = values | {
+        "environment": environment(device) | {"code": source_hash()},
+        "beside": values["streams"] * _sharing(values["workers"], device),
+    }
+    place = (
+        f"{device}.{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"  # where a program sees some of the GPUs, its cuda:0 is another's cuda:1
+    )
+    queue = Queue(values, place.replace(":", "").replace(",", "-"), fixed)
     running: list[tuple[Cell, Any]] = []
     while True:
         while len(running) < values["streams"]:

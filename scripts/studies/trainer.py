@@ -56,13 +56,18 @@ class Trainer:
         Asks nothing of the device, so that it can be part of a graph. state: what the rows begin with; None: an empty one that is not returned.
         segment_ids: (B, T) the document of each token; None: one a row.
         """
+        found = self.gradients(ids_BT, labels_BT, state)
+        self.optimizer.step()
+        return found
+
+    def gradients(self, ids_BT: Tensor, labels_BT: Tensor, state: LMState | None = None) -> tuple[Tensor, Tensor, LMState | None]:
+        """`update` up to the clipped gradients, for an optimizer whose step cannot be part of a graph and is taken behind it."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model(ids_BT, labels=labels_BT, segment_ids=segment_ids, state=state)
         loss = output.loss_sum / output.token_count
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
         return loss.detach(), norm.detach(), output.state
 
     def graph(self, step: Step) -> GraphedStep:

@@ -24,9 +24,10 @@ from scripts.board import __main__ as program
 from scripts.board import architectures, corpus, measure, results, work
 from scripts.board.answers import Question, all_answers, answer
 from scripts.board.draw import collect, draw
+from scripts.board.expected import expectation_lines, expectations
 from scripts.board.export import export_cells
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, Plan
+from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, Plan
 from scripts.board.queue import Queue
 from scripts.board.results import Cell, Result, difference, interval
 from training.errors import UserError
@@ -107,7 +108,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     for queue, cell in zip((one, other, one, other), taken):
         assert cell is not None
         queue.release(cell, failed=cell is taken[0])
-    assert [cell.row for cell in (one.take(), other.take()) if cell is not None] == ["gdn"] * 2  # taken[0] was of the other
+    assert [cell.row for cell in (one.take(), other.take()) if cell is not None] == ["paragru"] * 2  # taken[0] was of the other
     held = list(one.held)
     assert one.take() is not None and len(one.held) == 2 and taken[0] is not None and taken[0].name not in [*one.held, *other.held]
     for queue in (one, other):
@@ -116,7 +117,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     one.forgive()
     assert held and (again := other.take()) is not None and again.name == taken[0].name
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
-    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("gdn", {})[0][:1], lambda cell: 2.0)
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:1], lambda cell: 2.0)
     for name, result in done.items():
         write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"took": 1000.0})
     late = Queue(values | {"until": time.time() + 100}, "cuda0")
@@ -135,40 +136,55 @@ def test_a_probe_is_trained_and_scored_at_several_lengths(task: str, data: Path,
     assert all(0 <= row["accuracy"] <= 1 for row in result["measured"]["lengths"])
 
 
-def test_stage_0_goes_from_rates_to_seeds_to_equal_time_group_after_group(data: Path) -> None:
+def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(data: Path) -> None:
     rows = ["gdn_hybrid", "gdn_hybrid_paragru", "transformer"]
     plan = Plan("tiny", str(data), rows)
-    known: dict[str, Result] = {}
+    known = results_of([plan.speed(row) for row in rows], lambda cell: 1.0)
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
+    stages = ["stage0", "time0", "stage1", "time1"]
 
     def loss(cell: Cell) -> float:
-        return math.inf if cell.row == "transformer" and cell.settings["seed"] == 2 else abs(math.log(cell.settings["lr"] / 8e-3))
+        return (
+            math.inf
+            if cell.stage == "stage0" and cell.row == "transformer" and cell.settings["seed"] == 2
+            else abs(math.log(cell.settings["lr"] / 8e-3))
+        )
 
     waves = []
-    while cells := [c for c in plan.cells(known, ["stage0", "time0"]) if c.name not in known]:
+    while cells := [c for c in plan.cells(known, stages) if c.name not in known]:
         waves.append([cell.name for cell in cells])
         known |= results_of(cells, loss)
-        for cell in cells:
-            known[cell.name].content["tokens_per_s"] = 1.5e5 if cell.row == "gdn_hybrid" else 1e5
     assert [name.split(".")[1] for name in waves[0]] == [f"{row}@tiny" for row in rows[:2] * 3 + ["transformer"] * 3]
-    assert [name.split(".", 2)[2] for name in waves[1]] == [f"0.008.{seed}" for seed in (1, 1, 2, 2, 3, 3, 4, 4)] + ["0.008.1", "0.008.2"]
-    assert waves[2][:3] == [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(3)]
-    assert waves[2][3:] == [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]  # diverged in a seed: at half the rate
-    assert known[waves[2][0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
-    assert {work.reads_all(cell) for cell in plan.cells(known, ["stage0"]) if cell.settings["seed"] != 1} == {False}
+    seeds = (1, 1, 2, 2, 3, 3, 4, 4)
+    assert waves[1][:10] == [f"stage0.{row}@tiny.0.008.{s}" for s, row in zip(seeds, rows[:2] * 4)] + [
+        f"stage0.transformer@tiny.0.008.{s}" for s in (1, 2)
+    ]
+    assert waves[1][10:20] == [f"stage1.{row}@tiny.0.008.{s}" for s, row in zip((0, 0, *seeds), rows[:2] * 5)]
+    time0 = [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5)]
+    more = [f"stage1.{row}@tiny.0.008.{seed}" for seed in range(5, MORE_SEEDS) for row in rows[:2]]
+    time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
+    assert waves[1][20:] == [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + time0 + more + time1
+    half = [f"{stage}.transformer@tiny.0.004.{seed}" for stage in ("stage0", "stage1") for seed in range(3)]
+    assert waves[2:] == [half]  # diverged in a seed: at half the rate
+    assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
+    assert known[time1[0]].content["settings"]["steps"] == int(0.67 * (10_100 - 32)) // 256
+    assert {work.reads_all(cell) for cell in plan.cells(known, stages) if cell.settings["seed"] != 1} == {False}
     for result in known.values():
         result.content.update(tokens=2560, seconds=4.0, curve=[])
     found = collect("tiny", list(known.values()), [])
-    assert {cell["lr"] for cell in found["rows"]["transformer"]["stage0"].values()} == {4e-3}
+    assert {cell["lr"] for stage in ("stage0", "stage1") for cell in found["rows"]["transformer"][stage].values()} == {4e-3}
+    assert len(found["rows"]["gdn_hybrid"]["stage1"]) == MORE_SEEDS and len(found["rows"]["gdn_hybrid_paragru"]["time1"]) == 5
     assert sorted(found["rows"]["gdn_hybrid"]["stage0"]) == ["0", "1", "2", "3", "4"]
     text = page_text(found, [])
     assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
+    assert "Stage 1: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal time: +0.0000" in text
     assert "No cell of the full pass is finished" in text and "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
 
 
 def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path, values: dict[str, Any]) -> None:
     cell = Plan("tiny", str(data), ["gdn_hybrid_dense_lstm"]).stage0("gdn_hybrid_dense_lstm", {})[0][0]
     cell.settings.update(steps=4, held_out_tokens=500)
-    result = run(cell, values | {"weights": True})
+    result = run(cell, values | {"weights": True, "only": [cell.name]})
     assert result is not None
     with pytest.raises(UserError, match="only: did you mean 'stage0"):
         export_cells(values | {"only": [cell.name[:-1]]})
@@ -176,6 +192,60 @@ def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path
     card = (folder / "README.md").read_text()
     assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
     assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card
+
+
+def test_training_is_strict_and_a_model_without_an_order_says_so(
+    data: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch cannot sum in order raises while a cell trains; that step is then taken all the same, once, and the result tells."""
+    from scripts.board.learner import Learner
+
+    cell = Plan("tiny", str(data), ["paragru"]).grid("paragru", {})[0]
+    cell.settings.update(steps=3, held_out_tokens=500)
+    taken, strict = Learner._taken, []
+
+    def refuses(self: Learner, *places: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        strict.append(torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled())
+        if strict[-1]:
+            raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
+        return taken(self, *places)
+
+    monkeypatch.setattr(Learner, "_taken", refuses)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        result = run(cell, values)
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert strict == [True, False, False, False]
+    assert result is not None and result["unordered"].startswith("cumsum_cuda_kernel") and result["steps"] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("row", ["transformer", "gdn_hybrid_dense_lstm", "transformer_muon"])
+def test_a_cell_repeats_on_a_gpu(row: str, data: Path, values: dict[str, Any]) -> None:
+    """Twice the same weights, the second time stopped and gone on with; attention's backward pass is the one that did not repeat."""
+    from scripts.board.repeat import repeatable
+
+    device = repeatable(0, "cuda")
+    try:
+        cell = Plan("tiny", str(data), [row], "bf16").grid(row, {})[1]
+        cell.settings.update(steps=40, rows=64, held_out_tokens=500)
+        path = Path(values["out"]) / "cells" / f"{cell.name}.json"
+        for _ in work.train(cell, values, device):
+            pass
+        first = json.loads(path.read_text())
+        training = work.train(cell, values | {"save_every": 1e-9}, device)
+        next(training)
+        training.close()
+        for _ in work.train(cell, values, device):
+            pass
+        second = json.loads(path.read_text())
+        assert second["stops"] == 1 and not second["unordered"]
+        assert [second[key] for key in ("weights_sha256", "curve")] == [first[key] for key in ("weights_sha256", "curve")]
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
@@ -346,6 +416,15 @@ def test_answers_say_nulls_and_what_went_against_the_expectation_first() -> None
     null = answer(rows, Question("H", "gdn_hybrid", "gdn", 0))
     assert null.negative and "no difference is shown; the interval is wider than 0.01" in null.text
     assert not answer(rows, Question("P", "paragru", "gdn", 0)).known
+    said = dict(expectations(rows))
+    [order_of_three] = said["Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU"]
+    assert order_of_three == "GDN minus Mamba-2: held, -0.1000 (-0.1000 to -0.1000, 3 seeds)"
+    hybrids = said["Hybrids are ahead of their recurrent rows, and of the Transformer, by 0.01 to 0.03"]
+    assert (
+        hybrids[0].startswith("Gated DeltaNet 3:1 attention minus Gated DeltaNet: open")
+        and not said["State passing costs nothing within the interval"]
+    )
+    assert any(line.endswith("| not answered yet |") for line in expectation_lines(rows))
     order = [(a.known, a.negative) for a in all_answers(rows)]
     assert order == sorted(order, key=lambda pair: (not pair[0], not pair[1])) and (True, True) in order and (True, False) in order
 
@@ -400,8 +479,8 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert program.main(["run", *words]) == 0
     assert not (tmp_path / "out" / "cells").exists()
     # Under a new version of the protocol the old cells are shown and do not count.
-    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 4)
-    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 4)
+    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 9)
+    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 9)
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     assert (
         "Under earlier versions" in (page / "README.md").read_text()

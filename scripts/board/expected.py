@@ -1,0 +1,115 @@
+"""What the protocol expected before any result, and what came out: a line for each expectation, from the stage of most tokens that can say it.
+
+An expectation of an effect within a bound is held where the 95 % interval lies inside, and refuted where it lies outside; what the interval does not
+decide is said to be open, and what has no cells is not answered yet.
+"""
+
+from __future__ import annotations
+
+from scripts.board.answers import PREFIXES, Question, Rows, compared, muon_shares, shown
+from scripts.board.architectures import ARCHITECTURES
+from scripts.board.results import Interval
+
+OPEN = "not answered yet"
+STAGES = tuple(PREFIXES)
+
+
+def best(rows: Rows, question: Question) -> tuple[str, Interval] | None:
+    """(stage, one minus other) of the stage of most tokens in which both have two seeds in common or more."""
+    for stage in STAGES:
+        found = compared(rows, question, stage)
+        if found is not None and found.n > 1:
+            return stage, found
+    return None
+
+
+def _said(rows: Rows, one: str, other: str, low: float, high: float, seeds: str = "pass") -> str:
+    """'held: -0.0012 (...)', where the difference of two rows is expected within low and high."""
+    found = best(rows, Question("", one, other, 0, seeds))
+    if found is None:
+        return OPEN
+    stage, value = found
+    inside, outside = value.low >= low and value.high <= high, value.high < low or value.low > high
+    verdict = "held" if inside else "did not hold" if outside else "open"
+    return f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}"
+
+
+def _label(row: str) -> str:
+    return ARCHITECTURES[row].label
+
+
+def _pairs(rows: Rows, pairs: list[tuple[str, str, str, float, float]]) -> list[str]:
+    return [f"{about}: {said}" for about, one, other, low, high in pairs if (said := _said(rows, one, other, low, high)) != OPEN]
+
+
+def _collapsed(rows: Rows) -> str:
+    for stage in STAGES:
+        seen = {row: v for row, r in rows.items() if (v := sorted({c["verdict"] for c in r.get(stage, {}).values() if c.get("verdict")}))}
+        if "transformer" in seen:
+            verdict = seen["transformer"][0].split(":")[0]
+            others = {v[0].split(":")[0] for row, v in seen.items() if row != "transformer"}
+            rest = f"; of the {len(seen) - 1} others: {', '.join(sorted(others))}" if others else ""
+            return f"{PREFIXES[stage].lower()}the Transformer {verdict}{rest}"
+    return OPEN
+
+
+def _free(rows: Rows, row: str) -> str:
+    """Whether the row costs anything beside the one it is compared with."""
+    found = best(rows, Question("", row, ARCHITECTURES[row].of, 0))
+    if found is None:
+        return ""
+    stage, value = found
+    return f"{PREFIXES[stage].lower()}{'did not hold' if value.low > 0 else 'held'}, {shown(value)}"
+
+
+def _muon(rows: Rows) -> str:
+    said = []
+    for stage in STAGES:
+        for row, shares in muon_shares(rows, stage).items():
+            reached = [share for share in shares if share < float("inf")]
+            mean = f"after {100 * sum(reached) / len(reached):.0f} % of the tokens" if len(reached) == len(shares) else "not in every seed"
+            said.append(f"{_label(ARCHITECTURES[row].of)} {mean}")
+        if said:
+            return PREFIXES[stage].lower() + "AdamW's last training loss is reached: " + "; ".join(said)
+    return OPEN
+
+
+def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
+    """(what was expected, what came out: one or more sentences), in the protocol's order."""
+    layers = [("ParaGRU", "paragru", -0.01, 0.01), ("dense LSTM", "dense_lstm", -0.02, 0.0), ("M2RNN", "m2rnn", -0.02, 0.0)]
+    equal = [
+        (f"one {name} in {base}", f"{base}_hybrid_{row}", f"{base}_hybrid", low, high)
+        for base in ("gdn", "mamba2")
+        for name, row, low, high in layers
+        if f"{base}_hybrid_{row}" in ARCHITECTURES
+    ]
+    in_time = [
+        f"{about}: {said}" for about, one, other, _, _ in equal if (said := _said(rows, one, other, 0.0, 1.0, f"time_of_{one}")) != OPEN
+    ]
+    kinds = [row for row in ARCHITECTURES if row.endswith("_hybrid")]
+    ahead = [
+        (f"{_label(row)} minus {_label(other)}", row, other, -0.03, -0.01)
+        for row in kinds
+        for other in (row.removesuffix("_hybrid"), "transformer")
+    ]
+    order = [("GDN minus Mamba-2", "gdn", "mamba2", -1.0, 0.0), ("Mamba-2 minus ParaLSTM", "mamba2", "paralstm", -1.0, 0.0)]
+    order.append(("Mamba-2 minus ParaGRU", "mamba2", "paragru", -1.0, 0.0))
+    passing = [f"{_label(row)}: {said}" for row, chosen in ARCHITECTURES.items() if chosen.initial == "pass" and (said := _free(rows, row))]
+    return [
+        (
+            "One layer of ParaGRU changes the loss by less than 0.01 at equal tokens, one of dense LSTM or M2RNN gains less than 0.02",
+            _pairs(rows, equal),
+        ),
+        ("At equal time it loses, if at all, by its speed alone", in_time),
+        ("Hybrids are ahead of their recurrent rows, and of the Transformer, by 0.01 to 0.03", _pairs(rows, ahead)),
+        ("Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU", _pairs(rows, order)),
+        ("The Transformer collapses past its length, recurrent rows hold or degrade", [s for s in (_collapsed(rows),) if s != OPEN]),
+        ("State passing costs nothing within the interval", passing),
+        ("Muon reaches AdamW's final loss with a quarter fewer tokens", [s for s in (_muon(rows),) if s != OPEN]),
+    ]
+
+
+def expectation_lines(rows: Rows) -> list[str]:
+    """The page's table of them."""
+    lines = ["| expected before any result | what came out, bits per byte |", "|---|---|"]
+    return lines + [f"| {expected} | {'; '.join(said) or OPEN} |" for expected, said in expectations(rows)]
