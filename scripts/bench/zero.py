@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,9 +91,10 @@ class Bench:
         self.values, self.end = values, time.monotonic() + values["seconds"]
         self.result: dict[str, Any] = {**environment(torch.device("cpu" if values["toy"] else "cuda")), "settings": values, "rows": []}
         self.workers: list[Worker] = []
+        self.lock = threading.Lock()  # rows come from several threads
 
     def wait(self) -> None:
-        for worker in self.workers:
+        for worker in list(self.workers):
             worker.alive()
         if time.monotonic() > self.end:
             raise TimeIsUp
@@ -111,8 +113,9 @@ class Bench:
                 (r for r in self.result["rows"] if (r["model"], r["size"], r["way"]) == (*key, "zero1 deepspeed") and "losses" in r), None
             )
             print(shown(row, other), flush=True)
-        self.result["rows"].append({**row, "gpus": ranks})
-        write_json(Path(self.values["out"]), self.result)
+        with self.lock:
+            self.result["rows"].append({**row, "gpus": ranks})
+            write_json(Path(self.values["out"]), self.result)
 
     def started(self, ranks: int, **more: str) -> Worker:
         toy = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if self.values["toy"] else {}
