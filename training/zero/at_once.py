@@ -51,25 +51,39 @@ def buckets(parameters: list[nn.Parameter], offsets: list[int], part: int, ranks
         yield max(run.column + run.count for run in made[number]), made[number]
 
 
+class Partition(list[Tensor]):
+    """This rank's gradients of a group, a piece for each parameter, and all of them as one tensor: then DeepSpeed does not put them together."""
+
+    def __init__(self, pieces: list[Tensor], flat_partition: Tensor) -> None:
+        super().__init__(pieces)
+        self.flat_partition = flat_partition
+
+
 class AtOnce:
     """Reduces the gradients of a ZeRO-1 or 2 optimizer of DeepSpeed; elements: numbers in a bucket."""
 
     def __init__(self, optimizer: Any, elements: int) -> None:
         self.optimizer = optimizer
         self.plans: list[list[tuple[torch.dtype, int, list[Run]]]] = []  # of each group: dtype, columns and runs of its buckets
+        self.pieces: list[list[tuple[int, int]]] = []  # of each group: where this rank's part of each parameter begins and ends
         for i, parameters in enumerate(optimizer.round_robin_bit16_groups):
-            ranks, part = dist.get_world_size(optimizer.real_dp_process_group[i]), int(optimizer.partition_size[i])
-            of_dtype: dict[torch.dtype, list[tuple[nn.Parameter, int]]] = {}
-            for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[i]):
-                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append((parameter, int(offset)))
+            group, part = optimizer.real_dp_process_group[i], int(optimizer.partition_size[i])
+            begin = optimizer.bit16_groups_flat[i].data_ptr()
+            rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+            offsets = [(p.data_ptr() - begin) // p.element_size() for p in parameters]
+            of_dtype: dict[torch.dtype, list[int]] = {}
+            for number, parameter in enumerate(parameters):
+                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
             columns = max(1, elements // ranks)
             self.plans.append(
                 [
                     (dtype, width, runs)
-                    for dtype, rows in of_dtype.items()
-                    for width, runs in buckets([p for p, _ in rows], [o for _, o in rows], part, ranks, columns)
+                    for dtype, numbers in of_dtype.items()
+                    for width, runs in buckets([parameters[n] for n in numbers], [offsets[n] for n in numbers], part, ranks, columns)
                 ]
             )
+            ends = [(max(o - rank * part, 0), min(o + p.numel() - rank * part, part)) for p, o in zip(parameters, offsets)]
+            self.pieces.append([(first, last) for first, last in ends if first < last])
         patches.hook_gradients(optimizer, False)
 
     def give_up(self) -> None:
@@ -83,8 +97,7 @@ class AtOnce:
         for i, plan in enumerate(self.plans):
             group = optimizer.real_dp_process_group[i]
             rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-            averaged = optimizer._build_compact_grad_partition_buffer(i)
-            flat = averaged.flat_partition
+            flat = torch.zeros(int(optimizer.partition_size[i]), device=optimizer.bit16_groups_flat[i].device)  # gaps stay zero
             for dtype, columns, runs in plan:
                 bucket = torch.empty(ranks, columns, dtype=dtype, device=flat.device)
                 self._fill(bucket, runs)
@@ -95,7 +108,7 @@ class AtOnce:
                 if own:
                     into = [flat[run.place : run.place + run.count] for run in own]
                     torch._foreach_copy_(into, [mine[run.column : run.column + run.count] for run in own])
-            optimizer.averaged_gradients[i] = averaged
+            optimizer.averaged_gradients[i] = Partition([flat[first:last] for first, last in self.pieces[i]], flat)
         for parameters in optimizer.bit16_groups:
             for parameter in parameters:
                 parameter.grad = None

@@ -45,8 +45,8 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "hook_gradients": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.create_gradient_handling_hooks", "self._grad_acc_hooks.append("),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self._get_preflattened_grad_partition(i)"),
-        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer", "GradPartitionBufferGroup("),
-        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.round_robin_bit16_offsets.append("),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition", '"flat_partition"'),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.round_robin_bit16_groups.append("),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.get_param_comm_dtype("),
     ),
     "let_go": (
