@@ -39,6 +39,7 @@ from training.plans import plans_of
 from training.result import StepResult, local_tokens
 from training.world import World
 from training.zero import patches, policy
+from training.zero.at_once import AtOnce
 from training.zero.parameters import assert_fp32, gathered
 
 
@@ -72,8 +73,9 @@ class Engine:
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
         wrapper.wrap(self, settings)
         self.plans = plans_of(model, world)
-        graphs = may_replay(config, world) and not self.stage and not model.varies
+        graphs = may_replay(config, world) and not model.varies and (not self.stage or policy.may_reduce_at_once(config, world.size))
         self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs else None
+        self.at_once = AtOnce(self.deepspeed.optimizer, config.deepspeed.bucket_bytes // 4) if graphs and self.stage else None
         if config.train.compile:
             self.deepspeed.compile()
 
@@ -156,25 +158,40 @@ class Engine:
         streams = self.config.data.reader == "stream"
         if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
             float8.begin_step(float8.step + 1)
+        if self.at_once is not None and self.graphed is not None and self.graphed.why_not:
+            self.at_once.give_up()
+            self.at_once = None
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
             replayed = self.graphed.run(batch, scale) if self.graphed is not None else None
             if replayed is not None:
                 loss_sum += replayed
-                if index == len(micro_batches) - 1 and self.world.size > 1:
+                if index == len(micro_batches) - 1 and self.world.size > 1 and not self.stage:
                     self.deepspeed.allreduce_gradients()  # its backward, which does so after a pass as written, has not run
                 continue
             batch = batch.to(self.world.device)
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)
             # Losses and gradients of slices are sums over tokens like those of rows, so the scale is the same for both.
             with split(self.module, self.world.group) if self.world.sequence > 1 else nullcontext():
+                if self.at_once is not None:
+                    loss_sum += self._outside(batch, scale)
+                    continue
                 output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
                 if start_state is not None:
                     self.initial.after(index, output.state)
                 loss_sum += output.loss_sum.detach().double()
                 self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
+        if self.at_once is not None:
+            self.at_once.reduce()
         return loss_sum
+
+    def _outside(self, batch: Batch, scale: float) -> Tensor:
+        """A pass as written that DeepSpeed does not see, for a micro-batch of a step whose other passes are replayed; returns its sum of losses."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            output = self.module(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
+        ((output.loss_sum + output.z_loss_sum) * scale).backward()
+        return output.loss_sum.detach().double()  # type: ignore[no-any-return]
 
     def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""

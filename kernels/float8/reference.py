@@ -15,5 +15,5 @@ def quantised(pieces: Sequence[Tensor], dtype: torch.dtype, beside: bool) -> tup
     x, most = torch.cat([p.float() for p in pieces], 1 if beside else 0), torch.finfo(dtype).max
     fine = torch.isfinite(x)
     step = torch.where(fine, x.abs(), 0.0).amax().clamp(min=SMALLEST) / most
-    rows = torch.where(fine, (x / step).clamp(-most, most), torch.nan).to(dtype)
+    rows = torch.where(fine, (x * (1 / step)).clamp(-most, most), torch.nan).to(dtype)
     return rows, rows.T.contiguous(), step

@@ -22,6 +22,7 @@ BENCHES = (
     "memory",
     "long_context",
     "multi_gpu",
+    "zero",
 )  # the order of all_gpu.sh
 HELP = "python -m scripts.bench NAME --help says more of one; scripts/bench/all_gpu.sh runs all."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of docs/results that needs a GPU, part by part, the GPU tests first:
-#   scripts/bench/all_gpu.sh OUT [tests solve mixer ssd delta dense large automata m2rnn step decode memory million study tasks] [sweep] [hosts]     # hosts: several GPUs of one
+#   scripts/bench/all_gpu.sh OUT [tests solve mixer ssd delta dense large automata m2rnn step decode memory million study tasks] [sweep] [hosts zero]     # hosts, zero: several GPUs of one
 # A part that fails, or takes more than PART_SECONDS (600), does not stop the next; its log is OUT/PART.log. The long ones go on where they were
 # when the same command is given again. STUDY_DATA: shards for the study of state collapse (default: made from the bundled books).
 set -uo pipefail
@@ -34,6 +34,7 @@ part() {
     study) shards && "$python" -m scripts.studies.collapse data="$data" out="$out/study" size=gpu seconds="$budget" ;;
     tasks) "$python" -m scripts.studies.tracking out="$out/tasks" minutes=$(( budget / 60 )) ;;
     hosts) "$python" -m scripts.bench.multi_gpu out="$out/multi_gpu" --seconds "$budget" ;;
+    zero) "$python" -m scripts.bench.zero out="$out/zero.json" seconds="$budget" ;;
     *) echo "There is no part $1; the parts are in the first lines of scripts/bench/all_gpu.sh."; return 2 ;;
   esac
 }

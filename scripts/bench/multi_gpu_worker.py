@@ -29,6 +29,7 @@ from data.loader import BatchLoader, Reader, Rows
 from models import mixers, parallel
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.bench.spans import device_spans, exposed
 from scripts.bench.timing import seconds
 from training.config.arguments import program
 from training.config.cli import checked, compose_config
@@ -109,6 +110,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
             losses.append(results[0].loss)
             communication.append(results[0].communication / results[0].seconds)
             samples.append([i for batch in batches for i in batch.sample_ids])
+        parts = profiled(engine, next(iter(loader)), world) if case.get("profile") else {}
     step_seconds = statistics.median(times[len(times) // 3 :])
     rate = t.global_batch * t.seq_len / step_seconds / world.size
     peak = peak_flops(device_name(world.device), t.precision)
@@ -125,10 +127,21 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "mfu": rate * flops / peak if peak else None,
         "memory_gib": max(over_ranks(peak_memory_gib(world.device))),
         "samples": sorted(set(sum(sum(over_ranks(samples), []), []))),
+        **({"parts": parts} if parts else {}),
         **traffic_row(),
     }
     engine.destroy()
     return row
+
+
+def profiled(engine: Engine, batches: list[Any], world: World) -> dict[str, Any]:
+    """Where the time of one step of rank 0 goes; the others take it too."""
+    step = functools.partial(engine.step, batches, 1e-4)
+    dist.barrier()
+    if not world.main or world.device.type != "cuda":
+        step()
+        return {}
+    return exposed(device_spans(step))
 
 
 def traffic_row() -> dict[str, Any]:

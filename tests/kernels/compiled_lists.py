@@ -55,8 +55,8 @@ def main(golden: bool) -> None:
         out[label] = made(
             label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
         )
-    sizes = {"MOST": 448.0, "PARTS": float8.PARTS, "TILE": float8.TILE}
-    kinds: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*fp8e4nv"}
+    sizes = {"MOST": 448.0, "DIGITS": 3, "PARTS": float8.PARTS, "TILE": float8.TILE}
+    kinds: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     for kind in ("bf16", "fp32"):
         flags = {"DENSE": kind == "fp32", "BLOCK": float8.BLOCK}
         out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **kinds)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.float8 import E4M3, E5M2, quantised
+from kernels.float8.reference import quantised as of_torch
 from kernels.linear import float8, linears, reference
 
 
@@ -169,8 +170,13 @@ def test_on_a_gpu(widths: tuple[int, ...], bias: bool, rows: int) -> None:
             ([x.detach()], False),
             ([x.detach()[:, 1:300], x.detach().half()], True),
             ([layers[0].weight, 3 * x.detach()], False),
+            ([x.detach().bfloat16()[:, 8:264], x.detach().bfloat16()[:, 264:]], True),
+            ([x.detach() * 10 ** (2 * torch.randn(1024, device="cuda"))], False),
         ):
             found = quantised([p.detach() for p in pieces], dtype, beside)
+            torchs8 = of_torch([p.detach() for p in pieces], dtype, beside)
+            for own, exact in zip(found[:2], (torchs8[0], torchs8[0].T)):
+                assert torch.equal(own.view(torch.uint8), exact.contiguous().view(torch.uint8)), "to the bit what torch makes of it"
             x8, step = torch.cat([p.detach().float() for p in pieces], 1 if beside else 0), found.step
             torch.testing.assert_close(step, x8.abs().max() / torch.finfo(dtype).max)
             assert ((found.rows.float() * step - x8).abs() <= may_lose(x8, dtype)).all()

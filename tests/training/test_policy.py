@@ -8,6 +8,7 @@ import torch
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
+from training.zero.at_once import buckets
 from training.zero.policy import deepspeed_config
 
 
@@ -37,3 +38,21 @@ def test_gradients_are_reduced_in_the_dtype_that_is_asked_for(kind: str, linear:
     assert {found[n] for n in found if "proj" in n or "mlp.up" in n} == {linear}
     assert found["head.weight"] == found["embedding.weight"] == vocabulary
     assert {found[n] for n in found if "A_log" in n or "norm" in n} == {"fp32"}
+
+
+@pytest.mark.parametrize("ranks,columns", [(1, 7), (3, 5), (4, 1), (4, 1000)])
+def test_buckets_hold_every_gradient_once_in_the_row_of_its_owner(ranks: int, columns: int) -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (1, 30, 5, 2, 17)]
+    offsets = [0, 4, 36, 44, 48]  # with gaps, as DeepSpeed aligns them
+    part = -(-65 // ranks)
+    owned = torch.zeros(ranks, part)
+    for width, runs in buckets(parameters, offsets, part, ranks, columns):
+        filled = torch.zeros(ranks, width)
+        assert width <= columns
+        for run in runs:
+            filled[run.rank, run.column : run.column + run.count] += 1
+            run.parameter.data[run.first : run.first + run.count] += 1
+            owned[run.rank, run.place : run.place + run.count] += 1
+            assert offsets[[p is run.parameter for p in parameters].index(True)] + run.first == run.rank * part + run.place
+        assert filled.max() == 1
+    assert all(bool((p == 1).all()) for p in parameters) and owned.max() == 1 and owned.sum() == 55

@@ -42,6 +42,13 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "if not self._hp_optimizer_states_linked:"),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state", ""),
     ),
+    "hook_gradients": (
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.create_gradient_handling_hooks", "self._grad_acc_hooks.append("),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self._get_preflattened_grad_partition(i)"),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition", '"flat_partition"'),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.round_robin_bit16_groups.append("),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.get_param_comm_dtype("),
+    ),
     "let_go": (
         ("deepspeed.runtime.zero.partition_parameters", "torch.nn.functional.linear = zero3_linear_wrap"),
         ("deepspeed.runtime.zero.parameter_offload", "FWD_MODULE_STACK.append("),
@@ -89,6 +96,16 @@ def norm_in_few_launches(optimizer: Any, device: torch.device) -> None:
         return torch.where(squares.isfinite(), squares.sqrt(), -1.0).float()
 
     optimizer.get_grad_norm_direct = norm
+
+
+def hook_gradients(optimizer: Any, on: bool) -> None:
+    """Whether a ZeRO-1/2 optimizer follows each gradient by a hook and reduces it while the backward pass runs. A CUDA graph cannot hold that;
+    training/zero/at_once.py reduces without, and leaves what those hooks would have left."""
+    for hook in optimizer._grad_acc_hooks:
+        hook.remove()
+    optimizer._grad_acc_hooks.clear()
+    if on:
+        optimizer.create_gradient_handling_hooks()
 
 
 @contextmanager

@@ -60,6 +60,11 @@ def zero_run(config: Config, world_size: int) -> str:
     return f"ZeRO {stage}" if stage_of(config, world_size) == stage else "no ZeRO on a single rank"
 
 
+def may_reduce_at_once(config: Config, world_size: int) -> bool:
+    """Whether a ZeRO stage can leave the reduction of gradients to training/zero/at_once.py, so that passes can be CUDA graphs."""
+    return stage_of(config, world_size) in (1, 2) and world_size > 1 and config.deepspeed.offload_optimizer == "none"
+
+
 def overlaps(config: Config, world_size: int) -> bool:
     """Whether ZeRO communicates on a CUDA stream of its own while the model computes, which costs memory for a second set of buckets. Stage 3
     always does: on the model's stream the host would wait for nearly every gathered parameter instead of running ahead of the GPU."""

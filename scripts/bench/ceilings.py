@@ -1,0 +1,158 @@
+"""What a step's parts could take at best on the card that ran it: products as long as the same products take alone, the rest as long as its bytes take
+at the bandwidth of a copy, measured in the same process.
+
+Counted is a step as written. A kernel of Triton moves the tensors it is given once (what it leaves out of a tensor counts too), an operation of torch
+reads its arguments and writes its results. Attention is that of torch, alone, at the same shape. So a part near its ceiling can only be made
+faster by moving fewer bytes, or by other products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scripts.bench.timing import copy_bandwidth, milliseconds
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
+FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "is_pinned", "_local_scalar_dense"}
+LARGEST = 5  # parts of the table
+
+Product = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operation, arguments with shapes in the place of tensors, named ones
+
+
+def _bytes(tensor: Tensor) -> int:
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _shape(value: Any) -> Any:
+    return (tuple(value.shape), tuple(value.stride()), value.dtype) if isinstance(value, Tensor) else value
+
+
+class Calls(TorchDispatchMode):
+    """Products by what they were given, shapes of attention, and bytes of all else by a word that names the kernel or operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: dict[Product, int] = {}
+        self.attention: dict[tuple[int, ...], int] = {}
+        self.bytes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        output, keywords = function(*arguments, **(keywords or {})), keywords or {}
+        name = function._schema.name.split("::")[-1]
+        if name in PRODUCTS:
+            out = keywords.get("out")
+            named = tuple((k, _shape(v)) for k, v in keywords.items() if k != "out") + ((("out", _shape(out)),) if out is not None else ())
+            key = (function, tuple(_shape(a) for a in arguments), named)
+            self.products[key] = self.products.get(key, 0) + 1
+        elif "attention" in name and "backward" not in name:
+            shape = tuple(arguments[0].shape)
+            self.attention[shape] = self.attention.get(shape, 0) + 1
+        elif "attention" not in name and name not in FREE:
+            self._moved(name, function, [*tree_leaves(arguments), *tree_leaves(keywords)], tree_leaves(output))
+        return output
+
+    def _moved(self, name: str, function: Any, given: list[Any], made: list[Any]) -> None:
+        read = {t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor)}
+        writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
+        new = [t for t in made if isinstance(t, Tensor) and t.untyped_storage()._cdata not in read]
+        if not new and not writes:
+            return  # a view
+        total = sum(_bytes(t) for t in [*read.values(), *new])
+        if writes and name not in ("copy_", "fill_", "zero_", "_foreach_copy_"):
+            first = next(t for t in given if isinstance(t, Tensor))
+            total += _bytes(first)  # read and written
+        self.bytes[name] = self.bytes.get(name, 0) + total
+
+    def launched(self, name: str, tensors: list[Tensor]) -> None:
+        self.bytes[name] = self.bytes.get(name, 0) + sum(_bytes_of_view(t) for t in tensors)
+
+
+def _bytes_of_view(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+@contextmanager
+def _launches(calls: Calls) -> Iterator[None]:
+    """Inside, launches of Triton kernels are counted too."""
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        given = [v for k, v in keywords.items() if k not in ("grid", "warmup")]
+        calls.launched(self.fn.__name__, [t for t in (*arguments, *given) if isinstance(t, Tensor)])
+        return run(self, *arguments, **keywords)
+
+    JITFunction.run = counted
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def counted(step: Callable[[], Any]) -> Calls:
+    """What a step as written launches."""
+    calls = Calls()
+    with _launches(calls), calls:
+        step()
+    return calls
+
+
+def _alone(product: Product, device: torch.device) -> float:
+    """Milliseconds of a product on random numbers."""
+    function, arguments, named = product
+
+    def tensor(value: Any) -> Any:
+        if not (isinstance(value, tuple) and len(value) == 3 and isinstance(value[2], torch.dtype)):
+            return value
+        shape, stride, dtype = value
+        made = torch.empty_strided(shape, stride, dtype=torch.float32 if dtype.itemsize == 1 else dtype, device=device).normal_()
+        return made.to(dtype)
+
+    given, options = [tensor(a) for a in arguments], {k: tensor(v) for k, v in named}
+    return milliseconds(lambda: function(*given, **options), 8, device)
+
+
+def _attention(shape: tuple[int, ...], device: torch.device) -> float:
+    """Milliseconds of torch's causal attention, forward and backward, in bf16."""
+    q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    d = torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def forward() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    y = forward()
+    return milliseconds(forward, 8, device) + milliseconds(lambda: torch.autograd.grad(y, (q, k, v), d, retain_graph=True), 8, device)
+
+
+def table(step: Callable[[], Any], parts_ms: dict[str, float], part_of: Callable[[str], str], device: torch.device) -> dict[str, Any]:
+    """The largest of a profiled step's parts beside what they could take. step: the same as written; part_of: the part of a kernel by its name."""
+    calls, rate = counted(step), copy_bandwidth(device)
+    ceilings = {"products": sum(count * _alone(product, device) for product, count in calls.products.items())}
+    ceilings["attention"] = sum(count * _attention(shape, device) for shape, count in calls.attention.items())
+    moved: dict[str, int] = {}
+    for name, count in calls.bytes.items():
+        part = "optimizer" if "adam" in name or name.startswith("_foreach") else part_of(name)
+        part = "copies and adds" if part in ("other", "products") else part
+        moved[part] = moved.get(part, 0) + count
+    for part, count in moved.items():
+        if part not in ("products", "attention"):
+            ceilings[part] = count / rate
+    rows = [
+        {"part": part, "ms": ms, "ceiling_ms": round(ceilings.get(part, 0.0), 2), "over": round(ms / ceilings[part], 3) if ceilings.get(part) else None,
+         "of": "the same alone" if part in ("products", "attention") else "bytes at a copy's bandwidth"}
+        for part, ms in sorted(parts_ms.items(), key=lambda item: -item[1])[:LARGEST]
+    ]  # fmt: skip
+    return {
+        "copy_tb_per_s": round(rate / 1e9, 3),
+        "parts": rows,
+        "bytes": dict(sorted(calls.bytes.items(), key=lambda item: -item[1])[:25]),
+    }

@@ -1,0 +1,55 @@
+"""What ran on the device while something was profiled: spans of kernels, their union, and what of it belonged to NCCL alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+Span = tuple[float, float, str]  # begin, end in microseconds, name of the kernel
+
+
+def device_spans(run: Callable[[], Any]) -> list[Span]:
+    """Kernels and copies of `run`, in order of their beginning."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return sorted(
+        (float(e.time_range.start), float(e.time_range.end), e.name)
+        for e in profile.events()
+        if e.device_type.name == "CUDA" and "#" not in e.name and not e.name.startswith(("nccl:", "ProfilerStep"))  # marks, no kernels
+    )
+
+
+def covered(spans: Iterable[Span]) -> float:
+    """Length of the union of spans that come in order."""
+    total, end = 0.0, float("-inf")
+    for first, last, _ in spans:
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
+
+
+def exposed(spans: list[Span]) -> dict[str, Any]:
+    """Milliseconds of a step: its span, in how much of it kernels of ours ran, NCCL's, NCCL's with none of ours beside, and nothing; NCCL's kernels by
+    name, and the longest gaps with what ran before and after."""
+    if not spans:
+        return {}
+    ours, nccl = [s for s in spans if "nccl" not in s[2].lower()], [s for s in spans if "nccl" in s[2].lower()]
+    span, busy = max(s[1] for s in spans) - spans[0][0], covered(spans)
+    by_name: dict[str, float] = {}
+    for first, last, name in nccl:
+        key = name.split("(")[0][:60]
+        by_name[key] = round(by_name.get(key, 0.0) + (last - first) / 1e3, 2)
+    gaps, end, before = [], spans[0][1], spans[0][2]
+    for first, last, name in spans[1:]:
+        if first > end:
+            gaps.append((round((first - end) / 1e3, 3), before[:50], name[:50]))
+        if last > end:
+            end, before = last, name
+    return {
+        "span_ms": round(span / 1e3, 2), "kernels_alone_ms": round(covered(ours) / 1e3, 2), "nccl_ms": round(covered(nccl) / 1e3, 2),
+        "nccl_alone_ms": round((busy - covered(ours)) / 1e3, 2), "idle_ms": round((span - busy) / 1e3, 2), "launches": len(spans),
+        "nccl": by_name, "gaps": sorted(gaps, reverse=True)[:8],
+    }  # fmt: skip

@@ -1,0 +1,42 @@
+"""What a step's parts are set beside: bytes and products are those that were launched."""
+
+from __future__ import annotations
+
+import torch
+
+from scripts.bench.ceilings import counted, table
+from scripts.bench.spans import covered, exposed
+from scripts.bench.step_worker import ours, part_of
+
+CPU = torch.device("cpu")
+
+
+def test_bytes_and_products_are_counted_once() -> None:
+    x, w, y = torch.ones(64, 32), torch.ones(32, 16), torch.empty(64, 32)
+
+    def step() -> None:
+        x @ w
+        x @ w
+        x.view(-1) + 1  # a view moves nothing
+        y.copy_(x)
+        y.add_(x)
+
+    calls = counted(step)
+    assert list(calls.products.values()) == [2]
+    size = 64 * 32 * 4
+    assert calls.bytes == {"add": 2 * size, "copy_": 2 * size, "add_": 3 * size}
+
+
+def test_a_table_of_a_small_step() -> None:
+    model, _, written, _ = ours("transformer-toy", 2, 64, False, False, CPU)
+    rows = table(written, {"products": 3.0, "attention": 2.0, "copies and adds": 1.0, "none such": 0.5}, part_of, CPU)["parts"]
+    assert [row["part"] for row in rows] == ["products", "attention", "copies and adds", "none such"]
+    assert all(row["ceiling_ms"] > 0 for row in rows[:3]) and rows[3]["over"] is None
+
+
+def test_time_of_nccl_alone_and_of_nothing() -> None:
+    spans = [(0.0, 2000.0, "gemm"), (1000.0, 3000.0, "ncclDevKernel_ReduceScatter(x)"), (4000.0, 5000.0, "gemm")]
+    made = exposed(spans)
+    assert covered(spans) == 4000.0
+    assert (made["span_ms"], made["kernels_alone_ms"], made["nccl_ms"], made["nccl_alone_ms"], made["idle_ms"]) == (5.0, 3.0, 2.0, 1.0, 1.0)
+    assert made["gaps"] == [(1.0, "ncclDevKernel_ReduceScatter(x)", "gemm")] and made["nccl"] == {"ncclDevKernel_ReduceScatter": 2.0}

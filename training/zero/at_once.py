@@ -1,0 +1,127 @@
+"""ZeRO-1 and 2 whose gradients are reduced once a step, behind the backward pass: so that the pass may be a CUDA graph.
+
+DeepSpeed reduces in hooks of each parameter while the backward pass runs. That costs the host more than launching the pass itself, a graph cannot
+hold it, and each bucket is all-reduced though a rank keeps a part of it. Here the hooks are off; when all gradients of a step are there, they are
+laid out as the ranks own them, a bucket at a time, and scattered. What DeepSpeed finds is what its own reduction would have left (a partition that
+is already flat, as its compiler's passes leave it), and its step goes on from there: norm, clipping, Adam, the gathering of weights. Sums are taken
+in the dtypes that DeepSpeed would take, see `policy.reduction`. The price is memory: gradients are whole until they are reduced, under ZeRO-2 too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.zero import patches
+
+
+@dataclass(frozen=True)
+class Run:
+    """Elements first .. first+count-1 of the flattened `parameter`, which lie in the part of `rank` from `place` on, and in the columns of a bucket
+    from `column` on."""
+
+    parameter: nn.Parameter
+    first: int
+    count: int
+    rank: int
+    place: int
+    column: int
+
+
+def buckets(parameters: list[nn.Parameter], offsets: list[int], part: int, ranks: int, columns: int) -> Iterator[tuple[int, list[Run]]]:
+    """(columns, runs) of each bucket, a matrix of `ranks` rows whose row r is summed for rank r. offsets: of the parameters in the flat group that is
+    cut into parts of `part` elements."""
+    filled = [0] * ranks  # columns of each rank's row, over all buckets
+    made: dict[int, list[Run]] = {}
+    for parameter, offset in zip(parameters, offsets):
+        at, end = offset, offset + parameter.numel()
+        while at < end:
+            rank = at // part
+            number, column = divmod(filled[rank], columns)
+            count = min(end - at, (rank + 1) * part - at, columns - column)
+            made.setdefault(number, []).append(Run(parameter, at - offset, count, rank, at - rank * part, column))
+            filled[rank] += count
+            at += count
+    for number in sorted(made):
+        yield max(run.column + run.count for run in made[number]), made[number]
+
+
+class Partition(list[Tensor]):
+    """This rank's gradients of a group, a piece for each parameter, and all of them as one tensor: then DeepSpeed does not put them together."""
+
+    def __init__(self, pieces: list[Tensor], flat_partition: Tensor) -> None:
+        super().__init__(pieces)
+        self.flat_partition = flat_partition
+
+
+class AtOnce:
+    """Reduces the gradients of a ZeRO-1 or 2 optimizer of DeepSpeed; elements: numbers in a bucket."""
+
+    def __init__(self, optimizer: Any, elements: int) -> None:
+        self.optimizer = optimizer
+        self.plans: list[list[tuple[torch.dtype, int, list[Run]]]] = []  # of each group: dtype, columns and runs of its buckets
+        self.pieces: list[list[tuple[int, int]]] = []  # of each group: where this rank's part of each parameter begins and ends
+        for i, parameters in enumerate(optimizer.round_robin_bit16_groups):
+            group, part = optimizer.real_dp_process_group[i], int(optimizer.partition_size[i])
+            begin = optimizer.bit16_groups_flat[i].data_ptr()
+            rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+            offsets = [(p.data_ptr() - begin) // p.element_size() for p in parameters]
+            of_dtype: dict[torch.dtype, list[int]] = {}
+            for number, parameter in enumerate(parameters):
+                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
+            columns = max(1, elements // ranks)
+            self.plans.append(
+                [
+                    (dtype, width, runs)
+                    for dtype, numbers in of_dtype.items()
+                    for width, runs in buckets([parameters[n] for n in numbers], [offsets[n] for n in numbers], part, ranks, columns)
+                ]
+            )
+            ends = [(max(o - rank * part, 0), min(o + p.numel() - rank * part, part)) for p, o in zip(parameters, offsets)]
+            self.pieces.append([(first, last) for first, last in ends if first < last])
+        patches.hook_gradients(optimizer, False)
+
+    def give_up(self) -> None:
+        """From the next pass on DeepSpeed reduces by itself again."""
+        patches.hook_gradients(self.optimizer, True)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step; the others are gone."""
+        optimizer = self.optimizer
+        for i, plan in enumerate(self.plans):
+            group = optimizer.real_dp_process_group[i]
+            rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+            flat = torch.zeros(int(optimizer.partition_size[i]), device=optimizer.bit16_groups_flat[i].device)  # gaps stay zero
+            for dtype, columns, runs in plan:
+                bucket = torch.empty(ranks, columns, dtype=dtype, device=flat.device)
+                self._fill(bucket, runs)
+                mine = torch.empty(columns, dtype=dtype, device=flat.device)
+                dist.reduce_scatter_tensor(mine, bucket.view(-1), group=group)
+                mine *= 1.0 / ranks
+                own = [run for run in runs if run.rank == rank]
+                if own:
+                    into = [flat[run.place : run.place + run.count] for run in own]
+                    torch._foreach_copy_(into, [mine[run.column : run.column + run.count] for run in own])
+            optimizer.averaged_gradients[i] = Partition([flat[first:last] for first, last in self.pieces[i]], flat)
+        for parameters in optimizer.bit16_groups:
+            for parameter in parameters:
+                parameter.grad = None
+
+    @staticmethod
+    def _fill(bucket: Tensor, runs: list[Run]) -> None:
+        into, gradients = [], []
+        for run in runs:
+            place = bucket[run.rank, run.column : run.column + run.count]
+            if run.parameter.grad is None:
+                place.zero_()
+            else:
+                into.append(place)
+                gradients.append(run.parameter.grad.reshape(-1)[run.first : run.first + run.count])
+        if into:
+            torch._foreach_copy_(into, gradients)
