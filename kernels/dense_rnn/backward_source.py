@@ -1,7 +1,8 @@
 """The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
 
 The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
-state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
+state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
+the operands and D_PROD, the products' cotangents head by head. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
@@ -39,10 +40,18 @@ def _cotangents(w: Writer, indent: int) -> None:
         w.put(indent, "if HALVES:", *(f"    vp{i} = (vp{i} - lp{i}.to(tl.float32)).to(DOT)" for i in mine))
         for operand in dense.levels[l]:
             terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
-            w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
+            w.put(indent, *(f"s{i} = {term}" for i, term in enumerate(terms)), f"q{operand} = {_sum([f's{i}' for i in range(len(terms))])}")
             low = [w.dot(f"vp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, "if HALVES:", *(f"    q{operand} += {term}" for term in low))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
+
+
+def _sum(names: list[str]) -> str:
+    """The sum of these, in pairs."""
+    while len(names) > 1:
+        names = [" + ".join(names[i : i + 2]) for i in range(0, len(names), 2)]
+        names = [f"({name})" if " + " in name else name for name in names]
+    return names[0]
 
 
 def _load(w: Writer, indent: int) -> None:
@@ -90,10 +99,8 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
-        if w.apart:
-            w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
-            for place, i in enumerate(w.apart):
-                w.put(deep, f"tl.store(to + {place} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)")
+        w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+        w.put(deep, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
     w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
@@ -101,6 +108,7 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
 
 def _ready(w: Writer) -> None:
     w.matrices("MAT")
+    w.put(1, "nothing = tl.zeros((BM, BK), tl.float32) + tl.where(T < 0, 1.0, 0.0)")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W), "both = here[:, None] & inside")
     for i in w.S:

@@ -10,6 +10,7 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -34,6 +35,8 @@ SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
+PROGRAMS = 1  # that a multiprocessor is to hold at a time
+REGISTERS = 1 << 16  # of a multiprocessor
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -70,13 +73,14 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Slices of how many steps, steps of burn-in, rows and warps of a program."""
+    """Slices of how many steps, steps of burn-in, rows and warps of a program, and how many of these a multiprocessor is to hold."""
 
     slices: int
     length: int
     burn_in: int
     rows: int
     warps: int
+    programs: int = 1
 
     @staticmethod
     def warps_for(K: int) -> int:
@@ -85,17 +89,25 @@ class Plan:
 
     @staticmethod
     def of(
-        pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
-    ) -> Plan:
-        """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
+        pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None,
+        programs: int | None = None,
+    ) -> Plan:  # fmt: skip
+        """A program walks ROWS rows of one head, bound by the latency of a step. One fills a multiprocessor's registers; several share them, and
+        hide each other's latency."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
+        programs = programs or (PROGRAMS if pad(K) * pre.element_size() <= TWICE else 1)
         if slices is None:
-            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS // (E * B))
+            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS * programs // (E * B))
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         burn_in = BURN_IN if burn_in is None else burn_in
-        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K), programs)
+
+    @property
+    def registers(self) -> int:
+        """That a thread may have."""
+        return min(255, REGISTERS // (32 * self.warps * self.programs))
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
@@ -146,6 +158,8 @@ class Problem(Solve):
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
+        limited = plan.programs > 1 and not portable
+        self.of_pass = {**self.constants, "maxnreg": plan.registers} if limited else self.constants
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
@@ -228,13 +242,13 @@ def solved(
     R = p.on_chip()
     shared = (p.at.tensor, p.rec, R)
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
-    p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
+    p.module.walk[p.grid](*walked, True, *p.sizes, **p.of_pass)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
+        p.module.walk[p.grid](*walked, False, *p.sizes, **p.of_pass)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return emitted, kept, final, products, nearby, begins, bad
@@ -290,25 +304,22 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
-    """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
-    w = facts(p.cell)
-    d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_pre.device)
-    N = p.B * p.T
+def _matrix_gradient(p: Solve, operands: list[Tensor], d_prod: Tensor) -> Tensor:
+    """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device. The cotangents (E, B T,
+    products, K) lie as they are multiplied: those of an operand side by side, where nothing comes between."""
+    d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device)
+    N, products = p.B * p.T, p.dense.products
     pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
 
     def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
-    flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
-    if w.direct:
-        d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
-        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
-    for i, (matrix, operand) in enumerate(p.dense.products):
-        k = w.same[i]
-        d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
-        d_mat[:, :, matrix] += piecewise(operands[operand], d)
+    for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand):
+        mine = list(group)
+        found = piecewise(operands[operand], d_prod[:, :, mine[0] : mine[-1] + 1].flatten(2)).unflatten(2, (len(mine), p.K))
+        for place, i in enumerate(mine):
+            d_mat[:, :, products[i].matrix] += found[:, :, place]
     return d_mat
 
 
@@ -334,8 +345,7 @@ def backward_with_border(
     products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    apart = len(facts(p.cell).apart)
-    d_prod = emitted.new_empty(p.E, B * T, apart, p.K)
+    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
@@ -348,19 +358,19 @@ def backward_with_border(
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known)
     measures = (begins, ends, products, nearby)
-    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
+    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.of_pass)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
+            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.of_pass)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0, nearby[:, 0]
+    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_prod), d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -49,7 +49,7 @@ def restore(
     bad = marks[:, -1, 0, :: p.K].to(torch.int32).contiguous()
     shared = (p.at.tensor, p.rec, p.on_chip())
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
-    p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
+    p.module.walk[p.grid](*walked, False, *p.sizes, **p.of_pass)
     if n > 1:
         p.module.finish[p.E, -(-p.B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return kept

@@ -146,6 +146,8 @@ class Plans:
         self.host = torch.zeros(count, 2 * SLOTS, pin_memory=device.type == "cuda")
         self.layers = [Layer(row) for row in self.counters]
         self.steps = 0
+        self._since = [[0.0] * (WORDS + 1) for _ in range(2)]  # sums of words since the last report and of how many, of states and adjoints
+        self._residual = [0.0, 0.0]
 
     def collect(self) -> None:
         """Begins to copy the counts of a step to the host, and sets them to zero."""
@@ -154,6 +156,7 @@ class Plans:
 
     def words(self) -> list[float]:
         """This rank's counts of a step: corrections, slices walked, slices, of states and adjoints of each layer."""
+        self._residual = [max(self._residual[back], float(self.host[:, back * SLOTS].max())) for back in range(2)]
         return [float(row[back + i]) for row in self.host for back in (0, SLOTS) for i in (1, 3, 4)]
 
     def decide(self, words: list[float], ranks: int) -> bool:
@@ -161,8 +164,23 @@ class Plans:
         for i, one in enumerate(one for layer in self.layers for one in layer.passes):
             corrections, walked, slices = words[WORDS * i : WORDS * (i + 1)]
             one.add(corrections, walked, slices, ranks)
+            self._since[i % 2] = [a + b for a, b in zip(self._since[i % 2], (corrections, walked, slices, ranks))]
         self.steps += 1
         return self.steps % PERIOD == 0 and any([one.decide() for layer in self.layers for one in layer.passes])
+
+    def report(self) -> dict[str, float]:
+        """Of the steps since the last call, states and adjoints: corrections, a mean over layers, steps and ranks; the share of slices walked in order,
+        of those solves that had several; slices and burn-in in force, means over layers; this rank's largest residual."""
+        told: dict[str, float] = {}
+        for back, name in enumerate(("", "_backward")):
+            corrections, walked, slices, times = self._since[back]
+            plans = [one.plan(one.reckoned, one.T) for one in (layer.passes[back] for layer in self.layers) if one.T]
+            told |= {f"dense_corrections{name}": corrections / max(1.0, times), f"dense_walked{name}": walked / max(1.0, slices)}
+            for i, what in enumerate(("slices", "burn_in")):
+                told[f"dense_{what}{name}"] = sum(plan[i] for plan in plans) / max(1, len(plans))
+            told[f"dense_residual{name}"] = self._residual[back]
+        self._since, self._residual = [[0.0] * (WORDS + 1) for _ in range(2)], [0.0, 0.0]
+        return told
 
     def state(self) -> dict[str, Any]:
         return {"steps": self.steps, "layers": [[one.state() for one in layer.passes] for layer in self.layers]}

@@ -59,13 +59,6 @@ class Writer:
         self.Q = range(len(dense.products))
         carried = set(dense.carried)
         self.tracked = sorted(carried | {(m, m) for i, j in carried for m in (i, j)})  # with what a product begins from
-        # products whose gradient is that of an input projection, which then stands for it
-        self.same = {i: next((k for k in self.X if dense.d_pre[k] is dense.d_product[i]), None) for i in self.Q}
-        self.apart = [i for i in self.Q if self.same[i] is None]
-        # each matrix multiplies the emitted state, and its product's gradient is that of the input beside it
-        emitted = len(dense.operands) == 1 and dense.operands[0].op == "var" and dense.operands[0].arguments[0] == f"h{len(cell.state) - 1}"
-        in_order = [q.matrix for q in dense.products] == list(self.G)
-        self.direct = emitted and in_order and [self.same[i] for i in self.Q] == list(range(len(self.G)))
 
     def put(self, indent: int, *lines: str) -> None:
         self.lines += ["    " * indent + line for line in lines if line]
@@ -91,7 +84,9 @@ class Writer:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
     def dot(self, value: str, g: int, back: bool = False) -> str:
-        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
+        """back: with a sum of its own, which starts from a zero that the compiler does not know. Sums in a row wait for one another."""
+        matrix, begin = (f"tl.trans(R{g})", ", acc=nothing") if back else (f"R{g}", "")
+        return f"tl.dot({value}, {matrix}{begin}, input_precision=PRECISION)"
 
     def dots(self, indent: int) -> None:
         """All products of the states h."""
