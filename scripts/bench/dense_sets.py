@@ -29,17 +29,16 @@ from torch import Tensor
 from data.shards import ShardSet
 from kernels.dense_rnn import launch
 from kernels.dense_rnn.launch import Plan
-from kernels.dense_rnn.plans import WORDS, Plans
 from kernels.parallel_rnn import with_bias
 from kernels.parallel_rnn.cell import Cell, biased
 from models.checkpoint import load_model
 from models.mixers import rnn
+from scripts.bench.dense_plans import learnt
 from scripts.bench.dense_rnn import SHAPES, cudnn, problem, replayed
 from scripts.bench.timing import Results, attempted, milliseconds
 
 LENGTH, BATCH = 4096, 8  # tokens of a sequence in training, sequences of a step
 LAYERS = 2
-CHOICES = 20  # choices of a plan that a layer makes before its times are taken
 DATA = Path("runs/data/dense_sets")
 Given = list[Tensor]  # pre, rec, mat, h0
 
@@ -107,26 +106,6 @@ def layers(D: int, K: int, B: int, T: int, device: str = "cuda") -> Iterator[tup
         rnn.dense_rnn = solve
     for i, (cell, given) in enumerate(seen):
         yield f"trained, layer {i}", cell, given
-
-
-def learnt(cell: Cell, given: Given, d_emitted: Tensor) -> tuple[Plan, Plan]:
-    """The plans, forwards and backwards, that a layer settles on by what its solves need, as in training."""
-    plans = Plans(1, torch.device("cuda"))
-    layer, d_final = plans.layers[0], torch.zeros_like(given[3])
-    for _ in range(CHOICES):
-        emitted, kept, _ = launch.forward(cell, *(*given, None, None, layer))
-        launch.backward(cell, *(*given, None, emitted, kept, d_emitted, None, d_final, None, layer))
-        plans.collect()
-        torch.cuda.synchronize()
-        words = plans.words()
-        for i, one in enumerate(layer.passes):
-            corrections, walked, slices = words[WORDS * i : WORDS * (i + 1)]
-            one.add(corrections, walked, slices, 1)
-            one.decide()
-    for one in layer.passes:  # the last choice may have been a trial
-        one.halvings, one.burn_in = min(one.seen, key=one.expected)
-    forward, back = (launch.in_force(cell, given[0], given[2].shape[1], layer, b) for b in (False, True))
-    return forward, back
 
 
 def timed(cell: Cell, given: Given, forward: Plan, back: Plan, d_emitted: Tensor, repeats: int = 5) -> dict[str, Any]:

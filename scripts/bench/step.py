@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY, T = 50432, 2048
 # width, layers, layers without an MLP, attention heads, Mamba-2 state, rows of a step: configs/size
 SIZES = {"400m": (1024, 24, 48, 8, 64, 16), "1b": (2048, 24, 48, 16, 128, 8), "toy": (64, 2, 4, 4, 16, 2)}
-FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid")
+FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid", "dense_lstm", "slstm")
 DEFAULTS: dict[str, Any] = {
     "out": "",  # JSON to write
     "models": "transformer-400m,paragru-400m,hybrid-400m,mamba2-400m,transformer-1b,paragru-1b",  # family-size
@@ -51,25 +51,8 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
     ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
-    (
-        "recurrence",
-        (
-            *(
-                "shoot",
-                "mend",
-                "border",
-                "parallel_rnn",
-                "walk",
-                "outputs",
-                "key_gradients",
-                "query_gradients",
-                "prepare",
-                "recover",
-                "inputs",
-            ),
-            *("project", "local", "pair_gradients"),
-        ),
-    ),
+    ("recurrence", tuple("shoot mend border parallel_rnn walk outputs key_gradients query_gradients prepare recover inputs".split())),
+    ("recurrence", ("project", "local", "pair_gradients", "correct", "certify", "finish")),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "gradient")),
     ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
@@ -84,6 +67,8 @@ def settings_of(name: str) -> Any:
     width, layers, bare_layers, heads, d_state, _ = SIZES[size]
     mixers: dict[str, dict[str, Any]] = {
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
+        "dense_lstm": {"type": "rnn", "cell": "dense_lstm", "n_heads": 4},  # heads of 64, the default
+        "slstm": {"type": "rnn", "cell": "slstm", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state},
         "attention": {"type": "attention", "n_heads": heads},
         "gated_deltanet": {"type": "delta", "n_heads": heads},
@@ -99,7 +84,7 @@ def settings_of(name: str) -> Any:
         pattern=pattern,
         mixers={kind: mixers[kind] for kind in pattern},
         d_ff=0 if bare else -1,
-        learnable_residual=family == "paragru",
+        learnable_residual=family in ("paragru", "dense_lstm", "slstm"),
         centred_norms=family == "gdn_hybrid",
     )
 
@@ -123,6 +108,7 @@ def batch(rows: int, length: int, vocabulary: int, packed: bool, device: torch.d
 def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: torch.device) -> tuple[Any, Any, float]:
     """(model, a function that makes the gradients and returns the loss, model FLOPs of a token in training)."""
     from models.lm import LanguageModel
+    from scripts.bench.dense_plans import settled_model
 
     model = LanguageModel(settings_of(name))
     model.init_weights(0)
@@ -130,7 +116,16 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
     ids, segments = batch(rows, length, model.config.vocab_size, packed, device)
 
     labels = ids.roll(-1, 1)
-    graphed = None
+    graphed: Any = None
+
+    def eager() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(ids, labels=labels, segment_ids=segments).loss_sum / ids.numel()
+        loss.backward()
+        return loss.detach()
+
+    settled_model(model, eager, device)  # its plans are those of some steps of training, not the first ones
+    model.zero_grad()
     if graph and device.type == "cuda":
         from data.loader import Batch
         from training.graph import GraphedPass
@@ -145,10 +140,7 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
             raise RuntimeError(graphed.why_not)
         if replayed is not None:
             return replayed / ids.numel()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(ids, labels=labels, segment_ids=segments).loss_sum / ids.numel()
-        loss.backward()
-        return loss.detach()
+        return eager()
 
     return model, gradients, 3.0 * model.flops_per_token(length)
 
