@@ -68,12 +68,13 @@ def test_a_graph_holds_the_plans_it_was_captured_with_and_counts_what_they_need(
                 assert torch.equal(p.grad, q.grad), (halvings, step, name)
 
 
-def test_a_killed_run_goes_on_bit_for_bit_while_plans_change(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Graphs included: cut at a step between two choices, several choices after the start."""
+@pytest.mark.parametrize("again", ["none", "states"])
+def test_a_killed_run_goes_on_bit_for_bit_while_plans_change(again: str, train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Graphs included: cut at a step between two choices, several choices after the start; states kept, and made again from borders."""
     from safetensors.torch import load_file
 
     for name, steps in (("whole", 60), ("cut", 29), ("cut", 60)):
-        done = train(name, *DENSE, f"train.steps={steps}")
+        done = train(name, *DENSE, f"train.steps={steps}", f"train.activation_checkpointing={again}")
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     whole, cut = (max((p.parent for p in (tmp_path / name).rglob("state.json")), key=lambda f: f.name) for name in ("whole", "cut"))
     states = [json.loads((folder / "state.json").read_text())["plans"] for folder in (whole, cut)]
