@@ -185,16 +185,9 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def forward(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None = None,
-    layer: Layer | None = None,
-    halves: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32). halves: what is multiplied is not rounded to 16 bits but
     taken in two halves, and emitted states are fp32."""
     emitted, kept, final, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
@@ -202,15 +195,9 @@ def forward(
 
 
 def forward_with_border(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None = None,
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
     layer: Layer | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
     emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer)
@@ -221,16 +208,9 @@ def forward_with_border(
 
 
 def solved(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None,
-    layer: Layer | None,
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None, layer: Layer | None,
     halves: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
     first slice of each head that was walked in order (B, E), n if none was."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
