@@ -37,6 +37,7 @@ LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multipro
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 PROGRAMS = 1  # that a multiprocessor is to hold at a time
 REGISTERS = 1 << 16  # of a multiprocessor
+ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -284,23 +285,30 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_gradient(p: Solve, operands: list[Tensor], d_prod: Tensor) -> Tensor:
-    """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device. The cotangents (E, B T,
-    products, K) lie as they are multiplied: those of an operand side by side, where nothing comes between."""
-    d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device)
-    N, products = p.B * p.T, p.dense.products
+def _matrix_gradient(
+    p: Solve, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
+    sums (D,) of their product's cotangents, one more row of it). The cotangents (E, B T, products, K) lie as they are multiplied: those of an operand
+    side by side, where nothing comes between."""
+    d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
+    N, products, as_ones = p.B * p.T, p.dense.products, as_ones or {}
     pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
+    one = torch.zeros(1, 1, ROW, dtype=d_prod.dtype, device=d_prod.device)
+    one[:, :, 0] = 1
 
     def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
     for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand):
-        mine = list(group)
-        found = piecewise(operands[operand], d_prod[:, :, mine[0] : mine[-1] + 1].flatten(2)).unflatten(2, (len(mine), p.K))
+        mine, u = list(group), operands[operand]
+        u = torch.cat([u, one.to(u.dtype).expand(p.E, N, ROW)], 2) if as_ones else u
+        found = piecewise(u, d_prod[:, :, mine[0] : mine[-1] + 1].flatten(2)).unflatten(2, (len(mine), p.K))
         for place, i in enumerate(mine):
-            d_mat[:, :, products[i].matrix] += found[:, :, place]
-    return d_mat
+            d_mat[:, :, products[i].matrix] += found[:, : p.K, place]
+            sums |= {r: found[:, p.K, place].flatten() for r, product in as_ones.items() if product == i}
+    return d_mat, sums
 
 
 def backward(
@@ -326,7 +334,8 @@ def backward_with_border(
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K)
-    partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
+    written = facts(p.cell)
+    partial, d_h0 = p.per_slice(len(written.summed)), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     with_kept = d_kept is not None and S > 1
@@ -350,7 +359,10 @@ def backward_with_border(
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_prod), d_h0, nearby[:, 0]
+    d_mat, sums = _matrix_gradient(p, operands, d_prod, written.as_ones)
+    sums |= dict(zip(written.summed, partial.sum((0, 1))))
+    d_rec = torch.stack([sums[r] for r in written.W]) if sums else torch.zeros_like(p.rec)
+    return d_whole, d_rec, d_mat, d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -58,6 +58,10 @@ class Writer:
         self.X, self.W, self.S, self.G = (range(len(a)) for a in (cell.pre, cell.rec, cell.state, cell.mat))
         self.Q = range(len(dense.products))
         carried = set(dense.carried)
+        # weights whose gradient is a sum of a product's cotangents, as biases': one more row of the matrices' gradient, of an operand of ones
+        found = {r: next((i for i in self.Q if dense.d_rec[r] is dense.d_product[i]), None) for r in self.W}
+        self.as_ones = {r: i for r, i in found.items() if i is not None}
+        self.summed = [r for r in self.W if r not in self.as_ones]
         self.tracked = sorted(carried | {(m, m) for i, j in carried for m in (i, j)})  # with what a product begins from
 
     def put(self, indent: int, *lines: str) -> None:
