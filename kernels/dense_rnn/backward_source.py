@@ -40,18 +40,10 @@ def _cotangents(w: Writer, indent: int) -> None:
         w.put(indent, "if HALVES:", *(f"    vp{i} = (vp{i} - lp{i}.to(tl.float32)).to(DOT)" for i in mine))
         for operand in dense.levels[l]:
             terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
-            w.put(indent, *(f"s{i} = {term}" for i, term in enumerate(terms)), f"q{operand} = {_sum([f's{i}' for i in range(len(terms))])}")
+            w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
             low = [w.dot(f"vp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, "if HALVES:", *(f"    q{operand} += {term}" for term in low))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
-
-
-def _sum(names: list[str]) -> str:
-    """The sum of these, in pairs."""
-    while len(names) > 1:
-        names = [" + ".join(names[i : i + 2]) for i in range(0, len(names), 2)]
-        names = [f"({name})" if " + " in name else name for name in names]
-    return names[0]
 
 
 def _load(w: Writer, indent: int) -> None:
@@ -108,7 +100,6 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
 
 def _ready(w: Writer) -> None:
     w.matrices("MAT")
-    w.put(1, "nothing = tl.zeros((BM, BK), tl.float32) + tl.where(T < 0, 1.0, 0.0)")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
     for i in w.S:

@@ -35,8 +35,6 @@ SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
-PROGRAMS = 1  # that a multiprocessor is to hold at a time
-REGISTERS = 1 << 16  # of a multiprocessor
 ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
@@ -59,6 +57,32 @@ def pad(width: int) -> int:
     return max(NARROWEST, 1 << (width - 1).bit_length())
 
 
+def beside(E: int, K: int) -> int:
+    """How many heads are taken as one, where they would be filled up otherwise."""
+    return next(m for m in (4, 2, 1) if m == 1 or m * K <= NARROWEST and E % m == 0)
+
+
+def joined(mat: Tensor) -> Tensor:
+    """Matrices (E / m, m K, G, m K) of m heads as one, with zeros between them."""
+    E, K, G, _ = mat.shape
+    m = beside(E, K)
+    if m == 1:
+        return mat
+    wide, each = mat.new_zeros(E // m, m, K, G, m, K), mat.view(E // m, m, K, G, K)
+    for i in range(m):
+        wide[:, i, :, :, i] = each[:, i]
+    return wide.view(E // m, m * K, G, m * K)
+
+
+def parted(d_mat: Tensor, E: int, K: int) -> Tensor:
+    """(E, K, G, K) of gradients of `joined` matrices."""
+    m = beside(E, K)
+    if m == 1:
+        return d_mat
+    wide = d_mat.view(E // m, m, K, -1, m, K)
+    return torch.stack([wide[:, i, :, :, i] for i in range(m)], 1).flatten(0, 1)
+
+
 def why_not(cell: Cell, pre: Tensor, K: int) -> str:
     """Empty if the kernels can run, else one sentence."""
     reason = no_triton(pre.device)
@@ -74,14 +98,13 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Slices of how many steps, steps of burn-in, rows and warps of a program, and how many of these a multiprocessor is to hold."""
+    """Slices of how many steps, steps of burn-in, rows and warps of a program."""
 
     slices: int
     length: int
     burn_in: int
     rows: int
     warps: int
-    programs: int = 1
 
     @staticmethod
     def warps_for(K: int) -> int:
@@ -90,25 +113,18 @@ class Plan:
 
     @staticmethod
     def of(
-        pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None,
-        programs: int | None = None,
-    ) -> Plan:  # fmt: skip
-        """A program walks ROWS rows of one head, bound by the latency of a step. One fills a multiprocessor's registers; several share them, and
-        hide each other's latency."""
+        pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
+    ) -> Plan:
+        """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
-        programs = programs or (PROGRAMS if pad(K) * pre.element_size() <= TWICE else 1)
+        E, K = E // beside(E, K), K * beside(E, K)
         if slices is None:
-            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS * programs // (E * B))
+            slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS // (E * B))
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         burn_in = BURN_IN if burn_in is None else burn_in
-        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K), programs)
-
-    @property
-    def registers(self) -> int:
-        """That a thread may have."""
-        return min(255, REGISTERS // (32 * self.warps * self.programs))
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
@@ -159,8 +175,6 @@ class Problem(Solve):
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
-        limited = plan.programs > 1 and not portable
-        self.of_pass = {**self.constants, "maxnreg": plan.registers} if limited else self.constants
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
@@ -213,9 +227,9 @@ def solved(
     halves: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
-    first slice of each head that was walked in order (B, E), n if none was."""
+    first slice of each head (of `joined`) that was walked in order (B, E), n if none was."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
-    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
@@ -223,13 +237,13 @@ def solved(
     R = p.on_chip()
     shared = (p.at.tensor, p.rec, R)
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
-    p.module.walk[p.grid](*walked, True, *p.sizes, **p.of_pass)
+    p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, *p.sizes, **p.of_pass)
+        p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return emitted, kept, final, products, nearby, begins, bad
@@ -327,7 +341,7 @@ def backward_with_border(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
-    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * pre.element_size() > TWICE
     products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
@@ -347,12 +361,12 @@ def backward_with_border(
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known)
     measures = (begins, ends, products, nearby)
-    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.of_pass)
+    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.of_pass)
+            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
@@ -362,7 +376,7 @@ def backward_with_border(
     d_mat, sums = _matrix_gradient(p, operands, d_prod, written.as_ones)
     sums |= dict(zip(written.summed, partial.sum((0, 1))))
     d_rec = torch.stack([sums[r] for r in written.W]) if sums else torch.zeros_like(p.rec)
-    return d_whole, d_rec, d_mat, d_h0, nearby[:, 0]
+    return d_whole, d_rec, parted(d_mat, *mat.shape[:2]), d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn.reference import BURN_IN, Report
+from kernels.dense_rnn.reference import Report
 
 SLOTS = 5  # of a pass: largest residual, most corrections, heads of batch rows, slices of these that were walked in order, their slices
 PERIOD = 8  # steps over which counts are gathered before a choice
@@ -43,7 +43,7 @@ class Pass:
     """The choice in force for one direction, and what was seen of it and of others: (corrections, share walked, when) by choice."""
 
     halvings: int = 0
-    burn_in: int = BURN_IN
+    burn_in: int = 0  # longer ones are tried in turn; from a long one, which may need more corrections, none at all was not reached
     now: int = 0
     seen: dict[Key, tuple[float, float, int]] = field(default_factory=dict)
     sums: list[float] = field(default_factory=lambda: [0.0] * (WORDS + 1))  # over ranks and steps; at last how many they were

@@ -88,9 +88,7 @@ class Writer:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
     def dot(self, value: str, g: int, back: bool = False) -> str:
-        """back: with a sum of its own, which starts from a zero that the compiler does not know. Sums in a row wait for one another."""
-        matrix, begin = (f"tl.trans(R{g})", ", acc=nothing") if back else (f"R{g}", "")
-        return f"tl.dot({value}, {matrix}{begin}, input_precision=PRECISION)"
+        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
 
     def dots(self, indent: int) -> None:
         """All products of the states h."""

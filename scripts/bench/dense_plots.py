@@ -1,6 +1,6 @@
 """Draws what scripts/bench/dense_sets.py and scripts/studies/dense_init.py have measured.
 
-python -m scripts.bench.dense_plots docs/results/dense_rnn
+python -m scripts.bench.dense_sets --plot docs/results/dense_rnn
 
 From sets.json time.png (time against T: the solve, the walk in order, cuDNN) and corrections.png (against the memory of the forget gates and the gain
 of the matrices); from init.json, or else from the trainings of sets.json, training.png (corrections and loss over training).
@@ -58,8 +58,8 @@ def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], folder: Path)
     (folder / "training.png").write_bytes(png(plt, figure))
 
 
-def main() -> None:
-    folder, plt = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results/dense_rnn"), pyplot()
+def draw(folder: Path) -> None:
+    plt = pyplot()
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
     sets, init = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in ("sets.json", "init.json"))
@@ -71,7 +71,3 @@ def main() -> None:
     runs = runs or {name: steps for name, steps in sets.get("training", {}).items() if isinstance(steps, list) and steps}
     if runs:
         over_training(plt, runs, folder)
-
-
-if __name__ == "__main__":
-    main()

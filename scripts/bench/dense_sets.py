@@ -34,11 +34,12 @@ from kernels.parallel_rnn.cell import Cell, biased
 from models.checkpoint import load_model
 from models.mixers import rnn
 from scripts.bench.dense_plans import learnt
+from scripts.bench.dense_plots import draw
 from scripts.bench.dense_rnn import SHAPES, cudnn, problem, replayed
 from scripts.bench.timing import Results, attempted, milliseconds
 
 LENGTH, BATCH = 4096, 8  # tokens of a sequence in training, sequences of a step
-LAYERS = 2
+LAYERS, STEPS = 2, 300
 DATA = Path("runs/data/dense_sets")
 Given = list[Tensor]  # pre, rec, mat, h0
 
@@ -48,10 +49,10 @@ def run_of(D: int, K: int) -> Path:
 
 
 def command(D: int, K: int, *more: str) -> list[str]:
-    """Trains a model of two layers of this width and head size until it is told to stop."""
+    """Trains a model of two layers of this width and head size."""
     sizes = ["model=dense_lstm", "size=125m", f"size.d_model={D}", f"size.n_layers={LAYERS}", f"model.mixers.dense_lstm.head_size={K}"]
     sizes += [f"train.seq_len={LENGTH}", f"train.global_batch={BATCH}", f"train.micro_batch={BATCH}", "train.precision=bf16"]
-    rest = ["train.steps=100000", "schedule=constant", "schedule.warmup=20", "eval=end", "eval.tokens=8192", "eval.sample_tokens=1"]
+    rest = [f"train.steps={STEPS}", "schedule=cosine", "optim.lr=2e-3", "eval=end", "eval.tokens=8192", "eval.sample_tokens=1"]
     return [sys.executable, "train.py", *sizes, *rest, f"data.path={DATA}", f"run_dir={run_of(D, K)}", *more]
 
 
@@ -120,15 +121,15 @@ def timed(cell: Cell, given: Given, forward: Plan, back: Plan, d_emitted: Tensor
     both()
     report = launch.last_report()
     forward_ms = milliseconds(replayed(lambda: launch.forward(cell, *(*given, None, forward))), repeats)
-    shown = [[plan.slices, plan.length, plan.burn_in, plan.programs] for plan in (forward, back)]
+    shown = [[plan.slices, plan.length, plan.burn_in] for plan in (forward, back)]
     return {"plans": shown, "forward_ms": forward_ms, "forward_backward_ms": milliseconds(replayed(both), repeats), **report}
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for the screen: slices/burn-in/programs, milliseconds, then corrections, residual and share walked of both ways."""
+    """A row for the screen: slices/burn-in, milliseconds, then corrections, residual and share walked of both ways."""
     if "error" in row:
         return f"{row['set']} {row['error']}"
-    plans = " ".join(f"{n}/{W}/{programs}" for n, _, W, programs in row["plans"])
+    plans = " ".join(f"{n}/{W}" for n, _, W in row["plans"])
     found = " ".join(f"{row[f'{key}{side}']:.2g}" for side in ("", "_backward") for key in ("corrections", "residual", "walked"))
     return (
         f"{row['cell']} {row['shape']} {row['set']} {row['by']} {plans}: {row['forward_ms']:.3f} {row['forward_backward_ms']:.3f} | {found}"
@@ -138,23 +139,21 @@ def line(row: dict[str, Any]) -> str:
 def rows_of(results: Results, name: str, shape: tuple[int, ...], kind: str, cell: Cell, given: Given, walk: bool = False) -> None:
     """Times of one problem by all plans that it may have."""
     d_emitted = torch.randn(given[0].shape[0], shape[1], given[3].shape[2], device="cuda").bfloat16()
-    for programs in (1, 2) if shape[3] <= 64 else (1,):
-        launch.PROGRAMS = programs
-        choices: list[tuple[str, Any]] = [
-            ("reckoned", lambda: (launch.in_force(cell, given[0], shape[3], None, False),) * 2),
-            ("learnt", lambda: learnt(cell, given, d_emitted)),
-        ]
-        if walk and programs == 1:
-            choices.append(("in order", lambda: (Plan.of(given[0], shape[3], 1),) * 2))
-        for by, plans in choices:
+    choices: list[tuple[str, Any]] = [
+        ("reckoned", lambda: (launch.in_force(cell, given[0], shape[3], None, False),) * 2),
+        ("learnt", lambda: learnt(cell, given, d_emitted)),
+    ]
+    if walk:
+        choices.append(("in order", lambda: (Plan.of(given[0], shape[3], 1),) * 2))
+    for by, plans in choices:
 
-            def row(plans: Any = plans) -> dict[str, Any]:
-                forward, back = plans()
-                return timed(cell, given, forward, back, d_emitted)
+        def row(plans: Any = plans) -> dict[str, Any]:
+            forward, back = plans()
+            return timed(cell, given, forward, back, d_emitted)
 
-            found = {"cell": name, "shape": shape, "set": kind, "by": by, "programs": programs, **attempted(row)}
-            results.quiet("times", [found])
-            print(line(found), flush=True)
+        found = {"cell": name, "shape": shape, "set": kind, "by": by, **attempted(row)}
+        results.quiet("times", [found])
+        print(line(found), flush=True)
 
 
 def made(shape: tuple[int, ...], kind: str, name: str = "dense_lstm") -> tuple[Cell, Given]:
@@ -174,27 +173,26 @@ def lower(given: Given) -> Given:
 
 def times(results: Results, trained: bool) -> None:
     """Every shape and set; the other cells beside the LSTM; cuDNN."""
+    for name in ("dense_gru", "dense_gru_before", "slstm", "dense_elman"):
+        cell, given = made(SHAPES[0], "init", name)
+        rows_of(results, name, SHAPES[0], "init", cell, lower(given))
     for shape in SHAPES:
         for kind in ("init", "sketch"):
             cell, given = made(shape, kind)
             rows_of(results, "dense_lstm", shape, kind, cell, lower(given), walk=kind == "init" and shape == SHAPES[0])
-        if trained:
+        if trained and shape[3] < 128:
             found = attempted(functools.partial(seen, shape))
             if isinstance(found, dict):
                 print(shape, found["error"], flush=True)
                 continue
             for kind, cell, given in found:
                 rows_of(results, "dense_lstm", shape, kind, cell, lower(given))
-    for name in ("dense_gru", "dense_gru_before", "slstm", "dense_elman"):
-        cell, given = made(SHAPES[0], "init", name)
-        rows_of(results, name, SHAPES[0], "init", cell, lower(given))
-    for shape in SHAPES[:3]:
+    for shape in SHAPES[:2]:
         results.append("cudnn", attempted(functools.partial(cudnn, shape, torch.float16)))
 
 
 def over_length(results: Results) -> None:
     """Four rows of 512 to 16,384 steps: the solve, the walk in order, cuDNN."""
-    launch.PROGRAMS = 1
     for T in (512, 1024, 2048, 4096, 8192, 16384):
         shape = (4, T, 12, 64)
         cell, given = made(shape, "init")
@@ -220,7 +218,7 @@ def difficulty(results: Results) -> None:
         rec[-3] = bias  # of i, f, g, o
         rec[-4] = -bias
         given = [pre.bfloat16(), rec, mat * gain, h0]
-        plan = Plan.of(given[0], shape[3], n, 0, programs=1)
+        plan = Plan.of(given[0], shape[3], n, 0)
         launch.last_report()
         emitted, kept, _ = launch.forward(cell, *(*given, None, plan))
         launch.backward(cell, *(*given, None, emitted, kept, torch.randn_like(emitted), None, torch.zeros_like(h0), plan))
@@ -233,11 +231,11 @@ def difficulty(results: Results) -> None:
 
 
 def warm(words: list[str]) -> None:
-    """Compiles what solves of a cell, width, head size and number of programs launch."""
-    (name, D, K, programs), launch.PROGRAMS = (words[0], *map(int, words[1:])), int(words[3])
+    """Compiles what solves of a cell, width and head size launch."""
+    name, D, K = words[0], int(words[1]), int(words[2])
     cell, given = problem(name, 2, 512, D // K, K)
     given = lower(given)
-    for n in (8, 1) if programs == 1 else (8,):
+    for n in (8, 1):
         plan = Plan.of(given[0], K, n, None)
         emitted, kept, _ = launch.forward(cell, *(*given, None, plan))
         launch.backward(cell, *(*given, None, emitted, kept, torch.randn_like(emitted), None, torch.zeros_like(given[3]), plan))
@@ -249,17 +247,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--train", type=float, default=0.0, help="seconds of training before the times; 0: no trained sets")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no further part is begun")
-    parser.add_argument("--warm", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--plot", type=Path, help="draws what sets.json and init.json of this folder hold; nothing else")
+    parser.add_argument("--warm", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.plot:
+        return draw(arguments.plot)
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     if arguments.warm:
         return warm(arguments.warm)
     results = Results(arguments.out, torch.device("cuda"))
     widths = sorted({(E * K, K) for _, _, E, K in SHAPES})
-    running = train(widths, arguments.train) if arguments.train else []
-    wanted = [("dense_lstm", *width, programs) for width in widths for programs in ((1, 2) if width[1] <= 64 else (1,))]
-    wanted += [(name, 768, 64, p) for name in ("dense_gru", "dense_gru_before", "slstm", "dense_elman") for p in (1, 2)]
+    trained = [width for width in widths if width[1] < 128]  # at once on one GPU; of heads of 128 no layer
+    running = train(trained, arguments.train) if arguments.train else []
+    wanted = [("dense_lstm", *width) for width in widths]
+    wanted += [(name, 768, 64) for name in ("dense_gru", "dense_gru_before", "slstm", "dense_elman")]
     command = [sys.executable, "-m", "scripts.bench.dense_sets", "--warm"]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 4)) as pool:
         for words, done in zip(
@@ -269,9 +271,10 @@ def main() -> None:
                 print(words, done.stderr[-400:], flush=True)
     print(f"{results.elapsed():.0f} s: compiled", flush=True)
     if running:
-        time.sleep(max(0.0, arguments.train - results.elapsed()))
+        while any(process.poll() is None for process in running) and results.elapsed() < arguments.train:
+            time.sleep(0.5)
         stop(running)
-        for D, K in widths:
+        for D, K in trained:
             results.item("training", f"{D}x{K}", attempted(functools.partial(history, D, K)))
     times(results, bool(running))
     for part in (difficulty, over_length):
