@@ -8,7 +8,7 @@ passes that are made again for recomputation solve as they did. What was learnt 
 there chooses what it would have chosen. A CUDA graph holds the choices that it was captured with: capture it again when `decide` says so.
 
 The cost of a choice is the number of steps that follow one another: burn-in, then a slice's length for the pass and for each correction,
-then all of time for what is walked in order.
+then the time that is walked in order, of the slowest head.
 
 Legend: T steps, n slices.
 """
@@ -88,12 +88,13 @@ class Pass:
 
     def decide(self) -> bool:
         """Draws a choice from what was added; whether it is another than before."""
-        corrections, walked, slices, times = self.sums
+        corrections, walked, _, times = self.sums
         self.sums, self.now = [0.0] * (WORDS + 1), self.now + 1
         if not self.T or not times:
             return False
         mine = (self.halvings, self.burn_in)
-        self.seen[mine] = corrections / times, walked / max(1.0, slices), self.now
+        # one head that is walked takes as long as all: so many slices in a step are of one, as far as it has them
+        self.seen[mine] = corrections / times, min(1.0, walked / times / self.slices(self.reckoned)), self.now
         keys = [k for k in itertools.product(range(HALVINGS + 1), BURN_INS) if self.slices(self.reckoned, k[0]) > 1 or k[1] == 0]
         best = min(keys, key=lambda key: (self.expected(key), key != mine))
         if self.expected(best) >= GAIN * self.expected(mine):

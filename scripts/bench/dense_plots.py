@@ -2,8 +2,8 @@
 
 python -m scripts.bench.dense_sets --plot docs/results/dense_rnn
 
-From sets.json time.png (time against T: the solve, the walk in order, cuDNN) and corrections.png (against the memory of the forget gates and the gain
-of the matrices); from init.json, or else from the trainings of sets.json, training.png (corrections and loss over training).
+From sets.json time.png (time against T: the solve, the walk in order, cuDNN); from difficulty.json, or else sets.json, corrections.png (against the
+memory of the forget gates and the gain of the matrices); from init.json, or else from the trainings of sets.json, training.png (corrections and loss over training).
 """
 
 from __future__ import annotations
@@ -62,11 +62,12 @@ def draw(folder: Path) -> None:
     plt = pyplot()
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
-    sets, init = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in ("sets.json", "init.json"))
+    names = ("sets.json", "init.json", "difficulty.json")
+    sets, init, hard = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
     if "over T" in sets:
         time_against_length(plt, sets["over T"], folder)
-    if "difficulty" in sets:
-        difficulty(plt, sets["difficulty"], folder)
+    if "difficulty" in hard or "difficulty" in sets:
+        difficulty(plt, (hard or sets)["difficulty"], folder)
     runs = {f"{run['kind']}, seed {run['seed']}": run["steps"] for run in init.get("runs", []) if run.get("steps")}
     runs = runs or {name: steps for name, steps in sets.get("training", {}).items() if isinstance(steps, list) and steps}
     if runs:

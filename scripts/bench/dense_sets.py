@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from data.shards import ShardSet
-from kernels.dense_rnn import launch
+from kernels.dense_rnn import launch, reference
 from kernels.dense_rnn.launch import Plan
 from kernels.parallel_rnn import with_bias
 from kernels.parallel_rnn.cell import Cell, biased
+from models.cells import load_cell
 from models.checkpoint import load_model
 from models.mixers import rnn
 from scripts.bench.dense_plans import learnt
@@ -230,6 +231,29 @@ def difficulty(results: Results) -> None:
     )
 
 
+def difficulty_in_torch(results: Results) -> None:
+    """`difficulty` in plain torch on any device, of one head in fp32, certified as bf16 is; where all corrections are made it is the walk in order."""
+    plain, B, T, K, n = load_cell("dense_lstm"), 4, 1024, 64, 16
+    draws, cell = torch.Generator().manual_seed(0), biased(load_cell("dense_lstm"))
+    pre = 0.7 * torch.randn(B, T, 4, K, generator=draws)
+    mat, d_emitted = torch.randn(1, K, 4, K, generator=draws) * K**-0.5, torch.randn(B, T, K, generator=draws)
+    bias = torch.zeros(4, K)
+    tolerance = reference.TOLERANCE[torch.float32]
+    try:
+        reference.TOLERANCE[torch.float32] = reference.TOLERANCE[torch.bfloat16]
+        for forget, gain in itertools.product((0.0, 2.0, 4.0, 6.0), (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 8.0)):
+            bias[plain.pre.index("f")], bias[plain.pre.index("i")] = forget, -forget
+            h0 = torch.zeros(B, 2, K)
+            states = reference.solve(cell, pre, bias, gain * mat, h0, None, n, 0)
+            d_states = torch.stack([torch.zeros_like(d_emitted), d_emitted], 2)
+            reference.backward(cell, pre, bias, gain * mat, h0, None, states, d_states, torch.zeros_like(h0), n, 0)
+            made = reference.last_report.corrections, reference.last_backward.corrections
+            row = {"forget bias": forget, "gain": gain, "slices": n, "corrections": made[0], "corrections_backward": made[1]}
+            results.append("difficulty", {**row, "walked": float(made[0] == n - 1), "walked_backward": float(made[1] == n - 1)})
+    finally:
+        reference.TOLERANCE[torch.float32] = tolerance
+
+
 def warm(words: list[str]) -> None:
     """Compiles what solves of a cell, width and head size launch."""
     name, D, K = words[0], int(words[1]), int(words[2])
@@ -248,10 +272,15 @@ def main() -> None:
     parser.add_argument("--train", type=float, default=0.0, help="seconds of training before the times; 0: no trained sets")
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no further part is begun")
     parser.add_argument("--plot", type=Path, help="draws what sets.json and init.json of this folder hold; nothing else")
+    parser.add_argument(
+        "--difficulty", action="store_true", help="corrections against memory and gain in plain torch, which needs no GPU; nothing else"
+    )
     parser.add_argument("--warm", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plot:
         return draw(arguments.plot)
+    if arguments.difficulty:
+        return difficulty_in_torch(Results(arguments.out, torch.device("cpu")))
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     if arguments.warm:
