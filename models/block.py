@@ -71,6 +71,7 @@ class Block(Module):
         else:
             x_BTD, normed = self.mixer_norm(x_BTD, owed=owed)
         remade = self.remade_now()
+        self.mixer.remakes_states = "states" in remade
         mixer = recompute.remaking(self.mixer) if "mixer" in remade else self.mixer
         y, state = mixer(normed, state, segment_ids, **more)
         scales = (None, None) if self.residual_scale is None else self.residual_scale.unbind()
@@ -117,7 +118,9 @@ class Block(Module):
 
     def recomputed_flops_per_token(self, T: int, parts: frozenset[str]) -> int:
         """Forward FLOPs of one token that are made again where these parts are: of the MLP all but its last product."""
-        mixer = self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else 0
+        mixer = (
+            self.mixer.flops_per_token(T) if parts & {"mixer", "layer"} else self.mixer.state_flops_per_token() if "states" in parts else 0
+        )
         return mixer + (self.mlp.inner_flops_per_token() if self.mlp is not None and parts & {"mlp", "layer"} else 0)
 
     def init_weights(self, std: float, n_layers: int) -> None:

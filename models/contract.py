@@ -46,11 +46,14 @@ class SequenceMixer(Module):
     takes_documents: forward is also given documents=Documents(segment_ids), or None, in which layers share where documents lie.
     recurrence: the op that forward runs along time, by its name in the mixer's module, where evaluation may watch or replace it
     (evals/cures/hooks.py knows ssd, delta_rule and parallel_rnn); '' if it has none.
+    remakes_states: set in training where the backward pass is to make the recurrence's states again (models/remade.py); a Config that can says so in a
+    property of this name.
     """
 
     slice: Slice | None = None
     takes_documents: ClassVar[bool] = False
     recurrence: str = ""
+    remakes_states: bool = False
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:
         """y (B, T, D) and the new state (None if none was given). segment_ids (B, T) int: a token never sees another segment's."""
@@ -67,6 +70,10 @@ class SequenceMixer(Module):
     def flops_per_token(self, T: int) -> int:
         """Forward FLOPs of one token (2 per multiply-add), averaged over a sequence of T; norms and activations are not counted."""
         raise NotImplementedError
+
+    def state_flops_per_token(self) -> int:
+        """FLOPs of one token of making states again, where `remakes_states` is set."""
+        return 0
 
     # The state
 

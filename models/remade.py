@@ -1,7 +1,8 @@
 """Which activations a training step computes again in its backward pass instead of keeping them: the setting train.activation_checkpointing.
 
-Parts of a layer, from cheap to dear: swiglu (the MLP's product of gate and up, from these), mlp (gate, up and their product, from the MLP's
-input), mixer, layer (all of it). A setting says of which layers:
+Parts of a layer, from cheap to dear: swiglu (the MLP's product of gate and up, from these), states (what a recurrence with dense heads keeps of its
+states, from those that slices of time start from), mlp (gate, up and their product, from the MLP's input), mixer, layer (all of it). A setting says
+of which layers:
 
     none | full                 no layer, every layer
     2 | 0.5                     every second layer from the first on; the first half of the layers
@@ -17,13 +18,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from data.errors import UserError
+from models import mixers
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
 
 Parts = frozenset[str]
-PARTS = ("swiglu", "mlp", "mixer", "layer")
-FORMS = "none, full, auto, a number n for every n-th layer (below 1: a share), parts (swiglu, mlp, mixer, layer or a mixer's name), or {part: layers}"
+PARTS = ("swiglu", "states", "mlp", "mixer", "layer")
+FORMS = "none, full, auto, a number n for every n-th layer (below 1: a share), parts (swiglu, states, mlp, mixer, layer or a mixer's name), or {part: layers}"
 NONE: Parts = frozenset()
 
 
@@ -44,7 +46,13 @@ def _simplest(parts: Parts, has_mlp: bool) -> Parts:
     """Without what is in another part of the same layer."""
     if "layer" in parts:
         return frozenset({"layer"})
-    return parts - {"swiglu"} if "mlp" in parts else parts
+    return parts - ({"swiglu"} if "mlp" in parts else set()) - ({"states"} if "mixer" in parts else set())
+
+
+def keeps_states(config: ModelConfig, name: str) -> bool:
+    """Whether the mixer of this name can make its states again (`remakes_states` of its Config)."""
+    parsed, _ = mixers.parse(name, config.mixers[name], config.d_model)
+    return bool(getattr(parsed, "remakes_states", False))
 
 
 def _mapping(choice: Any) -> dict[str, Any]:
@@ -69,6 +77,14 @@ def _layers_with(part: str, config: ModelConfig) -> list[int]:
     every = range(config.n_layers)
     if part in ("swiglu", "mlp") and not config.mlp_width:
         raise UserError(f"train.activation_checkpointing names {part!r}, but the layers of this model have no MLP.")
+    if part == "states":
+        having = [i for i in every if keeps_states(config, config.mixer_name(i))]
+        if not having:
+            raise UserError(
+                "train.activation_checkpointing names 'states', but no mixer of this model has dense heads of at most 64 channels and a state besides "
+                "what it emits."
+            )
+        return having
     having = [i for i in every if part in PARTS or config.mixer_name(i) == part]
     if not having:
         names = ", ".join(dict.fromkeys(config.pattern))

@@ -174,6 +174,8 @@ class Run:
         for sentence in self.engine.news():
             self.metrics.say(sentence)
         ranks = self.ranks.step(self.step, result, waited)
+        if ranks and self.engine.plans is not None:
+            ranks |= self.engine.plans.report()
         self.metrics.step(self.step, result, lr, waited, ranks, self.cursor.tokens)
         if self.start_up is not None:
             self.start_up.lap("first step")

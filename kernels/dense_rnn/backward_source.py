@@ -1,7 +1,8 @@
 """The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
 
 The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
-state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of the operands and D_PRE or D_PROD. BEGINS are the adjoints
+state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
+the operands and D_PROD, the products' cotangents head by head. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
@@ -90,11 +91,9 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
-        if w.apart:
-            w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
-            for place, i in enumerate(w.apart):
-                w.put(deep, f"tl.store(to + {place} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)")
-        w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.W))
+        w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+        w.put(deep, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
+        w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
     w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
 
@@ -102,14 +101,14 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
 def _ready(w: Writer) -> None:
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
-    w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.W), "both = here[:, None] & inside")
+    w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
     for i in w.S:
         w.put(1, f"z{i} = {w.vector('H0', 'b', i, len(w.S))}")
     w.put(1, f"z{len(w.S) - 1} = z{len(w.S) - 1}.to(EMITTED.dtype.element_ty).to(tl.float32)  # as the other emitted states are rounded")
 
 
 def gradient(w: Writer) -> None:
-    S, V, R = len(w.S), len(w.tracked), len(w.W)
+    S, V, R = len(w.S), len(w.tracked), len(w.summed)
     w.head("gradient", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
@@ -134,12 +133,12 @@ def gradient(w: Writer) -> None:
         w.keep(1, "NEARBY", "place", i, S, f"A{i}")
     for v, (i, j) in enumerate(w.tracked):
         w.keep(1, "PRODUCTS", "place", v, V, f"P{i}{j}")
-    for i in w.W:
-        w.keep(1, "PARTIAL", "place", i, R, f"W{i}")
+    for place, i in enumerate(w.summed):
+        w.keep(1, "PARTIAL", "place", place, R, f"W{i}")
 
 
 def finish_back(w: Writer) -> None:
-    S, R = len(w.S), len(w.W)
+    S, R = len(w.S), len(w.summed)
     w.head("finish_back", f"{INPUTS}, {OUTPUTS}, ENDS, BAD, D_H0, {FLAGS}")
     w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * tl.num_programs(0) + e, mask=rows < B, other=n)")
     w.put(1, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "if earliest == n:", "    return")
@@ -152,8 +151,8 @@ def finish_back(w: Writer) -> None:
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:
         w.keep(1, "D_H0", "b", i, S, f"a{i}")
-    if w.W:
+    if w.summed:
         w.put(1, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
-        for i in w.W:
+        for place, i in enumerate(w.summed):
             value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
-            w.put(2, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=both & (m < n - bad)[:, None])")
+            w.put(2, f"tl.store(PARTIAL + ((b * n + m) * {R} + {place})[:, None] * D + d, {value}, mask=both & (m < n - bad)[:, None])")

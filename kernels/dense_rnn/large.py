@@ -254,7 +254,7 @@ def backward(
     products, operands = launch._known(p, before, kept, starts, True)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    d_prod = before.new_empty(p.E, p.B * p.T, len(launch.facts(cell).apart), p.K)
+    d_prod = before.new_empty(p.E, p.B * p.T, len(p.dense.products), p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     with_kept, scaled = d_kept is not None and p.S > 1, pre.dtype == torch.float16
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
@@ -282,4 +282,4 @@ def backward(
     for r in range(p.rec.shape[0]):
         if (of := large_source.bias_of(dense, r)) is not None:
             d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
-    return d_whole, d_rec, launch._matrix_gradient(p, operands, d_whole, d_prod), d_h0
+    return d_whole, d_rec, launch._matrix_gradient(p, operands, d_prod)[0], d_h0

@@ -94,11 +94,9 @@ def _cotangents(w: Writer, indent: int, level: int, parity: str) -> None:
     for i in mine:
         w.put(indent, f"v_ = V + (({parity}) * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
         w.put(indent, f"tl.store(v_ + k[None, :], dq{i}.to(DOT), mask=all_)")
-    apart = [i for i in mine if i in w.apart]
-    if apart:
-        w.put(indent, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.apart)} * K))[:, None] + k[None, :]")
-        for i in apart:
-            w.put(indent, f"tl.store(to + {w.apart.index(i)} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both & (t <= origin)[:, None])")
+    w.put(indent, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+    for i in mine:
+        w.put(indent, f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both & (t <= origin)[:, None])")
 
 
 def _open(w: Writer, indent: int, it: str, parity: str) -> None:

@@ -10,6 +10,7 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -34,6 +35,7 @@ SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
+ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -53,6 +55,32 @@ def facts(cell: Cell) -> source.Writer:
 def pad(width: int) -> int:
     """The power of two that holds width, at least NARROWEST."""
     return max(NARROWEST, 1 << (width - 1).bit_length())
+
+
+def beside(E: int, K: int) -> int:
+    """How many heads are taken as one, where they would be filled up otherwise."""
+    return next(m for m in (4, 2, 1) if m == 1 or m * K <= NARROWEST and E % m == 0)
+
+
+def joined(mat: Tensor) -> Tensor:
+    """Matrices (E / m, m K, G, m K) of m heads as one, with zeros between them."""
+    E, K, G, _ = mat.shape
+    m = beside(E, K)
+    if m == 1:
+        return mat
+    wide, each = mat.new_zeros(E // m, m, K, G, m, K), mat.view(E // m, m, K, G, K)
+    for i in range(m):
+        wide[:, i, :, :, i] = each[:, i]
+    return wide.view(E // m, m * K, G, m * K)
+
+
+def parted(d_mat: Tensor, E: int, K: int) -> Tensor:
+    """(E, K, G, K) of gradients of `joined` matrices."""
+    m = beside(E, K)
+    if m == 1:
+        return d_mat
+    wide = d_mat.view(E // m, m, K, -1, m, K)
+    return torch.stack([wide[:, i, :, :, i] for i in range(m)], 1).flatten(0, 1)
 
 
 def why_not(cell: Cell, pre: Tensor, K: int) -> str:
@@ -89,6 +117,7 @@ class Plan:
     ) -> Plan:
         """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
+        E, K = E // beside(E, K), K * beside(E, K)
         if slices is None:
             slices = min(T // SHORTEST, multiprocessors(pre.device) * ROWS // (E * B))
             slices = slices if slices >= 4 else 1
@@ -171,16 +200,9 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def forward(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None = None,
-    layer: Layer | None = None,
-    halves: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(emitted (B, T, D) in pre's dtype, kept (B, T, S - 1, D) fp32, final (B, S, D) fp32). halves: what is multiplied is not rounded to 16 bits but
     taken in two halves, and emitted states are fp32."""
     emitted, kept, final, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
@@ -188,15 +210,9 @@ def forward(
 
 
 def forward_with_border(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None = None,
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
     layer: Layer | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
     emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer)
@@ -207,20 +223,13 @@ def forward_with_border(
 
 
 def solved(
-    cell: Cell,
-    pre: Tensor,
-    rec: Tensor,
-    mat: Tensor,
-    h0: Tensor,
-    starts: Tensor | None,
-    plan: Plan | None,
-    layer: Layer | None,
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None, layer: Layer | None,
     halves: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
-    first slice of each head that was walked in order (B, E), n if none was."""
+    first slice of each head (of `joined`) that was walked in order (B, E), n if none was."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
-    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
@@ -290,26 +299,30 @@ class _Rounded(HeadMatrix):
         return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
-def _matrix_gradient(p: Problem, operands: list[Tensor], d_pre: Tensor, d_prod: Tensor) -> Tensor:
-    """(E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device."""
-    w = facts(p.cell)
-    d_mat = torch.zeros(p.E, p.K, p.G, p.K, device=d_pre.device)
-    N = p.B * p.T
+def _matrix_gradient(
+    p: Solve, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
+    sums (D,) of their product's cotangents, one more row of it). The cotangents (E, B T, products, K) lie as they are multiplied: those of an operand
+    side by side, where nothing comes between."""
+    d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
+    N, products, as_ones = p.B * p.T, p.dense.products, as_ones or {}
     pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
+    one = torch.zeros(1, 1, ROW, dtype=d_prod.dtype, device=d_prod.device)
+    one[:, :, 0] = 1
 
     def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
 
-    flat = d_pre.flatten(3) if d_pre.dim() == 5 else d_pre
-    if w.direct:
-        d_ENGK = flat.unflatten(3, (p.E, p.K)).permute(3, 0, 1, 2, 4).reshape(p.E, N, p.G * p.K)
-        return piecewise(operands[0], d_ENGK).view(p.E, p.K, p.G, p.K)
-    for i, (matrix, operand) in enumerate(p.dense.products):
-        k = w.same[i]
-        d = d_prod[:, :, w.apart.index(i)] if k is None else _by_head(p, flat[:, :, k])
-        d_mat[:, :, matrix] += piecewise(operands[operand], d)
-    return d_mat
+    for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand):
+        mine, u = list(group), operands[operand]
+        u = torch.cat([u, one.to(u.dtype).expand(p.E, N, ROW)], 2) if as_ones else u
+        found = piecewise(u, d_prod[:, :, mine[0] : mine[-1] + 1].flatten(2)).unflatten(2, (len(mine), p.K))
+        for place, i in enumerate(mine):
+            d_mat[:, :, products[i].matrix] += found[:, : p.K, place]
+            sums |= {r: found[:, p.K, place].flatten() for r, product in as_ones.items() if product == i}
+    return d_mat, sums
 
 
 def backward(
@@ -328,15 +341,15 @@ def backward_with_border(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
-    p = Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * pre.element_size() > TWICE
     products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    apart = len(facts(p.cell).apart)
-    d_prod = emitted.new_empty(p.E, B * T, apart, p.K)
-    partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
+    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K)
+    written = facts(p.cell)
+    partial, d_h0 = p.per_slice(len(written.summed)), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     with_kept = d_kept is not None and S > 1
@@ -360,7 +373,10 @@ def backward_with_border(
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    return d_whole, partial.sum((0, 1)), _matrix_gradient(p, operands, d_whole, d_prod), d_h0, nearby[:, 0]
+    d_mat, sums = _matrix_gradient(p, operands, d_prod, written.as_ones)
+    sums |= dict(zip(written.summed, partial.sum((0, 1))))
+    d_rec = torch.stack([sums[r] for r in written.W]) if sums else torch.zeros_like(p.rec)
+    return d_whole, d_rec, parted(d_mat, *mat.shape[:2]), d_h0, nearby[:, 0]
 
 
 def last_report() -> dict[str, float]:

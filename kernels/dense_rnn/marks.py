@@ -27,7 +27,7 @@ def forward_with_marks(
     emitted, _, final, _, _, begins, bad = launch.solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
     marks = begins.new_zeros(begins.shape[0], marks_of(pre.shape[1]), *begins.shape[2:])
     marks[:, : begins.shape[1]] = begins
-    marks[:, -1] = bad.repeat_interleave(mat.shape[1], 1)[:, None]
+    marks[:, -1] = bad.repeat_interleave(begins.shape[3] // bad.shape[1], 1)[:, None]
     return emitted, marks, final
 
 
@@ -37,7 +37,7 @@ def restore(
 ) -> Tensor:  # fmt: skip
     """The kept states (B, T, S - 1, D), bit for bit, by one more pass under the plan that marks were made with."""
     plan = plan or launch.in_force(cell, pre, mat.shape[1], layer, False)
-    p = launch.Problem(cell, pre, rec, mat, h0, starts, plan, halves)
+    p = launch.Problem(cell, pre, rec, launch.joined(mat), h0, starts, plan, halves)
     n, S = plan.slices, p.S
     emitted, kept, final = (
         (p.h0 if halves else p.pre).new_empty(p.B, p.T, p.D),

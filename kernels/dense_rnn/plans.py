@@ -8,7 +8,7 @@ passes that are made again for recomputation solve as they did. What was learnt 
 there chooses what it would have chosen. A CUDA graph holds the choices that it was captured with: capture it again when `decide` says so.
 
 The cost of a choice is the number of steps that follow one another: burn-in, then a slice's length for the pass and for each correction,
-then all of time for what is walked in order.
+then the time that is walked in order, of the slowest head.
 
 Legend: T steps, n slices.
 """
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.dense_rnn.maps import Maps, Share
-from kernels.dense_rnn.reference import BURN_IN, Report
+from kernels.dense_rnn.reference import Report
 
 SLOTS = 5  # of a pass: largest residual, most corrections, heads of batch rows, slices of these that were walked in order, their slices
 PERIOD = 8  # steps over which counts are gathered before a choice
@@ -44,7 +44,7 @@ class Pass:
     """The choice in force for one direction, and what was seen of it and of others: (corrections, share walked, when) by choice."""
 
     halvings: int = 0
-    burn_in: int = BURN_IN
+    burn_in: int = 0  # longer ones are tried in turn; from a long one, which may need more corrections, none at all was not reached
     now: int = 0
     seen: dict[Key, tuple[float, float, int]] = field(default_factory=dict)
     sums: list[float] = field(default_factory=lambda: [0.0] * (WORDS + 1))  # over ranks and steps; at last how many they were
@@ -89,12 +89,13 @@ class Pass:
 
     def decide(self) -> bool:
         """Draws a choice from what was added; whether it is another than before."""
-        corrections, walked, slices, times = self.sums
+        corrections, walked, _, times = self.sums
         self.sums, self.now = [0.0] * (WORDS + 1), self.now + 1
         if not self.T or not times:
             return False
         mine = (self.halvings, self.burn_in)
-        self.seen[mine] = corrections / times, walked / max(1.0, slices), self.now
+        # one head that is walked takes as long as all: so many slices in a step are of one, as far as it has them
+        self.seen[mine] = corrections / times, min(1.0, walked / times / self.slices(self.reckoned)), self.now
         keys = [k for k in itertools.product(range(HALVINGS + 1), BURN_INS) if self.slices(self.reckoned, k[0]) > 1 or k[1] == 0]
         best = min(keys, key=lambda key: (self.expected(key), key != mine))
         if self.expected(best) >= GAIN * self.expected(mine):
@@ -170,6 +171,8 @@ class Plans:
         self.host = torch.zeros(count, 2 * SLOTS, pin_memory=device.type == "cuda")
         self.layers = [Layer(row) for row in self.counters]
         self.steps = 0
+        self._since = [[0.0] * (WORDS + 1) for _ in range(2)]  # sums of words since the last report and of how many, of states and adjoints
+        self._residual = [0.0, 0.0]
 
     def collect(self) -> None:
         """Begins to copy the counts of a step to the host, and sets them to zero."""
@@ -178,6 +181,7 @@ class Plans:
 
     def words(self) -> list[float]:
         """This rank's counts of a step: corrections, slices walked, slices, of states and adjoints of each layer."""
+        self._residual = [max(self._residual[back], float(self.host[:, back * SLOTS].max())) for back in range(2)]
         return [float(row[back + i]) for row in self.host for back in (0, SLOTS) for i in (1, 3, 4)]
 
     def decide(self, words: list[float], ranks: int, share: Share = list) -> bool:
@@ -186,8 +190,23 @@ class Plans:
         for i, one in enumerate(one for layer in self.layers for one in layer.passes):
             corrections, walked, slices = words[WORDS * i : WORDS * (i + 1)]
             one.add(corrections, walked, slices, ranks)
+            self._since[i % 2] = [a + b for a, b in zip(self._since[i % 2], (corrections, walked, slices, ranks))]
         self.steps += 1
         return self.steps % PERIOD == 0 and any([layer.decide(share) for layer in self.layers])
+
+    def report(self) -> dict[str, float]:
+        """Of the steps since the last call, states and adjoints: corrections, a mean over layers, steps and ranks; the share of slices walked in order,
+        of those solves that had several; slices and burn-in in force, means over layers; this rank's largest residual."""
+        told: dict[str, float] = {}
+        for back, name in enumerate(("", "_backward")):
+            corrections, walked, slices, times = self._since[back]
+            plans = [one.plan(one.reckoned, one.T) for one in (layer.passes[back] for layer in self.layers) if one.T]
+            told |= {f"dense_corrections{name}": corrections / max(1.0, times), f"dense_walked{name}": walked / max(1.0, slices)}
+            for i, what in enumerate(("slices", "burn_in")):
+                told[f"dense_{what}{name}"] = sum(plan[i] for plan in plans) / max(1, len(plans))
+            told[f"dense_residual{name}"] = self._residual[back]
+        self._since, self._residual = [[0.0] * (WORDS + 1) for _ in range(2)], [0.0, 0.0]
+        return told
 
     def state(self) -> dict[str, Any]:
         return {

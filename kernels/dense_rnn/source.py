@@ -58,14 +58,11 @@ class Writer:
         self.X, self.W, self.S, self.G = (range(len(a)) for a in (cell.pre, cell.rec, cell.state, cell.mat))
         self.Q = range(len(dense.products))
         carried = set(dense.carried)
+        # weights whose gradient is a sum of a product's cotangents, as biases': one more row of the matrices' gradient, of an operand of ones
+        found = {r: next((i for i in self.Q if dense.d_rec[r] is dense.d_product[i]), None) for r in self.W}
+        self.as_ones = {r: i for r, i in found.items() if i is not None}
+        self.summed = [r for r in self.W if r not in self.as_ones]
         self.tracked = sorted(carried | {(m, m) for i, j in carried for m in (i, j)})  # with what a product begins from
-        # products whose gradient is that of an input projection, which then stands for it
-        self.same = {i: next((k for k in self.X if dense.d_pre[k] is dense.d_product[i]), None) for i in self.Q}
-        self.apart = [i for i in self.Q if self.same[i] is None]
-        # each matrix multiplies the emitted state, and its product's gradient is that of the input beside it
-        emitted = len(dense.operands) == 1 and dense.operands[0].op == "var" and dense.operands[0].arguments[0] == f"h{len(cell.state) - 1}"
-        in_order = [q.matrix for q in dense.products] == list(self.G)
-        self.direct = emitted and in_order and [self.same[i] for i in self.Q] == list(range(len(self.G)))
 
     def put(self, indent: int, *lines: str) -> None:
         self.lines += ["    " * indent + line for line in lines if line]

@@ -75,6 +75,12 @@ class Config:
             problems.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
         return problems
 
+    @property
+    def remakes_states(self) -> bool:
+        """Whether a backward pass can make states again from those that slices start from: of dense heads that fit on a multiprocessor in any dtype."""
+        cell = load_cell(self.cell)
+        return bool(cell.mat) and len(cell.state) > 1 and (self.head_size or 64) <= 64
+
     def channels_of_head(self, inner: int) -> int:
         """Of a cell with matrices, on `inner` channels."""
         return self.head_size or min(64, inner)
@@ -168,7 +174,8 @@ class Mixer(SequenceMixer):
             return final[:, None, -1].to(pre.dtype), final
         if dense is None:
             return parallel_rnn(cell, pre, rec, before_BSI, starts, bias_PD=bias, emitted=True)
-        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias, learner=self.learner if self.training else 0)
+        learner, save = (self.learner if self.training else 0), "borders" if self.remakes_states else "states"
+        return dense_rnn(cell, pre, rec, dense, before_BSI, starts, bias_PD=bias, learner=learner, save=save)
 
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "cell_BSI": "recurrent", "segment_B": "bookkeeping"}
@@ -278,6 +285,9 @@ class Mixer(SequenceMixer):
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         return batch * self.inner * (max(0, self.config.d_conv - 1) * dtype.itemsize + 4 * len(self.cell.state))
+
+    def state_flops_per_token(self) -> int:
+        return 0 if self.matrices is None else 2 * self.matrices.numel()
 
     def flops_per_token(self, T: int) -> int:
         """Projections and convolution; the cell's own few operations per channel are not matrix work and are counted as 2 per weight."""

@@ -14,6 +14,8 @@ BENCHES = (
     "ssd",
     "delta_rule",
     "dense_rnn",
+    "dense_sets",
+    "dense_peers",
     "large_rnn",
     "automata",
     "m2rnn",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of docs/results that needs a GPU, part by part, the GPU tests first:
-#   scripts/bench/all_gpu.sh OUT [tests solve mixer ssd delta dense large automata m2rnn step decode memory million study tasks] [sweep] [hosts zero]     # hosts, zero: several GPUs of one
+#   scripts/bench/all_gpu.sh OUT [tests solve mixer ssd delta dense sets large automata m2rnn step decode memory million study tasks] [sweep] [hosts zero]     # hosts, zero: several GPUs of one
 # A part that fails, or takes more than PART_SECONDS (600), does not stop the next; its log is OUT/PART.log. The long ones go on where they were
 # when the same command is given again. STUDY_DATA: shards for the study of state collapse (default: made from the bundled books).
 set -uo pipefail
@@ -25,6 +25,8 @@ part() {
     delta) "$python" -m scripts.bench.delta_rule --out "$out/delta_rule.json" --parts accuracy,kernels,split,peers,training ;;
     m2rnn) "$python" -m scripts.bench.m2rnn --out "$out/m2rnn.json" ;;
     dense) "$python" -m scripts.bench.dense_rnn --out "$out/dense_rnn.json" ;;
+    sets) "$python" -m scripts.bench.dense_sets --out "$out/dense_sets.json" --train 60 --seconds "$budget" ;;
+    flashrnn) "$python" -m scripts.bench.dense_peers --out "$out/flashrnn.json" ;;
     large) "$python" -m scripts.bench.large_rnn --out "$out/large_rnn.json" ;;
     automata) "$python" -m scripts.bench.automata --out "$out/automata.json" ;;
     step) "$python" -m scripts.bench.step out="$out/step.json" ;;
@@ -41,7 +43,7 @@ part() {
 
 export -f part shards
 export out python budget data
-[ $# -ge 1 ] || set -- tests solve mixer ssd delta dense large automata m2rnn step decode memory million study tasks
+[ $# -ge 1 ] || set -- tests solve mixer ssd delta dense sets large automata m2rnn step decode memory million study tasks
 for name in "$@"; do
   began=$SECONDS
   timeout --kill-after=20 "$seconds" bash -c 'part "$1"' part "$name" 2>&1 | tee -a "$out/$name.log"

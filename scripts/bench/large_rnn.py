@@ -135,7 +135,35 @@ def cudnn(shape: tuple[int, ...]) -> list[dict[str, Any]]:
     return rows
 
 
+def call_by_call(kind: str, K: int, rows: int) -> list[dict[str, Any]]:
+    """Seconds of one call after the other, said as they end, so that a process that hangs or compiles for long says where; rows: of a tile forwards."""
+    began, dtype = time.monotonic(), getattr(torch, kind)
+    cell, (pre, rec, mat, h0) = problem("dense_lstm", 3, 133, 1, K)
+    given, d_final = [pre.to(dtype), rec, mat.to(dtype), h0], torch.zeros_like(h0)
+    tiles = Tiles.of(cell, given[0], K)
+    tiles = replace(tiles, rows=rows or tiles.rows)
+    said: list[dict[str, Any]] = []
+
+    def say(what: str) -> None:
+        torch.cuda.synchronize()
+        said.append({"stage": what, "rows": tiles.rows, "seconds": round(time.monotonic() - began, 2)})
+        print(json.dumps(said[-1]), flush=True)
+
+    say("problem")
+    for slices in (1, 4):
+        plan = Plan.of(cell, given[0], K, slices, tiles=tiles)
+        emitted, kept, _ = large.forward(cell, *(*given, None, plan))
+        say(f"forward, {slices}")
+        large.forward(cell, *(*given, None, plan))
+        say(f"forward, {slices}, again")
+        large.backward(cell, *(*given, None, emitted, kept, torch.randn_like(emitted), None, d_final, plan))
+        say(f"backward, {slices}")
+    return said
+
+
 def job(words: list[str]) -> list[dict[str, Any]]:
+    if words[0] == "stages":
+        return call_by_call(words[1], int(words[2]), int(words[3]))
     if words[0] == "accuracy":
         return accuracy(words[1], words[2], int(words[3]))
     shape = SHAPES[int(words[1])]
@@ -154,8 +182,9 @@ def apart(*words: object, seconds: float = 70) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "scripts.bench.large_rnn", "--job", *map(str, words)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{words}: longer than {seconds} s") from None
+    except subprocess.TimeoutExpired as late:
+        said = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        raise RuntimeError(f"{words}: longer than {seconds} s, after {said[-300:]!r}") from None
     if done.returncode:
         raise RuntimeError(f"{words}: {done.stderr[-400:]}")
     rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
@@ -167,6 +196,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default="accuracy,times,tiles")
     parser.add_argument("--seconds", type=float, default=95, help="after which no further case is begun")
+    parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which of the shapes, by number")
+    parser.add_argument("--stages", type=int, default=0, help="a head of so many channels, call by call, in 16 bits; nothing else")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -183,7 +214,13 @@ def main() -> None:
         for row in rows if isinstance(rows, list) else [rows]:
             results.append(part, row)
 
-    measured: list[tuple[Any, ...]] = [("times", i) for i in range(len(SHAPES))] if "times" in parts else []
+    if arguments.stages:
+        cases_ = [("stages", kind, arguments.stages, rows) for kind, rows in (("bfloat16", 0), ("bfloat16", 64), ("float16", 64))]
+        with ThreadPoolExecutor(3) as pool:
+            for case in [pool.submit(keep, "stages", words, arguments.seconds) for words in cases_]:
+                case.result()
+        return
+    measured: list[tuple[Any, ...]] = [("times", i) for i in arguments.shapes] if "times" in parts else []
     tried: list[tuple[Any, ...]] = (
         [("times", i, which) for i, which in ((0, 0), (1, 1), (0, 1), (0, 2), (0, 3))] if "tiles" in parts else []
     )

@@ -18,31 +18,14 @@ import torch
 VOCABULARY, T = 50432, 2048
 # width, layers, layers without an MLP, attention heads, Mamba-2 state, rows of a step: configs/size
 SIZES = {"400m": (1024, 24, 48, 8, 64, 16), "1b": (2048, 24, 48, 16, 128, 8), "toy": (64, 2, 4, 4, 16, 2)}
-FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid")
+FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid", "dense_lstm", "slstm")
 PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
     ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
-    (
-        "recurrence",
-        (
-            *(
-                "shoot",
-                "mend",
-                "border",
-                "parallel_rnn",
-                "walk",
-                "outputs",
-                "key_gradients",
-                "query_gradients",
-                "prepare",
-                "recover",
-                "inputs",
-            ),
-            *("project", "local", "pair_gradients"),
-        ),
-    ),
+    ("recurrence", tuple("shoot mend border parallel_rnn walk outputs key_gradients query_gradients prepare recover inputs".split())),
+    ("recurrence", ("project", "local", "pair_gradients", "correct", "certify", "finish", "slopes", "adjoint")),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "gradient")),
     ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
@@ -57,6 +40,8 @@ def settings_of(name: str) -> Any:
     width, layers, bare_layers, heads, d_state, _ = SIZES[size]
     mixers: dict[str, dict[str, Any]] = {
         "paragru": {"type": "rnn", "cell": "paragru", "n_heads": 4},
+        "dense_lstm": {"type": "rnn", "cell": "dense_lstm", "n_heads": 4},  # heads of 64, the default
+        "slstm": {"type": "rnn", "cell": "slstm", "n_heads": 4},
         "mamba2": {"type": "mamba2", "d_state": d_state},
         "attention": {"type": "attention", "n_heads": heads},
         "gated_deltanet": {"type": "delta", "n_heads": heads},
@@ -72,7 +57,7 @@ def settings_of(name: str) -> Any:
         pattern=pattern,
         mixers={kind: mixers[kind] for kind in pattern},
         d_ff=0 if bare else -1,
-        learnable_residual=family == "paragru",
+        learnable_residual=family in ("paragru", "dense_lstm", "slstm"),
         centred_norms=family == "gdn_hybrid",
     )
 
@@ -104,6 +89,18 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
 
     labels = ids.roll(-1, 1)
     graphed = None
+
+    def written() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(ids, labels=labels, segment_ids=segments).loss_sum / ids.numel()
+        loss.backward()
+        return loss.detach()
+
+    if name.partition("-")[0] in ("dense_lstm", "slstm"):  # its plans are those of some steps of training, not the first ones
+        from scripts.bench.dense_plans import settled_model
+
+        settled_model(model, written, device)
+        model.zero_grad()
     if graph and device.type == "cuda":
         try:
             from training.graph import GraphedPass
@@ -121,12 +118,6 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
         if graphed is not None and graphed.why_not:
             raise RuntimeError(graphed.why_not)
         return replayed / ids.numel() if replayed is not None else written()
-
-    def written() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = model(ids, labels=labels, segment_ids=segments).loss_sum / ids.numel()
-        loss.backward()
-        return loss.detach()
 
     return model, gradients, written, 3.0 * model.flops_per_token(length)
 

@@ -44,6 +44,8 @@ exit # the table
 1 name with a hash | 2 | name=.*run#1 | python train.py name=run#1
 head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=dense_lstm model.mixers.dense_lstm.head_size=12
 1 too large a model | 0 | parameters | python train.py model=transformer size=7b dry_run=true
+1 states of no dense heads | 2 | no mixer of this model has dense heads | python train.py dry_run=true model=transformer train.activation_checkpointing=states
+1 states over ranks | 2 | use mixer | python train.py dry_run=true model=dense_lstm train.activation_checkpointing=states parallel.sequence=2
 1 negative clip | 2 | train.grad_clip must be zero or more, not -1 | python train.py dry_run=true train.grad_clip=-1
 1 clip not a number | 2 | train.grad_clip must be a finite number | python train.py dry_run=true train.grad_clip=nan
 1 warm-up too long | 2 | schedule.warmup .*longer than the 300 steps | python train.py dry_run=true schedule.warmup=1000

@@ -56,11 +56,13 @@ class Trainer:
         Asks nothing of the device, so that it can be part of a graph. state: what the rows begin with; None: an empty one that is not returned.
         segment_ids: (B, T) the document of each token; None: one a row.
         """
-        found = self.gradients(ids_BT, labels_BT, state)
+        found = self.gradients(ids_BT, labels_BT, state, segment_ids)
         self.optimizer.step()
         return found
 
-    def gradients(self, ids_BT: Tensor, labels_BT: Tensor, state: LMState | None = None) -> tuple[Tensor, Tensor, LMState | None]:
+    def gradients(
+        self, ids_BT: Tensor, labels_BT: Tensor, state: LMState | None = None, segment_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, LMState | None]:
         """`update` up to the clipped gradients, for an optimizer whose step cannot be part of a graph and is taken behind it."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.dense_rnn import dense_rnn, dense_rnn_step, op, reference
+from kernels.dense_rnn import dense_rnn, dense_rnn_step, launch, op, reference
 from kernels.parallel_rnn.cell import Cell, Mat, Pre, State
 from kernels.parallel_rnn.products import trace_dense
 from tests.kernels.dense_rnn_cases import cotangents, distance, problem, wanted
@@ -141,3 +141,15 @@ def test_what_is_traced() -> None:
     assert lstm.levels == ((0,),) and lstm.carried == [(0, 0), (1, 0)]  # the forget gate, and what it makes of the output
     assert all(a is b for a, b in zip(lstm.d_pre, lstm.d_product))
     assert trace_dense(problem("dense_gru_before", 1, 1, 1, 16)[0]).levels == ((0,), (1,))
+
+
+@pytest.mark.parametrize(("E", "K", "m"), [(6, 32, 2), (5, 32, 1), (8, 16, 4), (6, 16, 2), (3, 48, 1), (4, 64, 1)])
+def test_small_heads_are_taken_side_by_side(E: int, K: int, m: int) -> None:
+    """Several heads as one make the products of each by itself, and their gradient is read back from its blocks."""
+    mat, h = torch.randn(E, K, 2, K), torch.randn(3, E, K)
+    wide = launch.joined(mat)
+    assert launch.beside(E, K) == m and wide.shape == (E // m, m * K, 2, m * K)
+    together = torch.einsum("bek,ekgj->begj", h.view(3, E // m, m * K), wide)
+    apart = torch.einsum("bek,ekgj->begj", h, mat)
+    assert torch.allclose(together.transpose(1, 2).reshape(3, 2, E * K), apart.transpose(1, 2).reshape(3, 2, E * K), atol=1e-6)
+    assert torch.equal(launch.parted(wide, E, K), mat)

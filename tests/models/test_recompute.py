@@ -13,6 +13,7 @@ import kernels.linear
 from data.errors import UserError
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from models.mixers import rnn
 from models.remade import parts_by_layer, setting
 
 MIXERS = {"m": {"type": "mamba2", "d_state": 8, "head_dim": 16}, "a": {"type": "attention", "n_heads": 2}}
@@ -22,7 +23,7 @@ CHOICES: list[Any] = [
 
 
 def config(**more: Any) -> ModelConfig:
-    return ModelConfig(53, 32, 6, list(MIXERS), MIXERS, **more)
+    return ModelConfig(53, 32, 6, **{"pattern": list(MIXERS), "mixers": MIXERS, **more})
 
 
 def numbers(choice: Any, bf16: bool, **more: Any) -> list[Tensor]:
@@ -47,6 +48,26 @@ def test_no_choice_changes_a_number(bf16: bool, more: dict[str, Any]) -> None:
     for choice in CHOICES if more.get("d_ff") != 0 else ["full", "mixer", {"a": 1, "layer": [0, 4]}]:
         computed = numbers(choice, bf16, **more)
         assert len(computed) == len(expected) and all(torch.equal(a, b) for a, b in zip(computed, expected)), choice
+
+
+def test_states_of_dense_heads_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op is asked for borders in the layers that are named, and no number changes; a model that has none says so."""
+    dense = {"d": {"type": "rnn", "cell": "dense_lstm", "n_heads": 2, "head_size": 16}, **MIXERS}
+    asked: list[str] = []
+    solve = rnn.dense_rnn
+
+    def noted(*given: Any, **more: Any) -> Any:
+        asked.append(more["save"])
+        return solve(*given, **more)
+
+    monkeypatch.setattr(rnn, "dense_rnn", noted)
+    expected = numbers("none", False, pattern=["d"], mixers=dense)
+    computed = numbers({"states": 2}, False, pattern=["d"], mixers=dense)
+    assert asked == ["states"] * 6 + ["borders", "states"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(computed, expected))
+    assert setting(parts_by_layer(["states", "mixer"], config(pattern=["d"], mixers=dense))) == "mixer"
+    with pytest.raises(UserError, match="no mixer of this model has dense heads"):
+        parts_by_layer("states", config())
 
 
 class Products(TorchDispatchMode):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from data.errors import UserError
 from kernels.dispatch import planned, planned_compiled
 from models.attend import sdpa
 from models.lm import LanguageModel
@@ -122,6 +123,23 @@ def test_each_part_frees_what_it_stands_for() -> None:
     assert saved() - saved("mlp") == 3 * 2 * rows * F + 3 * 2 * D * F
     assert saved() - saved("mlp", "mixer") == (saved() - saved("mlp")) + (saved() - saved("mixer"))
     assert saved("layer") == 4 * rows * D + 2 * rows * D  # its output, and what the layer before owes
+
+
+def test_states_of_dense_heads_are_the_first_to_go() -> None:
+    """Of an LSTM with dense heads its memory cells, in fp32; auto makes them again before it makes any other product again."""
+    words = ["model=dense_lstm", *TINY, "train.precision=bf16", "size.n_layers=4", "size.d_model=768", "deepspeed=zero0"]
+    words += ["train.seq_len=1024", "train.micro_batch=16", "train.global_batch=16"]
+    config = checked(compose_config(words))
+    settings, rows = model_config(config, None)[0], 16 * 1024
+    measured = memory.Measured(config, settings)
+    freed = measured.layer(1, frozenset(), True).saved - measured.layer(1, frozenset({"states"}), True).saved
+    marks = 16 * (1024 // 64 + 1) * 2 * 4 * settings.d_model
+    assert freed == 4 * rows * settings.d_model - marks
+    rungs = [rung.parts for rung in recomputation._ladder(measured, meta_model(settings), settings)]
+    with_states = next(i for i, parts in enumerate(rungs) if "states" in parts)
+    assert not any(parts & {"mlp", "mixer", "layer"} for parts in rungs[: with_states + 1]), rungs
+    with pytest.raises(UserError, match="use mixer"):
+        checked(compose_config([*words, "train.activation_checkpointing=states", "parallel.sequence=2"]))
 
 
 @pytest.mark.parametrize("model", ["transformer", "hybrid", "mamba2"])

@@ -87,7 +87,10 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(train, tmp_path: Path) -> None: 
         assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     whole, cut = (newest(tmp_path / name) for name in ("whole", "cut"))
     states = [json.loads((folder / "state.json").read_text())["plans"] for folder in (whole, cut)]
-    assert states[0] == states[1] and states[0]["layers"][0][0]["burn_in"] != 32
+    assert states[0] == states[1] and states[0]["layers"][0][0]["burn_in"] != 0
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    told = next(row for row in rows if "dense_corrections" in row)
+    assert told["dense_corrections"] >= 1 and told["dense_walked_backward"] == 0 and told["dense_slices"] == 4
     weights = [load_file(next(folder.glob("model*.safetensors"))) for folder in (whole, cut)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 

@@ -330,7 +330,9 @@ def recompute_problems(config: Config) -> list[str]:
             from models.hub.importing import resolved
 
             model = resolved(model)
-        parts_by_layer(choice, ModelConfig.from_dict({**model, "vocab_size": model.get("vocab_size") or 256}))
+        parts = parts_by_layer(choice, ModelConfig.from_dict({**model, "vocab_size": model.get("vocab_size") or 256}))
+        if config.parallel.sequence > 1 and any("states" in of_layer for of_layer in parts):
+            return ["train.activation_checkpointing names 'states', which ranks that share a sequence (parallel.sequence) keep; use mixer."]
     except UserError as error:
         return error.problems
     return []

@@ -13,7 +13,7 @@ import torch
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from models.remade import NONE, Parts, setting
+from models.remade import NONE, Parts, keeps_states, setting
 from training.config.schema import Config
 from training.cost.device import device_memory
 from training.cost.memory import GIB, Estimate, Measured, estimate
@@ -78,9 +78,11 @@ def choose(config: Config, settings: ModelConfig, model: LanguageModel, world: i
 def _ladder(measured: Measured, model: LanguageModel, settings: ModelConfig) -> list[Rung]:
     """The rungs of all kinds of layers, the cheapest for a byte first."""
     rungs: list[Rung] = []
+    alone = measured.config.parallel.sequence == 1  # ranks that share a sequence keep all states
     for name in dict.fromkeys(settings.pattern[: settings.n_layers]):
         layer = next(i for i in range(settings.n_layers) if settings.mixer_name(i) == name)
-        points = {parts: _freed_and_price(measured, model, layer, parts) for parts in _choices(bool(settings.mlp_width))}
+        choices = _choices(bool(settings.mlp_width), alone and keeps_states(settings, name))
+        points = {parts: _freed_and_price(measured, model, layer, parts) for parts in choices}
         at, last = (0.0, 0.0), 0.0
         while True:  # along the lower edge of all points
             steps = {parts: (p[1] - at[1]) / (p[0] - at[0]) for parts, p in points.items() if p[0] > at[0]}
@@ -93,11 +95,10 @@ def _ladder(measured: Measured, model: LanguageModel, settings: ModelConfig) -> 
     return sorted(rungs, key=lambda rung: rung.price)
 
 
-def _choices(has_mlp: bool) -> list[Parts]:
-    if not has_mlp:
-        return [frozenset({"mixer"}), frozenset({"layer"})]
-    words = ("swiglu", "mlp", "mixer", "swiglu mixer", "mlp mixer", "layer")
-    return [frozenset(text.split()) for text in words]
+def _choices(has_mlp: bool, has_states: bool) -> list[Parts]:
+    words = ("swiglu", "mlp", "mixer", "swiglu mixer", "mlp mixer", "layer") if has_mlp else ("mixer", "layer")
+    with_states = (("states", "swiglu states", "mlp states") if has_mlp else ("states",)) if has_states else ()
+    return [frozenset(text.split()) for text in (*words, *with_states)]
 
 
 def _freed_and_price(measured: Measured, model: LanguageModel, layer: int, parts: Parts) -> tuple[float, float]:
