@@ -76,6 +76,8 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
     _load(w, deep)
     w.put(deep, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
     w.put(deep + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    # a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in
+    w.put(deep + 1, *(f"p{i} = tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc=p{i}, input_precision=PRECISION)" for i in w.Q))
     w.put(deep, "else:")
     w.dots(deep + 1)
     _cotangents(w, deep)
