@@ -50,7 +50,7 @@ def prepare(model: Any, config: Config, drawn: bool) -> None:
     if not drawn:
         growing = [p for p in model.parameters() if is_hidden_matrix(p) and "fixed_fan_in" not in roles(p)]
         for parameter in [divides, *growing]:
-            tag(parameter, rate=1 / m)
+            tag(parameter, rate=1 / m * roles(parameter).get("rate", 1.0))
         for parameter in _queries(model):
             tag(parameter, rate=roles(parameter).get("rate", 1.0) / m**0.5)
         return

@@ -17,8 +17,8 @@ from training.config.arguments import program
 KEY_LINES = {
     "mup rate": Fault(
         "hidden matrices take the whole learning rate at every width",
-        "tag(parameter, rate=1 / m)",
-        "tag(parameter, rate=1.0)",
+        "tag(parameter, rate=1 / m * roles(parameter)",
+        "tag(parameter, rate=roles(parameter)",
         "tests/models/test_mup.py",
     ),
     "mup head": Fault(
@@ -37,6 +37,12 @@ KEY_LINES = {
         "the helper's share does not fall",
         "self.mixed.fill_(0.5 + 0.5 * math.cos(math.pi * share / self.config.guide) if self.guided else 0.0)",
         "self.mixed.fill_(1.0)",
+        "tests/models/test_structured.py",
+    ),
+    "ffn rates": Fault(
+        "factors have the rate of their map",
+        "tag(factor.weight, rate=(inputs / fan_in) ** config.rate_power)",
+        "tag(factor.weight, rate=1.0)",
         "tests/models/test_structured.py",
     ),
     "ffn merging": Fault(

@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.hub.export import export
 from models.lm import LanguageModel
 from tests.hub.folders import checkpoint
+from training.optim.adamw import parameter_groups
 
 D, F = 32, 64
 STRUCTURES = ("lowrank", "blockdense", "blockshuffle")
@@ -31,6 +32,18 @@ def test_parameters_are_those_of_the_paper(structure: str, right: int, left: int
     assert sum(p.numel() for p in built.gate.parameters()) == right + left
     built.eval()
     assert built.flops_per_token() == 2 * sum(p.numel() for p in built.parameters())
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_factors_have_rates_by_their_own_inputs(m: int) -> None:
+    """blockdense: right's blocks have D / 4 inputs, left the 8 in between. Under muP, times its 1 / m."""
+    param = {"type": "mup", "base_width": D // m}
+    attention = {"a": {"type": "attention", "n_heads": 2}}
+    more = settings("blockdense", guide=0.5, rate_power=1.0)
+    model = LanguageModel(ModelConfig(64, D, 1, ["a"], attention, d_ff=F, channel=more, param=param))
+    ratios = {n: g.get("lr_ratio", 1.0) for g in parameter_groups(model, 0.1) for n in g["names"]}
+    wanted = {"up.right": 4, "up.left": D / 8, "up.dense": 1, "down.right": 4, "down.left": F / 8}
+    assert {name: m * ratios[f"blocks.0.mlp.{name}.weight"] for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
