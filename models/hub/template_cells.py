@@ -106,7 +106,7 @@ def parallel_rnn_step(cell: Any, pre_BPD: Tensor, rec_RD: Tensor, h_BSD: Tensor,
 
 def dense_rnn(
     cell: Any, pre: Tensor, rec_RD: Tensor, mat_EKGK: Tensor, h0_BSD: Tensor | None, starts_BT: Tensor | None, *, bias_PD: Tensor,
-    learner: int = 0,
+    learner: int = 0, save: str = "states",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Emitted states (B, T, D) and final states (B, S, D) of a cell with a matrix for each of E heads of K channels, mat (E, K, matrices, K):
     step by step in plain torch."""
