@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.dense_rnn import automata, dense_rnn, dictionary, plans, reference
+from kernels.dense_rnn import automata, dense_rnn, dictionary, maps, plans, reference
 from kernels.dense_rnn.plans import PERIOD, Plans
 from models.cells import load_cell
 from scripts.bench.trackers import TRACKERS, size, tracker
@@ -121,6 +121,13 @@ def test_ranks_hold_one_dictionary_and_a_run_that_was_cut_goes_on_bit_for_bit() 
     cut = [step(seed) for seed in range(2, 4)]
     assert all(torch.equal(a, b) for pair, twin in zip(whole, cut) for a, b in zip(pair, twin))
     assert automata.last_report.slices > 1 and not automata.last_report.walked
+
+
+def test_a_gpu_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EVERYWHEN_DENSE_KERNELS", raising=False)
+    assert maps.wanted(torch.device("cpu")) and maps.wanted(torch.device("cuda")) == maps.PROVEN
+    monkeypatch.setenv("EVERYWHEN_DENSE_KERNELS", "1")
+    assert maps.wanted(torch.device("cuda"))
 
 
 def test_plans_of_before_are_read() -> None:
