@@ -8,8 +8,8 @@ sets: nothing is trained: symbols are random codes, keys and queries are the cod
 The mixer's own sums are used, with 273 features. In one pass the tokens of the second set look for themselves in the state of the first. With a
 prompt read twice those of the long set look for themselves in what the prompt's sums hold of the short one, wherever it stands.
 
-shared: two layers of width 64 are trained to name the one symbol that a short and a long set share, behind both; half of the rows have the short one
-first. The state is small (four features of a key): a long set does not fit into it, which does no harm where one knows what to look for.
+shared: two layers are trained to name the one symbol that a short and a long set share, behind both; half of the rows have the short one
+first. The state has fewer numbers than there are symbols, so that a long set does not fit into it, which does no harm where one knows what to look for.
 
 trained: small models, with a prompt that is read twice and without, on text (the loss behind the prompt, at the same places for both) and on a passkey
 (a mark and a number somewhere in a prompt of noise, asked for behind it; scored behind prompts of the trained length and of four times that).
@@ -79,11 +79,13 @@ def sharing(short_first: bool, rows: int, draw: torch.Generator, short: int, lon
     return ids, labels
 
 
-def shared(twice: bool, seed: int, steps: int, device: torch.device, sizes: tuple[int, int, int], features: int) -> dict[str, Any]:
+def shared(
+    twice: bool, seed: int, steps: int, device: torch.device, sizes: tuple[int, int, int], features: int, width: int
+) -> dict[str, Any]:
     """A model trained on both orders alike, and the share of right answers in each."""
     short, long, symbols = sizes
     mixer = {"type": "jrt", "n_heads": 4, "feature_dim": features, "prompt": short + long + 2 if twice else 0}
-    model = model_of(mixer, symbols + 2, layers=2, d_ff=128)
+    model = model_of(mixer, symbols + 2, width=width, layers=2, d_ff=2 * width)
     model.init_weights(seed)
     trainer = Trainer(model, device, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     graph, draw, curve = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2]), torch.Generator().manual_seed(seed), []
@@ -173,7 +175,7 @@ def main() -> None:
     parser = parser_of(__doc__, "jrt")
     parser.add_argument("--device", default="cpu", help="of the part 'shared'")
     parser.add_argument("--arms", default="prompt read twice,one pass", help="of the part 'shared'")
-    for name, value in (("first-seed", 0), ("steps", 3000), ("short", 4), ("long", 48), ("symbols", 96), ("features", 4)):
+    for name, value in (("first-seed", 0), ("steps", 3000), ("short", 4), ("long", 96), ("symbols", 192), ("features", 1), ("width", 32)):
         parser.add_argument(f"--{name}", type=int, default=value, help="of the part 'shared'")
     given = settled(parser)
     if "sets" in given.only or not given.only:
@@ -192,7 +194,9 @@ def main() -> None:
         sizes = (given.short, given.long, given.symbols)
         for seed in range(given.first_seed, given.first_seed + given.seeds):
             for name in given.arms.split(","):
-                rows_of.setdefault(name, []).append(shared(name != "one pass", seed, given.steps, device, sizes, given.features))
+                rows_of.setdefault(name, []).append(
+                    shared(name != "one pass", seed, given.steps, device, sizes, given.features, given.width)
+                )
                 print(name, rows_of[name][-1], flush=True)
                 settings = {
                     "short": given.short,
