@@ -152,6 +152,7 @@ def _text_cell(result: Result) -> dict[str, Any]:
         "stops": content.get("stops"),
         "tokens_per_s": content.get("tokens_per_s") if content.get("beside", 1) == 1 else None,
         "unordered": content.get("unordered") or "",
+        "code": (content.get("environment") or {}).get("code", ""),
         **_held(content),
         "curve": [[step, round(loss, 4)] for step, loss in content.get("curve", []) if loss is not None],
         "verdict": (position.get("collapse") or {}).get("verdict"),

