@@ -109,9 +109,9 @@ def _ready(w: Writer) -> None:
     w.put(1, f"z{len(w.S) - 1} = z{len(w.S) - 1}.to(EMITTED.dtype.element_ty).to(tl.float32)  # as the other emitted states are rounded")
 
 
-def gradient(w: Writer) -> None:
+def walk_back(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.summed)
-    w.head("gradient", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
+    w.head("walk_back", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")

@@ -19,7 +19,7 @@ def source(cell: Cell, short: str, maths: str) -> str:
     for back in (False, True):
         forward.correct(w, back)
         forward.certify(w, back)
-    backward_source.gradient(w)
+    backward_source.walk_back(w)
     backward_source.finish_back(w)
     made = "\n\n".join(forward.parts(dense))
     header = (

@@ -266,14 +266,14 @@ def backward(
         p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.per_slice(len(dense.operands)) if several else p.ends,
         to.batch, to.time, to.projection, to.se, with_kept, scaled,
     )  # fmt: skip
-    p.walk(p.module.gradient, tensors, first=True)
+    p.walk(p.module.walk_back, tensors, first=True)
     if n > 1:
         stats = (launch._counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
             p.module.correct_back[p.E, p.B](*p.measures, p.todo, p.bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.walk(p.module.gradient, tensors)
+            p.walk(p.module.walk_back, tensors)
         p.module.certify_back[p.E, p.B](*p.measures, p.bad, d_h0, stats, *p.chain, **p.chain_constants)
-        p.walk(p.module.gradient, tensors, finish=True)
+        p.walk(p.module.walk_back, tensors, finish=True)
     else:
         d_h0 = p.ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write

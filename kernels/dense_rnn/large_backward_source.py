@@ -20,10 +20,10 @@ def summed(w: Writer) -> list[int]:
     return [r for r in w.W if bias_of(w.dense, r) is None]
 
 
-def gradient(w: Writer) -> None:
+def walk_back(w: Writer) -> None:
     dense, S, R, deep = w.dense, len(w.S), len(w.W), 4
     sums = summed(w)
-    head(w, "gradient", BACKWARD, back=True)
+    head(w, "walk_back", BACKWARD, back=True)
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
     begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")

@@ -14,7 +14,7 @@ def source(cell: Cell, short: str, maths: str) -> str:
     dense = trace_dense(cell)
     w = narrow.Writer(dense)
     large_source.walk(w)
-    large_backward_source.gradient(w)
+    large_backward_source.walk_back(w)
     for back in (False, True):
         narrow.correct(w, back)
         narrow.certify(w, back)

@@ -6,7 +6,7 @@ lies between products for its own channels, and writes its share of the next pha
 programs of a launch are on the device at once, which a cooperative launch asserts. So a pass is one launch, and one with nothing to do ends at once.
 
     walk      all slices (FIRST: from zero with a burn-in, else those again whose start was corrected), or, in FINISH, what is not certified in order
-    gradient  the same for the adjoint, backwards in time with the matrices transposed (large_backward_source.py)
+    walk_back  the same for the adjoint, backwards in time with the matrices transposed (large_backward_source.py)
 
 MODE -2 is a whole pass. In Triton's interpreter, where programs run one after the other, a launch is one phase: -1 what comes before the first
 product, 0, 1 .. the phase of a level; what the others carry in registers then lies in ENDS, PRODUCTS, NEARBY, PARTIAL between launches.

@@ -361,12 +361,12 @@ def backward_with_border(
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known)
     measures = (begins, ends, products, nearby)
-    p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
+    p.module.walk_back[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.gradient[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
         p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:

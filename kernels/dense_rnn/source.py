@@ -8,7 +8,7 @@ reads them there as the products lie in registers.
     correct   quasi-Newton: new starts of slices, and which of them have to be walked again
     certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
     finish    walks in order what is not certified
-    gradient, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
+    walk_back, correct_back, certify_back, finish_back   the same for the adjoint, backwards in time with the matrices transposed
 
 Names in the text: x input projections, w weights, h states, p products, u operands, R matrices, g cotangents of new states, q of operands,
 P{i}{j} products of Jacobians, A{i} the largest state near the slice's end, r whether the step's document is new, nr whether the next one's is.

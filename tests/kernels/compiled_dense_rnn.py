@@ -22,7 +22,7 @@ from models.cells import load_cell  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers, source_of  # noqa: E402
 
-KERNELS = ("walk", "correct", "certify", "finish", "gradient", "correct_back", "certify_back", "finish_back")
+KERNELS = ("walk", "correct", "certify", "finish", "walk_back", "correct_back", "certify_back", "finish_back")
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
 OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "DONE": "*i32", "TOLERANCE": "fp32", "ROUND": "fp32"}

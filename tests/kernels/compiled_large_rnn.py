@@ -46,7 +46,7 @@ def figures(kernel: Any) -> dict[str, int]:
 def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None = None) -> dict[str, int]:
     """Resources of one kernel, a whole pass of a slice's first."""
     kind, short = KINDS[dtype]
-    back = kernel == "gradient"
+    back = kernel == "walk_back"
     fn = getattr(large.kernels(biased(load_cell(name)), "ptx", short), kernel)
     tiles = tiles or large.Tiles.of(
         load_cell(name), torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]), K
@@ -69,7 +69,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
 
 
 def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
-    out = {name: {kernel: made(name, kernel, dtype, K) for kernel in ("walk", "gradient")} for name in cells}
+    out = {name: {kernel: made(name, kernel, dtype, K) for kernel in ("walk", "walk_back")} for name in cells}
     print(json.dumps(out))
     registers.close()
     if golden:

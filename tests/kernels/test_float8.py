@@ -174,7 +174,7 @@ def test_on_a_gpu(widths: tuple[int, ...], bias: bool, rows: int) -> None:
             ([x.detach() * 10 ** (2 * torch.randn(1024, device="cuda"))], False),
         ):
             found = quantised([p.detach() for p in pieces], dtype, beside)
-            torchs8 = of_torch([p.detach().cpu() for p in pieces], dtype, beside)  # there: on a GPU torch divides by 448 as times 1 / 448
+            torchs8 = of_torch([p.detach().cpu() for p in pieces], dtype, beside)
             for own, exact in zip(found[:2], (torchs8[0], torchs8[0].T)):
                 assert torch.equal(own.cpu().view(torch.uint8), exact.contiguous().view(torch.uint8)), "to the bit what torch makes of it"
             x8, step = torch.cat([p.detach().float() for p in pieces], 1 if beside else 0), found.step

@@ -80,8 +80,9 @@ def test_widths_and_layouts(widths: tuple[int, int], layout: str) -> None:
             return torch.cat([flat[..., :1], flat, flat[..., :2]], -1)[..., 1:-2].unflatten(-1, t.shape[2:])
         return t.contiguous() if layout == "apart" else t
 
-    # of one channel each update erases nearly all: what is left is small beside what was rounded
-    within(*found_and_wanted([laid(t) if i < 3 else t for i, t in enumerate(tensors)], starts, **ALL), 5.0 if K > 1 else 50.0)
+    # of one channel each update erases nearly all: what is left is small beside what was rounded, inverses kept for the way back included (78 on
+    # an H200)
+    within(*found_and_wanted([laid(t) if i < 3 else t for i, t in enumerate(tensors)], starts, **ALL), 5.0 if K > 1 else 100.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -44,7 +44,8 @@ def test_a_small_loss_and_a_long_row(monkeypatch: pytest.MonkeyPatch) -> None:
         assert distance(a, b) < 1e-6, label
     monkeypatch.setattr(launch, "SCRATCH", 1)  # one chunk at a time, of which only the sum of the weight's gradient has another order
     for label, a, b in zip(LABELS, answers(m2rnn, tensors, starts, do, d_final), plain):
-        assert distance(a, b) < 1e-6 if label == "dw" else torch.equal(a, b), label
+        # tensor cores cut sums off: at most a last digit a step, and always towards zero (2.2e-4 of 3.6e-4 on an H200)
+        assert distance(a, b) < 3000 * 2.0**-23 if label == "dw" else torch.equal(a, b), label
 
 
 def test_a_cuda_graph_and_torch_compile() -> None:

@@ -52,12 +52,11 @@ def test_a_graph_holds_the_plans_it_was_captured_with_and_counts_what_they_need(
             for model in (one, two):
                 model.zero_grad(set_to_none=True)
             batch = text(step)
-            on_gpu = batch.to(torch.device("cuda"))
             replayed = graphed.run(batch, 0.01)
             assert not graphed.why_not and (replayed is not None) == (step >= WARMUP), graphed.why_not
             for model in (two,) if replayed is not None else (one, two):
                 with torch.autocast("cuda", torch.bfloat16):
-                    output = model(on_gpu.input_ids, labels=on_gpu.labels)
+                    output = model(batch.input_ids.cuda(), labels=batch.labels.cuda())
                 ((output.loss_sum + output.z_loss_sum) * 0.01).backward()
             for plans in (mine, theirs):
                 plans.collect()
