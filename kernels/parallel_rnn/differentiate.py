@@ -62,9 +62,13 @@ def partials(node: Node) -> list[tuple[Node, Node, Node | None]]:
         "silu": lambda: g.make("sigmoid", a[0]) + node * (one - g.make("sigmoid", a[0])),
         "gelu": lambda: g.make("normal_cdf", a[0]) + a[0] * g.make("normal_pdf", a[0]),
         "gelu_tanh": lambda: gate + node * ((one - gate) * (GELU[0] + 3 * GELU[1] * (near * near))),
+        "normal_cdf": lambda: g.make("normal_pdf", a[0]),
+        "normal_pdf": lambda: -(a[0] * node),
         "whole_power": lambda: METHODS["pow"](g, a[0], a[1].arguments[0] - 1) * a[1],
         "power": lambda: METHODS["pow"](g, a[0], a[1].arguments[0] - 1) * a[1],
     }
+    if node.op not in rules:
+        raise NotLowered(f"{node.op} has no derivative here.")
     return [(a[0], rules[node.op](), None)]
 
 

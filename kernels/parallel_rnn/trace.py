@@ -85,10 +85,13 @@ def recorded(cell: StepFunction, graph: Graph, mat: Sequence[Any] = ()) -> tuple
     return made
 
 
-def _second(row: Sequence[Node], state: Sequence[Node]) -> tuple[tuple[Node, ...], ...]:
-    """The derivatives of a row of the Jacobian, [j][k <= j]."""
+def _second(rows: Sequence[Sequence[Node]], state: Sequence[Node]) -> tuple[tuple[tuple[Node, ...], ...], ...]:
+    """The derivatives of the Jacobian's rows, [i][j][k <= j]; none where some function has none: a solve does without."""
     one = state[0].graph.const(1)
-    return tuple(tuple(vjp([entry], [one], state)[: j + 1]) for j, entry in enumerate(row))
+    try:
+        return tuple(tuple(tuple(vjp([entry], [one], state)[: j + 1]) for j, entry in enumerate(row)) for row in rows)
+    except (NotLowered, RecursionError):
+        return ()
 
 
 @functools.cache
@@ -118,7 +121,7 @@ def trace(cell: StepFunction) -> Traced:
     jumps = any(node.op == "sign" or node.boolean for node in moving)
     kinks = jumps or any(node.op in ("relu", "abs", "maximum", "minimum", "clamp") for node in moving)
     linear = not used & set(names("h", cell.state))
-    second = tuple(_second(row, state) for row in rows) if len(state) <= MOST_CURVED and not kinks and not linear else ()
+    second = _second(rows, state) if len(state) <= MOST_CURVED and not kinks and not linear else ()
     return Traced(
         cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), second, linear, jumps, kinks
     )

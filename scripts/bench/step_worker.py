@@ -284,4 +284,7 @@ def measure(
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
+        print(__doc__)
+        sys.exit(0 if sys.argv[1:] else 2)
     print(json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
