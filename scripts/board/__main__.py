@@ -76,12 +76,14 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
         raise UserError(f"Say first what is to be done: {', '.join(ACTIONS)}{said}.")
 
     def chosen(values: dict[str, Any]) -> list[str]:
-        from scripts.board.plan import STAGES, rows_of
+        from scripts.board.plan import BOARDS, STAGES, rows_of
 
         problems = []
         values["stages"] = [s.strip() for s in values["stages"].split(",") if s.strip() not in ("", "all")] or list(STAGES)
         problems += [f"stages: {nearest(s, STAGES)} (there is no {s!r})" for s in values["stages"] if s not in STAGES]
         values["only"] = [name.strip() for name in values["only"].split(",") if name.strip()]
+        if values["size"] not in BOARDS:
+            problems.append(f"size is {values['size']!r}; {nearest(values['size'], BOARDS, known_as='choose one of')}")
         if values["precision"] not in ("bf16", "fp32"):
             problems.append(f"precision is {values['precision']!r}; choose bf16 or fp32.")
         if values["device"] not in ("auto", "cpu", "cuda"):

@@ -29,8 +29,10 @@ def export_cells(values: dict[str, Any]) -> list[Path]:
     there = sorted(path.name for path in (out / "models").glob("*") if (path / "model.safetensors").exists())
     results = every(out, page)
     for name in values["only"]:
-        if name not in there:
-            raise UserError(f"only: {nearest(name, there)} ({out / 'models'} has no {name!r}; run the cell with weights=true)")
+        if there and name not in there:
+            raise UserError(
+                f"only: {nearest(name, there, known_as='there are')} ({out / 'models'} has no {name!r}; run the cell with weights=true)"
+            )
     if not there:
         raise UserError(f"{out / 'models'} has no trained model; run cells with weights=true, or stages=leaders.")
     rows = collect(values["size"], results, attempts(page))["rows"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
-from data.files import write_json
+from data.files import check_writable, write_json
+from data.synthetic import build_task
 from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of
 from scripts.studies.equal_table import plot, table
-from scripts.studies.tracking import visible_gpus
+from scripts.studies.tracking import place_and_time, visible_gpus
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -61,7 +63,12 @@ def arguments(words: list[str]) -> dict[str, Any]:
             names = list(known) if names == ["all"] else names
             problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
             values[key] = names
-        return problems
+        if not values["long"] and not (values["tasks"] and values["mixers"]):
+            problems.append("Name a task with tasks= and a mixer with mixers=, or a mixer with long=.")
+        least = max([build_task(TASKS[task]["task"]).min_length() for task in values["tasks"] if task in TASKS], default=2)
+        if values["length"] < max(2, least):
+            problems.append(f"length is {values['length']}; these tasks need {max(2, least)} or more.")
+        return problems + place_and_time(values)
 
     return parse_arguments(words, DEFAULTS, chosen)
 
@@ -139,6 +146,7 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
 
 def prepare(values: dict[str, Any], mixer: str, visible: str) -> None:
     """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     device = pick(visible, "cuda")
     learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
     learner.warm()
@@ -158,14 +166,17 @@ def pick(visible: str, device_name: str) -> Any:
 
 def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, deadline: float, device_name: str, visible: str) -> None:
     """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: when kernels are compiled;
-    deadline: of time.time()."""
+    deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
+    stopped: list[int] = []
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     device = pick(visible, device_name)
     ready.wait()
     running: list[tuple[Place, Learner, float]] = []
     more = True
 
     def late() -> bool:
-        return time.time() > deadline - SCORING * len(running) / 4 - 1
+        return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
 
     while True:
         if more and not late() and len(running) < values["streams"]:  # one, and the others go on
@@ -213,6 +224,8 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
     from training.watch.metrics import environment
 
     cells, out = collect(values), Path(values["out"])
+    if not cells:
+        raise UserError(f"{out} has no finished cell of these settings; train some, with minutes above zero.")
     text = table(cells, values["length"], LENGTHS)
     kept = {"arguments": values, "seconds": seconds, "environment": environment(torch.device(device)), "cells": cells}
     if values["minutes"] or not (out / "table.json").exists():
@@ -231,8 +244,10 @@ def main(words: list[str]) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no CUDA device; use device=auto.")
     gpus, out = visible_gpus(device), Path(values["out"])
-    for folder in ("cells", "states"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    if values["minutes"]:
+        check_writable(out)
+        for folder in ("cells", "states"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
     there = {place: read(out, place, settings_of(*place[:2], values)) for place in order(values)}
     cells = [place for place, cell in there.items() if cell is None or cell["ended"] == "time"]
     deadline = began + 60 * values["minutes"]
@@ -264,4 +279,6 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program(__doc__, main))
+    sys.exit(
+        program(__doc__, main, interrupted="interrupted; cells under way are kept, and the same command goes on where this one stopped")
+    )

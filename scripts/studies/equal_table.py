@@ -21,12 +21,17 @@ def names(cells: Sequence[Cell], key: str) -> list[str]:
     return list(dict.fromkeys(cell[key] for cell in cells))
 
 
+def median(cells: Sequence[Cell]) -> Cell:
+    """The cell of the middle seed by accuracy at the longest and the shortest length, for the table and the plot alike."""
+    order = sorted(cells, key=lambda cell: cell["lengths"][-1]["accuracy"] + cell["lengths"][0]["accuracy"])
+    return order[len(order) // 2]
+
+
 def summary(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """One entry of the table: how many seeds were solved in how many steps, the median seed by length, and what was not to its end."""
-    cells = sorted(cells, key=lambda cell: at(cell, T * lengths[-1]) + at(cell, T))
-    median = cells[len(cells) // 2]
+    middle = median(cells)
     solved = sorted(cell["solved"] for cell in cells if cell["ended"] == "solved")
-    reach = ", ".join(f"{100 * at(median, T * m):.0f}" for m in lengths)
+    reach = ", ".join(f"{100 * at(middle, T * m):.0f}" for m in lengths)
     text = f"**{len(solved)}/{len(cells)}** in {statistics.median_high(solved):,}; " if solved else f"0/{len(cells)}; "
     text += reach
     steps = [cell["step"] for cell in cells if cell["ended"] == "steps"]
@@ -65,18 +70,20 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
     tasks, mixers = names(cells, "task"), names(cells, "mixer")
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.6 * rows + 0.7), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.9 * rows + 0.7), squeeze=False, sharey=True)
     colours = dict(zip(mixers, plt.get_cmap("tab20").colors))
     for axis in axes.flat[len(tasks) :]:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks):
         for mixer in mixers:
-            chosen = sorted((c for c in cells if (c["task"], c["mixer"]) == (task, mixer)), key=lambda c: at(c, T))
+            chosen = [c for c in cells if (c["task"], c["mixer"]) == (task, mixer)]
             if chosen:
-                points = [(row["length"], 100 * row["accuracy"]) for row in chosen[len(chosen) // 2]["lengths"]]
+                points = [(row["length"], 100 * row["accuracy"]) for row in median(chosen)["lengths"]]
                 axis.plot(*zip(*points), marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
         axis.axhline(100 * max(c["lengths"][0]["chance"] for c in cells if c["task"] == task), color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda length, _: f"{length:g}")
+        axis.set_xlabel("tokens")
         axis.set_ylim(0, 103)
         axis.set_title(task, fontsize=10)
     for axis in axes[:, 0]:

@@ -21,6 +21,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -68,7 +69,7 @@ def arguments(words: list[str]) -> dict[str, Any]:
             names = [name.strip() for name in values[key].split(",") if name.strip() not in ("", "all")] or list(known)
             problems += [f"{key}: {nearest(name, list(known))} (there is no {name!r})" for name in names if name not in known]
             values[key] = names
-        return problems
+        return problems + place_and_time(values)
 
     return parse_arguments(words, DEFAULTS, chosen)
 
@@ -104,6 +105,8 @@ def work(values: dict[str, Any], cells: list[tuple[str, str, int]], taken: Any, 
     visible: the one GPU that it sees."""
     import torch
 
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; cells are written whole
     if visible:  # before anything here asks for a device
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     torch.set_num_threads(1)
@@ -271,6 +274,12 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
         print(f"The plot could not be drawn: {type(error).__name__}: {error}")
 
 
+def place_and_time(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the keys device and minutes of a study."""
+    problems = [] if values["device"] in ("auto", "cpu", "cuda") else [f"device is {values['device']!r}; choose auto, cpu or cuda."]
+    return problems + (["minutes must be zero or more."] if values["minutes"] < 0 else [])
+
+
 def visible_gpus(device: str) -> list[str]:
     """What CUDA_VISIBLE_DEVICES is to say, for each GPU; [""] on a CPU."""
     import torch
@@ -321,4 +330,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program(__doc__, main))
+    sys.exit(program(__doc__, main, interrupted="interrupted; finished cells are kept, and the same command goes on with the others"))

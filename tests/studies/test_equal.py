@@ -9,9 +9,9 @@ import torch
 
 from scripts.studies import equal_cells
 from scripts.studies.cells import build_model
-from scripts.studies.equal import DEFAULTS, arguments, limit_of, order, work
+from scripts.studies.equal import DEFAULTS, arguments, limit_of, main, order, work
 from scripts.studies.equal_cells import MIXERS, TASKS, Learner, ladder, settings_of
-from scripts.studies.equal_table import table
+from scripts.studies.equal_table import median, table
 from training.errors import UserError
 
 VALUES = {**DEFAULTS, "length": 8, "batch": 8}
@@ -78,6 +78,26 @@ def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, mo
     assert limit_of(tmp_path, ("S3", "mamba2", 0), 0) == 1400
     assert limit_of(tmp_path, ("S3", "dense_gru", 0), 0) == TASKS["S3"]["steps"]
     assert limit_of(tmp_path, ("S4", "mamba2", 0), 0) == TASKS["S4"]["steps"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["device=tpu"], "device is 'tpu'"), (["minutes=-1"], "zero or more"), (["tasks=", "mixers=all"], "Name a task"),
+        (["length=4", "tasks=mqar"], "or more"), (["minutes=0", "tasks=S3"], "no finished cell"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_a_sentence_and_writes_nothing(tmp_path: Path, words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        main([*words, f"out={tmp_path / 'none'}"])
+    assert not (tmp_path / "none").exists()
+
+
+def test_table_and_plot_show_the_same_seed() -> None:
+    cells = [
+        {"seed": seed, "lengths": [{"accuracy": a}, {"accuracy": b}]} for seed, a, b in ((0, 1.0, 0.98), (1, 1.0, 0.58), (2, 1.0, 0.8))
+    ]
+    assert median(cells)["seed"] == 2
 
 
 def test_the_table_says_what_ran_out_of_time() -> None:
