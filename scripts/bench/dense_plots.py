@@ -39,6 +39,9 @@ def difficulty(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
             for gain, n, row in zip(gains, needed, mine):
                 axis.plot(gain, n, "x" if row[f"walked{side}"] > 0 else "o", color=shown.get_color())
         axis.set(xscale="log", title=f"{title}, 16 slices of 64 (x: some walked in order)", xlabel="gain of the matrices")
+        gains = sorted({row["gain"] for row in rows})
+        axis.set_xticks(gains, [f"{gain:g}" for gain in gains])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("corrections made")
     axes[1].legend(title="forget bias")

@@ -34,7 +34,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     compared = sum("bits per byte" in a.text for a in known)
     if compared > 1:
         lines += [
-            f"Each interval is of 95 %, so of the {compared} comparisons here about {max(1, round(compared / 20))} may miss by chance.",
+            f"Each interval is of 95 %, so of {compared} comparisons such as these {compared / 20:.1f} miss by chance, on average.",
             "",
         ]
     lines += [*nulls, ""]

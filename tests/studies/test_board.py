@@ -525,6 +525,7 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
         (["run", "stages=grit"], "stages: did you mean 'grid'"),
         (["run", "stages=speedrun"], "A speedrun needs speedrun_tokens"),
         (["run", "minutes=-1"], "minutes must be zero or more"),
+        (["plan", "size=7b"], "size is '7b'; choose one of"),
     ],
 )
 def test_mistakes_are_sentences(words: list[str], sentence: str) -> None:
