@@ -66,6 +66,8 @@ def draw(folder: Path) -> None:
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
     names = ("sets.json", "init.json", "difficulty.json")
+    if not any((folder / name).exists() for name in names):
+        sys.exit(f"{folder} has none of {', '.join(names)}; measure first, or name another folder.")
     sets, init, hard = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
     if "over T" in sets:
         time_against_length(plt, sets["over T"], folder)

@@ -27,6 +27,7 @@ from models.checkpoint import load_model
 from models.convert import converted, sizes_of
 from models.hub.importing import is_foreign, read_stock
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
 from training.distill import Distillation
 from training.optim import build_optimizer
@@ -123,6 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kl", type=float, default=0.8, help="share of the steps that learn from the teacher")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
+    refuse(parser, given, ["seeds", "tokens", "rows", "length", "windows"], {"starts": ("copied", "anew")})
     try:
         text = Text(given.data, given.length, device := device_of(given.device))
         check_tokens(given.teacher, text)

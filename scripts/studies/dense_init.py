@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from scripts.bench.timing import Results, attempted
+from scripts.studies.options import refuse
 
 HEAD = 64
 RUNS = Path("runs/dense_init")
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("settings", nargs="*", help="more settings of train.py")
     arguments = parser.parse_args()
+    refuse(parser, arguments, ["seconds", "steps", "seeds"])
     results = Results(arguments.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not DATA.exists():
         prepare = [sys.executable, "-m", "data.prepare", "input=demo", f"out={DATA}", "tokenizer=bpe:2048", "valid_docs=[2]"]

@@ -25,6 +25,7 @@ from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.graphed import GraphedStep
+from scripts.studies.options import refuse
 from scripts.studies.trainer import Trainer
 from training.watch.metrics import environment
 
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
+    refuse(parser, given, ["steps", "lr", "symbols"], {"arms": ARMS})
     results: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
         for name in given.arms.split(","):

@@ -26,6 +26,7 @@ from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.delta_tracking import BATCH, CHECK, LENGTH, problem, table
+from scripts.studies.options import refuse
 
 SMALL = {"type": "m2rnn", "n_heads": 4, "head_dim": 16}
 WIDE = {"type": "m2rnn", "n_heads": 2, "head_dim": 4, "expand_v": 8.0}
@@ -222,6 +223,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="shards for the trained model of the corrections")
     parser.add_argument("--steps", type=int, default=150, help="of its training")
     given = parser.parse_args()
+    refuse(parser, given, ["seeds", "seconds", "steps"], {"parts": ("tracking", "corrections")})
+    refuse(parser, given, lists={"mixers": ARMS}, between=";")
+    if given.data and not (given.data / "meta.json").exists():
+        parser.error(f"--data: {given.data} holds no token shards; python -m data.prepare makes them.")
     results: dict[str, list[dict[str, Any]]] = {}
     write = functools.partial(write_json, given.out, results)
     given.out.parent.mkdir(parents=True, exist_ok=True)
