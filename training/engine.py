@@ -161,7 +161,7 @@ class Engine:
 
     def _of_first(self, values: list[float]) -> list[float]:
         """The first rank's numbers. Collective."""
-        return self.world.gather(values)[0] if self.world.size > 1 else values
+        return self.world.sum(values if self.world.main else [0.0] * len(values))
 
     def _backward(self, micro_batches: list[Batch], scale: float) -> Tensor:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
