@@ -136,12 +136,23 @@ class Engine:
         words = tell() if tell is not None else []
         telling = time.perf_counter() - telling
         learnt = self.plans.words() if self.plans is not None else []
-        loss_sum, *told = self.world.sum([local_loss, *learnt, *words])
+        gave_up = [float(bool(self.graphed.why_not))] if self.at_once is not None and self.graphed is not None else []
+        loss_sum, *told = self.world.sum([local_loss, *gave_up, *learnt, *words])
+        if gave_up and told.pop(0):
+            self._reduce_as_written()
         self._learn(told[: len(learnt)])
         told = told[len(learnt) :]
         norm, skipped = self._update(loss_sum / tokens, is_bad)
         seconds = time.perf_counter() - start - telling
         return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
+
+    def _reduce_as_written(self) -> None:
+        """From the next step on all ranks run passes as written, and DeepSpeed reduces in them: one of them can no longer replay its passes, and a
+        rank that reduced at once beside another that does not would wait for it for ever."""
+        assert self.at_once is not None and self.graphed is not None
+        self.at_once.give_up()
+        self.at_once = None
+        self.graphed.why_not = self.graphed.why_not or "another rank has to run them so"
 
     def _learn(self, words: list[float]) -> None:
         """Settles the plans of the steps that follow, from what all ranks' solves needed in this one; graphs are of the plans before."""
@@ -150,7 +161,7 @@ class Engine:
 
     def _of_first(self, values: list[float]) -> list[float]:
         """The first rank's numbers. Collective."""
-        return self.world.gather(values)[0] if self.world.size > 1 else values
+        return self.world.sum(values if self.world.main else [0.0] * len(values))
 
     def _backward(self, micro_batches: list[Batch], scale: float) -> Tensor:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
@@ -158,9 +169,6 @@ class Engine:
         streams = self.config.data.reader == "stream"
         if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
             float8.begin_step(float8.step + 1)
-        if self.at_once is not None and self.graphed is not None and self.graphed.why_not:
-            self.at_once.give_up()
-            self.at_once = None
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)

@@ -32,12 +32,16 @@ def release_random_numbers(device: torch.device) -> None:
     generator.graphsafe_set_state(generator.clone_state())
 
 
-def may_replay(config: Config, world: World) -> bool:
-    """Whether a run's passes may be CUDA graphs: nothing but the model runs in them, and what it starts from is the same each time."""
+def wanted(config: Config, ranks: int) -> bool:
+    """Whether passes are to be CUDA graphs on a GPU: nothing but the model runs in them, and what it starts from is the same each time."""
     t = config.train
-    wanted = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and config.data.reader != "stream"
-    alone = world.size == 1 or t.cuda_graph == "all" and world.sequence == 1
-    return wanted and world.device.type == "cuda" and alone
+    alike = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and config.data.reader != "stream"
+    return alike and (ranks == 1 or t.cuda_graph == "all" and config.parallel.sequence == 1)
+
+
+def may_replay(config: Config, world: World) -> bool:
+    """Whether a run's passes may be CUDA graphs."""
+    return wanted(config, world.size) and world.device.type == "cuda"
 
 
 class _Captured:

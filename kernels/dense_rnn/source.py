@@ -18,8 +18,6 @@ Legend: n slices of SLICE steps, B batch rows, T steps, S states, D = E K channe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
@@ -71,9 +69,6 @@ class Writer:
         """The arguments of the step's functions, in the dtype of the arithmetic."""
         values = [f"{prefix}x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"{prefix}h{i}" for i in self.S]
         return ", ".join(values + [f"{prefix}p{i}" for i in self.Q])
-
-    def assigned(self, names: Sequence[str]) -> str:
-        return ", ".join(names)
 
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")

@@ -141,6 +141,8 @@ def backward(
     at_once = max(1, min(p.chunks, SCRATCH // (2 * size * numbers), 65535))
     slopes = p.scratch(at_once * numbers, dtype=torch.float16 if size == 2 else torch.float32)
     adjoints, dw = p.scratch(at_once * numbers, dtype=p.operand), torch.zeros(at_once, B, H, blocks, p.columns, p.columns, device=v.device)
+    if p.rows("adjoint") * p.blocks("adjoint") < p.rows("gradients") * blocks:
+        adjoints.zero_()  # rows that `gradients` reads and nobody writes: of no state, but nothing times what lies there may be NaN
     for first in reversed(range(0, p.chunks, at_once)):
         many = min(at_once, p.chunks - first)
         walked = {"side_by_side": many, "CHUNK": EVERY, "FAST": p.fast, "ROWS": rows}

@@ -49,6 +49,8 @@ class Config:
             problems.append(f"blocks {self.blocks} does not divide the widths {d_model} and {d_ff}; choose a divisor of both.")
         if not 0 <= self.guide <= 1:
             problems.append(f"guide is a share of the run from 0 to 1, not {self.guide:g}.")
+        if not -2 <= self.rate_power <= 2:
+            problems.append(f"rate_power is a power from -2 to 2, most often 0, 0.5 or 1, not {self.rate_power:g}.")
         return problems
 
 

@@ -5,7 +5,7 @@ python -m scripts.bench.dense_rnn --out final.json --parts final                
 python -m scripts.bench.dense_rnn --out near.json --parts few,solves,near --seconds 120    # heads of 64: three shapes, plans near to the reckoned
 python -m scripts.bench.dense_rnn --out sweep.json --parts sweep                           # slices, burn-in, rows and warps; builds many kernels
 
-Run it before the kernels are trusted (PROVEN in kernels/dense_rnn/launch.py): accuracy runs in several processes, so that a wrong access to memory
+Run it before the kernels are trusted (PROVEN in kernels/dense_rnn/large.py): accuracy runs in several processes, so that a wrong access to memory
 ends one alone.
 """
 

@@ -54,6 +54,18 @@ def extremes() -> None:
     launch.SCRATCH = many
 
 
+def blocks_beyond_others() -> None:
+    """A kernel's blocks of rows reach beyond those of another, as tiles of 16 bits' operands do; what memory held before is NaN."""
+    tiles, scratch = launch.TILES_WIDE, launch.Problem.scratch
+
+    def filled(self: launch.Problem, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    launch.TILES_WIDE, launch.Problem.scratch = {**tiles, "gradients": (64, 4)}, filled  # type: ignore[method-assign]
+    compare("blocks of other sizes", *problem(1, 10, 1, 5, 1, 33), (1e-5, 1e-4))
+    launch.TILES_WIDE, launch.Problem.scratch = tiles, scratch  # type: ignore[method-assign]
+
+
 def not_finite() -> None:
     """A document leaves the results and the gradients of the others as they are, in whichever input it is not finite."""
     for bad, place in ((0, 5), (1, 3), (2, 8), (3, 7)):
@@ -92,6 +104,7 @@ if __name__ == "__main__":
         tensors, starts = problem(*sizes, **options)
         compare((sizes, options), tensors, starts, (1e-2, 1e-2) if low else (1e-5, 1e-4))
     extremes()
+    blocks_beyond_others()
     not_finite()
     registered()
     print("ok")

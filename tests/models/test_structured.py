@@ -46,6 +46,12 @@ def test_factors_have_rates_by_their_own_inputs(m: int) -> None:
     assert {name: m * ratios[f"blocks.0.mlp.{name}.weight"] for name in wanted} == wanted
 
 
+@pytest.mark.parametrize("power", [1e4, -1e4])
+def test_a_power_whose_rates_have_no_value_is_a_sentence(power: float) -> None:
+    with pytest.raises(UserError, match="rate_power is a power from -2 to 2"):
+        channel.build(settings("lowrank", rate_power=power), D, F)
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_helper_changes_nothing_at_first_and_is_gone_after_its_share(structure: str) -> None:
     x = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(0))

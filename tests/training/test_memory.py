@@ -108,6 +108,18 @@ def test_more_ranks_stages_offload_and_recomputation_need_less() -> None:
     assert peak(1, "deepspeed=zero1") > peak(1, "deepspeed=zero1", "train.activation_checkpointing=full")
 
 
+@pytest.mark.parametrize("word", ["train.compile=true", "train.initial_state=random", "data.reader=stream", "train.cuda_graph=off"])
+def test_gradients_are_whole_under_zero2_only_where_passes_are_to_be_graphs(word: str) -> None:
+    def held(*words: str) -> memory.Held:
+        config = checked(compose_config(["model=transformer", *TINY, "deepspeed=zero2", *words]))
+        with torch.device("meta"):
+            return memory.held(config, LanguageModel(model_config(config, None)[0]), 4)
+
+    graphs, plain = held("train.cuda_graph=all"), held()
+    assert graphs.reduction > plain.reduction
+    assert held("train.cuda_graph=all", word) == plain
+
+
 def test_each_part_frees_what_it_stands_for() -> None:
     """Of a transformer under bf16: swiglu the product of gate and up, mlp these two and the copies of its weights as well."""
     words = ["model=transformer", *TINY, "train.precision=bf16", "size.n_layers=2"]

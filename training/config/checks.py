@@ -212,6 +212,11 @@ def _muon(config: Config) -> list[str]:
         problems.append(f"optim=muon keeps its momentum on the device; set deepspeed.offload_optimizer=none, not {ds.offload_optimizer}.")
     if rates_of_its_own(config.model):
         problems.append("model.param gives parameters the rates that AdamW needs; take optim=adamw, or param=standard with optim=muon.")
+    channel = config.model.get("channel")
+    if isinstance(channel, dict) and channel.get("rate_power"):
+        problems.append(
+            "model.channel.rate_power sets rates of AdamW, and Muon has one for all matrices; take optim=adamw, or set it to 0."
+        )
     if o.momentum == 1:
         problems.append("optim.momentum must be from 0 up to, but not, 1.")
     if o.update_scale == "spectral" and o.muon_lr is None:

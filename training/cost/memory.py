@@ -31,6 +31,7 @@ from models.layers import RMSNorm
 from models.remade import Parts, parts_by_layer, setting
 from training.choices import choose_kernels
 from training.config.schema import Config
+from training.graph import wanted
 from training.optim import parameter_groups
 from training.optim.muon import plan
 from training.zero.policy import bucket_elements, may_reduce_at_once, overlaps, stage_of, zero_run
@@ -272,7 +273,9 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
             earlier, after = all_gradients * accumulates, all_gradients + buckets + cast
             return Held(4 * P + temporary, 0, earlier, buckets, 0, 0, after, 0, 5 * part, not accumulates)
         return Held(4 * P + temporary, 0, 0, buckets + cast, 0, 0, 0, 0, (5 + accumulates) * part)
-    if config.train.cuda_graph == "all" and may_reduce_at_once(config, world):  # gradients lie in the graph's memory, in the update too
+    if (
+        wanted(config, world) and not getattr(model, "varies", False) and may_reduce_at_once(config, world)
+    ):  # gradients lie in the graph's memory, in the update too
         after = 4 * P + part + bucket * (1 + 1 / world)
         return Held(4 * P, 3 * part, 4 * P * accumulates, 0, 0, 0, after, 4 * P + part, gradients_stay=not accumulates)
     if stage == 1:
