@@ -20,10 +20,10 @@ def pyplot() -> Any:
         return None
 
 
-def png(plt: Any, figure: Any) -> bytes:
+def png(plt: Any, figure: Any, dpi: int = 110, bbox_inches: str | None = "tight") -> bytes:
     """The figure as a PNG file; it is closed."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches=bbox_inches)
     plt.close(figure)
     return buffer.getvalue()
 

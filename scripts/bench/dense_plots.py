@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.files import write_bytes
 from evals.report.figures import png, pyplot
 
 
@@ -26,7 +27,7 @@ def time_against_length(plt: Any, rows: list[dict[str, Any]], folder: Path) -> N
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
     axes[0].legend()
-    (folder / "time.png").write_bytes(png(plt, figure))
+    write_bytes(folder / "time.png", png(plt, figure))
 
 
 def difficulty(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
@@ -45,7 +46,7 @@ def difficulty(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("corrections made")
     axes[1].legend(title="forget bias")
-    (folder / "corrections.png").write_bytes(png(plt, figure))
+    write_bytes(folder / "corrections.png", png(plt, figure))
 
 
 def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
@@ -58,7 +59,7 @@ def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], folder: Path)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    (folder / "training.png").write_bytes(png(plt, figure))
+    write_bytes(folder / "training.png", png(plt, figure))
 
 
 def draw(folder: Path) -> None:

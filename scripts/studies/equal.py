@@ -27,7 +27,7 @@ from data.files import check_writable, write_json
 from data.synthetic import build_task
 from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of
 from scripts.studies.equal_table import plot, table
-from scripts.studies.tracking import place_and_time, visible_gpus
+from scripts.studies.tracking import end_by, place_and_time, visible_gpus
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -271,10 +271,7 @@ def main(words: list[str]) -> None:
             process.join(max(1.0, began + MOST_COMPILING - time.time()))
         print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
         ready.set()
-        for process in workers:
-            process.join(max(1.0, deadline + 20 - time.time()))
-            if process.is_alive():
-                process.terminate()
+        end_by(workers, deadline + 20)
     report(values, device, time.time() - began)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.report.figures import pyplot
+from data.files import write_bytes
+from evals.report.figures import png, pyplot
 
 Cell = dict[str, Any]
 
@@ -92,8 +92,5 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8, frameon=False)
     figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10)
     figure.tight_layout(rect=(0, 0.08, 1, 0.99))
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, path)
+    write_bytes(path, png(plt, figure, dpi=120, bbox_inches=None))
     return f"plot: {path}"

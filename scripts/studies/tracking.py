@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
-from data.files import write_json
-from evals.report.figures import pyplot
+from data.files import write_bytes, write_json
+from evals.report.figures import png, pyplot
 from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
@@ -247,11 +247,16 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(9, len(handles)), fontsize=8, frameon=False)
     figure.suptitle(f"Best of {values['seeds']} seeds, trained at length {values['length']} (grey line); dotted: chance", fontsize=10)
     figure.tight_layout(rect=(0, 0.06, 1, 0.99))
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=130)
-    plt.close(figure)
-    os.replace(temporary, path)
+    write_bytes(path, png(plt, figure, dpi=130, bbox_inches=None))
     return f"plot: {path}"
+
+
+def end_by(processes: list[Any], moment: float) -> None:
+    """Waits for the processes until then, a second at least, and ends those that still run."""
+    for process in processes:
+        process.join(max(1.0, moment - time.time()))
+        if process.is_alive():
+            process.terminate()
 
 
 def report(values: dict[str, Any], device: str, seconds: float) -> None:
@@ -322,10 +327,7 @@ def main(words: list[str]) -> None:
         ]
         for process in workers:
             process.start()
-        for process in workers:
-            process.join(max(1.0, deadline + 60 - time.time()))
-            if process.is_alive():
-                process.terminate()
+        end_by(workers, deadline + 60)
     report(values, device, time.time() - began)
 
 
