@@ -5,7 +5,6 @@ with `--golden` at the end the figures go to resources.json, to be looked at and
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -102,11 +101,7 @@ def main(ahead: int, back: int, names: list[str], golden: bool) -> None:
             if kernel != "decode":
                 options["maxnreg"] = launch.REGISTERS
             out[name][kernel] = registers.figures(f"{name} {kernel}", source, options, figures)
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        lines = {"triton": triton.__version__, "ahead": ahead, "back": back, "cells": out}
-        GOLDEN.write_text(json.dumps(lines, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None, "cells", ahead=ahead, back=back)
 
 
 if __name__ == "__main__":

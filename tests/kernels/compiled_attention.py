@@ -4,7 +4,6 @@ committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.attention import launch  # noqa: E402
@@ -53,10 +51,7 @@ def main(golden: bool) -> None:
     out["key_gradients 64 of four heads in a window"] = made("key_gradients", launch.KEYS[64], 64, False, True, 4)
     for name in ("forward_mend", "query_mend", "key_mend"):
         out[f"{name} 64"] = made(name, launch.MEND, 64)
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None)
 
 
 if __name__ == "__main__":

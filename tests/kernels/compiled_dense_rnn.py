@@ -5,7 +5,6 @@ changed on purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from kernels.dense_rnn import launch  # noqa: E402
@@ -65,10 +63,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
 
 def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
     out = {name: {kernel: made(name, kernel, dtype, K) for kernel in KERNELS} for name in cells}
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, K, *cells], "cells": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None, "cells", arguments=[dtype, K, *cells])
 
 
 if __name__ == "__main__":

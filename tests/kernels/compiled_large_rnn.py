@@ -5,7 +5,6 @@ purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -15,7 +14,6 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from kernels.dense_rnn import large  # noqa: E402
@@ -70,10 +68,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
 
 def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
     out = {name: {kernel: made(name, kernel, dtype, K) for kernel in ("walk", "walk_back")} for name in cells}
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, K, *cells], "cells": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None, "cells", arguments=[dtype, K, *cells])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ the figures go to resources_lists.json, to be looked at and committed when a ker
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -13,7 +12,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.float8 import triton as float8  # noqa: E402
@@ -61,10 +59,7 @@ def main(golden: bool) -> None:
         flags = {"DENSE": kind == "fp32", "BLOCK": float8.BLOCK}
         out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **kinds)
         out[f"float8 cast {kind}"] = made(f"float8 cast {kind}", float8.float8_cast, sizes, float8.WARPS, X=f"*{kind}", **kinds)
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None)
 
 
 if __name__ == "__main__":

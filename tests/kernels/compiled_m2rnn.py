@@ -4,7 +4,6 @@ to resources_m2rnn.json, to be looked at and committed when a kernel was changed
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from kernels.m2rnn import launch  # noqa: E402
@@ -65,10 +63,7 @@ def main(dtype: str, K: int, V: int, golden: bool) -> None:
     out = {name: made(name, dtype, K, V) for name in KERNELS}
     for name in KERNELS:
         made(name, dtype, K, V, ones=True)
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, K, V], "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None, arguments=[dtype, K, V])
 
 
 if __name__ == "__main__":

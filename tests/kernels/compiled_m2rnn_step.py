@@ -4,7 +4,6 @@ kernel was changed on purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
 
 from kernels.m2rnn_step.op import ROWS, tile  # noqa: E402
 from kernels.m2rnn_step.triton import step  # noqa: E402
@@ -47,10 +45,7 @@ def main(golden: bool) -> None:
         "fp32": ("fp32", 64, True),
     }
     out = {label: made(label, *case) for label, case in cases.items()}
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None)
 
 
 if __name__ == "__main__":

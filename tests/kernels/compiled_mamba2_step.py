@@ -4,20 +4,17 @@ kernel was changed on purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-import triton  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.mamba2_step.op import tile  # noqa: E402
 from kernels.mamba2_step.triton import step  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
-from tests.kernels.registers import Registers  # noqa: E402
+from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 KINDS = {"STARTS": "*u8", "low": "fp32", "high": "fp32"}
 ACTIVATIONS = {"ROWS", "PAST", "CONV", "CONV_BIAS", "Y", "NEXT"}
@@ -31,14 +28,13 @@ registers = Registers("mamba2_step")
 def made(label: str, dtype: str, B: int, H: int, P: int, N: int, starts: bool) -> dict[str, int]:
     BP, BN = tile(B, H, P, N)
     constants = {"HAS_STARTS": starts, "W": 4, "BP": BP, "BN": BN}
-    signature = {
-        a: "constexpr"
-        if a in constants
-        else KINDS.get(a) or (f"*{dtype}" if a in ACTIVATIONS else "*fp32" if a.isupper() and len(a) > 1 else "i32")
-        for a in step.arg_names
-    }
-    aligned = [i for i, a in enumerate(step.arg_names) if a not in constants and a not in ODD and signature[a] != "fp32"]
-    source = ASTSource(step, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+
+    def kind(argument: str) -> str:
+        return KINDS.get(argument) or (
+            f"*{dtype}" if argument in ACTIVATIONS else "*fp32" if argument.isupper() and len(argument) > 1 else "i32"
+        )
+
+    source = source_of(step, constants, kind, lambda a: a not in ODD and kind(a) != "fp32")
     return registers.figures(
         label,
         source,
@@ -55,10 +51,7 @@ def main(golden: bool) -> None:
         "fp32, batch 2": ("fp32", 2, 8, 40, 256, True),
     }
     out = {label: made(label, *case) for label, case in cases.items()}
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ and committed when a kernel was changed on purpose."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import cross_entropy  # noqa: E402
@@ -90,10 +88,7 @@ def main(golden: bool) -> None:
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
         out[name] = made(name, rotary.turn, flags, rotary.WARPS)
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None)
 
 
 if __name__ == "__main__":

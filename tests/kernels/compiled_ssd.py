@@ -4,7 +4,6 @@ figures go to resources_ssd.json, to be looked at and committed when a kernel wa
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -90,10 +88,7 @@ def main(dtype: str, P: int, N: int, golden: bool) -> None:
             "add_shares",
         )
     }
-    print(json.dumps(out))
-    registers.close()
-    if golden:
-        GOLDEN.write_text(json.dumps({"triton": triton.__version__, "arguments": [dtype, P, N], "kernels": out}, indent=1) + "\n")
+    registers.report(out, GOLDEN if golden else None, arguments=[dtype, P, N])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Its own process: the interpreter is chosen when Triton is imported. `python -m t
 from __future__ import annotations
 
 import os
+from functools import partial
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -11,33 +12,15 @@ import torch  # noqa: E402
 
 from kernels.delta_step import delta_step  # noqa: E402
 from kernels.delta_step.op import step_op  # noqa: E402
+from tests.kernels.decoding_steps import check_step  # noqa: E402
 from tests.kernels.delta_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 
 def check(sizes: Sizes, dtype: torch.dtype, resets: bool, gated: bool, strength: float) -> None:
-    arguments, more = problem(*sizes, dtype=dtype, resets=resets, gated=gated), (strength, sizes[3] ** -0.5)
-    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
-    wanted = written_out(*arguments, *more)
-    found = delta_step(*arguments, *more)
-    same = (torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor))))
-    assert all(same), "an input was written over"
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
-    for name, a, b in zip(("o", "past", "delta"), found, wanted):
-        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
-        limit = 1.01 * rounding + 3e-6 * (1 + float(b.abs().max()))
-        assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
-    delta = arguments[5]
-    kept = delta.clone()
-    again = delta_step(*arguments, *more, in_place=True)
-    assert again[2] is delta and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
-    if delta.numel() > 1:  # dense in another order
-        turned = kept.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-        arguments = (*arguments[:5], turned, *arguments[6:])
-        assert all(torch.equal(a, b) for a, b in zip(delta_step(*arguments, *more), found)), "strides"
-        again = delta_step(*arguments, *more, in_place=True)
-        assert again[2] is turned and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
-    print(sizes, dtype, flush=True)
+    arguments, scale = problem(*sizes, dtype=dtype, resets=resets, gated=gated), sizes[3] ** -0.5
+    wanted = written_out(*arguments, strength, scale)
+    check_step(partial(delta_step, strength=strength, scale=scale), arguments, wanted, 5, ("o", "past", "delta"), 3e-6, (sizes, dtype))
 
 
 def forgotten() -> None:

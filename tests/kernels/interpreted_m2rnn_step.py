@@ -11,31 +11,14 @@ import torch  # noqa: E402
 
 from kernels.m2rnn_step import m2rnn_step  # noqa: E402
 from kernels.m2rnn_step.op import step_op  # noqa: E402
+from tests.kernels.decoding_steps import check_step  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.m2rnn_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 
 
 def check(sizes: Sizes, dtype: torch.dtype, resets: bool) -> None:
     arguments = problem(*sizes, dtype=dtype, resets=resets)
-    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
-    wanted, found = written_out(*arguments), m2rnn_step(*arguments)
-    same = (torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor))))
-    assert all(same), "an input was written over"
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
-    for name, a, b in zip(("o", "past", "state"), found, wanted):
-        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
-        limit = 1.01 * rounding + 3e-6 * (1 + float(b.abs().max()))
-        assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
-    state = arguments[7]
-    turned = state.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)  # dense in another order
-    again = m2rnn_step(*(*arguments, True))
-    assert again[2] is state and all(torch.equal(a, b) for a, b in zip(again, found)), "in place"
-    if state.numel() > 1:
-        moved = (*arguments[:7], turned, *arguments[8:])
-        assert all(torch.equal(a, b) for a, b in zip(m2rnn_step(*moved), found)), "strides"
-        again = m2rnn_step(*(*moved, True))
-        assert again[2] is turned and all(torch.equal(a, b) for a, b in zip(again, found)), "strides, in place"
-    print(sizes, dtype, flush=True)
+    check_step(m2rnn_step, arguments, written_out(*arguments), 7, ("o", "past", "state"), 3e-6, (sizes, dtype))
 
 
 def forgotten() -> None:

@@ -12,32 +12,14 @@ import torch  # noqa: E402
 
 from kernels.mamba2_step import mamba2_step  # noqa: E402
 from kernels.mamba2_step.op import step_op  # noqa: E402
+from tests.kernels.decoding_steps import check_step  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.mamba2_step_cases import CASES, Sizes, problem, written_out  # noqa: E402
 
 
 def check(sizes: Sizes, dtype: torch.dtype, resets: bool, low: float, high: float) -> None:
     arguments = problem(sizes, dtype, resets, low, high)
-    before = [a.clone() for a in arguments if isinstance(a, torch.Tensor)]
-    wanted = written_out(*arguments)
-    computed = mamba2_step(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(before, (a for a in arguments if isinstance(a, torch.Tensor)))), (
-        "an input was written over"
-    )
-    assert [t.dtype for t in computed] == [dtype, dtype, torch.float32]
-    for name, a, b in zip(("y", "past", "ssm"), computed, wanted):
-        rounding = float((b.to(a.dtype).double() - b).abs().max()) if a.dtype != torch.float32 else 0.0
-        limit = 1.01 * rounding + 2e-6 * (1 + float(b.abs().max()))
-        assert float((a.double() - b).abs().max()) <= limit, (sizes, dtype, name, float((a.double() - b).abs().max()), limit)
-    ssm = arguments[7]
-    again = mamba2_step(*arguments, in_place=True)
-    assert again[2] is ssm and all(torch.equal(a, b) for a, b in zip(again, computed)), "in place"
-    if ssm.numel() > 1:  # dense in another order
-        arguments[7] = before[7].permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-        assert all(torch.equal(a, b) for a, b in zip(mamba2_step(*arguments), computed)), "strides"
-        again = mamba2_step(*arguments, in_place=True)
-        assert again[2] is arguments[7] and all(torch.equal(a, b) for a, b in zip(again, computed)), "strides, in place"
-    print(sizes, dtype, flush=True)
+    check_step(mamba2_step, arguments, written_out(*arguments), 7, ("y", "past", "ssm"), 2e-6, (sizes, dtype))
 
 
 def forgotten() -> None:

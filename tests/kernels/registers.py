@@ -47,6 +47,16 @@ class Registers:
         self.used[label] = {"key": key, "figures": figures}
         return figures
 
+    def report(self, figures: dict[str, Any], golden: Path | None, of: str = "kernels", **arguments: Any) -> None:
+        """Ends a program: prints the figures as a line of JSON, and writes them over `golden`, a file whose tests they are, with the arguments that
+        they were made with."""
+        import triton
+
+        print(json.dumps(figures))
+        self.close()
+        if golden is not None:
+            golden.write_text(json.dumps({"triton": triton.__version__, **arguments, of: figures}, indent=1) + "\n")
+
     def close(self) -> None:
         """Writes what was used, if asked to."""
         if {"--keep", "--golden"} & set(sys.argv):
