@@ -182,8 +182,8 @@ class Engine:
             start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)
             # Losses and gradients of slices are sums over tokens like those of rows, so the scale is the same for both.
             with split(self.module, self.world.group) if self.world.sequence > 1 else nullcontext():
-                if self.at_once is not None:
-                    loss_sum += self._outside(batch, scale)
+                if self.at_once is not None and self.graphed is not None:  # a pass that DeepSpeed does not see, as those that are replayed
+                    loss_sum += self.graphed.as_written(batch, scale)
                     continue
                 output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
                 if start_state is not None:
@@ -193,13 +193,6 @@ class Engine:
         if self.at_once is not None:
             self.at_once.reduce()
         return loss_sum
-
-    def _outside(self, batch: Batch, scale: float) -> Tensor:
-        """A pass as written that DeepSpeed does not see, for a micro-batch of a step whose other passes are replayed; returns its sum of losses."""
-        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
-            output = self.module(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
-        ((output.loss_sum + output.z_loss_sum) * scale).backward()
-        return output.loss_sum.detach().double()  # type: ignore[no-any-return]
 
     def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""

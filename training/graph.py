@@ -121,7 +121,8 @@ class GraphedPass:
         before = [p.grad for p in self.parameters]
         try:
             with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
-                self._pass(captured)
+                loss_sum = self._pass(captured.input_ids, captured.labels, captured.segment_ids, captured.scale, cached=False)
+                captured.loss_sum.copy_(loss_sum)
         except (RuntimeError, torch.AcceleratorError) as error:
             release_random_numbers(self.device)
             for parameter, gradient in zip(self.parameters, before):
@@ -138,9 +139,14 @@ class GraphedPass:
         self._news.append(f"Forward and backward run as written, not as a CUDA graph: {reason}.")
         return False
 
-    def _pass(self, captured: _Captured) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=False):
-            output = self.module(captured.input_ids, labels=captured.labels, segment_ids=captured.segment_ids)
+    def as_written(self, batch: Batch, scale: float) -> Tensor:
+        """The pass that `run` left, of a batch on the device; returns its sum of token losses (fp64)."""
+        return self._pass(batch.input_ids, batch.labels, batch.segment_ids, scale, cached=True).double()
+
+    def _pass(self, input_ids: Tensor, labels: Tensor, segment_ids: Tensor | None, scale: Tensor | float, cached: bool) -> Tensor:
+        """Adds the gradients of `scale` times the summed loss; returns the sum of token losses. cached: weights are cast once for all their uses."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=cached):
+            output = self.module(input_ids, labels=labels, segment_ids=segment_ids)
         assert output.loss_sum is not None and output.z_loss_sum is not None
-        ((output.loss_sum + output.z_loss_sum) * captured.scale).backward()
-        captured.loss_sum.copy_(output.loss_sum.detach())
+        ((output.loss_sum + output.z_loss_sum) * scale).backward()
+        return output.loss_sum.detach()

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import runpy
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.loader import Batch
 from training import engine
+from training.graph import GraphedPass
 
 
-class Outside:
-    """Stands for training.graph.GraphedPass."""
+class Outside(GraphedPass):
+    """Stands for GraphedPass on a CPU, where nothing is recorded."""
 
-    why_not = ""
-
-    def __init__(self, module: nn.Module, device: torch.device, autocast: bool) -> None:
-        self.module, self.autocast, self.runs = module, autocast, 0
+    runs = 0
 
     def run(self, batch: Batch, scale: float) -> Tensor | None:
         self.runs += 1
@@ -26,10 +23,7 @@ class Outside:
             self.why_not = "tried"
         if self.runs == 2 or self.why_not:
             return None
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            output = self.module(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids)
-        ((output.loss_sum + output.z_loss_sum) * scale).backward()
-        return output.loss_sum.detach().double()
+        return self.as_written(batch, scale)
 
     def news(self) -> list[str]:
         return ["Passes ran outside."]
