@@ -25,8 +25,23 @@ class Corpus:
         """spec: inputs with commas between them; limit: 0 for all documents; last_share: what of a single document is held out."""
         specs = [spec] if os.path.exists(spec) else [s.strip() for s in spec.split(",") if s.strip()]
         self.sources = [Source(os.path.expanduser(one), text_field, strict) for one in specs]
+        self._read_once()
         self.limit, self.last_share = limit, last_share
         self.cut = False  # whether there was a single document, which is given in two parts, the second to be held out
+
+    def _read_once(self) -> None:
+        """Leaves out files that an earlier input has: read twice they count twice, and may be trained on and held out. Raises UserError for an input
+        that is named twice."""
+        twice = [one for one, times in Counter(source.spec for source in self.sources).items() if times > 1]
+        if twice:
+            raise UserError(f"input names {shown(twice[0])} twice; name it once.")
+        read: set[str] = set()
+        for listing in self._listings():
+            real = {path: os.path.realpath(path) for path in listing.files}
+            for path in [path for path in listing.files if real[path] in read]:
+                listing.files.remove(path)
+                listing.leave("read already by an earlier input", path)
+            read.update(real.values())
 
     def identity(self) -> list[Any]:
         return [source.identity() for source in self.sources]
@@ -36,7 +51,7 @@ class Corpus:
 
     def reading(self) -> list[str]:
         """What is read, a line each input."""
-        return [listing.reading() for listing in self._listings()]
+        return [listing.reading() for listing in self._listings() if listing.files]
 
     def left_out(self) -> list[str]:
         """The files and records that are not read, and why, a line for each kind."""

@@ -156,6 +156,22 @@ def test_a_folder_says_what_is_left_out_and_why(tmp_path: Path, capsys: pytest.C
     assert f"left out, link to nothing: {root / 'gone.txt'}" in said
 
 
+def test_a_file_that_two_inputs_have_is_read_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(f"text of {name}")
+    (tmp_path / "link.txt").symlink_to(folder / "b.txt")
+    assert main([f"input={folder},{folder / 'a.txt'},{tmp_path / 'link.txt'}", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 0
+    said = capsys.readouterr().out
+    assert "reading 0 files" not in said and "train: 1 documents" in said and "valid: 1 documents" in said
+    assert f"left out, read already by an earlier input: {folder / 'a.txt'}" in said and str(tmp_path / "link.txt") in said
+    for twice in (str(folder), "demo", "hf:some/set"):
+        assert main([f"input={twice},{twice}", f"out={tmp_path / 'p'}", "tokenizer=bytes"]) == 2
+        assert f"input names {twice} twice" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
 def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
