@@ -4,7 +4,7 @@
     python train.py model=hf:out/hybrid distill.teacher=runs/quickstart train.steps=1000
 
 `checkpoint` is a run, a checkpoint, or a folder that model=hf: reads. `to` is mamba2, delta or a cell (`gru`, `paragru`, ...). `layers`: numbers with
-commas, half (every second attention, from the first on) or all. text: a text file, on whose first 4,096 tokens it is
+commas, half (every second attention, from the first on) or all. text: a file or folder of texts, on whose first 4,096 tokens it is
 measured how large the attention's outputs are, which the new mixers' are then made to be at first; wanted where many layers are replaced. random=true:
 the new mixers begin anew, to compare with. scale: a factor of what new mixers with a norm put out at first. The folder that is written is an exported
 one, which transformers loads too; until it is trained on it says little. docs/methods/conversion.md.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from data.files import check_writable
 from data.tokenizer import encode_bare
+from evals.inputs.texts import corpus_of_file
 from models.checkpoint import load_model
 from models.convert import converted, sizes_of, targets
 from models.hub.export import write_folder
@@ -66,11 +67,10 @@ def chosen(words: str, config: Any) -> list[int]:
     return attentions[:: 2 if words == "half" else 1]
 
 
-def start_of(file: Path, tokenizer: Tokenizer) -> Tensor:
-    """The first tokens of a text (R, T), R rows of 512 or one shorter. Raises UserError where there are none."""
-    if not file.is_file():
-        raise UserError(f"There is no file {file}; give a text with text=FILE.")
-    ids = encode_bare(tokenizer).encode(file.read_text(errors="replace")[: 16 * MEASURED], add_special_tokens=False).ids[:MEASURED]
+def start_of(file: str, tokenizer: Tokenizer) -> Tensor:
+    """The first tokens of a text (R, T), R rows of 512 or one shorter; it is read as evaluation reads one. Raises UserError where there are none."""
+    text = "\n\n".join(corpus_of_file(file, 16 * MEASURED).documents)
+    ids = encode_bare(tokenizer).encode(text, add_special_tokens=False).ids[:MEASURED]
     if len(ids) < 16:
         raise UserError(f"{file} is too short to measure anything: it has {len(ids)} tokens.")
     T = min(512, len(ids))
@@ -86,7 +86,7 @@ def run(values: dict[str, Any]) -> Path:
     layers = chosen(values["layers"], teacher.config)
     if not layers:
         raise UserError(f"{values['checkpoint']} has no attention to convert.")
-    sizes = sizes_of(teacher, layers, start_of(Path(values["text"]), tokenizer)) if values["text"] else None
+    sizes = sizes_of(teacher, layers, start_of(values["text"], tokenizer)) if values["text"] else None
     student = converted(teacher, layers, values["to"], values["seed"], not values["random"], values["scale"], sizes)
     check_writable(out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from data.errors import UserError
+from data.tokenizer import byte_tokenizer
 from evals.adapters.own import OwnAdapter
 from evals.cures.hooks import scan_hook
 from models.config import ModelConfig
 from models.convert import converted, sizes_of, targets
 from models.lm import LanguageModel
-from scripts.convert import DEFAULTS, problems_of
+from scripts.convert import DEFAULTS, problems_of, start_of
 from training.distill import Distillation, divergence
 
 IDS = torch.randint(48, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -109,6 +112,18 @@ def test_outputs_begin_with_the_size_that_the_attentions_have_on_a_text(target: 
     norm = converted(teacher, [1], target, scale=0.5, sizes={1: size}).blocks[1].mixer.norm.weight
     heads = size if target == "mamba2" else size.view(4, 8).square().mean(0).sqrt()
     torch.testing.assert_close(norm, 0.5 * heads)
+
+
+def test_a_text_is_read_as_everywhere(tmp_path: Path) -> None:
+    words = "".join(f"line {i} of a text\n" for i in range(40))
+    (tmp_path / "a.txt").write_text(words)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(words.encode()))
+    assert torch.equal(start_of(str(tmp_path / "a.txt"), byte_tokenizer()), start_of(str(tmp_path / "a.txt.gz"), byte_tokenizer()))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG" * 200)
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1") * 200)
+    for name, why in (("a.png", "not read"), ("latin.txt", "not UTF-8"), ("nosuch.txt", "nothing to read")):
+        with pytest.raises(UserError, match=why):
+            start_of(str(tmp_path / name), byte_tokenizer())
 
 
 def test_what_cannot_be_converted_is_a_sentence() -> None:
