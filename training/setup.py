@@ -23,7 +23,7 @@ from models.config import ModelConfig
 from models.hub.importing import load_into, read_stock, resolved
 from models.lm import LanguageModel
 from training import checkpoint, fork
-from training.config.changes import differences, finished, keep_history, lr_jump
+from training.config.changes import compared, differences, finished, keep_history, lr_jump
 from training.config.checks import NO_DATA, notes
 from training.config.recipe import rate
 from training.config.schema import Config
@@ -145,7 +145,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         raise
     config.at = cursor.position()
     before = fork.settings_of(folder) if folder is not None else {}
-    changes = differences(before, {str(k): v for k, v in now.items()}) if before else []
+    changes = differences(*compared(before, {str(k): v for k, v in now.items()}, folder, model.config)) if folder and before else []
     told = [*_told(config, world, model, cursor, where), *_changed(config, cursor, before if moments else {}, changes)]
 
     def write() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.conftest import run_ranks
 from tests.training.test_runs import QUIET, losses, mistake, ok
@@ -145,6 +146,25 @@ def test_settings_that_differ_are_listed() -> None:
         assert words in told
     assert "data.path.b: 1 -> not there" in told and "data.path.c: not there -> 1" in told
     assert "name" not in told and "resume" not in told and "size" not in told and changes.differences(before, before) == []
+
+
+def test_a_model_of_a_folder_is_compared_as_it_was_built(tmp_path: Path) -> None:
+    """model=hf: leaves the transformer's defaults where the architecture stands, and a run goes on under model=hybrid."""
+    hybrid = settings_of("model=hybrid", "seed=3")
+    folder = {**settings_of("model=transformer"), "model": {**settings_of("model=transformer")["model"], "init_from": "hub"}}
+
+    def built(**attention: Any) -> ModelConfig:
+        keys = {key: hybrid["model"][key] for key in ("d_model", "n_layers", "pattern", "mixers", "d_ff")}
+        mixers = {**keys["mixers"], "attention": {**keys["mixers"]["attention"], **attention}}
+        return ModelConfig.from_dict({**keys, "vocab_size": 300, "mixers": mixers})
+
+    written_out = built(n_kv_heads=hybrid["model"]["mixers"]["attention"]["n_heads"])
+    (tmp_path / "config.json").write_text(json.dumps({**written_out.to_dict(), "d_ff": written_out.mlp_width}))
+    assert changes.differences(folder, hybrid) != ["seed: 0 -> 3"]
+    assert changes.differences(*changes.compared(folder, hybrid, tmp_path, built())) == ["seed: 0 -> 3"]
+    told = changes.differences(*changes.compared(folder, hybrid, tmp_path, built(window=128)))
+    assert told == ["model.mixers.attention.window: 0 -> 128", "seed: 0 -> 3"]
+    assert changes.compared(hybrid, hybrid, tmp_path / "none", built()) == (hybrid, hybrid)
 
 
 def test_a_learning_rate_that_jumps_is_told_with_both_values() -> None:

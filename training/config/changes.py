@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
+from models.config import ModelConfig
+from models.hub.importing import ARCHITECTURE
 from training.config.schema import Config, parse
 from training.cursor import Cursor
 
@@ -27,6 +29,11 @@ NOT_COMPARED = (
     "train.check_memory",
     "profile",
 )
+DERIVED = (
+    "head_dim",
+    "n_kv_heads",
+    "n_k_heads",
+)  # sizes that follow from others where they are 0, and are written out in a folder's config
 NOTABLE = 0.01  # relative change of the learning rate that is a jump
 
 
@@ -50,6 +57,26 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif not both and key.startswith("data.path"):
             lines.append(f"{key}: {_shown(old[key]) if key in old else 'not there'} -> {_shown(new[key]) if key in new else 'not there'}")
     return lines
+
+
+def compared(before: dict[str, Any], now: dict[str, Any], folder: Path, built: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the checkpoint in `folder` and those of now, as `differences` takes them: where one of them has its model from a folder
+    (model=hf:), whose architecture its own keys do not say, both with the one that was built. built: the model's config now."""
+    if not any(side.get("model", {}).get("init_from") for side in (before, now)):
+        return before, now
+    there, here = (
+        {**c.to_dict(), "d_ff": c.mlp_width} for c in (ModelConfig.from_dict(json.loads((folder / "config.json").read_text())), built)
+    )
+
+    def with_built(settings: dict[str, Any], config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        mixers = {
+            name: {key: value for key, value in mixer.items() if key not in DERIVED or value and other["mixers"].get(name, {}).get(key)}
+            for name, mixer in config["mixers"].items()
+        }
+        architecture = {key: config[key] for key in ARCHITECTURE if key in config}
+        return {**settings, "model": {**settings.get("model", {}), **architecture, "mixers": mixers}}
+
+    return with_built(before, there, here), with_built(now, here, there)
 
 
 def _shown(value: Any) -> str:
