@@ -2,8 +2,8 @@
 
 `Engine.step` takes a list of micro-batches so that the gradient is that of (summed token loss of the whole global batch) / (its token count),
 whatever the split into ranks and micro-batches: DeepSpeed's own divisions are undone. Parameters are always fp32; with precision bf16 the matrix
-products run in bf16 under autocast, recurrences stay fp32. Beside it: training/world.py (ranks, how they come together), training/zero/policy.py
-(which ZeRO), training/zero/patches.py (what is changed in DeepSpeed).
+products run in bf16 under autocast, recurrences stay fp32. Beside it: training/passes.py (forward and backward), training/world.py (ranks, how
+they come together), training/zero/policy.py (which ZeRO), training/zero/patches.py (what is changed in DeepSpeed).
 
 What a step waits for over ranks. One sum stands between the backward pass and the optimizer: that of the loss, without which nobody could veto
 the step. Whatever else the ranks have to agree on before the next step rides along with it (`tell`), such as that step's token count: its losses
@@ -20,26 +20,21 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from data.loader import Batch
-from kernels.linear import float8
 from models.block import Block
-from models.parallel import split
 from training import wrappers
 from training.choices import choose_kernels
 from training.config.schema import Config
-from training.graph import GraphedPass, may_replay
-from training.initial_state import InitialStates
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.optim.clip import clip
+from training.passes import Passes
 from training.plans import plans_of
 from training.result import StepResult, local_tokens
 from training.world import World
 from training.zero import patches, policy
-from training.zero.at_once import AtOnce
 from training.zero.parameters import assert_fp32, gathered
 
 
@@ -59,7 +54,6 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
         choose_kernels(t)
-        self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         largest = max(p.numel() for p in self.parameters.values())
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=policy.deepspeed_config(config, world.size, largest)
@@ -73,22 +67,20 @@ class Engine:
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
         wrapper.wrap(self, settings)
         self.plans = plans_of(model, world)
-        graphs = may_replay(config, world) and not model.varies and (not self.stage or policy.may_reduce_at_once(config, world.size))
-        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs else None
-        self.at_once = AtOnce(self.deepspeed.optimizer, config.deepspeed.bucket_bytes // 4) if graphs and self.stage else None
+        self.passes = Passes(self.deepspeed, model, config, world)
         if config.train.compile:
             self.deepspeed.compile()
 
     def news(self) -> list[str]:
         """What the last step settled for those that follow, a sentence each."""
-        return [] if self.graphed is None else self.graphed.news()
+        return self.passes.news()
 
     def follow(self, steps: int) -> None:
         """Tells the engine and the model that `steps` steps of the run are behind the next one."""
         self.steps_taken = steps
         model: Any = self.module
-        if model.follow(self.config.share_at(steps)) and self.graphed is not None:
-            self.graphed.forget()
+        if model.follow(self.config.share_at(steps)):
+            self.passes.forget()
 
     def norm_now(self) -> float:
         """The norm of the gradients before clipping, from when it is known in a step until the next."""
@@ -128,7 +120,8 @@ class Engine:
             clock.lap()
         tokens = self.world.sum([local_tokens(micro_batches)])[0] if tokens is None else tokens
         self.set_lr(lr)
-        loss = self._backward(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
+        loss = self.passes.run(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
+        self.passes.reduce()
         if self.plans is not None:
             self.plans.collect()
         local_loss = loss.item()
@@ -136,63 +129,22 @@ class Engine:
         words = tell() if tell is not None else []
         telling = time.perf_counter() - telling
         learnt = self.plans.words() if self.plans is not None else []
-        gave_up = [float(bool(self.graphed.why_not))] if self.at_once is not None and self.graphed is not None else []
-        loss_sum, *told = self.world.sum([local_loss, *gave_up, *learnt, *words])
-        if gave_up and told.pop(0):
-            self._reduce_as_written()
-        self._learn(told[: len(learnt)])
-        told = told[len(learnt) :]
+        of_passes = self.passes.words()
+        loss_sum, *told = self.world.sum([local_loss, *of_passes, *learnt, *words])
+        self.passes.settle([told.pop(0) for _ in of_passes])
+        self._learn([told.pop(0) for _ in learnt])
         norm, skipped = self._update(loss_sum / tokens, is_bad)
         seconds = time.perf_counter() - start - telling
         return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
 
-    def _reduce_as_written(self) -> None:
-        """From the next step on all ranks run passes as written, and DeepSpeed reduces in them: one of them can no longer replay its passes, and a
-        rank that reduced at once beside another that does not would wait for it for ever."""
-        assert self.at_once is not None and self.graphed is not None
-        self.at_once.give_up()
-        self.at_once = None
-        self.graphed.why_not = self.graphed.why_not or "another rank has to run them so"
-
     def _learn(self, words: list[float]) -> None:
         """Settles the plans of the steps that follow, from what all ranks' solves needed in this one; graphs are of the plans before."""
-        if self.plans is not None and self.plans.decide(words, self.world.size, self._of_first) and self.graphed is not None:
-            self.graphed.forget()
+        if self.plans is not None and self.plans.decide(words, self.world.size, self._of_first):
+            self.passes.forget()
 
     def _of_first(self, values: list[float]) -> list[float]:
         """The first rank's numbers. Collective."""
         return self.world.sum(values if self.world.main else [0.0] * len(values))
-
-    def _backward(self, micro_batches: list[Batch], scale: float) -> Tensor:
-        """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        streams = self.config.data.reader == "stream"
-        if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
-            float8.begin_step(float8.step + 1)
-        self.deepspeed.set_gradient_accumulation_boundary(False)
-        for index, batch in enumerate(micro_batches):
-            self.deepspeed.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            replayed = self.graphed.run(batch, scale) if self.graphed is not None else None
-            if replayed is not None:
-                loss_sum += replayed
-                if index == len(micro_batches) - 1 and self.world.size > 1 and not self.stage:
-                    self.deepspeed.allreduce_gradients()  # its backward, which does so after a pass as written, has not run
-                continue
-            batch = batch.to(self.world.device)
-            start_state = self.initial.before(self.module, index, len(batch.labels), batch.segment_ids, streams)
-            # Losses and gradients of slices are sums over tokens like those of rows, so the scale is the same for both.
-            with split(self.module, self.world.group) if self.world.sequence > 1 else nullcontext():
-                if self.at_once is not None and self.graphed is not None:  # a pass that DeepSpeed does not see, as those that are replayed
-                    loss_sum += self.graphed.as_written(batch, scale)
-                    continue
-                output = self.deepspeed(batch.input_ids, labels=batch.labels, segment_ids=batch.segment_ids, state=start_state)
-                if start_state is not None:
-                    self.initial.after(index, output.state)
-                loss_sum += output.loss_sum.detach().double()
-                self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
-        if self.at_once is not None:
-            self.at_once.reduce()
-        return loss_sum
 
     def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import Batch
-from training import engine
+from training import passes
 from training.graph import GraphedPass
 
 
@@ -30,6 +30,6 @@ class Outside(GraphedPass):
 
 
 if __name__ == "__main__":
-    engine.GraphedPass = Outside  # type: ignore[assignment,misc]
-    engine.may_replay = lambda config, world: True
+    passes.GraphedPass = Outside  # type: ignore[assignment,misc]
+    passes.may_replay = lambda config, world: True
     runpy.run_path("train.py", run_name="__main__")
