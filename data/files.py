@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 import time
@@ -27,6 +28,20 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`value` as JSON; NaN and infinities become null, as JSON has none, and what JSON does not know its text."""
     write_bytes(path, (json.dumps(finite(value), indent=1, default=str) + "\n").encode())
+
+
+def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file, written in place. Raises OSError where the disk does not take it, in the place of safetensors' own error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def save_report(out: Path, report: Any, page: str = "") -> None:

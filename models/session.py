@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import save_tensors
 from models.decode import Decoder
 from models.lm import LanguageModel, LMState
 from models.sampling import Sampling
@@ -181,12 +181,11 @@ class Session:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             whole = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-            save_file(whole, temporary, metadata={"everywhen_session": json.dumps(header)})
+            save_tensors(temporary, whole, {"everywhen_session": json.dumps(header)})
             os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"The session {path} cannot be written: {reason}; choose another file or free space.") from error
+            raise UserError(f"The session {path} cannot be written: {error.strerror}; choose another file or free space.") from error
 
     @staticmethod
     def load(path: str | Path, model: LanguageModel) -> Session:

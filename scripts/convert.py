@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.files import check_writable
+from data.files import check_writable, save_tensors
 from data.tokenizer import encode_bare
 from evals.inputs.texts import corpus_of_file
 from models.checkpoint import load_model
@@ -94,7 +93,7 @@ def run(values: dict[str, Any]) -> Path:
         source.mkdir()
         whole.mkdir()
         tied = {"head.weight"} if student.config.tie_embeddings else set()
-        save_file({k: v.contiguous() for k, v in student.state_dict().items() if k not in tied}, source / "model.safetensors")
+        save_tensors(source / "model.safetensors", {k: v.contiguous() for k, v in student.state_dict().items() if k not in tied})
         (source / "config.json").write_text(json.dumps(student.config.to_dict(), indent=1) + "\n")
         (source / "tokenizer.json").write_text(tokenizer.to_str())
         for name in ("run.json", "tokenizer_config.json"):

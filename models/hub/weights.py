@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import UserError
+from data.files import save_tensors
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 INDEX = "model.safetensors.index.json"
@@ -177,7 +177,7 @@ def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tenso
     if len(groups) > 1:
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     for file, names in zip(files, groups):
-        save_file({name: get(name).contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, {name: get(name).contiguous() for name in names}, {"format": "pt"})
         (folder / file).chmod(0o644)  # the library writes for the owner alone
     if len(groups) > 1:
         table = {name: file for file, names in zip(files, groups) for name in names}

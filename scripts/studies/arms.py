@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from data.files import write_bytes, write_json
+from data.files import save_tensors, write_bytes, write_json
 from data.shards import ShardSet
 from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
@@ -283,9 +283,8 @@ def _save(arm: Arm, record: dict[str, Any]) -> None:
     """The folder of a finished arm: what load_adapter reads, and train.json."""
     folder, values, device, log = arm.folder, arm.values, arm.device, record["log"]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.detach().float().cpu().contiguous() for k, v in dict(arm.model.named_parameters()).items()}, folder / "model.safetensors"
-    )
+    weights = {name: parameter.detach().float().cpu().contiguous() for name, parameter in arm.model.named_parameters()}
+    save_tensors(folder / "model.safetensors", weights)
     write_json(folder / "config.json", arm.config)
     (folder / "tokenizer.json").write_text(arm.shards.tokenizer().to_str())
     write_json(folder / "tokenizer_config.json", arm.shards.tokenizer_config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from models.config import ModelConfig
 from models.hub.export import write_folder
 from models.hub.importing import load_into
 from models.lm import LanguageModel
+from scripts.import_checkpoint import main as import_program
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
 from tests.hub.test_native_export import FAMILIES, checkpoint
 from training.config.checks import split_problems
@@ -74,6 +76,21 @@ def test_data_that_begin_documents_with_another_token_are_told_of(tmp_path: Path
         assert prepare([f"input={tmp_path / 'a.txt'}", f"out={tmp_path / source.stem}-shards", f"tokenizer={source}"]) == 0
         told.append(_other_start(folder, ShardSet(tmp_path / f"{source.stem}-shards", "train")))
     assert told[0] == "" and "begin with '<|endoftext|>'" in told[1] and f"tokenizer={folder}" in told[1]
+
+
+def test_a_disk_that_is_full_ends_an_import_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """safetensors has an error of its own for it. A limit on the size of a file stands for the disk."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_folder(checkpoint(tmp_path / "c", FAMILIES["llama"]), folder, "fp32", 10**9, "mit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        status = import_program([str(folder), str(tmp_path / "out"), "verify=false"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and f"{tmp_path / 'out'} cannot be written: File too large" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("hf", "c")]
 
 
 @pytest.mark.slow
