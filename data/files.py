@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +44,29 @@ def save_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] |
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def check_absent(folder: Path) -> None:
+    """Raises UserError where something lies at `folder` already."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already; remove it or give another folder.")
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that becomes it when the body has ended well, and is gone when it has not. Raises UserError where `final` exists, and
+    in the place of an OSError of the body."""
+    check_absent(final)
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_report(out: Path, report: Any, page: str = "") -> None:

@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data.files import check_writable, save_tensors
+from data.files import check_absent, check_writable, new_folder, save_tensors
 from data.tokenizer import encode_bare
 from evals.inputs.texts import corpus_of_file
 from models.checkpoint import load_model
@@ -79,19 +79,16 @@ def start_of(file: str, tokenizer: Tokenizer) -> Tensor:
 def run(values: dict[str, Any]) -> Path:
     """Converts and writes; returns the folder. Raises UserError."""
     out = Path(values["out"])
-    if out.exists():
-        raise UserError(f"{out} exists already; give another folder.")
+    check_absent(out)
+    check_writable(out.absolute().parent)
     teacher, tokenizer, meta = load_model(values["checkpoint"])
     layers = chosen(values["layers"], teacher.config)
     if not layers:
         raise UserError(f"{values['checkpoint']} has no attention to convert.")
     sizes = sizes_of(teacher, layers, start_of(values["text"], tokenizer)) if values["text"] else None
     student = converted(teacher, layers, values["to"], values["seed"], not values["random"], values["scale"], sizes)
-    check_writable(out.parent)
-    with tempfile.TemporaryDirectory(dir=out.parent) as made:
-        source, whole = Path(made) / "source", Path(made) / "whole"
-        source.mkdir()
-        whole.mkdir()
+    with new_folder(out) as whole, tempfile.TemporaryDirectory(dir=whole.parent) as made:
+        source = Path(made)
         tied = {"head.weight"} if student.config.tie_embeddings else set()
         save_tensors(source / "model.safetensors", {k: v.contiguous() for k, v in student.state_dict().items() if k not in tied})
         (source / "config.json").write_text(json.dumps(student.config.to_dict(), indent=1) + "\n")
@@ -100,7 +97,6 @@ def run(values: dict[str, Any]) -> Path:
             if (Path(meta["folder"]) / name).is_file():
                 (source / name).write_bytes((Path(meta["folder"]) / name).read_bytes())
         write_folder(source, whole, None, 1 << 32, "other")
-        whole.rename(out)
     print(f"wrote {out}: {values['to']} in layers {', '.join(map(str, layers))} of {teacher.config.n_layers}; go on with")
     print(f"  python train.py model=hf:{out} distill.teacher={values['checkpoint']}")
     return out

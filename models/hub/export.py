@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import write_json
+from data.files import new_folder, write_json
 from data.tokenizer import Marks, coder_of, encode_bare, marks_of, tokenizer_config
 from kernels.moved import moved
 from models.checkpoint import find, read_config
@@ -241,19 +241,9 @@ def export(
     source, final, limit = find(checkpoint), Path(out).absolute(), parse_size(shard_size)  # the check runs in another directory
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"The dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
-    if final.exists():
-        raise UserError(f"{final} exists already; remove it or give another folder.")
-    temporary = final.with_name(f".tmp-{final.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_folder(source, temporary, dtype, limit, licence, evaluate(source) if evaluate is not None else None)
-        verify([(source, temporary)])
-        os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with new_folder(final) as folder:
+        write_folder(source, folder, dtype, limit, licence, evaluate(source) if evaluate is not None else None)
+        verify([(source, folder)])
     return final
 
 

@@ -7,7 +7,6 @@ are not those of transformers' own class are refused too, unless verify=false le
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import write_json
+from data.files import check_absent, new_folder, write_json
 from kernels.moved import moved
 from models.config import ModelConfig
 from models.hub.custom import custom
@@ -216,24 +215,15 @@ def import_folder(folder: str | Path, out: str | Path, verify: bool = True) -> P
     """Writes a checkpoint (model.safetensors in fp32, config.json, imported.json, and the folder's tokenizer and generation settings) under a
     temporary name, then renames it to `out`. verify: as of `read_stock`."""
     folder, final = Path(folder), Path(out)
-    if final.exists():
-        raise UserError(f"{final} exists already; remove it or give another folder.")
+    check_absent(final)
     config, tensors = read_stock(folder, verify)
-    temporary = final.with_name(f".tmp-{final.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_shards(temporary, {n: t.nbytes for n, t in tensors.items()}, tensors.__getitem__, 1 << 62)
-        write_json(temporary / "config.json", config.to_dict())
-        write_json(temporary / "imported.json", facts_of(folder, config))
+    with new_folder(final) as made:
+        write_shards(made, {n: t.nbytes for n, t in tensors.items()}, tensors.__getitem__, 1 << 62)
+        write_json(made / "config.json", config.to_dict())
+        write_json(made / "imported.json", facts_of(folder, config))
         for name in KEPT:
             if (folder / name).is_file():
-                shutil.copyfile(folder / name, temporary / name)
-        os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copyfile(folder / name, made / name)
     return final
 
 
