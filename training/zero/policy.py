@@ -116,6 +116,8 @@ def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device before every forward pass and after every step, which also ends the recording of a CUDA graph.
+        "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16", **by_layer},
         "steps_per_print": None,
     }
