@@ -43,6 +43,21 @@ from training.zero.at_once import AtOnce
 from training.zero.parameters import assert_fp32, gathered
 
 
+def sent_to_host(number: Tensor) -> Callable[[], float]:
+    """Has a number copied to the host behind all that is queued; what is returned waits for the copy, and not for what is queued after it."""
+    if number.device.type != "cuda":
+        return number.item
+    copy, event = torch.empty((), dtype=number.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(number, non_blocking=True)
+    event.record()
+
+    def read() -> float:
+        event.synchronize()
+        return copy.item()
+
+    return read
+
+
 class Engine:
     """A DeepSpeed engine around a LanguageModel and its optimizer."""
 
@@ -68,6 +83,8 @@ class Engine:
             patches.keep_gradients_in_place(self.deepspeed)
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
+            if self.stage < 3 and world.device.type == "cuda":
+                patches.clip_as_read(self.deepspeed.optimizer)
         assert_fp32(self.parameters)
         self.steps_taken, self.whole_norm = 0, math.nan
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
@@ -131,7 +148,10 @@ class Engine:
         loss = self._backward(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
         if self.plans is not None:
             self.plans.collect()
-        local_loss = loss.item()
+        read_loss = sent_to_host(loss)
+        if self.at_once is not None:
+            self.at_once.reduce()  # the device is at it while the host reads the loss and asks for data
+        local_loss = read_loss()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
         telling = time.perf_counter() - telling
@@ -190,8 +210,6 @@ class Engine:
                     self.initial.after(index, output.state)
                 loss_sum += output.loss_sum.detach().double()
                 self.deepspeed.backward((output.loss_sum + output.z_loss_sum) * scale, scale_wrt_gas=False)
-        if self.at_once is not None:
-            self.at_once.reduce()
         return loss_sum
 
     def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from training.zero import norms
+
+EPS = 1e-6  # as DeepSpeed adds to the norm
 LINEAR = nn.functional.linear
 
 # patch -> ("module" or "module:object", a text that its source holds) of every place that the patch relies on
@@ -36,6 +39,12 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "_zero_padding"),
+    ),
+    "clip_as_read": (
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "scaled_global_grad_norm = self.scaled_global_norm()"),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self.unscale_and_clip_grads([single_grad_partition], "),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
+        ("deepspeed.runtime.utils:is_invalid_grad_norm", "return not isfinite(float(norm)) or norm < 0"),
     ),
     "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
     "link_moments": (
@@ -88,14 +97,28 @@ def norm_in_few_launches(optimizer: Any, device: torch.device) -> None:
     DeepSpeed's own copies every gradient to fp64 and reduces it by itself, and the GPU waits meanwhile."""
 
     def norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2) -> torch.Tensor:
-        parts = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
-        squares = torch.zeros((), dtype=torch.float64, device=device)
-        if parts:
-            squares += torch.stack(torch._foreach_norm(parts)).double().square().sum()
-        dist.all_reduce(squares)
-        return torch.where(squares.isfinite(), squares.sqrt(), -1.0).float()
+        known: torch.Tensor | None = getattr(gradients, "norm", None)  # of training/zero/at_once.py
+        if known is not None:
+            return known
+        total = norms.squares([g.detach() for g in gradients if not getattr(g, "_zero_padding", False)], device)
+        dist.all_reduce(total)
+        return norms.root(total)
 
     optimizer.get_grad_norm_direct = norm
+
+
+def clip_as_read(optimizer: Any) -> None:
+    """Has a ZeRO-1/2 optimizer read the norm of all gradients once, and its AdamW divide them as it reads them. DeepSpeed reads the norm again for
+    each group, behind the update of the group before, once more behind the gathering of weights, and goes over all gradients to divide them."""
+    tensor_norm = optimizer.scaled_global_norm
+
+    def clip(gradients: Any, norm: float) -> None:
+        divisor = (norm + EPS) / optimizer.clip_grad if optimizer.clip_grad else 1.0
+        optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
+
+    assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
+    optimizer.scaled_global_norm = lambda norm_type=2: float(tensor_norm(norm_type))
+    optimizer.unscale_and_clip_grads = clip
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:
