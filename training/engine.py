@@ -85,6 +85,8 @@ class Engine:
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
             if self.stage < 3 and world.device.type == "cuda":
                 patches.clip_as_read(self.deepspeed.optimizer)
+        if policy.gathers_alike(config, world.size):
+            patches.gather_small_at_once(self.deepspeed.optimizer)
         assert_fp32(self.parameters)
         self.steps_taken, self.whole_norm = 0, math.nan
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)

@@ -46,6 +46,15 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
         ("deepspeed.runtime.utils:is_invalid_grad_norm", "return not isfinite(float(norm)) or norm < 0"),
     ),
+    "gather_small_at_once": (
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._post_step", "[0].all_gather(self.persistent_parameters)"),
+        ("deepspeed.runtime.zero.partition_parameters:Init", "param.all_gather = all_gather"),
+        (
+            "deepspeed.runtime.zero.partition_parameters:Init._allgather_params_coalesced",
+            "param.data = gathered_tensor.narrow(0, 0, param.ds_numel)",
+        ),
+        ("deepspeed.runtime.zero.partition_parameters:Init._all_gather", "param.ds_status = ZeroParamStatus.AVAILABLE"),
+    ),
     "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
     "link_moments": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "if not self._hp_optimizer_states_linked:"),
@@ -119,6 +128,32 @@ def clip_as_read(optimizer: Any) -> None:
     assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
     optimizer.scaled_global_norm = lambda norm_type=2: float(tensor_norm(norm_type))
     optimizer.unscale_and_clip_grads = clip
+
+
+def gather_small_at_once(optimizer: Any) -> None:
+    """Has a ZeRO-3 optimizer gather the small parameters, which stay whole between its steps, in one collective. DeepSpeed sends each by itself, some
+    hundred of a few thousand numbers, and waits for the device behind them."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    small = optimizer.persistent_parameters
+    if not small:
+        return
+    one_by_one, group = small[0].all_gather, small[0].ds_process_group
+
+    def all_gather(param_list: Any = None, *more: Any, **named: Any) -> Any:
+        parts = [p.ds_tensor.detach().view(-1) for p in param_list] if param_list is small else []
+        alike = all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in small) and len({(part.dtype, part.device) for part in parts}) == 1
+        if not alike or more or named:
+            return one_by_one(param_list, *more, **named)
+        mine = torch.cat(parts)
+        every = mine.new_empty(dist.get_world_size(group), mine.numel())
+        dist.all_gather_into_tensor(every.view(-1), mine, group=group)
+        for p, rows in zip(small, every.split([part.numel() for part in parts], 1)):
+            p.data = rows.reshape(-1)[: p.ds_numel].view(p.ds_shape)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+        return None
+
+    small[0].all_gather = all_gather
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:
