@@ -3,11 +3,11 @@
     python -m scripts.bench.zero out=docs/results/zero/h200_2.json [gpus=4] [seconds=200] [sizes=400m,1b] [models=...]
     python -m scripts.bench.zero out=FILE toy=true gpus=2                # the same program in small, on CPU ranks
 
-A size after the other. First the models on one GPU each, as many at a time as there are GPUs, those of the first size on every GPU; then all GPUs
+A size after the other. First the models on one GPU each, as many at a time as there are GPUs, the first of them on every GPU; then all GPUs
 together, one case after another in one process group, the most wanted first: passes as CUDA graphs with gradients reduced once a step
 (`train.cuda_graph=all`), and DeepSpeed's own way. Steps follow each other as in training. `efficiency` is tokens/s a GPU over that of one GPU in the
-same call, the mean of those measured. A row says whether passes were replayed (`news`) and what torch's allocator held; one that is profiled says how
-long kernels ran, how long only NCCL's did, and how long none.
+same call, the mean of those measured. A row says whether passes were replayed (`news`) and what torch's allocator held; one that is profiled says for
+how long kernels ran, only NCCL's did, and none.
 """
 
 from __future__ import annotations
@@ -61,22 +61,20 @@ WAYS: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...]], ...] = (
     (3, "zero3 bf16", (WRITTEN, BF16), ()),
     (3, "zero2 deepspeed", (WRITTEN,), ()),
 )
-MOST = 1  # of all models; what is wanted less comes after both sizes, of the first model
 
 
 def sizes_of(values: dict[str, Any]) -> list[str]:
     return ["tiny"] if values["toy"] else values["sizes"].split(",")
 
 
-def cases(values: dict[str, Any], size: str, most: bool) -> list[dict[str, Any]]:
-    """Of a size on all GPUs, the most wanted first. most: those that all models have, else the others."""
-    models = values["models"].split(",")
-    return [
-        case(model, size, name, values["gpus"], values, model in profiled, *more)
-        for wanted, name, more, profiled in WAYS
-        for model in (models if most else models[:1])
-        if (wanted <= MOST) == most
-    ]
+def cases(values: dict[str, Any], size: str, first: bool) -> list[dict[str, Any]]:
+    """Of a size on all GPUs, the most wanted first. first: those that come before the next size, else the others."""
+    models, made = values["models"].split(","), []
+    for wanted, name, more, profiled in WAYS:
+        for model in models if wanted < 2 else models[:1]:
+            if (wanted == 0 or wanted == 1 and model == models[0]) == first:
+                made.append(case(model, size, name, values["gpus"], values, model in profiled, *more))
+    return made
 
 
 def shown(row: dict[str, Any], alone: dict[str, Any] | None) -> str:
@@ -169,7 +167,7 @@ class Bench:
                     begun = []
                     for gpu, worker in enumerate(single):
                         own = models[gpu::gpus]
-                        order = own + [model for model in models if n == 0 and model not in own]
+                        order = own + [model for model in models[:1] if n == 0 and model not in own]
                         given = [case(model, size, "one GPU", 1, values, False) for model in order]
                         begun += [pool.submit(self.alone, worker, gpu, given)] if worker in self.workers else []
                     for done in begun:
