@@ -85,6 +85,8 @@ class Engine:
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
             if self.stage < 3 and world.device.type == "cuda":
                 patches.clip_as_read(self.deepspeed.optimizer)
+        if self.stage == 3:
+            patches.list_parameters_once(module for module in model.modules() if isinstance(module, Block))
         if policy.gathers_alike(config, world.size):
             patches.gather_small_at_once(self.deepspeed.optimizer)
         assert_fp32(self.parameters)

@@ -55,6 +55,9 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("deepspeed.runtime.zero.partition_parameters:Init._all_gather", "param.ds_status = ZeroParamStatus.AVAILABLE"),
     ),
+    "list_parameters_once": (
+        ("deepspeed.runtime.zero.partitioned_param_coordinator:get_all_parameters", "sub_module.named_parameters(recurse=recurse)"),
+    ),
     "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
     "link_moments": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "if not self._hp_optimizer_states_linked:"),
@@ -154,6 +157,22 @@ def gather_small_at_once(optimizer: Any) -> None:
         return None
 
     small[0].all_gather = all_gather
+
+
+def list_parameters_once(blocks: Iterable[nn.Module]) -> None:
+    """Has every block that ZeRO-3 gathers as one remember its parameters. DeepSpeed asks for them six times a step, and torch walks the block's modules
+    for each answer."""
+
+    def remember(block: Any) -> None:
+        asked, found = block.named_parameters, list(block.named_parameters())
+
+        def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+            return iter(found) if recurse and remove_duplicate and not prefix else asked(prefix, recurse, remove_duplicate)
+
+        block.named_parameters = named_parameters
+
+    for block in blocks:
+        remember(block)
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:
