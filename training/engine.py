@@ -30,7 +30,7 @@ from training.choices import choose_kernels
 from training.config.schema import Config
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.optim.clip import clip
-from training.passes import Passes
+from training.passes import Passes, sent_to_host
 from training.plans import plans_of
 from training.result import StepResult, local_tokens
 from training.world import World
@@ -62,6 +62,12 @@ class Engine:
             patches.keep_gradients_in_place(self.deepspeed)
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
+            if self.stage < 3 and world.device.type == "cuda":
+                patches.clip_as_read(self.deepspeed.optimizer)
+        if self.stage == 3:
+            patches.list_parameters_once(module for module in model.modules() if isinstance(module, Block))
+        if policy.gathers_alike(config, world.size):
+            patches.gather_small_at_once(self.deepspeed.optimizer)
         assert_fp32(self.parameters)
         self.steps_taken, self.whole_norm = 0, math.nan
         wrapper, settings = wrappers.KINDS.settled(config.optim.wrapper, config)
@@ -121,10 +127,11 @@ class Engine:
         tokens = self.world.sum([local_tokens(micro_batches)])[0] if tokens is None else tokens
         self.set_lr(lr)
         loss = self.passes.run(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
-        self.passes.reduce()
         if self.plans is not None:
             self.plans.collect()
-        local_loss = loss.item()
+        read_loss = sent_to_host(loss)
+        self.passes.reduce()  # the device is at it while the host reads the loss and asks for data
+        local_loss = read_loss()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
         telling = time.perf_counter() - telling

@@ -11,6 +11,9 @@ added. Nothing in a pass may wait for the device or depend on its numbers.
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,17 @@ def release_random_numbers(device: torch.device) -> None:
     would raise ("Offset increment outside graph capture"); a copy of it goes on where it stood."""
     generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
     generator.graphsafe_set_state(generator.clone_state())
+
+
+def leave_failed_capture(device: torch.device, stream: torch.cuda.Stream, pool: Any) -> None:
+    """After a capture that failed. torch stays on the stream of the capture, and its allocator takes the capture for unfinished: it recycles no
+    block any more that a second stream has used, which is all that ZeRO-3 gathers. stream: the one before; pool: of the capture."""
+    torch.cuda.set_stream(stream)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # raised where the capture was ended after all
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
+    release_random_numbers(device)
 
 
 def wanted(config: Config, ranks: int) -> bool:
@@ -117,14 +131,14 @@ class GraphedPass:
         if reserved > ROOM * total:
             return self._give_up(f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation")
         captured = _Captured(batch, self.device)
-        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
-        before = [p.grad for p in self.parameters]
+        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else torch.cuda.graph_pool_handle()
+        before, stream = [p.grad for p in self.parameters], torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
                 loss_sum = self._pass(captured.input_ids, captured.labels, captured.segment_ids, captured.scale, cached=False)
                 captured.loss_sum.copy_(loss_sum)
         except (RuntimeError, torch.AcceleratorError) as error:
-            release_random_numbers(self.device)
+            leave_failed_capture(self.device, stream, pool)
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
             return self._give_up(f"a pass cannot be recorded ({str(error).strip().splitlines()[0]})")

@@ -9,6 +9,7 @@ graphs (training/graph.py); under ZeRO-1 and 2 their gradients are reduced behin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +25,21 @@ from training.initial_state import InitialStates
 from training.world import World
 from training.zero import policy
 from training.zero.at_once import AtOnce
+
+
+def sent_to_host(number: Tensor) -> Callable[[], float]:
+    """Has a number copied to the host behind all that is queued; what is returned waits for the copy, and not for what is queued after it."""
+    if number.device.type != "cuda":
+        return number.item
+    copy, event = torch.empty((), dtype=number.dtype, pin_memory=True), torch.cuda.Event()
+    copy.copy_(number, non_blocking=True)
+    event.record()
+
+    def read() -> float:
+        event.synchronize()
+        return copy.item()
+
+    return read
 
 
 class Passes:

@@ -58,7 +58,7 @@ class World:
         """Element-wise sum over ranks, in fp64; every rank gets the same numbers."""
         if self.size == 1:
             return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        tensor = torch.tensor(values, dtype=torch.float64, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
         dist.all_reduce(tensor)
         return tensor.tolist()
 

@@ -10,7 +10,6 @@ worker, and so does the first case that fails, because ranks that wait for each 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import json
 import statistics
@@ -30,12 +29,13 @@ from models import mixers, parallel
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.bench.spans import device_spans, exposed
-from scripts.bench.timing import seconds
+from scripts.bench.timing import seconds, wait
 from training.config.arguments import program
 from training.config.cli import checked, compose_config
 from training.cost.flops import device_name, peak_flops, training_flops_per_token
 from training.engine import Engine
 from training.errors import UserError
+from training.result import local_tokens
 from training.watch.metrics import peak_memory_gib
 from training.world import World, start_distributed
 
@@ -93,7 +93,8 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     engine = Engine(model, config, world)
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
-    t, losses, times, samples, communication = config.train, [], [], [], []
+    t, losses, samples, communication, news = config.train, [], [], [], []
+    counted, tokens, start, first_step_seconds = case["steps"] // 3, 0.0, 0.0, 0.0
     with BatchLoader(
         reader,
         global_batch=t.global_batch,
@@ -101,17 +102,24 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         replica=world.replica,
         replicas=world.replicas,
         slice_of=world.slice_of,
+        pin=world.device.type == "cuda",
     ) as loader:
-        for _, batches in zip(range(case["steps"]), loader):
+        for n, batches in zip(range(case["steps"]), loader):
             parallel.traffic.clear()
-            results: list[Any] = []
-            step = functools.partial(engine.step, batches, case.get("lr", 1e-4))
-            times.append(seconds(lambda: results.append(step()), world.device, dist.barrier))  # noqa: B023
-            losses.append(results[0].loss)
-            communication.append(results[0].communication / results[0].seconds)
+            tokens = tokens or world.sum([local_tokens(batches)])[0]  # of every step, as train.py knows them from the step before
+            if n in (0, 1, counted):
+                wait(world.device)
+                first_step_seconds = time.perf_counter() - start if n == 1 else first_step_seconds
+                dist.barrier()
+                start = time.perf_counter()
+            result = engine.step(batches, case.get("lr", 1e-4), tokens=tokens)
+            losses.append(result.loss)
+            communication.append(result.communication / result.seconds)
             samples.append([i for batch in batches for i in batch.sample_ids])
-        parts = profiled(engine, next(iter(loader)), world) if case.get("profile") else {}
-    step_seconds = statistics.median(times[len(times) // 3 :])
+            news += engine.news()
+        wait(world.device)
+        step_seconds = (time.perf_counter() - start) / (case["steps"] - counted)  # one after another, as in training
+        parts = profiled(engine, next(iter(loader)), tokens, world) if case.get("profile") else {}
     rate = t.global_batch * t.seq_len / step_seconds / world.size
     peak = peak_flops(device_name(world.device), t.precision)
     row = {
@@ -120,12 +128,14 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "seq_len": t.seq_len,
         "micro_batch": t.micro_batch,
         "losses": losses,
-        "first_step_seconds": times[0],
+        "first_step_seconds": first_step_seconds,
         "step_seconds": step_seconds,
-        "communication_share": statistics.mean(over_ranks(statistics.median(communication[len(communication) // 3 :]))),
+        "communication_share": statistics.mean(over_ranks(statistics.median(communication[counted:]))),
         "tokens_per_second_per_gpu": rate,
         "mfu": rate * flops / peak if peak else None,
         "memory_gib": max(over_ranks(peak_memory_gib(world.device))),
+        **reserved(world.device),
+        "news": news,
         "samples": sorted(set(sum(sum(over_ranks(samples), []), []))),
         **({"parts": parts} if parts else {}),
         **traffic_row(),
@@ -134,14 +144,30 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     return row
 
 
-def profiled(engine: Engine, batches: list[Any], world: World) -> dict[str, Any]:
-    """Where the time of one step of rank 0 goes; the others take it too."""
-    step = functools.partial(engine.step, batches, 1e-4)
+def reserved(device: torch.device) -> dict[str, Any]:
+    """What torch's allocator took from the device at most, and how often it had to give back all it had cached: both are large where blocks are not
+    recycled."""
+    if device.type != "cuda":
+        return {}
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return {"reserved_gib": max(over_ranks(torch.cuda.max_memory_reserved(device) / 2**30)), "alloc_retries": max(over_ranks(retries))}
+
+
+PROFILED = 3  # steps
+
+
+def profiled(engine: Engine, batches: list[Any], tokens: float, world: World) -> dict[str, Any]:
+    """Where the time of a step of rank 0 goes, from some that follow each other; the others take them too."""
+
+    def steps() -> None:
+        for _ in range(PROFILED):
+            engine.step(batches, 1e-4, tokens=tokens)
+
     dist.barrier()
     if not world.main or world.device.type != "cuda":
-        step()
+        steps()
         return {}
-    return exposed(device_spans(step))
+    return exposed(device_spans(steps), PROFILED)
 
 
 def traffic_row() -> dict[str, Any]:

@@ -31,25 +31,34 @@ def covered(spans: Iterable[Span]) -> float:
     return total
 
 
-def exposed(spans: list[Span]) -> dict[str, Any]:
-    """Milliseconds of a step: its span, in how much of it kernels of ours ran, NCCL's, NCCL's with none of ours beside, and nothing; NCCL's kernels by
-    name, and the longest gaps with what ran before and after."""
+def exposed(spans: list[Span], steps: int = 1) -> dict[str, Any]:
+    """Milliseconds of a step, of `steps` that were profiled: its span, in how much of it kernels of ours ran, NCCL's, NCCL's with none of ours beside, and
+    nothing; NCCL's kernels and the longest of ours by name, and the longest gaps of all steps with what ran before and after."""
     if not spans:
         return {}
     ours, nccl = [s for s in spans if "nccl" not in s[2].lower()], [s for s in spans if "nccl" in s[2].lower()]
     span, busy = max(s[1] for s in spans) - spans[0][0], covered(spans)
-    by_name: dict[str, float] = {}
-    for first, last, name in nccl:
-        key = name.split("(")[0][:60]
-        by_name[key] = round(by_name.get(key, 0.0) + (last - first) / 1e3, 2)
     gaps, end, before = [], spans[0][1], spans[0][2]
     for first, last, name in spans[1:]:
         if first > end:
             gaps.append((round((first - end) / 1e3, 3), before[:50], name[:50]))
         if last > end:
             end, before = last, name
+
+    def ms(microseconds: float) -> float:
+        return round(microseconds / 1e3 / steps, 2)
+
     return {
-        "span_ms": round(span / 1e3, 2), "kernels_alone_ms": round(covered(ours) / 1e3, 2), "nccl_ms": round(covered(nccl) / 1e3, 2),
-        "nccl_alone_ms": round((busy - covered(ours)) / 1e3, 2), "idle_ms": round((span - busy) / 1e3, 2), "launches": len(spans),
-        "nccl": by_name, "gaps": sorted(gaps, reverse=True)[:8],
+        "span_ms": ms(span), "kernels_alone_ms": ms(covered(ours)), "nccl_ms": ms(covered(nccl)), "nccl_alone_ms": ms(busy - covered(ours)),
+        "idle_ms": ms(span - busy), "launches": len(spans) // steps, "nccl": {k: ms(v) for k, v in by_name(nccl).items()},
+        "longest": {k: ms(v) for k, v in list(by_name(ours).items())[:15]}, "gaps": sorted(gaps, reverse=True)[:15],
     }  # fmt: skip
+
+
+def by_name(spans: list[Span]) -> dict[str, float]:
+    """Microseconds of the kernels of a name, the longest first."""
+    total: dict[str, float] = {}
+    for first, last, name in spans:
+        key = name.replace("(anonymous namespace)::", "").split("(")[0][:60]
+        total[key] = total.get(key, 0.0) + last - first
+    return dict(sorted(total.items(), key=lambda item: -item[1]))

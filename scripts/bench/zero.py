@@ -1,11 +1,13 @@
 """ZeRO over the GPUs of one host against one GPU without ZeRO, and where a step's time goes.
 
-    python -m scripts.bench.zero out=docs/results/step/zero.json [gpus=4] [seconds=200] [sizes=400m,1b] [models=...] [bf16=true]
+    python -m scripts.bench.zero out=docs/results/zero/h200_2.json [gpus=4] [seconds=200] [sizes=400m,1b] [models=...]
     python -m scripts.bench.zero out=FILE toy=true gpus=2                # the same program in small, on CPU ranks
 
-First the models on one GPU each, as many at a time as there are GPUs; then all GPUs together, one case after another in one process group, the most
-wanted first: passes as CUDA graphs with gradients reduced once a step (`train.cuda_graph=all`), and DeepSpeed's own way. `efficiency` is tokens/s a
-GPU over that of one GPU in the same call. A case that is profiled says how long kernels ran, how long only NCCL's did, and how long none.
+A size after the other. First the models on one GPU each, as many at a time as there are GPUs, the first of them on every GPU; then all GPUs
+together, one case after another in one process group, the most wanted first: passes as CUDA graphs with gradients reduced once a step
+(`train.cuda_graph=all`), and DeepSpeed's own way. Steps follow each other as in training. `efficiency` is tokens/s a GPU over that of one GPU in the
+same call, the mean of those measured. A row says whether passes were replayed (`news`) and what torch's allocator held; one that is profiled says for
+how long kernels ran, only NCCL's did, and none.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "seconds": 1800.0,  # after which no case begins
     "sizes": "400m,1b",
     "models": ",".join(MODELS),
-    "steps": 12,  # of a case; the first third is not counted
+    "steps": 18,  # of a case; the first third is not counted
     "toy": False,
 }
 
@@ -48,34 +50,38 @@ def case(model: str, size: str, name: str, ranks: int, values: dict[str, Any], p
 
 
 GRAPH, WRITTEN, BF16 = "train.cuda_graph=all", "train.cuda_graph=off", "deepspeed.reduction=bf16"
-# (how much it is wanted, name, settings, whether it is profiled for the first model)
-WAYS: tuple[tuple[int, str, tuple[str, ...], bool], ...] = (
-    (0, "zero1 graph bf16", (GRAPH, BF16), True),
-    (0, "zero3", (WRITTEN,), True),
-    (1, "zero1 deepspeed", (WRITTEN,), True),
-    (1, "zero0 graph bf16", (GRAPH, BF16), True),
-    (2, "zero1 graph", (GRAPH,), False),
-    (2, "zero2 graph bf16", (GRAPH, BF16), False),
-    (2, "zero3 bf16", (WRITTEN, BF16), False),
-    (2, "zero0 graph", (GRAPH,), False),
-    (2, "zero2 deepspeed", (WRITTEN,), False),
+# (how much it is wanted, name, settings, models that are profiled)
+WAYS: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    (0, "zero1 graph bf16", (GRAPH, BF16), ("transformer", "paragru")),
+    (1, "zero3", (WRITTEN,), ("transformer",)),
+    (2, "zero1 deepspeed", (WRITTEN,), ("transformer",)),
+    (2, "zero2 graph bf16", (GRAPH, BF16), ()),
+    (3, "zero1 graph", (GRAPH,), ()),
+    (3, "zero0 graph bf16", (GRAPH, BF16), ()),
+    (3, "zero3 bf16", (WRITTEN, BF16), ()),
+    (3, "zero2 deepspeed", (WRITTEN,), ()),
 )
 
 
-def cases(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of all GPUs, the most wanted first: those of the first model and size."""
-    models, sizes = values["models"].split(","), ["tiny"] if values["toy"] else values["sizes"].split(",")
-    made = []
-    for s, size in enumerate(sizes):
-        for m, model in enumerate(models):
-            for wanted, name, more, profile in WAYS:
-                made.append(((wanted + s + (m > 0), wanted), case(model, size, name, values["gpus"], values, profile and not m, *more)))
-    return [one for _, one in sorted(made, key=lambda item: item[0])]
+def sizes_of(values: dict[str, Any]) -> list[str]:
+    return ["tiny"] if values["toy"] else values["sizes"].split(",")
+
+
+def cases(values: dict[str, Any], size: str, first: bool) -> list[dict[str, Any]]:
+    """Of a size on all GPUs, the most wanted first. first: those that come before the next size, else the others."""
+    models, made = values["models"].split(","), []
+    for wanted, name, more, profiled in WAYS:
+        for model in models if wanted < 2 else models[:1]:
+            if (wanted == 0 or wanted == 1 and model == models[0]) == first:
+                made.append(case(model, size, name, values["gpus"], values, model in profiled, *more))
+    return made
 
 
 def shown(row: dict[str, Any], alone: dict[str, Any] | None) -> str:
     rate, parts = row["tokens_per_second_per_gpu"], row.get("parts", {})
     words = [f"{row['id']}: {rate / 1e3:.1f}k tokens/s a GPU, step {1e3 * row['step_seconds']:.1f} ms, {row['memory_gib']:.1f} GiB"]
+    words += [f"of {row['reserved_gib']:.1f}, {row['alloc_retries']} retries"] if "reserved_gib" in row else []
+    words += [sentence[:160] for sentence in row.get("news", [])]
     if row.get("efficiency"):
         words.append(f"{row['efficiency']:.3f} of one")
     if alone is not None:
@@ -91,6 +97,7 @@ class Bench:
         self.values, self.end = values, time.monotonic() + values["seconds"]
         self.result: dict[str, Any] = {**environment(torch.device("cpu" if values["toy"] else "cuda")), "settings": values, "rows": []}
         self.workers: list[Worker] = []
+        self.all: Worker | None = None  # on all GPUs
         self.lock = threading.Lock()  # rows come from several threads
 
     def wait(self) -> None:
@@ -106,9 +113,13 @@ class Bench:
             print(given["id"], row["error"], flush=True)
         else:
             key = (given["model"], given["size"])
-            base = next((r for r in self.result["rows"] if (r["model"], r["size"]) == key and r["gpus"] == 1 and "error" not in r), None)
-            if base is not None and ranks > 1:
-                row["efficiency"] = row["tokens_per_second_per_gpu"] / base["tokens_per_second_per_gpu"]
+            alone = [
+                r["tokens_per_second_per_gpu"]
+                for r in self.result["rows"]
+                if (r["model"], r["size"]) == key and r["gpus"] == 1 and "error" not in r
+            ]
+            if alone and ranks > 1:
+                row["efficiency"] = row["tokens_per_second_per_gpu"] / (sum(alone) / len(alone))
             other = next(
                 (r for r in self.result["rows"] if (r["model"], r["size"], r["way"]) == (*key, "zero1 deepspeed") and "losses" in r), None
             )
@@ -123,42 +134,58 @@ class Bench:
         self.workers.append(worker)
         return worker
 
-    def alone(self, gpu: int, given: list[dict[str, Any]]) -> None:
-        """Cases on one GPU, which others use no more."""
-        worker = self.started(1, CUDA_VISIBLE_DEVICES=str(gpu))
+    def alone(self, worker: Worker, gpu: int, given: list[dict[str, Any]]) -> None:
+        """Cases on one GPU."""
         for one in given:
             row = worker.run(one, self.wait)
-            self.add(row, one, 1)
+            self.add(row if row is None else {**row, "gpu": gpu}, one, 1)
             if row is None:
                 print(worker.said(), flush=True)
-                break
-        worker.close()
-        self.workers.remove(worker)
+                self.workers.remove(worker)
+                return
+
+    def together(self, given: list[dict[str, Any]]) -> None:
+        """Cases on all GPUs; the worker of those before is taken, unless it died."""
+        for one in given:
+            worker = self.all or self.started(self.values["gpus"])
+            row = worker.run(one, self.wait)
+            self.all = worker if row is not None else None
+            self.add(row, one, self.values["gpus"])
+            if row is None:
+                print(worker.said(), flush=True)
+                self.workers.remove(worker)
+                worker.kill()
 
     def run(self) -> None:
-        values = self.values
-        models, sizes = values["models"].split(","), ["tiny"] if values["toy"] else values["sizes"].split(",")
-        each = [[case(model, size, "one GPU", 1, values, False) for size in sizes] for model in models]
-        at_once = 1 if values["toy"] else values["gpus"]
+        values, models, sizes = self.values, self.values["models"].split(","), sizes_of(self.values)
+        gpus = 1 if values["toy"] else values["gpus"]
         try:
-            with ThreadPoolExecutor(at_once) as pool:
-                for done in [pool.submit(self.alone, i % at_once, given) for i, given in enumerate(each)]:
-                    done.result()
-            together = None
-            for one in cases(values):
-                together = together or self.started(values["gpus"])
-                row = together.run(one, self.wait)
-                self.add(row, one, values["gpus"])
-                if row is None:
-                    print(together.said(), flush=True)
-                    self.workers.remove(together)
-                    together.kill()
-                    together = None
+            single = [self.started(1, CUDA_VISIBLE_DEVICES=str(gpu)) for gpu in self.visible(gpus)]
+            self.all = self.started(values["gpus"])  # imports meanwhile
+            for n, size in enumerate(sizes):
+                with ThreadPoolExecutor(gpus) as pool:
+                    begun = []
+                    for gpu, worker in enumerate(single):
+                        own = models[gpu::gpus]
+                        order = own + [model for model in models[:1] if n == 0 and model not in own]
+                        given = [case(model, size, "one GPU", 1, values, False) for model in order]
+                        begun += [pool.submit(self.alone, worker, gpu, given)] if worker in self.workers else []
+                    for done in begun:
+                        done.result()
+                self.together(cases(values, size, True))
+            for size in sizes:
+                self.together(cases(values, size, False))
         except TimeIsUp:
             print("The time is up.", flush=True)
         finally:
             for worker in self.workers:
                 worker.close() if time.monotonic() < self.end else worker.kill()
+
+    @staticmethod
+    def visible(gpus: int) -> list[str]:
+        """The names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+        given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return (given or [str(gpu) for gpu in range(gpus)])[:gpus]
 
 
 def main(words: list[str]) -> None:

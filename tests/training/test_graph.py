@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from data.loader import Batch
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.segments import Documents, documents_in, most_documents
-from tests.conftest import SMALL, run_ranks
+from tests.conftest import SMALL, run_program, run_ranks
 from training.graph import WARMUP, GraphedPass
 
 T, V = 96, 64
@@ -154,3 +155,19 @@ def test_a_pass_that_waits_for_the_device_runs_as_written() -> None:
         assert graphed.run(packed(3, step), 1.0) is None
     assert "cannot be recorded" in graphed.why_not and len(graphed.news()) == 1 and not graphed.news()
     assert torch.rand(2, device="cuda").unique().numel() == 2, "random numbers are drawn outside the graph that failed"
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    other, held = torch.cuda.Stream(), torch.cuda.memory_reserved()
+    for _ in range(20):  # blocks that a second stream has used are recycled, as those that ZeRO-3 gathers
+        torch.empty(1 << 28, dtype=torch.int8, device="cuda").record_stream(other)
+        torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() - held <= 2 << 28
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_passes_of_a_run_are_replayed(demo_shards: Path, tmp_path: Path) -> None:
+    """Through train.py and DeepSpeed, one micro-batch a step: its timer once ended the recording, which begins in the third step."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    words = ["train.device=cuda", "train.steps=5", "train.global_batch=2", "train.micro_batch=2", f"run_dir={tmp_path / 'graphed'}"]
+    done = run_program(["train.py", *SMALL, f"data.path={demo_shards}", *words], started=True, CUDA_VISIBLE_DEVICES=gpus)
+    assert done.returncode == 0 and "are replayed as a CUDA graph" in done.stdout + done.stderr, done.stdout + done.stderr

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
+from training.optim import SkippableAdamW
+from training.zero import patches
 from training.zero.at_once import buckets
 from training.zero.policy import deepspeed_config
 
@@ -56,3 +60,23 @@ def test_buckets_hold_every_gradient_once_in_the_row_of_its_owner(ranks: int, co
             assert offsets[[p is run.parameter for p in parameters].index(True)] + run.first == run.rank * part + run.place
         assert filled.max() == 1
     assert all(bool((p == 1).all()) for p in parameters) and owned.max() == 1 and owned.sum() == 55
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_as_adamw_reads_them(limit: float) -> None:
+    """As on a GPU under ZeRO-1 and 2: the update is that of gradients which DeepSpeed has divided, and the norm comes to the host once."""
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 40)) for _ in range(2)]
+    ours, other = (SkippableAdamW([w], lr=0.1, eps=1.0, fused=True) for w in weights)
+    norms = iter([torch.tensor(4.0), torch.tensor(0.25)])
+    zero = SimpleNamespace(optimizer=ours, clip_grad=limit, loss_scale=1.0, device="cpu", scaled_global_norm=lambda norm_type: next(norms))
+    patches.clip_as_read(zero)
+    for _ in range(2):
+        gradient = torch.rand(40)
+        norm = zero.scaled_global_norm()
+        assert isinstance(norm, float)
+        weights[0].grad, weights[1].grad = gradient.clone(), gradient / max(1.0, (norm + 1e-6) / limit if limit else 1.0)
+        zero.unscale_and_clip_grads([weights[0].grad], norm)
+        assert (ours.grad_scale is not None) == (0 < limit < norm)
+        ours.step()
+        other.step()
+        torch.testing.assert_close(*weights)

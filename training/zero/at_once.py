@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.zero import patches
+from training.zero import norms, patches
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def buckets(parameters: list[nn.Parameter], offsets: list[int], part: int, ranks
 
 
 class Partition(list[Tensor]):
-    """This rank's gradients of a group, a piece for each parameter, and all of them as one tensor: then DeepSpeed does not put them together."""
+    """This rank's gradients of a group, a piece for each parameter, and all of them as one tensor: then DeepSpeed does not put them together. norm: of
+    the group over all ranks."""
+
+    norm: Tensor | None = None
 
     def __init__(self, pieces: list[Tensor], flat_partition: Tensor) -> None:
         super().__init__(pieces)
@@ -66,6 +69,7 @@ class AtOnce:
         self.optimizer = optimizer
         self.plans: list[list[tuple[torch.dtype, int, list[Run]]]] = []  # of each group: dtype, columns and runs of its buckets
         self.pieces: list[list[tuple[int, int]]] = []  # of each group: where this rank's part of each parameter begins and ends
+        self.gaps: list[list[tuple[int, int]]] = []  # and what lies between them, by which DeepSpeed aligns
         for i, parameters in enumerate(optimizer.round_robin_bit16_groups):
             group, part = optimizer.real_dp_process_group[i], int(optimizer.partition_size[i])
             begin = optimizer.bit16_groups_flat[i].data_ptr()
@@ -84,6 +88,9 @@ class AtOnce:
             )
             ends = [(max(o - rank * part, 0), min(o + p.numel() - rank * part, part)) for p, o in zip(parameters, offsets)]
             self.pieces.append([(first, last) for first, last in ends if first < last])
+            covered = sorted(self.pieces[-1])
+            between = zip([0, *(last for _, last in covered)], [*(first for first, _ in covered), part])
+            self.gaps.append([(last, first) for last, first in between if last < first])
         patches.hook_gradients(optimizer, False)
 
     def give_up(self) -> None:
@@ -92,32 +99,47 @@ class AtOnce:
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step; the others are gone."""
-        optimizer = self.optimizer
+        """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step, with its norm; the others are
+        gone. Nothing waits for the device. One bucket is filled while the one before it is sent."""
+        optimizer, totals = self.optimizer, []
         for i, plan in enumerate(self.plans):
             group = optimizer.real_dp_process_group[i]
-            rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-            flat = torch.zeros(int(optimizer.partition_size[i]), device=optimizer.bit16_groups_flat[i].device)  # gaps stay zero
+            flat = torch.empty(int(optimizer.partition_size[i]), device=optimizer.bit16_groups_flat[i].device)
+            for first, last in self.gaps[i]:
+                flat[first:last].zero_()
+            sent: Sent | None = None
             for dtype, columns, runs in plan:
-                bucket = torch.empty(ranks, columns, dtype=dtype, device=flat.device)
-                self._fill(bucket, runs)
-                mine = torch.empty(columns, dtype=dtype, device=flat.device)
-                dist.reduce_scatter_tensor(mine, bucket.view(-1), group=group)
-                mine *= 1.0 / ranks
-                own = [run for run in runs if run.rank == rank]
-                if own:
-                    into = [flat[run.place : run.place + run.count] for run in own]
-                    torch._foreach_copy_(into, [mine[run.column : run.column + run.count] for run in own])
+                following = Sent(group, dtype, columns, runs, flat)
+                if sent is not None:
+                    sent.place_own()
+                sent = following
+            if sent is not None:
+                sent.place_own()
             optimizer.averaged_gradients[i] = Partition([flat[first:last] for first, last in self.pieces[i]], flat)
+            totals.append(norms.squares([flat] if flat.is_cuda else optimizer.averaged_gradients[i], flat.device))
+        total = torch.stack(totals)
+        dist.all_reduce(total)
+        for i, norm in enumerate(norms.root(total)):
+            optimizer.averaged_gradients[i].norm = norm
         for parameters in optimizer.bit16_groups:
             for parameter in parameters:
                 parameter.grad = None
 
-    @staticmethod
-    def _fill(bucket: Tensor, runs: list[Run]) -> None:
+
+class Sent:
+    """A bucket on its way to the ranks that own its rows."""
+
+    def __init__(self, group: Any, dtype: torch.dtype, columns: int, runs: list[Run], flat: Tensor) -> None:
+        self.rank, self.ranks, self.runs, self.flat = dist.get_rank(group), dist.get_world_size(group), runs, flat
+        self.bucket = torch.empty(self.ranks, columns, dtype=dtype, device=flat.device)
+        self.mine = torch.empty(columns, dtype=dtype, device=flat.device)
+        self._fill()
+        self.work: Any = dist.reduce_scatter_tensor(self.mine, self.bucket.view(-1), group=group, async_op=True)
+
+    def _fill(self) -> None:
         into, gradients = [], []
-        for run in runs:
-            place = bucket[run.rank, run.column : run.column + run.count]
+        for run in self.runs:
+            place = self.bucket[run.rank, run.column : run.column + run.count]
             if run.parameter.grad is None:
                 place.zero_()
             else:
@@ -125,3 +147,12 @@ class AtOnce:
                 gradients.append(run.parameter.grad.reshape(-1)[run.first : run.first + run.count])
         if into:
             torch._foreach_copy_(into, gradients)
+
+    def place_own(self) -> None:
+        """Puts this rank's row, averaged, into its part of all gradients."""
+        self.work.wait()
+        self.mine *= 1.0 / self.ranks
+        own = [run for run in self.runs if run.rank == self.rank]
+        if own:
+            into = [self.flat[run.place : run.place + run.count] for run in own]
+            torch._foreach_copy_(into, [self.mine[run.column : run.column + run.count] for run in own])

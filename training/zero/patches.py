@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from training.zero import norms
+
+EPS = 1e-6  # as DeepSpeed adds to the norm
 LINEAR = nn.functional.linear
 
 # patch -> ("module" or "module:object", a text that its source holds) of every place that the patch relies on
@@ -36,6 +39,24 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "_zero_padding"),
+    ),
+    "clip_as_read": (
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "scaled_global_grad_norm = self.scaled_global_norm()"),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self.unscale_and_clip_grads([single_grad_partition], "),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
+        ("deepspeed.runtime.utils:is_invalid_grad_norm", "return not isfinite(float(norm)) or norm < 0"),
+    ),
+    "gather_small_at_once": (
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._post_step", "[0].all_gather(self.persistent_parameters)"),
+        ("deepspeed.runtime.zero.partition_parameters:Init", "param.all_gather = all_gather"),
+        (
+            "deepspeed.runtime.zero.partition_parameters:Init._allgather_params_coalesced",
+            "param.data = gathered_tensor.narrow(0, 0, param.ds_numel)",
+        ),
+        ("deepspeed.runtime.zero.partition_parameters:Init._all_gather", "param.ds_status = ZeroParamStatus.AVAILABLE"),
+    ),
+    "list_parameters_once": (
+        ("deepspeed.runtime.zero.partitioned_param_coordinator:get_all_parameters", "sub_module.named_parameters(recurse=recurse)"),
     ),
     "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
     "link_moments": (
@@ -88,14 +109,70 @@ def norm_in_few_launches(optimizer: Any, device: torch.device) -> None:
     DeepSpeed's own copies every gradient to fp64 and reduces it by itself, and the GPU waits meanwhile."""
 
     def norm(gradients: Iterable[torch.Tensor], parameters: Any, norm_type: float = 2) -> torch.Tensor:
-        parts = [g.detach() for g in gradients if not getattr(g, "_zero_padding", False)]
-        squares = torch.zeros((), dtype=torch.float64, device=device)
-        if parts:
-            squares += torch.stack(torch._foreach_norm(parts)).double().square().sum()
-        dist.all_reduce(squares)
-        return torch.where(squares.isfinite(), squares.sqrt(), -1.0).float()
+        known: torch.Tensor | None = getattr(gradients, "norm", None)  # of training/zero/at_once.py
+        if known is not None:
+            return known
+        total = norms.squares([g.detach() for g in gradients if not getattr(g, "_zero_padding", False)], device)
+        dist.all_reduce(total)
+        return norms.root(total)
 
     optimizer.get_grad_norm_direct = norm
+
+
+def clip_as_read(optimizer: Any) -> None:
+    """Has a ZeRO-1/2 optimizer read the norm of all gradients once, and its AdamW divide them as it reads them. DeepSpeed reads the norm again for
+    each group, behind the update of the group before, once more behind the gathering of weights, and goes over all gradients to divide them."""
+    tensor_norm = optimizer.scaled_global_norm
+
+    def clip(gradients: Any, norm: float) -> None:
+        divisor = (norm + EPS) / optimizer.clip_grad if optimizer.clip_grad else 1.0
+        optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
+
+    assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
+    optimizer.scaled_global_norm = lambda norm_type=2: float(tensor_norm(norm_type))
+    optimizer.unscale_and_clip_grads = clip
+
+
+def gather_small_at_once(optimizer: Any) -> None:
+    """Has a ZeRO-3 optimizer gather the small parameters, which stay whole between its steps, in one collective. DeepSpeed sends each by itself, some
+    hundred of a few thousand numbers, and waits for the device behind them."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    small = optimizer.persistent_parameters
+    if not small:
+        return
+    one_by_one, group = small[0].all_gather, small[0].ds_process_group
+
+    def all_gather(param_list: Any = None, *more: Any, **named: Any) -> Any:
+        parts = [p.ds_tensor.detach().view(-1) for p in param_list] if param_list is small else []
+        alike = all(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in small) and len({(part.dtype, part.device) for part in parts}) == 1
+        if not alike or more or named:
+            return one_by_one(param_list, *more, **named)
+        mine = torch.cat(parts)
+        every = mine.new_empty(dist.get_world_size(group), mine.numel())
+        dist.all_gather_into_tensor(every.view(-1), mine, group=group)
+        for p, rows in zip(small, every.split([part.numel() for part in parts], 1)):
+            p.data = rows.reshape(-1)[: p.ds_numel].view(p.ds_shape)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+        return None
+
+    small[0].all_gather = all_gather
+
+
+def list_parameters_once(blocks: Iterable[nn.Module]) -> None:
+    """Has every block that ZeRO-3 gathers as one remember its parameters. DeepSpeed asks for them six times a step, and torch walks the block's modules
+    for each answer."""
+
+    def remember(block: Any) -> None:
+        asked, found = block.named_parameters, list(block.named_parameters())
+
+        def named_parameters(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+            return iter(found) if recurse and remove_duplicate and not prefix else asked(prefix, recurse, remove_duplicate)
+
+        block.named_parameters = named_parameters
+
+    for block in blocks:
+        remember(block)
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:

@@ -65,6 +65,13 @@ def may_reduce_at_once(config: Config, world_size: int) -> bool:
     return stage_of(config, world_size) in (1, 2) and world_size > 1 and config.deepspeed.offload_optimizer == "none"
 
 
+def gathers_alike(config: Config, world_size: int) -> bool:
+    """Whether ZeRO-3 gathers every parameter from all ranks' memory as it is: nothing lies elsewhere or in fewer bits."""
+    ds = config.deepspeed
+    plain = ds.hpz == 1 and not ds.quantized_weights and "none" == ds.offload_parameters == ds.offload_optimizer
+    return stage_of(config, world_size) == 3 and world_size > 1 and plain
+
+
 def overlaps(config: Config, world_size: int) -> bool:
     """Whether ZeRO communicates on a CUDA stream of its own while the model computes, which costs memory for a second set of buckets. Stage 3
     always does: on the model's stream the host would wait for nearly every gathered parameter instead of running ahead of the GPU."""
@@ -116,6 +123,8 @@ def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        # It would wait for the device before every forward pass and after every step, which also ends the recording of a CUDA graph.
+        "timers": {"throughput": {"enabled": False}},
         "torch_autocast": {"enabled": t.precision == "bf16", "dtype": "bfloat16", **by_layer},
         "steps_per_print": None,
     }
