@@ -17,7 +17,7 @@ from scripts.board import __main__ as program
 from scripts.board import architectures, work
 from scripts.board.draw import collect
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, Plan
+from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
 from scripts.board.queue import Queue
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
@@ -103,9 +103,9 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     ]
     assert waves[1][10:20] == [f"stage1.{row}@tiny.0.008.{s}" for s, row in zip((0, 0, *seeds), rows[:2] * 5)]
     time0 = [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5)]
-    more = [f"stage1.{row}@tiny.0.008.{seed}" for seed in range(5, MORE_SEEDS) for row in rows[:2]]
+    eight, twelve = ([f"stage1.{row}@tiny.0.008.{s}" for s in range(*MORE_SEEDS[to]) for row in rows[:2]] for to in ("eight", "twelve"))
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
-    assert waves[1][20:] == [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + time0 + more + time1
+    assert waves[1][20:] == eight + [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + time0 + twelve + time1
     half = [f"{stage}.transformer@tiny.0.004.{seed}" for stage in ("stage0", "stage1") for seed in range(3)]
     assert waves[2:] == [half]  # diverged in a seed: at half the rate
     assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
@@ -115,7 +115,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         result.content.update(tokens=2560, seconds=4.0, curve=[])
     found = collect("tiny", list(known.values()), [])
     assert {cell["lr"] for stage in ("stage0", "stage1") for cell in found["rows"]["transformer"][stage].values()} == {4e-3}
-    assert len(found["rows"]["gdn_hybrid"]["stage1"]) == MORE_SEEDS and len(found["rows"]["gdn_hybrid_paragru"]["time1"]) == 5
+    assert len(found["rows"]["gdn_hybrid"]["stage1"]) == MOST_SEEDS and len(found["rows"]["gdn_hybrid_paragru"]["time1"]) == 5
     assert sorted(found["rows"]["gdn_hybrid"]["stage0"]) == ["0", "1", "2", "3", "4"]
     text = page_text(found, [])
     assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
@@ -166,3 +166,17 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
 def test_mistakes_are_sentences(words: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         program.arguments(words)
+
+
+def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out(data: Path) -> None:
+    plan = Plan("tiny", str(data), list(architectures.ARCHITECTURES))
+    cells = plan.cells({}, ["stage0", "stage1", "speed", "probe"])
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.row for cell in cells if cell.stage == "stage0"} == set(architectures.ARCHITECTURES)
+    stages = [cell.stage for cell in cells]
+    last_of_ten = max(i for i, cell in enumerate(cells) if cell.stage == "stage0" and cell.row == "dense_lstm")
+    assert "speed" not in stages[:last_of_ten] and stages[last_of_ten + 1] == "speed"
+    assert stages.index("probe") < len(stages) - 1 - stages[::-1].index("stage0")
+    first = [cell.settings["seed"] for cell in cells if cell.stage == "probe"]
+    assert first == sorted(first)  # every row that is named with seed 0, before the other seeds
+    assert [c.name for c in plan.cells({}, ["speed"])][:2] == ["speed.gdn_hybrid@tiny", "speed.gdn_hybrid_paragru@tiny"]
