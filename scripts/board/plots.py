@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,7 @@ def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> byte
     drawn = 0
     for name, row in rows.items():
         values = list(bits(rows, name, stage).values())
-        speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
-        speed = row["speed"]["tokens_per_s"] if "speed" in row else statistics.median(speeds) if speeds else None
+        speed = (row.get("speed") or row["trained"] or {}).get("tokens_per_s")
         if len(values) > 1 and speed:
             value, style = interval(values), line(drawn)
             assert value is not None

@@ -84,7 +84,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
         }
         phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
         result |= {"measured": _measured(cell, learner, values), "weights_sha256": sha256()}
-        kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) or values["only"])
+        kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) and cell.stage != "stage0" or values["only"])
         if kept and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])
     took = time.perf_counter() - began

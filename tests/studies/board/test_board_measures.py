@@ -52,6 +52,20 @@ def test_held_out_bits_are_those_of_documents_read_one_window_at_a_time(data: Pa
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("row", ["gdn_hybrid_paragru", "mamba2", "dense_lstm", "m2rnn"])
+def test_held_out_bits_of_a_graph_are_those_of_passes_as_written(row: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, device = ShardSet(data, "valid"), torch.device("cuda")
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        model = LanguageModel(architectures.model_config(row, "probe", 512))
+        model.init_weights(0)
+        model.to(device)
+        graphed = measure.held_out(model, shards, 128, "bf16", batch=8)
+        monkeypatch.setattr("scripts.studies.graphed.WARMUP", 10**9)
+        assert measure.held_out(model, shards, 128, "bf16", batch=8) == graphed
+
+
 def test_a_repeated_passage_is_scored_at_its_second_reading(data: Path) -> None:
     """A model that says the token n places back with certainty, n the passage and the gap, saves all of the loss there."""
     shards = ShardSet(data, "valid")

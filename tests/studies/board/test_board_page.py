@@ -137,6 +137,11 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
         "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
     )
     assert "speedrun_tokens=2560 speedrun_lr=0.01" in text
+    # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5
+    other = collect("tiny", list(known.values()), [])
+    assert found["outdated"] == 0 and other["outdated"] == 3 and "3 cells of equal time are left out" in page_text(other, [])
+    assert not any("at equal time: +" in a.text for a in all_answers(other["rows"]))
     next(iter(known.values())).content["settings"]["data"]["held_out"] = ["another"]
     with pytest.raises(UserError, match="different held-out texts"):
         collect("tiny", list(known.values()), [])

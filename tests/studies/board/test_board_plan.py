@@ -18,7 +18,7 @@ from scripts.board import architectures, work
 from scripts.board.draw import collect
 from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
-from scripts.board.queue import Queue
+from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
 from training.errors import UserError
@@ -142,14 +142,21 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     one.forgive()
     assert held and (again := other.take()) is not None and again.name == taken[0].name
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
-    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:1], lambda cell: 2.0)
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
     for name, result in done.items():
-        write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"took": 1000.0})
+        write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"tokens_per_s": 2.56})
     late = Queue(values | {"until": time.time() + 100}, "cuda0")
     first = late.take()
     assert first is not None and first.stage == "speed" and late.take() is None
     [another] = [cell for cell in Plan("tiny", str(data), values["rows"]).cells({}, ["speed"]) if cell.name != first.name]
     assert not Queue(values, "cuda0")._lock(another) and Queue(values, "cuda2")._lock(another)
+    # A training is expected to last as long as its row's best speed says, a row's first one as the slowest of all and a while to compile.
+    known = {name: Result(name, result.content | {"tokens_per_s": speed}) for (name, result), speed in zip(done.items(), (2.56, 5.12))}
+    plan = Plan("tiny", str(data), values["rows"], values["precision"])
+    (mine, *_), (first_of_row, *_) = (plan.stage0(row, {})[0] for row in ("paragru", "gdn"))
+    assert expected_seconds(mine, known) == pytest.approx(500 + ABOUT) and expected_seconds(mine, known, 2) == pytest.approx(1000 + ABOUT)
+    assert expected_seconds(first_of_row, known) == pytest.approx(500 + ABOUT + COMPILING)
+    assert expected_seconds(plan.probe("gdn", "parity", 0), known) == 0.0 == expected_seconds(mine, {})
 
 
 @pytest.mark.parametrize(
