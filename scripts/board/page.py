@@ -104,7 +104,7 @@ def again_table(found: dict[str, Any]) -> list[str]:
     """Cells that were run a second time from their command."""
     lines = ["| cell | version | bits | stops, first and second time | code, first and second time | device |", "|---" * 6 + "|"]
     for run in sorted(found["again"], key=lambda run: -run["protocol"]):
-        codes = ", ".join(code or "" for code in run.get("code") or [])
+        codes = ", ".join(code or "before sums were ordered" for code in run.get("code") or [None, None])
         same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
         lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {codes} | {run['device']} |")
     stages = [c for row in found["rows"].values() for stage in ("stage0", "stage1") for c in row[stage].values()]

@@ -89,20 +89,21 @@ ORDER = (
     ("stage0", RECURRENT),
     ("stage1", DECISIVE0),
     ("speed", DECISIVE0),
-    ("eight", DECISIVE0),
-    ("stage0", ("m2rnn", "gdn_hybrid_m2rnn")),
-    ("stage0", ("slstm", "mamba2_hybrid")),
+    ("eight", DECISIVE0[:2]),
     ("stage0", ("transformer_muon", "gdn_muon")),
     ("stage0", ("mamba2_pass", "gdn_pass")),
+    ("stage0", ("m2rnn", "gdn_hybrid_m2rnn")),
+    ("stage0", ("slstm", "mamba2_hybrid")),
     ("speed", (*PLAIN, *RECURRENT, "m2rnn", "slstm")),
+    ("probe", (*PLAIN, *RECURRENT, "m2rnn", "slstm", "gdn_hybrid")),
     ("stage1", PLAIN),
     ("time0", DECISIVE0),
+    ("eight", DECISIVE0),
     ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
-    ("probe", (*PLAIN, *RECURRENT, "m2rnn", "slstm", "gdn_hybrid")),
-    ("twelve", DECISIVE0),
     ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
     ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
     ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass")),
+    ("twelve", DECISIVE0),
     ("time1", DECISIVE0),
     ("stage1", RECURRENT),
     ("stage1", ("gdn_hybrid_m2rnn", "transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
@@ -270,7 +271,7 @@ class Plan:
                 cells += [self.probe(row, task, 0) for task in TASKS for row in rows] if stage in stages else []
             else:
                 cells += [cell for row in rows for cell in (self.equal_time0 if stage == "time0" else self.equal_time1)(row, results)]
-        return [cell for cell in cells if cell.stage in stages]
+        return list({cell.name: cell for cell in cells if cell.stage in stages}.values())
 
     def equal_time0(self, row: str, results: dict[str, Result]) -> list[Cell]:
         """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more."""
