@@ -15,7 +15,7 @@ from data.shards import ShardSet
 from evals.adapters.own import OwnAdapter
 from models.lm import LanguageModel
 from scripts.board import architectures, corpus, measure
-from scripts.board.results import difference, interval
+from scripts.board.results import Interval, difference, interval
 from training.errors import UserError
 
 
@@ -96,5 +96,8 @@ def test_intervals_are_students(data: Path) -> None:
     assert found.mean == pytest.approx(7 / 3) and found.half == pytest.approx(4.302653 * 1.527525 / math.sqrt(3), rel=1e-5)
     apart = difference({0: 1.0, 1: 2.0, 3: 9.0}, {0: 0.5, 1: 1.6, 2: 7.0})
     assert apart is not None and apart.n == 2 and apart.mean == pytest.approx(0.45) and not apart.decides()
+    four = Interval(0.005, 3.182446 * 0.0057735 / 2, 4)
+    assert four.seeds_for(0.02) == 4 and four.seeds_for(0.01) == 8
+    assert 2 * 2.364624 * 0.0057735 / math.sqrt(8) < 0.01 < 2 * 2.446912 * 0.0057735 / math.sqrt(7)
     one = interval([3.0])
     assert one is not None and one.half == math.inf and not one.decides() and interval([]) is None
