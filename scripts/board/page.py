@@ -10,7 +10,7 @@ from typing import Any
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import SEEDS, SPEEDRUN_TARGET, TASKS
+from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS
 from scripts.board.results import Interval, difference, interval
 
 OUTDATED = "they have the steps that earlier speeds asked for, or the rows have not been timed since a step became quicker."
@@ -94,10 +94,32 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
         f"| the four leaders on {found['tokens']['leaders'] / 1e6:g}M tokens; 125M parameters; passkey | {leaders} of 4 | {'' if leaders else 'all of it'} |"
     )
     lines += [f"| {label} | 0 | no mixer yet, so no cells |" for label in WAITING.values()]
+    if said := hours_left(found):
+        lines += ["", *_filled(said)]
     if unanswered := list(dict.fromkeys(a.text.removesuffix(": not measured yet.") for a in answers if not a.known)):
         lines += ["", "Questions of which one side is measured and the other is not:", ""]
         lines += _items([Answer(text, False) for text in unanswered])
     return lines
+
+
+def hours_left(found: dict[str, Any]) -> str:
+    """What the grid, the full pass and the leaders still take, by the speeds measured so far; empty where there is none."""
+    rows, tokens = found["rows"], found["tokens"]
+    speeds = {name: (row.get("speed") or row["trained"] or {}).get("tokens_per_s") for name, row in rows.items()}
+    known = {name: speed for name, speed in speeds.items() if speed}
+    if not known:
+        return ""
+    slowest, seconds = min(known.values()), 0.0
+    for name in ARCHITECTURES:
+        seeds, row = DECISIVE_SEEDS if name in DECISIVE else SEEDS, rows.get(name, {})
+        left = max(0, 3 - len(row.get("grid", []))) * tokens["grid"] + max(0, seeds - len(row.get("pass", {}))) * tokens["pass"]
+        seconds += left / known.get(name, slowest)
+    leaders = LEADERS * SEEDS * tokens["leaders"] / statistics.median(known.values())
+    return (
+        f"By the tokens/s above (rows without: the slowest), the rate grid and the full pass of all {len(ARCHITECTURES)} rows still take "
+        f"{seconds / 3600:.1f} hours of one such device, and {LEADERS} leaders with {SEEDS} seeds {leaders / 3600:.1f}; building, measuring and "
+        "compiling come on top."
+    )
 
 
 def again_table(found: dict[str, Any]) -> list[str]:
