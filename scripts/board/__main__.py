@@ -17,7 +17,7 @@ Keys
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
   gpu         the GPU that `again` uses [0]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
-  only        names of cells with commas between               weights   true: keep the models of text that more is read off, or named by only [false]
+  only        names of cells with commas between               weights   true: keep the models of text that more is read off (stage 0: not), or named by only [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
   page        where the page is drawn, and results are kept [docs/board]
             input, part, vocabulary, tokenizer, join: of corpus (scripts/board/corpus.py)

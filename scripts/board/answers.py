@@ -105,7 +105,10 @@ def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
         rest = difference({seed: value for seed, value in one.items() if seed}, other)
         said += f"; without seed 0 {shown(rest)}" if rest is not None else ""
     if not found.decides():
-        wide = "" if found.high - found.low < NARROW else f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
+        wide = ""
+        if found.high - found.low >= NARROW:
+            wide = f"; the interval is wider than {NARROW}, so a small difference is not ruled out (as they differ here, about "
+            wide += f"{found.seeds_for(NARROW)} seeds make it so narrow)"
         return Answer(f"{said}: no difference is shown{wide}.", True)
     better = "better" if found.mean < 0 else "worse"
     against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)

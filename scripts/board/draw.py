@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts
 from scripts.board.page import log_text, page_text
-from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0
+from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
 from scripts.board.results import Result, attempts, gather, gather_again
+from training.cost.flops import peak_flops
 from training.errors import UserError
 
 
@@ -46,6 +48,9 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         mine = [r for r in results if r.content["row"] == name]
         if mine:
             rows[name] = {"label": ARCHITECTURES[name].label, **counts(name, size, board.T, board.vocabulary), **_row(mine)}
+    for row in rows.values():
+        row["trained"] = _trained(row)
+    outdated = sum(_drop_other_times(rows, name, board) for name in rows)
     devices = sorted({str((r.content.get("environment") or {}).get("device")) for r in every})
     earlier = [
         {
@@ -75,6 +80,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "rows": rows,
         "attempts": log,
         "phases": phases,
+        "outdated": outdated,
         "again": [],
         "cards": [],
     }
@@ -109,7 +115,7 @@ def _row(mine: list[Result]) -> dict[str, Any]:
         elif stage == "probe":
             lengths = [{key: r.get(key) for key in ("length", "accuracy", "error")} for r in content["measured"]["lengths"]]
             row["probe"].setdefault(settings["task"]["name"] + settings["task"].get("group", ""), {})[seed] = lengths
-        elif stage == "speed":
+        elif stage == "speed" and settings.get("logits") == "made again":
             chosen = ("tokens_per_s", "mfu", "peak_memory_bytes", "decode", "decode_failed", "graphed", "busy", "launches", "kernels")
             row["speed"] = {key: content.get(key) for key in chosen} | {"device": (content.get("environment") or {}).get("device")}
         elif stage == "speedrun":
@@ -121,6 +127,32 @@ def _row(mine: list[Result]) -> dict[str, Any]:
     for rates in ("grid", "rates0"):
         row[rates].sort(key=lambda cell: cell["lr"])
     return row
+
+
+def _trained(row: dict[str, Any]) -> dict[str, Any] | None:
+    """Tokens/s and MFU of a row's own cells, of those that had the device alone and sums in order; the median."""
+    cells = [c for stage in ("stage0", "stage1", "pass") for c in row[stage].values() if c["tokens_per_s"] and c["code"]]
+    if not cells:
+        return None
+    speed, device = statistics.median(c["tokens_per_s"] for c in cells), cells[0]["device"]
+    peak = peak_flops(device, "bf16")
+    mfu = row["training_flops_per_token"] * speed / peak if peak else None
+    return {"tokens_per_s": speed, "mfu": mfu, "cells": len(cells), "device": device}
+
+
+def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) -> int:
+    """Takes out the cells of equal time of a row that do not have the steps which the speeds measured by now ask for; how many."""
+    dropped = 0
+    for key in [key for key in rows[name] if key.startswith("time")]:
+        other = ARCHITECTURES[name].of if key == "time1" else key.partition("_of_")[2]
+        speeds = [rows.get(row, {}).get("speed", {}).get("tokens_per_s") for row in (name, other)]
+        tokens = {"time0": int(SHARE0 * board.tokens), "time1": board.grid_span - board.T}.get(key.split("_")[0], board.tokens)
+        steps = int(round(speeds[0] / speeds[1], 2) * tokens) // (board.rows * board.T) if all(speeds) else None
+        stale = [seed for seed, cell in rows[name][key].items() if cell["of_steps"] != steps]
+        for seed in stale:
+            del rows[name][key][seed]
+        dropped += len(stale)
+    return dropped
 
 
 def _chosen(mine: list[Result], stage: str) -> float | None:
@@ -149,10 +181,12 @@ def _text_cell(result: Result) -> dict[str, Any]:
         "diverged": result.diverged,
         "lr": content["settings"]["lr"],
         "tokens": content.get("tokens"),
+        "of_steps": content["settings"]["steps"],
         "stops": content.get("stops"),
         "tokens_per_s": content.get("tokens_per_s") if content.get("beside", 1) == 1 else None,
         "unordered": content.get("unordered") or "",
         "code": (content.get("environment") or {}).get("code", ""),
+        "device": str((content.get("environment") or {}).get("device")),
         **_held(content),
         "curve": [[step, round(loss, 4)] for step, loss in content.get("curve", []) if loss is not None],
         "verdict": (position.get("collapse") or {}).get("verdict"),

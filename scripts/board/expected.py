@@ -30,7 +30,8 @@ def _said(rows: Rows, one: str, other: str, low: float, high: float, seeds: str 
         return OPEN
     stage, value = found
     inside, outside = value.low >= low and value.high <= high, value.high < low or value.low > high
-    verdict = "held" if inside else "did not hold" if outside else "open"
+    beyond = f"did not hold, {'lower' if value.high < low else 'higher'} than that" if outside else "open"
+    verdict = "held" if inside else beyond
     return f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}"
 
 

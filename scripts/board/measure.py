@@ -21,6 +21,7 @@ from evals.measures.position import collapse, position_curve, unlearnt_rows, win
 from evals.measures.states import effective_remembrance
 from evals.measures.statistics import bootstrap_ratio
 from models.lm import LanguageModel
+from scripts.studies.graphed import GraphedStep
 
 BEYOND = 64  # training lengths that the loss by position reaches
 PER_DOCUMENT = 2  # rows of that length from a document at most, so that no document weighs too much
@@ -71,12 +72,20 @@ def held_out(
     inputs, labels, owner, sizes = _windows(str(shards.directory), T, most_tokens)
     nats, tokens = np.zeros(len(sizes)), np.zeros(len(sizes))
     sums = []
-    model.eval()
-    for a in range(0, len(inputs), batch):
-        ids, wanted = (torch.from_numpy(part[a : a + batch]).to(device) for part in (inputs, labels))
+
+    def scored(ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> tuple[torch.Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" and device.type == "cuda"):
-            output = model(ids, labels=wanted, reduction="none")
-        sums.append(torch.where(wanted != -100, output.token_nll.double(), 0.0).sum(1))
+            output = model(ids_BT, labels=labels_BT, reduction="none")
+        return (torch.where(labels_BT != -100, output.token_nll.double(), 0.0).sum(1),)
+
+    model.eval()
+    ids, wanted = (torch.from_numpy(part).to(device) for part in (inputs, labels))
+    # As written a pass takes longer to launch than to run; its graph runs the same kernels on the same shapes.
+    step = GraphedStep(scored, device)
+    for a in range(0, len(inputs), batch):
+        whole = a + batch <= len(inputs)
+        (sum_B,) = (step if whole else scored)(ids[a : a + batch], wanted[a : a + batch])
+        sums.append(sum_B.clone())
     model.train(training)
     np.add.at(nats, owner, torch.cat(sums).cpu().numpy())
     np.add.at(tokens, owner, (labels != -100).sum(1))

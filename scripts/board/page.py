@@ -10,9 +10,10 @@ from typing import Any
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import SEEDS, SPEEDRUN_TARGET, TASKS
+from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS
 from scripts.board.results import Interval, difference, interval
 
+OUTDATED = "they have the steps that earlier speeds asked for, or the rows have not been timed since a step became quicker."
 STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
 
 
@@ -38,6 +39,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
             "",
         ]
     lines += [*nulls, ""]
+    if found["outdated"]:
+        lines += [*_filled(f"{found['outdated']} cells of equal time are left out: {OUTDATED}"), ""]
     if rest := [a for a in known if not a.negative]:
         lines += ["## What came out otherwise", "", *_items(rest), ""]
     lines += ["## What was expected", "", *expectation_lines(rows), ""]
@@ -46,8 +49,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [*loss_table(found, stage), ""]
     lines += ["## Rates tried", "", *[line for stage in ("grid", "rates0") for line in [*grid_table(found, stage), ""]]]
     if stages or any(row["probe"] for row in rows.values()):
-        lines += ["## Behaviour", "", *behaviour_table(rows, (stages or ["pass"])[0]), ""]
-    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row for row in rows.values()) else []
+        lines += ["## Behaviour", "", *behaviour_table(rows), ""]
+    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row or row["trained"] for row in rows.values()) else []
     for name in pictures:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     lines += ["## Run again", "", *again_table(found), ""] if found["again"] else []
@@ -91,17 +94,39 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
         f"| the four leaders on {found['tokens']['leaders'] / 1e6:g}M tokens; 125M parameters; passkey | {leaders} of 4 | {'' if leaders else 'all of it'} |"
     )
     lines += [f"| {label} | 0 | no mixer yet, so no cells |" for label in WAITING.values()]
+    if said := hours_left(found):
+        lines += ["", *_filled(said)]
     if unanswered := list(dict.fromkeys(a.text.removesuffix(": not measured yet.") for a in answers if not a.known)):
         lines += ["", "Questions of which one side is measured and the other is not:", ""]
         lines += _items([Answer(text, False) for text in unanswered])
     return lines
 
 
+def hours_left(found: dict[str, Any]) -> str:
+    """What the grid, the full pass and the leaders still take, by the speeds measured so far; empty where there is none."""
+    rows, tokens = found["rows"], found["tokens"]
+    speeds = {name: (row.get("speed") or row["trained"] or {}).get("tokens_per_s") for name, row in rows.items()}
+    known = {name: speed for name, speed in speeds.items() if speed}
+    if not known:
+        return ""
+    slowest, seconds = min(known.values()), 0.0
+    for name in ARCHITECTURES:
+        seeds, row = DECISIVE_SEEDS if name in DECISIVE else SEEDS, rows.get(name, {})
+        left = max(0, 3 - len(row.get("grid", []))) * tokens["grid"] + max(0, seeds - len(row.get("pass", {}))) * tokens["pass"]
+        seconds += left / known.get(name, slowest)
+    leaders = LEADERS * SEEDS * tokens["leaders"] / statistics.median(known.values())
+    return (
+        f"By the tokens/s above (rows without: the slowest), the rate grid and the full pass of all {len(ARCHITECTURES)} rows still take "
+        f"{seconds / 3600:.1f} hours of one such device, and {LEADERS} leaders with {SEEDS} seeds {leaders / 3600:.1f}; building, measuring and "
+        "compiling come on top."
+    )
+
+
 def again_table(found: dict[str, Any]) -> list[str]:
     """Cells that were run a second time from their command."""
     lines = ["| cell | version | bits | stops, first and second time | code, first and second time | device |", "|---" * 6 + "|"]
     for run in sorted(found["again"], key=lambda run: -run["protocol"]):
-        codes = ", ".join(code or "" for code in run.get("code") or [])
+        codes = ", ".join(code or "before sums were ordered" for code in run.get("code") or [None, None])
         same = "the same" if not run["differ"] else "**different**: " + ", ".join(run["differ"])
         lines.append(f"| {run['name']} | {run['protocol']} | {same} | {run['stops_before']}, {run['stops']} | {codes} | {run['device']} |")
     stages = [c for row in found["rows"].values() for stage in ("stage0", "stage1") for c in row[stage].values()]
@@ -129,6 +154,10 @@ def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
 
 def _items(answers: list[Answer]) -> list[str]:
     return [textwrap.fill(f"- {a.text}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for a in answers]
+
+
+def _filled(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
 
 
 def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
@@ -172,6 +201,7 @@ def loss_table(found: dict[str, Any], stage: str) -> list[str]:
         f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:.3g}M tokens): held-out bits per byte, 95 % t-intervals over seeds; differences",
         "at equal seeds.",
         "",
+        *([*_filled(told), ""] if (told := standing(found, stage)) else []),
         "| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer |",
         "|---" * 7 + "|",
     ]
@@ -231,14 +261,23 @@ def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def behaviour_table(rows: dict[str, Any], stage: str) -> list[str]:
-    """Beyond the training length, copying, memory and probes (median of the seeds; probes: the best seed as well)."""
+def behaviour_table(rows: dict[str, Any]) -> list[str]:
+    """Beyond the training length, copying, memory and probes, of the stage of most tokens in which a row was read (median of the seeds; probes: the
+    best seed as well)."""
     names = [task["name"] + task.get("group", "") for task in TASKS.values()]
-    lines = ["| row | 64 times the length | copied at once | after T/2 | after 4 T | memory in T, in 8 T | " + " | ".join(TASKS) + " |"]
-    lines.append("|---" * (6 + len(names)) + "|")
+    lines = [
+        "| row | read after | 64 times the length | copied at once | after T/2 | after 4 T | memory in T, in 8 T | "
+        + " | ".join(TASKS)
+        + " |"
+    ]
+    lines.append("|---" * (7 + len(names)) + "|")
+    unread, unprobed = [], []
     for row in rows.values():
-        cells = list(row[stage].values())
-        if not row["probe"] and not any(cell["verdict"] for cell in cells):
+        stage = next((stage for stage in STAGE_NAMES if any(cell["verdict"] for cell in row[stage].values())), "")
+        cells = list(row[stage].values()) if stage else []
+        unread += [] if stage else [row["label"]]
+        unprobed += [] if row["probe"] else [row["label"]]
+        if not row["probe"] and not stage:
             continue
         verdict = ", ".join(sorted({str(cell["verdict"]).split(":")[0] for cell in cells if cell["verdict"]}))
         copied = []
@@ -253,24 +292,45 @@ def behaviour_table(rows: dict[str, Any], stage: str) -> list[str]:
                 seed[0]["accuracy"] for seed in row["probe"].get(name, {}).values() if seed and seed[0].get("accuracy") is not None
             )
             probes.append(f"{100 * scores[len(scores) // 2]:.0f} ({100 * scores[-1]:.0f})" if scores else "")
-        lines.append(f"| {row['label']} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
-    return lines
+        lines.append(f"| {row['label']} | {STAGE_NAMES.get(stage, '')} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
+    why = ["More than the loss is read off the cell of seed 1 of a row; what is empty has had no time on a device yet."]
+    why += [f"Not read yet: {'; '.join(unread)}."] if unread else []
+    why += ["No row has had its probes."] if len(unprobed) == len(rows) else [f"Without probes: {'; '.join(unprobed)}."] if unprobed else []
+    return [*lines, "", *_filled(" ".join(why))]
 
 
 def speed_table(rows: dict[str, Any]) -> list[str]:
     """Each row alone on the device; state bytes, which are reckoned, of all of them."""
     lines = ["Alone on the device. Decoding: one sequence, bf16, after 1,024 and after 131,072 tokens. State bytes are reckoned.", ""]
     lines += ["| row | training tokens/s | MFU | memory | decode tokens/s, 1k | 128k | state bytes, 1k | 128k | device |", "|---" * 9 + "|"]
-    for row in sorted(rows.values(), key=lambda r: -r["speed"]["tokens_per_s"] if "speed" in r else 0.0):
-        speed = row.get("speed") or {}
+    starred = False
+    untimed: list[str] = []
+    for row in sorted(rows.values(), key=lambda r: -float((r.get("speed") or r["trained"] or {}).get("tokens_per_s", 0.0))):
+        speed = row.get("speed") or row["trained"] or {}
+        star = " *" if speed and "speed" not in row else ""
+        starred = starred or bool(star)
+        untimed += [] if "speed" in row else [row["label"]]
         decode = [f"{d['tokens_per_s']:,.0f}" for d in (speed.get("decode") or [])] + ["", ""]
         mfu, peak = _number(speed.get("mfu") and 100 * speed["mfu"], ".1f"), speed.get("peak_memory_bytes")
         lines.append(
-            f"| {row['label']} | {_number(speed.get('tokens_per_s'), ',.0f')} | {mfu + ' %' if mfu else ''} | "
+            f"| {row['label']} | {_number(speed.get('tokens_per_s'), ',.0f')}{star} | {mfu + ' %' if mfu else ''} | "
             f"{f'{peak / 2**30:.1f} GiB' if peak else ''} | {decode[0]} | {decode[1]} | "
             f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed.get('device', '')} |"
         )
-    return lines
+    why = ["* of the row's own cells, which had the device alone (median)."] if starred else []
+    why += [f"Not timed by the stage speed yet, so without decoding and memory: {'; '.join(untimed)}."] if untimed else []
+    return [*lines, *(["", *_filled(" ".join(why))] if why else [])]
+
+
+def standing(found: dict[str, Any], stage: str) -> str:
+    """The rows of a stage with SEEDS seeds or more, the best first, in a sentence; empty of fewer than two."""
+    rows = found["rows"]
+    means = {name: statistics.fmean(values.values()) for name in rows if len(values := bits(rows, name, stage)) >= SEEDS}
+    order = sorted(means, key=means.__getitem__)
+    if len(order) < 2:
+        return ""
+    named = [f"{rows[name]['label']} {means[name]:.4f}" for name in order]
+    return f"Of {len(order)} rows with {SEEDS} seeds or more, the least bits per byte first: {'; '.join(named)}."
 
 
 def speedrun_lines(found: dict[str, Any]) -> list[str]:

@@ -72,30 +72,43 @@ TASKS: dict[str, dict[str, Any]] = {
     "A5": {"name": "word_problem", "group": "a5"},
 }
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
-SPEEDRUN_TARGET = 1.5  # held-out bits per byte
+SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
 DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
-# The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun.
-# `more`: seeds beyond those of the decisive rows, in turns, as far as time reaches. Rows that are not named come last.
+# The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
+# groups are small, so that what time breaks off is few rows and not the seeds of all. `eight` and `twelve`: seeds of stage 1 up to so many, of the
+# decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
 DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
 PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
+MORE_SEEDS = {"eight": (5, 8), "twelve": (8, 12)}
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
     ("stage0", RECURRENT),
     ("stage1", DECISIVE0),
+    ("speed", DECISIVE0),
+    ("eight", DECISIVE0[:2]),
+    ("stage0", ("transformer_muon", "gdn_muon")),
+    ("stage0", ("mamba2_pass", "gdn_pass")),
+    ("stage0", ("m2rnn", "gdn_hybrid_m2rnn")),
+    ("stage0", ("slstm", "mamba2_hybrid")),
+    ("speed", (*PLAIN, *RECURRENT, "m2rnn", "slstm")),
+    ("probe", (*PLAIN, *RECURRENT, "m2rnn", "slstm", "gdn_hybrid")),
     ("stage1", PLAIN),
     ("time0", DECISIVE0),
-    ("more", DECISIVE0),
-    ("stage0", ("transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
-    ("stage1", RECURRENT),
+    ("eight", DECISIVE0),
+    ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
+    ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
+    ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
+    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass")),
+    ("twelve", DECISIVE0),
     ("time1", DECISIVE0),
-    ("stage0", ("gdn_hybrid_m2rnn", "mamba2_hybrid", "slstm")),
-    ("stage1", ("transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
+    ("stage1", RECURRENT),
+    ("stage1", ("gdn_hybrid_m2rnn", "transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
 )
-MORE_SEEDS = 12  # of decisive rows in stage 1, at most
+MOST_SEEDS = max(last for _, last in MORE_SEEDS.values())
 READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
 
 
@@ -219,8 +232,8 @@ class Plan:
         rest = [self._stage0_cell(row, lr, seed) for seed in range(self._seeds0(row))]
         return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
 
-    def stage1(self, row: str, results: dict[str, Result], more: bool = False) -> list[Cell]:
-        """A row of stage 1 at its rate of stage 0, once that is known; at half of it where that diverged. more: its seeds beyond the usual ones."""
+    def stage1(self, row: str, results: dict[str, Result], which: range | None = None) -> list[Cell]:
+        """A row of stage 1 at its rate of stage 0, once that is known; at half of it where that diverged. which: seeds beyond the usual ones."""
 
         def cell(lr: float, seed: int) -> Cell:
             return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
@@ -230,17 +243,16 @@ class Plan:
             return []
         if any(
             c.name in results and results[c.name].diverged and results[c.name].of(c.settings)
-            for c in (cell(lr, s) for s in range(MORE_SEEDS))
+            for c in (cell(lr, s) for s in range(MOST_SEEDS))
         ):
             lr /= 2
-        usual = self._seeds0(row)
-        return [cell(lr, seed) for seed in (range(usual, MORE_SEEDS) if more else range(usual))]
+        return [cell(lr, seed) for seed in which or range(self._seeds0(row))]
 
     def _seeds0(self, row: str) -> int:
         return DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
 
     def small_cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
-        """The cells of stages 0 and 1 known so far, equal times with them, in ORDER."""
+        """The cells of stages 0 and 1 known so far, what they are timed and asked by with them, in ORDER."""
         listed = {row for stage, group in ORDER for row in group if stage == "stage0"}
         rest = tuple(row for row in self.rows if row not in listed)
         cells: list[Cell] = []
@@ -250,11 +262,16 @@ class Plan:
                 parts = [self.stage0(row, results) for row in rows]
                 for number in range(2):
                     cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
-            elif stage in ("stage1", "more"):
-                cells += [c for turn in self._turns([self.stage1(row, results, stage == "more") for row in rows]) for c in turn]
+            elif stage == "stage1" or stage in MORE_SEEDS:
+                seeds = range(*MORE_SEEDS[stage]) if stage in MORE_SEEDS else None
+                cells += [c for turn in self._turns([self.stage1(row, results, seeds) for row in rows]) for c in turn]
+            elif stage == "speed":
+                cells += [self.speed(row) for row in rows]
+            elif stage == "probe":
+                cells += [self.probe(row, task, 0) for task in TASKS for row in rows] if stage in stages else []
             else:
                 cells += [cell for row in rows for cell in (self.equal_time0 if stage == "time0" else self.equal_time1)(row, results)]
-        return [cell for cell in cells if cell.stage in stages]
+        return list({cell.name: cell for cell in cells if cell.stage in stages}.values())
 
     def equal_time0(self, row: str, results: dict[str, Result]) -> list[Cell]:
         """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more."""
@@ -340,7 +357,8 @@ class Plan:
             made["speedrun"] = [
                 self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
             ]
-        return [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
+        every = [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
+        return list({cell.name: cell for cell in every}.values())  # some of speed and probe are in ORDER too
 
     def _probed(self) -> list[str]:
         """Rows of AdamW and an empty state: what a probe asks of is the mixers."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,11 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
         return [name for name in ("loss.png", "position.png", "speed.png") if (page / name).exists()]
     made, stage = [], stage_of(found["rows"])
     tokens = f"{found['tokens'][stage] / 1e6:.3g}M tokens"
-    for name, picture in (("loss.png", _loss_plot), ("position.png", _position_plot), ("speed.png", _speed_plot)):
+    for name, picture in (
+        ("loss.png", _loss_plot),
+        ("position.png", functools.partial(_position_plot, T=found["T"])),
+        ("speed.png", _speed_plot),
+    ):
         data = picture(plt, found["rows"], stage, tokens)
         if data is not None:
             write_bytes(page / name, data)
@@ -60,8 +64,8 @@ def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes
     return png(plt, figure)
 
 
-def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
-    """Loss by position in long held-out documents."""
+def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str, T: int) -> bytes | None:
+    """Loss by position in long held-out documents, with a mark at the training length."""
     figure, axes = plt.subplots(figsize=(8.5, 5))
     drawn = 0
     for i, row in enumerate(
@@ -72,6 +76,7 @@ def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> b
             x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
             axes.plot(x, [b["nats_per_token"] for b in cell["buckets"]], marker=".", label=row["label"], **line(i))
             drawn += 1
+    axes.axvline(T, color="0.5", linestyle="--", linewidth=1, label=f"training length, {T}")
     axes.set(xscale="log", xlabel="position in the text", ylabel=f"nats per token (one seed, {tokens})")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left") if drawn else None
@@ -85,8 +90,7 @@ def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> byte
     drawn = 0
     for name, row in rows.items():
         values = list(bits(rows, name, stage).values())
-        speeds = [cell["tokens_per_s"] for cell in row[stage].values() if cell.get("tokens_per_s")]
-        speed = row["speed"]["tokens_per_s"] if "speed" in row else statistics.median(speeds) if speeds else None
+        speed = (row.get("speed") or row["trained"] or {}).get("tokens_per_s")
         if len(values) > 1 and speed:
             value, style = interval(values), line(drawn)
             assert value is not None

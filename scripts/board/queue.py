@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.fields import nearest
-from scripts.board.plan import Plan, check
+from scripts.board.plan import READ0, Plan, check
 from scripts.board.results import Cell, Result, read
 from training.errors import UserError
+
+ABOUT, READING, COMPILING = 2.5, 6.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
 
 
 def make_plan(values: dict[str, Any]) -> Plan:
@@ -94,16 +96,12 @@ class Queue:
             path.unlink(missing_ok=True)
 
     def _time_for(self, cell: Cell, results: dict[str, Result]) -> bool:
-        """Whether enough time is left: to begin, or, with whole=true, for as long as this row's finished cells of as many steps took."""
+        """Whether enough time is left: to begin, or, with whole=true, for as long as the cell is expected to take."""
         if not self.values["until"]:
             return True
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
-            steps = cell.settings["steps"]
-            took = [(r.content["row"], r.content["settings"]["steps"], r.content["took"]) for r in results.values() if _is_like(r, cell)]
-            alike = [seconds for row, n, seconds in took if (row, n) == (cell.row, steps)]
-            longer = [seconds * max(1.0, steps / n) for row, n, seconds in took if row == cell.row]
-            least = max(least, 1.1 * statistics.median(alike or [min(longer or [s * max(1.0, steps / n) for _, n, s in took] or [least])]))
+            least = max(least, 1.1 * expected_seconds(cell, results, self.values.get("beside", 1)))
         return bool(time.time() < self.values["until"] - least)
 
     def _lock(self, cell: Cell) -> bool:
@@ -133,6 +131,21 @@ class Queue:
         return True
 
 
-def _is_like(result: Result, cell: Cell) -> bool:
-    """Whether how long it took says something of the cell: both are trainings on text, or both on tasks."""
-    return "took" in result.content and (result.content["stage"] == "probe") == (cell.stage == "probe")
+def expected_seconds(cell: Cell, results: dict[str, Result], beside: int = 1) -> float:
+    """Of a text: its tokens at the row's best speed so far (of a row that has none, the slowest of all, and a while to compile), what is about a
+    training, and what is read off it. Of a task: the median of others. beside: cells that share the device."""
+    if not cell.of_text():
+        return statistics.median(
+            [r.content["took"] for r in results.values() if r.content["stage"] == cell.stage and "took" in r.content] or [0.0]
+        )
+    best: dict[str, float] = {}
+    for result in results.values():
+        speed = result.content.get("tokens_per_s")
+        if speed and result.content["stage"] not in ("probe", "speed"):
+            best[result.content["row"]] = max(best.get(result.content["row"], 0.0), speed)
+    if not best:
+        return 0.0
+    settings = cell.settings
+    tokens, speed = settings["steps"] * settings["rows"] * settings["T"], best.get(cell.row, min(best.values()))
+    reads = READING if settings["seed"] == READ0 else 0.0
+    return tokens * beside / speed + ABOUT + reads + (COMPILING if cell.row not in best else 0.0)

@@ -176,6 +176,13 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half
 
+    def seeds_for(self, width: float) -> int:
+        """How many values of this spread have an interval of that width; of an infinite spread as many as there are."""
+        spread, n = self.half * math.sqrt(self.n) / T975[self.n - 1], self.n
+        while math.isfinite(spread) and 2 * (T975[n - 1] if n <= len(T975) else 2.0) * spread / math.sqrt(n) > width:
+            n += 1
+        return n
+
     def decides(self) -> bool:
         """Whether zero lies outside."""
         return self.low > 0 or self.high < 0

@@ -74,8 +74,8 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     record["seconds"] = time.perf_counter() - start
     result = record | {"ended": ended, "steps": learner.done, "tokens": learner.done * learner.B * learner.T}
     with learner.trainer.here():
+        sha256 = learner.sha256_later()
         result |= {
-            "weights_sha256": learner.weights_sha256(),
             "graphed": not learner.step.why_not,
             "unordered": learner.unordered,
             "beside": values.get("beside", 1),
@@ -83,8 +83,8 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
             "tokens_per_s": _speed(record["clock"], record["curve"], learner.B * learner.T),
         }
         phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
-        result["measured"] = _measured(cell, learner, values)
-        kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) or values["only"])
+        result |= {"measured": _measured(cell, learner, values), "weights_sha256": sha256()}
+        kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) and cell.stage != "stage0" or values["only"])
         if kept and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])
     took = time.perf_counter() - began

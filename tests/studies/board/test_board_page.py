@@ -1,0 +1,160 @@
+"""The board's page: answers in their order, a whole way from cells to the page, and folders with cards."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.files import write_json
+from scripts.board import __main__ as program
+from scripts.board import measure
+from scripts.board.answers import Question, all_answers, answer
+from scripts.board.draw import collect, draw
+from scripts.board.expected import expectation_lines, expectations
+from scripts.board.export import export_cells
+from scripts.board.page import page_text
+from scripts.board.plan import BOARDS, Plan
+from scripts.board.results import Cell, Result
+from tests.studies.board.made import results_of, run
+from training.errors import UserError
+
+
+def test_answers_say_nulls_and_what_went_against_the_expectation_first() -> None:
+    def row(*values: float) -> dict[str, Any]:
+        return {"pass": {str(i): {"bits_per_byte": v, "verdict": "holds", "curve": []} for i, v in enumerate(values)}}
+
+    rows = {
+        "gdn": row(1.4, 1.5, 1.6),
+        "mamba2": row(1.5, 1.6, 1.7),
+        "transformer": row(1.45, 1.5, 1.6),
+        "gdn_hybrid": row(1.41, 1.49, 1.60),
+    }
+    better = answer(rows, Question("G", "gdn", "mamba2", -1))
+    assert "-0.1000" in better.text and better.text.endswith("better.") and not better.negative
+    against = answer(rows, Question("M", "mamba2", "gdn", -1))
+    assert against.negative and "against what was expected" in against.text
+    null = answer(rows, Question("H", "gdn_hybrid", "gdn", 0))
+    assert null.negative and "no difference is shown; the interval is wider than 0.01" in null.text
+    assert not answer(rows, Question("P", "paragru", "gdn", 0)).known
+    said = dict(expectations(rows))
+    [order_of_three] = said["Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU"]
+    assert order_of_three == "GDN minus Mamba-2: held, -0.1000 (-0.1000 to -0.1000, 3 seeds)"
+    hybrids = said["Hybrids are ahead of their recurrent rows, and of the Transformer, by 0.01 to 0.03"]
+    assert (
+        hybrids[0].startswith("Gated DeltaNet 3:1 attention minus Gated DeltaNet: open")
+        and not said["State passing costs nothing within the interval"]
+    )
+    assert any(line.endswith("| not answered yet |") for line in expectation_lines(rows))
+    order = [(a.known, a.negative) for a in all_answers(rows)]
+    assert order == sorted(order, key=lambda pair: (not pair[0], not pair[1])) and (True, True) in order and (True, False) in order
+
+
+def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grid, a wider grid where it is asked for, the full pass with everything read off, and the page; again, nothing is left to do."""
+    monkeypatch.setitem(
+        BOARDS,
+        "tiny",
+        BOARDS["tiny"].__class__(
+            **{**vars(BOARDS["tiny"]), "tokens": 2560, "rates": (2e-3, 8e-3), "held_out_tokens": 500, "burst": 1, "contexts": (8,)}
+        ),
+    )
+    monkeypatch.setattr("scripts.board.plan.MOST_RATES", 2)
+    monkeypatch.setattr(measure, "BEYOND", 16)
+    words = [
+        f"data={data}",
+        f"out={tmp_path / 'out'}",
+        f"page={tmp_path / 'page'}",
+        "size=tiny",
+        "rows=paragru",
+        "stages=grid,speed,pass",
+        "seeds=1",
+        "device=cpu",
+    ]
+    assert program.main(["run", *words, "streams=2"]) == 0
+    assert "All cells known so far are finished" in capsys.readouterr().out
+    names = sorted(path.stem.split(".")[0] for path in (tmp_path / "out" / "cells").iterdir())
+    assert names == ["grid", "grid", "pass", "speed"]
+    [path] = (tmp_path / "out" / "cells").glob("pass.*")
+    cell = json.loads(path.read_text())
+    assert cell["measured"]["position"]["buckets"][-1]["to"] == 16 * 32 and cell["measured"]["memory"]["within"]["length"] == 32
+    lines = len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines())
+    assert program.main(["resume", *words]) == 0
+    assert len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines()) == lines == 8
+    name = f"only={path.stem}"
+    with pytest.raises(UserError, match="has no cell"):
+        program.main(["again", *words, "only=pass.gdn@tiny.0.008.0"])
+    capsys.readouterr()
+    assert program.main(["again", *words, name, "stages=pass"]) == 0 and "the same bits" in capsys.readouterr().out
+    write_json(path, cell | {"weights_sha256": "0"})
+    assert program.main(["again", *words, name]) == 1 and "DIFFERENT: weights_sha256" in capsys.readouterr().out
+    write_json(path, cell)
+    page = tmp_path / "page"
+    draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
+    text = (page / "README.md").read_text()
+    assert text.index("Nulls and negative") < text.index("## Loss") and f"{cell['measured']['held_out']['bits_per_byte']:.4f}" in text
+    # The page keeps all of it: drawn again without the folder it is the same, and nothing is left to do in another one.
+    shutil.rmtree(tmp_path / "out")
+    draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
+    assert (page / "README.md").read_text() == text and len((page / "attempts.jsonl").read_text().splitlines()) == lines + 4
+    assert program.main(["run", *words]) == 0
+    assert not (tmp_path / "out" / "cells").exists()
+    # Under a new version of the protocol the old cells are shown and do not count.
+    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 9)
+    monkeypatch.setattr("scripts.board.draw.PROTOCOL", 9)
+    draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
+    assert (
+        "Under earlier versions" in (page / "README.md").read_text()
+        and "No cell of the grid is finished" in (page / "README.md").read_text()
+    )
+
+
+def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
+    """Differences at equal tokens and equal time, a record that three seeds hold, and a board that mixes texts."""
+    rows = ["gdn_hybrid", "gdn_hybrid_paragru"]
+    plan = Plan("tiny", str(data), rows, speedrun=(2560, 0.01))
+    known: dict[str, Result] = {}
+
+    def loss(cell: Cell) -> float:
+        if cell.stage == "grid":
+            return abs(math.log(cell.settings["lr"] / 8e-3))
+        return 1.4 + 0.01 * cell.settings["seed"] + {"time": -0.05, "speedrun": 0.0}.get(cell.stage, 0.02 * (cell.row == rows[1]))
+
+    while cells := [c for c in plan.cells(known, ["grid", "speed", "pass", "time", "speedrun"]) if c.name not in known]:
+        known |= results_of(cells, loss)
+    for result in known.values():
+        result.content.update(tokens=2560, seconds=4.0, mfu=None, peak_memory_bytes=None, curve=[])
+    found = collect("tiny", list(known.values()), [])
+    said = [a.text for a in all_answers(found["rows"]) if a.negative]
+    assert any("at equal tokens: +0.0200 (+0.0200 to +0.0200, 5 seeds) bits per byte: worse" in text for text in said)
+    assert any("at equal time: +0.0700 (+0.0700 to +0.0700, 3 seeds) bits per byte: worse" in text for text in said)
+    text = page_text(found, [])
+    assert (
+        "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
+    )
+    assert "speedrun_tokens=2560 speedrun_lr=0.01" in text and "still take 0.0 hours of one such device" in " ".join(text.split())
+    # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5
+    other = collect("tiny", list(known.values()), [])
+    assert found["outdated"] == 0 and other["outdated"] == 3 and "3 cells of equal time are left out" in page_text(other, [])
+    assert not any("at equal time: +" in a.text for a in all_answers(other["rows"]))
+    next(iter(known.values())).content["settings"]["data"]["held_out"] = ["another"]
+    with pytest.raises(UserError, match="different held-out texts"):
+        collect("tiny", list(known.values()), [])
+
+
+def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path, values: dict[str, Any]) -> None:
+    cell = Plan("tiny", str(data), ["gdn_hybrid_dense_lstm"]).stage0("gdn_hybrid_dense_lstm", {})[0][0]
+    cell.settings.update(steps=4, held_out_tokens=500)
+    result = run(cell, values | {"weights": True, "only": [cell.name]})
+    assert result is not None
+    with pytest.raises(UserError, match="only: did you mean 'stage0"):
+        export_cells(values | {"only": [cell.name[:-1]]})
+    [folder] = export_cells(values)
+    card = (folder / "README.md").read_text()
+    assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
+    assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card

@@ -1,0 +1,189 @@
+"""The board's plan: equal models, rates that widen, seeds that follow from results, and a queue that processes share."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.files import write_json
+from models.lm import LanguageModel
+from scripts.board import __main__ as program
+from scripts.board import architectures, work
+from scripts.board.draw import collect
+from scripts.board.page import page_text
+from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
+from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
+from scripts.board.results import Cell, Result
+from tests.studies.board.made import results_of
+from training.errors import UserError
+
+
+@pytest.mark.parametrize("size", ["25m", "tiny"])
+def test_models_of_a_size_have_equal_parameters_counted_in_one_way(size: str) -> None:
+    aimed = architectures.SIZES[size].parameters
+    for name in architectures.ARCHITECTURES:
+        config = architectures.model_config(name, size, 512)
+        with torch.device("meta"):
+            model = LanguageModel(config)
+        every = sum(p.numel() for p in model.parameters())
+        assert architectures.parameters(config) == every - 512 * config.d_model
+        assert abs(architectures.parameters(config) / aimed - 1) <= 0.02, name
+        counted = architectures.counts(name, size, 64, 512)
+        assert counted["training_flops_per_token"] == 3 * model.flops_per_token(64)
+        assert architectures.ARCHITECTURES[name].instead in ("", *config.pattern)
+
+
+def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data: Path) -> None:
+    plan = Plan("tiny", str(data), ["gdn"])
+    rates = list(BOARDS["tiny"].rates)
+
+    def rates_after(loss: Callable[[Cell], float]) -> list[float]:
+        known: dict[str, Result] = {}
+        while True:
+            cells = plan.grid("gdn", known)
+            if all(cell.name in known for cell in cells):
+                assert (plan.rate("gdn", known) or 0) == min(cells, key=loss).settings["lr"]
+                return [cell.settings["lr"] for cell in cells]
+            assert plan.rate("gdn", known) is None and plan.passes("gdn", known) == []
+            known |= results_of(cells, loss)
+
+    assert rates_after(lambda cell: abs(math.log(cell.settings["lr"] / rates[1]))) == rates
+    assert rates_after(lambda cell: abs(math.log(cell.settings["lr"] / rates[2]))) == pytest.approx([*rates, 4 * rates[2]])
+    assert rates_after(lambda cell: math.inf if cell.settings["lr"] > 1e-3 else 3 - cell.settings["lr"])[0] == pytest.approx(rates[0] / 16)
+    assert len(rates_after(lambda cell: cell.settings["lr"])) == MOST_RATES
+
+
+def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: Path) -> None:
+    plan = Plan("tiny", str(data), [*DECISIVE, "gdn"])
+    known = results_of(plan.grid("gdn", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    cells = plan.passes("gdn", known)
+    assert [cell.settings["lr"] for cell in cells] == [8e-3] * 3
+    known |= results_of(cells, lambda cell: math.inf if cell.settings["seed"] == 2 else 1.0)
+    halved = plan.passes("gdn", known)
+    assert [cell.settings["lr"] for cell in halved] == [4e-3] * 3
+    known |= results_of(halved, lambda cell: math.inf)
+    assert [cell.settings["lr"] for cell in plan.passes("gdn", known)] == [4e-3] * 3
+    known |= results_of(plan.grid("gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.grid("gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    assert len(plan.passes("gdn_hybrid_paragru", known)) == DECISIVE_SEEDS
+    known |= results_of([plan.speed(row) for row in ("gdn_hybrid", "gdn_hybrid_paragru")], lambda cell: 1.0)
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
+    times = plan.equal_time("gdn_hybrid_paragru", known)
+    assert [cell.row for cell in times] == ["gdn_hybrid"] * 3 and times[0].settings["steps"] == int(1.5 * 25_600) // 256
+
+
+def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(data: Path) -> None:
+    rows = ["gdn_hybrid", "gdn_hybrid_paragru", "transformer"]
+    plan = Plan("tiny", str(data), rows)
+    known = results_of([plan.speed(row) for row in rows], lambda cell: 1.0)
+    known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
+    stages = ["stage0", "time0", "stage1", "time1"]
+
+    def loss(cell: Cell) -> float:
+        return (
+            math.inf
+            if cell.stage == "stage0" and cell.row == "transformer" and cell.settings["seed"] == 2
+            else abs(math.log(cell.settings["lr"] / 8e-3))
+        )
+
+    waves = []
+    while cells := [c for c in plan.cells(known, stages) if c.name not in known]:
+        waves.append([cell.name for cell in cells])
+        known |= results_of(cells, loss)
+    assert [name.split(".")[1] for name in waves[0]] == [f"{row}@tiny" for row in rows[:2] * 3 + ["transformer"] * 3]
+    seeds = (1, 1, 2, 2, 3, 3, 4, 4)
+    assert waves[1][:10] == [f"stage0.{row}@tiny.0.008.{s}" for s, row in zip(seeds, rows[:2] * 4)] + [
+        f"stage0.transformer@tiny.0.008.{s}" for s in (1, 2)
+    ]
+    assert waves[1][10:20] == [f"stage1.{row}@tiny.0.008.{s}" for s, row in zip((0, 0, *seeds), rows[:2] * 5)]
+    time0 = [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5)]
+    eight, twelve = ([f"stage1.{row}@tiny.0.008.{s}" for s in range(*MORE_SEEDS[to]) for row in rows[:2]] for to in ("eight", "twelve"))
+    time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
+    assert waves[1][20:] == eight + [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + time0 + twelve + time1
+    half = [f"{stage}.transformer@tiny.0.004.{seed}" for stage in ("stage0", "stage1") for seed in range(3)]
+    assert waves[2:] == [half]  # diverged in a seed: at half the rate
+    assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
+    assert known[time1[0]].content["settings"]["steps"] == int(0.67 * (10_100 - 32)) // 256
+    assert {work.reads_all(cell) for cell in plan.cells(known, stages) if cell.settings["seed"] != 1} == {False}
+    for result in known.values():
+        result.content.update(tokens=2560, seconds=4.0, curve=[])
+    found = collect("tiny", list(known.values()), [])
+    assert {cell["lr"] for stage in ("stage0", "stage1") for cell in found["rows"]["transformer"][stage].values()} == {4e-3}
+    assert len(found["rows"]["gdn_hybrid"]["stage1"]) == MOST_SEEDS and len(found["rows"]["gdn_hybrid_paragru"]["time1"]) == 5
+    assert sorted(found["rows"]["gdn_hybrid"]["stage0"]) == ["0", "1", "2", "3", "4"]
+    text = page_text(found, [])
+    assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
+    assert "Stage 1: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal time: +0.0000" in text
+    assert "No cell of the full pass is finished" in text and "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
+
+
+def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[str, Any]) -> None:
+    """Two queues on one folder, as of two processes: what one holds the other does not get, a failed cell and its row come last, time is kept."""
+    values = values | {"rows": ["gdn", "paragru"], "stages": ["stage0", "speed"], "whole": True}
+    one, other = Queue(values, "cuda0"), Queue(values, "cuda1")
+    taken = [queue.take() for queue in (one, other, one, other)]
+    names = [cell.name for cell in taken if cell is not None]
+    assert len(set(names)) == 4 and {name.split(".")[0] for name in names} == {"stage0"}
+    for queue, cell in zip((one, other, one, other), taken):
+        assert cell is not None
+        queue.release(cell, failed=cell is taken[0])
+    assert [cell.row for cell in (one.take(), other.take()) if cell is not None] == ["paragru"] * 2  # taken[0] was of the other
+    held = list(one.held)
+    assert one.take() is not None and len(one.held) == 2 and taken[0] is not None and taken[0].name not in [*one.held, *other.held]
+    for queue in (one, other):
+        for name in list(queue.held):
+            queue.release(Cell("stage0", name, "", {}))
+    one.forgive()
+    assert held and (again := other.take()) is not None and again.name == taken[0].name
+    # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
+    for name, result in done.items():
+        write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"tokens_per_s": 2.56})
+    late = Queue(values | {"until": time.time() + 100}, "cuda0")
+    first = late.take()
+    assert first is not None and first.stage == "speed" and late.take() is None
+    [another] = [cell for cell in Plan("tiny", str(data), values["rows"]).cells({}, ["speed"]) if cell.name != first.name]
+    assert not Queue(values, "cuda0")._lock(another) and Queue(values, "cuda2")._lock(another)
+    # A training is expected to last as long as its row's best speed says, a row's first one as the slowest of all and a while to compile.
+    known = {name: Result(name, result.content | {"tokens_per_s": speed}) for (name, result), speed in zip(done.items(), (2.56, 5.12))}
+    plan = Plan("tiny", str(data), values["rows"], values["precision"])
+    (mine, *_), (first_of_row, *_) = (plan.stage0(row, {})[0] for row in ("paragru", "gdn"))
+    assert expected_seconds(mine, known) == pytest.approx(500 + ABOUT) and expected_seconds(mine, known, 2) == pytest.approx(1000 + ABOUT)
+    assert expected_seconds(first_of_row, known) == pytest.approx(500 + ABOUT + COMPILING)
+    assert expected_seconds(plan.probe("gdn", "parity", 0), known) == 0.0 == expected_seconds(mine, {})
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["rum"], "Say first what is to be done"),
+        (["run", "rows=gnd"], "rows: did you mean 'gdn'"),
+        (["run", "stages=grit"], "stages: did you mean 'grid'"),
+        (["run", "stages=speedrun"], "A speedrun needs speedrun_tokens"),
+        (["run", "minutes=-1"], "minutes must be zero or more"),
+        (["plan", "size=7b"], "size is '7b'; choose one of"),
+    ],
+)
+def test_mistakes_are_sentences(words: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        program.arguments(words)
+
+
+def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out(data: Path) -> None:
+    plan = Plan("tiny", str(data), list(architectures.ARCHITECTURES))
+    cells = plan.cells({}, ["stage0", "stage1", "speed", "probe"])
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {cell.row for cell in cells if cell.stage == "stage0"} == set(architectures.ARCHITECTURES)
+    stages = [cell.stage for cell in cells]
+    last_of_ten = max(i for i, cell in enumerate(cells) if cell.stage == "stage0" and cell.row == "dense_lstm")
+    assert "speed" not in stages[:last_of_ten] and stages[last_of_ten + 1] == "speed"
+    assert stages.index("probe") < max(i for i, stage in enumerate(stages) if stage == "stage0")
+    first = [cell.settings["seed"] for cell in cells if cell.stage == "probe"]
+    assert first == sorted(first)  # every row that is named with seed 0, before the other seeds
+    assert [c.name for c in plan.cells({}, ["speed"])][:2] == ["speed.gdn_hybrid@tiny", "speed.gdn_hybrid_paragru@tiny"]
