@@ -16,9 +16,10 @@ WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies wh
 
 @triton.jit
 def symmetric_product(
-    X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, HAS_ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr
-):
-    """One tile on or below the diagonal, and its mirror image."""
+    X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, DIAGONAL,
+    HAS_ADD: tl.constexpr, HAS_DIAGONAL: tl.constexpr, EACH: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One tile on or below the diagonal, and its mirror image. EACH: ALPHA, BETA and DIAGONAL have a number for each matrix."""
     tile, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # tiles before row i: i (i + 1) / 2
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -32,25 +33,33 @@ def symmetric_product(
         total = tl.dot(tl.load(x), tl.trans(tl.load(y)), total)
         x += DEPTH * STRIDE_N
         y += DEPTH * STRIDE_N
-    total *= ALPHA
+    alpha, beta, diagonal = ALPHA, BETA, DIAGONAL
+    if EACH:
+        alpha, beta, diagonal = tl.load(ALPHA + k), tl.load(BETA + k), tl.load(DIAGONAL + k)
+    total *= alpha
     here = down[:, None] * M + across[None, :]
     if HAS_ADD:
-        total += BETA * tl.load(ADD + k * M * M + here).to(tl.float32)
+        total += beta * tl.load(ADD + k * M * M + here).to(tl.float32)
+    if HAS_DIAGONAL:
+        total += tl.where(down[:, None] == across[None, :], diagonal, 0.0)
     rounded = total.to(OUT.dtype.element_ty)
     tl.store(OUT + k * M * M + here, rounded)
     if i != j:
         tl.store(OUT + k * M * M + across[:, None] * M + down[None, :], tl.trans(rounded))
 
 
-def symmetric(x, y, add, alpha, beta, tile, depth):
+def symmetric(x, y, add, alpha, beta, diagonal, tile, depth):
     K, M, N = x.shape
     if x.stride() != y.stride():
         x, y = x.contiguous(), y.contiguous()
     out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
-    add = None if add is None else add.contiguous()
+    add, numbers = None if add is None else add.contiguous(), (alpha, beta, diagonal)
+    each, has_diagonal = any(isinstance(n, torch.Tensor) for n in numbers), not isinstance(diagonal, float) or diagonal != 0.0
+    if each:
+        numbers = [n.float() if isinstance(n, torch.Tensor) else torch.full((K,), n, device=x.device) for n in numbers]
     rows = M // tile
     symmetric_product[(rows * (rows + 1) // 2, K)](
-        x, y, out if add is None else add, out, M, N, *x.stride(), alpha, beta, HAS_ADD=add is not None, TILE=tile, DEPTH=depth,
-        num_warps=WARPS, num_stages=STAGES,
+        x, y, out if add is None else add, out, M, N, *x.stride(), *numbers, HAS_ADD=add is not None, HAS_DIAGONAL=has_diagonal, EACH=each,
+        TILE=tile, DEPTH=depth, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

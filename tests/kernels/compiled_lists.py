@@ -23,7 +23,8 @@ from tests.kernels.registers import Registers  # noqa: E402
 
 KINDS = {
     "ADDRESSES": "*i64", "SIZES": "*i64", "TENSOR": "*i32", "PLACE": "*i32", "OUT": "*fp32", "M": "*fp32", "X": "*bf16", "U": "*bf16",
-    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16",
+    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16", "SQUARES": "*fp32", "DIAGONAL": "fp32",
+    **dict.fromkeys(("LR", "BETA1", "BETA2", "LOG1", "LOG2", "EPS"), "fp32"),
 }  # fmt: skip
 GOLDEN = Path(__file__).with_name("resources_lists.json")
 registers = Registers("lists")
@@ -48,13 +49,25 @@ def main(golden: bool) -> None:
         flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
         out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
         out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
-    for label, has_add, one in (("x x^T", False, "STRIDE_N"), ("x^T x", False, "STRIDE_M"), ("b x + c x x^T", True, "STRIDE_N")):
-        flags = {"HAS_ADD": has_add, "TILE": TILE, "DEPTH": DEPTH, one: 1}
-        out[label] = made(
-            label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
-        )
+    flags = {"DIVIDE": True, "CHUNK": lists.MOVED, "BLOCK": lists.TURN}
+    out["adamw"] = made("adamw", lists.adamw_step, flags, lists.WARPS)
+    for label, has_add, each, one in (
+        ("x x^T", False, False, "STRIDE_N"),
+        ("x^T x", False, False, "STRIDE_M"),
+        ("a + b x + c x x^T", True, False, "STRIDE_N"),
+        ("a + b x + c x x^T, each", True, True, "STRIDE_N"),
+    ):
+        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "TILE": TILE, "DEPTH": DEPTH, one: 1}
+        kinds = {
+            "M": "i32",
+            "X": "*fp16",
+            "Y": "*fp16",
+            "OUT": "*fp16",
+            **(dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}),
+        }
+        out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, **kinds)
     sizes = {"MOST": 448.0, "DIGITS": 3, "PARTS": float8.PARTS, "TILE": float8.TILE}
-    kinds: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
+    kinds = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     for kind in ("bf16", "fp32"):
         flags = {"DENSE": kind == "fp32", "BLOCK": float8.BLOCK}
         out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **kinds)
