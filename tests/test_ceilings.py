@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from scripts.bench.ceilings import counted, table
+from scripts.bench.ceilings import Calls, counted, table
 from scripts.bench.spans import covered, exposed
 from scripts.bench.step_worker import ours, part_of
 
@@ -25,6 +25,19 @@ def test_bytes_and_products_are_counted_once() -> None:
     assert list(calls.products.values()) == [2]
     size = 64 * 32 * 4
     assert calls.bytes == {"add": 2 * size, "copy_": 2 * size, "add_": 3 * size}
+
+
+def test_what_is_written_over_is_counted_of_every_tensor() -> None:
+    """Fused AdamW reads four tensors and writes three of them, and the gradient too where it divides it."""
+    lists = [[torch.ones(100), torch.ones(60)] for _ in range(4)]
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    steps = [torch.ones(()) for _ in range(2)]
+    calls = counted(lambda: torch._fused_adamw_(*lists, [], steps, **settings))
+    assert calls.bytes == {"_fused_adamw_": 7 * 4 * 160 + 8}
+    calls = Calls()
+    calls.launched("muon_momentum", {"M": torch.ones(50), "X": torch.ones(50).bfloat16(), "EACH": 50})
+    calls.launched("total_squares", {"SIZES": torch.tensor([30, 20]), "OUT": torch.ones(1)})
+    assert calls.bytes == {"muon_momentum": 50 * (4 + 8 + 2), "total_squares": 16 + 4 + 200}
 
 
 def test_a_table_of_a_small_step() -> None:

@@ -35,7 +35,7 @@ def symmetric(
         from kernels.symmetric import triton
 
         with torch.cuda.device_of(x_kmn):
-            return triton.symmetric(x_kmn, y_kmn, add_kmm, alpha, beta, diagonal, TILE, DEPTH)
+            return triton.symmetric(x_kmn, y_kmn, add_kmm, alpha, beta, diagonal)
     wide = torch.promote_types(x_kmn.dtype, torch.float32)
     if any(isinstance(number, Tensor) for number in (alpha, beta, diagonal)):
         each = [n.to(wide)[:, None, None] if isinstance(n, Tensor) else n for n in (alpha, beta, diagonal)]

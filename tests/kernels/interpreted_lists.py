@@ -15,6 +15,7 @@ from kernels import tensor_lists  # noqa: E402
 from kernels.float8 import E4M3, E5M2, quantised  # noqa: E402
 from kernels.float8 import reference as float8_reference  # noqa: E402
 from kernels.symmetric import symmetric  # noqa: E402
+from kernels.symmetric import triton as symmetric_kernel  # noqa: E402
 from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm, triton  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
@@ -88,7 +89,15 @@ def ends_of_a_step() -> None:
 
 def symmetric_products() -> None:
     """Both ways of lying in memory, one and several matrices, two to four tiles a side; in fp16, as the interpreter multiplies bf16 as integers."""
-    for K, M, N, flipped in ((2, 256, 64, False), (1, 384, 128, True), (1, 512, 64, False)):
+    wide = symmetric_kernel.Blocks(across=256, described=True)
+    for K, M, N, flipped, blocks in (
+        (2, 256, 64, False, symmetric_kernel.Blocks()),
+        (1, 384, 128, True, symmetric_kernel.Blocks()),
+        (2, 512, 64, False, wide),
+        (2, 256, 128, True, wide),
+        (1, 512, 64, False, symmetric_kernel.Blocks(across=256)),
+    ):
+        symmetric_kernel.CHOSEN = blocks
         x = torch.randn(K, M, N).half()
         x = x.mT.contiguous().mT if flipped else x
         assert symmetric_module.use_triton(x)
