@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from scripts.bench.ceilings import Calls, counted, table
 from scripts.bench.spans import covered, exposed
-from scripts.bench.step_worker import ours, part_of
+from scripts.bench.step_worker import ours, part_of, peer
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,15 @@ def test_a_table_of_a_small_step() -> None:
     rows = table(written, {"products": 3.0, "attention": 2.0, "copies and adds": 1.0, "none such": 0.5}, part_of, CPU)["parts"]
     assert [row["part"] for row in rows] == ["products", "attention", "copies and adds", "none such"]
     assert all(row["ceiling_ms"] > 0 for row in rows[:3]) and rows[3]["over"] is None
+
+
+def test_the_peer_does_the_same_with_and_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    losses = []
+    for causal in (False, True):
+        torch.manual_seed(0)
+        losses.append(float(peer("transformer-toy", 2, 64, CPU, causal)[1]()))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_time_of_nccl_alone_and_of_nothing() -> None:

@@ -122,15 +122,33 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
     return model, gradients, written, 3.0 * model.flops_per_token(length)
 
 
-def peer(name: str, rows: int, length: int, device: torch.device) -> tuple[Any, Any, Any, float]:
-    """transformers' Llama of the Transformer's shape, compiled."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def causal_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for attention, without a mask: torch's kernels leave out what is ahead of a token, where a mask has it computed."""
+    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def peer(name: str, rows: int, length: int, device: torch.device, causal: bool) -> tuple[Any, Any, Any, float]:
+    """transformers' Llama of the Transformer's shape, compiled. causal: with attention that takes no mask; its own makes one when it is compiled
+    (releases to 5.17 at least)."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("without_mask", causal_attention)
 
     shape = settings_of(name)
     config = LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.mlp_width, num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.mixers["attention"]["n_heads"], num_key_value_heads=shape.mixers["attention"]["n_heads"],
         tie_word_embeddings=False, use_cache=False, max_position_embeddings=length,
+        attn_implementation="without_mask" if causal else "sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     compiled = torch.compile(model)
@@ -263,7 +281,9 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
-    model, gradients, written, flops = peer(name, rows, length, device) if is_peer else ours(name, rows, length, packed, graph, device)
+    model, gradients, written, flops = (
+        peer(name, rows, length, device, kind == "causal") if is_peer else ours(name, rows, length, packed, graph, device)
+    )
     update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
     def step() -> torch.Tensor:

@@ -138,7 +138,9 @@ class Stack:
             raw,
             divisor,
         )
-        return orthogonalized(x, steps, dtype, norms)
+        handed = [x]  # handed over: its memory is free once it is scaled
+        del x
+        return orthogonalized(handed.pop(), steps, dtype, norms)
 
     def gathered(self, own: Tensor) -> tuple[Tensor, Any]:
         """(updates of all ranks' shares one behind the other, what to wait for)."""

@@ -50,6 +50,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
         norm_k = torch.linalg.vector_norm(x_krc, dim=(1, 2), dtype=torch.promote_types(x_krc.dtype, torch.float32))
     x = torch.empty_like(x_krc, dtype=dtype or x_krc.dtype)
     torch.mul(x_krc, (SPREAD / norm_k.clamp(min=LEAST))[:, None, None], out=x)
+    del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
     scale = None
     again = AFRESH if large >= FAR_FROM_SQUARE * small else 1
