@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from scripts.bench.ceilings import counted, table
+from scripts.bench.ceilings import Calls, counted, table
 from scripts.bench.spans import covered, exposed
-from scripts.bench.step_worker import ours, part_of
+from scripts.bench.step_worker import ours, part_of, peer
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,33 @@ def test_bytes_and_products_are_counted_once() -> None:
     assert calls.bytes == {"add": 2 * size, "copy_": 2 * size, "add_": 3 * size}
 
 
+def test_what_is_written_over_is_counted_of_every_tensor() -> None:
+    """Fused AdamW reads four tensors and writes three of them, and the gradient too where it divides it."""
+    lists = [[torch.ones(100), torch.ones(60)] for _ in range(4)]
+    settings = {"lr": 0.1, "beta1": 0.9, "beta2": 0.9, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False, "maximize": False}
+    steps = [torch.ones(()) for _ in range(2)]
+    calls = counted(lambda: torch._fused_adamw_(*lists, [], steps, **settings))
+    assert calls.bytes == {"_fused_adamw_": 7 * 4 * 160 + 8}
+    calls = Calls()
+    calls.launched("muon_momentum", {"M": torch.ones(50), "X": torch.ones(50).bfloat16(), "EACH": 50})
+    calls.launched("total_squares", {"SIZES": torch.tensor([30, 20]), "OUT": torch.ones(1)})
+    assert calls.bytes == {"muon_momentum": 50 * (4 + 8 + 2), "total_squares": 16 + 4 + 200}
+
+
 def test_a_table_of_a_small_step() -> None:
     model, _, written, _ = ours("transformer-toy", 2, 64, False, False, CPU)
     rows = table(written, {"products": 3.0, "attention": 2.0, "copies and adds": 1.0, "none such": 0.5}, part_of, CPU)["parts"]
     assert [row["part"] for row in rows] == ["products", "attention", "copies and adds", "none such"]
     assert all(row["ceiling_ms"] > 0 for row in rows[:3]) and rows[3]["over"] is None
+
+
+def test_the_peer_does_the_same_with_and_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    losses = []
+    for causal in (False, True):
+        torch.manual_seed(0)
+        losses.append(float(peer("transformer-toy", 2, 64, CPU, causal)[1]()))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
 def test_time_of_nccl_alone_and_of_nothing() -> None:

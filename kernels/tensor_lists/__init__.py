@@ -1,7 +1,7 @@
 """tensor_lists: what an optimizer does with many tensors, each in one launch and one pass over memory.
 
-`total_norm` of gradients, which torch's own launches take seven times longer for on an H100 at 400M parameters; and the two ends of a step of Muon
-for matrices of one shape (training/optim/muon.py): `momentum_and_update` and `take_step`. Kernels read the addresses of their tensors from a table.
+`total_norm` of gradients, which torch's own launches take seven times longer for on an H100 at 400M parameters; `adamw`; and the two ends of a step
+of Muon for matrices of one shape (training/optim/muon.py): `momentum_and_update` and `take_step`. Kernels read the addresses of their tensors from a table.
 Sums are made in a fixed order: the same gradients give the same bits. Without Triton, and for anything but fp32, all of it is plain torch.
 """
 
@@ -32,24 +32,56 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def momentum_and_update(
-    gradients: list[Tensor], momentum_krc: Tensor, beta: float, nesterov: bool, side: int, dtype: torch.dtype, divisor: Tensor | None
-) -> Tensor:
-    """Takes gradients (k of (r, c), all of them divided by `divisor`) into their momentum: m <- m + (1 - beta) (g - m). Returns what is to be
-    orthogonalised, m, or with nesterov g + beta (m - g): (k side, r, c / side) in `dtype`, the matrices that lie side by side in each one behind the
-    other."""
-    if not use_triton([*gradients, momentum_krc]):
-        return reference.momentum_and_update(gradients, momentum_krc, beta, nesterov, side, dtype, divisor)
+    gradients: list[Tensor],
+    firsts: list[int],
+    momentum_krc: Tensor,
+    beta: float,
+    nesterov: bool,
+    side: int,
+    dtype: torch.dtype,
+    divisor: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Takes gradients (k of (r, c), each from element `first` of a tensor on; all of them divided by `divisor`) into their momentum:
+    m <- m + (1 - beta) (g - m). Returns what is to be orthogonalised, m, or with nesterov g + beta (m - g): (k side, r, c / side) in `dtype`, the
+    matrices that lie side by side in each one behind the other; and their norms (k side,), where they cost nothing."""
+    if not use_triton([*gradients, momentum_krc]) or any(first % 4 for first in firsts):
+        return reference.momentum_and_update(gradients, firsts, momentum_krc, beta, nesterov, side, dtype, divisor), None
     from kernels.tensor_lists import triton
 
     with torch.cuda.device_of(momentum_krc):
-        return triton.momentum_and_update(gradients, momentum_krc, beta, nesterov, side, dtype, divisor)
+        return triton.momentum_and_update(gradients, firsts, momentum_krc, beta, nesterov, side, dtype, divisor)
 
 
-def take_step(weights: list[Tensor], updates: Tensor, keep: float, step: float, side: int) -> None:
-    """weights (k of (r, c)) <- keep weights - step updates, these (k side, r, c / side) as `momentum_and_update` lays them out."""
-    if not use_triton(weights):
-        return reference.take_step(weights, updates, keep, step, side)
+def take_step(
+    weights: list[Tensor], firsts: list[int], shape: tuple[int, int], updates: Tensor, keep: float, step: float, side: int
+) -> None:
+    """weights (k of shape (r, c), each from element `first` of a tensor on) <- keep weights - step updates, these (k side, r, c / side) as
+    `momentum_and_update` lays them out."""
+    if not use_triton(weights) or any(first % 4 for first in firsts):
+        return reference.take_step(weights, firsts, shape, updates, keep, step, side)
     from kernels.tensor_lists import triton
 
     with torch.cuda.device_of(updates):
-        triton.take_step(weights, updates, keep, step, side)
+        triton.take_step(weights, firsts, shape, updates, keep, step, side)
+
+
+def adamw(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    divisor: Tensor | None,
+) -> None:
+    """A step of AdamW (Loshchilov and Hutter 2019) for tensors that `use_triton` takes, all of them: gradients are read, divided by `divisor`, and left
+    as they are. torch's fused step writes what it has divided back, 4 bytes a parameter of 32. steps: of each tensor, a number on its device
+    with this step among them."""
+    from kernels.tensor_lists import triton
+
+    with torch.cuda.device_of(weights[0]):
+        triton.adamw(weights, gradients, moments, squares, steps, lr, betas, eps, weight_decay, divisor)

@@ -23,6 +23,14 @@ from scripts.bench.timing import copy_bandwidth, milliseconds
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "is_pinned", "_local_scalar_dense"}
 LARGEST = 5  # parts of the table
+# kernel -> bytes that it moves beyond the tensors it is given: what a table has the addresses of, and what is written over after it was read
+BESIDE: dict[str, Callable[[dict[str, Any]], int]] = {
+    "total_squares": lambda given: 4 * int(given["SIZES"].sum()),
+    "adamw_step": lambda given: 28 * int(given["SIZES"].sum()),  # weights and two moments read and written, gradients read
+    "muon_momentum": lambda given: 8 * given["M"].numel(),
+    "muon_step": lambda given: 8 * given["U"].numel(),
+    "gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size() if "LOGITS" in given else 0,
+}
 
 Product = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operation, arguments with shapes in the place of tensors, named ones
 
@@ -56,27 +64,36 @@ class Calls(TorchDispatchMode):
             shape = tuple(arguments[0].shape)
             self.attention[shape] = self.attention.get(shape, 0) + 1
         elif "attention" not in name and name not in FREE:
-            self._moved(name, function, [*tree_leaves(arguments), *tree_leaves(keywords)], tree_leaves(output))
+            self._moved(
+                name, [*tree_leaves(arguments), *tree_leaves(keywords)], _written(function, arguments, keywords), tree_leaves(output)
+            )
         return output
 
-    def _moved(self, name: str, function: Any, given: list[Any], made: list[Any]) -> None:
+    def _moved(self, name: str, given: list[Any], written: list[Tensor], made: list[Any]) -> None:
         read = {t.untyped_storage()._cdata: t for t in given if isinstance(t, Tensor)}
-        writes = any(a.alias_info is not None and a.alias_info.is_write for a in function._schema.arguments)
         new = [t for t in made if isinstance(t, Tensor) and t.untyped_storage()._cdata not in read]
-        if not new and not writes:
+        if not new and not written:
             return  # a view
         total = sum(_bytes(t) for t in [*read.values(), *new])
-        if writes and name not in ("copy_", "fill_", "zero_", "_foreach_copy_"):
-            first = next(t for t in given if isinstance(t, Tensor))
-            total += _bytes(first)  # read and written
+        if name not in ("copy_", "fill_", "zero_", "_foreach_copy_"):
+            total += sum(_bytes(t) for t in written)  # read and written
         self.bytes[name] = self.bytes.get(name, 0) + total
 
-    def launched(self, name: str, tensors: list[Tensor]) -> None:
-        self.bytes[name] = self.bytes.get(name, 0) + sum(_bytes_of_view(t) for t in tensors)
+    def launched(self, name: str, given: dict[str, Any]) -> None:
+        total = sum(t.numel() * t.element_size() for t in given.values() if isinstance(t, Tensor))
+        self.bytes[name] = self.bytes.get(name, 0) + total + BESIDE.get(name, lambda given: 0)(given)
 
 
-def _bytes_of_view(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _written(function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor]:
+    """What an operation of torch reads and writes over, tensors of lists too. Fused AdamW's gradients are among it where they are divided: it writes them
+    back."""
+    written: list[Any] = []
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write and not argument.is_out:
+            value = arguments[i] if i < len(arguments) else keywords.get(argument.name)
+            if argument.name != "grads" or keywords.get("grad_scale") is not None:
+                written += tree_leaves(value)
+    return [t for t in written if isinstance(t, Tensor)]
 
 
 @contextmanager
@@ -87,8 +104,8 @@ def _launches(calls: Calls) -> Iterator[None]:
     run = JITFunction.run
 
     def counted(self: Any, *arguments: Any, **keywords: Any) -> Any:
-        given = [v for k, v in keywords.items() if k not in ("grid", "warmup")]
-        calls.launched(self.fn.__name__, [t for t in (*arguments, *given) if isinstance(t, Tensor)])
+        given = {k: v for k, v in keywords.items() if k not in ("grid", "warmup")}
+        calls.launched(self.fn.__name__, dict(zip(self.arg_names, arguments)) | given)
         return run(self, *arguments, **keywords)
 
     JITFunction.run = counted

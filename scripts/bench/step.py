@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw",  # of our rows: adamw, muon, or both
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "ceilings": True,  # beside the largest parts of a step what they could take at best on this card, see scripts/bench/ceilings.py
-    "peers": True,  # transformers' Llama under torch.compile beside the Transformer
+    "peers": True,  # transformers' Llama under torch.compile beside the Transformer, as it is and with attention that takes no mask
     "against": "",  # another commit, whose rows are measured in turn
 }
 SLOWER = 0.02  # of its rate before, from which a row is called slower
@@ -117,7 +117,10 @@ def run(words: list[str]) -> None:
                 if kind == "adamw" or label == "ours"
             ]
             if values["peers"] and name.startswith("transformer"):
-                cells.append(("transformers compiled", ROOT, True, "adamw"))
+                cells += [
+                    ("transformers compiled", ROOT, True, "adamw"),
+                    ("transformers compiled, attention without a mask", ROOT, True, "causal"),
+                ]
             for label, tree, is_peer, kind in cells:
                 row = run_row(tree, name, rows, values, is_peer, peak, kind)
                 result["rows"].setdefault(name, {})[label] = row

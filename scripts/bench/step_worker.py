@@ -122,15 +122,33 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
     return model, gradients, written, 3.0 * model.flops_per_token(length)
 
 
-def peer(name: str, rows: int, length: int, device: torch.device) -> tuple[Any, Any, Any, float]:
-    """transformers' Llama of the Transformer's shape, compiled."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def causal_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls for attention, without a mask: torch's kernels leave out what is ahead of a token, where a mask has it computed."""
+    y = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return y.transpose(1, 2).contiguous(), None
+
+
+def peer(name: str, rows: int, length: int, device: torch.device, causal: bool) -> tuple[Any, Any, Any, float]:
+    """transformers' Llama of the Transformer's shape, compiled. causal: with attention that takes no mask; its own makes one when it is compiled
+    (releases to 5.17 at least)."""
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+    AttentionInterface.register("without_mask", causal_attention)
 
     shape = settings_of(name)
     config = LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=shape.mlp_width, num_hidden_layers=shape.n_layers,
         num_attention_heads=shape.mixers["attention"]["n_heads"], num_key_value_heads=shape.mixers["attention"]["n_heads"],
         tie_word_embeddings=False, use_cache=False, max_position_embeddings=length,
+        attn_implementation="without_mask" if causal else "sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(device)
     compiled = torch.compile(model)
@@ -155,7 +173,8 @@ def part_of(kernel: str) -> str:
 
 
 def parts_of(step: Any) -> dict[str, Any]:
-    """Milliseconds of one step's kernels by part, the largest of them, launches, and the share of the step's span without a kernel."""
+    """Milliseconds of one step's kernels by part, the largest of them, launches, the share of the step's span without a kernel, and between which
+    kernels that is."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
         torch.cuda.synchronize()
@@ -164,8 +183,13 @@ def parts_of(step: Any) -> dict[str, Any]:
     )  # names with # are marks around kernels
     total: dict[str, tuple[float, int]] = {}
     parts: dict[str, float] = {}
-    busy, end = 0.0, 0.0
+    gaps: dict[str, tuple[float, int]] = {}
+    busy, end, before = 0.0, 0.0, ""
     for first, last, name in spans:
+        if before and first > end:
+            pair = f"{before[:40]} > {name[:40]}"
+            gaps[pair] = (gaps.get(pair, (0.0, 0))[0] + (first - end) / 1e3, gaps.get(pair, (0.0, 0))[1] + 1)
+        before = name if last > end else before
         busy, end = busy + max(0.0, last - max(first, end)), max(end, last)
         total[name] = (total.get(name, (0.0, 0))[0] + (last - first) / 1e3, total.get(name, (0.0, 0))[1] + 1)
         part = part_of(name)
@@ -176,7 +200,19 @@ def parts_of(step: Any) -> dict[str, Any]:
         "parts_ms": {k: round(v, 2) for k, v in sorted(parts.items(), key=lambda item: -item[1])},
         "kernels_ms": round(sum(ms for ms, _ in total.values()), 2), "span_ms": round(span / 1e3, 2), "idle": round(1 - busy / span, 4),
         "launches": len(spans), "largest": [{"name": n[:100], "ms": round(ms, 3), "calls": c} for n, (ms, c) in largest],
+        "gaps": [{"between": pair, "ms": round(ms, 3), "times": n} for pair, (ms, n) in sorted(gaps.items(), key=lambda item: -item[1][0])[:12]],
     }  # fmt: skip
+
+
+def _adamw_of(kind: str) -> Any:
+    """The AdamW of a run, or torch's own for a peer and where the code has none."""
+    if kind == "peer":
+        return torch.optim.AdamW
+    try:
+        from training.optim.adamw import SkippableAdamW
+    except ImportError:  # a commit from before it
+        return torch.optim.AdamW
+    return SkippableAdamW
 
 
 def update_of(model: Any, kind: str, symmetric: bool) -> Any:
@@ -191,7 +227,7 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
             products.use_triton = lambda x_kmn: False
         optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **settings)
     else:
-        optimizer = torch.optim.AdamW(parameters, fused=True, **settings)
+        optimizer = _adamw_of(kind)(parameters, fused=True, **settings)
     try:
         from kernels.tensor_lists import total_norm, use_triton
     except ImportError:  # a commit from before it
@@ -245,7 +281,9 @@ def measure(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     begin = time.perf_counter()
-    model, gradients, written, flops = peer(name, rows, length, device) if is_peer else ours(name, rows, length, packed, graph, device)
+    model, gradients, written, flops = (
+        peer(name, rows, length, device, kind == "causal") if is_peer else ours(name, rows, length, packed, graph, device)
+    )
     update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
     def step() -> torch.Tensor:

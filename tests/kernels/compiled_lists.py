@@ -15,7 +15,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.float8 import triton as float8  # noqa: E402
-from kernels.symmetric import DEPTH, TILE  # noqa: E402
+from kernels.symmetric import TILE  # noqa: E402
 from kernels.symmetric import triton as symmetric  # noqa: E402
 from kernels.tensor_lists import triton as lists  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
@@ -23,7 +23,8 @@ from tests.kernels.registers import Registers  # noqa: E402
 
 KINDS = {
     "ADDRESSES": "*i64", "SIZES": "*i64", "TENSOR": "*i32", "PLACE": "*i32", "OUT": "*fp32", "M": "*fp32", "X": "*bf16", "U": "*bf16",
-    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16",
+    "DIVISOR": "*fp32", "BETA": "fp32", "KEEP": "fp32", "STEP": "fp32", "ALPHA": "fp32", "ADD": "*fp16", "SQUARES": "*fp32", "DIAGONAL": "fp32",
+    **dict.fromkeys(("LR", "BETA1", "BETA2", "LOG1", "LOG2", "EPS"), "fp32"),
 }  # fmt: skip
 GOLDEN = Path(__file__).with_name("resources_lists.json")
 registers = Registers("lists")
@@ -48,17 +49,26 @@ def main(golden: bool) -> None:
         flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
         out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
         out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
-    for label, has_add, one in (("x x^T", False, "STRIDE_N"), ("x^T x", False, "STRIDE_M"), ("b x + c x x^T", True, "STRIDE_N")):
-        flags = {"HAS_ADD": has_add, "TILE": TILE, "DEPTH": DEPTH, one: 1}
-        out[label] = made(
-            label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, M="i32", X="*fp16", Y="*fp16", OUT="*fp16"
-        )
+    flags = {"DIVIDE": True, "CHUNK": lists.MOVED, "BLOCK": lists.TURN}
+    out["adamw"] = made("adamw", lists.adamw_step, flags, lists.WARPS)
+    chosen = symmetric.CHOSEN
+    cut = {"DESCRIBED": False, "FLIPPED": False, "TILE": TILE, "ACROSS": chosen.across, "DEPTH": chosen.depth}
+    for label, has_add, each, one in (
+        ("x x^T", False, False, "STRIDE_N"),
+        ("x^T x", False, False, "STRIDE_M"),
+        ("a + b x + c x x^T", True, False, "STRIDE_N"),
+        ("a + b x + c x x^T, each", True, True, "STRIDE_N"),
+    ):
+        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, **cut, one: 1}
+        kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "OUT"), "*fp16")}
+        kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}
+        out[label] = made(label, symmetric.symmetric_product, flags, chosen.warps, chosen.stages, **kinds)
+    types: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     sizes = {"MOST": 448.0, "DIGITS": 3, "PARTS": float8.PARTS, "TILE": float8.TILE}
-    kinds: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     for kind in ("bf16", "fp32"):
         flags = {"DENSE": kind == "fp32", "BLOCK": float8.BLOCK}
-        out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **kinds)
-        out[f"float8 cast {kind}"] = made(f"float8 cast {kind}", float8.float8_cast, sizes, float8.WARPS, X=f"*{kind}", **kinds)
+        out[f"float8 largest {kind}"] = made(f"float8 largest {kind}", float8.float8_largest, flags, float8.WARPS, X=f"*{kind}", **types)
+        out[f"float8 cast {kind}"] = made(f"float8 cast {kind}", float8.float8_cast, sizes, float8.WARPS, X=f"*{kind}", **types)
     registers.report(out, GOLDEN if golden else None)
 
 

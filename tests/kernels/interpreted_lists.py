@@ -15,6 +15,7 @@ from kernels import tensor_lists  # noqa: E402
 from kernels.float8 import E4M3, E5M2, quantised  # noqa: E402
 from kernels.float8 import reference as float8_reference  # noqa: E402
 from kernels.symmetric import symmetric  # noqa: E402
+from kernels.symmetric import triton as symmetric_kernel  # noqa: E402
 from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm, triton  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
@@ -68,23 +69,35 @@ def ends_of_a_step() -> None:
         divisor = torch.tensor(2.5) if K > 1 else None
         momenta, fine = torch.stack(m), torch.stack(m).double()
         assert tensor_lists.use_triton([*g, momenta])
-        x = momentum_and_update(g, momenta, 0.95, nesterov, side, dtype, divisor)
+        firsts = [0] * K
+        x, norms = momentum_and_update(g, firsts, momenta, 0.95, nesterov, side, dtype, divisor)
         wide = None if divisor is None else divisor.double()
-        wanted = reference.momentum_and_update([t.double() for t in g], fine, 0.95, nesterov, side, torch.float64, wide)
+        wanted = reference.momentum_and_update([t.double() for t in g], firsts, fine, 0.95, nesterov, side, torch.float64, wide)
+        assert (norms is None) == (side > 1)
+        if norms is not None:
+            torch.testing.assert_close(norms.double(), wanted.norm(dim=(1, 2)), atol=0, rtol=1e-6)
         torch.testing.assert_close(momenta.double(), fine, atol=1e-6, rtol=1e-6)
         close = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 8e-3}
         assert x.dtype == dtype and x.shape == (K * side, R, C // side)
         torch.testing.assert_close(x.double(), wanted, **close)
         moved = [t.double() for t in w]
-        reference.take_step(moved, x.double(), 0.99, 0.3, side)
-        take_step(w, x, 0.99, 0.3, side)
+        reference.take_step(moved, firsts, (R, C), x.double(), 0.99, 0.3, side)
+        take_step(w, firsts, (R, C), x, 0.99, 0.3, side)
         torch.testing.assert_close([t.double() for t in w], moved, atol=1e-6, rtol=1e-6)
         print(f"ends of a step {(K, R, C, side)}")
 
 
 def symmetric_products() -> None:
     """Both ways of lying in memory, one and several matrices, two to four tiles a side; in fp16, as the interpreter multiplies bf16 as integers."""
-    for K, M, N, flipped in ((2, 256, 64, False), (1, 384, 128, True), (1, 512, 64, False)):
+    wide = symmetric_kernel.Blocks(across=256, described=True)
+    for K, M, N, flipped, blocks in (
+        (2, 256, 64, False, symmetric_kernel.Blocks()),
+        (1, 384, 128, True, symmetric_kernel.Blocks()),
+        (2, 512, 64, False, wide),
+        (2, 256, 128, True, wide),
+        (1, 512, 64, False, symmetric_kernel.Blocks(across=256)),
+    ):
+        symmetric_kernel.CHOSEN = blocks
         x = torch.randn(K, M, N).half()
         x = x.mT.contiguous().mT if flipped else x
         assert symmetric_module.use_triton(x)
@@ -97,7 +110,39 @@ def symmetric_products() -> None:
         near = symmetric(gram, None, gram, 0.5, -2.0)
         wanted = 0.5 * gram.double() @ gram.double().mT - 2.0 * gram.double()
         assert all(torch.equal(n[beside], n.mT[beside]) for n in near) and (near - wanted).norm() <= 1e-3 * wanted.norm(), f"{(K, M, N)}"
+        each, fine = torch.arange(1.0, K + 1), gram.double()
+        scaled = symmetric(gram, None, gram, 0.5 * each, -2.0 * each, each)
+        wanted = each[:, None, None] * (wanted + torch.eye(M))
+        assert all(torch.equal(n[beside], n.mT[beside]) for n in scaled) and (scaled - wanted).norm() <= 1e-3 * wanted.norm()
         print(f"symmetric {(K, M, N)}")
+
+
+def steps_of_adamw() -> None:
+    """Against torch's plain step in fp64: sizes below, at and above a turn and a program's share, a parameter that begins later, weights from afar."""
+    from training.optim import SkippableAdamW
+
+    made = []
+    for ours in (False, True):
+        torch.manual_seed(0)
+        sizes = (1, 7, triton.TURN, triton.MOVED, triton.MOVED + 9)
+        weights = [torch.randn(n).to(torch.float32 if ours else torch.float64).requires_grad_() for n in sizes]
+        groups = [{"params": weights[:3]}, {"params": weights[3:], "weight_decay": 0.0}]
+        optimizer = (SkippableAdamW if ours else torch.optim.AdamW)(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        for step in range(3):
+            given = []
+            for w in weights if step else weights[1:]:
+                given.append(torch.randn(w.shape))
+                w.grad = given[-1].clone() if ours else given[-1].double() / (2.5 if step else 1.0)
+            if ours:
+                optimizer.grad_scale = torch.tensor(2.5) if step else None
+            optimizer.step()
+        if ours:
+            assert all(torch.equal(w.grad, g) for w, g in zip(weights, given))
+        made.append(
+            [w.detach().double() for w in weights]
+            + [s[k].double() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]
+        )
+    torch.testing.assert_close(made[1], made[0], atol=1e-6, rtol=1e-5)
 
 
 def whole_steps() -> None:
@@ -132,7 +177,7 @@ def whole_steps() -> None:
 
 if __name__ == "__main__":
     patch_once()
-    for part in (norms, quantising, ends_of_a_step, symmetric_products, whole_steps):
+    for part in (norms, quantising, ends_of_a_step, symmetric_products, steps_of_adamw, whole_steps):
         torch.manual_seed(0)
         part()
     print("ok")

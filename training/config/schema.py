@@ -103,7 +103,7 @@ class OptimSection:
     muon_lr: Annotated[float | None, POSITIVE] = None
     momentum: Annotated[float, SHARE] = 0.95
     nesterov: bool = True
-    newton_schulz_steps: Annotated[int, Range(1, 30)] = 5
+    newton_schulz_steps: Annotated[int, Range(1, 30)] = 4
     update_scale: str = "adamw"
 
 

@@ -11,23 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.tensor_lists import adamw, use_triton
 from models.init import roles
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set. grad_scale: None, or what torch's fused kernel
-    divides gradients by as it reads them (one number on the GPU)."""
+    """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set. grad_scale: None, or what gradients are divided by as
+    they are read (one number on the GPU). Where kernels of ours take the tensors they take the step (kernels/tensor_lists), else torch's fused one."""
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
     before_step: Callable[[], None] | None = None  # called before each step that is not skipped (training/wrappers)
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.skip_next:
             return None
         if self.before_step is not None:
             self.before_step()
-        return super().step(closure)
+        if closure is not None or not self._kernels_take():
+            return super().step(closure)
+        for group in self.param_groups:
+            self._step_of(group)
+        return None
+
+    def _kernels_take(self) -> bool:
+        """Whether all that a step reads and writes is what the kernel of ours takes: moments are like their weights."""
+        weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        plain = not any(group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor) for group in self.param_groups)
+        return plain and use_triton([*weights, *(p.grad for p in weights if p.grad is not None)])
+
+    def _step_of(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        self._init_group(group, *lists)
+        weights, gradients, moments, squares, _, steps = lists
+        if weights:
+            torch._foreach_add_(steps, 1)
+            adamw(
+                weights, gradients, moments, squares, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"],
+                weight_decay=group["weight_decay"], divisor=self.grad_scale,
+            )  # fmt: skip
 
 
 def parameter_groups(

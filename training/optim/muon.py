@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kernels.tensor_lists import momentum_and_update, take_step
 from models.init import is_hidden_matrix, roles
 from training.optim.adamw import SkippableAdamW, parameter_groups
-from training.optim.newton_schulz import flops, orthogonalized
+from training.optim.newton_schulz import STEPS, flops, orthogonalized
 
 SCALES = ("adamw", "spectral")
 CHUNK = 1 << 27  # numbers that are orthogonalised at once: their copies are 0.25 GiB each in 16 bits
@@ -126,9 +126,21 @@ class Stack:
         dtype: torch.dtype,
         divisor: Tensor | None,
     ) -> Tensor:
-        mine = [slab.of(gradients[slab.name]) for slab in self.own[first:end]]
+        mine = self.own[first:end]
         raw = torch.bfloat16 if dtype == torch.float16 else dtype  # before it is divided by its norm, fp16 may be too narrow for it
-        return orthogonalized(momentum_and_update(mine, self.momentum[first:end], beta, nesterov, self.side, raw, divisor), steps, dtype)
+        x, norms = momentum_and_update(
+            [gradients[slab.name] for slab in mine],
+            [slab.first for slab in mine],
+            self.momentum[first:end],
+            beta,
+            nesterov,
+            self.side,
+            raw,
+            divisor,
+        )
+        handed = [x]  # handed over: its memory is free once it is scaled
+        del x
+        return orthogonalized(handed.pop(), steps, dtype, norms)
 
     def gathered(self, own: Tensor) -> tuple[Tensor, Any]:
         """(updates of all ranks' shares one behind the other, what to wait for)."""
@@ -143,8 +155,9 @@ class Stack:
         for rank in range(self.size):
             mine = self._share_of(rank)
             if mine:
-                weights = [slab.of(parameters[slab.name]) for slab in mine]
-                take_step(weights, updates[rank * each : rank * each + len(mine) * self.side], keep, step, self.side)
+                weights, firsts = [parameters[slab.name] for slab in mine], [slab.first for slab in mine]
+                update = updates[rank * each : rank * each + len(mine) * self.side]
+                take_step(weights, firsts, (self.rows, self.columns), update, keep, step, self.side)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -171,7 +184,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
         nesterov: bool = True,
-        steps: int = 5,
+        steps: int = STEPS,
         scale: str = "adamw",
         rank: int = 0,
         size: int = 1,

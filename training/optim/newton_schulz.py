@@ -1,11 +1,15 @@
 """Orthogonalises matrices: U V^T of the singular value decomposition U S V^T, nearly, by matrix products alone.
 
-A step of Newton and Schulz maps every singular value s to a s + b s^3 + c s^5. Jordan's coefficients (Muon, 2024, kellerjordan.github.io/posts/muon)
-have the largest slope at zero: after five steps values from 0.01 to 1 lie between about 0.7 and 1.2, which serves an update as well as 1 does.
+A step of Newton and Schulz maps every singular value s to a s + b s^3 + c s^5. With one polynomial for all steps (Jordan's of Muon, 2024) five are
+customary; the best one for each step (Amsel et al. 2025, Polar Express, arXiv 2505.16932) does in four what that does in five: it is the one that
+brings the interval which the steps before have left nearest to 1. Values of 0.0025 to 1 come out between 0.7 and 1.26.
 
-A step is x <- (a + b R + c R^2) x with R = x x^T. Of a matrix that is far from square the small R alone can be iterated, the factors gathered in one
-matrix Q, and x multiplied at the end: R <- Z R Z with Z = a + b R + c R^2. All of these commute and are symmetric, which halves their products. In
-16 bits the smallest values of R drown after a few steps, and can come out below zero and grow: so x is multiplied and R made afresh every third.
+The largest value has to be 1 at most. The root of the sum of all squares is a bound far above it where many values are alike; the fourth root of
+the sum of all s^4 is nearer, and it is known once R = x x^T is. So x is divided by the first, and R by the second as it is read.
+
+A step is x <- (a + b R + c R^2) x. Of a matrix that is far from square the small R alone can be iterated, the factors gathered in one matrix Q, and
+x multiplied at the end: R <- Z R Z with Z = a + b R + c R^2. All of these commute and are symmetric, which halves their products. In 16 bits the
+smallest values of R drown after a few steps, and can come out below zero and grow: so x is multiplied and R made afresh every second step.
 
 Legend: k matrices, r rows, c columns.
 """
@@ -17,50 +21,65 @@ from torch import Tensor
 
 from kernels.symmetric import symmetric
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-LEAST = 1e-30  # a norm below this is that of a matrix of zeros, which stays one
+# (a, b, c) of each step: the odd polynomial of degree 5 nearest to 1 on the interval that the ones before make of 0.0025 to 1, from the second on
+# of s / 1.02: beyond their intervals they grow fast, and rounding may take a value there
+COEFFICIENTS = (
+    (8.40518, -24.85081, 18.42462),
+    (3.99723, -2.85999, 0.51827),
+    (3.53509, -2.54393, 0.48367),
+    (2.5664, -1.82932, 0.40635),
+)
+LATER = (1.875, -1.25, 0.375)  # of all further ones: it takes values near 1 to 1
+STEPS = 4
+LEAST = 1e-18  # a norm below this is that of a matrix of zeros, which stays one: squares of 1e-20 are none in fp32
+ABOVE = 1.01  # the bound of the largest value is taken so much higher, for what rounding adds
+SPREAD = 8.0  # norm of x: 16 bits hold x, R and its square, none of them is above 4,096 and few of their entries are below 1e-4
 FAR_FROM_SQUARE = 1.25  # from this ratio of the sides on, R is iterated instead of x: fewer operations
-AFRESH = 3  # steps of R
+AFRESH = 2  # steps of R
 
 
-def orthogonalized(x_krc: Tensor, steps: int, dtype: torch.dtype | None = None) -> Tensor:
+def coefficients(step: int) -> tuple[float, float, float]:
+    """(a, b, c) of a step, counted from 0."""
+    return COEFFICIENTS[step] if step < len(COEFFICIENTS) else LATER
+
+
+def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None = None, norm_k: Tensor | None = None) -> Tensor:
     """(k, r, c): x with all singular values near 1, computed and given back in `dtype` (None: its own); every product is one launch for all k.
-    Multiples of x give the same."""
-    norm = torch.linalg.vector_norm(x_krc, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x_krc.dtype, torch.float32))
-    x = torch.empty_like(x_krc, dtype=dtype or x_krc.dtype)  # no singular value is above the root of the sum of their squares
-    torch.mul(x_krc, norm.clamp(min=LEAST).reciprocal(), out=x)
+    Multiples of x give the same. norm_k: of each matrix, where it is known."""
+    if norm_k is None:
+        norm_k = torch.linalg.vector_norm(x_krc, dim=(1, 2), dtype=torch.promote_types(x_krc.dtype, torch.float32))
+    x = torch.empty_like(x_krc, dtype=dtype or x_krc.dtype)
+    torch.mul(x_krc, (SPREAD / norm_k.clamp(min=LEAST))[:, None, None], out=x)
+    del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
-    return _through_gram(x, steps, wide) if large >= FAR_FROM_SQUARE * small else _plain(x, steps, wide)
-
-
-def _plain(x: Tensor, steps: int, wide: bool) -> Tensor:
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
+    scale = None
+    again = AFRESH if large >= FAR_FROM_SQUARE * small else 1
+    for first in range(0, steps, again):
         gram = symmetric(x if wide else x.mT)  # the smaller of x x^T and x^T x
-        near = symmetric(gram, None, gram, c, b)
-        x = torch.baddbmm(x, near, x, beta=a) if wide else torch.baddbmm(x, x, near, beta=a)
+        if not first:
+            wider = torch.promote_types(gram.dtype, torch.float32)  # the norm of zeros is 0, any other SPREAD^2 / root of r at least
+            scale = 1 / (ABOVE**2 * torch.linalg.vector_norm(gram, dim=(1, 2), dtype=wider).clamp(min=1e-3))
+        factor = _factor(gram, [coefficients(i) for i in range(first, min(first + again, steps))], None if first else scale)
+        x = torch.bmm(factor, x) if wide else torch.bmm(x, factor)
     return x
 
 
-def _through_gram(x: Tensor, steps: int, wide: bool) -> Tensor:
-    a, b, c = COEFFICIENTS
-    gram, factor = None, None
-    for i in range(steps):
-        if gram is None:
-            gram = symmetric(x if wide else x.mT)
-        near = symmetric(gram, None, gram, c, b)  # Z without a
-        if factor is None:
-            factor = near.clone()
-            factor.diagonal(dim1=1, dim2=2).add_(a)
-        else:
-            factor = symmetric(factor, near, factor, 1.0, a)
-        if i == steps - 1 or (i + 1) % AFRESH == 0:
-            x = torch.bmm(factor, x) if wide else torch.bmm(x, factor)
-            gram, factor = None, None
-        else:
-            once = symmetric(gram, near, gram, 1.0, a)
-            gram = symmetric(once, near, once, 1.0, a)
-    return x
+def _factor(gram: Tensor, steps: list[tuple[float, float, float]], scale: Tensor | None) -> Tensor:
+    """What x is multiplied with for these steps, R = x x^T being `gram`. scale (k,): what R and the square of x have to be multiplied with before, if it
+    is not 1."""
+    a, b, c = steps[0]
+    if scale is None:
+        factor = near = symmetric(gram, None, gram, c, b, a)
+    elif len(steps) == 1:
+        root = scale.sqrt()
+        return symmetric(gram, None, gram, c * scale * scale * root, b * scale * root, a * root)
+    else:
+        factor = near = symmetric(gram, None, gram, c * scale * scale, b * scale, a)
+    for i, (a, b, c) in enumerate(steps[1:]):
+        gram = symmetric(symmetric(gram, near, alpha=1.0 if scale is None or i else scale), near)
+        near = symmetric(gram, None, gram, c, b, a)
+        factor = symmetric(factor, near, alpha=1.0 if scale is None or i else scale.sqrt())
+    return factor
 
 
 def flops(rows: int, columns: int, steps: int) -> int:
@@ -70,4 +89,4 @@ def flops(rows: int, columns: int, steps: int) -> int:
     if large < FAR_FROM_SQUARE * small:
         return steps * (ends + cube)
     fresh = -(-steps // AFRESH)
-    return fresh * ends + cube * (steps + (steps - fresh) + 2 * (steps - fresh))
+    return fresh * ends + cube * (steps + 3 * (steps - fresh))

@@ -45,8 +45,8 @@ def ends_of_muon(draw: Draw) -> Answers:
         return [torch.stack(momentum), torch.stack(updates), torch.stack(moved)]
 
     own, weights = torch.stack(m), [t.clone() for t in w]
-    x = momentum_and_update(g, own, 0.95, nesterov, side, dtype, divisor)
-    take_step(weights, x, keep, 0.3, side)
+    x, _ = momentum_and_update(g, [0] * K, own, 0.95, nesterov, side, dtype, divisor)
+    take_step(weights, [0] * K, (R, C), x, keep, 0.3, side)
     found = [own, x, torch.stack(weights)]
     described = f"k {K}, r {R}, c {C}, side {side}, {dtype}, nesterov {nesterov}, divided {divide}"
     return compared(["momentum", "update", "weights"], found, loop(torch.float64), loop(torch.float32), described, 2.0, dtype)
@@ -60,12 +60,15 @@ def symmetric_product(draw: Draw) -> Answers:
     x = (draw.randn(K, M, N) / N**0.5).to(draw.device, dtype)
     x = x.mT.contiguous().mT if draw.chance(0.5) else x
     add = symmetric(x) if draw.chance(0.5) else None
-    alpha, beta = draw.choice([(1.0, 0.0), (2.0315, -4.775)])
+    alpha, beta, diagonal = draw.choice([(1.0, 0.0, 0.0), (2.0315, -4.775, 0.0), (2.0315, -4.775, 3.4445)])
+    each = (0.5 + draw.rand(K)).to(draw.device) if draw.chance(0.3) else None  # numbers of each matrix
 
     def exact(kind: torch.dtype) -> list[Tensor]:
         product = alpha * x.to(kind) @ x.to(kind).mT
-        return [product if add is None else product + beta * add.to(kind)]
+        product = product if add is None else product + beta * add.to(kind)
+        product = product + diagonal * torch.eye(M, dtype=kind, device=x.device)
+        return [product if each is None else product * each[:, None, None].to(kind)]
 
-    found = [symmetric(x, None, add, alpha, beta)]
-    described = f"k {K}, m {M}, n {N}, {dtype}, added {add is not None}"
+    found = [symmetric(x, None, add, *(n if each is None else n * each for n in (alpha, beta, diagonal)))]
+    described = f"k {K}, m {M}, n {N}, {dtype}, added {add is not None}, diagonal {diagonal}, each {each is not None}"
     return compared(["product"], found, exact(torch.float64), exact(torch.float32), described, products(draw, dtype), draw.within(dtype))
