@@ -122,9 +122,10 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     by_length = name == "by_length"
     repeated, where = given.symbols if given.repeats else 0, torch.device(device)
     model.init_weights(seed)
+    noise = torch.full((), given.noise, device=where)
     if model.depth is not None and given.noise:
         norm: Any = model.depth
-        norm.norm.register_forward_hook(noisy(given.noise))
+        norm.norm.register_forward_hook(noisy(noise))
     trainer = Trainer(model, where, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     graphs: dict[int, GraphedStep] = {}  # by length of rows, where all of a batch have one and all steps the same loops
     draw, curve = torch.Generator().manual_seed(seed + 1), []
@@ -144,6 +145,8 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
                 graphs[n].why_not = "lengths or loops differ"
         ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated, given.start))
         with trainer.here():
+            if given.noise_from:  # grows over a tenth of the steps
+                noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
             trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
             loss = graphs[n](ids, labels)[0]
             if step % 100 == 99:
@@ -155,7 +158,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "start": given.start, "ramp": given.ramp,
+        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "ramp": given.ramp,
         "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, *scored), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
@@ -164,7 +167,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     return result
 
 
-def noisy(size: float) -> Any:
+def noisy(size: Tensor) -> Any:
     """A hook of the norm after each loop that adds noise of this size in training, beside values of about one."""
     return lambda module, inputs, made: made + size * torch.randn_like(made) if module.training else made
 
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=10, help="with --repeats")
     parser.add_argument("--repeats", action="store_true", help="the symbols of a row are drawn with repeats")
     parser.add_argument("--noise", type=float, default=0.0, help="of the looped arms in training")
+    parser.add_argument("--noise-from", type=float, default=0.0, help="share of the steps before the noise")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--start", action="store_true", help="a second mark before the answer")
     parser.add_argument(
