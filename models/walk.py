@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from data.errors import UserError
 from kernels.residual import residual
 from models.init import Module
 from models.segments import Documents
@@ -54,6 +55,18 @@ class Depth(Module):
     """
 
     config: Any
+    _loops: int
+
+    @property
+    def loops(self) -> int:
+        """How often the looped part is visited where nothing is trained; may be set."""
+        return self._loops
+
+    @loops.setter
+    def loops(self, loops: int) -> None:
+        if not 1 <= loops <= 1000:
+            raise UserError(f"loops must be from 1 to 1000, not {loops}.")
+        self._loops = loops
 
     def forward(self, blocks: nn.ModuleList, walk: Walk) -> None:
         """Leads `walk` through the blocks; without training the visits are those of `visits`, in this order."""

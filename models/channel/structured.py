@@ -162,7 +162,7 @@ class Channel(SwiGLU):
     def __init__(self, config: Config, d_model: int, d_ff: int) -> None:
         Module.__init__(self)  # all maps are others than SwiGLU's
         rank = (
-            max(1, round(config.rank * d_model / config.blocks) * config.blocks)
+            max(1, round(config.rank * d_model / config.blocks)) * config.blocks
             if config.structure == "blockdense"
             else round(config.rank * d_model)
         )

@@ -44,14 +44,15 @@ def cases(only: str) -> dict[str, list[str]]:
     """Overrides of train.py by the names of cases. Raises UserError."""
     pages = {page.stem: files_of(page) for page in sorted((ROOT / PAGES).glob("*.md"))}
     mixers = {page: [Path(file).stem for file in files if file.startswith("configs/mixer/")] for page, files in pages.items()}
+    there = {name: words for name, words in CASES.items() if any(page.startswith(name.split()[0]) for page in pages)}
     if not only:
-        return {"all mixers": of_mixers([name for names in mixers.values() for name in names]), **CASES}
+        return {"all mixers": of_mixers([name for names in mixers.values() for name in names]), **there}
     chosen: dict[str, list[str]] = {}
     for word in only.split(","):
         own = {word: of_mixers(mixers[word])} if mixers.get(word) else {}
-        own |= {name: words for name, words in CASES.items() if name.startswith(word)}
+        own |= {name: words for name, words in there.items() if name.startswith(word)}
         if not own:
-            raise UserError(f"{word!r} is no page of {PAGES} with mixers and begins no case; cases are {', '.join(CASES)}.")
+            raise UserError(f"{word!r} is no page of {PAGES} with mixers and begins no case; cases are {', '.join(there)}.")
         chosen |= own
     return chosen
 

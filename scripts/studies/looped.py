@@ -4,8 +4,10 @@
     python -m scripts.studies.looped --out looped.json --pattern whole --arms universal,unlooped     # layers of ordinary attention
     python -m scripts.studies.looped --out copy.json --pattern next --arms by_length --tasks copy    # a loop more for each symbol
 
-A row is n different symbols (with --repeats any of --symbols, so that a symbol does not say where it stood), a mark that says copy or reverse, and the answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64
-symbols. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
+A row is n different symbols (with --repeats any of --symbols, so that a symbol does not say where it stood), a mark that says copy or reverse, and the
+answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64 symbols. With --start a second mark stands before the answer: then a symbol
+lies n + 1 places before its copy and 2 i before the place that says it as the i-th of a reversed row, so that n + 1 loops of one and of two places are
+just right. --ramp lets n grow from 1 over a share of the steps. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
 near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), whole (rotary attention), or
 next or three (a window of two or three tokens). --noise is added to what is carried from loop to loop in training, so that it has to stand errors. Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
 by_length takes n + 1 loops for n symbols in training and scoring (Fan et al. 2024, arXiv 2409.15647; every batch then has one n).
@@ -30,7 +32,7 @@ from scripts.studies.trainer import Trainer
 from training.watch.metrics import environment
 
 LENGTH, BATCH, SYMBOLS, LOOPS = 16, 64, 72, 4
-COPY, REVERSE, PAD, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, 80
+COPY, REVERSE, PAD, START, VOCABULARY = SYMBOLS, SYMBOLS + 1, SYMBOLS + 2, SYMBOLS + 3, 80
 MIXERS = {"near": {"type": "attention", "n_heads": 4, "window": 4}, "far": {"type": "attention", "n_heads": 4, "rope": False}}
 MIXERS["whole"] = {"type": "attention", "n_heads": 4}
 MIXERS["next"] = {"type": "attention", "n_heads": 4, "window": 2}
@@ -46,34 +48,26 @@ ARMS: dict[str, dict[str, Any]] = {
 BOTH = ("copy", "reverse")
 
 
-def rows_of(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH, repeated: int = 0) -> tuple[Tensor, Tensor]:
+def rows_of(
+    rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH, repeated: int = 0, start: bool = False
+) -> tuple[Tensor, Tensor]:
     """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding. repeated: symbols
-    that are drawn again and again; 0: all of a row differ."""
-    if repeated:
-        return _repeated(rows, lengths, draw, tasks, repeated)
-    longest = int(lengths.max())
-    ids, labels = torch.full((rows, 2 * longest + 2), PAD), torch.full((rows, 2 * longest + 2), -100)
-    for row, n in enumerate(lengths.tolist()):
-        x = torch.randint(repeated, (n,), generator=draw) if repeated else torch.randperm(SYMBOLS, generator=draw)[:n]
-        task = tasks[int(torch.randint(len(tasks), (1,), generator=draw))]
-        answer = x.flip(0) if task == "reverse" else x
-        ids[row, : 2 * n + 1] = torch.cat([x, torch.tensor([REVERSE if task == "reverse" else COPY]), answer])
-        labels[row, n : 2 * n] = answer
-    return ids[:, :-1], labels[:, :-1]
-
-
-def _repeated(rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...], symbols: int) -> tuple[Tensor, Tensor]:
-    """rows_of with symbols that are drawn again and again."""
+    that are drawn again and again; 0: all of a row differ. start: a second mark before the answer, and a token more."""
     longest, n = int(lengths.max()), lengths[:, None]
-    x = torch.randint(symbols, (rows, longest), generator=draw)
+    if repeated:
+        x = torch.randint(repeated, (rows, longest), generator=draw)
+    else:
+        x = torch.rand(rows, SYMBOLS, generator=draw).argsort(1)[:, :longest]
     reverse = torch.tensor([task == "reverse" for task in tasks])[torch.randint(len(tasks), (rows, 1), generator=draw)]
-    place = torch.arange(2 * longest + 1)[None]
-    told = torch.where(reverse, 2 * n - place, place - n - 1)  # whose symbol stands at a place behind the mark
-    told_next = torch.where(reverse, 2 * n - place - 1, place - n)
+    place = torch.arange(2 * longest + 1 + start)[None]
+    first = n + 1 + start  # where the answer begins
+    i = place - first  # of the answer, whose symbol is told one place before
+    told, told_next = torch.where(reverse, n - 1 - i, i), torch.where(reverse, n - 2 - i, i + 1)
     ids = torch.where(place < n, x.gather(1, place.clamp(max=longest - 1).expand(rows, -1)), x.gather(1, told.clamp(0, longest - 1)))
-    ids = torch.where(place == n, torch.where(reverse, REVERSE, COPY), torch.where(place > 2 * n, PAD, ids))
-    asked = (place >= n) & (place < 2 * n)
-    ids = torch.where(place == 2 * n, PAD, ids)
+    ids = torch.where(place == n, torch.where(reverse, REVERSE, COPY), ids)
+    ids = torch.where(place == first - 1, START, ids) if start else ids
+    ids = torch.where(place >= first + n - 1, PAD, ids)
+    asked = (place >= first - 1) & (place < first + n - 1)
     return ids, torch.where(asked, x.gather(1, told_next.clamp(0, longest - 1)), -100)
 
 
@@ -97,6 +91,7 @@ def scores(
     tasks: tuple[str, ...] = BOTH,
     length: int = LENGTH,
     repeated: int = 0,
+    start: bool = False,
 ) -> dict[str, dict[str, float]]:
     """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model;
     by_length: a loop more than there are symbols."""
@@ -108,7 +103,7 @@ def scores(
     for n in (length, 2 * length, 4 * length):
         if way is not None and by_length:
             way.loops = n + 1
-        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks, repeated))
+        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks, repeated, start))
         right, asked = model(ids).logits.argmax(-1) == labels, labels != -100
         out[str(n)] = {
             name: round(float(right[asked & (ids[:, n : n + 1] == mark)].float().mean()), 4)
@@ -127,16 +122,19 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     by_length = name == "by_length"
     repeated, where = given.symbols if given.repeats else 0, torch.device(device)
     model.init_weights(seed)
+    noise = torch.full((), given.noise, device=where)
     if model.depth is not None and given.noise:
         norm: Any = model.depth
-        norm.norm.register_forward_hook(noisy(given.noise))
+        norm.norm.register_forward_hook(noisy(noise))
     trainer = Trainer(model, where, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     graphs: dict[int, GraphedStep] = {}  # by length of rows, where all of a batch have one and all steps the same loops
     draw, curve = torch.Generator().manual_seed(seed + 1), []
     one_length = given.one_length or by_length
+    scored = (tasks, given.length, repeated, given.start)
     for step in range(steps):
         model.train().begin_step(seed, step)
-        lengths = torch.randint(1, given.length + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
+        longest = min(given.length, 1 + int(given.length * step / (given.ramp * steps))) if given.ramp else given.length
+        lengths = torch.randint(1, longest + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
         n = int(lengths[0])
         if by_length:
             way: Any = model.depth
@@ -145,8 +143,10 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             graphs[n] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
             if not one_length or name == "looped":
                 graphs[n].why_not = "lengths or loops differ"
-        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated))
+        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated, given.start))
         with trainer.here():
+            if given.noise_from:  # grows over a tenth of the steps
+                noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
             trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
             loss = graphs[n](ids, labels)[0]
             if step % 100 == 99:
@@ -158,16 +158,16 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": repeated or "different", "length": given.length, "noise": given.noise,
-        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, tasks, given.length, repeated), "loss": curve,
+        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "ramp": given.ramp,
+        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, *scored), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
-        result["by_loops"] = {str(n): scores(model, device, n, False, tasks, given.length, repeated) for n in (1, 2, 3, 4, 6, 8, 16)}
+        result["by_loops"] = {str(n): scores(model, device, n, False, *scored) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
 
 
-def noisy(size: float) -> Any:
+def noisy(size: Tensor) -> Any:
     """A hook of the norm after each loop that adds noise of this size in training, beside values of about one."""
     return lambda module, inputs, made: made + size * torch.randn_like(made) if module.training else made
 
@@ -185,7 +185,12 @@ def main() -> None:
     parser.add_argument("--symbols", type=int, default=10, help="with --repeats")
     parser.add_argument("--repeats", action="store_true", help="the symbols of a row are drawn with repeats")
     parser.add_argument("--noise", type=float, default=0.0, help="of the looped arms in training")
+    parser.add_argument("--noise-from", type=float, default=0.0, help="share of the steps before the noise")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
+    parser.add_argument("--start", action="store_true", help="a second mark before the answer")
+    parser.add_argument(
+        "--ramp", type=float, default=0.0, help="share of the steps over which the longest row grows from 1 to --length; 0: none"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)

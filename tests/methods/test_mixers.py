@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from models import mixers
 from models.config import ModelConfig
 from models.hub.custom import write_code
+from scripts.check.methods import PAGES, ROOT, files_of
 from scripts.check.whole_way import cases
 from tests.mixers import mixer_configs
 
@@ -64,3 +66,16 @@ def test_the_whole_way_is_gone_by_every_mixer_of_the_pages() -> None:
     words = next(word for word in cases("")["all mixers"] if word.startswith("model.pattern="))
     named = words.removeprefix("model.pattern=[").removesuffix("]").split(",")
     assert {CONFIGS[name]["type"] for name in named if name} == {mapping["type"] for mapping in CONFIGS.values()} - {"m2rnn"}
+
+
+def test_no_other_test_imports_what_a_method_consists_of() -> None:
+    """So that a method's files can be taken away (python -m scripts.check.methods tries it)."""
+    texts = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "tests").rglob("*.py")}
+    found = []
+    for page in sorted((ROOT / PAGES).glob("*.md")):
+        files = files_of(page)
+        for module in (file.removesuffix(".py") for file in files if file.endswith(".py")):
+            package, name = module.replace("/", ".").rsplit(".", 1)
+            line = re.compile(rf"^(?:from {re.escape(package)} import .*\b{name}\b|(?:from|import) {re.escape(package)}\.{name}\b)", re.M)
+            found += [f"{other} needs {module}" for other, text in texts.items() if other not in files and line.search(text)]
+    assert not found

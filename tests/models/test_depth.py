@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.errors import UserError
 from models import depth
 from models.config import ModelConfig
 from models.decode import Decoder
@@ -43,6 +44,13 @@ def test_one_step_is_the_model_of_one_layer() -> None:
         one = model_of(way, n_layers=1)
         one.load_state_dict(plain.state_dict(), strict=False)
         torch.testing.assert_close(one(IDS, segment_ids=SEGMENTS).logits, plain(IDS, segment_ids=SEGMENTS).logits, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loops", [0, -2, 1001])
+def test_a_number_of_loops_that_is_none_is_refused(loops: int) -> None:
+    for way in ("universal", "recurrent"):
+        with pytest.raises(UserError, match="loops must be from 1 to 1000"):
+            model_of(WAYS[way], n_layers=3).depth.loops = loops  # type: ignore[union-attr]
 
 
 def test_loops_are_the_layers_written_out() -> None:

@@ -14,6 +14,7 @@ from models.config import ModelConfig
 from models.hub.export import export
 from models.lm import LanguageModel
 from tests.hub.folders import checkpoint
+from training.config.cli import checked, compose_config
 from training.optim.adamw import parameter_groups
 
 D, F = 32, 64
@@ -50,6 +51,19 @@ def test_factors_have_rates_by_their_own_inputs(m: int) -> None:
 def test_a_power_whose_rates_have_no_value_is_a_sentence(power: float) -> None:
     with pytest.raises(UserError, match="rate_power is a power from -2 to 2"):
         channel.build(settings("lowrank", rate_power=power), D, F)
+
+
+@pytest.mark.parametrize("blocks", [7, 1])
+def test_a_small_rank_has_a_number_for_each_block(blocks: int) -> None:
+    built = channel.build({"type": "structured", "structure": "blockdense", "rank": 0.3, "blocks": blocks}, 7, 14)
+    built.init_weights(0.02, 0)
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(built.gate(x, None), x @ built.gate.merged().T)
+
+
+def test_muon_has_no_rates_of_factors() -> None:
+    with pytest.raises(UserError, match="take optim=adamw, or set it to 0"):
+        checked(compose_config(["optim=muon", "channel=lowrank", "model.channel.rate_power=1", "data.path=nowhere"]))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

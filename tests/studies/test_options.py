@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts.studies import looped, m2rnn
+from scripts.studies import dense_init, m2rnn
 
 
 @pytest.mark.parametrize(
     "study, words, said",
     [
-        (looped, ["--steps", "-1"], "--steps must be above zero, not -1"),
-        (looped, ["--arms", "loped"], "did you mean 'looped'?"),
+        (dense_init, ["--steps", "-1"], "--steps must be above zero, not -1"),
+        (m2rnn, ["--parts", "trackin"], "did you mean 'tracking'?"),
         (m2rnn, ["--seeds", "0"], "--seeds must be above zero"),
         (m2rnn, ["--parts", "nope"], "there is no 'nope'"),
         (m2rnn, ["--parts", "corrections", "--data", "nowhere"], "holds no token shards"),

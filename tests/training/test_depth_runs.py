@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from scripts.studies import looped
 from training.config.cli import checked, compose_config
 from training.errors import UserError
 
@@ -33,6 +36,29 @@ def test_two_ranks_with_zero_draw_the_loops_of_one(train: Train, tmp_path: Path)
         done = train(name, *LOOPED, ranks=ranks)
         assert done.returncode == 0, done.stderr
     assert all(abs(a - b) < 2e-5 for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True))
+
+
+@pytest.mark.parametrize(
+    "words, said", [(["--steps", "-1"], "--steps must be above zero"), (["--arms", "loped"], "did you mean 'looped'?")]
+)
+def test_what_the_study_cannot_run_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study", "--out", str(tmp_path / "out.json"), *words])
+    with pytest.raises(SystemExit):
+        looped.main()
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_symbols_lie_as_far_from_their_answers_as_the_loops_reach() -> None:
+    """With a second mark before the answer: n + 1 places to copy, twice the number of the answer to reverse."""
+    lengths, draw = torch.tensor([5, 5, 3]), torch.Generator().manual_seed(0)
+    for task, far in (("copy", lambda n, i: n + 1), ("reverse", lambda n, i: 2 * (i + 1))):
+        ids, labels = looped.rows_of(3, lengths, draw, (task,), 10, start=True)
+        for row, n in enumerate(lengths.tolist()):
+            asked = (labels[row] != -100).nonzero().flatten().tolist()
+            assert asked == list(range(n + 1, 2 * n + 1)) and ids[row, n + 1] == looped.START
+            assert all(labels[row, place] == ids[row, place - far(n, i)] for i, place in enumerate(asked))
 
 
 def test_what_it_does_not_go_with_is_a_sentence() -> None:

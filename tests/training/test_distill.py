@@ -76,3 +76,5 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "checkpoint=DIR" in told and "out=DIR" in told and "choose one of mamba2" in told and "half, all" in told
     with pytest.raises(UserError, match="distill.teacher reads whole ones"):
         checked(compose_config(["distill.teacher=x", "parallel.sequence=2", "data.path=x"]))
+    with pytest.raises(UserError, match="distill.kl and distill.next_token are both zero"):
+        checked(compose_config(["distill.teacher=x", "distill.kl=0", "data.path=x"]))

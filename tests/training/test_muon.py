@@ -303,7 +303,6 @@ def test_two_ranks_are_one_and_checkpoints_go_from_any_number_to_any(demo_shards
         (["deepspeed.offload_optimizer=cpu"], "deepspeed.offload_optimizer=none"),
         (["optim.momentum=1"], "optim.momentum must be from 0 up to, but not, 1"),
         (["optim.update_scale=spectral"], "optim.muon_lr=0.02"),
-        (["channel=lowrank", "model.channel.rate_power=1"], "take optim=adamw, or set it to 0"),
         (["optim.update_scale=none"], "choose one of adamw, spectral"),
         (["optim.newton_schulz_steps=0"], "optim.newton_schulz_steps must be above zero"),
         (["optim.muon_lr=-1"], "optim.muon_lr must be above zero"),

@@ -137,6 +137,9 @@ def _combinations(config: Config, world_size: int) -> list[str]:
             problems.append(
                 "parallel.sequence above 1 gives each rank a part of a sequence, and distill.teacher reads whole ones; set it to 1."
             )
+    distill = config.distill
+    if distill.teacher is not None and distill.steps and not distill.kl and not distill.next_token:
+        problems.append("distill.kl and distill.next_token are both zero: nothing would be learnt for distill.steps; set one above zero.")
     if t.fp8 and (t.precision != "bf16" or t.compile):
         problems.append("train.fp8=true takes products out of bf16 as they are run: it needs train.precision=bf16 and train.compile=false.")
     if ds.offload_parameters != "none" and ds.stage != 3:

@@ -66,12 +66,16 @@ def told_apart(twice: bool, short_first: bool, seed: int, rows: int = 400) -> fl
     return float((score[shared][:, None] > score[~shared]).float().mean())
 
 
-def sharing(short_first: bool, rows: int, draw: torch.Generator, short: int, long: int, symbols: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels), (rows, short + long + 2): a set, a mark, a set, a question, whose answer is the symbol that is in both."""
+def sharing(
+    short_first: bool, rows: int, draw: torch.Generator, short: int, long: int, symbols: int, apart: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, labels), (rows, short + long + 2): a set, a mark, a set, a question, whose answer is the symbol that is in both. apart: symbols of the long
+    set are tokens of their own, so that a token says which set it is of."""
     order = torch.rand(rows, symbols, generator=draw).argsort(1)
     one, other, row = order[:, :short], order[:, short : short + long].clone(), torch.arange(rows)
     answer = one[row, torch.randint(short, (rows,), generator=draw)]
     other[row, torch.randint(long, (rows,), generator=draw)] = answer
+    other = other + (symbols + 2) * apart
     mark, sets = torch.full((rows, 1), symbols), (one, other) if short_first else (other, one)
     ids = torch.cat([sets[0], mark, sets[1], mark + 1], 1)
     labels = torch.full_like(ids, -100)
@@ -80,17 +84,17 @@ def sharing(short_first: bool, rows: int, draw: torch.Generator, short: int, lon
 
 
 def shared(
-    twice: bool, seed: int, steps: int, device: torch.device, sizes: tuple[int, int, int], features: int, width: int
+    twice: bool, seed: int, steps: int, device: torch.device, sizes: tuple[int, int, int], features: int, width: int, apart: bool = False
 ) -> dict[str, Any]:
     """A model trained on both orders alike, and the share of right answers in each."""
     short, long, symbols = sizes
     mixer = {"type": "jrt", "n_heads": 4, "feature_dim": features, "prompt": short + long + 2 if twice else 0}
-    model = model_of(mixer, symbols + 2, width=width, layers=2, d_ff=2 * width)
+    model = model_of(mixer, (symbols + 2) * (1 + apart), width=width, layers=2, d_ff=2 * width)
     model.init_weights(seed)
     trainer = Trainer(model, device, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.01)
     graph, draw, curve = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2]), torch.Generator().manual_seed(seed), []
     for step in range(steps):
-        halves = [sharing(first, 32, draw, *sizes) for first in (True, False)]
+        halves = [sharing(first, 32, draw, *sizes, apart) for first in (True, False)]
         ids, labels = (torch.cat(both).to(device) for both in zip(*halves))
         with trainer.here():
             trainer.rate.set(3e-3 * min(1.0, (step + 1) / 50, 4 * (1 - step / steps)))
@@ -100,7 +104,7 @@ def shared(
     with trainer.here(), torch.no_grad():
         right = {}
         for first in (True, False):
-            ids, labels = (t.to(device) for t in sharing(first, 1024, torch.Generator().manual_seed(10**6), *sizes))
+            ids, labels = (t.to(device) for t in sharing(first, 1024, torch.Generator().manual_seed(10**6), *sizes, apart))
             answers = model.eval()(ids).logits[:, -1].argmax(-1)
             right["short first" if first else "long first"] = round(float((answers == labels[:, -1]).float().mean()), 4)
     return {"seed": seed, "right": right, "loss": curve[:: max(1, len(curve) // 10)]}
@@ -174,6 +178,7 @@ def trained(what: str, twice: bool, seed: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = parser_of(__doc__, "jrt")
     parser.add_argument("--device", default="cpu", help="of the part 'shared'")
+    parser.add_argument("--apart", action="store_true", help="of the part 'shared': symbols of the long set are tokens of their own")
     parser.add_argument("--arms", default="prompt read twice,one pass", help="of the part 'shared'")
     for name, value in (("first-seed", 0), ("steps", 3000), ("short", 4), ("long", 96), ("symbols", 192), ("features", 1), ("width", 32)):
         parser.add_argument(f"--{name}", type=int, default=value, help="of the part 'shared'")
@@ -195,7 +200,7 @@ def main() -> None:
         for seed in range(given.first_seed, given.first_seed + given.seeds):
             for name in given.arms.split(","):
                 rows_of.setdefault(name, []).append(
-                    shared(name != "one pass", seed, given.steps, device, sizes, given.features, given.width)
+                    shared(name != "one pass", seed, given.steps, device, sizes, given.features, given.width, given.apart)
                 )
                 print(name, rows_of[name][-1], flush=True)
                 settings = {
@@ -204,6 +209,7 @@ def main() -> None:
                     "symbols": given.symbols,
                     "features": given.features,
                     "steps": given.steps,
+                    "apart": given.apart,
                 }
                 write(given.out, trained_shared={**settings, "device": given.device, "runs": rows_of})
     for what, steps in (("text", 300), ("passkey", 300)):
