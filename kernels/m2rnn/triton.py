@@ -162,7 +162,6 @@ def slopes(
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
-    here, there = k < K, v < V
     w = _weight(W, h, v, BV)
     begin, steps, state = _chunk(BORDERS, bh, first, chunks, T, k, K, v, V, CHUNK)
     s_ = SLOPES + (bh * tl.num_programs(1) + tl.program_id(1)) * CHUNK * ROWS * BV + k[:, None] * BV + v[None, :]

@@ -1,11 +1,12 @@
-"""State tracking at equal parameters: the table of eight tasks, eleven mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
+"""State tracking at equal parameters: the table of eight tasks, thirteen mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
 
     python -m scripts.studies.equal minutes=6                              # all GPUs that are visible; the same command goes on where it stopped
     python -m scripts.studies.equal tasks=S3,parity mixers=dense_gru,deltaproduct_2 seeds=1 minutes=3
     python -m scripts.studies.equal minutes=0                              # only the table and the plot of what is there
 
-Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered: first those that are expected
-to succeed on S3, parity and S4, then the same tasks with mixers that should fail, which take twice the steps of the slowest success there, then the rest.
+Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered a seed after the other: S3,
+parity and modulo 5 by all mixers, S4, MQAR and S5 by those that are expected to succeed, and the rest when all seeds have these. Mixers that should
+fail take twice the steps of the slowest success there.
 Each result is a file in OUT/cells; what the clock cuts is kept in OUT/states and goes on in a later call. `ended` says whether a cell was solved, took
 all its steps, or ran out of time: a cell that ran out of time is no evidence that the mixer cannot do the task.
 """
@@ -38,15 +39,23 @@ DEFAULTS: dict[str, Any] = {
     "seeds": 3,
     "long": "",  # mixers that run A5-long beside the table, one seed each, from the beginning to the end
     "minutes": 6.0,
-    "processes": 3,  # of a GPU
-    "streams": 8,  # cells that a process trains at a time
+    "processes": 7,  # of a GPU
+    "streams": 4,  # cells that a process trains at a time
     "length": 64,
     "batch": 128,
     "most": 0,  # steps at most, for a trial; 0: those of the task
     "device": "auto",
 }
-FIRST_TASKS, FIRST = ("S3", "parity", "S4"), ("dense_gru", "deltaproduct_2", "dense_lstm", "slstm", "deltaproduct_4", "m2rnn")
-CONTROLS = ("gated_deltanet_2", "gated_deltanet", "mamba2", "paragru", "paralstm")
+FIRST = ("dense_gru", "m2rnn_tracker", "dense_lstm", "slstm", "deltaproduct_4", "deltaproduct_2", "m2rnn")
+CONTROLS = ("transformer", "mamba2", "gated_deltanet", "paragru", "gated_deltanet_2", "paralstm")
+EARLY = (
+    ("S3", (*FIRST, *CONTROLS)),
+    ("parity", (*FIRST, *CONTROLS)),
+    ("mod-5", (*FIRST, *CONTROLS)),
+    ("S4", FIRST),
+    ("mqar", (*FIRST, *CONTROLS)),
+    ("S5", FIRST),
+)
 MOST_COMPILING = 60.0  # seconds
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
@@ -74,12 +83,11 @@ def arguments(words: list[str]) -> dict[str, Any]:
 
 
 def order(values: dict[str, Any]) -> list[Place]:
-    """All cells: long runs, what decides most, its negative controls, the rest, each seed after seed."""
+    """All cells: long runs, what decides most, seed after seed, then the rest."""
     tasks, mixers, seeds = values["tasks"], values["mixers"], range(values["seeds"])
-    decisive = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in FIRST]
-    controls = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in CONTROLS]
+    decisive = [(t, m, s) for s in seeds for t, chosen in EARLY for m in chosen]
     rest = [(t, m, s) for s in seeds for t in tasks for m in (*FIRST, *CONTROLS)]
-    every = [place for place in [*decisive, *controls, *rest] if place[0] in tasks and place[1] in mixers]
+    every = [place for place in [*decisive, *rest] if place[0] in tasks and place[1] in mixers]
     return [("A5-long", m, 0) for m in values["long"]] + list(dict.fromkeys(every))
 
 
