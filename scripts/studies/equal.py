@@ -152,13 +152,16 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
     write_json(out / "cells" / f"{name}.json", cell)
 
 
-def prepare(values: dict[str, Any], mixer: str, visible: str) -> None:
-    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it."""
+def prepare(values: dict[str, Any], mixer: str, visible: str, ready: Any) -> None:
+    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it; then says so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
-    device = pick(visible, "cuda")
-    learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
-    learner.warm()
-    learner.score(values["length"] * LENGTHS[-1], values["batch"])
+    try:
+        device = pick(visible, "cuda")
+        learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
+        learner.warm()
+        learner.score(values["length"] * LENGTHS[-1], values["batch"])
+    finally:
+        ready.set()
 
 
 def pick(visible: str, device_name: str) -> Any:
@@ -172,14 +175,16 @@ def pick(visible: str, device_name: str) -> Any:
     return torch.device(device_name)
 
 
-def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, deadline: float, device_name: str, visible: str) -> None:
-    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: when kernels are compiled;
-    deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
+def work(
+    values: dict[str, Any], cells: list[Place], taken: Any, ready: dict[str, Any], deadline: float, device_name: str, visible: str
+) -> None:
+    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: of mixers whose kernels are
+    being compiled, when they are; deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
     stopped: list[int] = []
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     device = pick(visible, device_name)
-    ready.wait()
+    waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []
     more = True
 
@@ -187,16 +192,21 @@ def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, dea
         return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
 
     while True:
-        if more and not late() and len(running) < values["streams"]:  # one, and the others go on
+        while more and not late() and len(running) + len(waiting) < values["streams"]:
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
             more = number < len(cells)
+            waiting += cells[number : number + 1]
+        place = next((place for place in waiting if place[1] not in ready or ready[place[1]].is_set()), None)
+        if place is not None and not late():  # one, and the others go on
+            waiting.remove(place)
             try:
-                if more:
-                    running.append((cells[number], begin(cells[number], values, device), time.perf_counter()))
+                running.append((place, begin(place, values, device), time.perf_counter()))
             except Exception as error:
-                keep(cells[number], None, values, error)
-        if not running and (not more or late()):
+                keep(place, None, values, error)
+        elif not running and waiting:
+            time.sleep(0.05)
+        if not running and (late() or not (more or waiting)):
             return
         for entry in list(running):
             place, learner, since = entry
@@ -266,19 +276,22 @@ def main(words: list[str]) -> None:
             flush=True,
         )
         spawn = multiprocessing.get_context("spawn")
-        taken, ready = spawn.Value("i", 0), spawn.Event()
+        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
+        taken, ready = spawn.Value("i", 0), {mixer: spawn.Event() for mixer in first}
         workers = [
             spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
             for i in range(min(processes, len(cells)))
         ]
-        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
-        compilers = [spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)])) for i, mixer in enumerate(first)]
+        compilers = [
+            spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)], event))
+            for i, (mixer, event) in enumerate(ready.items())
+        ]
         for process in (*compilers, *workers):
             process.start()
-        for process in compilers:
-            process.join(max(1.0, began + MOST_COMPILING - time.time()))
+        for event in ready.values():
+            event.wait(max(1.0, began + MOST_COMPILING - time.time()))
+            event.set()
         print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
-        ready.set()
         end_by(workers, deadline + 20)
     report(values, device, time.time() - began)
 
