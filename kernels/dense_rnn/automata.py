@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.dense_rnn import launch, reference
-from kernels.dense_rnn.dictionary import SETTLE, by_channel, by_head, scale_of
+from kernels.dense_rnn.dictionary import SETTLE, by_channel, by_head, distances, scale_of
 from kernels.dense_rnn.reference import TOLERANCE, local_size
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import share, slice_time, zeroed
@@ -63,7 +63,7 @@ def starts_of(first_BSD: Tensor, ends_BNMSD: Tensor, candidates_BNMSD: Tensor, d
 
     def nearest(x: Tensor, among: Tensor) -> Tensor:  # (.., M', E, F) and (.., M, E, F): (.., E, M')
         a, b = ((v.float() / scale).transpose(-3, -2) for v in (x, among))
-        return torch.cdist(a, b).argmin(-1)
+        return distances(a, b).argmin(-1)
 
     maps = nearest(ends[:, :-1], candidates[:, 1:])
     index = compose(maps, nearest(first[:, None], candidates[:, 0])[..., 0])[:, : ends.shape[1]]  # which candidate each slice starts near

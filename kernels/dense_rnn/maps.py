@@ -8,14 +8,15 @@
     on        the trial was certified. Candidates are drawn anew when something was walked.
     refused   it was not: what is no automaton is never sent there again.
 
-Nothing changes but between two steps, at a plan's choice. The states of the first rank are taken by all, so that all hold the same dictionary; it
-is part of the plan's state, bit for bit. Legend: as in reference.py; M candidates, R states met.
+Nothing changes but between two steps, at a plan's choice. All ranks reckon with the first one's sizes and device (`Layer.agree`) and take the states
+that it met, so that all choose alike and hold the same dictionary; it is part of the plan's state, bit for bit. On an H200 composed maps had the
+walk's bits in every case and took less time wherever `slices_for` said so (docs/dense_rnn.md).
+Legend: as in reference.py; M candidates, R states met.
 """
 
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,15 +35,9 @@ REACH, MOST = (
 )  # distance to a candidate (root mean square of shares of channels' sizes) within which this share of the states must lie
 LATELY = 2  # choices in a row in which corrections failed
 AGAIN = 64  # choices after which a layer whose states lay nowhere near a few looks again
-PROVEN = False  # whether layers on a GPU look without being asked to: times there have not been measured
 WALKED = 0.25  # share of slices walked in order up to which a trial was a success
 
 Share = Callable[[list[float]], list[float]]  # the first rank's numbers, for all
-
-
-def wanted(device: torch.device) -> bool:
-    """Whether layers may look for candidates by themselves."""
-    return device.type != "cuda" or PROVEN or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 class Maps:
@@ -53,11 +48,12 @@ class Maps:
         self.dictionary: Tensor | None = None  # (E, M, S, K), where solves read it: it keeps its place while M stays
         self.met: Tensor | None = None  # (R, S, D)
         self.shape = (1, 1, 1, 1, 1)  # B, T, E, S, K of the last solve
+        self.programs = 2 * multiprocessors(device)  # that run side by side, on the first rank's device
 
     def slices(self, M: int) -> int:
         """Slices that composing maps of M candidates takes in solves like the last one; 1: the walk in order is faster."""
         B, T, E, S, K = self.shape
-        return slices_for(B, T, E, M, 2 * multiprocessors(self.device)) if T > 1 else 1
+        return slices_for(B, T, E, M, self.programs) if T > 1 else 1
 
     def in_force(self, pre: Tensor, mat: Tensor, S: int) -> tuple[Tensor, int] | None:
         """(candidates, slices) for a solve, or None."""
@@ -88,7 +84,7 @@ class Maps:
         True: solves go otherwise from now on, or leave states that they did not."""
         if self.status == "off":
             self.failed = self.failed + 1 if failed else min(0, self.failed)
-            if self.failed >= LATELY and self.slices(CANDIDATES[0]) > 1 and wanted(self.device):
+            if self.failed >= LATELY and self.slices(CANDIDATES[0]) > 1:
                 self.status = "looking"
             return self.status == "looking"
         if self.status == "looking":
@@ -127,10 +123,11 @@ class Maps:
         kept = None
         if self.dictionary is not None:
             kept = [list(self.dictionary.shape), base64.b64encode(self.dictionary.cpu().numpy().tobytes()).decode()]
-        return {"status": self.status, "failed": self.failed, "dictionary": kept}
+        return {"status": self.status, "failed": self.failed, "programs": self.programs, "dictionary": kept}
 
     def load(self, state: dict[str, Any]) -> None:
         self.status, self.failed, kept = state["status"], state["failed"], state["dictionary"]
+        self.programs = state.get("programs", self.programs)
         self.dictionary = None
         if kept is not None:
             values = np.frombuffer(base64.b64decode(kept[1]), np.float32).copy()

@@ -147,6 +147,17 @@ class Layer:
             states.sums = [0.0] * (WORDS + 1)
         return self.maps.decide(states.failed, walked / max(1.0, slices), share) or changed
 
+    def sizes(self) -> list[float]:
+        """What this rank's choices are reckoned with: its last solves and its device."""
+        return [float(x) for one in self.passes for x in (one.reckoned, one.T)] + [*map(float, self.maps.shape), float(self.maps.programs)]
+
+    def agree(self, sizes: list[float]) -> None:
+        """Reckons with `sizes` of another rank, whose device may be another one."""
+        reckoned, T, reckoned_back, T_back, *shape, self.maps.programs = map(int, sizes)
+        for one, seen in zip(self.passes, ((reckoned, T), (reckoned_back, T_back))):
+            one.reckoned, one.T = seen
+        self.maps.shape = (shape[0], shape[1], shape[2], shape[3], shape[4])
+
     def note(self, back: bool, report: Report, heads: int) -> None:
         """What a solve in plain torch needed, in which nothing is walked in order."""
         mine = self.counters[back * SLOTS :]
@@ -192,7 +203,12 @@ class Plans:
             one.add(corrections, walked, slices, ranks)
             self._since[i % 2] = [a + b for a, b in zip(self._since[i % 2], (corrections, walked, slices, ranks))]
         self.steps += 1
-        return self.steps % PERIOD == 0 and any([layer.decide(share) for layer in self.layers])
+        if self.steps % PERIOD:
+            return False
+        agreed = iter(share([size for layer in self.layers for size in layer.sizes()]))
+        for layer in self.layers:
+            layer.agree([next(agreed) for _ in layer.sizes()])
+        return any([layer.decide(share) for layer in self.layers])
 
     def report(self) -> dict[str, float]:
         """Of the steps since the last call, states and adjoints: corrections, a mean over layers, steps and ranks; the share of slices walked in order,

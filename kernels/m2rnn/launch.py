@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.dispatch import interpreted, no_triton
 from kernels.m2rnn.reference import EVERY
+from kernels.parallel_rnn.launch import multiprocessors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST, WIDEST_OF_FOUR_BYTES = 128, 64  # columns of a state that are walked in registers, by the width of operands
@@ -25,12 +26,20 @@ WIDEST, WIDEST_OF_FOUR_BYTES = 128, 64  # columns of a state that are walked in 
 # ptxas 12.8, which Triton 3.6 brings, assembles some of wgmma with blocks of 16 or 32 columns wrongly for an H100.
 Tiles = dict[str, tuple[int, int]]
 TILES: dict[int, Tiles] = {
-    16: {"walk": (32, 1), "slopes": (64, 2), "adjoint": (16, 1), "gradients": (32, 1)},
+    16: {"walk": (16, 1), "slopes": (64, 2), "adjoint": (16, 1), "gradients": (32, 1)},
     32: {"walk": (16, 2), "slopes": (16, 1), "adjoint": (16, 2), "gradients": (16, 2)},
-    64: {"walk": (16, 4), "slopes": (16, 1), "adjoint": (16, 4), "gradients": (64, 4)},
+    64: {"walk": (16, 4), "slopes": (64, 4), "adjoint": (16, 4), "gradients": (64, 4)},
     128: {"walk": (16, 8), "slopes": (64, 8), "adjoint": (16, 8), "gradients": (32, 8)},
 }
 TILES_WIDE: Tiles = {"walk": (16, 4), "slopes": (16, 4), "adjoint": (16, 8), "gradients": (16, 4)}  # of operands of four bytes
+# Tiles of the walks in order, for those of TILES: how many programs a multiprocessor holds at a time, and microseconds of a step (H200, 256 programs or
+# fewer). Those beyond what the GPU holds begin when others have walked all steps, so that fewer programs of more rows may be done sooner.
+WALKS: dict[int, dict[str, dict[tuple[int, int], tuple[int, float]]]] = {
+    64: {
+        "walk": {(16, 4): (3, 0.65), (32, 4): (2, 0.68), (64, 4): (2, 1.12)},
+        "adjoint": {(16, 4): (3, 0.59), (32, 4): (2, 0.68), (64, 4): (2, 0.87)},
+    }
+}
 NARROWEST = 16  # columns and rows are filled up to so many
 SCRATCH = 1 << 30  # bytes, of slopes and adjoints of the chunks that are gone back over at a time
 
@@ -81,8 +90,20 @@ class Problem:
             "BV": self.columns, "num_stages": 1,
         }  # fmt: skip
         self.tiles = TILES[self.columns] if narrow else TILES_WIDE
+        if narrow:
+            self.tiles = {**self.tiles, **{kernel: self.soonest(tiles) for kernel, tiles in WALKS.get(self.columns, {}).items()}}
         self.fast = narrow and torch.version.hip is None
         self.at = {name: x.stride()[:3] for name, x in (("q", self.q), ("k", self.k), ("v", self.v))}
+
+    def soonest(self, tiles: dict[tuple[int, int], tuple[int, float]]) -> tuple[int, int]:
+        """The tile with which all programs are done first."""
+        multi, heads = multiprocessors(self.v.device), self.B * self.H
+
+        def time(tile: tuple[int, int]) -> float:
+            resident, step = tiles[tile]
+            return -(-heads * -(-self.K // tile[0]) // (resident * multi)) * step
+
+        return min(tiles, key=time)
 
     def rows(self, kernel: str) -> int:
         """Rows of a state that are a program's."""

@@ -88,8 +88,26 @@ def _numbers(at, stride, T):
 
 
 @triton.jit
-def _next(at, n, size, inside):
-    return tl.load(at, mask=n < tl.where(inside, size, 0), other=0.0)
+def _chunk(BORDERS, bh, first, chunks, T, k, K, v, V, CHUNK: tl.constexpr):
+    """First step and number of steps of the chunk that is this program's, and the state before it."""
+    chunk = first + tl.program_id(1)
+    state = tl.load(
+        BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=(k < K)[:, None] & (v < V)[None, :], other=0.0
+    )
+    return (chunk * CHUNK).to(tl.int64), tl.minimum(CHUNK, T - chunk * CHUNK), state
+
+
+@triton.jit
+def _read(x_, y_, keep_, write_, start_, t, steps, k_t, v_t, H, k, K, v, V, HAS_STARTS: tl.constexpr):
+    """What a step of a chunk that is walked again reads: key, value, both shares of the gate, whether a document starts."""
+    new = _number(start_, t, 1, steps) if HAS_STARTS else 0
+    return (
+        _vector(x_, t, k_t, steps, k, K),
+        _vector(y_, t, v_t, steps, v, V),
+        _number(keep_, t, H, steps),
+        _number(write_, t, H, steps),
+        new,
+    )
 
 
 @triton.jit
@@ -144,34 +162,24 @@ def slopes(
 ):  # fmt: skip
     b, h, i, bh = _place(H, blocks)
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
-    here, there = k < K, v < V
     w = _weight(W, h, v, BV)
-    chunk = first + tl.program_id(1)
-    begin = (chunk * CHUNK).to(tl.int64)
-    steps = tl.minimum(CHUNK, T - chunk * CHUNK)
-    state = tl.load(BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=here[:, None] & there[None, :], other=0.0)
+    begin, steps, state = _chunk(BORDERS, bh, first, chunks, T, k, K, v, V, CHUNK)
     s_ = SLOPES + (bh * tl.num_programs(1) + tl.program_id(1)) * CHUNK * ROWS * BV + k[:, None] * BV + v[None, :]
     x_, y_ = X + b * k_b + begin * k_t + (h // R) * k_h + k, Y + b * v_b + begin * v_t + h * v_h + v
     step = (b * T + begin) * H + h
-    x, y = tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0)
-    keep, write = tl.load(KEEP + step), tl.load(WRITE + step)
-    if HAS_STARTS:
-        new = tl.load(STARTS + b * T + begin)
+    keep_, write_, start_ = KEEP + step, WRITE + step, STARTS + b * T + begin
+    x, y, keep, write, new = _read(x_, y_, keep_, write_, start_, 0, steps, k_t, v_t, H, k, K, v, V, HAS_STARTS)
     for t in range(0, steps):
-        more = t + 1 < steps
-        x_ += k_t
-        y_ += v_t
-        step += H
-        x_next, y_next = _next(x_, k, K, more), _next(y_, v, V, more)
-        keep_next, write_next = tl.load(KEEP + step, mask=more, other=0.0), tl.load(WRITE + step, mask=more, other=0.0)
+        x_next, y_next, keep_next, write_next, new_next = _read(
+            x_, y_, keep_, write_, start_, t + 1, steps, k_t, v_t, H, k, K, v, V, HAS_STARTS
+        )
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
-            new = tl.load(STARTS + b * T + begin + t + 1, mask=more, other=0)
         z = _content(state.to(DOT), w, x.to(tl.float32), y.to(tl.float32), PRECISION, FAST)
         tl.store(s_, (1.0 - z * z).to(SLOPES.dtype.element_ty))
         s_ += ROWS * BV
         state = keep * state + write * z
-        x, y, keep, write = x_next, y_next, keep_next, write_next
+        x, y, keep, write, new = x_next, y_next, keep_next, write_next, new_next
 
 
 @triton.jit
@@ -224,10 +232,7 @@ def gradients(
     k, v = i * BK + tl.arange(0, BK), tl.arange(0, BV)
     here, there = k < K, v < V
     w = _weight(W, h, v, BV)
-    chunk = first + tl.program_id(1)
-    begin = (chunk * CHUNK).to(tl.int64)
-    steps = tl.minimum(CHUNK, T - chunk * CHUNK)
-    state = tl.load(BORDERS + (bh * chunks + chunk) * K * V + k[:, None] * V + v[None, :], mask=here[:, None] & there[None, :], other=0.0)
+    begin, steps, state = _chunk(BORDERS, bh, first, chunks, T, k, K, v, V, CHUNK)
     a_ = ADJOINTS + (bh * tl.num_programs(1) + tl.program_id(1)) * CHUNK * ROWS * BV + k[:, None] * BV + v[None, :]
     dw_ = DW + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (BV * BV) + v[:, None] * BV + v[None, :]
     dw = tl.load(dw_)
@@ -236,23 +241,16 @@ def gradients(
     part = i.to(tl.int64) * B * T * H + row
     do_, dy_, dg_ = DO + row * V + v, DY + part * V + v, DG + row * K + k
     dq_, dx_ = DQ + row * K + k, DX + row * K + k
-    x, y, do, a = tl.load(x_, mask=here, other=0.0), tl.load(y_, mask=there, other=0.0), tl.load(do_, mask=there, other=0.0), tl.load(a_)
-    keep, write = tl.load(KEEP + row), tl.load(WRITE + row)
-    if HAS_STARTS:
-        new = tl.load(STARTS + b * T + begin)
+    keep_, write_, start_ = KEEP + row, WRITE + row, STARTS + b * T + begin
+    x, y, keep, write, new = _read(x_, y_, keep_, write_, start_, 0, steps, k_t, v_t, H, k, K, v, V, HAS_STARTS)
+    do, a = _vector(do_, 0, H * V, steps, v, V), _number(a_, 0, ROWS * BV, steps)
     for t in range(0, steps):
-        more = t + 1 < steps
-        x_ += k_t
-        y_ += v_t
-        row += H
-        do_ += H * V
-        a_ += ROWS * BV
-        x_next, y_next, do_next = _next(x_, k, K, more), _next(y_, v, V, more), _next(do_, v, V, more)
-        a_next = tl.load(a_, mask=(v < tl.where(more, BV, 0))[None, :], other=0.0)
-        keep_next, write_next = tl.load(KEEP + row, mask=more, other=0.0), tl.load(WRITE + row, mask=more, other=0.0)
+        x_next, y_next, keep_next, write_next, new_next = _read(
+            x_, y_, keep_, write_, start_, t + 1, steps, k_t, v_t, H, k, K, v, V, HAS_STARTS
+        )
+        do_next, a_next = _vector(do_, t + 1, H * V, steps, v, V), _number(a_, t + 1, ROWS * BV, steps)
         if HAS_STARTS:
             state = tl.where(new != 0, 0.0, state)
-            new = tl.load(STARTS + b * T + begin + t + 1, mask=more, other=0)
         x, y, do, a = x.to(tl.float32), y.to(tl.float32), do.to(tl.float32), a.to(tl.float32)
         entering = state.to(DOT)
         z = _content(entering, w, x, y, PRECISION, FAST)
@@ -269,5 +267,5 @@ def gradients(
         dx_ += H * K
         dy_ += H * V
         dg_ += H * K
-        x, y, do, a, keep, write = x_next, y_next, do_next, a_next, keep_next, write_next
+        x, y, do, a, keep, write, new = x_next, y_next, do_next, a_next, keep_next, write_next, new_next
     tl.store(dw_, dw)

@@ -6,6 +6,7 @@ Legend: B batch, T time, H heads of values, G heads of queries and keys, K key w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,11 @@ from models.contract import Role, SequenceMixer, document_starts, last_segment
 from models.init import draw_step_sizes_, init_matrix, tag
 from models.layers import CausalConv, RMSNorm
 
+TRACKER_KEEP, TRACKER_INPUT = (
+    0.05,
+    1.5,
+)  # forget gates at an input of zero, and the convolution's weight of the current token, of a tracker's start
+
 
 @dataclass
 class Config:
@@ -32,6 +38,7 @@ class Config:
     dt_max: float = 0.1
     dt_floor: float = 1e-4
     norm_eps: float = 1e-5
+    start: str = "published"  # or "tracker": weights that follow what an order of inputs does to a state, not a sum of them
 
     def heads(self, d_model: int) -> int:
         return self.n_heads or max(1, d_model // 64)
@@ -50,6 +57,8 @@ class Config:
                 problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
         if not 0 < self.dt_min < self.dt_max or self.dt_floor <= 0:
             problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0.")
+        if self.start not in ("published", "tracker"):
+            problems.append(f"start must be published or tracker, not {self.start!r}.")
         if not 0 < self.norm_eps <= 1:
             problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         return problems
@@ -92,7 +101,8 @@ class Mixer(SequenceMixer):
 
     def init_weights(self, std: float, n_layers: int) -> None:
         """As published: the state's weight the identity, the skip one, A in (0, 16], step sizes log-uniform in [dt_min, dt_max] through the
-        inverse of softplus."""
+        inverse of softplus. As a tracker: a state's weight of noise, every gate at TRACKER_KEEP, and a convolution that looks at one token, so that
+        short words are not told from their last tokens, of which a state learns nothing."""
         init_matrix(self.in_proj.weight, std, n_layers)
         init_matrix(self.out_proj.weight, std, n_layers)
         self.conv.init_weights()
@@ -102,6 +112,12 @@ class Mixer(SequenceMixer):
             self.A_log.copy_(torch.log((torch.rand(self.H) * 16).clamp(min=1e-3)))
             self.state_weight.copy_(torch.eye(self.V).expand_as(self.state_weight))
             self.skip.fill_(1.0)
+            if self.config.start == "tracker":
+                self.A_log.zero_()
+                self.dt_bias.fill_(math.log(1 / TRACKER_KEEP - 1))  # softplus of it is -log(TRACKER_KEEP)
+                self.state_weight.normal_(0.0, self.V**-0.5)
+                self.conv.weight.zero_()
+                self.conv.weight[:, -1] = TRACKER_INPUT
 
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "m2rnn_BHKV": "recurrent", "segment_B": "bookkeeping"}

@@ -1,11 +1,12 @@
-"""State tracking at equal parameters: the table of eight tasks, eleven mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
+"""State tracking at equal parameters: the table of eight tasks, thirteen mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
 
     python -m scripts.studies.equal minutes=6                              # all GPUs that are visible; the same command goes on where it stopped
     python -m scripts.studies.equal tasks=S3,parity mixers=dense_gru,deltaproduct_2 seeds=1 minutes=3
     python -m scripts.studies.equal minutes=0                              # only the table and the plot of what is there
 
-Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered: first those that are expected
-to succeed on S3, parity and S4, then the same tasks with mixers that should fail, which take twice the steps of the slowest success there, then the rest.
+Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered a seed after the other: S3,
+parity and modulo 5 by all mixers, S4, MQAR and S5 by those that are expected to succeed, and the rest when all seeds have these. Mixers that should
+fail take twice the steps of the slowest success there.
 Each result is a file in OUT/cells; what the clock cuts is kept in OUT/states and goes on in a later call. `ended` says whether a cell was solved, took
 all its steps, or ran out of time: a cell that ran out of time is no evidence that the mixer cannot do the task.
 """
@@ -38,15 +39,23 @@ DEFAULTS: dict[str, Any] = {
     "seeds": 3,
     "long": "",  # mixers that run A5-long beside the table, one seed each, from the beginning to the end
     "minutes": 6.0,
-    "processes": 3,  # of a GPU
-    "streams": 8,  # cells that a process trains at a time
+    "processes": 7,  # of a GPU
+    "streams": 4,  # cells that a process trains at a time
     "length": 64,
     "batch": 128,
     "most": 0,  # steps at most, for a trial; 0: those of the task
     "device": "auto",
 }
-FIRST_TASKS, FIRST = ("S3", "parity", "S4"), ("dense_gru", "deltaproduct_2", "dense_lstm", "slstm", "deltaproduct_4", "m2rnn")
-CONTROLS = ("gated_deltanet_2", "gated_deltanet", "mamba2", "paragru", "paralstm")
+FIRST = ("dense_gru", "m2rnn_tracker", "dense_lstm", "slstm", "deltaproduct_4", "deltaproduct_2", "m2rnn")
+CONTROLS = ("transformer", "mamba2", "gated_deltanet", "paragru", "gated_deltanet_2", "paralstm")
+EARLY = (
+    ("S3", (*FIRST, *CONTROLS)),
+    ("parity", (*FIRST, *CONTROLS)),
+    ("mod-5", (*FIRST, *CONTROLS)),
+    ("S4", FIRST),
+    ("mqar", (*FIRST, *CONTROLS)),
+    ("S5", FIRST),
+)
 MOST_COMPILING = 60.0  # seconds
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
@@ -74,12 +83,11 @@ def arguments(words: list[str]) -> dict[str, Any]:
 
 
 def order(values: dict[str, Any]) -> list[Place]:
-    """All cells: long runs, what decides most, its negative controls, the rest, each seed after seed."""
+    """All cells: long runs, what decides most, seed after seed, then the rest."""
     tasks, mixers, seeds = values["tasks"], values["mixers"], range(values["seeds"])
-    decisive = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in FIRST]
-    controls = [(t, m, s) for t in FIRST_TASKS for s in seeds for m in CONTROLS]
+    decisive = [(t, m, s) for s in seeds for t, chosen in EARLY for m in chosen]
     rest = [(t, m, s) for s in seeds for t in tasks for m in (*FIRST, *CONTROLS)]
-    every = [place for place in [*decisive, *controls, *rest] if place[0] in tasks and place[1] in mixers]
+    every = [place for place in [*decisive, *rest] if place[0] in tasks and place[1] in mixers]
     return [("A5-long", m, 0) for m in values["long"]] + list(dict.fromkeys(every))
 
 
@@ -144,13 +152,16 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
     write_json(out / "cells" / f"{name}.json", cell)
 
 
-def prepare(values: dict[str, Any], mixer: str, visible: str) -> None:
-    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it."""
+def prepare(values: dict[str, Any], mixer: str, visible: str, ready: Any) -> None:
+    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it; then says so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
-    device = pick(visible, "cuda")
-    learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
-    learner.warm()
-    learner.score(values["length"] * LENGTHS[-1], values["batch"])
+    try:
+        device = pick(visible, "cuda")
+        learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
+        learner.warm()
+        learner.score(values["length"] * LENGTHS[-1], values["batch"])
+    finally:
+        ready.set()
 
 
 def pick(visible: str, device_name: str) -> Any:
@@ -164,14 +175,16 @@ def pick(visible: str, device_name: str) -> Any:
     return torch.device(device_name)
 
 
-def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, deadline: float, device_name: str, visible: str) -> None:
-    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: when kernels are compiled;
-    deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
+def work(
+    values: dict[str, Any], cells: list[Place], taken: Any, ready: dict[str, Any], deadline: float, device_name: str, visible: str
+) -> None:
+    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: of mixers whose kernels are
+    being compiled, when they are; deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
     stopped: list[int] = []
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
     device = pick(visible, device_name)
-    ready.wait()
+    waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []
     more = True
 
@@ -179,16 +192,21 @@ def work(values: dict[str, Any], cells: list[Place], taken: Any, ready: Any, dea
         return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
 
     while True:
-        if more and not late() and len(running) < values["streams"]:  # one, and the others go on
+        while more and not late() and len(running) + len(waiting) < values["streams"]:
             with taken.get_lock():
                 number, taken.value = taken.value, taken.value + 1
             more = number < len(cells)
+            waiting += cells[number : number + 1]
+        place = next((place for place in waiting if place[1] not in ready or ready[place[1]].is_set()), None)
+        if place is not None and not late():  # one, and the others go on
+            waiting.remove(place)
             try:
-                if more:
-                    running.append((cells[number], begin(cells[number], values, device), time.perf_counter()))
+                running.append((place, begin(place, values, device), time.perf_counter()))
             except Exception as error:
-                keep(cells[number], None, values, error)
-        if not running and (not more or late()):
+                keep(place, None, values, error)
+        elif not running and waiting:
+            time.sleep(0.05)
+        if not running and (late() or not (more or waiting)):
             return
         for entry in list(running):
             place, learner, since = entry
@@ -258,19 +276,22 @@ def main(words: list[str]) -> None:
             flush=True,
         )
         spawn = multiprocessing.get_context("spawn")
-        taken, ready = spawn.Value("i", 0), spawn.Event()
+        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
+        taken, ready = spawn.Value("i", 0), {mixer: spawn.Event() for mixer in first}
         workers = [
             spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
             for i in range(min(processes, len(cells)))
         ]
-        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
-        compilers = [spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)])) for i, mixer in enumerate(first)]
+        compilers = [
+            spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)], event))
+            for i, (mixer, event) in enumerate(ready.items())
+        ]
         for process in (*compilers, *workers):
             process.start()
-        for process in compilers:
-            process.join(max(1.0, began + MOST_COMPILING - time.time()))
+        for event in ready.values():
+            event.wait(max(1.0, began + MOST_COMPILING - time.time()))
+            event.set()
         print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
-        ready.set()
         end_by(workers, deadline + 20)
     report(values, device, time.time() - began)
 

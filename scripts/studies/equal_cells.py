@@ -48,6 +48,8 @@ MIXERS: dict[str, dict[str, Any]] = {
     "dense_lstm": {**RNN, "cell": "dense_lstm"},
     "slstm": {**RNN, "cell": "slstm"},
     "m2rnn": {"type": "m2rnn", "n_heads": 6, "head_dim": 16},
+    "m2rnn_tracker": {"type": "m2rnn", "n_heads": 2, "head_dim": 1, "expand_v": 64.0, "start": "tracker"},
+    "transformer": {"type": "attention", "n_heads": 4, "d_ff": 77},
     "paragru": {**RNN, "cell": "paragru", "expand": 1.75},
     "paralstm": {**RNN, "cell": "paralstm", "expand": 1.75},
     "mamba2": {"type": "mamba2", "d_state": 48, "expand": 2, "head_dim": 16},

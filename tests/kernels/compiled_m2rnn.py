@@ -28,12 +28,11 @@ GOLDEN = Path(__file__).with_name("resources_m2rnn.json")
 registers = Registers("m2rnn")
 
 
-def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str, int]:
-    """Resources of one kernel. ones: with what a launch of one step of one row makes constants of."""
+def made(name: str, dtype: str, K: int, V: int, ones: bool = False, tile: tuple[int, int] | None = None) -> dict[str, int]:
+    """Resources of one kernel. ones: with what a launch of one step of one row makes constants of; tile: another than its own."""
     narrow, fn = dtype == "bf16", getattr(kernels, name)
     columns, filled = launch.pad(V, launch.NARROWEST), launch.pad(K, launch.NARROWEST)
-    tiles = launch.TILES[columns] if narrow else launch.TILES_WIDE
-    rows, warps = tiles[name]
+    rows, warps = tile or (launch.TILES[columns] if narrow else launch.TILES_WIDE)[name]
     constants: dict[str, Any] = {
         "HAS_H0": True, "HAS_STARTS": True, "HAS_BORDERS": True, "CHUNK": launch.EVERY, "DOT": tl.bfloat16 if narrow else tl.float32,
         "PRECISION": "ieee" if narrow else "tf32x3", "FAST": narrow, "BK": min(rows, filled), "BV": columns, "ROWS": filled,
@@ -52,7 +51,9 @@ def made(name: str, dtype: str, K: int, V: int, ones: bool = False) -> dict[str,
         return "*u8" if argument == "STARTS" else "*fp32" if argument.isupper() and argument not in SIZES else "i32"
 
     source = source_of(fn, constants, kind, lambda a: a not in FREE)
-    return registers.figures(name + (" of ones" if ones else ""), source, {"num_warps": warps, "num_stages": 1}, figures)
+    return registers.figures(
+        name + (" of ones" if ones else f" {tile[0]}" if tile else ""), source, {"num_warps": warps, "num_stages": 1}, figures
+    )
 
 
 def figures(kernel: Any) -> dict[str, int]:
@@ -61,6 +62,12 @@ def figures(kernel: Any) -> dict[str, int]:
 
 def main(dtype: str, K: int, V: int, golden: bool) -> None:
     out = {name: made(name, dtype, K, V) for name in KERNELS}
+    for name, tiles in launch.WALKS.get(launch.pad(V, launch.NARROWEST), {}).items() if dtype == "bf16" else ():
+        out |= {
+            f"{name} {tile[0]}": made(name, dtype, K, V, tile=tile)
+            for tile in tiles
+            if tile != launch.TILES[launch.pad(V, launch.NARROWEST)][name]
+        }
     for name in KERNELS:
         made(name, dtype, K, V, ones=True)
     registers.report(out, GOLDEN if golden else None, arguments=[dtype, K, V])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.m2rnn import m2rnn
+from models.mixers.m2rnn import Config, Mixer
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem
 
 
@@ -79,3 +80,21 @@ def test_compiled_and_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = answers(m2rnn, tensors, starts, do, d_final)
     assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(compiled, wanted, cast))
+
+
+def test_a_tracker_begins_with_a_convolution_of_one_token() -> None:
+    """And with gates that forget; what is no start is refused in a sentence."""
+    for start, looks_back in (("published", True), ("tracker", False)):
+        config = Config(n_heads=2, head_dim=1, expand_v=8.0, start=start)
+        mixer = Mixer(config, 16, 0)
+        torch.manual_seed(0)
+        mixer.init_weights(0.1, 1)
+        x = torch.randn(1, 4, 16)
+        other = x.clone()
+        other[:, 1] += 1.0
+        seen, changed = (mixer.conv(mixer.in_proj(t), mixer.values, None, None)[1] for t in (x, other))
+        assert (not torch.equal(seen[:, 2:], changed[:, 2:])) == looks_back
+        keep = torch.exp(mixer._gates(torch.zeros(1, 1, 2)))
+        assert looks_back or torch.allclose(keep, torch.full_like(keep, 0.05))
+        assert mixer(x)[0].isfinite().all() and not config.problems(16)
+    assert "published or tracker" in Config(start="identity").problems(64)[0]

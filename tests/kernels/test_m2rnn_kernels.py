@@ -26,6 +26,6 @@ def test_every_kernel_compiles_and_hardly_spills() -> None:
 
     golden = json.loads((HERE / "resources_m2rnn.json").read_text())
     found = json.loads(run("compiled_m2rnn.py", *map(str, golden["arguments"])))
-    assert all(use.get("spilled", 0) <= 64 and use["shared"] <= 227 << 10 for use in found.values()), found
+    assert all(use.get("spilled", 0) <= 128 and use["shared"] <= 227 << 10 for use in found.values()), found
     if triton.__version__ == golden["triton"]:
         assert found == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_m2rnn bf16 64 64 --golden"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.dense_rnn import automata, dense_rnn, dictionary, maps, plans, reference
+from kernels.dense_rnn import automata, dense_rnn, dictionary, plans, reference
 from kernels.dense_rnn.plans import PERIOD, Plans
 from models.cells import load_cell
 from scripts.bench.trackers import TRACKERS, size, tracker
@@ -100,7 +100,7 @@ def test_ranks_hold_one_dictionary_and_a_run_that_was_cut_goes_on_bit_for_bit() 
             out.append(dense_rnn(cell, *given, learner=run.layer.number)[0])
         words = [a + b for a, b in zip(one.words(), other.words())]
         one.plans.decide(words, 2, tells)
-        other.plans.decide(words, 2, lambda values: heard.pop())
+        other.plans.decide(words, 2, lambda values: heard.pop(0))
         return out[0], out[1]
 
     for run in (one, other):
@@ -123,11 +123,27 @@ def test_ranks_hold_one_dictionary_and_a_run_that_was_cut_goes_on_bit_for_bit() 
     assert automata.last_report.slices > 1 and not automata.last_report.walked
 
 
-def test_a_gpu_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EVERYWHEN_DENSE_KERNELS", raising=False)
-    assert maps.wanted(torch.device("cpu")) and maps.wanted(torch.device("cuda")) == maps.PROVEN
-    monkeypatch.setenv("EVERYWHEN_DENSE_KERNELS", "1")
-    assert maps.wanted(torch.device("cuda"))
+def test_ranks_of_unlike_devices_choose_alike() -> None:
+    """The second rank's device fills with a hundredth of the rows, so that it would not look for candidates: it goes by the first one's."""
+    one, other = (Walked(load_cell("dense_elman"), 1) for _ in range(2))
+    heard: list[list[float]] = []
+
+    def tells(values: list[float]) -> list[float]:
+        heard.append(values)
+        return values
+
+    seen = []
+    for _ in range(4):
+        for run in (one, other):
+            run.maps.shape = (1, 256, 1, 1, 12)  # as solves say
+            run.maps.met = torch.eye(12)[torch.arange(64) % 6, None]
+            run.plans.steps = PERIOD - 1
+        other.maps.programs, other.layer.passes[0].reckoned = 1, 1
+        words = [a + b for a, b in zip(one.words(), other.words())]
+        changed = one.plans.decide(words, 2, tells), other.plans.decide(words, 2, lambda values: heard.pop(0))
+        assert changed[0] == changed[1] and one.plans.state() == other.plans.state() and not heard
+        seen.append(other.maps.status)
+    assert seen == ["off", "looking", "tried", "on"] and other.maps.slices(8) == one.maps.slices(8) > 1
 
 
 def test_plans_of_before_are_read() -> None:
