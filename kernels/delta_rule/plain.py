@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from kernels import dispatch
 from kernels.delta_rule import reference
 
+LARGEST = 1e18  # of a query or key: squares of larger ones may leave fp32
+
 
 def _run(
     tensors: tuple[Tensor | None, ...], starts: Tensor | None, normalize: bool, scale: float, gradients: tuple[Tensor, ...] = ()
@@ -23,9 +25,10 @@ def _run(
     q, k, v, beta, g, h0 = tensors
     assert q is not None and k is not None and v is not None and beta is not None
     if starts is not None and dispatch.is_eager(q) and not q.is_meta:
-        others = (t for t in (q, k, v, beta, h0, *gradients) if t is not None)
+        others = (t for t in (v, beta, h0, *gradients) if t is not None)
         gates = g is None or bool((g < torch.inf).all())  # minus infinity is a gate; NaN is not
-        if not (gates and all(bool(torch.isfinite(t).all()) for t in others)):
+        products = all(bool((t.abs() < LARGEST).all()) for t in (q, k))
+        if not (gates and products and all(bool(torch.isfinite(t).all()) for t in others)):
             return reference.delta_rule_loop(q, k, v, beta, g, h0, starts, normalize, scale)
     return reference.delta_rule_chunked(q, k, v, beta, g, h0, starts, normalize, scale)
 

@@ -22,8 +22,9 @@ def _state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def unit_norm(x: Tensor) -> Tensor:
-    """x divided by its norm over the last dimension."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + NORM_EPS)
+    """x divided by its norm over the last dimension; not a number where the squares leave the dtype, as in the kernels: they would give zeros."""
+    squares = x.square().sum(-1, keepdim=True)
+    return x * torch.rsqrt(torch.where(squares < torch.inf, squares + NORM_EPS, torch.nan))
 
 
 def delta_rule_sequential(

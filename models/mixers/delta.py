@@ -7,6 +7,7 @@ Legend: B batch, T time, S updates (n a token), H heads of values, G heads of qu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,10 +58,10 @@ class Config:
             problems.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
         else:
             width = self.expand_v * (self.head_dim or d_model // self.n_heads)
-            if width < 1 or abs(width - round(width)) > 1e-6 * width:
+            if not 1 <= width < math.inf or abs(width - round(width)) > 1e-6 * width:
                 problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
-        if not 0 < self.dt_min < self.dt_max or self.dt_floor <= 0:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0.")
+        if not 0 < self.dt_min < self.dt_max < math.inf or not 0 < self.dt_floor < math.inf:
+            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0, all of them finite.")
         if not 0 < self.norm_eps <= 1:
             problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         return problems

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.delta_rule import delta_rule
+from models.mixers.delta import Config
 from tests.conftest import ROOT, run_ranks
 from tests.kernels.delta_rule_cases import answers, asked, oracle, problem
 from tests.kernels.delta_rule_ranks import OPTIONS, by_slices, compare, whole_problem
@@ -132,6 +133,28 @@ def test_what_is_not_finite_stays_in_its_document() -> None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def test_keys_whose_squares_leave_the_dtype_are_not_taken_for_zeros() -> None:
+    tensors, _ = problem(1, 70, 2, 8, 1, 8)
+    starts = (torch.arange(70) == 40)[None]
+    wanted, _ = delta_rule(*(*tensors, starts), normalize=True)
+    tensors[1] = torch.cat([tensors[1][:, :45], tensors[1][:, 45:] * 1e25], 1)
+    o, final = delta_rule(*(*tensors, starts), normalize=True)
+    torch.testing.assert_close(o[:, :45], wanted[:, :45])
+    assert o[:, 45:].isnan().all() and final.isnan().all()
+
+
+def test_widths_of_one_strides_of_nothing_and_gates_far_below_zero() -> None:
+    """One head of one channel; tensors whose steps or heads are one and the same; log gates to the lowest number beside b = 2."""
+    for sizes in ((2, 70, 1, 1, 1, 1), (1, 70, 2, 5, 2, 1, 2), (2, 70, 2, 8, 1, 8)):
+        tensors, _ = problem(*sizes)
+        tensors[2], tensors[3] = tensors[2][:, :1].expand_as(tensors[2]), torch.full_like(tensors[3][:, :1], 2.0).expand_as(tensors[3])
+        tensors[4][:, ::4], tensors[4][:, 1::4], tensors[4][:, 2::4] = -torch.inf, torch.finfo(torch.float32).min, -88.0
+        do, d_final = asked(tensors)
+        found = answers(delta_rule, tensors, None, do, d_final, normalize=True)
+        for a, b in zip(found, oracle(tensors, None, do, d_final, normalize=True)):
+            assert (a - b).norm() < 1e-4 * b.norm().clamp(min=0.1)  # two reflections of one channel leave nothing
+
+
 def test_all_at_once_in_slices() -> None:
     """Packed rows, h0, a gradient of the final state, grouped heads, two updates a token, four slices of 1,024 tokens."""
     tensors, starts, do, d_final = whole_problem(1024, torch.float32, "cpu", (2, 2, 6, 1, 8, 2))
@@ -153,3 +176,9 @@ def test_several_updates_compile() -> None:
         wanted = delta_rule(*(*tensors, starts), normalize=True)
         found = torch.compile(delta_rule, fullgraph=True)(*(*tensors, starts), normalize=True)
     compare([*found], [*wanted], 1e-5)
+
+
+@pytest.mark.parametrize("wrong", [{"expand_v": float("nan")}, {"dt_max": float("inf")}, {"dt_floor": float("nan")}], ids=str)
+def test_widths_and_step_sizes_that_are_no_numbers_are_refused(wrong: dict[str, float]) -> None:
+    (problem,) = Config(**wrong).problems(64)  # type: ignore[arg-type]
+    assert "must" in problem
