@@ -2,7 +2,7 @@
 
 The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
 state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
-the operands and D_PROD, the products' cotangents head by head. BEGINS are the adjoints
+the operands and D_PROD, the products' cotangents head by head (APART), or of D_PRE where these are the same. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
@@ -12,7 +12,7 @@ from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobia
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
-FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr"
+FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr"
 
 
 def _cotangents(w: Writer, indent: int) -> None:
@@ -93,8 +93,8 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
-        w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-        w.put(deep, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
+        w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+        w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
     w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
