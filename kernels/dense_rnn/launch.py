@@ -29,6 +29,7 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
+MORE_FOR = 32  # slices for which one more is made: a walk in order then costs as much as so many
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
@@ -175,7 +176,7 @@ class Problem(Solve):
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
-        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
+        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
     def on_chip(self) -> Tensor:
