@@ -68,8 +68,8 @@ def _load(w: Writer, indent: int) -> None:
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
 
 
-def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
-    """Walks `count` steps from step `first` of each row on, backwards."""
+def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, products: bool = False) -> None:
+    """Walks `count` steps from step `first` of each row on, backwards. products: those of Jacobians too."""
     deep, entries = indent + 1, [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
     w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
@@ -85,9 +85,10 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     if store:
-        w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-        w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
-        products_of_jacobians(w, deep, back=True)
+        if entries and products:  # of states that are known, so that no correction changes them
+            w.put(deep, "if FIRST:", f"    {', '.join(entries)} = jacobian({w.given()})")
+            w.put(deep + 1, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
+            products_of_jacobians(w, deep + 1, back=True)
         w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
@@ -128,13 +129,14 @@ def walk_back(w: Writer) -> None:
     for i in w.S:
         w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
-    _steps_back(w, 1, "right - 1", "SLICE", store=True)
+    _steps_back(w, 1, "right - 1", "SLICE", store=True, products=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:
         w.keep(1, "ENDS", "place", i, S, f"a{i}")
         w.keep(1, "NEARBY", "place", i, S, f"A{i}")
+    w.put(1, "if FIRST:" if w.tracked else "")
     for v, (i, j) in enumerate(w.tracked):
-        w.keep(1, "PRODUCTS", "place", v, V, f"P{i}{j}")
+        w.keep(2, "PRODUCTS", "place", v, V, f"P{i}{j}")
     for place, i in enumerate(w.summed):
         w.keep(1, "PARTIAL", "place", place, R, f"W{i}")
 
