@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.dense_rnn import launch, reference
 from kernels.dense_rnn.dictionary import SETTLE, by_channel, by_head, distances, scale_of
-from kernels.dense_rnn.reference import TOLERANCE, local_size
+from kernels.dense_rnn.reference import TOLERANCE, certified_size, local_size
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import share, slice_time, zeroed
 from kernels.parallel_rnn.step import HeadMatrix
@@ -103,7 +103,7 @@ def solve(
         begins[:, 1:] = starts_of(first, ends, candidates, dictionary)
     for k in range(repeats + 1):
         states = reference._walk(cell, x, rec, matrix, begins, at)
-        ends, size = states[:, :-1, -1], local_size(states, at)[:, :-1]
+        ends, size = states[:, :-1, -1], certified_size(cell, local_size(states, at)[:, :-1], TOLERANCE[pre.dtype])
         residual = share(ends - begins[:, 1:], size) if n > 1 else 0.0
         last_report = Report(n, k, residual)
         if residual == 0 or k == repeats:
@@ -190,7 +190,7 @@ def forward(
         rows.todo[:, 0] = 0
         begins[:, 1:] = ends[:, :-1]
         rows.walk()
-    change, size = ends[:, :-1] - begins[:, 1:], rows.nearby[:, :-1]
+    change, size = ends[:, :-1] - begins[:, 1:], certified_size(cell, rows.nearby[:, :-1], TOLERANCE[pre.dtype])
     gap = torch.where(change == 0, 0.0, (change.abs() / size).nan_to_num(torch.inf, torch.inf)).unflatten(3, (E, -1)).amax((2, 4))
     differs = torch.cat([(change != 0).unflatten(3, (E, -1)).any(4).any(2), torch.ones_like(gap[:, :1], dtype=torch.bool)], 1)
     earliest = differs.int().argmax(1) + 1  # the first slice that does not begin where the one before it ends, or n

@@ -2,7 +2,7 @@
 
 The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
 state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
-the operands and D_PROD, the products' cotangents head by head. BEGINS are the adjoints
+the operands and D_PROD, the products' cotangents head by head (APART), or of D_PRE where these are the same. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
 
@@ -12,7 +12,7 @@ from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobia
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
-FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr"
+FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr"
 
 
 def _cotangents(w: Writer, indent: int) -> None:
@@ -68,8 +68,8 @@ def _load(w: Writer, indent: int) -> None:
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
 
 
-def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
-    """Walks `count` steps from step `first` of each row on, backwards."""
+def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, products: bool = False) -> None:
+    """Walks `count` steps from step `first` of each row on, backwards. products: those of Jacobians too."""
     deep, entries = indent + 1, [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
     w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
@@ -85,16 +85,17 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool) -> 
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     if store:
-        w.put(deep, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-        w.put(deep, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
-        products_of_jacobians(w, deep, back=True)
+        if entries and products:  # of states that are known, so that no correction changes them
+            w.put(deep, "if FIRST:", f"    {', '.join(entries)} = jacobian({w.given()})")
+            w.put(deep + 1, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
+            products_of_jacobians(w, deep + 1, back=True)
         w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.put(deep, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=both)" for i in w.X))
-        w.put(deep, f"to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-        w.put(deep, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
+        w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+        w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
     w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
@@ -128,13 +129,14 @@ def walk_back(w: Writer) -> None:
     for i in w.S:
         w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
-    _steps_back(w, 1, "right - 1", "SLICE", store=True)
+    _steps_back(w, 1, "right - 1", "SLICE", store=True, products=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:
         w.keep(1, "ENDS", "place", i, S, f"a{i}")
         w.keep(1, "NEARBY", "place", i, S, f"A{i}")
+    w.put(1, "if FIRST:" if w.tracked else "")
     for v, (i, j) in enumerate(w.tracked):
-        w.keep(1, "PRODUCTS", "place", v, V, f"P{i}{j}")
+        w.keep(2, "PRODUCTS", "place", v, V, f"P{i}{j}")
     for place, i in enumerate(w.summed):
         w.keep(1, "PARTIAL", "place", place, R, f"W{i}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import large_codegen, large_source, launch
+from kernels.dense_rnn import large_codegen, large_source, launch, matrices
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -282,4 +282,4 @@ def backward(
     for r in range(p.rec.shape[0]):
         if (of := large_source.bias_of(dense, r)) is not None:
             d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
-    return d_whole, d_rec, launch._matrix_gradient(p, operands, d_prod)[0], d_h0
+    return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0

@@ -10,7 +10,6 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import codegen, source
+from kernels.dense_rnn import codegen, matrices, source
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
@@ -30,12 +29,12 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
+MORE_FOR = 32  # slices for which one more is made: a walk in order then costs as much as so many
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
-ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -177,7 +176,7 @@ class Problem(Solve):
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
-        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()], plan.slices - 1)
+        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
     def on_chip(self) -> Tensor:
@@ -265,21 +264,19 @@ def taken(mat: Tensor, matrices: Sequence[int]) -> Tensor:
     return torch.stack([mat[:, :, g] for g in matrices], 2)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """A batched product in fp32."""
-    if a.is_cuda and a.element_size() == 2:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(a.float(), b.float())
+def _emitted_alone(p: Problem) -> bool:
+    """Whether all that is multiplied with matrices is the emitted state."""
+    return len(p.dense.operands) == 1 and p.dense.operands[0].arguments[0] == f"h{p.S - 1}"
 
 
 def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
     """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
     states."""
     dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
-    if len(dense.operands) == 1 and dense.operands[0].arguments[0] == f"h{p.S - 1}":  # the emitted state itself
+    if _emitted_alone(p):
         u = _by_head(p, before)
         R = taken(mat, [product.matrix for product in dense.products]).reshape(p.E, p.K, Q * p.K) if products else mat
-        return _product(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
+        return matrices.product_of(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
     memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
     memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)
     x, w, h = p.pre.flatten(3).float().unbind(2), p.rec.unbind(0), [*memory.unbind(2), before.float()]
@@ -296,33 +293,7 @@ class _Rounded(HeadMatrix):
         self.p, self.dtype = p, dtype
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return _product(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
-
-
-def _matrix_gradient(
-    p: Solve, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
-    sums (D,) of their product's cotangents, one more row of it). The cotangents (E, B T, products, K) lie as they are multiplied: those of an operand
-    side by side, where nothing comes between."""
-    d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
-    N, products, as_ones = p.B * p.T, p.dense.products, as_ones or {}
-    pieces = next(c for c in (16, 8, 4, 2, 1) if N % c == 0)
-    one = torch.zeros(1, 1, ROW, dtype=d_prod.dtype, device=d_prod.device)
-    one[:, :, 0] = 1
-
-    def piecewise(u: Tensor, d: Tensor) -> Tensor:
-        u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
-        return _product(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1)
-
-    for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand):
-        mine, u = list(group), operands[operand]
-        u = torch.cat([u, one.to(u.dtype).expand(p.E, N, ROW)], 2) if as_ones else u
-        found = piecewise(u, d_prod[:, :, mine[0] : mine[-1] + 1].flatten(2)).unflatten(2, (len(mine), p.K))
-        for place, i in enumerate(mine):
-            d_mat[:, :, products[i].matrix] += found[:, : p.K, place]
-            sums |= {r: found[:, p.K, place].flatten() for r, product in as_ones.items() if product == i}
-    return d_mat, sums
+        return matrices.product_of(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
 
 
 def backward(
@@ -344,11 +315,16 @@ def backward_with_border(
     p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, n = p.B, p.T, p.S, plan.slices
     known = pad(p.K) * pre.element_size() > TWICE
-    products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K)
     written = facts(p.cell)
+    d_prod = None if halves else matrices.cotangents_in(to, d_whole, p.K, written)
+    apart, places, products_known = d_prod is None, () if d_prod is None else written.as_inputs, None
+    if known or not written.as_ones or not _emitted_alone(p):
+        products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
+    else:
+        operands = [matrices.before_with_ones(p, emitted, starts, p.E if d_prod is None else d_prod.shape[0])]
+    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K) if d_prod is None else d_prod
     partial, d_h0 = p.per_slice(len(written.summed)), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
@@ -359,7 +335,7 @@ def backward_with_border(
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
-    flags = (with_kept, pre.dtype == torch.float16, known)
+    flags = (with_kept, pre.dtype == torch.float16, known, apart)
     measures = (begins, ends, products, nearby)
     p.module.walk_back[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
     if n > 1:
@@ -373,7 +349,7 @@ def backward_with_border(
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    d_mat, sums = _matrix_gradient(p, operands, d_prod, written.as_ones)
+    d_mat, sums = matrices.gradient(p, operands, d_prod, written.as_ones, places)
     sums |= dict(zip(written.summed, partial.sum((0, 1))))
     d_rec = torch.stack([sums[r] for r in written.W]) if sums else torch.zeros_like(p.rec)
     return d_whole, d_rec, parted(d_mat, *mat.shape[:2]), d_h0, nearby[:, 0]

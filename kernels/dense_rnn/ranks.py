@@ -118,7 +118,7 @@ class _Over(torch.autograd.Function):
                 break
             ends, sizes, products = _between(part, final, size, P, "checks")
             new = corrected(ends, products, start)
-            if share((new - start)[:, 1:], sizes[:, :-1]) <= limit:
+            if share((new - start)[:, 1:], reference.certified_size(cell, sizes[:, :-1], limit)) <= limit:
                 break
             part.count("corrections")
             start = new

@@ -29,9 +29,9 @@ from kernels.parallel_rnn.step import HeadMatrix
 
 __all__ = ["TOLERANCE", "Report", "backward", "compute_dtype", "last_report", "matrices", "sequential", "solve"]
 
-# The largest gap at a slice's border, as a share of the channel's size: a rounding of a value as it enters the product,
-# of fp32 some, as slow memories add them up.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2.0**-18, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+# The largest gap at a slice's border, as a share of the channel's size: four roundings of a value as it enters the product, where it is rounded in
+# every step; of fp32 some more, as slow memories add them up.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2.0**-18, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 NEAR = 16  # steps before a border over which a channel's size is taken: adjoints may be far smaller there than elsewhere in a slice
 BURN_IN = 32  # steps before a slice's start that its first guess is walked over
 
@@ -103,6 +103,17 @@ def local_size(values: Tensor, starts: Tensor | None) -> Tensor:
     return size[:, :, max(0, first) : last].amax(2)
 
 
+def certified_size(cell: Cell, size_NSD: Tensor, limit: float) -> Tensor:
+    """The sizes (..., S, D) of states that `limit` is a share of. A difference of logarithms is a share by itself, however large they are, down to what
+    the roundings of fp32 leave of them."""
+    if not cell.logs:
+        return size_NSD
+    sizes = list(size_NSD.unbind(-2))
+    for i in cell.logs:
+        sizes[i] = (sizes[i] * min(1.0, TOLERANCE[torch.float32] / limit)).clamp(min=1.0)
+    return torch.stack(sizes, -2)
+
+
 def diagonal(made: InTorch, pre: Tensor, rec: Tensor, mat: list[HeadMatrix], before: Tensor, starts: Tensor | None) -> Tensor:
     """The Jacobian's diagonal part (..., S, S, D) of every step."""
     x, w, h = pre.unbind(-2), rec.unbind(0), before.unbind(-2)
@@ -145,7 +156,7 @@ def solve(
         before = torch.cat([start[:, :, None], states[:, :, :-1]], 2)
         before = before if starts_N is None else zeroed(before, starts_N[..., None, None])
         P = product(_unit_after(diagonal(made, pre_N, rec, matrix, before, starts_N), T))
-        end, size = states[:, :, -1], local_size(states, starts_N)
+        end, size = states[:, :, -1], certified_size(cell, local_size(states, starts_N), limit)
         new = corrected(end, P, start)
         residual = share((new - start)[:, 1:], size[:, :-1])
         last_report = Report(n, corrections, residual)

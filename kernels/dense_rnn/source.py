@@ -60,6 +60,9 @@ class Writer:
         found = {r: next((i for i in self.Q if dense.d_rec[r] is dense.d_product[i]), None) for r in self.W}
         self.as_ones = {r: i for r, i in found.items() if i is not None}
         self.summed = [r for r in self.W if r not in self.as_ones]
+        # of each product the input whose gradient its cotangent is, where all have one: it need not be stored twice
+        same = [next((x for x in self.X if dense.d_pre[x] is dense.d_product[i]), None) for i in self.Q]
+        self.as_inputs = [x for x in same if x is not None] if None not in same else []
         self.tracked = sorted(carried | {(m, m) for i, j in carried for m in (i, j)})  # with what a product begins from
 
     def put(self, indent: int, *lines: str) -> None:
@@ -241,11 +244,14 @@ def _chain(w: Writer, back: bool) -> None:
     w.put(2, "share = tl.zeros((BK,), tl.float32)")
     for i in w.S:
         w.put(2, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        if i in w.dense.cell.logs and not back:  # as reference.certified_size
+            w.put(2, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
         w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
     w.put(2, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
     w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
 
 
+SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
 CHAIN_STAGES = 4  # slices whose ends are on their way
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from kernels.parallel_rnn import products
 from kernels.parallel_rnn.expressions import check
 from kernels.parallel_rnn.operations import NotLowered
-from kernels.parallel_rnn.step import HeadMatrix, Mat, Pre, Rec, State, StepFunction
+from kernels.parallel_rnn.step import HeadMatrix, LogState, Mat, Pre, Rec, State, StepFunction
 
-__all__ = ["REGISTRY", "Cell", "Mat", "Pre", "Rec", "State", "biased", "planned_loop"]
+__all__ = ["REGISTRY", "Cell", "LogState", "Mat", "Pre", "Rec", "State", "biased", "planned_loop"]
 REGISTRY: dict[str, Cell] = {}  # cells by key: ops take strings
 
 
@@ -76,7 +76,7 @@ def _why_loop(step: StepFunction) -> str:
 def _registered(step: StepFunction, why_loop: str, with_bias: Cell | None) -> Cell:
     numbered = (f"{step.name}#{i}" for i in itertools.count(2))
     key = next(k for k in itertools.chain([step.name], numbered) if REGISTRY.get(k) in (None, step))
-    REGISTRY[key] = Cell(step.name, step.step, step.pre, step.rec, step.state, key, why_loop, with_bias, mat=step.mat)
+    REGISTRY[key] = Cell(step.name, step.step, step.pre, step.rec, step.state, key, why_loop, with_bias, mat=step.mat, logs=step.logs)
     return REGISTRY[key]
 
 
@@ -158,5 +158,5 @@ def _with_bias(cell: StepFunction, why_loop: str) -> Cell:
         biases = {name: given.pop(bias) for name, bias in names.items()}
         return cell.step(**{name: value + biases[name] if name in biases else value for name, value in given.items()})
 
-    made = StepFunction(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state, mat=cell.mat)
+    made = StepFunction(f"{cell.name}_biased", step, cell.pre, (*cell.rec, *names.values()), cell.state, mat=cell.mat, logs=cell.logs)
     return _registered(made, why_loop or _why_loop(made), None)

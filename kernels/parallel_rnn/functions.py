@@ -32,6 +32,11 @@ def _exp2(x):
 def _reciprocal(x):
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+
+@triton.jit
+def _log2(x):
+    return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
 """,
     "portable": """
 @triton.jit
@@ -42,6 +47,11 @@ def _exp2(x):
 @triton.jit
 def _reciprocal(x):
     return 1.0 / x
+
+
+@triton.jit
+def _log2(x):
+    return tl.log2(x)
 
 """,
 }
@@ -71,6 +81,11 @@ def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     small = twice * (1.0 + twice * (-0.49999464 + twice * (0.1665636 + twice * (-0.04104248 + twice * 0.0068076057))))
     top = tl.where(twice < 0.5, small, 1.0 - e)
     return _signed(top, x) * _reciprocal(1.0 + e)
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(_exp(-tl.abs(x)))
 """
 # of -2 log2(e) times the argument: (the size below which it is small, what it is there), within a twentieth of the type's unit roundoff
 TANH_NEAR_ZERO = {
@@ -101,6 +116,13 @@ def _scaled_tanh(x):  # of an argument that was scaled: 2 / (1 + 2^x) - 1, which
 @triton.jit
 def _tanh(x):
     return _scaled_tanh(x * {-2 * LOG2_E})
+
+
+@triton.jit
+def _softplus(x):  # near one a logarithm loses digits
+    e = _exp2(tl.abs(x) * -{LOG2_E})
+    soft = tl.where(e < 0.04, e * (1.0 - e * (0.5 - e * {1 / 3})), _log2(1.0 + e) * {LN_2})
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + soft
 """
 BOTH = f"""
 @triton.jit
@@ -124,11 +146,6 @@ def _log1p(x):
     p = -0.25002313 + x * (0.19958822 + x * (-0.16553505 + x * (0.14937013 + x * (-0.14449053 + x * 0.08860822))))
     small = x * (1.0 + x * (-0.49999988 + x * (0.33334035 + x * p)))
     return tl.where((x > -0.3) & (x < 0.42), small, tl.log(1.0 + x))
-
-
-@triton.jit
-def _softplus(x):
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) + _log1p(_exp(-tl.abs(x)))
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
     def step(z: Pre, c: Pre, a: Rec, h: State): ...; return (h,)
 
-Pre: an input projection of the layer, one value per token and channel. Rec: a learned weight per channel. State: carried over time.
+Pre: an input projection of the layer, one value per token and channel. Rec: a learned weight per channel. State: carried over time. LogState: a
+State that is a logarithm, of which a difference counts whatever its size (kernels/dense_rnn certifies it so).
 Mat: a learned matrix over each head's channels, used as `R @ h`; it makes the cell dense in its heads (kernels/dense_rnn).
 The step returns its new states in the order of its State arguments; the last one is what the layer emits. Beside products with a Mat it
 works on tensors of any (broadcast) shape, element by element; one that does anything else is solved as a loop.
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # to a type checker all four are tensors
-    Pre = Rec = Mat = State = Tensor
+if TYPE_CHECKING:  # to a type checker all five are tensors
+    Pre = Rec = Mat = State = LogState = Tensor
 else:
 
     class Pre:
@@ -34,8 +35,11 @@ else:
     class State:
         """Annotation: carried from step to step."""
 
+    class LogState:
+        """Annotation: carried from step to step, a logarithm."""
 
-ROLES = {"Pre": "pre", "Rec": "rec", "Mat": "mat", "State": "state"}
+
+ROLES = {"Pre": "pre", "Rec": "rec", "Mat": "mat", "State": "state", "LogState": "state"}
 
 
 class HeadMatrix:
@@ -58,6 +62,7 @@ class StepFunction:
     rec: tuple[str, ...]
     state: tuple[str, ...]
     mat: tuple[str, ...] = field(default=(), kw_only=True)
+    logs: tuple[int, ...] = field(default=(), kw_only=True)  # places of states that are logarithms
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StepFunction) and self._parts() == other._parts()
@@ -66,7 +71,7 @@ class StepFunction:
         return hash(self._parts())
 
     def _parts(self) -> tuple[Any, ...]:
-        return self.name, self.step, self.pre, self.rec, self.state, self.mat
+        return self.name, self.step, self.pre, self.rec, self.state, self.mat, self.logs
 
     @staticmethod
     def read(step: Callable[..., Any], name: str | None = None) -> StepFunction:
@@ -75,6 +80,7 @@ class StepFunction:
         if not inspect.isfunction(step):
             raise ValueError(f"Cell {name or step!r}: its step must be a function, not a {type(step).__name__}.")
         names: dict[str, list[str]] = {"pre": [], "rec": [], "mat": [], "state": []}
+        logs = list[int]()
         title = name or step.__name__
         for argument, parameter in inspect.signature(step).parameters.items():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -84,13 +90,16 @@ class StepFunction:
                     f"Cell {title}: the argument {argument!r} has a default value; take it out, the layer gives every argument."
                 )
             annotation = parameter.annotation if isinstance(parameter.annotation, str) else getattr(parameter.annotation, "__name__", "")
-            role = ROLES.get(annotation.strip("'\"").rsplit(".", 1)[-1])
+            annotation = annotation.strip("'\"").rsplit(".", 1)[-1]
+            role = ROLES.get(annotation)
             if role is None:
                 raise ValueError(f"Cell {title}: annotate the argument {argument!r} with Pre, Rec, Mat or State.")
+            logs += [len(names["state"])] if annotation == "LogState" else []
             names[role].append(argument)
         if not names["state"] or not names["pre"]:
             raise ValueError(f"Cell {title}: a step needs at least one Pre and one State argument.")
-        return StepFunction(title, step, tuple(names["pre"]), tuple(names["rec"]), tuple(names["state"]), mat=tuple(names["mat"]))
+        made = (tuple(names["pre"]), tuple(names["rec"]), tuple(names["state"]))
+        return StepFunction(title, step, *made, mat=tuple(names["mat"]), logs=tuple(logs))
 
     def call(self, pre: Sequence[Any], rec: Sequence[Any], state: Sequence[Any], mat: Sequence[Any] = ()) -> Any:
         """What the step returns, whatever it is."""

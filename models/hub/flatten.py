@@ -18,7 +18,7 @@ OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {
     "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "delta_rule", "m2rnn", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
-    "Pre", "Rec", "Mat", "State", "Walk",
+    "Pre", "Rec", "Mat", "State", "LogState", "Walk",
 }  # fmt: skip
 # operations whose reference.py has the same functions
 IN_TORCH = (
@@ -222,7 +222,7 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
     plain, kernels, entries = written([load_cell(cell) for cell in cells])
     for part in TEMPLATE:
         for name in flat.module(part).definitions:
-            if name in ("MIXERS", "WAYS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "Mat", "State"):
+            if name in ("MIXERS", "WAYS", "CELLS", "BIASES", "KEEP_FP32", "SCAN", "Pre", "Rec", "Mat", "State", "LogState"):
                 flat.add(part, name)
     for cell in cells:
         flat.add(f"models.cells.{cell}", "step", {"step": f"step_{cell}"})

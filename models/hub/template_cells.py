@@ -25,7 +25,7 @@ triton: Any = None  # the module, in the exported file, if it is installed
 SCAN: list[Any] = []  # Mamba-2's scan in kernels, if this file has it
 RULE: list[Any] = []  # the delta rule in kernels, if this file has it
 MATRIX: list[Any] = []  # M2RNN in a kernel, if this file has it
-Pre = Rec = Mat = State = (
+Pre = Rec = Mat = State = LogState = (
     Tensor  # what the arguments of a cell's step are: input projection, learned weight, matrix over a head, carried state
 )
 
@@ -37,7 +37,8 @@ class Cell:
         self.name = name
         self.step, self.derivatives, self.kernel, self.jumps = CELLS[name]
         roles = {name: str(p.annotation) for name, p in inspect.signature(self.step).parameters.items()}
-        named = ([n for n, role in roles.items() if role == annotation] for annotation in ("Pre", "Rec", "Mat", "State"))
+        kinds = (("Pre",), ("Rec",), ("Mat",), ("State", "LogState"))
+        named = ([n for n, role in roles.items() if role in kind] for kind in kinds)
         self.pre, self.rec, self.mat, self.state = named
 
     def __call__(self, pre: Any, rec: Any, state: Any, mat: Any = ()) -> Any:

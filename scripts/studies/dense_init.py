@@ -90,6 +90,9 @@ def main() -> None:
         results.quiet("runs", [row])
         last = row["steps"][-1:] if "steps" in row else (row, said[-300:])
         print(kind, seed, "held out", row.get("held_out"), "last", last, flush=True)
+    if not any(row.get("steps") for row in results.values["runs"]):
+        print("No run took a step: see what they said above; a step is written every 10, and --seconds may be too few.", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

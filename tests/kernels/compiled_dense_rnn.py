@@ -48,7 +48,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     warps = launch.Plan.warps_for(K)
     constants = {
         "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": True, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "STAGES": launch.STAGES,
+        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": True, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:

@@ -42,8 +42,6 @@ def problem(
         pre[:, :, 1] += torch.linspace(0, 4, D)
         pre[:, :, 0] += torch.linspace(0, -4, D)
     tensors = [pre, draw(len(cell.rec), D) * 0.3, draw(E, K, len(cell.mat), K) * gain / K**0.5, draw(B, len(cell.state), D) * 0.3]
-    if name == "slstm":  # its normaliser is above zero
-        tensors[3][:, 1] = tensors[3][:, 1].abs() + 1
     new = torch.rand(B, T, generator=generator) < starts if starts else None
     return cell, [t.to(device) for t in tensors], None if new is None else new.to(device)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kernels.dense_rnn import dense_rnn, dense_rnn_step, launch, op, reference
 from kernels.parallel_rnn.cell import Cell, Mat, Pre, State
@@ -153,3 +154,35 @@ def test_small_heads_are_taken_side_by_side(E: int, K: int, m: int) -> None:
     apart = torch.einsum("bek,ekgj->begj", h, mat)
     assert torch.allclose(together.transpose(1, 2).reshape(3, 2, E * K), apart.transpose(1, 2).reshape(3, 2, E * K), atol=1e-6)
     assert torch.equal(launch.parted(wide, E, K), mat)
+
+
+def test_slstm_is_the_papers() -> None:
+    """A step of the paper's equations, with its normaliser and stabiliser, from an empty memory on."""
+    cell, (pre, _, mat, _), _ = problem("slstm", 2, 40, 2, 16)
+    pre[:, :, 0] *= 5
+    state = [torch.zeros(2, 32, dtype=pre.dtype) for _ in range(4)]
+    emitted, final = dense_rnn(cell, pre, pre.new_zeros(0, 32), mat, method="sequential")
+    for t in range(40):
+        c, n, m, h = state
+        R = reference.matrices(mat)
+        i, log_f = pre[:, t, 0] + R[0] @ h, F.logsigmoid(pre[:, t, 1] + R[1] @ h)
+        top = torch.maximum(log_f + m, i) if t else i
+        write, keep = torch.exp(i - top), torch.exp(log_f + m - top) if t else torch.zeros_like(m)
+        c, n = keep * c + write * torch.tanh(pre[:, t, 2] + R[2] @ h), keep * n + write
+        state = [c, n, top, torch.sigmoid(pre[:, t, 3] + R[3] @ h) * c / n]
+        assert distance(emitted[:, t], state[3]) < 1e-12
+    assert distance(final[:, 0], state[1].log() + state[2]) < 1e-12 and distance(final[:, 1], state[0] / state[1]) < 1e-12
+
+
+def test_logarithms_are_certified_by_their_difference() -> None:
+    """Of a logarithm near 200, a share of 2^-8 would be a factor of two in what it stands for."""
+    cell, (pre, rec, mat, h0), _ = problem("slstm", 2, 512, 1, 16, gain=0.5)
+    pre[:, :, 0] += 200
+    pre[:, :, 1] += 5
+    h0[:, 0] += 200
+    exact = reference.sequential(cell, pre, rec, mat, h0, None)[0]
+    solved = reference.solve(cell, pre, rec, mat, h0, None, slices=8, burn_in=0, tolerance=2.0**-8)
+    assert reference.last_report.residual <= 2.0**-8
+    assert (solved - exact)[:, :, 0].abs().max() < 0.02
+    assert reference.certified_size(cell, exact[:, 0], 2.0**-8)[:, 0].eq(1).all()
+    assert torch.equal(reference.certified_size(cell, exact[:, 0], 2.0**-18)[:, 0], exact[:, 0, 0])

@@ -32,16 +32,27 @@ def test_other_cells(name: str) -> None:
     check(name, 64, torch.bfloat16, 4)
 
 
-def check(name: str, K: int, dtype: torch.dtype, slices: int) -> None:
-    cell, tensors, starts = problem(name, 3, 261, 2, K, gain=0.8, starts=0.01, device="cuda")
+@pytest.mark.parametrize("name", ["dense_lstm", "slstm", "dense_gru", "dense_gru_before"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_inputs_in_blocks(name: str, dtype: torch.dtype) -> None:
+    """As a block-diagonal projection makes them: there the gradients of most inputs are the cotangents of products."""
+    for K in (32, 64) if dtype == torch.float32 else (32, 64, 128):
+        check(name, K, dtype, 4, blocks=2)
+
+
+def check(name: str, K: int, dtype: torch.dtype, slices: int, blocks: int = 0) -> None:
+    cell, tensors, starts = problem(name, 3, 261, 2 * max(1, blocks), K, gain=0.8, starts=0.01, device="cuda")
     d_emitted, d_final = cotangents(tensors)
     given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
-    low, plan = d_emitted.to(dtype), Plan.of(given[0], K, slices)
+    low, plan, flat = d_emitted.to(dtype), Plan.of(given[0], K, slices), given[0]
+    if blocks:
+        given[0] = flat.unflatten(3, (blocks, -1)).permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
     emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
     back = (*given, starts, emitted, kept, low, None, d_final.float(), plan)
     gradients = launch.backward(cell, *back)
     again = launch.backward(cell, *back)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again))
+    given[0], gradients = flat, (gradients[0].flatten(3) if blocks else gradients[0], *gradients[1:])
     for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
         assert distance(a, b) < LIMITS[dtype][i > 1], label
 

@@ -25,8 +25,6 @@ def dense(draw: Draw) -> Answers:
     T, D, dtype = draw.size(64, 257, 400, small=(1, 2, 7, 16)), E * K, draw.dtype()
     pre, mat = draw.randn(B, T, len(cell.pre), D), draw.choice([0.1, 0.5]) * K**-0.5 * draw.randn(E, K, len(cell.mat), K)
     h0 = draw.randn(B, len(cell.state), D)
-    if cell.name == "slstm":  # its normaliser is above zero
-        h0[:, 1] = h0[:, 1].abs() + 1
     leaves: dict[str, Tensor | None] = {"pre": pre.to(dtype), "rec": 0.3 * draw.randn(len(cell.rec), D), "mat": mat.to(dtype), "h0": h0}
     bias = draw.randn(len(cell.pre), D).to(draw.device)
     starts = draw.starts(B, T)
