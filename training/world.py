@@ -1,7 +1,7 @@
 """The ranks of a run: who this process is among them, what they tell each other, and how they come together.
 
-Here and in training/engine.py, training/zero and training/saving is all that knows of ranks and devices; what a launcher says of them is read in
-training/launch.py.
+Here and in training/engine.py, training/passes.py, training/zero and training/saving is all that knows of ranks and devices; what a launcher says of
+them is read in training/launch.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,8 @@ def start_distributed(wanted_device: str, timeout_minutes: float = 30.0, sequenc
     clock = CommunicationClock(device) if launched.size > 1 else None
     if clock is not None:
         clock.install()
+    # torch 2.13 says so of collectives that DeepSpeed calls and that torch 2.11, which is allowed too, has under no other name.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Silences messages of the import itself; set again below, because the import changes the level.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed

@@ -123,7 +123,7 @@ def evaluate(
     common = CommonText(paths, settings.data, settings.text)
     started, where = launch(), device_of(device)
     names: dict[str, str] = {}
-    failed = loaded = 0
+    failed = loaded = having = 0
     for path in paths:
         name = _name(path, names)
         names[name] = path
@@ -141,15 +141,16 @@ def evaluate(
         adapter.name = name
         run = common.facts[path].get("run") if isinstance(adapter, OwnAdapter) else None  # only ours can be asked a generated task
         items = items_of(Subject(adapter, settings, run, common, path))
-        if not items:
-            if len(paths) > 1:
-                continue
-            raise UserError(f"No item of suite {settings.suite} contains {settings.only!r} in its name.")
+        if not items:  # another model may have some
+            continue
+        having += 1
         records = run_items(items, adapter, out / name, settings.redo, started.rank, started.size)
         failed += sum(r["status"] != "done" for r in records)
         everything = [r for item in items if (r := read_record(out / name / "items" / f"{item.name}.json"))]
         write_json(out / name / f"{settings.suite}.json", {"model": adapter.describe(), "settings": vars(settings), "items": everything})
         del adapter, items  # the next model may need the memory
+    if loaded and not having:
+        raise UserError(f"No item of suite {settings.suite} contains {settings.only!r} in its name.")
     write_report(out)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
     if not loaded:

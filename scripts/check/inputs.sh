@@ -93,6 +93,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 3 upper case ending | 0 | train: 1 documents | mkdir $T/up && cp $T/one.txt $T/up/A.TXT && python -m data.prepare input=$T/up out=$T/p2 tokenizer=bytes
 3 csv | 0 | train: 1 documents | printf 'text,n\nhello there,1\nmore of it,2\n' >$T/a.csv && python -m data.prepare input=$T/a.csv out=$T/p3 tokenizer=bytes
 3 bz2 | 0 | train: 1 documents | bzip2 -k <$T/one.txt >$T/b.txt.bz2 && python -m data.prepare input=$T/b.txt.bz2 out=$T/p4 tokenizer=bytes
+3 an input twice | 2 | names .*one.txt twice | python -m data.prepare input=$T/one.txt,$T/one.txt out=$T/p12 tokenizer=bytes
+3 a file of two inputs | 0 | read already by an earlier input | mkdir $T/both && cp $T/one.txt $T/both/a.txt && python -m data.prepare input=$T/both,$T/both/a.txt out=$T/p13 tokenizer=bytes
 3 missing field | 2 | the fields there are body; set text_field | printf '{"body": "hello"}\n' >$T/f.jsonl && python -m data.prepare input=$T/f.jsonl out=$T/p5 tokenizer=bytes
 
 # -- evaluation (4)
@@ -100,6 +102,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 4 no checkpoint | 2 | There is no | python -m evals.run checkpoint=$T/nosuch
 4 nothing said | 2 | checkpoint= | python -m evals.run
 4 unknown suite | 2 | suite | python -m evals.run checkpoint=$T/run suite=nosuch
+4 unknown item, two models | 2 | No item of suite quick | python -m evals.run checkpoint=$T/run,$T/run suite=quick only=nosuch out=$T/evals4
 4 report of nothing | 2 | no folder of measurements | python -m evals.report $T/nosuch
 4 suite, read-only output | 2 | /proc/nowhere | python -m evals.run checkpoint=$T/run suite=quick out=/proc/nowhere
 4 not a task | 2 | generated task | python -m evals.state_tracking checkpoint=$T/run

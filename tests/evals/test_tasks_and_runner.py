@@ -280,6 +280,9 @@ def test_the_command_line_writes_a_report_and_goes_on(
     assert "data:image/png;base64" in page and "llama-2" in page and 'src="http' not in page
     assert "| llama |" in (tmp_path / "report.md").read_text()
     write_report(tmp_path)
+    capsys.readouterr()
+    assert main([*words, "only=nosuch", f"out={tmp_path / 'nothing'}"]) == 2 and "contains 'nosuch'" in capsys.readouterr().err
+    assert not list((tmp_path / "nothing").iterdir()), "a report of nothing"
 
 
 def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(

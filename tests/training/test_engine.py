@@ -11,3 +11,4 @@ from tests.conftest import run_ranks
 def test_an_engine_that_ends_leaves_neither_its_model_nor_another_linear_map(ranks: int) -> None:
     done = run_ranks(ranks, ["tests/training/ends.py"])
     assert done.returncode == 0 and f"ok {ranks}" in done.stdout, done.stdout + done.stderr
+    assert "deprecated" not in done.stderr, "a warning that the person who trains can do nothing about"
