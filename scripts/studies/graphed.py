@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from training.graph import release_random_numbers
+from training.graph import leave_failed_capture
 
 Step = Callable[..., tuple[Tensor, ...]]
 WARMUP = 3  # ordinary calls before the capture: kernels are compiled and the optimizer's moments made in them
@@ -75,9 +75,9 @@ class GraphedStep:
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         """Records the step without running it; a step that cannot be recorded runs as written from here on."""
         self.inputs = tuple(t.clone() for t in tensors)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.current_stream().synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         problem = ""
         try:
             self.outputs = self.step(*self.inputs)
@@ -89,7 +89,7 @@ class GraphedStep:
             problem = problem or str(error).splitlines()[0]
         if problem:
             self.why_not = problem
-            release_random_numbers(self.inputs[0].device)
+            leave_failed_capture(self.inputs[0].device, torch.cuda.current_stream(), pool)
             warnings.warn(f"A training step was not captured as a CUDA graph and runs as written ({problem}).", stacklevel=3)
         else:
             self.graph = graph
