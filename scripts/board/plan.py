@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
-from scripts.board.architectures import ARCHITECTURES, SIZES, model_config
+from scripts.board.architectures import ARCHITECTURES, SIZES, model_config, update_of
 from scripts.board.corpus import identity, training_tokens
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
@@ -141,6 +141,7 @@ class Plan:
             "optimizer": chosen.optimizer,
             "initial": chosen.initial,
             "precision": self.precision,
+            **update_of(chosen.optimizer),
         }
 
     def text(self, stage: str, row: str, tokens: int, span: int, lr: float, seed: int, note: str = "") -> Cell:

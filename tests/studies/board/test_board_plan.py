@@ -187,3 +187,15 @@ def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out
     first = [cell.settings["seed"] for cell in cells if cell.stage == "probe"]
     assert first == sorted(first)  # every row that is named with seed 0, before the other seeds
     assert [c.name for c in plan.cells({}, ["speed"])][:2] == ["speed.gdn_hybrid@tiny", "speed.gdn_hybrid_paragru@tiny"]
+
+
+def test_cells_of_muon_count_while_its_update_is_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan("tiny", str(data), ["gdn", "gdn_muon"])
+    known = results_of([plan.stage0(row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
+    for result in known.values():
+        result.content.update(tokens=2560, curve=[])
+    assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn", "gdn_muon"]
+    monkeypatch.setattr("training.optim.newton_schulz.COEFFICIENTS", (2.0, -1.5, 0.5))
+    assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn"]
+    mine = {row: plan.stage0(row, {})[0][0] for row in plan.rows}
+    assert [known[cell.name].of(cell.settings) for cell in mine.values()] == [True, False]
