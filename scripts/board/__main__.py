@@ -15,7 +15,7 @@ Keys
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
-  gpu         the GPU that `again` uses [0]
+  gpu         the GPU that `again` uses [0]                    others    other programs on the same device, beside which no speed counts [0]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
   only        names of cells with commas between               weights   true: keep the models of text that more is read off (stage 0: not), or named by only [false]
   device      auto, cpu or cuda [auto]                         precision bf16 (on a GPU) or fp32 [bf16]
@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "least": 2.0,  # seconds that must be left for a cell to begin
     "whole": False,
     "gpu": 0,
+    "others": 0,
     "input": "",
     "part": "",
     "join": "",

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+import json
 from dataclasses import dataclass
 from typing import Any
 
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.cost.flops import meta_model, training_flops_per_token
+from training.optim import MuonWithAdamW, newton_schulz
 
 VOCABULARY = 16_384
 WITHIN = 0.02  # of the size's parameters
@@ -144,6 +147,14 @@ def model_config(name: str, size_name: str, vocabulary: int = VOCABULARY) -> Mod
     if abs(parameters(chosen) / size.parameters - 1) > WITHIN:
         raise ValueError(f"{name} has {parameters(chosen):,} parameters at size {size_name}, not {size.parameters:,}.")
     return chosen
+
+
+def update_of(optimizer: str) -> dict[str, Any]:
+    """What settings say of an optimizer whose update is ours: of Muon, the polynomials that orthogonalise and how many steps of them. Empty of AdamW."""
+    if optimizer != "muon":
+        return {}
+    steps = inspect.signature(MuonWithAdamW).parameters["steps"].default
+    return {"orthogonalised": {"steps": steps, "coefficients": json.loads(json.dumps(newton_schulz.COEFFICIENTS))}}
 
 
 def parameters(config: ModelConfig) -> int:

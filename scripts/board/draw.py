@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
-from scripts.board.architectures import ARCHITECTURES, SIZES, counts
+from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
 from scripts.board.page import log_text, page_text
 from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
@@ -90,7 +90,8 @@ def _of(result: Result, size: str) -> bool:
     settings = result.content.get("settings") or {}
     mine = size if result.content.get("stage") != "probe" else BOARDS[size].probe_size
     width = (settings.get("model") or {}).get("d_model")
-    return settings.get("protocol") == PROTOCOL and width == SIZES[mine].d_model
+    same = settings.get("orthogonalised") == update_of(settings.get("optimizer", "")).get("orthogonalised")
+    return same and settings.get("protocol") == PROTOCOL and width == SIZES[mine].d_model
 
 
 def _row(mine: list[Result]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
-from scripts.board.architectures import ARCHITECTURES, SIZES, model_config
+from scripts.board.architectures import ARCHITECTURES, SIZES, model_config, update_of
 from scripts.board.corpus import identity, training_tokens
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
@@ -87,17 +87,18 @@ ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
     ("stage0", RECURRENT),
-    ("stage1", DECISIVE0),
-    ("speed", DECISIVE0),
-    ("eight", DECISIVE0[:2]),
     ("stage0", ("transformer_muon", "gdn_muon")),
     ("stage0", ("mamba2_pass", "gdn_pass")),
+    ("speed", DECISIVE0),
+    ("stage1", DECISIVE0[:2]),
+    ("time0", DECISIVE0),
+    ("stage1", DECISIVE0),
+    ("eight", DECISIVE0[:2]),
     ("stage0", ("m2rnn", "gdn_hybrid_m2rnn")),
     ("stage0", ("slstm", "mamba2_hybrid")),
     ("speed", (*PLAIN, *RECURRENT, "m2rnn", "slstm")),
     ("probe", (*PLAIN, *RECURRENT, "m2rnn", "slstm", "gdn_hybrid")),
     ("stage1", PLAIN),
-    ("time0", DECISIVE0),
     ("eight", DECISIVE0),
     ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
     ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
@@ -141,6 +142,7 @@ class Plan:
             "optimizer": chosen.optimizer,
             "initial": chosen.initial,
             "precision": self.precision,
+            **update_of(chosen.optimizer),
         }
 
     def text(self, stage: str, row: str, tokens: int, span: int, lr: float, seed: int, note: str = "") -> Cell:

@@ -217,7 +217,7 @@ def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = Non
         torch.set_num_threads(1)
     values = values | {
         "environment": environment(device) | {"code": source_hash()},
-        "beside": values["streams"] * _sharing(values["workers"], device),
+        "beside": values["streams"] * _sharing(values["workers"], device) + values["others"],
     }
     place = (
         f"{device}.{os.environ.get('CUDA_VISIBLE_DEVICES', '')}"  # where a program sees some of the GPUs, its cuda:0 is another's cuda:1

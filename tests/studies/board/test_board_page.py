@@ -75,13 +75,17 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
         "seeds=1",
         "device=cpu",
     ]
-    assert program.main(["run", *words, "streams=2"]) == 0
+    assert program.main(["run", *words, "streams=2", "others=1"]) == 0
     assert "All cells known so far are finished" in capsys.readouterr().out
     names = sorted(path.stem.split(".")[0] for path in (tmp_path / "out" / "cells").iterdir())
     assert names == ["grid", "grid", "pass", "speed"]
     [path] = (tmp_path / "out" / "cells").glob("pass.*")
     cell = json.loads(path.read_text())
-    assert cell["measured"]["position"]["buckets"][-1]["to"] == 16 * 32 and cell["measured"]["memory"]["within"]["length"] == 32
+    assert (
+        cell["beside"] == 3
+        and cell["measured"]["position"]["buckets"][-1]["to"] == 16 * 32
+        and cell["measured"]["memory"]["within"]["length"] == 32
+    )
     lines = len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines())
     assert program.main(["resume", *words]) == 0
     assert len((tmp_path / "out" / "attempts.jsonl").read_text().splitlines()) == lines == 8

@@ -105,7 +105,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     time0 = [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5)]
     eight, twelve = ([f"stage1.{row}@tiny.0.008.{s}" for s in range(*MORE_SEEDS[to]) for row in rows[:2]] for to in ("eight", "twelve"))
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
-    assert waves[1][20:] == eight + [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + time0 + twelve + time1
+    assert waves[1][20:] == time0 + eight + [f"stage1.transformer@tiny.0.008.{s}" for s in range(3)] + twelve + time1
     half = [f"{stage}.transformer@tiny.0.004.{seed}" for stage in ("stage0", "stage1") for seed in range(3)]
     assert waves[2:] == [half]  # diverged in a seed: at half the rate
     assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
@@ -182,8 +182,20 @@ def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out
     assert {cell.row for cell in cells if cell.stage == "stage0"} == set(architectures.ARCHITECTURES)
     stages = [cell.stage for cell in cells]
     last_of_ten = max(i for i, cell in enumerate(cells) if cell.stage == "stage0" and cell.row == "dense_lstm")
-    assert "speed" not in stages[:last_of_ten] and stages[last_of_ten + 1] == "speed"
+    assert "speed" not in stages[:last_of_ten] and cells[last_of_ten + 1].row == "transformer_muon"
     assert stages.index("probe") < max(i for i, stage in enumerate(stages) if stage == "stage0")
     first = [cell.settings["seed"] for cell in cells if cell.stage == "probe"]
     assert first == sorted(first)  # every row that is named with seed 0, before the other seeds
     assert [c.name for c in plan.cells({}, ["speed"])][:2] == ["speed.gdn_hybrid@tiny", "speed.gdn_hybrid_paragru@tiny"]
+
+
+def test_cells_of_muon_count_while_its_update_is_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan("tiny", str(data), ["gdn", "gdn_muon"])
+    known = results_of([plan.stage0(row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
+    for result in known.values():
+        result.content.update(tokens=2560, curve=[])
+    assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn", "gdn_muon"]
+    monkeypatch.setattr("training.optim.newton_schulz.COEFFICIENTS", (2.0, -1.5, 0.5))
+    assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn"]
+    mine = {row: plan.stage0(row, {})[0][0] for row in plan.rows}
+    assert [known[cell.name].of(cell.settings) for cell in mine.values()] == [True, False]
