@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
 from evals.adapters.base import Adapter, ItemError
 from evals.adapters.own import OwnAdapter
 from evals.progress import Progress
@@ -41,8 +42,12 @@ DEFAULTS: dict[str, Any] = {
 @contextmanager
 def along(model: LanguageModel, path: Sequence[int]) -> Iterator[None]:
     """Inside, `model` runs its layers in the order of `path`, which may leave some out and name others several times; every place of the path has a
-    state of its own, so that decoding and streaming work as before. Raises ValueError for a layer that there is not."""
+    state of its own, so that decoding and streaming work as before. Raises ValueError for a layer that there is not, UserError for a looped model."""
     layers = model.blocks
+    if model.depth is not None:
+        raise UserError(
+            f"model.depth={model.config.depth['type']} says itself how often layers are visited; paths are of models without it."
+        )
     if wrong := [i for i in path if not 0 <= i < len(layers)]:
         raise ValueError(f"The path names layer {wrong[0]}, but the layers are 0 to {len(layers) - 1}.")
     model.blocks = nn.ModuleList(layers[i] for i in path)

@@ -7,7 +7,7 @@
 A row is n different symbols (with --repeats any of --symbols, so that a symbol does not say where it stood), a mark that says copy or reverse, and the
 answer, n drawn from 1 to 16 (--length); answers are scored for 16, 32 and 64 symbols. With --start a second mark stands before the answer: then a symbol
 lies n + 1 places before its copy and 2 i before the place that says it as the i-th of a reversed row, so that n + 1 loops of one and of two places are
-just right. --ramp lets n grow from 1 over a share of the steps. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
+just right. --grow lets n grow from 1, by one when a share of the answers is right. The models spend the same FLOPs on a token in their blocks: the layers of --pattern four times, or four times as many layers. The pattern is
 near,far (a window with rotary positions, and attention without positions, which can find a symbol at any distance), whole (rotary attention), or
 next or three (a window of two or three tokens). --noise is added to what is carried from loop to loop in training, so that it has to stand errors. Only the looped ones can be run for longer, and are, too. Arms: looped draws the number of its loops, steady does not,
 by_length takes n + 1 loops for n symbols in training and scoring (Fan et al. 2024, arXiv 2409.15647; every batch then has one n).
@@ -83,6 +83,18 @@ def model_of(arm: str, pattern: list[str], layers: int = 0) -> LanguageModel:
 
 
 @torch.no_grad()
+def right_at(
+    model: LanguageModel, device: str, n: int, tasks: tuple[str, ...], repeated: int, start: bool, seed: int = 0
+) -> dict[str, tuple[int, int]]:
+    """{copy, reverse}: how many of the answered symbols of 128 rows of n are right, each read with the right ones before it, and how many there are."""
+    ids, labels = (
+        t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n + seed), tasks, repeated, start)
+    )
+    right, asked = model.eval()(ids).logits.argmax(-1) == labels, labels != -100
+    marks = ((name, asked & (ids[:, n : n + 1] == mark)) for name, mark in (("copy", COPY), ("reverse", REVERSE)) if name in tasks)
+    return {name: (int(right[mine].sum()), int(mine.sum())) for name, mine in marks}
+
+
 def scores(
     model: LanguageModel,
     device: str,
@@ -93,23 +105,14 @@ def scores(
     repeated: int = 0,
     start: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{length: {copy, reverse}}: the share of answered symbols that are right, each read with the right ones before it. loops: of a looped model;
-    by_length: a loop more than there are symbols."""
-    way: Any = model.eval().depth
+    """{length: {copy, reverse}}: the share of answered symbols that are right. loops: of a looped model; by_length: a loop more than there are symbols."""
+    way: Any = model.depth
     before = None if way is None else way.loops
-    if way is not None and loops is not None:
-        way.loops = loops
     out: dict[str, dict[str, float]] = {}
     for n in (length, 2 * length, 4 * length):
-        if way is not None and by_length:
-            way.loops = n + 1
-        ids, labels = (t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n), tasks, repeated, start))
-        right, asked = model(ids).logits.argmax(-1) == labels, labels != -100
-        out[str(n)] = {
-            name: round(float(right[asked & (ids[:, n : n + 1] == mark)].float().mean()), 4)
-            for name, mark in (("copy", COPY), ("reverse", REVERSE))
-            if name in tasks
-        }
+        if way is not None:
+            way.loops = n + 1 if by_length else loops or before
+        out[str(n)] = {name: round(right / asked, 4) for name, (right, asked) in right_at(model, device, n, tasks, repeated, start).items()}
     if way is not None:
         way.loops = before
     return out
@@ -131,9 +134,12 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     draw, curve = torch.Generator().manual_seed(seed + 1), []
     one_length = given.one_length or by_length
     scored = (tasks, given.length, repeated, given.start)
+    longest = 1 if given.grow else given.length
     for step in range(steps):
+        if longest < given.length and step % 50 == 49 and solved(model, trainer, longest, by_length, given):
+            longest += 1
+            print(name, seed, "rows of", longest, "from step", step, flush=True)
         model.train().begin_step(seed, step)
-        longest = min(given.length, 1 + int(given.length * step / (given.ramp * steps))) if given.ramp else given.length
         lengths = torch.randint(1, longest + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
         n = int(lengths[0])
         if by_length:
@@ -158,13 +164,28 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "ramp": given.ramp,
+        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "longest": longest,
         "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, *scored), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
         result["by_loops"] = {str(n): scores(model, device, n, False, *scored) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
+
+
+def solved(model: LanguageModel, trainer: Trainer, n: int, by_length: bool, given: argparse.Namespace) -> bool:
+    """Whether each of the tasks is right for the share --grow of rows of n."""
+    way: Any = model.depth
+    before = None if way is None else way.loops
+    if by_length:
+        way.loops = n + 1
+    with trainer.here():
+        found = right_at(
+            model, given.device, n, tuple(given.tasks.split(",")), given.symbols if given.repeats else 0, given.start, seed=10**6
+        )
+    if way is not None:
+        way.loops = before
+    return all(right >= given.grow * asked for right, asked in found.values())
 
 
 def noisy(size: Tensor) -> Any:
@@ -189,7 +210,7 @@ def main() -> None:
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--start", action="store_true", help="a second mark before the answer")
     parser.add_argument(
-        "--ramp", type=float, default=0.0, help="share of the steps over which the longest row grows from 1 to --length; 0: none"
+        "--grow", type=float, default=0.0, help="rows have one symbol at first, and one more when this share is right; 0: all lengths"
     )
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)

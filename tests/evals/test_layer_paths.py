@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from data.errors import UserError
 from data.tokenizer import byte_tokenizer
 from evals import layer_paths as program
 from evals.adapters.base import ItemError
@@ -72,6 +73,10 @@ def test_the_program_writes_a_page_and_refuses_others_models(tmp_path: Path, cap
     report = json.loads((tmp_path / "layer_paths.json").read_text())
     assert [row["layer"] for row in report["layers"]] == [0, 1] and "| 1 | g |" in (tmp_path / "layer_paths.md").read_text()
     assert program.main(["length=1"]) == 2 and "checkpoint=DIR" in capsys.readouterr().err
+    model.depth = torch.nn.Identity()  # as a looped model has it
+    model.config.depth = {"type": "universal"}
+    with pytest.raises(UserError, match="model.depth=universal says itself how often"), along(model, [0]):
+        pass
     from evals.adapters.hf import HFAdapter
 
     with pytest.raises(ItemError, match="import it first"):
