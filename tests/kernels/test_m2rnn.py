@@ -64,7 +64,7 @@ def test_no_steps_rows_or_numbers(sizes: tuple[int, ...]) -> None:
     shapes = [(B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H), (H, V, V), (B, H, K, V)]
     given = [torch.ones(shape).requires_grad_() for shape in shapes]
     w = torch.full((H, V, V), torch.inf).requires_grad_() if T == 0 else given[4]
-    o, final = m2rnn(*given[:3], -given[3], w, given[5])
+    o, final = m2rnn(given[0], given[1], given[2], -given[3], w, given[5])
     assert o.shape == (B, T, H, V) and final.shape == (B, H, K, V) and not o.any() and torch.equal(final, given[5])
     (o.sum() + final.sum()).backward()
     assert all(t.grad is not None and not t.grad.any() for t in (*given[:4], w))
