@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.m2rnn import m2rnn
+from kernels.m2rnn import launch, m2rnn
 from models.mixers.m2rnn import Config, Mixer
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem
 
@@ -116,3 +116,12 @@ def test_a_tracker_begins_with_a_convolution_of_one_token() -> None:
         assert looks_back or torch.allclose(keep, torch.full_like(keep, 0.05))
         assert mixer(x)[0].isfinite().all() and not config.problems(16)
     assert "published or tracker" in Config(start="identity").problems(64)[0]
+
+
+@pytest.mark.parametrize("B, H, K, rows", [(4, 16, 64, 16), (4, 16, 128, 32), (16, 12, 64, 64), (1, 12, 64, 16)])
+def test_programs_beyond_what_a_gpu_holds_have_more_rows(monkeypatch: pytest.MonkeyPatch, B: int, H: int, K: int, rows: int) -> None:
+    """Of an H200's 132 multiprocessors: 256, 512, 768 and 48 programs of 16 rows."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    problem = launch.Problem.__new__(launch.Problem)
+    problem.v, problem.B, problem.H, problem.K = torch.zeros(0), B, H, K
+    assert [problem.soonest(tiles)[0] for tiles in launch.WALKS[64].values()] == [rows, rows]
