@@ -25,10 +25,11 @@ def m2rnn(
     document starts and the state is zeroed first. h0: the state before the first step (zeros if None).
     Returns (o (B, T, H, V) in v's dtype, final state (B, H, K, V) in fp32 or fp64); differentiable in every tensor argument.
     Where Triton kernels are not to be had, and in float64, plain torch walks.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes that do not fit, and for integers.
     """
-    (B, T, G, K), (H, V) = q_BTGK.shape, v_BTHV.shape[2:]
-    if k_BTGK.shape != q_BTGK.shape or v_BTHV.shape[:2] != (B, T) or G < 1 or H % G or g_BTH.shape != (B, T, H) or w_HVV.shape != (H, V, V):
+    fits = q_BTGK.ndim == v_BTHV.ndim == 4 and k_BTGK.shape == q_BTGK.shape and v_BTHV.shape[:2] == q_BTGK.shape[:2]
+    (B, T, G, K), (H, V) = q_BTGK.shape if fits else (0,) * 4, v_BTHV.shape[2:] if fits else (0, 0)
+    if G < 1 or H % G or g_BTH.shape != (B, T, H) or w_HVV.shape != (H, V, V):
         raise ValueError(
             f"q {tuple(q_BTGK.shape)}, k {tuple(k_BTGK.shape)}, v {tuple(v_BTHV.shape)}, g {tuple(g_BTH.shape)} and w {tuple(w_HVV.shape)} "
             "must be (B, T, G, K) twice, (B, T, H, V), (B, T, H) and (H, V, V), where G divides H."
@@ -38,7 +39,11 @@ def m2rnn(
     if starts_BT is not None and (starts_BT.shape != (B, T) or starts_BT.dtype != torch.bool):
         raise ValueError(f"starts must be bool of shape {(B, T)}, not {starts_BT.dtype} of {tuple(starts_BT.shape)}.")
     tensors = (q_BTGK, k_BTGK, v_BTHV, g_BTH, w_HVV, h0_BHKV)
-    if B * T * K * V == 0:
+    if not all(t is None or t.is_floating_point() for t in tensors):
+        raise ValueError(
+            f"M2RNN takes real floating-point numbers, not {', '.join(sorted({str(t.dtype) for t in tensors if t is not None}))}."
+        )
+    if B * T * H * K * V == 0:
         return _nothing(*tensors)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if T == 1 and h0_BHKV is not None and not wanted:  # decoding
@@ -47,8 +52,8 @@ def m2rnn(
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, g: Tensor, w: Tensor, h0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Results of no steps, of which autograd gives gradients of zero."""
+    """Results of no steps or of states without numbers, of which autograd gives gradients of zero."""
     inner = reference.compute_dtype(v)
-    nothing = torch.stack([t.to(inner).sum() * 0 for t in (q, k, v, g, w)]).sum()
+    nothing = torch.stack([t.flatten()[:0].to(inner).sum() for t in (q, k, v, g, w)]).sum()  # not of values, which may be infinite
     first = v.new_zeros(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=inner) if h0 is None else h0.to(inner)
-    return (v + nothing).to(v.dtype), first + nothing
+    return torch.zeros_like(v) + nothing.to(v.dtype), first + nothing

@@ -59,8 +59,8 @@ RULE_KERNELS = '''def rule_kernels() -> Any:
     return SimpleNamespace(tl=tl, rule_project=rule_project, rule_walk=rule_walk, rule_outputs=rule_outputs, rule_recover=rule_recover)'''
 MATRIX = {  # likewise kernels/m2rnn
     "forward": "m2rnn_on_gpu", "Problem": "MatrixStates", "pad": "matrix_width", "neighbours": "matrix_neighbours", "kernels": "matrix_kernels",
-    "total": "matrix_total", "TILES": "MATRIX_TILES", "TILES_WIDE": "MATRIX_TILES_WIDE", "Tiles": "MatrixTiles", "NARROWEST": "MATRIX_NARROWEST",
-    "walk": "matrix_walk", "exact_tanh": "matrix_exact_tanh", "_tanh": "matrix_tanh", "_place": "matrix_place",
+    "total": "matrix_total", "WALKS": "MATRIX_WALKS", "TILES": "MATRIX_TILES", "TILES_WIDE": "MATRIX_TILES_WIDE", "Tiles": "MatrixTiles",
+    "NARROWEST": "MATRIX_NARROWEST", "walk": "matrix_walk", "exact_tanh": "matrix_exact_tanh", "_tanh": "matrix_tanh", "_place": "matrix_place",
     "_weight": "matrix_weight", "_content": "matrix_content", "_vector": "matrix_vector",
 }  # fmt: skip
 ONLY_MATRIX = ("MATRIX", "m2rnn")

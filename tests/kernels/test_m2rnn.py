@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.m2rnn import m2rnn
+from kernels.m2rnn import launch, m2rnn
 from models.mixers.m2rnn import Config, Mixer
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem
 
@@ -55,6 +55,21 @@ def test_a_document_that_is_not_finite_stays_alone() -> None:
     assert torch.equal(found[1], wanted[1]) and torch.equal(found[7], wanted[7])
 
 
+@pytest.mark.parametrize(
+    "sizes", [(2, 0, 2, 4, 1, 3), (0, 5, 2, 4, 1, 3), (2, 5, 2, 4, 1, 0), (2, 5, 2, 0, 1, 3), (2, 5, 0, 4, 1, 3)], ids=str
+)
+def test_no_steps_rows_or_numbers(sizes: tuple[int, ...]) -> None:
+    """Of keys of no width nothing comes out, whatever the values are, and of weights that are infinite nothing where there is no step."""
+    B, T, H, V, G, K = sizes
+    shapes = [(B, T, G, K), (B, T, G, K), (B, T, H, V), (B, T, H), (H, V, V), (B, H, K, V)]
+    given = [torch.ones(shape).requires_grad_() for shape in shapes]
+    w = torch.full((H, V, V), torch.inf).requires_grad_() if T == 0 else given[4]
+    o, final = m2rnn(given[0], given[1], given[2], -given[3], w, given[5])
+    assert o.shape == (B, T, H, V) and final.shape == (B, H, K, V) and not o.any() and torch.equal(final, given[5])
+    (o.sum() + final.sum()).backward()
+    assert all(t.grad is not None and not t.grad.any() for t in (*given[:4], w))
+
+
 def test_no_steps_and_what_does_not_fit() -> None:
     (q, k, v, g, w, h0), starts = problem(1, 4, 2, 6, 1, 4, starts=0.5)
     assert starts is not None
@@ -67,9 +82,12 @@ def test_no_steps_and_what_does_not_fit() -> None:
         (q, k, v, g, w[:1]),
         (q, k, v, g, w, h0.mT),
         (q, k, v, g, w, h0, starts.int()),
+        (q[0], k[0], v, g, w),
     ):
         with pytest.raises(ValueError, match="must be"):
             m2rnn(*bad)
+    with pytest.raises(ValueError, match="floating-point numbers, not torch.int64"):
+        m2rnn(*(t.long() for t in (q, k, v, g, w)))
 
 
 def test_compiled_and_under_autocast() -> None:
@@ -98,3 +116,12 @@ def test_a_tracker_begins_with_a_convolution_of_one_token() -> None:
         assert looks_back or torch.allclose(keep, torch.full_like(keep, 0.05))
         assert mixer(x)[0].isfinite().all() and not config.problems(16)
     assert "published or tracker" in Config(start="identity").problems(64)[0]
+
+
+@pytest.mark.parametrize("B, H, K, rows", [(4, 16, 64, 16), (4, 16, 128, 32), (16, 12, 64, 64), (1, 12, 64, 16)])
+def test_programs_beyond_what_a_gpu_holds_have_more_rows(monkeypatch: pytest.MonkeyPatch, B: int, H: int, K: int, rows: int) -> None:
+    """Of an H200's 132 multiprocessors: 256, 512, 768 and 48 programs of 16 rows."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)
+    problem = launch.Problem.__new__(launch.Problem)
+    problem.v, problem.B, problem.H, problem.K = torch.zeros(0), B, H, K
+    assert [problem.soonest(tiles)[0] for tiles in launch.WALKS[64].values()] == [rows, rows]
