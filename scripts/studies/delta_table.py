@@ -39,7 +39,7 @@ PAIRS: dict[str, Any] = {"name": "mqar", "pairs": 8, "symbols": 128}
 PAIRS_LENGTH, PAIRS_FAR = 64, (64, 128)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def samples(task: str, rows: int, length: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
     """(ids, answers) (rows, length), of words by group or of MQAR, whose other positions are IGNORE."""
     if task == "mqar":
@@ -78,7 +78,7 @@ class Arm:
             self.loss.copy_(loss)
             return (loss,)
 
-        self.graph, self.steps, self.seconds, self.end, self.curve = self.trainer.graph(step), 0, 0.0, None, list[list[float]]()
+        self.graph, self.steps, self.end, self.curve = self.trainer.graph(step), 0, None, list[list[float]]()
 
     def burst(self, passed: float) -> None:
         """BURST steps, no more than two bursts ahead of the device. passed: share of the time that is over."""
@@ -97,15 +97,17 @@ class Arm:
         out = {}
         for n in lengths:
             ids, answers = samples(self.task, 256, n, 10**6 + n, str(self.device))
-            with self.trainer.here(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.trainer.bf16):
-                right = (self.trainer.model(ids.long()).logits.argmax(-1) == answers)[answers != IGNORE]
-                out[str(n)] = round(right.float().mean().item(), 4)
+            with self.trainer.here():  # the answer is read here too: no stream waits for another
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.trainer.bf16):
+                    right = self.trainer.model(ids.long()).logits.argmax(-1) == answers
+                out[str(n)] = round(right[answers != IGNORE].float().mean().item(), 4)
         return out
 
     def check(self) -> bool:
         """Writes a point of the curve; whether it is solved."""
         now = self.score((self.far[0], self.far[-1] if self.mqar else 4 * LENGTH))
-        self.curve.append([self.steps, round(float(self.loss), 4), *now.values()])
+        with self.trainer.here():
+            self.curve.append([self.steps, round(float(self.loss), 4), *now.values()])
         return min(now.values()) > SOLVED
 
     def result(self, ended: str) -> dict[str, Any]:
