@@ -104,6 +104,20 @@ class Writer:
                 matrix, operand = self.dense.products[i]
                 self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
+    def store_all(self, indent: int, to: str, stride: str, values: list[str]) -> None:
+        """Stores values that lie `stride` apart. Two or four of them at once: on its way from a product's layout to that of memory each would wait at
+        two barriers."""
+        if len(values) not in (2, 4):
+            self.put(indent, *(f"tl.store({to} + {i} * {stride}, {value}, mask=both)" for i, value in enumerate(values)))
+            return
+        pairs = [f"tl.join({a}, {b})" for a, b in zip(values[::2], values[1::2])]
+        steps, more = (
+            ("tl.arange(0, 2)", "None") if len(pairs) == 1 else ("(tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :])", "None, None")
+        )
+        at = "None, None, :" if len(pairs) == 1 else "None, None, :, :"
+        self.put(indent, f"all_ = {pairs[0] if len(pairs) == 1 else f'tl.join({pairs[0]}, {pairs[1]})'}", f"places_ = ({to})[:, :, {more}]")
+        self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask=both[:, :, {more}])")
+
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
         return f"tl.load({source} + (({where}) * {of} + {i})[:, None] * D + d, mask={mask}, other=0.0)"
@@ -160,8 +174,7 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
         n_kept = len(w.S) - 1
         w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
-        for i in range(n_kept):
-            w.put(deep, f"tl.store(KEPT + (at * {n_kept} + {i})[:, None] * D + d, h{i}, mask=both)")
+        w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
     w.put(deep, "t += 1")
 
 
