@@ -1,5 +1,7 @@
 """The gradient of the matrices of dense heads: one batched product of operands and cotangents over all steps, after the walk.
 
+`p` is the solve, as launch.Solve holds it.
+
 Legend: B batch, T time, P input projections, G matrices, D = E K channels in E heads, m heads side by side.
 """
 
@@ -7,16 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.dense_rnn.source import Writer
 from kernels.parallel_rnn.launch import Layout
-
-if TYPE_CHECKING:
-    from kernels.dense_rnn.launch import Solve
 
 ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
 SIDE_BY_SIDE = 4  # heads whose matrices' gradients are taken in one product, of which one in so many entries is wanted
@@ -38,7 +37,7 @@ def cotangents_in(to: Layout, d_whole: Tensor, K: int, written: Writer) -> Tenso
     return blocks.flatten(1, 2) if fits else None
 
 
-def before_with_ones(p: Solve, emitted: Tensor, starts: Tensor | None, blocks: int) -> Tensor:
+def before_with_ones(p: Any, emitted: Tensor, starts: Tensor | None, blocks: int) -> Tensor:
     """An operand of `gradient`, beside it a row of ones: the emitted state that each step starts from, (blocks, B T, D / blocks + ROW)."""
     each = p.D // blocks
     u = emitted.new_empty(blocks, p.B, p.T, each + ROW)
@@ -53,7 +52,7 @@ def before_with_ones(p: Solve, emitted: Tensor, starts: Tensor | None, blocks: i
 
 
 def gradient(
-    p: Solve, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None, places: Sequence[int] = ()
+    p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None, places: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
     sums (D,) of their product's cotangents, one more row of it). The cotangents (E / m, B T, products, m K), of m heads side by side, lie as they are

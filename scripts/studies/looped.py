@@ -130,7 +130,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
         norm: Any = model.depth
         norm.norm.register_forward_hook(noisy(noise))
     trainer = Trainer(model, where, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    graphs: dict[int, GraphedStep] = {}  # by length of rows, where all of a batch have one and all steps the same loops
+    graphs: dict[tuple[int, int], GraphedStep] = {}  # by length of rows and loops beyond, where all of a batch have one length
     draw, curve = torch.Generator().manual_seed(seed + 1), []
     one_length = given.one_length or by_length
     scored = (tasks, given.length, repeated, given.start)
@@ -141,20 +141,21 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             print(name, seed, "rows of", longest, "from step", step, flush=True)
         model.train().begin_step(seed, step)
         lengths = torch.randint(1, longest + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
-        n = int(lengths[0])
+        n, more = int(lengths[0]), 0
         if by_length:
+            more = int(torch.randint(given.more + 1, (1,), generator=draw)) if given.more else 0
             way: Any = model.depth
-            way.drawn = n + 1
-        if n not in graphs or not one_length or name == "looped":
-            graphs[n] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
+            way.drawn = n + 1 + more
+        if (n, more) not in graphs or not one_length or name == "looped":
+            graphs[n, more] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
             if not one_length or name == "looped":
-                graphs[n].why_not = "lengths or loops differ"
+                graphs[n, more].why_not = "lengths or loops differ"
         ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated, given.start))
         with trainer.here():
             if given.noise_from:  # grows over a tenth of the steps
                 noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
             trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
-            loss = graphs[n](ids, labels)[0]
+            loss = graphs[n, more](ids, labels)[0]
             if step % 100 == 99:
                 curve.append(round(loss.item(), 4))
         if step % 1000 == 999:
@@ -164,7 +165,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     result = {
         "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "longest": longest,
+        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
         "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, *scored), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
@@ -209,6 +210,9 @@ def main() -> None:
     parser.add_argument("--noise-from", type=float, default=0.0, help="share of the steps before the noise")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--start", action="store_true", help="a second mark before the answer")
+    parser.add_argument(
+        "--more", type=int, default=0, help="of by_length: up to so many loops beyond n + 1 in training, so that an answer must stay"
+    )
     parser.add_argument(
         "--grow", type=float, default=0.0, help="rows have one symbol at first, and one more when this share is right; 0: all lengths"
     )
