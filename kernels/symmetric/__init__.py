@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import no_triton
-
-TILE, DEPTH = 128, 64  # rows of a tile of the result, columns taken at a time: sizes that are no multiples of them go to torch
+from kernels.symmetric.sizes import DEPTH, TILE
 
 
 def use_triton(x_kmn: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.symmetric import DEPTH, TILE
+from kernels.symmetric.sizes import DEPTH, TILE
 
 
 class Blocks(NamedTuple):

@@ -15,8 +15,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.float8 import triton as float8  # noqa: E402
-from kernels.symmetric import TILE  # noqa: E402
 from kernels.symmetric import triton as symmetric  # noqa: E402
+from kernels.symmetric.sizes import TILE  # noqa: E402
 from kernels.tensor_lists import triton as lists  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402

@@ -36,7 +36,7 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
     sized, plain = (load_model(folder)[0].state_dict() for folder in (tmp_path / "sized", out))
     assert [name for name in plain if not torch.equal(plain[name], sized[name])] == [f"blocks.{i}.mixer.norm.weight" for i in (0, 2)]
     assert convert.main([f"checkpoint={teacher}", f"out={tmp_path / 'x'}", "text=none.txt"]) == 2
-    assert "There is no file none.txt" in capsys.readouterr().err
+    assert "There is nothing to read at text=none.txt" in capsys.readouterr().err
     config = checked(
         compose_config([f"model=hf:{out}", f"distill.teacher={teacher}", "distill.steps=0.5", "train.steps=10", "data.path=x"])
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.symmetric import DEPTH, TILE, symmetric
+from kernels.symmetric import symmetric
+from kernels.symmetric.sizes import DEPTH, TILE
 from kernels.tensor_lists import momentum_and_update, take_step, total_norm
 from tests.kernels.generate.answers import compared, products
 from tests.kernels.generate.case import Answers, Draw
