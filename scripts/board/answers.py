@@ -107,8 +107,9 @@ def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
     if not found.decides():
         wide = ""
         if found.high - found.low >= NARROW:
-            wide = f"; the interval is wider than {NARROW}, so a small difference is not ruled out (as they differ here, about "
-            wide += f"{found.seeds_for(NARROW)} seeds make it so narrow)"
+            wide = f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
+            if found.n > 2:  # two say nothing of how seeds differ
+                wide += f" (as they differ here, about {found.seeds_for(NARROW)} seeds make it so narrow)"
         return Answer(f"{said}: no difference is shown{wide}.", True)
     better = "better" if found.mean < 0 else "worse"
     against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)

@@ -6,7 +6,7 @@ decide is said to be open, and what has no cells is not answered yet.
 
 from __future__ import annotations
 
-from scripts.board.answers import PREFIXES, Question, Rows, compared, muon_shares, shown
+from scripts.board.answers import NARROW, PREFIXES, Question, Rows, compared, muon_shares, shown
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import Interval
 
@@ -56,19 +56,24 @@ def _collapsed(rows: Rows) -> str:
         seen = {row: v for row, r in rows.items() if (v := sorted({c["verdict"] for c in r.get(stage, {}).values() if c.get("verdict")}))}
         if "transformer" in seen:
             verdict = seen["transformer"][0].split(":")[0]
-            others = {v[0].split(":")[0] for row, v in seen.items() if row != "transformer"}
-            rest = f"; of the {len(seen) - 1} others: {', '.join(sorted(others))}" if others else ""
+            others: dict[str, list[str]] = {}
+            for row, v in seen.items():
+                if row != "transformer":
+                    others.setdefault(v[0].split(":")[0], []).append(_label(row))
+            told = [f"{len(labels)} hold" if said == "holds" else f"{'; '.join(labels)} {said}" for said, labels in sorted(others.items())]
+            rest = f"; of the {len(seen) - 1} others: {', '.join(told)}" if others else ""
             return f"{PREFIXES[stage].lower()}the Transformer {verdict}{rest}"
     return OPEN
 
 
 def _free(rows: Rows, row: str) -> str:
-    """Whether the row costs anything beside the one it is compared with."""
+    """Whether the row costs anything beside the one it is compared with; open where the interval is wide."""
     found = best(rows, Question("", row, ARCHITECTURES[row].of, 0))
     if found is None:
         return ""
     stage, value = found
-    return f"{PREFIXES[stage].lower()}{'did not hold' if value.low > 0 else 'held'}, {shown(value)}"
+    verdict = "did not hold" if value.low > 0 else "held" if value.high - value.low < NARROW else "open"
+    return f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}"
 
 
 def _muon(rows: Rows) -> str:

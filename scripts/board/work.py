@@ -41,6 +41,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
     path = Path(values["out"]) / "under_way" / f"{cell.name}.safetensors"
     record: dict[str, Any] = {"curve": [], "clock": [], "seconds": 0.0, "stops": -1} | (learner.load(path) or {})
     record["stops"] += 1
+    before = record["seconds"]
     phases = {"build": time.perf_counter() - began}
     attempt(Path(values["out"]), cell.name, "resumed" if record["stops"] else "begun", step=learner.done, of=learner.steps)
     start, saved = time.perf_counter() - record["seconds"], time.perf_counter()
@@ -82,7 +83,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
             "peak_memory_bytes": _peak(device),
             "tokens_per_s": _speed(record["clock"], record["curve"], learner.B * learner.T),
         }
-        phases |= {"train": record["seconds"], "hash": time.perf_counter() - start - record["seconds"]}
+        phases |= {"train": record["seconds"] - before, "hash": time.perf_counter() - start - record["seconds"]}
         result |= {"measured": _measured(cell, learner, values), "weights_sha256": sha256()}
         kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) and cell.stage != "stage0" or values["only"])
         if kept and cell.of_text() and ended == "tokens":
