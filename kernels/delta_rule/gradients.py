@@ -1,7 +1,7 @@
 """Triton kernels of the delta rule's backward pass; names and legend as in `triton.py`.
 
 `local` gives what outputs ask of the corrected values of their own chunk; `walk_back` carries the gradient of the state from the last chunk to the
-first, with what the states after ask of the corrected values, and solves the triangular system for it; `pair_gradients`, `query_gradients` and `key_gradients` then take all chunks at once.
+first, with what the states after ask of the corrected values; `pair_gradients`, `query_gradients` and `key_gradients` then take all chunks at once.
 
 With R = (I + L)^-T du, the gradient of what the triangular system is solved for: dv = b R and dL = -R u^T. A gate's gradient is the sum of what all
 pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel. b's gradient is R_i . u_i / b_i,
@@ -54,12 +54,11 @@ def local(
 
 @triton.jit
 def walk_back(
-    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, STEP, INVERSE, DU, LATER, D_STATES, FIRST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
-    o_b, o_t, o_h, MARK: tl.constexpr, KEEP: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    X, Y, DO, TOTAL, DOCUMENT, RK, RQ, W, DU, LATER, D_STATES, FIRST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
+    KEEP: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state leaving every chunk, and FIRST, that of h0, from that of the last state, LATER; completes du and writes R over DU.
-    KEEP: all of it, else that of h0 only. MARK: there are documents."""
+    """The gradient of the state leaving every chunk, and FIRST, that of h0, from that of the last state, LATER; completes DU. KEEP: all of it, else
+    that of h0 only."""
     tiles = tl.cdiv(V, BV)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -74,7 +73,6 @@ def walk_back(
         # These before the tiles: loads keep their order, and behind the tiles they would wait a second time for memory.
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last, rq = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63), tl.load(RQ + row + q) * scale
-        step = tl.load(STEP + row + q)
         keys = tl.load(
             X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], within[:, None] & (k < K)[None, :], other=0.0
         )
@@ -84,7 +82,7 @@ def walk_back(
         do = tl.load(
             DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
         )
-        inverse = tl.trans(tl.load(INVERSE + row * 64 + (q * 64)[:, None] + q[None, :]).to(DOT))
+        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
         mine = tl.broadcast_to((v < V)[None, :], (64, BV))
         du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(tl.float32)
         low = state.to(D_STATES.dtype.element_ty)
@@ -93,33 +91,30 @@ def walk_back(
         after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
         asked = tl.dot(keys.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION) * after[:, None]
         du += tl.where((document == last)[:, None], asked, 0.0)
-        right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
         if KEEP:
-            tl.store(DU + row * V + (q * V)[:, None] + v[None, :], right.to(DU.dtype.element_ty), mine)
-        if MARK:
-            if last > 0:  # of what is not finite in a later document of the chunk, nothing may reach the state before it
-                right = tl.dot(inverse, tl.where((document == 0)[:, None], du, 0.0).to(DOT), input_precision=PRECISION)
-        before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+            tl.store(DU + row * V + (q * V)[:, None] + v[None, :], du.to(DU.dtype.element_ty), mine)
+        before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf"))) * rq
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
-        asked = tl.where((document == 0)[:, None], do.to(tl.float32) * (before * rq)[:, None], 0.0)
-        taken = tl.where((document == 0)[:, None], right * (-before * step * rk)[:, None], 0.0)
+        asked = tl.where((document == 0)[:, None], do.to(tl.float32) * before[:, None], 0.0)
+        taken = tl.where((document == 0)[:, None], -du, 0.0)
         state = tl.dot(tl.trans(asked.to(DOT)), query.to(DOT), acc=kept, input_precision=PRECISION)
-        state = tl.dot(tl.trans(taken.to(DOT)), keys.to(DOT), acc=state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(taken.to(DOT)), w.to(DOT), acc=state, input_precision=PRECISION)
     tl.store(FIRST + bh * V * K + place, state, inside)
 
 
 @triton.jit
 def pair_gradients(
-    X, Y, VALUES, DO, TOTAL, DOCUMENT, RK, RQ, STEP, CORRECTED, RIGHT, D_SCORES, D_PRODUCTS, D_V, ROWS, STRENGTH, scale,
+    X, Y, VALUES, DO, TOTAL, DOCUMENT, RK, RQ, STEP, INVERSE, CORRECTED, DU, RIGHT, D_SCORES, D_PRODUCTS, D_V, ROWS, STRENGTH, scale,
     S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, o_b, o_t, o_h, d_v,
     N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """dv, and the gradients of the products q_i . k_j and (added to its mirror image) k_i . k_j. ROWS: what is asked of the gates
+    """R (B, H, chunks Q, V), dv, and the gradients of the products q_i . k_j and (added to its mirror image) k_i . k_j. ROWS: what is asked of the gates
     by pairs, STRENGTH: the gradient of b, where it is small without what comes through the state."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     token, rows, update, inside = rows_of(first, S, N)
     read = inside & (update == N - 1)
+    inverse = tl.trans(tl.load(INVERSE + row * 64 + (q * 64)[:, None] + q[None, :]).to(DOT))
     step, rk, rq = tl.load(STEP + row + q), tl.load(RK + row + q), tl.load(RQ + row + q) * scale
     d_scores, d_system = tl.zeros((64, 64), tl.float32), tl.zeros((64, 64), tl.float32)
     by_values, by_corrected = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.float32)
@@ -129,18 +124,19 @@ def pair_gradients(
         do = tl.load(
             DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
         )
-        low = tl.load(RIGHT + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        du = tl.load(DU + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0).to(DOT)
         values = tl.load(
             VALUES + (b * v_b + first * v_t + h * v_h) + (q * v_t)[:, None] + v[None, :], inside[:, None] & (v < V)[None, :], other=0.0
         )
-        right = low.to(tl.float32)
+        right = tl.dot(inverse, du.to(DOT), input_precision=PRECISION)
+        tl.store(RIGHT + row * V + (q * V)[:, None] + v[None, :], right.to(RIGHT.dtype.element_ty), mine)
         by_values += tl.sum(right * values.to(tl.float32), 1)
         by_corrected += tl.sum(right * u.to(tl.float32), 1)
         place = D_V + ((b * S + first) * d_v + h * V) + (q * d_v)[:, None] + v[None, :]
         tl.store(place, (right * step[:, None]).to(D_V.dtype.element_ty), inside[:, None] & (v < V)[None, :])
         d_scores = tl.dot(do.to(DOT), tl.trans(u), acc=d_scores, input_precision=PRECISION)
-        d_system = tl.dot(low.to(DOT), tl.trans(u), acc=d_system, input_precision=PRECISION)
+        d_system = tl.dot(right.to(DOT), tl.trans(u), acc=d_system, input_precision=PRECISION)
     query = tl.load(
         Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
     ).to(DOT)

@@ -1,9 +1,8 @@
 """Runs the Triton kernels of `triton.py` and `gradients.py`; imports Triton only when a kernel is first wanted.
 
-Saved for the backward pass are the inputs, the inverses (64 S numbers a head), the corrected values (S V) and what is known of each sub-step
-(`Kept`); of these it makes the states again, without a product that waits for another. While a forward pass runs it holds, besides its results, W and
-U (S (K + V) numbers a head), the corrected values and the state entering each chunk (S / 64 K V); going back the states, their gradients, R and two
-squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
+Saved for the backward pass are the inputs, the inverses (64 S numbers a head) and what is known of each sub-step (`Kept`); it walks over the
+states again. While a pass runs it holds, besides its results, W and U (S (K + V) numbers a head), the corrected values (S V) and the state entering
+each chunk (S / 64 K V); going back also the gradients of the states and of the corrected values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
 bf16; fp16 is lifted to fp32, whose range the states need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays,
 norms, triangular systems and the carried state are fp32 throughout.
 
@@ -47,12 +46,12 @@ class Tile:
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "states": Tile(64, 4, 3), "outputs": Tile(128, 4, 1, 168),
-    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 3, 168),
-    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 3, 128),
+    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1, 168),
+    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 1, 168),
+    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 1, 128),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
-    "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "states": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
+    "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
     "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1),
     "query_gradients": Tile(16, 8, 1), "key_gradients": Tile(16, 8, 1),
 }  # fmt: skip
@@ -100,10 +99,6 @@ def whole_width(width: int) -> int:
     return -(-width // RUN) * RUN
 
 
-def least_width() -> int:
-    return RUN if interpreted() else NARROWEST
-
-
 def strides_of(x: Tensor) -> tuple[int, ...]:
     """Those of batch, time and heads; of a single one 0, which is a multiple of whatever is asked."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
@@ -124,8 +119,8 @@ def filled(state: Tensor | None, V: int, K: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, K - state.shape[3], 0, V - state.shape[2])).contiguous()
 
 
-# Of every chunk and sub-step, (B, H, L 64, ...): inverses, corrected values, sums of gates, counts of documents, norms and strengths (`triton.py`).
-Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of every chunk and sub-step, (B, H, L 64, ...): inverses, sums of gates, counts of documents, norms and strengths (`triton.py`).
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Problem:
@@ -141,22 +136,22 @@ class Problem:
         self.kind = kind_of(dtype)
         narrow = self.kind == torch.bfloat16
         self.dot: dict[str, Any] = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32x3" if self.wide else "ieee"}
-        self.least = least_width()
+        self.least = RUN if interpreted() else NARROWEST
         self.q, self.k, self.v = (ready(x, dtype, self.least) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
         self.beta, self.g, self.starts, self.normalize, self.scale = beta, g, starts, normalize, float(scale)
         self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=v.device)
-        length = self.chunks * CHUNK
+        self.given, length = kept is not None, self.chunks * CHUNK
         if kept is not None:
-            self.inverse, self.corrected, self.total, self.document, self.rk, self.step = kept
+            self.inverse, self.total, self.document, self.rk, self.step = kept
             return
         self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
         self.rk, self.step = (self.made(length, dtype=torch.float32) for _ in range(2))
 
     @property
     def kept(self) -> Kept:
-        return self.inverse, self.corrected, self.total, self.document, self.rk, self.step
+        return self.inverse, self.total, self.document, self.rk, self.step
 
     def made(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.B, self.H, *shape, dtype=dtype or self.kind, device=self.v.device)
@@ -186,29 +181,29 @@ class Problem:
         lies = (*g.stride(), *self.beta.stride(), *((0, 0) if self.starts is None else marks.stride()))
         return g, self.beta, marks, lies
 
-    def project(self, solve: bool = True, keep: bool = False) -> None:
-        """W and U if `solve`, the inverses if they are to be kept."""
-        length, nothing = self.chunks * CHUNK, self.rk
-        self.W, self.U = (self.made(length, self.K), self.made(length, self.V)) if solve else (nothing, nothing)
-        self.inverse = self.made(length, CHUNK) if keep else nothing
+    def project(self, values: bool = True, keep: bool = False) -> None:
+        """W, U if `values`, and, where they are not given, the inverses if they are to be kept."""
+        length = self.chunks * CHUNK
+        self.W = self.made(length, self.K)
+        self.U = self.made(length, self.V) if values else self.W
+        if not self.given:
+            self.inverse = self.made(length, CHUNK) if keep else self.W
         g, beta, marks, lies = self.gates()
         self.module.project[self.grid](
             self.k, self.v, g, beta, marks, self.total, self.document, self.rk, self.step, self.inverse, self.W, self.U,
             self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.v), *lies, HAS_G=self.g is not None,
-            HAS_STARTS=self.starts is not None, SOLVE=solve, KEEP=keep, NORM=self.normalize, N=self.N, **self.options("project"),
+            HAS_STARTS=self.starts is not None, HAS_VALUES=values, KEEP=keep, GIVEN=self.given, NORM=self.normalize, N=self.N, **self.options("project"),
         )  # fmt: skip
 
-    def walk(self, begin: Tensor | None, keep: bool = True, given: bool = False) -> Tensor:
-        """The last state; kept are the states entering each chunk and the corrected values, unless none is wanted. given: the latter are there."""
+    def walk(self, begin: Tensor | None, keep: bool = True) -> Tensor:
+        """The last state; kept are the states entering each chunk and the corrected values, unless none is wanted."""
         self.begin = torch.zeros(self.B, self.H, self.V, self.K, device=self.v.device) if begin is None else begin
         last = torch.empty_like(self.begin)
         self.states = self.made(self.chunks, self.V, self.K) if keep else self.W
-        if not given:
-            self.corrected = torch.empty_like(self.U) if keep else self.U
-        W, U = (self.corrected, self.corrected) if given else (self.W, self.U)
-        grid, options = self.walking("states" if given else "walk", MARK=self.lost is not None and not given, KEEP=keep, GIVEN=given)
+        self.corrected = torch.empty_like(self.U) if keep else self.U
+        grid, options = self.walking("walk", MARK=self.lost is not None, KEEP=keep)
         self.module.walk[grid](
-            self.k, self.total, self.document, self.rk, W, U, self.begin, self.states, self.corrected, last, last if self.lost is None else self.lost,
+            self.k, self.total, self.document, self.rk, self.W, self.U, self.begin, self.states, self.corrected, last, last if self.lost is None else self.lost,
             self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), **options,
         )  # fmt: skip
         return last
@@ -235,25 +230,25 @@ class Problem:
         )  # fmt: skip
 
     def walk_back(self, do: Tensor, later: Tensor | None, keep: bool = True) -> Tensor:
-        """The gradient of h0; kept are those of the states leaving each chunk and R, unless none is wanted."""
+        """The gradient of h0; kept are those of the states leaving each chunk and of the corrected values, unless none is wanted."""
         module = gradient_kernels()
-        self.right, self.rq = self.made(self.chunks * CHUNK, self.V), torch.empty_like(self.rk)
+        self.du, self.rq = self.made(self.chunks * CHUNK, self.V), torch.empty_like(self.rk)
         lies = *strides_of(self.k), *strides_of(self.q), *strides_of(do)
         read = (self.k, self.q, do, self.total, self.document, self.rk, self.rq)
         shape = (self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V)
-        module.local[self.grid](*read, self.right, *shape, *lies, **self.options("local", NORM=self.normalize, N=self.N))
+        module.local[self.grid](*read, self.du, *shape, *lies, **self.options("local", NORM=self.normalize, N=self.N))
         later = torch.zeros(self.B, self.H, self.V, self.K, device=do.device) if later is None else later
         first = torch.empty_like(later)
-        self.d_states = self.made(self.chunks, self.V, self.K) if keep else self.right
-        grid, options = self.walking("walk_back", MARK=self.starts is not None, KEEP=keep, N=self.N)
-        module.walk_back[grid](*read, self.step, self.inverse, self.right, later, self.d_states, first, *shape, *lies, **options)
+        self.d_states = self.made(self.chunks, self.V, self.K) if keep else self.W
+        grid, options = self.walking("walk_back", KEEP=keep, N=self.N)
+        module.walk_back[grid](*read, self.W, self.du, later, self.d_states, first, *shape, *lies, **options)
         return first
 
     def gradients(self, do: Tensor, like: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         """Of q, k, v, beta and g; the first three lie as those `like` them where heads share no keys."""
         module, device = gradient_kernels(), do.device
         square, length = self.chunks * CHUNK, self.chunks * CHUNK
-        right, rows = self.right, torch.empty_like(self.total)
+        right, rows = torch.empty_like(self.du), torch.empty_like(self.total)
         d_scores, d_products, strength = self.made(square, CHUNK), self.made(square, CHUNK), self.made(length, dtype=torch.float32)
         if self.R == 1:
             dq, dk, dv = rooms(like, self.v.dtype)
@@ -264,7 +259,7 @@ class Problem:
         shape = (self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V)
         lies = *strides_of(self.k), *strides_of(self.q)
         module.pair_gradients[self.grid](
-            self.k, self.q, self.v, do, *sums, self.corrected, right, d_scores, d_products, dv, rows, strength, *shape, *lies,
+            self.k, self.q, self.v, do, *sums, self.inverse, self.corrected, self.du, right, d_scores, d_products, dv, rows, strength, *shape, *lies,
             *strides_of(self.v), *strides_of(do), dv.stride(1), **self.options("pair_gradients", N=self.N),
         )  # fmt: skip
         d_beta = torch.empty(self.B, self.S, self.H, device=device)
@@ -323,7 +318,7 @@ def start_gradient(
     n = k.shape[1] // q.shape[1]
     values = do if n == 1 else do.repeat_interleave(n, 1)  # of these only the shape counts
     this = Problem(q, k, values, beta, g, starts, normalize, scale)
-    this.project(solve=False, keep=True)
+    this.project(values=False)
     return this.walk_back(ready(do, do.dtype, this.least), None, keep=False)[:, :, : do.shape[3], : k.shape[3]].contiguous()
 
 
@@ -334,9 +329,8 @@ def backward(
     """Gradients of q, k, v, beta, g and h0: those of q, k and v in the dtype of v (fp32 where heads share keys), the others fp32."""
     this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale, kept), v.shape[3], k.shape[3]
     do = ready(do, v.dtype, this.least)
-    if kept is None:
-        this.project(keep=True)
-    this.walk(filled(h0, this.V, this.K), given=kept is not None)
+    this.project(keep=True)
+    this.walk(filled(h0, this.V, this.K))
     dh0 = this.walk_back(do, filled(d_final, this.V, this.K))
     dq, dk, dv, d_beta, dg = this.gradients(do, (q, k, v) if (this.V, this.K) == (V, K) else (this.q, this.k, this.v))
     if (this.V, this.K) != (V, K):

@@ -111,43 +111,51 @@ def _inverse_of_unit(system):
 @triton.jit
 def project(
     X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
-    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, SOLVE: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr,
-    N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr,
+    NORM: tl.constexpr, N: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What is known of each sub-step; SOLVE: W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: (I + L)^-1 (B, H, chunks, Q, Q), in registers
-    throughout. The inverse's columns are scaled, so that keys and values go into products as they are."""
+    """What is known of each sub-step, W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: also (I + L)^-1 (B, H, chunks, Q, Q), in registers
+    throughout; GIVEN: that and what is known of the sub-steps is there already. The inverse's columns are scaled, so that keys and values go into
+    products as they are."""
     row, b, h, _, first = where_is(chunks, H)
     token, tokens, update, inside = rows_of(first, S, N)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     keys = tl.load(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     )
-    gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
-    lead = inside & (update == 0)
-    if HAS_G:
-        gate = tl.load(G + (b * g_b + token * g_t + h * g_h) + tokens * g_t, lead, other=0.0).to(tl.float32)
-    if HAS_STARTS:
-        new = tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
-    step = tl.load(BETA + (b * b_b + first * b_t + h * b_h) + q * b_t, inside, other=0.0).to(tl.float32)
-    rk = inverse_norms(keys, NORM)
-    gone = gate < -87.0
-    new, gate = new | gone.to(tl.int32), tl.where(gone, 0.0, gate)
-    total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
-    tl.store(TOTAL + row + q, total)
-    tl.store(DOCUMENT + row + q, document)
-    tl.store(RK + row + q, rk)
-    tl.store(STEP + row + q, step)
-    products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
-    allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
-    between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
-    inverse = _inverse_of_unit(tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0))
-    if KEEP:
-        tl.store(INVERSE + row * 64 + (q * 64)[:, None] + q[None, :], inverse.to(INVERSE.dtype.element_ty))
-    if SOLVE:
-        before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-        w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
-        w = tl.where((document == 0)[:, None], w, 0.0)
-        tl.store(W + row * K + (q * K)[:, None] + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
+    square = row * 64 + (q * 64)[:, None] + q[None, :]
+    if GIVEN:
+        total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+        rk, step = tl.load(RK + row + q), tl.load(STEP + row + q)
+        inverse = tl.load(INVERSE + square).to(tl.float32)
+    else:
+        gate, new = tl.zeros((64,), tl.float32), tl.zeros((64,), tl.int32)
+        lead = inside & (update == 0)
+        if HAS_G:
+            gate = tl.load(G + (b * g_b + token * g_t + h * g_h) + tokens * g_t, lead, other=0.0).to(tl.float32)
+        if HAS_STARTS:
+            new = tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
+        step = tl.load(BETA + (b * b_b + first * b_t + h * b_h) + q * b_t, inside, other=0.0).to(tl.float32)
+        rk = inverse_norms(keys, NORM)
+        gone = gate < -87.0
+        new, gate = new | gone.to(tl.int32), tl.where(gone, 0.0, gate)
+        total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
+        tl.store(TOTAL + row + q, total)
+        tl.store(DOCUMENT + row + q, document)
+        tl.store(RK + row + q, rk)
+        tl.store(STEP + row + q, step)
+        products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
+        allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
+        between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
+        inverse = _inverse_of_unit(tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0))
+        if KEEP:
+            tl.store(INVERSE + square, inverse.to(INVERSE.dtype.element_ty))
+    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+    w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
+    w = tl.where((document == 0)[:, None], w, 0.0)
+    tl.store(W + row * K + (q * K)[:, None] + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
+    if HAS_VALUES:
         scaled = (inverse * step[None, :]).to(DOT)
         for begin in range(0, V, BV):
             v = begin + tl.arange(0, BV)
@@ -161,11 +169,10 @@ def project(
 @triton.jit
 def walk(
     X, TOTAL, DOCUMENT, RK, W, U, FIRST, STATES, CORRECTED, LAST, LOST, S, H, R, chunks, K, V, x_b, x_t, x_g,
-    MARK: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MARK: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V). A program owns some rows of one
-    head's state. KEEP: all of it, else the last state only. GIVEN: the corrected values are there already, of which the same states are made, bit for
-    bit, as what is added to a state is rounded as what is left of it."""
+    head's state. KEEP: all of it, else the last state only."""
     tiles = tl.cdiv(V, BV)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -181,24 +188,23 @@ def walk(
             inside_chunk[:, None] & (k < K)[None, :],
             other=0.0,
         )
-        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
-        if GIVEN:
-            low_u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
-        else:
-            w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-            u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+        u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
         low = state.to(STATES.dtype.element_ty)
         if KEEP:
             tl.store(STATES + (bh * chunks + c) * V * K + place, low, inside)
-        if not GIVEN:
-            taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
-            low_u = (u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)).to(CORRECTED.dtype.element_ty)
-            if KEEP:
-                tl.store(CORRECTED + row * V + (q * V)[:, None] + v[None, :], low_u, mine)
+        taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+        corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
+        if KEEP:
+            tl.store(
+                CORRECTED + row * V + (q * V)[:, None] + v[None, :],
+                corrected.to(CORRECTED.dtype.element_ty),
+                tl.broadcast_to((v < V)[None, :], (64, BV)),
+            )
         after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-        added = tl.where((document == last)[:, None], low_u.to(tl.float32) * after[:, None], 0.0)
+        added = tl.where((document == last)[:, None], corrected * after[:, None], 0.0)
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
         state = tl.dot(tl.trans(added.to(DOT)), keys.to(DOT), acc=kept, input_precision=PRECISION)
         if MARK:
