@@ -259,18 +259,23 @@ class Learner:
         }  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """What it goes on from; moments in bf16, as there may be many cells."""
+        """What it goes on from; moments in bf16, as there may be many cells. All of it is there when this returns, for whoever saves it reads it on
+        another stream."""
         with self.trainer.here():
             moments = {
                 number: {name: v.bfloat16() if v.ndim else v for name, v in held.items()}
                 for number, held in self.trainer.optimizer.state_dict()["state"].items()
             }
-            return {"model": self.trainer.model.state_dict(), "moments": moments, "progress": asdict(self.progress)}
+            state = {"model": self.trainer.model.state_dict(), "moments": moments, "progress": asdict(self.progress), "waited": True}
+        if self.trainer.stream is not None:
+            self.trainer.stream.synchronize()
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`. Moments that were saved before they were there (states without `waited`) are left out and begin anew."""
         with self.trainer.here():
             self.trainer.model.load_state_dict(state["model"])
-            groups = [group["params"] for group in self.trainer.optimizer.param_groups]
+            groups = [group["params"] for group in self.trainer.optimizer.param_groups] if state.get("waited") else []
             for number, parameter in enumerate(p for group in groups for p in group):
                 held = {name: v.to(self.device, torch.float32) for name, v in state["moments"][number].items()}
                 self.trainer.optimizer.state[parameter] = held

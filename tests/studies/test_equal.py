@@ -54,6 +54,12 @@ def test_a_cell_that_was_cut_goes_on() -> None:
     again.burst()
     held, wanted = ({p: again.trainer.optimizer.state[p] for p in again.trainer.model.parameters()}, 40)
     assert all(int(v["step"]) == wanted for v in held.values())
+    early = {key: value for key, value in one.state().items() if key != "waited"}  # its moments may be anything
+    early["moments"] = {number: {name: v * torch.nan for name, v in held.items()} for number, held in early["moments"].items()}
+    later = Learner(settings, 1, device, 300)
+    later.load(early)
+    later.burst()
+    assert later.progress.step == 40 and torch.isfinite(later.loss_sum)
 
 
 def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
