@@ -150,8 +150,9 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             graphs[n, more] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
             if not one_length or name == "looped":
                 graphs[n, more].why_not = "lengths or loops differ"
-        ids, labels = (t.to(device) for t in rows_of(BATCH, lengths, draw, tasks, repeated, given.start))
+        rows = rows_of(BATCH, lengths, draw, tasks, repeated, given.start)
         with trainer.here():
+            ids, labels = (t.to(device) for t in rows)  # on this stream, whose memory they are then
             if given.noise_from:  # grows over a tenth of the steps
                 noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
             trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))

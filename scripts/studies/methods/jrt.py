@@ -95,8 +95,8 @@ def shared(
     graph, draw, curve = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2]), torch.Generator().manual_seed(seed), []
     for step in range(steps):
         halves = [sharing(first, 32, draw, *sizes, apart) for first in (True, False)]
-        ids, labels = (torch.cat(both).to(device) for both in zip(*halves))
         with trainer.here():
+            ids, labels = (torch.cat(both).to(device) for both in zip(*halves))
             trainer.rate.set(3e-3 * min(1.0, (step + 1) / 50, 4 * (1 - step / steps)))
             loss = graph(ids, labels)[0]
             if step % 100 == 99:
