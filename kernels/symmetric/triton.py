@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
     described: bool = False  # loads by descriptors (TMA)
 
 
-CHOSEN = Blocks()  # two programs a multiprocessor, so that one multiplies while the other stores
+CHOSEN = Blocks(described=True)  # two programs a multiprocessor, so that one multiplies while the other stores
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def symmetric(x, y, add, alpha, beta, diagonal):
         numbers = [n.float() if isinstance(n, torch.Tensor) else torch.full((K,), n, device=x.device) for n in numbers]
     blocks = CHOSEN if M % CHOSEN.across == 0 and N % CHOSEN.depth == 0 else Blocks()
     groups, flipped, given = M // blocks.across, x.stride(1) == 1, (x, y)
-    if blocks.described and min(x.stride()[1:]) == 1 and x.stride(0) == M * N:
+    if blocks.described and min(x.stride()[1:]) == 1 and x.stride(0) == M * N and _takes_descriptors(x.device):
         given = [_described(t, flipped, rows, blocks.depth) for t, rows in ((x, TILE), (y, blocks.across))]
     symmetric_product[(blocks.across // TILE * groups * (groups + 1) // 2, K)](
         *given, out if add is None else add, out, M, N, *x.stride(), *numbers, HAS_ADD=add is not None, HAS_DIAGONAL=has_diagonal, EACH=each,
@@ -100,6 +100,11 @@ def symmetric(x, y, add, alpha, beta, diagonal):
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return out
+
+
+def _takes_descriptors(device):
+    """From Hopper on; elsewhere they would be taken apart again."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _described(t, flipped, rows, depth):

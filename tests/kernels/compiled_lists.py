@@ -37,7 +37,9 @@ def figures(kernel: Any) -> dict[str, int]:
 
 def made(label: str, fn: Any, constants: dict[str, Any], warps: int, stages: int = 3, **kinds: str) -> dict[str, int]:
     signature = {name: "constexpr" if name in constants else {**KINDS, **kinds}.get(name, "i32") for name in fn.arg_names}
-    aligned = [i for i, name in enumerate(fn.arg_names) if name not in constants and signature[name] != "fp32"]
+    aligned = [
+        i for i, name in enumerate(fn.arg_names) if name not in constants and signature[name] != "fp32" and "desc" not in signature[name]
+    ]
     source = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return registers.figures(label, source, {"num_warps": warps, "num_stages": stages}, figures)
 
@@ -52,16 +54,24 @@ def main(golden: bool) -> None:
     flags = {"DIVIDE": True, "CHUNK": lists.MOVED, "BLOCK": lists.TURN}
     out["adamw"] = made("adamw", lists.adamw_step, flags, lists.WARPS)
     chosen = symmetric.CHOSEN
-    cut = {"DESCRIBED": False, "FLIPPED": False, "TILE": TILE, "ACROSS": chosen.across, "DEPTH": chosen.depth}
-    for label, has_add, each, one in (
-        ("x x^T", False, False, "STRIDE_N"),
-        ("x^T x", False, False, "STRIDE_M"),
-        ("a + b x + c x x^T", True, False, "STRIDE_N"),
-        ("a + b x + c x x^T, each", True, True, "STRIDE_N"),
+    for label, has_add, each, flipped, described in (
+        ("x x^T", False, False, False, True),
+        ("x^T x", False, False, True, True),
+        ("a + b x + c x x^T", True, False, False, True),
+        ("a + b x + c x x^T, each", True, True, False, True),
+        ("x^T x by addresses", False, False, True, False),
+        ("a + b x + c x x^T by addresses", True, False, False, False),
     ):
-        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, **cut, one: 1}
+        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "DESCRIBED": described, "FLIPPED": flipped}
+        flags |= {"TILE": TILE, "ACROSS": chosen.across, "DEPTH": chosen.depth, "STRIDE_M" if flipped else "STRIDE_N": 1}
         kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "OUT"), "*fp16")}
         kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}
+        if described:
+            rows = (TILE, chosen.across)
+            kinds |= {
+                n: f"tensordesc<fp16[{chosen.depth}, {r}]>" if flipped else f"tensordesc<fp16[{r}, {chosen.depth}]>"
+                for n, r in zip("XY", rows)
+            }
         out[label] = made(label, symmetric.symmetric_product, flags, chosen.warps, chosen.stages, **kinds)
     types: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     sizes = {"MOST": 448.0, "DIGITS": 3, "PARTS": float8.PARTS, "TILE": float8.TILE}

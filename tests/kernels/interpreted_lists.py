@@ -127,7 +127,8 @@ def steps_of_adamw() -> None:
         sizes = (1, 7, triton.TURN, triton.MOVED, triton.MOVED + 9)
         weights = [torch.randn(n).to(torch.float32 if ours else torch.float64).requires_grad_() for n in sizes]
         groups = [{"params": weights[:3]}, {"params": weights[3:], "weight_decay": 0.0}]
-        optimizer = (SkippableAdamW if ours else torch.optim.AdamW)(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        kind = SkippableAdamW if ours else torch.optim.AdamW
+        optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=ours)
         for step in range(3):
             given = []
             for w in weights if step else weights[1:]:
@@ -137,7 +138,8 @@ def steps_of_adamw() -> None:
                 optimizer.grad_scale = torch.tensor(2.5) if step else None
             optimizer.step()
         if ours:
-            assert all(torch.equal(w.grad, g) for w, g in zip(weights, given))
+            assert all(torch.equal(w.grad, g) for w, g in zip(weights, given)) and optimizer._kernels_take()
+            assert not SkippableAdamW(weights, lr=1e-2, fused=False)._kernels_take(), "its counts of steps lie on the CPU, always"
         made.append(
             [w.detach().double() for w in weights]
             + [s[k].double() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]

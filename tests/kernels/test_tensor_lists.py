@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +94,8 @@ def test_a_step_of_adamw_is_torchs() -> None:
         dtype = torch.float32 if ours else torch.float64
         weights = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (1, 7, 8192, 8193, 1 << 20)]
         groups = [{"params": weights[:3]}, {"params": weights[3:], "weight_decay": 0.0}]
-        optimizer = (SkippableAdamW if ours else torch.optim.AdamW)(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        kind: Any = SkippableAdamW if ours else torch.optim.AdamW
+        optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=ours)
         for step in range(5):
             for w in weights if step else weights[1:]:
                 gradient = torch.randn(w.shape, device="cuda")

@@ -36,9 +36,11 @@ class SkippableAdamW(torch.optim.AdamW):
         return None
 
     def _kernels_take(self) -> bool:
-        """Whether all that a step reads and writes is what the kernel of ours takes: moments are like their weights."""
+        """Whether all that a step reads and writes is what the kernel of ours takes: moments are like their weights, and counts of steps lie beside them
+        where the optimizer is a fused one."""
         weights = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        plain = not any(group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor) for group in self.param_groups)
+        plain = all(group["fused"] for group in self.param_groups)
+        plain = plain and not any(group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor) for group in self.param_groups)
         return plain and use_triton([*weights, *(p.grad for p in weights if p.grad is not None)])
 
     def _step_of(self, group: dict[str, Any]) -> None:
