@@ -141,7 +141,10 @@ class GraphedPass:
             leave_failed_capture(self.device, stream, pool)
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
-            return self._give_up(f"a pass cannot be recorded ({str(error).strip().splitlines()[0]})")
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of the recording says no more than that it has failed before
+                first = first.__context__
+            return self._give_up(f"a pass cannot be recorded ({str(first).strip().splitlines()[0]})")
         if not self.graphs:
             self._news.append("Forward and backward are replayed as a CUDA graph from here on; train.cuda_graph=off runs them as written.")
         captured.gradients = [p.grad for p in self.parameters]

@@ -92,6 +92,7 @@ class AtOnce:
             between = zip([0, *(last for _, last in covered)], [*(first for first, _ in covered), part])
             self.gaps.append([(last, first) for last, first in between if last < first])
         patches.hook_gradients(optimizer, False)
+        patches.let_accumulators_go(optimizer)
 
     def give_up(self) -> None:
         """From the next pass on DeepSpeed reduces by itself again."""

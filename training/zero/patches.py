@@ -59,6 +59,10 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.partitioned_param_coordinator:get_all_parameters", "sub_module.named_parameters(recurse=recurse)"),
     ),
     "without_hooks": (("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload", ".register_forward_pre_hook("),),
+    "let_accumulators_go": (
+        ("deepspeed.utils.tensor_fragment:get_hp_fragment_mapping", "lp_fragment_tensor = lp_param.flatten().narrow("),
+        ("deepspeed.utils.tensor_fragment:tensor_fragment", "self.lp_fragment.data"),
+    ),
     "link_moments": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "if not self._hp_optimizer_states_linked:"),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state", ""),
@@ -183,6 +187,15 @@ def hook_gradients(optimizer: Any, on: bool) -> None:
     optimizer._grad_acc_hooks.clear()
     if on:
         optimizer.create_gradient_handling_hooks()
+
+
+def let_accumulators_go(optimizer: Any) -> None:
+    """Cuts the views that a ZeRO-1/2 optimizer keeps of its parameters off from autograd. They keep alive the nodes that accumulate these parameters'
+    gradients, on the stream on which the engine was made; a backward pass that is recorded on another stream may not touch that one, and fails."""
+    for parameters in optimizer.bit16_groups:
+        for parameter in parameters:
+            if parameter._hp_mapping is not None:
+                parameter._hp_mapping.lp_fragment = parameter._hp_mapping.lp_fragment.detach()
 
 
 @contextmanager
