@@ -15,7 +15,7 @@ import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.loader import Batch
 from models.lm import LanguageModel
@@ -46,16 +46,17 @@ def leave_failed_capture(device: torch.device, stream: torch.cuda.Stream, pool: 
     release_random_numbers(device)
 
 
-def wanted(config: Config, ranks: int) -> bool:
-    """Whether passes are to be CUDA graphs on a GPU: nothing but the model runs in them, and what it starts from is the same each time."""
+def wanted(config: Config, ranks: int, model: nn.Module) -> bool:
+    """Whether passes are to be CUDA graphs on a GPU: nothing but the model runs in them, and what it does and starts from is the same each time."""
     t = config.train
     alike = t.cuda_graph != "off" and not t.compile and t.initial_state == "zero" and config.data.reader != "stream"
+    alike = alike and not getattr(model, "varies", False)
     return alike and (ranks == 1 or t.cuda_graph == "all" and config.parallel.sequence == 1)
 
 
-def may_replay(config: Config, world: World) -> bool:
+def may_replay(config: Config, world: World, model: nn.Module) -> bool:
     """Whether a run's passes may be CUDA graphs."""
-    return wanted(config, world.size) and world.device.type == "cuda"
+    return wanted(config, world.size, model) and world.device.type == "cuda"
 
 
 class _Captured:

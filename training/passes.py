@@ -49,7 +49,7 @@ class Passes:
         self.deepspeed, self.module, self.config, self.world = deepspeed, model, config, world
         self.stage, t = policy.stage_of(config, world.size), config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
-        graphs = may_replay(config, world) and not model.varies and (not self.stage or policy.may_reduce_at_once(config, world.size))
+        graphs = may_replay(config, world, model) and (not self.stage or policy.may_reduce_at_once(config, world.size))
         self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs else None
         self.at_once = AtOnce(deepspeed.optimizer, config.deepspeed.bucket_bytes // 4) if graphs and self.stage else None
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.cost.flops import meta_model, training_flops_per_token
-from training.optim import MuonWithAdamW, newton_schulz
+from training.optim import newton_schulz
 
 VOCABULARY = 16_384
 WITHIN = 0.02  # of the size's parameters
@@ -153,8 +152,7 @@ def update_of(optimizer: str) -> dict[str, Any]:
     """What settings say of an optimizer whose update is ours: of Muon, the polynomials that orthogonalise and how many steps of them. Empty of AdamW."""
     if optimizer != "muon":
         return {}
-    steps = inspect.signature(MuonWithAdamW).parameters["steps"].default
-    return {"orthogonalised": {"steps": steps, "coefficients": json.loads(json.dumps(newton_schulz.COEFFICIENTS))}}
+    return {"orthogonalised": {"steps": newton_schulz.STEPS, "coefficients": json.loads(json.dumps(newton_schulz.COEFFICIENTS))}}
 
 
 def parameters(config: ModelConfig) -> int:

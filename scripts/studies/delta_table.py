@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +29,8 @@ from data.synthetic import build_task
 from data.synthetic.source import SyntheticReader
 from data.synthetic.task import IGNORE
 from scripts.studies.delta_tracking import GROUPS, model_of, problem, table
+from scripts.studies.options import refuse
+from scripts.studies.tracking import end_by
 from scripts.studies.trainer import Trainer
 from training.watch.metrics import environment
 
@@ -189,16 +190,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1 << 19, help="sequences of each group to train on; of MQAR an eighth")
     parser.add_argument("--scoring", type=float, default=0.15, help="seconds for the last scores of an arm")
     given = parser.parse_args()
+    refuse(parser, given, ["seeds", "seconds", "steps", "batch", "samples"], {"tasks": (*GROUPS, "mqar")})
     given.tasks = given.tasks.split(",")
-    unknown = [t for t in given.tasks if t not in (*GROUPS, "mqar")]
     try:
         given.updates = [int(n) for n in given.updates.split(",")]
     except ValueError:
-        unknown.append(f"updates {given.updates}")
-    if unknown or given.seeds < 1:
-        sys.exit(
-            f"--tasks takes {', '.join(GROUPS)} and mqar, --updates numbers such as 1,2, --seeds one or more; not {', '.join(unknown)}."
-        )
+        parser.error(f"--updates takes numbers such as 1,2, not {given.updates}.")
     return given
 
 
@@ -210,10 +207,7 @@ def main() -> None:
     workers = [spawn.Process(target=work, args=(n, given, began, device)) for n in given.updates]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join(max(1.0, given.seconds + 15 - (time.time() - began)))
-        if worker.is_alive():
-            worker.terminate()
+    end_by(workers, began + given.seconds + 15)
     rows = [json.loads(line) for n in given.updates for line in (given.out / f"arms.{n}.jsonl").read_text().splitlines()]
     settings = {key: str(value) if key == "out" else value for key, value in vars(given).items()}
     write_json(given.out / "table.json", {"arguments": settings, "environment": environment(torch.device(device)), "arms": rows})

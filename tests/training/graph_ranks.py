@@ -31,5 +31,5 @@ class Outside(GraphedPass):
 
 if __name__ == "__main__":
     passes.GraphedPass = Outside  # type: ignore[assignment,misc]
-    passes.may_replay = lambda config, world: True
+    passes.may_replay = lambda config, world, model: True
     runpy.run_path("train.py", run_name="__main__")

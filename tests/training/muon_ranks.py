@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from kernels.tensor_lists.reference import pieces
 from tests.training.reshape import Run
 from training import checkpoint
 from training.optim import MuonWithAdamW
@@ -36,7 +37,7 @@ def whole(run: Run) -> dict[str, torch.Tensor]:
         else:
             found |= {f"{key}.{name}": optimizer.state[p][key].clone() for key in MOMENTS}
     for slab, momentum in optimizer.momenta():
-        slab.of(found[f"momentum.{slab.name}"]).copy_(momentum)
+        pieces([found[f"momentum.{slab.name}"]], [slab.first], (slab.rows, slab.columns))[0].copy_(momentum)
     if run.world.size > 1:
         for name in optimizer.matrices:
             dist.all_reduce(found[f"momentum.{name}"])

@@ -273,9 +273,7 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
             earlier, after = all_gradients * accumulates, all_gradients + buckets + cast
             return Held(4 * P + temporary, 0, earlier, buckets, 0, 0, after, 0, 5 * part, not accumulates)
         return Held(4 * P + temporary, 0, 0, buckets + cast, 0, 0, 0, 0, (5 + accumulates) * part)
-    if (
-        wanted(config, world) and not getattr(model, "varies", False) and may_reduce_at_once(config, world)
-    ):  # gradients lie in the graph's memory, in the update too
+    if wanted(config, world, model) and may_reduce_at_once(config, world):  # gradients lie in the graph's memory, in the update too
         after = 4 * P + part + bucket * (1 + 1 / world)
         return Held(4 * P, 3 * part, 4 * P * accumulates, 0, 0, 0, after, 4 * P + part, gradients_stay=not accumulates)
     if stage == 1:

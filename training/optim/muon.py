@@ -49,10 +49,6 @@ class Slab:
     def shape(self) -> tuple[int, int, int, bool]:
         return self.rows, self.columns, self.side, self.batch
 
-    def of(self, parameter: Tensor) -> Tensor:
-        """(rows, columns), a view."""
-        return parameter.detach().view(-1)[self.first : self.first + self.rows * self.columns].view(self.rows, self.columns)
-
 
 def slabs(name: str, parameter: nn.Parameter) -> list[Slab]:
     """The slabs of a hidden matrix; over them every element comes once. Raises ValueError where its splits do not add up."""
