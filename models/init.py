@@ -111,6 +111,22 @@ class Unset(TorchFunctionMode):
         return function(*arguments, **keywords)
 
 
+def step_size_problems(low: float, high: float, floor: float | None = None) -> list[str]:
+    """What is wrong with the range of a mixer's initial step sizes, a sentence or none. floor: None where the mixer has none."""
+    if 0 < low < high < math.inf and (floor is None or 0 < floor < math.inf):
+        return []
+    also = "" if floor is None else " and dt_floor above 0,"
+    return [f"dt_min {low} must lie between 0 and dt_max {high},{also} all of them finite."]
+
+
+def value_width_problems(expand_v: float, key_width: int) -> list[str]:
+    """What is wrong with the width of a head's values as a multiple of its keys', a sentence or none."""
+    width = expand_v * key_width
+    if 1 <= width < math.inf and abs(width - round(width)) <= 1e-6 * width:
+        return []
+    return [f"expand_v {expand_v} times the width of a key must be a whole number, not {width}."]
+
+
 def draw_step_sizes_(bias: torch.Tensor, low: float, high: float, floor: float) -> None:
     """Draws step sizes log-uniform in [low, high], at least `floor`, and puts into `bias` what softplus takes to them (Mamba's rule)."""
     first, last = math.log(low), math.log(high)

@@ -7,7 +7,6 @@ Legend: B batch, T time, S updates (n a token), H heads of values, G heads of qu
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +25,7 @@ from kernels.joint import columns
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, tag
+from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -57,11 +56,8 @@ class Config:
         if not self.head_dim and d_model % self.n_heads:
             problems.append(f"d_model {d_model} is not divisible by n_heads {self.n_heads}; change one or set head_dim.")
         else:
-            width = self.expand_v * (self.head_dim or d_model // self.n_heads)
-            if not 1 <= width < math.inf or abs(width - round(width)) > 1e-6 * width:
-                problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
-        if not 0 < self.dt_min < self.dt_max < math.inf or not 0 < self.dt_floor < math.inf:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0, all of them finite.")
+            problems += value_width_problems(self.expand_v, self.head_dim or d_model // self.n_heads)
+        problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
         if not 0 < self.norm_eps <= 1:
             problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         return problems

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kernels.linear import linear
 from models.contract import SequenceMixer
-from models.init import init_matrix, tag
+from models.init import init_matrix, step_size_problems, tag
 from models.segments import document_starts, last_segment
 
 LTI_CHUNK = 16  # Q: a token costs Q products in the convolution and N / Q numbers of state
@@ -57,8 +57,7 @@ class Config:
             problems.append(f"d_state must be an even number above zero, not {self.d_state}.")
         elif self.blocks < 1 or self.d_state % (2 * self.blocks):
             problems.append(f"d_state {self.d_state} must be divisible by twice the blocks, {self.blocks}.")
-        if not 0 < self.dt_min < self.dt_max:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+        problems += step_size_problems(self.dt_min, self.dt_max)
         if not 0 < self.dt_scale <= 1000:
             problems.append(f"dt_scale must be above zero and at most 1000, not {self.dt_scale}.")
         return problems

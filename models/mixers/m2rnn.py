@@ -18,7 +18,7 @@ from kernels.m2rnn import m2rnn
 from kernels.m2rnn_step import m2rnn_step
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer, document_starts, last_segment
-from models.init import draw_step_sizes_, init_matrix, tag
+from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 
 TRACKER_KEEP, TRACKER_INPUT = (
@@ -52,11 +52,8 @@ class Config:
         if not self.head_dim and d_model % heads:
             problems.append(f"d_model {d_model} is not divisible by {heads} heads; change n_heads or set head_dim.")
         else:
-            width = self.expand_v * (self.head_dim or d_model // heads)
-            if width < 1 or abs(width - round(width)) > 1e-6 * width:
-                problems.append(f"expand_v {self.expand_v} times the width of a key must be a whole number, not {width}.")
-        if not 0 < self.dt_min < self.dt_max or self.dt_floor <= 0:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}, and dt_floor above 0.")
+            problems += value_width_problems(self.expand_v, self.head_dim or d_model // heads)
+        problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
         if self.start not in ("published", "tracker"):
             problems.append(f"start must be published or tracker, not {self.start!r}.")
         if not 0 < self.norm_eps <= 1:

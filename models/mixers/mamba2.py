@@ -20,7 +20,7 @@ from kernels.mamba2_step import mamba2_step
 from kernels.short_conv import joint_gradient
 from kernels.ssd import border, ssd
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, tag
+from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -49,10 +49,9 @@ class Config:
             problems.append(f"expand x d_model = {inner} is not divisible by head_dim {self.head_dim}.")
         elif inner // self.head_dim % self.n_groups:
             problems.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
-        if not 0 < self.dt_min < self.dt_max:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
-        if not 0 < self.norm_eps <= 1 or self.dt_floor <= 0:
-            problems.append(f"norm_eps (at most 1) and dt_floor must be above zero, not {self.norm_eps} and {self.dt_floor}.")
+        problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
+        if not 0 < self.norm_eps <= 1:
+            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         if self.dt_limit_min < 0 or self.dt_limit_max and self.dt_limit_max <= self.dt_limit_min:
             problems.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
         return problems

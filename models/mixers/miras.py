@@ -32,7 +32,7 @@ from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, normal_, tag
+from models.init import draw_step_sizes_, init_matrix, normal_, step_size_problems, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 
@@ -72,8 +72,7 @@ class Config:
             problems.append(f"p must be above 1 and at most 8, not {self.p}.")
         if not 2 <= self.q <= 16:
             problems.append(f"q must lie between 2 and 16, not {self.q}.")
-        if not 0 < self.dt_min < self.dt_max:
-            problems.append(f"dt_min {self.dt_min} must lie between 0 and dt_max {self.dt_max}.")
+        problems += step_size_problems(self.dt_min, self.dt_max)
         if not 0 < self.norm_eps <= 1:
             problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
         return problems
