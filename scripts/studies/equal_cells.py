@@ -221,11 +221,11 @@ class Learner:
         if not np.isfinite(loss):
             self.ended = "diverged"
             return
-        if last and loss <= PROMISING:
+        if last and loss <= s.get("promising", PROMISING):
             accuracy = self.score(self.T, CHECKED)["accuracy"]
         if p.step % (EVERY * 5) == 0 or accuracy is not None:
             p.curve.append([p.step, self.n, loss, accuracy])
-        if accuracy is not None and accuracy >= SOLVED:
+        if accuracy is not None and accuracy >= s.get("solved", SOLVED):
             p.solved = p.step
         elif p.step >= p.limit:
             self.ended = "steps"
