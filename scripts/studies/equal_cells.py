@@ -229,7 +229,7 @@ class Learner:
             p.solved = p.step
         elif p.step >= p.limit:
             self.ended = "steps"
-        elif not last and (loss <= CLIMBED or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
+        elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
             p.rung, p.fill = p.rung + 1, 0
             p.curve.append([p.step, self.n, loss, None])
             self._fill()

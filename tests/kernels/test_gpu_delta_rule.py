@@ -114,11 +114,12 @@ def test_everything_at_once(dtype: torch.dtype) -> None:
     compare(by_slices(tensors, starts, do, d_final, 2), wanted, limit)
 
 
-def test_everything_at_once_on_two_devices() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_everything_at_once_on_two_devices(dtype: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # not forked: CUDA is in use here
-    command = [*launcher, "-m", "tests.kernels.delta_rule_ranks", "cuda", "4096", "bfloat16"]
+    command = [*launcher, "-m", "tests.kernels.delta_rule_ranks", "cuda", "4096", dtype]
     settings = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.count("equal") == 2, done.stdout + done.stderr[-3000:]
