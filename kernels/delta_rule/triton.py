@@ -169,10 +169,11 @@ def project(
 @triton.jit
 def walk(
     X, TOTAL, DOCUMENT, RK, W, U, FIRST, STATES, CORRECTED, LAST, LOST, S, H, R, chunks, K, V, x_b, x_t, x_g,
-    MARK: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MARK: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V). A program owns some rows of one
-    head's state. KEEP: all of it, else the last state only."""
+    head's state. KEEP: all of it, else the last state only. GIVEN: the corrected values are there already; the states made of them are the same bit for
+    bit, as what is added to a state is rounded as what is left of it."""
     tiles = tl.cdiv(V, BV)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -188,23 +189,24 @@ def walk(
             inside_chunk[:, None] & (k < K)[None, :],
             other=0.0,
         )
-        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-        u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
+        if GIVEN:
+            corrected = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        else:
+            w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+            u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
         low = state.to(STATES.dtype.element_ty)
         if KEEP:
             tl.store(STATES + (bh * chunks + c) * V * K + place, low, inside)
-        taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
-        corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
-        if KEEP:
-            tl.store(
-                CORRECTED + row * V + (q * V)[:, None] + v[None, :],
-                corrected.to(CORRECTED.dtype.element_ty),
-                tl.broadcast_to((v < V)[None, :], (64, BV)),
-            )
+        if not GIVEN:
+            taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+            corrected = (u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)).to(CORRECTED.dtype.element_ty)
+            if KEEP:
+                tl.store(CORRECTED + row * V + (q * V)[:, None] + v[None, :], corrected, mine)
         after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-        added = tl.where((document == last)[:, None], corrected * after[:, None], 0.0)
+        added = tl.where((document == last)[:, None], corrected.to(tl.float32) * after[:, None], 0.0)
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
         state = tl.dot(tl.trans(added.to(DOT)), keys.to(DOT), acc=kept, input_precision=PRECISION)
         if MARK:

@@ -221,15 +221,15 @@ class Learner:
         if not np.isfinite(loss):
             self.ended = "diverged"
             return
-        if last and loss <= PROMISING:
+        if last and loss <= s.get("promising", PROMISING):
             accuracy = self.score(self.T, CHECKED)["accuracy"]
         if p.step % (EVERY * 5) == 0 or accuracy is not None:
             p.curve.append([p.step, self.n, loss, accuracy])
-        if accuracy is not None and accuracy >= SOLVED:
+        if accuracy is not None and accuracy >= s.get("solved", SOLVED):
             p.solved = p.step
         elif p.step >= p.limit:
             self.ended = "steps"
-        elif not last and (loss <= CLIMBED or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
+        elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
             p.rung, p.fill = p.rung + 1, 0
             p.curve.append([p.step, self.n, loss, None])
             self._fill()

@@ -7,15 +7,22 @@ import json
 import time
 from pathlib import Path
 
-from scripts.studies.delta_table import summary, work
+import pytest
+
+from scripts.studies import equal_cells
+from scripts.studies.delta_table import settings, summary, work
 
 
-def test_every_arm_is_trained_and_told_of(tmp_path: Path) -> None:
-    given = argparse.Namespace(out=tmp_path, tasks=["s3", "mqar"], seeds=1, seconds=600.0, steps=20, batch=4, samples=64, scoring=0.1)
-    work(1, given, time.time(), "cpu")
-    rows = [json.loads(line) for line in (tmp_path / "arms.1.jsonl").read_text().splitlines()]
+def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal_cells, "SCORED", 8)
+    given = argparse.Namespace(out=tmp_path, ranges=[-1, 0], seeds=1, seconds=600.0, steps=20, length=8, batch=8)
+    for task in ("s3", "mqar"):
+        work(task, 2, given, time.time(), "cpu")
+    rows = [json.loads(line) for task in ("s3", "mqar") for line in (tmp_path / f"arms.{task}.2.jsonl").read_text().splitlines()]
     assert [(r["task"], r["negative"], r["steps"], r["ended"]) for r in rows] == [
         (task, negative, 20, "steps") for task in ("s3", "mqar") for negative in (True, False)
     ]
-    assert [*rows[0]["scores"]] == ["16", "32", "64", "128"] and [*rows[2]["scores"]] == ["64", "128"]
-    assert summary(rows).count("\n") == 5 and "| mqar | 1 | -1 | 0 of 1 | 20 to 20 |" in summary(rows)
+    assert [*rows[0]["scores"]] == ["8", "16", "32", "64"] and [*rows[2]["scores"]] == ["64", "128", "256", "512"]
+    assert summary(rows).count("\n") == 5 and "| mqar | 2 | -1 | 0 of 1 | 20 to 20 |" in summary(rows)
+    layer = settings("a5", 3, True, given)["layer"]
+    assert (layer["updates"], layer["negative"], layer["d_conv"], settings("a5", 3, True, given)["falls"]) == (3, True, 2, True)
