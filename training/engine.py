@@ -28,6 +28,7 @@ from models.block import Block
 from training import wrappers
 from training.choices import choose_kernels
 from training.config.schema import Config
+from training.graph import GraphedUpdate
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
 from training.optim.clip import clip
 from training.passes import Passes, sent_to_host
@@ -74,6 +75,8 @@ class Engine:
         wrapper.wrap(self, settings)
         self.plans = plans_of(model, world)
         self.passes = Passes(self.deepspeed, model, config, world)
+        if isinstance(self.optimizer, MuonWithAdamW) and self.passes.graphed is not None:
+            self.optimizer.replay = GraphedUpdate(self.passes.graphed)
         if config.train.compile:
             self.deepspeed.compile()
 

@@ -12,6 +12,7 @@ added. Nothing in a pass may wait for the device or depend on its numbers.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def leave_failed_capture(device: torch.device, stream: torch.cuda.Stream, pool: 
         torch._C._cuda_endAllocateToPool(index, pool)
         torch._C._cuda_releasePool(index, pool)
     release_random_numbers(device)
+
+
+def first_line(error: BaseException) -> str:
+    """Of what ended a recording: its end says no more than that it has failed before."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().splitlines()[0]
 
 
 def wanted(config: Config, ranks: int, model: nn.Module) -> bool:
@@ -132,7 +140,7 @@ class GraphedPass:
         if reserved > ROOM * total:
             return self._give_up(f"a step fills {reserved / total:.0%} of the device's memory, and a graph leaves less of it to evaluation")
         captured = _Captured(batch, self.device)
-        pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else torch.cuda.graph_pool_handle()
+        pool = self.pool or torch.cuda.graph_pool_handle()
         before, stream = [p.grad for p in self.parameters], torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
@@ -142,15 +150,21 @@ class GraphedPass:
             leave_failed_capture(self.device, stream, pool)
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
-            first: BaseException = error
-            while first.__context__ is not None:  # the end of the recording says no more than that it has failed before
-                first = first.__context__
-            return self._give_up(f"a pass cannot be recorded ({str(first).strip().splitlines()[0]})")
+            return self._give_up(f"a pass cannot be recorded ({first_line(error)})")
         if not self.graphs:
             self._news.append("Forward and backward are replayed as a CUDA graph from here on; train.cuda_graph=off runs them as written.")
         captured.gradients = [p.grad for p in self.parameters]
         self.graphs[key] = captured
         return True
+
+    @property
+    def pool(self) -> Any:
+        """The memory of the recorded passes, None where there are none."""
+        return next((captured.graph.pool() for captured in self.graphs.values()), None)
+
+    def say(self, sentence: str) -> None:
+        """Adds to the news."""
+        self._news.append(sentence)
 
     def _give_up(self, reason: str) -> bool:
         self.why_not = reason
@@ -168,3 +182,47 @@ class GraphedPass:
         assert output.loss_sum is not None and output.z_loss_sum is not None
         ((output.loss_sum + output.z_loss_sum) * scale).backward()
         return output.loss_sum.detach()
+
+
+class GraphedUpdate:
+    """What an optimizer computes from gradients, as a CUDA graph in the memory of the recorded passes: their activations are not needed by then.
+    Muon's hundred launches take the host as long as the device, which has nothing else to do meanwhile."""
+
+    def __init__(self, passes: GraphedPass) -> None:
+        self.passes, self.divisor = passes, torch.ones((), device=passes.device)
+        self.why_not, self.calls = "", 0
+        self.key: Hashable = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.results: list[Tensor] = []
+
+    def __call__(self, key: Hashable, compute: Callable[[Tensor | None], list[Tensor]], divisor: Tensor | None) -> list[Tensor] | None:
+        """The results of `compute(divisor)`, to be read before the next pass; None where it has to run as written: in the first calls with one key,
+        which names all memory that it reads and writes."""
+        pool = self.passes.pool
+        key = (key, pool, divisor is None)
+        if key != self.key:
+            self.key, self.calls, self.graph, self.results = key, 0, None, []
+        self.calls += 1
+        if self.why_not or pool is None or self.calls <= WARMUP:
+            return None
+        if divisor is not None:
+            self.divisor.copy_(divisor)
+        if self.graph is None and not self._capture(pool, compute, divisor is None):
+            return None
+        assert self.graph is not None
+        self.graph.replay()
+        return self.results
+
+    def _capture(self, pool: Any, compute: Callable[[Tensor | None], list[Tensor]], whole: bool) -> bool:
+        device, graph = self.passes.device, torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self.results = compute(None if whole else self.divisor)
+        except (RuntimeError, torch.AcceleratorError) as error:
+            leave_failed_capture(device, stream, pool)
+            self.why_not, self.results = first_line(error), []
+            self.passes.say(f"The optimizer's products run as written, not as a CUDA graph: {self.why_not}.")
+            return False
+        self.graph = graph
+        return True

@@ -50,8 +50,11 @@ class Pass:
 
 # Chosen once for every length and batch.
 FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 3), Pass(64, 64, 4, 3, 8, 8, 3)
+FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 3), Pass(64, 64, 4, 3, 8, 4, 2)  # of `run`, and of the kernels in small.py
 FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
+SMALL = 64  # widths of heads and states up to which `run` and the kernels of small.py are taken
+PROGRAMS = 128  # heads of all rows from which on `run` fills a GPU
 
 
 def why_not(x: Tensor) -> str:
@@ -63,6 +66,23 @@ def kernels() -> ModuleType:
     from kernels.ssd import triton
 
     return triton
+
+
+def gradient_kernels(small: bool) -> ModuleType:
+    from kernels.ssd import gradients
+    from kernels.ssd import small as narrow
+
+    return narrow if small else gradients
+
+
+def is_small(dtype: torch.dtype, P: int, N: int) -> bool:
+    """Whether kernels for narrow ones take heads of P and states of N."""
+    return (dtype == torch.bfloat16 or interpreted()) and max(pad(P), pad(N)) <= SMALL
+
+
+def runs(dtype: torch.dtype, programs: int, P: int, N: int) -> bool:
+    """Whether `run` computes outputs."""
+    return programs >= (8 if interpreted() else PROGRAMS) and is_small(dtype, P, N)
 
 
 def pad(width: int) -> int:
@@ -98,12 +118,16 @@ def filled(state: Tensor | None, P: int, N: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, N - state.shape[3], 0, P - state.shape[2])).contiguous()
 
 
-def sizes_of(dtype: torch.dtype, P: int, N: int, back: bool) -> Pass:
-    """The sizes of a pass for heads of P and states of N: as many stages as shared memory holds."""
+def sizes_of(dtype: torch.dtype, P: int, N: int, back: bool, programs: int = 0) -> Pass:
+    """The sizes of a pass for heads of P and states of N, of which there are `programs`: as many stages as shared memory holds."""
     if interpreted():
         return Pass(16, 16, 4, 1, 2, 4, 1)
     if dtype != torch.bfloat16:
         return BACKWARD_WIDE if back else FORWARD_WIDE
+    if back and is_small(dtype, P, N):
+        return BACKWARD_SMALL
+    if not back and runs(dtype, programs, P, N):
+        return FORWARD_SMALL
     sizes = BACKWARD if back else FORWARD
     if max(pad(P), pad(N) // 2) <= 64:
         return sizes
@@ -118,7 +142,7 @@ class Problem:
         tl = self.module.tl
         self.narrow = x.dtype == torch.bfloat16 and not interpreted()  # the interpreter has no bf16 products
         wide = x.dtype != torch.bfloat16
-        self.sizes = sizes_of(x.dtype, x.shape[-1], Bm.shape[-1], back)
+        self.sizes = sizes_of(x.dtype, x.shape[-1], Bm.shape[-1], back, x.shape[0] * x.shape[2])
         self.x, self.Bm, self.Cm, self.A = ready(x, x.dtype, NARROWEST), ready(Bm, x.dtype), ready(Cm, x.dtype), A.float().contiguous()
         (self.B, self.T, self.H, self.P), (self.G, self.N) = self.x.shape, self.Bm.shape[2:]
         self.R = self.H // self.G
@@ -165,6 +189,18 @@ class Problem:
         )  # fmt: skip
         return states, last, passed
 
+    def run(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
+        """Writes y; returns the last state."""
+        s, (x_b, x_t, x_h), (b_b, b_t, b_g), (c_b, c_t, c_g) = self.sizes, *(strides_of(t) for t in (self.x, self.Bm, self.Cm))
+        first = self.fp32(self.B, self.H, self.P, self.N).zero_() if begin is None else begin
+        last = torch.empty_like(first)
+        self.module.run[(self.B * self.H,)](
+            self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last, y, last if self.lost is None else self.lost,
+            self.T, self.H, self.R, self.chunks, x_b, x_h, b_b, b_g, c_b, c_g, P=self.P, N=self.N, x_t=x_t, b_t=b_t, c_t=c_t,
+            HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
+        )  # fmt: skip
+        return last
+
     def recover(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor, final: Tensor) -> None:
         """Outputs and final states again, in order, of the heads in which something that is not finite may have left its document."""
         assert self.starts is not None
@@ -199,13 +235,16 @@ def forward(
     this = Problem(x, dt, A, Bm, Cm, starts, back=False)
     P, N, skip = x.shape[3], Bm.shape[3], this.A if D is None else D.float().contiguous()
     begin = filled(h0, this.P, this.N)
-    states, final, _ = this.walk(this.x, this.Bm, begin)
     y = torch.empty(this.x.shape, dtype=x.dtype, device=x.device)
-    lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)
-    this.module.outputs[(this.B * this.chunks, this.G * this.blocks)](
-        this.x, this.Bm, this.Cm, skip, this.step, this.total, this.low, this.document, states, y,
-        final if this.lost is None else this.lost, *this.shared(), *lies, **this.tiles(D),
-    )  # fmt: skip
+    if runs(x.dtype, this.B * this.H, P, N):
+        final = this.run(skip, D is not None, begin, y)
+    else:
+        states, final, _ = this.walk(this.x, this.Bm, begin)
+        lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)
+        this.module.outputs[(this.B * this.chunks, this.G * this.blocks)](
+            this.x, this.Bm, this.Cm, skip, this.step, this.total, this.low, this.document, states, y,
+            final if this.lost is None else this.lost, *this.shared(), *lies, **this.tiles(D),
+        )  # fmt: skip
     if this.lost is not None:
         this.recover(skip, D is not None, begin, y, final)
     return (y, final) if (this.P, this.N) == (P, N) else (y[..., :P].contiguous(), final[:, :, :P, :N].contiguous())
@@ -235,25 +274,55 @@ def backward(
     d_D = None if D is None else torch.empty_like(d_A)
     d_B, d_C = (this.fp32(B, T, width, this.N) for _ in range(2))
     d_scores = torch.empty(B * this.chunks, width, this.Q, this.Q, dtype=this.state_dtype, device=x.device)
-    after, within = torch.empty_like(this.total), torch.empty_like(this.total)
-    grid, read, lies = (
-        (B * this.chunks, width),
-        (this.x, dy, this.Bm, this.Cm),
-        (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm)),
-    )
-    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides_of(this.x), *lies), this.tiles(D)
-    this.module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
     skip = this.A if D is None else D.float().contiguous()
-    this.module.key_gradients[grid](
-        *read, this.A, skip, *sums, d_states, d_scores, passed, after, within, dx, d_dt, d_A, d_B, passed.shape[-1], dx.stride(1), *sizes,
-        PARTS=pad(passed.shape[-1]), **tiles,
-    )  # fmt: skip
+    if is_small(x.dtype, this.P, this.N):
+        _small(this, dy, skip, states, d_states, d_scores, passed, dx, d_dt, d_A, d_B, d_C, d_D)
+    else:
+        _large(this, dy, skip, states, d_states, d_scores, passed, dx, d_dt, d_A, d_B, d_C, d_D)
     to_A, to_D = this.fp32(H), this.fp32(H)
     rows, columns, heads = -(-B * T // SHARE_ROWS), pad(this.N), min(32, pad(H))
-    this.module.add_shares[(rows + -(-H // heads), this.G)](
+    gradient_kernels(False).add_shares[(rows + -(-H // heads), this.G)](
         d_B, d_C, d_A, d_A if d_D is None else d_D, to_B, to_C, to_A, to_D, B * T, this.N, H, this.G, this.blocks, B * this.chunks,
         to_B.stride(1), rows, HAS_SKIP=d_D is not None, BR=SHARE_ROWS, BN=columns, BH=heads, BC=32,
     )  # fmt: skip
     if (this.P, this.N) != (P, N):
         dx, to_B, to_C, d_h0 = (t.contiguous() for t in (dx[..., :P], to_B[..., :N], to_C[..., :N], d_h0[:, :, :P, :N]))
     return dx, d_dt, to_A, to_B, to_C, None if d_D is None else to_D, d_h0
+
+
+def _large(
+    this: Problem, dy: Tensor, skip: Tensor, states: Tensor, d_states: Tensor, d_scores: Tensor, passed: Tensor,
+    dx: Tensor, d_dt: Tensor, d_A: Tensor, d_B: Tensor, d_C: Tensor, d_D: Tensor | None,
+) -> None:  # fmt: skip
+    """Gradients of x and dt, of A and D per chunk, and of B and C per block of heads, by the kernels of gradients.py."""
+    module, after, within = gradient_kernels(False), torch.empty_like(this.total), torch.empty_like(this.total)
+    grid, read, lies = (
+        (this.B * this.chunks, this.G * this.blocks),
+        (this.x, dy, this.Bm, this.Cm),
+        (*strides_of(dy), *strides_of(this.Bm), *strides_of(this.Cm)),
+    )
+    sums, sizes, tiles = (this.step, this.total, this.low, this.document), (*this.shared(), *strides_of(this.x), *lies), this.tiles(d_D)
+    module.query_gradients[grid](*read, *sums, states, d_scores, d_C, d_A if d_D is None else d_D, after, within, *sizes, **tiles)
+    module.key_gradients[grid](
+        *read, this.A, skip, *sums, d_states, d_scores, passed, after, within, dx, d_dt, d_A, d_B, passed.shape[-1], dx.stride(1), *sizes,
+        PARTS=pad(passed.shape[-1]), **tiles,
+    )  # fmt: skip
+
+
+def _small(
+    this: Problem, dy: Tensor, skip: Tensor, states: Tensor, d_states: Tensor, d_scores: Tensor, passed: Tensor,
+    dx: Tensor, d_dt: Tensor, d_A: Tensor, d_B: Tensor, d_C: Tensor, d_D: Tensor | None,
+) -> None:  # fmt: skip
+    """The same by the kernels of small.py."""
+    module, tiles = gradient_kernels(True), this.tiles(d_D)
+    grid, (x_b, x_t, x_h), (y_b, y_t, y_h) = (this.B * this.chunks, this.G * this.blocks), strides_of(this.x), strides_of(dy)
+    read, sums = (this.x, dy, this.Bm, this.Cm), (this.step, this.total, this.low, this.document)
+    within, across, carried, added, skipped = (torch.empty_like(this.total) for _ in range(5))
+    sizes = (this.T, this.H, this.R, this.blocks, this.chunks, x_b, x_h, y_b, y_h, *strides_of(this.Bm), *strides_of(this.Cm))
+    lies = {"P": this.P, "N": this.N, "x_t": x_t, "y_t": y_t}
+    module.query_side[grid](*read, *sums, states, d_scores, d_C, within, across, carried, skipped, *sizes, **lies, **tiles)
+    module.key_side[grid](*read, skip, *sums, d_states, d_scores, dx, d_B, added, *sizes, **lies, d_t=dx.stride(1), **tiles)
+    module.finish[(this.B * this.chunks, -(-this.H // PREPARED))](
+        this.A, this.step, within, across, carried, added, skipped, passed, d_dt, d_A, d_A if d_D is None else d_D, this.T, this.H,
+        passed.shape[-1], this.chunks, HAS_SKIP=d_D is not None, Q=this.Q, BH=PREPARED, PARTS=pad(passed.shape[-1]),
+    )  # fmt: skip

@@ -78,6 +78,24 @@ def quick_weights(model: nn.Module) -> None:
             p.normal_(0, 0.02) if p.ndim > 1 and p.shape[0] > 2 else p.fill_(1.0)
 
 
+class Ends:
+    """When steps end: on a GPU by its own clock, without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu, self.marks = device.type == "cuda", list[Any]()
+
+    def mark(self) -> None:
+        if self.on_gpu:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next; on a GPU to be asked for after a wait."""
+        return [a.elapsed_time(b) / 1e3 if self.on_gpu else b - a for a, b in zip(self.marks, self.marks[1:])]
+
+
 def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     """Steps of a whole model through the training engine, as train.py takes them."""
     config = checked(compose_config([*case["overrides"], f"parallel.sequence={world.sequence}"]))
@@ -95,6 +113,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
     reader = RandomTokens(config.train.seq_len, case.get("vocabulary", VOCABULARY))
     t, losses, samples, communication, news = config.train, [], [], [], []
     counted, tokens, start, first_step_seconds = case["steps"] // 3, 0.0, 0.0, 0.0
+    ends = Ends(world.device)
     with BatchLoader(
         reader,
         global_batch=t.global_batch,
@@ -112,13 +131,18 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
                 first_step_seconds = time.perf_counter() - start if n == 1 else first_step_seconds
                 dist.barrier()
                 start = time.perf_counter()
+            if n == counted:
+                ends.mark()
             result = engine.step(batches, case.get("lr", 1e-4), tokens=tokens)
             losses.append(result.loss)
             communication.append(result.communication / result.seconds)
             samples.append([i for batch in batches for i in batch.sample_ids])
             news += engine.news()
+            if n >= counted:
+                ends.mark()
         wait(world.device)
-        step_seconds = (time.perf_counter() - start) / (case["steps"] - counted)  # one after another, as in training
+        each = ends.seconds()  # one after another, as in training
+        step_seconds = statistics.median(each)
         parts = profiled(engine, next(iter(loader)), tokens, world) if case.get("profile") else {}
     rate = t.global_batch * t.seq_len / step_seconds / world.size
     peak = peak_flops(device_name(world.device), t.precision)
@@ -130,6 +154,7 @@ def train_case(case: dict[str, Any], world: World) -> dict[str, Any]:
         "losses": losses,
         "first_step_seconds": first_step_seconds,
         "step_seconds": step_seconds,
+        "longest_step_seconds": max(each),
         "communication_share": statistics.mean(over_ranks(statistics.median(communication[counted:]))),
         "tokens_per_second_per_gpu": rate,
         "mfu": rate * flops / peak if peak else None,

@@ -112,6 +112,7 @@ def ours(name: str, rows: int, length: int, packed: bool, graph: bool, device: t
         graphed = GraphedPass(model, device, autocast=True)
         host = [None if t is None else t.cpu().pin_memory() for t in (ids, labels, segments)]
         loaded = Batch(host[0], host[1], host[2], [0] * rows)
+        model.recorded = graphed  # for what an optimizer records in the same memory
 
     def gradients() -> torch.Tensor:
         replayed = graphed.run(loaded, 1 / ids.numel()) if graphed is not None else None
@@ -226,6 +227,11 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
         if not symmetric:
             products.use_triton = lambda x_kmn: False
         optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **settings)
+        recorded = getattr(model, "recorded", None)
+        if recorded is not None and hasattr(optimizer, "replay"):
+            from training.graph import GraphedUpdate
+
+            optimizer.replay = GraphedUpdate(recorded)
     else:
         optimizer = _adamw_of(kind)(parameters, fused=True, **settings)
     try:

@@ -5,7 +5,8 @@
 
 A size after the other. First the models on one GPU each, as many at a time as there are GPUs, the first of them on every GPU; then all GPUs
 together, one case after another in one process group, the most wanted first: passes as CUDA graphs with gradients reduced once a step
-(`train.cuda_graph=all`), and DeepSpeed's own way. Steps follow each other as in training. `efficiency` is tokens/s a GPU over that of one GPU in the
+(`train.cuda_graph=all`), and DeepSpeed's own way. Steps follow each other as in training; their median counts, as one of a dozen may take half a
+second longer (`longest_step_seconds`). `efficiency` is tokens/s a GPU over that of one GPU in the
 same call, the mean of those measured. A row says whether passes were replayed (`news`) and what torch's allocator held; one that is profiled says for
 how long kernels ran, only NCCL's did, and none.
 """

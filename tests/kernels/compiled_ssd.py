@@ -19,6 +19,7 @@ from kernels.ssd import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
+SMALL = ("run", "query_side", "key_side", "finish")  # for narrow heads and states: compiled for widths of 64, whatever is asked
 LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX", "TO_B", "TO_C"}  # in the dtype of x
 STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}
 GOLDEN = Path(__file__).with_name("resources_ssd.json")
@@ -29,10 +30,12 @@ registers = Registers("ssd")
 
 def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int]:
     """Resources of one kernel; `walk_back` and `prepare_back` are the backward pass's."""
-    wide, back = dtype != "bf16", name.endswith(("_back", "gradients"))
-    s = launch.sizes_of(torch.float32 if wide else torch.bfloat16, P, N, back)
+    wide, back = dtype != "bf16", name.endswith(("_back", "gradients", "_side", "finish"))
+    P, N = (64, 64) if name in SMALL else (P, N)
+    s = launch.sizes_of(torch.float32 if wide else torch.bfloat16, P, N, back, launch.PROGRAMS if name == "run" else 0)
     s = launch.Pass(**{**s.__dict__, **changes})
-    fn = getattr(launch.kernels(), name.removesuffix("_back"))
+    modules = (launch.kernels(), launch.gradient_kernels(False), launch.gradient_kernels(True))
+    fn = next(getattr(m, name.removesuffix("_back")) for m in modules if hasattr(m, name.removesuffix("_back")))
     walk = fn.arg_names[1] == "K"
     constants = {
         "HAS_STARTS": True, "HAS_SKIP": True, "FINE": dtype == "fp32", "REVERSE": back, "DOT": tl.float32 if wide else tl.bfloat16,
@@ -41,6 +44,8 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
         "PARTS": launch.pad(-(-N // s.columns) * P),
     }  # fmt: skip
 
+    if name in SMALL:
+        constants |= {"P": P, "N": N, "x_t": (34 * 64), "b_t": 34 * 64, "c_t": 34 * 64, "y_t": 32 * 64, "d_t": 34 * 64}
     if name == "add_shares":
         constants |= {"BR": launch.SHARE_ROWS, "BH": 32, "BC": 32}
     if name == "recover":
@@ -57,7 +62,7 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
             argument, "*fp32" if argument.isupper() and len(argument) > 1 or argument in "AD" else "i32"
         )
 
-    signature = {a: "i32" if a in ("T", "H", "R", "P", "N", "G") else kind(a) for a in fn.arg_names}
+    signature = {a: "i32" if a in ("T", "H", "R", "P", "N", "G") and a not in constants else kind(a) for a in fn.arg_names}
     aligned = [
         i
         for i, a in enumerate(fn.arg_names)
@@ -66,7 +71,7 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
     source = ASTSource(
         fn, signature, {a: constants[a] for a in fn.arg_names if a in constants}, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
-    warps, stages = (s.walk_warps, s.walk_stages) if walk else (4, 1) if name.startswith(("prepare", "recover")) else (s.warps, 3)
+    warps, stages = (s.walk_warps, s.walk_stages) if walk else (4, 1) if name.startswith(("prepare", "recover", "finish")) else (s.warps, 3)
     return registers.figures(name, source, {"num_warps": warps, "num_stages": stages}, figures)
 
 
@@ -82,9 +87,13 @@ def main(dtype: str, P: int, N: int, golden: bool) -> None:
             "walk",
             "walk_back",
             "outputs",
+            "run",
             "recover",
             "query_gradients",
             "key_gradients",
+            "query_side",
+            "key_side",
+            "finish",
             "add_shares",
         )
     }

@@ -21,6 +21,7 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((1, 7, 3, 8, 1, 5), {"starts": 0.3}),
     ((1, 48, 2, 16, 2, 16), {"decay": 50.0}),
     ((1, 40, 5, 70, 1, 20), {"decay": 0.01}),
+    ((2, 37, 3, 16, 1, 72), {"starts": 0.1}),  # wider ones run other kernels
     ((1, 33, 2, 16, 1, 16), {"dtype": torch.bfloat16}),
     ((2, 37, 4, 17, 2, 33), {"dtype": torch.bfloat16, "starts": 0.1}),  # widths that are filled up
     ((1, 33, 2, 16, 1, 16), {"dtype": torch.float16, "starts": 0.1}),

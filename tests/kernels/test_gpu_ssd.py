@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.ssd import reference, ssd
+from kernels.ssd import launch, reference, ssd
 from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
+
+
+@pytest.fixture(params=["chunks at once", "chunks in order"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of computing outputs of narrow heads: `walk` and `outputs`, or `run`, which otherwise wants more heads than tests have."""
+    monkeypatch.setattr(launch, "PROGRAMS", 1 if request.param == "chunks in order" else 1 << 30)
+    return str(request.param)
 
 
 def scan(*arguments: Any, D: Any) -> Any:
@@ -41,9 +48,11 @@ def test_fp32(sizes: tuple[int, ...], decay: float, starts: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", [(2, 600, 8, 64, 1, 128), (1, 513, 20, 64, 2, 64), (2, 257, 3, 40, 1, 32)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 600, 8, 64, 1, 128), (1, 513, 20, 64, 2, 64), (2, 257, 3, 40, 1, 32), (3, 64, 5, 64, 1, 64)], ids=str
+)
 @pytest.mark.parametrize(("decay", "starts"), [(1.0, 0.0), (50.0, 0.02), (0.01, 0.01)])
-def test_16_bits(sizes: tuple[int, ...], dtype: torch.dtype, decay: float, starts: float) -> None:
+def test_16_bits(sizes: tuple[int, ...], dtype: torch.dtype, decay: float, starts: float, way: str) -> None:
     """Against what the oracle's own answers lose when rounded to the dtype: 1.75 times for what comes in it (states are rounded, and the inputs they
     are summed from: 1.57 was measured where decays are slow), three times for what comes in fp32."""
     computed, wanted, _ = compare(sizes, decay=decay, starts=starts, dtype=dtype)
@@ -77,7 +86,7 @@ def laid(tensors: list[torch.Tensor], layout: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "widths", "layout"), CASES, ids=str)
-def test_widths_and_layouts_of_every_dtype(dtype: torch.dtype, widths: tuple[int, int], layout: str) -> None:
+def test_widths_and_layouts_of_every_dtype(dtype: torch.dtype, widths: tuple[int, int], layout: str, way: str) -> None:
     """Head and state widths that are no powers of two and no multiples of 16, both, one of them or none."""
     P, N = widths
     tensors, starts = problem(2, 300, 6, P, 2, N, dtype=dtype, starts=0.02, device="cuda")
@@ -93,7 +102,7 @@ def test_widths_and_layouts_of_every_dtype(dtype: torch.dtype, widths: tuple[int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_steps_of_very_different_sizes(dtype: torch.dtype) -> None:
+def test_steps_of_very_different_sizes(dtype: torch.dtype, way: str) -> None:
     """Every seventh step is large, and decays are fast: gradients of A and dt against the float64 loop."""
     for step, decay in ((20.0, 1.0), (0.1, 1e3)):
         tensors, starts = problem(1, 400, 4, 32, 1, 16, dtype=dtype, starts=0.01, device="cuda")
@@ -108,7 +117,7 @@ def test_steps_of_very_different_sizes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_finite_stays_in_its_document(dtype: torch.dtype) -> None:
+def test_what_is_not_finite_stays_in_its_document(dtype: torch.dtype, way: str) -> None:
     """In whichever input; also where several documents share a chunk, and where one began in an earlier chunk."""
     for bad in (0, 1, 3, 4):
         for place, cuts in ((200, (190, 230)), (60, (40, 350)), (255, (255, 256))):
@@ -125,7 +134,7 @@ def test_what_is_not_finite_stays_in_its_document(dtype: torch.dtype) -> None:
             assert torch.equal(y[1], wanted[0][1]) and not y[0].isfinite().all()
 
 
-def test_repeatable_and_compiled() -> None:
+def test_repeatable_and_compiled(way: str) -> None:
     tensors, starts = problem(2, 700, 16, 64, 1, 64, dtype=torch.bfloat16, starts=0.01, device="cuda")
     dy, d_final = torch.randn(tensors[0].shape, device="cuda"), torch.randn(tensors[5].shape, device="cuda")
     first, again = (answers(scan, tensors, starts, dy, d_final) for _ in range(2))

@@ -15,7 +15,8 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.segments import Documents, documents_in, most_documents
 from tests.conftest import SMALL, run_program, run_ranks
-from training.graph import WARMUP, GraphedPass
+from training.graph import WARMUP, GraphedPass, GraphedUpdate
+from training.optim.muon import MuonWithAdamW
 
 T, V = 96, 64
 
@@ -171,3 +172,32 @@ def test_the_passes_of_a_run_are_replayed(demo_shards: Path, tmp_path: Path) -> 
     words = ["train.device=cuda", "train.steps=5", "train.global_batch=2", "train.micro_batch=2", f"run_dir={tmp_path / 'graphed'}"]
     done = run_program(["train.py", *SMALL, f"data.path={demo_shards}", *words], started=True, CUDA_VISIBLE_DEVICES=gpus)
     assert done.returncode == 0 and "are replayed as a CUDA graph" in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_replayed_update_of_muon_is_the_update_as_written() -> None:
+    """Passes and updates are replayed in turns, in one memory; rates and the clipping differ from step to step. Bit for bit, momentum too."""
+    shape = ModelConfig(V, 256, 2, ["paragru"], {"paragru": {"type": "rnn", "cell": "paragru", "n_heads": 2}}, d_ff=512)
+    models = [LanguageModel(shape), LanguageModel(shape)]
+    for model in models:
+        model.init_weights(0)
+        model.cuda()
+    one, two = (MuonWithAdamW(m, lr=1e-3, muon_lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1) for m in models)
+    passes = [GraphedPass(model, torch.device("cuda"), autocast=True) for model in models]
+    one.replay = update = GraphedUpdate(passes[0])
+    for step in range(2 * WARMUP + 4):
+        for model, graphed, optimizer in zip(models, passes, (one, two)):
+            model.zero_grad(set_to_none=True)
+            batch = packed(4, step)
+            if graphed.run(batch, 1e-2) is None:
+                graphed.as_written(batch.to(torch.device("cuda")), 1e-2)
+            optimizer.grad_scale = torch.tensor(1.0 + 0.1 * step, device="cuda")
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (1 + step)
+            optimizer.step()
+        for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
+            assert torch.equal(p, q), (step, name, update.why_not)
+    assert update.graph is not None and not update.why_not
+    for a, b in zip(one.stacks, two.stacks):
+        assert torch.equal(a.momentum, b.momentum)

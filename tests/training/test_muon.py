@@ -57,6 +57,26 @@ def exact(x: torch.Tensor) -> torch.Tensor:
     return u * followed(s)[..., None, :] @ v
 
 
+def test_updates_that_something_else_runs_are_the_same_updates() -> None:
+    """As a CUDA graph does (tests/training/test_graph.py), which is asked for by the memory of gradients and momentum, and may decline."""
+    one, two = small("optim=muon"), small("optim=muon")
+    optimizers = [MuonWithAdamW(model, muon_lr=1e-2, **ADAMW) for model in (one, two)]
+    asked = []
+
+    def replay(key: Any, compute: Callable[[Any], list[torch.Tensor]], divisor: Any) -> list[torch.Tensor] | None:
+        asked.append(key)
+        return compute(divisor) if len(asked) > 1 else None
+
+    optimizers[0].replay = replay
+    for step in range(3):
+        for model, optimizer in zip((one, two), optimizers):
+            with_gradients(model, step)
+            optimizer.grad_scale = torch.tensor(2.0)
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(one.parameters(), two.parameters())), step
+    assert len(asked) == 3
+
+
 @pytest.mark.parametrize("rows, columns", [(24, 24), (16, 40), (40, 16), (1, 8)])
 @pytest.mark.parametrize("steps", [1, 3, STEPS, 7])
 def test_the_directions_are_those_of_the_singular_value_decomposition(rows: int, columns: int, steps: int) -> None:

@@ -16,7 +16,7 @@ Legend: k matrices' slabs in this rank's share, r rows, c columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,12 +162,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     lr, betas, eps: AdamW's. muon_lr: the matrices' rate, weight_decay is that of both, times the rate of each. scale: 'adamw' multiplies an update
     by 0.2 sqrt(max(outputs, inputs)), the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982), 'spectral' by sqrt(max(1, outputs / inputs)).
-    rank, size: of the default process group, where there is one.
+    rank, size: of the default process group, where there is one. replay: of one rank alone, what may run the updates as a CUDA graph
+    (training/graph.py).
     """
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
     before_step: Callable[[], None] | None = None
+    replay: Callable[[Hashable, Callable[[Tensor | None], list[Tensor]], Tensor | None], list[Tensor] | None] | None = None
 
     def __init__(
         self,
@@ -218,15 +220,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.matrices.items()}
         waiting: list[tuple[Stack, Tensor, Any]] = []
-        for stack in self.stacks:
-            dtype = torch.float16 if stack.momentum.device.type == "cuda" else torch.float32
-            own = stack.updates(gradients, self.momentum, self.nesterov, self.steps, dtype, self.grad_scale)
+        replayed = self._replayed(gradients)
+        if replayed is not None:
+            waiting = [(stack, own, None) for stack, own in zip(self.stacks, replayed)]
+        for stack in self.stacks if replayed is None else ():
+            own = self._updates(stack, gradients, self.grad_scale)
             waiting.append((stack, *stack.gathered(own)))
             if len(waiting) > 1:
                 self._take(group, *waiting.pop(0))
         for last in waiting:
             self._take(group, *last)
         return None
+
+    def _updates(self, stack: Stack, gradients: dict[str, Tensor], divisor: Tensor | None) -> Tensor:
+        dtype = torch.float16 if stack.momentum.device.type == "cuda" else torch.float32
+        return stack.updates(gradients, self.momentum, self.nesterov, self.steps, dtype, divisor)
+
+    def _replayed(self, gradients: dict[str, Tensor]) -> list[Tensor] | None:
+        """The updates of all stacks, their momentum moved on, if these are replayed."""
+        if self.replay is None or any(stack.size > 1 for stack in self.stacks):
+            return None
+        memory = tuple(t.data_ptr() for t in (*gradients.values(), *(stack.momentum for stack in self.stacks)))
+        return self.replay(memory, lambda divisor: [self._updates(stack, gradients, divisor) for stack in self.stacks], self.grad_scale)
 
     def _take(self, group: dict[str, Any], stack: Stack, updates: Tensor, arriving: Any) -> None:
         if arriving is not None:
