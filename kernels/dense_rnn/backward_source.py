@@ -8,7 +8,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -68,11 +68,25 @@ def _load(w: Writer, indent: int) -> None:
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
 
 
-def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, products: bool = False) -> None:
-    """Walks `count` steps from step `first` of each row on, backwards. products: those of Jacobians too."""
-    deep, entries = indent + 1, [f"j{i}{j}" for i, j in w.tracked]
+def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, pieces: bool = False) -> None:
+    """Walks `count` steps from step `first` of each row on, backwards. pieces: with products of Jacobians where it is the first walk, piece by piece
+    until the adjoints are those of before where it is a later one."""
     w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
-    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
+    if not pieces:
+        w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
+        _step_back(w, indent + 1, store)
+        return
+    w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
+    _step_back(w, indent + 2, store, products=True)
+    w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
+    for i in w.S:
+        w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"a{i}", "here[:, None] & inside")
+    w.put(indent, "else:")
+    by_pieces(w, indent + 1, count, lambda deep: _step_back(w, deep, store, in_pieces=True), "a")
+
+
+def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pieces: bool = False) -> None:
+    entries = [f"j{i}{j}" for i, j in w.tracked]
     _load(w, deep)
     w.put(deep, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
     w.put(deep + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
@@ -92,6 +106,9 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, pro
         w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
+        if in_pieces:
+            w.put(deep, "close = go & (step_ >= steps - NEAR)", *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S))
+            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.store_all(deep, "to", "dp", [f"dx{i}.to(D_PRE.dtype.element_ty)" for i in w.X])
         w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
@@ -112,7 +129,7 @@ def _ready(w: Writer) -> None:
 
 def walk_back(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.summed)
-    w.head("walk_back", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr, {FLAGS}")
+    w.head("walk_back", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}")
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
@@ -129,8 +146,9 @@ def walk_back(w: Writer) -> None:
     for i in w.S:
         w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
-    _steps_back(w, 1, "right - 1", "SLICE", store=True, products=True)
+    _steps_back(w, 1, "right - 1", "SLICE", store=True, pieces=True)
     w.put(1, "both = here[:, None] & inside")
+    keep_joined(w, 1)
     for i in w.S:
         w.keep(1, "ENDS", "place", i, S, f"a{i}")
         w.keep(1, "NEARBY", "place", i, S, f"A{i}")

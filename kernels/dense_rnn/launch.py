@@ -179,6 +179,15 @@ class Problem(Solve):
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
 
+    def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int]]:
+        """Arguments and constants of walks of corrected slices, which end where they have come back to the walk before, if that is wanted: the states
+        of that one every LOOK steps, which slices joined one that they were only near to (if not wanted, none), and how near that is."""
+        pieces, n = self.plan.length // source.LOOK, self.plan.slices
+        if not wanted or n == 1 or self.plan.length <= source.LOOK:
+            return (self.h0, torch.zeros_like(todo) if n > 1 else todo, 0.0), (False, source.LOOK)
+        marks = self.h0.new_empty(self.B * n, pieces, self.S, self.D)
+        return (marks, torch.empty_like(todo), self.chain[1]), (True, source.LOOK)
+
     def on_chip(self) -> Tensor:
         """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
         width = pad(self.K)
@@ -223,10 +232,10 @@ def forward_with_border(
 
 def solved(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None, layer: Layer | None,
-    halves: bool = False,
+    halves: bool = False, join: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
-    first slice of each head (of `joined`) that was walked in order (B, E), n if none was."""
+    first slice of each head (of `joined`) that was walked in order (B, E), n if none was. join: corrections end where they have come back."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
     p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
@@ -235,15 +244,16 @@ def solved(
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     R = p.on_chip()
     shared = (p.at.tensor, p.rec, R)
-    walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
-    p.module.walk[p.grid](*walked, True, *p.sizes, **p.constants)
+    (marks, near, limit), how = p.joins(todo, join)
+    walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, marks, near, limit, plan.burn_in)
+    p.module.walk[p.grid](*walked, True, *how, *p.sizes, **p.constants)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
-    p.module.certify[p.E, B](begins, ends, products, nearby, bad, final, stats, *p.chain, **p.chain_constants)
+        p.module.walk[p.grid](*walked, False, *how, *p.sizes, **p.constants)
+    p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return emitted, kept, final, products, nearby, begins, bad
 
@@ -337,13 +347,15 @@ def backward_with_border(
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known, apart)
     measures = (begins, ends, products, nearby)
-    p.module.walk_back[p.grid](*tensors, *measures, todo, plan.burn_in, True, *flags, *p.sizes, **p.constants)
+    (marks, near, limit), how = p.joins(todo, not written.summed)  # sums over slices are of whole ones
+    joins = (marks, near, limit, plan.burn_in)
+    p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, True, *how, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.walk_back[p.grid](*tensors, *measures, todo, plan.burn_in, False, *flags, *p.sizes, **p.constants)
-        p.module.certify_back[p.E, B](*measures, bad, d_h0, stats, *p.chain, **p.chain_constants)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.constants)
+        p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_constants)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
     else:
         d_h0 = ends[:, 0]

@@ -24,7 +24,7 @@ def forward_with_marks(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward` with marks (B, M, S, D) in place of the kept states: those that slices start from, and in the last row the first slice of each
     head that was walked in order."""
-    emitted, _, final, _, _, begins, bad = launch.solved(cell, pre, rec, mat, h0, starts, plan, layer, halves)
+    emitted, _, final, _, _, begins, bad = launch.solved(cell, pre, rec, mat, h0, starts, plan, layer, halves, join=False)
     marks = begins.new_zeros(begins.shape[0], marks_of(pre.shape[1]), *begins.shape[2:])
     marks[:, : begins.shape[1]] = begins
     marks[:, -1] = bad.repeat_interleave(begins.shape[3] // bad.shape[1], 1)[:, None]
@@ -48,8 +48,9 @@ def restore(
     todo = torch.ones(p.B, n, p.E, dtype=torch.int32, device=pre.device)
     bad = marks[:, -1, 0, :: p.K].to(torch.int32).contiguous()
     shared = (p.at.tensor, p.rec, p.on_chip())
-    walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, plan.burn_in)
-    p.module.walk[p.grid](*walked, False, *p.sizes, **p.constants)
+    joins, how = p.joins(todo, False)
+    walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, *joins, plan.burn_in)
+    p.module.walk[p.grid](*walked, False, *how, *p.sizes, **p.constants)
     if n > 1:
         p.module.finish[p.E, -(-p.B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return kept

@@ -18,6 +18,8 @@ Legend: n slices of SLICE steps, B batch rows, T steps, S states, D = E K channe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
@@ -150,13 +152,53 @@ def products_of_jacobians(w: Writer, indent: int, back: bool) -> None:
     w.put(indent, *(f"P{i}{j} = tl.where(go, k{i}{j}, P{i}{j})" for i, j in tracked))
 
 
-def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
-    """Walks `count` steps from step `first` of each row on."""
+def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: bool = False) -> None:
+    """Walks `count` steps from step `first` of each row on. pieces: piece by piece, until the states are those of before."""
+    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
+    if not pieces:
+        w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
+        _step(w, indent + 1, store, pieces)
+        return
+    w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
+    _step(w, indent + 2, store, False)
+    w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
+    for i in w.S:
+        w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
+    w.put(indent, "else:")
+    by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True), "h")
+
+
+def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
+    """Steps in pieces; behind each the states are compared with those of the walk before. Once all of a program's are within JOIN of them, measured
+    as at the borders of slices, what follows stands. joined: 0, or 1 where they are the same, or 2."""
+    S, deep = len(w.S), indent + 1
+    w.put(indent, "joined = 0", f"for m in tl.range(0, tl.cdiv({count}, LOOK)):")
+    w.put(deep, f"steps = tl.where(joined > 0, 0, tl.minimum(LOOK, {count} - m * LOOK))")
+    w.put(deep, *(f"C{i} = tl.zeros((BM, BK), tl.float32)" for i in w.S), "for step_ in tl.range(0, steps, num_stages=STAGES):")
+    step(deep + 1)
+    w.put(deep, f"if (joined == 0) & ((m + 1) * LOOK < {count}):")
+    deep += 1
+    w.put(deep, "piece, both = place * (SLICE // LOOK) + m, here[:, None] & inside", "share = tl.zeros((BM, BK), tl.float32)")
+    for i in w.S:
+        w.put(deep, f"old = {w.vector('MARKS', 'piece', i, S)}", f"near = tl.maximum(C{i}, tl.abs({states}{i}))")
+        if i in w.dense.cell.logs and states == "h":  # as reference.certified_size
+            w.put(deep, f"near = tl.maximum(1.0, near * tl.minimum(1.0, {SHARE_OF_FP32} / JOIN))")
+        w.put(deep, f"share = tl.maximum(share, _share({states}{i} - old, near))")
+    w.put(deep, "worst = tl.max(tl.max(tl.where(both, share, 0.0), 1), 0)")
+    w.put(deep, "joined = tl.where(worst <= JOIN, tl.where(worst > 0.0, 2, 1), 0)", "both = both & (joined + tl.zeros((BM, BK), tl.int32) == 0)")
+    for i in w.S:  # what follows goes on from where it did
+        w.keep(deep, "MARKS", "piece", i, S, f"{states}{i}")
+
+
+def keep_joined(w: Writer, indent: int) -> None:
+    """JOINED: whether a slice's states join others which they are only near to. Then leaves `both` empty if what follows stands as it was."""
+    w.put(indent, "if JOINS:", "    at_ = JOINED + place * tl.num_programs(0) + e", "    if FIRST:", "        tl.store(at_, 0, mask=here)")
+    w.put(indent + 1, "else:", "    how_ = joined + tl.zeros((BM,), tl.int32)", "    tl.store(at_, how_ // 2, mask=here & (how_ != 1))", "    both = both & (how_ == 0)[:, None]")
+
+
+def _step(w: Writer, deep: int, store: bool, pieces: bool) -> None:
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
-    deep = indent + 1
-    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
-    w.put(indent, f"for _ in tl.range(0, {count}, num_stages=STAGES):")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
@@ -165,6 +207,8 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
     if store:
         w.put(deep, "if HAS_RESET:" if w.tracked else "", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
+        if pieces:
+            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
     w.dots(deep)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
@@ -172,6 +216,8 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool) -> None:
         products_of_jacobians(w, deep, back=False)
         w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
+        if pieces:
+            w.put(deep, "close = go & (step_ >= steps - NEAR)", *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S))
         n_kept = len(w.S) - 1
         w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
         w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
@@ -186,6 +232,7 @@ def begin_measures(w: Writer, indent: int) -> None:
 def _keep_measures(w: Writer, indent: int, states: str) -> None:
     S, V = len(w.S), len(w.tracked)
     w.put(indent, "both = here[:, None] & inside")
+    keep_joined(w, indent)
     for i in w.S:
         w.keep(indent, "ENDS", "place", i, S, f"{states}{i}")
         w.keep(indent, "NEARBY", "place", i, S, f"A{i}")
@@ -201,7 +248,7 @@ def slice_rows(w: Writer) -> None:
 
 def walk(w: Writer) -> None:
     S = len(w.S)
-    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, BURN, FIRST: tl.constexpr"
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
@@ -219,7 +266,7 @@ def walk(w: Writer) -> None:
     for i in w.S:
         w.put(2, f"h{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
-    _steps(w, 1, "s * SLICE", "SLICE", store=True)
+    _steps(w, 1, "s * SLICE", "SLICE", store=True, pieces=True)
     _keep_measures(w, 1, "h")
 
 
@@ -265,6 +312,7 @@ def _chain(w: Writer, back: bool) -> None:
 
 
 SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
+LOOK = 32  # steps after which a walk of corrected slices looks whether it has come back to the one before
 CHAIN_STAGES = 4  # slices whose ends are on their way
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
 
@@ -289,15 +337,16 @@ def correct(w: Writer, back: bool) -> None:
     w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
 
 
-def certify(w: Writer, back: bool) -> None:
-    """BAD: the first slice that does not begin, bit for bit, where the one before it ends, if some slice is not certified; else n."""
+def certify(w: Writer, back: bool, joins: bool = True) -> None:
+    """BAD: the first slice that does not begin, bit for bit, where the one before it ends, or joins states that it is only near to, if some slice is
+    not certified; else n."""
     S = len(w.S)
     name = "certify_back" if back else "certify"
-    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, BAD, FINAL, STATS, {CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
-    w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "first = tl.where((other > 0) & (first == n), m, first)")
+    w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "", "first = tl.where((other > 0) & (first == n), m, first)")
     w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
     w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")
