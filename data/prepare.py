@@ -50,7 +50,7 @@ from data.program import program
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
 from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe
-from data.writer import ShardWriter, publish
+from data.writer import ShardWriter, digest_of, publish
 
 COMMIT_SECONDS = 5.0
 
@@ -166,8 +166,7 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
             print(f"going on after {writer.consumed:,} documents", flush=True)
         encoder = Encoder(tokenizer, marks)
         try:
-            rate = _write(writer, corpus, encoder, arguments)
-            _settle_splits(writer, corpus, arguments)
+            rate = _written(writer, corpus, encoder, arguments)
             meta = writer.finish(
                 {
                     "format": FORMAT,
@@ -259,13 +258,38 @@ def _open_partial(partial: Path, identity: str, settings: dict[str, Any], argume
     return tokenizer, marks
 
 
+def _written(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arguments) -> float:
+    """Writes all documents into splits of which none is empty, if there are two; returns the rate. Raises UserError, and where nothing that a
+    second run could go on with is there by then, leaves no folder."""
+    try:
+        while True:
+            rate = _write(writer, corpus, encoder, arguments)
+            if not _settle_splits(writer, corpus, arguments):
+                return rate
+    except UserError:
+        if writer.folder.exists() and not (arguments.tokenizer.startswith("bpe:") or (writer.folder / "journal.json").exists()):
+            _removed(writer)
+        raise
+
+
+def _removed(writer: ShardWriter) -> None:
+    writer.close_files()
+    for path in writer.folder.iterdir():
+        path.unlink()
+    writer.folder.rmdir()
+
+
 def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arguments) -> float:
     """Encodes and writes all documents that are not written yet; returns the rate in million tokens a second."""
     progress, number, committed = Progress(), writer.consumed, time.perf_counter()
+    together = writer.together()
     try:
         for texts, ids in encoder.stream(batches(iter(corpus), writer.consumed)):
             encoded = [text.encode() for text in texts]
             is_valid = [held_out(text, number + i, arguments, corpus.cut) for i, text in enumerate(encoded)]
+            if together:  # a document and its copies, without which a split would be empty
+                target, sha256 = together
+                is_valid = [target == "valid" if digest_of(ids[i]) == sha256 else valid for i, valid in enumerate(is_valid)]
             for name, side in (("train", False), ("valid", True)):
                 chosen = [i for i, h in enumerate(is_valid) if h == side]
                 writer.extend(name, [ids[i] for i in chosen], [len(encoded[i]) for i in chosen])
@@ -280,24 +304,32 @@ def _write(writer: ShardWriter, corpus: Corpus, encoder: Encoder, arguments: Arg
         progress.close()
 
 
-def _settle_splits(writer: ShardWriter, corpus: Corpus, arguments: Arguments) -> None:
-    """Sees to it that no split stays empty. Raises UserError when there is no text, or no such document to hold out."""
-    problem = ""
+def _settle_splits(writer: ShardWriter, corpus: Corpus, arguments: Arguments) -> bool:
+    """Sees to it that no split stays empty: the newest document goes over, and if there are copies of it they do too, for which all is to be
+    written once more (True). Raises UserError when there is no text, or no such document to hold out."""
+    problem, train = "", writer.splits["train"].documents
     if not writer.consumed:
         problem = _nothing(arguments, corpus)
     elif arguments.valid_docs and max(arguments.valid_docs) >= writer.consumed:
         problem = f"valid_docs names document {max(arguments.valid_docs)}, but they are 0 to {writer.consumed - 1}."
-    elif arguments.valid_docs and not writer.splits["train"].documents:
+    elif arguments.valid_docs and not train:
         problem = "valid_docs holds out every document; leave some to train on."
     if problem:
-        for path in writer.folder.iterdir():
-            path.unlink()
-        writer.folder.rmdir()
+        _removed(writer)
         raise UserError(problem)
-    if not writer.splits["train"].documents:
-        writer.move_newest("valid", "train")
-    elif not writer.splits["valid"].documents and arguments.valid_fraction and writer.splits["train"].documents > 1:
-        writer.move_newest("train", "valid")
+    if train and (writer.splits["valid"].documents or train == 1 or not arguments.valid_fraction) or writer.together():
+        return False
+    source, target = ("train", "valid") if train else ("valid", "train")
+    copies = writer.copies_of_newest(source)
+    if copies == 1:
+        writer.move_newest(source, target)
+    elif copies == train:
+        print(f"all {copies:,} documents are the same, so that none is held out", flush=True)
+    else:
+        print(f"the newest document is there {copies:,} times; all go to the {target} split, so all is written again", flush=True)
+        writer.start_again(target, digest_of(writer.newest(source)))
+        return True
+    return False
 
 
 def _benchmark(corpus: Corpus, encoder: Encoder, rate: float) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ import numpy as np
 from data.errors import UserError
 
 ENDINGS = (".bin", ".idx", ".len")
+TOGETHER = "together.json"  # the side, and the digest, of a document that goes there with all of its copies
 
 
 @dataclass
@@ -48,8 +50,11 @@ class ShardWriter:
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.folder, self.dtype, self.shard_tokens = folder, dtype.newbyteorder("<"), shard_tokens
-        self.splits = {"train": Split(), "valid": Split()}
         self.files: dict[str, list[IO[bytes]]] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self.splits = {"train": Split(), "valid": Split()}
         self.digests: dict[str, Any] = {}
         self.consumed = 0
 
@@ -59,7 +64,7 @@ class ShardWriter:
             journal = json.loads((self.folder / "journal.json").read_text())
         except (OSError, ValueError):
             return False
-        self._close_files()
+        self.close_files()
         self.splits = {name: Split(**values) for name, values in journal["splits"].items()}
         self.consumed = journal["consumed"]
         for name, split in self.splits.items():
@@ -129,7 +134,7 @@ class ShardWriter:
             )
         split.open_tokens = split.open_documents = split.open_bytes = 0
 
-    def _close_files(self) -> None:
+    def close_files(self) -> None:
         for files in self.files.values():
             for file in files:
                 file.close()
@@ -151,18 +156,52 @@ class ShardWriter:
     def move_newest(self, source: str, target: str) -> None:
         """Moves the last document of `source` to `target`. A kill at any moment leaves it on exactly one side."""
         self.commit(self.consumed)
-        split = self.splits[source]
+        split, tokens = self.splits[source], self.newest(source)
         if not split.open_documents:  # the newest document closed its shard: that is open again
             shard = split.shards.pop()
             split.open_tokens, split.open_documents, split.open_bytes = shard["tokens"], shard["documents"], shard["bytes"]
         n, size = split.last_document
-        with (self.folder / f"{self._base(source)}.bin").open("rb") as file:
-            file.seek((split.open_tokens - n) * self.dtype.itemsize)
-            tokens = np.frombuffer(file.read(n * self.dtype.itemsize), self.dtype)
         split.count(-n, -1, -size)
         self.extend(target, [tokens], [size])
         self.commit(self.consumed)  # the one moment from which the document counts as moved
         self.resume()  # cuts it off where it was
+
+    def newest(self, name: str) -> np.ndarray:
+        """The tokens of the last document of a split that has one."""
+        return np.array(next(self._from_the_end(name)))
+
+    def copies_of_newest(self, name: str) -> int:
+        """How many documents of a split have the tokens of its last one, which is counted too."""
+        newest = self.newest(name)
+        return sum(np.array_equal(tokens, newest) for tokens in self._from_the_end(name))
+
+    def _from_the_end(self, name: str) -> Iterator[np.ndarray]:
+        """The tokens of each document, the last one first, of what has been committed."""
+        split = self.splits[name]
+        shards = [(shard["file"], shard["tokens"], shard["documents"]) for shard in split.shards]
+        shards += [(self._base(name), split.open_tokens, split.open_documents)] if split.open_documents else []
+        for base, n, documents in reversed(shards):
+            tokens = np.memmap(self.folder / f"{base}.bin", self.dtype, "r", shape=(n,))
+            starts = np.fromfile(self.folder / f"{base}.idx", "<u8", documents).astype(np.int64)
+            for start, end in reversed(list(zip(starts, [*starts[1:], n]))):
+                yield tokens[start:end]
+
+    def together(self) -> tuple[str, str] | None:
+        """The side and the digest of the document that goes there with all of its copies, where that was settled."""
+        try:
+            side, digest = json.loads((self.folder / TOGETHER).read_text())
+        except (OSError, ValueError):
+            return None
+        return side, digest
+
+    def start_again(self, side: str, digest: str) -> None:
+        """Forgets all that was written, and settles to which side a document and its copies go. A kill in between: as if nothing had been."""
+        self.close_files()
+        (self.folder / "journal.json").unlink()
+        temporary = self.folder / "together.tmp"
+        temporary.write_text(json.dumps([side, digest]))
+        os.replace(temporary, self.folder / TOGETHER)
+        self._begin()
 
     def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
         """Closes the shards and writes meta.json last; returns it. `publish` then gives the folder its name."""
@@ -187,7 +226,7 @@ class ShardWriter:
 
 def publish(partial: Path, final: Path) -> None:
     """Renames a folder with meta.json to `final`, in place of one that may be there."""
-    for name in ("journal.json", "journal.tmp", "identity.json"):
+    for name in ("journal.json", "journal.tmp", "identity.json", TOGETHER, "together.tmp"):
         (partial / name).unlink(missing_ok=True)
     old = final.with_name(final.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
@@ -195,6 +234,11 @@ def publish(partial: Path, final: Path) -> None:
         os.replace(final, old)
     os.replace(partial, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def digest_of(tokens: np.ndarray) -> str:
+    """Of a document's tokens, whatever their dtype."""
+    return hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
 
 def _sync(file: IO[bytes]) -> None:

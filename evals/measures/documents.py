@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,7 @@ def document_perplexity(
     """Perplexity and bits per byte of documents, each read with an empty state: {'perplexity', 'bits_per_byte', their 95 % intervals, ...}.
 
     documents: (ids (n+1,), bytes of all but the first); the first id is read and not scored. Intervals are a bootstrap over documents, over blocks of 1,024 tokens where there are fewer than 8
-    (bytes then shared out evenly over a document's tokens). unit: what the pairs are called. Raises ItemError where no document has two tokens.
+    (bytes then shared out evenly over a document's tokens). unit: what several pairs are called. Raises ItemError where no document has two tokens.
     """
     documents = [(ids, size) for ids, size in documents if len(ids) > 1]
     if not documents:
@@ -60,6 +61,7 @@ def document_perplexity(
     low, high = bootstrap_ratio(nats, tokens, seed=seed)
     low_bits, high_bits = (x / math.log(2) for x in bootstrap_ratio(nats, sizes, seed=seed))
     known = low == low  # not with one unit
+    called = unit if len(documents) > 1 else re.sub(r"s\b", "", unit, count=1)
     per_token, bits = float(nats.sum() / tokens.sum()), float(nats.sum() / sizes.sum() / math.log(2))
     return {
         "documents": len(documents),
@@ -73,5 +75,5 @@ def document_perplexity(
         "bits_per_byte_low": low_bits,
         "bits_per_byte_high": high_bits,
         "interval": f"bootstrap over {unit}" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
-        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {unit}",
+        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {called}",
     }

@@ -155,7 +155,7 @@ def test_a_crash_while_a_document_changes_sides_loses_nothing(tmp_path: Path, ki
             writer.commit = commit  # type: ignore[method-assign]
             with pytest.raises(Killed):
                 writer.move_newest("train", "valid")
-            writer._close_files()
+            writer.close_files()
             writer = ShardWriter(folder, np.dtype("uint16"), shard_tokens)
             assert writer.resume() and writer.consumed == 9
         if not writer.splits["valid"].documents:

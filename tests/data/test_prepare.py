@@ -50,6 +50,30 @@ def test_documents_come_back_as_they_were_and_no_split_is_empty(tmp_path: Path) 
     assert len(train.meta["splits"]["train"]["shards"]) > 2
 
 
+@pytest.mark.parametrize(
+    "texts,fraction,held_out",
+    [
+        (["one", "two", "three", "two"], 1e-9, ["two", "two"]),  # the newest is there twice: held out, neither is trained on
+        (["two", "one", "two"], 1 - 1e-9, ["one"]),  # all would be held out; the newest is given away with its copy
+        (["two", "two", "two"], 1e-9, []),
+        (["two", "two", "two"], 1 - 1e-9, []),
+        (["two", "two", "three"], 1e-9, ["three"]),
+    ],
+)
+def test_no_copy_of_a_held_out_document_is_trained_on(tmp_path: Path, texts: list[str], fraction: float, held_out: list[str]) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    words = [f"input={tmp_path / 'a.jsonl'}", "tokenizer=bytes", f"valid_fraction={fraction}", "shard_tokens=5"]
+    assert main([*words, f"out={tmp_path / 'out'}"]) == 0
+    parts = [ShardSet(tmp_path / "out", name) if split["documents"] else None for name, split in _splits(tmp_path / "out").items()]
+    train, valid = ([text_of(part, i) for i in range(part.n_documents)] if part else [] for part in parts)
+    assert valid == held_out and sorted(train + valid) == sorted(texts)
+
+
+def _splits(folder: Path) -> dict[str, Any]:
+    splits = json.loads((folder / "meta.json").read_text())["splits"]
+    return {name: splits[name] for name in ("train", "valid")}
+
+
 def test_all_formats_give_the_same_tokens(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -99,6 +123,7 @@ def test_bad_records_are_counted_not_fatal_unless_asked(tmp_path: Path, capsys: 
         (["input={tmp}/empty.jsonl", "tokenizer=bpe:300"], "no usable text"),
         (["input={tmp}/bad.parquet", "tokenizer=bytes"], "not a Parquet file"),
         (["input={tmp}/bad.jsonl.xz", "tokenizer=bytes"], "cannot be read"),
+        (["input={tmp}/broken.jsonl", "tokenizer=bytes", "strict=true"], "not JSON"),
         (["input={tmp}/good.txt", "tokenizer=/no/tokenizer.json"], "cannot be loaded"),
         (["input={tmp}/good.txt", "tokenizer=bpe:12"], "at least 257"),
         (["input={tmp}/good.txt", "tokenizer=bytes", "valid_fraction=2"], "valid_fraction"),
@@ -111,12 +136,13 @@ def test_mistakes_end_in_a_sentence_and_leave_nothing(
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.parquet").write_text("no parquet")
     (tmp_path / "bad.jsonl.xz").write_text("no xz")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{broken\n')
     (tmp_path / "good.txt").write_text("some text")
     out = tmp_path / "out"
     assert main([*(w.format(tmp=tmp_path) for w in words), f"out={out}"]) == 2
     message = capsys.readouterr().err
     assert expected in message and "Traceback" not in message
-    assert not out.exists() and not (tmp_path / "out.partial" / "meta.json").exists()
+    assert not out.exists() and not (tmp_path / "out.partial").exists()
 
 
 def test_another_input_or_tokenizer_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

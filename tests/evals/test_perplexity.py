@@ -155,6 +155,7 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     assert result["perplexity_low"] < result["perplexity"] < result["perplexity_high"] and "over documents" in result["interval"]
     pieces = Text(text.ids, "test").documents(5, 30, decode)  # one document: pieces of it
     assert [len(ids) for ids, _ in pieces] == [31] * 4 + [sum(sizes) - 9 * 30] and pieces[1][0][0] == text.ids[60]
-    assert document_perplexity(adapter, pieces[:1])["perplexity_low"] is None
+    one = document_perplexity(adapter, pieces[:1], unit="pieces of 384 characters")
+    assert one["perplexity_low"] is None and one["summary"].endswith("over 1 piece of 384 characters")
     with pytest.raises(ItemError, match="no document of two tokens"):
         document_perplexity(adapter, [(np.array([1]), 1)])
