@@ -77,13 +77,13 @@ SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
 # The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
-# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty`: seeds of stage 0 up to so many, of decisive
-# rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
+# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty` and `five`: seeds of stage 0 and of stage 1
+# up to so many, of decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
 DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
 PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
 TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
-MORE_SEEDS = {"twenty": (5, 20)}
+MORE_SEEDS = {"twenty": ("stage0", 5, 20), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
@@ -96,6 +96,7 @@ ORDER = (
     ("time0", DECISIVE0),
     ("stage1", ("mamba2", "transformer")),
     ("stage1", ("gdn", "paragru")),
+    ("five", DECISIVE0[:2]),
     ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
     ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
     ("stage0", ("m2rnn", "slstm")),
@@ -114,7 +115,7 @@ ORDER = (
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
-MOST_SEEDS = max(last for _, last in MORE_SEEDS.values())
+MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
 READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
 
 
@@ -241,10 +242,14 @@ class Plan:
         rest = [self._stage0_cell(row, lr, seed) for seed in range(self._seeds0(row))]
         return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
 
-    def more(self, row: str, results: dict[str, Result], seeds: range) -> list[Cell]:
-        """Seeds of stage 0 beyond the usual ones, once the row's rate is known."""
-        lr = self.rate0(row, results)
-        return [] if lr is None else [self._stage0_cell(row, lr, seed) for seed in seeds]
+    def more(self, which: str, row: str, results: dict[str, Result]) -> list[Cell]:
+        """Seeds of stage 0 or 1 beyond the usual ones, once the row's rate there is known."""
+        stage, first, last = MORE_SEEDS[which]
+        if stage == "stage0":
+            lr = self.rate0(row, results)
+            return [] if lr is None else [self._stage0_cell(row, lr, seed) for seed in range(first, last)]
+        parts = self.stage1(row, results)
+        return [] if len(parts) < 2 else [self._stage1_cell(row, parts[1][0].settings["lr"], seed) for seed in range(first, last)]
 
     def _stage1_cell(self, row: str, lr: float, seed: int) -> Cell:
         return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
@@ -262,7 +267,7 @@ class Plan:
         lr = self._best(tried, results, lambda lr, seed: self._stage1_cell(row, lr, seed))
         if lr is None:
             return [tried[::-1]]
-        rest = [self._stage1_cell(row, lr, seed) for seed in range(self._seeds0(row))]
+        rest = [self._stage1_cell(row, lr, seed) for seed in range(self.seeds)]
         return [[*tried[::-1], *(c for c in rest[:1] if c.name not in {t.name for t in tried})], rest[1:]]
 
     def _seeds0(self, row: str) -> int:
@@ -280,8 +285,7 @@ class Plan:
                 for number in range(2):
                     cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
             elif stage in MORE_SEEDS:
-                more = [self.more(row, results, range(*MORE_SEEDS[stage])) for row in rows]
-                cells += [c for turn in self._turns(more) for c in turn]
+                cells += [c for turn in self._turns([self.more(stage, row, results) for row in rows]) for c in turn]
             elif stage == "speed":
                 cells += [self.speed(row) for row in rows]
             elif stage == "probe":

@@ -17,7 +17,7 @@ from scripts.board import __main__ as program
 from scripts.board import architectures, work
 from scripts.board.draw import collect
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MORE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
+from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
 from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
@@ -99,8 +99,8 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     assert [name.split(".")[1] for name in waves[0]] == [f"{row}@tiny" for row in pair * 3 + ["transformer"] * 3]
     # At the rate that is known, of each row of a group, seed after seed; then the group's further seeds, equal time, and stage 1's two rates.
     seeds = [f"stage0.{row}@tiny.0.008.{s}" for s in range(1, 5) for row in pair]
-    twenty = [f"stage0.gdn_hybrid@tiny.0.008.{seed}" for seed in range(*MORE_SEEDS["twenty"])]
-    more = [f"stage0.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(*MORE_SEEDS["twenty"])]
+    twenty = [f"stage0.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5, MOST_SEEDS)]
+    more = [f"stage0.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5, MOST_SEEDS)]
     time0 = [f"time0_of_gdn_hybrid_paragru.gdn_hybrid@tiny.0.008.{seed}" for seed in range(5)]
     tried = [f"stage1.{row}@tiny.{rate}.0" for rate in ("0.008", "0.004") for row in pair]
     transformer = [f"{stage}.transformer@tiny.0.008.{seed}" for stage, seed in (("stage0", 1), ("stage0", 2))]
@@ -108,10 +108,10 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     assert waves[1] == seeds + transformer + tried + twenty + time0 + alone + more
     # The hybrid's best rate of stage 1 was the lower one, so half of that is tried; the other row has its seeds, and those decide equal time. The
     # Transformer diverged in stage 0, and is run at half its rate in both.
-    rest = [f"stage1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(1, 5)]
+    rest, five = ([f"stage1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in seeds] for seeds in ((1, 2), (3, 4)))
     half = [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
-    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", *rest, "stage1.transformer@tiny.0.002.0", *time1]
+    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", *rest, "stage1.transformer@tiny.0.002.0", *five, *time1]
     last = [f"stage1.transformer@tiny.0.004.{seed}" for seed in (1, 2)]
     assert waves[3:] == [["stage1.gdn_hybrid@tiny.0.001.0", *last], [f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in range(1, 5)]]
     assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
