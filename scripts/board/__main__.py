@@ -5,6 +5,7 @@
     python -m scripts.board run data=DIR minutes=25                         runs cells until time is up; again, or `resume`: goes on
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
+    python -m scripts.board beside data=DIR rows=gdn streams=3              what 1, 2 and 3 cells of a row make together on one GPU
     python -m scripts.board draw out=DIR                                    table, plots and log in docs/board
     python -m scripts.board export out=DIR only=CELL                        a trained cell as a folder for transformers, its numbers in the card
 
@@ -23,7 +24,7 @@ Keys
             input, part, vocabulary, tokenizer, join: of corpus (scripts/board/corpus.py)
 
 Cells of the same settings are never run twice. A cell is finished (a file in OUT/cells, after `draw` a line of PAGE/cells.jsonl), under way, or not
-begun, and every attempt is a line of attempts.jsonl. One cell after the other: several streams of a process were no faster, two processes a GPU may be.
+begun, and every attempt is a line of attempts.jsonl. Whether streams=2 is quicker than one cell after the other depends on the rows: `beside` measures it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "again", "draw", "export")
+ACTIONS = ("corpus", "plan", "run", "resume", "again", "beside", "draw", "export")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -196,6 +197,11 @@ def main(words: list[str]) -> int:
         show(values)
     elif action == "again":
         return again(values)
+    elif action == "beside":
+        from scripts.board.beside import beside
+
+        begin(values)
+        beside(values)
     elif action == "draw":
         from scripts.board.draw import draw
 

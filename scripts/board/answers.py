@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.results import Interval, difference
+from scripts.board.results import Interval, difference, unpaired
 
 Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
-PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}
+PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}  # the one of most tokens first
 NARROW = 0.01  # bits per byte that an answer's interval is to be narrower than
 
 
@@ -86,26 +86,47 @@ def sides(rows: Rows, question: Question, stage: str) -> tuple[dict[int, float],
     return bits(rows, question.one, cells["one"]), bits(rows, question.other, cells["other"])
 
 
+def speed_ratio(rows: Rows, one: str, other: str) -> float | None:
+    """Training tokens/s of one row over another's, each alone on the device; None where either was not timed."""
+    speeds = [(rows.get(row, {}).get("speed") or {}).get("tokens_per_s") for row in (one, other)]
+    return round(speeds[0] / speeds[1], 2) if speeds[0] and speeds[1] else None
+
+
+def deciding(one: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """One minus other over the seeds that both have, or, where one has more of them, over all seeds, not in pairs; None where both have none."""
+    paired, every = difference(one, other), unpaired(one, other)
+    return every if paired is not None and every is not None and max(len(one), len(other)) > paired.n > 1 else paired
+
+
 def compared(rows: Rows, question: Question, stage: str) -> Interval | None:
-    """One minus other over the seeds that both have; None where there is none."""
-    return difference(*sides(rows, question, stage))
+    """`deciding` of a question in a stage."""
+    return deciding(*sides(rows, question, stage))
 
 
 def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
-    """What the results of a stage, pass, stage1 or stage0, say to a question. In stage 0 seed 0 chose the rate, so the difference without it is told as well."""
+    """What the results of a stage, pass, stage1 or stage0, say to a question. In stages 0 and 1 seed 0 chose the rate, so the difference without it is told
+    as well."""
     one, other = sides(rows, question, stage)
     about = PREFIXES[stage] + question.about
     found = difference(one, other)
     if found is None:
+        if question.seeds != "pass" and (ratio := speed_ratio(rows, question.one, question.other)) is not None and ratio >= 1.0:
+            return Answer(f"{about}: it trains at {ratio:.2f} times the speed of the other, so equal tokens are no more time.", False)
         return Answer(f"{about}: not measured yet.", False, False)
     said = f"{about}: {shown(found)} bits per byte"
     if found.n == 1:
         return Answer(f"{said}; nothing can be said.", True)
-    if stage == "stage0":
+    if stage != "pass":
         rest = difference({seed: value for seed, value in one.items() if seed}, other)
         said += f"; without seed 0 {shown(rest)}" if rest is not None else ""
+    every = deciding(one, other)
+    if every is not None and every != found:
+        said += (
+            f"; over all seeds, not in pairs, {every.mean:+.4f} ({every.low:+.4f} to {every.high:+.4f}, {len(one)} and {len(other)} seeds)"
+        )
+        found = every
     if not found.decides():
-        wide = ""
+        wide = f"; a difference beyond {max(abs(found.low), abs(found.high)):.4f} is ruled out"
         if found.high - found.low >= NARROW:
             wide = f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
             if found.n > 2:  # two say nothing of how seeds differ

@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
-from scripts.board.page import log_text, page_text
+from scripts.board.page import RATES, log_text, page_text
 from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
-from scripts.board.results import Result, attempts, gather, gather_again
+from scripts.board.results import Result, attempts, final_loss, gather, gather_again
 from training.cost.flops import peak_flops
 from training.errors import UserError
 
@@ -27,6 +28,10 @@ def draw(values: dict[str, Any]) -> None:
     if not every:
         raise UserError(f"Neither {out} nor {page} has a finished cell; run some first, or give out=.")
     found = collect(values["size"], every, attempts(page)) | {"again": gather_again(out, page, every)}
+    if (out / "beside.json").exists():
+        write_bytes(page / "beside.json", (out / "beside.json").read_bytes())
+    if (page / "beside.json").exists():
+        found["beside"] = json.loads((page / "beside.json").read_text())
     for card in sorted((out / "cards").glob("*.md")):
         write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
     found["cards"] = sorted(path.name for path in (page / "cards").glob("*.txt"))
@@ -82,6 +87,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "phases": phases,
         "outdated": outdated,
         "again": [],
+        "beside": {},
         "cards": [],
     }
 
@@ -95,18 +101,28 @@ def _of(result: Result, size: str) -> bool:
 
 
 def _row(mine: list[Result]) -> dict[str, Any]:
-    row: dict[str, Any] = {"rates0": [], "stage0": {}, "stage1": {}, "grid": [], "pass": {}, "leaders": {}, "probe": {}, "speedrun": []}
-    rate = {"stage0": _chosen(mine, "stage0"), "stage1": _chosen(mine, "stage1")}
+    row: dict[str, Any] = {
+        "rates0": [],
+        "rates1": [],
+        "stage0": {},
+        "stage1": {},
+        "grid": [],
+        "pass": {},
+        "leaders": {},
+        "probe": {},
+        "speedrun": [],
+    }
+    rate = {"stage0": _chosen(mine, "stage0"), "stage1": _chosen(mine, "stage1") if _settled(mine) else None}
     for result in sorted(mine, key=lambda r: r.name):
         content, settings = result.content, result.content["settings"]
         stage, seed = content["stage"], str(settings["seed"])
         if stage in rate:
             if settings["lr"] == rate[stage]:
                 row[stage][seed] = _text_cell(result)
-            if stage == "stage1" or seed != "0":
+            if seed != "0":
                 continue
-        if stage in ("grid", "stage0"):
-            row["grid" if stage == "grid" else "rates0"].append(
+        if stage in RATES:
+            row[RATES[stage]].append(
                 {"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, **_held(content)}
             )
         elif stage in ("pass", "leaders"):
@@ -125,7 +141,7 @@ def _row(mine: list[Result]) -> dict[str, Any]:
             run = {"seconds": content["seconds"], "tokens": content["tokens"], "lr": settings["lr"], "bits_per_byte": result.bits_per_byte}
             run["device"] = str((content.get("environment") or {}).get("device"))
             row["speedrun"].append(run | {"command": command})
-    for rates in ("grid", "rates0"):
+    for rates in RATES.values():
         row[rates].sort(key=lambda cell: cell["lr"])
     return row
 
@@ -156,11 +172,21 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
     return dropped
 
 
+def _settled(mine: list[Result]) -> bool:
+    """Whether a row's rate of stage 1 is known: two or more tried there with seed 0, and the lowest not the best."""
+    tried = {
+        r.content["settings"]["lr"]: final_loss(r, r.content["settings"])
+        for r in mine
+        if r.content["stage"] == "stage1" and not r.content["settings"]["seed"]
+    }
+    return len(tried) > 1 and min(tried, key=lambda lr: tried[lr] or math.inf) != min(tried)
+
+
 def _chosen(mine: list[Result], stage: str) -> float | None:
     """The rate at which a row's seeds of stage 0 or 1 are run: the lowest one that has a seed other than the one that chose it (half the best where that
     diverged). None: not there yet."""
     cells = [r.content["settings"] for r in mine if r.content["stage"] == stage]
-    return min((settings["lr"] for settings in cells if settings["seed"] or stage == "stage1"), default=None)
+    return min((settings["lr"] for settings in cells if settings["seed"]), default=None)
 
 
 def _held(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the protocol expected before any result, and what came out: a line for each expectation, from the stage of most tokens that can say it.
+"""What the protocol expected before any result, and what came out: a line for each expectation, from every stage that can say something.
 
 An expectation of an effect within a bound is held where the 95 % interval lies inside, and refuted where it lies outside; what the interval does not
 decide is said to be open, and what has no cells is not answered yet.
@@ -14,33 +14,33 @@ OPEN = "not answered yet"
 STAGES = tuple(PREFIXES)
 
 
-def best(rows: Rows, question: Question) -> tuple[str, Interval] | None:
-    """(stage, one minus other) of the stage of most tokens in which both have two seeds in common or more."""
-    for stage in STAGES:
-        found = compared(rows, question, stage)
-        if found is not None and found.n > 1:
-            return stage, found
-    return None
+def found_in(rows: Rows, question: Question) -> list[tuple[str, Interval]]:
+    """(stage, one minus other) of each stage in which both have two seeds in common or more, that of most tokens first."""
+    each = [(stage, compared(rows, question, stage)) for stage in STAGES]
+    return [(stage, value) for stage, value in each if value is not None and value.n > 1]
 
 
-def _said(rows: Rows, one: str, other: str, low: float, high: float, seeds: str = "pass") -> str:
-    """'held: -0.0012 (...)', where the difference of two rows is expected within low and high."""
-    found = best(rows, Question("", one, other, 0, seeds))
-    if found is None:
-        return OPEN
-    stage, value = found
+def _verdict(value: Interval, low: float, high: float) -> str:
+    """'held: -0.0012 (...)', where a difference is expected within low and high."""
     inside, outside = value.low >= low and value.high <= high, value.high < low or value.low > high
     beyond = f"did not hold, {'lower' if value.high < low else 'higher'} than that" if outside else "open"
-    verdict = "held" if inside else beyond
-    return f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}"
+    return f"{'held' if inside else beyond}, {shown(value)}"
+
+
+def _said(rows: Rows, one: str, other: str, low: float, high: float) -> str:
+    found = found_in(rows, Question("", one, other, 0))
+    return "; ".join(f"{PREFIXES[stage].lower()}{_verdict(value, low, high)}" for stage, value in found) or OPEN
 
 
 def _in_time(rows: Rows, one: str, other: str) -> str:
     """At equal time: that it loses by its speed alone is held where it loses and is within 0.01 of the other row at equal tokens."""
-    said = _said(rows, one, other, 0.0, 1.0, f"time_of_{one}")
-    if "held, " in said and "held, " not in _said(rows, one, other, -0.01, 0.01):
-        return said.replace("held, ", "it loses; whether by its speed alone is open, as equal tokens do not decide: ")
-    return said
+    said = []
+    for stage, value in found_in(rows, Question("", one, other, 0, f"time_of_{one}")):
+        verdict, equal = _verdict(value, 0.0, 1.0), compared(rows, Question("", one, other, 0), stage)
+        if verdict.startswith("held, ") and (equal is None or not _verdict(equal, -0.01, 0.01).startswith("held, ")):
+            verdict = verdict.replace("held, ", "it loses; whether by its speed alone is open, as equal tokens do not decide: ")
+        said.append(PREFIXES[stage].lower() + verdict)
+    return "; ".join(said) or OPEN
 
 
 def _label(row: str) -> str:
@@ -68,12 +68,11 @@ def _collapsed(rows: Rows) -> str:
 
 def _free(rows: Rows, row: str) -> str:
     """Whether the row costs anything beside the one it is compared with; open where the interval is wide."""
-    found = best(rows, Question("", row, ARCHITECTURES[row].of, 0))
-    if found is None:
-        return ""
-    stage, value = found
-    verdict = "did not hold" if value.low > 0 else "held" if value.high - value.low < NARROW else "open"
-    return f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}"
+    said = []
+    for stage, value in found_in(rows, Question("", row, ARCHITECTURES[row].of, 0)):
+        verdict = "did not hold" if value.low > 0 else "held" if value.high - value.low < NARROW else "open"
+        said.append(f"{PREFIXES[stage].lower()}{verdict}, {shown(value)}")
+    return "; ".join(said)
 
 
 def _muon(rows: Rows) -> str:

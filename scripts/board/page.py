@@ -10,15 +10,16 @@ from typing import Any
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS
+from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, FINAL, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS, TEN
 from scripts.board.results import Interval, difference, interval
 
 OUTDATED = "they have the steps that earlier speeds asked for, or the rows have not been timed since a step became quicker."
-STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
+STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0", "stage1": "stage 1"}  # in the order of the page
+RATES = {"grid": "grid", "stage0": "rates0", "stage1": "rates1"}  # of a stage: where the cells of seed 0 are that choose a rate
 
 
 def shown_stages(rows: dict[str, Any]) -> list[str]:
-    """The stages with seeds that have results: the full pass, then stage 0."""
+    """The stages with seeds that have results, in the order of the page."""
     return [stage for stage in STAGE_NAMES if any(bits(rows, name, stage) for name in rows)]
 
 
@@ -26,8 +27,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     """README.md of the page: negative results first, then the tables."""
     rows = found["rows"]
     stages = shown_stages(rows)
-    answers = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)]
-    answers.sort(key=lambda a: not a.negative)
+    answers = sorted((a for stage in stages or ["pass"] for a in all_answers(rows, stage)), key=lambda a: not a.negative)
     known = [a for a in answers if a.known]
     lines = ["# The board", "", *_introduction(found, stages), ""]
     nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
@@ -47,7 +47,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     lines += ["## Loss", "", *(["No cell of the full pass is finished.", ""] if "pass" not in stages else [])]
     for stage in stages:
         lines += [*loss_table(found, stage), ""]
-    lines += ["## Rates tried", "", *[line for stage in ("grid", "rates0") for line in [*grid_table(found, stage), ""]]]
+    tried = [line for stage in RATES for line in grid_table(found, stage)]
+    lines += ["## Rates tried", "", *(tried or ["No cell of the grid is finished.", ""])]
     if stages or any(row["probe"] for row in rows.values()):
         lines += ["## Behaviour", "", *behaviour_table(rows), ""]
     lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row or row["trained"] for row in rows.values()) else []
@@ -55,6 +56,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [f"![{name.removesuffix('.png')}]({name})", ""]
     lines += ["## Run again", "", *again_table(found), ""] if found["again"] else []
     lines += ["## What a cell costs", "", *cost_lines(found["phases"]), ""] if found["phases"] else []
+    lines += ["## Cells side by side", "", *beside_lines(found["beside"]), ""] if found["beside"] else []
     if found["cards"]:
         lines += [
             "## Models for transformers",
@@ -152,6 +154,20 @@ def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
     return ["Median seconds; the first cell of a process compiles kernels in its training.", "", *lines]
 
 
+def beside_lines(beside: dict[str, Any]) -> list[str]:
+    """What `python -m scripts.board beside` found: tokens/s of several cells of a row on one device together."""
+    most = max(len(rates) for rates in beside["rows"].values())
+    lines = [
+        "Training tokens/s of so many cells of a row together on one device, each a graph on a stream of its own, and their ratio to one",
+        "alone",
+    ]
+    lines[-1] += f" ({beside['environment']['device']}, commit {beside['environment']['commit'][:7]}, [JSON](beside.json))."
+    lines += ["", "| row | " + " | ".join(str(n) for n in range(1, most + 1)) + " |", "|---" * (most + 1) + "|"]
+    for row, rates in beside["rows"].items():
+        lines.append(f"| {ARCHITECTURES[row].label} | " + " | ".join(f"{r:,.0f} ({r / rates[0]:.2f})" for r in rates) + " |")
+    return lines
+
+
 def _items(answers: list[Answer]) -> list[str]:
     return [textwrap.fill(f"- {a.text}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) for a in answers]
 
@@ -164,7 +180,7 @@ def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
     rows, tokens = found["rows"].values(), found["tokens"]
     grid, passes = sum(len(row["grid"]) for row in rows), sum(len(row["pass"]) for row in rows)
     zero = sum(len(row["rates0"]) + sum(seed != "0" for seed in row["stage0"]) for row in rows)
-    one = sum(len(row["stage1"]) for row in rows)
+    one = sum(len(row["rates1"]) + sum(seed != "0" for seed in row["stage1"]) for row in rows)
     begun, failed = (sum(a["event"] == event for a in found["attempts"]) for event in ("begun", "failed"))
     text = [
         f"What each architecture is worth at equal tokens: {found['size']} parameters, training length {found['T']}.",
@@ -179,6 +195,13 @@ def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
     warning = (
         f"**No cell of the full pass is finished. What is below was trained on {shares} and does not rank what the full pass is for.**"
     )
+    complete = [row for row in found["rows"] if len(bits(found["rows"], row, FINAL)) >= SEEDS]
+    if set(TEN) <= set(complete):
+        warning = (
+            f"**The table is that of {STAGE_NAMES[FINAL]}: {len(complete)} rows with {SEEDS} seeds or more, {tokens[FINAL] / 1e6:g}M tokens a cell, "
+            f"{tokens[FINAL] / tokens['pass']:.0%} of the full pass, which was not run: the device time that there was did not reach so far. It says "
+            f"how fast each row learns at first. {STAGE_NAMES['stage1'].capitalize()}, of fewer rows, looks on to {tokens['stage1'] / 1e6:.0f}M tokens.**"
+        )
     if not stages:
         warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
     warning = textwrap.fill(warning, 110)
@@ -220,22 +243,21 @@ def loss_table(found: dict[str, Any], stage: str) -> list[str]:
 
 
 def grid_table(found: dict[str, Any], stage: str) -> list[str]:
-    """Bits per byte of every rate tried with seed 0, in the grid of the full pass or in stage 0; the best of a row in bold."""
-    rates = sorted({cell["lr"] for row in found["rows"].values() for cell in row[stage]})
-    tokens = found["tokens"]["grid" if stage == "grid" else "stage0"]
+    """Bits per byte of every rate tried with seed 0, in the grid of the full pass or a stage; the best of a row in bold. Empty where there is none."""
+    rates = sorted({cell["lr"] for row in found["rows"].values() for cell in row[RATES[stage]]})
     if not rates:
-        return [f"No cell of {'the grid' if stage == 'grid' else 'stage 0'} is finished."]
-    where = "the grid" if stage == "grid" else "stage 0"
+        return []
+    where = STAGE_NAMES.get(stage, "the grid")
     lines = [
-        f"Held-out bits per byte in {where}, after {tokens / 1e6:g}M tokens, seed 0. A best rate at the edge asks for another one.",
+        f"Held-out bits per byte in {where}, after {found['tokens'][stage] / 1e6:.3g}M tokens, seed 0. A best rate at the edge asks for another one.",
         "",
     ]
     lines += ["| row | parameters | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "|---" * (len(rates) + 2) + "|"]
     for row in found["rows"].values():
-        if not row[stage]:
+        if not row[RATES[stage]]:
             continue
-        values = {cell["lr"]: cell for cell in row[stage]}
-        finite = [c["bits_per_byte"] for c in row[stage] if not c["diverged"] and c["bits_per_byte"] is not None]
+        values = {cell["lr"]: cell for cell in row[RATES[stage]]}
+        finite = [c["bits_per_byte"] for c in row[RATES[stage]] if not c["diverged"] and c["bits_per_byte"] is not None]
         best = min(finite, default=None)
         texts = []
         for rate in rates:
@@ -243,7 +265,7 @@ def grid_table(found: dict[str, Any], stage: str) -> list[str]:
             text = "" if cell is None else "diverged" if cell["diverged"] else _number(cell["bits_per_byte"], ".4f")
             texts.append(f"**{text}**" if cell and best is not None and cell["bits_per_byte"] == best else text)
         lines.append(f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | " + " | ".join(texts) + " |")
-    return lines
+    return [*lines, ""]
 
 
 def earlier_table(cells: list[dict[str, Any]]) -> list[str]:

@@ -77,12 +77,13 @@ SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
 # The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
-# groups are small, so that what time breaks off is few rows and not the seeds of all. `eight` and `twelve`: seeds of stage 1 up to so many, of the
-# decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
+# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty` and `five`: seeds of stage 0 and of stage 1
+# up to so many, of decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
 DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
 PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
-MORE_SEEDS = {"eight": (5, 8), "twelve": (8, 12)}
+TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
+MORE_SEEDS = {"twenty": ("stage0", 5, 20), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
@@ -91,25 +92,30 @@ ORDER = (
     ("stage0", ("mamba2_pass", "gdn_pass")),
     ("speed", DECISIVE0),
     ("stage1", DECISIVE0[:2]),
+    ("twenty", DECISIVE0[:1]),
     ("time0", DECISIVE0),
+    ("stage1", ("mamba2", "transformer")),
+    ("stage1", ("gdn", "paragru")),
+    ("five", DECISIVE0[:2]),
+    ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
+    ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
+    ("stage0", ("m2rnn", "slstm")),
+    ("stage1", ("transformer_muon",)),
+    ("stage1", RECURRENT),
     ("stage1", DECISIVE0),
-    ("eight", DECISIVE0[:2]),
-    ("stage0", ("m2rnn", "gdn_hybrid_m2rnn")),
-    ("stage0", ("slstm", "mamba2_hybrid")),
-    ("speed", (*PLAIN, *RECURRENT, "m2rnn", "slstm")),
-    ("probe", (*PLAIN, *RECURRENT, "m2rnn", "slstm", "gdn_hybrid")),
-    ("stage1", PLAIN),
-    ("eight", DECISIVE0),
+    ("speed", ("m2rnn", "slstm")),
+    ("probe", ("m2rnn", "slstm")),
+    ("twenty", DECISIVE0[1:]),
+    ("stage0", ("gdn_hybrid_m2rnn", "mamba2_hybrid")),
     ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
     ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
     ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
     ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass")),
-    ("twelve", DECISIVE0),
     ("time1", DECISIVE0),
-    ("stage1", RECURRENT),
-    ("stage1", ("gdn_hybrid_m2rnn", "transformer_muon", "gdn_muon", "mamba2_pass", "gdn_pass")),
+    ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
-MOST_SEEDS = max(last for _, last in MORE_SEEDS.values())
+FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
+MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
 READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
 
 
@@ -181,8 +187,10 @@ class Plan:
 
     # What follows from results
 
-    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
-        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
+    def _widened(
+        self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result], upwards: bool = True
+    ) -> list[Cell]:
+        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES. upwards: beyond the upper one too."""
         tried, factor = list(rates), rates[1] / rates[0]
         while True:
             cells = [cell(lr) for lr in tried]
@@ -190,7 +198,7 @@ class Plan:
             if None in losses or len(tried) >= MOST_RATES:
                 return cells
             best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(tried) - 1:
+            if 0 < best < len(tried) - 1 or best and not upwards:
                 return cells
             tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
 
@@ -234,21 +242,33 @@ class Plan:
         rest = [self._stage0_cell(row, lr, seed) for seed in range(self._seeds0(row))]
         return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
 
-    def stage1(self, row: str, results: dict[str, Result], which: range | None = None) -> list[Cell]:
-        """A row of stage 1 at its rate of stage 0, once that is known; at half of it where that diverged. which: seeds beyond the usual ones."""
+    def more(self, which: str, row: str, results: dict[str, Result]) -> list[Cell]:
+        """Seeds of stage 0 or 1 beyond the usual ones, once the row's rate there is known."""
+        stage, first, last = MORE_SEEDS[which]
+        if stage == "stage0":
+            lr = self.rate0(row, results)
+            return [] if lr is None else [self._stage0_cell(row, lr, seed) for seed in range(first, last)]
+        parts = self.stage1(row, results)
+        return [] if len(parts) < 2 else [self._stage1_cell(row, parts[1][0].settings["lr"], seed) for seed in range(first, last)]
 
-        def cell(lr: float, seed: int) -> Cell:
-            return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
+    def _stage1_cell(self, row: str, lr: float, seed: int) -> Cell:
+        return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
 
-        lr = self.rate0(row, results)
-        if lr is None:
+    def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
+        """A row of stage 1: its rate of stage 0 and half of it with seed 0, and lower ones while the lowest is the best; then the other seeds."""
+        lr0 = self.rate0(row, results)
+        if lr0 is None:
             return []
-        if any(
-            c.name in results and results[c.name].diverged and results[c.name].of(c.settings)
-            for c in (cell(lr, s) for s in range(MOST_SEEDS))
-        ):
-            lr /= 2
-        return [cell(lr, seed) for seed in which or range(self._seeds0(row))]
+
+        def cell(lr: float) -> Cell:
+            return self._stage1_cell(row, lr, 0)
+
+        tried = self._widened((lr0 / 2, lr0), cell, results, upwards=False)
+        lr = self._best(tried, results, lambda lr, seed: self._stage1_cell(row, lr, seed))
+        if lr is None:
+            return [tried[::-1]]
+        rest = [self._stage1_cell(row, lr, seed) for seed in range(self.seeds)]
+        return [[*tried[::-1], *(c for c in rest[:1] if c.name not in {t.name for t in tried})], rest[1:]]
 
     def _seeds0(self, row: str) -> int:
         return DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
@@ -260,13 +280,12 @@ class Plan:
         cells: list[Cell] = []
         for stage, group in (*ORDER, ("stage0", rest)):
             rows = [row for row in group if row in self.rows]
-            if stage == "stage0":
-                parts = [self.stage0(row, results) for row in rows]
+            if stage in ("stage0", "stage1"):
+                parts = [(self.stage0 if stage == "stage0" else self.stage1)(row, results) for row in rows]
                 for number in range(2):
                     cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
-            elif stage == "stage1" or stage in MORE_SEEDS:
-                seeds = range(*MORE_SEEDS[stage]) if stage in MORE_SEEDS else None
-                cells += [c for turn in self._turns([self.stage1(row, results, seeds) for row in rows]) for c in turn]
+            elif stage in MORE_SEEDS:
+                cells += [c for turn in self._turns([self.more(stage, row, results) for row in rows]) for c in turn]
             elif stage == "speed":
                 cells += [self.speed(row) for row in rows]
             elif stage == "probe":
@@ -288,10 +307,10 @@ class Plan:
         """The same in stage 1, where no more text is there: the row itself, for as many tokens as it reads in the time of the one it is compared with."""
         of = ARCHITECTURES[row].of
         ratio = self._ratio(row, of, results) if ARCHITECTURES[row].instead else None
-        cells = self.stage1(row, results)
-        if ratio is None or ratio >= 1.0 or not cells:
+        parts = self.stage1(row, results)
+        if ratio is None or ratio >= 1.0 or len(parts) < 2:
             return []
-        span, lr = self.board.grid_span, cells[0].settings["lr"]
+        span, lr = self.board.grid_span, parts[1][0].settings["lr"]
         return [self.text("time1", row, int(ratio * (span - self.board.T)), span, lr, seed) for seed in range(self._seeds0(row))]
 
     def _ratio(self, one: str, other: str, results: dict[str, Result]) -> float | None:

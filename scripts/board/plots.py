@@ -11,6 +11,7 @@ from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
+from scripts.board.plan import SEEDS
 from scripts.board.results import interval
 
 
@@ -46,12 +47,14 @@ def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes
     done = sorted(((label, value, seeds) for label, value, seeds in each if value is not None), key=lambda entry: -entry[1].mean)
     figure, axes = plt.subplots(figsize=(8.5, max(3.0, 1.2 + 0.32 * len(done))) if done else (8, 4.8))
     if done:
-        halves = [value.half if math.isfinite(value.half) else 0.0 for _, value, _ in done]
+        halves = [
+            value.half if value.n >= SEEDS and math.isfinite(value.half) else 0.0 for _, value, _ in done
+        ]  # of two seeds an interval is wider than the plot
         for place, (_, _, seeds) in enumerate(done):
-            axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=1)
+            axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=3)
         axes.errorbar([value.mean for _, value, _ in done], range(len(done)), xerr=halves, fmt="D", markersize=4, capsize=3, zorder=2)
         axes.set_yticks(range(len(done)), [label for label, _, _ in done], fontsize=8)
-        axes.set_xlabel(f"held-out bits per byte after {tokens}: mean, 95 % over seeds (grey: each seed)")
+        axes.set_xlabel(f"held-out bits per byte after {tokens}: mean, 95 % over {SEEDS} seeds or more (grey: each seed)")
     else:
         kind = "grid" if any(row["grid"] for row in rows.values()) else "rates0"
         for i, row in enumerate(rows.values()):
@@ -91,7 +94,7 @@ def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> byte
     for name, row in rows.items():
         values = list(bits(rows, name, stage).values())
         speed = (row.get("speed") or row["trained"] or {}).get("tokens_per_s")
-        if len(values) > 1 and speed:
+        if len(values) >= SEEDS and speed:
             value, style = interval(values), line(drawn)
             assert value is not None
             axes.errorbar(

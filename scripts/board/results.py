@@ -205,3 +205,17 @@ def interval(values: Iterable[float]) -> Interval | None:
 def difference(one: dict[int, float], other: dict[int, float]) -> Interval | None:
     """Interval of one minus other over the seeds that both have."""
     return interval(one[seed] - other[seed] for seed in sorted(one.keys() & other.keys()))
+
+
+def unpaired(one: dict[int, float], other: dict[int, float]) -> Interval | None:
+    """Interval of one minus other over all seeds of either (Welch's), for rows whose equal seeds are no nearer than others; its quantile is that of the
+    whole degrees of freedom below. n: of the fewer seeds. None where a side has fewer than two."""
+    sides = [list(values.values()) for values in (one, other)]
+    if min(map(len, sides)) < 2:
+        return None
+    parts = [statistics.variance(values) / len(values) for values in sides]
+    spread = sum(parts)
+    freedom = spread**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, sides)) if spread > 0 else 1.0
+    quantile = T975[min(int(freedom), len(T975) - 1)]
+    means = [statistics.fmean(values) for values in sides]
+    return Interval(means[0] - means[1], quantile * math.sqrt(spread), min(map(len, sides)))

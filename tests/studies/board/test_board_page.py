@@ -41,6 +41,10 @@ def test_answers_say_nulls_and_what_went_against_the_expectation_first() -> None
     null = answer(rows, Question("H", "gdn_hybrid", "gdn", 0))
     assert null.negative and "no difference is shown; the interval is wider than 0.01" in null.text
     assert not answer(rows, Question("P", "paragru", "gdn", 0)).known
+    # Where one row has more seeds the interval over all of them decides: scipy.stats.ttest_ind(equal_var=False) has -0.1136 to 0.0403 with 6.77 degrees
+    # of freedom; with the quantile of 6 it is this one.
+    uneven = answer({"gdn": row(1.4, 1.5, 1.6, 1.45, 1.55, 1.5), "mamba2": row(1.51, 1.56, 1.54)}, Question("U", "gdn", "mamba2", 0))
+    assert "over all seeds, not in pairs, -0.0367 (-0.1157 to +0.0424, 6 and 3 seeds)" in uneven.text
     said = dict(expectations(rows))
     [order_of_three] = said["Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU"]
     assert order_of_three == "GDN minus Mamba-2: held, -0.1000 (-0.1000 to -0.1000, 3 seeds)"
@@ -135,7 +139,9 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     found = collect("tiny", list(known.values()), [])
     said = [a.text for a in all_answers(found["rows"]) if a.negative]
     assert any("at equal tokens: +0.0200 (+0.0200 to +0.0200, 5 seeds) bits per byte: worse" in text for text in said)
-    assert any("at equal time: +0.0700 (+0.0700 to +0.0700, 3 seeds) bits per byte: worse" in text for text in said)
+    assert any(
+        "at equal time: +0.0700 (+0.0700 to +0.0700, 3 seeds) bits per byte; over all seeds, not in pairs, +0.0800" in text for text in said
+    )
     text = page_text(found, [])
     assert (
         "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
@@ -162,3 +168,17 @@ def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path
     card = (folder / "README.md").read_text()
     assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
     assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card
+
+
+def test_cells_side_by_side_are_measured_and_shown(data: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"{key}={values[key]}" for key in ("data", "out", "page", "size", "device")]
+    assert program.main(["beside", *words, "rows=paragru", "streams=2"]) == 0
+    assert capsys.readouterr().out.startswith("paragru: tokens/s of so many cells together")
+    [rates] = json.loads((Path(values["out"]) / "beside.json").read_text())["rows"].values()
+    assert len(rates) == 2 and min(rates) > 0
+    cells = results_of(Plan("tiny", str(data), ["paragru"]).grid("paragru", {}), lambda cell: 1.0)
+    for result in cells.values():
+        write_json(Path(values["out"]) / "cells" / f"{result.name}.json", result.content | {"tokens": 2560, "curve": []})
+    draw(values)
+    draw(values | {"out": "elsewhere"})  # the page keeps it
+    assert f"| ParaGRU | {rates[0]:,.0f} (1.00) | {rates[1]:,.0f} (" in (Path(values["page"]) / "README.md").read_text()
