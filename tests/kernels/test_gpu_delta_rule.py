@@ -212,6 +212,16 @@ def test_more_blocks_than_a_grid_is_wide_in_other_dimensions() -> None:
     assert distance(found[0][-50:], o) < 1e-2 and all(t.isfinite().all() for t in found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_more_than_two_to_the_seventeenth_steps(dtype: torch.dtype) -> None:
+    """Against chunks in float64, as the loop would take hours; documents of some thousand tokens, and one of all."""
+    for starts in (1e-4, 0.0):
+        tensors, new = problem(1, (1 << 17) + 5, 2, 32, 1, 64, dtype=dtype, starts=starts, decay=0.01, device="cuda")
+        do, d_final = asked(tensors)
+        wanted = answers(delta_rule, [t.double() for t in tensors], new, do.double(), d_final.double(), **ALL)
+        within(answers(delta_rule, tensors, new, do, d_final, **ALL), wanted, 8.0)
+
+
 def test_long_and_past_int32_elements(most_of_a_gpu: None) -> None:
     T, H, K, V = (1 << 18) + 5, 64, 16, 128  # 2.1e9 elements of v
     q, k = (torch.zeros(1, T, 1, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))

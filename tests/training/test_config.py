@@ -35,6 +35,15 @@ def test_published_sizes_within_two_percent(model: str, size: str) -> None:
     assert abs(count / 1e6 / PUBLISHED[model][size] - 1) < 0.02
 
 
+def test_kinds_of_the_delta_rule_are_those_of_their_mixers() -> None:
+    for name in ("deltaproduct", "deltanet"):
+        model = model_config(checked(compose_config([f"model={name}", f"+mixer@model.mixers.alone={name}", "model.vocab_size=64"])), None)[
+            0
+        ]
+        made, alone = model.mixers["gated_deltanet"], model.mixers["alone"]
+        assert {k: v for k, v in made.items() if k != "n_heads"} == {k: v for k, v in alone.items() if k != "n_heads"}
+
+
 @pytest.mark.parametrize("size,low,high", [("tiny", 0.5e6, 8e6), ("35m", 25e6, 50e6), ("125m", 90e6, 170e6)])
 @pytest.mark.parametrize("model", ["transformer", "mamba2", "paragru", "paralstm", "hybrid"])
 def test_small_sizes(model: str, size: str, low: float, high: float) -> None:
