@@ -220,13 +220,14 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     """A function that clips the gradients and takes the optimizer's step, and the optimizer. As training.engine does, where the code has it."""
     parameters = list(model.parameters())
     settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    if kind == "muon":
+    if kind.startswith("muon"):
         from kernels import symmetric as products
         from training.optim.muon import MuonWithAdamW
 
         if not symmetric:
             products.use_triton = lambda x_kmn: False
-        optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **settings)
+        steps: dict[str, Any] = {"steps": int(kind[4:])} if kind[4:] else {}
+        optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **steps, **settings)
         recorded = getattr(model, "recorded", None)
         if recorded is not None and hasattr(optimizer, "replay"):
             from training.graph import GraphedUpdate
