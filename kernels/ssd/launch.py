@@ -50,11 +50,11 @@ class Pass:
 
 # Chosen once for every length and batch.
 FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 3), Pass(64, 64, 4, 3, 8, 8, 3)
-FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 3), Pass(64, 64, 4, 3, 8, 4, 2)  # of `run`, and of the kernels in small.py
+FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 3), Pass(64, 64, 4, 3, 8, 4, 2)  # of `carry`, and of the kernels in small.py
 FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
-SMALL = 64  # widths of heads and states up to which `run` and the kernels of small.py are taken
-PROGRAMS = 128  # heads of all rows from which on `run` fills a GPU
+SMALL = 64  # widths of heads and states up to which `carry` and the kernels of small.py are taken
+PROGRAMS = 128  # heads of all rows from which on `carry` fills a GPU
 
 
 def why_not(x: Tensor) -> str:
@@ -80,8 +80,8 @@ def is_small(dtype: torch.dtype, P: int, N: int) -> bool:
     return (dtype == torch.bfloat16 or interpreted()) and max(pad(P), pad(N)) <= SMALL
 
 
-def runs(dtype: torch.dtype, programs: int, P: int, N: int) -> bool:
-    """Whether `run` computes outputs."""
+def carries(dtype: torch.dtype, programs: int, P: int, N: int) -> bool:
+    """Whether `carry` computes outputs."""
     return programs >= (8 if interpreted() else PROGRAMS) and is_small(dtype, P, N)
 
 
@@ -126,7 +126,7 @@ def sizes_of(dtype: torch.dtype, P: int, N: int, back: bool, programs: int = 0) 
         return BACKWARD_WIDE if back else FORWARD_WIDE
     if back and is_small(dtype, P, N):
         return BACKWARD_SMALL
-    if not back and runs(dtype, programs, P, N):
+    if not back and carries(dtype, programs, P, N):
         return FORWARD_SMALL
     sizes = BACKWARD if back else FORWARD
     if max(pad(P), pad(N) // 2) <= 64:
@@ -189,12 +189,12 @@ class Problem:
         )  # fmt: skip
         return states, last, passed
 
-    def run(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
+    def carry(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
         """Writes y; returns the last state."""
         s, (x_b, x_t, x_h), (b_b, b_t, b_g), (c_b, c_t, c_g) = self.sizes, *(strides_of(t) for t in (self.x, self.Bm, self.Cm))
         first = self.fp32(self.B, self.H, self.P, self.N).zero_() if begin is None else begin
         last = torch.empty_like(first)
-        self.module.run[(self.B * self.H,)](
+        self.module.carry[(self.B * self.H,)](
             self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last, y, last if self.lost is None else self.lost,
             self.T, self.H, self.R, self.chunks, x_b, x_h, b_b, b_g, c_b, c_g, P=self.P, N=self.N, x_t=x_t, b_t=b_t, c_t=c_t,
             HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
@@ -236,8 +236,8 @@ def forward(
     P, N, skip = x.shape[3], Bm.shape[3], this.A if D is None else D.float().contiguous()
     begin = filled(h0, this.P, this.N)
     y = torch.empty(this.x.shape, dtype=x.dtype, device=x.device)
-    if runs(x.dtype, this.B * this.H, P, N):
-        final = this.run(skip, D is not None, begin, y)
+    if carries(x.dtype, this.B * this.H, P, N):
+        final = this.carry(skip, D is not None, begin, y)
     else:
         states, final, _ = this.walk(this.x, this.Bm, begin)
         lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)

@@ -3,7 +3,7 @@
 Time is cut into chunks of Q steps. `prepare` sums the logarithms of the decays within each chunk, `walk` carries the state from chunk to chunk
 (and, mirrored, the gradient of the state), keeping what enters every chunk; `outputs`, and the backward pass's kernels of gradients.py and small.py, then
 take all chunks at once, each program some heads of a group one after the other, so that B and C are read, and their product formed, once for all of
-them. `run` does what `walk` and `outputs` do where heads and states are narrow and there are heads enough for all of a GPU.
+them. `carry` does what `walk` and `outputs` do where heads and states are narrow and there are heads enough for all of a GPU.
 
 Of step t in a chunk: total_t = sum_{s<=t} dt_s A over the steps of its own document, always used as exp of a difference that is zero or below.
 document_t counts the starts up to t in the chunk; nothing passes between steps of unequal counts. Steps past the end have dt = 0: they decay
@@ -175,7 +175,7 @@ def outputs(
 
 
 @triton.jit
-def run(
+def carry(
     X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, FIRST, LAST, Y, LOST, T, H, R, chunks, x_b, x_h, b_b, b_g, c_b, c_g,
     P: tl.constexpr, N: tl.constexpr, x_t: tl.constexpr, b_t: tl.constexpr, c_t: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,

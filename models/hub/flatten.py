@@ -35,14 +35,14 @@ IN_TORCH = (
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
     "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",
-    "recover": "scan_recover", "run": "scan_run", "runs": "scan_runs", "is_small": "scan_is_small", "SMALL": "SCAN_SMALL", "PROGRAMS": "SCAN_PROGRAMS",
+    "recover": "scan_recover", "carry": "scan_carry", "carries": "scan_carries", "is_small": "scan_is_small", "SMALL": "SCAN_SMALL", "PROGRAMS": "SCAN_PROGRAMS",
 }  # fmt: skip
 SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without gradients. Time is cut into chunks of Q steps: `scan_prepare` sums the logarithms
 # of the decays within each chunk (LOW: what rounding took from them) and counts document starts, `scan_walk` carries the state from chunk to
-# chunk, `scan_outputs` takes all chunks at once (`scan_run`: both in one), `scan_recover` in order what may have left its document. b batch row, c chunk, h head, g group, i and j rows of a chunk, P head width, N state width."""
+# chunk, `scan_outputs` takes all chunks at once (`scan_carry`: both in one), `scan_recover` in order what may have left its document. b batch row, c chunk, h head, g group, i and j rows of a chunk, P head width, N state width."""
 SCAN_KERNELS = '''def scan_kernels() -> Any:
     """The scan's kernels by name."""
-    return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs, scan_run=scan_run, scan_recover=scan_recover)'''
+    return SimpleNamespace(tl=tl, scan_prepare=scan_prepare, scan_walk=scan_walk, scan_outputs=scan_outputs, scan_carry=scan_carry, scan_recover=scan_recover)'''
 RULE = {  # likewise kernels/delta_rule
     "forward": "rule_on_gpu", "Problem": "Rule", "pad": "whole_power", "ready": "with_whole_runs", "kernels": "rule_kernels", "sizes": "rule_tile",
     "project": "rule_project", "walk": "rule_walk", "outputs": "rule_outputs", "recover": "rule_recover", "decays": "rule_decays",
@@ -185,7 +185,7 @@ def add_scan(flat: Flattener) -> None:
     flat.pieces.append(SCAN_TEXT)
     flat.external.add("from types import SimpleNamespace")
     flat.instead["kernels.ssd.launch", "kernels"] = SCAN_KERNELS
-    for name in ("prepare", "walk", "outputs", "run", "recover"):
+    for name in ("prepare", "walk", "outputs", "carry", "recover"):
         flat.add("kernels.ssd.triton", name, SCAN)
     flat.add("kernels.ssd.launch", "forward", SCAN)
 

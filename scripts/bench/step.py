@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
     "attention": "auto",  # of packed documents, as train.packed_attention: auto, own or torch
     "fp8": False,  # large products of our rows in 8-bit floats, as train.fp8
-    "optimizer": "adamw",  # of our rows: adamw, muon, or both
+    "optimizer": "adamw",  # of our rows: adamw, muon, muon3 (with three steps of Newton and Schulz), or several
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "ceilings": True,  # beside the largest parts of a step what they could take at best on this card, see scripts/bench/ceilings.py
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer, as it is and with attention that takes no mask
@@ -98,8 +98,8 @@ def run(words: list[str]) -> None:
     if values["attention"] not in ("auto", "own", "torch"):
         raise UserError(f"attention={values['attention']} is none of auto, own and torch.")
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
-    if not kinds or set(kinds) - {"adamw", "muon"}:
-        raise UserError(f"optimizer={values['optimizer']} is neither adamw nor muon nor both, optimizer=adamw,muon.")
+    if not kinds or set(kinds) - {"adamw", "muon", "muon3"}:
+        raise UserError(f"optimizer={values['optimizer']} is not adamw, muon, muon3 or several of them, optimizer=adamw,muon.")
     with tempfile.TemporaryDirectory() as folder:
         trees = {"ours": ROOT}
         if values["against"]:

@@ -24,8 +24,25 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
     ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
     ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
-    ("recurrence", tuple("shoot mend border parallel_rnn walk outputs key_gradients query_gradients prepare recover inputs".split())),
-    ("recurrence", ("project", "local", "pair_gradients", "correct", "certify", "finish", "slopes", "adjoint")),
+    ("recurrence", tuple("shoot mend border parallel_rnn walk outputs carry key_side query_side add_shares".split())),
+    (
+        "recurrence",
+        (
+            "key_gradients",
+            "query_gradients",
+            "prepare",
+            "recover",
+            "inputs",
+            "project",
+            "local",
+            "pair_gradients",
+            "correct",
+            "certify",
+            "finish",
+            "slopes",
+            "adjoint",
+        ),
+    ),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "gradient")),
     ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
@@ -220,13 +237,14 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     """A function that clips the gradients and takes the optimizer's step, and the optimizer. As training.engine does, where the code has it."""
     parameters = list(model.parameters())
     settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    if kind == "muon":
+    if kind.startswith("muon"):
         from kernels import symmetric as products
         from training.optim.muon import MuonWithAdamW
 
         if not symmetric:
             products.use_triton = lambda x_kmn: False
-        optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **settings)
+        steps: dict[str, Any] = {"steps": int(kind[4:])} if kind[4:] else {}
+        optimizer: Any = MuonWithAdamW(model, muon_lr=1e-4, eps=1e-8, **steps, **settings)
         recorded = getattr(model, "recorded", None)
         if recorded is not None and hasattr(optimizer, "replay"):
             from training.graph import GraphedUpdate

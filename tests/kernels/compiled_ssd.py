@@ -19,7 +19,7 @@ from kernels.ssd import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-SMALL = ("run", "query_side", "key_side", "finish")  # for narrow heads and states: compiled for widths of 64, whatever is asked
+SMALL = ("carry", "query_side", "key_side", "finish")  # for narrow heads and states: compiled for widths of 64, whatever is asked
 LIKE_X = {"X", "K", "BM", "CM", "DY", "Y", "DX", "TO_B", "TO_C"}  # in the dtype of x
 STATES = {"STATES", "D_STATES", "D_SCORES", "ENTERING"}
 GOLDEN = Path(__file__).with_name("resources_ssd.json")
@@ -32,7 +32,7 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
     """Resources of one kernel; `walk_back` and `prepare_back` are the backward pass's."""
     wide, back = dtype != "bf16", name.endswith(("_back", "gradients", "_side", "finish"))
     P, N = (64, 64) if name in SMALL else (P, N)
-    s = launch.sizes_of(torch.float32 if wide else torch.bfloat16, P, N, back, launch.PROGRAMS if name == "run" else 0)
+    s = launch.sizes_of(torch.float32 if wide else torch.bfloat16, P, N, back, launch.PROGRAMS if name == "carry" else 0)
     s = launch.Pass(**{**s.__dict__, **changes})
     modules = (launch.kernels(), launch.gradient_kernels(False), launch.gradient_kernels(True))
     fn = next(getattr(m, name.removesuffix("_back")) for m in modules if hasattr(m, name.removesuffix("_back")))
@@ -87,7 +87,7 @@ def main(dtype: str, P: int, N: int, golden: bool) -> None:
             "walk",
             "walk_back",
             "outputs",
-            "run",
+            "carry",
             "recover",
             "query_gradients",
             "key_gradients",

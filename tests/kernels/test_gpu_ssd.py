@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(params=["chunks at once", "chunks in order"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of computing outputs of narrow heads: `walk` and `outputs`, or `run`, which otherwise wants more heads than tests have."""
+    """Of computing outputs of narrow heads: `walk` and `outputs`, or `carry`, which otherwise wants more heads than tests have."""
     monkeypatch.setattr(launch, "PROGRAMS", 1 if request.param == "chunks in order" else 1 << 30)
     return str(request.param)
 

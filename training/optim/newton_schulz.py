@@ -29,6 +29,11 @@ COEFFICIENTS = (
     (3.53509, -2.54393, 0.48367),
     (2.5664, -1.82932, 0.40635),
 )
+OF_THREE = (  # likewise of 0.01 to 1, where there are three steps in all: values of it come out between 0.7 and 1.27, smaller ones below
+    (8.09337, -23.62043, 17.44615),
+    (3.56528, -2.56493, 0.48597),
+    (2.60912, -1.86312, 0.40995),
+)
 LATER = (1.875, -1.25, 0.375)  # of all further ones: it takes values near 1 to 1
 STEPS = 4
 LEAST = 1e-18  # a norm below this is that of a matrix of zeros, which stays one: squares of 1e-20 are none in fp32
@@ -38,8 +43,10 @@ FAR_FROM_SQUARE = 1.25  # from this ratio of the sides on, R is iterated instead
 AFRESH = 2  # steps of R
 
 
-def coefficients(step: int) -> tuple[float, float, float]:
-    """(a, b, c) of a step, counted from 0."""
+def coefficients(step: int, steps: int = STEPS) -> tuple[float, float, float]:
+    """(a, b, c) of a step, counted from 0, of so many."""
+    if steps == len(OF_THREE):
+        return OF_THREE[step]
     return COEFFICIENTS[step] if step < len(COEFFICIENTS) else LATER
 
 
@@ -59,7 +66,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
         if not first:
             wider = torch.promote_types(gram.dtype, torch.float32)  # the norm of zeros is 0, any other SPREAD^2 / root of r at least
             scale = 1 / (ABOVE**2 * torch.linalg.vector_norm(gram, dim=(1, 2), dtype=wider).clamp(min=1e-3))
-        factor = _factor(gram, [coefficients(i) for i in range(first, min(first + again, steps))], None if first else scale)
+        factor = _factor(gram, [coefficients(i, steps) for i in range(first, min(first + again, steps))], None if first else scale)
         x = torch.bmm(factor, x) if wide else torch.bmm(x, factor)
     return x
 
