@@ -341,7 +341,7 @@ def backward_with_border(
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, emitted if products_known is None else products_known, d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, p.h0[:, -1].to(emitted.dtype, copy=True).contiguous(), emitted if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip

@@ -164,7 +164,7 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: 
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
-    w.put(indent, "else:")
+    w.put(indent, "else:", "    from_ = t")
     by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True), "h")
 
 
@@ -197,8 +197,10 @@ def keep_joined(w: Writer, indent: int) -> None:
 
 
 def _step(w: Writer, deep: int, store: bool, pieces: bool) -> None:
+    """pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
@@ -221,7 +223,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool) -> None:
         n_kept = len(w.S) - 1
         w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
         w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
-    w.put(deep, "t += 1")
+    w.put(deep, "" if pieces else "t += 1")
 
 
 def begin_measures(w: Writer, indent: int) -> None:

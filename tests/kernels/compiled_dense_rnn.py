@@ -23,7 +23,7 @@ from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 KERNELS = ("walk", "correct", "certify", "finish", "walk_back", "correct_back", "certify_back", "finish_back", "walk again", "walk_back again")
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
-LIKE_PRE = {"PRE", "MAT", "EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
+LIKE_PRE = {"PRE", "MAT", "EMITTED", "H0_EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
 OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "DONE": "*i32", "JOINED": "*i32", "JOIN": "fp32", "TOLERANCE": "fp32", "ROUND": "fp32"}
 WHOLE = {"T", "B", "SLICE", "BURN", "N", "PIECE"}
 STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
