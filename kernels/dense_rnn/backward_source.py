@@ -110,7 +110,11 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         if in_pieces:
-            w.put(deep, "close = go & (step_ >= steps - NEAR)", *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S))
+            w.put(
+                deep,
+                "close = go & (step_ >= steps - NEAR)",
+                *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S),
+            )
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.store_all(deep, "to", "dp", [f"dx{i}.to(D_PRE.dtype.element_ty)" for i in w.X])
@@ -129,7 +133,10 @@ def _ready(w: Writer) -> None:
 
 def walk_back(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.summed)
-    w.head("walk_back", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}")
+    w.head(
+        "walk_back",
+        f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}",
+    )
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
