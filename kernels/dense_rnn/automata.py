@@ -132,7 +132,7 @@ class _Rows:
         """The ends (B, n, S, D); heads of slices that `todo` leaves out stay as they are."""
         p, tensors = self.p, (self.emitted, self.kept, self.begins, self.ends, self.products, self.nearby, self.todo)
         joins, how = p.joins(self.todo, False)
-        p.module.walk[p.grid](*self.shared, p.h0, p.reset, *tensors, *joins, 0, False, *how, *p.sizes, **p.constants)
+        p.module.walk[p.grid](*self.shared, p.h0, p.reset, *tensors, *joins, 0, False, False, *how, *p.sizes, **p.constants)
         return self.ends
 
     def finish(self, bad: Tensor, final: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, products_of_jacobians, slice_rows
 
-INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL"
+INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, H0_EMITTED, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
 FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr"
 
@@ -53,17 +53,19 @@ def _load(w: Writer, indent: int) -> None:
     w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
-    w.put(indent, "later = both & (t > 0)[:, None]")
-    w.put(indent, f"h{n_kept} = tl.load(EMITTED + (at - 1)[:, None] * D + d, mask=later, other=0.0).to(tl.float32)")
-    for i in range(n_kept):
-        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=later, other=0.0)")
+    # of the first step the initial state, by another address: added to what is read, it would have to be brought into the order that products lie in
+    w.put(indent, "later, first_ = (t > 0)[:, None], b[:, None] * D")
+    w.put(indent, "h_ = tl.where(later, EMITTED + (at - 1)[:, None] * D, H0_EMITTED + first_) + d")
+    w.put(indent, f"h{n_kept} = tl.load(h_, mask=both, other=0.0).to(tl.float32)")
+    if n_kept:
+        w.put(indent, f"h_ = tl.where(later, KEPT + (at - 1)[:, None] * ({n_kept} * D), H0 + first_ * {n_kept + 1}) + d")
+        w.put(indent, *(f"h{i} = tl.load(h_ + {i} * D, mask=both, other=0.0)" for i in range(n_kept)))
     w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
     if n_kept:
         w.put(indent, "if WITH_KEPT:")
         for i in range(n_kept):
             w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    w.put(indent, *(f"h{i} += tl.where((t == 0)[:, None], z{i}, 0.0)" for i in w.S))
     w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
 
@@ -81,12 +83,13 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, pie
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"a{i}", "here[:, None] & inside")
-    w.put(indent, "else:")
+    w.put(indent, "else:", "    from_ = t")
     by_pieces(w, indent + 1, count, lambda deep: _step_back(w, deep, store, in_pieces=True), "a")
 
 
 def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pieces: bool = False) -> None:
     entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(deep, "t = from_ - (m * LOOK + step_)" if in_pieces else "")
     _load(w, deep)
     w.put(deep, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
     w.put(deep + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
@@ -107,7 +110,11 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         if in_pieces:
-            w.put(deep, "close = go & (step_ >= steps - NEAR)", *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S))
+            w.put(
+                deep,
+                "close = go & (step_ >= steps - NEAR)",
+                *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S),
+            )
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
         w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
         w.store_all(deep, "to", "dp", [f"dx{i}.to(D_PRE.dtype.element_ty)" for i in w.X])
@@ -115,21 +122,21 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
         w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
-    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "t -= 1")
+    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "" if in_pieces else "t -= 1")
 
 
 def _ready(w: Writer) -> None:
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
-    for i in w.S:
-        w.put(1, f"z{i} = {w.vector('H0', 'b', i, len(w.S))}")
-    w.put(1, f"z{len(w.S) - 1} = z{len(w.S) - 1}.to(EMITTED.dtype.element_ty).to(tl.float32)  # as the other emitted states are rounded")
 
 
 def walk_back(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.summed)
-    w.head("walk_back", f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}")
+    w.head(
+        "walk_back",
+        f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}",
+    )
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")

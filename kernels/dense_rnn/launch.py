@@ -223,7 +223,7 @@ def forward_with_border(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`forward`, the diagonal Jacobian product of all steps (B, S, S, D), and the channels' size near the end (B, S, D), as the last pass over
     all slices left them."""
-    emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer)
+    emitted, kept, final, products, nearby, *_ = solved(cell, pre, rec, mat, h0, starts, plan, layer, join=False, track=True)
     P = products.new_zeros(*products.shape[:2], len(cell.state), len(cell.state), products.shape[3])
     for v, (i, j) in enumerate(facts(cell).tracked):
         P[:, :, i, j] = products[:, :, v]
@@ -232,10 +232,11 @@ def forward_with_border(
 
 def solved(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None, layer: Layer | None,
-    halves: bool = False, join: bool = True,
+    halves: bool = False, join: bool = True, track: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
-    first slice of each head (of `joined`) that was walked in order (B, E), n if none was. join: corrections end where they have come back."""
+    first slice of each head (of `joined`) that was walked in order (B, E), n if none was. join: corrections end where they have come back. track: the
+    tracked products are those of the last pass, not of the first one, which corrections are as quick with."""
     plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
     p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
     B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
@@ -246,13 +247,13 @@ def solved(
     shared = (p.at.tensor, p.rec, R)
     (marks, near, limit), how = p.joins(todo, join)
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, marks, near, limit, plan.burn_in)
-    p.module.walk[p.grid](*walked, True, *how, *p.sizes, **p.constants)
+    p.module.walk[p.grid](*walked, True, True, *how, *p.sizes, **p.constants)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, *how, *p.sizes, **p.constants)
+        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.constants)
     p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_constants)
     p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return emitted, kept, final, products, nearby, begins, bad
@@ -341,7 +342,7 @@ def backward_with_border(
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, emitted if products_known is None else products_known, d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, p.h0[:, -1].to(emitted.dtype, copy=True).contiguous(), emitted if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip

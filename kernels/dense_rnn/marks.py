@@ -50,7 +50,7 @@ def restore(
     shared = (p.at.tensor, p.rec, p.on_chip())
     joins, how = p.joins(todo, False)
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, *joins, plan.burn_in)
-    p.module.walk[p.grid](*walked, False, *how, *p.sizes, **p.constants)
+    p.module.walk[p.grid](*walked, False, False, *how, *p.sizes, **p.constants)
     if n > 1:
         p.module.finish[p.E, -(-p.B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
     return kept

@@ -157,15 +157,15 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: 
     w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
     if not pieces:
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
-        _step(w, indent + 1, store, pieces)
+        _step(w, indent + 1, store, False, False)
         return
     w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
-    _step(w, indent + 2, store, False)
+    _step(w, indent + 2, store, False, True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
-    w.put(indent, "else:")
-    by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True), "h")
+    w.put(indent, "else:", "    from_ = t")
+    by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True, True), "h")
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
@@ -185,7 +185,11 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
             w.put(deep, f"near = tl.maximum(1.0, near * tl.minimum(1.0, {SHARE_OF_FP32} / JOIN))")
         w.put(deep, f"share = tl.maximum(share, _share({states}{i} - old, near))")
     w.put(deep, "worst = tl.max(tl.max(tl.where(both, share, 0.0), 1), 0)")
-    w.put(deep, "joined = tl.where(worst <= JOIN, tl.where(worst > 0.0, 2, 1), 0)", "both = both & (joined + tl.zeros((BM, BK), tl.int32) == 0)")
+    w.put(
+        deep,
+        "joined = tl.where(worst <= JOIN, tl.where(worst > 0.0, 2, 1), 0)",
+        "both = both & (joined + tl.zeros((BM, BK), tl.int32) == 0)",
+    )
     for i in w.S:  # what follows goes on from where it did
         w.keep(deep, "MARKS", "piece", i, S, f"{states}{i}")
 
@@ -193,19 +197,28 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
 def keep_joined(w: Writer, indent: int) -> None:
     """JOINED: whether a slice's states join others which they are only near to. Then leaves `both` empty if what follows stands as it was."""
     w.put(indent, "if JOINS:", "    at_ = JOINED + place * tl.num_programs(0) + e", "    if FIRST:", "        tl.store(at_, 0, mask=here)")
-    w.put(indent + 1, "else:", "    how_ = joined + tl.zeros((BM,), tl.int32)", "    tl.store(at_, how_ // 2, mask=here & (how_ != 1))", "    both = both & (how_ == 0)[:, None]")
+    w.put(
+        indent + 1,
+        "else:",
+        "    how_ = joined + tl.zeros((BM,), tl.int32)",
+        "    tl.store(at_, how_ // 2, mask=here & (how_ != 1))",
+        "    both = both & (how_ == 0)[:, None]",
+    )
 
 
-def _step(w: Writer, deep: int, store: bool, pieces: bool) -> None:
+def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
+    """track: whether products of Jacobians may be wanted. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
     if store:
-        w.put(deep, "if HAS_RESET:" if w.tracked else "", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
+        if track and w.tracked:
+            w.put(deep, "if HAS_RESET and TRACK:", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
         if pieces:
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
@@ -213,15 +226,21 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool) -> None:
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     if store:
-        products_of_jacobians(w, deep, back=False)
+        if track and w.tracked:
+            w.put(deep, "if TRACK:")
+            products_of_jacobians(w, deep + 1, back=False)
         w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
         if pieces:
-            w.put(deep, "close = go & (step_ >= steps - NEAR)", *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S))
+            w.put(
+                deep,
+                "close = go & (step_ >= steps - NEAR)",
+                *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S),
+            )
         n_kept = len(w.S) - 1
         w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
         w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
-    w.put(deep, "t += 1")
+    w.put(deep, "" if pieces else "t += 1")
 
 
 def begin_measures(w: Writer, indent: int) -> None:
@@ -236,8 +255,9 @@ def _keep_measures(w: Writer, indent: int, states: str) -> None:
     for i in w.S:
         w.keep(indent, "ENDS", "place", i, S, f"{states}{i}")
         w.keep(indent, "NEARBY", "place", i, S, f"A{i}")
+    w.put(indent, "if TRACK:" if w.tracked else "")
     for v, (i, j) in enumerate(w.tracked):
-        w.keep(indent, "PRODUCTS", "place", v, V, f"P{i}{j}")
+        w.keep(indent + 1, "PRODUCTS", "place", v, V, f"P{i}{j}")
 
 
 def slice_rows(w: Writer) -> None:
@@ -248,7 +268,7 @@ def slice_rows(w: Writer) -> None:
 
 def walk(w: Writer) -> None:
     S = len(w.S)
-    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr"
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
@@ -346,7 +366,12 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
-    w.put(2, f"other = tl.max(({differ}).to(tl.int32), 0)", "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "", "first = tl.where((other > 0) & (first == n), m, first)")
+    w.put(
+        2,
+        f"other = tl.max(({differ}).to(tl.int32), 0)",
+        "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "",
+        "first = tl.where((other > 0) & (first == n), m, first)",
+    )
     w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
     w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")

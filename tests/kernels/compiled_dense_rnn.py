@@ -21,10 +21,30 @@ from models.cells import load_cell  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers, source_of  # noqa: E402
 
-KERNELS = ("walk", "correct", "certify", "finish", "walk_back", "correct_back", "certify_back", "finish_back", "walk again", "walk_back again")
+KERNELS = (
+    "walk",
+    "correct",
+    "certify",
+    "finish",
+    "walk_back",
+    "correct_back",
+    "certify_back",
+    "finish_back",
+    "walk again",
+    "walk_back again",
+)
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
-LIKE_PRE = {"PRE", "MAT", "EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
-OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "DONE": "*i32", "JOINED": "*i32", "JOIN": "fp32", "TOLERANCE": "fp32", "ROUND": "fp32"}
+LIKE_PRE = {"PRE", "MAT", "EMITTED", "H0_EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
+OTHERS = {
+    "RESET": "*u8",
+    "TODO": "*i32",
+    "BAD": "*i32",
+    "DONE": "*i32",
+    "JOINED": "*i32",
+    "JOIN": "fp32",
+    "TOLERANCE": "fp32",
+    "ROUND": "fp32",
+}
 WHOLE = {"T", "B", "SLICE", "BURN", "N", "PIECE"}
 STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
 GOLDEN = Path(__file__).with_name("resources_dense_rnn.json")
@@ -49,7 +69,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     warps = launch.Plan.warps_for(K)
     constants = {
         "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES,
+        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "TRACK": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:

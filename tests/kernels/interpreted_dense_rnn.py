@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import launch, marks, op, ranks, reference  # noqa: E402
+from kernels.dense_rnn import launch, marks, op, ranks, reference, source  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -109,6 +109,32 @@ def borders() -> None:
             assert all(torch.allclose(a, b, rtol=2e-3, atol=1e-5) for a, b in zip((P, size, near), wanted_)), (name, n)
 
 
+def joined_again() -> None:
+    """Walks of corrected slices end where they have come back to the ones before, forwards and backwards; not where they shall be made again bit for
+    bit, nor where every bit counts; and a slice that joined is walked again where a head is walked in order."""
+    cell, tensors, starts = problem("slstm", 1, 56, 1, 16)
+    given, joins, before = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)], launch.Problem.joins, source.LOOK
+    found: list[torch.Tensor] = []
+
+    def noting(self: launch.Problem, todo: torch.Tensor, wanted: bool) -> Any:
+        made = joins(self, todo, wanted)
+        found.append(made[0][1])
+        return made
+
+    source.LOOK, launch.Problem.joins = 4, noting  # type: ignore[method-assign]
+    compare("joined", (cell, tensors, starts), 2, 0, torch.float16, bias=False)
+    assert [int(where.sum()) > 0 for where in found] == [True, True], found
+    marks.forward_with_marks(cell, *(*given, starts, Plan.of(given[0], 16, 2, 0)))
+    assert not found[-1].any()
+    one = launch.forward(cell, *(*given, starts, Plan.of(given[0], 16, 1)))
+    kept, reference.TOLERANCE[torch.float16] = reference.TOLERANCE[torch.float16], 2.0**-30
+    several = launch.forward(cell, *(*given, starts, Plan.of(given[0], 16, 2, 0)))
+    reference.TOLERANCE[torch.float16] = kept
+    assert all(torch.equal(a, b) for a, b in zip(one, several))
+    source.LOOK, launch.Problem.joins = before, joins  # type: ignore[method-assign]
+    launch.last_report()
+
+
 def walked() -> None:
     check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
@@ -146,6 +172,7 @@ def main() -> None:
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
     borders()
     restored()
+    joined_again()
     halves()
     halves_through_the_op()
     walked()

@@ -40,21 +40,31 @@ def test_inputs_in_blocks(name: str, dtype: torch.dtype) -> None:
         check(name, K, dtype, 4, blocks=2)
 
 
-def check(name: str, K: int, dtype: torch.dtype, slices: int, blocks: int = 0) -> None:
-    cell, tensors, starts = problem(name, 3, 261, 2 * max(1, blocks), K, gain=0.8, starts=0.01, device="cuda")
+def check(
+    name: str, K: int, dtype: torch.dtype, slices: int, blocks: int = 0, T: int = 261, burn_in: int | None = None, starts: float = 0.01
+) -> None:
+    cell, tensors, new = problem(name, 3, T, 2 * max(1, blocks), K, gain=0.8, starts=starts, device="cuda")
     d_emitted, d_final = cotangents(tensors)
     given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
-    low, plan, flat = d_emitted.to(dtype), Plan.of(given[0], K, slices), given[0]
+    low, plan, flat = d_emitted.to(dtype), Plan.of(given[0], K, slices, burn_in), given[0]
     if blocks:
         given[0] = flat.unflatten(3, (blocks, -1)).permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
-    emitted, kept, final = launch.forward(cell, *(*given, starts, plan))
-    back = (*given, starts, emitted, kept, low, None, d_final.float(), plan)
+    emitted, kept, final = launch.forward(cell, *(*given, new, plan))
+    back = (*given, new, emitted, kept, low, None, d_final.float(), plan)
     gradients = launch.backward(cell, *back)
     again = launch.backward(cell, *back)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again))
     given[0], gradients = flat, (gradients[0].flatten(3) if blocks else gradients[0], *gradients[1:])
-    for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, starts, low, d_final.float()))):
+    for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), wanted(cell, given, new, low, d_final.float()))):
         assert distance(a, b) < LIMITS[dtype][i > 1], label
+
+
+@pytest.mark.parametrize("name", ["dense_lstm", "slstm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_slices_that_join_what_was_before(name: str, dtype: torch.dtype) -> None:
+    """Long slices from no burn-in, whose later walks end where they have come back."""
+    for blocks in (0, 2):
+        check(name, 64, dtype, 8, blocks, T=1500, burn_in=0, starts=0.002 * blocks)
 
 
 def test_memories_that_expand_are_walked_bit_for_bit() -> None:
