@@ -21,6 +21,7 @@ from data.files import write_json
 from models.config import ModelConfig
 from models.init import is_hidden_matrix
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.trainer import Trainer
 from training.schedule import lr_factor
 from training.wrappers import grad_noise
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
+    refuse(parser, given, ["width", "layers", "steps", "rate", "seeds"])
     settings = {key: getattr(given, key) for key in ("width", "layers", "steps", "rate", "seeds")}
     results: dict[str, Any] = {"settings": settings, "device": "cpu", "arms": {}}
     given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from evals.adapters.own import OwnAdapter
 from evals.measures.repetition import CONTEXT, WRITTEN, repetition
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
 
 SHOWN = ("type_token_ratio", "repeated_4", "entropy", "nats_per_token", "citation")
@@ -92,6 +93,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
+    refuse(parser, given, ["width", "layers", "steps", "rows", "length", "few", "rate", "stop", "most", "prompts", "seeds"])
+    if given.few % given.rows or given.width % 32:
+        parser.error(f"--few must be a multiple of --rows {given.rows}, and --width one of 32; not {given.few} and {given.width}.")
     try:
         device = device_of(given.device)
         text = Text(given.data, given.length, device)

@@ -26,6 +26,7 @@ from evals.report.figures import pyplot
 from models.cells import available
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
 from training.optim import build_optimizer
 
@@ -233,6 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=LAYERS)
     given, began = parser.parse_args(arguments), time.monotonic()
+    refuse(parser, given, ["seeds", "steps", "rows", "length", "layers"], {"params": ("mup", "mup-zero", "standard")})
+    if given.what == "coordinates" and len(set(given.widths)) < 2:
+        parser.error("--widths: a power of the width is fitted to two widths or more.")
     try:
         results = check_coordinates(given) if given.what == "coordinates" else check_rates(given)
     except UserError as error:

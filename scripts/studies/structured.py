@@ -19,6 +19,7 @@ import torch
 
 from data.errors import UserError
 from data.files import write_json
+from models.channel.structured import STRUCTURES
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.options import refuse
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
-    refuse(parser, given, ["rank", "blocks", "width", "layers", "steps", "rows", "length", "rate", "seeds"])
+    refuse(parser, given, ["rank", "blocks", "width", "layers", "steps", "rows", "length", "rate", "seeds"], {"structures": STRUCTURES})
     try:
         device = device_of(given.device)
         text = Text(given.data, given.length, device)
