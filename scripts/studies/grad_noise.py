@@ -24,6 +24,7 @@ from models.lm import LanguageModel
 from scripts.studies.options import refuse
 from scripts.studies.trainer import Trainer
 from training.schedule import lr_factor
+from training.watch.metrics import environment
 from training.wrappers import grad_noise
 
 TOKENS, BACK = 16, 2
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     refuse(parser, given, ["width", "layers", "steps", "rate", "seeds"])
     settings = {key: getattr(given, key) for key in ("width", "layers", "steps", "rate", "seeds")}
-    results: dict[str, Any] = {"settings": settings, "device": "cpu", "arms": {}}
+    results: dict[str, Any] = {"settings": settings, "device": "cpu", "environment": environment(torch.device("cpu")), "arms": {}}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name, (zero, eta) in ARMS.items():
         rows = [arm(zero, eta, seed, given) for seed in range(given.seeds)]

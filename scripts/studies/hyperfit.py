@@ -26,6 +26,7 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
+from training.watch.metrics import environment
 
 SHOWN = ("type_token_ratio", "repeated_4", "entropy", "nats_per_token", "citation")
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
-    results: dict[str, Any] = {"settings": settings, "device": name, "seeds": []}
+    results: dict[str, Any] = {"settings": settings, "device": name, "environment": environment(device), "seeds": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         results["seeds"].append(run(text, seed, given))

@@ -24,6 +24,7 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
+from training.watch.metrics import environment
 
 
 def arms(structures: list[str], rank: float, blocks: int, guide: float = 0.5, rate_power: float = 0.0) -> dict[str, dict[str, Any]]:
@@ -95,7 +96,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(str(error))
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
-    results: dict[str, Any] = {"settings": settings, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "arms": {}}
+    results: dict[str, Any] = {"settings": settings, "environment": environment(device), "arms": {}}
+    results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name, channel in arms(given.structures.split(","), given.rank, given.blocks, given.guide, given.rate_power).items():
