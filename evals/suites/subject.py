@@ -55,7 +55,8 @@ class Subject:
         """run: what the checkpoint's run.json says; common: the text of all models of the evaluation; path: what the model is called there."""
         self.adapter, self.settings = adapter, settings
         self.path = path or adapter.folder
-        self.common = common or CommonText([self.path], settings.data, settings.text, {self.path: {"run": run or {}}})
+        facts = None if run is None else {self.path: {"run": run}}  # else those of its folder
+        self.common = common or CommonText([self.path], settings.data, settings.text, facts)
         data = (run or {}).get("data") or {}
         self.task: dict[str, Any] | None = data.get("task") if data.get("reader") == "synthetic" else None  # that the model was trained on
         self.quick = settings.suite == "quick"

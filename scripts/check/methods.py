@@ -26,11 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.files import write_json
 from scripts.check.changed import changed_modules, distances, graph, modules
 from scripts.check.faults import copy_of_the_project, state_of_the_code
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
+from training.watch.metrics import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = "docs/methods"
@@ -141,7 +144,7 @@ def main(words: list[str]) -> int:
     methods_tests = [file for page in pages.values() for file in files_of(page) if Path(file).name.startswith("test_")]
     if options["at_once"]:
         taken = {"at once": sorted({file for files in taken.values() for file in files})}
-    out, state = ROOT / options["out"], state_of_the_code()
+    out, state, commit = ROOT / options["out"], state_of_the_code(), environment(torch.device("cpu"))["commit"]
     results = json.loads(out.read_text()) if out.exists() and not options["again"] else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     for name, files in taken.items():
@@ -149,7 +152,15 @@ def main(words: list[str]) -> int:
         tests = test_files(affected(files) if options["tests"] == "affected" else wanted, files)
         before = results.get(name, {})
         shown = [file for file in before.get("shown", []) if file in tests] if before.get("code") == state else []
-        row = results[name] = {"green": False, "failed": [], "shown": shown, "files": files, "tests": options["tests"], "code": state}
+        row = results[name] = {
+            "green": False,
+            "failed": [],
+            "shown": shown,
+            "files": files,
+            "tests": options["tests"],
+            "code": state,
+            "commit": commit,
+        }
         without(row, tests, lambda: write_json(out, results))
         row["green"] = not row["failed"]
         write_json(out, results)

@@ -18,10 +18,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.files import write_json
 from scripts.check.methods import PAGES, files_of
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
+from training.watch.metrics import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS: dict[str, Any] = {"only": "", "out": "runs/whole_way.json"}
@@ -113,7 +116,7 @@ def main(words: list[str]) -> int:
             )
             out = ROOT / options["out"]
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, results)
+            write_json(out, {**results, "environment": environment(torch.device("cpu"))})
     return int(failed)
 
 

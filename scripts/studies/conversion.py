@@ -32,6 +32,7 @@ from scripts.studies.text import Text, device_of
 from training.distill import Distillation
 from training.optim import build_optimizer
 from training.schedule import lr_factor
+from training.watch.metrics import environment
 
 MARKS = (0.0625, 0.125, 0.25, 0.5, 1.0)  # of a run's tokens, at which the held-out loss is taken
 
@@ -134,7 +135,13 @@ def main(arguments: list[str] | None = None) -> None:
     taught = conversion.held_out(conversion.teacher)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device", "teacher")}
-    results: dict[str, Any] = {"settings": settings, "device": name, "teacher": round(taught, 4), "runs": []}
+    results: dict[str, Any] = {
+        "settings": settings,
+        "device": name,
+        "environment": environment(device),
+        "teacher": round(taught, 4),
+        "runs": [],
+    }
     print(f"teacher {taught:.4f} nats", flush=True)
     every = itertools.product(range(given.seeds), given.targets.split(","), given.starts.split(","), map(float, given.rates.split(",")))
     for seed, target, start, rate in every:

@@ -25,6 +25,7 @@ from torch import Tensor
 from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 
 GROUPS = {"s3": (3, False), "s4": (4, False), "a5": (5, True), "s5": (5, False)}  # (things, even permutations only)
 LENGTH, BATCH, CHECK = 16, 128, 100
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="the most steps of the arm that is to succeed")
     parser.add_argument("--gate", action="store_true", help="with the forgetting gate")
     given = parser.parse_args()
+    refuse(parser, given, ["seeds", "steps"])
     try:
         tried = sorted({int(n) for n in given.updates.split(",")}, reverse=True)
     except ValueError:

@@ -21,8 +21,10 @@ from data.files import write_json
 from models.config import ModelConfig
 from models.init import is_hidden_matrix
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.trainer import Trainer
 from training.schedule import lr_factor
+from training.watch.metrics import environment
 from training.wrappers import grad_noise
 
 TOKENS, BACK = 16, 2
@@ -76,8 +78,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args(arguments)
+    refuse(parser, given, ["width", "layers", "steps", "rate", "seeds"])
     settings = {key: getattr(given, key) for key in ("width", "layers", "steps", "rate", "seeds")}
-    results: dict[str, Any] = {"settings": settings, "device": "cpu", "arms": {}}
+    results: dict[str, Any] = {"settings": settings, "device": "cpu", "environment": environment(torch.device("cpu")), "arms": {}}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for name, (zero, eta) in ARMS.items():
         rows = [arm(zero, eta, seed, given) for seed in range(given.seeds)]

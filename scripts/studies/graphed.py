@@ -66,7 +66,9 @@ class GraphedStep:
             if self.why_not:
                 return self.step(*tensors)
         assert self.graph is not None
-        for fixed, new in zip(self.inputs, tensors):
+        for fixed, new in zip(self.inputs, tensors, strict=True):
+            if fixed.shape != new.shape:  # a row alone would be repeated into all rows
+                raise ValueError(f"A captured step of tensors {tuple(fixed.shape)} was called with {tuple(new.shape)}.")
             if fixed is not new:
                 fixed.copy_(new)
         self.graph.replay()

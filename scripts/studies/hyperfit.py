@@ -24,7 +24,9 @@ from evals.adapters.own import OwnAdapter
 from evals.measures.repetition import CONTEXT, WRITTEN, repetition
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
+from training.watch.metrics import environment
 
 SHOWN = ("type_token_ratio", "repeated_4", "entropy", "nats_per_token", "citation")
 
@@ -92,6 +94,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
+    refuse(parser, given, ["width", "layers", "steps", "rows", "length", "few", "rate", "stop", "most", "prompts", "seeds"])
+    if given.few % given.rows or given.width % 32:
+        parser.error(f"--few must be a multiple of --rows {given.rows}, and --width one of 32; not {given.few} and {given.width}.")
     try:
         device = device_of(given.device)
         text = Text(given.data, given.length, device)
@@ -99,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(str(error))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
-    results: dict[str, Any] = {"settings": settings, "device": name, "seeds": []}
+    results: dict[str, Any] = {"settings": settings, "device": name, "environment": environment(device), "seeds": []}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         results["seeds"].append(run(text, seed, given))

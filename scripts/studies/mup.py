@@ -26,8 +26,10 @@ from evals.report.figures import pyplot
 from models.cells import available
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
 from training.optim import build_optimizer
+from training.watch.metrics import environment
 
 LAYERS, STEPS, RATE = 2, 3, 3e-3
 PARTS = ("mixer", "mlp", "logits")
@@ -115,7 +117,8 @@ def check_coordinates(given: argparse.Namespace) -> dict[str, Any]:
             fits.setdefault(mixer, {})[param] = slopes(new)
             rows += new
             print(f"{mixer:16} {param:9} change by the width to the power of {fits[mixer][param]}", flush=True)
-    return {"rate": RATE, "steps": STEPS, "layers": LAYERS, "widths": given.widths, "seeds": given.seeds, "slopes": fits, "rows": rows}
+    settings = {"rate": RATE, "steps": STEPS, "layers": LAYERS, "widths": given.widths, "seeds": given.seeds}
+    return {**settings, "environment": environment(device_of(given.device)), "slopes": fits, "rows": rows}
 
 
 def check_rates(given: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def check_rates(given: argparse.Namespace) -> dict[str, Any]:
     device = device_of(given.device)
     text, base = Text(given.data, given.length, device), given.base or given.widths[0]
     keys = ("widths", "powers", "first_seed", "seeds", "steps", "rows", "length", "layers")
-    settings = {**{key: getattr(given, key) for key in keys}, "base": base, "device": _name(device)}
+    settings = {**{key: getattr(given, key) for key in keys}, "base": base, "device": _name(device), "environment": environment(device)}
     rows, results = list[dict[str, Any]](), dict[str, Any]()
     for mixer in given.mixers.split(","):
         for param in given.params.split(","):
@@ -233,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, default=LAYERS)
     given, began = parser.parse_args(arguments), time.monotonic()
+    refuse(parser, given, ["seeds", "steps", "rows", "length", "layers"], {"params": ("mup", "mup-zero", "standard")})
+    if given.what == "coordinates" and len(set(given.widths)) < 2:
+        parser.error("--widths: a power of the width is fitted to two widths or more.")
     try:
         results = check_coordinates(given) if given.what == "coordinates" else check_rates(given)
     except UserError as error:

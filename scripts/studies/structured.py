@@ -19,10 +19,12 @@ import torch
 
 from data.errors import UserError
 from data.files import write_json
+from models.channel.structured import STRUCTURES
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.studies.options import refuse
 from scripts.studies.text import Text, device_of
+from training.watch.metrics import environment
 
 
 def arms(structures: list[str], rank: float, blocks: int, guide: float = 0.5, rate_power: float = 0.0) -> dict[str, dict[str, Any]]:
@@ -87,14 +89,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0, help="seeds are counted from here")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
-    refuse(parser, given, ["rank", "blocks", "width", "layers", "steps", "rows", "length", "rate", "seeds"])
+    refuse(parser, given, ["rank", "blocks", "width", "layers", "steps", "rows", "length", "rate", "seeds"], {"structures": STRUCTURES})
     try:
         device = device_of(given.device)
         text = Text(given.data, given.length, device)
     except UserError as error:
         sys.exit(str(error))
     settings = {key: value for key, value in vars(given).items() if key not in ("out", "data", "device")}
-    results: dict[str, Any] = {"settings": settings, "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "arms": {}}
+    results: dict[str, Any] = {"settings": settings, "environment": environment(device), "arms": {}}
+    results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name, channel in arms(given.structures.split(","), given.rank, given.blocks, given.guide, given.rate_power).items():

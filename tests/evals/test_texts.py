@@ -27,6 +27,7 @@ from evals.inputs.texts import Corpus, Text, corpus_of_file, corpus_of_shards, t
 from evals.measures.position import collapse, unigram_nats
 from evals.run import by_tokens
 from evals.suites.items import items_of
+from evals.suites.prose import report_on_prose
 from evals.suites.subject import Settings, Subject
 from tests.evals.conftest import own_adapter
 from training.errors import UserError
@@ -200,6 +201,14 @@ def test_models_side_by_side_get_one_text_that_none_was_trained_on(shards: Path,
     assert both.corpus.documents == [prose(30, 400)]
     assert [both.seen_by(p)["status"] for p in "ab"] == ["held out", "held out"]
     assert CommonText(["a", "b"], data=str(shards), facts={"a": facts, "b": run_facts(other)}).seen_by("b")["status"] == "trained on"
+
+
+def test_a_report_on_one_run_is_of_its_held_out_text(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "everywhen.json").write_text(json.dumps({"model": {}, **run_facts(shards)}))
+    monkeypatch.setattr("evals.suites.prose.load_adapter", lambda checkpoint, device: own_adapter("m", d_model=16, n_layers=1))
+    values = {"checkpoint": str(tmp_path), "device": "cpu", "data": None, "text": None, "seed": 0, "rows": 2, "length": 64}
+    report = report_on_prose("report", {**values, "out": str(tmp_path / "r.json")}, lambda adapter, ids: {}, lambda report: "")
+    assert report["seen"]["status"] == "held out" and str(shards) in report["text"]
 
 
 def test_a_curve_says_how_far_its_text_reaches_and_an_untrained_model_gets_no_verdict(tmp_path: Path) -> None:

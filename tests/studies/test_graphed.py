@@ -54,6 +54,8 @@ def test_a_graph_gives_what_calls_give() -> None:
     assert losses == pytest.approx(plain, rel=1e-5)
     for a, b in zip(weights, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="was called with"):
+        step(torch.ones(1, 8, device=device), torch.ones(1, 1, device=device))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -55,19 +55,19 @@ def beyond(mapping: dict[str, Any], seed: int, T: int = 64, far: int = 64) -> di
 
 
 def main() -> None:
-    given = arguments(__doc__, "aaren")
-    if "share" in given.only or not given.only:
+    given = arguments(__doc__, "aaren", ("share", "beyond", "cost"))
+    if "share" in given.wanted:
         lengths = (16, 64, 256, 1024, 4096)
         shares = {name: {n: round(latest_share(m, n), 5) for n in lengths} for name, m in ARMS.items()}
         write(given.out, newest_token={"what": "change of the state by a token after so many, relative", "shares": shares})
         print(shares)
-    if "beyond" in given.only or not given.only:
+    if "beyond" in given.wanted:
         found = {name: [beyond(m, seed) for seed in range(given.seeds)] for name, m in ARMS.items()}
         write(given.out, beyond=found)
         print(
             {name: [(r["verdict"], round(r["level_inside"], 3), round(r["delta_at_end"], 3)) for r in rows] for name, rows in found.items()}
         )
-    if "cost" in given.only or not given.only:
+    if "cost" in given.wanted:
         write(given.out, cost=cost(ARMS["aaren"]))
 
 

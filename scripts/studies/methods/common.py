@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from data.synthetic import Draws, Task, build_task
 from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 from training.optim import build_optimizer
 from training.watch.metrics import environment
 
@@ -145,12 +146,17 @@ def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def settled(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """What was given; the folder of --out is made."""
+def settled(parser: argparse.ArgumentParser, parts: Sequence[str], above_zero: Sequence[str] = ()) -> argparse.Namespace:
+    """What was given, with `wanted`, those of the study's parts that --only leaves; the folder of --out is made. Ends the program where none is left, or
+    a number that must be above zero is not."""
     given = parser.parse_args()
+    given.wanted = [part for part in parts if given.only in part]
+    if not given.wanted:
+        parser.error(f"--only: no part's name contains {given.only!r}; they are {', '.join(parts)}.")
+    refuse(parser, given, ["seeds", *above_zero])
     given.out.parent.mkdir(parents=True, exist_ok=True)
     return given
 
 
-def arguments(description: str | None, name: str) -> argparse.Namespace:
-    return settled(parser_of(description, name))
+def arguments(description: str | None, name: str, parts: Sequence[str]) -> argparse.Namespace:
+    return settled(parser_of(description, name), parts)

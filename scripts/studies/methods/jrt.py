@@ -28,10 +28,12 @@ from data.prompted import PromptReader
 from models.mixers.jrt import twice_read
 from models.prompt import whole_prompt
 from scripts.studies.methods.common import Batches, cost, demo_bytes, model_of, parser_of, settled, train, write
+from scripts.studies.options import refuse
 from scripts.studies.trainer import Trainer
 
 SHORT, LONG, F, SYMBOLS = 4, 64, 16, 256
 PROMPT, T, MASK = 64, 128, 256  # of text
+ARMS = ("prompt read twice", "one pass")
 NOISE, NUMBERS = 32, 16  # symbols of a passkey's noise, and numbers: then the mark before a number, the question, the mask
 
 
@@ -179,11 +181,15 @@ def main() -> None:
     parser = parser_of(__doc__, "jrt")
     parser.add_argument("--device", default="cpu", help="of the part 'shared'")
     parser.add_argument("--apart", action="store_true", help="of the part 'shared': symbols of the long set are tokens of their own")
-    parser.add_argument("--arms", default="prompt read twice,one pass", help="of the part 'shared'")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of the part 'shared'")
     for name, value in (("first-seed", 0), ("steps", 3000), ("short", 4), ("long", 96), ("symbols", 192), ("features", 1), ("width", 32)):
         parser.add_argument(f"--{name}", type=int, default=value, help="of the part 'shared'")
-    given = settled(parser)
-    if "sets" in given.only or not given.only:
+    above_zero = ["steps", "short", "long", "symbols", "features", "width"]
+    given = settled(parser, ("sets", "shared", "trained text", "trained passkey", "cost"), above_zero)
+    refuse(parser, given, lists={"arms": ARMS})
+    if given.short + given.long > given.symbols:
+        parser.error(f"--symbols must be at least the {given.short + given.long} of both sets, not {given.symbols}.")
+    if "sets" in given.wanted:
         found = {
             f"{'prompt read twice' if twice else 'one pass'}, {'short' if first else 'long'} set first": [
                 round(told_apart(twice, first, seed), 4) for seed in range(given.seeds)
@@ -194,7 +200,7 @@ def main() -> None:
         what = "chance that rows whose sets share a symbol score higher than disjoint ones (0.5: not told apart), a number a seed"
         write(given.out, sets={"what": what, "short": SHORT, "long": LONG, "features": 1 + F + F * F, "found": found})
         print(found)
-    if "shared" in given.only or not given.only:
+    if "shared" in given.wanted:
         device, rows_of = torch.device(given.device), dict[str, list[dict[str, Any]]]()
         sizes = (given.short, given.long, given.symbols)
         for seed in range(given.first_seed, given.first_seed + given.seeds):
@@ -213,7 +219,7 @@ def main() -> None:
                 }
                 write(given.out, trained_shared={**settings, "device": given.device, "runs": rows_of})
     for what, steps in (("text", 300), ("passkey", 300)):
-        if given.only in f"trained {what}":
+        if f"trained {what}" in given.wanted:
             before = json.loads(given.out.read_text()) if given.out.exists() else {}
             runs: dict[str, list[dict[str, Any]]] = before.get(f"trained_{what}", {}).get("runs") or {
                 "prompt read twice": [],
@@ -226,7 +232,7 @@ def main() -> None:
                     rows.append(trained(what, name != "one pass", seed, steps))
                     print(what, name, rows[-1], flush=True)
                     write(given.out, **{f"trained_{what}": {"steps": steps, "prompt": PROMPT, "runs": runs}})
-    if "cost" in given.only or not given.only:
+    if "cost" in given.wanted:
         write(
             given.out, cost={name: cost({"type": "jrt", "n_heads": 4, "prompt": p}) for name, p in (("causal", 0), ("prompt of 128", 128))}
         )

@@ -80,9 +80,9 @@ def trained_error(mapping: dict[str, Any], seed: int, *, steps: int = 300, delay
 
 
 def main() -> None:
-    given = arguments(__doc__, "lti")
+    given = arguments(__doc__, "lti", ("delay", "trained", "cost"))
     arms: dict[str, dict[str, Any]] = {"s4d": {}, "s4d-inv": {"init": "inv"}, "s4d-real": {"init": "real"}, "s5": {}, "lssl": {}}
-    if "delay" in given.only or not given.only:
+    if "delay" in given.wanted:
         delays = {
             f"{name} N={N}": round(delay_error(name.split("-")[0], N=N, delay=40, **more), 4)
             for name, more in arms.items()
@@ -90,14 +90,14 @@ def main() -> None:
         }
         write(given.out, delay={"what": "relative error of the input 40 tokens ago, blurred over 4; nothing is drawn", "errors": delays})
         print(delays)
-    if "trained" in given.only or not given.only:
+    if "trained" in given.wanted:
         curves = {
             name: [trained_error(mapping, seed) for seed in range(given.seeds)]
             for name, mapping in {**KINDS, "s4d-real": {"kind": "s4d", "init": "real"}}.items()
         }
         write(given.out, trained={"what": "relative error in training, a list a seed, eleven times from step 0 to 300", "errors": curves})
         print({name: [curve[-1] for curve in seeds] for name, seeds in curves.items()})
-    if "cost" in given.only or not given.only:
+    if "cost" in given.wanted:
         costs = {name: cost({"type": "lti", **mapping}) for name, mapping in KINDS.items()}
         write(given.out, cost=costs)
         print({name: (c["step_ratio"], c["token_ratio"]) for name, c in costs.items()})

@@ -79,8 +79,8 @@ def recall(mapping: dict[str, Any], seed: int, steps: int = 300) -> dict[str, An
 
 
 def main() -> None:
-    given = arguments(__doc__, "miras")
-    if "memory" in given.only or not given.only:
+    given = arguments(__doc__, "miras", ("memory", "recall", "chunk", "cost"))
+    if "memory" in given.wanted:
         errors = {
             name: {f"{share}": [round(recall_error(m, seed, share), 4) for seed in range(given.seeds)] for share in (0.0, 0.05)}
             for name, m in LOSSES.items()
@@ -88,18 +88,18 @@ def main() -> None:
         }
         write(given.out, memory={"what": "relative squared error of a memory by the share of outliers, a number a seed", "errors": errors})
         print(errors)
-    if "recall" in given.only or not given.only:
+    if "recall" in given.wanted:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in LOSSES}
         for seed in range(given.seeds):
             for name, mapping in LOSSES.items():
                 found[name].append(recall(mapping, seed))
                 write(given.out, recall={"task": TASK, "T": T, "found": found})
                 print(name, found[name][-1], flush=True)
-    if "chunk" in given.only or not given.only:
+    if "chunk" in given.wanted:
         chunks = {c: [recall({"loss": "l2", "chunk": c}, seed)["clean"] for seed in range(given.seeds)] for c in (1, 16)}
         write(given.out, chunk={"what": "accuracy without outliers by chunk", "accuracy": chunks})
         print(chunks)
-    if "cost" in given.only or not given.only:
+    if "cost" in given.wanted:
         write(given.out, cost={name: cost({"type": "miras", "n_heads": 4, **mapping}, times=2) for name, mapping in ROWS.items()})
 
 

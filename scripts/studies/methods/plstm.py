@@ -48,8 +48,8 @@ def arm(task: str, name: str, seed: int, most: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    given = arguments(__doc__, "plstm")
-    if "tracking" in given.only or not given.only:
+    given = arguments(__doc__, "plstm", ("tracking", "cost"))
+    if "tracking" in given.wanted:
         found = json.loads(given.out.read_text()).get("tracking", []) if given.out.exists() else []
         held = {(run["task"], run["arm"], run["seed"]) for run in found}
         for seed in range(given.seeds):
@@ -60,7 +60,7 @@ def main() -> None:
                     found.append(arm(task, name, seed, 1000 if (task, name) == ("s3", "diagonal") else most))
                     write(given.out, tracking=found)
                     print(found[-1], flush=True)
-    if "cost" in given.only or not given.only:
+    if "cost" in given.wanted:
         write(given.out, cost=cost({"type": "plstm", "n_heads": 4}))
 
 
