@@ -2,6 +2,7 @@
 
     python -m scripts.board run stages=leaders weights=true data=DIR out=OUT            # cells of the leaders keep their weights anyway
     python -m scripts.board export out=OUT [only=CELL,CELL]                             # writes OUT/exported/CELL
+    python -m evals.run checkpoint=OUT/models/CELL suite=quick only=passkey out=OUT/evals      # before: then its figures are in the card too
 
 The folder is checked as scripts/export.py checks it: loaded by transformers alone in a fresh process and compared.
 """
@@ -79,6 +80,8 @@ def section(source: Path, result: Result, rows: dict[str, Any], size: str) -> Ev
         "",
     ]
     lines.append(f"SHA-256 of its weights: `{content.get('weights_sha256')}`.")
-    other = evaluation(source)
-    text = "## Evaluation\n\n" + "\n".join(lines) + ("\n\n" + other.markdown if other is not None else "")
+    evals = source.parent.parent / "evals" / source.name
+    other = evaluation(source, evals if evals.is_dir() else None)
+    rest = "" if other is None else "\n\n" + other.markdown.strip().removeprefix("## Evaluation").strip()
+    text = "## Evaluation\n\n" + "\n".join(lines) + rest
     return Evaluation(text, other.plots if other is not None else {})

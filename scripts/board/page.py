@@ -284,7 +284,7 @@ def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def behaviour_table(rows: dict[str, Any]) -> list[str]:
-    """Beyond the training length, copying, memory and probes, of the stage of most tokens in which a row was read (median of the seeds; probes: the
+    """Beyond the training length, copying, memory and probes, of the first of the page's stages in which a row was read (median of the seeds; probes: the
     best seed as well)."""
     names = [task["name"] + task.get("group", "") for task in TASKS.values()]
     lines = [

@@ -11,8 +11,11 @@ from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.plan import SEEDS
-from scripts.board.results import interval
+from scripts.board.page import STAGE_NAMES
+from scripts.board.plan import FINAL, SEEDS
+from scripts.board.results import Interval, interval
+
+STAGES = tuple(STAGE_NAMES)
 
 
 def plots(found: dict[str, Any], page: Path) -> list[str]:
@@ -23,7 +26,7 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
     made, stage = [], stage_of(found["rows"])
     tokens = f"{found['tokens'][stage] / 1e6:.3g}M tokens"
     for name, picture in (
-        ("loss.png", _loss_plot),
+        ("loss.png", lambda plt, rows, stage, tokens: _loss_plot(plt, rows, found)),
         ("position.png", functools.partial(_position_plot, T=found["T"])),
         ("speed.png", _speed_plot),
     ):
@@ -35,34 +38,49 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 
 def stage_of(rows: dict[str, Any]) -> str:
-    """The stage that is drawn: the one of most tokens that has three rows or more, or else stage 0."""
-    return next((stage for stage in ("pass", "stage1") if sum(bool(row[stage]) for row in rows.values()) > 2), "stage0")
+    """The stage that is drawn: the full pass where three rows have it, or else that of the whole table."""
+    return "pass" if sum(bool(row["pass"]) for row in rows.values()) > 2 else FINAL
 
 
-def _loss_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:
-    """A stage with intervals; before there is one, the rates tried."""
-    if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values()):
+def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:
+    """Every stage with intervals, one below the other; before there is one, the rates tried."""
+    if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values() for stage in STAGES):
         return None
-    each = [(row["label"], interval(bits(rows, name, stage).values()), bits(rows, name, stage)) for name, row in rows.items()]
-    done = sorted(((label, value, seeds) for label, value, seeds in each if value is not None), key=lambda entry: -entry[1].mean)
-    figure, axes = plt.subplots(figsize=(8.5, max(3.0, 1.2 + 0.32 * len(done))) if done else (8, 4.8))
-    if done:
-        halves = [
-            value.half if value.n >= SEEDS and math.isfinite(value.half) else 0.0 for _, value, _ in done
-        ]  # of two seeds an interval is wider than the plot
+    panels = [(stage, done) for stage in STAGES if (done := _means(rows, stage))]
+    if not panels:
+        return _rates_plot(plt, rows)
+    sizes = [1.0 + len(done) for _, done in panels]
+    figure, every = plt.subplots(len(panels), figsize=(8.5, 1.4 * len(panels) + 0.26 * sum(sizes)), squeeze=False, height_ratios=sizes)
+    for axes, (stage, done) in zip(every[:, 0], panels):
+        # Of two seeds an interval is wider than the plot.
+        halves = [value.half if value.n >= SEEDS and math.isfinite(value.half) else 0.0 for _, value, _ in done]
         for place, (_, _, seeds) in enumerate(done):
             axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=3)
         axes.errorbar([value.mean for _, value, _ in done], range(len(done)), xerr=halves, fmt="D", markersize=4, capsize=3, zorder=2)
         axes.set_yticks(range(len(done)), [label for label, _, _ in done], fontsize=8)
-        axes.set_xlabel(f"held-out bits per byte after {tokens}: mean, 95 % over {SEEDS} seeds or more (grey: each seed)")
-    else:
-        kind = "grid" if any(row["grid"] for row in rows.values()) else "rates0"
-        for i, row in enumerate(rows.values()):
-            points = [(c["lr"], c["bits_per_byte"]) for c in row[kind] if not c["diverged"] and c["bits_per_byte"] is not None]
-            if points:
-                axes.plot(*zip(*points), marker="o", label=row["label"], **line(i))
-        axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, one seed")
-        axes.legend(fontsize=7)
+        axes.set_xlabel(f"held-out bits per byte after {found['tokens'][stage] / 1e6:.3g}M tokens", fontsize=9)
+        axes.set_ylim(-0.6, len(done) - 0.4)
+        axes.grid(alpha=0.3)
+    every[0, 0].set_title(f"mean, 95 % over {SEEDS} seeds or more (grey: each seed)", fontsize=9)
+    figure.tight_layout()
+    return png(plt, figure)
+
+
+def _means(rows: dict[str, Any], stage: str) -> list[tuple[str, Interval, dict[int, float]]]:
+    """(label, mean, each seed) of the rows of a stage, the worst first."""
+    each = [(row["label"], interval(bits(rows, name, stage).values()), bits(rows, name, stage)) for name, row in rows.items()]
+    return sorted(((label, value, seeds) for label, value, seeds in each if value is not None), key=lambda entry: -entry[1].mean)
+
+
+def _rates_plot(plt: Any, rows: dict[str, Any]) -> bytes:
+    figure, axes = plt.subplots(figsize=(8, 4.8))
+    kind = "grid" if any(row["grid"] for row in rows.values()) else "rates0"
+    for i, row in enumerate(rows.values()):
+        points = [(c["lr"], c["bits_per_byte"]) for c in row[kind] if not c["diverged"] and c["bits_per_byte"] is not None]
+        if points:
+            axes.plot(*zip(*points), marker="o", label=row["label"], **line(i))
+    axes.set(xscale="log", xlabel="rate", ylabel="held-out bits per byte, one seed")
+    axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return png(plt, figure)
 

@@ -164,8 +164,25 @@ def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path
     assert result is not None
     with pytest.raises(UserError, match="only: did you mean 'stage0"):
         export_cells(values | {"only": [cell.name[:-1]]})
+    cells = [{"depth": 0.5, "accuracy": 0.25, "n": 8, "low": 0.07, "high": 0.59, "prompt_tokens": 30}]
+    chance = {"chance": 1e-5, "copies the beginning": 0.0, "copies the end": 0.0, "copies from anywhere": 0.0}
+    found = {
+        "task": "passkey",
+        "length": 32,
+        "cells": cells,
+        "accuracy": 0.25,
+        "n": 8,
+        "low": 0.07,
+        "high": 0.59,
+        "without_reading": chance,
+    }
+    item = {"item": "passkey-32", "kind": "retrieval", "status": "done", "settings": {"task": "passkey"}, "result": found}
+    items = Path(values["out"]) / "evals" / cell.name / "items"
+    items.mkdir(parents=True)
+    write_json(items / "passkey-32.json", item | {"key": "0", "seconds": 1.0, "model": {"name": cell.name}})
     [folder] = export_cells(values)
     card = (folder / "README.md").read_text()
+    assert card.count("## Evaluation") == 1 and f"| {cell.name} | 25 (7-59) |" in card
     assert f"{result['measured']['held_out']['bits_per_byte']:.4f}" in card and result["weights_sha256"] in card
     assert f"again only={cell.name} size=tiny" in card and "1,024 in 4 steps" in card
 
