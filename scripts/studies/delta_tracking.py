@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 from data.files import write_json
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from scripts.studies.options import refuse
 
 GROUPS = {"s3": (3, False), "s4": (4, False), "a5": (5, True), "s5": (5, False)}  # (things, even permutations only)
 LENGTH, BATCH, CHECK = 16, 128, 100
@@ -107,12 +107,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="the most steps of the arm that is to succeed")
     parser.add_argument("--gate", action="store_true", help="with the forgetting gate")
     given = parser.parse_args()
+    refuse(parser, given, ["seeds", "steps"])
     try:
         tried = sorted({int(n) for n in given.updates.split(",")}, reverse=True)
     except ValueError:
-        sys.exit(f"--updates takes numbers such as 1,2, not {given.updates}.")
+        tried = [0]
+    if tried[-1] < 1 or tried[0] > 16:
+        parser.error(f"--updates takes numbers from 1 to 16 such as 1,2, not {given.updates}.")
+    try:
+        results: list[dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else []
+        there = isinstance(results, list)
+    except (OSError, ValueError):
+        there = False
+    if not there:
+        parser.error(f"--out {given.out} is there and holds no results of this study; name another file.")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else []
     for seed in range(given.seeds):
         most = given.steps
         for place, (updates, negative) in enumerate([*((n, True) for n in tried), (tried[0], False)]):
