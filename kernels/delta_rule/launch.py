@@ -48,8 +48,8 @@ class Tile:
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
     "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "states": Tile(64, 4, 3), "outputs": Tile(128, 4, 1, 168),
-    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 1, 168),
-    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 1, 128),
+    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 2, 168),
+    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 2, 128),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
     "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "states": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
@@ -125,8 +125,8 @@ def filled(state: Tensor | None, V: int, K: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, K - state.shape[3], 0, V - state.shape[2])).contiguous()
 
 
-# Of every chunk and sub-step, (B, H, L 64, ...): inverses, corrected values (nothing if not CORRECTED_KEPT), sums of gates, counts of documents, norms
-# and strengths (`triton.py`).
+# Of every chunk and sub-step, (B, H, L 64, ...): inverses, corrected values over the norms of their keys (nothing if not CORRECTED_KEPT), sums of gates,
+# counts of documents, norms and strengths (`triton.py`).
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -221,7 +221,7 @@ class Problem:
     def outputs(self) -> Tensor:
         o = torch.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype, device=self.v.device)
         self.module.outputs[self.grid](
-            self.k, self.q, self.total, self.document, self.rk, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
+            self.k, self.q, self.total, self.document, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
             self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.q),
             **self.options("outputs", MARK=self.lost is not None, NORM=self.normalize, N=self.N),
         )  # fmt: skip

@@ -23,6 +23,7 @@ from kernels.delta_rule import delta_rule, launch, reference
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from scripts.bench.timing import Results, attempted, copy_bandwidth, milliseconds, seconds
+from scripts.studies.options import refuse
 
 # B, T, heads, key width, value width, updates a token. The first two have bars: forward, forward and backward, in milliseconds.
 SHAPES = [
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="accuracy,kernels,split,peers")
     arguments = parser.parse_args()
+    refuse(parser, arguments, lists={"parts": ("accuracy", "kernels", "split", "peers", "training", "sweep")})
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     wanted, copy = arguments.parts.split(","), copy_bandwidth()

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -112,9 +111,17 @@ def main() -> None:
     try:
         tried = sorted({int(n) for n in given.updates.split(",")}, reverse=True)
     except ValueError:
-        sys.exit(f"--updates takes numbers such as 1,2, not {given.updates}.")
+        tried = [0]
+    if tried[-1] < 1 or tried[0] > 16:
+        parser.error(f"--updates takes numbers from 1 to 16 such as 1,2, not {given.updates}.")
+    try:
+        results: list[dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else []
+        there = isinstance(results, list)
+    except (OSError, ValueError):
+        there = False
+    if not there:
+        parser.error(f"--out {given.out} is there and holds no results of this study; name another file.")
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = json.loads(given.out.read_text()) if given.out.exists() else []
     for seed in range(given.seeds):
         most = given.steps
         for place, (updates, negative) in enumerate([*((n, True) for n in tried), (tried[0], False)]):

@@ -9,11 +9,12 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+import triton  # noqa: E402
 
-from kernels.delta_rule import border, delta_rule, op  # noqa: E402
+from kernels.delta_rule import border, delta_rule, launch, op  # noqa: E402
 from kernels.delta_rule.reference import delta_rule_sequential  # noqa: E402
 from tests.kernels.delta_rule_cases import NAMES, answers, asked, distance, oracle, problem  # noqa: E402
-from tests.kernels.interpreter import patch_once  # noqa: E402
+from tests.kernels.interpreter import KNOWN, patch_once, sixteen_bits  # noqa: E402
 
 CASES: list[tuple[tuple[int, ...], dict[str, Any], bool]] = [
     ((2, 70, 4, 24, 2, 40), {"starts": 0.05}, True),  # heads that share keys, widths that are filled up
@@ -108,6 +109,20 @@ def kept_and_joined() -> None:
         assert torch.equal(one, made[0][place])
 
 
+def rounded() -> None:
+    """In bf16 as a GPU rounds it: what is kept and what is multiplied has 16 bits. Then keys that repeat with b = 2 and no gate, where nothing is
+    forgotten: what a state takes up may be rounded once. From here on the interpreter works so."""
+    sixteen_bits()
+    usual, launch.kind_of = launch.kind_of, lambda dtype: torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    tensors, starts = problem(1, 130, 2, 32, 1, 32, 2, dtype=torch.bfloat16, starts=0.02)
+    compare("rounded", tensors, starts, (1e-2, 1e-2), normalize=True, scale=0.25)
+    tensors, _ = problem(1, 200, 2, 16, 2, 16, dtype=torch.bfloat16)
+    tensors[1] = tensors[1][:, :1].expand_as(tensors[1]).clone()
+    tensors[3][:], tensors[4][:] = 2.0, 0.0
+    compare("rounded, repeated keys", tensors, None, (5e-2, 8e-2), normalize=True, scale=0.25)
+    launch.kind_of = usual
+
+
 def odd_shapes() -> None:
     """Nothing, a document a token, a state in fp32 beside values in bf16, strides of every kind."""
     for sizes in ((0, 5, 2, 8, 1, 8), (2, 0, 2, 8, 1, 8), (1, 3, 2, 0, 1, 4)):
@@ -148,4 +163,6 @@ if __name__ == "__main__":
     kept_and_joined()
     odd_shapes()
     registered()
+    if triton.__version__.startswith(KNOWN):
+        rounded()
     print("ok")

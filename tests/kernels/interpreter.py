@@ -182,3 +182,26 @@ def whole_rows() -> None:
         return [self.to_tensor(total, block.dtype) for total, block in zip(totals, blocks)]
 
     interpreter.ScanOps.generic_scan, interpreter.ReduceOps.generic_reduce = generic_scan, generic_reduce
+
+
+def sixteen_bits() -> None:
+    """Products of bf16 operands, which the interpreter has not, and conversions that round to nearest, as a GPU's do."""
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def widened(x: Any) -> Any:
+        return (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data
+
+    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+        return interpreter.TensorHandle(np.matmul(widened(a), widened(b), dtype=d.data.dtype) + d.data, d.dtype.scalar)
+
+    def rounded(self: Any, src: Any, dst: Any) -> Any:
+        kinds = src.dtype.scalar, dst.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(widened(src), tl.float32)
+        if kinds != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        near = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        return interpreter.TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), near), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_dot, interpreter.InterpreterBuilder.cast_impl = dot, rounded
