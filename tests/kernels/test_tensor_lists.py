@@ -107,7 +107,7 @@ def test_a_step_of_adamw_is_torchs() -> None:
         assert not ours or torch.equal(weights[-1].grad, gradient)
         made.append(
             [w.detach().double() for w in weights]
-            + [s[k].double() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]
+            + [s[k].double().cuda() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]
         )
     torch.testing.assert_close(made[1], made[0], atol=1e-6, rtol=1e-5)
 
