@@ -190,11 +190,16 @@ def take_step(weights, firsts, shape, updates, keep, size, side):
     muon_step[grid](_table(weights, firsts), updates, keep, size, R * C, C, SIDE=side, BLOCK=block, num_warps=WARPS // 2)
 
 
-def adamw(weights, gradients, moments, squares, steps, lr, betas, eps, weight_decay, divisor):
-    device = weights[0].device
-    sizes, tensor, place_ = chunks(tuple(t.numel() for t in weights), MOVED, device)
-    table = _table([*weights, *gradients, *moments, *squares, *steps])
+def adamw_table(lists):
+    """(addresses of all tensors, sizes of the weights, the weight and the place in it of each program)."""
+    weights = lists.weights
+    table = _table([*weights, *lists.gradients, *lists.moments, *lists.squares, *lists.steps])
+    return (table, *chunks(tuple(t.numel() for t in weights), MOVED, weights[0].device))
+
+
+def adamw(lists, lr, betas, eps, weight_decay, divisor):
+    table, sizes, tensor, place_ = lists.table
     adamw_step[(len(tensor),)](
-        table, sizes, tensor, place_, table if divisor is None else divisor, len(weights), 1.0 - lr * weight_decay, lr, *betas,
+        table, sizes, tensor, place_, table if divisor is None else divisor, len(lists.weights), 1.0 - lr * weight_decay, lr, *betas,
         *(math.log2(beta) if beta else -1e4 for beta in betas), eps, DIVIDE=divisor is not None, CHUNK=MOVED, BLOCK=TURN, num_warps=WARPS,
     )  # fmt: skip

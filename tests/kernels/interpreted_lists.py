@@ -131,11 +131,16 @@ def steps_of_adamw() -> None:
         optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=ours)
         for step in range(3):
             given = []
+            if ours and step == 1:
+                optimizer.prepare()  # with the gradients of the step before, which are not those of the next
             for w in weights if step else weights[1:]:
                 given.append(torch.randn(w.shape))
                 w.grad = given[-1].clone() if ours else given[-1].double() / (2.5 if step else 1.0)
             if ours:
                 optimizer.grad_scale = torch.tensor(2.5) if step else None
+            if ours and step == 2:
+                optimizer.prepare()
+                assert optimizer._ready is not None and all(r.is_of(g) for r, g in zip(optimizer._ready, optimizer.param_groups))
             optimizer.step()
         if ours:
             assert all(torch.equal(w.grad, g) for w, g in zip(weights, given)) and optimizer._kernels_take()
