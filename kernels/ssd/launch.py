@@ -50,7 +50,9 @@ class Pass:
 
 # Chosen once for every length and batch.
 FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 3), Pass(64, 64, 4, 3, 8, 8, 3)
-FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 3), Pass(64, 64, 4, 3, 8, 4, 2)  # of `carry`, and of the kernels in small.py
+FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 4), Pass(64, 64, 8, 3, 8, 4, 3)  # of `carry`, and of the kernels in small.py
+QUERY_STAGES = 1  # of `query_side`, which has no registers for more
+MORE_HEADS, ENOUGH = 16, 1024  # heads that a program of small.py takes where so many programs are left
 FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
 SMALL = 64  # widths of heads and states up to which `carry` and the kernels of small.py are taken
@@ -148,6 +150,8 @@ class Problem:
         self.R = self.H // self.G
         self.Q = self.sizes.Q
         self.chunks = -(-self.T // self.Q)
+        if self.sizes == BACKWARD_SMALL and self.B * self.chunks * self.G * -(-self.R // MORE_HEADS) >= ENOUGH:
+            self.sizes = replace(self.sizes, heads=MORE_HEADS)
         self.state_dtype = torch.bfloat16 if self.narrow else torch.float32
         self.options: dict[str, Any] = {
             "HAS_STARTS": starts is not None, "FINE": x.dtype == torch.float32, "Q": self.Q,
@@ -320,7 +324,8 @@ def _small(
     within, across, carried, added, skipped = (torch.empty_like(this.total) for _ in range(5))
     sizes = (this.T, this.H, this.R, this.blocks, this.chunks, x_b, x_h, y_b, y_h, *strides_of(this.Bm), *strides_of(this.Cm))
     lies = {"P": this.P, "N": this.N, "x_t": x_t, "y_t": y_t}
-    module.query_side[grid](*read, *sums, states, d_scores, d_C, within, across, carried, skipped, *sizes, **lies, **tiles)
+    of_queries = tiles | {"STAGES": min(QUERY_STAGES, this.sizes.stages)}
+    module.query_side[grid](*read, *sums, states, d_scores, d_C, within, across, carried, skipped, *sizes, **lies, **of_queries)
     module.key_side[grid](*read, skip, *sums, d_states, d_scores, dx, d_B, added, *sizes, **lies, d_t=dx.stride(1), **tiles)
     module.finish[(this.B * this.chunks, -(-this.H // PREPARED))](
         this.A, this.step, within, across, carried, added, skipped, passed, d_dt, d_A, d_A if d_D is None else d_D, this.T, this.H,

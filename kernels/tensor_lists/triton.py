@@ -75,6 +75,16 @@ def muon_momentum(
 
 
 @triton.jit
+def muon_scale(X, SCALE, OUT, EACH, BLOCK: tl.constexpr):
+    """OUT[k] = SCALE[k] X[k], of another dtype."""
+    k = tl.program_id(1)
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    base, inside = k.to(tl.int64) * EACH, e < EACH
+    x = tl.load(X + base + e, mask=inside, other=0.0).to(tl.float32) * tl.load(SCALE + k)
+    tl.store(OUT + base + e, x.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def muon_step(ADDRESSES, U, KEEP, STEP, EACH, C, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -181,6 +191,13 @@ def momentum_and_update(gradients, firsts, m, beta, nesterov, side, dtype, divis
         DIVIDE=divisor is not None, BLOCK=block, num_warps=WARPS // 2,
     )  # fmt: skip
     return x, squares.sum(1).sqrt() if side == 1 else None
+
+
+def scaled(x, scale, dtype):
+    K, R, C = x.shape
+    out, block = torch.empty(x.shape, dtype=dtype, device=x.device), min(BLOCK, triton.next_power_of_2(R * C))
+    muon_scale[(triton.cdiv(R * C, block), K)](x, scale, out, R * C, BLOCK=block, num_warps=WARPS)
+    return out
 
 
 def take_step(weights, firsts, shape, updates, keep, size, side):
