@@ -180,28 +180,27 @@ class Problem:
         h0; parts of what each chunk's whole decay is asked for)."""
         B, H, P, N, s = self.B, self.H, self.P, self.N, self.sizes
         states = torch.empty(B, self.chunks, H, P, N, dtype=self.state_dtype, device=x.device)
-        begin = torch.zeros(B, H, P, N, device=x.device) if first is None else first
-        last = torch.empty_like(begin)
+        last = self.fp32(B, H, P, N)
         rows, columns = min(ROWS, pad(P)), min(s.columns, pad(N))
         tiles = -(-N // columns)
         passed = last if entering is None else self.fp32(B, self.chunks, H, tiles * P)
         programs = B * H * -(-P // rows) * tiles
         self.module.walk[(programs,)](
-            x, key, self.step, self.total, self.low, self.document, begin, states, last,
+            x, key, self.step, self.total, self.low, self.document, last if first is None else first, states, last,
             states if entering is None else entering, passed, last if self.lost is None else self.lost, self.T, H, self.R, self.chunks, P, N,
-            *strides_of(x), *strides_of(key), REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
+            *strides_of(x), *strides_of(key), HAS_FIRST=first is not None, REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
         )  # fmt: skip
         return states, last, passed
 
     def carry(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
         """Writes y; returns the last state."""
         s, (x_b, x_t, x_h), (b_b, b_t, b_g), (c_b, c_t, c_g) = self.sizes, *(strides_of(t) for t in (self.x, self.Bm, self.Cm))
-        first = self.fp32(self.B, self.H, self.P, self.N).zero_() if begin is None else begin
-        last = torch.empty_like(first)
+        last = self.fp32(self.B, self.H, self.P, self.N)
+        first = last if begin is None else begin
         self.module.carry[(self.B * self.H,)](
             self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last, y, last if self.lost is None else self.lost,
             self.T, self.H, self.R, self.chunks, x_b, x_h, b_b, b_g, c_b, c_g, P=self.P, N=self.N, x_t=x_t, b_t=b_t, c_t=c_t,
-            HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
+            HAS_FIRST=begin is not None, HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
         )  # fmt: skip
         return last
 
@@ -263,12 +262,12 @@ def backward(
     D: Tensor | None,
     h0: Tensor | None,
     starts: Tensor | None,
-    dy: Tensor,
-    d_final: Tensor,
+    dy: Tensor | None,
+    d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
-    dy = ready(dy, x.dtype, NARROWEST)
+    dy = ready(torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy, x.dtype, NARROWEST)
     P, N = x.shape[3], Bm.shape[3]
     states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
