@@ -30,7 +30,7 @@ from training.choices import choose_kernels
 from training.config.schema import Config
 from training.graph import GraphedUpdate
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
-from training.optim.clip import clip
+from training.optim.clip import clip, norm_ahead
 from training.passes import Passes, sent_to_host
 from training.plans import plans_of
 from training.result import StepResult, local_tokens
@@ -134,6 +134,7 @@ class Engine:
             self.plans.collect()
         read_loss = sent_to_host(loss)
         self.passes.reduce()  # the device is at it while the host reads the loss and asks for data
+        read_norm = self._norm_ahead()
         local_loss = read_loss()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
@@ -143,7 +144,7 @@ class Engine:
         loss_sum, *told = self.world.sum([local_loss, *of_passes, *learnt, *words])
         self.passes.settle([told.pop(0) for _ in of_passes])
         self._learn([told.pop(0) for _ in learnt])
-        norm, skipped = self._update(loss_sum / tokens, is_bad)
+        norm, skipped = self._update(loss_sum / tokens, is_bad, read_norm)
         seconds = time.perf_counter() - start - telling
         return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
 
@@ -156,10 +157,20 @@ class Engine:
         """The first rank's numbers. Collective."""
         return self.world.sum(values if self.world.main else [0.0] * len(values))
 
-    def _update(self, loss: float, is_bad: Callable[[float], str] | None) -> tuple[float, str]:
+    def _norm_ahead(self) -> Callable[[], float] | None:
+        """Queues the norm of whole gradients behind the passes and has the optimizer look for its tensors, while the device is at these: what the host
+        does once the loss is known, the device waits for. None where ZeRO, or `clip`, computes the norm."""
+        norm = norm_ahead(self.parameters.values(), self.optimizer, self.config.train.grad_clip) if not self.stage else None
+        if norm is None:
+            return None
+        self.optimizer.prepare()
+        return sent_to_host(norm)
+
+    def _update(self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""
-        skipped = is_bad(loss) if is_bad else ""
-        norm = clip(self.parameters.values(), self.optimizer, self.config.train.grad_clip) if not self.stage else None
+        skipped, norm = is_bad(loss) if is_bad else "", None
+        if not self.stage:
+            norm = read_norm() if read_norm is not None else clip(self.parameters.values(), self.optimizer, self.config.train.grad_clip)
         self.whole_norm = norm if norm is not None else math.nan
         if not skipped and norm is not None and not math.isfinite(norm):
             skipped = "gradient norm is not finite"

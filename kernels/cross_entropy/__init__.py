@@ -59,5 +59,5 @@ def gradient_(logits_NV: Tensor, labels_N: Tensor, log_z_N: Tensor, g_nll_N: Ten
         return logits_NV
     BV = block(V)
     with torch.cuda.device_of(logits_NV):
-        kernels.gradient[(N, -(-V // BV))](logits_NV, *row_values, V, BV=BV, num_warps=WARPS)
+        kernels.logits_gradient[(N, -(-V // BV))](logits_NV, *row_values, V, BV=BV, num_warps=WARPS)
     return logits_NV

@@ -38,7 +38,7 @@ def losses(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
 
 
 @triton.jit
-def gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
+def logits_gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BV + tl.arange(0, BV)
     at = LOGITS + row * V + column

@@ -50,7 +50,9 @@ class Pass:
 
 # Chosen once for every length and batch.
 FORWARD, BACKWARD = Pass(128, 64, 4, 3, 8, 8, 3), Pass(64, 64, 4, 3, 8, 8, 3)
-FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 3), Pass(64, 64, 4, 3, 8, 4, 2)  # of `carry`, and of the kernels in small.py
+FORWARD_SMALL, BACKWARD_SMALL = Pass(64, 64, 4, 3, 1, 4, 4), Pass(64, 64, 8, 3, 8, 4, 3)  # of `carry`, and of the kernels in small.py
+QUERY_STAGES = 1  # of `query_side`, which has no registers for more
+MORE_HEADS, ENOUGH = 16, 1024  # heads that a program of small.py takes where so many programs are left
 FORWARD_WIDE, BACKWARD_WIDE = Pass(32, 32, 4, 1, 8, 8, 1), Pass(32, 32, 4, 1, 8, 8, 1)  # operands of four bytes
 ROWS = 64  # rows of P a program of `walk` owns
 SMALL = 64  # widths of heads and states up to which `carry` and the kernels of small.py are taken
@@ -148,6 +150,8 @@ class Problem:
         self.R = self.H // self.G
         self.Q = self.sizes.Q
         self.chunks = -(-self.T // self.Q)
+        if self.sizes == BACKWARD_SMALL and self.B * self.chunks * self.G * -(-self.R // MORE_HEADS) >= ENOUGH:
+            self.sizes = replace(self.sizes, heads=MORE_HEADS)
         self.state_dtype = torch.bfloat16 if self.narrow else torch.float32
         self.options: dict[str, Any] = {
             "HAS_STARTS": starts is not None, "FINE": x.dtype == torch.float32, "Q": self.Q,
@@ -176,28 +180,27 @@ class Problem:
         h0; parts of what each chunk's whole decay is asked for)."""
         B, H, P, N, s = self.B, self.H, self.P, self.N, self.sizes
         states = torch.empty(B, self.chunks, H, P, N, dtype=self.state_dtype, device=x.device)
-        begin = torch.zeros(B, H, P, N, device=x.device) if first is None else first
-        last = torch.empty_like(begin)
+        last = self.fp32(B, H, P, N)
         rows, columns = min(ROWS, pad(P)), min(s.columns, pad(N))
         tiles = -(-N // columns)
         passed = last if entering is None else self.fp32(B, self.chunks, H, tiles * P)
         programs = B * H * -(-P // rows) * tiles
         self.module.walk[(programs,)](
-            x, key, self.step, self.total, self.low, self.document, begin, states, last,
+            x, key, self.step, self.total, self.low, self.document, last if first is None else first, states, last,
             states if entering is None else entering, passed, last if self.lost is None else self.lost, self.T, H, self.R, self.chunks, P, N,
-            *strides_of(x), *strides_of(key), REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
+            *strides_of(x), *strides_of(key), HAS_FIRST=first is not None, REVERSE=entering is not None, BP=rows, BN=columns, num_warps=s.walk_warps, num_stages=s.walk_stages, **self.options,
         )  # fmt: skip
         return states, last, passed
 
     def carry(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
         """Writes y; returns the last state."""
         s, (x_b, x_t, x_h), (b_b, b_t, b_g), (c_b, c_t, c_g) = self.sizes, *(strides_of(t) for t in (self.x, self.Bm, self.Cm))
-        first = self.fp32(self.B, self.H, self.P, self.N).zero_() if begin is None else begin
-        last = torch.empty_like(first)
+        last = self.fp32(self.B, self.H, self.P, self.N)
+        first = last if begin is None else begin
         self.module.carry[(self.B * self.H,)](
             self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last, y, last if self.lost is None else self.lost,
             self.T, self.H, self.R, self.chunks, x_b, x_h, b_b, b_g, c_b, c_g, P=self.P, N=self.N, x_t=x_t, b_t=b_t, c_t=c_t,
-            HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
+            HAS_FIRST=begin is not None, HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
         )  # fmt: skip
         return last
 
@@ -259,12 +262,12 @@ def backward(
     D: Tensor | None,
     h0: Tensor | None,
     starts: Tensor | None,
-    dy: Tensor,
-    d_final: Tensor,
+    dy: Tensor | None,
+    d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
-    dy = ready(dy, x.dtype, NARROWEST)
+    dy = ready(torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy, x.dtype, NARROWEST)
     P, N = x.shape[3], Bm.shape[3]
     states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
@@ -320,7 +323,8 @@ def _small(
     within, across, carried, added, skipped = (torch.empty_like(this.total) for _ in range(5))
     sizes = (this.T, this.H, this.R, this.blocks, this.chunks, x_b, x_h, y_b, y_h, *strides_of(this.Bm), *strides_of(this.Cm))
     lies = {"P": this.P, "N": this.N, "x_t": x_t, "y_t": y_t}
-    module.query_side[grid](*read, *sums, states, d_scores, d_C, within, across, carried, skipped, *sizes, **lies, **tiles)
+    of_queries = tiles | {"STAGES": min(QUERY_STAGES, this.sizes.stages)}
+    module.query_side[grid](*read, *sums, states, d_scores, d_C, within, across, carried, skipped, *sizes, **lies, **of_queries)
     module.key_side[grid](*read, skip, *sums, d_states, d_scores, dx, d_B, added, *sizes, **lies, d_t=dx.stride(1), **tiles)
     module.finish[(this.B * this.chunks, -(-this.H // PREPARED))](
         this.A, this.step, within, across, carried, added, skipped, passed, d_dt, d_A, d_A if d_D is None else d_D, this.T, this.H,

@@ -26,10 +26,10 @@ def _fake(x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, *_: Any) -> tuple[Tensor
 
 
 def _backward(
-    dy: Tensor, d_final: Tensor, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None,
+    dy: Tensor | None, d_final: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None,
     starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D and h0, each in the dtype of its tensor."""
+    """Gradients of x, dt, A, B, C, D and h0, each in the dtype of its tensor. None is the gradient of a result that nobody asked of."""
     dx, d_dt, d_A, d_B, d_C, d_D, d_h0 = launch.backward(x, dt, A, Bm, Cm, D, h0, starts, dy, d_final)
     return (
         dx, d_dt.to(dt.dtype), d_A.to(A.dtype), d_B.to(Bm.dtype), d_C.to(Cm.dtype),
@@ -37,4 +37,4 @@ def _backward(
     )  # fmt: skip
 
 
-scan, scan_op = define("ssd", _forward, _fake, _backward)
+scan, scan_op = define("ssd", _forward, _fake, _backward, materialize=False)

@@ -68,7 +68,11 @@ def query_side(
         d_scores += pairs * step[:, None]
         pairs *= tl.dot(key, tl.trans(query), input_precision=PRECISION)
         tl.store(WITHIN + row + q, tl.sum(pairs, 1))
-        across = tl.dot((pairs * step[:, None]).to(DOT), until, input_precision=PRECISION)
+        pairs *= step[:, None]
+        high = pairs.to(DOT)
+        across = tl.dot(high, until, input_precision=PRECISION)
+        if DOT != tl.float32:  # and what rounding took: the gradient of A sums these over all steps
+            across = tl.dot((pairs - high.to(tl.float32)).to(DOT), until, acc=across, input_precision=PRECISION)
         tl.store(ACROSS + row + q, tl.sum(tl.where(q[:, None] < q[None, :], across, 0.0), 0))
     share = (b * chunks + c) * tl.num_programs(1) + tl.program_id(1)
     tl.store(D_SCORES + share * (Q * Q) + q[:, None] * Q + q[None, :], d_scores.to(D_SCORES.dtype.element_ty))

@@ -74,7 +74,7 @@ def prepare(
 @triton.jit
 def walk(
     X, K, STEP, TOTAL, LOW, DOCUMENT, FIRST, STATES, LAST, ENTERING, PASSED, LOST, T, H, R, chunks, P, N, x_b, x_t, x_h, k_b, k_t, k_g,
-    HAS_STARTS: tl.constexpr, FINE: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr, FINE: tl.constexpr, REVERSE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The state entering every chunk (B, chunks, H, P, N), and after the last one; X is x and K is B.
@@ -87,7 +87,9 @@ def walk(
     q, p, n = tl.arange(0, Q), tile // tiles_n * BP + tl.arange(0, BP), tile % tiles_n * BN + tl.arange(0, BN)
     inside = (p < P)[:, None] & (n < N)[None, :]
     place = p[:, None] * N + n[None, :]
-    state = tl.load(FIRST + (b * H + h) * P * N + place, inside, other=0.0)
+    state = tl.zeros((BP, BN), tl.float32)
+    if HAS_FIRST:
+        state = tl.load(FIRST + (b * H + h) * P * N + place, inside, other=0.0)
     for k in range(0, chunks):
         c = b * 0 + (chunks - 1 - k if REVERSE else k)
         t = c * Q + q
@@ -178,7 +180,7 @@ def outputs(
 def carry(
     X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, FIRST, LAST, Y, LOST, T, H, R, chunks, x_b, x_h, b_b, b_g, c_b, c_g,
     P: tl.constexpr, N: tl.constexpr, x_t: tl.constexpr, b_t: tl.constexpr, c_t: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`walk` and `outputs` in one, for narrow heads and states: a program carries one head's state through all chunks, and no state is written but the
@@ -187,7 +189,9 @@ def carry(
     q, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     inside = (p < P)[:, None] & (n < N)[None, :]
     place = (b * H + h) * P * N + p[:, None] * N + n[None, :]
-    state = tl.load(FIRST + place, inside, other=0.0)
+    state = tl.zeros((BP, BN), tl.float32)
+    if HAS_FIRST:
+        state = tl.load(FIRST + place, inside, other=0.0)
     skip = tl.load(D + h) if HAS_SKIP else 0.0
     for c in tl.range(0, chunks, num_stages=STAGES):
         first = b * 0 + c * Q

@@ -7,6 +7,8 @@ Sums are made in a fixed order: the same gradients give the same bits. Without T
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,16 @@ def momentum_and_update(
         return triton.momentum_and_update(gradients, firsts, momentum_krc, beta, nesterov, side, dtype, divisor)
 
 
+def scaled(x_krc: Tensor, scale_k: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each matrix times its number, in another dtype. torch's product of two dtypes over matrices takes five times as long as its bytes."""
+    if no_triton(x_krc.device) or not x_krc.is_contiguous() or x_krc.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return torch.mul(x_krc, scale_k[:, None, None], out=torch.empty_like(x_krc, dtype=dtype))
+    from kernels.tensor_lists import triton
+
+    with torch.cuda.device_of(x_krc):
+        return triton.scaled(x_krc, scale_k.float(), dtype)
+
+
 def take_step(
     weights: list[Tensor], firsts: list[int], shape: tuple[int, int], updates: Tensor, keep: float, step: float, side: int
 ) -> None:
@@ -65,23 +77,31 @@ def take_step(
         triton.take_step(weights, firsts, shape, updates, keep, step, side)
 
 
-def adamw(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Tensor],
-    squares: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    divisor: Tensor | None,
-) -> None:
+class AdamWLists:
+    """What a step of AdamW reads and writes, a list of tensors each: weights, gradients, moments, squares, and steps, of each tensor a number on its
+    device. Where Triton's kernel takes it, its table of addresses is made at once."""
+
+    def __init__(
+        self, weights: list[Tensor], gradients: list[Tensor], moments: list[Tensor], squares: list[Tensor], steps: list[Tensor]
+    ) -> None:
+        self.weights, self.gradients, self.moments, self.squares, self.steps = weights, gradients, moments, squares, steps
+        self.table: tuple[Tensor, ...] | None = None
+        if weights:
+            from kernels.tensor_lists import triton
+
+            with torch.cuda.device_of(weights[0]):
+                self.table = triton.adamw_table(self)
+
+    def is_of(self, group: dict[str, Any]) -> bool:
+        """Whether these are the gradients of a group of parameters, in its order."""
+        there = [p.grad for p in group["params"] if p.grad is not None]
+        return len(there) == len(self.gradients) and all(a is b for a, b in zip(there, self.gradients))
+
+
+def adamw(lists: AdamWLists, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, divisor: Tensor | None) -> None:
     """A step of AdamW (Loshchilov and Hutter 2019) for tensors that `use_triton` takes, all of them: gradients are read, divided by `divisor`, and left
-    as they are. torch's fused step writes what it has divided back, 4 bytes a parameter of 32. steps: of each tensor, a number on its device
-    with this step among them."""
+    as they are. torch's fused step writes what it has divided back, 4 bytes a parameter of 32. The counts of steps have this step among them."""
     from kernels.tensor_lists import triton
 
-    with torch.cuda.device_of(weights[0]):
-        triton.adamw(weights, gradients, moments, squares, steps, lr, betas, eps, weight_decay, divisor)
+    with torch.cuda.device_of(lists.weights[0]):
+        triton.adamw(lists, lr, betas, eps, weight_decay, divisor)

@@ -75,6 +75,16 @@ def muon_momentum(
 
 
 @triton.jit
+def muon_scale(X, SCALE, OUT, EACH, BLOCK: tl.constexpr):
+    """OUT[k] = SCALE[k] X[k], of another dtype."""
+    k = tl.program_id(1)
+    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    base, inside = k.to(tl.int64) * EACH, e < EACH
+    x = tl.load(X + base + e, mask=inside, other=0.0).to(tl.float32) * tl.load(SCALE + k)
+    tl.store(OUT + base + e, x.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def muon_step(ADDRESSES, U, KEEP, STEP, EACH, C, SIDE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -183,6 +193,13 @@ def momentum_and_update(gradients, firsts, m, beta, nesterov, side, dtype, divis
     return x, squares.sum(1).sqrt() if side == 1 else None
 
 
+def scaled(x, scale, dtype):
+    K, R, C = x.shape
+    out, block = torch.empty(x.shape, dtype=dtype, device=x.device), min(BLOCK, triton.next_power_of_2(R * C))
+    muon_scale[(triton.cdiv(R * C, block), K)](x, scale, out, R * C, BLOCK=block, num_warps=WARPS)
+    return out
+
+
 def take_step(weights, firsts, shape, updates, keep, size, side):
     R, C = shape
     block = min(BLOCK // 4, triton.next_power_of_2(R * C))
@@ -190,11 +207,16 @@ def take_step(weights, firsts, shape, updates, keep, size, side):
     muon_step[grid](_table(weights, firsts), updates, keep, size, R * C, C, SIDE=side, BLOCK=block, num_warps=WARPS // 2)
 
 
-def adamw(weights, gradients, moments, squares, steps, lr, betas, eps, weight_decay, divisor):
-    device = weights[0].device
-    sizes, tensor, place_ = chunks(tuple(t.numel() for t in weights), MOVED, device)
-    table = _table([*weights, *gradients, *moments, *squares, *steps])
+def adamw_table(lists):
+    """(addresses of all tensors, sizes of the weights, the weight and the place in it of each program)."""
+    weights = lists.weights
+    table = _table([*weights, *lists.gradients, *lists.moments, *lists.squares, *lists.steps])
+    return (table, *chunks(tuple(t.numel() for t in weights), MOVED, weights[0].device))
+
+
+def adamw(lists, lr, betas, eps, weight_decay, divisor):
+    table, sizes, tensor, place_ = lists.table
     adamw_step[(len(tensor),)](
-        table, sizes, tensor, place_, table if divisor is None else divisor, len(weights), 1.0 - lr * weight_decay, lr, *betas,
+        table, sizes, tensor, place_, table if divisor is None else divisor, len(lists.weights), 1.0 - lr * weight_decay, lr, *betas,
         *(math.log2(beta) if beta else -1e4 for beta in betas), eps, DIVIDE=divisor is not None, CHUNK=MOVED, BLOCK=TURN, num_warps=WARPS,
     )  # fmt: skip

@@ -35,7 +35,8 @@ IN_TORCH = (
 SCAN = {  # what kernels/ssd has under names that say nothing among others
     "forward": "ssd_on_gpu", "Problem": "Scan", "Pass": "ScanSizes", "pad": "padded_width", "ready": "with_neighbours",
     "kernels": "scan_kernels", "prepare": "scan_prepare", "walk": "scan_walk", "outputs": "scan_outputs",
-    "recover": "scan_recover", "carry": "scan_carry", "carries": "scan_carries", "is_small": "scan_is_small", "SMALL": "SCAN_SMALL", "PROGRAMS": "SCAN_PROGRAMS",
+    "recover": "scan_recover", "carry": "scan_carry", "carries": "scan_carries", "is_small": "scan_is_small", "SMALL": "SCAN_SMALL", "PROGRAMS": "SCAN_PROGRAMS", "ENOUGH": "SCAN_ENOUGH",
+    "MORE_HEADS": "SCAN_MORE_HEADS",
 }  # fmt: skip
 SCAN_TEXT = """# Mamba-2's scan in Triton (arXiv 2405.21060, section 6), without gradients. Time is cut into chunks of Q steps: `scan_prepare` sums the logarithms
 # of the decays within each chunk (LOW: what rounding took from them) and counts document starts, `scan_walk` carries the state from chunk to

@@ -29,7 +29,7 @@ BESIDE: dict[str, Callable[[dict[str, Any]], int]] = {
     "adamw_step": lambda given: 28 * int(given["SIZES"].sum()),  # weights and two moments read and written, gradients read
     "muon_momentum": lambda given: 8 * given["M"].numel(),
     "muon_step": lambda given: 8 * given["U"].numel(),
-    "gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size() if "LOGITS" in given else 0,
+    "logits_gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size(),
 }
 
 Product = tuple[Any, tuple[Any, ...], tuple[tuple[str, Any], ...]]  # operation, arguments with shapes in the place of tensors, named ones

@@ -15,11 +15,15 @@ def device_spans(run: Callable[[], Any]) -> list[Span]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
         run()
         torch.cuda.synchronize()
-    return sorted(
-        (float(e.time_range.start), float(e.time_range.end), e.name)
-        for e in profile.events()
-        if e.device_type.name == "CUDA" and "#" not in e.name and not e.name.startswith(("nccl:", "ProfilerStep"))  # marks, no kernels
-    )
+    return sorted((float(e.time_range.start), float(e.time_range.end), e.name) for e in profile.events() if is_kernel(e))
+
+
+def is_kernel(event: Any) -> bool:
+    """Whether a profiler's event is something that ran on the device, and no mark around kernels. Names of kernels of torch may hold a #, as lambdas
+    have it."""
+    if event.device_type.name != "CUDA" or getattr(event, "is_user_annotation", False):
+        return False
+    return not event.name.startswith(("nccl:", "ProfilerStep", "Optimizer.", "## "))
 
 
 def covered(spans: Iterable[Span]) -> float:

@@ -44,7 +44,8 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
         ),
     ),
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
-    ("loss", ("losses", "gradient")),
+    ("loss", ("losses", "logits_gradient")),
+    ("recurrence", ("gradient",)),
     ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
 )
 
@@ -196,9 +197,12 @@ def parts_of(step: Any) -> dict[str, Any]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
         torch.cuda.synchronize()
+    marks = ("ProfilerStep", "Optimizer.", "## ")  # around kernels; whose own names may hold a # too, as lambdas have it
     spans = sorted(
-        (e.time_range.start, e.time_range.end, e.name) for e in profile.events() if e.device_type.name == "CUDA" and "#" not in e.name
-    )  # names with # are marks around kernels
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profile.events()
+        if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False) and not e.name.startswith(marks)
+    )
     total: dict[str, tuple[float, int]] = {}
     parts: dict[str, float] = {}
     gaps: dict[str, tuple[float, int]] = {}

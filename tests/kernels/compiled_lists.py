@@ -51,6 +51,7 @@ def main(golden: bool) -> None:
         flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
         out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
         out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
+    out["scale"] = made("scale", lists.muon_scale, {"BLOCK": lists.BLOCK}, lists.WARPS, X="*bf16", SCALE="*fp32", OUT="*fp16")
     flags = {"DIVIDE": True, "CHUNK": lists.MOVED, "BLOCK": lists.TURN}
     out["adamw"] = made("adamw", lists.adamw_step, flags, lists.WARPS)
     chosen = symmetric.CHOSEN

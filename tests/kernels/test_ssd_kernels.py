@@ -27,7 +27,7 @@ def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
     golden = json.loads((HERE / "resources_ssd.json").read_text())
     compiled = json.loads(run("compiled_ssd.py", *map(str, golden["arguments"])))
     assert all(use["wgmma"] > 0 for name, use in compiled.items() if name not in ("prepare", "recover", "finish", "add_shares")), compiled
-    assert all(use.get("spilled", 0) <= 192 and use["shared"] <= 227 << 10 for use in compiled.values()), compiled
+    assert all(use.get("spilled", 0) <= 224 and use["shared"] <= 227 << 10 for use in compiled.values()), compiled
     if triton.__version__ == golden["triton"]:
         assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_ssd bf16 64 128 --golden"
 

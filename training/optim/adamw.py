@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.tensor_lists import adamw, use_triton
+from kernels.tensor_lists import AdamWLists, adamw, use_triton
 from models.init import roles
 
 
@@ -22,17 +22,41 @@ class SkippableAdamW(torch.optim.AdamW):
     skip_next: bool = False
     grad_scale: Tensor | None = None
     before_step: Callable[[], None] | None = None  # called before each step that is not skipped (training/wrappers)
+    _ready: list[AdamWLists] | None = None  # of each group, for the next step
+
+    def prepare(self) -> None:
+        """Looks up what the next step reads and writes, its gradients being in place: to be called while the device is busy, as the step, which some
+        hundred small tensors cost the host milliseconds, then begins at once."""
+        self._ready = None
+        if len(self.state) >= sum(len(group["params"]) for group in self.param_groups) and self._kernels_take():
+            self._ready = [self._lists_of(group) for group in self.param_groups]
+
+    def forget(self) -> None:
+        """Drops what was looked up: the step is left out."""
+        self._ready = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
+        ready, self._ready = self._ready, None
         if self.skip_next:
             return None
         if self.before_step is not None:
             self.before_step()
-        if closure is not None or not self._kernels_take():
-            return super().step(closure)
-        for group in self.param_groups:
-            self._step_of(group)
+        if ready is None or closure is not None or not all(r.is_of(g) for r, g in zip(ready, self.param_groups)):
+            if closure is not None or not self._kernels_take():
+                return super().step(closure)
+            ready = [self._lists_of(group) for group in self.param_groups]
+        for lists, group in zip(ready, self.param_groups):
+            if lists.weights:
+                torch._foreach_add_(lists.steps, 1)
+                adamw(
+                    lists,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    divisor=self.grad_scale,
+                )
         return None
 
     def _kernels_take(self) -> bool:
@@ -43,16 +67,11 @@ class SkippableAdamW(torch.optim.AdamW):
         plain = plain and not any(group["amsgrad"] or group["maximize"] or isinstance(group["lr"], Tensor) for group in self.param_groups)
         return plain and use_triton([*weights, *(p.grad for p in weights if p.grad is not None)])
 
-    def _step_of(self, group: dict[str, Any]) -> None:
+    def _lists_of(self, group: dict[str, Any]) -> AdamWLists:
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
         self._init_group(group, *lists)
         weights, gradients, moments, squares, _, steps = lists
-        if weights:
-            torch._foreach_add_(steps, 1)
-            adamw(
-                weights, gradients, moments, squares, steps, lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                weight_decay=group["weight_decay"], divisor=self.grad_scale,
-            )  # fmt: skip
+        return AdamWLists(weights, gradients, moments, squares, steps)
 
 
 def parameter_groups(

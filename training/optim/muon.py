@@ -207,9 +207,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self.stacks.append(Stack(every, owner % size, rank, size, self.matrices[every[0].name].device))
             owner += -(-len(every) // self.stacks[-1].share)
 
+    def prepare(self) -> None:
+        """Of AdamW's part, see there."""
+        self.adamw.prepare()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         if self.skip_next:
+            self.adamw.forget()
             return None
         if self.before_step is not None:
             self.before_step()

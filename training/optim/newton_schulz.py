@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.symmetric import symmetric
+from kernels.tensor_lists import scaled
 
 # (a, b, c) of each step: the odd polynomial of degree 5 nearest to 1 on the interval that the ones before make of 0.0025 to 1, from the second on
 # of s / 1.02: beyond their intervals they grow fast, and rounding may take a value there
@@ -55,8 +56,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
     Multiples of x give the same. norm_k: of each matrix, where it is known."""
     if norm_k is None:
         norm_k = torch.linalg.vector_norm(x_krc, dim=(1, 2), dtype=torch.promote_types(x_krc.dtype, torch.float32))
-    x = torch.empty_like(x_krc, dtype=dtype or x_krc.dtype)
-    torch.mul(x_krc, (SPREAD / norm_k.clamp(min=LEAST))[:, None, None], out=x)
+    x = scaled(x_krc, SPREAD / norm_k.clamp(min=LEAST), dtype or x_krc.dtype)
     del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
     scale = None
