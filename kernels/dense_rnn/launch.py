@@ -191,6 +191,8 @@ class Problem(Solve):
     def on_chip(self) -> Tensor:
         """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
         width = pad(self.K)
+        if width == self.K:
+            return self.mat.to(self.product).contiguous()
         padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=self.mat.device)
         padded[:, : self.K, :, : self.K] = self.mat
         return padded
