@@ -185,7 +185,7 @@ def times(results: Results, trained: bool) -> None:
         for kind in ("init", "sketch"):
             cell, given = made(shape, kind)
             rows_of(results, "dense_lstm", shape, kind, cell, lower(given), walk=kind == "init" and shape == SHAPES[0])
-        if trained and shape[3] < 128:
+        if trained:
             found = attempted(functools.partial(seen, shape))
             if isinstance(found, dict):
                 print(shape, found["error"], flush=True)
@@ -291,8 +291,7 @@ def main() -> None:
         return warm(arguments.warm)
     results = Results(arguments.out, torch.device("cuda"))
     widths = sorted({(E * K, K) for _, _, E, K in SHAPES})
-    trained = [width for width in widths if width[1] < 128]  # at once on one GPU; of heads of 128 no layer
-    running = train(trained, arguments.train) if arguments.train else []
+    running = train(widths, arguments.train) if arguments.train else []
     wanted = [("dense_lstm", *width) for width in widths]
     wanted += [(name, 768, 64) for name in ("dense_gru", "dense_gru_before", "slstm", "dense_elman")]
     command = [sys.executable, "-m", "scripts.bench.dense_sets", "--warm"]
@@ -307,7 +306,7 @@ def main() -> None:
         while any(process.poll() is None for process in running) and results.elapsed() < arguments.train:
             time.sleep(0.5)
         stop(running)
-        for D, K in trained:
+        for D, K in widths:
             results.item("training", f"{D}x{K}", attempted(functools.partial(history, D, K)))
     times(results, bool(running))
     for part in (difficulty, over_length):
