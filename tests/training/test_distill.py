@@ -53,6 +53,10 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
         student.begin_step(0, step)
         added.append(float(student(IDS, labels=IDS).z_loss_sum.detach()))
     assert added[0] != 0 and added[1] == 0 and student.varies
+    first: Any = student.blocks[0].mixer
+    first.prompt = 4  # as of a mixer that reads a prompt twice, which the teacher does not
+    with pytest.raises(UserError, match="prompts of 0 tokens twice and the student of 4"):
+        begin(config, student, CPU, tokenizer)
     other = LanguageModel(ModelConfig(vocab_size=300, d_model=32, n_layers=1))
     with pytest.raises(UserError, match="has other tokens than the student"):
         begin(config, other, CPU, tokenizer)
