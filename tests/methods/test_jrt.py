@@ -134,6 +134,19 @@ def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     assert not torch.allclose(got, OwnAdapter(model_of(0), None, "causal", "").prefill(ids, chunk=4)[0], atol=1e-3)
 
 
+def test_the_entropy_of_what_is_written_has_not_seen_it() -> None:
+    """Behind a context shorter than the model's own prompts: read in one call, the tokens written would all be of the prompt."""
+    measure = pytest.importorskip("evals.measures.repetition").repetition
+    adapter, rows = OwnAdapter(model_of(M), None, "jrt", ""), np.random.default_rng(0).integers(0, 50, (2, M + 5))
+    entropies, context = [], torch.from_numpy(rows[:, : M - 4])
+    logits, state = adapter.prefill(context, chunk=64)
+    for token in adapter.greedy(context, 9, chunk=64).split(1, dim=1):
+        log_p = logits.log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
+        logits, state = adapter.prefill(token, 64, state)
+    assert abs(measure(adapter, rows, context=M - 4)["entropy"] - float(torch.stack(entropies).mean())) < 1e-5
+
+
 def test_runs_that_could_not_score_what_they_train_are_refused() -> None:
     base = ["model=paragru", "+mixer@model.mixers.jrt=jrt", "model.pattern=[jrt]", "train.seq_len=64", "model.mixers.jrt.prompt=32"]
     assert checked(compose_config(base)).prompt == 32
