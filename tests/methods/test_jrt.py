@@ -10,6 +10,7 @@ import torch
 
 from data.loader import Reader
 from data.prompted import IGNORE, PromptReader
+from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
 from evals.measures.documents import document_perplexity
 from evals.measures.position import position_curve, windows
@@ -122,6 +123,10 @@ def test_only_what_comes_after_a_prompt_is_scored() -> None:
     assert windows(adapter, rows, 32)["by_place"]
     found = document_perplexity(adapter, [(row, 64) for row in rows], chunk=8)
     assert found["tokens"] == wanted.numel() and abs(found["nats_per_token"] - float(wanted.mean())) < 1e-4
+    again = document_perplexity(adapter, [*((row, 64) for row in rows), (rows[0, :5], 5)], chunk=8)
+    assert again["nats_per_token"] == found["nats_per_token"] and "1 within the prompt of 9 left out" in again["summary"]
+    with pytest.raises(ItemError, match="lies within the prompt"):
+        document_perplexity(adapter, [(rows[0, :5], 5)])
 
 
 def test_the_prompt_of_a_passkey_is_read_whole() -> None:
