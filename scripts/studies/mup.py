@@ -222,7 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["coordinates", "rates"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--mixers", default="attention,paragru,gru,dense_gru,mamba2,gated_deltanet", help="mixers or cells, comma-separated")
+    parser.add_argument(
+        "--mixers", default="attention,paragru,gru,dense_gru,mamba2,gated_deltanet", help="mixers or cells, comma-separated"
+    )
     parser.add_argument("--params", default="mup,standard", help="also mup-zero, whose head starts at zero")
     parser.add_argument("--widths", type=_numbers, default=[128, 256, 512, 1024])
     parser.add_argument("--base", type=int, default=0, help="width at which muP is the plain model; 0: the first")
