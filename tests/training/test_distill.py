@@ -15,6 +15,7 @@ from models.hub.importing import load_into, resolved
 from models.lm import LanguageModel
 from scripts import convert
 from scripts.studies.conversion import Conversion
+from scripts.studies.conversion import main as study
 from scripts.studies.text import Text
 from tests.hub.test_native_export import ATTENTION, checkpoint
 from training.config.cli import checked, compose_config
@@ -82,3 +83,10 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
         checked(compose_config(["distill.teacher=x", "parallel.sequence=2", "data.path=x"]))
     with pytest.raises(UserError, match="distill.kl and distill.next_token are both zero"):
         checked(compose_config(["distill.teacher=x", "distill.kl=0", "data.path=x"]))
+
+
+@pytest.mark.parametrize("words", [["--targets", "mamba3"], ["--rates", "1e-3;1e-2"], ["--kl", "1.5"]])
+def test_a_study_of_what_is_not_there_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        study([f"--{name}={tmp_path / name}" for name in ("teacher", "data", "out")] + words)
+    assert ended.value.code == 2 and words[0] in capsys.readouterr().err and not list(tmp_path.iterdir())
