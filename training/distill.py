@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.checkpoint import load_model
 from models.lm import LanguageModel
+from models.prompt import prompt_of
 from training.config.schema import Config
 from training.errors import UserError
 from training.world import World
@@ -73,6 +74,11 @@ def begin(config: Config, student: LanguageModel, world: World, tokenizer: Any) 
     if teacher.config.vocab_size != student.config.vocab_size or tokenizer is not None and theirs.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"The teacher {section.teacher} has other tokens than the student; prepare the data with tokenizer={section.teacher}."
+        )
+    if prompt_of(teacher) != prompt_of(student):  # what one says of the other's prompt is no prediction of the same token
+        raise UserError(
+            f"The teacher {section.teacher} reads prompts of {prompt_of(teacher)} tokens twice and the student of {prompt_of(student)}, so that they are "
+            "asked for other tokens there; take prompts of one length."
         )
     student.beside = Distillation(
         teacher,

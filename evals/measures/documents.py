@@ -35,6 +35,11 @@ def document_perplexity(
     documents = [(ids, size) for ids, size in documents if len(ids) > 1]
     if not documents:
         raise ItemError("There is no document of two tokens or more to score.")
+    given = len(documents)
+    documents = [
+        (ids, size) for ids, size in documents if len(ids) > adapter.prompt
+    ] or documents  # if none has more, the first is refused below
+    left_out = f"; {given - len(documents)} within the prompt of {adapter.prompt} left out" if len(documents) < given else ""
     units: list[tuple[float, int, float]] = []  # nats, tokens, bytes
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i][0]))
     done = 0
@@ -75,5 +80,5 @@ def document_perplexity(
         "bits_per_byte_low": low_bits,
         "bits_per_byte_high": high_bits,
         "interval": f"bootstrap over {unit}" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
-        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {called}",
+        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {called}{left_out}",
     }

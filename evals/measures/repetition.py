@@ -90,7 +90,7 @@ def repetition(
             prompt_BC = torch.from_numpy(ids_RL[r : r + batch, :context])
             text_BA = adapter.greedy(prompt_BC, len(row) - context, chunk)
         written.append(text_BA[r % batch].numpy())
-        entropies.append(_entropy(adapter, torch.cat([prompt_BC, text_BA], 1)[r % batch][None], context))
+        entropies.append(_entropy(adapter, torch.cat([prompt_BC, text_BA], 1)[r % batch][None], context, chunk))
         adapter.stream(torch.from_numpy(row[None]), chunk, lambda first, nll, state: nats.append(nll.double().cpu().numpy().ravel()))
         if training is not None:
             passages.append(longest_passage(written[-1], training))
@@ -110,8 +110,12 @@ def repetition(
     }
 
 
-def _entropy(adapter: Adapter, ids_BT: torch.Tensor, context: int) -> float:
-    """Mean entropy (nats) of the predictions of the tokens after the context."""
-    logits, _ = adapter.logits(ids_BT[:, :-1], adapter.start(ids_BT.shape[0]))
-    log_p = logits[:, context - 1 :].log_softmax(-1)
+def _entropy(adapter: Adapter, ids_BT: torch.Tensor, context: int, chunk: int) -> float:
+    """Mean entropy (nats) of the predictions of the tokens after the context, which is read as it was for writing them."""
+    if adapter.carry == "none":
+        logits = adapter.logits(ids_BT[:, :-1], adapter.start(ids_BT.shape[0]))[0][:, context - 1 :]
+    else:
+        first_BV, state = adapter.prefill(ids_BT[:, :context], chunk)
+        logits = torch.cat([first_BV[:, None], adapter.logits(ids_BT[:, context:-1], state)[0]], 1)
+    log_p = logits.log_softmax(-1)
     return float(-(log_p.exp() * log_p).sum(-1).mean())

@@ -24,7 +24,7 @@ from torch import nn
 from data.errors import UserError
 from data.files import write_json
 from models.checkpoint import load_model
-from models.convert import converted, sizes_of
+from models.convert import converted, sizes_of, targets
 from models.hub.importing import is_foreign, read_stock
 from models.lm import LanguageModel
 from scripts.studies.options import refuse
@@ -125,7 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kl", type=float, default=0.8, help="share of the steps that learn from the teacher")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
-    refuse(parser, given, ["seeds", "tokens", "rows", "length", "windows"], {"starts": ("copied", "anew")})
+    refuse(parser, given, ["seeds", "tokens", "rows", "length", "windows"], {"starts": ("copied", "anew"), "targets": targets()})
+    try:
+        rates = [float(rate) for rate in given.rates.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if not all(0 < rate < 1 for rate in rates) or not 0 <= given.kl <= 1:
+        parser.error(f"--rates are numbers above zero with commas between them, and --kl is a share; not {given.rates!r} and {given.kl}.")
     try:
         text = Text(given.data, given.length, device := device_of(given.device))
         check_tokens(given.teacher, text)
@@ -143,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
         "runs": [],
     }
     print(f"teacher {taught:.4f} nats", flush=True)
-    every = itertools.product(range(given.seeds), given.targets.split(","), given.starts.split(","), map(float, given.rates.split(",")))
+    every = itertools.product(range(given.seeds), given.targets.split(","), given.starts.split(","), rates)
     for seed, target, start, rate in every:
         results["runs"].append(row := conversion.run(target, start, rate, seed, given.tokens))
         print(f"{target:8} {start:6} {rate:g} seed {seed}: " + "  ".join(f"{n:,} {nats:.3f}" for n, nats in row["held_out"]), flush=True)

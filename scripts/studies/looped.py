@@ -222,7 +222,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    refuse(parser, given, ["steps", "lr", "symbols"], {"arms": ARMS})
+    refuse(parser, given, ["steps", "lr", "symbols", "length"], {"arms": ARMS, "tasks": BOTH, "pattern": MIXERS})
+    if not all(seed.strip().isdigit() for seed in given.seeds.split(",")) or not 0 <= given.grow <= 1:
+        parser.error(f"--seeds are numbers with commas between them, and --grow is a share; not {given.seeds!r} and {given.grow}.")
     results: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
         for name in given.arms.split(","):

@@ -1,6 +1,6 @@
 """muP checked: how activations and their changes follow the width, and where the best learning rate lies at each width; JSON, and a plot beside it.
 
-python -m scripts.studies.mup coordinates --out docs/results/methods/mup_coordinates.json     # widths 128 to 1,024, three minutes on one core
+python -m scripts.studies.mup coordinates --out docs/results/methods/mup_coordinates.json     # widths 128 to 1,024, two minutes on one core
 python -m scripts.studies.mup rates --data runs/data/demo --out docs/results/methods/mup_rates.json
 
 coordinates: at each width a model of two blocks takes three steps of AdamW at one rate on a fixed batch. The mean change of what a mixer, an MLP and
@@ -222,7 +222,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["coordinates", "rates"])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--mixers", default="attention,paragru,gru,mamba2,gated_deltanet", help="mixers or cells, comma-separated")
+    parser.add_argument(
+        "--mixers", default="attention,paragru,gru,dense_gru,mamba2,gated_deltanet", help="mixers or cells, comma-separated"
+    )
     parser.add_argument("--params", default="mup,standard", help="also mup-zero, whose head starts at zero")
     parser.add_argument("--widths", type=_numbers, default=[128, 256, 512, 1024])
     parser.add_argument("--base", type=int, default=0, help="width at which muP is the plain model; 0: the first")

@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     given = parser.parse_args(arguments)
     refuse(parser, given, ["rank", "blocks", "width", "layers", "steps", "rows", "length", "rate", "seeds"], {"structures": STRUCTURES})
+    if given.steps < 3:
+        parser.error(f"--steps must be three or more, as times are those between steps; not {given.steps}.")
     try:
         device = device_of(given.device)
         text = Text(given.data, given.length, device)

@@ -18,6 +18,7 @@ import pytest
 from data.prepare import main
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, train_bpe
+from data.writer import ShardWriter
 from tests.conftest import ROOT, environment, run_program
 
 
@@ -67,6 +68,25 @@ def test_no_copy_of_a_held_out_document_is_trained_on(tmp_path: Path, texts: lis
     parts = [ShardSet(tmp_path / "out", name) if split["documents"] else None for name, split in _splits(tmp_path / "out").items()]
     train, valid = ([text_of(part, i) for i in range(part.n_documents)] if part else [] for part in parts)
     assert valid == held_out and sorted(train + valid) == sorted(texts)
+
+
+@pytest.mark.parametrize("method", ["start_again", "finish"])
+def test_copies_stay_together_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Behind the moment in which it is settled that all is written again, and behind that."""
+    write_jsonl(tmp_path / "a.jsonl", ["one", "two", "three", "two"])
+    words = [f"input={tmp_path / 'a.jsonl'}", "tokenizer=bytes", "valid_fraction=1e-9"]
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    before = getattr(ShardWriter, method)
+
+    def killed(self: ShardWriter, *given: Any) -> None:
+        before(self, *given) if method == "start_again" else None
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, method, killed)
+        assert main([*words, f"out={tmp_path / 'out'}"]) == 130
+    assert main([*words, f"out={tmp_path / 'out'}"]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def _splits(folder: Path) -> dict[str, Any]:

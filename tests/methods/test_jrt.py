@@ -10,6 +10,7 @@ import torch
 
 from data.loader import Reader
 from data.prompted import IGNORE, PromptReader
+from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
 from evals.measures.documents import document_perplexity
 from evals.measures.position import position_curve, windows
@@ -122,6 +123,10 @@ def test_only_what_comes_after_a_prompt_is_scored() -> None:
     assert windows(adapter, rows, 32)["by_place"]
     found = document_perplexity(adapter, [(row, 64) for row in rows], chunk=8)
     assert found["tokens"] == wanted.numel() and abs(found["nats_per_token"] - float(wanted.mean())) < 1e-4
+    again = document_perplexity(adapter, [*((row, 64) for row in rows), (rows[0, :5], 5)], chunk=8)
+    assert again["nats_per_token"] == found["nats_per_token"] and "1 within the prompt of 9 left out" in again["summary"]
+    with pytest.raises(ItemError, match="lies within the prompt"):
+        document_perplexity(adapter, [(rows[0, :5], 5)])
 
 
 def test_the_prompt_of_a_passkey_is_read_whole() -> None:
@@ -132,6 +137,19 @@ def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     got, _ = adapter.prefill(ids, chunk=4)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, OwnAdapter(model_of(0), None, "causal", "").prefill(ids, chunk=4)[0], atol=1e-3)
+
+
+def test_the_entropy_of_what_is_written_has_not_seen_it() -> None:
+    """Behind a context shorter than the model's own prompts: read in one call, the tokens written would all be of the prompt."""
+    measure = pytest.importorskip("evals.measures.repetition").repetition
+    adapter, rows = OwnAdapter(model_of(M), None, "jrt", ""), np.random.default_rng(0).integers(0, 50, (2, M + 5))
+    entropies, context = [], torch.from_numpy(rows[:, : M - 4])
+    logits, state = adapter.prefill(context, chunk=64)
+    for token in adapter.greedy(context, 9, chunk=64).split(1, dim=1):
+        log_p = logits.log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1).mean())
+        logits, state = adapter.prefill(token, 64, state)
+    assert abs(measure(adapter, rows, context=M - 4)["entropy"] - float(torch.stack(entropies).mean())) < 1e-5
 
 
 def test_runs_that_could_not_score_what_they_train_are_refused() -> None:

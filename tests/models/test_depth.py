@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from models import depth
 from models.config import ModelConfig
 from models.decode import Decoder
 from models.lm import LanguageModel
+from scripts.studies import looped as study
 from tests.mixers import mixer_configs
 
 MIXERS = mixer_configs()
@@ -171,3 +174,13 @@ def test_loss_falls_with_loops_and_saturates() -> None:
         return float(output.loss_sum / output.token_count)
 
     assert loss(1) > 1.5 and loss(4) < loss(1) - 0.5 and loss(8) < 0.3 < loss(4) and abs(loss(16) - loss(8)) < 0.2
+
+
+@pytest.mark.parametrize("words", [["--tasks", "copy,revers"], ["--pattern", "nope"], ["--length", "0"], ["--seeds", ""], ["--grow", "2"]])
+def test_a_study_of_another_task_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["looped", "--out", str(tmp_path / "out.json"), *words])
+    with pytest.raises(SystemExit) as ended:
+        study.main()
+    assert ended.value.code == 2 and words[0] in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from models.hub.importing import load_into, resolved
 from models.lm import LanguageModel
 from scripts import convert
 from scripts.studies.conversion import Conversion
+from scripts.studies.conversion import main as study
 from scripts.studies.text import Text
 from tests.hub.test_native_export import ATTENTION, checkpoint
 from training.config.cli import checked, compose_config
@@ -53,6 +54,10 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
         student.begin_step(0, step)
         added.append(float(student(IDS, labels=IDS).z_loss_sum.detach()))
     assert added[0] != 0 and added[1] == 0 and student.varies
+    first: Any = student.blocks[0].mixer
+    first.prompt = 4  # as of a mixer that reads a prompt twice, which the teacher does not
+    with pytest.raises(UserError, match="prompts of 0 tokens twice and the student of 4"):
+        begin(config, student, CPU, tokenizer)
     other = LanguageModel(ModelConfig(vocab_size=300, d_model=32, n_layers=1))
     with pytest.raises(UserError, match="has other tokens than the student"):
         begin(config, other, CPU, tokenizer)
@@ -78,3 +83,10 @@ def test_mistakes_are_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[st
         checked(compose_config(["distill.teacher=x", "parallel.sequence=2", "data.path=x"]))
     with pytest.raises(UserError, match="distill.kl and distill.next_token are both zero"):
         checked(compose_config(["distill.teacher=x", "distill.kl=0", "data.path=x"]))
+
+
+@pytest.mark.parametrize("words", [["--targets", "mamba3"], ["--rates", "1e-3;1e-2"], ["--kl", "1.5"]])
+def test_a_study_of_what_is_not_there_is_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        study([f"--{name}={tmp_path / name}" for name in ("teacher", "data", "out")] + words)
+    assert ended.value.code == 2 and words[0] in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from data.shards import ShardSet
+from evals.adapters.base import ItemError
 from evals.inputs.seen import facts_of_run
 from evals.measures.repetition import CONTEXT, WRITTEN, repetition
 from training.errors import UserError
@@ -19,7 +20,9 @@ def settings(subject: Any) -> dict[str, Any]:
 
 
 def measure(subject: Any, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    asked = settings(subject)
+    asked, tokens = settings(subject), len(subject.text.ids)
+    if tokens < CONTEXT + WRITTEN:  # a ratio of fewer tokens would be another one
+        raise ItemError(f"{subject.text.source} has {tokens:,} tokens, and the suite needs {CONTEXT + WRITTEN}; give a longer text.")
     ids_RL = subject.text.rows(*subject.text.fitting(asked["prompts"], CONTEXT + WRITTEN), subject.settings.seed)
     result = repetition(
         subject.adapter,
