@@ -226,7 +226,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         f"# Recurrences of {report['model']['name']}",
         "",
-        f"{report['rows']} rows of {report['length']} tokens of {report['text']}. Memory: tokens after which 1/e of the state is left, over heads "
+        f"{report['rows']} row{'s' * (report['rows'] != 1)} of {report['length']} tokens of {report['text']}. Memory: tokens after which 1/e of the state is left, over heads "
         "(lowest, middle, highest); radius: largest eigenvalue of a step, over heads and time; rank: effective rank of the T x T mixing matrix; "
         "first: share of the first token in what the second half reads; coupling: correlation of forgetting and writing.",
         "",

@@ -124,7 +124,7 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         f"# How {report['model']['name']} uses its depth",
         "",
-        f"{base:.4f} nats per token with all layers, over {report['rows']} rows of {report['length']} tokens of {report['text']}. The columns say "
+        f"{base:.4f} nats per token with all layers, over {report['rows']} row{'s' * (report['rows'] != 1)} of {report['length']} tokens of {report['text']}. The columns say "
         "what is lost (+) or gained (-) when one layer is left out, run twice, or run after the one behind it, with 95 % intervals over the rows.",
         "",
         "| layer | mixer | left out | run twice | swapped with the next | what leaving it out costs |",
