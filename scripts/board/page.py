@@ -200,8 +200,10 @@ def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
         warning = (
             f"**The table is that of {STAGE_NAMES[FINAL]}: {len(complete)} rows with {SEEDS} seeds or more, {tokens[FINAL] / 1e6:g}M tokens a cell, "
             f"{tokens[FINAL] / tokens['pass']:.0%} of the full pass, which was not run: the device time that there was did not reach so far. It says "
-            f"how fast each row learns at first. {STAGE_NAMES['stage1'].capitalize()}, of fewer rows, looks on to {tokens['stage1'] / 1e6:.0f}M tokens.**"
+            "how fast each row learns at first.**"
         )
+        if "stage1" in stages:
+            warning = f"{warning} {STAGE_NAMES['stage1'].capitalize()}, of fewer rows, looks on to {tokens['stage1'] / 1e6:.0f}M tokens."
     if not stages:
         warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
     warning = textwrap.fill(warning, 110)

@@ -105,7 +105,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     tried = [f"stage1.{row}@tiny.{rate}.0" for rate in ("0.008", "0.004") for row in pair]
     transformer = [f"{stage}.transformer@tiny.0.008.{seed}" for stage, seed in (("stage0", 1), ("stage0", 2))]
     alone = [f"stage1.transformer@tiny.{rate}.0" for rate in ("0.008", "0.004")]
-    assert waves[1] == seeds + transformer + tried + twenty + time0 + alone + more
+    assert waves[1] == seeds + transformer + tried + time0 + twenty + alone + more
     # The hybrid's best rate of stage 1 was the lower one, so half of that is tried; the other row has its seeds, and those decide equal time. The
     # Transformer diverged in stage 0, and is run at half its rate in both.
     rest, five = ([f"stage1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in seeds] for seeds in ((1, 2), (3, 4)))
