@@ -4,7 +4,8 @@ A program owns one head and BM rows; a row is a slice of time of a batch row, an
 matrices, which stay on chip. Inputs of later steps are on their way meanwhile: Triton copies them to shared memory, STAGES steps deep, and
 reads them there as the products lie in registers.
 
-    walk      all slices: from zero with a burn-in (FIRST), or those again whose start was corrected; states, ends, diagonal Jacobian products
+    walk      all slices: from zero with a burn-in (FIRST), or those again whose start was corrected, until they have come back to what they were
+              (JOINS); states, ends, diagonal Jacobian products (TRACK)
     correct   quasi-Newton: new starts of slices, and which of them have to be walked again
     certify   the certificate: the first slice of a head and batch row that does not start where the one before it ends, if any is not right
     finish    walks in order what is not certified
