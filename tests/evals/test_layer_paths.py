@@ -74,8 +74,8 @@ def test_the_program_writes_a_page_and_refuses_others_models(tmp_path: Path, cap
     assert [row["layer"] for row in report["layers"]] == [0, 1] and "| 1 | g |" in (tmp_path / "layer_paths.md").read_text()
     assert program.main(["length=1"]) == 2 and "checkpoint=DIR" in capsys.readouterr().err
     model.depth = torch.nn.Identity()  # as a looped model has it
-    model.config.depth = {"type": "universal"}
-    with pytest.raises(UserError, match="model.depth=universal says itself how often"), along(model, [0]):
+    model.config.depth = {"type": "some"}
+    with pytest.raises(UserError, match="model.depth=some says itself how often"), along(model, [0]):
         pass
     from evals.adapters.hf import HFAdapter
 
