@@ -37,9 +37,9 @@ def test_published_sizes_within_two_percent(model: str, size: str) -> None:
 
 def test_kinds_of_the_delta_rule_are_those_of_their_mixers() -> None:
     for name in ("deltaproduct", "deltanet"):
-        model = model_config(checked(compose_config([f"model={name}", f"+mixer@model.mixers.alone={name}", "model.vocab_size=64"])), None)[
-            0
-        ]
+        model = model_config(
+            checked(compose_config([f"model={name}", f"+mixer@model.mixers.alone={name}", "model.vocab_size=32768"])), None
+        )[0]
         made, alone = model.mixers["gated_deltanet"], model.mixers["alone"]
         assert {k: v for k, v in made.items() if k != "n_heads"} == {k: v for k, v in alone.items() if k != "n_heads"}
 
