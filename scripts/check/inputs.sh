@@ -177,7 +177,7 @@ t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m scripts.
 t generation, negative length | 2 | max_new_tokens must be | python -m scripts.generate checkpoint=$T/run prompt=a max_new_tokens=-3
 t generation, no such prompts | 2 | nosuch.* cannot be read | python -m scripts.generate checkpoint=$T/run prompts=$T/nosuch
 t golden losses, no such commit | 2 | There is no commit and no file 'nosuch' | python -m scripts.check.golden against=nosuch
-t golden losses, no such model | 2 | There is no model nosuch; there are dense_gru | python -m scripts.check.golden against=stored only=nosuch
+t golden losses, no such model | 2 | There is no model nosuch; there are | python -m scripts.check.golden against=stored only=nosuch
 t golden losses, a part renewed | 2 | leave out only= | python -m scripts.check.golden renew=why only=hybrid
 t faults, no such one | 2 | There is no fault 'nosuch'; there are kernels | python -m scripts.check.faults only=nosuch
 t tests of a change, no such commit | 2 | git knows no commit 'nosuch' | python -m scripts.check.changed nosuch
