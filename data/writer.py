@@ -20,6 +20,7 @@ import numpy as np
 from data.errors import UserError
 
 ENDINGS = (".bin", ".idx", ".len")
+TEMPORARY = "written.tmp"  # of a small file, until it has its name
 TOGETHER = "together.json"  # the side, and the digest, of a document that goes there with all of its copies
 
 
@@ -146,12 +147,16 @@ class ShardWriter:
         for files in self.files.values():
             for file in files:
                 _sync(file)
-        temporary = self.folder / "journal.tmp"
-        with temporary.open("w") as journal:
-            json.dump({"consumed": consumed, "splits": {name: asdict(split) for name, split in self.splits.items()}}, journal)
-            journal.flush()
-            os.fsync(journal.fileno())
-        os.replace(temporary, self.folder / "journal.json")
+        splits = {name: asdict(split) for name, split in self.splits.items()}
+        self._put("journal.json", json.dumps({"consumed": consumed, "splits": splits}))
+
+    def _put(self, name: str, text: str) -> None:
+        """A small file that is whole, on disk, or as it was before."""
+        temporary = self.folder / TEMPORARY
+        with temporary.open("w") as file:
+            file.write(text)
+            _sync(file)
+        os.replace(temporary, self.folder / name)
 
     def move_newest(self, source: str, target: str) -> None:
         """Moves the last document of `source` to `target`. A kill at any moment leaves it on exactly one side."""
@@ -198,9 +203,7 @@ class ShardWriter:
         """Forgets all that was written, and settles to which side a document and its copies go. A kill in between: as if nothing had been."""
         self.close_files()
         (self.folder / "journal.json").unlink()
-        temporary = self.folder / "together.tmp"
-        temporary.write_text(json.dumps([side, digest]))
-        os.replace(temporary, self.folder / TOGETHER)
+        self._put(TOGETHER, json.dumps([side, digest]))
         self._begin()
 
     def finish(self, meta: dict[str, Any]) -> dict[str, Any]:
@@ -218,15 +221,13 @@ class ShardWriter:
         same = {key: content.get(key) for key in ("format", "dtype", "vocab_size", "eot_id", "tokenizer_sha256", "splits")}
         same |= {"end_id": content["end_id"]} if "end_id" in content else {}
         content["fingerprint"] = hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()  # of the tokens, not of paths
-        temporary = self.folder / "meta.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, self.folder / "meta.json")
+        self._put("meta.json", json.dumps(content, indent=1) + "\n")
         return content
 
 
 def publish(partial: Path, final: Path) -> None:
     """Renames a folder with meta.json to `final`, in place of one that may be there."""
-    for name in ("journal.json", "journal.tmp", "identity.json", TOGETHER, "together.tmp"):
+    for name in ("journal.json", "identity.json", TOGETHER, TEMPORARY):
         (partial / name).unlink(missing_ok=True)
     old = final.with_name(final.name + ".replaced")
     shutil.rmtree(old, ignore_errors=True)
@@ -241,7 +242,7 @@ def digest_of(tokens: np.ndarray) -> str:
     return hashlib.sha256(tokens.astype("<u4").tobytes()).hexdigest()
 
 
-def _sync(file: IO[bytes]) -> None:
+def _sync(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
