@@ -134,7 +134,7 @@ class Engine:
             self.plans.collect()
         read_loss = sent_to_host(loss)
         self.passes.reduce()  # the device is at it while the host reads the loss and asks for data
-        read_norm = self._norm_ahead()
+        read_norm = None if self.stage else self._norm_ahead()
         local_loss = read_loss()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
@@ -157,20 +157,21 @@ class Engine:
         """The first rank's numbers. Collective."""
         return self.world.sum(values if self.world.main else [0.0] * len(values))
 
-    def _norm_ahead(self) -> Callable[[], float] | None:
-        """Queues the norm of whole gradients behind the passes and has the optimizer look for its tensors, while the device is at these: what the host
-        does once the loss is known, the device waits for. None where ZeRO, or `clip`, computes the norm."""
-        norm = norm_ahead(self.parameters.values(), self.optimizer, self.config.train.grad_clip) if not self.stage else None
+    def _norm_ahead(self) -> Callable[[], float]:
+        """What reads the norm of whole gradients, and clips them. Where it can be, the norm is queued behind the passes and the optimizer looks for its
+        tensors, while the device is at these: what the host does once the loss is known, the device waits for."""
+        parameters, limit = self.parameters.values(), self.config.train.grad_clip
+        norm = norm_ahead(parameters, self.optimizer, limit)
         if norm is None:
-            return None
+            return lambda: clip(parameters, limit)
         self.optimizer.prepare()
         return sent_to_host(norm)
 
     def _update(self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None) -> tuple[float, str]:
-        """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were."""
-        skipped, norm = is_bad(loss) if is_bad else "", None
-        if not self.stage:
-            norm = read_norm() if read_norm is not None else clip(self.parameters.values(), self.optimizer, self.config.train.grad_clip)
+        """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were. read_norm: None
+        under ZeRO, whose step computes the norm."""
+        skipped = is_bad(loss) if is_bad else ""
+        norm = read_norm() if read_norm is not None else None
         self.whole_norm = norm if norm is not None else math.nan
         if not skipped and norm is not None and not math.isfinite(norm):
             skipped = "gradient norm is not finite"

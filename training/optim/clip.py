@@ -13,20 +13,10 @@ from training.optim.muon import MuonWithAdamW
 EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
-def clip(parameters: Iterable[nn.Parameter], optimizer: SkippableAdamW | MuonWithAdamW, limit: float) -> float:
-    """Clips gradients that are whole on every rank (ZeRO does it in its step) and returns their norm before that; limit 0: none. On a GPU they stay
-    as they are, and the optimizer divides them as it reads them: to the rounding of a division the same, and a pass over memory less."""
-    read = [p for p in parameters if p.grad is not None]
-    norm = norm_ahead(read, optimizer, limit)
-    if norm is None:
-        norm = nn.utils.get_total_norm([p.grad for p in read if p.grad is not None])
-        if limit:
-            nn.utils.clip_grads_with_norm_(read, limit, norm)
-    return float(norm)
-
-
 def norm_ahead(parameters: Iterable[nn.Parameter], optimizer: SkippableAdamW | MuonWithAdamW, limit: float) -> Tensor | None:
-    """`clip` without waiting for the device: the norm as it will be, behind the passes that make the gradients. None where these have to be changed."""
+    """Clips gradients that are whole on every rank (ZeRO does it in its step), without waiting for the device: returns their norm before that, as it
+    will be behind the passes that make them; limit 0: none is clipped. They stay as they are, and the optimizer divides them as it reads them: to the
+    rounding of a division the same, and a pass over memory less. None where they have to be changed, which `clip` does."""
     gradients, optimizer.grad_scale = [p.grad for p in parameters if p.grad is not None], None
     if not use_triton(gradients):
         return None
@@ -34,3 +24,12 @@ def norm_ahead(parameters: Iterable[nn.Parameter], optimizer: SkippableAdamW | M
     if limit:
         optimizer.grad_scale = ((norm + EPS) / limit).clamp(min=1.0)
     return norm
+
+
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """`norm_ahead` where gradients are changed in place: clips them and returns their norm before that."""
+    read = [p for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in read if p.grad is not None])
+    if limit:
+        nn.utils.clip_grads_with_norm_(read, limit, norm)
+    return float(norm)
