@@ -40,9 +40,8 @@ from training.schedule import lr_factor
 BETAS, EPS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.95), 1e-8, 0.1, 1.0
 WARMUP = 0.05  # of the steps
 HEAD_CHUNK = 16_384  # tokens whose logits are held at once
-AHEAD = (
-    24  # steps handed to the device before one waits for it; what other cells of the process do on the host meanwhile, it does not wait for
-)
+# Steps handed to the device before one waits for it: what other cells of the process do on the host meanwhile, it does not wait for.
+AHEAD = 24
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,47 +229,49 @@ class Plan:
     def _stage0_cell(self, row: str, lr: float, seed: int) -> Cell:
         return self.text("stage0", row, int(SHARE0 * self.board.tokens), self.board.grid_span, lr, seed)
 
+    def _stage1_cell(self, row: str, lr: float, seed: int) -> Cell:
+        return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
+
+    def _tried0(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        return self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+
+    def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
+        lr0 = self.rate0(row, results)
+        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results, upwards=False)
+
     def rate0(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 0. None: not known yet."""
-        tried = self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
-        return self._best(tried, results, lambda lr, seed: self._stage0_cell(row, lr, seed))
+        return self._best(self._tried0(row, results), results, partial(self._stage0_cell, row))
+
+    def rate1(self, row: str, results: dict[str, Result]) -> float | None:
+        """The rate of a row in stage 1. None: not known yet."""
+        tried = self._tried1(row, results)
+        return self._best(tried, results, partial(self._stage1_cell, row)) if tried else None
+
+    @staticmethod
+    def _then_seeds(tried: list[Cell], lr: float | None, run: Callable[[float, int], Cell], seeds: int) -> list[list[Cell]]:
+        """The rates tried with seed 0, and, once the best is known, the other seeds at it."""
+        if lr is None:
+            return [tried] if tried else []
+        rest = [run(lr, seed) for seed in range(seeds)]
+        return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
 
     def stage0(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 0: the rates tried with seed 0, and, once the best is known, the other seeds at it, the one that is read first."""
-        tried = self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        """A row of stage 0: its rates, then the other seeds, the one that is read first."""
         lr = self.rate0(row, results)
-        if lr is None:
-            return [tried]
-        rest = [self._stage0_cell(row, lr, seed) for seed in range(self._seeds0(row))]
-        return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
+        return self._then_seeds(self._tried0(row, results), lr, partial(self._stage0_cell, row), self._seeds0(row))
+
+    def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
+        """A row of stage 1: its rate of stage 0, half of it, and lower ones while the lowest is the best; then the other seeds."""
+        lr = self.rate1(row, results)
+        return self._then_seeds(self._tried1(row, results)[::-1], lr, partial(self._stage1_cell, row), self.seeds)
 
     def more(self, which: str, row: str, results: dict[str, Result]) -> list[Cell]:
         """Seeds of stage 0 or 1 beyond the usual ones, once the row's rate there is known."""
         stage, first, last = MORE_SEEDS[which]
-        if stage == "stage0":
-            lr = self.rate0(row, results)
-            return [] if lr is None else [self._stage0_cell(row, lr, seed) for seed in range(first, last)]
-        parts = self.stage1(row, results)
-        return [] if len(parts) < 2 else [self._stage1_cell(row, parts[1][0].settings["lr"], seed) for seed in range(first, last)]
-
-    def _stage1_cell(self, row: str, lr: float, seed: int) -> Cell:
-        return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
-
-    def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 1: its rate of stage 0 and half of it with seed 0, and lower ones while the lowest is the best; then the other seeds."""
-        lr0 = self.rate0(row, results)
-        if lr0 is None:
-            return []
-
-        def cell(lr: float) -> Cell:
-            return self._stage1_cell(row, lr, 0)
-
-        tried = self._widened((lr0 / 2, lr0), cell, results, upwards=False)
-        lr = self._best(tried, results, lambda lr, seed: self._stage1_cell(row, lr, seed))
-        if lr is None:
-            return [tried[::-1]]
-        rest = [self._stage1_cell(row, lr, seed) for seed in range(self.seeds)]
-        return [[*tried[::-1], *(c for c in rest[:1] if c.name not in {t.name for t in tried})], rest[1:]]
+        rate, run = (self.rate0, self._stage0_cell) if stage == "stage0" else (self.rate1, self._stage1_cell)
+        lr = rate(row, results)
+        return [] if lr is None else [run(row, lr, seed) for seed in range(first, last)]
 
     def _seeds0(self, row: str) -> int:
         return DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
@@ -307,10 +310,10 @@ class Plan:
         """The same in stage 1, where no more text is there: the row itself, for as many tokens as it reads in the time of the one it is compared with."""
         of = ARCHITECTURES[row].of
         ratio = self._ratio(row, of, results) if ARCHITECTURES[row].instead else None
-        parts = self.stage1(row, results)
-        if ratio is None or ratio >= 1.0 or len(parts) < 2:
+        lr = self.rate1(row, results)
+        if ratio is None or ratio >= 1.0 or lr is None:
             return []
-        span, lr = self.board.grid_span, parts[1][0].settings["lr"]
+        span = self.board.grid_span
         return [self.text("time1", row, int(ratio * (span - self.board.T)), span, lr, seed) for seed in range(self._seeds0(row))]
 
     def _ratio(self, one: str, other: str, results: dict[str, Result]) -> float | None:

@@ -102,9 +102,8 @@ class Queue:
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
             beside = self.values.get("beside", 1)
-            spare = (
-                1.1 if beside == 1 else 1.0
-            )  # cells together are no slower than one after the other, and the last one has the device alone
+            # Cells together are no slower than one after the other, and the last one has the device alone.
+            spare = 1.1 if beside == 1 else 1.0
             least = max(least, spare * expected_seconds(cell, results, beside))
         return bool(time.time() < self.values["until"] - least)
 
