@@ -67,7 +67,7 @@ class Engine:
                 patches.clip_as_read(self.deepspeed.optimizer)
         if self.stage == 3:
             patches.list_parameters_once(module for module in model.modules() if isinstance(module, Block))
-        if policy.gathers_alike(config, world.size):
+        if policy.gathers_alike(config, world.size) and not policy.keeps_whole(config, world.size):
             patches.gather_small_at_once(self.deepspeed.optimizer)
         assert_fp32(self.parameters)
         self.steps_taken, self.whole_norm = 0, math.nan
@@ -188,7 +188,9 @@ class Engine:
 
     def gathered(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Context in which the named parameters are whole on every rank (ZeRO-3 splits them), and one rank alone may run the module."""
-        return gathered(self.module, [self.parameters[name] for name in names]) if self.stage == 3 else nullcontext()
+        return (
+            gathered(self.module, [self.parameters[name] for name in names]) if self.stage == 3 and not self.passes.whole else nullcontext()
+        )
 
     def link_moments(self) -> None:
         """To be called before moments are read or written."""

@@ -1,5 +1,6 @@
 """Forward and backward passes of a step: through DeepSpeed, whose hooks then reduce the gradients, or past it, so that they can be replayed as CUDA
-graphs (training/graph.py); under ZeRO-1 and 2 their gradients are reduced behind the last of them (training/zero/at_once.py).
+graphs (training/graph.py); under ZeRO-1 and 2 their gradients are reduced behind the last of them (training/zero/at_once.py), under ZeRO-3 where
+its weights stay whole for a step (training/zero/whole.py).
 
     passes = Passes(deepspeed_engine, model, config, world)
     loss_sum = passes.run(micro_batches, scale)
@@ -25,6 +26,7 @@ from training.initial_state import InitialStates
 from training.world import World
 from training.zero import policy
 from training.zero.at_once import AtOnce
+from training.zero.whole import Whole
 
 
 def sent_to_host(number: Tensor) -> Callable[[], float]:
@@ -43,15 +45,21 @@ def sent_to_host(number: Tensor) -> Callable[[], float]:
 
 
 class Passes:
-    """graphed: passes past DeepSpeed, where they may be graphs; at_once: what reduces their gradients, where a ZeRO stage divides these."""
+    """graphed: passes past DeepSpeed, where they may be graphs or weights stay whole; at_once: what reduces their gradients, where a ZeRO stage divides
+    these."""
 
     def __init__(self, deepspeed: Any, model: Any, config: Config, world: World) -> None:
         self.deepspeed, self.module, self.config, self.world = deepspeed, model, config, world
         self.stage, t = policy.stage_of(config, world.size), config.train
         self.initial = InitialStates(t.initial_state, t.initial_sigma, t.initial_drop, seed=config.seed * 65537 + world.rank)
         graphs = may_replay(config, world, model) and (not self.stage or policy.may_reduce_at_once(config, world.size))
-        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs else None
-        self.at_once = AtOnce(deepspeed.optimizer, config.deepspeed.bucket_bytes // 4) if graphs and self.stage else None
+        self.whole = policy.keeps_whole(config, world.size)
+        self.graphed = GraphedPass(model, world.device, t.precision == "bf16") if graphs or self.whole else None
+        if self.graphed is not None and not graphs:
+            self.graphed.why_not = "not wanted"
+        self.at_once: AtOnce | Whole | None = None
+        if self.whole or graphs and self.stage:
+            self.at_once = (Whole if self.whole else AtOnce)(deepspeed.optimizer, config.deepspeed.bucket_bytes // 4)
 
     def news(self) -> list[str]:
         """What was settled for the passes that follow, a sentence each."""
@@ -66,7 +74,7 @@ class Passes:
         """Gradients of `scale` times the summed losses; returns this rank's sum of token losses, fp64, without waiting for it."""
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.world.device)
         streams = self.config.data.reader == "stream"
-        if self.config.train.fp8 and self.stage < 3:  # where no rank keeps a weight whole it is cast at every use
+        if self.config.train.fp8 and (self.stage < 3 or self.whole):  # where no rank keeps a weight whole it is cast at every use
             float8.begin_step(float8.step + 1)
         self.deepspeed.set_gradient_accumulation_boundary(False)
         for index, batch in enumerate(micro_batches):
@@ -98,12 +106,12 @@ class Passes:
 
     def words(self) -> list[float]:
         """What the other ranks have to know of this one's passes."""
-        return [float(bool(self.graphed.why_not))] if self.at_once is not None and self.graphed is not None else []
+        return [float(bool(self.graphed.why_not))] if isinstance(self.at_once, AtOnce) and self.graphed is not None else []
 
     def settle(self, words: list[float]) -> None:
         """How passes run from the next step on, from the words of all ranks added up. One that can no longer replay its passes has all of them leave
         the reduction to DeepSpeed: a rank that reduced at once beside another that does not would wait for it for ever."""
-        if self.at_once is not None and self.graphed is not None and any(words):
+        if isinstance(self.at_once, AtOnce) and self.graphed is not None and any(words):
             self.at_once.give_up()
             self.at_once = None
             self.graphed.why_not = self.graphed.why_not or "another rank has to run them so"

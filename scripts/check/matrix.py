@@ -61,6 +61,10 @@ def cells(ranks: int, compiled: bool) -> dict[str, list[str]]:
             f"train.micro_batch={ROWS // ranks}",
             f"deepspeed.hpz={ranks}",
         ]
+        for accumulation in (1, 2):
+            overrides_of[f"zero3, accumulation {accumulation}, gathered once a step"] = [
+                "deepspeed=zero3", "deepspeed.gather=step", f"train.micro_batch={ROWS // ranks // accumulation}",
+            ]  # fmt: skip
     for stage in (0, 1, 2, 3) if compiled else ():
         overrides_of[f"zero{stage}, accumulation 1, compiled"] = [
             f"deepspeed=zero{stage}",

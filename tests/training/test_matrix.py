@@ -26,6 +26,7 @@ SLICE = {
         "zero3, accumulation 2, recomputation none",
         "zero3, accumulation 1, offload optimizer and parameters",
         "zero3, accumulation 1, hpz 2",
+        "zero3, accumulation 2, gathered once a step",
     ],
 }
 
@@ -44,6 +45,7 @@ def test_losses_are_those_of_plain_torch(ranks: int, demo_shards: Path) -> None:
         (["deepspeed=zero3", "deepspeed.offload_optimizer=nvme"], "deepspeed.nvme_path"),
         (["deepspeed=zero2", "deepspeed.offload_optimizer=nvme", "deepspeed.nvme_path=/tmp"], "deepspeed.stage=3"),
         (["deepspeed=zero1", "deepspeed.quantized_gradients=true"], "quantized_gradients needs deepspeed.stage=3"),
+        (["deepspeed=zero2", "deepspeed.gather=step"], "set it to block"),
         (["deepspeed=zero3", "deepspeed.hpz=2"], "does not divide the 1 rank"),
         (["deepspeed=zero3", "deepspeed.quantized_weights=true", "train.precision=bf16"], "under autocast"),
     ],

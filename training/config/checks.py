@@ -109,6 +109,7 @@ def _choices(config: Config) -> list[str]:
         ("deepspeed.offload_optimizer", config.deepspeed.offload_optimizer, ("none", "cpu", "nvme")),
         ("deepspeed.offload_parameters", config.deepspeed.offload_parameters, ("none", "cpu", "nvme")),
         ("deepspeed.reduction", config.deepspeed.reduction, ("auto", "fp32", "bf16")),
+        ("deepspeed.gather", config.deepspeed.gather, ("block", "step")),
         ("faults.policy", config.faults.policy, ("stop", "skip")),
         ("train.device", config.train.device, ("auto", "cpu", "cuda")),
         ("train.start_with", config.train.start_with, ("weights", "all")),
@@ -195,6 +196,14 @@ def _zero(config: Config, world_size: int) -> list[str]:
             problems.append("Offload to nvme needs deepspeed.nvme_path, a folder on a fast local disk.")
     plus = {"hpz": ds.hpz > 1, "quantized_weights": ds.quantized_weights, "quantized_gradients": ds.quantized_gradients}
     problems += [f"deepspeed.{key} needs deepspeed.stage=3, not {ds.stage}." for key, on in plus.items() if on and ds.stage != 3]
+    if ds.gather == "step":
+        moves = ds.offload_optimizer != "none" or ds.offload_parameters != "none" or any(plus.values())
+        starts = config.train.initial_state != "zero" or config.data.reader == "stream"
+        if ds.stage != 3 or moves or starts or config.train.compile:
+            problems.append(
+                "deepspeed.gather=step is for deepspeed.stage=3 without offload, hpz and quantisation, with train.initial_state=zero, a reader other"
+                " than stream, and train.compile=false; set it to block."
+            )
     if ds.hpz > 1 and world_size % ds.hpz and not config.dry_run:
         problems.append(f"deepspeed.hpz {ds.hpz} does not divide the {world_size} rank(s) of this run; use the number of ranks of a node.")
     if ds.quantized_weights and config.train.precision != "fp32":
@@ -272,9 +281,10 @@ def depth_problems(config: Config) -> list[str]:
     way = depth.KINDS.parse(mapping, config.model.get("n_layers") or 1)[0] if mapping else None
     if way is None:
         return []
-    if config.deepspeed.stage == 3:
+    if config.deepspeed.stage == 3 and config.deepspeed.gather == "block":
         problems.append(
-            "deepspeed.stage=3 lets go of a layer's weights after its first use in a pass, and model.depth uses it again; take stage 2."
+            "deepspeed.stage=3 lets go of a layer's weights after its first use in a pass, and model.depth uses it again; take stage 2, or"
+            " deepspeed.gather=step."
         )
     if way.varies and start != "zero":
         problems.append(

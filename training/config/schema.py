@@ -126,6 +126,7 @@ class DeepSpeedSection:
     quantized_weights: bool = False
     quantized_gradients: bool = False
     reduction: str = "auto"
+    gather: str = "block"
     bucket_bytes: Annotated[int, Range(1024, 2**40)] = 200_000_000
     timeout_minutes: Annotated[float, MINUTES] = 30.0
 

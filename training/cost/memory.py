@@ -34,7 +34,7 @@ from training.config.schema import Config
 from training.graph import wanted
 from training.optim import parameter_groups
 from training.optim.muon import plan
-from training.zero.policy import bucket_elements, may_reduce_at_once, overlaps, stage_of, zero_run
+from training.zero.policy import bucket_elements, keeps_whole, may_reduce_at_once, overlaps, stage_of, zero_run
 
 GIB = 2**30
 CUBLAS = 32 * 2**20  # bytes of workspace that torch allocates for matrix products on Hopper
@@ -258,6 +258,10 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
         return Held(4 * P, moments, 4 * P * accumulates, 0, 0, 0, 4 * P + flat, 4 * P + update, gradients_stay=not accumulates)
     cast = bucket / 2 if bf16 else 0.0  # the copy of a bucket that is sent in bf16
     step = 4 * max(min(n, SUB_GROUP) if stage == 3 else n for n in groups) / world  # the gradients of a group, flat
+    if keeps_whole(config, world):
+        graph = 4 * P if wanted(config, world, model) else 0  # gradients lie in the graph's memory, in the update too
+        after = 4 * P + bucket * (1 + 1 / world)
+        return Held(4 * P + part, 3 * part, 4 * P * accumulates, 0, 0, 0, after, graph + bucket, gradients_stay=not accumulates)
     if stage == 3:
         buckets = bucket * (1.5 if bf16 else 1.0)
         gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0

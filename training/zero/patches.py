@@ -8,7 +8,7 @@ needless, its function, its row of FINDS and its one call go away.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -73,6 +73,39 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._get_preflattened_grad_partition", '"flat_partition"'),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.round_robin_bit16_groups.append("),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.get_param_comm_dtype("),
+    ),
+    "keep_whole": (
+        ("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._remove_module_hooks", "self.fwd_pre_hook.remove()"),
+        (
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks",
+            "self._grad_acc_hooks.append(register_grad_hook(",
+        ),
+        (
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks",
+            "self._leaf_module_hooks.append(",
+        ),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "self._partition_all_parameters()"),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer", "bucket.buffer = torch.empty("),
+    ),
+    "take_flat_gradients": (
+        (
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._prepare_fp32_grad_for_sub_group",
+            ".grad = single_grad_partition",
+        ),
+        (
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._prepare_sub_group",
+            "self._prepare_fp32_grad_for_sub_group(sub_group_id)",
+        ),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer", "self.grad_partitions_flat_buffer"),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
+    ),
+    "gather_behind": (
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "self._post_step(timer_names)"),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._post_step", "if len(self.persistent_parameters) > 0:"),
+        (
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters",
+            "self.fp16_partitioned_groups_flat[sub_group_id].data.copy_(",
+        ),
     ),
     "let_go": (
         ("deepspeed.runtime.zero.partition_parameters", "torch.nn.functional.linear = zero3_linear_wrap"),
@@ -177,6 +210,55 @@ def list_parameters_once(blocks: Iterable[nn.Module]) -> None:
 
     for block in blocks:
         remember(block)
+
+
+def keep_whole(optimizer: Any) -> None:
+    """Gives the parameters of a ZeRO-3 optimizer whole memory of their own, in which nobody has put the weights yet, and takes off the hooks that gather
+    and let go of blocks and reduce gradients, with their buckets. training/zero/whole.py does both, once a step."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
+        hook.remove()
+    optimizer.parameter_offload._remove_module_hooks()
+    for bucket in optimizer.ipg_buckets.values():
+        bucket.buffer = None
+    divided = [p for parameters in optimizer.fp16_groups for p in parameters]
+    still = [p for p in optimizer.module.parameters() if not any(p is other for other in divided)]
+    if still:  # never updated, so gathered for good
+        still[0].all_gather(still)
+    for p in divided:
+        p.data = torch.empty(p.ds_shape, dtype=p.ds_tensor.dtype, device=p.ds_tensor.device)
+        p.ds_status = ZeroParamStatus.AVAILABLE
+    optimizer._partition_all_parameters = lambda: None
+
+
+def take_flat_gradients(optimizer: Any) -> None:
+    """Has a ZeRO-3 optimizer take this rank's gradients of a group as the one tensor that they lie in. DeepSpeed copies them into another; on a GPU it
+    goes over that once more to clip, where AdamW may divide as it reads."""
+
+    def prepare(group: int) -> None:
+        optimizer.fp32_partitioned_groups_flat[group].grad = optimizer.averaged_gradients[group].flat_partition
+        optimizer.averaged_gradients[group] = None
+
+    def clip(group: int, norm: torch.Tensor) -> None:
+        optimizer.optimizer.grad_scale = ((norm.to(optimizer.device) + EPS) / optimizer.clip_grad).clamp(min=1.0)
+
+    optimizer._prepare_fp32_grad_for_sub_group = prepare
+    if optimizer.fp32_partitioned_groups_flat[0].is_cuda and optimizer.clip_grad:
+        assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
+        optimizer.unscale_and_clip_grads = clip
+
+
+def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:
+    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters."""
+    ended = optimizer._post_step
+    optimizer.persistent_parameters = []
+
+    def post_step(timer_names: Any) -> None:
+        ended(timer_names)
+        gather()
+
+    optimizer._post_step = post_step
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:

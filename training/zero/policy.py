@@ -61,8 +61,13 @@ def zero_run(config: Config, world_size: int) -> str:
 
 
 def may_reduce_at_once(config: Config, world_size: int) -> bool:
-    """Whether a ZeRO stage can leave the reduction of gradients to training/zero/at_once.py, so that passes can be CUDA graphs."""
-    return stage_of(config, world_size) in (1, 2) and world_size > 1 and config.deepspeed.offload_optimizer == "none"
+    """Whether a ZeRO stage can leave the reduction of gradients to training/zero/at_once.py or whole.py, so that passes can be CUDA graphs."""
+    return (
+        keeps_whole(config, world_size)
+        or stage_of(config, world_size) in (1, 2)
+        and world_size > 1
+        and config.deepspeed.offload_optimizer == "none"
+    )
 
 
 def gathers_alike(config: Config, world_size: int) -> bool:
@@ -70,6 +75,11 @@ def gathers_alike(config: Config, world_size: int) -> bool:
     ds = config.deepspeed
     plain = ds.hpz == 1 and not ds.quantized_weights and "none" == ds.offload_parameters == ds.offload_optimizer
     return stage_of(config, world_size) == 3 and world_size > 1 and plain
+
+
+def keeps_whole(config: Config, world_size: int) -> bool:
+    """Whether ZeRO-3 gathers weights and reduces gradients once a step, see training/zero/whole.py."""
+    return config.deepspeed.gather == "step" and gathers_alike(config, world_size)
 
 
 def overlaps(config: Config, world_size: int) -> bool:
@@ -109,6 +119,7 @@ def deepspeed_config(config: Config, world_size: int, largest: int) -> dict[str,
     if stage == 3:
         zero |= {"zero_hpz_partition_size": ds.hpz, "zero_quantized_weights": ds.quantized_weights}
         zero["zero_quantized_gradients"] = ds.quantized_gradients
+        zero["memory_efficient_linear"] = not keeps_whole(config, world_size)  # which holds on to no weight that will be let go
     for key, device in {"offload_optimizer": ds.offload_optimizer, "offload_param": ds.offload_parameters}.items():
         if device != "none":
             zero[key] = {"device": device, "pin_memory": torch.cuda.is_available()}

@@ -1,0 +1,135 @@
+"""ZeRO-3 whose weights are gathered once a step, behind the update, and whose gradients are reduced once, behind the passes (`deepspeed.gather=step`).
+
+DeepSpeed gathers the weights of a block before each use and lets them go behind it, in hooks around blocks and gradients. They take the host 2 to 4 ms
+a block, in which the device waits, and no CUDA graph can hold them. Here these hooks are off: weights stay whole in memory that does not move, so that a
+pass may be a graph, and gradients are whole until they are reduced. Moments and the master copy are divided as ever, and DeepSpeed's step goes on
+from what its own reduction would have left. The price is 8 bytes a parameter on every rank, what ZeRO-1 takes: this is for models whose activations
+are what fills the device. Sums are taken in the dtypes that DeepSpeed would take, see `policy.reduction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from training.zero import norms, patches
+from training.zero.at_once import Partition, Run, Sent
+
+
+def cuts(parameters: list[nn.Parameter], sizes: list[int], starts: list[int], ranks: int, columns: int) -> Iterator[tuple[int, list[Run]]]:
+    """(columns, runs) of each bucket, a matrix of `ranks` rows whose row r is of rank r, for parameters that are each cut into `ranks` equal parts.
+    sizes, starts: how many elements a part of each has (the last may be shorter) and where it lies in all parts of a rank."""
+    filled, made = 0, list[list[Run]]()
+    for parameter, size, start in zip(parameters, sizes, starts):
+        at = 0
+        while at < size:
+            number, column = divmod(filled, columns)
+            if number == len(made):
+                made.append([])
+            count = min(size - at, columns - column)
+            for rank in range(ranks):
+                first = rank * size + at
+                there = min(count, parameter.numel() - first)
+                if there > 0:
+                    made[number].append(Run(parameter, first, there, rank, start + at, column))
+            filled += count
+            at += count
+    for number, runs in enumerate(made):
+        yield min(columns, filled - number * columns), runs
+
+
+class Arriving:
+    """Columns of all ranks' parts on their way to this one."""
+
+    def __init__(self, group: Any, part: Tensor, runs: list[Run]) -> None:
+        self.runs = runs
+        self.every = part.new_empty(dist.get_world_size(group), part.numel())
+        self.work: Any = dist.all_gather_into_tensor(self.every.view(-1), part, group=group, async_op=True)
+
+    def place(self) -> None:
+        """Puts them into the whole weights."""
+        self.work.wait()
+        into = [run.parameter.data.view(-1)[run.first : run.first + run.count] for run in self.runs]
+        torch._foreach_copy_(into, [self.every[run.rank, run.column : run.column + run.count] for run in self.runs])
+
+
+class Whole:
+    """Keeps the weights of a ZeRO-3 optimizer of DeepSpeed whole, and reduces their gradients; elements: numbers in a bucket."""
+
+    def __init__(self, optimizer: Any, elements: int) -> None:
+        self.optimizer, self.group = optimizer, optimizer.dp_process_group
+        ranks = dist.get_world_size(self.group)
+        columns = max(1, elements // ranks)
+        patches.keep_whole(optimizer)
+        self.plans: list[
+            list[tuple[torch.dtype, int, list[Run]]]
+        ] = []  # of each group: dtype, columns and runs of its buckets of gradients
+        self.fetches: list[list[tuple[int, int, list[Run]]]] = []  # and first column, columns and runs of its buckets of weights
+        self.flats: list[Tensor] = []  # this rank's gradients of each group, zeros where the last parts are shorter
+        self.pieces: list[list[Tensor]] = []  # and of each parameter
+        used = 0
+        for parameters in optimizer.fp16_groups:
+            sizes = [int(p.ds_tensor.ds_numel) for p in parameters]
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            self.flats.append(optimizer.grad_partitions_flat_buffer[used : used + sum(sizes)])
+            self.pieces.append(list(self.flats[-1].split(sizes)))
+            used += sum(sizes)
+            of_dtype: dict[torch.dtype, list[int]] = {}
+            for number, parameter in enumerate(parameters):
+                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
+            self.plans.append(
+                [
+                    (dtype, width, runs)
+                    for dtype, numbers in of_dtype.items()
+                    for width, runs in cuts(
+                        [parameters[n] for n in numbers], [sizes[n] for n in numbers], [starts[n] for n in numbers], ranks, columns
+                    )
+                ]
+            )
+            self.fetches.append(
+                [(i * columns, width, runs) for i, (width, runs) in enumerate(cuts(parameters, sizes, starts, ranks, columns))]
+            )
+        patches.take_flat_gradients(optimizer)
+        patches.gather_behind(optimizer, self.gather)
+        self.gather()
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Makes the weights those of all ranks' parts. Collective; nothing waits for the device."""
+        for flat, fetch in zip(self.optimizer.fp16_partitioned_groups_flat, self.fetches):
+            arriving: Arriving | None = None
+            for first, columns, runs in fetch:
+                following = Arriving(self.group, flat[first : first + columns], runs)
+                if arriving is not None:
+                    arriving.place()
+                arriving = following
+            if arriving is not None:
+                arriving.place()
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step, with its norm; the others are
+        gone. Collective; nothing waits for the device. One bucket is filled while the one before it is sent."""
+        optimizer, totals = self.optimizer, []
+        for i, plan in enumerate(self.plans):
+            flat, sent = self.flats[i], None
+            for dtype, columns, runs in plan:
+                following = Sent(self.group, dtype, columns, runs, flat)
+                if sent is not None:
+                    sent.place_own()
+                sent = following
+            if sent is not None:
+                sent.place_own()
+            optimizer.averaged_gradients[i] = Partition(self.pieces[i], flat)
+            totals.append(norms.squares([flat] if flat.is_cuda else self.pieces[i], flat.device))
+        total = torch.stack(totals)
+        dist.all_reduce(total)
+        for i, norm in enumerate(norms.root(total)):
+            optimizer.averaged_gradients[i].norm = norm
+        for parameters in optimizer.fp16_groups:
+            for parameter in parameters:
+                parameter.grad = None
