@@ -5,7 +5,7 @@
 
 A size after the other. First the models on one GPU each, as many at a time as there are GPUs, the first of them on every GPU; then all GPUs
 together, one case after another in one process group, the most wanted first: passes as CUDA graphs with gradients reduced once a step
-(`train.cuda_graph=all`), and DeepSpeed's own way. Steps follow each other as in training; their median counts, as one of a dozen may take half a
+(`train.cuda_graph=all`; under ZeRO-3 weights gathered once a step as well, `deepspeed.gather=step`), and DeepSpeed's own way. Steps follow each other as in training; their median counts, as one of a dozen may take half a
 second longer (`longest_step_seconds`). `efficiency` is tokens/s a GPU over that of one GPU in the
 same call, the mean of those measured. A row says whether passes were replayed (`news`) and what torch's allocator held; one that is profiled says for
 how long kernels ran, only NCCL's did, and none.
@@ -50,17 +50,22 @@ def case(model: str, size: str, name: str, ranks: int, values: dict[str, Any], p
     }  # fmt: skip
 
 
-GRAPH, WRITTEN, BF16 = "train.cuda_graph=all", "train.cuda_graph=off", "deepspeed.reduction=bf16"
-# (how much it is wanted, name, settings, models that are profiled)
-WAYS: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    (0, "zero1 graph bf16", (GRAPH, BF16), ("transformer", "paragru")),
-    (1, "zero3", (WRITTEN,), ("transformer",)),
-    (2, "zero1 deepspeed", (WRITTEN,), ("transformer",)),
-    (2, "zero2 graph bf16", (GRAPH, BF16), ()),
-    (3, "zero1 graph", (GRAPH,), ()),
-    (3, "zero0 graph bf16", (GRAPH, BF16), ()),
-    (3, "zero3 bf16", (WRITTEN, BF16), ()),
-    (3, "zero2 deepspeed", (WRITTEN,), ()),
+GRAPH, WRITTEN, BF16, STEP = "train.cuda_graph=all", "train.cuda_graph=off", "deepspeed.reduction=bf16", "deepspeed.gather=step"
+BOTH = MODELS[:2]
+# (0: of a size before the next one begins, 1: after all sizes; name, settings, models, those of them that are profiled), the most wanted first
+WAYS: tuple[tuple[int, str, tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
+    (0, "zero1 graph bf16", (GRAPH, BF16), MODELS, BOTH),
+    (0, "zero3 step graph bf16", (GRAPH, BF16, STEP), BOTH, MODELS[:1]),
+    (0, "zero2 graph bf16", (GRAPH, BF16), MODELS[:1], ()),
+    (0, "zero3", (WRITTEN,), MODELS[:1], MODELS[:1]),
+    (1, "zero3 step graph bf16", (GRAPH, BF16, STEP), MODELS[2:], ()),
+    (1, "zero3 step", (WRITTEN, BF16, STEP), MODELS[:1], ()),
+    (1, "zero3", (WRITTEN,), MODELS[1:], ()),
+    (1, "zero1 deepspeed", (WRITTEN,), MODELS[:1], MODELS[:1]),
+    (1, "zero1 graph", (GRAPH,), MODELS[:1], ()),
+    (1, "zero2 graph bf16", (GRAPH, BF16), MODELS[1:], ()),
+    (1, "zero0 graph bf16", (GRAPH, BF16), MODELS[:1], ()),
+    (1, "zero2 deepspeed", (WRITTEN,), MODELS[:1], ()),
 )
 
 
@@ -70,23 +75,24 @@ def sizes_of(values: dict[str, Any]) -> list[str]:
 
 def cases(values: dict[str, Any], size: str, first: bool) -> list[dict[str, Any]]:
     """Of a size on all GPUs, the most wanted first. first: those that come before the next size, else the others."""
-    models, made = values["models"].split(","), []
-    for wanted, name, more, profiled in WAYS:
-        for model in models if wanted < 2 else models[:1]:
-            if (wanted == 0 or wanted == 1 and model == models[0]) == first:
-                made.append(case(model, size, name, values["gpus"], values, model in profiled, *more))
-    return made
+    chosen = values["models"].split(",")
+    return [
+        case(model, size, name, values["gpus"], values, model in profiled, *more)
+        for later, name, more, models, profiled in WAYS
+        for model in models
+        if model in chosen and (later == 0) == first
+    ]
 
 
-def shown(row: dict[str, Any], alone: dict[str, Any] | None) -> str:
+def shown(row: dict[str, Any], other: dict[str, Any] | None) -> str:
     rate, parts = row["tokens_per_second_per_gpu"], row.get("parts", {})
     words = [f"{row['id']}: {rate / 1e3:.1f}k tokens/s a GPU, step {1e3 * row['step_seconds']:.1f} ms, {row['memory_gib']:.1f} GiB"]
     words += [f"of {row['reserved_gib']:.1f}, {row['alloc_retries']} retries"] if "reserved_gib" in row else []
     words += [sentence[:160] for sentence in row.get("news", [])]
     if row.get("efficiency"):
         words.append(f"{row['efficiency']:.3f} of one")
-    if alone is not None:
-        words.append(f"losses within {max(abs(a - b) for a, b in zip(row['losses'], alone['losses'])):.1e} of zero1 deepspeed")
+    if other is not None:
+        words.append(f"losses within {max(abs(a - b) for a, b in zip(row['losses'], other['losses'])):.1e} of {other['way']}")
     words += [
         f"{key} {parts[key]}" for key in ("span_ms", "kernels_alone_ms", "nccl_ms", "nccl_alone_ms", "idle_ms", "nccl") if key in parts
     ]
@@ -121,10 +127,8 @@ class Bench:
             ]
             if alone and ranks > 1:
                 row["efficiency"] = row["tokens_per_second_per_gpu"] / (sum(alone) / len(alone))
-            other = next(
-                (r for r in self.result["rows"] if (r["model"], r["size"], r["way"]) == (*key, "zero1 deepspeed") and "losses" in r), None
-            )
-            print(shown(row, other), flush=True)
+            others = (r for r in self.result["rows"] if (r["model"], r["size"]) == key and r["gpus"] == ranks > 1 and "losses" in r)
+            print(shown(row, next(others, None)), flush=True)
         with self.lock:
             self.result["rows"].append({**row, "gpus": ranks})
             write_json(Path(self.values["out"]), self.result)
