@@ -63,6 +63,8 @@ class Engine:
             patches.keep_gradients_in_place(self.deepspeed)
         if self.stage and config.deepspeed.offload_optimizer == "none":
             patches.norm_in_few_launches(self.deepspeed.optimizer, world.device)
+            if self.stage < 3:
+                patches.keep_views(self.deepspeed.optimizer)
             if self.stage < 3 and world.device.type == "cuda":
                 patches.clip_as_read(self.deepspeed.optimizer)
         if self.stage == 3:

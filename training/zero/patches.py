@@ -74,6 +74,13 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.round_robin_bit16_groups.append("),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "self.get_param_comm_dtype("),
     ),
+    "keep_views": (
+        (
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._update_model_bit16_weights",
+            "p.data = flat_group.narrow(0, offset, meta.numel()).view(meta.shape).data",
+        ),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self._update_model_bit16_weights(i)"),
+    ),
     "keep_whole": (
         ("deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._remove_module_hooks", "self.fwd_pre_hook.remove()"),
         (
@@ -250,15 +257,30 @@ def take_flat_gradients(optimizer: Any) -> None:
 
 
 def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:
-    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters."""
-    ended = optimizer._post_step
+    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters. DeepSpeed's update ends with a copy of the
+    parts to themselves where they are fp32, and makes each parameter's part anew."""
+    ended, reassign = optimizer._post_step, optimizer._reassign_or_swap_out_partitioned_parameters
     optimizer.persistent_parameters = []
+    lie = [
+        flat.data_ptr() == copy.data_ptr()
+        for flat, copy in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat)
+    ]
+    optimizer._reassign_or_swap_out_partitioned_parameters = lambda group: None if lie[group] else reassign(group)
 
     def post_step(timer_names: Any) -> None:
         ended(timer_names)
         gather()
 
     optimizer._post_step = post_step
+
+
+def keep_views(optimizer: Any) -> None:
+    """Has a ZeRO-1/2 optimizer leave the parameters as they are after its step: they are views of the memory into which it gathers. DeepSpeed makes all of
+    them anew, twice, while the device waits for the next pass."""
+    for group, parameters in zip(optimizer.bit16_groups_flat, optimizer.bit16_groups):
+        begin, end = group.data_ptr(), group.data_ptr() + group.numel() * group.element_size()
+        assert all(begin <= p.data_ptr() < end or not p.numel() for p in parameters), "parameters do not lie in their group"
+    optimizer._update_model_bit16_weights = lambda group: None
 
 
 def hook_gradients(optimizer: Any, on: bool) -> None:

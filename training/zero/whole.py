@@ -42,19 +42,37 @@ def cuts(parameters: list[nn.Parameter], sizes: list[int], starts: list[int], ra
         yield min(columns, filled - number * columns), runs
 
 
-class Arriving:
-    """Columns of all ranks' parts on their way to this one."""
+class Fetch:
+    """A bucket of weights to be gathered: columns first .. first+columns-1 of every rank's part of a group, and where each piece of them belongs."""
 
-    def __init__(self, group: Any, part: Tensor, runs: list[Run]) -> None:
-        self.runs = runs
-        self.every = part.new_empty(dist.get_world_size(group), part.numel())
+    def __init__(self, first: int, columns: int, runs: list[Run]) -> None:
+        self.first, self.columns = first, columns
+        self.into = [run.parameter.data.view(-1)[run.first : run.first + run.count] for run in runs]  # whole weights stay where they are
+        begins = sorted({run.column for run in runs})
+        self.widths = [end - begin for begin, end in zip(begins, [*begins[1:], columns])]
+        place = {begin: number for number, begin in enumerate(begins)}
+        numbers = [place[run.column] for run in runs]
+        self.picks = [(run.rank, number, run.count if run.count < self.widths[number] else None) for run, number in zip(runs, numbers)]
+
+
+class Arriving:
+    """A bucket of weights on its way to this rank; flat: its part of the group."""
+
+    def __init__(self, group: Any, flat: Tensor, fetch: Fetch) -> None:
+        self.fetch = fetch
+        self.every = flat.new_empty(dist.get_world_size(group), fetch.columns)
+        part = flat[fetch.first : fetch.first + fetch.columns]
         self.work: Any = dist.all_gather_into_tensor(self.every.view(-1), part, group=group, async_op=True)
 
     def place(self) -> None:
-        """Puts them into the whole weights."""
+        """Puts it into the whole weights."""
         self.work.wait()
-        into = [run.parameter.data.view(-1)[run.first : run.first + run.count] for run in self.runs]
-        torch._foreach_copy_(into, [self.every[run.rank, run.column : run.column + run.count] for run in self.runs])
+        rows = [row.split(self.fetch.widths) for row in self.every.unbind()]
+        pieces = [rows[rank][number] for rank, number, _ in self.fetch.picks]
+        for i, (_, _, shorter) in enumerate(self.fetch.picks):  # at the end of a parameter that ranks do not divide
+            if shorter is not None:
+                pieces[i] = pieces[i][:shorter]
+        torch._foreach_copy_(self.fetch.into, pieces)
 
 
 class Whole:
@@ -68,7 +86,7 @@ class Whole:
         self.plans: list[
             list[tuple[torch.dtype, int, list[Run]]]
         ] = []  # of each group: dtype, columns and runs of its buckets of gradients
-        self.fetches: list[list[tuple[int, int, list[Run]]]] = []  # and first column, columns and runs of its buckets of weights
+        self.fetches: list[list[Fetch]] = []  # and its buckets of weights
         self.flats: list[Tensor] = []  # this rank's gradients of each group, zeros where the last parts are shorter
         self.pieces: list[list[Tensor]] = []  # and of each parameter
         used = 0
@@ -91,7 +109,7 @@ class Whole:
                 ]
             )
             self.fetches.append(
-                [(i * columns, width, runs) for i, (width, runs) in enumerate(cuts(parameters, sizes, starts, ranks, columns))]
+                [Fetch(i * columns, width, runs) for i, (width, runs) in enumerate(cuts(parameters, sizes, starts, ranks, columns))]
             )
         patches.take_flat_gradients(optimizer)
         patches.gather_behind(optimizer, self.gather)
@@ -100,10 +118,10 @@ class Whole:
     @torch.no_grad()
     def gather(self) -> None:
         """Makes the weights those of all ranks' parts. Collective; nothing waits for the device."""
-        for flat, fetch in zip(self.optimizer.fp16_partitioned_groups_flat, self.fetches):
+        for flat, fetches in zip(self.optimizer.fp16_partitioned_groups_flat, self.fetches):
             arriving: Arriving | None = None
-            for first, columns, runs in fetch:
-                following = Arriving(self.group, flat[first : first + columns], runs)
+            for fetch in fetches:
+                following = Arriving(self.group, flat, fetch)
                 if arriving is not None:
                     arriving.place()
                 arriving = following
