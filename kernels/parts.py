@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # mypy: ignore-errors
 # (arguments of kernels are pointers and numbers of Triton's own kinds)
+import torch
 import triton
 import triton.language as tl
 
@@ -64,3 +65,26 @@ def runs(N: int, tile: int) -> tuple[int, int]:
     memory, so their number has a limit."""
     each = triton.cdiv(triton.cdiv(N, RUNS), tile) * tile
     return each, triton.cdiv(N, each)
+
+
+@triton.jit
+def sum_of_runs(PARTIAL, OUT, R, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """COLUMNS columns of a (R, D) matrix summed over its rows, always in one order."""
+    d, r = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, ROWS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, R, ROWS):
+        inside = (first + r < R)[:, None] & (d < D)[None, :]
+        total += tl.load(PARTIAL + (first + r).to(tl.int64)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    tl.store(OUT + d, tl.sum(total, 0), mask=d < D)
+
+
+def summed(partial: torch.Tensor) -> torch.Tensor:
+    """The sum of partial sums (R, ...), fp32 and contiguous, over R. torch's own takes three times as long for a thousand rows, and clears memory before."""
+    R, shape = partial.shape[0], partial.shape[1:]
+    out = torch.empty(shape, dtype=torch.float32, device=partial.device)
+    D, columns = out.numel(), 16
+    if D:
+        sum_of_runs[(triton.cdiv(D, columns),)](
+            partial, out, R, D, ROWS=min(256, triton.next_power_of_2(max(R, 1))), COLUMNS=columns, num_warps=8
+        )
+    return out

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.gated_norm.launch import PER_WARP, PER_WARP_BACK, tile
-from kernels.parts import runs
+from kernels.parts import runs, summed
 
 
 @triton.jit
@@ -100,5 +100,5 @@ def add_norm_backward(d_r, d_n, r, x, scale, weight, eps, dtypes):
         d_r, d_n, r, *given, weight.contiguous(), dx, dy, partial[-1], partial[0], N, D, each, eps,
         SCALED=scale is not None, BR=BR, BD=BD, num_warps=warps,
     )  # fmt: skip
-    d_scale = partial[1].sum(0).to(scale.dtype) if scale is not None else None
-    return dx, dy, d_scale, partial[0].sum(0).to(weight.dtype)
+    d_scale = summed(partial[1]).to(scale.dtype) if scale is not None else None
+    return dx, dy, d_scale, summed(partial[0]).to(weight.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.gated_norm import triton as kernels
-from kernels.parts import runs
+from kernels.parts import runs, summed
 
 PER_WARP, PER_WARP_BACK = 512, 256  # channels of a warp
 
@@ -63,4 +63,4 @@ def norm_backward(
         dh.stride(0), dh.stride(1), e.stride(0), e.stride(1),
         G=groups, HAS_GATE=gate is not None, NORM_FIRST=norm_first, BR=BR, BK=BK, num_warps=warps,
     )  # fmt: skip
-    return dh.view(h.shape), None if gate is None else e.reshape(gate.shape), partial.sum(0).to(weight.dtype)
+    return dh.view(h.shape), None if gate is None else e.reshape(gate.shape), summed(partial).to(weight.dtype)

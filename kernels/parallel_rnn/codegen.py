@@ -37,6 +37,7 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
     traced = trace(cell)
     arguments, like, fixed = traced.arguments, "h0", traced.fixed if short else ()
     entries = [entry for row in traced.jacobian for entry in row]
+    curves = [entry for row in traced.second for column in row for entry in column]
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/parallel_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )
@@ -44,6 +45,7 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
         function("step", arguments, traced.new, like, fixed=fixed, legend=traced.legend),
         function("jacobian", arguments, entries, like),
         function("step_and_jacobian", arguments, [*traced.new, *entries], like, fixed=fixed),
+        function("step_and_curves", arguments, [*traced.new, *entries, *curves], like, fixed=fixed) if curves else "",
         function("step_vjp", [*arguments, *traced.cotangents], [*traced.d_pre, *traced.d_rec, *traced.d_state], like),
     ]
     parts = [
@@ -51,7 +53,7 @@ def source(cell: Cell, ahead: int = AHEAD, back: int = AHEAD_BACK, maths: str = 
         functions("".join(steps), short, maths) + "\n",
         HELPERS.strip("\n") + "\n",
         backward_source.PASSED.strip("\n") + "\n",
-        *steps,
+        *(step for step in steps if step),
         forward_source.walk(traced, ahead),
         forward_source.mend(traced, ahead),
         forward_source.finish(traced, ahead),

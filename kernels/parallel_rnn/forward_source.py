@@ -6,15 +6,23 @@ from kernels.parallel_rnn.trace import Traced
 from kernels.parallel_rnn.writer import SIZES, STAGES, Writer, live
 
 
-def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN", meets: bool = True) -> None:
-    """One group of steps from h (and their products, where `product`, a condition, holds), states stored where `stored` holds, or all if `even`."""
+def steps(
+    w: Writer, indent: int, product: str | None, stored: str = "go", even: str = "EVEN", meets: bool = True, curved: str = ""
+) -> None:
+    """One group of steps from h (and their products, where `product`, a condition, holds, and second derivatives, where `curved` does), states stored
+    where `stored` holds, or all if `even`."""
     hs = w.each("h{i}", w.S)
     for u in range(w.U):
         w.put(indent, f"go = t + {u} < last", "if HAS_RESET:", *(f"    h{i} = tl.where(r{u} != 0, 0.0, h{i})" for i in w.S))
         plain = [f"{w.each('y{i}', w.S)} = {w.call('step', u, hs)}"]
         if product:
             w.put(indent, f"if {product}:")
-            w.put(indent + 1, f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))} = {w.call('step_and_jacobian', u, hs)}")
+            made, deep = f"{w.each('y{i}', w.S)}, {', '.join(w.matrix('j{i}{j}'))}", indent + 1
+            if curved and u == w.U - 1:
+                curves = ", ".join(f"f{i}{j}{k}" for i, j, k in w.curves)
+                w.put(deep, f"if {curved}:", f"    {made}, {curves} = {w.call('step_and_curves', u, hs)}", "else:")
+                deep += 1
+            w.put(deep, f"{made} = {w.call('step_and_jacobian', u, hs)}")
             w.products(indent + 1, u)
             if product != "True":
                 w.put(indent, "else:", *(f"    {line}" for line in plain))
@@ -25,6 +33,9 @@ def steps(w: Writer, indent: int, product: str | None, stored: str = "go", even:
     if product:
         w.put(indent, f"if {product}:")
         w.end_group(indent + 1, meets)
+        if curved:
+            w.put(indent + 1, f"if {curved}:")
+            w.end_curves(indent + 2)
 
 
 def _open(w: Writer) -> None:
@@ -42,13 +53,13 @@ def _enter(w: Writer, indent: int, t: str) -> None:
     w.load_resets(indent, "", t)
 
 
-def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, marks: str = "True") -> None:
+def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, marks: str = "True", curved: str = "") -> None:
     """All groups of steps from `start` to `end`, pointers moving along."""
     w.put(indent, f"for t in tl.range({start}, {end}, {w.U}, num_stages={STAGES}):")
     w.load_inputs(indent + 1, "t")
     w.put(indent + 1, f"p += {w.U} * ST", f"q += {w.U}")
     w.load_resets(indent + 1, "n", f"t + {w.U}")
-    steps(w, indent + 1, product)
+    steps(w, indent + 1, product, curved=curved)
     w.move(indent + 1, str(w.U))
     if marks != "True":
         w.put(indent + 1, f"if {marks}:")
@@ -65,7 +76,7 @@ def walk(traced: Traced, unroll: int) -> str:
     w, n_state = Writer(traced, unroll), len(traced.cell.state)
     w.begin(
         "walk",
-        f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr,\n        {SIZES}",
+        f"PRE, REC, H0, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, MEASURES, CURVES, GIVEN: tl.constexpr, PRODUCT: tl.constexpr, WITH_MARKS: tl.constexpr, CURVED: tl.constexpr,\n        {SIZES}",
     )
     w.weights()
     w.put(1, "first = s * SLICE", "last = tl.minimum(first + SLICE, T)", f"o = (b * n + s) * {n_state} * D + d")
@@ -78,11 +89,15 @@ def walk(traced: Traced, unroll: int) -> str:
     )
     w.put(2, *(f"tl.store(STARTS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     _open(w)
+    w.put(1, *(f"C{i}{j}{k} = tl.zeros((BD,), tl.float32)" for i, j, k in w.curves))
     _enter(w, 1, "first")
-    _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS")
+    _loop(w, 1, "first", "last", "PRODUCT", "WITH_MARKS", "CURVED" if w.curves else "")
     w.put(1, *(f"tl.store(ENDS + o + {i} * D, h{i}, mask=inside)" for i in w.S))
     w.put(1, "if PRODUCT:", *(f"    {line}" for line in _store_products(w)))
     w.store_measures(2)
+    if w.curves:
+        stores = [f"    tl.store(CURVES + oc + {at} * D, C{i}{j}{k}, mask=inside)" for at, (i, j, k) in enumerate(w.curves)]
+        w.put(1, "if CURVED:", f"    oc = (b * n + s) * {len(w.curves)} * D + d", *stores)
     return w.text()
 
 
@@ -93,13 +108,15 @@ def _store_products(w: Writer, to: str = "PRODUCTS") -> list[str]:
             *(f"tl.store({to} + oo + {n * n + i} * D, V{i}, mask=inside)" for i in w.S)]  # fmt: skip
 
 
-def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
-    """Newton's step on the slice starts: h, c become the corrected start of slice `count` and its change, z what a change of some earlier state
+def _chain(w: Writer, indent: int, count: str, worst: bool, curved: str = "") -> None:
+    """Newton's step on the slice starts, where `curved`, a condition, holds with the second order of their change (unless that is more than half of
+    the first, where it says nothing): h, c become the corrected start of slice `count` and its change, z what a change of some earlier state
     by its own size would be there. With `worst` also, of each channel, the largest share of z that a change is, and the first slice where it is above the
     tolerance. Several slices are loaded at once."""
     n = len(w.S)
     group = range(max(1, 24 // (n * (n + 3))))
     w.put(indent, f"o = b * n * {n} * D + d", f"oo = b * n * {n * n + n} * D + d")
+    w.put(indent, f"oc = b * n * {len(w.curves)} * D + d" if curved else "")
     w.put(
         indent,
         *(f"h{i} = {w.vector('STARTS', 'o', i)}" for i in w.S),
@@ -115,9 +132,16 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
             deep,
             *w.matrix(f"j{{i}}{{j}}_{u} = tl.load(PRODUCTS + oo + ({u * (n * n + n)} + {{i}} * {n} + {{j}}) * D, mask={here}, other=0.0)"),
         )
+        if curved:
+            loads = [f"CURVES + oc + {u * len(w.curves) + at} * D, mask={here}, other=0.0" for at in range(len(w.curves))]
+            w.put(deep, f"if {curved}:", *(f"    f{i}{j}{k}_{u} = tl.load({load})" for (i, j, k), load in zip(w.curves, loads)))
         w.put(deep, *(f"z{i}_{u} = tl.load(PRODUCTS + oo + {u * (n * n + n) + n * n + i} * D, mask={here}, other=0.0)" for i in w.S))
     for u in group:
         w.put(deep, *(f"m{i} = " + " + ".join(f"_times(j{i}{j}_{u}, c{j})" for j in w.S) for i in w.S))
+        if curved:
+            terms = {i: [f"f{i}{j}{k}_{u} * ({0.5 if j == k else 1.0} * c{j} * c{k})" for a, j, k in w.curves if a == i] for i in w.S}
+            w.put(deep, f"if {curved}:", *(f"    q{i} = " + " + ".join(terms[i]) for i in w.S))
+            w.put(deep + 1, *(f"m{i} += tl.where(tl.abs(q{i}) <= 0.5 * tl.abs(m{i}), q{i}, 0.0)" for i in w.S))
         w.put(
             deep,
             "fine = "
@@ -138,13 +162,14 @@ def _chain(w: Writer, indent: int, count: str, worst: bool) -> None:
             w.put(deep, f"gap = tl.where({live('more')}, gap, 0.0)", "largest = tl.maximum(largest, gap)")
             w.put(deep, f"first_bad = tl.where((gap > TOLERANCE) & (first_bad == n), k + {u + 1}, first_bad)")
     w.put(deep, f"o += {len(group) * n} * D", f"oo += {len(group) * (n * n + n)} * D")
+    w.put(deep, f"oc += {len(group) * len(w.curves)} * D" if curved else "")
 
 
 def mend(traced: Traced, unroll: int) -> str:
     w, n = Writer(traced, unroll), len(traced.cell.state)
-    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, MEASURES, STATS, ROUND, TOLERANCE"
-    w.begin("mend", f"{own}, STRETCH: tl.constexpr,\n        {SIZES}", after=True)
-    _chain(w, 1, "s", worst=False)
+    own = "PRE, REC, RESET, EMITTED, KEPT, MARKS, STARTS, ENDS, PRODUCTS, NEW_STARTS, NEW_ENDS, NEW_PRODUCTS, MEASURES, CURVES, STATS, ROUND, TOLERANCE"
+    w.begin("mend", f"{own}, STRETCH: tl.constexpr, CURVED: tl.constexpr,\n        {SIZES}", after=True)
+    _chain(w, 1, "s", worst=False, curved="CURVED" if w.curves else "")
     w.shares(1, "gap", "c{i}", "z{i}")
     w.put(1, f"o = (b * n + s) * {n} * D + d", f"oo = (b * n + s) * {n * n + n} * D + d")
     old = [f"tl.load(PRODUCTS + oo + {k} * D, mask=inside, other=0.0)" for k in range(n * n + n)]

@@ -28,6 +28,7 @@ from kernels.parallel_rnn import backward_source, codegen
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.reference import TOLERANCE, product, remainders, tolerance
 from kernels.parallel_rnn.trace import NotLowered, trace
+from kernels.parts import summed
 
 BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
 CORRECTIONS, CORRECTIONS_FINE = 3, 5  # Newton steps on the slice starts before the walk in order, of inputs in 16 and in 32 bits
@@ -38,6 +39,7 @@ PROGRAMS_BACK = 4
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
 SHOOT_STEPS, SHOTS = 2048, 8  # longest sequences it takes, and Newton steps it tries
 SHARED = 40 << 10  # bytes of shared memory for the inputs it has in flight
+CURVED = True  # whether the first correction takes the second order of a slice's end by its start with it, in cells that have it traced
 # A program has a scheduler for itself, so registers are there in plenty; asked to save them, ptxas lets one step wait for the one before it.
 REGISTERS = 255
 MOST_SLICES = 65535  # the second dimension of a launch
@@ -215,17 +217,19 @@ def forward(
     products = h0.new_empty(rounds + 1, B, n, S * S + S, D) if n > 1 else h0
     measures = h0.new_empty(B, n, S * S + S, D) if n > 1 else h0
     source, sizes, constants = _sizes(plan, pre, starts)
+    curved = CURVED and n > 1 and bool(trace(cell).second)
+    curves = h0.new_empty(B, n, S * S * (S + 1) // 2, D) if curved else h0
     module.walk[plan.grid](
-        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, measures, False, n > 1, borders or n > 1, *sizes, **constants
-    )
+        source, rec, h0, reset, emitted, kept, marks, begins, ends, products, measures, curves, False, n > 1, borders or n > 1, curved, *sizes, **constants
+    )  # fmt: skip
     if n == 1:
         return emitted, kept, ends[0, :, 0], marks
     final, stats, after, near = torch.empty_like(h0), _counters(pre.device), dependently(constants), tolerance(cell, pre.dtype)
     for k in range(rounds):
         old, new = (begins[k], ends[k], products[k]), (begins[k + 1], ends[k + 1], products[k + 1])
         module.mend[plan.grid](
-            source, rec, reset, emitted, kept, marks, *old, *new, measures, stats, float(k + 1), near, plan.stretch, *sizes, **after
-        )
+            source, rec, reset, emitted, kept, marks, *old, *new, measures, curves, stats, float(k + 1), near, plan.stretch, curved and not k, *sizes, **after
+        )  # fmt: skip
     last = (begins[rounds], ends[rounds], products[rounds])
     module.finish[plan.grid[:1]](source, rec, reset, emitted, kept, marks, *last, final, stats, n, near, *sizes, **after)
     return emitted, kept, final, marks
@@ -263,7 +267,7 @@ def restore(cell: Cell, pre: Tensor, rec: Tensor, h0: Tensor, starts: Tensor | N
     reset = emitted if starts is None else starts.contiguous().view(torch.uint8)
     source, sizes, constants = _sizes(plan, pre, starts)
     _module(cell, plan).walk[plan.grid](
-        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, ends, True, False, False, *sizes, **constants
+        source, rec, begins, reset, emitted, kept, ends, begins, ends, ends, ends, ends, True, False, False, False, *sizes, **constants
     )
     return emitted, kept
 
@@ -324,7 +328,7 @@ def backward(
         module.mend_gradient[plan.grid](*tensors, *outputs, _counters(pre.device), most, with_kept, *sizes, **dependently(constants))
     if to.tensor is not d_pre:  # a layout the kernels cannot write
         d_pre.copy_(to.tensor)
-    return d_whole, partial.sum((0, 1)), d_h0
+    return d_whole, summed(partial.flatten(0, 1)), d_h0
 
 
 def adjoint(

@@ -19,6 +19,8 @@ from kernels.parallel_rnn.graph import Graph, Node, order
 from kernels.parallel_rnn.operations import NotLowered
 from kernels.parallel_rnn.step import StepFunction, returned
 
+MOST_CURVED = 1  # states up to which second derivatives are made; of two it was never timed
+
 __all__ = ["Graph", "NotLowered", "Traced", "trace", "vjp"]
 
 
@@ -33,6 +35,9 @@ class Traced:
     d_pre: tuple[Node, ...]
     d_rec: tuple[Node, ...]
     d_state: tuple[Node, ...]
+    second: tuple[
+        tuple[tuple[Node, ...], ...], ...
+    ]  # [i][j][k <= j] = d^2 new_i / d state_j d state_k; empty where `curves` does not ask for it
     linear: bool
     jumps: bool  # whether a new state may jump where an old one is changed a little
     kinks: bool  # whether its slope may
@@ -80,6 +85,15 @@ def recorded(cell: StepFunction, graph: Graph, mat: Sequence[Any] = ()) -> tuple
     return made
 
 
+def _second(rows: Sequence[Sequence[Node]], state: Sequence[Node]) -> tuple[tuple[tuple[Node, ...], ...], ...]:
+    """The derivatives of the Jacobian's rows, [i][j][k <= j]; none where some function has none: a solve does without."""
+    one = state[0].graph.const(1)
+    try:
+        return tuple(tuple(tuple(vjp([entry], [one], state)[: j + 1]) for j, entry in enumerate(row)) for row in rows)
+    except (NotLowered, RecursionError):
+        return ()
+
+
 @functools.cache
 def trace(cell: StepFunction) -> Traced:
     """Raises NotLowered with one sentence where the step does something that has no kernel form, ValueError for one that no solver can run."""
@@ -107,6 +121,7 @@ def trace(cell: StepFunction) -> Traced:
     jumps = any(node.op == "sign" or node.boolean for node in moving)
     kinks = jumps or any(node.op in ("relu", "abs", "maximum", "minimum", "clamp") for node in moving)
     linear = not used & set(names("h", cell.state))
+    second = _second(rows, state) if len(state) <= MOST_CURVED and not kinks and not linear else ()
     return Traced(
-        cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), linear, jumps, kinks
+        cell, new, tuple(map(tuple, rows)), tuple(all_d[:P]), tuple(all_d[P : P + R]), tuple(all_d[P + R :]), second, linear, jumps, kinks
     )

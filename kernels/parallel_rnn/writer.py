@@ -3,7 +3,7 @@
 Names in the generated source: x{k}_{u} input projection k of step u of the group, w{r} weights, h{i} states, a{i} the states before a step,
 e{i} their incoming gradients, g{i} adjoints, J{i}{j} products of Jacobians, P{i}{j} those of a group of steps. V{i}: what a change of some
 earlier state of the slice by its own size would still be here: the largest of product times state. G{i}{j}: the largest product from the end of
-any group to that of a later one, R{i}{j} from any to here; L{i}: the largest state of the slice's last eighth (`Writer.end_group`).
+any group to that of a later one, R{i}{j} from any to here; C{i}{j}{k}: second derivatives of the state by those the slice began with; L{i}: the largest state of the slice's last eighth (`Writer.end_group`).
 
 Loads run ahead of the arithmetic, or each step would wait for memory: loops are pipelined by Triton, which copies asynchronously to shared
 memory, STAGES groups of steps deep. (Loads into registers a group ahead do not do it, the compiler moves them down again.) `mend`, which ends
@@ -92,6 +92,7 @@ class Writer:
         cell = traced.cell
         self.traced, self.U = traced, unroll
         self.P, self.R, self.S = range(len(cell.pre)), range(len(cell.rec)), range(len(cell.state))
+        self.curves = [(i, j, k) for i in self.S for j in self.S for k in range(j + 1)] if traced.second else []
         self.n_kept = len(cell.state) - 1  # states besides the emitted one
         self.lines: list[str] = []
 
@@ -140,6 +141,19 @@ class Writer:
             self.put(indent, *(f"R{i}{j} = " + (f"_most(k{i}{j}, 1.0)" if i == j else f"k{i}{j}") for i in self.S for j in self.S))
             self.put(indent, *self.matrix("G{i}{j} = _most(G{i}{j}, R{i}{j})"))
             self.put(indent, *(f"L{i} = tl.where(t >= tail, _most(L{i}, tl.abs(h{i})), L{i})" for i in self.S))
+
+    def end_curves(self, indent: int) -> None:
+        """C at the end of a group, of whose steps the last one's second derivatives f{i}{j}{k} stand for all: they count where a memory is long, and
+        there J hardly changes within a group. After `end_group`."""
+        for i, j, k in self.curves:
+            carried = " + ".join(f"P{i}{m} * C{m}{j}{k}" for m in self.S)
+            bent = " + ".join(
+                f"f{i}{a}{b} * " + (f"J{a}{j} * J{b}{k}" if a == b else f"(J{a}{j} * J{b}{k} + J{b}{j} * J{a}{k})")
+                for a in self.S
+                for b in range(a + 1)
+            )
+            self.put(indent, f"k{i}{j}{k} = {carried} + {float(self.U)} * ({bent})")
+        self.put(indent, *(f"C{i}{j}{k} = k{i}{j}{k}" for i, j, k in self.curves))
 
     def left(self, to: str, product: str, before: str, state: str) -> list[str]:
         """to{i} = the largest of |product| before over the states, and of |state|; not a number if one of them is not."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.parts import summed
 from kernels.short_conv import triton as kernels
 
 BLOCK, UNROLL, SLICE = 256, 8, 64  # channels a program, rows loaded ahead, steps of a slice
@@ -79,5 +80,5 @@ def convolve_backward(
         x.stride(0), x.stride(1), past.stride(0), past.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1),
         **flags, U=plan.unroll, BD=plan.block, num_warps=plan.warps,
     )  # fmt: skip
-    total = partial.sum(0)
+    total = summed(partial)
     return dx, d_history, total[:W].T.to(weight.dtype).contiguous(), total[W].to(bias.dtype, copy=True)

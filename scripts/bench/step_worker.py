@@ -298,19 +298,22 @@ def measure(
     )
     update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
-    def step() -> torch.Tensor:
+    def step() -> float:
+        """As training.engine takes it: the loss is read before the update is queued, and the next pass behind that."""
         optimizer.zero_grad(set_to_none=True)
-        loss = gradients()
+        loss = float(gradients())
         update()
         return loss
 
-    losses = [float(step())]
+    losses = [step()]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     first = time.perf_counter() - begin
-    losses += [float(step()) for _ in range(5)]
+    losses += [step() for _ in range(5)]
     times = []
     for _ in range(steps):
         start = time.perf_counter()
-        losses.append(float(step()))  # waits for the device
+        losses.append(step())
         times.append(time.perf_counter() - start)
     ms = 1e3 * statistics.median(times)
     row = {

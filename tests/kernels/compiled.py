@@ -29,6 +29,7 @@ SWITCHES = {
     "GIVEN": False,
     "PRODUCT": False,
     "WITH_MARKS": True,
+    "CURVED": launch.CURVED,
     "SLICED": True,
     "WITH_KEPT": False,
     "DEPENDENT": True,
