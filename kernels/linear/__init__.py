@@ -19,7 +19,7 @@ from kernels.linear import float8, reference
 from kernels.linear.reference import product_dtype
 from kernels.linear.spared import unread
 
-__all__ = ["joins", "linear", "linears", "product_dtype", "unread"]
+__all__ = ["joins", "linear", "linears", "of_heads", "product_dtype", "unread"]
 
 
 def joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
@@ -33,17 +33,34 @@ def joins(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
     )
 
 
-def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """What each of `layers` makes of x (..., D): as many tensors (..., N). They may be columns of one tensor, and gradients that come back as
-    neighbouring columns of one tensor are taken as one. Differentiable once."""
+def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of x (..., D): as many tensors (..., N). They may be columns of one tensor, but not of one with the last `apart` of
+    them, and gradients that come back as neighbouring columns of one tensor are taken as one. Differentiable once."""
     if not joins(x, layers):
         return reference.linears(x, *layers)
     from kernels.linear import op
 
+    if apart and float8.suits(x, layers):
+        return *linears(x, *layers[:-apart]), *linears(x, *layers[-apart:])
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    joined = float8.Joined8 if float8.suits(x, layers) else op.Joined
-    made = joined.apply(x, product_dtype(x), len(layers), *(layer.weight for layer in layers), *biases)
+    weights = [layer.weight for layer in layers]
+    if float8.suits(x, layers):
+        made = float8.Joined8.apply(x, product_dtype(x), len(layers), *weights, *biases)
+    else:
+        made = op.Joined.apply(x, product_dtype(x), len(layers), apart, *weights, *biases)
     return made if isinstance(made, tuple) else (made,)
+
+
+def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
+    """(E, M, O): what each head's matrix makes of its channels. weight: fp32 or in x's dtype."""
+    weight_EKO = weight_EKO.to(x_MEK.dtype)
+    ours = (x_MEK.is_cuda or planned()) and (is_eager(x_MEK) or planned()) and torch.is_grad_enabled()
+    if not ours or x_MEK.dtype not in (torch.bfloat16, torch.float16):
+        return torch.bmm(x_MEK.transpose(0, 1), weight_EKO)
+    from kernels.linear.op import OfHeads
+
+    made: Tensor = OfHeads.apply(x_MEK, weight_EKO)
+    return made
 
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:

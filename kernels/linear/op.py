@@ -59,10 +59,11 @@ def runs(gradients: list[Tensor]) -> list[tuple[int, int, Tensor]]:
 
 
 class Joined(torch.autograd.Function):
-    """x, dtype, number of weights, weights, biases (of all or none) -> an output for each weight, columns of one tensor."""
+    """x, dtype, number of weights and of those among them, at the end, whose outputs lie apart, weights, biases (of all or none) -> an output for each
+    weight, columns of one tensor but for those apart, which are of another."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, count: int, apart: int, *parameters: Tensor) -> Any:
         weights, biases = parameters[:count], parameters[count:]
         rows = [w.shape[0] for w in weights]
         with torch.autocast(x.device.type, enabled=False):
@@ -70,14 +71,22 @@ class Joined(torch.autograd.Function):
             for piece, weight in zip(joined_ND.split(rows), weights):
                 piece.copy_(weight)
             x_MD = x.to(dtype).flatten(0, -2)
-            if is_unread():
-                y_MN = x_MD.new_empty(x_MD.shape[0], joined_ND.shape[0])
-            else:
-                y_MN = torch.addmm(torch.cat(biases).to(dtype), x_MD, joined_ND.T) if biases else x_MD @ joined_ND.T
+            made: list[Tensor] = []
+            at = 0
+            for first, past in [(0, count - apart), (count - apart, count)] if apart else [(0, count)]:
+                weight_ND = joined_ND[at : at + sum(rows[first:past])]
+                at += weight_ND.shape[0]
+                if is_unread():
+                    y_MN = x_MD.new_empty(x_MD.shape[0], weight_ND.shape[0])
+                elif biases:
+                    y_MN = torch.addmm(torch.cat(biases[first:past]).to(dtype), x_MD, weight_ND.T)
+                else:
+                    y_MN = x_MD @ weight_ND.T
+                y = y_MN.view(*x.shape[:-1], -1)
+                made += y.split(rows[first:past], -1) if past - first > 1 else [y]
         ctx.save_for_backward(x_MD, joined_ND)
         ctx.rows, ctx.biased, ctx.shape, ctx.of = rows, bool(biases), x.shape, x.dtype
-        y = y_MN.view(*x.shape[:-1], -1)
-        return y if count == 1 else y.split(rows, -1)
+        return made[0] if count == 1 else tuple(made)
 
     @staticmethod
     @once_differentiable
@@ -97,4 +106,24 @@ class Joined(torch.autograd.Function):
                 d_weights += weight_gradient(d_MN, x_MD).split(rows[first:past])
                 at += width
             d_biases = [d.sum(0, dtype=torch.float32) for d in given] if ctx.biased else []
-        return None if d_x is None else d_x.view(ctx.shape).to(ctx.of), None, None, *d_weights, *d_biases
+        return None if d_x is None else d_x.view(ctx.shape).to(ctx.of), None, None, None, *d_weights, *d_biases
+
+
+class OfHeads(torch.autograd.Function):
+    """x (M, E, K), weights (E, K, O) in the dtype of the products -> (E, M, O): each head's product by itself. The gradient of x is written as x lies, by
+    the product; autograd's own would lie as the output does, and be copied."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
+        ctx.save_for_backward(x_MEK, weight_EKO)
+        with torch.autocast(x_MEK.device.type, enabled=False):
+            return torch.bmm(x_MEK.transpose(0, 1), weight_EKO)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_EMO: Tensor) -> tuple[Tensor, Tensor]:
+        x_MEK, weight_EKO = ctx.saved_tensors
+        d_x = x_MEK.new_empty(x_MEK.shape)
+        with torch.autocast(x_MEK.device.type, enabled=False):
+            torch.bmm(d_EMO, weight_EKO.mT, out=d_x.transpose(0, 1))
+            return d_x, torch.bmm(x_MEK.permute(1, 2, 0), d_EMO)

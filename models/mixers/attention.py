@@ -151,8 +151,8 @@ class Mixer(SequenceMixer):
         documents: Documents | None = None,
     ) -> tuple[Tensor, State | FixedCache | None]:
         B, T, _ = x_BTD.shape
-        # values are kept for the backward pass as they are, queries and keys turned: joined with them they would keep all three
-        projected = *linears(x_BTD, self.q_proj, self.k_proj), linear(x_BTD, self.v_proj)
+        # values are kept for the backward pass as they are, queries and keys turned: columns of one tensor with them they would keep all three
+        projected = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj, apart=1)
         heads = (self.H, self.G, self.G)
         q_BHTK, k_BGTK, v_BGTK = (y.view(B, T, n, self.K).transpose(1, 2) for y, n in zip(projected, heads))
         q_BHTK, k_BGTK = self._normed(q_BHTK, k_BGTK)

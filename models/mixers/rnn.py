@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.dense_rnn import dense_rnn, dense_rnn_step, ranks
-from kernels.linear import linear
+from kernels.linear import linear, of_heads
 from kernels.parallel_rnn import adjoint, parallel_rnn, parallel_rnn_step, reference, solved, with_bias
 from kernels.parallel_rnn.cell import Cell, biased
 from kernels.short_conv import joint_gradient
@@ -157,8 +157,7 @@ class Mixer(SequenceMixer):
     def _project(self, u_BTI: Tensor) -> Tensor:
         """The cell's inputs without their bias, (B, T, P, E, K): each head's channels only read that head's. The product's layout is kept."""
         (B, T, _), E, P = u_BTI.shape, self.config.n_heads, len(self.cell.pre)
-        u_ENI = u_BTI.reshape(B * T, E, self.inner // E).transpose(0, 1)
-        pre_ENO = torch.bmm(u_ENI, self.cell_weight.to(u_BTI.dtype))
+        pre_ENO = of_heads(u_BTI.reshape(B * T, E, self.inner // E), self.cell_weight)
         return pre_ENO.view(E, B, T, P, self.inner // E).permute(1, 2, 3, 0, 4)
 
     def _solve(self, pre: Tensor, rec: Tensor, before_BSI: Tensor | None, starts: Tensor | None, decoding: bool) -> tuple[Tensor, Tensor]:

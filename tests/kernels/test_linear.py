@@ -14,18 +14,22 @@ def projections(widths: tuple[int, ...], bias: bool, D: int = 24) -> list[nn.Lin
     return [nn.Linear(D, n, bias=bias) for n in widths]
 
 
-def joined(x: Tensor, layers: list[nn.Linear]) -> tuple[Tensor, ...]:
+def joined(x: Tensor, layers: list[nn.Linear], apart: int = 0) -> tuple[Tensor, ...]:
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    made = op.Joined.apply(x, torch.bfloat16, len(layers), *(layer.weight for layer in layers), *biases)
+    made = op.Joined.apply(x, torch.bfloat16, len(layers), apart, *(layer.weight for layer in layers), *biases)
     return made if isinstance(made, tuple) else (made,)
 
 
-@pytest.mark.parametrize("widths,bias", [((16, 8, 8), True), ((5,), False), ((7, 7), False), ((3, 9), True)])
-def test_outputs_are_autocasts_and_weight_gradients_nearer_to_the_truth(widths: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize(
+    "widths,bias,apart",
+    [((16, 8, 8), True, 0), ((16, 8, 8), True, 1), ((16, 8, 8), False, 2), ((5,), False, 0), ((7, 7), False, 0), ((3, 9), True, 0)],
+)
+def test_outputs_are_autocasts_and_weight_gradients_nearer_to_the_truth(widths: tuple[int, ...], bias: bool, apart: int) -> None:
     layers = projections(widths, bias)
     x = torch.randn(3, 11, 24, requires_grad=True)
     leaves = [x, *(p for layer in layers for p in layer.parameters())]
-    ours = joined(x, layers)
+    ours = joined(x, layers, apart)
+    assert len({y.untyped_storage().data_ptr() for y in ours}) == 1 + bool(apart)
     with torch.autocast("cpu", torch.bfloat16):
         torchs = reference.linears(x, *layers)
     assert all(torch.equal(a, b) for a, b in zip(ours, torchs))
@@ -50,6 +54,18 @@ def test_neighbouring_gradients_are_one_product_and_others_are_added() -> None:
     other = torch.autograd.grad(joined(x, layers), [x, *weights], [b.clone() for b in beside])
     for a, b in zip(one, other):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_heads_of_a_product_have_its_gradients_and_that_of_the_input_lies_as_the_input() -> None:
+    x, weight = (
+        torch.randn(7, 3, 4, dtype=torch.bfloat16, requires_grad=True),
+        torch.randn(3, 4, 6, dtype=torch.bfloat16, requires_grad=True),
+    )
+    ours, torchs = op.OfHeads.apply(x, weight), torch.bmm(x.transpose(0, 1), weight)
+    assert torch.equal(ours, torchs)
+    d = torch.randn_like(torchs)
+    found, wanted = (torch.autograd.grad(y, (x, weight), d) for y in (ours, torchs))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted)) and found[0].is_contiguous()
 
 
 def test_an_output_without_a_gradient_adds_none() -> None:
