@@ -62,8 +62,6 @@ def gradient(
     d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
     N, products, as_ones = p.B * p.T, p.dense.products, as_ones or {}
     pieces = next(c for c in (16 if m == 1 else 8, 8, 4, 2, 1) if N % c == 0)
-    one = torch.zeros(1, 1, ROW, dtype=d_prod.dtype, device=d_prod.device)
-    one[:, :, 0] = 1
 
     def piecewise(u: Tensor, d: Tensor) -> Tensor:
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
@@ -73,7 +71,10 @@ def gradient(
         mine, u = list(group), operands[operand]
         if u.shape[2] == p.K:
             u = u if m == 1 else u.transpose(0, 1).reshape(N, p.E // m, m * p.K).transpose(0, 1)
-            u = torch.cat([u, one.to(u.dtype).expand(p.E // m, N, ROW)], 2) if as_ones else u
+            if as_ones:
+                one = torch.zeros(1, 1, ROW, dtype=u.dtype, device=u.device)
+                one[:, :, 0] = 1
+                u = torch.cat([u, one.expand(p.E // m, N, ROW)], 2)
         first, last = min(places[i] for i in mine), max(places[i] for i in mine)
         found = piecewise(u, d_prod[:, :, first : last + 1].flatten(2)).unflatten(2, (-1, m * p.K))
         # of heads side by side, each one's own: what lies between two of them is no gradient

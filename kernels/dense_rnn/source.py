@@ -91,14 +91,16 @@ class Writer:
     def dot(self, value: str, g: int, back: bool = False) -> str:
         return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
 
-    def dots(self, indent: int) -> None:
-        """All products of the states h."""
+    def dots(self, indent: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """All products of the states h. meanwhile: writes what may be done while the first ones are made."""
         for l, level in enumerate(self.dense.levels):
             known = [i for earlier in range(l) for i in self.dense.of_level(earlier)]
             arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
             arguments += [f"p{i}" if i in known else "h0" for i in self.Q]
             self.put(indent, f"{', '.join(f'u{i}' for i in level)} = operands{l}({', '.join(arguments)})")
             self.put(indent, *(f"v{i}, u{i} = u{i}, u{i}.to(DOT)" for i in level))
+            if meanwhile is not None and l == 0:
+                meanwhile()
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
                 self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
@@ -107,11 +109,11 @@ class Writer:
                 matrix, operand = self.dense.products[i]
                 self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
-    def store_all(self, indent: int, to: str, stride: str, values: list[str]) -> None:
+    def store_all(self, indent: int, to: str, stride: str, values: list[str], mask: str = "both") -> None:
         """Stores values that lie `stride` apart. Two or four of them at once: on its way from a product's layout to that of memory each would wait at
         two barriers."""
         if len(values) not in (2, 4):
-            self.put(indent, *(f"tl.store({to} + {i} * {stride}, {value}, mask=both)" for i, value in enumerate(values)))
+            self.put(indent, *(f"tl.store({to} + {i} * {stride}, {value}, mask={mask})" for i, value in enumerate(values)))
             return
         pairs = [f"tl.join({a}, {b})" for a, b in zip(values[::2], values[1::2])]
         steps, more = (
@@ -119,7 +121,7 @@ class Writer:
         )
         at = "None, None, :" if len(pairs) == 1 else "None, None, :, :"
         self.put(indent, f"all_ = {pairs[0] if len(pairs) == 1 else f'tl.join({pairs[0]}, {pairs[1]})'}", f"places_ = ({to})[:, :, {more}]")
-        self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask=both[:, :, {more}])")
+        self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask={mask}[:, :, {more}])")
 
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
@@ -155,18 +157,32 @@ def products_of_jacobians(w: Writer, indent: int, back: bool) -> None:
 
 def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: bool = False) -> None:
     """Walks `count` steps from step `first` of each row on. pieces: piece by piece, until the states are those of before."""
-    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
+    w.put(indent, f"t = {first}", "from_ = t")
+    w.put(indent, "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
     if not pieces:
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
         _step(w, indent + 1, store, False, False)
+        if store:
+            _store_before(w, indent, "h")
         return
     w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
     _step(w, indent + 2, store, False, True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
-    w.put(indent, "else:", "    from_ = t")
+    _store_before(w, indent + 1, "h")
+    w.put(indent, "else:")
     by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True, True), "h")
+    w.put(indent + 1, f"t = from_ + {count}", "if joined == 0:")  # where it joined, the state there stands as well
+    _store_before(w, indent + 2, "h")
+
+
+def _store_before(w: Writer, indent: int, states: str) -> None:
+    """Stores the states that step t starts from, of the steps before it: a step does so while its products are made."""
+    n_kept = len(w.S) - 1
+    w.put(indent, "done, then = (here & (t > from_) & (t <= last))[:, None] & inside, (b * T + t - 1)[:, None]")
+    w.put(indent, f"tl.store(EMITTED + then * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask=done)")
+    w.store_all(indent, f"KEPT + then * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], "done")
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
@@ -215,6 +231,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(deep, *(f"e{i} = h{i}" for i in w.S if store))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
     if store:
@@ -223,7 +240,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
         if pieces:
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
-    w.dots(deep)
+    w.dots(deep, (lambda: _store_before(w, deep, "e")) if store else None)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     if store:
@@ -238,9 +255,6 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
                 "close = go & (step_ >= steps - NEAR)",
                 *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S),
             )
-        n_kept = len(w.S) - 1
-        w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
-        w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
     w.put(deep, "" if pieces else "t += 1")
 
 
