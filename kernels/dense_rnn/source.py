@@ -162,27 +162,31 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: 
     if not pieces:
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
         _step(w, indent + 1, store, False, False)
-        if store:
-            _store_before(w, indent, "h")
         return
     w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
     _step(w, indent + 2, store, False, True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
-    _store_before(w, indent + 1, "h")
+    w.put(indent + 1, "if EARLY:")
+    _store_before(w, indent + 2, "h")
     w.put(indent, "else:")
     by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True, True), "h")
-    w.put(indent + 1, f"t = from_ + {count}", "if joined == 0:")  # where it joined, the state there stands as well
-    _store_before(w, indent + 2, "h")
+    w.put(indent + 1, "if EARLY:", f"    t = from_ + {count}", "    if joined == 0:  # where it joined, the state there stands as well")
+    _store_before(w, indent + 3, "h")
 
 
 def _store_before(w: Writer, indent: int, states: str) -> None:
-    """Stores the states that step t starts from, of the steps before it: a step does so while its products are made."""
+    """Stores the states that step t starts from, of the steps before it: a step does so while its products are made (EARLY)."""
+    w.put(indent, "done = (here & (t > from_) & (t <= last))[:, None] & inside")
+    _store_states(w, indent, "(b * T + t - 1)", states, "done")
+
+
+def _store_states(w: Writer, indent: int, at: str, states: str, mask: str) -> None:
+    """Stores the states after the steps that lie at `at`."""
     n_kept = len(w.S) - 1
-    w.put(indent, "done, then = (here & (t > from_) & (t <= last))[:, None] & inside, (b * T + t - 1)[:, None]")
-    w.put(indent, f"tl.store(EMITTED + then * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask=done)")
-    w.store_all(indent, f"KEPT + then * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], "done")
+    w.put(indent, f"tl.store(EMITTED + {at}[:, None] * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask={mask})")
+    w.store_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
@@ -224,14 +228,20 @@ def keep_joined(w: Writer, indent: int) -> None:
 
 
 def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
-    """track: whether products of Jacobians may be wanted. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
+    """track: of the walk of slices, where products of Jacobians may be wanted and stores be EARLY. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
+
+    def early() -> None:
+        w.put(deep, "if EARLY:")
+        _store_before(w, deep + 1, "e")
+
     w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
-    w.put(deep, *(f"e{i} = h{i}" for i in w.S if store))
+    if store and track:
+        w.put(deep, "if EARLY:", *(f"    e{i} = h{i}" for i in w.S))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
     if store:
@@ -240,7 +250,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
         if pieces:
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
-    w.dots(deep, (lambda: _store_before(w, deep, "e")) if store else None)
+    w.dots(deep, early if store and track else None)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     if store:
@@ -255,6 +265,9 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
                 "close = go & (step_ >= steps - NEAR)",
                 *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S),
             )
+        if track:
+            w.put(deep, "if not EARLY:")
+        _store_states(w, deep + int(track), "at", "h", "both")
     w.put(deep, "" if pieces else "t += 1")
 
 
@@ -283,7 +296,7 @@ def slice_rows(w: Writer) -> None:
 
 def walk(w: Writer) -> None:
     S = len(w.S)
-    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr"
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, EARLY: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
