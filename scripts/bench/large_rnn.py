@@ -33,7 +33,7 @@ ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before
 SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
 # of tiles tried beside those that are reckoned
 TILES: list[dict[str, int]] = [
-    {"depth": 64, "depth_back": 64}, {"rows_back": 64, "columns_back": 32}, {"depth_back": 128}, {"stages": 4}, {"depth": 256, "stages": 2},
+    {"depth": 64}, {"depth": 64, "depth_back": 64}, {"depth_back": 128}, {"rows_back": 64, "columns_back": 32}, {"stages": 4, "depth": 64},
 ]  # fmt: skip
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
 
