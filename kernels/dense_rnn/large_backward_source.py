@@ -134,6 +134,9 @@ def _multiply_back(w: Writer, indent: int, level: int) -> None:
             scale = "tl.load(s_ + at_ % KP // BN, mask=here, other=0.0)[:, None]"
             w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * {scale}")
             w.put(indent + 1, "else:", f"    q{operand} = {one}, q{operand}, input_precision=PRECISION)")
+        # where it is: values gathered lie as what gathers them does, else all that a step reads were brought into the order that products lie in, and
+        # all that it stores back, at two barriers each
+        w.put(indent, f"q{operand} = tl.gather(q{operand}, tl.zeros((BM, BN), tl.int32) + tl.arange(0, BN)[None, :], 1)")
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

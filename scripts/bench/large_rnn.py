@@ -33,7 +33,8 @@ ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before
 SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
 # of tiles tried beside those that are reckoned
 TILES: list[dict[str, int]] = [
-    {"depth": 64}, {"depth": 64, "depth_back": 64}, {"depth_back": 128}, {"rows_back": 64, "columns_back": 32}, {"stages": 4, "depth": 64},
+    {"depth": 64}, {"depth": 64, "warps": 16}, {"depth": 64, "depth_back": 128}, {"depth": 64, "depth_back": 128, "warps": 16},
+    {"rows_back": 64, "columns_back": 64, "depth_back": 128, "warps": 16}, {"depth": 64, "depth_back": 64},
 ]  # fmt: skip
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
 
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,times,tiles")
     parser.add_argument("--seconds", type=float, default=95, help="after which no further case is begun")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which of the shapes, by number")
+    parser.add_argument("--widest", type=int, default=2048, help="channels of a head up to which accuracy is measured")
     parser.add_argument("--stages", type=int, default=0, help="a head of so many channels, call by call, in 16 bits; nothing else")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -224,7 +226,11 @@ def main() -> None:
     measured: list[tuple[Any, ...]] = [("times", i) for i in arguments.shapes] if "times" in parts else []
     tried: list[tuple[Any, ...]] = [("times", 0, which) for which in range(len(TILES))] if "tiles" in parts else []
     with ThreadPoolExecutor(14) as pool:
-        cases = [pool.submit(keep, "accuracy", ("accuracy", *case), 70) for case in (ACCURACY if "accuracy" in parts else [])]
+        cases = [
+            pool.submit(keep, "accuracy", ("accuracy", *case), 70)
+            for case in ACCURACY
+            if "accuracy" in parts and case[2] <= arguments.widest
+        ]
         cases += [pool.submit(attempted, functools.partial(apart, "warm", *words[1:])) for words in (*measured, *tried)]
         for case in cases:
             case.result()
