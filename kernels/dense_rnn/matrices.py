@@ -18,7 +18,10 @@ from torch import Tensor
 from kernels.parallel_rnn.launch import Layout, multiprocessors
 
 ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
-PIECES = 16  # of the steps, in the library's product
+PIECES, PARTIAL = (
+    16,
+    1 << 23,
+)  # of the steps, in the library's product, and the most values that they may sum up to: a large head's fill the device
 ACROSS, STAGES = 256, 4  # of a program of the kernel: columns of cotangents, the most, and tiles on their way
 
 
@@ -102,7 +105,8 @@ def gradient(p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, 
     (E, N, K) are neighbours."""
     N, as_ones = p.B * p.T, as_ones or {}
     d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
-    pieces = next(c for c in (PIECES, 8, 4, 2, 1) if N % c == 0)
+    each = p.E * p.K * len(p.dense.products) * p.K
+    pieces = next(c for c in (PIECES, 8, 4, 2, 1) if N % c == 0 and (c * each <= PARTIAL or c == 1))
     for operand, mine, first, last in groups(p, range(len(p.dense.products))):
         u, d = operands[operand], d_prod[:, :, first : last + 1].flatten(2)
         if as_ones:
