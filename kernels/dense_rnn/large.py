@@ -179,7 +179,7 @@ class _Problem(launch.Solve):
             "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "num_warps": 8}
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "DEPENDENT": False, "num_warps": 8}
         self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
         self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
         self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))

@@ -23,7 +23,7 @@ from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
+from kernels.parallel_rnn.launch import Layout, dependently, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
 from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
@@ -172,12 +172,14 @@ class Problem(Solve):
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
-            "num_warps": plan.warps, "num_stages": 1,
+            "DEPENDENT": False, "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "DEPENDENT": False, "num_warps": 1 if self.K <= 64 else 2}
+        # of launches that read what the one before them writes
+        self.after, self.chain_after = dependently(self.constants), dependently(self.chain_constants)
 
     def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int, bool]]:
         """Arguments and constants of walks of corrected slices, which end where they have come back to the walk before, if that is wanted: the states
@@ -255,10 +257,10 @@ def solved(
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
-        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.constants)
-    p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_constants)
-    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.after)
+    p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_after)
+    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.after)
     return emitted, kept, final, products, nearby, begins, bad
 
 
@@ -357,10 +359,10 @@ def backward_with_border(
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
-            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.constants)
-        p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_constants)
-        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
+            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.after)
+        p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_after)
+        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
     else:
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write

@@ -25,7 +25,7 @@ from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
-WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr"
 # sizes that plans change: another plan is no reason to compile again; but one slice is, where a step is a tenth to a third quicker
 JIT = '@triton.jit(do_not_specialize_on_alignment=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
@@ -78,8 +78,13 @@ class Writer:
 
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
+        self.wait()
         self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
         self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
+
+    def wait(self) -> None:
+        """DEPENDENT: the kernel is launched before the one has ended whose results it reads, and waits for it here."""
+        self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()", "    tl.extra.cuda.gdc_wait()")
 
     def matrices(self, source: str) -> None:
         G = len(self.G)
@@ -362,13 +367,14 @@ def _chain(w: Writer, back: bool) -> None:
 SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
 LOOK = 32  # steps after which a walk of corrected slices looks whether it has come back to the one before
 CHAIN_STAGES = 4  # slices whose ends are on their way
-CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
+CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
 
 
 def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
+    w.wait()
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
@@ -391,6 +397,7 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     S = len(w.S)
     name = "certify_back" if back else "certify"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
+    w.wait()
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
