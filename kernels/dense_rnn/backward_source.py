@@ -15,8 +15,18 @@ OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
 FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr"
 
 
-def _cotangents(w: Writer, indent: int) -> None:
-    """Cotangents of products and operands, from the last level on."""
+def early(w: Writer) -> bool:
+    """Whether the gradients of all inputs are cotangents of products, all of one level: they are stored while those wait for the matrices."""
+    return len(w.dense.levels) == 1 and sorted(w.as_inputs) == list(w.X)
+
+
+def _store_inputs(w: Writer, indent: int, values: list[str]) -> None:
+    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+    w.store_all(indent, "to", "dp", [f"{value}.to(D_PRE.dtype.element_ty)" for value in values])
+
+
+def _cotangents(w: Writer, indent: int, store: bool) -> None:
+    """Cotangents of products and operands, from the last level on. store: and gradients of inputs, where these are the same."""
     dense = w.dense
     given, states = w.given(), [f"g{i}" for i in w.S]
     for l in reversed(range(len(dense.levels))):
@@ -38,9 +48,14 @@ def _cotangents(w: Writer, indent: int) -> None:
             w.put(indent + 1, f"vp{i} = dp{i} * size")
         w.put(indent, "else:", *(f"    vp{i} = dp{i}" for i in mine), *(f"lp{i} = vp{i}.to(DOT)" for i in mine))
         w.put(indent, "if HALVES:", *(f"    vp{i} = (vp{i} - lp{i}.to(tl.float32)).to(DOT)" for i in mine))
+        if store:
+            _store_inputs(w, indent, [f"dp{w.as_inputs.index(x)}" for x in w.X])
         for operand in dense.levels[l]:
             terms = [w.dot(f"lp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
-            w.put(indent, f"q{operand} = {terms[0]}", *(f"q{operand} += {term}" for term in terms[1:]))
+            # two sums: products that add to one wait for one another, and the compiler makes one of more
+            w.put(indent, *(f"s{place} = {term}" for place, term in enumerate(terms)))
+            halves = [" + ".join(f"s{place}" for place in range(len(terms)) if place * 2 // len(terms) == half) for half in (0, 1)]
+            w.put(indent, f"q{operand} = {' + '.join(f'({half})' for half in halves if half)}")
             low = [w.dot(f"vp{i}", dense.products[i].matrix, back=True) for i in mine if dense.products[i].operand == operand]
             w.put(indent, "if HALVES:", *(f"    q{operand} += {term}" for term in low))
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
@@ -97,7 +112,7 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
     w.put(deep + 1, *(f"p{i} = tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc=p{i}, input_precision=PRECISION)" for i in w.Q))
     w.put(deep, "else:")
     w.dots(deep + 1)
-    _cotangents(w, deep)
+    _cotangents(w, deep, store and early(w))
     cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(len(w.dense.operands))])
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
@@ -116,8 +131,8 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
                 *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S),
             )
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
-        w.put(deep, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-        w.store_all(deep, "to", "dp", [f"dx{i}.to(D_PRE.dtype.element_ty)" for i in w.X])
+        if not early(w):
+            _store_inputs(w, deep, [f"dx{i}" for i in w.X])
         w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
         w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))

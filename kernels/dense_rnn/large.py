@@ -61,7 +61,7 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight."""
+    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight, depth backwards (0: the same)."""
 
     rows: int
     columns: int
@@ -70,10 +70,11 @@ class Tiles:
     depth: int
     warps: int
     stages: int
+    depth_back: int = 0
 
     @property
     def multiple(self) -> int:
-        return max(self.columns, self.columns_back, self.depth)
+        return max(self.columns, self.columns_back, self.depth, self.depth_back)
 
     @staticmethod
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
@@ -86,7 +87,9 @@ class Tiles:
             return Tiles(32, 32, 32, 64, 32, 8, 2)
         dense = trace_dense(cell)
         wide = all(len(large_source.of_operand(dense, i)) > 2 for i in range(len(dense.operands)))
-        return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64, 8, 3)
+        # an iteration takes half a microsecond whatever it reads, up to tiles of some 50 KB; K is not filled up for deep ones
+        depth, back = (next(deep for deep in (most, 128, 64) if deep == 64 or K % deep == 0) for most in (128, 256))
+        return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64 if K > 1024 else depth, 8, 3, back)
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,11 @@ class _Problem(launch.Solve):
         self.constants: dict[str, Any] = {
             "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
             **self.of_products(self.module.tl), "BM": self.rows, "BN": self.columns,
-            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
+            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth_back or tiles.depth if back else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
             "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "num_warps": 8}
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "DEPENDENT": False, "num_warps": 8}
         self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
         self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
         self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))

@@ -115,22 +115,34 @@ def _multiply_back(w: Writer, indent: int, level: int) -> None:
     """Cotangents of a level's operands, of those of products that the whole team wrote. MAT here: (E, products, KP, KP) transposed."""
     dense = w.dense
     for operand in dense.levels[level]:
-        w.put(indent, f"q{operand} = tl.zeros((BM, BN), tl.float32)")
-        for i in of_operand(dense, operand):
+        w.put(
+            indent,
+            f"q{operand} = tl.zeros((BM, BN), tl.float32)",
+            "far_ = (parity * 0 + 1).to(tl.int64) * RT * W  # from a product's cotangents on",
+        )
+        for i, count in _runs(of_operand(dense, operand)):  # one loop for all, which fills its tiles in flight once
             w.put(
                 indent,
                 f"v_ = V + (parity * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]",
             )
             w.put(indent, f"m_ = MAT + (e.to(tl.int64) * {len(w.Q)} + {i}) * KP * KP + ks[:, None] * KP + k[None, :]")
             w.put(indent, f"s_ = SCALES + ((parity * {len(dense.levels)} + {level}) * RT + rows).to(tl.int64) * (E * C) + e * C")
-            w.put(
-                indent,
-                "for at_ in tl.range(0, KP, BK, num_stages=STAGES):",
-                "    if SCALED:  # each program has its own, of BK = BN columns",
-            )
-            one = "tl.dot(tl.load(v_ + at_), tl.load(m_ + at_ * KP)"
-            w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * tl.load(s_ + at_ // BN, mask=here, other=0.0)[:, None]")
+            w.put(indent, f"for at_ in tl.range(0, {count} * KP, BK, num_stages=STAGES):")
+            w.put(indent + 1, "there_ = tl.multiple_of(at_ // KP * far_ + at_ % KP, 16)  # else the copies would not be on their way ahead")
+            w.put(indent + 1, "if SCALED:  # each program has its own, of BK = BN columns")
+            one = "tl.dot(tl.load(v_ + there_), tl.load(m_ + at_ * KP)"
+            scale = "tl.load(s_ + at_ % KP // BN, mask=here, other=0.0)[:, None]"
+            w.put(indent + 2, f"q{operand} += {one}, input_precision=PRECISION) * {scale}")
             w.put(indent + 1, "else:", f"    q{operand} = {one}, q{operand}, input_precision=PRECISION)")
+        # where it is: values gathered lie as what gathers them does, else all that a step reads were brought into the order that products lie in, and
+        # all that it stores back, at two barriers each
+        w.put(indent, f"q{operand} = tl.gather(q{operand}, tl.zeros((BM, BN), tl.int32) + tl.arange(0, BN)[None, :], 1)")
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """(first, how many) of numbers that follow one another."""
+    starts = [i for i in numbers if i - 1 not in numbers]
+    return [(i, next(count for count in range(1, len(numbers) + 1) if i + count not in numbers)) for i in starts]
 
 
 def _phase_back(w: Writer, indent: int, level: int) -> None:

@@ -23,12 +23,12 @@ from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
-from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
+from kernels.parallel_rnn.launch import Layout, dependently, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
 from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
-CORRECTIONS = {2: 6, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
+CORRECTIONS = {2: 8, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
 MORE_FOR = 32  # slices for which one more is made: a walk in order then costs as much as so many
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 64  # steps of a slice
@@ -172,25 +172,30 @@ class Problem(Solve):
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
-            "num_warps": plan.warps, "num_stages": 1,
+            "DEPENDENT": False, "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
         self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "num_warps": 1 if self.K <= 64 else 2}
+        self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "DEPENDENT": False, "num_warps": 1 if self.K <= 64 else 2}
+        # of launches that read what the one before them writes
+        self.after, self.chain_after = dependently(self.constants), dependently(self.chain_constants)
 
-    def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int]]:
+    def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int, bool]]:
         """Arguments and constants of walks of corrected slices, which end where they have come back to the walk before, if that is wanted: the states
-        of that one every LOOK steps, which slices joined one that they were only near to (if not wanted, none), and how near that is."""
+        of that one every LOOK steps, which slices joined one that they were only near to (if not wanted, none), and how near that is. The last of the
+        constants: whether states are stored beside the products of the next step, which makes a walk of several slices quicker and one in order slower."""
         pieces, n = self.plan.length // source.LOOK, self.plan.slices
         if not wanted or n == 1 or self.plan.length <= source.LOOK:
-            return (self.h0, torch.zeros_like(todo) if n > 1 else todo, 0.0), (False, source.LOOK)
+            return (self.h0, torch.zeros_like(todo) if n > 1 else todo, 0.0), (False, source.LOOK, n > 1)
         marks = self.h0.new_empty(self.B * n, pieces, self.S, self.D)
-        return (marks, torch.empty_like(todo), self.chain[1]), (True, source.LOOK)
+        return (marks, torch.empty_like(todo), self.chain[1]), (True, source.LOOK, True)
 
     def on_chip(self) -> Tensor:
         """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
         width = pad(self.K)
+        if width == self.K:
+            return self.mat.to(self.product).contiguous()
         padded = torch.zeros(self.E, width, self.G, width, dtype=self.product, device=self.mat.device)
         padded[:, : self.K, :, : self.K] = self.mat
         return padded
@@ -252,10 +257,10 @@ def solved(
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(p.rounds):
-        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.constants)
-    p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_constants)
-    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.constants)
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.after)
+    p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_after)
+    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.after)
     return emitted, kept, final, products, nearby, begins, bad
 
 
@@ -328,41 +333,46 @@ def backward_with_border(
     known = pad(p.K) * pre.element_size() > TWICE
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    written = facts(p.cell)
-    d_prod = None if halves else matrices.cotangents_in(to, d_whole, p.K, written)
-    apart, places, products_known = d_prod is None, () if d_prod is None else written.as_inputs, None
-    if known or not written.as_ones or not _emitted_alone(p):
+    written, h0_emitted = facts(p.cell), p.h0[:, -1].to(emitted.dtype, copy=True).contiguous()
+    by_kernel = pre.element_size() == 2 and not halves
+    apart = not (by_kernel and written.as_inputs)
+    products_known: Tensor | None = None
+    operands: list[Tensor] | None = None
+    if known or not by_kernel or not _emitted_alone(p):
         products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
-    else:
-        operands = [matrices.before_with_ones(p, emitted, starts, p.E if d_prod is None else d_prod.shape[0])]
-    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K) if d_prod is None else d_prod
+    d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K) if apart else emitted
     partial, d_h0 = p.per_slice(len(written.summed)), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
     with_kept = d_kept is not None and S > 1
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
     tensors = (
-        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, p.h0[:, -1].to(emitted.dtype, copy=True).contiguous(), emitted if products_known is None else products_known, d_emitted,
+        p.at.tensor, p.rec, p.on_chip(), p.reset, emitted, kept, p.h0, h0_emitted, emitted if products_known is None else products_known, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known, apart)
     measures = (begins, ends, products, nearby)
-    (marks, near, limit), how = p.joins(todo, not written.summed)  # sums over slices are of whole ones
+    (marks, near, limit), (*how, _) = p.joins(todo, not written.summed)  # sums over slices are of whole ones
     joins = (marks, near, limit, plan.burn_in)
     p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, True, *how, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
-            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.constants)
-        p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_constants)
-        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.constants)
+            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.after)
+        p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_after)
+        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
     else:
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    d_mat, sums = matrices.gradient(p, operands, d_prod, written.as_ones, places)
+    if by_kernel:
+        cotangents = matrices.Cotangents(p, None if apart else to, d_prod, written.as_inputs)
+        d_mat, sums = matrices.gradient_by_kernel(p, emitted, h0_emitted, operands, cotangents, written.as_ones)
+    else:
+        assert operands is not None
+        d_mat, sums = matrices.gradient(p, operands, d_prod, written.as_ones)
     sums |= dict(zip(written.summed, partial.sum((0, 1))))
     d_rec = torch.stack([sums[r] for r in written.W]) if sums else torch.zeros_like(p.rec)
     return d_whole, d_rec, parted(d_mat, *mat.shape[:2]), d_h0, nearby[:, 0]

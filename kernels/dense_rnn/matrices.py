@@ -1,8 +1,9 @@
-"""The gradient of the matrices of dense heads: one batched product of operands and cotangents over all steps, after the walk.
+"""The gradient of the matrices of dense heads: one product of operands and cotangents over all steps, after the walk. In 16 bits a kernel takes it
+(triton.py), in fp32 the library's batched product.
 
 `p` is the solve, as launch.Solve holds it.
 
-Legend: B batch, T time, P input projections, G matrices, D = E K channels in E heads, m heads side by side.
+Legend: B batch, T time, N = B T, P input projections, G matrices, D = E K channels in E heads.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn.source import Writer
-from kernels.parallel_rnn.launch import Layout
+from kernels.parallel_rnn.launch import Layout, multiprocessors
 
 ROW = 8  # columns that a row of ones takes beside an operand, so that rows stay aligned
-SIDE_BY_SIDE = 4  # heads whose matrices' gradients are taken in one product, of which one in so many entries is wanted
+PIECES, PARTIAL = (
+    16,
+    1 << 23,
+)  # of the steps, in the library's product, and the most values that they may sum up to: a large head's fill the device
+ACROSS, STAGES = 256, 4  # of a program of the kernel: columns of cotangents, the most, and tiles on their way
 
 
 def product_of(a: Tensor, b: Tensor) -> Tensor:
@@ -28,57 +32,90 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
-def cotangents_in(to: Layout, d_whole: Tensor, K: int, written: Writer) -> Tensor | None:
-    """The products' cotangents (blocks, B T, P, channels of a block) where they are the gradients of inputs that lie in few heads' blocks, as models
-    have them: a product with all of a block costs less than storing each head's own once more in every pass."""
-    blocks = to.tensor.permute(3, 0, 1, 2, 4)
-    few = to.head % K == 0 and to.head // K <= SIDE_BY_SIDE
-    fits = written.as_inputs and few and to.tensor.data_ptr() == d_whole.data_ptr() and blocks.is_contiguous()
-    return blocks.flatten(1, 2) if fits else None
+class Cotangents:
+    """Those of the products, as they lie: like inputs (B, T, products, blocks, channels of a block), or head by head (E, N, products, K). places: of each product in them."""
+
+    def __init__(self, p: Any, like_inputs: Layout | None, by_head: Tensor, places: Sequence[int]) -> None:
+        Q = len(p.dense.products)
+        self.places = places if like_inputs is not None else range(Q)
+        self.tensor = by_head if like_inputs is None else like_inputs.tensor
+        self.strides = (p.T * Q * p.K, Q * p.K, p.K, p.B * p.T * Q * p.K)
+        self.head = p.K
+        if like_inputs is not None:
+            self.strides = (like_inputs.batch, like_inputs.time, like_inputs.projection, like_inputs.se)
+            self.head = like_inputs.head
 
 
-def before_with_ones(p: Any, emitted: Tensor, starts: Tensor | None, blocks: int) -> Tensor:
-    """An operand of `gradient`, beside it a row of ones: the emitted state that each step starts from, (blocks, B T, D / blocks + ROW)."""
-    each = p.D // blocks
-    u = emitted.new_empty(blocks, p.B, p.T, each + ROW)
-    states, by_block = u[..., :each], emitted.unflatten(2, (blocks, each)).permute(2, 0, 1, 3)
-    states[:, :, 1:] = by_block[:, :, :-1]
-    states[:, :, 0] = p.h0[:, -1].unflatten(1, (blocks, each)).transpose(0, 1)
-    if starts is not None:
-        states.masked_fill_(starts[None, :, :, None], 0)
-    u[..., each:] = 0
-    u[..., each] = 1
-    return u.flatten(1, 2)
+def groups(p: Any, places: Sequence[int]) -> list[tuple[int, list[int], int, int]]:
+    """Products that have an operand in common and follow one another: (the operand, products, the first and the last of their places)."""
+    products = p.dense.products
+    found = [(operand, list(group)) for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand)]
+    return [(operand, mine, min(places[i] for i in mine), max(places[i] for i in mine)) for operand, mine in found]
 
 
-def gradient(
-    p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None, places: Sequence[int] = ()
+def tile(P: int, width: int) -> tuple[int, int, int]:
+    """Columns, rows of a tile, and warps of a program, of P products that are `width` wide: sums take a quarter to a half of the registers."""
+    across = min(ACROSS, 1 << (P * width - 1).bit_length())
+    return across, 64 if width <= 64 else 32, 8 if width * across >= 1 << 14 else 4
+
+
+def kernel() -> Any:
+    """Triton is imported here only."""
+    from kernels.dense_rnn import triton
+
+    return triton.gradient_of_matrices
+
+
+def gradient_by_kernel(
+    p: Any, emitted: Tensor, h0_emitted: Tensor, operands: list[Tensor] | None, d: Cotangents, as_ones: dict[int, int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
+    """`gradient` in 16 bits. operands: (E, N, K) each, or None where the only one is the emitted state (B, T, D) before each step, h0_emitted (B, D)
+    before the first."""
+    N, width = p.B * p.T, p.constants["BK"]
+    d_mat, sums = p.h0.new_zeros(p.E, p.K, p.G, p.K), dict[int, Tensor]()
+    for operand, mine, first, last in groups(p, d.places):
+        P = last - first + 1
+        across, rows, warps = tile(P, width)
+        programs, most = p.E * -(-P * width // across), multiprocessors(p.pre.device)
+        pieces = max(1, (most if programs <= most // 2 else 4 * most) // programs)
+        piece = -(-N // (pieces * rows)) * rows
+        pieces = -(-N // piece)
+        partial = p.h0.new_empty(pieces, p.E * (p.K + 1) * P * p.K)
+        u = emitted if operands is None else operands[operand].transpose(0, 1).reshape(N, p.D)
+        kernel()[p.E, pieces, -(-P * width // across)](
+            u, h0_emitted, p.reset, d.tensor[:, :, first:], partial, N, p.T, piece, *d.strides, P, p.K, p.D, d.head,
+            operands is None, p.constants["HAS_RESET"], p.constants["DOT"], rows, width, across, STAGES,
+            num_warps=warps, num_stages=1,
+        )  # fmt: skip
+        of_matrices, of_ones = partial.sum(0).split((p.E * p.K * P * p.K, p.E * P * p.K))
+        each, ones = of_matrices.view(p.E, p.K, P, p.K), of_ones.view(p.E, P, p.K)
+        if [p.dense.products[i].matrix for i in sorted(mine, key=lambda i: d.places[i])] == list(range(p.G)) and p.G == P:
+            d_mat = each  # one product for each matrix, in their order
+        else:
+            for i in mine:
+                d_mat[:, :, p.dense.products[i].matrix] += each[:, :, d.places[i] - first]
+        for r, product in as_ones.items():
+            sums |= {r: ones[:, d.places[product] - first].flatten()} if product in mine else {}
+    return d_mat, sums
+
+
+def gradient(p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, int] | None = None) -> tuple[Tensor, dict[int, Tensor]]:
     """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
-    sums (D,) of their product's cotangents, one more row of it). The cotangents (E / m, B T, products, m K), of m heads side by side, lie as they are
-    multiplied: those of an operand are neighbours, where nothing comes between. places: of each product in them, if it is another. An operand is (E, B T, K), or as
-    `before_with_ones` makes it."""
-    m, places = p.E // d_prod.shape[0], places or range(len(p.dense.products))
+    sums (D,) of their product's cotangents, one more row of it). The cotangents (E, N, products, K) lie as they are multiplied: those of an operand
+    (E, N, K) are neighbours."""
+    N, as_ones = p.B * p.T, as_ones or {}
     d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
-    N, products, as_ones = p.B * p.T, p.dense.products, as_ones or {}
-    pieces = next(c for c in (16 if m == 1 else 8, 8, 4, 2, 1) if N % c == 0)
-    one = torch.zeros(1, 1, ROW, dtype=d_prod.dtype, device=d_prod.device)
-    one[:, :, 0] = 1
-
-    def piecewise(u: Tensor, d: Tensor) -> Tensor:
+    each = p.E * p.K * len(p.dense.products) * p.K
+    pieces = next(c for c in (PIECES, 8, 4, 2, 1) if N % c == 0 and (c * each <= PARTIAL or c == 1))
+    for operand, mine, first, last in groups(p, range(len(p.dense.products))):
+        u, d = operands[operand], d_prod[:, :, first : last + 1].flatten(2)
+        if as_ones:
+            one = torch.zeros(1, 1, ROW, dtype=u.dtype, device=u.device)
+            one[:, :, 0] = 1
+            u = torch.cat([u, one.expand(p.E, N, ROW)], 2)
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
-        return product_of(u.transpose(1, 2), d).unflatten(0, (p.E // m, pieces)).sum(1)
-
-    for operand, group in itertools.groupby(range(len(products)), key=lambda i: products[i].operand):
-        mine, u = list(group), operands[operand]
-        if u.shape[2] == p.K:
-            u = u if m == 1 else u.transpose(0, 1).reshape(N, p.E // m, m * p.K).transpose(0, 1)
-            u = torch.cat([u, one.to(u.dtype).expand(p.E // m, N, ROW)], 2) if as_ones else u
-        first, last = min(places[i] for i in mine), max(places[i] for i in mine)
-        found = piecewise(u, d_prod[:, :, first : last + 1].flatten(2)).unflatten(2, (-1, m * p.K))
-        # of heads side by side, each one's own: what lies between two of them is no gradient
-        each = found[:, : m * p.K].unflatten(1, (m, p.K)).unflatten(4, (m, p.K)).diagonal(0, 1, 4).movedim(-1, 1).flatten(0, 1)
+        found = product_of(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1).unflatten(2, (-1, p.K))
         for i in mine:
-            d_mat[:, :, products[i].matrix] += each[:, :, places[i] - first]
-            sums |= {r: found[:, m * p.K, places[i] - first].flatten() for r, product in as_ones.items() if product == i}
+            d_mat[:, :, p.dense.products[i].matrix] += found[:, : p.K, i - first]
+            sums |= {r: found[:, p.K, i - first].flatten() for r, product in as_ones.items() if product == i}
     return d_mat, sums

@@ -25,7 +25,7 @@ from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
-WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr"
+WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr"
 # sizes that plans change: another plan is no reason to compile again; but one slice is, where a step is a tenth to a third quicker
 JIT = '@triton.jit(do_not_specialize_on_alignment=["T", "SLICE", "n", "B", "BURN", "N", "PIECE"])'
 HELPERS = """
@@ -78,8 +78,13 @@ class Writer:
 
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
+        self.wait()
         self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
         self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
+
+    def wait(self) -> None:
+        """DEPENDENT: the kernel is launched before the one has ended whose results it reads, and waits for it here."""
+        self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()", "    tl.extra.cuda.gdc_wait()")
 
     def matrices(self, source: str) -> None:
         G = len(self.G)
@@ -91,14 +96,16 @@ class Writer:
     def dot(self, value: str, g: int, back: bool = False) -> str:
         return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
 
-    def dots(self, indent: int) -> None:
-        """All products of the states h."""
+    def dots(self, indent: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """All products of the states h. meanwhile: writes what may be done while the first ones are made."""
         for l, level in enumerate(self.dense.levels):
             known = [i for earlier in range(l) for i in self.dense.of_level(earlier)]
             arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
             arguments += [f"p{i}" if i in known else "h0" for i in self.Q]
             self.put(indent, f"{', '.join(f'u{i}' for i in level)} = operands{l}({', '.join(arguments)})")
             self.put(indent, *(f"v{i}, u{i} = u{i}, u{i}.to(DOT)" for i in level))
+            if meanwhile is not None and l == 0:
+                meanwhile()
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
                 self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
@@ -107,11 +114,11 @@ class Writer:
                 matrix, operand = self.dense.products[i]
                 self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
-    def store_all(self, indent: int, to: str, stride: str, values: list[str]) -> None:
+    def store_all(self, indent: int, to: str, stride: str, values: list[str], mask: str = "both") -> None:
         """Stores values that lie `stride` apart. Two or four of them at once: on its way from a product's layout to that of memory each would wait at
         two barriers."""
         if len(values) not in (2, 4):
-            self.put(indent, *(f"tl.store({to} + {i} * {stride}, {value}, mask=both)" for i, value in enumerate(values)))
+            self.put(indent, *(f"tl.store({to} + {i} * {stride}, {value}, mask={mask})" for i, value in enumerate(values)))
             return
         pairs = [f"tl.join({a}, {b})" for a, b in zip(values[::2], values[1::2])]
         steps, more = (
@@ -119,7 +126,7 @@ class Writer:
         )
         at = "None, None, :" if len(pairs) == 1 else "None, None, :, :"
         self.put(indent, f"all_ = {pairs[0] if len(pairs) == 1 else f'tl.join({pairs[0]}, {pairs[1]})'}", f"places_ = ({to})[:, :, {more}]")
-        self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask=both[:, :, {more}])")
+        self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask={mask}[:, :, {more}])")
 
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
@@ -155,7 +162,8 @@ def products_of_jacobians(w: Writer, indent: int, back: bool) -> None:
 
 def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: bool = False) -> None:
     """Walks `count` steps from step `first` of each row on. pieces: piece by piece, until the states are those of before."""
-    w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
+    w.put(indent, f"t = {first}", "from_ = t")
+    w.put(indent, "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
     if not pieces:
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
         _step(w, indent + 1, store, False, False)
@@ -165,8 +173,25 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: 
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
-    w.put(indent, "else:", "    from_ = t")
+    w.put(indent + 1, "if EARLY:")
+    _store_before(w, indent + 2, "h")
+    w.put(indent, "else:")
     by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True, True), "h")
+    w.put(indent + 1, "if EARLY:", f"    t = from_ + {count}", "    if joined == 0:  # where it joined, the state there stands as well")
+    _store_before(w, indent + 3, "h")
+
+
+def _store_before(w: Writer, indent: int, states: str) -> None:
+    """Stores the states that step t starts from, of the steps before it: a step does so while its products are made (EARLY)."""
+    w.put(indent, "done = (here & (t > from_) & (t <= last))[:, None] & inside")
+    _store_states(w, indent, "(b * T + t - 1)", states, "done")
+
+
+def _store_states(w: Writer, indent: int, at: str, states: str, mask: str) -> None:
+    """Stores the states after the steps that lie at `at`."""
+    n_kept = len(w.S) - 1
+    w.put(indent, f"tl.store(EMITTED + {at}[:, None] * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask={mask})")
+    w.store_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
@@ -208,13 +233,20 @@ def keep_joined(w: Writer, indent: int) -> None:
 
 
 def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
-    """track: whether products of Jacobians may be wanted. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
+    """track: of the walk of slices, where products of Jacobians may be wanted and stores be EARLY. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
+
+    def early() -> None:
+        w.put(deep, "if EARLY:")
+        _store_before(w, deep + 1, "e")
+
     w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    if store and track:
+        w.put(deep, "if EARLY:", *(f"    e{i} = h{i}" for i in w.S))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(deep + 1, "nr = tl.load(RESET + at + 1, mask=here & (t >= -1) & (t + 1 < last), other=0)")
     if store:
@@ -223,7 +255,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
         if pieces:
             w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
-    w.dots(deep)
+    w.dots(deep, early if store and track else None)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     if store:
@@ -238,9 +270,9 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
                 "close = go & (step_ >= steps - NEAR)",
                 *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S),
             )
-        n_kept = len(w.S) - 1
-        w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{n_kept}.to(EMITTED.dtype.element_ty), mask=both)")
-        w.store_all(deep, f"KEPT + at[:, None] * ({n_kept} * D) + d", "D", [f"h{i}" for i in range(n_kept)])
+        if track:
+            w.put(deep, "if not EARLY:")
+        _store_states(w, deep + int(track), "at", "h", "both")
     w.put(deep, "" if pieces else "t += 1")
 
 
@@ -269,7 +301,7 @@ def slice_rows(w: Writer) -> None:
 
 def walk(w: Writer) -> None:
     S = len(w.S)
-    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr"
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, EARLY: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
     w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
@@ -335,13 +367,14 @@ def _chain(w: Writer, back: bool) -> None:
 SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
 LOOK = 32  # steps after which a walk of corrected slices looks whether it has come back to the one before
 CHAIN_STAGES = 4  # slices whose ends are on their way
-CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr"
+CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
 
 
 def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
+    w.wait()
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
@@ -364,6 +397,7 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     S = len(w.S)
     name = "certify_back" if back else "certify"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
+    w.wait()
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)

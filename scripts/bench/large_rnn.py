@@ -31,8 +31,11 @@ from scripts.bench.timing import Results, attempted, milliseconds
 ACCURACY = [("dense_lstm", dtype, K) for K in (256, 768, 2048) for dtype in ("bfloat16", "float16", "float32")]
 ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before", "dense_elman", "slstm")]
 SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
-# (rows, columns) of tiles forwards and backwards, and stages, tried beside those that are reckoned
-TILES = [((128, 32), (32, 64), 3), ((64, 32), (64, 64), 3), ((32, 32), (32, 64), 4), ((64, 32), (32, 32), 4)]
+# of tiles tried beside those that are reckoned
+TILES: list[dict[str, int]] = [
+    {"depth": 64}, {"depth": 64, "warps": 16}, {"depth": 64, "depth_back": 128}, {"depth": 64, "depth_back": 128, "warps": 16},
+    {"rows_back": 64, "columns_back": 64, "depth_back": 128, "warps": 16}, {"depth": 64, "depth_back": 64},
+]  # fmt: skip
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
 
 
@@ -172,8 +175,7 @@ def job(words: list[str]) -> list[dict[str, Any]]:
     cell, given = load_cell("dense_lstm"), torch.empty(1, 1, 4, shape[3], dtype=torch.bfloat16)
     tiles = Tiles.of(cell, given, shape[3])
     if len(words) > 2:
-        (rows, columns), (rows_back, columns_back), stages = TILES[int(words[2])]
-        tiles = replace(tiles, rows=rows, columns=columns, rows_back=rows_back, columns_back=columns_back, stages=stages)
+        tiles = replace(tiles, **TILES[int(words[2])])
     return timed(shape, tiles, len(words) == 2, words[0] == "warm")
 
 
@@ -197,6 +199,7 @@ def main() -> None:
     parser.add_argument("--parts", default="accuracy,times,tiles")
     parser.add_argument("--seconds", type=float, default=95, help="after which no further case is begun")
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which of the shapes, by number")
+    parser.add_argument("--widest", type=int, default=2048, help="channels of a head up to which accuracy is measured")
     parser.add_argument("--stages", type=int, default=0, help="a head of so many channels, call by call, in 16 bits; nothing else")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -221,11 +224,13 @@ def main() -> None:
                 case.result()
         return
     measured: list[tuple[Any, ...]] = [("times", i) for i in arguments.shapes] if "times" in parts else []
-    tried: list[tuple[Any, ...]] = (
-        [("times", i, which) for i, which in ((0, 0), (1, 1), (0, 1), (0, 2), (0, 3))] if "tiles" in parts else []
-    )
+    tried: list[tuple[Any, ...]] = [("times", 0, which) for which in range(len(TILES))] if "tiles" in parts else []
     with ThreadPoolExecutor(14) as pool:
-        cases = [pool.submit(keep, "accuracy", ("accuracy", *case), 70) for case in (ACCURACY if "accuracy" in parts else [])]
+        cases = [
+            pool.submit(keep, "accuracy", ("accuracy", *case), 70)
+            for case in ACCURACY
+            if "accuracy" in parts and case[2] <= arguments.widest
+        ]
         cases += [pool.submit(attempted, functools.partial(apart, "warm", *words[1:])) for words in (*measured, *tried)]
         for case in cases:
             case.result()

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import launch, reference
-from kernels.parallel_rnn.cell import Cell, Mat, Pre, Rec, State
+from kernels.dense_rnn import launch, matrices, reference
+from kernels.parallel_rnn import with_bias
+from kernels.parallel_rnn.cell import Cell, Mat, Pre, Rec, State, biased
+from kernels.parallel_rnn.launch import Layout
 from models.cells import available, load_cell
 
 
@@ -83,3 +85,37 @@ def check_walked(module: ModuleType, sizes: tuple[int, int, int, int], plans_of:
     report = launch.last_report()
     assert report["walked"] > 0.1 and report["corrections"] == 1, report
     launch.CORRECTIONS = before
+
+
+def check_gradient_of_matrices(
+    name: str, sizes: tuple[int, int, int, int], dtype: torch.dtype, blocks: int, device: str, limit: float
+) -> None:
+    """The kernel of the gradient of matrices, of random emitted states and cotangents, against float64. sizes: B, T, E, K; blocks: in how many the
+    cotangents lie, as gradients of inputs do, or 0: head by head."""
+    (B, T, E, K), plain = sizes, known_cells()[name]
+    cell, (_, rec, mat, h0), starts = biased(plain), *problem(name, *sizes, starts=0.01, device=device)[1:]
+    generator, N, D = torch.Generator(device).manual_seed(5), B * T, E * K
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    like, emitted = draw(max(1, blocks), B, T, len(cell.pre), D // max(1, blocks)).permute(1, 2, 3, 0, 4), draw(B, T, D)
+    rec = with_bias(rec, rec.new_zeros(len(cell.pre), D))
+    p = launch.Problem(cell, like, rec, launch.joined(mat), h0, starts, launch.Plan.of(like, K, 1), False)
+    written, before = launch.facts(cell), launch._before(p, emitted, starts)
+    by_head = draw(p.E, N, len(p.dense.products), p.K)
+    alone = launch._emitted_alone(p)
+    operands = None if alone else [launch._by_head(p, before), launch._by_head(p, draw(B, T, D))][: len(p.dense.operands)]
+    assert not blocks or written.as_inputs
+    d = matrices.Cotangents(p, Layout(like) if blocks else None, by_head, written.as_inputs)
+    h0_emitted = p.h0[:, -1].to(dtype).contiguous()
+    d_mat, sums = matrices.gradient_by_kernel(p, emitted, h0_emitted, operands, d, written.as_ones)
+    d_mat = launch.parted(d_mat, E, K)
+    wanted_, u = torch.zeros_like(d_mat, dtype=torch.float64), [launch._by_head(p, before)] if operands is None else operands
+    for i, product in enumerate(p.dense.products):
+        dp = like.double()[:, :, written.as_inputs[i]].reshape(N, p.E, p.K).transpose(0, 1) if blocks else by_head[:, :, i].double()
+        whole = u[product.operand].double().transpose(1, 2) @ dp
+        wanted_[:, :, product.matrix] += launch.parted(whole[:, :, None], E, K)[:, :, 0]
+        for r in (r for r, of in written.as_ones.items() if of == i):
+            assert distance(sums[r], dp.sum(1).flatten()) < limit, (name, sizes, "sums", distance(sums[r], dp.sum(1).flatten()))
+    assert distance(d_mat, wanted_) < limit, (name, sizes, distance(d_mat, wanted_))

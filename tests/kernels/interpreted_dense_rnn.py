@@ -15,7 +15,7 @@ from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
 from kernels.parallel_rnn.op import joined  # noqa: E402
-from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
+from tests.kernels.dense_rnn_cases import check_gradient_of_matrices, check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
@@ -154,6 +154,12 @@ def through_the_op() -> None:
     assert all(distance(a, b) < 1e-5 for a, b in zip(made[0], made[2]))
 
 
+def gradients_of_matrices() -> None:
+    """Several pieces, the last one short, of steps and heads that fill no tile."""
+    for name, sizes, blocks in (("slstm", (3, 67, 2, 24), 2), ("dense_gru", (1, 130, 2, 16), 0), ("dense_gru_before", (2, 70, 1, 16), 1)):
+        check_gradient_of_matrices(name, sizes, torch.float16, blocks, "cpu", 1e-5)
+
+
 def main() -> None:
     patch_once()
     compare("filled up", problem("dense_lstm", 2, 12, 2, 16, starts=0.1), 1, 0)
@@ -166,10 +172,11 @@ def main() -> None:
         if name != "dense_lstm":
             compare(name, problem(name, 1, 21, 1, 16, starts=0.08), 2, 6, bias=name != "dense_elman")
     for name, E, blocks in (("slstm", 4, 2), ("dense_gru_before", 2, 2)):  # cotangents of products that lie as gradients of inputs
-        compare(f"{name} in blocks", problem(name, 1, 9, E, 16, starts=0.08), 2, 4, blocks=blocks)
+        compare(f"{name} in blocks", problem(name, 1, 9, E, 16, starts=0.08), 2, 4, torch.float16, blocks=blocks)
     launch.TWICE = 16  # as of heads whose matrices fit once only
     for name in ("dense_lstm", "dense_gru_before"):
         compare(f"{name} from products", problem(name, 1, 13, 1, 16, starts=0.08), 2, 4)
+    gradients_of_matrices()
     borders()
     restored()
     joined_again()

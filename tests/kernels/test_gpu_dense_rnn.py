@@ -7,7 +7,7 @@ import torch
 
 from kernels.dense_rnn import dense_rnn, launch
 from kernels.dense_rnn.launch import Plan
-from tests.kernels.dense_rnn_cases import cotangents, distance, known_cells, problem, wanted
+from tests.kernels.dense_rnn_cases import check_gradient_of_matrices, cotangents, distance, known_cells, problem, wanted
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -38,6 +38,15 @@ def test_inputs_in_blocks(name: str, dtype: torch.dtype) -> None:
     """As a block-diagonal projection makes them: there the gradients of most inputs are the cotangents of products."""
     for K in (32, 64) if dtype == torch.float32 else (32, 64, 128):
         check(name, K, dtype, 4, blocks=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [16, 48, 64, 96, 128])
+def test_gradient_of_matrices(K: int, dtype: torch.dtype) -> None:
+    """The kernel alone, in pieces of whole tiles and of others, of few steps and of many."""
+    for name, blocks in (("slstm", 2), ("dense_lstm", 0), ("dense_gru", 0), ("dense_gru_before", 1), ("dense_elman", 4)):
+        for B, T in ((1, 5), (3, 261), (4, 2048)):
+            check_gradient_of_matrices(name, (B, T, 12, K), dtype, blocks, "cuda", 2e-5)
 
 
 def check(
