@@ -6,6 +6,7 @@ first, with what the states after ask of the corrected values; `pair_gradients`,
 With R = (I + L)^-T du, the gradient of what the triangular system is solved for: dv = b R and dL = -R u^T. A gate's gradient is the sum of what all
 pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel. b's gradient is R_i . u_i / b_i,
 where b is not small: summed over pairs it would lose the digits of what keys that repeat cancel.
+CORRECTED holds u over the norms of keys, as `walk` leaves it.
 """
 
 from __future__ import annotations
@@ -144,11 +145,10 @@ def pair_gradients(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     ).to(DOT)
     pairs, _, _, _ = decays(sums_of(TOTAL, DOCUMENT, row))
-    weight = pairs * rk[None, :]
-    d_scores = tl.where(pairs != 0.0, d_scores * weight * rq[:, None], 0.0)
-    d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * weight * rk[:, None], 0.0)
+    d_scores = tl.where(pairs != 0.0, d_scores * pairs * rq[:, None], 0.0)
+    d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * pairs * rk[:, None], 0.0)
     asked = d_system * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    strength = tl.where(step > 0.01, by_corrected / tl.where(step > 0.01, step, 1.0), by_values + tl.sum(asked, 1))
+    strength = tl.where(step > 0.01, by_corrected / tl.where(step > 0.01, step * rk, 1.0), by_values + tl.sum(asked, 1))
     tl.store(STRENGTH + row + q, strength)
     d_system *= step[:, None]
     asked = asked * step[:, None] + d_scores * tl.dot(query, tl.trans(keys), input_precision=PRECISION)
@@ -230,7 +230,7 @@ def key_gradients(
     end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
     step, rk = tl.load(STEP + row + q), tl.load(RK + row + q)
     before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
+    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf")))
     d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
     taken = tl.sum(keys.to(tl.float32) * d_key, 1)
     tl.store(D_BETA + ((b * S + first) * H + h) + q * H, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), inside)

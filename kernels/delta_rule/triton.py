@@ -169,10 +169,12 @@ def project(
 @triton.jit
 def walk(
     X, TOTAL, DOCUMENT, RK, W, U, FIRST, STATES, CORRECTED, LAST, LOST, S, H, R, chunks, K, V, x_b, x_t, x_g,
-    MARK: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MARK: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V). A program owns some rows of one
-    head's state. KEEP: all of it, else the last state only."""
+    """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V) over the norms of their keys,
+    so that they are rounded once where no gate comes between. A program owns some rows of one head's state. KEEP: all of it, else the last state
+    only. GIVEN: the corrected values are there already; the states made of them are the same bit for bit, as what is added to a state is rounded as
+    what is left of it."""
     tiles = tl.cdiv(V, BV)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
@@ -188,23 +190,25 @@ def walk(
             inside_chunk[:, None] & (k < K)[None, :],
             other=0.0,
         )
-        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-        u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
+        if GIVEN:
+            corrected = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        else:
+            w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+            u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
         low = state.to(STATES.dtype.element_ty)
         if KEEP:
             tl.store(STATES + (bh * chunks + c) * V * K + place, low, inside)
-        taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
-        corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
-        if KEEP:
-            tl.store(
-                CORRECTED + row * V + (q * V)[:, None] + v[None, :],
-                corrected.to(CORRECTED.dtype.element_ty),
-                tl.broadcast_to((v < V)[None, :], (64, BV)),
-            )
-        after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-        added = tl.where((document == last)[:, None], corrected * after[:, None], 0.0)
+        if not GIVEN:
+            taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+            corrected = (u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)) * rk[:, None]
+            corrected = corrected.to(CORRECTED.dtype.element_ty)
+            if KEEP:
+                tl.store(CORRECTED + row * V + (q * V)[:, None] + v[None, :], corrected, mine)
+        after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf")))
+        added = tl.where((document == last)[:, None], corrected.to(tl.float32) * after[:, None], 0.0)
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
         state = tl.dot(tl.trans(added.to(DOT)), keys.to(DOT), acc=kept, input_precision=PRECISION)
         if MARK:
@@ -216,10 +220,10 @@ def walk(
 
 @triton.jit
 def outputs(
-    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
+    X, Y, TOTAL, DOCUMENT, CORRECTED, STATES, O, LOST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
     MARK: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token."""
+    """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token. CORRECTED: u_j over the norm of k_j, as `walk` leaves it."""
     row, b, h, c, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     token, rows, update, inside = rows_of(first, S, N)
@@ -231,12 +235,11 @@ def outputs(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     )
     sums = sums_of(TOTAL, DOCUMENT, row)
-    rk = tl.load(RK + row + q)
     rq = inverse_norms(query, NORM) * scale
     query = query.to(DOT)
     keys = keys.to(DOT)
     pairs, before, _, _ = decays(sums)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None]
     scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
     _, document, _, last = sums
     to = ((b * (S // N) + token) * H + h) * V

@@ -146,7 +146,7 @@ def registered() -> None:
         do, d_final = asked(tensors)
         backward_op = torch.ops.everywhen.delta_rule_backward.default
         kept = op.rule(q, k, v, beta, g, h0, starts, True, 0.5, True)[2:]
-        arguments = (do, d_final, *[None] * 5, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
+        arguments = (do, d_final, *[None] * 6, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
         torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
