@@ -23,8 +23,8 @@ from kernels.dispatch import interpreted, no_triton
 from kernels.joint import rooms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of keys: one tile holds them. Of four bytes more than 128 have not been run on a GPU since `key_gradients` has the shared memory for them.
-WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
+WIDEST = 256  # of keys
+WIDEST_OF_FOUR_BYTES = 128  # of keys in one tile; wider ones take two, as kernels with tiles of 256 read outside of memory on an H200
 RUN = 16  # operands are made of whole runs of so many elements, as those of Mamba-2's scan
 # Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
 # that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
@@ -47,9 +47,9 @@ class Tile:
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "states": Tile(64, 4, 3), "outputs": Tile(128, 4, 1, 168),
-    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 2, 168),
-    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 2, 128),
+    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "states": Tile(64, 4, 3), "outputs": Tile(64, 4, 1, 128),
+    "local": Tile(128, 4, 1, 128), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 3, 168),
+    "query_gradients": Tile(128, 4, 1, 168), "key_gradients": Tile(64, 4, 1),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
     "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "states": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
@@ -59,19 +59,23 @@ WIDE = {  # operands of four bytes
 
 
 def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
-    """Of a kernel by the width of its operands, keys and values."""
+    """Of a kernel by the width of its operands, keys and values. Two tiles of keys are as one of half the width."""
     tile = (WIDE if wide else NARROW)[name]
     columns, warps, stages = tile.columns, tile.warps, tile.stages
-    if pad(K) > 128:
+    if pad(K) > 128 and not wide:
         columns, warps, stages = max(16, columns // 2), warps if name == "project" else 8, 1
     return Tile(min(columns, pad(V)), warps, stages, 0 if pad(K) > 128 else tile.registers)
+
+
+def two_tiles(wide: bool, K: int) -> bool:
+    """Whether kernels take the columns of keys in two parts, of half of `pad(K)` each."""
+    return wide and pad(K) > WIDEST_OF_FOUR_BYTES
 
 
 def why_not(v: Tensor, K: int) -> str:
     """Empty if the kernels can run on this tensor, else one sentence."""
     reason = no_triton(v.device) or ("" if v.dtype in DTYPES else f"The delta rule's kernels have no {v.dtype}.")
-    widest = WIDEST if v.dtype == torch.bfloat16 or interpreted() else WIDEST_OF_FOUR_BYTES
-    return reason or ("" if K <= widest else f"The delta rule's kernels take keys of {widest} channels at most in {v.dtype}, not {K}.")
+    return reason or ("" if K <= WIDEST else f"The delta rule's kernels take keys of {WIDEST} channels at most, not {K}.")
 
 
 def kernels() -> ModuleType:
@@ -171,7 +175,9 @@ class Problem:
     def options(self, name: str, **more: Any) -> dict[str, Any]:
         tile = sizes(name, self.wide, self.K, self.V)
         limit = {"maxnreg": tile.registers} if tile.registers and not interpreted() else {}
-        return {**more, **self.dot, **limit, "BV": tile.columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
+        two = two_tiles(self.wide, self.K)
+        widths = {"TWO": two, "BV": tile.columns, "BK": pad(self.K) // 2 if two else pad(self.K)}
+        return {**more, **self.dot, **limit, **widths, "num_warps": tile.warps, "num_stages": tile.stages}
 
     def walking(self, name: str, **more: Any) -> tuple[tuple[int], dict[str, Any]]:
         """(grid, options) of a kernel whose programs carry rows of one head's state. Of few heads they take fewer rows each, as nobody waits for them

@@ -35,9 +35,10 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
     called = "walk" if name == "states" else name
     fn = getattr(launch.gradient_kernels() if hasattr(launch.gradient_kernels(), called) else launch.kernels(), called)
     rows = min(launch.pad(V), max(1, launch.RECOVERED // launch.pad(K)))
+    two = launch.two_tiles(wide, K)
     constants = {
-        "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "GIVEN": name == "states", "HAS_VALUES": True, "N": 1,
-        "DOT": tl.float32 if wide else tl.bfloat16, "PRECISION": "tf32x3" if wide else "ieee", "BK": launch.pad(K),
+        "TWO": two, "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "GIVEN": name == "states", "HAS_VALUES": True, "N": 1,
+        "DOT": tl.float32 if wide else tl.bfloat16, "PRECISION": "tf32x3" if wide else "ieee", "BK": launch.pad(K) // 2 if two and name != "recover" else launch.pad(K),
         "BV": rows if name == "recover" else tile.columns,
     }  # fmt: skip
 
