@@ -166,16 +166,41 @@ def _hf_step(original: Any, hook: ScanHook, now: list[int]) -> Any:
     return step
 
 
+@dataclass
+class Spread:
+    """Of numbers seen so far, for each head: how many, their sum, how many were below zero, the lowest and the highest."""
+
+    count: int = 0
+    total: Tensor | float = 0.0
+    negative: Tensor | float = 0.0
+    lowest: Tensor | None = None
+    highest: Tensor | None = None
+
+    def add(self, values_BTH: Tensor) -> None:
+        x = values_BTH.flatten(0, 1)
+        self.count, self.total, self.negative = self.count + len(x), self.total + x.sum(0), self.negative + (x < 0).sum(0)
+        low, high = x.amin(0), x.amax(0)
+        self.lowest = low if self.lowest is None else torch.minimum(self.lowest, low)
+        self.highest = high if self.highest is None else torch.maximum(self.highest, high)
+
+    def figures(self) -> dict[str, list[float]]:
+        """mean, lowest, highest, and the share below zero, a number a head."""
+        assert self.lowest is not None and self.highest is not None
+        values = {"mean": self.total / self.count, "lowest": self.lowest, "highest": self.highest, "negative": self.negative / self.count}
+        return {name: torch.as_tensor(value).tolist() for name, value in values.items()}
+
+
 class Retention:
     """Sums ln(retention) of every head (Mamba-2: ln alpha = dt A) or channel of a cell (ln |d state_t / d state_{t-1}|, diagonal entries).
 
     totals[(layer, name)]: (B, heads or channels) up to the tokens seen; `tokens` of them. For a cell with several states the diagonal is the
-    direct path only.
+    direct path only. spread[(layer, name)]: of a delta rule's gates and updates, the eigenvalues themselves.
     """
 
     def __init__(self) -> None:
         self.totals: dict[tuple[int, str], Tensor] = {}
         self.tokens: dict[tuple[int, str], int] = {}
+        self.spread: dict[tuple[int, str], Spread] = {}
 
     def add(self, layer: int, name: str, log_BTH: Tensor) -> None:
         """Adds ln(retention) of T more tokens."""
@@ -191,10 +216,13 @@ class Retention:
 
     def rule(self, layer: int, rule: Rule, run: RuleRun) -> tuple[Tensor, Tensor]:
         """A hook for `rule_hook` that changes nothing: `delta`, the logarithms of the gates, and `delta_update`, what the updates leave on the
-        average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1."""
+        average over the K directions of a key, ln |det(I - b k k^T)| / K = ln |1 - b| / K with keys of norm 1. Of both the spread: of a, and of
+        1 - b, an update's one eigenvalue that is not 1."""
         self.add(layer, "delta", rule.gates().double().clamp(min=-1e3))
         left = torch.log((1 - rule.beta.double()).abs().clamp(min=1e-30)) / rule.width
         self.add(layer, "delta_update", left.unflatten(1, (rule.tokens, -1)).sum(2))
+        for name, values in (("delta", rule.gates().double().exp()), ("delta_update", 1 - rule.beta.double())):
+            self.spread.setdefault((layer, name), Spread()).add(values)
         return run(rule)
 
 

@@ -55,8 +55,8 @@ def state_curve(
     """Statistics of every recurrent state at log-spaced positions (the training length T among them) and retention up to T and to the end.
 
     rows_RT: ids of R rows; train_length: T, in tokens; chunk: tokens fed at once. Of retention, the product of alpha_{1..T} per head, the natural
-    logarithm is given; horizon: -1 / mean ln alpha, tokens after which 1/e is left (null: nothing is ever lost). Raises ItemError for a model
-    without a recurrent state, and for states that are not finite.
+    logarithm is given; horizon: -1 / mean ln alpha, tokens after which 1/e is left (null: nothing is ever lost). eigenvalues: of a delta rule's gates
+    (`delta`) and updates (`delta_update`), mean, extremes and the share below zero, a head each. Raises ItemError for a model without a recurrent state, and for states that are not finite.
     """
     R, length = rows_RT.shape
     stops = sorted({int(e) for e in log_edges(length, 1, 64)[1:]} | ({train_length} if train_length < length else set()))
@@ -81,6 +81,9 @@ def state_curve(
             if on_progress:
                 on_progress(stop, length)
         retained = [_retention_row(key, value.mean(0), retention.tokens[key], *at_T[key]) for key, value in retention.totals.items()]
+        for row in retained:
+            if spread := retention.spread.get((row["layer"], row["name"])):
+                row["eigenvalues"] = spread.figures()
     growth = _growth(snapshots, train_length)
     worst = max(growth, key=lambda g: g["variance_ratio"]) if growth else None
     return {

@@ -154,11 +154,14 @@ def remembrance_figure(plt: Any, curves: list[tuple[str, dict[str, Any]]]) -> by
 
 
 def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
-    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads."""
+    """Left: standard deviation over position, a line a layer and state. Right: log2 of the growth of the variance, layers x heads. Of matrix states
+    between them: effective rank over position."""
     if plt is None:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    names = [(s["layer"], s["name"]) for s in x["snapshots"][0]["states"]]
+    first = x["snapshots"][0]["states"]
+    matrices = [i for i, s in enumerate(first) if "effective_rank" in s]
+    figure, (left, *middle, right) = plt.subplots(1, 3 if matrices else 2, figsize=(18 if matrices else 12, 4.2))
+    names = [(s["layer"], s["name"]) for s in first]
     color = plt.get_cmap("viridis")
     for i, (layer, name) in enumerate(names):
         y = [(mean(s["states"][i]["variance"]) or 0) ** 0.5 for s in x["snapshots"]]
@@ -170,6 +173,13 @@ def states_figure(plt: Any, x: dict[str, Any], title: str) -> bytes | None:
     left.grid(alpha=0.3)
     if len(names) <= 12:
         left.legend(fontsize=7)
+    for i in matrices:
+        y = [mean(s["states"][i]["effective_rank"]) for s in x["snapshots"]]
+        middle[0].plot([s["position"] for s in x["snapshots"]], y, color=color(i / max(1, len(names) - 1)), marker=".")
+    for panel in middle:
+        panel.axvline(x["train_length"], color="k", linestyle=":")
+        panel.set(xscale="log", xlabel="tokens", ylabel="effective rank, mean over heads", ylim=(0, None))
+        panel.grid(alpha=0.3)
     heads = max((g["head"] for g in x["growth"]), default=-1) + 1
     if heads:
         table = [[float("nan")] * heads for _ in names]

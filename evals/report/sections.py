@@ -201,10 +201,29 @@ def states_section(page: Page, plt: Any, records: Records) -> None:
             over = [sum(v > 2 for v in ratios), len(ratios)]
             rows.append([model, x["prompt"], x["length"], *growth, *over, *top, remembering])
     page.table("model,prompt,length,median growth,largest growth,heads over 2,heads,top 1 % at T,top 1 % at end,kept".split(","), rows)
+    rules = []
+    for model, items in records.items():
+        for r in items:
+            for k in r["result"]["retention"]:
+                if e := k.get("eigenvalues"):
+                    of = "a" if k["name"] == "delta" else "1 - b"
+                    rules.append(
+                        [
+                            model,
+                            r["result"]["prompt"],
+                            k["layer"],
+                            of,
+                            min(e["lowest"]),
+                            mean(e["mean"]),
+                            max(e["highest"]),
+                            mean(e["negative"]),
+                        ]
+                    )
+    page.table("model,prompt,layer,eigenvalue,lowest,mean,highest,below zero".split(","), rules)
     for model, items in records.items():
         for r in items:
             name = f"states-{r['result']['prompt']}-{model}"
-            caption = f"{model}, {r['result']['prompt']}: standard deviation of each layer's state, and growth by head"
+            caption = f"{model}, {r['result']['prompt']}: standard deviation of each layer's state, effective rank of matrices, and growth by head"
             page.figure(name, states_figure(plt, r["result"], model), caption)
 
 

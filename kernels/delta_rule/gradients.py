@@ -6,6 +6,7 @@ first, with what the states after ask of the corrected values; `pair_gradients`,
 With R = (I + L)^-T du, the gradient of what the triangular system is solved for: dv = b R and dL = -R u^T. A gate's gradient is the sum of what all
 pairs ask whose decay it is part of: sums over rows less sums over columns, from the end, in fp64, as they cancel. b's gradient is R_i . u_i / b_i,
 where b is not small: summed over pairs it would lose the digits of what keys that repeat cancel.
+CORRECTED holds u over the norms of keys, as `walk` leaves it.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.delta_rule.triton import decays, inverse_norms, rows_of, sums_of, where_is
+from kernels.delta_rule.triton import columns_of, decays, inverse_norms, inverse_norms_of_both, rows_of, sums_of, where_is
 
 
 @triton.jit
 def local(
     X, Y, DO, TOTAL, DOCUMENT, RK, RQ, DU, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """du_j = sum_{i>=j} D_ij (q_i . k_j) do_i, (B, H, chunks Q, V), and RQ."""
     row, b, h, _, first = where_is(chunks, H)
@@ -36,12 +38,20 @@ def local(
     )
     sums = sums_of(TOTAL, DOCUMENT, row)
     rk = tl.load(RK + row + q)
-    rq = inverse_norms(query, NORM)
+    if TWO:
+        query_other = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K)
+        rq = inverse_norms_of_both(query, query_other, NORM)
+    else:
+        rq = inverse_norms(query, NORM)
     tl.store(RQ + row + q, rq)
     rq, query = rq * scale, query.to(DOT)
     keys = keys.to(DOT)
     pairs, _, _, _ = decays(sums)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if TWO:
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+        scores = tl.dot(query_other.to(DOT), tl.trans(other.to(DOT)), acc=scores, input_precision=PRECISION)
+    scores = scores * pairs * rq[:, None] * rk[None, :]
     scores = tl.trans(tl.where(pairs != 0.0, scores, 0.0).to(DOT))
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
@@ -55,7 +65,8 @@ def local(
 @triton.jit
 def walk_back(
     X, Y, DO, TOTAL, DOCUMENT, RK, RQ, W, DU, LATER, D_STATES, FIRST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h,
-    KEEP: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    KEEP: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the state leaving every chunk, and FIRST, that of h0, from that of the last state, LATER; completes DU. KEEP: all of it, else
     that of h0 only."""
@@ -65,6 +76,9 @@ def walk_back(
     q, k, v = tl.arange(0, 64), tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     inside, place = (v < V)[:, None] & (k < K)[None, :], v[:, None] * K + k[None, :]
     state = tl.load(LATER + bh * V * K + place, inside, other=0.0)
+    if TWO:
+        inside_other = (v < V)[:, None] & (BK + k < K)[None, :]
+        state_other = tl.load(LATER + bh * V * K + BK + place, inside_other, other=0.0)
     for back in range(0, chunks):
         c = bh * 0 + chunks - 1 - back
         row, first = (bh * chunks + c) * 64, c * 64
@@ -88,8 +102,14 @@ def walk_back(
         low = state.to(D_STATES.dtype.element_ty)
         if KEEP:
             tl.store(D_STATES + (bh * chunks + c) * V * K + place, low, inside)
+            if TWO:
+                tl.store(D_STATES + (bh * chunks + c) * V * K + BK + place, state_other.to(D_STATES.dtype.element_ty), inside_other)
         after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-        asked = tl.dot(keys.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION) * after[:, None]
+        asked = tl.dot(keys.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+        if TWO:
+            other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, within, BK + k, K)
+            asked = tl.dot(other.to(DOT), tl.trans(state_other.to(DOT)), acc=asked, input_precision=PRECISION)
+        asked = asked * after[:, None]
         du += tl.where((document == last)[:, None], asked, 0.0)
         if KEEP:
             tl.store(DU + row * V + (q * V)[:, None] + v[None, :], du.to(DU.dtype.element_ty), mine)
@@ -99,14 +119,23 @@ def walk_back(
         taken = tl.where((document == 0)[:, None], -du, 0.0)
         state = tl.dot(tl.trans(asked.to(DOT)), query.to(DOT), acc=kept, input_precision=PRECISION)
         state = tl.dot(tl.trans(taken.to(DOT)), w.to(DOT), acc=state, input_precision=PRECISION)
+        if TWO:
+            kept = tl.where(last == 0, state_other * tl.exp(end.to(tl.float32)), 0.0)
+            query_other = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K)
+            w_other = tl.load(W + row * K + BK + (q * K)[:, None] + k[None, :], tl.broadcast_to((BK + k < K)[None, :], (64, BK)), other=0.0)
+            state_other = tl.dot(tl.trans(asked.to(DOT)), query_other.to(DOT), acc=kept, input_precision=PRECISION)
+            state_other = tl.dot(tl.trans(taken.to(DOT)), w_other.to(DOT), acc=state_other, input_precision=PRECISION)
     tl.store(FIRST + bh * V * K + place, state, inside)
+    if TWO:
+        tl.store(FIRST + bh * V * K + BK + place, state_other, inside_other)
 
 
 @triton.jit
 def pair_gradients(
     X, Y, VALUES, DO, TOTAL, DOCUMENT, RK, RQ, STEP, INVERSE, CORRECTED, DU, RIGHT, D_SCORES, D_PRODUCTS, D_V, ROWS, STRENGTH, scale,
     S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, v_b, v_t, v_h, o_b, o_t, o_h, d_v,
-    N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """R (B, H, chunks Q, V), dv, and the gradients of the products q_i . k_j and (added to its mirror image) k_i . k_j. ROWS: what is asked of the gates
     by pairs, STRENGTH: the gradient of b, where it is small without what comes through the state."""
@@ -144,14 +173,21 @@ def pair_gradients(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     ).to(DOT)
     pairs, _, _, _ = decays(sums_of(TOTAL, DOCUMENT, row))
-    weight = pairs * rk[None, :]
-    d_scores = tl.where(pairs != 0.0, d_scores * weight * rq[:, None], 0.0)
-    d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * weight * rk[:, None], 0.0)
-    asked = d_system * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    strength = tl.where(step > 0.01, by_corrected / tl.where(step > 0.01, step, 1.0), by_values + tl.sum(asked, 1))
+    d_scores = tl.where(pairs != 0.0, d_scores * pairs * rq[:, None], 0.0)
+    d_system = tl.where((pairs != 0.0) & (q[:, None] > q[None, :]), -d_system * pairs * rk[:, None], 0.0)
+    of_keys = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    if TWO:
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K).to(DOT)
+        of_keys = tl.dot(other, tl.trans(other), acc=of_keys, input_precision=PRECISION)
+    asked = d_system * of_keys
+    strength = tl.where(step > 0.01, by_corrected / tl.where(step > 0.01, step * rk, 1.0), by_values + tl.sum(asked, 1))
     tl.store(STRENGTH + row + q, strength)
     d_system *= step[:, None]
-    asked = asked * step[:, None] + d_scores * tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    of_queries = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if TWO:
+        query_other = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K).to(DOT)
+        of_queries = tl.dot(query_other, tl.trans(other), acc=of_queries, input_precision=PRECISION)
+    asked = asked * step[:, None] + d_scores * of_queries
     tl.store(ROWS + row + q, tl.sum(asked.to(tl.float64), 1) - tl.sum(asked.to(tl.float64), 0))
     square = row * 64 + (q * 64)[:, None] + q[None, :]
     tl.store(D_SCORES + square, d_scores.to(D_SCORES.dtype.element_ty))
@@ -161,7 +197,8 @@ def pair_gradients(
 @triton.jit
 def query_gradients(
     X, Y, DO, TOTAL, DOCUMENT, RQ, STATES, D_SCORES, ROWS, D_Q, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, o_b, o_t, o_h, d_q,
-    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """dq (B, T, H, K) of every value head, rows d_q apart; adds to ROWS what is asked of the gates by what comes through the state."""
     row, b, h, _, first = where_is(chunks, H)
@@ -169,13 +206,19 @@ def query_gradients(
     token, rows, update, inside = rows_of(first, S, N)
     read = inside & (update == N - 1)
     d_query = tl.zeros((64, BK), tl.float32)
+    if TWO:
+        d_other = tl.zeros((64, BK), tl.float32)
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
-        state = tl.load(STATES + (row // 64) * V * K + (v * K)[:, None] + k[None, :], (v < V)[:, None] & (k < K)[None, :], other=0.0)
+        place = (row // 64) * V * K + (v * K)[:, None] + k[None, :]
+        state = tl.load(STATES + place, (v < V)[:, None] & (k < K)[None, :], other=0.0)
         do = tl.load(
             DO + (b * o_b + token * o_t + h * o_h) + (rows * o_t)[:, None] + v[None, :], read[:, None] & (v < V)[None, :], other=0.0
         )
         d_query = tl.dot(do.to(DOT), state.to(DOT), acc=d_query, input_precision=PRECISION)
+        if TWO:
+            state = tl.load(STATES + BK + place, (v < V)[:, None] & (BK + k < K)[None, :], other=0.0)
+            d_other = tl.dot(do.to(DOT), state.to(DOT), acc=d_other, input_precision=PRECISION)
     keys = tl.load(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     )
@@ -186,11 +229,24 @@ def query_gradients(
     document, rq = tl.load(DOCUMENT + row + q), tl.load(RQ + row + q)
     before = tl.exp(tl.where(document == 0, tl.load(TOTAL + row + q).to(tl.float32), float("-inf")))
     d_query = tl.where((document == 0)[:, None], d_query * (before * rq * scale)[:, None], 0.0)
-    tl.store(ROWS + row + q, tl.load(ROWS + row + q) + tl.sum(query.to(tl.float32) * d_query, 1).to(tl.float64))
+    asked = tl.sum(query.to(tl.float32) * d_query, 1)
+    if TWO:
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+        query_other = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K)
+        d_other = tl.where((document == 0)[:, None], d_other * (before * rq * scale)[:, None], 0.0)
+        asked += tl.sum(query_other.to(tl.float32) * d_other, 1)
+    tl.store(ROWS + row + q, tl.load(ROWS + row + q) + asked.to(tl.float64))
     d_query = tl.dot(d_scores, keys.to(DOT), acc=d_query, input_precision=PRECISION)
-    if NORM:
-        d_query -= query.to(tl.float32) * (rq * rq * tl.sum(query.to(tl.float32) * d_query, 1))[:, None]
+    along = tl.sum(query.to(tl.float32) * d_query, 1)
     to = D_Q + ((b * (S // N) + token) * d_q + h * K) + (rows * d_q)[:, None] + k[None, :]
+    if TWO:
+        d_other = tl.dot(d_scores, other.to(DOT), acc=d_other, input_precision=PRECISION)
+        along += tl.sum(query_other.to(tl.float32) * d_other, 1)
+        if NORM:
+            d_other -= query_other.to(tl.float32) * (rq * rq * along)[:, None]
+        tl.store(to + BK, d_other.to(D_Q.dtype.element_ty), read[:, None] & (BK + k < K)[None, :])
+    if NORM:
+        d_query -= query.to(tl.float32) * (rq * rq * along)[:, None]
     tl.store(to, d_query.to(D_Q.dtype.element_ty), read[:, None] & (k < K)[None, :])
 
 
@@ -204,39 +260,64 @@ def _of_one_document(later, its_document, x, document):
 def key_gradients(
     X, Y, TOTAL, DOCUMENT, RK, STEP, STATES, D_STATES, CORRECTED, RIGHT, D_SCORES, D_PRODUCTS, ROWS, STRENGTH, D_K, D_G, D_BETA,
     S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g, d_k,
-    HAS_G: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_G: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """dk (B, S, H, K) of every value head, rows d_k apart, dg (B, T, H) and d beta (B, S, H)."""
+    """dk (B, S, H, K) of every value head, rows d_k apart, dg (B, T, H) and d beta (B, S, H). One sum of products: first what comes through the
+    state before the chunk, then, onto it, what comes through the state after it."""
     row, b, h, _, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     token, rows, update, inside = rows_of(first, S, N)
-    # What comes through the state before the chunk and through that after it.
-    by_right, by_state, whole = tl.zeros((64, BK), tl.float32), tl.zeros((64, BK), tl.float32), tl.zeros((BV,), tl.float32)
+    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
+    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
+    step, rk = tl.load(STEP + row + q), tl.load(RK + row + q)
+    keys = tl.load(
+        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
+    )
+    d_key, whole = tl.zeros((64, BK), tl.float32), tl.zeros((BV,), tl.float32)
+    if TWO:
+        d_other = tl.zeros((64, BK), tl.float32)
+    for begin in range(0, V, BV):
+        v = begin + tl.arange(0, BV)
+        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
+        place = (row // 64) * V * K + (v * K)[:, None] + k[None, :]
+        state = tl.load(STATES + place, (v < V)[:, None] & (k < K)[None, :], other=0.0)
+        right = tl.load(RIGHT + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        d_key = tl.dot(right.to(DOT), state.to(DOT), acc=d_key, input_precision=PRECISION)
+        if TWO:
+            state = tl.load(STATES + BK + place, (v < V)[:, None] & (BK + k < K)[None, :], other=0.0)
+            d_other = tl.dot(right.to(DOT), state.to(DOT), acc=d_other, input_precision=PRECISION)
+    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
+    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf")))
+    d_key = tl.where((document == 0)[:, None], d_key * (before * rk)[:, None], 0.0)
+    taken = tl.sum(keys.to(tl.float32) * d_key, 1)
+    if TWO:
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+        d_other = tl.where((document == 0)[:, None], d_other * (before * rk)[:, None], 0.0)
+        taken += tl.sum(other.to(tl.float32) * d_other, 1)
+        d_other *= -step[:, None]
+    tl.store(D_BETA + ((b * S + first) * H + h) + q * H, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), inside)
+    d_key *= -step[:, None]
     for begin in range(0, V, BV):
         v = begin + tl.arange(0, BV)
         within, mine = (v < V)[:, None] & (k < K)[None, :], tl.broadcast_to((v < V)[None, :], (64, BV))
         place = (row // 64) * V * K + (v * K)[:, None] + k[None, :]
-        state, d_state = tl.load(STATES + place, within, other=0.0), tl.load(D_STATES + place, within, other=0.0)
-        right = tl.load(RIGHT + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        d_state = tl.load(D_STATES + place, within, other=0.0)
         u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         if HAS_G:
-            whole += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
-        by_right = tl.dot(right.to(DOT), state.to(DOT), acc=by_right, input_precision=PRECISION)
-        by_state = tl.dot(u.to(DOT), d_state.to(DOT), acc=by_state, input_precision=PRECISION)
-    keys = tl.load(
-        X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
-    )
-    total, document = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q)
-    end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
-    step, rk = tl.load(STEP + row + q), tl.load(RK + row + q)
-    before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-    after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-    d_key = tl.where((document == 0)[:, None], by_right * (before * rk)[:, None], 0.0)
-    taken = tl.sum(keys.to(tl.float32) * d_key, 1)
-    tl.store(D_BETA + ((b * S + first) * H + h) + q * H, tl.load(STRENGTH + row + q) - tl.where(step > 0.01, 0.0, taken), inside)
-    by_state = tl.where((document == last)[:, None], by_state * after[:, None], 0.0)
+            whole += tl.sum(tl.load(STATES + place, within, other=0.0).to(tl.float32) * d_state.to(tl.float32), 1)
+        added = tl.where((document == last)[:, None], u.to(tl.float32) * after[:, None], 0.0)
+        d_key = tl.dot(added.to(DOT), d_state.to(DOT), acc=d_key, input_precision=PRECISION)
+        if TWO:
+            within = (v < V)[:, None] & (BK + k < K)[None, :]
+            d_state = tl.load(D_STATES + BK + place, within, other=0.0)
+            if HAS_G:
+                whole += tl.sum(tl.load(STATES + BK + place, within, other=0.0).to(tl.float32) * d_state.to(tl.float32), 1)
+            d_other = tl.dot(added.to(DOT), d_state.to(DOT), acc=d_other, input_precision=PRECISION)
     if HAS_G:
-        given = tl.sum(keys.to(tl.float32) * by_state, 1)
+        given = tl.sum(keys.to(tl.float32) * d_key, 1) + taken * step
+        if TWO:
+            given += tl.sum(other.to(tl.float32) * d_other, 1)
         asked = tl.load(ROWS + row + q) - (taken * step + given).to(tl.float64)
         through = tl.where(last == 0, tl.sum(whole, 0) * tl.exp(end.to(tl.float32)), 0.0) + tl.sum(given, 0)
         later, _ = tl.associative_scan((asked, document), 0, _of_one_document, reverse=True)
@@ -244,17 +325,25 @@ def key_gradients(
         previous = tl.load(DOCUMENT + row + q - 1, q > 0, other=0)
         d_gate = tl.where(document == previous, d_gate, 0.0)
         tl.store(D_G + ((b * (S // N) + token) * H + h) + rows * H, d_gate.to(tl.float32), inside & (update == 0))
-    d_key = d_key * -step[:, None] + by_state
+    read = inside & (update == N - 1)
     query = tl.load(
-        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :],
-        (inside & (update == N - 1))[:, None] & (k < K)[None, :],
-        other=0.0,
+        Y + (b * y_b + token * y_t + h // R * y_g) + (rows * y_t)[:, None] + k[None, :], read[:, None] & (k < K)[None, :], other=0.0
     )
     square = row * 64 + (q * 64)[:, None] + q[None, :]
-    d_key = tl.dot(tl.trans(tl.load(D_SCORES + square).to(DOT)), query.to(DOT), acc=d_key, input_precision=PRECISION)
-    d_key = tl.dot(tl.load(D_PRODUCTS + square).to(DOT), keys.to(DOT), acc=d_key, input_precision=PRECISION)
-    if NORM:
-        wide = keys.to(tl.float32)
-        d_key -= wide * (rk * rk * tl.sum(wide * d_key, 1))[:, None]
+    d_scores, d_products = tl.trans(tl.load(D_SCORES + square).to(DOT)), tl.load(D_PRODUCTS + square).to(DOT)
+    d_key = tl.dot(d_scores, query.to(DOT), acc=d_key, input_precision=PRECISION)
+    d_key = tl.dot(d_products, keys.to(DOT), acc=d_key, input_precision=PRECISION)
+    wide = keys.to(tl.float32)
+    along = rk * rk * tl.sum(wide * d_key, 1)
     to = D_K + ((b * S + first) * d_k + h * K) + (q * d_k)[:, None] + k[None, :]
+    if TWO:
+        query = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K)
+        d_other = tl.dot(d_scores, query.to(DOT), acc=d_other, input_precision=PRECISION)
+        d_other = tl.dot(d_products, other.to(DOT), acc=d_other, input_precision=PRECISION)
+        along += rk * rk * tl.sum(other.to(tl.float32) * d_other, 1)
+        if NORM:
+            d_other -= other.to(tl.float32) * along[:, None]
+        tl.store(to + BK, d_other.to(D_K.dtype.element_ty), inside[:, None] & (BK + k < K)[None, :])
+    if NORM:
+        d_key -= wide * along[:, None]
     tl.store(to, d_key.to(D_K.dtype.element_ty), inside[:, None] & (k < K)[None, :])

@@ -1,10 +1,10 @@
 """Runs the Triton kernels of `triton.py` and `gradients.py`; imports Triton only when a kernel is first wanted.
 
-Saved for the backward pass are the inputs, the inverses (64 S numbers a head) and what is known of each sub-step (`Kept`); it walks over the
-states again. While a pass runs it holds, besides its results, W and U (S (K + V) numbers a head), the corrected values (S V) and the state entering
-each chunk (S / 64 K V); going back also the gradients of the states and of the corrected values, and two squares a chunk. No sum is made by atomic additions, so results repeat bit for bit. Matrix products take bf16 operands where v is
-bf16; fp16 is lifted to fp32, whose range the states need, and like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays,
-norms, triangular systems and the carried state are fp32 throughout.
+Saved for the backward pass are the inputs, the inverses (64 S numbers a head), the corrected values (S V) and what is known of each sub-step
+(`Kept`); it makes the states again. While a pass runs it holds, besides its results, W and U (S (K + V) numbers a head) and the state entering each
+chunk (S / 64 K V); going back also the gradients of the states and of the corrected values, and two squares a chunk. No sum is made by atomic
+additions, so results repeat bit for bit. Matrix products take bf16 operands where v is bf16; fp16 is lifted to fp32, whose range the states need, and
+like fp32 multiplied in three tf32 products: exact, but slow. Sums, decays, norms, triangular systems and the carried state are fp32 throughout.
 
 Legend: as in reference.py; L chunks of 64 sub-steps, filled up.
 """
@@ -23,13 +23,14 @@ from kernels.dispatch import interpreted, no_triton
 from kernels.joint import rooms
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of keys: one tile holds them. Of four bytes more than 128 have not been run on a GPU since `key_gradients` has the shared memory for them.
-WIDEST, WIDEST_OF_FOUR_BYTES = 256, 128
+WIDEST = 256  # of keys
+WIDEST_OF_FOUR_BYTES = 128  # of keys in one tile; wider ones take two, as kernels with tiles of 256 read outside of memory on an H200
 RUN = 16  # operands are made of whole runs of so many elements, as those of Mamba-2's scan
 # Width in which kernels take keys and values. Assembled by the ptxas 12.8 that Triton 3.6 brings, values of 32 or fewer gave outputs and gradients
 # that were wholly wrong on an H100, or read outside of memory; the same kernels assembled by ptxas 13.4 are right, and so are 64 and more by both.
 NARROWEST = 64
 FARTHEST = 1 << 24  # elements between two steps: what lies in a chunk is addressed in 32 bits
+CORRECTED_KEPT = True  # from the forward pass to the backward pass: U is not made again there, and states are made without waiting for W
 AT_ONCE = 264  # programs of a walk that run at once: two on each of the 132 processors of an H100
 RECOVERED = 4096  # elements of a state that a program of `recover` holds
 
@@ -46,31 +47,35 @@ class Tile:
 
 # Chosen once for every length and batch, by kernel, for keys up to 128 wide; `sizes` has the others.
 NARROW = {
-    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "outputs": Tile(128, 4, 1, 168),
-    "local": Tile(128, 4, 1), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 1, 168),
-    "query_gradients": Tile(64, 4, 1, 168), "key_gradients": Tile(32, 8, 1, 128),
+    "project": Tile(128, 4, 1, 168), "walk": Tile(64, 4, 2), "states": Tile(64, 4, 3), "outputs": Tile(64, 4, 1, 128),
+    "local": Tile(128, 4, 1, 128), "walk_back": Tile(64, 4, 1), "pair_gradients": Tile(32, 4, 3, 168),
+    "query_gradients": Tile(128, 4, 1, 168), "key_gradients": Tile(64, 4, 1),
 }  # fmt: skip
 WIDE = {  # operands of four bytes
-    "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
+    "project": Tile(32, 4, 1), "walk": Tile(16, 4, 1), "states": Tile(16, 4, 1), "outputs": Tile(32, 4, 1),
     "local": Tile(32, 4, 1), "walk_back": Tile(16, 4, 1), "pair_gradients": Tile(32, 8, 1),
     "query_gradients": Tile(16, 8, 1), "key_gradients": Tile(16, 8, 1),
 }  # fmt: skip
 
 
 def sizes(name: str, wide: bool, K: int, V: int) -> Tile:
-    """Of a kernel by the width of its operands, keys and values."""
+    """Of a kernel by the width of its operands, keys and values. Two tiles of keys are as one of half the width."""
     tile = (WIDE if wide else NARROW)[name]
     columns, warps, stages = tile.columns, tile.warps, tile.stages
-    if pad(K) > 128:
+    if pad(K) > 128 and not wide:
         columns, warps, stages = max(16, columns // 2), warps if name == "project" else 8, 1
     return Tile(min(columns, pad(V)), warps, stages, 0 if pad(K) > 128 else tile.registers)
+
+
+def two_tiles(wide: bool, K: int) -> bool:
+    """Whether kernels take the columns of keys in two parts, of half of `pad(K)` each."""
+    return wide and pad(K) > WIDEST_OF_FOUR_BYTES
 
 
 def why_not(v: Tensor, K: int) -> str:
     """Empty if the kernels can run on this tensor, else one sentence."""
     reason = no_triton(v.device) or ("" if v.dtype in DTYPES else f"The delta rule's kernels have no {v.dtype}.")
-    widest = WIDEST if v.dtype == torch.bfloat16 or interpreted() else WIDEST_OF_FOUR_BYTES
-    return reason or ("" if K <= widest else f"The delta rule's kernels take keys of {widest} channels at most in {v.dtype}, not {K}.")
+    return reason or ("" if K <= WIDEST else f"The delta rule's kernels take keys of {WIDEST} channels at most, not {K}.")
 
 
 def kernels() -> ModuleType:
@@ -99,6 +104,11 @@ def whole_width(width: int) -> int:
     return -(-width // RUN) * RUN
 
 
+def least_width() -> int:
+    """Of keys and values in the kernels."""
+    return RUN if interpreted() else NARROWEST
+
+
 def strides_of(x: Tensor) -> tuple[int, ...]:
     """Those of batch, time and heads; of a single one 0, which is a multiple of whatever is asked."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3]))
@@ -119,8 +129,9 @@ def filled(state: Tensor | None, V: int, K: int) -> Tensor | None:
     return None if state is None else torch.constant_pad_nd(state.float(), (0, K - state.shape[3], 0, V - state.shape[2])).contiguous()
 
 
-# Of every chunk and sub-step, (B, H, L 64, ...): inverses, sums of gates, counts of documents, norms and strengths (`triton.py`).
-Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# Of every chunk and sub-step, (B, H, L 64, ...): inverses, corrected values over the norms of their keys (nothing if not CORRECTED_KEPT), sums of gates,
+# counts of documents, norms and strengths (`triton.py`).
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Problem:
@@ -136,7 +147,7 @@ class Problem:
         self.kind = kind_of(dtype)
         narrow = self.kind == torch.bfloat16
         self.dot: dict[str, Any] = {"DOT": tl.bfloat16 if narrow else tl.float32, "PRECISION": "tf32x3" if self.wide else "ieee"}
-        self.least = RUN if interpreted() else NARROWEST
+        self.least = least_width()
         self.q, self.k, self.v = (ready(x, dtype, self.least) for x in (q, k, v))
         (self.B, self.T, self.G, self.K), (self.S, self.H, self.V) = self.q.shape, self.v.shape[1:]
         self.N, self.R, self.chunks = self.S // self.T, self.H // self.G, -(-self.S // CHUNK)
@@ -144,14 +155,15 @@ class Problem:
         self.lost = None if starts is None else torch.zeros(self.B, self.H, dtype=torch.int32, device=v.device)
         self.given, length = kept is not None, self.chunks * CHUNK
         if kept is not None:
-            self.inverse, self.total, self.document, self.rk, self.step = kept
+            self.inverse, self.corrected, self.total, self.document, self.rk, self.step = kept
             return
         self.total, self.document = self.made(length, dtype=torch.float64), self.made(length, dtype=torch.int32)
         self.rk, self.step = (self.made(length, dtype=torch.float32) for _ in range(2))
 
     @property
     def kept(self) -> Kept:
-        return self.inverse, self.total, self.document, self.rk, self.step
+        corrected = self.corrected if CORRECTED_KEPT else self.corrected.new_empty(0)
+        return self.inverse, corrected, self.total, self.document, self.rk, self.step
 
     def made(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(self.B, self.H, *shape, dtype=dtype or self.kind, device=self.v.device)
@@ -163,7 +175,9 @@ class Problem:
     def options(self, name: str, **more: Any) -> dict[str, Any]:
         tile = sizes(name, self.wide, self.K, self.V)
         limit = {"maxnreg": tile.registers} if tile.registers and not interpreted() else {}
-        return {**more, **self.dot, **limit, "BV": tile.columns, "BK": pad(self.K), "num_warps": tile.warps, "num_stages": tile.stages}
+        two = two_tiles(self.wide, self.K)
+        widths = {"TWO": two, "BV": tile.columns, "BK": pad(self.K) // 2 if two else pad(self.K)}
+        return {**more, **self.dot, **limit, **widths, "num_warps": tile.warps, "num_stages": tile.stages}
 
     def walking(self, name: str, **more: Any) -> tuple[tuple[int], dict[str, Any]]:
         """(grid, options) of a kernel whose programs carry rows of one head's state. Of few heads they take fewer rows each, as nobody waits for them
@@ -195,15 +209,17 @@ class Problem:
             HAS_STARTS=self.starts is not None, HAS_VALUES=values, KEEP=keep, GIVEN=self.given, NORM=self.normalize, N=self.N, **self.options("project"),
         )  # fmt: skip
 
-    def walk(self, begin: Tensor | None, keep: bool = True) -> Tensor:
-        """The last state; kept are the states entering each chunk and the corrected values, unless none is wanted."""
+    def walk(self, begin: Tensor | None, keep: bool = True, given: bool = False) -> Tensor:
+        """The last state; kept are the states entering each chunk and the corrected values, unless none is wanted. given: the latter are there."""
         self.begin = torch.zeros(self.B, self.H, self.V, self.K, device=self.v.device) if begin is None else begin
         last = torch.empty_like(self.begin)
         self.states = self.made(self.chunks, self.V, self.K) if keep else self.W
-        self.corrected = torch.empty_like(self.U) if keep else self.U
-        grid, options = self.walking("walk", MARK=self.lost is not None, KEEP=keep)
+        if not given:
+            self.corrected = torch.empty_like(self.U) if keep else self.U
+        U = self.corrected if given else self.U
+        grid, options = self.walking("states" if given else "walk", MARK=self.lost is not None and not given, KEEP=keep, GIVEN=given)
         self.module.walk[grid](
-            self.k, self.total, self.document, self.rk, self.W, self.U, self.begin, self.states, self.corrected, last, last if self.lost is None else self.lost,
+            self.k, self.total, self.document, self.rk, self.W, U, self.begin, self.states, self.corrected, last, last if self.lost is None else self.lost,
             self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), **options,
         )  # fmt: skip
         return last
@@ -211,7 +227,7 @@ class Problem:
     def outputs(self) -> Tensor:
         o = torch.empty(self.B, self.T, self.H, self.V, dtype=self.v.dtype, device=self.v.device)
         self.module.outputs[self.grid](
-            self.k, self.q, self.total, self.document, self.rk, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
+            self.k, self.q, self.total, self.document, self.corrected, self.states, o, self.total if self.lost is None else self.lost,
             self.scale, self.S, self.H, self.R, self.chunks, self.K, self.V, *strides_of(self.k), *strides_of(self.q),
             **self.options("outputs", MARK=self.lost is not None, NORM=self.normalize, N=self.N),
         )  # fmt: skip
@@ -329,8 +345,9 @@ def backward(
     """Gradients of q, k, v, beta, g and h0: those of q, k and v in the dtype of v (fp32 where heads share keys), the others fp32."""
     this, V, K = Problem(q, k, v, beta, g, starts, normalize, scale, kept), v.shape[3], k.shape[3]
     do = ready(do, v.dtype, this.least)
-    this.project(keep=True)
-    this.walk(filled(h0, this.V, this.K))
+    given = kept is not None and kept[1].numel() > 0
+    this.project(values=not given, keep=True)
+    this.walk(filled(h0, this.V, this.K), given=given)
     dh0 = this.walk_back(do, filled(d_final, this.V, this.K))
     dq, dk, dv, d_beta, dg = this.gradients(do, (q, k, v) if (this.V, this.K) == (V, K) else (this.q, this.k, this.v))
     if (this.V, this.K) != (V, K):

@@ -16,7 +16,7 @@ from kernels.op import define
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None, normalize: bool, scale: float,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(o (B, T, H, V) in v's dtype, final state (B, H, V, K) fp32, what is kept or empty tensors), T >= 1."""
     if keep:
         o, last, kept = launch.forward_kept(q, k, v, beta, g, h0, starts, normalize, scale)
@@ -24,10 +24,11 @@ def _forward(
     return *launch.forward(q, k, v, beta, g, h0, starts, normalize, scale), *_nothing_kept(v)
 
 
-def _nothing_kept(v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kinds = (launch.kind_of(v.dtype), torch.float64, torch.int32, torch.float32, torch.float32)
-    inverse, total, document, rk, step = (v.new_empty(0, dtype=kind) for kind in kinds)
-    return inverse, total, document, rk, step
+def _nothing_kept(v: Tensor) -> launch.Kept:
+    kind = launch.kind_of(v.dtype)
+    kinds = (kind, kind, torch.float64, torch.int32, torch.float32, torch.float32)
+    inverse, corrected, total, document, rk, step = (v.new_empty(0, dtype=kind) for kind in kinds)
+    return inverse, corrected, total, document, rk, step
 
 
 def _fake(
@@ -39,19 +40,21 @@ def _fake(
     if not keep:
         return *results, *_nothing_kept(v)
     length = -(-S // launch.CHUNK) * launch.CHUNK
-    shapes = ((length, launch.CHUNK), *[(length,)] * 4)
-    return *results, *(v.new_empty(B, H, *shape, dtype=t.dtype) for shape, t in zip(shapes, _nothing_kept(v)))
+    corrected = (length, launch.whole_width(max(V, launch.least_width()))) if launch.CORRECTED_KEPT else (0,)
+    shapes = ((length, launch.CHUNK), corrected, *[(length,)] * 4)
+    return *results, *(v.new_empty(B, H, *shape, dtype=t.dtype) if shape != (0,) else t for shape, t in zip(shapes, _nothing_kept(v)))
 
 
 def _backward(
-    do: Tensor | None, d_final: Tensor | None, d_inverse: Tensor | None, d_total: Tensor | None, d_document: Tensor | None, d_rk: Tensor | None,
-    d_step: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None,
-    inverse: Tensor, total: Tensor, document: Tensor, rk: Tensor, step: Tensor, normalize: bool, scale: float,
+    do: Tensor | None, d_final: Tensor | None, d_inverse: Tensor | None, d_corrected: Tensor | None, d_total: Tensor | None,
+    d_document: Tensor | None, d_rk: Tensor | None, d_step: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, h0: Tensor | None, starts: Tensor | None,
+    inverse: Tensor, corrected: Tensor, total: Tensor, document: Tensor, rk: Tensor, step: Tensor, normalize: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k, v, beta, g and h0, each in the dtype of its tensor. Those of what is kept are not looked at: callers do not get it."""
     if do is None:
         do = torch.zeros(q.shape[0], q.shape[1], *v.shape[2:], dtype=v.dtype, device=v.device)
-    kept = (inverse, total, document, rk, step) if inverse.numel() else None
+    kept = (inverse, corrected, total, document, rk, step) if inverse.numel() else None
     dq, dk, dv, d_beta, dg, dh0 = launch.backward(q, k, v, beta, g, h0, starts, normalize, scale, kept, do, d_final)
     return (
         dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), d_beta.to(beta.dtype),

@@ -14,7 +14,7 @@ What must not pass is selected out, not multiplied by zero. Matrix products cann
 finite, `walk` and `outputs` say so in LOST, and `recover` takes that head's steps one by one.
 
 Legend: b batch row, h head, c chunk, i row of a chunk (what reads), j row of a chunk (what was written), K, V, S, T as in reference.py, N updates a
-token, R heads that share a key.
+token, R heads that share a key. TWO: keys are wider than a tile (BK columns): tiles called `other` hold the columns from BK on.
 """
 
 from __future__ import annotations
@@ -55,6 +55,22 @@ def inverse_norms(x, NORM: tl.constexpr):
         wide = x.to(tl.float32)
         out = tl.rsqrt(tl.sum(wide * wide, 1) + 1e-6)
     return out
+
+
+@triton.jit
+def inverse_norms_of_both(x, y, NORM: tl.constexpr):
+    """One over the norm of each row, of which x and y hold the first and the other columns, or ones."""
+    out = tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        first, other = x.to(tl.float32), y.to(tl.float32)
+        out = tl.rsqrt(tl.sum(first * first, 1) + tl.sum(other * other, 1) + 1e-6)
+    return out
+
+
+@triton.jit
+def columns_of(X, rows, there, k, K):
+    """The columns k (below K) of rows that begin so far behind X, zeros where there is no such row."""
+    return tl.load(X + rows[:, None] + k[None, :], there[:, None] & (k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -113,7 +129,7 @@ def project(
     X, VALUES, G, BETA, STARTS, TOTAL, DOCUMENT, RK, STEP, INVERSE, W, U, S, H, R, chunks, K, V, x_b, x_t, x_g, v_b, v_t, v_h, g_b, g_t, g_h,
     b_b, b_t, b_h, s_b, s_t, HAS_G: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VALUES: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr,
     NORM: tl.constexpr, N: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What is known of each sub-step, W (B, H, chunks Q, K) and U (B, H, chunks Q, V); KEEP: also (I + L)^-1 (B, H, chunks, Q, Q), in registers
     throughout; GIVEN: that and what is known of the sub-steps is there already. The inverse's columns are scaled, so that keys and values go into
@@ -137,7 +153,11 @@ def project(
         if HAS_STARTS:
             new = tl.load(STARTS + (b * s_b + token * s_t) + tokens * s_t, lead, other=0).to(tl.int32)
         step = tl.load(BETA + (b * b_b + first * b_t + h * b_h) + q * b_t, inside, other=0.0).to(tl.float32)
-        rk = inverse_norms(keys, NORM)
+        if TWO:
+            other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+            rk = inverse_norms_of_both(keys, other, NORM)
+        else:
+            rk = inverse_norms(keys, NORM)
         gone = gate < -87.0
         new, gate = new | gone.to(tl.int32), tl.where(gone, 0.0, gate)
         total, document = tl.cumsum(gate.to(tl.float64), 0), tl.cumsum(new, 0)
@@ -146,15 +166,24 @@ def project(
         tl.store(RK + row + q, rk)
         tl.store(STEP + row + q, step)
         products = tl.dot(keys.to(DOT), tl.trans(keys.to(DOT)), input_precision=PRECISION)
+        if TWO:
+            products = tl.dot(other.to(DOT), tl.trans(other.to(DOT)), acc=products, input_precision=PRECISION)
         allowed = (q[:, None] > q[None, :]) & (document[:, None] == document[None, :])
         between = tl.exp(tl.where(allowed, (total[:, None] - total[None, :]).to(tl.float32), 0.0))
         inverse = _inverse_of_unit(tl.where(allowed, products * between * (step * rk)[:, None] * rk[None, :], 0.0))
         if KEEP:
             tl.store(INVERSE + square, inverse.to(INVERSE.dtype.element_ty))
     before = tl.exp(tl.where(document == 0, total.to(tl.float32), float("-inf")))
-    w = tl.dot((inverse * (step * before * rk)[None, :]).to(DOT), keys.to(DOT), input_precision=PRECISION)
+    by_keys = (inverse * (step * before * rk)[None, :]).to(DOT)
+    w = tl.dot(by_keys, keys.to(DOT), input_precision=PRECISION)
     w = tl.where((document == 0)[:, None], w, 0.0)
     tl.store(W + row * K + (q * K)[:, None] + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((k < K)[None, :], (64, BK)))
+    if TWO:  # loaded again: held for so long they would spill
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+        w = tl.where((document == 0)[:, None], tl.dot(by_keys, other.to(DOT), input_precision=PRECISION), 0.0)
+        tl.store(
+            W + row * K + BK + (q * K)[:, None] + k[None, :], w.to(W.dtype.element_ty), tl.broadcast_to((BK + k < K)[None, :], (64, BK))
+        )
     if HAS_VALUES:
         scaled = (inverse * step[None, :]).to(DOT)
         for begin in range(0, V, BV):
@@ -169,16 +198,21 @@ def project(
 @triton.jit
 def walk(
     X, TOTAL, DOCUMENT, RK, W, U, FIRST, STATES, CORRECTED, LAST, LOST, S, H, R, chunks, K, V, x_b, x_t, x_g,
-    MARK: tl.constexpr, KEEP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MARK: tl.constexpr, KEEP: tl.constexpr, GIVEN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V). A program owns some rows of one
-    head's state. KEEP: all of it, else the last state only."""
+    """The state entering every chunk (B, H, chunks, V, K), the last one, and the corrected values (B, H, chunks Q, V) over the norms of their keys,
+    so that they are rounded once where no gate comes between. A program owns some rows of one head's state. KEEP: all of it, else the last state
+    only. GIVEN: the corrected values are there already; the states made of them are the same bit for bit, as what is added to a state is rounded as
+    what is left of it."""
     tiles = tl.cdiv(V, BV)
     bh = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = bh // H, bh % H
     q, k, v = tl.arange(0, 64), tl.arange(0, BK), tl.program_id(0) % tiles * BV + tl.arange(0, BV)
     inside, place = (v < V)[:, None] & (k < K)[None, :], v[:, None] * K + k[None, :]
     state = tl.load(FIRST + bh * V * K + place, inside, other=0.0)
+    if TWO:
+        inside_other = (v < V)[:, None] & (BK + k < K)[None, :]
+        state_other = tl.load(FIRST + bh * V * K + BK + place, inside_other, other=0.0)
     for chunk in range(0, chunks):
         c = bh * 0 + chunk
         row, first = (bh * chunks + c) * 64, c * 64
@@ -188,38 +222,57 @@ def walk(
             inside_chunk[:, None] & (k < K)[None, :],
             other=0.0,
         )
-        w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
-        u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
+        mine = tl.broadcast_to((v < V)[None, :], (64, BV))
+        if GIVEN:
+            corrected = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
+        else:
+            w = tl.load(W + row * K + (q * K)[:, None] + k[None, :], tl.broadcast_to((k < K)[None, :], (64, BK)), other=0.0)
+            u = tl.load(U + row * V + (q * V)[:, None] + v[None, :], mine, other=0.0)
         total, document, rk = tl.load(TOTAL + row + q), tl.load(DOCUMENT + row + q), tl.load(RK + row + q)
         end, last = tl.load(TOTAL + row + 63), tl.load(DOCUMENT + row + 63)
         low = state.to(STATES.dtype.element_ty)
         if KEEP:
             tl.store(STATES + (bh * chunks + c) * V * K + place, low, inside)
-        taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
-        corrected = u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)
-        if KEEP:
-            tl.store(
-                CORRECTED + row * V + (q * V)[:, None] + v[None, :],
-                corrected.to(CORRECTED.dtype.element_ty),
-                tl.broadcast_to((v < V)[None, :], (64, BV)),
-            )
-        after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf"))) * rk
-        added = tl.where((document == last)[:, None], corrected * after[:, None], 0.0)
+            if TWO:
+                tl.store(STATES + (bh * chunks + c) * V * K + BK + place, state_other.to(STATES.dtype.element_ty), inside_other)
+        if not GIVEN:
+            taken = tl.dot(w.to(DOT), tl.trans(low.to(DOT)), input_precision=PRECISION)
+            if TWO:
+                w_other = tl.load(
+                    W + row * K + BK + (q * K)[:, None] + k[None, :], tl.broadcast_to((BK + k < K)[None, :], (64, BK)), other=0.0
+                )
+                taken = tl.dot(w_other.to(DOT), tl.trans(state_other.to(DOT)), acc=taken, input_precision=PRECISION)
+            corrected = (u.to(tl.float32) - tl.where((document == 0)[:, None], taken, 0.0)) * rk[:, None]
+            corrected = corrected.to(CORRECTED.dtype.element_ty)
+            if KEEP:
+                tl.store(CORRECTED + row * V + (q * V)[:, None] + v[None, :], corrected, mine)
+        after = tl.exp(tl.where(document == last, (end - total).to(tl.float32), float("-inf")))
+        added = tl.where((document == last)[:, None], corrected.to(tl.float32) * after[:, None], 0.0)
         kept = tl.where(last == 0, state * tl.exp(end.to(tl.float32)), 0.0)
         state = tl.dot(tl.trans(added.to(DOT)), keys.to(DOT), acc=kept, input_precision=PRECISION)
+        if TWO:
+            other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside_chunk, BK + k, K)
+            kept = tl.where(last == 0, state_other * tl.exp(end.to(tl.float32)), 0.0)
+            state_other = tl.dot(tl.trans(added.to(DOT)), other.to(DOT), acc=kept, input_precision=PRECISION)
         if MARK:
             if last > 0:
                 if not all_finite(state):
                     tl.store(LOST + bh, 1)
+                if TWO:
+                    if not all_finite(state_other):
+                        tl.store(LOST + bh, 1)
     tl.store(LAST + bh * V * K + place, state, inside)
+    if TWO:
+        tl.store(LAST + bh * V * K + BK + place, state_other, inside_other)
 
 
 @triton.jit
 def outputs(
-    X, Y, TOTAL, DOCUMENT, RK, CORRECTED, STATES, O, LOST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
-    MARK: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    X, Y, TOTAL, DOCUMENT, CORRECTED, STATES, O, LOST, scale, S, H, R, chunks, K, V, x_b, x_t, x_g, y_b, y_t, y_g,
+    MARK: tl.constexpr, NORM: tl.constexpr, N: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, TWO: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
-    """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token."""
+    """o_i = d_i S q_i + sum_{j<=i} D_ij (q_i . k_j) u_j, at the last sub-step of every token. CORRECTED: u_j over the norm of k_j, as `walk` leaves it."""
     row, b, h, c, first = where_is(chunks, H)
     q, k = tl.arange(0, 64), tl.arange(0, BK)
     token, rows, update, inside = rows_of(first, S, N)
@@ -231,12 +284,19 @@ def outputs(
         X + (b * x_b + first * x_t + h // R * x_g) + (q * x_t)[:, None] + k[None, :], inside[:, None] & (k < K)[None, :], other=0.0
     )
     sums = sums_of(TOTAL, DOCUMENT, row)
-    rk = tl.load(RK + row + q)
-    rq = inverse_norms(query, NORM) * scale
+    if TWO:
+        query_other = columns_of(Y + (b * y_b + token * y_t + h // R * y_g), rows * y_t, read, BK + k, K)
+        rq = inverse_norms_of_both(query, query_other, NORM) * scale
+    else:
+        rq = inverse_norms(query, NORM) * scale
     query = query.to(DOT)
     keys = keys.to(DOT)
     pairs, before, _, _ = decays(sums)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * pairs * rq[:, None] * rk[None, :]
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if TWO:
+        other = columns_of(X + (b * x_b + first * x_t + h // R * x_g), q * x_t, inside, BK + k, K)
+        scores = tl.dot(query_other.to(DOT), tl.trans(other.to(DOT)), acc=scores, input_precision=PRECISION)
+    scores = scores * pairs * rq[:, None]
     scores = tl.where(pairs != 0.0, scores, 0.0).to(DOT)
     _, document, _, last = sums
     to = ((b * (S // N) + token) * H + h) * V
@@ -245,7 +305,12 @@ def outputs(
         whole = (v < V)[:, None] & (k < K)[None, :]
         state = tl.load(STATES + (row // 64) * V * K + (v * K)[:, None] + k[None, :], whole, other=0.0)
         u = tl.load(CORRECTED + row * V + (q * V)[:, None] + v[None, :], tl.broadcast_to((v < V)[None, :], (64, BV)), other=0.0)
-        o = tl.dot(query, tl.trans(state.to(DOT)), input_precision=PRECISION) * (before * rq)[:, None]
+        o = tl.dot(query, tl.trans(state.to(DOT)), input_precision=PRECISION)
+        if TWO:
+            whole = (v < V)[:, None] & (BK + k < K)[None, :]
+            state = tl.load(STATES + (row // 64) * V * K + BK + (v * K)[:, None] + k[None, :], whole, other=0.0)
+            o = tl.dot(query_other.to(DOT), tl.trans(state.to(DOT)), acc=o, input_precision=PRECISION)
+        o = o * (before * rq)[:, None]
         o = tl.where((document == 0)[:, None], o, 0.0)
         o = tl.dot(scores, u.to(DOT), acc=o, input_precision=PRECISION)
         if MARK:

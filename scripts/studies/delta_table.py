@@ -2,13 +2,15 @@
 
     python -m scripts.studies.delta_table --out runs/delta_table --seconds 290          # S4, A5 and S5, three seeds, one GPU
     python -m scripts.studies.delta_table --out runs/delta_table --tasks s3,mqar --ranges=-1,0 --seconds 290
+    python -m scripts.studies.delta_table --out runs/delta_table --seconds 290          # the same again: what the clock cut goes on
     python -m scripts.studies.delta_table --out runs/small --tasks s3 --updates 1,2 --seeds 1 --steps 300 --seconds 60
 
 One layer of width 64, four heads of 16, neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed along the
 ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as many tokens
 at every length. A process for each number of updates and task, in it every arm on a stream of its own, a burst of CUDA graphs of each in turn: so an arm
 that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
-Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of all of them.
+Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of all of them. What an arm that
+is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt; one whose settings have changed begins anew.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 PAIRS_LENGTH = 64
 CLIMBED = 0.2  # nats that end a rung: S4 by two updates was at words of 9 after 1,180 steps, but of 5 after 2,100 where 0.05 ended one
+SETTLES = 400  # steps at the longest words after which the rate falls as one over them: an A5 arm hovered at 0.997 for 1,900 steps without
 SCORING = 0.5  # seconds for the last scores of an arm
 
 
@@ -44,8 +48,17 @@ def settings(task: str, updates: int, negative: bool, given: argparse.Namespace)
     length, batch = (PAIRS_LENGTH, max(1, given.batch * given.length // PAIRS_LENGTH)) if mqar else (given.length, given.batch)
     layer = {"type": "delta", "n_heads": 4, "head_dim": 16, "updates": updates, "negative": negative, "gate": False, "output_gate": False}
     usual = settings_of("mqar" if mqar else "S4", "deltaproduct_2", {"length": length, "batch": batch})
-    changes = {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98} if mqar else {"climbed": CLIMBED}
+    changes = {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98} if mqar else {"climbed": CLIMBED, "settles": SETTLES}
     return {**usual, "task": TASKS[task], "layer": {**layer, "d_conv": 4 if mqar else 2}, "bound": None, **changes}
+
+
+def kept_of(path: Path, device: torch.device) -> dict[str, dict[str, Any]]:
+    """What an earlier call left of a worker's arms, by their names: settings, row and state."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True) if path.exists() else {}
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):  # cut while it was copied
+        print(f"{path} cannot be read; its arms begin anew.", flush=True)
+        return {}
 
 
 def work(task: str, updates: int, given: argparse.Namespace, began: float, device_name: str) -> None:
@@ -53,36 +66,58 @@ def work(task: str, updates: int, given: argparse.Namespace, began: float, devic
     device = torch.device(device_name)
     torch.set_num_threads(1)
     chance = round(1 / len(build_task(TASKS[task]).vocabulary()), 4)
+    path = given.out / f"states.{task}.{updates}.pt"
+    before, after = kept_of(path, device), dict[str, dict[str, Any]]()
     with (given.out / f"arms.{task}.{updates}.jsonl").open("w") as lines:
 
-        def write(what: dict[str, Any], learner: Learner) -> None:
+        def write(row: dict[str, Any]) -> None:
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+            shown = {k: v for k, v in row.items() if k not in ("curve", "chance")}
+            print(*shown.values(), round(time.time() - began), flush=True)
+
+        def end(what: dict[str, Any], learner: Learner) -> None:
             result = learner.result()
             scores = {str(row["length"]): round(row["accuracy"], 4) for row in result["lengths"]}
             row = {
                 "task": task, "updates": updates, **what, "steps": result["step"], "solved": result["solved"], "words": learner.n,
                 "ended": result["ended"], "scores": scores, "chance": chance, "curve": result["curve"],
             }  # fmt: skip
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-            shown = {k: v for k, v in row.items() if k not in ("curve", "chance")}
-            print(*shown.values(), round(time.time() - began), flush=True)
+            state = None if row["ended"] == "solved" else learner.state()
+            after[name_of(what)] = {"settings": json.dumps(learner.settings), "row": row, "state": state}
+            write(row)
 
         running = []
         for seed in range(given.seeds):
             for least in given.ranges:
-                learner = Learner(settings(task, updates, least < 0, given), seed, device, given.steps)
+                what, set_as = {"negative": least < 0, "seed": seed}, settings(task, updates, least < 0, given)
+                kept = before.get(name_of(what), {})
+                kept = kept if kept.get("settings") == json.dumps(set_as) else {}
+                if kept and (kept["state"] is None or kept["row"]["steps"] >= given.steps):
+                    after[name_of(what)] = kept
+                    write(kept["row"])
+                    continue
+                learner = Learner(set_as, seed, device, given.steps)
                 learner.warm()
                 learner.score(learner.T * LENGTHS[-1], learner.B)
-                running.append(({"negative": least < 0, "seed": seed}, learner))
+                if kept:
+                    learner.load(kept["state"])
+                running.append((what, learner))
         while running and time.time() - began < given.seconds - SCORING * len(running):
             for what, learner in list(running):
                 learner.burst(BURST)
                 learner.look()
                 if learner.ended:
-                    write(what, learner)
+                    end(what, learner)
                     running.remove((what, learner))
         for what, learner in running:
-            write(what, learner)
+            end(what, learner)
+    torch.save(after, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def name_of(arm: dict[str, Any]) -> str:
+    return f"{arm['seed']} from {-1 if arm['negative'] else 0}"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

@@ -113,14 +113,15 @@ def held_out(mapping: str, n: int, rows: int, device: torch.device) -> tuple[Ten
 
 @dataclass
 class Progress:
-    """Where a cell is: steps taken, its rung, the steps it may take, the step at which it was solved (0: not yet), pools drawn for the rung, and the curve of
-    (step, length, loss, accuracy or None)."""
+    """Where a cell is: steps taken, its rung, the steps it may take, the step at which it was solved (0: not yet), pools drawn for the rung, the step at
+    which it came to the last rung, and the curve of (step, length, loss, accuracy or None)."""
 
     limit: int
     step: int = 0
     rung: int = 0
     solved: int = 0
     fill: int = 0
+    arrived: int = 0
     seconds: float = 0.0
     curve: list[list[float | None]] = field(default_factory=list)
 
@@ -186,6 +187,8 @@ class Learner:
         p, s = self.progress, self.settings
         fall = max(0.0, 1 - (p.step - p.solved) / self.fall) if p.solved else 1.0
         late = min(1.0, max(0.05, (p.limit - p.step) / (0.2 * p.limit)))  # of a cell that is not solved: the last fifth of its steps
+        if s.get("settles") and p.arrived:  # one that hovers below what solves it is taken there by smaller steps
+            late *= min(1.0, s["settles"] / max(1, p.step - p.arrived))
         long = min(1.0, (8 / self.n) ** 0.5) if s.get("falls") else 1.0  # at a rate of 1e-2 S4 was lost again at lengths of 42 to 64
         return s["lr"] * long * min(1.0, (p.step + 1) / s["warmup"]) * (fall if p.solved else late)
 
@@ -231,6 +234,7 @@ class Learner:
             self.ended = "steps"
         elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
             p.rung, p.fill = p.rung + 1, 0
+            p.arrived = p.step if p.rung == len(self.rungs) - 1 else 0
             p.curve.append([p.step, self.n, loss, None])
             self._fill()
 

@@ -39,6 +39,34 @@ def test_retention_and_effective_rank() -> None:
     assert set(found.totals) == {(0, "delta"), (0, "delta_update"), (1, "delta"), (1, "delta_update")}
     assert (found.totals[0, "delta"] < 0).all() and not found.totals[1, "delta"].any() and (found.totals[1, "delta_update"] < 0).all()
     assert all(n == 70 for n in found.tokens.values())
+    gates, updates = (
+        next(r["eigenvalues"] for r in curve["retention"] if (r["layer"], r["name"]) == (0, n)) for n in ("delta", "delta_update")
+    )
+    assert all(0 < a <= m <= z <= 1 for a, m, z in zip(gates["lowest"], gates["mean"], gates["highest"])) and gates["negative"] == [0, 0]
+    assert all(-1 < a < 0 < z < 1 for a, z in zip(updates["lowest"], updates["highest"])) and all(0 < n < 1 for n in updates["negative"])
+    plain = next(r["eigenvalues"] for r in curve["retention"] if (r["layer"], r["name"]) == (1, "delta_update"))
+    assert min(plain["lowest"]) > 0 and not any(plain["negative"])
+
+
+def test_eigenvalues_of_updates_are_those_of_their_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written down of retention beside the matrices themselves."""
+    adapter = gated_model({**DELTA, "negative": True})
+    seen = tensors_of_the_rule(monkeypatch)
+    with measure_retention(adapter) as found:
+        adapter.advance(IDS, adapter.start(2))
+    _, k, _, beta, g = (t.double() for t in seen[:5])
+    k = torch.nn.functional.normalize(k, dim=-1)
+    updates = torch.eye(k.shape[-1]).double() - beta[..., None, None] * k[..., :, None] * k[..., None, :]
+    values = torch.linalg.eigvalsh(updates)
+    odd = torch.where((values[..., -1] - 1).abs() > 1e-5, values[..., -1], values[..., 0])  # the one that is not 1
+    spread = found.spread[0, "delta_update"].figures()
+    torch.testing.assert_close(torch.tensor(spread["lowest"]).double(), odd.amin((0, 1)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(spread["mean"]).double(), odd.mean((0, 1)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(spread["negative"]).double(), (odd < 0).double().mean((0, 1)))
+    left = torch.linalg.slogdet(updates)[1].sum(1) / k.shape[-1]
+    torch.testing.assert_close(found.totals[0, "delta_update"], left, rtol=1e-4, atol=1e-4)
+    gates = found.spread[0, "delta"].figures()
+    torch.testing.assert_close(torch.tensor(gates["mean"]).double(), g.exp().mean((0, 1)), rtol=1e-5, atol=1e-6)
 
 
 def gated_model(mixer: dict[str, Any], **values: Any) -> OwnAdapter:
@@ -49,6 +77,20 @@ def gated_model(mixer: dict[str, Any], **values: Any) -> OwnAdapter:
 
 DELTA: dict[str, Any] = {"type": "delta", "n_heads": 2, "updates": 2, "dt_min": 0.1, "dt_max": 0.9}
 IDS = torch.from_numpy(np.random.default_rng(1).integers(1, VOCABULARY, (2, 41)))
+
+
+def tensors_of_the_rule(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What the mixer's rules will be called with, one after the other."""
+    module = sys.modules["models.mixers.delta"]
+    given: list[torch.Tensor] = []
+    original = module.delta_rule
+
+    def watched(*tensors: Any, **options: Any) -> Any:
+        given.extend(tensors)
+        return original(*tensors, **options)
+
+    monkeypatch.setattr(module, "delta_rule", watched)
+    return given
 
 
 def cured(adapter: OwnAdapter, cure: Any, pieces: tuple[int, ...]) -> torch.Tensor:
@@ -64,15 +106,7 @@ def cured(adapter: OwnAdapter, cure: Any, pieces: tuple[int, ...]) -> torch.Tens
 def test_cures_of_the_delta_rule_against_the_loop(gate: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention and step sizes, in one piece and token by token, beside the rule one update at a time with changed gates and strengths."""
     adapter = gated_model({**DELTA, "gate": gate})
-    module = sys.modules["models.mixers.delta"]
-    given: list[torch.Tensor] = []
-    original = module.delta_rule
-
-    def watched(*tensors: Any, **options: Any) -> Any:
-        given.extend(tensors)
-        return original(*tensors, **options)
-
-    monkeypatch.setattr(module, "delta_rule", watched)
+    given = tensors_of_the_rule(monkeypatch)
     adapter.advance(IDS, adapter.start(2))
     q, k, v, beta = (t.double() for t in given[:4])
     g = given[4].double() if gate else beta.new_zeros(2, 41, 2)

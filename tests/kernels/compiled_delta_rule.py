@@ -17,7 +17,7 @@ from kernels.delta_rule import launch  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers, source_of  # noqa: E402
 
-NAMES = ("project", "walk", "outputs", "recover", "local", "walk_back", "pair_gradients", "query_gradients", "key_gradients")
+NAMES = ("project", "walk", "states", "outputs", "recover", "local", "walk_back", "pair_gradients", "query_gradients", "key_gradients")
 LIKE_V = {"X", "Y", "VALUES", "DO", "O", "D_V", "D_K", "D_Q"}  # in the dtype of v
 LEFT = {"INVERSE", "W", "U", "STATES", "CORRECTED", "DU", "D_STATES", "RIGHT", "D_SCORES", "D_PRODUCTS"}  # what kernels leave for others
 OTHERS = {"TOTAL": "*fp64", "ROWS": "*fp64", "DOCUMENT": "*i32", "LOST": "*i32", "STARTS": "*u8", "scale": "fp32"}
@@ -32,11 +32,13 @@ def made(name: str, dtype: str, K: int, V: int, **changes: Any) -> dict[str, int
     wide = dtype != "bf16"
     tile = launch.Tile(16, 4, 1) if name == "recover" else launch.sizes(name, wide, K, V)
     tile = launch.Tile(**{**tile.__dict__, **changes})
-    fn = getattr(launch.gradient_kernels() if hasattr(launch.gradient_kernels(), name) else launch.kernels(), name)
+    called = "walk" if name == "states" else name
+    fn = getattr(launch.gradient_kernels() if hasattr(launch.gradient_kernels(), called) else launch.kernels(), called)
     rows = min(launch.pad(V), max(1, launch.RECOVERED // launch.pad(K)))
+    two = launch.two_tiles(wide, K)
     constants = {
-        "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "GIVEN": False, "HAS_VALUES": True, "N": 1,
-        "DOT": tl.float32 if wide else tl.bfloat16, "PRECISION": "tf32x3" if wide else "ieee", "BK": launch.pad(K),
+        "TWO": two, "HAS_G": True, "HAS_STARTS": True, "NORM": True, "MARK": True, "KEEP": True, "GIVEN": name == "states", "HAS_VALUES": True, "N": 1,
+        "DOT": tl.float32 if wide else tl.bfloat16, "PRECISION": "tf32x3" if wide else "ieee", "BK": launch.pad(K) // 2 if two and name != "recover" else launch.pad(K),
         "BV": rows if name == "recover" else tile.columns,
     }  # fmt: skip
 

@@ -1,11 +1,12 @@
 """Everything at once: packed rows, h0, a gradient of the final state, grouped heads, and the time cut over ranks, against the float64 loop. What
-each rank of a launcher runs: `python -m tests.kernels.delta_rule_ranks DEVICE T DTYPE` (T tokens in all); with TRITON_INTERPRET=1 the kernels run
-in the interpreter."""
+each rank of a launcher runs: `python -m tests.kernels.delta_rule_ranks DEVICE T DTYPES` (T tokens in all; bfloat16,float32); with
+TRITON_INTERPRET=1 the kernels run in the interpreter."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any
 
 import torch
@@ -87,26 +88,51 @@ def compare(found: list[Tensor], wanted: list[Tensor], limit: float, skip: tuple
             assert distance(a, b) < limit, f"{name} is off by {distance(a, b):.1e}"
 
 
-def main(device: str, T: int, dtype: torch.dtype) -> None:
+def compiled(tensors: list[Tensor], starts: Tensor, do: Tensor, slice_: Slice) -> None:
+    """Ranks of one machine share the kernels that they compile: the even ones begin with those of the rule, the others with those of borders."""
+    T, n, N, r = tensors[0].shape[1], tensors[1].shape[1] // tensors[0].shape[1], slice_.size, slice_.rank
+    q, k, v, beta, g = (t[:, r * t.shape[1] // N : (r + 1) * t.shape[1] // N].contiguous() for t in tensors[:5])
+    new, given = (t[:, r * T // N : (r + 1) * T // N].contiguous() for t in (starts, do))
+    if r % 2:
+        end, through = border.end_state(k, v, beta, g, new, True, n)
+        border.start_adjoint(given, q, k, beta, g, new, through, **OPTIONS)
+    else:
+        answers(delta_rule, [q, k, v, beta, g, tensors[5]], new, given, tensors[5], **OPTIONS)
+
+
+def main(device: str, T: int, dtypes: list[torch.dtype]) -> None:
+    began = time.monotonic()
+
+    def tell(what: str) -> None:
+        if os.environ["RANK"] == "0":
+            print(f"{time.monotonic() - began:6.1f} s: {what}", flush=True)
+
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    sizes = (3, 4, 64, 2, 128, 2) if device == "cuda" else (2, 2, 6, 1, 8, 1)
-    tensors, starts, do, d_final = whole_problem(T, dtype, device, sizes)
-    if device == "cpu" and T > 1024:  # the loop takes seconds; chunks in float64 are compared with it in test_delta_rule.py
-        wanted = answers(delta_rule, [t.double() for t in tensors], starts, do.double(), d_final.double(), **OPTIONS)
-    else:
-        wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
-    slice_, n = Slice(), sizes[-1]
-    found, mine = on_a_rank(tensors, starts, do, d_final, slice_)
-    steps = slice(mine.start * n, mine.stop * n)
-    cut = [wanted[0][:, mine], wanted[1], *(w[:, steps if i in (1, 2, 3) else mine] for i, w in enumerate(wanted[2:7])), wanted[7]]
-    last, first = slice_.rank == slice_.size - 1, slice_.rank == 0
-    compare(found, cut, 2e-2 if dtype == torch.bfloat16 else 1e-4, (() if last else ("final",)) + (() if first else ("dh0",)))
+    slice_, n = Slice(), 2 if device == "cuda" else 1
+    sizes = (3, 4, 64, 2, 128, n) if device == "cuda" else (2, 2, 6, 1, 8, n)
+    for dtype in dtypes:
+        tell(f"{dtype}, {slice_.size} ranks")
+        tensors, starts, do, d_final = whole_problem(T, dtype, device, sizes)
+        if device == "cuda":
+            compiled(tensors, starts, do, slice_)
+            dist.barrier()
+            tell("kernels are compiled")
+        if T > 1024:  # the loop takes seconds; chunks in float64 are compared with it in test_delta_rule.py and test_gpu_delta_rule.py
+            wanted = answers(delta_rule, [t.double() for t in tensors], starts, do.double(), d_final.double(), **OPTIONS)
+        else:
+            wanted = oracle(tensors, starts, do, d_final, **OPTIONS)
+        tell("float64 is there")
+        found, mine = on_a_rank(tensors, starts, do, d_final, slice_)
+        steps = slice(mine.start * n, mine.stop * n)
+        cut = [wanted[0][:, mine], wanted[1], *(w[:, steps if i in (1, 2, 3) else mine] for i, w in enumerate(wanted[2:7])), wanted[7]]
+        last, first = slice_.rank == slice_.size - 1, slice_.rank == 0
+        compare(found, cut, 2e-2 if dtype == torch.bfloat16 else 1e-4, (() if last else ("final",)) + (() if first else ("dh0",)))
+        print(f"rank {slice_.rank}: {dtype} is equal", flush=True)
     dist.destroy_process_group()
-    print("equal")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), [getattr(torch, name) for name in sys.argv[3].split(",")])

@@ -72,9 +72,9 @@ def not_finite() -> None:
         assert torch.equal(o[1], wanted[0][1]) and not o[0].isfinite().all()
 
 
-def without_options() -> None:
+def without_options(K: int = 16) -> None:
     """No gates, no h0: as zeros; states only, and the gradient of h0 only, as of the whole."""
-    tensors, starts = problem(1, 40, 2, 8, 1, 16, 2, starts=0.03)
+    tensors, starts = problem(1, 40, 2, 8, 1, K, 2, starts=0.03)
     q, k, v, beta, g, h0 = tensors
     o, final = delta_rule(q, k, v, beta, normalize=True)
     same, end = delta_rule(q, k, v, beta, torch.zeros_like(g), torch.zeros_like(h0), torch.zeros(1, 40, dtype=torch.bool), normalize=True)
@@ -137,6 +137,17 @@ def odd_shapes() -> None:
         assert torch.equal(a, b)
 
 
+def two_tiles() -> None:
+    """Keys that one tile does not hold, with all that is given to kernels and without."""
+    usual, launch.WIDEST_OF_FOUR_BYTES = launch.WIDEST_OF_FOUR_BYTES, 16
+    tensors, starts = problem(1, 70, 2, 24, 1, 24, 2, starts=0.05)
+    compare("two tiles", tensors, starts, (1e-5, 1e-4), normalize=True, scale=0.25)
+    tensors, _ = problem(1, 66, 1, 16, 1, 32, unit=True)
+    compare("two tiles, as given", tensors, None, (1e-5, 1e-4), normalize=False)
+    without_options(32)
+    launch.WIDEST_OF_FOUR_BYTES = usual
+
+
 def registered() -> None:
     tensors, starts = problem(1, 9, 2, 16, 1, 16, starts=0.2)
     q, k, v, beta, g, h0 = (t.requires_grad_() for t in tensors)
@@ -146,7 +157,7 @@ def registered() -> None:
         do, d_final = asked(tensors)
         backward_op = torch.ops.everywhen.delta_rule_backward.default
         kept = op.rule(q, k, v, beta, g, h0, starts, True, 0.5, True)[2:]
-        arguments = (do, d_final, *[None] * 5, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
+        arguments = (do, d_final, *[None] * 6, q, k, v, beta, g, h0, starts, *kept, True, 0.5)
         torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -162,6 +173,7 @@ if __name__ == "__main__":
     without_options()
     kept_and_joined()
     odd_shapes()
+    two_tiles()
     registered()
     if triton.__version__.startswith(KNOWN):
         rounded()
