@@ -105,8 +105,9 @@ class StructuredLinear(Module):
 
     @torch.no_grad()
     def init_weights(self, std: float, n_layers: int) -> None:
-        """lowrank: the nearest map of its rank to a normal one of `std`, its singular values split evenly. Blocks: orthonormal, and together of
-        the size that a normal map of `std` has. The helper starts as their product. All is drawn on the CPU, see `normal_`."""
+        """lowrank: the nearest map of its rank to a normal one of `std`, its singular values split evenly. Blocks: orthonormal. All together are of
+        the size (Frobenius) that a normal map of `std` has: a nearest map left as small as it comes learns late, and guidance does not make up
+        for that. The helper starts as their product. All is drawn on the CPU, see `normal_`."""
         whole = nn.Parameter(torch.empty(self.out_features, self.in_features))
         init_matrix(tag(whole, residual=True) if self.residual else whole, std, n_layers)
         if isinstance(self.right, nn.Linear):
@@ -117,9 +118,9 @@ class StructuredLinear(Module):
             for layer in (self.right, self.left):
                 for block in layer.weight if isinstance(layer, Blocks) else [layer.weight]:
                     block.copy_(nn.init.orthogonal_(torch.empty(block.shape)))
-            gain = (whole.norm() / self.merged().norm().cpu()).sqrt().item()
-            self.right.weight.mul_(gain)
-            self.left.weight.mul_(gain)
+        gain = (whole.norm() / self.merged().norm().cpu()).sqrt().item()
+        self.right.weight.mul_(gain)
+        self.left.weight.mul_(gain)
         if self.dense is not None:
             self.dense.weight.copy_(self.merged())
 

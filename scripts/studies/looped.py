@@ -49,10 +49,17 @@ BOTH = ("copy", "reverse")
 
 
 def rows_of(
-    rows: int, lengths: Tensor, draw: torch.Generator, tasks: tuple[str, ...] = BOTH, repeated: int = 0, start: bool = False
+    rows: int,
+    lengths: Tensor,
+    draw: torch.Generator,
+    tasks: tuple[str, ...] = BOTH,
+    repeated: int = 0,
+    start: bool = False,
+    unseen: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding. repeated: symbols
-    that are drawn again and again; 0: all of a row differ. start: a second mark before the answer, and a token more."""
+    that are drawn again and again; 0: all of a row differ. start: a second mark before the answer, and a token more. unseen: the answer is not
+    among the ids, the task's mark stands in each of its places."""
     longest, n = int(lengths.max()), lengths[:, None]
     if repeated:
         x = torch.randint(repeated, (rows, longest), generator=draw)
@@ -64,55 +71,64 @@ def rows_of(
     i = place - first  # of the answer, whose symbol is told one place before
     told, told_next = torch.where(reverse, n - 1 - i, i), torch.where(reverse, n - 2 - i, i + 1)
     ids = torch.where(place < n, x.gather(1, place.clamp(max=longest - 1).expand(rows, -1)), x.gather(1, told.clamp(0, longest - 1)))
-    ids = torch.where(place == n, torch.where(reverse, REVERSE, COPY), ids)
+    marked = (place >= n) if unseen else (place == n)
+    ids = torch.where(marked, torch.where(reverse, REVERSE, COPY), ids)
     ids = torch.where(place == first - 1, START, ids) if start else ids
     ids = torch.where(place >= first + n - 1, PAD, ids)
     asked = (place >= first - 1) & (place < first + n - 1)
     return ids, torch.where(asked, x.gather(1, told_next.clamp(0, longest - 1)), -100)
 
 
-def model_of(arm: str, pattern: list[str], layers: int = 0) -> LanguageModel:
+def drawn_rows(rows: int, lengths: Tensor, draw: torch.Generator, given: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """`rows_of` as the options say."""
+    repeated = given.symbols if given.repeats else 0
+    return rows_of(rows, lengths, draw, tuple(given.tasks.split(",")), repeated, given.start, given.unseen)
+
+
+def model_of(arm: str, pattern: list[str], layers: int = 0, width: int = 64) -> LanguageModel:
     """layers: of the unlooped arm; 0: as many as the looped ones visit."""
     layers = len(pattern) if ARMS[arm] else layers or len(pattern) * LOOPS
     mixers = {name: MIXERS[name] for name in pattern}
     return LanguageModel(
         ModelConfig(
-            vocab_size=VOCABULARY, d_model=64, n_layers=layers, d_ff=128, pattern=pattern, mixers=mixers, init_std=0.05, **ARMS[arm]
+            vocab_size=VOCABULARY,
+            d_model=width,
+            n_layers=layers,
+            d_ff=2 * width,
+            pattern=pattern,
+            mixers=mixers,
+            init_std=0.05,
+            **ARMS[arm],
         )
     )
 
 
 @torch.no_grad()
-def right_at(
-    model: LanguageModel, device: str, n: int, tasks: tuple[str, ...], repeated: int, start: bool, seed: int = 0
-) -> dict[str, tuple[int, int]]:
-    """{copy, reverse}: how many of the answered symbols of 128 rows of n are right, each read with the right ones before it, and how many there are."""
-    ids, labels = (
-        t.to(device) for t in rows_of(128, torch.full((128,), n), torch.Generator().manual_seed(n + seed), tasks, repeated, start)
-    )
+def right_at(model: LanguageModel, n: int, given: argparse.Namespace, seed: int = 0) -> dict[str, tuple[int, int]]:
+    """{copy, reverse}: how many of the answered symbols of 128 rows of n are right, each read with the right ones before it (or with none of them,
+    --unseen), and how many there are."""
+    drawn = drawn_rows(128, torch.full((128,), n), torch.Generator().manual_seed(n + seed), given)
+    ids, labels = (t.to(given.device) for t in drawn)
     right, asked = model.eval()(ids).logits.argmax(-1) == labels, labels != -100
-    marks = ((name, asked & (ids[:, n : n + 1] == mark)) for name, mark in (("copy", COPY), ("reverse", REVERSE)) if name in tasks)
+    marks = (
+        (name, asked & (ids[:, n : n + 1] == mark))
+        for name, mark in (("copy", COPY), ("reverse", REVERSE))
+        if name in given.tasks.split(",")
+    )
     return {name: (int(right[mine].sum()), int(mine.sum())) for name, mine in marks}
 
 
 def scores(
-    model: LanguageModel,
-    device: str,
-    loops: int | None = None,
-    by_length: bool = False,
-    tasks: tuple[str, ...] = BOTH,
-    length: int = LENGTH,
-    repeated: int = 0,
-    start: bool = False,
+    model: LanguageModel, given: argparse.Namespace, loops: int | None = None, by_length: bool = False
 ) -> dict[str, dict[str, float]]:
     """{length: {copy, reverse}}: the share of answered symbols that are right. loops: of a looped model; by_length: a loop more than there are symbols."""
     way: Any = model.depth
     before = None if way is None else way.loops
     out: dict[str, dict[str, float]] = {}
-    for n in (length, 2 * length, 4 * length):
+    for n in (given.length, 2 * given.length, 4 * given.length):
         if way is not None:
             way.loops = n + 1 if by_length else loops or before
-        out[str(n)] = {name: round(right / asked, 4) for name, (right, asked) in right_at(model, device, n, tasks, repeated, start).items()}
+        out[str(n)] = {name: round(right / asked, 4) for name, (right, asked) in right_at(model, n, given).items()}
     if way is not None:
         way.loops = before
     return out
@@ -120,10 +136,10 @@ def scores(
 
 def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """One model, trained and scored."""
-    model, began = model_of(name, pattern, given.layers), time.monotonic()
-    steps, lr, device, tasks = given.steps, given.lr, given.device, tuple(given.tasks.split(","))
+    model, began = model_of(name, pattern, given.layers, given.width), time.monotonic()
+    steps, lr, device, size = given.steps, given.lr, given.device, given.rows
     by_length = name == "by_length"
-    repeated, where = given.symbols if given.repeats else 0, torch.device(device)
+    where = torch.device(device)
     model.init_weights(seed)
     noise = torch.full((), given.noise, device=where)
     if model.depth is not None and given.noise:
@@ -133,14 +149,13 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     graphs: dict[tuple[int, int], GraphedStep] = {}  # by length of rows and loops beyond, where all of a batch have one length
     draw, curve = torch.Generator().manual_seed(seed + 1), []
     one_length = given.one_length or by_length
-    scored = (tasks, given.length, repeated, given.start)
     longest = 1 if given.grow else given.length
     for step in range(steps):
         if longest < given.length and step % 50 == 49 and solved(model, trainer, longest, by_length, given):
             longest += 1
             print(name, seed, "rows of", longest, "from step", step, flush=True)
         model.train().begin_step(seed, step)
-        lengths = torch.randint(1, longest + 1, (1 if one_length else BATCH,), generator=draw).expand(BATCH)
+        lengths = torch.randint(1, longest + 1, (1 if one_length else size,), generator=draw).expand(size)
         n, more = int(lengths[0]), 0
         if by_length:
             more = int(torch.randint(given.more + 1, (1,), generator=draw)) if given.more else 0
@@ -150,7 +165,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             graphs[n, more] = trainer.graph(lambda ids, labels: trainer.update(ids, labels)[:2])
             if not one_length or name == "looped":
                 graphs[n, more].why_not = "lengths or loops differ"
-        rows = rows_of(BATCH, lengths, draw, tasks, repeated, given.start)
+        rows = drawn_rows(size, lengths, draw, given)
         with trainer.here():
             ids, labels = (t.to(device) for t in rows)  # on this stream, whose memory they are then
             if given.noise_from:  # grows over a tenth of the steps
@@ -164,13 +179,13 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     if where.type == "cuda":
         torch.cuda.synchronize()
     result = {
-        "arm": name, "pattern": pattern, "tasks": tasks, "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
+        "arm": name, "pattern": pattern, "tasks": given.tasks.split(","), "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": repeated or "different", "length": given.length, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
-        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, device, None, by_length, *scored), "loss": curve,
+        "symbols": given.symbols if given.repeats else "different", "length": given.length, "rows": size, "width": given.width, "unseen": given.unseen, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
+        "seconds": round(time.monotonic() - began, 1), "scores": scores(model, given, None, by_length), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
-        result["by_loops"] = {str(n): scores(model, device, n, False, *scored) for n in (1, 2, 3, 4, 6, 8, 16)}
+        result["by_loops"] = {str(n): scores(model, given, n) for n in (1, 2, 3, 4, 6, 8, 16)}
     print(name, seed, result["scores"], result.get("by_loops"), flush=True)
     return result
 
@@ -182,9 +197,7 @@ def solved(model: LanguageModel, trainer: Trainer, n: int, by_length: bool, give
     if by_length:
         way.loops = n + 1
     with trainer.here():
-        found = right_at(
-            model, given.device, n, tuple(given.tasks.split(",")), given.symbols if given.repeats else 0, given.start, seed=10**6
-        )
+        found = right_at(model, n, given, seed=10**6)
     if way is not None:
         way.loops = before
     return all(right >= given.grow * asked for right, asked in found.values())
@@ -211,6 +224,9 @@ def main() -> None:
     parser.add_argument("--noise-from", type=float, default=0.0, help="share of the steps before the noise")
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--start", action="store_true", help="a second mark before the answer")
+    parser.add_argument("--unseen", action="store_true", help="the answer is not read: the task's mark stands in each of its places")
+    parser.add_argument("--rows", type=int, default=BATCH, help="of a batch")
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument(
         "--more", type=int, default=0, help="of by_length: up to so many loops beyond n + 1 in training, so that an answer must stay"
     )
@@ -222,7 +238,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    refuse(parser, given, ["steps", "lr", "symbols", "length"], {"arms": ARMS, "tasks": BOTH, "pattern": MIXERS})
+    refuse(parser, given, ["steps", "lr", "symbols", "length", "rows", "width"], {"arms": ARMS, "tasks": BOTH, "pattern": MIXERS})
     if not all(seed.strip().isdigit() for seed in given.seeds.split(",")) or not 0 <= given.grow <= 1:
         parser.error(f"--seeds are numbers with commas between them, and --grow is a share; not {given.seeds!r} and {given.grow}.")
     results: list[dict[str, Any]] = []

@@ -59,6 +59,13 @@ def test_symbols_lie_as_far_from_their_answers_as_the_loops_reach() -> None:
             asked = (labels[row] != -100).nonzero().flatten().tolist()
             assert asked == list(range(n + 1, 2 * n + 1)) and ids[row, n + 1] == looped.START
             assert all(labels[row, place] == ids[row, place - far(n, i)] for i, place in enumerate(asked))
+        seen, unseen = (
+            looped.rows_of(3, lengths, torch.Generator().manual_seed(1), (task,), 10, start=True, unseen=hidden) for hidden in (False, True)
+        )
+        assert torch.equal(seen[1], unseen[1])
+        mark = looped.COPY if task == "copy" else looped.REVERSE
+        for row, n in enumerate(lengths.tolist()):
+            assert torch.equal(seen[0][row, : n + 2], unseen[0][row, : n + 2]) and (unseen[0][row, n + 2 : 2 * n + 1] == mark).all()
 
 
 def test_what_it_does_not_go_with_is_a_sentence() -> None:
