@@ -59,7 +59,7 @@ def questions() -> list[Question]:
     for row, chosen in ARCHITECTURES.items():
         if chosen.initial == "pass":
             made.append(Question(f"State passing in {_label(chosen.of)}", row, chosen.of, 0))
-        if chosen.optimizer == "muon":
+        if chosen.optimizer == "muon" and not chosen.instead:
             made.append(Question(f"Muon against AdamW in the {_label(chosen.of)}", row, chosen.of, -1))
     return made
 
@@ -158,7 +158,7 @@ def muon_shares(rows: Rows, stage: str) -> dict[str, list[float]]:
     falls to the end, so this is an upper bound on the tokens that a run made for that loss would need."""
     shares: dict[str, list[float]] = {}
     for row, chosen in ARCHITECTURES.items():
-        if chosen.optimizer != "muon":
+        if chosen.optimizer != "muon" or chosen.instead:
             continue
         for seed, cell in rows.get(row, {}).get(stage, {}).items():
             other = rows.get(chosen.of, {}).get(stage, {}).get(seed)

@@ -75,16 +75,17 @@ TASKS: dict[str, dict[str, Any]] = {
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
-DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
+DECISIVE = ("gdn_hybrid", "gdn_hybrid_muon", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
 # The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
-# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty` and `five`: seeds of stage 0 and of stage 1
+# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty`, `ten` and `five`: seeds of stage 0 and of stage 1
 # up to so many, of decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
 DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
 PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
 TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
-MORE_SEEDS = {"twenty": ("stage0", 5, 20), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
+MUON = tuple(f"{row}_muon" for row in DECISIVE0)
+MORE_SEEDS = {"twenty": ("stage0", 5, 20), "ten": ("stage0", SEEDS, 10), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
@@ -96,14 +97,16 @@ ORDER = (
     ("time0", DECISIVE0),
     ("twenty", DECISIVE0[:1]),
     ("stage1", ("mamba2", "transformer")),
+    ("stage0", MUON),
+    ("ten", MUON),
     ("stage1", ("gdn", "paragru")),
-    ("five", DECISIVE0[:2]),
+    ("stage1", ("paralstm", *DECISIVE0)),
     ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
     ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
+    ("stage1", ("deltaproduct", "dense_lstm")),
     ("stage0", ("m2rnn", "slstm")),
+    ("five", DECISIVE0[:2]),
     ("stage1", ("transformer_muon",)),
-    ("stage1", RECURRENT),
-    ("stage1", DECISIVE0),
     ("speed", ("m2rnn", "slstm")),
     ("probe", ("m2rnn", "slstm")),
     ("twenty", DECISIVE0[1:]),
@@ -111,8 +114,9 @@ ORDER = (
     ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
     ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
     ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
-    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass")),
+    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass", "gdn_hybrid_m2rnn_muon")),
     ("time1", DECISIVE0),
+    ("stage1", MUON),
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)

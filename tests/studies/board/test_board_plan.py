@@ -162,6 +162,9 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
             queue.release(Cell("stage0", name, "", {}))
     one.forgive()
     assert held and (again := other.take()) is not None and again.name == taken[0].name
+    # A program may have stages of its own that go first; the rest keeps the plan's order.
+    timing = Queue(values | {"first": ["speed"]}, "cuda3").take()
+    assert timing is not None and timing.stage == "speed"
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
     done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
     for name, result in done.items():
@@ -186,6 +189,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
         (["rum"], "Say first what is to be done"),
         (["run", "rows=gnd"], "rows: did you mean 'gdn'"),
         (["run", "stages=grit"], "stages: did you mean 'grid'"),
+        (["run", "first=sped"], "first: did you mean 'speed'"),
         (["run", "stages=speedrun"], "A speedrun needs speedrun_tokens"),
         (["run", "minutes=-1"], "minutes must be zero or more"),
         (["plan", "size=7b"], "size is '7b'; choose one of"),
