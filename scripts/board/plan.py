@@ -8,6 +8,7 @@ each with its cells of equal time (time0, time1); then grid, speed, pass, time, 
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -149,7 +150,7 @@ class Plan:
         return {
             "protocol": PROTOCOL,
             "row": row,
-            "model": model_config(row, size, vocabulary).to_dict(),
+            "model": _model_settings(row, size, vocabulary),
             "optimizer": chosen.optimizer,
             "initial": chosen.initial,
             "precision": self.precision,
@@ -192,10 +193,8 @@ class Plan:
 
     # What follows from results
 
-    def _widened(
-        self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result], upwards: bool = True
-    ) -> list[Cell]:
-        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES. upwards: beyond the upper one too."""
+    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
+        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
         tried, factor = list(rates), rates[1] / rates[0]
         while True:
             cells = [cell(lr) for lr in tried]
@@ -203,7 +202,7 @@ class Plan:
             if None in losses or len(tried) >= MOST_RATES:
                 return cells
             best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(tried) - 1 or best and not upwards:
+            if 0 < best < len(tried) - 1:
                 return cells
             tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
 
@@ -241,7 +240,7 @@ class Plan:
 
     def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
         lr0 = self.rate0(row, results)
-        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results, upwards=False)
+        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results)
 
     def rate0(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 0. None: not known yet."""
@@ -266,7 +265,7 @@ class Plan:
         return self._then_seeds(self._tried0(row, results), lr, partial(self._stage0_cell, row), self._seeds0(row))
 
     def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 1: its rate of stage 0, half of it, and lower ones while the lowest is the best; then the other seeds."""
+        """A row of stage 1: its rate of stage 0, half of it, and the next one while the best lies at an edge; then the other seeds."""
         lr = self.rate1(row, results)
         return self._then_seeds(self._tried1(row, results)[::-1], lr, partial(self._stage1_cell, row), self.seeds)
 
@@ -397,6 +396,12 @@ class Plan:
         """The first cells of all groups, then the second ones: what breaks off early has something of every row."""
         longest = max((len(group) for group in groups), default=0)
         return [[group[i] for group in groups if i < len(group)] for i in range(longest)]
+
+
+@functools.cache
+def _model_settings(row: str, size: str, vocabulary: int) -> dict[str, Any]:
+    """A model's configuration as settings hold it; nobody changes it. A plan asks for it a thousand times between two cells."""
+    return model_config(row, size, vocabulary).to_dict()
 
 
 def rows_of(text: str) -> list[str]:

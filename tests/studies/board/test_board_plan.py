@@ -107,13 +107,15 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     alone = [f"stage1.transformer@tiny.{rate}.0" for rate in ("0.008", "0.004")]
     assert waves[1] == seeds + transformer + tried + time0 + twenty + alone + more
     # The hybrid's best rate of stage 1 was the lower one, so half of that is tried; the other row has its seeds, and those decide equal time. The
-    # Transformer diverged in stage 0, and is run at half its rate in both.
+    # Transformer diverged in stage 0, and is run at half its rate in both. Where the best is the upper one of two, twice that is tried.
     rest, five = ([f"stage1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in seeds] for seeds in ((1, 2), (3, 4)))
     half = [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
-    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", *rest, "stage1.transformer@tiny.0.002.0", *five, *time1]
-    last = [f"stage1.transformer@tiny.0.004.{seed}" for seed in (1, 2)]
-    assert waves[3:] == [["stage1.gdn_hybrid@tiny.0.001.0", *last], [f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in range(1, 5)]]
+    one = "stage1.gdn_hybrid_paragru@tiny"
+    assert waves[2] == [*half, f"{one}.0.016.0", "stage1.gdn_hybrid@tiny.0.002.0", "stage1.transformer@tiny.0.002.0"]
+    assert waves[3] == ["stage1.gdn_hybrid@tiny.0.001.0", *rest, "stage1.transformer@tiny.0.016.0", *five, *time1]
+    last = [f"stage1.{row}.{seed}" for row in ("gdn_hybrid@tiny.0.002", "transformer@tiny.0.008") for seed in (1, 2)]
+    assert waves[4:] == [[*last, *(f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in (3, 4))]]
     assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
     assert known[time1[0]].content["settings"]["steps"] == int(0.67 * (10_100 - 32)) // 256
     assert {work.reads_all(cell) for cell in plan.cells(known, stages) if cell.settings["seed"] != 1} == {False}
@@ -121,7 +123,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         result.content.update(tokens=2560, seconds=4.0, curve=[])
     found = collect("tiny", list(known.values()), [])
     hybrid, other, plain = (found["rows"][row] for row in rows)
-    assert {cell["lr"] for stage in ("stage0", "stage1") for cell in plain[stage].values()} == {4e-3}
+    assert [{cell["lr"] for cell in plain[stage].values()} for stage in ("stage0", "stage1")] == [{4e-3}, {8e-3}]
     assert len(hybrid["stage0"]) == MOST_SEEDS == 20 and len(other["time1"]) == 5
     assert {cell["lr"] for cell in hybrid["stage1"].values()} == {2e-3} and [cell["lr"] for cell in hybrid["rates1"]] == [
         1e-3,
