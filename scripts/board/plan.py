@@ -236,7 +236,10 @@ class Plan:
         return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
 
     def _tried0(self, row: str, results: dict[str, Result]) -> list[Cell]:
-        return self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        rates, factor = self.board.rates, self.board.rates[1] / self.board.rates[0]
+        if row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
+            rates = tuple(rate * factor for rate in rates)
+        return self._widened(rates, lambda lr: self._stage0_cell(row, lr, 0), results)
 
     def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
         lr0 = self.rate0(row, results)
