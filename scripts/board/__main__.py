@@ -13,6 +13,7 @@ Keys
   data        the shards [runs/board/data]                     size      25m, 125m or tiny [25m]
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
   stages      stage0,time0,stage1,time1,grid,speed,pass,time,probe,leaders,speedrun  seeds     decisive rows have five from three on [3]
+  first       stages whose cells this program takes before those that the plan has in front
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
@@ -47,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "size": "25m",
     "rows": "all",
     "stages": "all",
+    "first": "",
     "seeds": 3,
     "minutes": 0.0,
     "workers": 1,
@@ -82,7 +84,9 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
 
         problems = []
         values["stages"] = [s.strip() for s in values["stages"].split(",") if s.strip() not in ("", "all")] or list(STAGES)
-        problems += [f"stages: {nearest(s, STAGES)} (there is no {s!r})" for s in values["stages"] if s not in STAGES]
+        values["first"] = [s.strip() for s in values["first"].split(",") if s.strip()]
+        unknown = [(key, s) for key in ("stages", "first") for s in values[key] if s not in STAGES]
+        problems += [f"{key}: {nearest(s, STAGES)} (there is no {s!r})" for key, s in unknown]
         values["only"] = [name.strip() for name in values["only"].split(",") if name.strip()]
         if values["size"] not in BOARDS:
             problems.append(f"size is {values['size']!r}; {nearest(values['size'], BOARDS, known_as='choose one of')}")

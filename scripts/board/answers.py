@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.results import Interval, difference, unpaired
+from scripts.board.results import Interval, difference, seeds_each, unpaired
 
 Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
 PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}  # the one of most tokens first
@@ -59,7 +59,7 @@ def questions() -> list[Question]:
     for row, chosen in ARCHITECTURES.items():
         if chosen.initial == "pass":
             made.append(Question(f"State passing in {_label(chosen.of)}", row, chosen.of, 0))
-        if chosen.optimizer == "muon":
+        if chosen.optimizer == "muon" and not chosen.instead:
             made.append(Question(f"Muon against AdamW in the {_label(chosen.of)}", row, chosen.of, -1))
     return made
 
@@ -130,7 +130,8 @@ def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
         if found.high - found.low >= NARROW:
             wide = f"; the interval is wider than {NARROW}, so a small difference is not ruled out"
             if found.n > 2:  # two say nothing of how seeds differ
-                wide += f" (as they differ here, about {found.seeds_for(NARROW)} seeds make it so narrow)"
+                needed = seeds_each(one, other, NARROW) if found is every else found.seeds_for(NARROW)
+                wide += f" (as they differ here, about {needed} seeds{' of each row' if found is every else ''} make it so narrow)"
         return Answer(f"{said}: no difference is shown{wide}.", True)
     better = "better" if found.mean < 0 else "worse"
     against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)
@@ -158,7 +159,7 @@ def muon_shares(rows: Rows, stage: str) -> dict[str, list[float]]:
     falls to the end, so this is an upper bound on the tokens that a run made for that loss would need."""
     shares: dict[str, list[float]] = {}
     for row, chosen in ARCHITECTURES.items():
-        if chosen.optimizer != "muon":
+        if chosen.optimizer != "muon" or chosen.instead:
             continue
         for seed, cell in rows.get(row, {}).get(stage, {}).items():
             other = rows.get(chosen.of, {}).get(stage, {}).get(seed)

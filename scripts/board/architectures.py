@@ -93,6 +93,10 @@ def _rows() -> list[Architecture]:
     for name in ("mamba2", "gdn", "paragru"):
         plain = named[name]
         rows.append(Architecture(f"{name}_pass", f"{plain.label}, state passing", plain.layers, bare=plain.bare, initial="pass", of=name))
+    # The one layer once more, where seeds lie nearer together: the hybrid and those with one other layer, all under Muon.
+    for plain in [row for row in named.values() if row.name == "gdn_hybrid" or row.of == "gdn_hybrid"]:
+        of = f"{plain.of}_muon" if plain.instead else plain.name
+        rows.append(Architecture(f"{plain.name}_muon", f"{plain.label}, Muon", plain.layers, plain.instead, optimizer="muon", of=of))
     return rows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
 from scripts.board.page import RATES, log_text, page_text
-from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
+from scripts.board.plan import BOARDS, GRID_SHARE, MOST_RATES, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
 from scripts.board.results import Result, attempts, final_loss, gather, gather_again
 from training.cost.flops import peak_flops
@@ -172,21 +172,28 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
     return dropped
 
 
+def _tried(mine: list[Result], stage: str) -> dict[float, float]:
+    """Bits per byte of seed 0 by rate; infinite where it diverged."""
+    cells = [r for r in mine if r.content["stage"] == stage and not r.content["settings"]["seed"]]
+    return {r.content["settings"]["lr"]: math.inf if (loss := final_loss(r, r.content["settings"])) is None else loss for r in cells}
+
+
 def _settled(mine: list[Result]) -> bool:
-    """Whether a row's rate of stage 1 is known: two or more tried there with seed 0, and the lowest not the best."""
-    tried = {
-        r.content["settings"]["lr"]: final_loss(r, r.content["settings"])
-        for r in mine
-        if r.content["stage"] == "stage1" and not r.content["settings"]["seed"]
-    }
-    return len(tried) > 1 and min(tried, key=lambda lr: tried[lr] or math.inf) != min(tried)
+    """Whether a row's rate of stage 1 is known: the best of those tried there has a worse one on either side, or MOST_RATES were tried."""
+    tried = _tried(mine, "stage1")
+    return len(tried) >= MOST_RATES or bool(tried) and min(tried) < min(tried, key=tried.__getitem__) < max(tried)
 
 
 def _chosen(mine: list[Result], stage: str) -> float | None:
-    """The rate at which a row's seeds of stage 0 or 1 are run: the lowest one that has a seed other than the one that chose it (half the best where that
-    diverged). None: not there yet."""
-    cells = [r.content["settings"] for r in mine if r.content["stage"] == stage]
-    return min((settings["lr"] for settings in cells if settings["seed"]), default=None)
+    """The rate at which a row's seeds of stage 0 or 1 are run: the best with seed 0, half of it where a seed diverged there. None: without other seeds."""
+    tried = _tried(mine, stage)
+    if not tried:
+        return None
+    best = min(tried, key=tried.__getitem__)
+    if any(r.diverged for r in mine if r.content["stage"] == stage and r.content["settings"]["lr"] == best):
+        best /= 2
+    seeds = [r.content["settings"]["lr"] for r in mine if r.content["stage"] == stage and r.content["settings"]["seed"]]
+    return best if best in seeds else None
 
 
 def _held(content: dict[str, Any]) -> dict[str, Any]:

@@ -91,10 +91,10 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
     """(what was expected, what came out: one or more sentences), in the protocol's order."""
     layers = [("ParaGRU", "paragru", -0.01, 0.01), ("dense LSTM", "dense_lstm", -0.02, 0.0), ("M2RNN", "m2rnn", -0.02, 0.0)]
     equal = [
-        (f"one {name} in {base}", f"{base}_hybrid_{row}", f"{base}_hybrid", low, high)
-        for base in ("gdn", "mamba2")
+        (f"one {name} in {base}{', Muon' if muon else ''}", f"{base}_hybrid_{row}{muon}", f"{base}_hybrid{muon}", low, high)
+        for base, muon in (("gdn", ""), ("gdn", "_muon"), ("mamba2", ""))
         for name, row, low, high in layers
-        if f"{base}_hybrid_{row}" in ARCHITECTURES
+        if f"{base}_hybrid_{row}{muon}" in ARCHITECTURES
     ]
     in_time = [f"{about}: {said}" for about, one, other, _, _ in equal if (said := _in_time(rows, one, other)) != OPEN]
     kinds = [row for row in ARCHITECTURES if row.endswith("_hybrid")]

@@ -10,8 +10,9 @@ from typing import Any
 from scripts.board.answers import Answer, all_answers, bits
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, FINAL, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS, TEN
+from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS, TEN
 from scripts.board.results import Interval, difference, interval
+from scripts.board.summary import final_stage, summary
 
 OUTDATED = "they have the steps that earlier speeds asked for, or the rows have not been timed since a step became quicker."
 STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0", "stage1": "stage 1"}  # in the order of the page
@@ -29,7 +30,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     stages = shown_stages(rows)
     answers = sorted((a for stage in stages or ["pass"] for a in all_answers(rows, stage)), key=lambda a: not a.negative)
     known = [a for a in answers if a.known]
-    lines = ["# The board", "", *_introduction(found, stages), ""]
+    lines = ["# The board", "", *_introduction(found, stages), "", "## Answered, and not", "", *summary(found), ""]
     nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
     lines += ["## Nulls and negative results", ""]
     compared = sum("bits per byte" in a.text for a in known)
@@ -195,15 +196,16 @@ def _introduction(found: dict[str, Any], stages: list[str]) -> list[str]:
     warning = (
         f"**No cell of the full pass is finished. What is below was trained on {shares} and does not rank what the full pass is for.**"
     )
-    complete = [row for row in found["rows"] if len(bits(found["rows"], row, FINAL)) >= SEEDS]
-    if set(TEN) <= set(complete):
+    final = final_stage(found["rows"])
+    complete = [row for row in found["rows"] if len(bits(found["rows"], row, final)) >= SEEDS]
+    if set(TEN) <= set(complete) and final != "pass":
         warning = (
-            f"**The table is that of {STAGE_NAMES[FINAL]}: {len(complete)} rows with {SEEDS} seeds or more, {tokens[FINAL] / 1e6:g}M tokens a cell, "
-            f"{tokens[FINAL] / tokens['pass']:.0%} of the full pass, which was not run: the device time that there was did not reach so far. It says "
+            f"**The table is that of {STAGE_NAMES[final]}: {len(complete)} rows with {SEEDS} seeds or more, {tokens[final] / 1e6:.3g}M tokens a cell, "
+            f"{tokens[final] / tokens['pass']:.0%} of the full pass, which was not run: the device time that there was did not reach so far. It says "
             "how fast each row learns at first.**"
         )
-        if "stage1" in stages:
-            warning = f"{warning} {STAGE_NAMES['stage1'].capitalize()}, of fewer rows, looks on to {tokens['stage1'] / 1e6:.0f}M tokens."
+        if others := [s for s in stages if s != final]:
+            warning += " " + " and ".join(f"{STAGE_NAMES[s].capitalize()} is of {tokens[s] / 1e6:.3g}M tokens" for s in others) + "."
     if not stages:
         warning = "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"
     warning = textwrap.fill(warning, 110)

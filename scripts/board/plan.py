@@ -8,6 +8,7 @@ each with its cells of equal time (time0, time1); then grid, speed, pass, time, 
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -75,16 +76,17 @@ TASKS: dict[str, dict[str, Any]] = {
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 # Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
-DECISIVE = ("gdn_hybrid", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
+DECISIVE = ("gdn_hybrid", "gdn_hybrid_muon", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
 
 # The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
-# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty` and `five`: seeds of stage 0 and of stage 1
+# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty`, `ten` and `five`: seeds of stage 0 and of stage 1
 # up to so many, of decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
 DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
 PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
 TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
-MORE_SEEDS = {"twenty": ("stage0", 5, 20), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
+MUON = tuple(f"{row}_muon" for row in DECISIVE0)
+MORE_SEEDS = {"twenty": ("stage0", 5, 20), "ten": ("stage0", SEEDS, 10), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
@@ -96,14 +98,16 @@ ORDER = (
     ("time0", DECISIVE0),
     ("twenty", DECISIVE0[:1]),
     ("stage1", ("mamba2", "transformer")),
+    ("stage0", MUON),
+    ("ten", MUON),
     ("stage1", ("gdn", "paragru")),
-    ("five", DECISIVE0[:2]),
+    ("stage1", ("paralstm", *DECISIVE0)),
     ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
     ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
+    ("stage1", ("deltaproduct", "dense_lstm")),
     ("stage0", ("m2rnn", "slstm")),
+    ("five", DECISIVE0[:2]),
     ("stage1", ("transformer_muon",)),
-    ("stage1", RECURRENT),
-    ("stage1", DECISIVE0),
     ("speed", ("m2rnn", "slstm")),
     ("probe", ("m2rnn", "slstm")),
     ("twenty", DECISIVE0[1:]),
@@ -111,8 +115,9 @@ ORDER = (
     ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
     ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
     ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
-    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass")),
+    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass", "gdn_hybrid_m2rnn_muon")),
     ("time1", DECISIVE0),
+    ("stage1", MUON),
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
@@ -145,7 +150,7 @@ class Plan:
         return {
             "protocol": PROTOCOL,
             "row": row,
-            "model": model_config(row, size, vocabulary).to_dict(),
+            "model": _model_settings(row, size, vocabulary),
             "optimizer": chosen.optimizer,
             "initial": chosen.initial,
             "precision": self.precision,
@@ -188,10 +193,8 @@ class Plan:
 
     # What follows from results
 
-    def _widened(
-        self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result], upwards: bool = True
-    ) -> list[Cell]:
-        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES. upwards: beyond the upper one too."""
+    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
+        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
         tried, factor = list(rates), rates[1] / rates[0]
         while True:
             cells = [cell(lr) for lr in tried]
@@ -199,7 +202,7 @@ class Plan:
             if None in losses or len(tried) >= MOST_RATES:
                 return cells
             best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(tried) - 1 or best and not upwards:
+            if 0 < best < len(tried) - 1:
                 return cells
             tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
 
@@ -233,11 +236,14 @@ class Plan:
         return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
 
     def _tried0(self, row: str, results: dict[str, Result]) -> list[Cell]:
-        return self._widened(self.board.rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        rates, factor = self.board.rates, self.board.rates[1] / self.board.rates[0]
+        if row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
+            rates = tuple(rate * factor for rate in rates)
+        return self._widened(rates, lambda lr: self._stage0_cell(row, lr, 0), results)
 
     def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
         lr0 = self.rate0(row, results)
-        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results, upwards=False)
+        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results)
 
     def rate0(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 0. None: not known yet."""
@@ -262,7 +268,7 @@ class Plan:
         return self._then_seeds(self._tried0(row, results), lr, partial(self._stage0_cell, row), self._seeds0(row))
 
     def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 1: its rate of stage 0, half of it, and lower ones while the lowest is the best; then the other seeds."""
+        """A row of stage 1: its rate of stage 0, half of it, and the next one while the best lies at an edge; then the other seeds."""
         lr = self.rate1(row, results)
         return self._then_seeds(self._tried1(row, results)[::-1], lr, partial(self._stage1_cell, row), self.seeds)
 
@@ -393,6 +399,12 @@ class Plan:
         """The first cells of all groups, then the second ones: what breaks off early has something of every row."""
         longest = max((len(group) for group in groups), default=0)
         return [[group[i] for group in groups if i < len(group)] for i in range(longest)]
+
+
+@functools.cache
+def _model_settings(row: str, size: str, vocabulary: int) -> dict[str, Any]:
+    """A model's configuration as settings hold it; nobody changes it. A plan asks for it a thousand times between two cells."""
+    return model_config(row, size, vocabulary).to_dict()
 
 
 def rows_of(text: str) -> list[str]:

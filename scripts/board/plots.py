@@ -12,8 +12,9 @@ from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.page import STAGE_NAMES
-from scripts.board.plan import FINAL, SEEDS
+from scripts.board.plan import SEEDS
 from scripts.board.results import Interval, interval
+from scripts.board.summary import final_stage
 
 STAGES = tuple(STAGE_NAMES)
 
@@ -39,7 +40,7 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 def stage_of(rows: dict[str, Any]) -> str:
     """The stage that is drawn: the full pass where three rows have it, or else that of the whole table."""
-    return "pass" if sum(bool(row["pass"]) for row in rows.values()) > 2 else FINAL
+    return "pass" if sum(bool(row["pass"]) for row in rows.values()) > 2 else final_stage(rows)
 
 
 def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:

@@ -67,7 +67,10 @@ class Queue:
             failed = {cell.name for cell in cells if (self.folder / f"{cell.name}.failed").exists()}
             troubled = {cell.row for cell in cells if cell.name in failed}
             others = False
-            for cell in sorted(cells, key=lambda cell: cell.row in troubled):  # what failed once may well fail again
+            first = self.values["first"]  # what failed once may well fail again
+            for cell in sorted(
+                cells, key=lambda cell: (cell.row in troubled, first.index(cell.stage) if cell.stage in first else len(first))
+            ):
                 if cell.name in failed or cell.name in self.held or not self._time_for(cell, results):
                     continue
                 if self._lock(cell):

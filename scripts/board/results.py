@@ -219,3 +219,11 @@ def unpaired(one: dict[int, float], other: dict[int, float]) -> Interval | None:
     quantile = T975[min(int(freedom), len(T975) - 1)]
     means = [statistics.fmean(values) for values in sides]
     return Interval(means[0] - means[1], quantile * math.sqrt(spread), min(map(len, sides)))
+
+
+def seeds_each(one: dict[int, float], other: dict[int, float], width: float) -> int:
+    """How many seeds of each of two rows, of the spreads that theirs have, make the interval of `unpaired` so narrow."""
+    spread, n = sum(statistics.variance(values.values()) for values in (one, other)), 2
+    while 2 * T975[min(n - 1, len(T975) - 1)] * math.sqrt(spread / n) > width:
+        n += 1
+    return n

@@ -146,6 +146,12 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     assert (
         "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
     )
+    first = " ".join(text.split("## Nulls")[0].split())
+    assert (
+        "at equal tokens: answered to 0.01 bits per byte: ParaGRU in Gated DeltaNet 3:1 attention after 0.0256M tokens, worse by 0.0200"
+        in first
+    )
+    assert "Rows with 3 seeds or more: 2 after" in first and "the leaders on 0.0512M tokens" in first and "5 and 3 | 0.0" in first
     assert "speedrun_tokens=2560 speedrun_lr=0.01" in text and "still take 0.0 hours of one such device" in " ".join(text.split())
     # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5

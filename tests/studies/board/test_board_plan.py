@@ -107,13 +107,15 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     alone = [f"stage1.transformer@tiny.{rate}.0" for rate in ("0.008", "0.004")]
     assert waves[1] == seeds + transformer + tried + time0 + twenty + alone + more
     # The hybrid's best rate of stage 1 was the lower one, so half of that is tried; the other row has its seeds, and those decide equal time. The
-    # Transformer diverged in stage 0, and is run at half its rate in both.
+    # Transformer diverged in stage 0, and is run at half its rate in both. Where the best is the upper one of two, twice that is tried.
     rest, five = ([f"stage1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in seeds] for seeds in ((1, 2), (3, 4)))
     half = [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
-    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", *rest, "stage1.transformer@tiny.0.002.0", *five, *time1]
-    last = [f"stage1.transformer@tiny.0.004.{seed}" for seed in (1, 2)]
-    assert waves[3:] == [["stage1.gdn_hybrid@tiny.0.001.0", *last], [f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in range(1, 5)]]
+    one = "stage1.gdn_hybrid_paragru@tiny"
+    assert waves[2] == [*half, f"{one}.0.016.0", "stage1.gdn_hybrid@tiny.0.002.0", "stage1.transformer@tiny.0.002.0"]
+    assert waves[3] == ["stage1.gdn_hybrid@tiny.0.001.0", *rest, "stage1.transformer@tiny.0.016.0", *five, *time1]
+    last = [f"stage1.{row}.{seed}" for row in ("gdn_hybrid@tiny.0.002", "transformer@tiny.0.008") for seed in (1, 2)]
+    assert waves[4:] == [[*last, *(f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in (3, 4))]]
     assert known[time0[0]].content["settings"]["steps"] == int(1.5 * 2560) // 256
     assert known[time1[0]].content["settings"]["steps"] == int(0.67 * (10_100 - 32)) // 256
     assert {work.reads_all(cell) for cell in plan.cells(known, stages) if cell.settings["seed"] != 1} == {False}
@@ -121,7 +123,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         result.content.update(tokens=2560, seconds=4.0, curve=[])
     found = collect("tiny", list(known.values()), [])
     hybrid, other, plain = (found["rows"][row] for row in rows)
-    assert {cell["lr"] for stage in ("stage0", "stage1") for cell in plain[stage].values()} == {4e-3}
+    assert [{cell["lr"] for cell in plain[stage].values()} for stage in ("stage0", "stage1")] == [{4e-3}, {8e-3}]
     assert len(hybrid["stage0"]) == MOST_SEEDS == 20 and len(other["time1"]) == 5
     assert {cell["lr"] for cell in hybrid["stage1"].values()} == {2e-3} and [cell["lr"] for cell in hybrid["rates1"]] == [
         1e-3,
@@ -162,6 +164,9 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
             queue.release(Cell("stage0", name, "", {}))
     one.forgive()
     assert held and (again := other.take()) is not None and again.name == taken[0].name
+    # A program may have stages of its own that go first; the rest keeps the plan's order.
+    timing = Queue(values | {"first": ["speed"]}, "cuda3").take()
+    assert timing is not None and timing.stage == "speed"
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
     done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
     for name, result in done.items():
@@ -186,6 +191,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
         (["rum"], "Say first what is to be done"),
         (["run", "rows=gnd"], "rows: did you mean 'gdn'"),
         (["run", "stages=grit"], "stages: did you mean 'grid'"),
+        (["run", "first=sped"], "first: did you mean 'speed'"),
         (["run", "stages=speedrun"], "A speedrun needs speedrun_tokens"),
         (["run", "minutes=-1"], "minutes must be zero or more"),
         (["plan", "size=7b"], "size is '7b'; choose one of"),
