@@ -1,7 +1,7 @@
 """Programs of this project in processes that are forked from one which has loaded torch, DeepSpeed and transformers already.
 
 A small run spends most of its time on loading them. What runs is the program itself, from its first line and in a process of its own, with
-the arguments, environment and outputs that a shell would give it. The parent (`python -m tests.forked`) has a single thread, reads one JSON
+the arguments, environment and outputs that a shell would give it. The parent (`python -m tests.forked MODULES`) has a single thread, reads one JSON
 line a request, forks its processes, waits for all of them and answers with their exit statuses.
 """
 
@@ -41,19 +41,27 @@ STARTED = (  # what a run of the smallest model loads, and Hydra and DeepSpeed o
     *("hydra._internal.core_plugins.file_config_source", "hydra._internal.core_plugins.basic_launcher", "antlr4.LL1Analyzer"),
     *("setuptools", "deepspeed.ops.op_builder.all_ops", "deepspeed.module_inject.auto_ep_layer"),
 )
+INTERPRETED = (
+    "torch._dynamo",
+    "triton.language",
+    "triton.runtime.interpreter",
+)  # with Triton in its interpreter, which is chosen on its import
 GRACE = 10.0  # seconds
 
 
 class Server:
-    """The forking process of this test process; started with the first request."""
+    """A forking process of this test process, which has loaded `modules`; started with the first request."""
 
-    process: subprocess.Popen[str] | None = None
+    def __init__(self, modules: tuple[str, ...], **extra: str) -> None:
+        self.modules, self.extra = modules, extra
+        self.process: subprocess.Popen[str] | None = None
 
     def run(self, jobs: list[dict[str, Any]], timeout: float) -> list[int]:
         """Exit statuses of `jobs`, negative for signals. When one fails the others have GRACE to end. Raises subprocess.TimeoutExpired."""
         if self.process is None:
-            outer = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-            command = [sys.executable, "-m", "tests.forked"]
+            fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+            outer = {**os.environ, **fixed, **self.extra}
+            command = [sys.executable, "-m", "tests.forked", *self.modules]
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=outer, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
             )
@@ -80,16 +88,17 @@ class Server:
             process.wait()
 
 
-server = Server()
+server, interpreting = Server((*LOADED, *STARTED)), Server(INTERPRETED, TRITON_INTERPRET="1")
 
 
 def run_forked(arguments: list[str], environments: list[dict[str, str]], timeout: float) -> subprocess.CompletedProcess[str]:
     """`python ARGUMENTS` (a script, -m module or -c code) in the project's root, once with each environment at the same time. The result
-    has the outputs of all, one after another, and the status of the first that failed."""
+    has the outputs of all, one after another, and the status of the first that failed. TRITON_INTERPRET=1 in the environments: forked from a
+    process that has Triton so."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[f"{folder}/{i}.{name}" for name in ("out", "err")] for i in range(len(environments))]
         jobs = [{"arguments": arguments, "environment": e, "outputs": o} for e, o in zip(environments, outputs)]
-        statuses = server.run(jobs, timeout)
+        statuses = (interpreting if environments[0].get("TRITON_INTERPRET") == "1" else server).run(jobs, timeout)
         out, err = ("".join(Path(o[i]).read_text() for o in outputs) for i in (0, 1))
     return subprocess.CompletedProcess(arguments, next((s for s in statuses if s), 0), out, err)
 
@@ -162,7 +171,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    for name in (*LOADED, *STARTED):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
     assert threading.active_count() == 1
     gc.collect()

@@ -1,8 +1,5 @@
 """Starts of slices by composed maps (kernels/dense_rnn/automata.py), on exact trackers made by hand: in plain torch and in Triton's interpreter."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,6 +8,7 @@ from kernels.dense_rnn.automata import compose, solve
 from kernels.dense_rnn.dictionary import Dictionary, slices_for
 from models.cells import load_cell
 from scripts.bench.trackers import TRACKERS, products, size, tracker
+from tests.conftest import run_program
 from tests.kernels.dense_rnn_cases import problem
 
 
@@ -101,5 +99,5 @@ def test_it_pays_for_long_rows_and_few_of_them_only() -> None:
 
 
 def test_kernels_in_the_interpreter() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.interpreted_automata"], capture_output=True, text=True)
+    done = run_program(["-m", "tests.kernels.interpreted_automata"], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-from tests.conftest import ROOT  # noqa: E402
+from tests.conftest import run_ranks  # noqa: E402
 from tests.kernels.test_triton import run  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -24,11 +21,7 @@ def test_every_kernel_in_the_interpreter() -> None:
 
 @pytest.mark.slow
 def test_all_at_once_on_two_ranks_in_the_interpreter() -> None:
-    """In processes of their own: here Triton may have been imported for a GPU."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launcher, "-m", "tests.kernels.delta_rule_ranks", "cpu", "200", "float32"]
-    settings = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=False)
+    done = run_ranks(2, ["-m", "tests.kernels.delta_rule_ranks", "cpu", "200", "float32"], TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.count("is equal") == 2
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.parallel_rnn import reference
 from kernels.parallel_rnn.cell import Cell, Pre, State
+from tests.conftest import run_program
 from tests.kernels.generate.case import line
 from tests.kernels.generate.cells import run_case
 
@@ -38,9 +39,8 @@ def test_plain_torch(dtype: str) -> None:
 @pytest.mark.parametrize("first", [100, 108])
 def test_kernels_in_the_interpreter(first: int) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", MODULE, "float32", "--cases", "8", "--seed", str(first), "--device", "interpreter"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550, check=False)
+    words = ["-m", MODULE, "float32", "--cases", "8", "--seed", str(first), "--device", "interpreter"]
+    done = run_program(words, timeout=550, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.conftest import run_program
 from tests.kernels.generate.case import line, main, run_one
 from tests.kernels.generate.ops import KERNELS_ONLY, KINDS, run_case, usable
 
@@ -35,8 +36,7 @@ def test_a_case_is_determined_by_its_kind_and_seed() -> None:
 
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    words = [sys.executable, "-m", MODULE, "--device", "interpreter", "--cases", "8", "--seed", "3"]
-    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True)
+    done = run_program(["-m", MODULE, "--device", "interpreter", "--cases", "8", "--seed", "3"], TRITON_INTERPRET="1")
     assert done.returncode == 0 and " 0 of 8 cases failed" in done.stdout, done.stdout + done.stderr[-2000:]
 
 

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from kernels.parallel_rnn.codegen import KERNELS
 from models.cells import diagonal
+from tests.conftest import run_program
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
 def run(script: str, *arguments: str) -> str:
-    """The last line that a program of this folder prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{script.removesuffix('.py')}", *arguments],
-        cwd=HERE.parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    """The last line that a program of this folder prints, forked; with Triton in its interpreter, or not, by the program's name."""
+    interpreter = "0" if script.startswith("compiled") else "1"
+    words = ["-m", f"tests.kernels.{script.removesuffix('.py')}", *arguments]
+    done = run_program(words, timeout=500, TRITON_INTERPRET=interpreter)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout.strip().splitlines()[-1]
 

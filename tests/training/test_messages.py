@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from models.cells import load_cell
 from scripts import print_kernels
 from tests.arrows import FLOORS
 from tests.conftest import ROOT, SMALL, environment, run_program
+from training.config import cli
 from training.config.arguments import program
 from training.config.cli import CONFIG_DIR, checked, compose_config
 from training.config.help import comments_of, help_text
@@ -54,6 +56,29 @@ def test_a_config_of_ones_own_that_is_no_yaml(text: str | bytes, part: str, tmp_
     with pytest.raises(UserError) as caught:
         compose_config(["experiment=bad"], extra=tmp_path)
     assert len(caught.value.problems) == 1 and part in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words, by_hydra", [(["train.steps=7"], False), (["train.steps=7", "hydra.job.chdir=true"], True), (["--run", "train.steps=7"], True)]
+)
+def test_what_was_checked_is_what_runs_and_hydra_composes_again_only_for_its_own_settings(
+    words: list[str], by_hydra: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    assert cli.run(lambda config=None: given.append(config)) == 0
+    assert given == [None] if by_hydra else given[0].train.steps == 7 and "hydra" not in given[0]
+
+
+def test_a_file_may_ask_for_what_hydras_main_does() -> None:
+    for word in ("hydra.mode=MULTIRUN", "hydra.output_subdir=.hydra", "+hydra.callbacks.x={_target_: x}", "+hydra.job.env_set.A=b"):
+        assert cli._needs_hydra([], compose_config([word], with_hydra=True).hydra), word
+
+
+def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert cli.run(lambda config: open("/nosuch/x")) == 1  # an OSError that train.py lets pass is worth another try: not status 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_configs_in_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,9 +23,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import configure_log
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from data.fields import nearest
@@ -137,8 +139,11 @@ def unreadable_yaml(error: yaml.YAMLError | UnicodeDecodeError, config_dir: Path
     return f"{shown} is not YAML: line {mark.line + 1}, column {mark.column + 1}: {reason}."
 
 
-def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: Path | None = None, name: str = "train") -> DictConfig:
-    """The composed configuration `name` of `arguments`. extra: a folder of more configs. Raises UserError naming every override that does not fit."""
+def compose_config(
+    arguments: list[str], config_dir: Path = CONFIG_DIR, extra: Path | None = None, name: str = "train", with_hydra: bool = False
+) -> DictConfig:
+    """The composed configuration `name` of `arguments`. extra: a folder of more configs; with_hydra: Hydra's own settings too, under `hydra`. Raises
+    UserError naming every override that does not fit."""
     groups, arguments = config_groups(config_dir), spelled_out(arguments)
     if extra is not None:
         if not extra.is_dir():
@@ -166,7 +171,7 @@ def compose_config(arguments: list[str], config_dir: Path = CONFIG_DIR, extra: P
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base=None, config_dir=str(config_dir)):
         try:
-            return compose(name, arguments)
+            return compose(name, arguments, return_hydra_config=with_hydra)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(unreadable_yaml(error, config_dir)) from error
         except (
@@ -223,10 +228,10 @@ def refused(error: OSError) -> bool:
 
 def in_sweep() -> bool:
     """Whether Hydra runs a job of `python train.py -m` here."""
-    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def run(main: Callable[[], Any]) -> int:
+def run(main: Callable[..., Any]) -> int:
     """Runs the Hydra entry point after all overrides have been checked. Returns the exit status."""
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     sys.argv[1:] = spelled_out(sys.argv[1:])
@@ -273,7 +278,27 @@ def _instead(word: str, flags: list[str]) -> str:
     return f"settings are written without dashes: {plain if '=' in plain else plain + '=VALUE'}."
 
 
-def _run(main: Callable[[], Any]) -> int:
+# what a run would have of Hydra's main beyond a composed config; the values of configs/train.yaml and Hydra's own
+OF_HYDRA: dict[str, Any] = {"mode": None, "callbacks": {}, "output_subdir": None, "run.dir": ".", "job.chdir": None, "job.env_set": {}}
+
+
+def _needs_hydra(words: list[str], hydra: DictConfig) -> bool:
+    """Whether a run asks for anything that Hydra's main does and train.py does not: by a word of its command line, or in a file."""
+    return any("hydra" in word.partition("=")[0] for word in words) or any(OmegaConf.select(hydra, k) != v for k, v in OF_HYDRA.items())
+
+
+def _trained(main: Callable[[DictConfig], Any], config: DictConfig, hydra: DictConfig) -> int:
+    """Runs what was checked, which Hydra's main would compose twice more. An exception that is no mistake of the user's keeps its traceback."""
+    configure_log(hydra.job_logging, hydra.verbose)
+    try:
+        main(config)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _run(main: Callable[..., Any]) -> int:
     asked, flags = flags_of(sys.argv[1:])
     sys.argv[1:] = [*asked.overrides, *flags]
     modes = [flag for flag in ("run", "multirun", "cfg", "info", "shell_completion") if getattr(asked, flag)]
@@ -285,10 +310,9 @@ def _run(main: Callable[[], Any]) -> int:
         main()
     extra = Path(asked.config_dir) if asked.config_dir else None
 
-    def composed(overrides: list[str]) -> DictConfig:
-        return compose_config(
-            overrides, CONFIG_DIR if asked.config_path is None else Path(asked.config_path), extra, asked.config_name or "train"
-        )
+    def composed(overrides: list[str], with_hydra: bool = False) -> DictConfig:
+        configs = CONFIG_DIR if asked.config_path is None else Path(asked.config_path)
+        return compose_config(overrides, configs, extra, asked.config_name or "train", with_hydra)
 
     if asked.help:
         from training.config.help import help_text
@@ -300,9 +324,13 @@ def _run(main: Callable[[], Any]) -> int:
         from training.sweep import Sweep
 
         return Sweep(asked.overrides, flags, composed, checked).run(main)
-    config = composed(asked.overrides)
+    config = composed(asked.overrides, with_hydra=True)
+    with open_dict(config):
+        hydra = config.pop("hydra")
     if not (asked.cfg or asked.info or asked.shell_completion):
         checked(config)
     GlobalHydra.instance().clear()
+    if not flags and not _needs_hydra(asked.overrides, hydra):
+        return _trained(main, config, hydra)
     main()
     return 0
