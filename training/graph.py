@@ -12,7 +12,7 @@ added. Nothing in a pass may wait for the device or depend on its numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,44 +185,52 @@ class GraphedPass:
 
 
 class GraphedUpdate:
-    """What an optimizer computes from gradients, as a CUDA graph in the memory of the recorded passes: their activations are not needed by then.
+    """What an optimizer computes from gradients, as CUDA graphs in the memory of the recorded passes: their activations are not needed by then.
     Muon's hundred launches take the host as long as the device, which has nothing else to do meanwhile."""
 
     def __init__(self, passes: GraphedPass) -> None:
         self.passes, self.divisor = passes, torch.ones((), device=passes.device)
         self.why_not, self.calls = "", 0
         self.key: Hashable = None
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: list[torch.cuda.CUDAGraph] = []
         self.results: list[Tensor] = []
 
-    def __call__(self, key: Hashable, compute: Callable[[Tensor | None], list[Tensor]], divisor: Tensor | None) -> list[Tensor] | None:
-        """The results of `compute(divisor)`, to be read before the next pass; None where it has to run as written: in the first calls with one key,
-        which names all memory that it reads and writes."""
+    def __call__(
+        self, key: Hashable, compute: Sequence[Callable[[Tensor | None], Tensor]], divisor: Tensor | None
+    ) -> Iterator[Tensor] | None:
+        """The result of each of `compute`, called with `divisor`, when it is asked for, in their order; to be read before the next pass. None where they
+        have to run as written: in the first calls with one key, which names all memory that they read and write."""
         pool = self.passes.pool
         key = (key, pool, divisor is None)
         if key != self.key:
-            self.key, self.calls, self.graph, self.results = key, 0, None, []
+            self.key, self.calls, self.graphs, self.results = key, 0, [], []
         self.calls += 1
         if self.why_not or pool is None or self.calls <= WARMUP:
             return None
         if divisor is not None:
             self.divisor.copy_(divisor)
-        if self.graph is None and not self._capture(pool, compute, divisor is None):
+        if not self.graphs and not self._capture(pool, compute, divisor is None):
             return None
-        assert self.graph is not None
-        self.graph.replay()
-        return self.results
+        return self._replayed()
 
-    def _capture(self, pool: Any, compute: Callable[[Tensor | None], list[Tensor]], whole: bool) -> bool:
-        device, graph = self.passes.device, torch.cuda.CUDAGraph()
+    def _replayed(self) -> Iterator[Tensor]:
+        for graph, result in zip(self.graphs, self.results):
+            graph.replay()
+            yield result
+
+    def _capture(self, pool: Any, compute: Sequence[Callable[[Tensor | None], Tensor]], whole: bool) -> bool:
+        """A graph for each; what one has computed stays where it is while the next is recorded and run."""
+        device = self.passes.device
         stream = torch.cuda.current_stream(device)
-        try:
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self.results = compute(None if whole else self.divisor)
-        except (RuntimeError, torch.AcceleratorError) as error:
-            leave_failed_capture(device, stream, pool)
-            self.why_not, self.results = first_line(error), []
-            self.passes.say(f"The optimizer's products run as written, not as a CUDA graph: {self.why_not}.")
-            return False
-        self.graph = graph
+        for one in compute:
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self.results.append(one(None if whole else self.divisor))
+            except (RuntimeError, torch.AcceleratorError) as error:
+                leave_failed_capture(device, stream, pool)
+                self.why_not, self.graphs, self.results = first_line(error), [], []
+                self.passes.say(f"The optimizer's products run as written, not as a CUDA graph: {self.why_not}.")
+                return False
+            self.graphs.append(graph)
         return True

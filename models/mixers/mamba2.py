@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import decode_step
@@ -19,6 +18,7 @@ from kernels.linear import linear
 from kernels.mamba2_step import mamba2_step
 from kernels.short_conv import joint_gradient
 from kernels.ssd import border, ssd
+from kernels.step_sizes import step_sizes
 from models.contract import Role, SequenceMixer
 from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag
 from models.layers import CausalConv, RMSNorm
@@ -121,7 +121,7 @@ class Mixer(SequenceMixer):
         groups = (self.config.n_groups, self.config.d_state)
         x_BTHP = x.unflatten(-1, (self.H, self.config.head_dim))
         inner = torch.float64 if x_BTD.dtype == torch.float64 else torch.float32
-        dt_BTH = F.softplus(dt.to(inner) + self.dt_bias.to(inner)).clamp(self.config.dt_limit_min, self.config.dt_limit_max or math.inf)
+        dt_BTH = step_sizes(dt, self.dt_bias, self.config.dt_limit_min, self.config.dt_limit_max or math.inf)
         A_H = -torch.exp(self.A_log.to(inner))
         h0 = state.ssm_BHPN if state is not None else None
         B_BTGN, C_BTGN = B_.unflatten(-1, groups), C_.unflatten(-1, groups)

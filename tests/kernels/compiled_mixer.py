@@ -14,13 +14,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import cross_entropy  # noqa: E402
+from kernels import cross_entropy, parts  # noqa: E402
 from kernels.add_norm import triton as add_norm  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
 from kernels.residual import triton as residual  # noqa: E402
 from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
+from kernels.step_sizes import triton as step_sizes  # noqa: E402
 from kernels.swiglu import triton as swiglu  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
@@ -41,6 +42,8 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
                 "POSITIONS": "*i64",
                 "EPS": "fp32",
                 "FACTOR": "fp32",
+                "LEAST": "fp32",
+                "MOST": "fp32",
                 "SLICE": "i32",
                 "ROWS": "i32",
             }.get(name, "*fp32" if name in FP32 else "*bf16")
@@ -80,6 +83,10 @@ def main(golden: bool) -> None:
     BR, BD = residual.tile(32768, 1024, gpu)
     out["residual forward"] = made("residual forward", residual.forward, {"BR": BR, "BD": BD}, residual.WARPS)
     out["residual backward"] = made("residual backward", residual.backward, {"COPY": True, "BR": BR, "BD": BD}, residual.WARPS)
+    BR, BH = step_sizes.tile(32, gpu)
+    for name in ("forward", "backward"):
+        out[f"step sizes {name}"] = made(f"step sizes {name}", getattr(step_sizes, name), {"BR": BR, "BH": BH}, step_sizes.WARPS)
+    out["sum of runs"] = made("sum of runs", parts.sum_of_runs, {"ROWS": 256, "COLUMNS": 16}, 8)
     for scaled in (False, True):
         for back in (False, True):
             BR, BD, warps = add_norm.tile(1024, gpu, add_norm.PER_WARP_BACK if back else add_norm.PER_WARP)

@@ -3,6 +3,7 @@ Its own process: the interpreter is chosen when Triton is imported. `python -m t
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -29,6 +30,9 @@ from kernels.rotary import rotary  # noqa: E402
 from kernels.short_conv import joint_gradient, short_conv, short_conv_columns  # noqa: E402
 from kernels.short_conv import op as conv_op  # noqa: E402
 from kernels.short_conv import reference as conv_reference  # noqa: E402
+from kernels.step_sizes import op as steps_op  # noqa: E402
+from kernels.step_sizes import reference as steps_reference  # noqa: E402
+from kernels.step_sizes import step_sizes  # noqa: E402
 from kernels.swiglu import op as swiglu_op  # noqa: E402
 from kernels.swiglu import reference as swiglu_reference  # noqa: E402
 from kernels.swiglu import swiglu  # noqa: E402
@@ -171,6 +175,27 @@ def gated_products() -> None:
     torch.library.opcheck(swiglu_op.product_op, (gate, up), test_utils=CHECKS)
 
 
+def sizes_of_steps() -> None:
+    """Columns of a wider tensor, heads below, at and above a power of two, limits that hold for some and none; what is not a number stays so."""
+    for shape, dtype, low, high in (
+        ((1, 1, 1), torch.float32, 0.0, math.inf),
+        ((2, 3, 5), torch.float32, 0.5, 1.5),
+        ((1, 9, 8), torch.float16, 0.0, math.inf),
+        ((2, 5, 33), torch.float16, 0.3, 2.0),
+    ):
+        wide, bias = 4 * torch.randn(*shape[:2], shape[2] + 7), torch.randn(shape[2])
+        given, fine = leaves(wide.to(dtype), bias)
+        y = step_sizes(given[0][..., 3 : 3 + shape[2]], given[1], low, high)
+        oracle = steps_reference.step_sizes(fine[0][..., 3 : 3 + shape[2]], fine[1], low, high)
+        agree(y, oracle, present(given), present(fine), f"step sizes {shape} {dtype}")
+    dt, bias = torch.tensor([[[1.0, math.nan, -math.inf, 300.0]]], requires_grad=True), torch.zeros(4, requires_grad=True)
+    y = step_sizes(dt, bias, 0.0, math.inf)
+    assert y[0, 0, 1].isnan() and y[0, 0, 2] == 0 and y[0, 0, 3] == 300
+    d_dt, _ = torch.autograd.grad(y.sum(), (dt, bias))
+    assert d_dt[0, 0].isnan().tolist() == [False, True, False, False] and d_dt[0, 0, 3] == 1
+    torch.library.opcheck(steps_op.make_op, (torch.randn(1, 2, 4, requires_grad=True), bias, 0.0, 1.0), test_utils=CHECKS)
+
+
 def residuals() -> None:
     """Rows and widths below, at and above a tile; the dtypes of stream and sublayer alike and not."""
     for shape, dtype, other in (
@@ -271,7 +296,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, residuals, streams, rotations, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()

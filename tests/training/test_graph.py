@@ -198,6 +198,6 @@ def test_a_replayed_update_of_muon_is_the_update_as_written() -> None:
             optimizer.step()
         for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
             assert torch.equal(p, q), (step, name, update.why_not)
-    assert update.graph is not None and not update.why_not
+    assert len(update.graphs) == len(one.stacks) > 1 and not update.why_not
     for a, b in zip(one.stacks, two.stacks):
         assert torch.equal(a.momentum, b.momentum)

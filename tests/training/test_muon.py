@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -63,9 +63,9 @@ def test_updates_that_something_else_runs_are_the_same_updates() -> None:
     optimizers = [MuonWithAdamW(model, muon_lr=1e-2, **ADAMW) for model in (one, two)]
     asked = []
 
-    def replay(key: Any, compute: Callable[[Any], list[torch.Tensor]], divisor: Any) -> list[torch.Tensor] | None:
+    def replay(key: Any, compute: Sequence[Callable[[Any], torch.Tensor]], divisor: Any) -> Iterator[torch.Tensor] | None:
         asked.append(key)
-        return compute(divisor) if len(asked) > 1 else None
+        return (one(divisor) for one in compute) if len(asked) > 1 else None
 
     optimizers[0].replay = replay
     for step in range(3):

@@ -16,8 +16,9 @@ Legend: k matrices' slabs in this rank's share, r rows, c columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     skip_next: bool = False
     grad_scale: Tensor | None = None
     before_step: Callable[[], None] | None = None
-    replay: Callable[[Hashable, Callable[[Tensor | None], list[Tensor]], Tensor | None], list[Tensor] | None] | None = None
+    replay: Callable[[Hashable, Sequence[Callable[[Tensor | None], Tensor]], Tensor | None], Iterator[Tensor] | None] | None = None
+    _beside: torch.cuda.Stream | None = None
 
     def __init__(
         self,
@@ -219,16 +221,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if self.before_step is not None:
             self.before_step()
         self.adamw.grad_scale = self.grad_scale
-        self.adamw.step(closure)
         if not self.matrices:
-            return None
+            return self.adamw.step(closure)
         group = self.param_groups[-1]
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.matrices.items()}
-        waiting: list[tuple[Stack, Tensor, Any]] = []
         replayed = self._replayed(gradients)
         if replayed is not None:
-            waiting = [(stack, own, None) for stack, own in zip(self.stacks, replayed)]
-        for stack in self.stacks if replayed is None else ():
+            return self._take_beside(group, replayed)
+        self.adamw.step(closure)
+        waiting: list[tuple[Stack, Tensor, Any]] = []
+        for stack in self.stacks:
             own = self._updates(stack, gradients, self.grad_scale)
             waiting.append((stack, *stack.gathered(own)))
             if len(waiting) > 1:
@@ -241,12 +243,31 @@ class MuonWithAdamW(torch.optim.Optimizer):
         dtype = torch.float16 if stack.momentum.device.type == "cuda" else torch.float32
         return stack.updates(gradients, self.momentum, self.nesterov, self.steps, dtype, divisor)
 
-    def _replayed(self, gradients: dict[str, Tensor]) -> list[Tensor] | None:
-        """The updates of all stacks, their momentum moved on, if these are replayed."""
+    def _replayed(self, gradients: dict[str, Tensor]) -> Iterator[Tensor] | None:
+        """The updates of the stacks one after another, their momentum moved on, if these are replayed."""
         if self.replay is None or any(stack.size > 1 for stack in self.stacks):
             return None
         memory = tuple(t.data_ptr() for t in (*gradients.values(), *(stack.momentum for stack in self.stacks)))
-        return self.replay(memory, lambda divisor: [self._updates(stack, gradients, divisor) for stack in self.stacks], self.grad_scale)
+        return self.replay(memory, [partial(self._updates, stack, gradients) for stack in self.stacks], self.grad_scale)
+
+    def _take_beside(self, group: dict[str, Any], updates: Iterator[Tensor]) -> None:
+        """AdamW's step and those of the matrices on a stream of their own: they wait for memory, of which the products of the next stack want little."""
+        device = self.stacks[0].momentum.device
+        if device.type != "cuda":
+            self.adamw.step()
+            for stack, update in zip(self.stacks, updates):
+                self._take(group, stack, update, None)
+            return
+        main = torch.cuda.current_stream(device)
+        self._beside = beside = self._beside or torch.cuda.Stream(device)
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            self.adamw.step()
+        for stack, update in zip(self.stacks, updates):
+            beside.wait_stream(main)
+            with torch.cuda.stream(beside):
+                self._take(group, stack, update, None)
+        main.wait_stream(beside)
 
     def _take(self, group: dict[str, Any], stack: Stack, updates: Tensor, arriving: Any) -> None:
         if arriving is not None:
