@@ -29,9 +29,9 @@ from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 8, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
-MORE_FOR = 32  # slices for which one more is made: a walk in order then costs as much as so many
+MORE_FOR = 16  # slices for which one more is made: a walk in order then costs as much as so many
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
-SHORTEST = 64  # steps of a slice
+SHORTEST = 32  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them

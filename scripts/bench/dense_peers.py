@@ -18,6 +18,7 @@ import torch
 from scripts.bench.dense_rnn import SHAPES
 from scripts.bench.timing import Results, attempted, milliseconds
 
+LENGTHS = (512, 2048, 8192)  # steps of four rows, as of scripts.bench.dense_sets
 BACKENDS = ("triton_fused", "cuda_fused", "cuda")
 
 
@@ -32,7 +33,8 @@ def timed(backend: str) -> list[dict[str, Any]]:
 
         lstm_bw.triton_tanh = tanh_in_fp32
     rows: list[dict[str, Any]] = []
-    for shape in (SHAPES[0], SHAPES[4], SHAPES[3], SHAPES[1]):
+    shapes = [SHAPES[0], SHAPES[4], SHAPES[3], SHAPES[1]]
+    for shape in shapes + [(4, T, 12, 64) for T in LENGTHS if backend == "triton_fused"]:
         B, T, E, K = shape
         Wx = torch.randn(B, T, 4, E, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         R = (torch.randn(4, E, K, K, device="cuda") * K**-0.5).bfloat16().requires_grad_()

@@ -2,7 +2,7 @@
 
 python -m scripts.bench.dense_sets --plot docs/results/dense_rnn
 
-From sets.json time.png (time against T: the solve, the walk in order, cuDNN); from difficulty.json, or else sets.json, corrections.png (against the
+From sets.json time.png (time against T: the solve, the walk in order, cuDNN, and FlashRNN from flashrnn.json); from difficulty.json, or else sets.json, corrections.png (against the
 memory of the forget gates and the gain of the matrices); from init.json, or else from the trainings of sets.json, training.png (corrections and loss over training).
 """
 
@@ -17,12 +17,14 @@ from data.files import write_bytes
 from evals.report.figures import png, pyplot
 
 
-def time_against_length(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
+def time_against_length(plt: Any, rows: list[dict[str, Any]], peer: list[dict[str, Any]], folder: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, key, title in zip(axes, ("forward_ms", "forward_backward_ms"), ("forward", "forward and backward, all gradients")):
         for name in ("ours", "in order", "cudnn"):
             points = [(row["T"], row[name][key]) for row in rows if key in row[name]]
             axis.plot(*zip(*points), "o-", label={"ours": "over slices", "cudnn": "cuDNN fp16, one head"}.get(name, name))
+        if points := sorted((row["shape"][1], row[key]) for row in peer if key in row and row["shape"][0] == 4):
+            axis.plot(*zip(*points), "s--", label="FlashRNN, Triton")
         axis.set(xscale="log", yscale="log", title=title, xlabel="steps of each of 4 rows")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
@@ -66,12 +68,12 @@ def draw(folder: Path) -> None:
     plt = pyplot()
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
-    names = ("sets.json", "init.json", "difficulty.json")
+    names = ("sets.json", "init.json", "difficulty.json", "flashrnn.json")
     if not any((folder / name).exists() for name in names):
         sys.exit(f"{folder} has none of {', '.join(names)}; measure first, or name another folder.")
-    sets, init, hard = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
+    sets, init, hard, peers = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
     if "over T" in sets:
-        time_against_length(plt, sets["over T"], folder)
+        time_against_length(plt, sets["over T"], [r for r in peers.get("flashrnn", []) if r["backend"] == "triton_fused"], folder)
     if "difficulty" in hard or "difficulty" in sets:
         difficulty(plt, (hard or sets)["difficulty"], folder)
     runs = {f"{run['kind']}, seed {run['seed']}": run["steps"] for run in init.get("runs", []) if run.get("steps")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.dense_rnn import dense_rnn, launch
+from kernels.dense_rnn import dense_rnn, large, launch
 from kernels.dense_rnn.launch import Plan
 from tests.kernels.dense_rnn_cases import check_gradient_of_matrices, cotangents, distance, known_cells, problem, wanted
 
@@ -95,3 +95,19 @@ def test_a_cuda_graph_and_torch_compile() -> None:
     compiled = torch.compile(lambda *t: dense_rnn(cell, *(*t, starts)), fullgraph=True)(*given)
     for found in (captured, compiled):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted_))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_large_head(dtype: torch.dtype) -> None:
+    cell, tensors, starts = problem("dense_lstm", 3, 133, 1, 256, starts=0.01, device="cuda")
+    d_emitted, d_final = cotangents(tensors)
+    given, low = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)], d_emitted.to(dtype)
+    exact = wanted(cell, given, starts, low, d_final.float())
+    for slices in (1, 4):
+        plan = large.Plan.of(cell, given[0], 256, slices)
+        emitted, kept, final = large.forward(cell, *(*given, starts, plan))
+        back = (*given, starts, emitted, kept, low, None, d_final.float(), plan)
+        gradients, again = large.backward(cell, *back), large.backward(cell, *back)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again))
+        for i, (label, a, b) in enumerate(zip(NAMES, (emitted, final, *gradients), exact)):
+            assert distance(a, b) < LIMITS[dtype][i > 1], (slices, label)
