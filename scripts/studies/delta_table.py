@@ -7,8 +7,8 @@
 
 One layer of width 64, four heads of 16, neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed along the
 ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as many tokens
-at every length. A process for each number of updates and task, in it every arm on a stream of its own, a burst of CUDA graphs of each in turn: so an arm
-that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
+at every length. All arms are in one process, each on a stream of its own, a burst of CUDA graphs of each in turn: so an arm that cannot learn takes as
+many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
 Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of all of them. What an arm that
 is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt; one whose settings have changed begins anew.
 """
@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import pickle
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,59 +62,93 @@ def kept_of(path: Path, device: torch.device) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def work(task: str, updates: int, given: argparse.Namespace, began: float, device_name: str) -> None:
-    """Every arm of a task and so many updates, a burst of each in turn."""
-    device = torch.device(device_name)
-    torch.set_num_threads(1)
-    chance = round(1 / len(build_task(TASKS[task]).vocabulary()), 4)
-    path = given.out / f"states.{task}.{updates}.pt"
-    before, after = kept_of(path, device), dict[str, dict[str, Any]]()
-    with (given.out / f"arms.{task}.{updates}.jsonl").open("w") as lines:
+class Place:
+    """A task and so many updates a token: its arms, in OUT/arms.TASK.UPDATES.jsonl and OUT/states.TASK.UPDATES.pt."""
 
-        def write(row: dict[str, Any]) -> None:
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-            shown = {k: v for k, v in row.items() if k not in ("curve", "chance")}
-            print(*shown.values(), round(time.time() - began), flush=True)
+    def __init__(self, task: str, updates: int, given: argparse.Namespace, began: float, device: torch.device) -> None:
+        self.task, self.updates, self.given, self.began, self.device = task, updates, given, began, device
+        self.chance = round(1 / len(build_task(TASKS[task]).vocabulary()), 4)
+        self.path = given.out / f"states.{task}.{updates}.pt"
+        self.before, self.after = kept_of(self.path, device), dict[str, dict[str, Any]]()
+        self.lines = (given.out / f"arms.{task}.{updates}.jsonl").open("w")
 
-        def end(what: dict[str, Any], learner: Learner) -> None:
-            result = learner.result()
-            scores = {str(row["length"]): round(row["accuracy"], 4) for row in result["lengths"]}
-            row = {
-                "task": task, "updates": updates, **what, "steps": result["step"], "solved": result["solved"], "words": learner.n,
-                "ended": result["ended"], "scores": scores, "chance": chance, "curve": result["curve"],
-            }  # fmt: skip
-            state = None if row["ended"] == "solved" else learner.state()
-            after[name_of(what)] = {"settings": json.dumps(learner.settings), "row": row, "state": state}
-            write(row)
+    def write(self, row: dict[str, Any]) -> None:
+        self.lines.write(json.dumps(row) + "\n")
+        self.lines.flush()
+        shown = {k: v for k, v in row.items() if k not in ("curve", "chance")}
+        print(*shown.values(), round(time.time() - self.began), flush=True)
 
-        running = []
-        for seed in range(given.seeds):
-            for least in given.ranges:
-                what, set_as = {"negative": least < 0, "seed": seed}, settings(task, updates, least < 0, given)
-                kept = before.get(name_of(what), {})
+    def learners(self) -> Iterator[tuple[dict[str, Any], Learner]]:
+        """(arm, learner) of those that have steps left, ready to run; what an earlier call left is gone on from."""
+        for seed in range(self.given.seeds):
+            for least in self.given.ranges:
+                what, set_as = {"negative": least < 0, "seed": seed}, settings(self.task, self.updates, least < 0, self.given)
+                kept = self.before.get(name_of(what), {})
                 kept = kept if kept.get("settings") == json.dumps(set_as) else {}
-                if kept and (kept["state"] is None or kept["row"]["steps"] >= given.steps):
-                    after[name_of(what)] = kept
-                    write(kept["row"])
+                if kept and (kept["state"] is None or kept["row"]["steps"] >= self.given.steps):
+                    self.after[name_of(what)] = kept
+                    self.write(kept["row"])
                     continue
-                learner = Learner(set_as, seed, device, given.steps)
-                learner.warm()
-                learner.score(learner.T * LENGTHS[-1], learner.B)
+                learner = warmed(set_as, seed, self.device, self.given.steps)
                 if kept:
                     learner.load(kept["state"])
-                running.append((what, learner))
-        while running and time.time() - began < given.seconds - SCORING * len(running):
-            for what, learner in list(running):
-                learner.burst(BURST)
-                learner.look()
-                if learner.ended:
-                    end(what, learner)
-                    running.remove((what, learner))
-        for what, learner in running:
-            end(what, learner)
-    torch.save(after, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+                yield what, learner
+
+    def end(self, what: dict[str, Any], learner: Learner) -> None:
+        """The last scores of an arm, and what it can go on from."""
+        result = learner.result()
+        scores = {str(row["length"]): round(row["accuracy"], 4) for row in result["lengths"]}
+        row = {
+            "task": self.task, "updates": self.updates, **what, "steps": result["step"], "solved": result["solved"], "words": learner.n,
+            "ended": result["ended"], "scores": scores, "chance": self.chance, "curve": result["curve"],
+        }  # fmt: skip
+        state = None if row["ended"] == "solved" else learner.state()
+        self.after[name_of(what)] = {"settings": json.dumps(learner.settings), "row": row, "state": state}
+        self.write(row)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is cached on one stream is of no use to the others
+
+    def close(self) -> None:
+        self.lines.close()
+        torch.save(self.after, self.path.with_suffix(".new"))
+        self.path.with_suffix(".new").replace(self.path)
+
+
+def warmed(set_as: dict[str, Any], seed: int, device: torch.device, steps: int) -> Learner:
+    """A learner whose kernels are compiled."""
+    learner = Learner(set_as, seed, device, steps)
+    learner.warm()
+    learner.score(learner.T * LENGTHS[-1], learner.B)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return learner
+
+
+def compiled(task: str, updates: int, given: argparse.Namespace, device_name: str) -> None:
+    """Leaves the kernels of an arm on disk."""
+    torch.set_num_threads(1)
+    warmed(settings(task, updates, True, given), 0, torch.device(device_name), given.steps)
+
+
+def work(places: list[tuple[str, int]], given: argparse.Namespace, began: float, device_name: str) -> None:
+    """All arms in one process, a burst of each in turn: so their kernels fill the device together."""
+    device = torch.device(device_name)
+    torch.set_num_threads(1)
+    all_of = [Place(*place, given, began, device) for place in places]
+    running = [(place, what, learner) for place in all_of for what, learner in place.learners()]
+    print(f"{len(running)} arms begin after {time.time() - began:.0f} s", flush=True)
+    while running and time.time() - began < given.seconds - SCORING * len(running):
+        for arm in list(running):
+            place, what, learner = arm
+            learner.burst(BURST)
+            learner.look()
+            if learner.ended:
+                place.end(what, learner)
+                running.remove(arm)
+    for place, what, learner in running:
+        place.end(what, learner)
+    for place in all_of:
+        place.close()
 
 
 def name_of(arm: dict[str, Any]) -> str:
@@ -173,10 +208,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spawn = multiprocessing.get_context("spawn")
     places = [(task, n) for task in given.tasks for n in given.updates]
-    workers = [spawn.Process(target=work, args=(*place, given, began, device)) for place in places]
-    for worker in workers:
-        worker.start()
-    end_by(workers, began + given.seconds + 15)
+    if device == "cuda":  # every number of updates has kernels of its own: all compile at once
+        kinds = {(task == "mqar", n): (task, n) for task, n in places}
+        compilers = [spawn.Process(target=compiled, args=(*place, given, device)) for place in kinds.values()]
+        for compiler in compilers:
+            compiler.start()
+        end_by(compilers, began + given.seconds / 2)
+    worker = spawn.Process(target=work, args=(places, given, began, device))
+    worker.start()
+    end_by([worker], began + given.seconds + 15)
     files = [given.out / "arms.{}.{}.jsonl".format(*place) for place in places]
     rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     arguments = {key: str(value) if key == "out" else value for key, value in vars(given).items()}
