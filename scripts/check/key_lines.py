@@ -33,6 +33,12 @@ KEY_LINES = {
         "self.dense.weight.copy_(whole)",
         "tests/models/test_structured.py",
     ),
+    "ffn size": Fault(
+        "maps begin as large as their factors make them",
+        "gain = (whole.norm() / self.merged().norm().cpu()).sqrt().item()",
+        "gain = 1.0",
+        "tests/models/test_structured.py",
+    ),
     "ffn fading": Fault(
         "the helper's share does not fall",
         "self.mixed.fill_(0.5 + 0.5 * math.cos(math.pi * share / self.config.guide) if self.guided else 0.0)",

@@ -56,23 +56,25 @@ def rows_of(
     repeated: int = 0,
     start: bool = False,
     unseen: bool = False,
+    later: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(ids, labels), both (rows, 2 max(lengths) + 1), of one of `tasks` drawn for each row; what lies behind an answer is padding. repeated: symbols
     that are drawn again and again; 0: all of a row differ. start: a second mark before the answer, and a token more. unseen: the answer is not
-    among the ids, the task's mark stands in each of its places."""
+    among the ids, the task's mark stands in each of its places. later: copies stand n + 1 places further on, padding before them."""
     longest, n = int(lengths.max()), lengths[:, None]
     if repeated:
         x = torch.randint(repeated, (rows, longest), generator=draw)
     else:
         x = torch.rand(rows, SYMBOLS, generator=draw).argsort(1)[:, :longest]
     reverse = torch.tensor([task == "reverse" for task in tasks])[torch.randint(len(tasks), (rows, 1), generator=draw)]
-    place = torch.arange(2 * longest + 1 + start)[None]
-    first = n + 1 + start  # where the answer begins
+    place = torch.arange((3 if later else 2) * longest + 1 + start + later)[None]
+    first = n + 1 + start + torch.where(reverse, 0, n + 1) * later  # where the answer begins
     i = place - first  # of the answer, whose symbol is told one place before
     told, told_next = torch.where(reverse, n - 1 - i, i), torch.where(reverse, n - 2 - i, i + 1)
     ids = torch.where(place < n, x.gather(1, place.clamp(max=longest - 1).expand(rows, -1)), x.gather(1, told.clamp(0, longest - 1)))
     marked = (place >= n) if unseen else (place == n)
     ids = torch.where(marked, torch.where(reverse, REVERSE, COPY), ids)
+    ids = torch.where((place > n) & (place < first) & ~marked, PAD, ids)
     ids = torch.where(place == first - 1, START, ids) if start else ids
     ids = torch.where(place >= first + n - 1, PAD, ids)
     asked = (place >= first - 1) & (place < first + n - 1)
@@ -82,7 +84,7 @@ def rows_of(
 def drawn_rows(rows: int, lengths: Tensor, draw: torch.Generator, given: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """`rows_of` as the options say."""
     repeated = given.symbols if given.repeats else 0
-    return rows_of(rows, lengths, draw, tuple(given.tasks.split(",")), repeated, given.start, given.unseen)
+    return rows_of(rows, lengths, draw, tuple(given.tasks.split(",")), repeated, given.start, given.unseen, given.later)
 
 
 def model_of(arm: str, pattern: list[str], layers: int = 0, width: int = 64) -> LanguageModel:
@@ -181,7 +183,8 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     result = {
         "arm": name, "pattern": pattern, "tasks": given.tasks.split(","), "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
-        "symbols": given.symbols if given.repeats else "different", "length": given.length, "rows": size, "width": given.width, "unseen": given.unseen, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
+        "symbols": given.symbols if given.repeats else "different", "length": given.length, "rows": size, "width": given.width, "unseen": given.unseen,
+        "later": given.later, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
         "seconds": round(time.monotonic() - began, 1), "scores": scores(model, given, None, by_length), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
@@ -225,6 +228,7 @@ def main() -> None:
     parser.add_argument("--one-length", action="store_true", help="all rows of a batch have one number of symbols, as by_length has them")
     parser.add_argument("--start", action="store_true", help="a second mark before the answer")
     parser.add_argument("--unseen", action="store_true", help="the answer is not read: the task's mark stands in each of its places")
+    parser.add_argument("--later", action="store_true", help="copies stand n + 1 places later, so that steps of two places are just right")
     parser.add_argument("--rows", type=int, default=BATCH, help="of a batch")
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument(

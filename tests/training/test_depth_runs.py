@@ -51,13 +51,19 @@ def test_what_the_study_cannot_run_is_one_sentence(
 
 
 def test_symbols_lie_as_far_from_their_answers_as_the_loops_reach() -> None:
-    """With a second mark before the answer: n + 1 places to copy, twice the number of the answer to reverse."""
+    """With a second mark before the answer: n + 1 places to copy (twice as many if copies come later), twice the number of the answer to reverse."""
     lengths, draw = torch.tensor([5, 5, 3]), torch.Generator().manual_seed(0)
-    for task, far in (("copy", lambda n, i: n + 1), ("reverse", lambda n, i: 2 * (i + 1))):
-        ids, labels = looped.rows_of(3, lengths, draw, (task,), 10, start=True)
+    for task, later, far in (
+        ("copy", False, lambda n, i: n + 1),
+        ("copy", True, lambda n, i: 2 * (n + 1)),
+        ("reverse", True, lambda n, i: 2 * (i + 1)),
+    ):
+        ids, labels = looped.rows_of(3, lengths, draw, (task,), 10, start=True, later=later)
         for row, n in enumerate(lengths.tolist()):
             asked = (labels[row] != -100).nonzero().flatten().tolist()
-            assert asked == list(range(n + 1, 2 * n + 1)) and ids[row, n + 1] == looped.START
+            mark = 2 * n + 2 if later and task == "copy" else n + 1
+            assert asked == list(range(mark, mark + n)) and ids[row, mark] == looped.START
+            assert (ids[row, mark + n :] == looped.PAD).all() and (ids[row, n + 1 : mark] == looped.PAD).all()
             assert all(labels[row, place] == ids[row, place - far(n, i)] for i, place in enumerate(asked))
         seen, unseen = (
             looped.rows_of(3, lengths, torch.Generator().manual_seed(1), (task,), 10, start=True, unseen=hidden) for hidden in (False, True)
