@@ -103,7 +103,7 @@ ORDER = (
     ("stage1", ("gdn", "paragru")),
     ("stage1", ("paralstm", *DECISIVE0)),
     ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
-    ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
+    ("probe", (*PLAIN, *RECURRENT, *DECISIVE0)),
     ("stage1", ("deltaproduct", "dense_lstm")),
     ("stage0", ("m2rnn", "slstm")),
     ("five", DECISIVE0[:2]),
