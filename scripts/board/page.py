@@ -7,7 +7,7 @@ import statistics
 import textwrap
 from typing import Any
 
-from scripts.board.answers import Answer, all_answers, bits
+from scripts.board.answers import Answer, all_answers, bits, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
 from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TASKS, TEN
@@ -30,7 +30,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     """README.md of the page: negative results first, then the tables."""
     rows = found["rows"]
     stages = shown_stages(rows)
-    answers = sorted((a for stage in stages or ["pass"] for a in all_answers(rows, stage)), key=lambda a: not a.negative)
+    every = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)] + probe_answers(rows)
+    answers = sorted(every, key=lambda a: not a.negative)
     known = [a for a in answers if a.known]
     lines = ["# The board", "", *_introduction(found, stages), "", "## Answered, and not", "", *summary(found), ""]
     nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
