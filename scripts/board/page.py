@@ -155,7 +155,7 @@ def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
         if len(mine) > 2:
             medians = [f"{statistics.median(p[key] for p in mine):.2f}" for key in ("build", "train", "hash", "measure")]
             lines.append(f"| {tokens / 1e6:.3g}M | {len(mine)} | " + " | ".join(medians) + " |")
-    return ["Median seconds; the first cell of a process compiles kernels in its training.", "", *lines]
+    return ["Median seconds of cells that had the device alone; the first one of a process compiles kernels in its training.", "", *lines]
 
 
 def beside_lines(beside: dict[str, Any]) -> list[str]:
