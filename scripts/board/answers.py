@@ -183,6 +183,27 @@ def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
     return made
 
 
+LEARNT = 0.9  # accuracy at the training length from which a probe counts as learnt
+
+
+def probe_answers(rows: Rows) -> list[Answer]:
+    """Of each probe, which rows learn it, and which of those keep it at four times the length."""
+    made = []
+    for task in ("mqar", "parity", "word_problems3", "word_problema5"):
+        scores = {row: list(found["probe"][task].values()) for row, found in rows.items() if task in found.get("probe", {})}
+        if not scores:
+            continue
+        best = {row: max((seed[0]["accuracy"], seed[-1]["accuracy"]) for seed in seeds) for row, seeds in scores.items()}
+        learnt = [row for row, (first, _) in best.items() if first >= LEARNT]
+        kept = [row for row in learnt if best[row][1] >= LEARNT]
+        others = "; ".join(f"{_label(row)} {100 * first:.0f} %" for row, (first, _) in best.items() if row not in learnt)
+        name = {"mqar": "MQAR", "parity": "Parity"}.get(task, f"The word problem of {task[-2:].upper()}")
+        said = f"{name}, of {len(best)} rows: " + (f"learnt by {'; '.join(map(_label, learnt))}" if learnt else "learnt by none")
+        said += f" (at four times the length too: {'; '.join(map(_label, kept)) or 'none'})" if learnt else ""
+        made.append(Answer(said + (f"; not by {others}." if others else "."), not learnt))
+    return made
+
+
 def all_answers(rows: Rows, stage: str = "pass") -> list[Answer]:
     """Nulls and negatives first, then the others, then what is not known, each in the protocol's order."""
     made = [answer(rows, question, stage) for question in questions() if question.one in rows and question.other in rows]

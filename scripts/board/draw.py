@@ -74,7 +74,8 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "pass": board.tokens,
     }
     tokens["leaders"] = board.leaders_tokens
-    phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in results if "phases" in r.content]
+    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1]
+    phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
         "protocol": PROTOCOL,
         "size": size,

@@ -7,28 +7,31 @@ import statistics
 import textwrap
 from typing import Any
 
-from scripts.board.answers import Answer, all_answers, bits
+from scripts.board.answers import Answer, all_answers, bits, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, SPEEDRUN_TARGET, TASKS, TEN
+from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TASKS, TEN
 from scripts.board.results import Interval, difference, interval
+from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import final_stage, summary
 
 OUTDATED = "they have the steps that earlier speeds asked for, or the rows have not been timed since a step became quicker."
-STAGE_NAMES = {"pass": "the full pass", "stage0": "stage 0", "stage1": "stage 1"}  # in the order of the page
+STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
 RATES = {"grid": "grid", "stage0": "rates0", "stage1": "rates1"}  # of a stage: where the cells of seed 0 are that choose a rate
 
 
 def shown_stages(rows: dict[str, Any]) -> list[str]:
-    """The stages with seeds that have results, in the order of the page."""
-    return [stage for stage in STAGE_NAMES if any(bits(rows, name, stage) for name in rows)]
+    """The stages with seeds that have results, in the order of the page: the one that is whole, then those of more tokens first."""
+    there = [stage for stage in STAGE_NAMES if any(bits(rows, name, stage) for name in rows)]
+    return sorted(there, key=lambda stage: stage != final_stage(rows))
 
 
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     """README.md of the page: negative results first, then the tables."""
     rows = found["rows"]
     stages = shown_stages(rows)
-    answers = sorted((a for stage in stages or ["pass"] for a in all_answers(rows, stage)), key=lambda a: not a.negative)
+    every = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)] + probe_answers(rows)
+    answers = sorted(every, key=lambda a: not a.negative)
     known = [a for a in answers if a.known]
     lines = ["# The board", "", *_introduction(found, stages), "", "## Answered, and not", "", *summary(found), ""]
     nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
@@ -152,7 +155,7 @@ def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
         if len(mine) > 2:
             medians = [f"{statistics.median(p[key] for p in mine):.2f}" for key in ("build", "train", "hash", "measure")]
             lines.append(f"| {tokens / 1e6:.3g}M | {len(mine)} | " + " | ".join(medians) + " |")
-    return ["Median seconds; the first cell of a process compiles kernels in its training.", "", *lines]
+    return ["Median seconds of cells that had the device alone; the first one of a process compiles kernels in its training.", "", *lines]
 
 
 def beside_lines(beside: dict[str, Any]) -> list[str]:
@@ -288,7 +291,7 @@ def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def behaviour_table(rows: dict[str, Any]) -> list[str]:
-    """Beyond the training length, copying, memory and probes, of the first of the page's stages in which a row was read (median of the seeds; probes: the
+    """Beyond the training length, copying, memory and probes, of the stage of most tokens in which a row was read (median of the seeds; probes: the
     best seed as well)."""
     names = [task["name"] + task.get("group", "") for task in TASKS.values()]
     lines = [
@@ -357,39 +360,6 @@ def standing(found: dict[str, Any], stage: str) -> str:
         return ""
     named = [f"{rows[name]['label']} {means[name]:.4f}" for name in order]
     return f"Of {len(order)} rows with {SEEDS} seeds or more, the least bits per byte first: {'; '.join(named)}."
-
-
-def speedrun_lines(found: dict[str, Any]) -> list[str]:
-    """The record, open to be beaten, and every attempt at it."""
-    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
-    for row in found["rows"].values():
-        for run in row["speedrun"]:
-            groups.setdefault((row["label"], run["tokens"], run["lr"]), []).append(run)
-    held = []
-    table = ["", "| row | tokens | rate | seconds of each seed | bits per byte | device |", "|---" * 6 + "|"]
-    for (label, tokens, lr), runs in sorted(groups.items(), key=lambda entry: min(r["bits_per_byte"] or math.inf for r in entry[1])):
-        bits_of_runs = [run["bits_per_byte"] for run in runs]
-        figures = [", ".join(_number(run[key], form) for run in runs) for key, form in (("seconds", ".1f"), ("bits_per_byte", ".4f"))]
-        table.append(
-            f"| {label} | {tokens / 1e6:.1f}M | {lr:g} | {' | '.join(figures)} | {', '.join(sorted({r['device'] for r in runs}))} |"
-        )
-        if len(runs) >= SEEDS and all(b is not None and b <= SPEEDRUN_TARGET for b in bits_of_runs):
-            held.append((statistics.fmean(run["seconds"] for run in runs), label, tokens, bits_of_runs, runs[0]["command"]))
-    lines = [f"The least time of training on one H100 or H200 to {SPEEDRUN_TARGET} bits per byte; rules are in the"]
-    lines += ["[protocol](protocol.md#the-speedrun).", ""]
-    if held:
-        seconds, label, tokens, every, command = min(held)
-        shown = ", ".join(f"{b:.4f}" for b in every)
-        lines += [
-            f"{seconds:.1f} s (mean of {len(every)}), {label}, {tokens / 1e6:.1f}M tokens, {shown} bits per byte:",
-            "",
-            f"    {command}",
-        ]
-    else:
-        said = "There is no record yet: the attempts below are of too few seeds, or stay above." if groups else "Nobody has run it yet."
-        example = "python -m scripts.board run stages=speedrun rows=ROW speedrun_tokens=N speedrun_lr=R data=DIR"
-        lines += [f"{said} To try, with three seeds, any row of the board, any tokens and rate:", "", f"    {example}"]
-    return [*lines, *(table if groups else [])]
 
 
 def log_text(found: dict[str, Any]) -> str:

@@ -86,6 +86,7 @@ PLAIN = ("mamba2", "transformer", "gdn", "paragru")
 RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
 TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
 MUON = tuple(f"{row}_muon" for row in DECISIVE0)
+MUON_TIME_SEEDS = 7  # of the hybrid under Muon at equal time
 MORE_SEEDS = {"twenty": ("stage0", 5, 20), "ten": ("stage0", SEEDS, 10), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
 ORDER = (
     ("stage0", DECISIVE0),
@@ -102,9 +103,10 @@ ORDER = (
     ("ten", MUON),
     ("stage1", ("gdn", "paragru")),
     ("stage1", ("paralstm", *DECISIVE0)),
-    ("speed", (*PLAIN, *RECURRENT, "transformer_muon")),
-    ("probe", (*PLAIN, *RECURRENT, "gdn_hybrid")),
+    ("speed", (*MUON, *PLAIN, *RECURRENT, "transformer_muon")),
+    ("probe", (*PLAIN, *RECURRENT, *DECISIVE0)),
     ("stage1", ("deltaproduct", "dense_lstm")),
+    ("time0", MUON),
     ("stage0", ("m2rnn", "slstm")),
     ("five", DECISIVE0[:2]),
     ("stage1", ("transformer_muon",)),
@@ -309,8 +311,8 @@ class Plan:
         lr, ratio = (self.rate0(of, results), self._ratio(of, row, results)) if ARCHITECTURES[row].instead else (None, None)
         if lr is None or ratio is None or ratio <= 1.0:
             return []
-        tokens = int(ratio * SHARE0 * self.board.tokens)
-        return [self.text("time0", of, tokens, self.board.grid_span, lr, seed, f"_of_{row}") for seed in range(self._seeds0(of))]
+        tokens, seeds = int(ratio * SHARE0 * self.board.tokens), MUON_TIME_SEEDS if row in MUON else self._seeds0(of)
+        return [self.text("time0", of, tokens, self.board.grid_span, lr, seed, f"_of_{row}") for seed in range(seeds)]
 
     def equal_time1(self, row: str, results: dict[str, Result]) -> list[Cell]:
         """The same in stage 1, where no more text is there: the row itself, for as many tokens as it reads in the time of the one it is compared with."""

@@ -11,7 +11,7 @@ from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.page import STAGE_NAMES
+from scripts.board.page import STAGE_NAMES, shown_stages
 from scripts.board.plan import SEEDS
 from scripts.board.results import Interval, interval
 from scripts.board.summary import final_stage
@@ -44,10 +44,10 @@ def stage_of(rows: dict[str, Any]) -> str:
 
 
 def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:
-    """Every stage with intervals, one below the other; before there is one, the rates tried."""
+    """Every stage with intervals, one below the other, the whole one first; before there is one, the rates tried."""
     if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values() for stage in STAGES):
         return None
-    panels = [(stage, done) for stage in STAGES if (done := _means(rows, stage))]
+    panels = [(stage, done) for stage in shown_stages(rows) if (done := _means(rows, stage))]
     if not panels:
         return _rates_plot(plt, rows)
     sizes = [1.0 + len(done) for _, done in panels]

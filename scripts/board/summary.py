@@ -10,8 +10,6 @@ from scripts.board.architectures import ARCHITECTURES
 from scripts.board.plan import FINAL, SEEDS, TEN
 from scripts.board.results import Interval
 
-NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
-
 
 def final_stage(rows: Rows) -> str:
     """The stage of most tokens in which the ten rows have SEEDS seeds or more; the one that was planned to be whole before there is one."""

@@ -142,7 +142,13 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     assert any(
         "at equal time: +0.0700 (+0.0700 to +0.0700, 3 seeds) bits per byte; over all seeds, not in pairs, +0.0800" in text for text in said
     )
+    for row, at in zip(rows, ((0.5, 0.5), (1.0, 0.4))):
+        found["rows"][row]["probe"]["parity"] = {0: [{"length": 64, "accuracy": at[0]}, {"length": 256, "accuracy": at[1]}]}
     text = page_text(found, [])
+    learnt = (
+        "Parity, of 2 rows: learnt by Gated DeltaNet 3:1 attention, one ParaGRU (at four times the length too: none); not by Gated DeltaNet"
+    )
+    assert learnt in " ".join(text.split())
     assert (
         "| 1.4200 ± 0.0196 | 5 |" in text and "4.0 s (mean of 3), Gated DeltaNet 3:1 attention, 0.0M tokens, 1.4000, 1.4100, 1.4200" in text
     )
