@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import run_forked
+from tests.forked import Running, run_forked
 
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:  # a job in the background of a shell, or under nohup, starts so, and hands it down
@@ -139,6 +139,11 @@ def run_program(arguments: list[str], timeout: float = 300, *, started: bool = F
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
     )
+
+
+def start_program(arguments: list[str], timeout: float = 300, **extra: str) -> Running:
+    """`python ARGUMENTS` in the project's root, forked, to be sent signals."""
+    return Running(arguments, environment(**extra), timeout)
 
 
 @pytest.fixture

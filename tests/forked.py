@@ -103,6 +103,36 @@ def run_forked(arguments: list[str], environments: list[dict[str, str]], timeout
     return subprocess.CompletedProcess(arguments, next((s for s in statuses if s), 0), out, err)
 
 
+class Running:
+    """`python ARGUMENTS` forked, while the caller goes on: its pid, and `wait` for what run_forked returns."""
+
+    def __init__(self, arguments: list[str], environment: dict[str, str], timeout: float) -> None:
+        self.done: subprocess.CompletedProcess[str] | None = None
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "pid")
+
+            def run() -> None:
+                self.done = run_forked(arguments, [{**environment, "FORKED_PID": str(file)}], timeout)
+
+            self.thread = threading.Thread(target=run, daemon=True)
+            self.thread.start()
+            while not (file.exists() and file.read_text()):
+                assert self.thread.is_alive()
+                time.sleep(0.01)
+            self.pid = int(file.read_text())
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def runs(self) -> bool:
+        return self.thread.is_alive()
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        self.thread.join()
+        assert self.done is not None, "it took too long"
+        return self.done
+
+
 def child(job: dict[str, Any]) -> int:
     """Becomes the program; returns its exit status."""
     for number, path in enumerate(job["outputs"], start=1):
@@ -110,6 +140,8 @@ def child(job: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(job["environment"])
+    if pid_file := os.environ.pop("FORKED_PID", ""):
+        Path(pid_file).write_text(str(os.getpid()))
     warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
     kind, *rest = job["arguments"] if job["arguments"][0] in ("-m", "-c") else ("", *job["arguments"])
     sys.argv = rest if kind != "-c" else ["-c", *rest[1:]]

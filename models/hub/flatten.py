@@ -131,7 +131,9 @@ class Flattener:
         self.instead = dict(ELSEWISE)  # (module, name): text written in place of the definition
 
     def module(self, name: str) -> Module:
-        return self.modules.setdefault(name, Module(name))
+        if name not in self.modules:
+            self.modules[name] = Module(name)
+        return self.modules[name]
 
     def add(self, module: str, name: str, rename: dict[str, str] | None = None) -> None:
         """The definition of `name`, after everything it uses."""

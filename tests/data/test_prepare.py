@@ -7,8 +7,6 @@ import json
 import lzma
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from data.prepare import main
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, train_bpe
 from data.writer import ShardWriter
-from tests.conftest import ROOT, environment, run_program
+from tests.conftest import run_program, start_program
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -181,12 +179,12 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path: Path) -> None:
     words = ["-m", "data.prepare", f"input={tmp_path / 'a.jsonl'}", "tokenizer=bpe:300", "shard_tokens=20000"]
     assert run_program([*words, f"out={tmp_path / 'whole'}"]).returncode == 0
     slow = "import data.prepare as p, data.encode as e, time; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.1), f(*a))[1]; p.main()"
-    process = subprocess.Popen([sys.executable, "-c", slow, *words[2:], f"out={tmp_path / 'killed'}"], cwd=ROOT, env=environment())
+    process = start_program(["-c", slow, *words[2:], f"out={tmp_path / 'killed'}"])
     journal = tmp_path / "killed.partial" / "journal.json"
     while not (journal.exists() and json.loads(journal.read_text())["consumed"] > 30):
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill(signal.SIGKILL)
     process.wait()
     with open(max((tmp_path / "killed.partial").glob("train-*.bin")), "ab") as file:
         file.write(b"torn")  # what a crash may leave behind the journal
@@ -202,15 +200,13 @@ def test_interrupted_from_the_keyboard_is_a_sentence_and_goes_on(tmp_path: Path)
     slow = "import data.prepare as p, data.encode as e, time, sys; p.COMMIT_SECONDS = 0; e.BATCH_DOCUMENTS = 8; f = p.held_out; p.held_out = lambda *a: (time.sleep(0.1), f(*a))[1]; sys.exit(p.main())"
     # a job in the background of a shell ignores it
     slow = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {slow}"
-    process = subprocess.Popen(
-        [sys.executable, "-c", slow, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = start_program(["-c", slow, *words])
     while not (tmp_path / "o.partial" / "journal.json").exists():
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=30)
-    assert process.returncode == 130 and "goes on where this one stopped" in message and "Traceback" not in message
+    process.kill(signal.SIGINT)
+    done = process.wait()
+    assert done.returncode == 130 and "goes on where this one stopped" in done.stderr and "Traceback" not in done.stderr
     assert main(words) == 0 and ShardSet(tmp_path / "o", "train").meta["splits"]["train"]["documents"] > 300
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from data.files import lock
 from models.hub.weights import Weights, write_tensors
-from tests.conftest import ROOT, SMALL, environment, run_ranks
+from tests.conftest import ROOT, SMALL, environment, run_ranks, start_program
 from tests.training.savers import Alone, saver_of
 from training import checkpoint, setup
 from training.config.schema import Config
@@ -361,13 +361,14 @@ def test_sigterm_in_the_middle_of_a_save_waits_for_it(demo_shards: Path, tmp_pat
     run = tmp_path / "run"
     code = "import time, training.saving.saver as s; w = s.write_tensors; s.write_tensors = lambda *a: (time.sleep(0.7), w(*a))[1]; import sys, train; sys.exit(train._entry())"
     words = [*SMALL, f"data.path={demo_shards}", f"run_dir={run}", "eval=end", "train.steps=100000", "checkpoint.every=1"]
-    process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = start_program(["-c", code, *words])
     while not list(run.glob("checkpoints/.tmp-*")):
-        assert process.poll() is None
+        assert process.runs()
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "stopped by SIGTERM" in out, out
+    process.kill(signal.SIGTERM)
+    done = process.wait()
+    out = done.stdout
+    assert done.returncode == 75 and "stopped by SIGTERM" in out, out
     complete = checkpoint.checkpoints(run)
     assert complete and all(checkpoint.verify(folder) == "" for folder in complete) and not list(run.glob("checkpoints/.tmp-*"))
     assert f"after step {checkpoint.step_of(complete[-1])};" in out

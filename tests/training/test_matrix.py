@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from scripts.check import matrix
-from tests.conftest import run_program
+from tests.conftest import run_program, run_ranks
 from tests.training.test_runs import Train, losses, ok
 from training.config.cli import checked, compose_config
 from training.errors import UserError
@@ -31,10 +32,18 @@ SLICE = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain_torch(demo_shards: Path) -> dict[str, list[float]]:
+    return matrix.plain(str(demo_shards))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_losses_are_those_of_plain_torch(ranks: int, demo_shards: Path) -> None:
-    rows = matrix.compare(matrix.plain(str(demo_shards)), matrix.in_processes(ranks, str(demo_shards), SLICE[ranks], False), ranks)
+def test_losses_are_those_of_plain_torch(ranks: int, plain_torch: dict[str, list[float]], demo_shards: Path, tmp_path: Path) -> None:
+    names, out = tmp_path / "names.json", tmp_path / "found.json"
+    names.write_text(json.dumps(SLICE[ranks]))
+    ok(run_ranks(ranks, ["-m", "scripts.check.matrix", "worker", str(demo_shards), str(out), str(names), "False"]))
+    rows = matrix.compare(plain_torch, json.loads(out.read_text()), ranks)
     assert len(rows) == len(SLICE[ranks])
     assert all(row["equal"] for row in rows), matrix.table(rows)
 
