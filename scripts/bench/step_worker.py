@@ -21,7 +21,7 @@ SIZES = {"400m": (1024, 24, 48, 8, 64, 16), "1b": (2048, 24, 48, 16, 128, 8), "t
 FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid", "dense_lstm", "slstm")
 PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
-    ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
+    ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn")),
     ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
     ("recurrence", tuple("shoot mend border parallel_rnn walk outputs carry key_side query_side add_shares".split())),
