@@ -265,21 +265,24 @@ def take_flat_gradients(optimizer: Any) -> None:
 
 
 def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:
-    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters. DeepSpeed's update ends with a copy of the
-    parts to themselves where they are fp32, and makes each parameter's part anew."""
-    ended, reassign = optimizer._post_step, optimizer._reassign_or_swap_out_partitioned_parameters
+    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters. DeepSpeed's update makes each parameter's part
+    anew as well, a view of where it lies already."""
+    ended, copies = optimizer._post_step, optimizer.fp16_partitioned_groups_flat
     optimizer.persistent_parameters = []
-    lie = [
-        flat.data_ptr() == copy.data_ptr()
-        for flat, copy in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat)
-    ]
-    optimizer._reassign_or_swap_out_partitioned_parameters = lambda group: None if lie[group] else reassign(group)
+    for flat, parts in zip(copies, optimizer.fp16_partitioned_groups):
+        begin, end = flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size()
+        assert all(begin <= part.data_ptr() < end or not part.numel() for part in parts), "parts do not lie in their group"
+
+    def reassign(group: int) -> None:
+        masters = optimizer.fp32_partitioned_groups_flat[group]
+        if copies[group].data_ptr() != masters.data_ptr():
+            copies[group].data.copy_(masters.data)
 
     def post_step(timer_names: Any) -> None:
         ended(timer_names)
         gather()
 
-    optimizer._post_step = post_step
+    optimizer._reassign_or_swap_out_partitioned_parameters, optimizer._post_step = reassign, post_step
 
 
 def keep_views(optimizer: Any) -> None:
