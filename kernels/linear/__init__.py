@@ -53,13 +53,12 @@ def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]
 
 def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
     """(E, M, O): what each head's matrix makes of its channels. weight: fp32 or in x's dtype."""
-    weight_EKO = weight_EKO.to(x_MEK.dtype)
     ours = (x_MEK.is_cuda or planned()) and (is_eager(x_MEK) or planned()) and torch.is_grad_enabled()
     if not ours or x_MEK.dtype not in (torch.bfloat16, torch.float16):
-        return torch.bmm(x_MEK.transpose(0, 1), weight_EKO)
+        return reference.of_heads(x_MEK, weight_EKO)
     from kernels.linear.op import OfHeads
 
-    made: Tensor = OfHeads.apply(x_MEK, weight_EKO)
+    made: Tensor = OfHeads.apply(x_MEK, weight_EKO.to(x_MEK.dtype))
     return made
 
 

@@ -47,7 +47,9 @@ def ssd(
             return reference.ssd_step(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, D_H)
     reason = launch.why_not(x_BTHP)
     if not reason:
-        return op.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, h0_BHPN, starts_BT)
+        keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN))
+        y, final, _ = op.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, h0_BHPN, starts_BT, keep)
+        return y, final
     if x_BTHP.is_cuda and x_BTHP.dtype != torch.float64 and not torch.compiler.is_compiling():
         _warn_once(reason)
     return plain.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, h0_BHPN, starts_BT, chunk, D_H)

@@ -87,6 +87,16 @@ def carries(dtype: torch.dtype, programs: int, P: int, N: int) -> bool:
     return programs >= (8 if interpreted() else PROGRAMS) and is_small(dtype, P, N)
 
 
+def keeps(x: Tensor, Bm: Tensor) -> tuple[int, ...] | None:
+    """The shape of the states that a forward pass can keep for its backward pass, None where it has none: both are to cut time into the same chunks."""
+    (B, T, H, P), N = x.shape, Bm.shape[-1]
+    ahead, back = (sizes_of(x.dtype, P, N, way, B * H).Q for way in (False, True))
+    if not carries(x.dtype, B * H, P, N) or ahead != back:
+        return None
+    P, N = (whole_width(max(n, least) if x.dtype in IN_RUNS else n, x.dtype) for n, least in ((P, NARROWEST), (N, RUN)))
+    return B, -(-T // ahead), H, P, N
+
+
 def pad(width: int) -> int:
     """The power of two that holds width, at least the 16 of a matrix product."""
     return max(16, 1 << (width - 1).bit_length())
@@ -179,8 +189,7 @@ class Problem:
         """(states entering each chunk; the last state; nothing). Given these states: (their gradients as they leave each chunk; the gradient of
         h0; parts of what each chunk's whole decay is asked for)."""
         B, H, P, N, s = self.B, self.H, self.P, self.N, self.sizes
-        states = torch.empty(B, self.chunks, H, P, N, dtype=self.state_dtype, device=x.device)
-        last = self.fp32(B, H, P, N)
+        states, last = self.entering(), self.fp32(B, H, P, N)
         rows, columns = min(ROWS, pad(P)), min(s.columns, pad(N))
         tiles = -(-N // columns)
         passed = last if entering is None else self.fp32(B, self.chunks, H, tiles * P)
@@ -192,15 +201,20 @@ class Problem:
         )  # fmt: skip
         return states, last, passed
 
-    def carry(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor) -> Tensor:
-        """Writes y; returns the last state."""
+    def entering(self) -> Tensor:
+        """Room for the states entering each chunk."""
+        return torch.empty(self.B, self.chunks, self.H, self.P, self.N, dtype=self.state_dtype, device=self.x.device)
+
+    def carry(self, skip: Tensor, skips: bool, begin: Tensor | None, y: Tensor, states: Tensor | None) -> Tensor:
+        """Writes y, and the states entering each chunk where there is room for them; returns the last state."""
         s, (x_b, x_t, x_h), (b_b, b_t, b_g), (c_b, c_t, c_g) = self.sizes, *(strides_of(t) for t in (self.x, self.Bm, self.Cm))
         last = self.fp32(self.B, self.H, self.P, self.N)
         first = last if begin is None else begin
         self.module.carry[(self.B * self.H,)](
-            self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last, y, last if self.lost is None else self.lost,
+            self.x, self.Bm, self.Cm, skip, self.step, self.total, self.low, self.document, first, last if states is None else states, last, y, last if self.lost is None else self.lost,
             self.T, self.H, self.R, self.chunks, x_b, x_h, b_b, b_g, c_b, c_g, P=self.P, N=self.N, x_t=x_t, b_t=b_t, c_t=c_t,
-            HAS_FIRST=begin is not None, HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps, **self.options,
+            KEEP=states is not None, HAS_FIRST=begin is not None, HAS_SKIP=skips, BP=pad(self.P), BN=pad(self.N), STAGES=s.stages, num_warps=s.warps,
+            **self.options,
         )  # fmt: skip
         return last
 
@@ -232,15 +246,20 @@ class Problem:
 
 
 def forward(
-    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32)."""
+    x: Tensor, dt: Tensor, A: Tensor, Bm: Tensor, Cm: Tensor, D: Tensor | None, h0: Tensor | None, starts: Tensor | None,
+    kept: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y (B, T, H, P) in x's dtype, final state (B, H, P, N) fp32). kept: gets the states that `backward` would have to make again, where there are any
+    to be had."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=False)
     P, N, skip = x.shape[3], Bm.shape[3], this.A if D is None else D.float().contiguous()
     begin = filled(h0, this.P, this.N)
     y = torch.empty(this.x.shape, dtype=x.dtype, device=x.device)
     if carries(x.dtype, this.B * this.H, P, N):
-        final = this.carry(skip, D is not None, begin, y)
+        states = None if kept is None else this.entering()
+        if kept is not None and states is not None:
+            kept.append(states)
+        final = this.carry(skip, D is not None, begin, y, states)
     else:
         states, final, _ = this.walk(this.x, this.Bm, begin)
         lies = *strides_of(this.x), *strides_of(this.Bm), *strides_of(this.Cm)
@@ -264,12 +283,15 @@ def backward(
     starts: Tensor | None,
     dy: Tensor | None,
     d_final: Tensor | None,
+    states: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32."""
+    """Gradients of x, dt, A, B, C, D and h0: x's, B's and C's in the dtype of x, the others fp32. states: what `forward` has kept, else they are made
+    again."""
     this = Problem(x, dt, A, Bm, Cm, starts, back=True)
     dy = ready(torch.zeros(x.shape, dtype=x.dtype, device=x.device) if dy is None else dy, x.dtype, NARROWEST)
     P, N = x.shape[3], Bm.shape[3]
-    states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
+    if states is None:
+        states, _, _ = this.walk(this.x, this.Bm, filled(h0, this.P, this.N))
     d_states, d_h0, passed = this.walk(dy, this.Cm, filled(d_final, this.P, this.N), states)
     B, T, H, width = this.B, this.T, this.H, this.G * this.blocks
     dx, to_B, to_C = rooms((x, Bm, Cm) if (this.P, this.N) == (P, N) else (this.x, this.Bm, this.Cm), x.dtype)

@@ -178,13 +178,14 @@ def outputs(
 
 @triton.jit
 def carry(
-    X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, FIRST, LAST, Y, LOST, T, H, R, chunks, x_b, x_h, b_b, b_g, c_b, c_g,
+    X, BM, CM, D, STEP, TOTAL, LOW, DOCUMENT, FIRST, STATES, LAST, Y, LOST, T, H, R, chunks, x_b, x_h, b_b, b_g, c_b, c_g,
     P: tl.constexpr, N: tl.constexpr, x_t: tl.constexpr, b_t: tl.constexpr, c_t: tl.constexpr,
-    HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SKIP: tl.constexpr, FINE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`walk` and `outputs` in one, for narrow heads and states: a program carries one head's state through all chunks, and no state is written but the
-    last. C B^T is formed for each head anew, which takes less time than the states' way through memory."""
+    last, or where KEEP, for the backward pass, also those entering a chunk. C B^T is formed for each head anew, which takes less time than the states'
+    way through memory."""
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     q, p, n = tl.arange(0, Q), tl.arange(0, BP), tl.arange(0, BN)
     inside = (p < P)[:, None] & (n < N)[None, :]
@@ -212,6 +213,9 @@ def carry(
             last = tl.load(DOCUMENT + b * (chunks * Q) + first + Q - 1)
             allowed = allowed & (document[:, None] == document[None, :])
             left, kept = tl.where(document == 0, left, 0.0), tl.where(last == 0, kept, 0.0)
+        if KEEP:
+            entering = ((b * chunks + c) * H + h) * P * N + p[:, None] * N + n[None, :]
+            tl.store(STATES + entering, state.to(STATES.dtype.element_ty), inside)
         weight = tl.dot(query, tl.trans(key), input_precision=PRECISION) * tl.exp(tl.where(allowed, gap, float("-inf"))) * step[None, :]
         y = tl.dot(query, tl.trans(state).to(DOT), input_precision=PRECISION) * left[:, None]
         y = tl.dot(weight.to(DOT), x, acc=y, input_precision=PRECISION)

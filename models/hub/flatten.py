@@ -24,6 +24,7 @@ PROVIDED = {
 IN_TORCH = (
     "kernels.short_conv",
     "kernels.linear",
+    "kernels.step_sizes",
     "kernels.add_norm",
     "kernels.gated_norm",
     "kernels.rotary",

@@ -5,6 +5,7 @@
     python -m scripts.bench.step out=FILE against=v0.1                                    # the same rows of another commit beside them
     python -m scripts.bench.step out=FILE models=transformer-400m optimizer=adamw,muon    # a row for each; symmetric=false: products whole
     python -m scripts.bench.step out=FILE models=transformer-400m,gdn_hybrid-400m length=8192 peers=false
+    python -m scripts.bench.step draw=FILE,FILE out=docs/results/step/parts.png           # the parts of their rows as bars
 
 A step is forward, backward, clipping and the optimizer, with fp32 weights and products in bf16 (autocast), as `train.py` runs it on one GPU but for
 DeepSpeed and the loader. Every row runs in a process of its own. tokens/s are medians; `idle` is the share of the profiled step in which no kernel
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from data.files import write_json
+from scripts.bench.step_plots import draw
 from scripts.bench.step_worker import FAMILIES, SIZES, T
 from training.config.arguments import parse_arguments, program
 from training.cost.flops import peak_flops
@@ -45,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "ceilings": True,  # beside the largest parts of a step what they could take at best on this card, see scripts/bench/ceilings.py
     "peers": True,  # transformers' Llama under torch.compile beside the Transformer, as it is and with attention that takes no mask
+    "draw": "",  # files of before whose rows are drawn into out=FILE.png; nothing is measured
     "against": "",  # another commit, whose rows are measured in turn
 }
 SLOWER = 0.02  # of its rate before, from which a row is called slower
@@ -87,6 +90,8 @@ def run(words: list[str]) -> None:
     values = parse_arguments(words, DEFAULTS)
     if not values["out"]:
         raise UserError("Name the JSON file to write: out=FILE.")
+    if values["draw"]:
+        return draw(Path(values["out"]), [Path(name) for name in values["draw"].split(",")])
     names = [name for name in values["models"].split(",") if name]
     for name in names:
         if name.partition("-")[0] not in FAMILIES or name.partition("-")[2] not in SIZES:

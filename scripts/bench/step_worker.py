@@ -21,7 +21,7 @@ SIZES = {"400m": (1024, 24, 48, 8, 64, 16), "1b": (2048, 24, 48, 16, 128, 8), "t
 FAMILIES = ("transformer", "paragru", "mamba2", "hybrid", "gated_deltanet", "gdn_hybrid", "dense_lstm", "slstm")
 PARTS = (  # of a profile: the first that a kernel's name holds; other products of Muon count among products
     ("optimizer", ("adam", "multi_tensor", "lpnorm", "foreach", "total_squares", "muon_", "symmetric_product")),
-    ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn_generated")),
+    ("attention", ("flash", "fmha", "attention", "sdpa", "cudnn")),
     ("casts to 8 bits", ("float8_",)),
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitKreduce")),
     ("recurrence", tuple("shoot mend border parallel_rnn walk outputs carry key_side query_side add_shares".split())),
@@ -222,7 +222,8 @@ def _adamw_of(kind: str) -> Any:
 
 
 def update_of(model: Any, kind: str, symmetric: bool) -> Any:
-    """A function that clips the gradients and takes the optimizer's step, and the optimizer. As training.engine does, where the code has it."""
+    """Two functions, of which the first has gradients clipped and the optimizer look for its tensors while the device is at the pass, and the second
+    takes the optimizer's step; and the optimizer. As training.engine does, where the code has it."""
     parameters = list(model.parameters())
     settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if kind.startswith("muon"):
@@ -245,23 +246,25 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     except ImportError:  # a commit from before it
         total_norm, use_triton = None, lambda tensors: False  # type: ignore[assignment]
 
-    def update() -> None:
+    def ahead() -> None:
         gradients = [p.grad for p in parameters]
         if kind != "peer" and use_triton(gradients):
             optimizer.grad_scale = (total_norm(gradients) + 1e-6).clamp(min=1.0)
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
             torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
-        optimizer.step()
+        if hasattr(optimizer, "prepare"):
+            optimizer.prepare()
 
-    return update, optimizer
+    return ahead, optimizer.step, optimizer
 
 
-def update_ms(update: Any) -> float:
+def update_ms(ahead: Any, update: Any) -> float:
     """Median milliseconds of the update alone, on the device."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
     for start, end in events:
         start.record()
+        ahead()
         update()
         end.record()
     torch.cuda.synchronize()
@@ -296,12 +299,14 @@ def measure(
     model, gradients, written, flops = (
         peer(name, rows, length, device, kind == "causal") if is_peer else ours(name, rows, length, packed, graph, device)
     )
-    update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
+    ahead, update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
 
     def step() -> float:
-        """As training.engine takes it: the loss is read before the update is queued, and the next pass behind that."""
+        """As training.engine takes it: the norm is queued behind the pass, the loss read before the update is queued, and the next pass behind that."""
         optimizer.zero_grad(set_to_none=True)
-        loss = float(gradients())
+        queued = gradients()
+        ahead()
+        loss = float(queued)
         update()
         return loss
 
@@ -323,13 +328,14 @@ def measure(
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row |= parts_of(step)
-        row["update_ms"] = update_ms(update)
+        row["update_ms"] = update_ms(ahead, update)
         if ceilings:
             from scripts.bench.ceilings import table
 
             def plain() -> None:
                 optimizer.zero_grad(set_to_none=True)
                 written()
+                ahead()
                 update()
 
             row["ceilings"] = table(plain, row["parts_ms"], part_of, device)

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "seconds": 1800.0,  # after which no case begins
     "sizes": "400m,1b",
     "models": ",".join(MODELS),
+    "ways": "",  # only these, as they are called in the rows: "zero3 step graph bf16,zero3"
     "steps": 18,  # of a case; the first third is not counted
     "toy": False,
 }
@@ -75,12 +76,12 @@ def sizes_of(values: dict[str, Any]) -> list[str]:
 
 def cases(values: dict[str, Any], size: str, first: bool) -> list[dict[str, Any]]:
     """Of a size on all GPUs, the most wanted first. first: those that come before the next size, else the others."""
-    chosen = values["models"].split(",")
+    chosen, only = values["models"].split(","), [name for name in values["ways"].split(",") if name]
     return [
         case(model, size, name, values["gpus"], values, model in profiled, *more)
         for later, name, more, models, profiled in WAYS
         for model in models
-        if model in chosen and (later == 0) == first
+        if model in chosen and (later == 0) == first and (not only or name in only)
     ]
 
 

@@ -38,7 +38,7 @@ def made(name: str, dtype: str, P: int, N: int, **changes: Any) -> dict[str, int
     fn = next(getattr(m, name.removesuffix("_back")) for m in modules if hasattr(m, name.removesuffix("_back")))
     walk = fn.arg_names[1] == "K"
     constants = {
-        "HAS_FIRST": True, "HAS_STARTS": True, "HAS_SKIP": True, "FINE": dtype == "fp32", "REVERSE": back, "DOT": tl.float32 if wide else tl.bfloat16,
+        "KEEP": True, "HAS_FIRST": True, "HAS_STARTS": True, "HAS_SKIP": True, "FINE": dtype == "fp32", "REVERSE": back, "DOT": tl.float32 if wide else tl.bfloat16,
         "PRECISION": "tf32x3" if wide else "ieee", "Q": s.Q, "BH": launch.PREPARED, "HEADS": s.heads, "STAGES": launch.QUERY_STAGES if name == "query_side" else s.stages,
         "BP": min(launch.ROWS, launch.pad(P)) if walk else launch.pad(P), "BN": min(s.columns, launch.pad(N)) if walk else launch.pad(N),
         "PARTS": launch.pad(-(-N // s.columns) * P),

@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch  # noqa: E402
 
 from kernels.joint import columns  # noqa: E402
-from kernels.ssd import op, ssd  # noqa: E402
+from kernels.ssd import launch, op, ssd  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.ssd_cases import NAMES, answers, distance, gap, oracle, problem  # noqa: E402
 
@@ -120,12 +120,29 @@ def registered() -> None:
     parts = (t.unflatten(2, (-1, 16)).detach() for t in beside)
     x, Bm, Cm = (t.as_strided(t.size(), t.stride(), t.storage_offset()) for t in parts)
     with torch.no_grad():
-        lies = (torch.randn(x.shape), torch.randn(h0.shape), x, dt, A, Bm, Cm, D, h0, starts)
+        lies = (torch.randn(x.shape), torch.randn(h0.shape), None, x, dt, A, Bm, Cm, D, h0, starts, x.new_empty(0))
         torch.library.opcheck(torch.ops.everywhen.ssd_backward.default, lies, test_utils=("test_schema", "test_faketensor"))
     with torch.no_grad():
         dy, d_final = torch.randn(x.shape), torch.randn(h0.shape)
         backward_op = torch.ops.everywhen.ssd_backward.default
-        torch.library.opcheck(backward_op, (dy, d_final, x, dt, A, Bm, Cm, D, h0, starts), test_utils=("test_schema", "test_faketensor"))
+        given = (dy, d_final, None, x, dt, A, Bm, Cm, D, h0, starts, x.new_empty(0))
+        torch.library.opcheck(backward_op, given, test_utils=("test_schema", "test_faketensor"))
+    kept_states()
+
+
+def kept_states() -> None:
+    """Gradients with the states that the forward pass has kept, and with those that the backward pass makes again."""
+    for start in (0.0, 0.1):
+        tensors, starts = problem(2, 50, 4, 16, 1, 16, starts=start)
+        x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
+        dy, d_final, found = torch.randn(x.shape), torch.randn(h0.shape), []
+        for keep in (True, False):
+            y, final, kept = op.scan(x, dt, A, Bm, Cm, D, h0, starts, keep)
+            assert kept.shape == (launch.keeps(x, Bm) if keep else (0,))
+            found.append((y, final, *torch.autograd.grad((y, final), (x, dt, A, Bm, Cm, D, h0), (dy, d_final))))
+        for a, b in zip(*found):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, D, h0, starts, True))
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def held(config: Config, model: nn.Module, world: int) -> Held:
     if keeps_whole(config, world):
         graph = 4 * P if wanted(config, world, model) else 0  # gradients lie in the graph's memory, in the update too
         after = 4 * P + bucket * (1 + 1 / world)
-        return Held(4 * P + part, 3 * part, 4 * P * accumulates, 0, 0, 0, after, graph + bucket, gradients_stay=not accumulates)
+        return Held(4 * P + part, 4 * part, 4 * P * accumulates, 0, 0, 0, after, graph + bucket, gradients_stay=not accumulates)
     if stage == 3:
         buckets = bucket * (1.5 if bf16 else 1.0)
         gathered = 4.0 * min(P, LIVE) if world > 1 or ds.offload_parameters != "none" else 0.0

@@ -105,6 +105,8 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer", "self.grad_partitions_flat_buffer"),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "combine_grad_norm_groups(norm_groups)"),
+        ("deepspeed.runtime.utils:combine_grad_norm_groups", "if torch.is_tensor(norm) else torch.tensor(norm"),
     ),
     "gather_behind": (
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "self._post_step(timer_names)"),
@@ -240,38 +242,47 @@ def keep_whole(optimizer: Any) -> None:
 
 
 def take_flat_gradients(optimizer: Any) -> None:
-    """Has a ZeRO-3 optimizer take this rank's gradients of a group as the one tensor that they lie in. DeepSpeed copies them into another; on a GPU it
-    goes over that once more to clip, where AdamW may divide as it reads."""
+    """Has a ZeRO-3 optimizer take this rank's gradients of a group as the one tensor that they lie in, and read their norms once. DeepSpeed copies the
+    gradients into another tensor; on a GPU it goes over that once more to clip, where AdamW may divide as it reads, and leaves the norm there, so that
+    who asks for it waits for the update and the gathering as well."""
+
+    def norms_of_groups() -> list[float]:
+        values: list[float] = torch.stack([gradients.norm for _, gradients in sorted(optimizer.averaged_gradients.items())]).tolist()
+        return values
 
     def prepare(group: int) -> None:
         optimizer.fp32_partitioned_groups_flat[group].grad = optimizer.averaged_gradients[group].flat_partition
         optimizer.averaged_gradients[group] = None
 
     def clip(group: int, norm: torch.Tensor) -> None:
-        optimizer.optimizer.grad_scale = ((norm.to(optimizer.device) + EPS) / optimizer.clip_grad).clamp(min=1.0)
+        divisor = (float(norm) + EPS) / optimizer.clip_grad
+        optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
 
-    optimizer._prepare_fp32_grad_for_sub_group = prepare
+    optimizer._prepare_fp32_grad_for_sub_group, optimizer._get_norm_groups = prepare, norms_of_groups
     if optimizer.fp32_partitioned_groups_flat[0].is_cuda and optimizer.clip_grad:
         assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
         optimizer.unscale_and_clip_grads = clip
 
 
 def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:
-    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters. DeepSpeed's update ends with a copy of the
-    parts to themselves where they are fp32, and makes each parameter's part anew."""
-    ended, reassign = optimizer._post_step, optimizer._reassign_or_swap_out_partitioned_parameters
+    """Has a ZeRO-3 optimizer call `gather` behind its update in the place of gathering small parameters. DeepSpeed's update makes each parameter's part
+    anew as well, a view of where it lies already."""
+    ended, copies = optimizer._post_step, optimizer.fp16_partitioned_groups_flat
     optimizer.persistent_parameters = []
-    lie = [
-        flat.data_ptr() == copy.data_ptr()
-        for flat, copy in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat)
-    ]
-    optimizer._reassign_or_swap_out_partitioned_parameters = lambda group: None if lie[group] else reassign(group)
+    for flat, parts in zip(copies, optimizer.fp16_partitioned_groups):
+        begin, end = flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size()
+        assert all(begin <= part.data_ptr() < end or not part.numel() for part in parts), "parts do not lie in their group"
+
+    def reassign(group: int) -> None:
+        masters = optimizer.fp32_partitioned_groups_flat[group]
+        if copies[group].data_ptr() != masters.data_ptr():
+            copies[group].data.copy_(masters.data)
 
     def post_step(timer_names: Any) -> None:
         ended(timer_names)
         gather()
 
-    optimizer._post_step = post_step
+    optimizer._reassign_or_swap_out_partitioned_parameters, optimizer._post_step = reassign, post_step
 
 
 def keep_views(optimizer: Any) -> None:
