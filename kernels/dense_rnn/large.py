@@ -61,7 +61,8 @@ def why_not(cell: Cell, pre: Tensor, K: int) -> str:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight, depth backwards (0: the same)."""
+    """Of a program: rows and channels forwards and backwards, depth of a product's tile, warps, tiles in flight, depth and warps backwards (0: the
+    same)."""
 
     rows: int
     columns: int
@@ -71,6 +72,7 @@ class Tiles:
     warps: int
     stages: int
     depth_back: int = 0
+    warps_back: int = 0
 
     @property
     def multiple(self) -> int:
@@ -175,8 +177,8 @@ class _Problem(launch.Solve):
         self.constants: dict[str, Any] = {
             "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
             **self.of_products(self.module.tl), "BM": self.rows, "BN": self.columns,
-            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth_back or tiles.depth if back else tiles.depth, "STAGES": tiles.stages, "num_warps": tiles.warps,
-            "num_stages": 1,
+            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth_back or tiles.depth if back else tiles.depth, "STAGES": tiles.stages,
+            "num_warps": tiles.warps_back or tiles.warps if back else tiles.warps, "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
         self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "DEPENDENT": False, "num_warps": 8}

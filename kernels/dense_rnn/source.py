@@ -82,9 +82,10 @@ class Writer:
         self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
         self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
 
-    def wait(self) -> None:
-        """DEPENDENT: the kernel is launched before the one has ended whose results it reads, and waits for it here."""
-        self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()", "    tl.extra.cuda.gdc_wait()")
+    def wait(self, short: bool = False) -> None:
+        """DEPENDENT: the kernel may be launched before the one has ended whose results it reads, and waits for it here. short: what comes after it may
+        be launched now; behind a walk that would fill the multiprocessors unevenly, as its programs end."""
+        self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()" if short else "", "    tl.extra.cuda.gdc_wait()")
 
     def matrices(self, source: str) -> None:
         G = len(self.G)
@@ -374,7 +375,7 @@ def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
-    w.wait()
+    w.wait(short=True)
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
@@ -397,7 +398,7 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     S = len(w.S)
     name = "certify_back" if back else "certify"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
-    w.wait()
+    w.wait(short=True)
     w.put(1, "first = n")
     _chain(w, back)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)

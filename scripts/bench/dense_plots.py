@@ -28,7 +28,8 @@ def time_against_length(plt: Any, rows: list[dict[str, Any]], peer: list[dict[st
         axis.set(xscale="log", yscale="log", title=title, xlabel="steps of each of 4 rows")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("milliseconds")
-    axes[0].legend()
+    axes[0].set_ylim(bottom=0.008)  # room for the names below the lines
+    axes[0].legend(loc="lower right")
     write_bytes(folder / "time.png", png(plt, figure))
 
 

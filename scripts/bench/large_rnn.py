@@ -33,8 +33,8 @@ ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before
 SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
 # of tiles tried beside those that are reckoned
 TILES: list[dict[str, int]] = [
-    {"depth": 64}, {"depth": 64, "warps": 16}, {"depth": 64, "depth_back": 128}, {"depth": 64, "depth_back": 128, "warps": 16},
-    {"rows_back": 64, "columns_back": 64, "depth_back": 128, "warps": 16}, {"depth": 64, "depth_back": 64},
+    {"depth": 64}, {"depth": 64, "warps_back": 16}, {"depth": 64, "depth_back": 128}, {"depth": 64, "depth_back": 128, "warps_back": 16},
+    {"rows_back": 64, "columns_back": 64, "depth_back": 128, "warps_back": 16}, {"warps": 16},
 ]  # fmt: skip
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
 

@@ -62,7 +62,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
         return OTHERS.get(argument, "*fp32" if argument.isupper() and argument not in WHOLE else "i32")
 
     source = source_of(fn, constants, type_of, lambda a: type_of(a).startswith("*") or a in STRIDES)
-    options = {"num_warps": tiles.warps, "num_stages": 1, "launch_cooperative_grid": True}
+    options = {"num_warps": tiles.warps_back or tiles.warps if back else tiles.warps, "num_stages": 1, "launch_cooperative_grid": True}
     return registers.figures(f"{name} {kernel}", source, options, figures)
 
 

@@ -145,7 +145,7 @@ def test_states_of_dense_heads_are_the_first_to_go() -> None:
     settings, rows = model_config(config, None)[0], 16 * 1024
     measured = memory.Measured(config, settings)
     freed = measured.layer(1, frozenset(), True).saved - measured.layer(1, frozenset({"states"}), True).saved
-    marks = 16 * (1024 // 64 + 1) * 2 * 4 * settings.d_model
+    marks = 16 * (1024 // 32 + 1) * 2 * 4 * settings.d_model
     assert freed == 4 * rows * settings.d_model - marks
     rungs = [rung.parts for rung in recomputation._ladder(measured, meta_model(settings), settings)]
     with_states = next(i for i, parts in enumerate(rungs) if "states" in parts)
