@@ -17,7 +17,8 @@ from scripts.studies.delta_table import settings, summary, work
 def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_cells, "SCORED", 8)
     given = argparse.Namespace(out=tmp_path, ranges=[-1, 0], seeds=1, seconds=600.0, steps=20, length=8, batch=8)
-    work([("s3", 2), ("mqar", 2)], given, time.time(), "cpu")
+    for task in ("s3", "mqar"):
+        work(task, 2, given, time.time(), "cpu")
     rows = [json.loads(line) for task in ("s3", "mqar") for line in (tmp_path / f"arms.{task}.2.jsonl").read_text().splitlines()]
     assert [(r["task"], r["negative"], r["steps"], r["ended"]) for r in rows] == [
         (task, negative, 20, "steps") for task in ("s3", "mqar") for negative in (True, False)
@@ -41,7 +42,7 @@ def test_what_the_clock_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def row() -> dict[str, Any]:
         taken[0] = 0
-        work([("s3", 1)], given, time.time(), "cpu")
+        work("s3", 1, given, time.time(), "cpu")
         return json.loads((tmp_path / "arms.s3.1.jsonl").read_text())
 
     first = row()
