@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.studies import equal_cells
-from scripts.studies.delta_table import settings, summary, work
+from scripts.studies.delta_table import kept_of, settings, summary, work
 
 
 def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,4 +54,4 @@ def test_what_the_clock_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given.batch = 4  # other settings: anew
     assert row()["steps"] == taken[0] == 40
     (tmp_path / "states.s3.1.pt").write_bytes(b"cut")
-    assert row()["steps"] == taken[0] == 40
+    assert not kept_of(tmp_path / "states.s3.1.pt", torch.device("cpu"))
