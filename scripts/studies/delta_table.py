@@ -7,8 +7,8 @@
 
 One layer of width 64, four heads of 16, neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed along the
 ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as many tokens
-at every length. All arms are in one process, each on a stream of its own, a burst of CUDA graphs of each in turn: so an arm that cannot learn takes as
-many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
+at every length. A process for each number of updates and task, in it every arm on a stream of its own, a burst of CUDA graphs of each in turn: so an arm
+that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
 Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of all of them. What an arm that
 is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt; one whose settings have changed begins anew.
 """
@@ -124,31 +124,23 @@ def warmed(set_as: dict[str, Any], seed: int, device: torch.device, steps: int) 
     return learner
 
 
-def compiled(task: str, updates: int, given: argparse.Namespace, device_name: str) -> None:
-    """Leaves the kernels of an arm on disk."""
+def work(task: str, updates: int, given: argparse.Namespace, began: float, device_name: str) -> None:
+    """Every arm of a task and so many updates, a burst of each in turn."""
     torch.set_num_threads(1)
-    warmed(settings(task, updates, True, given), 0, torch.device(device_name), given.steps)
-
-
-def work(places: list[tuple[str, int]], given: argparse.Namespace, began: float, device_name: str) -> None:
-    """All arms in one process, a burst of each in turn: so their kernels fill the device together."""
-    device = torch.device(device_name)
-    torch.set_num_threads(1)
-    all_of = [Place(*place, given, began, device) for place in places]
-    running = [(place, what, learner) for place in all_of for what, learner in place.learners()]
-    print(f"{len(running)} arms begin after {time.time() - began:.0f} s", flush=True)
+    place = Place(task, updates, given, began, torch.device(device_name))
+    running = list(place.learners())
+    print(f"{task} {updates}: {len(running)} arms begin after {time.time() - began:.0f} s", flush=True)
     while running and time.time() - began < given.seconds - SCORING * len(running):
         for arm in list(running):
-            place, what, learner = arm
+            what, learner = arm
             learner.burst(BURST)
             learner.look()
             if learner.ended:
                 place.end(what, learner)
                 running.remove(arm)
-    for place, what, learner in running:
+    for what, learner in running:
         place.end(what, learner)
-    for place in all_of:
-        place.close()
+    place.close()
 
 
 def name_of(arm: dict[str, Any]) -> str:
@@ -208,15 +200,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     spawn = multiprocessing.get_context("spawn")
     places = [(task, n) for task in given.tasks for n in given.updates]
-    if device == "cuda":  # every number of updates has kernels of its own: all compile at once
-        kinds = {(task == "mqar", n): (task, n) for task, n in places}
-        compilers = [spawn.Process(target=compiled, args=(*place, given, device)) for place in kinds.values()]
-        for compiler in compilers:
-            compiler.start()
-        end_by(compilers, began + given.seconds / 2)
-    worker = spawn.Process(target=work, args=(places, given, began, device))
-    worker.start()
-    end_by([worker], began + given.seconds + 15)
+    workers = [spawn.Process(target=work, args=(*place, given, began, device)) for place in places]
+    for worker in workers:
+        worker.start()
+    end_by(workers, began + given.seconds + 15)
     files = [given.out / "arms.{}.{}.jsonl".format(*place) for place in places]
     rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
     arguments = {key: str(value) if key == "out" else value for key, value in vars(given).items()}

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.studies import equal_cells
-from scripts.studies.delta_table import settings, summary, work
+from scripts.studies.delta_table import kept_of, settings, summary, work
 
 
 def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_cells, "SCORED", 8)
     given = argparse.Namespace(out=tmp_path, ranges=[-1, 0], seeds=1, seconds=600.0, steps=20, length=8, batch=8)
-    work([("s3", 2), ("mqar", 2)], given, time.time(), "cpu")
+    for task in ("s3", "mqar"):
+        work(task, 2, given, time.time(), "cpu")
     rows = [json.loads(line) for task in ("s3", "mqar") for line in (tmp_path / f"arms.{task}.2.jsonl").read_text().splitlines()]
     assert [(r["task"], r["negative"], r["steps"], r["ended"]) for r in rows] == [
         (task, negative, 20, "steps") for task in ("s3", "mqar") for negative in (True, False)
@@ -41,7 +43,7 @@ def test_what_the_clock_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def row() -> dict[str, Any]:
         taken[0] = 0
-        work([("s3", 1)], given, time.time(), "cpu")
+        work("s3", 1, given, time.time(), "cpu")
         return json.loads((tmp_path / "arms.s3.1.jsonl").read_text())
 
     first = row()
@@ -52,4 +54,4 @@ def test_what_the_clock_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     given.batch = 4  # other settings: anew
     assert row()["steps"] == taken[0] == 40
     (tmp_path / "states.s3.1.pt").write_bytes(b"cut")
-    assert row()["steps"] == taken[0] == 40
+    assert not kept_of(tmp_path / "states.s3.1.pt", torch.device("cpu"))
