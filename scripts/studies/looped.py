@@ -153,7 +153,8 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     one_length = given.one_length or by_length
     longest = 1 if given.grow else given.length
     for step in range(steps):
-        if given.seconds and time.monotonic() - began > given.seconds:
+        share = max(step / steps, (time.monotonic() - began) / given.seconds if given.seconds else 0.0)  # of the training
+        if share >= 1:
             steps = step
             break
         if longest < given.length and step % 50 == 49 and solved(model, trainer, longest, by_length, given):
@@ -177,7 +178,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             ids, labels = (t.to(device) for t in rows)  # on this stream, whose memory they are then
             if given.noise_from:  # grows over a tenth of the steps
                 noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
-            trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
+            trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - share)))
             loss = graphs[n, more](ids, labels)[0]
             if step % 100 == 99:
                 curve.append(round(loss.item(), 4))
@@ -244,7 +245,9 @@ def main() -> None:
         "--grow", type=float, default=0.0, help="rows have one symbol at first, and one more when this share is right; 0: all lengths"
     )
     parser.add_argument("--hard", type=float, default=0.0, help="share of the batches whose rows all have the most symbols so far")
-    parser.add_argument("--seconds", type=float, default=0.0, help="a training ends after so many, and is scored; 0: after its steps")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="a training ends after so many if its steps take longer; 0: after its steps"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
