@@ -153,11 +153,17 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
     one_length = given.one_length or by_length
     longest = 1 if given.grow else given.length
     for step in range(steps):
+        share = max(step / steps, (time.monotonic() - began) / given.seconds if given.seconds else 0.0)  # of the training
+        if share >= 1:
+            steps = step
+            break
         if longest < given.length and step % 50 == 49 and solved(model, trainer, longest, by_length, given):
             longest += 1
             print(name, seed, "rows of", longest, "from step", step, flush=True)
         model.train().begin_step(seed, step)
         lengths = torch.randint(1, longest + 1, (1 if one_length else size,), generator=draw).expand(size)
+        if given.hard and float(torch.rand((), generator=draw)) < given.hard:
+            lengths = torch.full((size,), longest)
         n, more = int(lengths[0]), 0
         if by_length:
             more = int(torch.randint(given.more + 1, (1,), generator=draw)) if given.more else 0
@@ -172,7 +178,7 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
             ids, labels = (t.to(device) for t in rows)  # on this stream, whose memory they are then
             if given.noise_from:  # grows over a tenth of the steps
                 noise.fill_(given.noise * min(1.0, max(0.0, 10 * (step / steps - given.noise_from))))
-            trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - step / steps)))
+            trainer.rate.set(lr * min(1.0, (step + 1) / 100, 2 * (1 - share)))
             loss = graphs[n, more](ids, labels)[0]
             if step % 100 == 99:
                 curve.append(round(loss.item(), 4))
@@ -184,7 +190,8 @@ def arm(name: str, pattern: list[str], seed: int, given: argparse.Namespace) -> 
         "arm": name, "pattern": pattern, "tasks": given.tasks.split(","), "layers": model.config.n_layers, "seed": seed, "steps": steps, "lr": lr,
         "parameters": sum(p.numel() for p in model.parameters()), "flops_per_token": model.flops_per_token(2 * given.length),
         "symbols": given.symbols if given.repeats else "different", "length": given.length, "rows": size, "width": given.width, "unseen": given.unseen,
-        "later": given.later, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow, "more": given.more, "longest": longest,
+        "later": given.later, "noise": given.noise, "noise_from": given.noise_from, "start": given.start, "grow": given.grow,
+        "hard": given.hard, "more": given.more, "longest": longest,
         "seconds": round(time.monotonic() - began, 1), "scores": scores(model, given, None, by_length), "loss": curve,
     }  # fmt: skip
     if model.depth is not None and not by_length:
@@ -237,14 +244,20 @@ def main() -> None:
     parser.add_argument(
         "--grow", type=float, default=0.0, help="rows have one symbol at first, and one more when this share is right; 0: all lengths"
     )
+    parser.add_argument("--hard", type=float, default=0.0, help="share of the batches whose rows all have the most symbols so far")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="a training ends after so many if its steps take longer; 0: after its steps"
+    )
     parser.add_argument("--seeds", default="0,1,2", help="with commas between them")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     refuse(parser, given, ["steps", "lr", "symbols", "length", "rows", "width"], {"arms": ARMS, "tasks": BOTH, "pattern": MIXERS})
-    if not all(seed.strip().isdigit() for seed in given.seeds.split(",")) or not 0 <= given.grow <= 1:
-        parser.error(f"--seeds are numbers with commas between them, and --grow is a share; not {given.seeds!r} and {given.grow}.")
+    if not all(seed.strip().isdigit() for seed in given.seeds.split(",")) or not (0 <= given.grow <= 1 and 0 <= given.hard <= 1):
+        parser.error(
+            f"--seeds are numbers with commas between them, --grow and --hard shares; not {given.seeds!r}, {given.grow} and {given.hard}."
+        )
     results: list[dict[str, Any]] = []
     for seed in map(int, given.seeds.split(",")):
         for name in given.arms.split(","):
