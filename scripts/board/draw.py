@@ -34,7 +34,8 @@ def draw(values: dict[str, Any]) -> None:
         found["beside"] = json.loads((page / "beside.json").read_text())
     for card in sorted((out / "cards").glob("*.md")):
         write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
-    found["cards"] = sorted(path.name for path in (page / "cards").glob("*.txt"))
+    cards = sorted((page / "cards").glob("*.txt"))
+    found |= {"cards": [path.name for path in cards], "passkey": any("passkey" in path.read_text() for path in cards)}
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "log.md", log_text(found).encode())
@@ -90,6 +91,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "again": [],
         "beside": {},
         "cards": [],
+        "passkey": False,
     }
 
 

@@ -97,7 +97,7 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
     lines.append(f"| probes: {', '.join(TASKS)} | {len(probed)} of {len(wanted)} | {lacking(probed) if probed else 'all of it'} |")
     leaders = sum(bool(row["leaders"]) for row in rows.values())
     lines.append(
-        f"| the four leaders on {found['tokens']['leaders'] / 1e6:g}M tokens; 125M parameters; passkey | {leaders} of 4 | {'' if leaders else 'all of it'} |"
+        f"| the four leaders on {found['tokens']['leaders'] / 1e6:g}M tokens; 125M parameters{'' if found['passkey'] else '; passkey'} | {leaders} of 4 | {'' if leaders else 'all of it'} |"
     )
     lines += [f"| {label} | 0 | no mixer yet, so no cells |" for label in WAITING.values()]
     if said := hours_left(found):

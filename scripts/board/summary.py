@@ -73,7 +73,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     lacking = [] if whole["pass"] else [f"the full pass of {tokens['pass'] / 1e6:.3g}M tokens"]
     if not any(row["leaders"] for row in rows.values()):
         lacking.append(f"the leaders on {tokens['leaders'] / 1e6:.3g}M tokens")
-    lacking += ["125M parameters", "passkey"]
+    lacking += ["125M parameters", *([] if found["passkey"] else ["passkey"])]
     items.append(f"Not run, so nothing here says it: {', '.join(lacking)}.")
     lines = [
         line
