@@ -133,6 +133,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 6 settings with dashes | 2 | without dashes: model=paragru | python train.py --model=paragru
 6 unknown flag | 2 | did you mean --help | python train.py --hlp
 6 read-only run folder | 2 | cannot be written | $TRAIN run_dir=/proc/nowhere
+6 a checkpoint for a run folder | 2 | is a checkpoint; give the run a folder of its own | $TRAIN run_dir=$T/run/checkpoints/step-00000002
+6 token shards for a run folder | 2 | is a folder of token shards | $TRAIN run_dir=$T/shards
 6 a file for a run folder | 2 | one.txt | $TRAIN run_dir=$T/one.txt
 6 bytes in a setting | 2 | no UTF-8 text | python train.py name=$'a\xffb'
 6 bytes in a prompt | 2 | no UTF-8 text | python -m scripts.generate checkpoint=$T/run prompt=$'a\xffb'

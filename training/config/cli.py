@@ -186,7 +186,9 @@ def compose_config(
             first = error
         else:
             problems += _key_problems([o for o, g in zip(overrides, is_group) if not g and not o.is_hydra_override()], base, groups)
-        raise UserError(problems or " ".join(str(first).split())) from first
+        no_keys = re.match(r"In '([^']+)': .*Cannot merge DictConfig with ListConfig", " ".join(str(first).split()))
+        told = f"The file of {no_keys[1]} holds a list; settings are written 'key: value', a line each." if no_keys else str(first)
+        raise UserError(problems or " ".join(told.split())) from first
 
 
 def checked(config: DictConfig) -> Config:
