@@ -12,6 +12,6 @@ pytest.importorskip("triton")
 
 
 def test_exported_kernels_give_the_checkpoints_numbers(tmp_path: Path) -> None:
-    settings = {"TRITON_INTERPRET": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = run_program(["-m", "tests.hub.exported_kernels", str(tmp_path)], **settings)
+    modules = str(tmp_path / "modules")
+    done = run_program(["-m", "tests.hub.exported_kernels", str(tmp_path)], TRITON_INTERPRET="1", HF_MODULES_CACHE=modules)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "ok", done.stdout[-2000:] + done.stderr[-3000:]
