@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from data.errors import UserError, sentence_of
 from kernels.interrupts import INTERRUPTED
@@ -36,6 +38,23 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaint is one sentence, a UserError; a setting written `key=value`, as for other programs, is answered with a flag."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split() if message.startswith("unrecognized") else []
+        flags = [flag.removeprefix("--") for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        for word in unknown:
+            key, equals, value = word.lstrip("-").partition("=")
+            near = difflib.get_close_matches(key.replace("_", "-"), flags, n=1)
+            written = f"--{near[0]}={value}" if near and equals else f"--{near[0]}" if near else ""
+            message = f"Unknown argument {word!r}; " + (
+                f"write {written}" if near else f"known are {', '.join('--' + flag for flag in flags)}"
+            )
+            break
+        raise UserError(f"{message[:1].upper()}{message[1:]}; --help says more.")
 
 
 def unreadable(words: list[str]) -> None:

@@ -20,6 +20,7 @@ from data.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 REACH_SECONDS = 10.0
+LARGEST_BPE = 4_000_000
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[EOS]")
 
 
@@ -38,9 +39,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` tokens, the end-of-text mark among them. Raises UserError below 257."""
+    """A byte-level BPE of `vocab_size` tokens, the end-of-text mark among them. Raises UserError below 257, and above what any model has."""
     if vocab_size < 257:
         raise UserError(f"A byte-level vocabulary needs at least 257 tokens, not {vocab_size}.")
+    if vocab_size > LARGEST_BPE:  # memory for all of them is taken at once, and the process dies where there is none
+        raise UserError(f"A vocabulary has at most {LARGEST_BPE:,} tokens, not {vocab_size:,}; published models have 32,000 to 262,144.")
     tokenizer = _byte_level()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -112,6 +112,10 @@ def find(path: str | Path) -> Path:
         raise UserError(
             f"There is no {folder}; give a run folder, a checkpoint folder, or a folder with model.safetensors and config.json."
         )
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds model.safetensors and config.json, or the run folder.")
+    if folder.name == "checkpoints" and checkpoints(folder.parent):
+        raise UserError(f"{folder} holds the checkpoints of a run; give the run folder {folder.parent}, or one of the checkpoints.")
     if (folder / "checkpoints").is_dir():
         last = newest(folder, only=lambda name: not name.startswith("optimizer"))
         if last is None:

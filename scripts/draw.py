@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+from data.program import program
+from training.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "pictures"
 MILLION = ROOT / "docs" / "results" / "long_context" / "million.json"
@@ -331,7 +334,9 @@ def draw_million(path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
+    if words:
+        raise UserError(f"Unknown argument {words[0]!r}; it draws what is in docs, and takes none.")
     OUT.mkdir(exist_ok=True)
     for name, text in pictures().items():
         (OUT / name).write_text(text)
@@ -342,4 +347,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program(__doc__, main))

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from data.errors import UserError
-from data.program import program
+from data.program import Parser, program
 from evals.report.card import evaluation
 from models.checkpoint import find, read_config
 from models.hub.export import GREEDY, export
@@ -25,7 +25,7 @@ from models.hub.push import check_name, check_token, push
 
 def main(words: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser("scripts.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("scripts.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("out")
     parser.add_argument("--shard-size", default="5GB")

@@ -112,7 +112,7 @@ class Writer:
         self.sampling = Sampling(**numbers)
         self.prompts = self._prompts()
         self.document = _lines(values["document"], "document") if values["document"] else None
-        self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"]))
+        self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)
         self.device = self.model.embedding.weight.device

@@ -13,14 +13,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from data.program import program
+from data.program import Parser, program
 from models.hub.importing import import_folder, without_tokenizer
 from models.hub.weights import read_object
 
 
 def main(words: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
-    parser = argparse.ArgumentParser("scripts.import_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("scripts.import_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out")
     parser.add_argument("verify", nargs="?", default="verify=true", choices=("verify=true", "verify=false"))

@@ -126,6 +126,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
     fresh = not run_dir.exists()
 
     def claim() -> None:
+        _refuse_what_is_no_run(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         locks.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
 
@@ -168,6 +169,17 @@ def loading_the_optimizers() -> Iterator[None]:
         yield
     finally:
         thread.join()
+
+
+def _refuse_what_is_no_run(folder: Path) -> None:
+    """A run would write its files among those of a checkpoint, an exported model or token shards."""
+    kinds = {checkpoint.MARKER: "a checkpoint", "model.safetensors": "the folder of a model", "meta.json": "a folder of token shards"}
+    kind = next((kind for name, kind in kinds.items() if (folder / name).is_file()), None)
+    if kind is not None:
+        raise UserError(
+            f"run_dir={folder} is {kind}; give the run a folder of its own, and name what it goes on from with train.resume= or "
+            "train.start_from=, or what it reads with data.path=."
+        )
 
 
 def _leave(run_dir: Path, locks: list[Any]) -> None:

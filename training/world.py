@@ -91,10 +91,10 @@ class World:
         return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths)]
 
 
-def pick_device(wanted: str) -> torch.device:
-    """auto | cpu | cuda to a device of this rank. Raises UserError when CUDA is asked for and absent."""
+def pick_device(wanted: str, key: str = "train.device") -> torch.device:
+    """auto | cpu | cuda to a device of this rank; `key` is what the user calls it. Raises UserError when CUDA is asked for and absent."""
     if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"train.device is {wanted!r}; choose auto, cpu or cuda.")
+        raise UserError(f"{key} is {wanted!r}; choose auto, cpu or cuda.")
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no CUDA device; use train.device=auto or install a CUDA build of torch.")
     if wanted == "cpu" or not torch.cuda.is_available():

@@ -371,10 +371,10 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line of this module; returns the exit status."""
 
     def run(words: list[str]) -> None:
-        if len(words) != 1 or not Path(words[0]).is_dir():
-            raise UserError(
-                f"{' '.join(words) or 'Nothing'} is no folder of measurements; give one that `python -m evals.run suite=...` wrote."
-            )
+        if len(words) != 1:
+            raise UserError(f"Give one folder of measurements, that `python -m evals.run suite=...` wrote, not {len(words)} words.")
+        if not Path(words[0]).is_dir():
+            raise UserError(f"{words[0]} is no folder of measurements; give one that `python -m evals.run suite=...` wrote.")
         write_report(Path(words[0]))
 
     return program(__doc__, run, arguments)

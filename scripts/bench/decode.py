@@ -35,6 +35,7 @@ from models.decode import Decoder, cast
 from models.lm import LanguageModel, LMState
 from scripts.bench.timing import Results, copy_bandwidth, seconds
 from training.config.arguments import program
+from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,12 +211,12 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.toy = options["toy"] == "true"
         if self.device.type == "cpu" and not self.toy:
-            sys.exit("error: This measures a GPU; toy=true runs small models on a CPU.")
+            raise UserError("This measures a GPU; toy=true runs small models on a CPU.")
         self.results = Results(self.out, self.device, compiled=self.compiled, dependent_launch=overlapped())
         self.report = self.results.values
         before = json.loads(self.out.read_text()) if self.out.exists() else {}
         if before and any(before.get(key) != self.report[key] for key in SAME):
-            sys.exit(f"error: {self.out} was measured with another commit, version or device; give another out=FILE or remove it.")
+            raise UserError(f"{self.out} was measured with another commit, version or device; give another out=FILE or remove it.")
         self.copy = before.get("copy_bytes_per_s") or 1e3 * copy_bandwidth(self.device)
         items = {key: row for key, row in before.get("items", {}).items() if row.get("skipped") != NO_TIME}
         self.report |= {"copy_bytes_per_s": self.copy, "items": items}
@@ -323,12 +324,12 @@ def main() -> None:
     for argument in sys.argv[1:]:
         key, _, value = argument.removeprefix("--").partition("=")
         if key not in options:
-            sys.exit(f"error: Unknown argument {argument!r}; known are {', '.join(options)}.")
+            raise UserError(f"Unknown argument {argument!r}; known are {', '.join(options)}.")
         options[key] = value
     try:
         float(options["seconds"])
-    except ValueError:
-        sys.exit(f"error: seconds must be a number, not {options['seconds']!r}.")
+    except ValueError as error:
+        raise UserError(f"seconds must be a number, not {options['seconds']!r}.") from error
     if options["plot"]:
         plot(Path(options["plot"]))
     else:

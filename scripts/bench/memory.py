@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.files import write_json
+from data.files import check_writable, write_json
 from training.config.arguments import program
+from training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 200  # seconds of one run
@@ -50,10 +51,10 @@ def settings(words: list[str]) -> dict[str, str]:
     for word in words:
         key, equals, value = word.partition("=")
         if key not in options or not equals:
-            sys.exit(f"error: cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.")
+            raise UserError(f"Cannot use {word!r}; the options are {', '.join(f'{k}=' for k in options)}.")
         options[key] = value
     if not options["out"] or not options["data"] or options["set"] not in (*SETS, "all"):
-        sys.exit(f"error: give out=FILE, data=DIR of token shards, and set= one of {', '.join(SETS)}, all.")
+        raise UserError(f"Give out=FILE, data=DIR of token shards, and set= one of {', '.join(SETS)}, all.")
     return options
 
 
@@ -108,6 +109,7 @@ def main() -> int:
     chosen = {
         name: row for key, rows in SETS.items() if options["set"] in (key, "all") for name, row in rows.items() if options["only"] in name
     }
+    check_writable(out.parent)
     rows: list[dict[str, Any]] = []
     environment: dict[str, Any] = {}
     for name, overrides in chosen.items():

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from data.files import write_json
+from data.files import check_writable, write_json
 from scripts.bench.step_plots import draw
 from scripts.bench.step_worker import FAMILIES, SIZES, T
 from training.config.arguments import parse_arguments, program
@@ -105,6 +105,7 @@ def run(words: list[str]) -> None:
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
     if not kinds or set(kinds) - {"adamw", "muon", "muon3"}:
         raise UserError(f"optimizer={values['optimizer']} is not adamw, muon, muon3 or several of them, optimizer=adamw,muon.")
+    check_writable(Path(values["out"]).parent)
     with tempfile.TemporaryDirectory() as folder:
         trees = {"ours": ROOT}
         if values["against"]:

@@ -181,6 +181,7 @@ def parts_of(step: Any) -> dict[str, Any]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
         torch.cuda.synchronize()
+    # is_kernel of scripts/bench/spans.py, written again: with the code of an older commit in PYTHONPATH that file may be another, or not there
     marks = ("ProfilerStep", "Optimizer.", "## ")  # around kernels; whose own names may hold a # too, as lambdas have it
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 
-from data.files import write_json
+from data.errors import UserError
+from data.files import check_writable, write_json
 from training.watch.metrics import environment
 
 WARM_UPS = 3
@@ -85,6 +87,11 @@ class Results:
     failure nor a later time limit loses a part; each part is on the screen too."""
 
     def __init__(self, out: Path | None, device: torch.device, **about: Any) -> None:
+        if out is not None:
+            try:
+                check_writable(Path(out).parent)  # before anything is measured
+            except UserError as error:
+                sys.exit(f"error: {error}")
         self.out, self.began = out, time.monotonic()
         self.values: dict[str, Any] = {**environment(device), **about}
 

@@ -42,6 +42,7 @@ exit # the table
 # -- settings (1)
 1 experiment in a folder | 2 | synthetic/parity | python train.py experiment=parity
 1 name with a hash | 2 | name=.*run#1 | python train.py name=run#1
+1 a name in any language | 0 | läuft-💡: .*parameters | python train.py dry_run=true name=läuft-💡
 head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=dense_lstm model.mixers.dense_lstm.head_size=12
 1 too large a model | 0 | parameters | python train.py model=transformer size=7b dry_run=true
 1 states of no dense heads | 2 | no mixer of this model has dense heads | python train.py dry_run=true model=transformer train.activation_checkpointing=states
@@ -88,6 +89,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 3 read-only output | 2 | cannot be written | python -m data.prepare input=demo out=/proc/nowhere tokenizer=bytes
 3 a small vocabulary | 2 | 257 | python -m data.prepare input=demo out=$T/p9 tokenizer=bpe:10
 3 a tokenizer on the Hub | 2 | cannot be loaded: .* not in the cache | HF_HUB_OFFLINE=0 HF_ENDPOINT=http://127.0.0.1:9 python -m data.prepare input=demo out=$T/p10 tokenizer=someone/tokenizer
+3 a huge vocabulary | 2 | at most 4,000,000 tokens | python -m data.prepare input=demo out=$T/p14 tokenizer=bpe:99999999999
 3 no tokenizer file | 2 | no such file | python -m data.prepare input=demo out=$T/p11 tokenizer=$T/nosuch.json
 3 one text file | 0 | valid: 1 documents | python -m data.prepare input=$T/one.txt out=$T/p1 tokenizer=bytes
 3 upper case ending | 0 | train: 1 documents | mkdir $T/up && cp $T/one.txt $T/up/A.TXT && python -m data.prepare input=$T/up out=$T/p2 tokenizer=bytes
@@ -100,6 +102,9 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 # -- evaluation (4)
 4 perplexity | 0 | bits per byte | python -m evals.run checkpoint=$T/run length=64 max_tokens=256 data=$T/shards
 4 no checkpoint | 2 | There is no | python -m evals.run checkpoint=$T/nosuch
+4 a file for a checkpoint | 2 | is a file; give the folder | python -m scripts.generate checkpoint=$T/one.txt prompt=a
+4 the folder of checkpoints | 2 | give the run folder | python -m scripts.generate checkpoint=$T/run/checkpoints prompt=a
+4 a device of another kind | 2 | ^error: device is 'tpu' | python -m scripts.generate checkpoint=$T/run prompt=a device=tpu
 4 nothing said | 2 | checkpoint= | python -m evals.run
 4 unknown suite | 2 | suite | python -m evals.run checkpoint=$T/run suite=nosuch
 4 unknown item, two models | 2 | No item of suite quick | python -m evals.run checkpoint=$T/run,$T/run suite=quick only=nosuch out=$T/evals4
@@ -114,6 +119,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 5 export | 0 | agree | python -m scripts.export $T/run $T/hub
 5 export, no checkpoint | 2 | There is no | python -m scripts.export $T/nosuch $T/y
 5 export, read-only output | 2 | /proc/nowhere | python -m scripts.export $T/run /proc/nowhere
+5 export, a setting without dashes | 2 | write --dtype=bf16 | python -m scripts.export $T/run $T/y dtype=bf16
+5 export, no output | 2 | required: out | python -m scripts.export $T/run
 5 import, no folder | 2 | config.json | python -m scripts.import_checkpoint $T/nosuch $T/y
 5 push, wrong name | 2 | org/name | python -m scripts.push $T/run nosuch
 5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
@@ -126,6 +133,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 6 settings with dashes | 2 | without dashes: model=paragru | python train.py --model=paragru
 6 unknown flag | 2 | did you mean --help | python train.py --hlp
 6 read-only run folder | 2 | cannot be written | $TRAIN run_dir=/proc/nowhere
+6 a checkpoint for a run folder | 2 | is a checkpoint; give the run a folder of its own | $TRAIN run_dir=$T/run/checkpoints/step-00000002
+6 token shards for a run folder | 2 | is a folder of token shards | $TRAIN run_dir=$T/shards
 6 a file for a run folder | 2 | one.txt | $TRAIN run_dir=$T/one.txt
 6 bytes in a setting | 2 | no UTF-8 text | python train.py name=$'a\xffb'
 6 bytes in a prompt | 2 | no UTF-8 text | python -m scripts.generate checkpoint=$T/run prompt=$'a\xffb'
@@ -172,6 +181,10 @@ t batches that do not divide | 2 | not a multiple | python train.py train.micro_
 t true with a capital | 0 | parameters | python train.py dry_run=True
 t yes for true | 2 | dry_run must be | python train.py dry_run=yes
 t a path with a blank | 2 | holds no token shards | python train.py data=shards "data.path='$T/no such'"
+t a bench's output where nobody may write | 2 | cannot be written to | python -m scripts.bench.step out=/proc/nowhere/step.json
+t a bench, no output | 2 | Give out=FILE | python -m scripts.bench.memory
+t pictures take no argument | 2 | takes none | python -m scripts.draw out=$T/x
+t a report of no folder | 2 | Give one folder of measurements | python -m evals.report
 t an empty value | 2 | model | python train.py model=
 t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m scripts.generate checkpoint=$T/run prompt=a max_tokens=3
 t generation, negative length | 2 | max_new_tokens must be | python -m scripts.generate checkpoint=$T/run prompt=a max_new_tokens=-3

@@ -144,6 +144,7 @@ def test_bad_records_are_counted_not_fatal_unless_asked(tmp_path: Path, capsys: 
         (["input={tmp}/broken.jsonl", "tokenizer=bytes", "strict=true"], "not JSON"),
         (["input={tmp}/good.txt", "tokenizer=/no/tokenizer.json"], "cannot be loaded"),
         (["input={tmp}/good.txt", "tokenizer=bpe:12"], "at least 257"),
+        (["input={tmp}/good.txt", "tokenizer=bpe:99999999999"], "at most 4,000,000 tokens"),
         (["input={tmp}/good.txt", "tokenizer=bytes", "valid_fraction=2"], "valid_fraction"),
         (["inptu=x", "tokenizer=bytes"], "Unknown argument"),
     ],

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data.files import write_json
+from data.program import Parser
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -65,3 +66,16 @@ def test_json_is_whole_and_is_json(tmp_path: Path) -> None:
         circle.append(circle)
         write_json(path, circle)
     assert json.loads(path.read_text())["2"] and [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_parser_of_flags_complains_in_a_sentence() -> None:
+    parser = Parser("x")
+    parser.add_argument("out")
+    parser.add_argument("--shard-size")
+    for words, said in (
+        (["a", "shard_size=1GB"], "^Unknown argument 'shard_size=1GB'; write --shard-size=1GB; --help"),
+        (["a", "--nosuch"], "^Unknown argument '--nosuch'; known are "),
+        ([], "^The following arguments are required: out; --help"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parser.parse_args(words)

@@ -287,6 +287,16 @@ def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monke
             checkpoint.find_and_read(tmp_path, lambda folder: (folder / "nothing").read_text())
 
 
+def test_what_lies_beside_a_checkpoint_is_told_from_it(tmp_path: Path) -> None:
+    with saver_of(tmp_path)[0] as saver:
+        saver.save({"step": 1})
+    folder = checkpoint.folder_of(tmp_path, 1)
+    for path, words in ((folder / checkpoint.MARKER, "is a file; give the folder"), (folder.parent, f"give the run folder {tmp_path}, or")):
+        with pytest.raises(UserError, match=words):
+            checkpoint.find(path)
+    assert checkpoint.find(tmp_path) == folder
+
+
 def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     code = "import pathlib, sys, time; from data.files import lock; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(300)"
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)

@@ -47,6 +47,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ("name: x\nname: y\n", "bad.yaml is not YAML: line 2"),
         ("name: 'x\n", "bad.yaml is not YAML: line"),
         (b"name: \xff\n", "not UTF-8"),
+        ("# @package _global_\n- a\n- b\n", "experiment/bad holds a list; settings are written 'key: value'"),
         ("# @package _global_\ndefaults:\n  - override /model: nosuch\n", "nosuch"),
     ],
 )

@@ -174,6 +174,10 @@ def test_mistakes_with_data_and_checkpoints_are_sentences(train: Train, demo_sha
     mistake(train("e", "train.seq_len=10000000"), "shorten it")
     mistake(train("f", "model.vocab_size=100"), "smaller than")
     mistake(train("g", "train.resume=/nowhere"), "There is no")
+    mistake(train("h", f"run_dir={cut}", f"data.path={demo_shards}"), "is a folder of token shards; give the run a folder of its own")
+    last = next((tmp_path / "c" / "checkpoints").iterdir())
+    mistake(train("i", f"run_dir={last}"), "is a checkpoint; give the run")
+    assert not (last / "environment.json").exists() and not (cut / "lock").exists()
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 

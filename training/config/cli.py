@@ -105,12 +105,13 @@ def _key_problems(overrides: list[Override], base: DictConfig, groups: dict[str,
 
 
 TEXTS = {*(key for key in schema_keys(Config, kind=str)), "data.path"}
+PLAIN = re.compile(r"[\w./:~+%@-]([\w ./:~+%@-]*[\w./:~+%@-])?", re.ASCII)  # of a name or path
 NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|false", re.IGNORECASE)
 
 
 def spelled_out(arguments: list[str]) -> list[str]:
     """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
-    text gets is text, numbers too (`name=1e3`)."""
+    text gets is text, numbers too (`name=1e3`), and in any language (`run_dir=/home/jürgen/run`)."""
     spelled = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -119,7 +120,7 @@ def spelled_out(arguments: list[str]) -> list[str]:
         if argument.startswith("model=hf:"):
             path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
             spelled += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
-        elif key in TEXTS and NUMBER.fullmatch(value):
+        elif key in TEXTS and (NUMBER.fullmatch(value) or not value.isascii() and PLAIN.fullmatch(re.sub(r"[^\x00-\x7f]", "x", value))):
             spelled.append(f"{key}='{value}'")
         else:
             spelled.append(argument)
@@ -185,7 +186,9 @@ def compose_config(
             first = error
         else:
             problems += _key_problems([o for o, g in zip(overrides, is_group) if not g and not o.is_hydra_override()], base, groups)
-        raise UserError(problems or " ".join(str(first).split())) from first
+        no_keys = re.match(r"In '([^']+)': .*Cannot merge DictConfig with ListConfig", " ".join(str(first).split()))
+        told = f"The file of {no_keys[1]} holds a list; settings are written 'key: value', a line each." if no_keys else str(first)
+        raise UserError(problems or " ".join(told.split())) from first
 
 
 def checked(config: DictConfig) -> Config:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from kernels.tensor_lists import momentum_and_update, take_step
 from models.init import is_hidden_matrix, roles
 from training.optim.adamw import SkippableAdamW, parameter_groups
-from training.optim.newton_schulz import STEPS, flops, orthogonalized
+from training.optim.newton_schulz import STEPS, orthogonalized
 
 SCALES = ("adamw", "spectral")
 CHUNK = 3 << 26  # numbers that are orthogonalised at once: their copies are 0.38 GiB each in 16 bits
@@ -302,8 +302,3 @@ def plan(model: nn.Module, size: int, on_gpu: bool = True) -> tuple[int, int, in
             held[(owner + place) % size] += each * len(every[place * share : (place + 1) * share])
         owner += -(-len(every) // share)
     return sum(len(every) * shape[0] * shape[1] for shape, every in stacks.items()), max(held), update
-
-
-def flops_of(model: nn.Module, steps: int) -> int:
-    """Floating-point operations of an update of all hidden matrices."""
-    return sum(s.side * flops(s.rows, s.columns // s.side, steps) for every in shapes_of(model).values() for s in every)

@@ -87,13 +87,3 @@ def _factor(gram: Tensor, steps: list[tuple[float, float, float]], scale: Tensor
         near = symmetric(gram, None, gram, c, b, a)
         factor = symmetric(factor, near, alpha=1.0 if scale is None or i else scale.sqrt())
     return factor
-
-
-def flops(rows: int, columns: int, steps: int) -> int:
-    """Floating-point operations of `orthogonalized` for one matrix, of symmetric products one half."""
-    small, large = sorted((rows, columns))
-    ends, cube = 3 * small * small * large, small**3  # x x^T and a product with x
-    if large < FAR_FROM_SQUARE * small:
-        return steps * (ends + cube)
-    fresh = -(-steps // AFRESH)
-    return fresh * ends + cube * (steps + 3 * (steps - fresh))
