@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=120, help="for each backend")
+    parser.add_argument("--backends", nargs="*", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--backend", choices=BACKENDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -81,7 +82,7 @@ def main() -> None:
         timed(arguments.backend)
         return
     results = Results(arguments.out, torch.device("cuda"))
-    for backend in BACKENDS:
+    for backend in arguments.backends:
         rows = attempted(functools.partial(apart, backend, arguments.seconds))
         for row in rows if isinstance(rows, list) else [{"backend": backend, **rows}]:
             results.append("flashrnn", row)
