@@ -10,8 +10,8 @@ from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
+from scripts.board.order import SEEDS
 from scripts.board.page import STAGE_NAMES, shown_stages
-from scripts.board.plan import SEEDS
 from scripts.board.results import Interval, interval
 from scripts.board.summary import final_stage
 

@@ -8,7 +8,7 @@ from typing import Any
 from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, questions, sides
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
-from scripts.board.plan import FINAL, SEEDS, TEN
+from scripts.board.order import FINAL, SEEDS, TEN
 from scripts.board.results import Interval
 
 
