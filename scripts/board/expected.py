@@ -51,7 +51,8 @@ def _pairs(rows: Rows, pairs: list[tuple[str, str, str, float, float]]) -> list[
     return [f"{about}: {said}" for about, one, other, low, high in pairs if (said := _said(rows, one, other, low, high)) != OPEN]
 
 
-def _collapsed(rows: Rows) -> str:
+def collapsed(rows: Rows) -> str:
+    """What becomes of the Transformer past its length, and of the others, in the stage of most tokens in which it was read."""
     for stage in STAGES:
         seen = {row: v for row, r in rows.items() if (v := sorted({c["verdict"] for c in r.get(stage, {}).values() if c.get("verdict")}))}
         if "transformer" in seen:
@@ -75,7 +76,8 @@ def _free(rows: Rows, row: str) -> str:
     return "; ".join(said)
 
 
-def _muon(rows: Rows) -> str:
+def muon_tokens(rows: Rows) -> str:
+    """After which share of the tokens Muon has AdamW's last training loss, in the stage of most tokens that has both."""
     said = []
     for stage in STAGES:
         for row, shares in muon_shares(rows, stage).items():
@@ -85,6 +87,11 @@ def _muon(rows: Rows) -> str:
         if said:
             return PREFIXES[stage].lower() + "AdamW's last training loss is reached: " + "; ".join(said)
     return OPEN
+
+
+def passing(rows: Rows) -> list[str]:
+    """What state passing costs each row that has it, where that is known."""
+    return [f"{_label(row)}: {said}" for row, chosen in ARCHITECTURES.items() if chosen.initial == "pass" and (said := _free(rows, row))]
 
 
 def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
@@ -105,7 +112,6 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
     ]
     order = [("GDN minus Mamba-2", "gdn", "mamba2", -1.0, 0.0), ("Mamba-2 minus ParaLSTM", "mamba2", "paralstm", -1.0, 0.0)]
     order.append(("Mamba-2 minus ParaGRU", "mamba2", "paragru", -1.0, 0.0))
-    passing = [f"{_label(row)}: {said}" for row, chosen in ARCHITECTURES.items() if chosen.initial == "pass" and (said := _free(rows, row))]
     return [
         (
             "One layer of ParaGRU changes the loss by less than 0.01 at equal tokens, one of dense LSTM or M2RNN gains less than 0.02",
@@ -114,9 +120,9 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
         ("At equal time it loses, if at all, by its speed alone", in_time),
         ("Hybrids are ahead of their recurrent rows, and of the Transformer, by 0.01 to 0.03", _pairs(rows, ahead)),
         ("Gated DeltaNet is ahead of Mamba-2, Mamba-2 of ParaLSTM and ParaGRU", _pairs(rows, order)),
-        ("The Transformer collapses past its length, recurrent rows hold or degrade", [s for s in (_collapsed(rows),) if s != OPEN]),
-        ("State passing costs nothing within the interval", passing),
-        ("Muon reaches AdamW's final loss with a quarter fewer tokens", [s for s in (_muon(rows),) if s != OPEN]),
+        ("The Transformer collapses past its length, recurrent rows hold or degrade", [s for s in (collapsed(rows),) if s != OPEN]),
+        ("State passing costs nothing within the interval", passing(rows)),
+        ("Muon reaches AdamW's final loss with a quarter fewer tokens", [s for s in (muon_tokens(rows),) if s != OPEN]),
     ]
 
 

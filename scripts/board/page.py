@@ -10,7 +10,8 @@ from typing import Any
 from scripts.board.answers import Answer, all_answers, bits, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.expected import expectation_lines
-from scripts.board.plan import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TASKS, TEN
+from scripts.board.order import DECISIVE, DECISIVE_SEEDS, SEEDS, TEN
+from scripts.board.plan import LEADERS, TASKS
 from scripts.board.results import Interval, difference, interval
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import final_stage, summary
@@ -161,11 +162,11 @@ def cost_lines(phases: list[dict[str, Any]]) -> list[str]:
 def beside_lines(beside: dict[str, Any]) -> list[str]:
     """What `python -m scripts.board beside` found: tokens/s of several cells of a row on one device together."""
     most = max(len(rates) for rates in beside["rows"].values())
-    lines = [
-        "Training tokens/s of so many cells of a row together on one device, each a graph on a stream of its own, and their ratio to one",
-        "alone",
-    ]
-    lines[-1] += f" ({beside['environment']['device']}, commit {beside['environment']['commit'][:7]}, [JSON](beside.json))."
+    where = f"{beside['environment']['device']}, commit {beside['environment']['commit'][:7]}, [JSON](beside.json)"
+    lines = _filled(
+        "Training tokens/s of so many cells of a row together on one device, each a graph on a stream of its own, and their ratio to "
+        f"one alone ({where})."
+    )
     lines += ["", "| row | " + " | ".join(str(n) for n in range(1, most + 1)) + " |", "|---" * (most + 1) + "|"]
     for row, rates in beside["rows"].items():
         lines.append(f"| {ARCHITECTURES[row].label} | " + " | ".join(f"{r:,.0f} ({r / rates[0]:.2f})" for r in rates) + " |")

@@ -19,6 +19,7 @@ from typing import Any
 from data.fields import nearest
 from scripts.board.architectures import ARCHITECTURES, SIZES, model_config, update_of
 from scripts.board.corpus import identity, training_tokens
+from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, ORDER, SEEDS
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
@@ -66,7 +67,7 @@ BOARDS = {
     "tiny": Board(32, 8, 25_600, 60_000, 10_100, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
 }
 BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3))
-GRID_SHARE, SHARE0, MOST_RATES, SEEDS, DECISIVE_SEEDS, LEADERS = 0.2, 0.1, 7, 3, 5, 4
+GRID_SHARE, SHARE0, MOST_RATES, LEADERS = 0.2, 0.1, 7, 4
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
     "parity": {"name": "parity"},
@@ -75,56 +76,6 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
 SPEEDRUN_TARGET = 1.7  # held-out bits per byte
-# Rows from whose comparison the page answers; they get DECISIVE_SEEDS seeds.
-DECISIVE = ("gdn_hybrid", "gdn_hybrid_muon", "mamba2_hybrid", *(name for name, row in ARCHITECTURES.items() if row.instead))
-
-# The order of stages 0 and 1: of these rows the stage's cells, one group after the other, each from its rates to its last seed before the next is begun;
-# groups are small, so that what time breaks off is few rows and not the seeds of all. `twenty`, `ten` and `five`: seeds of stage 0 and of stage 1
-# up to so many, of decisive rows. `speed` and `probe`: those rows' timing, and their probes with seed 0. Rows that are not named come last.
-DECISIVE0 = ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm")
-PLAIN = ("mamba2", "transformer", "gdn", "paragru")
-RECURRENT = ("paralstm", "deltaproduct", "dense_lstm")
-TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
-MUON = tuple(f"{row}_muon" for row in DECISIVE0)
-MUON_TIME_SEEDS = 7  # of the hybrid under Muon at equal time
-MORE_SEEDS = {"twenty": ("stage0", 5, 20), "ten": ("stage0", SEEDS, 10), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
-ORDER = (
-    ("stage0", DECISIVE0),
-    ("stage0", PLAIN),
-    ("stage0", RECURRENT),
-    ("stage0", ("transformer_muon", "gdn_muon")),
-    ("stage0", ("mamba2_pass", "gdn_pass")),
-    ("speed", DECISIVE0),
-    ("stage1", DECISIVE0[:2]),
-    ("time0", DECISIVE0),
-    ("twenty", DECISIVE0[:1]),
-    ("stage1", ("mamba2", "transformer")),
-    ("stage0", MUON),
-    ("ten", MUON),
-    ("speed", (*MUON, *PLAIN, *RECURRENT, "transformer_muon")),
-    ("time0", MUON),
-    ("stage1", ("gdn", "paragru")),
-    ("stage1", ("paralstm", *DECISIVE0)),
-    ("probe", (*PLAIN, *RECURRENT, *DECISIVE0)),
-    ("stage1", ("deltaproduct", "dense_lstm")),
-    ("stage0", ("m2rnn", "slstm")),
-    ("five", DECISIVE0[:2]),
-    ("stage1", ("transformer_muon",)),
-    ("speed", ("m2rnn", "slstm")),
-    ("probe", ("m2rnn", "slstm")),
-    ("twenty", DECISIVE0[1:]),
-    ("stage0", ("gdn_hybrid_m2rnn", "mamba2_hybrid")),
-    ("stage0", ("mamba2_hybrid_paragru", "mamba2_hybrid_dense_lstm", "mamba2_hybrid_m2rnn")),
-    ("stage0", ("paragru_hybrid", "dense_lstm_hybrid", "m2rnn_hybrid")),
-    ("stage0", ("paralstm_hybrid", "slstm_hybrid", "deltaproduct_hybrid")),
-    ("stage0", ("mamba2_muon", "paragru_muon", "paragru_pass", "gdn_hybrid_m2rnn_muon")),
-    ("time1", DECISIVE0),
-    ("stage1", MUON),
-    ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
-)
-FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
-MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
-READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
 
 
 class Plan:

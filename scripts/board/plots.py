@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from data.files import write_bytes
 from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
+from scripts.board.order import SEEDS
 from scripts.board.page import STAGE_NAMES, shown_stages
-from scripts.board.plan import SEEDS
 from scripts.board.results import Interval, interval
 from scripts.board.summary import final_stage
 
@@ -28,7 +27,7 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
     tokens = f"{found['tokens'][stage] / 1e6:.3g}M tokens"
     for name, picture in (
         ("loss.png", lambda plt, rows, stage, tokens: _loss_plot(plt, rows, found)),
-        ("position.png", functools.partial(_position_plot, T=found["T"])),
+        ("position.png", lambda plt, rows, stage, tokens: _position_plot(plt, rows, found)),
         ("speed.png", _speed_plot),
     ):
         data = picture(plt, found["rows"], stage, tokens)
@@ -86,24 +85,27 @@ def _rates_plot(plt: Any, rows: dict[str, Any]) -> bytes:
     return png(plt, figure)
 
 
-def _position_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str, T: int) -> bytes | None:
-    """Loss by position in long held-out documents, with a mark at the training length."""
-    figure, axes = plt.subplots(figsize=(8.5, 5))
-    drawn = 0
-    for i, row in enumerate(
-        row for name, row in rows.items() if not ARCHITECTURES[name].of
-    ):  # the others are too near to these to be told apart
-        cell = next((cell for cell in row[stage].values() if cell.get("buckets")), None)
-        if cell:
-            x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in cell["buckets"]]
-            axes.plot(x, [b["nats_per_token"] for b in cell["buckets"]], marker=".", label=row["label"], **line(i))
-            drawn += 1
-    axes.axvline(T, color="0.5", linestyle="--", linewidth=1, label=f"training length, {T}")
-    axes.set(xscale="log", xlabel="position in the text", ylabel=f"nats per token (one seed, {tokens})")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left") if drawn else None
-    data = png(plt, figure)
-    return data if drawn else None
+def _position_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:
+    """Loss by position in long held-out documents, with a mark at the training length: a panel for each stage in which rows were read."""
+    curves: dict[str, list[tuple[int, str, list[dict[str, float]]]]] = {}
+    for stage in shown_stages(rows):
+        # Rows that are compared with another one are too near to it to be told apart.
+        for i, row in enumerate(row for name, row in rows.items() if not ARCHITECTURES[name].of):
+            if cell := next((cell for cell in row[stage].values() if cell.get("buckets")), None):
+                curves.setdefault(stage, []).append((i, row["label"], cell["buckets"]))
+    if not curves:
+        return None
+    figure, every = plt.subplots(len(curves), figsize=(8.5, 0.8 + 3.8 * len(curves)), squeeze=False, sharex=True)
+    for axes, (stage, drawn) in zip(every[:, 0], curves.items()):
+        for i, label, buckets in drawn:
+            x = [max(1.0, (b["from"] * b["to"]) ** 0.5) for b in buckets]
+            axes.plot(x, [b["nats_per_token"] for b in buckets], marker=".", label=label, **line(i))
+        axes.axvline(found["T"], color="0.5", linestyle="--", linewidth=1, label=f"training length, {found['T']}")
+        axes.set(xscale="log", ylabel=f"nats per token, {found['tokens'][stage] / 1e6:.3g}M tokens")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    every[-1, 0].set_xlabel("position in the text (one seed)")
+    return png(plt, figure)
 
 
 def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> bytes | None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.fields import nearest
-from scripts.board.plan import READ0, Plan, check
+from scripts.board.order import READ0
+from scripts.board.plan import Plan, check
 from scripts.board.results import Cell, Result, read
 from training.errors import UserError
 

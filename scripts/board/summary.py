@@ -7,7 +7,8 @@ from typing import Any
 
 from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, questions, sides
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.plan import FINAL, SEEDS, TEN
+from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
+from scripts.board.order import FINAL, SEEDS, TEN
 from scripts.board.results import Interval
 
 
@@ -54,9 +55,9 @@ def _layers(found: dict[str, Any], at: str) -> str:
         if 2 * value.half < NARROW:
             narrow.append(f"{where}, {effect} (within {value.low:+.4f} and {value.high:+.4f})")
         else:
-            wide.append(f"{where}, {effect} shown, {2 * value.half:.3f} wide")
+            wide.append(f"{where}, {effect}{'' if value.decides() else ' shown'} ({2 * value.half:.3f} wide)")
     told = f"One nonlinear layer, {at}: " + (f"answered to {NARROW} bits per byte: {'; '.join(narrow)}. " if narrow else "")
-    return (told + (f"Not so narrow: {'; '.join(wide)}." if wide else "")).strip()
+    return (told + (f"{'Not' if narrow else 'not'} to {NARROW}: {'; '.join(wide)}." if wide else "")).strip()
 
 
 def summary(found: dict[str, Any]) -> list[str]:
@@ -70,6 +71,9 @@ def summary(found: dict[str, Any]) -> list[str]:
     ]
     items = [f"Rows with {SEEDS} seeds or more: {'; '.join(counted) or 'none yet'}."]
     items += [_layers(found, "at equal tokens"), _layers(found, "at equal time")]
+    items.append(f"Past the training length, 64 times, {collapsed(rows)}.")
+    items.append(f"What state passing costs: {'; '.join(passing(rows)) or OPEN}.")
+    items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
     lacking = [] if whole["pass"] else [f"the full pass of {tokens['pass'] / 1e6:.3g}M tokens"]
     if not any(row["leaders"] for row in rows.values()):
         lacking.append(f"the leaders on {tokens['leaders'] / 1e6:.3g}M tokens")

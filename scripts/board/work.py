@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from scripts.board.plan import READ0
+from scripts.board.order import READ0
 from scripts.board.queue import Queue
 from scripts.board.repeat import repeatable, source_hash
 from scripts.board.results import Cell, attempt, keep

@@ -16,8 +16,9 @@ from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, work
 from scripts.board.draw import collect
+from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, DECISIVE, DECISIVE_SEEDS, MOST_RATES, MOST_SEEDS, Plan
+from scripts.board.plan import BOARDS, MOST_RATES, Plan
 from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
