@@ -20,7 +20,7 @@ python -m scripts.generate checkpoint=$run prompt="It is a truth universally ack
 cat <<EOT
 
 Done in $(($(date +%s) - started)) s.
-  $data                 token shards and tokenizer
+  $data                   token shards and tokenizer
   $run/config.yaml      everything this run was made of
   $run/metrics.jsonl    loss, gradient norm, speed of every step
   $run/samples.txt      text at intervals

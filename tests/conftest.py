@@ -85,6 +85,13 @@ def gpu_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+def on_gpu(test: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a test that needs a GPU."""
+    import torch
+
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
 @pytest.fixture
 def most_of_a_gpu() -> Iterator[None]:
     """50 GiB of GPU memory, which one test at a time may have."""

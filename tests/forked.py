@@ -104,7 +104,8 @@ def run_forked(arguments: list[str], environments: list[dict[str, str]], timeout
 
 
 class Running:
-    """`python ARGUMENTS` forked, while the caller goes on: its pid, and `wait` for what run_forked returns."""
+    """`python ARGUMENTS` forked, while the caller goes on: its pid, and `wait` for what run_forked returns. No other program can be forked before it
+    ends."""
 
     def __init__(self, arguments: list[str], environment: dict[str, str], timeout: float) -> None:
         self.done: subprocess.CompletedProcess[str] | None = None

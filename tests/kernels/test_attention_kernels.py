@@ -12,16 +12,10 @@ from kernels.attention import attention, launch, reference, why_not
 from models.segments import Documents
 
 pytest.importorskip("triton")
-from test_triton import run  # noqa: E402
+from tests.conftest import on_gpu  # noqa: E402
+from tests.kernels.test_triton import run  # noqa: E402
 
 HERE = Path(__file__).parent
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-def on_gpu(function):  # type: ignore[no-untyped-def]
-    for mark in gpu:
-        function = mark(function)
-    return function
 
 
 def test_every_kernel_in_the_interpreter() -> None:

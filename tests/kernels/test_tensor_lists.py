@@ -12,18 +12,12 @@ import torch
 from kernels.symmetric import symmetric, use_triton
 from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm
 from kernels.tensor_lists import use_triton as takes
+from tests.conftest import on_gpu
 from tests.kernels.test_triton import run
 from training.optim import SkippableAdamW
 from training.optim.newton_schulz import orthogonalized
 
 HERE = Path(__file__).parent
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-def on_gpu(function):  # type: ignore[no-untyped-def]
-    for mark in gpu:
-        function = mark(function)
-    return function
 
 
 def test_every_kernel_in_the_interpreter() -> None:
