@@ -141,6 +141,7 @@ def kept_states() -> None:
         found.append((y, final, *torch.autograd.grad((y, final), (x, dt, A, Bm, Cm, D, h0), (dy, d_final))))
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert starts is not None
     short = (t[:, :17].detach().requires_grad_() for t in (x, dt, Bm, Cm))
     x, dt, Bm, Cm = short
     torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, D, h0, starts[:, :17], True), test_utils=("test_schema", "test_faketensor"))
