@@ -132,17 +132,19 @@ def registered() -> None:
 
 def kept_states() -> None:
     """Gradients with the states that the forward pass has kept, and with those that the backward pass makes again."""
-    for start in (0.0, 0.1):
-        tensors, starts = problem(2, 50, 4, 16, 1, 16, starts=start)
-        x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
-        dy, d_final, found = torch.randn(x.shape), torch.randn(h0.shape), []
-        for keep in (True, False):
-            y, final, kept = op.scan(x, dt, A, Bm, Cm, D, h0, starts, keep)
-            assert kept.shape == (launch.keeps(x, Bm) if keep else (0,))
-            found.append((y, final, *torch.autograd.grad((y, final), (x, dt, A, Bm, Cm, D, h0), (dy, d_final))))
-        for a, b in zip(*found):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, D, h0, starts, True))
+    tensors, starts = problem(2, 35, 4, 16, 1, 16, starts=0.1)
+    x, dt, A, Bm, Cm, h0, D = (t.requires_grad_() for t in tensors)
+    dy, d_final, found = torch.randn(x.shape), torch.randn(h0.shape), []
+    for keep in (True, False):
+        y, final, kept = op.scan(x, dt, A, Bm, Cm, D, h0, starts, keep)
+        assert kept.shape == (launch.keeps(x, Bm) if keep else (0,))
+        found.append((y, final, *torch.autograd.grad((y, final), (x, dt, A, Bm, Cm, D, h0), (dy, d_final))))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert starts is not None
+    short = (t[:, :17].detach().requires_grad_() for t in (x, dt, Bm, Cm))
+    x, dt, Bm, Cm = short
+    torch.library.opcheck(op.scan_op, (x, dt, A, Bm, Cm, D, h0, starts[:, :17], True), test_utils=("test_schema", "test_faketensor"))
 
 
 if __name__ == "__main__":
