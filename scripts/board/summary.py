@@ -88,11 +88,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     items.append(f"Past the training length, 64 times, {collapsed(rows)}.")
     items.append(f"What state passing costs: {'; '.join(passing(rows)) or OPEN}.")
     items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
-    items += (
-        ["Passkey was asked of a leader alone; what came out is in [its card](#models-for-transformers)."]
-        if found["passkey"]
-        else []
-    )
+    items += ["Passkey was asked of a leader alone; what came out is in [its card](#models-for-transformers)."] if found["passkey"] else []
     lacking = [] if whole["pass"] else [f"the full pass of {tokens['pass'] / 1e6:.3g}M tokens"]
     if not any(row["leaders"] for row in rows.values()):
         lacking.append(f"the leaders on {tokens['leaders'] / 1e6:.3g}M tokens")
