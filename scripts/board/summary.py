@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, questions, sides
+from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, questions, shown, sides
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
 from scripts.board.order import FINAL, SEEDS, TEN
-from scripts.board.results import Interval
+from scripts.board.results import Interval, difference, unpaired
 
 
 def final_stage(rows: Rows) -> str:
@@ -33,12 +33,22 @@ def layer_answers(rows: Rows) -> list[tuple[Question, str, Interval, int, int]]:
 
 def layer_table(found: dict[str, Any]) -> list[str]:
     """What one nonlinear layer does, a line a comparison, the narrowest interval first; empty where there is none."""
-    lines = ["| one nonlinear layer | tokens | its difference, bits per byte | seeds | 95 % interval is wide |", "|---|---|---|---|---|"]
-    for question, stage, value, one, other in sorted(layer_answers(found["rows"]), key=lambda entry: entry[2].half):
+    heads = (
+        "one nonlinear layer",
+        "tokens",
+        "difference, pairs of equal seeds",
+        "over all seeds, not in pairs",
+        "the one that decides is wide",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for question, stage, value, *_ in sorted(layer_answers(found["rows"]), key=lambda entry: entry[2].half):
+        one, other = sides(found["rows"], question, stage)
+        paired, every = difference(one, other), unpaired(one, other)
         about = question.about.removeprefix("One layer of ")
         wide = f"{2 * value.half:.4f}{', answered' if 2 * value.half < NARROW else ''}"
-        difference = f"{value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f})"
-        lines.append(f"| {about} | {found['tokens'][stage] / 1e6:.3g}M | {difference} | {one} and {other} | {wide} |")
+        pairs = "" if paired is None else shown(paired)
+        whole = "" if every is None else f"{every.mean:+.4f} ({every.low:+.4f} to {every.high:+.4f}, {len(one)} and {len(other)})"
+        lines.append(f"| {about} | {found['tokens'][stage] / 1e6:.3g}M | {pairs} | {whole} | {wide} |")
     return lines if len(lines) > 2 else []
 
 
@@ -53,7 +63,11 @@ def _layers(found: dict[str, Any], at: str) -> str:
         where = f"{about} after {found['tokens'][stage] / 1e6:.3g}M tokens"
         effect = f"{'worse' if value.mean > 0 else 'better'} by {abs(value.mean):.4f}" if value.decides() else "no difference"
         if 2 * value.half < NARROW:
-            narrow.append(f"{where}, {effect} (within {value.low:+.4f} and {value.high:+.4f})")
+            loose = unpaired(*sides(found["rows"], question, stage))
+            other = (
+                f"; not in pairs {loose.low:+.4f} to {loose.high:+.4f}" if loose is not None and loose.decides() != value.decides() else ""
+            )
+            narrow.append(f"{where}, {effect} ({value.low:+.4f} to {value.high:+.4f}{other})")
         else:
             wide.append(f"{where}, {effect}{'' if value.decides() else ' shown'} ({2 * value.half:.3f} wide)")
     told = f"One nonlinear layer, {at}: " + (f"answered to {NARROW} bits per byte: {'; '.join(narrow)}. " if narrow else "")
@@ -74,6 +88,7 @@ def summary(found: dict[str, Any]) -> list[str]:
     items.append(f"Past the training length, 64 times, {collapsed(rows)}.")
     items.append(f"What state passing costs: {'; '.join(passing(rows)) or OPEN}.")
     items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
+    items += ["Passkey was asked of a leader alone; what came out is in [its card](#models-for-transformers)."] if found["passkey"] else []
     lacking = [] if whole["pass"] else [f"the full pass of {tokens['pass'] / 1e6:.3g}M tokens"]
     if not any(row["leaders"] for row in rows.values()):
         lacking.append(f"the leaders on {tokens['leaders'] / 1e6:.3g}M tokens")

@@ -157,7 +157,7 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
         "at equal tokens: answered to 0.01 bits per byte: ParaGRU in Gated DeltaNet 3:1 attention after 0.0256M tokens, worse by 0.0200"
         in first
     )
-    assert "Rows with 3 seeds or more: 2 after" in first and "the leaders on 0.0512M tokens" in first and "5 and 3 | 0.0" in first
+    assert "Rows with 3 seeds or more: 2 after" in first and "the leaders on 0.0512M tokens" in first and "5 and 3) | 0.0" in first
     assert "speedrun_tokens=2560 speedrun_lr=0.01" in text and "still take 0.0 hours of one such device" in " ".join(text.split())
     # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5
