@@ -1,6 +1,6 @@
 """Draws where the time of training steps goes, from what scripts/bench/step.py has written: a bar a row, its parts beside their ceilings.
 
-python -m scripts.bench.step_plots out=docs/results/step/parts.png files=docs/results/step/a.json,docs/results/step/b.json
+python -m scripts.bench.step out=docs/results/step/parts.png draw=docs/results/step/a.json,docs/results/step/b.json
 """
 
 from __future__ import annotations
