@@ -9,9 +9,9 @@ in the dtypes that DeepSpeed would take, see `policy.reduction`. The price is me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -62,12 +62,52 @@ class Partition(list[Tensor]):
         self.flat_partition = flat_partition
 
 
+Bucket = tuple[torch.dtype, int, list[Run]]  # the dtype of its sums, its columns and what lies in it
+
+
+def by_dtype(optimizer: Any, parameters: list[nn.Parameter]) -> dict[torch.dtype, list[int]]:
+    """Numbers of the parameters whose gradients are summed in each dtype: a bucket is of one."""
+    numbers: dict[torch.dtype, list[int]] = {}
+    for number, parameter in enumerate(parameters):
+        numbers.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
+    return numbers
+
+
+class OnItsWay(Protocol):
+    """What was begun, and is put where it belongs by `place`."""
+
+    def place(self) -> None: ...
+
+
+def in_turn(begun: Iterable[OnItsWay]) -> None:
+    """Puts each where it belongs once the one after it has begun."""
+    before: OnItsWay | None = None
+    for following in begun:
+        if before is not None:
+            before.place()
+        before = following
+    if before is not None:
+        before.place()
+
+
+def leave(optimizer: Any, reduced: list[Partition], groups: Iterable[Iterable[nn.Parameter]]) -> None:
+    """Leaves this rank's gradients of each group to DeepSpeed's step, with their norms, and lets go of the whole ones. Collective."""
+    total = torch.stack([norms.squares([p.flat_partition] if p.flat_partition.is_cuda else p, p.flat_partition.device) for p in reduced])
+    dist.all_reduce(total)
+    for i, (partition, norm) in enumerate(zip(reduced, norms.root(total))):
+        partition.norm = norm
+        optimizer.averaged_gradients[i] = partition
+    for parameters in groups:
+        for parameter in parameters:
+            parameter.grad = None
+
+
 class AtOnce:
     """Reduces the gradients of a ZeRO-1 or 2 optimizer of DeepSpeed; elements: numbers in a bucket."""
 
     def __init__(self, optimizer: Any, elements: int) -> None:
         self.optimizer = optimizer
-        self.plans: list[list[tuple[torch.dtype, int, list[Run]]]] = []  # of each group: dtype, columns and runs of its buckets
+        self.plans: list[list[Bucket]] = []  # of each group
         self.pieces: list[list[tuple[int, int]]] = []  # of each group: where this rank's part of each parameter begins and ends
         self.gaps: list[list[tuple[int, int]]] = []  # and what lies between them, by which DeepSpeed aligns
         for i, parameters in enumerate(optimizer.round_robin_bit16_groups):
@@ -75,15 +115,12 @@ class AtOnce:
             begin = optimizer.bit16_groups_flat[i].data_ptr()
             rank, ranks = dist.get_rank(group), dist.get_world_size(group)
             offsets = [(p.data_ptr() - begin) // p.element_size() for p in parameters]
-            of_dtype: dict[torch.dtype, list[int]] = {}
-            for number, parameter in enumerate(parameters):
-                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
             columns = max(1, elements // ranks)
             self.plans.append(
                 [
-                    (dtype, width, runs)
-                    for dtype, numbers in of_dtype.items()
-                    for width, runs in buckets([parameters[n] for n in numbers], [offsets[n] for n in numbers], part, ranks, columns)
+                    (dtype, *bucket)
+                    for dtype, numbers in by_dtype(optimizer, parameters).items()
+                    for bucket in buckets([parameters[n] for n in numbers], [offsets[n] for n in numbers], part, ranks, columns)
                 ]
             )
             ends = [(max(o - rank * part, 0), min(o + p.numel() - rank * part, part)) for p, o in zip(parameters, offsets)]
@@ -102,29 +139,15 @@ class AtOnce:
     def reduce(self) -> None:
         """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step, with its norm; the others are
         gone. Nothing waits for the device. One bucket is filled while the one before it is sent."""
-        optimizer, totals = self.optimizer, []
+        optimizer, reduced = self.optimizer, list[Partition]()
         for i, plan in enumerate(self.plans):
             group = optimizer.real_dp_process_group[i]
             flat = torch.empty(int(optimizer.partition_size[i]), device=optimizer.bit16_groups_flat[i].device)
             for first, last in self.gaps[i]:
                 flat[first:last].zero_()
-            sent: Sent | None = None
-            for dtype, columns, runs in plan:
-                following = Sent(group, dtype, columns, runs, flat)
-                if sent is not None:
-                    sent.place_own()
-                sent = following
-            if sent is not None:
-                sent.place_own()
-            optimizer.averaged_gradients[i] = Partition([flat[first:last] for first, last in self.pieces[i]], flat)
-            totals.append(norms.squares([flat] if flat.is_cuda else optimizer.averaged_gradients[i], flat.device))
-        total = torch.stack(totals)
-        dist.all_reduce(total)
-        for i, norm in enumerate(norms.root(total)):
-            optimizer.averaged_gradients[i].norm = norm
-        for parameters in optimizer.bit16_groups:
-            for parameter in parameters:
-                parameter.grad = None
+            in_turn(Sent(group, *bucket, flat) for bucket in plan)
+            reduced.append(Partition([flat[first:last] for first, last in self.pieces[i]], flat))
+        leave(optimizer, reduced, optimizer.bit16_groups)
 
 
 class Sent:
@@ -149,7 +172,7 @@ class Sent:
         if into:
             torch._foreach_copy_(into, gradients)
 
-    def place_own(self) -> None:
+    def place(self) -> None:
         """Puts this rank's row, averaged, into its part of all gradients."""
         self.work.wait()
         self.mine *= 1.0 / self.ranks

@@ -42,9 +42,12 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "clip_as_read": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "scaled_global_grad_norm = self.scaled_global_norm()"),
+        ("deepspeed.runtime.utils:is_invalid_grad_norm", "return not isfinite(float(norm)) or norm < 0"),
+    ),
+    "divide_as_read": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "self.unscale_and_clip_grads([single_grad_partition], "),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
-        ("deepspeed.runtime.utils:is_invalid_grad_norm", "return not isfinite(float(norm)) or norm < 0"),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
     ),
     "gather_small_at_once": (
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._post_step", "[0].all_gather(self.persistent_parameters)"),
@@ -104,7 +107,6 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
             "self._prepare_fp32_grad_for_sub_group(sub_group_id)",
         ),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer", "self.grad_partitions_flat_buffer"),
-        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.unscale_and_clip_grads", "+ 1e-6) / self.clip_grad"),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "combine_grad_norm_groups(norm_groups)"),
         ("deepspeed.runtime.utils:combine_grad_norm_groups", "if torch.is_tensor(norm) else torch.tensor(norm"),
     ),
@@ -169,13 +171,18 @@ def clip_as_read(optimizer: Any) -> None:
     """Has a ZeRO-1/2 optimizer read the norm of all gradients once, and its AdamW divide them as it reads them. DeepSpeed reads the norm again for
     each group, behind the update of the group before, once more behind the gathering of weights, and goes over all gradients to divide them."""
     tensor_norm = optimizer.scaled_global_norm
+    optimizer.scaled_global_norm = lambda norm_type=2: float(tensor_norm(norm_type))
+    divide_as_read(optimizer)
 
-    def clip(gradients: Any, norm: float) -> None:
-        divisor = (norm + EPS) / optimizer.clip_grad if optimizer.clip_grad else 1.0
+
+def divide_as_read(optimizer: Any) -> None:
+    """Has the AdamW of a ZeRO optimizer clip: it divides gradients as it reads them."""
+
+    def clip(gradients: Any, norm: Any) -> None:
+        divisor = (float(norm) + EPS) / optimizer.clip_grad if optimizer.clip_grad else 1.0
         optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
 
     assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
-    optimizer.scaled_global_norm = lambda norm_type=2: float(tensor_norm(norm_type))
     optimizer.unscale_and_clip_grads = clip
 
 
@@ -254,14 +261,9 @@ def take_flat_gradients(optimizer: Any) -> None:
         optimizer.fp32_partitioned_groups_flat[group].grad = optimizer.averaged_gradients[group].flat_partition
         optimizer.averaged_gradients[group] = None
 
-    def clip(group: int, norm: torch.Tensor) -> None:
-        divisor = (float(norm) + EPS) / optimizer.clip_grad
-        optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
-
     optimizer._prepare_fp32_grad_for_sub_group, optimizer._get_norm_groups = prepare, norms_of_groups
     if optimizer.fp32_partitioned_groups_flat[0].is_cuda and optimizer.clip_grad:
-        assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
-        optimizer.unscale_and_clip_grads = clip
+        divide_as_read(optimizer)
 
 
 def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:

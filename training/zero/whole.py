@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.zero import norms, patches
-from training.zero.at_once import Partition, Run, Sent
+from training.zero import patches
+from training.zero.at_once import Bucket, Partition, Run, Sent, by_dtype, in_turn, leave
 
 
 def cuts(parameters: list[nn.Parameter], sizes: list[int], starts: list[int], ranks: int, columns: int) -> Iterator[tuple[int, list[Run]]]:
@@ -83,10 +83,8 @@ class Whole:
         ranks = dist.get_world_size(self.group)
         columns = max(1, elements // ranks)
         patches.keep_whole(optimizer)
-        self.plans: list[
-            list[tuple[torch.dtype, int, list[Run]]]
-        ] = []  # of each group: dtype, columns and runs of its buckets of gradients
-        self.fetches: list[list[Fetch]] = []  # and its buckets of weights
+        self.plans: list[list[Bucket]] = []  # of each group, its buckets of gradients
+        self.fetches: list[list[Fetch]] = []  # and of weights
         self.flats: list[Tensor] = []  # this rank's gradients of each group, zeros where the last parts are shorter
         self.pieces: list[list[Tensor]] = []  # and of each parameter
         used = 0
@@ -96,14 +94,11 @@ class Whole:
             self.flats.append(optimizer.grad_partitions_flat_buffer[used : used + sum(sizes)])
             self.pieces.append(list(self.flats[-1].split(sizes)))
             used += sum(sizes)
-            of_dtype: dict[torch.dtype, list[int]] = {}
-            for number, parameter in enumerate(parameters):
-                of_dtype.setdefault(optimizer.get_param_comm_dtype(parameter), []).append(number)
             self.plans.append(
                 [
-                    (dtype, width, runs)
-                    for dtype, numbers in of_dtype.items()
-                    for width, runs in cuts(
+                    (dtype, *bucket)
+                    for dtype, numbers in by_dtype(optimizer, parameters).items()
+                    for bucket in cuts(
                         [parameters[n] for n in numbers], [sizes[n] for n in numbers], [starts[n] for n in numbers], ranks, columns
                     )
                 ]
@@ -119,35 +114,12 @@ class Whole:
     def gather(self) -> None:
         """Makes the weights those of all ranks' parts. Collective; nothing waits for the device."""
         for flat, fetches in zip(self.optimizer.fp16_partitioned_groups_flat, self.fetches):
-            arriving: Arriving | None = None
-            for fetch in fetches:
-                following = Arriving(self.group, flat, fetch)
-                if arriving is not None:
-                    arriving.place()
-                arriving = following
-            if arriving is not None:
-                arriving.place()
+            in_turn(Arriving(self.group, flat, fetch) for fetch in fetches)
 
     @torch.no_grad()
     def reduce(self) -> None:
         """Averages the gradients that lie in the parameters over ranks and leaves this rank's part to DeepSpeed's step, with its norm; the others are
         gone. Collective; nothing waits for the device. One bucket is filled while the one before it is sent."""
-        optimizer, totals = self.optimizer, []
-        for i, plan in enumerate(self.plans):
-            flat, sent = self.flats[i], None
-            for dtype, columns, runs in plan:
-                following = Sent(self.group, dtype, columns, runs, flat)
-                if sent is not None:
-                    sent.place_own()
-                sent = following
-            if sent is not None:
-                sent.place_own()
-            optimizer.averaged_gradients[i] = Partition(self.pieces[i], flat)
-            totals.append(norms.squares([flat] if flat.is_cuda else self.pieces[i], flat.device))
-        total = torch.stack(totals)
-        dist.all_reduce(total)
-        for i, norm in enumerate(norms.root(total)):
-            optimizer.averaged_gradients[i].norm = norm
-        for parameters in optimizer.fp16_groups:
-            for parameter in parameters:
-                parameter.grad = None
+        for plan, flat in zip(self.plans, self.flats):
+            in_turn(Sent(self.group, *bucket, flat) for bucket in plan)
+        leave(self.optimizer, [Partition(*group) for group in zip(self.pieces, self.flats)], self.optimizer.fp16_groups)
