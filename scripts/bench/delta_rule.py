@@ -243,7 +243,8 @@ def compile_of(job: tuple[Any, ...]) -> str:
     if part == "peers":
         tried_in_shares(*what[1:])
     run: dict[str, Callable[[], Any]] = {
-        "accuracy": lambda: accuracy(*what), "kernels": lambda: kernel_row(what[0], 1.0), "peers": lambda: peer_row(what[0])
+        "accuracy": lambda: accuracy(*what), "kernels": lambda: kernel_row(what[0], 1.0),
+        "peers": lambda: dict(enumerate(map(peer_row, what[0]))),
     }  # fmt: skip
     with unmeasured():
         row = attempted(run[part])
@@ -255,9 +256,9 @@ def compile_ahead(parts_wanted: list[str], dtypes: list[str], shapes: Sequence[t
     if "accuracy" in parts_wanted:
         jobs += [("accuracy", [name], [n]) for name in reversed(dtypes) for n in (2, 1)]  # what takes longest first
     if "kernels" in parts_wanted or "split" in parts_wanted:
-        jobs += [("kernels", shape) for shape in shapes]
+        jobs += [("kernels", shape) for shape in dict.fromkeys(shapes)]
     if "peers" in parts_wanted:
-        jobs += [("peers", shapes[0], number, processes) for number in range(processes)]
+        jobs += [("peers", [*dict.fromkeys(shapes)], number, processes) for number in range(processes)]
     with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
         for complaint in pool.imap_unordered(compile_of, jobs):
             if complaint:
@@ -268,7 +269,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="accuracy,kernels,split,peers")
-    parser.add_argument("--shapes", default=",".join(map(str, range(len(SHAPES)))), help="numbers of SHAPES in this file")
+    parser.add_argument(
+        "--shapes",
+        default=",".join(map(str, range(len(SHAPES)))),
+        help="numbers of SHAPES in this file; one that is named twice is measured again",
+    )
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the accuracy")
     parser.add_argument("--ahead", type=int, default=0, help="processes that compile before anything is measured")
     arguments = parser.parse_args()
@@ -285,13 +290,14 @@ def main() -> None:
     results = Results(arguments.out, torch.device("cuda"), sizes=sizes, copy_bytes_per_ms=copy)
     if "accuracy" in wanted:
         results.keep("accuracy", attempted(functools.partial(accuracy, dtypes)))
-    for shape in shapes:
+    for place, shape in enumerate(shapes):
+        title = f"{shape} again" if shape in shapes[:place] else f"{shape}"
         if "kernels" in wanted:
-            results.keep(f"kernels {shape}", attempted(functools.partial(kernel_row, shape, copy)))
+            results.keep(f"kernels {title}", attempted(functools.partial(kernel_row, shape, copy)))
         if "peers" in wanted:
-            results.keep(f"fla {shape}", attempted(functools.partial(peer_row, shape)))
+            results.keep(f"fla {title}", attempted(functools.partial(peer_row, shape)))
     if "split" in wanted:
-        for shape in shapes[:3]:
+        for shape in dict.fromkeys(shapes[:3]):
             results.keep(f"split {shape}", attempted(functools.partial(parts, shape)))
     if "training" in wanted:
         train_all(results)
