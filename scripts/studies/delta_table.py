@@ -5,13 +5,13 @@
     python -m scripts.studies.delta_table --out runs/delta_table --seconds 290          # the same again: what the clock cut goes on
     python -m scripts.studies.delta_table --out runs/small --tasks s3 --updates 1,2 --seeds 1 --steps 300 --seconds 60
 
-One layer of width 64, four heads of 16, neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed along the
-ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as many tokens
-at every length, and a length that is not learnt is not left. A process for each number of updates and task, in it every arm on a stream of its own, a
-burst of CUDA graphs of each in turn: so an arm that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved. Scored at
-1, 2, 4 and 8 times the length. Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of
-all of them. What an arm that is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt, every minute and in the end; one whose settings have
-changed begins anew.
+One layer of width 64, four heads of 16 (--head-dim), neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed
+along the ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as
+many tokens at every length, and a length that is not learnt is not left. A process for each number of updates and task, in it every arm on a stream of its
+own, a burst of CUDA graphs of each in turn: so an arm that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved.
+Scored at 1, 2, 4 and 8 times the length. Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table
+are made of all of them. What an arm that is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt, every minute and in the end; one whose settings
+have changed begins anew.
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def settings(task: str, updates: int, negative: bool, given: argparse.Namespace)
     """Of a cell of scripts/studies/equal_cells.py, with this task and layer."""
     mqar = task == "mqar"
     length, batch = (PAIRS_LENGTH, max(1, given.batch * given.length // PAIRS_LENGTH)) if mqar else (given.length, given.batch)
-    layer = {"type": "delta", "n_heads": 4, "head_dim": 16, "updates": updates, "negative": negative, "gate": False, "output_gate": False}
+    layer = {
+        "type": "delta",
+        "n_heads": 4,
+        "head_dim": given.head_dim,
+        "updates": updates,
+        "negative": negative,
+        "gate": False,
+        "output_gate": False,
+    }
     usual = settings_of("mqar" if mqar else "S4", "deltaproduct_2", {"length": length, "batch": batch})
     changes = (
         {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98}
@@ -193,8 +201,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8000, help="the most of an arm; over the last fifth of them the rate falls")
     parser.add_argument("--length", type=int, default=32, help="of the longest words that are trained on")
     parser.add_argument("--batch", type=int, default=256, help="rows of that length in a step")
+    parser.add_argument("--head-dim", type=int, default=16, help="width of the four heads; kernels take 64 at least")
     given = parser.parse_args()
-    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch"], {"tasks": TASKS})
+    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch", "head_dim"], {"tasks": TASKS})
     given.tasks = given.tasks.split(",")
     for name, known in (("updates", range(1, 17)), ("ranges", (-1, 0))):
         try:
