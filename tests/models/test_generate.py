@@ -24,6 +24,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mamba2": {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": 2, "chunk": 5},
     **{name: {"type": "rnn", "cell": name, "n_heads": 2} for name in cells()},
     "m2rnn": {"type": "m2rnn", "n_heads": 2},
+    "delta": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "updates": 2, "negative": True},
     "bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0},
 }
 HYBRID = ["paragru", "mamba2", "window", "attention"]
