@@ -62,7 +62,7 @@ def settings(task: str, updates: int, negative: bool, given: argparse.Namespace)
     changes = (
         {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98}
         if mqar
-        else {"climbed": CLIMBED, "settles": SETTLES, "curriculum": 0.0}
+        else {"climbed": CLIMBED, "settles": SETTLES, "curriculum": 0.0, "first": given.first}
     )
     return {**usual, "task": TASKS[task], "layer": {**layer, "d_conv": 4 if mqar else 2}, "bound": None, **changes}
 
@@ -201,9 +201,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8000, help="the most of an arm; over the last fifth of them the rate falls")
     parser.add_argument("--length", type=int, default=32, help="of the longest words that are trained on")
     parser.add_argument("--batch", type=int, default=256, help="rows of that length in a step")
+    parser.add_argument("--first", type=int, default=2, help="length of the first words; pairs can be learnt by heart, by the convolution")
     parser.add_argument("--head-dim", type=int, default=16, help="width of the four heads; kernels take 64 at least")
     given = parser.parse_args()
-    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch", "head_dim"], {"tasks": TASKS})
+    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch", "first", "head_dim"], {"tasks": TASKS})
     given.tasks = given.tasks.split(",")
     for name, known in (("updates", range(1, 17)), ("ranges", (-1, 0))):
         try:
