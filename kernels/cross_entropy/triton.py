@@ -15,9 +15,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def losses(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
+def log_partition(LOGITS, row, V, BV: tl.constexpr):
     """The sum of exponentials is kept relative to the largest logit so far, per column of the block, and added up at the end."""
-    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BV)
     most = tl.full((BV,), float("-inf"), tl.float32)
     total = tl.zeros((BV,), tl.float32)
@@ -29,7 +28,13 @@ def losses(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
         most = above
     largest = tl.max(most, 0)
     kept = tl.where(largest == float("-inf"), 0.0, largest)
-    log_z = kept + tl.log2(tl.sum(total * tl.exp2((most - kept) * LOG2E), 0)) * LN2  # the largest logit as it is, not scaled to and fro
+    return kept + tl.log2(tl.sum(total * tl.exp2((most - kept) * LOG2E), 0)) * LN2  # the largest logit as it is, not scaled to and fro
+
+
+@triton.jit
+def losses(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    log_z = log_partition(LOGITS, row, V, BV)
     label = tl.load(LABELS + row)
     known = (label >= 0) & (label < V)
     picked = tl.load(LOGITS + row * V + label, mask=known, other=float("nan")).to(tl.float32)
@@ -48,3 +53,24 @@ def logits_gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
     d = tl.exp2((x - tl.load(LOG_Z + row)) * LOG2E) * (g_nll + tl.load(G_LOG_Z + row))
     d = tl.where(label == -100, 0.0, d - tl.where(column == label, g_nll, 0.0))
     tl.store(at, d.to(LOGITS.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def losses_and_gradient(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
+    """Both at once: what a row's first pass has read the second finds in the cache, from its end on."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BV)
+    label = tl.load(LABELS + row)
+    known = (label >= 0) & (label < V)
+    picked = tl.load(LOGITS + row * V + label, mask=known, other=float("nan")).to(tl.float32)  # before anything is written over
+    log_z = log_partition(LOGITS, row, V, BV)
+    tl.store(LOG_Z + row, tl.where(label == -100, 0.0, log_z))
+    tl.store(NLL + row, tl.where(label == -100, 0.0, log_z - picked))
+    one = tl.where(known, 1.0, float("nan"))
+    pieces = tl.cdiv(V, BV)
+    for i in range(0, pieces):
+        at = (pieces - 1 - i) * BV + column
+        x = tl.load(LOGITS + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+        d = tl.exp2((x - log_z) * LOG2E) * one
+        d = tl.where(label == -100, 0.0, d - tl.where(at == label, one, 0.0))
+        tl.store(LOGITS + row * V + at, d.to(LOGITS.dtype.element_ty), mask=at < V)

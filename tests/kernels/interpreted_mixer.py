@@ -74,6 +74,9 @@ def cross_entropies() -> None:
         d = cross_entropy.gradient_(logits.clone(), labels, log_z, g_nll, g_log_z)
         ulp = torch.finfo(dtype).eps  # the interpreter cuts off what it does not store
         assert d.dtype == dtype and ((d - d_oracle).abs() <= ulp * d_oracle.abs() + 1e-6).all(), f"cross entropy {V} {dtype}"
+        d = cross_entropy.gradient_(logits.clone(), labels, log_z, torch.ones(6), torch.zeros(6))
+        both = cross_entropy.losses_and_gradient_(logits.clone(), labels)
+        assert all(torch.equal(a, b) for a, b in zip(both, (nll, log_z, d))), f"losses and gradient at once {V} {dtype}"
         logits[3, 1] = torch.nan
         nll, log_z = cross_entropy.losses(logits, labels)
         assert nll[3].isnan() and log_z[3].isnan() and nll.isfinite().sum() == 5
@@ -88,7 +91,10 @@ def labels_that_are_no_logits() -> None:
     assert nll.isnan().tolist() == [False, True, True, False, False] and log_z.isfinite().all()
     torch.testing.assert_close(nll[[0, 4]], torch.nn.functional.cross_entropy(logits[[0, 4]], labels[[0, 4]].long(), reduction="none"))
     d = cross_entropy.gradient_(logits.clone(), labels, log_z, torch.ones(5), torch.ones(5))
-    assert d[[1, 2]].isnan().all() and d[[0, 4]].isfinite().all() and not d[3].any()
+    at_once = cross_entropy.losses_and_gradient_(logits.clone(), labels)
+    assert at_once[0].isnan().tolist() == nll.isnan().tolist()
+    for one in (d, at_once[2]):
+        assert one[[1, 2]].isnan().all() and one[[0, 4]].isfinite().all() and not one[3].any()
 
 
 def documents_that_are_not_finite() -> None:
