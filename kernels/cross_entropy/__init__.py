@@ -13,6 +13,7 @@ from kernels.cross_entropy import reference
 from kernels.dispatch import interpreted, is_eager, no_triton, planned
 
 BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
+BLOCK_AT_ONCE, WARPS_AT_ONCE = 16384, 32  # of losses and gradient at once: two programs a multiprocessor, whose rows the cache holds
 
 
 def use_triton(logits_NV: Tensor) -> bool:
@@ -24,8 +25,8 @@ def use_triton(logits_NV: Tensor) -> bool:
     )
 
 
-def block(V: int) -> int:
-    return 64 if interpreted() else min(BLOCK, 1 << max(7, (V - 1).bit_length()))
+def block(V: int, most: int = BLOCK) -> int:
+    return 64 if interpreted() else min(most, 1 << max(7, (V - 1).bit_length()))
 
 
 def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +60,10 @@ def losses_and_gradient_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, T
     if planned():
         return nll_N, log_z_N, logits_NV
     with torch.cuda.device_of(logits_NV):
-        kernels.losses_and_gradient[(N,)](logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=block(V), num_warps=WARPS)
+        BV = block(V, BLOCK_AT_ONCE)
+        kernels.losses_and_gradient[(N,)](
+            logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=BV, num_warps=WARPS_AT_ONCE if BV == BLOCK_AT_ONCE else WARPS
+        )
     return nll_N, log_z_N, logits_NV
 
 

@@ -78,7 +78,7 @@ def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
     kept, d = logits.clone(), cross_entropy.gradient_(logits.clone(), labels, log_z, ones, zeros)
     at_once = cross_entropy.losses_and_gradient_(logits, labels)
     assert at_once[2].data_ptr() == logits.data_ptr() and not torch.equal(kept, logits)
-    torch.testing.assert_close(at_once, (nll, log_z, d), atol=1e-6, rtol=2 * ulp)
+    torch.testing.assert_close(at_once, (nll, log_z, d), atol=2e-6, rtol=4 * ulp)
 
 
 @pytest.mark.slow
