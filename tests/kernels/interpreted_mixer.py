@@ -21,6 +21,7 @@ from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
+from kernels.linear.op import runs  # noqa: E402
 from kernels.residual import op as residual_op  # noqa: E402
 from kernels.residual import reference as residual_reference  # noqa: E402
 from kernels.residual import residual  # noqa: E402
@@ -267,6 +268,9 @@ def rotations() -> None:
             y, oracle = (turned(turn, present(t), H, positions, *more) for turn, t in ((rotary, given), (rotary_reference.rotary, fine)))
             agree(y, oracle, present(given), present(fine), f"partial rotary {(B, T, H, G, K)} {dtype}")
     q, k = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 1, 5, 4, requires_grad=True)
+    turned_q, turned_k = rotary(q, k, torch.arange(5), 100.0)
+    gradients = [g.transpose(1, 2).reshape(10, -1) for g in torch.autograd.grad(turned_q.sum() + turned_k.sum(), (q, k))]
+    assert len(runs(gradients)) == 1, "gradients of queries and keys are one for the products that made both"
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False), test_utils=CHECKS)
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False, torch.tensor([0.5]), 1.1), test_utils=CHECKS)
 
