@@ -166,9 +166,10 @@ class LanguageModel(Module):
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput, more_BT: Tensor | None = None) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head
-        nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute)
+        summed = reduction == "sum" and not self.config.z_loss
+        nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute, summed=summed)
         output.loss_sum = nll_N.sum()
-        output.z_loss_sum = self.config.z_loss * log_z_N.square().sum()  # zero where nothing is labelled
+        output.z_loss_sum = self.config.z_loss * log_z_N.square().sum() if self.config.z_loss else torch.zeros_like(output.loss_sum)
         if more_BT is not None:
             output.z_loss_sum = output.z_loss_sum + more_BT.masked_fill(labels == -100, 0.0).sum()
         output.token_count = (labels != -100).sum()
@@ -205,8 +206,9 @@ class LanguageModel(Module):
         return 3 * self.flops_per_token(T) - 2 * (whole - learnt)
 
     def recomputed_flops_per_token(self, T: int) -> int:
-        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits."""
-        twice = 2 * self.config.d_model * self.config.vocab_size if self.config.recompute_head else 0
+        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits with a z-loss."""
+        again = self.config.recompute_head and self.config.z_loss
+        twice = 2 * self.config.d_model * self.config.vocab_size if again else 0
         return twice + sum(block.recomputed_flops_per_token(T, block.remade) for block in self._blocks(self.config.learnt_visits()))
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -100,7 +100,8 @@ class AdamWLists:
 
 def adamw(lists: AdamWLists, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, divisor: Tensor | None) -> None:
     """A step of AdamW (Loshchilov and Hutter 2019) for tensors that `use_triton` takes, all of them: gradients are read, divided by `divisor`, and left
-    as they are. torch's fused step writes what it has divided back, 4 bytes a parameter of 32. The counts of steps have this step among them."""
+    as they are, and so is everything where the divisor is not finite. torch's fused step writes what it has divided back, 4 bytes a parameter of 32.
+    The counts of steps have this step among them."""
     from kernels.tensor_lists import triton
 
     with torch.cuda.device_of(lists.weights[0]):

@@ -133,12 +133,14 @@ def adamw_step(
     g = tl.load(ADDRESSES + TENSORS + t).to(tl.pointer_type(tl.float32))
     m = tl.load(ADDRESSES + 2 * TENSORS + t).to(tl.pointer_type(tl.float32))
     v = tl.load(ADDRESSES + 3 * TENSORS + t).to(tl.pointer_type(tl.float32))
-    steps = tl.load(tl.load(ADDRESSES + 4 * TENSORS + t).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    size = (LR / (1.0 - tl.exp2(steps * LOG1))).to(tl.float32)
-    root = tl.sqrt((1.0 - tl.exp2(steps * LOG2)).to(tl.float32))
     divisor = 1.0
     if DIVIDE:
         divisor = tl.load(DIVISOR)
+        if divisor - divisor != 0.0:  # no number: the step is left out
+            return
+    steps = tl.load(tl.load(ADDRESSES + 4 * TENSORS + t).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    size = (LR / (1.0 - tl.exp2(steps * LOG1))).to(tl.float32)
+    root = tl.sqrt((1.0 - tl.exp2(steps * LOG2)).to(tl.float32))
     first = tl.load(PLACE + b).to(tl.int64) * CHUNK
     left = tl.load(SIZES + t)
     e = first + tl.arange(0, BLOCK)

@@ -29,6 +29,7 @@ BESIDE: dict[str, Callable[[dict[str, Any]], int]] = {
     "adamw_step": lambda given: 28 * int(given["SIZES"].sum()),  # weights and two moments read and written, gradients read
     "muon_momentum": lambda given: 8 * given["M"].numel(),
     "muon_step": lambda given: 8 * given["U"].numel(),
+    "losses_and_gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size(),
     "logits_gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size(),
 }
 

@@ -76,8 +76,10 @@ def main(golden: bool) -> None:
                 flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK}
                 name = f"{label} {'backward' if back else 'forward'} {K}"
                 out[name] = made(name, norm.kernels.backward if back else norm.kernels.forward, flags, warps)
-    for name in ("losses", "logits_gradient"):
-        out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
+    for name in ("losses", "logits_gradient", "losses_and_gradient"):
+        sizes = (cross_entropy.BLOCK, cross_entropy.WARPS)
+        BV, warps = (cross_entropy.BLOCK_AT_ONCE, cross_entropy.WARPS_AT_ONCE) if name == "losses_and_gradient" else sizes
+        out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": BV}, warps)
     for name in ("forward", "backward"):
         out[f"swiglu {name}"] = made(f"swiglu {name}", getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
     BR, BD = residual.tile(32768, 1024, gpu)

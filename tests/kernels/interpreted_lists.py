@@ -147,6 +147,11 @@ def steps_of_adamw() -> None:
                 assert optimizer._ready is not None and all(r.is_of(g) for r, g in zip(optimizer._ready, optimizer.param_groups))
             optimizer.step()
         if ours:
+            before = [t.clone() for w in weights for t in (w.detach(), *optimizer.state[w].values())]
+            for divisor in (torch.nan, torch.inf):  # the step is left out, its count too
+                optimizer.grad_scale = torch.tensor(divisor)
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(before, [t for w in weights for t in (w.detach(), *optimizer.state[w].values())]))
             assert all(torch.equal(w.grad, g) for w, g in zip(weights, given)) and optimizer._kernels_take()
             assert not SkippableAdamW(weights, lr=1e-2, fused=False)._kernels_take(), "its counts of steps lie on the CPU, always"
         made.append(

@@ -99,6 +99,9 @@ def test_a_step_of_adamw_is_torchs() -> None:
                 optimizer.grad_scale = torch.tensor(2.5, device="cuda")
             optimizer.step()
         assert not ours or torch.equal(weights[-1].grad, gradient)
+        for divisor in (torch.nan, torch.inf) if ours else ():  # the step is left out, its count too
+            optimizer.grad_scale = torch.tensor(divisor, device="cuda")
+            optimizer.step()
         made.append(  # the count of steps of torch's plain optimizer lies on the host
             [w.detach().double() for w in weights]
             + [s[k].double().cuda() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]

@@ -72,9 +72,14 @@ def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close([nll.double(), log_z.double()], list(wanted), atol=1e-5, rtol=1e-6)
     g = [torch.randn(N, device="cuda") for _ in range(2)]
     d_wanted = reference.gradient(logits.double(), labels, wanted[1], (g[0] * (labels != -100)).double(), g[1].double())
-    d = cross_entropy.gradient_(logits, labels, log_z, *g)
+    d = cross_entropy.gradient_(logits.clone(), labels, log_z, *g)
     ulp = torch.finfo(dtype).eps
     assert ((d - d_wanted).abs() <= 0.6 * ulp * d_wanted.abs() + 1e-5 * (d_wanted.abs() + 1e-3)).all()
+    ones, zeros = torch.ones_like(g[0]), torch.zeros_like(g[0])
+    kept, d = logits.clone(), cross_entropy.gradient_(logits.clone(), labels, log_z, ones, zeros)
+    at_once = cross_entropy.losses_and_gradient_(logits, labels)
+    assert at_once[2].data_ptr() == logits.data_ptr() and not torch.equal(kept, logits)
+    torch.testing.assert_close(at_once, (nll, log_z, d), atol=2e-6, rtol=4 * ulp)
 
 
 @pytest.mark.slow

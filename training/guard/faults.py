@@ -26,6 +26,11 @@ class BadStepPolicy:
         self.recent: deque[float] = deque(maxlen=faults.spike_window)
         self.skips = 0
 
+    @property
+    def only_finite(self) -> bool:
+        """Whether `judge` is against losses that are not finite, and no other."""
+        return not self.faults.spike_factor
+
     def judge(self, loss: float) -> str:
         """Why a step with this mean loss must not be taken, or ''."""
         if not math.isfinite(loss):
