@@ -14,6 +14,7 @@ Keys
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
   stages      stage0,time0,stage1,time1,grid,speed,pass,time,probe,leaders,speedrun  seeds     decisive rows have five from three on [3]
   first       stages whose cells this program takes before those that the plan has in front
+  rates       true: of stages 0 and 1 only the cells that choose a row's rate [false]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
@@ -50,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "stages": "all",
     "first": "",
     "seeds": 3,
+    "rates": False,
     "minutes": 0.0,
     "workers": 1,
     "streams": 1,
