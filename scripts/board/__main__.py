@@ -2,6 +2,7 @@
 
     python -m scripts.board corpus input=corpus.jsonl.xz data=DIR           order, tokenizer, held-out set and shards of the corpus, once
     python -m scripts.board plan data=DIR                                   the models, how they are counted, and the cells known so far
+    python -m scripts.board compile data=DIR rows=gdn,mamba2                kernels of these rows, all at once, before their first cells
     python -m scripts.board run data=DIR minutes=25                         runs cells until time is up; again, or `resume`: goes on
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
@@ -72,7 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "again", "beside", "draw", "export")
+ACTIONS = ("corpus", "plan", "compile", "run", "resume", "again", "beside", "draw", "export")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -208,6 +209,11 @@ def main(words: list[str]) -> int:
 
         begin(values)
         beside(values)
+    elif action == "compile":
+        from scripts.board.compiling import compile_all
+
+        begin(values)
+        compile_all(values)
     elif action == "draw":
         from scripts.board.draw import draw
 
