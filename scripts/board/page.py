@@ -57,9 +57,13 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [
             "## Models for transformers",
             "",
-            "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The",
+            *_filled(
+                "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are "
+                "not in this repository: the command in each card makes them again bit for bit, `python -m scripts.board export only=CELL` exports "
+                "them, and `python -m scripts.push runs/board/exported/CELL YOU/NAME` puts them on your Hub."
+            ),
+            "",
         ]
-        lines += ["weights are made again by the command in each card, `weights=true` and `export`.", ""]
         lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
     for stage in others:
