@@ -59,8 +59,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
             "",
             *_filled(
                 "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are "
-                "not in this repository: the command in each card makes them again bit for bit, `python -m scripts.board export only=CELL` exports "
-                "them, and `python -m scripts.push runs/board/exported/CELL YOU/NAME` puts them on your Hub."
+                "not in this repository: the command in each card makes them again bit for bit, `python -m scripts.board export out=runs/board/again only=CELL` "
+                "exports them, and `python -m scripts.push runs/board/again/exported/CELL YOU/NAME` puts them on your Hub."
             ),
             "",
         ]
