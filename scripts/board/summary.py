@@ -71,7 +71,8 @@ def _layers(found: dict[str, Any], at: str) -> str:
         elif stage == final:
             wide.append(f"{where}, {effect} ({2 * value.half:.3f} wide)")
     others = len(mine) - len(narrow) - len(wide)
-    wide += [f"{'the ' if narrow or wide else ''}{others} {'others ' if narrow or wide else ''}in the table below"] if others else []
+    more = f" other{'s' if others > 1 else ''}," if narrow or wide else ""
+    wide += [f"{others}{more} in the table below"] if others else []
     told = f"One nonlinear layer, {at}: " + (f"answered to {NARROW} bits per byte: {'; '.join(narrow)}. " if narrow else "")
     return (told + (f"{'Not' if narrow else 'not'} to {NARROW}: {'; '.join(wide)}." if wide else "")).strip()
 
