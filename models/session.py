@@ -119,7 +119,7 @@ class Session:
         """The new ids (B, n), n <= max_new_tokens, also appended to the session.
 
         A row ends with one of stop_ids, or when stop_when(row, token) says so; it goes on with fill_id (the first stop id unless given)
-        until all rows have ended. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
+        until all rows have ended. Raises UserError for logits that are not finite, at the first token or once the last is drawn. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
         None: on a GPU, where the text is long enough to repay the capture.
         """
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.ids_BT.device)
@@ -135,6 +135,7 @@ class Session:
         for _ in range(max_new_tokens):
             if not new:
                 logits_BV = self._feed(self.ids_BT.shape[1])
+                refuse_not_finite(logits_BV)
             elif graph:
                 decoder = decoder or Decoder(self.model, self.state, self.ids_BT.shape[1] + max_new_tokens)
                 logits_BV = decoder.step(new[-1])
@@ -155,6 +156,8 @@ class Session:
                 done_B = torch.tensor(said, device=done_B.device)
             if ending and bool(done_B.all()):
                 break
+        if new:
+            refuse_not_finite(logits_BV)
         if decoder is not None:
             self.state = decoder.release()
         new_BN = torch.stack(new, 1) if new else self.ids_BT[:, :0]
@@ -209,6 +212,15 @@ class Session:
         session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
         session.generator.set_state(tensors["generator"])
         return session
+
+
+def refuse_not_finite(logits_BV: Tensor) -> None:
+    """Raises UserError where a row's largest logit is NaN or infinite, which any NaN of the row makes it: what is drawn from it means nothing."""
+    if not bool(logits_BV.amax(-1).isfinite().all()):
+        raise UserError(
+            "The logits are not finite: the weights hold values that are not finite, or a state grew without bound; take another checkpoint, or"
+            " precision=fp32."
+        )
 
 
 def model_hash(model: LanguageModel) -> str:

@@ -64,6 +64,13 @@ def pieces(T: int, chunk: int, whole: int = 0) -> Iterator[tuple[int, int]]:
         first = last
 
 
+def not_finite(precision: str, where: str = "") -> str:
+    """The sentence for logits that are NaN or infinite; where: words that say at which place."""
+    if precision == "fp32":
+        return f"The logits are not finite{where}, in fp32: the weights hold values that are not finite or grow without bound; take another checkpoint."
+    return f"The logits are not finite{where}; try precision=fp32."
+
+
 class Adapter:
     """What the evaluations need of a model. Subclasses say how it is run (the methods that raise NotImplementedError); no method takes gradients.
 
@@ -246,10 +253,8 @@ class Adapter:
         return self._finite(self._wide_logits(hidden[:, -1])), state
 
     def not_finite(self, where: str = "") -> str:
-        """The sentence for logits that are NaN or infinite; where: words that say at which place."""
-        if self.precision == "fp32":
-            return f"The logits are not finite{where}, in fp32: the weights hold values that are not finite or grow without bound; take another checkpoint."
-        return f"The logits are not finite{where}; try precision=fp32."
+        """`not_finite` in this adapter's precision."""
+        return not_finite(self.precision, where)
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits).all()):

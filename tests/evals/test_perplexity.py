@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, coder_of
@@ -132,6 +133,13 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
     ):
         done = run_program(["-m", "evals.run", *words])
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+    weights = next((run / "checkpoints").glob("*/model.safetensors"))
+    tensors = load_file(weights)
+    tensors["norm.weight"].fill_(float("nan"))
+    save_file(tensors, weights)
+    (tmp_path / "r.json").unlink()
+    done = run_program(["-m", "evals.run", f"checkpoint={weights.parent}", "length=64", "max_tokens=64", f"out={tmp_path / 'r.json'}"])
+    assert done.returncode == 2 and "error: The logits are not finite, in fp32: " in done.stderr and not (tmp_path / "r.json").exists()
 
 
 def test_documents_are_scored_from_their_own_beginning() -> None:
