@@ -197,6 +197,12 @@ def hub_away() -> str:
         return f"{constants.ENDPOINT} cannot be reached ({reason})"
 
 
+def unknown_id(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for text which the tokenizer has none for; None where it has such a token for every text, or leaves it out."""
+    model = json.loads(tokenizer.to_str())["model"]
+    return model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+
+
 def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
     """Id of each of the 256 bytes when `tokenizer` is `byte_tokenizer()`, else None."""
     if fingerprint(tokenizer) != fingerprint(byte_tokenizer()):

@@ -26,7 +26,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.files import save_tensors
 from models.decode import Decoder
-from models.lm import LanguageModel, LMState
+from models.lm import LanguageModel, LMState, check_ids
 from models.sampling import Sampling
 
 CHUNK = 2048  # tokens read at once
@@ -47,9 +47,11 @@ class Session:
     one."""
 
     def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
-        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row."""
+        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row, UserError for ids that
+        the model does not have."""
         if ids_BT.ndim != 2 or ids_BT.shape[1] == 0 or (lengths is not None and min(lengths) < 1):
             raise ValueError("The prompt must hold at least one token.")
+        check_ids(ids_BT, model.config.vocab_size)
         self.model, self.ids_BT = model, ids_BT
         B, T = ids_BT.shape
         self.padding = [0] * B if lengths is None else [T - n for n in lengths]
@@ -59,6 +61,7 @@ class Session:
 
     def append(self, ids_BT: Tensor) -> Session:
         """Adds text to the end of every row; it is read later, by `read` or `generate`."""
+        check_ids(ids_BT, self.model.config.vocab_size)
         self.ids_BT = torch.cat([self.ids_BT, ids_BT.to(self.ids_BT)], 1)
         return self
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import TextCoder
 from evals.adapters.trust import code_hash, names_code
+from models.lm import check_ids
 from models.prompt import prompt_of, whole_prompt
 
 PIECE = 1024  # rows of logits alive at once
@@ -184,6 +185,8 @@ class Adapter:
 
     def _run(self, ids_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(what the head reads (B, T, D), state after the chunk and what a cure makes of it)."""
+        if not ids_BT.is_cuda:  # what was drawn on the device is in the vocabulary
+            check_ids(ids_BT, self.vocab_size)
         ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), self._autocast():
             if self.carry == "steps" and ids_BT.shape[1] > 1:
@@ -207,6 +210,8 @@ class Adapter:
 
     def losses(self, ids_BT: Tensor, labels_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(nats of each label (B, T), 0 where the label is -100; state). Raises ItemError for values that are not finite."""
+        if not labels_BT.is_cuda:
+            check_ids(labels_BT, self.vocab_size)
         hidden, state = self._run(ids_BT, state)
         rows, labels = hidden.flatten(0, 1), labels_BT.to(self.device).flatten()
         with torch.no_grad():

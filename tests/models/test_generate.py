@@ -11,6 +11,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Tem
 
 from data.errors import UserError
 from data.tokenizer import byte_tokenizer
+from evals.adapters.own import OwnAdapter
 from models.cells import available as cells
 from models.config import ModelConfig
 from models.generate import generate, left_pad
@@ -262,3 +263,16 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float, wh
     ids, lengths = left_pad(prompts(6, 4), 0)
     with pytest.raises(UserError, match="^The logits are not finite: "):
         Session(model, ids, lengths).generate(5, Sampling(temperature=temperature))
+
+
+def test_ids_that_the_model_does_not_have_are_told() -> None:
+    """Of a tokenizer that is another model's, or has had tokens added; the embedding would be read past its end."""
+    model = small(["attention"])
+    with pytest.raises(UserError, match=f"^The token id {V} of the text is beyond the {V} tokens of the model"):
+        Session(model, torch.tensor([[1, V, 2]]))
+    with pytest.raises(UserError, match="^The token id 500 of"):
+        Session(model, torch.tensor([[1, V - 1, 2]])).append(torch.tensor([[500]]))
+    adapter = OwnAdapter(model, None, "x", "")
+    for ids in ([[0, 1, V, 3]], [[0, 1, 2, V]]):
+        with pytest.raises(UserError, match=f"^The token id {V} of"):
+            adapter.stream(torch.tensor(ids), 8, lambda *_: None)
