@@ -48,6 +48,16 @@ class LMOutput:
     state: LMState | None = None
 
 
+def check_ids(ids: Tensor, vocab_size: int, whose: str = "the text") -> None:
+    """Raises UserError where a token id is beyond the vocabulary, as of a tokenizer that is another model's: the embedding would be read past its
+    end, on a GPU without a word. Waits for ids on a GPU."""
+    if ids.numel() and (largest := int(ids.max())) >= vocab_size:
+        raise UserError(
+            f"The token id {largest} of {whose} is beyond the {vocab_size:,} tokens of the model: its tokenizer.json is another model's, or has had "
+            "tokens added; put the model's own beside the weights."
+        )
+
+
 class LanguageModel(Module):
     """Built from a ModelConfig; `init_weights(seed)` draws the parameters (construction leaves them unset, so meta devices work)."""
 

@@ -169,7 +169,7 @@ class Run:
         result = self.engine.step(
             batches, lr, self.policy.judge, self.agreed.tokens, lambda: self.look_ahead(step + 1), only_finite=self.policy.only_finite
         )
-        self.policy.record(step, result, [sample for batch in batches for sample in batch.sample_ids])
+        self.policy.record(step + 1, result, [sample for batch in batches for sample in batch.sample_ids])
         self.agreed = Agreed(*result.told)
         self.cursor.advance(self.config)
         self.tracer.after(self.step)

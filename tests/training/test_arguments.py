@@ -48,6 +48,21 @@ def test_every_mistake_is_a_sentence_and_all_are_told(word: str) -> None:
     assert len(caught.value.problems) == 3 and word.partition("=")[0] in caught.value.problems[0]
 
 
+def test_a_key_that_comes_twice_is_told() -> None:
+    with pytest.raises(UserError, match="^path is given twice; the first would be lost"):
+        parse_arguments(["path=a", "rows=2", "--path", "b"], DEFAULTS)
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zsh and dash leave it alone inside a word, bash behind a comma: a folder of that name would be made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    defaults = {"out": None, "checkpoint": None, "prompt": None, "name": "a"}
+    words = ["out=~/x", "checkpoint=~/a,b/~/c,~/d", "prompt=~/.profile is", "name=~x"]
+    assert parse_arguments(words, defaults) == {
+        "out": "/home/me/x", "checkpoint": "/home/me/a,b/~/c,/home/me/d", "prompt": "~/.profile is", "name": "~x",
+    }  # fmt: skip
+
+
 def test_a_program_ends_in_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     def run(words: list[str]) -> None:
         raise UserError(["One.", "Two."])

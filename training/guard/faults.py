@@ -40,7 +40,8 @@ class BadStepPolicy:
         return ""
 
     def record(self, step: int, result: StepResult, sample_ids: list[int]) -> None:
-        """Keeps a good loss; writes a bad step's batch and norms to faults.jsonl and stops the run where the policy says so.
+        """Keeps a good loss; writes a bad step's batch and norms to faults.jsonl and stops the run where the policy says so. step: counted from 1, as in
+        the log.
 
         Raises UserError when the policy is to stop, or when max_skips is passed. The weights are those before the step.
         """
