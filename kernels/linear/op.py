@@ -24,8 +24,11 @@ def weight_gradient(d_MN: Tensor, x_MD: Tensor) -> Tensor:
     return (d_MN.T @ x_MD).float()
 
 
-def add_product(total_NK: Tensor, d_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """total + d^T x, written over total (fp32): by the product itself where the device can, which then adds before it rounds."""
+def add_product(total_NK: Tensor | None, d_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """total + d^T x, written over total (fp32, or fp64 as the factors): by the product itself where the device can, which then adds before it rounds.
+    total: None for nothing yet."""
+    if total_NK is None:
+        return weight_gradient(d_MN, x_MK) if d_MN.dtype in (torch.bfloat16, torch.float16) else d_MN.T @ x_MK
     if (
         d_MN.device.type == "cuda"
         and d_MN.dtype in (torch.bfloat16, torch.float16)
