@@ -22,32 +22,18 @@ def _logits(h_ND: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return F.linear(h_ND.to(dtype), weight_VD.to(dtype))
 
 
-def _losses(
-    h_ND: Tensor, cast_VD: Tensor, labels_N: Tensor, chunk: int, d_h_ND: Tensor | None, d_weight_VD: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(nats, log-partition) of each row; into d_h and onto d_weight, where they are given, go the gradients of the summed nats."""
-    pieces = []
-    for a in range(0, max(1, h_ND.shape[0]), chunk):
-        h, labels, dtype = h_ND[a : a + chunk], labels_N[a : a + chunk], cast_VD.dtype
-        if d_h_ND is None and d_weight_VD is None:
-            pieces.append(losses(_logits(h, cast_VD, dtype), labels))
-            continue
-        nll_N, log_z_N, d_NV = losses_and_gradient_(_logits(h, cast_VD, dtype), labels)
-        pieces.append((nll_N, log_z_N))
-        _add_gradients(d_NV, h, cast_VD, labels, None if d_h_ND is None else d_h_ND[a : a + chunk], d_weight_VD)
-    nll_N, log_z_N = (torch.cat(parts) for parts in zip(*pieces))
-    return nll_N, log_z_N
-
-
 def _add_gradients(
-    d_NV: Tensor, h_ND: Tensor, cast_VD: Tensor, labels_N: Tensor, d_h_ND: Tensor | None, d_weight_VD: Tensor | None
-) -> None:
-    """Of some rows' logits: the gradient of the rows is written into d_h, that of the weight added to d_weight."""
-    if d_h_ND is not None:
+    d_NV: Tensor, h_ND: Tensor, cast_VD: Tensor, ignored_N1: Tensor, d_h_ND: Tensor | None, d_weight_VD: Tensor | None, of_weight: bool
+) -> Tensor | None:
+    """Of some rows' logits: the gradient of the rows is written into d_h; returns d_weight (None: nothing yet) with that of the weight added."""
+    if d_h_ND is not None and d_h_ND.dtype == d_NV.dtype:
+        torch.mm(d_NV, cast_VD, out=d_h_ND)
+    elif d_h_ND is not None:
         d_h_ND.copy_(d_NV @ cast_VD)
-    if d_weight_VD is not None:
-        counted = torch.where((labels_N == reference.IGNORED)[:, None], 0.0, h_ND)  # zero times NaN is NaN
-        add_product(d_weight_VD, d_NV, counted.to(cast_VD.dtype))
+    if not of_weight:
+        return None
+    counted = torch.where(ignored_N1, 0.0, h_ND)  # zero times NaN is NaN
+    return add_product(d_weight_VD, d_NV, counted.to(cast_VD.dtype))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -62,9 +48,19 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, dtype: torch.dtype, summed: bool
     ) -> tuple[Tensor, Tensor]:
         of_h, of_weight = (summed and needed for needed in ctx.needs_input_grad[:2])
-        d_h_ND = torch.empty_like(h_ND) if of_h else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=torch.promote_types(dtype, torch.float32)) if of_weight else None
-        nll_N, log_z_N = _losses(h_ND, weight_VD.to(dtype), labels_N, chunk, d_h_ND, d_weight_VD)
+        cast_VD, ignored_N1, pieces = weight_VD.to(dtype), (labels_N == reference.IGNORED)[:, None], []
+        d_h_ND, d_weight_VD = torch.empty_like(h_ND) if of_h else None, None
+        for a in range(0, max(1, h_ND.shape[0]), chunk):
+            rows = slice(a, a + chunk)
+            logits_NV = _logits(h_ND[rows], cast_VD, dtype)
+            if not of_h and not of_weight:
+                pieces.append(losses(logits_NV, labels_N[rows]))
+                continue
+            nll_N, log_z_N, d_NV = losses_and_gradient_(logits_NV, labels_N[rows])
+            pieces.append((nll_N, log_z_N))
+            d_h = None if d_h_ND is None else d_h_ND[rows]
+            d_weight_VD = _add_gradients(d_NV, h_ND[rows], cast_VD, ignored_N1[rows], d_h, d_weight_VD, of_weight)
+        nll_N, log_z_N = (torch.cat(parts) for parts in zip(*pieces))
         ctx.save_for_backward(h_ND, weight_VD, labels_N, log_z_N, d_h_ND, d_weight_VD)
         ctx.chunk, ctx.dtype, ctx.summed = chunk, dtype, summed
         ctx.set_materialize_grads(False)
@@ -81,13 +77,14 @@ class _ChunkedLoss(torch.autograd.Function):
             d_weight_VD = None if d_weight_VD is None else (d_weight_VD * g).to(weight_VD.dtype)
             return d_h_ND, d_weight_VD, None, None, None, None
         g_nll_N, g_log_z_N = (torch.zeros_like(log_z_N) if g is None else g for g in gradients)
-        cast_VD = weight_VD.to(ctx.dtype)
-        d_h_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=log_z_N.dtype) if ctx.needs_input_grad[1] else None
-        for a in range(0, h_ND.shape[0], ctx.chunk):
+        of_h, of_weight = ctx.needs_input_grad[:2]
+        cast_VD, ignored_N1 = weight_VD.to(ctx.dtype), (labels_N == reference.IGNORED)[:, None]
+        d_h_ND, d_weight_VD = torch.empty_like(h_ND) if of_h else None, None
+        for a in range(0, max(1, h_ND.shape[0]), ctx.chunk):
             rows = slice(a, a + ctx.chunk)
             d_NV = gradient_(_logits(h_ND[rows], cast_VD, ctx.dtype), labels_N[rows], log_z_N[rows], g_nll_N[rows], g_log_z_N[rows])
-            _add_gradients(d_NV, h_ND[rows], cast_VD, labels_N[rows], None if d_h_ND is None else d_h_ND[rows], d_weight_VD)
+            d_h = None if d_h_ND is None else d_h_ND[rows]
+            d_weight_VD = _add_gradients(d_NV, h_ND[rows], cast_VD, ignored_N1[rows], d_h, d_weight_VD, of_weight)
         return d_h_ND, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype), None, None, None, None
 
 

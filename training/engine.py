@@ -178,8 +178,7 @@ class Engine:
     def _device_decides(self) -> bool:
         """Whether the prepared update leaves itself out where loss or norm are not finite: it is then queued right behind the norm. On one rank alone, as
         over several the loss is the sum of all."""
-        optimizer = self.optimizer
-        return self.world.size == 1 and not self.stage and isinstance(optimizer, SkippableAdamW) and optimizer.leaves_out
+        return self.world.size == 1 and not self.stage and self.optimizer.leaves_out
 
     def _update(
         self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None, decided: bool

@@ -15,13 +15,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _columns(BV: tl.constexpr):
+def _by_eight(BV: tl.constexpr):
     """(BV / 8, 8): those of a row are one thread's, which adds up their exponentials relative to one largest logit."""
     return tl.arange(0, BV // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
 
 
 @triton.jit
-def _more(x, most, total):
+def _with_more(x, most, total):
     """Sums of exponentials relative to the largest logit so far (BV / 8 of each), with more logits in them. What is no number stays in the sum."""
     above = tl.maximum(most, tl.max(x, 1))
     kept = tl.where(above == float("-inf"), 0.0, above)  # nothing but -inf so far: no difference of infinities
@@ -31,15 +31,15 @@ def _more(x, most, total):
 @triton.jit
 def log_partition(ROW, V, BV: tl.constexpr):
     """Of the logits at ROW: one exponential a logit, and one of eight for what the largest one moves."""
-    column = _columns(BV)
+    column = _by_eight(BV)
     most = tl.full((BV // 8,), float("-inf"), tl.float32)
     total = tl.zeros((BV // 8,), tl.float32)
     whole = V // BV * BV
     for start in range(0, whole, BV):
-        most, total = _more(tl.load(ROW + start + column).to(tl.float32), most, total)
+        most, total = _with_more(tl.load(ROW + start + column).to(tl.float32), most, total)
     if whole < V:
         x = tl.load(ROW + whole + column, mask=whole + column < V, other=float("-inf")).to(tl.float32)
-        most, total = _more(x, most, total)
+        most, total = _with_more(x, most, total)
     largest = tl.max(most, 0)
     kept = tl.where(largest == float("-inf"), 0.0, largest)
     return kept + tl.log2(tl.sum(total * tl.exp2((most - kept) * LOG2E), 0)) * LN2  # the largest logit as it is, not scaled to and fro
@@ -73,7 +73,7 @@ def logits_gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
 def losses_and_gradient(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
     """Both at once: what a row's first pass has read the second finds in the cache, from its end on."""
     row = tl.program_id(0).to(tl.int64)
-    at, column = LOGITS + row * V, _columns(BV)
+    at, column = LOGITS + row * V, _by_eight(BV)
     label = tl.load(LABELS + row)
     counted, known = label != -100, (label >= 0) & (label < V)
     picked = tl.load(at + label, mask=known, other=float("nan")).to(tl.float32)  # before anything is written over

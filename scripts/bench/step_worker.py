@@ -30,7 +30,7 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "logits_gradient")),
     ("recurrence", ("gradient",)),
-    ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
+    ("copies and adds", ("elementwise", "copy", "cast", "cat", "fill", "reduce", "memcpy", "memset")),
 )
 
 

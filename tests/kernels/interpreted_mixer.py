@@ -21,6 +21,7 @@ from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
+from kernels.linear import triton as linear_kernels  # noqa: E402
 from kernels.linear.op import runs  # noqa: E402
 from kernels.residual import op as residual_op  # noqa: E402
 from kernels.residual import reference as residual_reference  # noqa: E402
@@ -275,6 +276,15 @@ def rotations() -> None:
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False, torch.tensor([0.5]), 1.1), test_utils=CHECKS)
 
 
+def casts() -> None:
+    """Weights of one to seven projections side by side, of whole and odd sizes, each to the bit as torch casts what 16 bits hold."""
+    for shapes in ([(3, 5)], [(64, 70), (1, 70)], [(128, 64), (65, 64), (7, 64)], [(5, 16)] * 4, [(2, 16)] * 7):
+        weights = [torch.randn(shape).bfloat16().float() for shape in shapes]
+        out = torch.full((sum(rows for rows, _ in shapes), shapes[0][1]), torch.nan, dtype=torch.bfloat16)
+        linear_kernels.cast(weights, out.split([rows for rows, _ in shapes]))
+        assert torch.equal(out, torch.cat(weights).bfloat16()), f"casts of {shapes}"
+
+
 def chains() -> None:
     """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
     B, T, I, before = 2, 9, 6, 3
@@ -306,7 +316,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()
