@@ -243,22 +243,28 @@ class Writer:
                 self.put(indent, f"x{k}_{u} = _get(p + ({u} * ST + {k} * SP), {live(f'{t} + {u} < last')}, EVEN)")
 
     def load_tiles(self, indent: int, t: str) -> None:
-        """Likewise, a tile of steps by channels at once, cut into its rows: a thread copies sixteen bytes, also where it has one channel."""
-        if self.U == 1:
-            return self.load_inputs(indent, t)
-        self.put(indent, f"each = tl.arange(0, {self.U})[:, None]", f"there = {t} + each < last", "there = there & (d < D)[None, :]")
+        """Likewise, each projection as a tile."""
+        self.open_tiles(indent, t)
         for k in self.P:
-            self.put(indent, f"x{k} = _get(p[None, :] + (each * ST + {k} * SP), there, EVEN)")
-            self.put(indent, f"x{k}_ = tl.reshape(tl.trans(x{k}), (BD{', 2' * (self.U.bit_length() - 1)}))")
-            pieces = {0: f"x{k}_"}  # by their first step, of every 1, 2, 4 ..
-            while len(pieces) < self.U:
-                halves = dict[int, str]()
-                for u, piece in pieces.items():
-                    later = u + len(pieces)
-                    done = 2 * len(pieces) == self.U
-                    halves[u], halves[later] = (f"x{k}_{u}", f"x{k}_{later}") if done else (f"{piece}a", f"{piece}b")
-                    self.put(indent, f"{halves[u]}, {halves[later]} = tl.split({piece})")
-                pieces = halves
+            self.tile(indent, f"x{k}", "p", f"each * ST + {k} * SP")
+
+    def open_tiles(self, indent: int, t: str) -> None:
+        self.put(indent, f"each = tl.arange(0, {self.U})[:, None]", f"there = ({t} + each < last) & inside[None, :]")
+
+    def tile(self, indent: int, name: str, pointer: str, offset: str) -> None:
+        """name_u of the steps u of a group, loaded as a tile of steps by channels and cut into its rows: a thread copies sixteen bytes, and not those
+        of its own channels a step. offset: of the rows, of `each`. After `open_tiles`."""
+        self.put(indent, f"{name}_ = _get(({pointer})[None, :] + ({offset}), there, EVEN)")
+        if self.U == 1:
+            return self.put(indent, f"{name}_0 = tl.reshape({name}_, (BD,))")
+        self.put(indent, f"{name}_ = tl.reshape(tl.trans({name}_), (BD{', 2' * (self.U.bit_length() - 1)}))")
+        pieces = {0: f"{name}_"}  # by their first step, of every 1, 2, 4 ..
+        while len(pieces) < self.U:
+            halves, n = dict[int, str](), len(pieces)
+            for u, piece in pieces.items():
+                halves[u], halves[u + n] = (f"{name}_{u}", f"{name}_{u + n}") if 2 * n == self.U else (f"{piece}a", f"{piece}b")
+                self.put(indent, f"{halves[u]}, {halves[u + n]} = tl.split({piece})")
+            pieces = halves
         return None
 
     def load_resets(self, indent: int, prefix: str, t: str) -> None:
