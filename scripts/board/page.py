@@ -334,7 +334,8 @@ def behaviour_table(rows: dict[str, Any]) -> list[str]:
             )
             probes.append(f"{100 * scores[len(scores) // 2]:.0f} ({100 * scores[-1]:.0f})" if scores else "")
         lines.append(f"| {row['label']} | {STAGE_NAMES.get(stage, '')} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
-    why = ["More than the loss is read off the cell of seed 1 of a row; what is empty has had no time on a device yet."]
+    why = ["More than the loss is read off every cell of the full pass and off seed 1 of the other stages. Probes: per cent right at the"]
+    why += ["training length, median of the seeds (the best); guessing has 50 of parity. What is empty has had no time on a device yet."]
     why += [f"Not read yet: {'; '.join(unread)}."] if unread else []
     why += ["No row has had its probes."] if len(unprobed) == len(rows) else [f"Without probes: {'; '.join(unprobed)}."] if unprobed else []
     return [*lines, "", *_filled(" ".join(why))]
