@@ -236,6 +236,7 @@ def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_pat
         (["seed=99999999999999999999"], "seed must be a whole number from 0 up to 2^63"),
         (["document=/dev/null"], "document=/dev/null is empty"),
         (["save=/tmp"], "save=/tmp is a folder"),
+        (["save=README.md"], "README.md exists and is no session, so it is not written over"),
         (["precision=int3"], "choose fp32 or bf16"),
         (["promt=x"], "did you mean 'prompt"),
     ],
