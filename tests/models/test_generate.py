@@ -251,7 +251,7 @@ def test_a_mistake_is_one_sentence(folder: Path, words: list[str], part: str, ca
 @pytest.mark.parametrize("when", ["at once", "later"])
 def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(["paragru"])
-    whole = type(model).forward
+    whole: Any = type(model).forward
 
     def broken(self: LanguageModel, ids: torch.Tensor, **more: Any) -> Any:
         output = whole(self, ids, **more)
