@@ -193,6 +193,8 @@ def where_to_write(values: dict[str, Any], folder: Path) -> Path:
     if values["out"]:
         out = Path(values["out"])
         out = out / name if out.is_dir() else out
+        if out.suffix != ".json" and out.exists():
+            raise UserError(f"out={values['out']} exists and is no JSON, so it is not written over; give FILE.json or a folder.")
         check_writable(out.parent)
         return out
     try:

@@ -168,8 +168,10 @@ class Session:
         return new_BN
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written."""
+        """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written, and where a file lies
+        there that is no session."""
         path = Path(path)
+        refuse_what_is_no_session(path)
         tensors = {"ids": self.ids_BT, "generator": self.generator.get_state()}
         plain: list[dict[str, int | None]] = []
         for i, part in enumerate(self.state.layers):
@@ -215,6 +217,15 @@ class Session:
         session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
         session.generator.set_state(tensors["generator"])
         return session
+
+
+def refuse_what_is_no_session(path: Path) -> None:
+    """Raises UserError where a file that a session would be written over is none: a text, say, that was meant to be read."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        if b"everywhen_session" not in file.read(1 << 16):
+            raise UserError(f"{path} exists and is no session, so it is not written over; give another file.")
 
 
 def refuse_not_finite(logits_BV: Tensor) -> None:

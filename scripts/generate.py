@@ -27,7 +27,7 @@ from models.checkpoint import load_model
 from models.decode import cast
 from models.hub.importing import end_ids
 from models.sampling import Sampling, TextStream
-from models.session import Session, left_pad
+from models.session import Session, left_pad, refuse_what_is_no_session
 from training.config.arguments import parse_arguments, program
 from training.world import pick_device
 
@@ -102,6 +102,8 @@ class Writer:
             raise UserError("save=FILE keeps one text; give one prompt, or leave prompts out and ask them with resume=FILE.")
         if values["save"] and Path(values["save"]).is_dir():
             raise UserError(f"save={values['save']} is a folder; give a file in it.")
+        if values["save"]:
+            refuse_what_is_no_session(Path(values["save"]))
         if values["save"] and not Path(values["save"]).absolute().parent.is_dir():
             raise UserError(f"save={values['save']} lies in no folder; make the folder first or give another file.")
         if values["device"] == "cuda" and not torch.cuda.is_available():

@@ -85,6 +85,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 1 a vocabulary too small | 2 | smaller than the 512 tokens | $TRAIN run_dir=$T/x model.vocab_size=100
 1 a vocabulary with room | 0 | step 1/1 | $TRAIN run_dir=$T/room train.steps=1 model.vocab_size=1024
 1 no layers | 2 | model.n_layers must be above zero | python train.py dry_run=true model.n_layers=0
+1 no rotation at all | 2 | rope_theta must be above zero, not 0 | python train.py dry_run=true model=transformer model.mixers.attention.rope_theta=0
 1 an odd width | 2 | not divisible by n_heads | python train.py dry_run=true size.d_model=33
 1 an empty pattern | 2 | name at least one mixer | python train.py dry_run=true model.pattern=[]
 1 no checkpoint kept | 2 | checkpoint.keep must be above zero | python train.py dry_run=true checkpoint.keep=0
@@ -170,6 +171,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
 4 weights that are NaN | 2 | The logits are not finite | python -m evals.run checkpoint=$T/nan length=64 max_tokens=64 data=$T/shards
 4 NaN in a suite | 0 | NOT MEASURED: The logits are not finite | python -m evals.run checkpoint=$T/nan suite=quick only=position out=$T/evals5 text=$T/three.txt rows=2 max_length=64
+4 dynamics of NaN | 2 | The logits are not finite | python -m evals.dynamics checkpoint=$T/nan
+4 a text as output | 2 | is not written over | python -m evals.run checkpoint=$T/run length=64 max_tokens=64 data=$T/shards out=$T/one.txt
 4 text from NaN | 2 | The logits are not finite | python -m scripts.generate checkpoint=$T/nan prompt=a max_new_tokens=4 temperature=0
 4 rows of one token | 0 | over 16 tokens | python -m evals.run checkpoint=$T/run length=1 max_tokens=16 data=$T/shards
 4 a text of one letter | 0 | over 1 tokens | printf x >$T/letter.txt && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals6 text=$T/letter.txt max_length=64
@@ -260,9 +263,10 @@ t generation, no temperature | 2 | a finite number above it, not nan | python -m
 t generation, too large a seed | 2 | from 0 up to 2\^63 | python -m scripts.generate checkpoint=$T/run prompt=a seed=99999999999999999999
 t generation, an empty document | 2 | is empty | python -m scripts.generate checkpoint=$T/run document=$T/empty.txt prompt=a
 t generation, a folder to save to | 2 | is a folder | python -m scripts.generate checkpoint=$T/run prompt=a save=$T
+t generation, a text to save to | 2 | is not written over | python -m scripts.generate checkpoint=$T/run prompt=a save=$T/one.txt
 t generation, half a session | 2 | cannot be read | head -c 100 $T/one.txt >$T/half && python -m scripts.generate checkpoint=$T/run prompt=a resume=$T/half
 t generation, an unknown id | 2 | token ids below 512 | python -m scripts.generate checkpoint=$T/run prompt=a stop_ids=5,9999
-t generation, two prompts | 2 | prompt is given twice | python -m scripts.generate checkpoint=$T/run prompt=a prompt=b
+t generation, two prompts | 0 | note: prompt=a does not hold, as prompt=b comes behind it | python -m scripts.generate checkpoint=$T/run prompt=a prompt=b max_new_tokens=2
 t conversion, nothing said | 2 | Say what to convert | python -m scripts.convert
 t generation, no such prompts | 2 | nosuch.* cannot be read | python -m scripts.generate checkpoint=$T/run prompts=$T/nosuch
 t golden losses, no such commit | 2 | There is no commit and no file 'nosuch' | python -m scripts.check.golden against=nosuch

@@ -139,6 +139,9 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="^The token id 50[0-9] of .* is beyond the 256 tokens of the model"):
         small = LanguageModel(replace(load_model(run)[0].config, vocab_size=256))
         evaluate(small, ShardSet(demo_shards, "valid"), length=64, max_tokens=20_000)
+    (tmp_path / "book.txt").write_text("It was")
+    done = run_program(["-m", "evals.run", f"checkpoint={run}", f"out={tmp_path / 'book.txt'}"])
+    assert done.returncode == 2 and "is not written over" in done.stderr and (tmp_path / "book.txt").read_text() == "It was"
     weights = next((run / "checkpoints").glob("*/model.safetensors"))
     tensors = load_file(weights)
     tensors["norm.weight"].fill_(float("nan"))

@@ -237,7 +237,7 @@ def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_pat
         (["seed=99999999999999999999"], "seed must be a whole number from 0 up to 2^63"),
         (["document=/dev/null"], "document=/dev/null is empty"),
         (["save=/tmp"], "save=/tmp is a folder"),
-        (["prompt=a", "prompt=b"], "prompt is given twice"),
+        (["save=README.md"], "README.md exists and is no session, so it is not written over"),
         (["precision=int3"], "choose fp32 or bf16"),
         (["promt=x"], "did you mean 'prompt"),
     ],
@@ -252,7 +252,7 @@ def test_a_mistake_is_one_sentence(folder: Path, words: list[str], part: str, ca
 @pytest.mark.parametrize("when", ["at once", "later"])
 def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(["paragru"])
-    whole = type(model).forward
+    whole: Any = type(model).forward
 
     def broken(self: LanguageModel, ids: torch.Tensor, **more: Any) -> Any:
         output = whole(self, ids, **more)

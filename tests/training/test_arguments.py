@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data import prepare
 from data.files import write_json
 from data.program import Parser
 from training.config.arguments import parse_arguments, program
@@ -48,9 +49,11 @@ def test_every_mistake_is_a_sentence_and_all_are_told(word: str) -> None:
     assert len(caught.value.problems) == 3 and word.partition("=")[0] in caught.value.problems[0]
 
 
-def test_a_key_that_comes_twice_is_told() -> None:
-    with pytest.raises(UserError, match="^path is given twice; the first would be lost"):
-        parse_arguments(["path=a", "rows=2", "--path", "b"], DEFAULTS)
+def test_a_key_that_comes_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_arguments(["path=a", "rows=2", "--path", "b"], DEFAULTS)["path"] == "b"
+    assert capsys.readouterr().err == "note: path=a does not hold, as path=b comes behind it.\n"
+    with pytest.raises(UserError, match="^input is given twice; the first would be lost"):  # no text is to be left out by a note alone
+        prepare.parse(["input=a.txt", "input=b.txt", "out=x", "tokenizer=bytes"])
 
 
 def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,7 +317,7 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     if not problems and config.parallel.sequence > 1:
         problems += split_problems(config)
     if problems:
-        raise UserError(problems)
+        raise UserError(list(dict.fromkeys(problems)))  # two checks may say the same
     if config.optim.lr is None:
         config.optim.lr = recipe.rate(config)[0]
     return config
