@@ -71,6 +71,7 @@ def function(
     of expressions that come as arguments."""
     known = given or {}
     nodes = order(results, known)
+    beside = {node.arguments[0] for node in nodes if node.op == "softplus"}
     uses: dict[int, int] = {}
     for node in nodes:
         for argument in node.arguments if node.op not in ("var", "const") and node not in known else ():
@@ -95,6 +96,8 @@ def function(
             if not triton and node.op in TENSORS_ONLY:
                 values = [f"torch.full_like({like}, {t})" if a.op == "const" else t for a, t in zip(node.arguments, values)]
             form = (OPERATIONS[node.op].triton if triton else OPERATIONS[node.op].torch).format(*values)
+            if triton and node.op == "sigmoid" and node.arguments[0] in beside:
+                form = f"_sigmoid_beside_softplus({values[0]})"
         if uses.get(id(node), 0) > 1 or len(form) > 90:
             shared += 1
             text[id(node)] = f"v{shared}_"

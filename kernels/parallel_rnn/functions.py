@@ -85,6 +85,11 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _sigmoid_beside_softplus(x):
+    return _sigmoid(x)
+
+
+@triton.jit
 def _tanh(x):  # (1 - e^-2|x|) / (1 + e^-2|x|)
     twice = 2.0 * tl.abs(x)
     e = _exp2(-{HIGH} * twice)
@@ -116,6 +121,12 @@ def _logistic(x):  # of an argument that was scaled: 1 / (1 + 2^x)
 @triton.jit
 def _sigmoid(x):
     return _logistic(x * -{LOG2_E})
+
+
+@triton.jit
+def _sigmoid_beside_softplus(x):  # by the power of two that the softplus of the argument takes
+    e = _exp2(tl.abs(x) * -{LOG2_E})
+    return tl.where(x < 0.0, e, 1.0) * _reciprocal(1.0 + e)
 
 
 @triton.jit
