@@ -366,52 +366,87 @@ def finish(w: Writer) -> None:
         w.keep(1, "FINAL", "b", i, S, f"h{i}")
 
 
-def _chain(w: Writer, back: bool) -> None:
-    """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
-    S, V = len(w.S), len(w.tracked)
+def _begin_chain(w: Writer) -> None:
     w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
     w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
-    w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
-    w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
+
+
+def _chain(w: Writer, back: bool, deep: int) -> None:
+    """From slice to slice m: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
+    S, V = len(w.S), len(w.tracked)
+    w.put(deep, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
-        w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
-        w.put(2, f"old{i} = tl.load(BEGINS + (now * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(deep, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(deep, f"old{i} = tl.load(BEGINS + (now * {S} + {i}) * D + d, mask=inside, other=0.0)")
     for v, (i, j) in enumerate(w.tracked):
-        w.put(2, f"P{i}{j} = tl.load(PRODUCTS + (before * {V} + {v}) * D + d, mask=inside, other=0.0)")
+        w.put(deep, f"P{i}{j} = tl.load(PRODUCTS + (before * {V} + {v}) * D + d, mask=inside, other=0.0)")
     for i in w.S:
         terms = [f"_times(P{a}{c}, c{a if back else c})" for a, c in w.tracked if (c if back else a) == i]
-        w.put(2, f"more{i} = {' + '.join(terms) or 'c0 * 0.0'}", f"to{i} = end{i} + tl.where(tl.abs(more{i}) <= 3.0e38, more{i}, 0.0)")
-    w.put(2, "share = tl.zeros((BK,), tl.float32)")
+        w.put(deep, f"more{i} = {' + '.join(terms) or 'c0 * 0.0'}", f"to{i} = end{i} + tl.where(tl.abs(more{i}) <= 3.0e38, more{i}, 0.0)")
+    w.put(deep, "share = tl.zeros((BK,), tl.float32)")
     for i in w.S:
-        w.put(2, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
+        w.put(deep, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
         if i in w.dense.cell.logs and not back:  # as reference.certified_size
-            w.put(2, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
-        w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
-    w.put(2, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
-    w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
+            w.put(deep, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
+        w.put(deep, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
+    w.put(deep, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
+    w.put(deep, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
 
 
 SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
 LOOK = 32  # steps after which a walk of corrected slices looks whether it has come back to the one before
 CHAIN_STAGES = 4  # slices whose ends are on their way
+AT_ONCE, MANY = 16, 48  # of more than so many slices those are looked at together of which most stand
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
 
 
-def correct(w: Writer, back: bool) -> None:
+def _quiet(w: Writer, back: bool) -> None:
+    """most: the largest share of slices from `first` to before `last`, if none of them nor the one before them moves."""
     S = len(w.S)
+    w.put(
+        2,
+        f"most, j = 3.0e38, first + tl.arange(0, {AT_ONCE})",
+        f"if (n > {MANY}) & (moving == 0):",
+        "    there = (j < n)[:, None] & inside[None, :]",
+    )
+    w.put(3, "now, before = (b * n + n - 1 - j, b * n + n - j)" if back else "now, before = (b * n + j, b * n + j - 1)")
+    w.put(3, f"shares = tl.zeros(({AT_ONCE}, BK), tl.float32)")
+    for i in w.S:
+        w.put(3, f"place, old = (before[:, None] * {S} + {i}) * D + d[None, :], (now[:, None] * {S} + {i}) * D + d[None, :]")
+        w.put(3, "change = tl.load(ENDS + place, mask=there, other=0.0) - tl.load(BEGINS + old, mask=there, other=0.0)")
+        w.put(3, "near = tl.load(NEARBY + place, mask=there, other=0.0)")
+        if i in w.dense.cell.logs and not back:
+            w.put(3, f"near = tl.maximum(1.0, near * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
+        w.put(3, "shares = tl.maximum(shares, _share(change, near))")
+    w.put(3, "most = tl.max(tl.max(tl.where(there, shares, 0.0), 1), 0)")
+
+
+def correct(w: Writer, back: bool, at_once: bool = True) -> None:
+    """at_once: many slices are looked at together; channels are few enough for that."""
+    S, deep = len(w.S), 4 if at_once else 2
     name = "correct_back" if back else "correct"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
     w.wait(short=True)
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
-    _chain(w, back)
+    _begin_chain(w)
+    if at_once:
+        w.put(1, "moving = 0", f"for piece in tl.range(0, tl.cdiv(n - 1, {AT_ONCE})):", f"    first = 1 + piece * {AT_ONCE}")
+        w.put(2, f"last = tl.minimum(first + {AT_ONCE}, n)")
+        _quiet(w, back)
+        w.put(2, "if most <= TOLERANCE:", "    worst = tl.maximum(worst, most)")
+        w.put(3, f"tl.store(TODO + (b * n + {'n - 1 - j' if back else 'j'}) * tl.num_programs(0) + e, 0, mask=j < n)")
+        w.put(2, "else:")
+    w.put(deep - 1, f"for m in tl.range({'first, last' if at_once else '1, n'}, num_stages={CHAIN_STAGES}):")
+    _chain(w, back, deep)
     w.put(
-        2,
+        deep,
         "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
         "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
+        "moving = tl.where(stands, 0, 1)" if at_once else "",
     )
     for i in w.S:
-        w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
+        w.put(deep, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
     w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
@@ -425,8 +460,9 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     name = "certify_back" if back else "certify"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
     w.wait(short=True)
-    w.put(1, "first = n")
-    _chain(w, back)
+    _begin_chain(w)
+    w.put(1, "first = n", f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
+    _chain(w, back, 2)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(
         2,
