@@ -135,6 +135,23 @@ def joined_again() -> None:
     launch.last_report()
 
 
+def many_slices() -> None:
+    """Corrections that look at many slices together move those that they move one after the other, bit for bit."""
+    cell, tensors, _ = problem("slstm", 1, 54, 1, 16)
+    given, d_emitted = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)], cotangents(tensors)[0].half()
+    before, found, told = source.MANY, list[list[torch.Tensor]](), list[dict[str, float]]()
+    for source.MANY in (before, 4):
+        launch.kernels.cache_clear()
+        plan = Plan.of(given[0], 16, 18, 0)
+        emitted, kept, final = launch.forward(cell, *(*given, None, plan))
+        gradients = launch.backward(cell, *(*given, None, emitted, kept, d_emitted, None, torch.zeros_like(final), plan))
+        found.append([emitted, kept, final, *gradients])
+        told.append(launch.last_report())
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and told[0] == told[1] and told[0]["corrections"] > 1, told
+    source.MANY = before
+    launch.kernels.cache_clear()
+
+
 def walked() -> None:
     check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
@@ -183,6 +200,7 @@ def main() -> None:
     halves()
     halves_through_the_op()
     walked()
+    many_slices()
     through_the_op()
     print("ok")
 
