@@ -17,7 +17,7 @@ def source(cell: Cell, short: str, maths: str) -> str:
     large_backward_source.walk_back(w)
     for back in (False, True):
         narrow.correct(w, back, at_once=False)
-        narrow.certify(w, back, joins=False)
+        narrow.certify(w, back, joins=False, at_once=False)
     made = "\n\n".join(narrow.parts(dense))
     header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_codegen.py."""\n'
     header += "import triton\nimport triton.language as tl\n"

@@ -400,25 +400,36 @@ AT_ONCE, MANY = 16, 48  # of more than so many slices those are looked at togeth
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
 
 
-def _quiet(w: Writer, back: bool) -> None:
-    """most: the largest share of slices from `first` to before `last`, if none of them nor the one before them moves."""
+def _quiet(w: Writer, back: bool, where: str) -> None:
+    """most: the largest share of slices j from `begin` on, if none of them nor the one before them moves. others: those that `where` is true of."""
     S = len(w.S)
     w.put(
         2,
-        f"most, j = 3.0e38, first + tl.arange(0, {AT_ONCE})",
+        f"most, j = 3.0e38, begin + tl.arange(0, {AT_ONCE})",
+        "others = j < 0",
         f"if (n > {MANY}) & (moving == 0):",
         "    there = (j < n)[:, None] & inside[None, :]",
     )
-    w.put(3, "now, before = (b * n + n - 1 - j, b * n + n - j)" if back else "now, before = (b * n + j, b * n + j - 1)")
-    w.put(3, f"shares = tl.zeros(({AT_ONCE}, BK), tl.float32)")
+    w.put(3, "slices, ends = (b * n + n - 1 - j, b * n + n - j)" if back else "slices, ends = (b * n + j, b * n + j - 1)")
+    w.put(3, f"shares = tl.zeros(({AT_ONCE}, BK), tl.float32)", "apart = shares != 0.0" if where else "")
     for i in w.S:
-        w.put(3, f"place, old = (before[:, None] * {S} + {i}) * D + d[None, :], (now[:, None] * {S} + {i}) * D + d[None, :]")
+        w.put(3, f"place, old = (ends[:, None] * {S} + {i}) * D + d[None, :], (slices[:, None] * {S} + {i}) * D + d[None, :]")
         w.put(3, "change = tl.load(ENDS + place, mask=there, other=0.0) - tl.load(BEGINS + old, mask=there, other=0.0)")
         w.put(3, "near = tl.load(NEARBY + place, mask=there, other=0.0)")
         if i in w.dense.cell.logs and not back:
             w.put(3, f"near = tl.maximum(1.0, near * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
-        w.put(3, "shares = tl.maximum(shares, _share(change, near))")
-    w.put(3, "most = tl.max(tl.max(tl.where(there, shares, 0.0), 1), 0)")
+        w.put(3, "shares = tl.maximum(shares, _share(change, near))", "apart = apart | (change != 0.0)" if where else "")
+    w.put(3, "most = tl.max(tl.max(tl.where(there, shares, 0.0), 1), 0)", f"others = {where}" if where else "")
+
+
+def _pieces(w: Writer, back: bool, at_once: bool, standing: str, where: str = "") -> None:
+    """Opens the loop over slices m; at_once: within pieces, of those of which all slices stand only `standing` is done, with `others`."""
+    if at_once:
+        w.put(1, "moving = 0", f"for piece in tl.range(0, tl.cdiv(n - 1, {AT_ONCE})):", f"    begin = 1 + piece * {AT_ONCE}")
+        w.put(2, f"end = tl.minimum(begin + {AT_ONCE}, n)")
+        _quiet(w, back, where)
+        w.put(2, "if most <= TOLERANCE:", "    worst = tl.maximum(worst, most)", f"    {standing}", "else:")
+    w.put(3 if at_once else 1, f"for m in tl.range({'begin, end' if at_once else '1, n'}, num_stages={CHAIN_STAGES}):")
 
 
 def correct(w: Writer, back: bool, at_once: bool = True) -> None:
@@ -430,14 +441,7 @@ def correct(w: Writer, back: bool, at_once: bool = True) -> None:
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _begin_chain(w)
-    if at_once:
-        w.put(1, "moving = 0", f"for piece in tl.range(0, tl.cdiv(n - 1, {AT_ONCE})):", f"    first = 1 + piece * {AT_ONCE}")
-        w.put(2, f"last = tl.minimum(first + {AT_ONCE}, n)")
-        _quiet(w, back)
-        w.put(2, "if most <= TOLERANCE:", "    worst = tl.maximum(worst, most)")
-        w.put(3, f"tl.store(TODO + (b * n + {'n - 1 - j' if back else 'j'}) * tl.num_programs(0) + e, 0, mask=j < n)")
-        w.put(2, "else:")
-    w.put(deep - 1, f"for m in tl.range({'first, last' if at_once else '1, n'}, num_stages={CHAIN_STAGES}):")
+    _pieces(w, back, at_once, f"tl.store(TODO + (b * n + {'n - 1 - j' if back else 'j'}) * tl.num_programs(0) + e, 0, mask=j < n)")
     _chain(w, back, deep)
     w.put(
         deep,
@@ -453,22 +457,27 @@ def correct(w: Writer, back: bool, at_once: bool = True) -> None:
     w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
 
 
-def certify(w: Writer, back: bool, joins: bool = True) -> None:
+def certify(w: Writer, back: bool, joins: bool = True, at_once: bool = True) -> None:
     """BAD: the first slice that does not begin, bit for bit, where the one before it ends, or joins states that it is only near to, if some slice is
     not certified; else n."""
-    S = len(w.S)
+    S, deep = len(w.S), 4 if at_once else 2
     name = "certify_back" if back else "certify"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
     w.wait(short=True)
     _begin_chain(w)
-    w.put(1, "first = n", f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
-    _chain(w, back, 2)
+    w.put(1, "first = n")
+    differ = "tl.max((apart & there).to(tl.int32), 1) > 0"
+    joined = "tl.load(JOINED + slices * tl.num_programs(0) + e, mask=j < n, other=0) > 0"
+    where = f"({differ}) | ({joined})" if joins else differ
+    _pieces(w, back, at_once, "first = tl.minimum(first, tl.min(tl.where(others & (j < n), j, n), 0))", where)
+    _chain(w, back, deep)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(
-        2,
+        deep,
         f"other = tl.max(({differ}).to(tl.int32), 0)",
         "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "",
         "first = tl.where((other > 0) & (first == n), m, first)",
+        "moving = tl.where(stands, 0, 1)" if at_once else "",
     )
     w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")

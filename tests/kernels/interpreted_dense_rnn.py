@@ -3,6 +3,7 @@ when Triton is imported. `python -m tests.kernels.interpreted_dense_rnn`"""
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -139,16 +140,17 @@ def many_slices() -> None:
     """Corrections that look at many slices together move those that they move one after the other, bit for bit."""
     cell, tensors, _ = problem("slstm", 1, 54, 1, 16)
     given, d_emitted = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)], cotangents(tensors)[0].half()
-    before, found, told = source.MANY, list[list[torch.Tensor]](), list[dict[str, float]]()
-    for source.MANY in (before, 4):
+    before, found, told = (source.MANY, launch.CORRECTIONS), list[list[torch.Tensor]](), list[dict[str, float]]()
+    for source.MANY, launch.CORRECTIONS in itertools.product((before[0], 4), (before[1], {2: 0})):  # 0: with one, as slices are many
         launch.kernels.cache_clear()
         plan = Plan.of(given[0], 16, 18, 0)
         emitted, kept, final = launch.forward(cell, *(*given, None, plan))
         gradients = launch.backward(cell, *(*given, None, emitted, kept, d_emitted, None, torch.zeros_like(final), plan))
         found.append([emitted, kept, final, *gradients])
         told.append(launch.last_report())
-    assert all(torch.equal(a, b) for a, b in zip(*found)) and told[0] == told[1] and told[0]["corrections"] > 1, told
-    source.MANY = before
+    source.MANY, launch.CORRECTIONS = before
+    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(found[i], found[i + 2])) and told[:2] == told[2:], told
+    assert told[0]["corrections"] > 1 and told[0]["walked"] == 0 < told[1]["walked"], told
     launch.kernels.cache_clear()
 
 
