@@ -3,7 +3,7 @@ scripts/print_kernels.py prints it."""
 
 from __future__ import annotations
 
-from kernels.dense_rnn import backward_source
+from kernels.dense_rnn import backward_source, chain_source
 from kernels.dense_rnn import source as forward
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.functions import functions
@@ -17,11 +17,11 @@ def source(cell: Cell, short: str, maths: str) -> str:
     forward.walk(w)
     forward.finish(w)
     for back in (False, True):
-        forward.correct(w, back)
-        forward.certify(w, back)
+        chain_source.correct(w, back)
+        chain_source.certify(w, back)
     backward_source.walk_back(w)
     backward_source.finish_back(w)
-    made = "\n\n".join(forward.parts(dense))
+    made = "\n\n".join(forward.parts(dense, short == "bfloat16", ahead=True))
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )

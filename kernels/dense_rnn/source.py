@@ -19,10 +19,13 @@ Legend: n slices of SLICE steps, B batch rows, T steps, S states, D = E K channe
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable
 
 from kernels.parallel_rnn.expressions import function
-from kernels.parallel_rnn.products import Dense
+from kernels.parallel_rnn.graph import order
+from kernels.parallel_rnn.products import Dense, apart
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
 WIDTHS = "HAS_RESET: tl.constexpr, HALVES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr"
@@ -56,6 +59,10 @@ class Writer:
     def __init__(self, dense: Dense) -> None:
         cell = dense.cell
         self.dense, self.lines = dense, list[str]()
+        self.begins = {i: start for i, (start, _) in dense.begun.items()}
+        known = apart(dense).known
+        self.known = len(known)
+        self.loose = [i for i, node in enumerate(known) if not any(n.op == "var" and n.arguments[0][0] == "p" for n in order([node]))]
         self.X, self.W, self.S, self.G = (range(len(a)) for a in (cell.pre, cell.rec, cell.state, cell.mat))
         self.Q = range(len(dense.products))
         carried = set(dense.carried)
@@ -76,6 +83,10 @@ class Writer:
         values = [f"{prefix}x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"{prefix}h{i}" for i in self.S]
         return ", ".join(values + [f"{prefix}p{i}" for i in self.Q])
 
+    def known_before(self, prefix: str) -> str:
+        """What the adjoint's functions take besides cotangents: values of a step that are known before these, and weights."""
+        return ", ".join([f"{prefix}{i}" for i in range(self.known)] + [f"w{i}" for i in self.W])
+
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
         self.wait()
@@ -94,11 +105,11 @@ class Writer:
         for r in self.W:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
-    def dot(self, value: str, g: int, back: bool = False) -> str:
-        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}, input_precision=PRECISION)"
+    def dot(self, value: str, g: int, back: bool = False, start: str = "") -> str:
+        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}{start and f', {start}'}, input_precision=PRECISION)"
 
     def dots(self, indent: int, meanwhile: Callable[[], None] | None = None) -> None:
-        """All products of the states h. meanwhile: writes what may be done while the first ones are made."""
+        """All products of the states h, those that may from the inputs and weights that they are added to. meanwhile: writes what may be done while the first ones are made."""
         for l, level in enumerate(self.dense.levels):
             known = [i for earlier in range(l) for i in self.dense.of_level(earlier)]
             arguments = [f"x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"h{i}" for i in self.S]
@@ -109,7 +120,7 @@ class Writer:
                 meanwhile()
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
-                self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix)}")
+                self.put(indent, f"p{i} = {self.dot(f'u{operand}', matrix, start=self.begins.get(i, ''))}")
             self.put(indent, "if HALVES:", *(f"    v{i} = (v{i} - u{i}.to(tl.float32)).to(DOT)" for i in level))
             for i in self.dense.of_level(l):
                 matrix, operand = self.dense.products[i]
@@ -137,17 +148,32 @@ class Writer:
         self.put(indent, f"tl.store({target} + (({where}) * {of} + {i})[:, None] * D + d, {value}, mask={mask})")
 
 
-def parts(dense: Dense) -> list[str]:
-    """The step's functions between products."""
-    arguments, both, like = dense.arguments, [*dense.arguments, *dense.cotangents], "h0"
-    tracked = Writer(dense).tracked
+def parts(dense: Dense, near: bool = False, ahead: bool = False) -> list[str]:
+    """The step's functions between products. near: new states are rounded so coarsely that a tangent may be near to it. ahead: products begin from what
+    they are added to, and the adjoint's functions take what `known_values` makes of inputs and states before cotangents are there."""
+    tracked, arguments, cotangents = Writer(dense).tracked, dense.arguments, dense.cotangents
+    begun = {node: f"p{i}" for i, (_, node) in dense.begun.items()} if ahead else {}
+    written = functools.partial(function, like="h0", given=begun)
     entries = [dense.jacobian[i][j] for i, j in tracked]
-    made = [function(f"operands{l}", arguments, [dense.operands[i] for i in level], like) for l, level in enumerate(dense.levels)]
-    made.append(function("new_and_jacobian", arguments, [*dense.new, *entries], like))
-    made += [function("jacobian", arguments, entries, like)] if entries else []
+    made = [written(f"operands{l}", arguments, [dense.operands[i] for i in level]) for l, level in enumerate(dense.levels)]
+    step = written("new_and_jacobian", arguments, [*dense.new, *entries])
+    made.append(re.sub(r"\b_tanh\(", "_near_tanh(", step) if near else step)
+    made += [written("jacobian", arguments, entries)] if entries else []
+    d_product, rest = dense.d_product, (*dense.d_pre, *dense.d_rec, *dense.d_state)
+    if ahead:
+        known, d_product, rest = apart(dense)
+        # a truth is carried to the next step as a number, which lies as the others do
+        made.append(
+            written("known_values", arguments, [node.graph.make("where", node, 1.0, 0.0) if node.boolean else node for node in known])
+        )
+        names = {node: f"(k{i} != 0.0)" if node.boolean else f"k{i}" for i, node in enumerate(known)}
+        written, arguments = (
+            functools.partial(function, like="g0", given=names),
+            [*(f"k{i}" for i in range(len(known))), *(a for a in arguments if a[0] == "w")],
+        )
     for l in range(len(dense.levels)):
-        made.append(function(f"d_products{l}", both, [dense.d_product[i] for i in dense.of_level(l)], like))
-    made.append(function("gradients", both, [*dense.d_pre, *dense.d_rec, *dense.d_state], like))
+        made.append(written(f"d_products{l}", [*arguments, *cotangents], [d_product[i] for i in dense.of_level(l)]))
+    made.append(written("gradients", [*arguments, *cotangents], rest))
     return made
 
 
@@ -340,78 +366,5 @@ def finish(w: Writer) -> None:
         w.keep(1, "FINAL", "b", i, S, f"h{i}")
 
 
-def _chain(w: Writer, back: bool) -> None:
-    """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
-    S, V = len(w.S), len(w.tracked)
-    w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
-    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
-    w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
-    w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
-    for i in w.S:
-        w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
-        w.put(2, f"old{i} = tl.load(BEGINS + (now * {S} + {i}) * D + d, mask=inside, other=0.0)")
-    for v, (i, j) in enumerate(w.tracked):
-        w.put(2, f"P{i}{j} = tl.load(PRODUCTS + (before * {V} + {v}) * D + d, mask=inside, other=0.0)")
-    for i in w.S:
-        terms = [f"_times(P{a}{c}, c{a if back else c})" for a, c in w.tracked if (c if back else a) == i]
-        w.put(2, f"more{i} = {' + '.join(terms) or 'c0 * 0.0'}", f"to{i} = end{i} + tl.where(tl.abs(more{i}) <= 3.0e38, more{i}, 0.0)")
-    w.put(2, "share = tl.zeros((BK,), tl.float32)")
-    for i in w.S:
-        w.put(2, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
-        if i in w.dense.cell.logs and not back:  # as reference.certified_size
-            w.put(2, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
-        w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
-    w.put(2, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
-    w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
-
-
 SHARE_OF_FP32 = 2.0**-18  # reference.TOLERANCE of fp32
 LOOK = 32  # steps after which a walk of corrected slices looks whether it has come back to the one before
-CHAIN_STAGES = 4  # slices whose ends are on their way
-CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
-
-
-def correct(w: Writer, back: bool) -> None:
-    S = len(w.S)
-    name = "correct_back" if back else "correct"
-    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
-    w.wait(short=True)
-    w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
-    w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
-    _chain(w, back)
-    w.put(
-        2,
-        "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
-        "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
-    )
-    for i in w.S:
-        w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
-    first = "n - 1" if back else "0"
-    w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
-    w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
-    w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
-
-
-def certify(w: Writer, back: bool, joins: bool = True) -> None:
-    """BAD: the first slice that does not begin, bit for bit, where the one before it ends, or joins states that it is only near to, if some slice is
-    not certified; else n."""
-    S = len(w.S)
-    name = "certify_back" if back else "certify"
-    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
-    w.wait(short=True)
-    w.put(1, "first = n")
-    _chain(w, back)
-    differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
-    w.put(
-        2,
-        f"other = tl.max(({differ}).to(tl.int32), 0)",
-        "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "",
-        "first = tl.where((other > 0) & (first == n), m, first)",
-    )
-    w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
-    w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
-    w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")
-    end = "b * n" if back else "b * n + n - 1"
-    for i in w.S:
-        w.put(1, f"end{i} = tl.load(ENDS + (({end}) * {S} + {i}) * D + d, mask=inside, other=0.0)")
-        w.put(1, f"tl.store(FINAL + (b * {S} + {i}) * D + d, end{i}, mask=inside)")

@@ -64,13 +64,17 @@ def function(
     triton: bool = True,
     fixed: Sequence[str] = (),
     legend: str = "",
+    given: dict[Node, str] | None = None,
 ) -> str:
     """A function (jitted, if in Triton) of the expressions; values used once are written in place, shared ones get a line. Constants
-    become tensors shaped as `like`. fixed: arguments that are the same at every step, of a function on whose latency a loop depends."""
-    nodes = order(results)
+    become tensors shaped as `like`. fixed: arguments that are the same at every step, of a function on whose latency a loop depends. given: names
+    of expressions that come as arguments."""
+    known = given or {}
+    nodes = order(results, known)
+    beside = {node.arguments[0] for node in nodes if node.op == "softplus"}
     uses: dict[int, int] = {}
     for node in nodes:
-        for argument in node.arguments if node.op not in ("var", "const") else ():
+        for argument in node.arguments if node.op not in ("var", "const") and node not in known else ():
             uses[id(argument)] = uses.get(id(argument), 0) + 1
     for node in results:
         uses[id(node)] = uses.get(id(node), 0) + 1
@@ -78,6 +82,9 @@ def function(
     lines = [("@triton.jit\n" if triton else "") + f"def {name}({', '.join(arguments)}):" + (f"  # {legend}" if legend else "")]
     shared = 0
     for node in nodes:
+        if node in known:
+            text[id(node)] = known[node]
+            continue
         if node.op in ("var", "const"):
             text[id(node)] = node.arguments[0] if node.op == "var" else literal(node.arguments[0], triton)
             continue
@@ -85,10 +92,12 @@ def function(
             power, factor = POWERS[node.op]
             form = power.format(scaled(node.arguments[0], factor, lambda n: text[id(n)], fixed))
         else:
-            given = [text[id(a)] for a in node.arguments]
+            values = [text[id(a)] for a in node.arguments]
             if not triton and node.op in TENSORS_ONLY:
-                given = [f"torch.full_like({like}, {t})" if a.op == "const" else t for a, t in zip(node.arguments, given)]
-            form = (OPERATIONS[node.op].triton if triton else OPERATIONS[node.op].torch).format(*given)
+                values = [f"torch.full_like({like}, {t})" if a.op == "const" else t for a, t in zip(node.arguments, values)]
+            form = (OPERATIONS[node.op].triton if triton else OPERATIONS[node.op].torch).format(*values)
+            if triton and node.op == "sigmoid" and node.arguments[0] in beside:
+                form = f"_sigmoid_beside_softplus({values[0]})"
         if uses.get(id(node), 0) > 1 or len(form) > 90:
             shared += 1
             text[id(node)] = f"v{shared}_"

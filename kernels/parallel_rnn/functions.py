@@ -37,6 +37,11 @@ def _reciprocal(x):
 def _log2(x):
     return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
+
+@triton.jit
+def _near_tanh(x):  # within 2^-11 of it, an eighth of bf16's unit roundoff; nothing for one minus its square
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
 """,
     "portable": """
 @triton.jit
@@ -52,6 +57,11 @@ def _reciprocal(x):
 @triton.jit
 def _log2(x):
     return tl.log2(x)
+
+
+@triton.jit
+def _near_tanh(x):
+    return _tanh(x)
 
 """,
 }
@@ -72,6 +82,11 @@ def _exp(x):
 def _sigmoid(x):
     t = x * -{HIGH}
     return _reciprocal(tl.fma(_exp2(t), _left(x, t, -{HIGH}, -{LOW}), 1.0))
+
+
+@triton.jit
+def _sigmoid_beside_softplus(x):
+    return _sigmoid(x)
 
 
 @triton.jit
@@ -106,6 +121,12 @@ def _logistic(x):  # of an argument that was scaled: 1 / (1 + 2^x)
 @triton.jit
 def _sigmoid(x):
     return _logistic(x * -{LOG2_E})
+
+
+@triton.jit
+def _sigmoid_beside_softplus(x):  # by the power of two that the softplus of the argument takes
+    e = _exp2(tl.abs(x) * -{LOG2_E})
+    return tl.where(x < 0.0, e, 1.0) * _reciprocal(1.0 + e)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ Equal subexpressions are one node. Simplifications are exact, for NaN and infini
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,14 +199,14 @@ def folded(op: str, values: list[Any]) -> float | bool:
     return bool(result) if op in BOOLEAN else float(result)
 
 
-def order(roots: Sequence[Node]) -> list[Node]:
-    """All nodes under the roots, arguments first."""
+def order(roots: Sequence[Node], known: Container[Node] = ()) -> list[Node]:
+    """All nodes under the roots, arguments first; nothing under those that are known."""
     seen: dict[int, Node] = {}
 
     def visit(node: Node) -> None:
         if id(node) in seen:
             return
-        if node.op not in ("var", "const"):
+        if node.op not in ("var", "const") and node not in known:
             for argument in node.arguments:
                 visit(argument)
         seen[id(node)] = node

@@ -11,7 +11,9 @@ and at last d_pre, d_rec and d_state of all of g and q. The Jacobian is its diag
 
 from __future__ import annotations
 
+import collections
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -66,6 +68,11 @@ class _Matrix:
         raise NotLowered("a matrix is used in another way than `R @ h`.")
 
 
+def is_leaf(value: Any, name: str) -> bool:
+    """Whether an argument of a node is the variable of this name."""
+    return isinstance(value, Node) and value.op == "var" and value.arguments == (name,)
+
+
 @dataclass(frozen=True)
 class Dense:
     """A step with products as expressions over its leaves: x, w, h as in trace.py, p products; g cotangents of new states, q of operands."""
@@ -95,6 +102,23 @@ class Dense:
         return [i for i, product in enumerate(self.products) if product.operand in self.levels[level]]
 
     @property
+    def begun(self) -> dict[int, tuple[str, Node]]:
+        """Products that enter as a + p alone, with one sum a of an input and weights, so that they may begin from it: (a as text, the node a + p)."""
+        entries = [entry for row in self.jacobian for entry in row]
+        nodes = order([*self.operands, *self.new, *entries, *self.d_product, *self.d_pre, *self.d_rec, *self.d_state])
+        found = dict[int, tuple[str, Node]]()
+        for i in range(len(self.products)):
+            users = [node for node in nodes if any(is_leaf(a, f"p{i}") for a in node.arguments)]
+            if len(users) != 1 or users[0].op != "add":
+                continue
+            a, b = users[0].arguments
+            rest = order([a if is_leaf(b, f"p{i}") else b])
+            leaves = [node.arguments[0] for node in rest if node.op == "var"]
+            if all(node.op in ("var", "add") for node in rest) and {leaf[0] for leaf in leaves} in ({"x"}, {"x", "w"}):
+                found[i] = " + ".join(sorted(leaves, key=lambda leaf: leaf[0] != "x")), users[0]
+        return found
+
+    @property
     def carried(self) -> list[tuple[int, int]]:
         """The entries of a product of Jacobians over several steps that are not zero whatever the values are."""
         S = range(len(self.new))
@@ -121,6 +145,50 @@ def trace_dense(cell: StepFunction) -> Dense:
     except (NotLowered, RecursionError) as reason:
         why = "its step is too long." if isinstance(reason, RecursionError) else str(reason)
         raise NotLowered(f"Cell {cell.name} runs as a loop in plain torch: {why}") from None
+
+
+class Apart(NamedTuple):
+    """A step's adjoint (d_product, d_pre, d_rec and d_state of a `Dense`) as expressions over cotangents, weights and what is known before there are
+    cotangents: known, expressions over inputs, states and products."""
+
+    known: tuple[Node, ...]
+    d_product: tuple[Node, ...]
+    rest: tuple[Node, ...]
+
+
+@functools.cache
+def apart(dense: Dense) -> Apart:
+    """Factors that are known are multiplied with one another first, so that few values have to be kept."""
+    results = [*dense.d_product, *dense.d_pre, *dense.d_rec, *dense.d_state]
+    nodes, late = order(results), set[Node]()
+    uses = collections.Counter(results)
+    for node in nodes:  # arguments first
+        given = [a for a in node.arguments if isinstance(a, Node)]
+        uses.update(given)
+        if node.op == "var" and node.arguments[0][0] in "gq" or any(a in late for a in given):
+            late.add(node)
+
+    def factors(node: Node) -> list[Node]:
+        return [f for a in node.arguments for f in (factors(a) if a in late and a.op == "mul" and uses[a] == 1 else [a])]
+
+    made = dict[Node, Node]()
+    for node in nodes:
+        if node not in late or node.op == "var":
+            made[node] = node
+        elif node.op == "mul":
+            parts = factors(node)
+            groups = [[made[f] for f in parts if f in late], [f for f in parts if f not in late]]
+            made[node] = functools.reduce(operator.mul, [functools.reduce(operator.mul, group) for group in groups if group])
+        else:
+            made[node] = node.graph.make(node.op, *(made[a] if isinstance(a, Node) else a for a in node.arguments))
+    found = [made[node] for node in results]
+    late |= {made[node] for node in late}
+    wanted = {a for node in order(found) if node in late for a in node.arguments if isinstance(a, Node)} | set(found)
+    known = [
+        a for a in order(found) if a in wanted and a not in late and a.op != "const" and not (a.op == "var" and a.arguments[0][0] == "w")
+    ]
+    Q = len(dense.products)
+    return Apart(tuple(known), tuple(found[:Q]), tuple(found[Q:]))
 
 
 def _differentiated(

@@ -80,6 +80,8 @@ def study_arms(size: str) -> dict[str, dict[str, Any]]:
         f"{large}-t{t}-slow": mamba2("large", "long", **slow, beyond=64),
         f"mamba2-n{n}-t{t}-slow": mamba2("small", "long", **slow, beyond=64),
         f"paragru-{short}": {"pattern": ["g"], "N": 0, "T": T["short"]},
+        f"dense_lstm-{short}": {"pattern": ["l"], "N": 0, "T": T["short"]},
+        f"slstm-{short}": {"pattern": ["s"], "N": 0, "T": T["short"]},
         f"hybrid-{short}-slow": {"pattern": list(SIZES[size]["hybrid"]), "N": N["middle"], "T": T["short"], **slow},
         f"{large}-{short}-slow-then-pass": mamba2("large", "short", **slow, initial="pass", share=0.1, **{"from": f"{large}-{short}-slow"}),
         f"{large}-{short}": mamba2("large", "short", cured=True),
@@ -99,6 +101,8 @@ def model_config(arm: dict[str, Any], vocab_size: int, values: dict[str, Any]) -
     mixers = {
         "m": {"type": "mamba2", "d_state": arm["N"], "head_dim": size["head_dim"], "chunk": size["chunk"]},
         "g": {"type": "rnn", "cell": "paragru", "n_heads": 4},
+        "l": {"type": "rnn", "cell": "dense_lstm", "head_size": size["head_dim"]},
+        "s": {"type": "rnn", "cell": "slstm", "head_size": size["head_dim"]},
         "a": {"type": "attention", "n_heads": 4},
     }
     pattern = arm["pattern"]

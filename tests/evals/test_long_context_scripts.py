@@ -76,8 +76,8 @@ def test_the_table_and_the_plot_come_from_the_files(tmp_path: Path) -> None:
 
 def test_mistakes_of_both_are_sentences(tmp_path: Path, demo_shards: Path) -> None:
     with pytest.raises(UserError) as raised:
-        settings(tmp_path, tmp_path, device="tpu", only="lstm")
-    assert [word in " ".join(raised.value.problems) for word in ("device=tpu", "no token shards", "No arm has 'lstm'")] == [True] * 3
+        settings(tmp_path, tmp_path, device="tpu", only="wavelet")
+    assert [word in " ".join(raised.value.problems) for word in ("device=tpu", "no token shards", "No arm has 'wavelet'")] == [True] * 3
     with pytest.raises(UserError, match="gpu or cpu"):
         settings(demo_shards, tmp_path, size="huge")
     with pytest.raises(UserError, match="There is no model 'lstm'"):

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.dense_rnn import dense_rnn, dense_rnn_step, launch, op, reference
-from kernels.parallel_rnn.cell import Cell, Mat, Pre, State
-from kernels.parallel_rnn.products import trace_dense
+from kernels.parallel_rnn.cell import Cell, Mat, Pre, State, biased
+from kernels.parallel_rnn.expressions import function
+from kernels.parallel_rnn.graph import order
+from kernels.parallel_rnn.products import apart, trace_dense
+from models.cells import load_cell
 from tests.kernels.dense_rnn_cases import cotangents, distance, problem, wanted
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
@@ -154,6 +157,25 @@ def test_small_heads_are_taken_side_by_side(E: int, K: int, m: int) -> None:
     apart = torch.einsum("bek,ekgj->begj", h, mat)
     assert torch.allclose(together.transpose(1, 2).reshape(3, 2, E * K), apart.transpose(1, 2).reshape(3, 2, E * K), atol=1e-6)
     assert torch.equal(launch.parted(wide, E, K), mat)
+
+
+@pytest.mark.parametrize("name", ["dense_lstm", "dense_gru", "dense_gru_before", "dense_elman", "slstm"])
+def test_what_is_known_before_cotangents_makes_the_same_adjoint(name: str) -> None:
+    dense = trace_dense(biased(load_cell(name)))
+    known, d_product, rest = apart(dense)
+    leaves = {node.arguments[0][0] for node in order(known) if node.op == "var"}
+    assert leaves <= set("xwhp") and len(known) <= 9
+    arguments, draws, made = [*dense.arguments, *dense.cotangents], torch.Generator().manual_seed(0), dict[str, Any]()
+    given = [torch.randn(64, generator=draws, dtype=torch.float64) for _ in arguments]
+    names = {node: f"k{i}" for i, node in enumerate(known)}
+    late = [*(a for a in arguments if a[0] in "wgq"), *names.values()]
+    exec("import torch\n" + function("before", arguments, known, "h0", triton=False), made)
+    exec(function("after", late, [*d_product, *rest], "g0", triton=False, given=names), made)
+    exec(function("whole", arguments, [*dense.d_product, *dense.d_pre, *dense.d_rec, *dense.d_state], "h0", triton=False), made)
+    values = made["before"](*given)
+    values = values if len(known) > 1 else (values,)
+    found = made["after"](*(v for a, v in zip(arguments, given) if a[0] in "wgq"), *values)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, made["whole"](*given), strict=True))
 
 
 def test_slstm_is_the_papers() -> None:

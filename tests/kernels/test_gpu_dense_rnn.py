@@ -76,6 +76,11 @@ def test_slices_that_join_what_was_before(name: str, dtype: torch.dtype) -> None
         check(name, 64, dtype, 8, blocks, T=1500, burn_in=0, starts=0.002 * blocks)
 
 
+@pytest.mark.parametrize("name", ["dense_lstm", "slstm"])
+def test_so_many_slices_that_they_are_looked_at_together(name: str) -> None:
+    check(name, 64, torch.bfloat16, 60, T=1980, burn_in=0)
+
+
 def test_memories_that_expand_are_walked_bit_for_bit() -> None:
     cell, tensors, starts = problem("dense_lstm", 2, 512, 2, 64, gain=12.0, device="cuda")
     tensors[0][:, :, 0] += 4
