@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -18,6 +19,14 @@ from typing import Any
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list", dict: "a group of keys"}
 
 Hints = dict[str, Any]
+
+SPOKEN = ("prompt", "stop")  # keys whose text is what is meant, whatever it begins with
+
+
+def at_home(text: str) -> str:
+    """`text` with the home folder where it, or what follows a comma in it, begins with ~/, which many shells leave alone inside a word: a folder of
+    the name ~ would be made."""
+    return ",".join(os.path.expanduser(part) if part.startswith("~/") else part for part in text.split(","))
 
 
 def close_to(key: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -149,8 +158,10 @@ def read_words(
     problems: list[str],
     advice: Callable[[str, list[str]], str] = nearest,
 ) -> dict[str, Any]:
-    """The values of `key=value` words; convert(key, text) gives them, or raises ValueError that says what they must be."""
+    """The values of `key=value` words; convert(key, text) gives them, or raises ValueError that says what they must be.
+    A key that comes twice is a problem: what it was first given would be lost without a word."""
     values: dict[str, Any] = {}
+    given: set[str] = set()
     for word in words:
         key, equals, text = word.partition("=")
         if key in known and not equals:
@@ -159,8 +170,12 @@ def read_words(
         if key not in known:
             problems.append(f"Unknown argument {word!r}; {advice(key, known)}")
             continue
+        if key in given:
+            problems.append(f"{key} is given twice; the first would be lost, so give it once.")
+            continue
+        given.add(key)
         try:
-            values[key] = convert(key, text)
+            values[key] = convert(key, text if key in SPOKEN else at_home(text))
         except ValueError as error:
             problems.append(f"{key} must be {error}, not {text!r}.")
     return values

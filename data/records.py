@@ -215,6 +215,8 @@ def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
         if head.strip():
             yield Missing([name.strip() for name in names])
         return
+    if names.count(field) > 1:
+        raise BadFile(f"table with {names.count(field)} columns of the name {field}")
     column, rows = names.index(field), csv.reader(file, delimiter=delimiter, strict=True)
     while True:
         try:

@@ -116,10 +116,21 @@ class ShardSet:
         pieces = []
         while n > 0:
             offset = start - self._first_token[shard]
-            piece = self._bins[shard].read(offset, min(n, self._bins[shard].count - offset))
+            piece = self._piece(shard, offset, n)
             pieces.append(piece)
             start, n, shard = start + len(piece), n - len(piece), shard + 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else np.zeros(0, self.dtype)
+
+    def _piece(self, shard: int, offset: int, n: int) -> np.ndarray:
+        """Up to n tokens of one shard. Raises UserError where one is beyond the vocabulary: an embedding would read past its end."""
+        piece = self._bins[shard].read(offset, min(n, self._bins[shard].count - offset))
+        if len(piece) and piece.max() >= self.vocab_size:
+            place = int((piece >= self.vocab_size).argmax())
+            raise UserError(
+                f"{self._bins[shard].path} holds the token {piece[place]} at place {offset + place:,}, beyond the {self.vocab_size:,} of its "
+                "vocabulary: the file is damaged; copy it again or prepare the data again."
+            )
+        return piece
 
     def _check(self, low: int, high: int, n: int) -> None:
         if low < 0 or n < 0 or high + n > self.n_tokens:
@@ -135,7 +146,7 @@ class ShardSet:
             shard, done = bisect.bisect_right(self._first_token, start) - 1, 0
             while done < n:
                 offset = start + done - self._first_token[shard]
-                piece = self._bins[shard].read(offset, min(n - done, self._bins[shard].count - offset))
+                piece = self._piece(shard, offset, n - done)
                 tokens_L[done : done + len(piece)] = piece
                 begun = self._index[shard].between(offset, offset + len(piece))
                 segments_L[(begun - np.uint64(offset)).astype(np.int64) + done] = 1

@@ -180,12 +180,22 @@ class ShardWriter:
         newest = self.newest(name)
         return sum(np.array_equal(tokens, newest) for tokens in self._from_the_end(name))
 
-    def _from_the_end(self, name: str) -> Iterator[np.ndarray]:
-        """The tokens of each document, the last one first, of what has been committed."""
+    def occurrences(self, token: int) -> int:
+        """How often a token stands in what has been committed."""
+        shards = [(base, n) for name in self.splits for base, n, _ in self._committed(name)]
+        return sum(
+            int(np.count_nonzero(np.memmap(self.folder / f"{base}.bin", self.dtype, "r", shape=(n,)) == token)) for base, n in shards
+        )
+
+    def _committed(self, name: str) -> list[tuple[str, int, int]]:
+        """(file without its ending, tokens, documents) of each shard of a split."""
         split = self.splits[name]
         shards = [(shard["file"], shard["tokens"], shard["documents"]) for shard in split.shards]
-        shards += [(self._base(name), split.open_tokens, split.open_documents)] if split.open_documents else []
-        for base, n, documents in reversed(shards):
+        return shards + ([(self._base(name), split.open_tokens, split.open_documents)] if split.open_documents else [])
+
+    def _from_the_end(self, name: str) -> Iterator[np.ndarray]:
+        """The tokens of each document, the last one first, of what has been committed."""
+        for base, n, documents in reversed(self._committed(name)):
             tokens = np.memmap(self.folder / f"{base}.bin", self.dtype, "r", shape=(n,))
             starts = np.fromfile(self.folder / f"{base}.idx", "<u8", documents).astype(np.int64)
             for start, end in reversed(list(zip(starts, [*starts[1:], n]))):

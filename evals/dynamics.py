@@ -191,7 +191,10 @@ def _with(layers: list[tuple[int, Any]], name: str) -> list[tuple[int, Any]]:
 @torch.no_grad()
 def dynamics(adapter: Adapter, ids_RT: Tensor) -> list[dict[str, Any]]:
     """The rows of the report, one a layer, of a model that reads ids (R, T). Raises ItemError where nothing can be read, and where outputs are not
-    those of what was read."""
+    those of what was read, or not finite."""
+    adapter.losses(
+        ids_RT[:, :-1], ids_RT[:, 1:], adapter.start(len(ids_RT))
+    )  # refuses what is not finite, of which the figures mean nothing
     reading, layers = Reading(), []
     with ExitStack() as stack:
         if isinstance(adapter, OwnAdapter):
@@ -214,7 +217,7 @@ def dynamics(adapter: Adapter, ids_RT: Tensor) -> list[dict[str, Any]]:
     if not rows:
         raise ItemError(f"{adapter.kind} has no recurrence and no attention of ours that could be read.")
     for row in rows:
-        if row.get("rebuild_error", 0.0) > TOLERANCE:
+        if not row.get("rebuild_error", 0.0) <= TOLERANCE:  # NaN is above it
             raise ItemError(
                 f"The outputs of layer {row['layer']} ({row['kind']}) are not those of its Lambda, B and C: {row['rebuild_error']:.1e} apart."
             )

@@ -156,12 +156,16 @@ class TextEvaluator:
                 module = self.engine.module
                 training = module.training
                 module.eval()
-                ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
+                try:
+                    ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
+                except UserError as error:  # the run itself may well go on
+                    self.metrics.say(f"no sample after step {step}: {error}")
+                else:
+                    text = coder.decode(ids[0].tolist())
+                    with (self.metrics.run_dir / "samples.txt").open("a") as file:
+                        file.write(f"--- step {step}\n{text}\n")
+                    self.metrics.say(f"sample after step {step}: {text!r}")
                 module.train(training)
-                text = coder.decode(ids[0].tolist())
-                with (self.metrics.run_dir / "samples.txt").open("a") as file:
-                    file.write(f"--- step {step}\n{text}\n")
-                self.metrics.say(f"sample after step {step}: {text!r}")
         self.engine.world.barrier()
         return text
 

@@ -18,6 +18,7 @@ same command goes on where it was stopped. Under torchrun the items are shared o
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -104,6 +105,7 @@ def run_suite(values: dict[str, Any]) -> int:
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Scores one checkpoint on the held-out split of token shards: writes the result as JSON, prints and returns it. Raises UserError."""
     from data.files import save_report
+    from evals.adapters.base import not_finite
     from evals.adapters.load import device_of
     from evals.measures.baselines import baselines
     from evals.measures.perplexity import evaluate
@@ -134,6 +136,8 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
             precision=values["precision"],
             on_progress=progress,
         )
+    if not math.isfinite(result.nll_nats):
+        raise UserError(not_finite(values["precision"]))
     seconds = time.perf_counter() - start
     counted = baselines(train, held_out, values["length"], values["max_tokens"])
     report = {
@@ -189,6 +193,8 @@ def where_to_write(values: dict[str, Any], folder: Path) -> Path:
     if values["out"]:
         out = Path(values["out"])
         out = out / name if out.is_dir() else out
+        if out.suffix != ".json" and out.exists():
+            raise UserError(f"out={values['out']} exists and is no JSON, so it is not written over; give FILE.json or a folder.")
         check_writable(out.parent)
         return out
     try:

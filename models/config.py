@@ -44,7 +44,7 @@ class ModelConfig:
     init_std: float = 0.02
     residual_init: str = "depth"  # depth: what writes into the residual stream starts 1/sqrt(2 n_layers) smaller | none
     head_chunk: int = 2048  # rows of logits alive at once in the loss
-    recompute_head: bool = True  # logits are computed again in the backward pass instead of kept
+    recompute_head: bool = True  # no more than head_chunk rows of logits are alive, in the backward pass too; false: all are kept
     channel: dict[str, Any] = field(default_factory=lambda: {"type": channel.PLAIN})  # what mixes within a token, d_ff wide
     param: dict[str, Any] = field(default_factory=lambda: {"type": param.PLAIN})  # how starting values and rates follow the width
     depth: dict[str, Any] = field(default_factory=dict)  # a way of models/depth through the layers; empty: once through each

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import decode_step
+from kernels.recording import undisturbed
 from models.init import roles
 from models.lm import LanguageModel, LMState
 
@@ -118,7 +119,8 @@ class Decoder:
         torch.cuda.current_stream(here).wait_stream(stream)
         with torch.cuda.device(here):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream):  # torch's own stream for captures is one of the device that captured first
+            # a stream of this device, as torch's own for captures is one of the device that captured first; other threads may do what they like
+            with undisturbed(), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
         for old, new in zip(changed, before):
             old.copy_(new)

@@ -119,6 +119,11 @@ def step_size_problems(low: float, high: float, floor: float | None = None) -> l
     return [f"dt_min {low} must lie between 0 and dt_max {high},{also} all of them finite."]
 
 
+def norm_eps_problems(eps: float) -> list[str]:
+    """What is wrong with what a norm adds to the mean square, a sentence or none."""
+    return [] if 0 < eps <= 1 else [f"norm_eps must be above zero and at most 1, not {eps}."]
+
+
 def value_width_problems(expand_v: float, key_width: int) -> list[str]:
     """What is wrong with the width of a head's values as a multiple of its keys', a sentence or none."""
     width = expand_v * key_width

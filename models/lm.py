@@ -48,6 +48,16 @@ class LMOutput:
     state: LMState | None = None
 
 
+def check_ids(ids: Tensor, vocab_size: int, whose: str = "the text") -> None:
+    """Raises UserError where a token id is beyond the vocabulary, as of a tokenizer that is another model's: the embedding would be read past its
+    end, on a GPU without a word. Waits for ids on a GPU."""
+    if ids.numel() and (largest := int(ids.max())) >= vocab_size:
+        raise UserError(
+            f"The token id {largest} of {whose} is beyond the {vocab_size:,} tokens of the model: its tokenizer.json is another model's, or has had "
+            "tokens added; put the model's own beside the weights."
+        )
+
+
 class LanguageModel(Module):
     """Built from a ModelConfig; `init_weights(seed)` draws the parameters (construction leaves them unset, so meta devices work)."""
 
@@ -166,9 +176,10 @@ class LanguageModel(Module):
 
     def _loss(self, x_BTD: Tensor, labels: Tensor, reduction: str, output: LMOutput, more_BT: Tensor | None = None) -> LMOutput:
         chunk, recompute = self.config.head_chunk, self.config.recompute_head
-        nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute)
+        summed = reduction == "sum" and not self.config.z_loss
+        nll_N, log_z_N = self.head(x_BTD.flatten(0, 1), labels.flatten(), chunk=chunk, recompute=recompute, summed=summed)
         output.loss_sum = nll_N.sum()
-        output.z_loss_sum = self.config.z_loss * log_z_N.square().sum()  # zero where nothing is labelled
+        output.z_loss_sum = self.config.z_loss * log_z_N.square().sum() if self.config.z_loss else torch.zeros_like(output.loss_sum)
         if more_BT is not None:
             output.z_loss_sum = output.z_loss_sum + more_BT.masked_fill(labels == -100, 0.0).sum()
         output.token_count = (labels != -100).sum()
@@ -205,8 +216,9 @@ class LanguageModel(Module):
         return 3 * self.flops_per_token(T) - 2 * (whole - learnt)
 
     def recomputed_flops_per_token(self, T: int) -> int:
-        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits."""
-        twice = 2 * self.config.d_model * self.config.vocab_size if self.config.recompute_head else 0
+        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits with a z-loss."""
+        again = self.config.recompute_head and self.config.z_loss
+        twice = 2 * self.config.d_model * self.config.vocab_size if again else 0
         return twice + sum(block.recomputed_flops_per_token(T, block.remade) for block in self._blocks(self.config.learnt_visits()))
 
     def state_bytes(self, T: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -6,6 +6,7 @@ top-p (Holtzman et al. 2019, arXiv 1904.09751), min-p (arXiv 2407.01082). Legend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,16 +31,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature must be zero (the likeliest token) or more, not {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            problems.append(f"temperature must be zero (the likeliest token) or a finite number above it, not {self.temperature}.")
         if self.top_k is not None and self.top_k < 0:
             problems.append(f"top_k must be zero (all tokens) or more, not {self.top_k}.")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             problems.append(f"top_p must lie between 0 and 1, not {self.top_p}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             problems.append(f"min_p must lie between 0 and 1, not {self.min_p}.")
-        if self.repetition_penalty <= 0:
-            problems.append(f"repetition_penalty must be above zero, not {self.repetition_penalty}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            problems.append(f"repetition_penalty must be a finite number above zero, not {self.repetition_penalty}.")
         if problems:
             raise UserError(problems)
 
@@ -74,7 +75,9 @@ class Sampling:
         share_BV = logits_BV.double().softmax(-1).cumsum(-1)
         point_B = torch.rand(logits_BV.shape[0], generator=generator, dtype=torch.float64).to(logits_BV.device)
         # The first token whose cumulative share is above the point: never one of share zero.
-        return torch.searchsorted(share_BV, point_B[:, None] * share_BV[:, -1:], right=True)[:, 0]
+        token_B = torch.searchsorted(share_BV, point_B[:, None] * share_BV[:, -1:], right=True)[:, 0]
+        # of shares that are NaN it would be beyond the vocabulary; whoever draws says what is wrong (models/session.py)
+        return token_B.clamp_max(share_BV.shape[-1] - 1)
 
 
 def sample(logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from data.errors import UserError
 from data.files import save_tensors
 from models.decode import Decoder
-from models.lm import LanguageModel, LMState
+from models.lm import LanguageModel, LMState, check_ids
 from models.sampling import Sampling
 
 CHUNK = 2048  # tokens read at once
@@ -47,9 +47,11 @@ class Session:
     one."""
 
     def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
-        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row."""
+        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row, UserError for ids that
+        the model does not have."""
         if ids_BT.ndim != 2 or ids_BT.shape[1] == 0 or (lengths is not None and min(lengths) < 1):
             raise ValueError("The prompt must hold at least one token.")
+        check_ids(ids_BT, model.config.vocab_size)
         self.model, self.ids_BT = model, ids_BT
         B, T = ids_BT.shape
         self.padding = [0] * B if lengths is None else [T - n for n in lengths]
@@ -59,6 +61,7 @@ class Session:
 
     def append(self, ids_BT: Tensor) -> Session:
         """Adds text to the end of every row; it is read later, by `read` or `generate`."""
+        check_ids(ids_BT, self.model.config.vocab_size)
         self.ids_BT = torch.cat([self.ids_BT, ids_BT.to(self.ids_BT)], 1)
         return self
 
@@ -119,7 +122,7 @@ class Session:
         """The new ids (B, n), n <= max_new_tokens, also appended to the session.
 
         A row ends with one of stop_ids, or when stop_when(row, token) says so; it goes on with fill_id (the first stop id unless given)
-        until all rows have ended. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
+        until all rows have ended. Raises UserError for logits that are not finite, at the first token or once the last is drawn. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
         None: on a GPU, where the text is long enough to repay the capture.
         """
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.ids_BT.device)
@@ -135,6 +138,7 @@ class Session:
         for _ in range(max_new_tokens):
             if not new:
                 logits_BV = self._feed(self.ids_BT.shape[1])
+                refuse_not_finite(logits_BV)
             elif graph:
                 decoder = decoder or Decoder(self.model, self.state, self.ids_BT.shape[1] + max_new_tokens)
                 logits_BV = decoder.step(new[-1])
@@ -155,6 +159,8 @@ class Session:
                 done_B = torch.tensor(said, device=done_B.device)
             if ending and bool(done_B.all()):
                 break
+        if new:
+            refuse_not_finite(logits_BV)
         if decoder is not None:
             self.state = decoder.release()
         new_BN = torch.stack(new, 1) if new else self.ids_BT[:, :0]
@@ -162,8 +168,10 @@ class Session:
         return new_BN
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written."""
+        """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written, and where a file lies
+        there that is no session."""
         path = Path(path)
+        refuse_what_is_no_session(path)
         tensors = {"ids": self.ids_BT, "generator": self.generator.get_state()}
         plain: list[dict[str, int | None]] = []
         for i, part in enumerate(self.state.layers):
@@ -209,6 +217,24 @@ class Session:
         session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
         session.generator.set_state(tensors["generator"])
         return session
+
+
+def refuse_what_is_no_session(path: Path) -> None:
+    """Raises UserError where a file that a session would be written over is none: a text, say, that was meant to be read."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        if b"everywhen_session" not in file.read(1 << 16):
+            raise UserError(f"{path} exists and is no session, so it is not written over; give another file.")
+
+
+def refuse_not_finite(logits_BV: Tensor) -> None:
+    """Raises UserError where a row's largest logit is NaN or infinite, which any NaN of the row makes it: what is drawn from it means nothing."""
+    if not bool(logits_BV.amax(-1).isfinite().all()):
+        raise UserError(
+            "The logits are not finite: the weights hold values that are not finite, or a state grew without bound; take another checkpoint, or"
+            " precision=fp32."
+        )
 
 
 def model_hash(model: LanguageModel) -> str:

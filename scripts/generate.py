@@ -27,7 +27,7 @@ from models.checkpoint import load_model
 from models.decode import cast
 from models.hub.importing import end_ids
 from models.sampling import Sampling, TextStream
-from models.session import Session, left_pad
+from models.session import Session, left_pad, refuse_what_is_no_session
 from training.config.arguments import parse_arguments, program
 from training.world import pick_device
 
@@ -100,6 +100,10 @@ class Writer:
             raise UserError("Give document=FILE to read a text or resume=FILE to go on with a session, not both.")
         if values["save"] and values["prompts"]:
             raise UserError("save=FILE keeps one text; give one prompt, or leave prompts out and ask them with resume=FILE.")
+        if values["save"] and Path(values["save"]).is_dir():
+            raise UserError(f"save={values['save']} is a folder; give a file in it.")
+        if values["save"]:
+            refuse_what_is_no_session(Path(values["save"]))
         if values["save"] and not Path(values["save"]).absolute().parent.is_dir():
             raise UserError(f"save={values['save']} lies in no folder; make the folder first or give another file.")
         if values["device"] == "cuda" and not torch.cuda.is_available():
@@ -109,9 +113,13 @@ class Writer:
         keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         numbers = {key: _number(values, key, int if key == "top_k" else float) for key in keys}
         self.seed = _number(values, "seed", int)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed must be a whole number from 0 up to 2^63, not {self.seed}.")
         self.sampling = Sampling(**numbers)
         self.prompts = self._prompts()
         self.document = _lines(values["document"], "document") if values["document"] else None
+        if self.document == "":
+            raise UserError(f"document={values['document']} is empty; give a file that holds text.")
         self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from data.loader import Batch
 from models.block import Block
@@ -119,10 +119,12 @@ class Engine:
         is_bad: Callable[[float], str] | None = None,
         tokens: float | None = None,
         tell: Callable[[], list[float]] | None = None,
+        only_finite: bool = False,
     ) -> StepResult:
         """One optimizer step over this rank's micro-batches.
 
-        is_bad: may veto the step from the global mean loss; it returns the reason, or ''. tokens: `local_tokens` of all ranks together, where
+        is_bad: may veto the step from the global mean loss; it returns the reason, or ''. only_finite: it vetoes every loss that is not finite, and no
+        other, so that the device may decide where it has what that takes, and the host is not waited for. tokens: `local_tokens` of all ranks together, where
         they are known already; else a sum over ranks of its own counts them. tell: called once the losses are computed; the numbers it returns,
         equally many on every rank, are summed over ranks together with the loss.
         """
@@ -136,7 +138,10 @@ class Engine:
             self.plans.collect()
         read_loss = sent_to_host(loss)
         self.passes.reduce()  # the device is at it while the host reads the loss and asks for data
-        read_norm = None if self.stage else self._norm_ahead()
+        read_norm = None if self.stage else self._norm_ahead(loss if only_finite and self.world.size == 1 else None)
+        decided = only_finite and self._device_decides()
+        if decided:
+            self.deepspeed.step()
         local_loss = read_loss()
         telling = time.perf_counter()
         words = tell() if tell is not None else []
@@ -146,7 +151,7 @@ class Engine:
         loss_sum, *told = self.world.sum([local_loss, *of_passes, *learnt, *words])
         self.passes.settle([told.pop(0) for _ in of_passes])
         self._learn([told.pop(0) for _ in learnt])
-        norm, skipped = self._update(loss_sum / tokens, is_bad, read_norm)
+        norm, skipped = self._update(loss_sum / tokens, is_bad, read_norm, decided)
         seconds = time.perf_counter() - start - telling
         return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
 
@@ -159,24 +164,35 @@ class Engine:
         """The first rank's numbers. Collective."""
         return self.world.sum(values if self.world.main else [0.0] * len(values))
 
-    def _norm_ahead(self) -> Callable[[], float]:
+    def _norm_ahead(self, loss: Tensor | None) -> Callable[[], float]:
         """What reads the norm of whole gradients, and clips them. Where it can be, the norm is queued behind the passes and the optimizer looks for its
-        tensors, while the device is at these: what the host does once the loss is known, the device waits for."""
+        tensors, while the device is at these: what the host does once the loss is known, the device waits for. loss: without which no step is taken
+        unless it is finite."""
         parameters, limit = self.parameters.values(), self.config.train.grad_clip
-        norm = norm_ahead(parameters, self.optimizer, limit)
+        norm = norm_ahead(parameters, self.optimizer, limit, loss)
         if norm is None:
             return lambda: clip(parameters, limit)
         self.optimizer.prepare()
         return sent_to_host(norm)
 
-    def _update(self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None) -> tuple[float, str]:
+    def _device_decides(self) -> bool:
+        """Whether the prepared update leaves itself out where loss or norm are not finite: it is then queued right behind the norm. On one rank alone, as
+        over several the loss is the sum of all."""
+        return self.world.size == 1 and not self.stage and self.optimizer.leaves_out
+
+    def _update(
+        self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None, decided: bool
+    ) -> tuple[float, str]:
         """(norm of the gradients before clipping, '') with the update made, or (norm, why not) with weights and moments as they were. read_norm: None
-        under ZeRO, whose step computes the norm."""
+        under ZeRO, whose step computes the norm. decided: the device has made the update, or left it out."""
         skipped = is_bad(loss) if is_bad else ""
         norm = read_norm() if read_norm is not None else None
         self.whole_norm = norm if norm is not None else math.nan
         if not skipped and norm is not None and not math.isfinite(norm):
             skipped = "gradient norm is not finite"
+        if decided:
+            assert norm is not None
+            return norm, skipped
         self.optimizer.skip_next = bool(skipped)
         before = self.deepspeed.skipped_steps
         self.deepspeed.step()

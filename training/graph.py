@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.recording import undisturbed
 from models.lm import LanguageModel
 from models.segments import documents_in, most_documents
 from training.config.schema import Config
@@ -143,7 +144,7 @@ class GraphedPass:
         pool = self.pool or torch.cuda.graph_pool_handle()
         before, stream = [p.grad for p in self.parameters], torch.cuda.current_stream(self.device)
         try:
-            with torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
+            with undisturbed(), torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
                 loss_sum = self._pass(captured.input_ids, captured.labels, captured.segment_ids, captured.scale, cached=False)
                 captured.loss_sum.copy_(loss_sum)
         except (RuntimeError, torch.AcceleratorError) as error:
@@ -225,7 +226,7 @@ class GraphedUpdate:
         for one in compute:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                with undisturbed(), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     self.results.append(one(None if whole else self.divisor))
             except (RuntimeError, torch.AcceleratorError) as error:
                 leave_failed_capture(device, stream, pool)

@@ -166,8 +166,10 @@ class Run:
         self.tracer.before(step + 1)
         self.engine.follow(step)
         self.engine.module.begin_step(self.config.seed, step)
-        result = self.engine.step(batches, lr, self.policy.judge, self.agreed.tokens, lambda: self.look_ahead(step + 1))
-        self.policy.record(step, result, [sample for batch in batches for sample in batch.sample_ids])
+        result = self.engine.step(
+            batches, lr, self.policy.judge, self.agreed.tokens, lambda: self.look_ahead(step + 1), only_finite=self.policy.only_finite
+        )
+        self.policy.record(step + 1, result, [sample for batch in batches for sample in batch.sample_ids])
         self.agreed = Agreed(*result.told)
         self.cursor.advance(self.config)
         self.tracer.after(self.step)

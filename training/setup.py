@@ -44,6 +44,14 @@ def open_shards(path: Any, split: str) -> Shards:
     if not path:
         raise UserError(NO_DATA)
     weights = path if isinstance(path, dict) else {path: 1.0}
+    places: dict[Path, str] = {}
+    for folder in weights:
+        place = Path(folder).resolve()
+        if place in places:
+            raise UserError(
+                f"data.path names one folder twice, as {places[place]} and as {folder}; give it once, with the sum of its weights."
+            )
+        places[place] = folder
     shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
     tokenizers = {s.tokenizer_sha256 for s, _ in shards}
     if len(tokenizers) > 1:
@@ -316,11 +324,23 @@ def _branches(run_dir: Path, chosen: Path, by_name: bool) -> str:
     return f", the one saved last; {last.name} is of a branch that was left before, and train.resume={last} would go back to it"
 
 
+def _refuse_what_is_all_damaged(run_dir: Path, newest: Path | None, world: World) -> None:
+    """A run none of whose checkpoints can be read must not begin anew as if it had none, and drop them. Raises UserError on all ranks."""
+    there = checkpoint.checkpoints(run_dir) if world.main and newest is None else []
+    which = world.texts(", ".join(folder.name for folder in there))[0]
+    if which:
+        raise UserError(
+            f"Every checkpoint of {run_dir} is damaged ({which}); put back a copy of one, or begin anew with another run_dir or train.resume=none."
+        )
+
+
 def _checkpoint_of(config: Config, world: World) -> Path | None:
     """The folder that train.resume means; all ranks verify it together."""
     wanted = config.train.resume
     if wanted == "none":
         return None
     if wanted == "auto":
-        return checkpoint.newest_together(Path(config.run_dir), world)
+        newest = checkpoint.newest_together(Path(config.run_dir), world)
+        _refuse_what_is_all_damaged(Path(config.run_dir), newest, world)
+        return newest
     return fork.found(wanted, world, "train.resume")

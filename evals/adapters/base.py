@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from data.tokenizer import TextCoder
 from evals.adapters.trust import code_hash, names_code
+from models.lm import check_ids
 from models.prompt import prompt_of, whole_prompt
 
 PIECE = 1024  # rows of logits alive at once
@@ -62,6 +63,13 @@ def pieces(T: int, chunk: int, whole: int = 0) -> Iterator[tuple[int, int]]:
             last = T
         yield first, last
         first = last
+
+
+def not_finite(precision: str, where: str = "") -> str:
+    """The sentence for logits that are NaN or infinite; where: words that say at which place."""
+    if precision == "fp32":
+        return f"The logits are not finite{where}, in fp32: the weights hold values that are not finite or grow without bound; take another checkpoint."
+    return f"The logits are not finite{where}; try precision=fp32."
 
 
 class Adapter:
@@ -177,6 +185,8 @@ class Adapter:
 
     def _run(self, ids_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(what the head reads (B, T, D), state after the chunk and what a cure makes of it)."""
+        if not ids_BT.is_cuda:  # what was drawn on the device is in the vocabulary
+            check_ids(ids_BT, self.vocab_size)
         ids_BT = ids_BT.to(self.device)
         with torch.no_grad(), self._autocast():
             if self.carry == "steps" and ids_BT.shape[1] > 1:
@@ -200,6 +210,8 @@ class Adapter:
 
     def losses(self, ids_BT: Tensor, labels_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(nats of each label (B, T), 0 where the label is -100; state). Raises ItemError for values that are not finite."""
+        if not labels_BT.is_cuda:
+            check_ids(labels_BT, self.vocab_size)
         hidden, state = self._run(ids_BT, state)
         rows, labels = hidden.flatten(0, 1), labels_BT.to(self.device).flatten()
         with torch.no_grad():
@@ -246,10 +258,8 @@ class Adapter:
         return self._finite(self._wide_logits(hidden[:, -1])), state
 
     def not_finite(self, where: str = "") -> str:
-        """The sentence for logits that are NaN or infinite; where: words that say at which place."""
-        if self.precision == "fp32":
-            return f"The logits are not finite{where}, in fp32: the weights hold values that are not finite or grow without bound; take another checkpoint."
-        return f"The logits are not finite{where}; try precision=fp32."
+        """`not_finite` in this adapter's precision."""
+        return not_finite(self.precision, where)
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits).all()):

@@ -40,7 +40,34 @@ def document_perplexity(
         (ids, size) for ids, size in documents if len(ids) > adapter.prompt
     ] or documents  # if none has more, the first is refused below
     left_out = f"; {given - len(documents)} within the prompt of {adapter.prompt} left out" if len(documents) < given else ""
-    units: list[tuple[float, int, float]] = []  # nats, tokens, bytes
+    units = _scored(adapter, documents, chunk, batch, on_progress)
+    nats, tokens, sizes = (np.array(column, dtype=np.float64) for column in zip(*units))
+    low, high = bootstrap_ratio(nats, tokens, seed=seed)
+    low_bits, high_bits = (x / math.log(2) for x in bootstrap_ratio(nats, sizes, seed=seed))
+    known = low == low  # not with one unit
+    called = unit if len(documents) > 1 else re.sub(r"s\b", "", unit, count=1)
+    per_token, bits = float(nats.sum() / tokens.sum()), float(nats.sum() / sizes.sum() / math.log(2))
+    return {
+        "documents": len(documents),
+        "tokens": int(tokens.sum()),
+        "bytes": round(float(sizes.sum())),
+        "nats_per_token": per_token,
+        "perplexity": perplexity(per_token),
+        "perplexity_low": perplexity(low) if known else None,
+        "perplexity_high": perplexity(high) if known else None,
+        "bits_per_byte": bits,
+        "bits_per_byte_low": low_bits,
+        "bits_per_byte_high": high_bits,
+        "interval": f"bootstrap over {unit}" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
+        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {called}{left_out}",
+    }
+
+
+def _scored(
+    adapter: Adapter, documents: list[tuple[np.ndarray, int]], chunk: int, batch: int, on_progress: Callable[[int, int], None] | None
+) -> list[tuple[float, int, float]]:
+    """(nats, tokens, bytes) of each document, of few documents of each of their blocks; the longest first, those of one length side by side."""
+    units: list[tuple[float, int, float]] = []
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i][0]))
     done = 0
     while order:
@@ -62,23 +89,4 @@ def document_perplexity(
         done += len(group)
         if on_progress:
             on_progress(done, len(documents))
-    nats, tokens, sizes = (np.array(column, dtype=np.float64) for column in zip(*units))
-    low, high = bootstrap_ratio(nats, tokens, seed=seed)
-    low_bits, high_bits = (x / math.log(2) for x in bootstrap_ratio(nats, sizes, seed=seed))
-    known = low == low  # not with one unit
-    called = unit if len(documents) > 1 else re.sub(r"s\b", "", unit, count=1)
-    per_token, bits = float(nats.sum() / tokens.sum()), float(nats.sum() / sizes.sum() / math.log(2))
-    return {
-        "documents": len(documents),
-        "tokens": int(tokens.sum()),
-        "bytes": round(float(sizes.sum())),
-        "nats_per_token": per_token,
-        "perplexity": perplexity(per_token),
-        "perplexity_low": perplexity(low) if known else None,
-        "perplexity_high": perplexity(high) if known else None,
-        "bits_per_byte": bits,
-        "bits_per_byte_low": low_bits,
-        "bits_per_byte_high": high_bits,
-        "interval": f"bootstrap over {unit}" if len(documents) >= FEW else "bootstrap over blocks of 1,024 tokens",
-        "summary": f"{bits:.4f} bits per byte{f' ({low_bits:.4f}-{high_bits:.4f})' if known else ''}, perplexity {perplexity(per_token):.2f} over {len(documents)} {called}{left_out}",
-    }
+    return units

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.shards import ShardSet
-from models.lm import LanguageModel
+from models.lm import LanguageModel, check_ids
 from models.parallel import split
 from models.prompt import prompt_of, told_by_prompt
 
@@ -161,7 +161,9 @@ def _score(
     slice_of: tuple[int, int] = (0, 1),
 ) -> None:
     """Adds the rows, or of a slice of their time its part, to `result`."""
-    tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows])).to(device)
+    tokens_BT = torch.from_numpy(np.stack([tokens for tokens, _ in rows]))
+    check_ids(tokens_BT, model.config.vocab_size, str(shards.directory))
+    tokens_BT = tokens_BT.to(device)
     segments_BT = torch.from_numpy(np.stack([segments for _, segments in rows])).to(device)
     n, N = tokens_BT.shape[1] - 1, slice_of[1]
     begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N

@@ -373,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     def run(words: list[str]) -> None:
         if len(words) != 1:
             raise UserError(f"Give one folder of measurements, that `python -m evals.run suite=...` wrote, not {len(words)} words.")
-        if not Path(words[0]).is_dir():
+        if not Path(words[0]).is_dir() or not read(Path(words[0])):
             raise UserError(f"{words[0]} is no folder of measurements; give one that `python -m evals.run suite=...` wrote.")
         write_report(Path(words[0]))
 

@@ -5,6 +5,7 @@ Legend: M rows, D width of the input, N width of an output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import planned
 from kernels.linear.spared import is_unread
+from kernels.op import runs_kernels
 
 
 def weight_gradient(d_MN: Tensor, x_MD: Tensor) -> Tensor:
@@ -24,8 +26,11 @@ def weight_gradient(d_MN: Tensor, x_MD: Tensor) -> Tensor:
     return (d_MN.T @ x_MD).float()
 
 
-def add_product(total_NK: Tensor, d_MN: Tensor, x_MK: Tensor) -> Tensor:
-    """total + d^T x, written over total (fp32): by the product itself where the device can, which then adds before it rounds."""
+def add_product(total_NK: Tensor | None, d_MN: Tensor, x_MK: Tensor) -> Tensor:
+    """total + d^T x, written over total (fp32, or fp64 as the factors): by the product itself where the device can, which then adds before it rounds.
+    total: None for nothing yet."""
+    if total_NK is None:
+        return weight_gradient(d_MN, x_MK) if d_MN.dtype in (torch.bfloat16, torch.float16) else d_MN.T @ x_MK
     if (
         d_MN.device.type == "cuda"
         and d_MN.dtype in (torch.bfloat16, torch.float16)
@@ -58,6 +63,22 @@ def runs(gradients: list[Tensor]) -> list[tuple[int, int, Tensor]]:
     return made
 
 
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights' rows one below the other, in `dtype`."""
+    rows = [w.shape[0] for w in weights]
+    joined_ND = torch.empty(sum(rows), weights[0].shape[1], dtype=dtype, device=weights[0].device)
+    pieces = joined_ND.split(rows)
+    if runs_kernels(joined_ND) and not planned() and all(w.dtype == torch.float32 for w in weights):
+        from kernels.linear import triton
+
+        with torch.cuda.device_of(joined_ND):
+            triton.cast(weights, pieces)
+        return joined_ND
+    for piece, weight in zip(pieces, weights):
+        piece.copy_(weight)
+    return joined_ND
+
+
 class Joined(torch.autograd.Function):
     """x, dtype, number of weights and of those among them, at the end, whose outputs lie apart, weights, biases (of all or none) -> an output for each
     weight, columns of one tensor but for those apart, which are of another."""
@@ -67,9 +88,7 @@ class Joined(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [w.shape[0] for w in weights]
         with torch.autocast(x.device.type, enabled=False):
-            joined_ND = torch.empty(sum(rows), weights[0].shape[1], dtype=dtype, device=x.device)
-            for piece, weight in zip(joined_ND.split(rows), weights):
-                piece.copy_(weight)
+            joined_ND = _cast(weights, dtype)
             x_MD = x.to(dtype).flatten(0, -2)
             made: list[Tensor] = []
             at = 0

@@ -10,16 +10,14 @@ TENSORS = "PRE, REC, H0, RESET, EMITTED, KEPT, D_EMITTED, D_KEPT"
 
 def _loads(w: Writer) -> None:
     """The group at t: inputs, states before each step, incoming gradients. Only the very first state lies before the tensor: h0."""
-    w.put(2, "back = tl.where(t == 0, 0, 1)")
-    w.load_inputs(2, "t")
-    for u in range(w.U):
-        here = live(f"t + {u} < last")
-        for i in w.S:
-            before = w.state(i, u - 1) if u else w.state(i, 0) + f" - back * {'D' if i == w.n_kept else f'{w.n_kept} * D'}"
-            w.put(2, f"a{i}_{u} = _get({before}, {here}, EVEN)")
-        w.put(2, f"e{w.n_kept}_{u} = _get({w.state(w.n_kept, u, 'd_')}, {here}, EVEN)")
-        if w.n_kept:
-            w.put(2, "if WITH_KEPT:", *(f"    e{i}_{u} = _get({w.state(i, u, 'd_')}, {here}, EVEN)" for i in range(w.n_kept)))
+    w.load_tiles(2, "t")
+    w.put(2, "before = tl.where(t + each == 0, 0, each - 1)")
+    for i in w.S:
+        kept = i != w.n_kept
+        w.tile(2, f"a{i}", w.state(i, 0), f"before * {w.n_kept} * D" if kept else "before * D")
+        if kept:
+            w.put(2, "if WITH_KEPT:")
+        w.tile(2 + kept, f"e{i}", w.state(i, 0, "d_"), f"each * {w.n_kept} * D" if kept else "each * D")
 
 
 def _enter(w: Writer) -> None:

@@ -100,15 +100,16 @@ class Adjoint:
         return chosen if rest is None else rest + chosen
 
 
-def vjp(outputs: Sequence[Node], cotangents: Sequence[Node | None], inputs: Sequence[Node]) -> list[Node]:
-    """Reverse mode: sum_i cotangent_i d output_i / d input_j for each input. A cotangent of None is none at all."""
+def vjp(outputs: Sequence[Node], cotangents: Sequence[Node | None], inputs: Sequence[Node], given: Sequence[Node] = ()) -> list[Node]:
+    """Reverse mode: sum_i cotangent_i d output_i / d input_j for each input. A cotangent of None is none at all. given: nodes that count as leaves."""
     graph = inputs[0].graph
     adjoints: dict[int, Adjoint] = {}
     for output, cotangent in zip(outputs, cotangents):
         if cotangent is not None:
             adjoints.setdefault(id(output), Adjoint(graph)).add(frozenset(), cotangent)
+    leaves = set(map(id, given))
     for node in reversed(order(outputs)):
-        if id(node) not in adjoints or node.op in ("var", "const"):
+        if id(node) not in adjoints or node.op in ("var", "const") or id(node) in leaves:
             continue
         for argument, partial, condition in partials(node):
             if argument.op == "const":
@@ -118,3 +119,26 @@ def vjp(outputs: Sequence[Node], cotangents: Sequence[Node | None], inputs: Sequ
                 if condition is None or graph.make("not", condition) not in both:
                     adjoints.setdefault(id(argument), Adjoint(graph)).add(both, value * partial)
     return [adjoints[id(i)].total() if id(i) in adjoints else graph.const(0) for i in inputs]
+
+
+def jacobian_rows(outputs: Sequence[Node], inputs: Sequence[Node]) -> list[list[Node]]:
+    """Rows of d output_i / d input_j. An output that others are made of is differentiated once: their rows go through its row, unless a condition
+    anywhere says that some derivative is not to be multiplied with."""
+    one, rows = inputs[0].graph.const(1), dict[int, list[Node]]()
+    nodes = {id(node): node for node in order(outputs) if node.op not in ("var", "const")}
+    smooth = all(condition is None for node in nodes.values() for _, _, condition in partials(node))
+
+    def row(output: Node) -> list[Node]:
+        if id(output) not in rows:
+            under = {id(node) for node in order([output])} - {id(output)}
+            through = [other for other in {id(o): o for o in outputs}.values() if smooth and id(other) in under & nodes.keys()]
+            by = vjp([output], [one], [*through, *inputs], through)
+            made = by[len(through) :]
+            for factor, other in zip(by, through):
+                if factor.op != "const" or factor.arguments[0] != 0:  # else it is made of it through another output
+                    terms = [None if entry.op == "const" and entry.arguments[0] == 0 else factor * entry for entry in row(other)]
+                    made = [a if b is None else b if a.op == "const" and a.arguments[0] == 0 else a + b for a, b in zip(made, terms)]
+            rows[id(output)] = made
+        return rows[id(output)]
+
+    return [row(output) for output in outputs]

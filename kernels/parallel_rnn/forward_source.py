@@ -56,7 +56,7 @@ def _enter(w: Writer, indent: int, t: str) -> None:
 def _loop(w: Writer, indent: int, start: str, end: str, product: str | None, marks: str = "True", curved: str = "") -> None:
     """All groups of steps from `start` to `end`, pointers moving along."""
     w.put(indent, f"for t in tl.range({start}, {end}, {w.U}, num_stages={STAGES}):")
-    w.load_inputs(indent + 1, "t")
+    w.load_tiles(indent + 1, "t")
     w.put(indent + 1, f"p += {w.U} * ST", f"q += {w.U}")
     w.load_resets(indent + 1, "n", f"t + {w.U}")
     steps(w, indent + 1, product, curved=curved)

@@ -30,10 +30,14 @@ from kernels.parallel_rnn.reference import TOLERANCE, product, remainders, toler
 from kernels.parallel_rnn.trace import NotLowered, trace
 from kernels.parts import summed
 
-BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread, four-byte loads of bf16
+BLOCK = 64  # channels a program owns, a warp for every 64: two channels a thread
+BLOCK_WHOLE = (
+    32  # where time is not cut: one a thread, and two warps share a scheduler, so that one works while the other waits for its step
+)
 CORRECTIONS, CORRECTIONS_FINE = 3, 5  # Newton steps on the slice starts before the walk in order, of inputs in 16 and in 32 bits
 MARK = 32  # steps from one fp32 state kept to the next
 STRETCH = 128  # steps mended before old and new are compared, a multiple of MARK
+AHEAD_SMALL, MARK_SMALL = 2, 4  # steps of a group and between marks in Triton's interpreter
 PROGRAMS, SLICES = 4, 256  # programs wanted for each multiprocessor, one for each of its schedulers, and most slices
 PROGRAMS_BACK = 4
 ROWS, COLUMNS, EACH = 32, 16, 2  # slices and channels of a tile of shoot, and elements a thread
@@ -106,14 +110,16 @@ class Plan:
         self.short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
         small = interpreted()  # the interpreter pays for every statement
         few = 1 if states < 3 else 2  # long programs take long to compile, and more registers than there are
-        self.ahead, self.back = (2, 2) if small else (codegen.AHEAD // few, codegen.AHEAD_BACK // few)
-        self.mark, self.stretch = (4, 4) if small else (MARK, STRETCH)
+        self.ahead, self.back = (AHEAD_SMALL, 2) if small else (codegen.AHEAD // few, codegen.AHEAD_BACK // few)
+        self.mark, self.stretch = (MARK_SMALL, MARK_SMALL) if small else (MARK, STRETCH)
         self.block = 16 if small else BLOCK if D > 32 else 32
         self.warps = max(1, self.block // 64)
         self.blocks = -(-D // self.block)
         if slices is None:
             wanted = (PROGRAMS_BACK if back else PROGRAMS) * multiprocessors(pre.device)
             slices = min(max(1, round(wanted / (self.blocks * B))), SLICES, max(1, T // self.mark))
+            if slices == 1 and not back and not small:
+                self.block, self.blocks = BLOCK_WHOLE, -(-D // BLOCK_WHOLE)
         self.slice = -(-T // (slices * self.mark)) * self.mark
         self.slices = -(-T // self.slice)
         self.window = -(-self.slice // (backward_source.windows(states) * self.back)) * self.back

@@ -144,16 +144,17 @@ class Writer:
 
     def end_curves(self, indent: int) -> None:
         """C at the end of a group, of whose steps the last one's second derivatives f{i}{j}{k} stand for all: they count where a memory is long, and
-        there J hardly changes within a group. After `end_group`."""
+        there J hardly changes within a group. Those before the last reach its end by P: of a state that each step makes anew (an output gate's)
+        they leave nothing there. After `end_group`."""
         for i, j, k in self.curves:
-            carried = " + ".join(f"P{i}{m} * C{m}{j}{k}" for m in self.S)
             bent = " + ".join(
                 f"f{i}{a}{b} * " + (f"J{a}{j} * J{b}{k}" if a == b else f"(J{a}{j} * J{b}{k} + J{b}{j} * J{a}{k})")
                 for a in self.S
                 for b in range(a + 1)
             )
-            self.put(indent, f"k{i}{j}{k} = {carried} + {float(self.U)} * ({bent})")
-        self.put(indent, *(f"C{i}{j}{k} = k{i}{j}{k}" for i, j, k in self.curves))
+            self.put(indent, f"b{i}{j}{k} = {bent}", f"k{i}{j}{k} = C{i}{j}{k} + {self.U - 1.0} * b{i}{j}{k}")
+        for i, j, k in self.curves:
+            self.put(indent, f"C{i}{j}{k} = b{i}{j}{k} + " + " + ".join(f"P{i}{m} * k{m}{j}{k}" for m in self.S))
 
     def left(self, to: str, product: str, before: str, state: str) -> list[str]:
         """to{i} = the largest of |product| before over the states, and of |state|; not a number if one of them is not."""
@@ -240,6 +241,31 @@ class Writer:
         for u in range(self.U):
             for k in self.P:
                 self.put(indent, f"x{k}_{u} = _get(p + ({u} * ST + {k} * SP), {live(f'{t} + {u} < last')}, EVEN)")
+
+    def load_tiles(self, indent: int, t: str) -> None:
+        """Likewise, each projection as a tile."""
+        self.open_tiles(indent, t)
+        for k in self.P:
+            self.tile(indent, f"x{k}", "p", f"each * ST + {k} * SP")
+
+    def open_tiles(self, indent: int, t: str) -> None:
+        self.put(indent, f"each = tl.arange(0, {self.U})[:, None]", f"there = ({t} + each < last) & inside[None, :]")
+
+    def tile(self, indent: int, name: str, pointer: str, offset: str) -> None:
+        """name_u of the steps u of a group, loaded as a tile of steps by channels and cut into its rows: a thread copies sixteen bytes, and not those
+        of its own channels a step. offset: of the rows, of `each`. After `open_tiles`."""
+        self.put(indent, f"{name}_ = _get(({pointer})[None, :] + ({offset}), there, EVEN)")
+        if self.U == 1:
+            return self.put(indent, f"{name}_0 = tl.reshape({name}_, (BD,))")
+        self.put(indent, f"{name}_ = tl.reshape(tl.trans({name}_), (BD{', 2' * (self.U.bit_length() - 1)}))")
+        pieces = {0: f"{name}_"}  # by their first step, of every 1, 2, 4 ..
+        while len(pieces) < self.U:
+            halves, n = dict[int, str](), len(pieces)
+            for u, piece in pieces.items():
+                halves[u], halves[u + n] = (f"{name}_{u}", f"{name}_{u + n}") if 2 * n == self.U else (f"{piece}a", f"{piece}b")
+                self.put(indent, f"{halves[u]}, {halves[u + n]} = tl.split({piece})")
+            pieces = halves
+        return None
 
     def load_resets(self, indent: int, prefix: str, t: str) -> None:
         """Resets of the group at t, where q points."""

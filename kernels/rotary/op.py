@@ -42,7 +42,15 @@ def _fake(q: Tensor, k: Tensor, *settings: Any) -> Pair:
 def _backward(
     dq: Tensor, dk: Tensor, positions: Tensor, frequencies: Tensor | None, theta: float, back: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return turn(dq, dk, positions, theta, not back, frequencies, scale)
+    from kernels.rotary import triton
+
+    return triton.launch(dq, dk, positions, theta, not back, frequencies, scale, joined=True)
+
+
+def _reference_backward(
+    dq: Tensor, dk: Tensor, positions: Tensor, frequencies: Tensor | None, theta: float, back: bool, scale: float
+) -> Pair:
+    return _reference(dq, dk, positions, theta, not back, frequencies, scale)
 
 
 def _save(inputs: tuple[Any, ...], output: Pair) -> tuple[tuple[Tensor, Tensor | None], tuple[Any, ...]]:
@@ -50,4 +58,6 @@ def _save(inputs: tuple[Any, ...], output: Pair) -> tuple[tuple[Tensor, Tensor |
     return (positions, frequencies), (theta, back, scale)
 
 
-turn, turn_op = define("rotary", _forward, _fake, _backward, reference=_reference, fake_backward=_fake, save=_save)
+turn, turn_op = define(
+    "rotary", _forward, _fake, _backward, reference=_reference, reference_backward=_reference_backward, fake_backward=_fake, save=_save
+)

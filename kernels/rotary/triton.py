@@ -28,7 +28,7 @@ def _turn(X, Y, x, y, half, inside, cos, sin):
 
 @triton.jit
 def turn(
-    Q, KEYS, POSITIONS, FREQUENCIES, YQ, YK, N, T, half, K, FACTOR, sqb, sqh, sqt, skb, skh, skt,
+    Q, KEYS, POSITIONS, FREQUENCIES, YQ, YK, N, T, half, K, FACTOR, sqb, sqh, sqt, skb, skh, skt, rq, rk,
     H: tl.constexpr, G: tl.constexpr, BACK: tl.constexpr, HEADS: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BR + tl.arange(0, BR)
@@ -43,10 +43,10 @@ def turn(
     for i in tl.static_range(HEADS):
         h = tl.program_id(1) * HEADS + i
         if h < H:
-            _turn(Q, YQ, b * sqb + h * sqh + t * sqt + k, (n * H + h) * K + k, half, inside, cos, sin)
+            _turn(Q, YQ, b * sqb + h * sqh + t * sqt + k, n * rq + h * K + k, half, inside, cos, sin)
         elif h < H + G:
             g = h - H
-            _turn(KEYS, YK, b * skb + g * skh + t * skt + k, (n * G + g) * K + k, half, inside, cos, sin)
+            _turn(KEYS, YK, b * skb + g * skh + t * skt + k, n * rk + g * K + k, half, inside, cos, sin)
 
 
 _kept = {}  # frequencies by (K, theta, device)
@@ -62,11 +62,15 @@ def _frequencies(K, theta, device):
     return found
 
 
-def launch(q_BHTK, k_BGTK, positions_T, theta, back, frequencies_J=None, scale=1.0):
-    """Both turned, views (B, heads, T, K) of contiguous (B, T, heads, K); back: the other way, as gradients are."""
+def launch(q_BHTK, k_BGTK, positions_T, theta, back, frequencies_J=None, scale=1.0, joined=False):
+    """Both turned, views (B, heads, T, K) of contiguous (B, T, heads, K); back: the other way, as gradients are. joined: of columns of one tensor, so
+    that the products which made queries and keys take their gradients as one (kernels/linear)."""
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BHTK, k_BGTK))
     (B, H, T, K), G = q.shape, k.shape[1]
-    yq, yk = (torch.empty(B, T, heads, K, dtype=x.dtype, device=x.device) for x, heads in ((q, H), (k, G)))
+    if joined:
+        yq, yk = q.new_empty(B, T, H + G, K).split((H, G), 2)
+    else:
+        yq, yk = (x.new_empty(B, T, heads, K) for x, heads in ((q, H), (k, G)))
     turns = _frequencies(K, theta, q.device) if frequencies_J is None else frequencies_J.float().contiguous()
     half = turns.shape[0]
     if 2 * half < K:  # columns without a position
@@ -76,7 +80,7 @@ def launch(q_BHTK, k_BGTK, positions_T, theta, back, frequencies_J=None, scale=1
     BR = 2 if q.device.type == "cpu" else min(max(1, ELEMENTS // BK), triton.next_power_of_2(B * T))
     turn[(triton.cdiv(B * T, BR), triton.cdiv(H + G, HEADS))](
         q, k, positions_T.contiguous(), turns, yq, yk, B * T, T, half, K, float(scale),
-        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+        q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), yq.stride(1), yk.stride(1),
         H=H, G=G, BACK=back, HEADS=HEADS, BR=BR, BK=BK, num_warps=WARPS,
     )  # fmt: skip
     return yq.transpose(1, 2), yk.transpose(1, 2)

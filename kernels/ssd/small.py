@@ -1,4 +1,4 @@
-"""Triton kernels of the backward pass of Mamba-2's scan for small heads and states: what `query_gradients` and `key_gradients` of triton.py give, from
+"""Triton kernels of the backward pass of Mamba-2's scan for small heads and states: what `query_gradients` and `key_gradients` of gradients.py give, from
 fewer registers.
 
 Where heads and states are at most 64 wide, what a chunk of 64 steps needs lies in the registers of four warps, of which two programs fit beside each

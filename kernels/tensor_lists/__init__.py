@@ -46,7 +46,7 @@ def momentum_and_update(
     """Takes gradients (k of (r, c), each from element `first` of a tensor on; all of them divided by `divisor`) into their momentum:
     m <- m + (1 - beta) (g - m). Returns what is to be orthogonalised, m, or with nesterov g + beta (m - g): (k side, r, c / side) in `dtype`, the
     matrices that lie side by side in each one behind the other; and their norms (k side,), where they cost nothing."""
-    if not use_triton([*gradients, momentum_krc]) or any(first % 4 for first in firsts):
+    if not muon_kernels_take([*gradients, momentum_krc], firsts):
         return reference.momentum_and_update(gradients, firsts, momentum_krc, beta, nesterov, side, dtype, divisor), None
     from kernels.tensor_lists import triton
 
@@ -64,17 +64,29 @@ def scaled(x_krc: Tensor, scale_k: Tensor, dtype: torch.dtype) -> Tensor:
         return triton.scaled(x_krc, scale_k.float(), dtype)
 
 
+def muon_kernels_take(tensors: list[Tensor], firsts: list[int]) -> bool:
+    """Whether kernels take both ends of a step of Muon; they leave momentum and weights as they are where the divisor is not finite."""
+    return use_triton(tensors) and not any(first % 4 for first in firsts)
+
+
 def take_step(
-    weights: list[Tensor], firsts: list[int], shape: tuple[int, int], updates: Tensor, keep: float, step: float, side: int
+    weights: list[Tensor],
+    firsts: list[int],
+    shape: tuple[int, int],
+    updates: Tensor,
+    keep: float,
+    step: float,
+    side: int,
+    divisor: Tensor | None = None,
 ) -> None:
     """weights (k of shape (r, c), each from element `first` of a tensor on) <- keep weights - step updates, these (k side, r, c / side) as
-    `momentum_and_update` lays them out."""
-    if not use_triton(weights) or any(first % 4 for first in firsts):
+    `momentum_and_update` lays them out. divisor: that of the gradients, see `muon_kernels_take`."""
+    if not muon_kernels_take(weights, firsts):
         return reference.take_step(weights, firsts, shape, updates, keep, step, side)
     from kernels.tensor_lists import triton
 
     with torch.cuda.device_of(updates):
-        triton.take_step(weights, firsts, shape, updates, keep, step, side)
+        triton.take_step(weights, firsts, shape, updates, keep, step, side, divisor)
 
 
 class AdamWLists:
@@ -100,7 +112,8 @@ class AdamWLists:
 
 def adamw(lists: AdamWLists, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, divisor: Tensor | None) -> None:
     """A step of AdamW (Loshchilov and Hutter 2019) for tensors that `use_triton` takes, all of them: gradients are read, divided by `divisor`, and left
-    as they are. torch's fused step writes what it has divided back, 4 bytes a parameter of 32. The counts of steps have this step among them."""
+    as they are, and so is everything where the divisor is not finite. torch's fused step writes what it has divided back, 4 bytes a parameter of 32.
+    The counts of steps have this step among them."""
     from kernels.tensor_lists import triton
 
     with torch.cuda.device_of(lists.weights[0]):

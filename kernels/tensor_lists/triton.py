@@ -54,6 +54,11 @@ def muon_momentum(
     ADDRESSES, M, X, SQUARES, DIVISOR, BETA, EACH, C, SIDE: tl.constexpr, NESTEROV: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """SQUARES[k, b] = the sum of squares of what program b writes of X[k], of whole matrices (SIDE 1)."""
+    divisor = 1.0
+    if DIVIDE:
+        divisor = tl.load(DIVISOR)
+        if divisor - divisor != 0.0:  # no number: the step is left out
+            return
     k = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < EACH
@@ -61,7 +66,7 @@ def muon_momentum(
     address = tl.load(ADDRESSES + k).to(tl.pointer_type(tl.float32))
     g = tl.load(tl.multiple_of(address + e, 16), mask=inside, other=0.0)
     if DIVIDE:
-        g = g / tl.load(DIVISOR)
+        g = g / divisor
     m = tl.load(M + base + e, mask=inside, other=0.0)
     m += (1.0 - BETA) * (g - m)
     tl.store(M + base + e, m, mask=inside)
@@ -85,7 +90,11 @@ def muon_scale(X, SCALE, OUT, EACH, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def muon_step(ADDRESSES, U, KEEP, STEP, EACH, C, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+def muon_step(ADDRESSES, U, DIVISOR, KEEP, STEP, EACH, C, SIDE: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr):
+    if DIVIDE:
+        divisor = tl.load(DIVISOR)
+        if divisor - divisor != 0.0:
+            return
     k = tl.program_id(1)
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = e < EACH
@@ -133,12 +142,14 @@ def adamw_step(
     g = tl.load(ADDRESSES + TENSORS + t).to(tl.pointer_type(tl.float32))
     m = tl.load(ADDRESSES + 2 * TENSORS + t).to(tl.pointer_type(tl.float32))
     v = tl.load(ADDRESSES + 3 * TENSORS + t).to(tl.pointer_type(tl.float32))
-    steps = tl.load(tl.load(ADDRESSES + 4 * TENSORS + t).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    size = (LR / (1.0 - tl.exp2(steps * LOG1))).to(tl.float32)
-    root = tl.sqrt((1.0 - tl.exp2(steps * LOG2)).to(tl.float32))
     divisor = 1.0
     if DIVIDE:
         divisor = tl.load(DIVISOR)
+        if divisor - divisor != 0.0:  # no number: the step is left out
+            return
+    steps = tl.load(tl.load(ADDRESSES + 4 * TENSORS + t).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    size = (LR / (1.0 - tl.exp2(steps * LOG1))).to(tl.float32)
+    root = tl.sqrt((1.0 - tl.exp2(steps * LOG2)).to(tl.float32))
     first = tl.load(PLACE + b).to(tl.int64) * CHUNK
     left = tl.load(SIZES + t)
     e = first + tl.arange(0, BLOCK)
@@ -200,11 +211,24 @@ def scaled(x, scale, dtype):
     return out
 
 
-def take_step(weights, firsts, shape, updates, keep, size, side):
+def take_step(weights, firsts, shape, updates, keep, size, side, divisor):
     R, C = shape
     block = min(BLOCK // 4, triton.next_power_of_2(R * C))
     grid = (triton.cdiv(R * C, block), len(weights))
-    muon_step[grid](_table(weights, firsts), updates, keep, size, R * C, C, SIDE=side, BLOCK=block, num_warps=WARPS // 2)
+    given = updates if divisor is None else divisor
+    muon_step[grid](
+        _table(weights, firsts),
+        updates,
+        given,
+        keep,
+        size,
+        R * C,
+        C,
+        SIDE=side,
+        DIVIDE=divisor is not None,
+        BLOCK=block,
+        num_warps=WARPS // 2,
+    )
 
 
 def adamw_table(lists):

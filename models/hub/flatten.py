@@ -246,12 +246,9 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
                 flat.add(part, name)
     flat.pieces += kernels
     scans = "mamba2" in types
-    if scans:
-        add_scan(flat)
-    if rules:
-        add_rule(flat)
-    if matrices:
-        add_matrix(flat)
+    for present, add in ((scans, add_scan), (rules, add_rule), (matrices, add_matrix)):
+        if present:
+            add(flat)
     tables = [
         "MIXERS.update({" + ", ".join(f'"{k}": ({_camel(k)}Config, {_camel(k)}Mixer)' for k in types) + "})",
         "CELLS.update({" + ", ".join(f'"{cell}": {entry}' for cell, entry in entries.items()) + "})",
@@ -267,6 +264,12 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
     text = (
         "\n\n\n".join([f"{title}\n\nfrom __future__ import annotations\n\n{imports}\n\n{HEADER}", *flat.pieces, "\n".join(tables)]) + "\n"
     )
+    _refuse_one_name_twice(text)
+    return text
+
+
+def _refuse_one_name_twice(text: str) -> None:
+    """Of two definitions of one name the first would be lost."""
     body = ast.parse(text).body
     names = [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     names += [
@@ -279,4 +282,3 @@ def modeling(types: list[str], cells: list[str], keep_fp32: list[str], way: str 
     ]
     twice = {name for name in names if names.count(name) > 1}
     assert not twice, f"two definitions have one name in the flattened file: {twice}"
-    return text

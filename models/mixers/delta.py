@@ -25,7 +25,7 @@ from kernels.joint import columns
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag, value_width_problems
+from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -58,8 +58,7 @@ class Config:
         else:
             problems += value_width_problems(self.expand_v, self.head_dim or d_model // self.n_heads)
         problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         return problems
 
 

@@ -18,7 +18,7 @@ from kernels.m2rnn import m2rnn
 from kernels.m2rnn_step import m2rnn_step
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer, document_starts, last_segment
-from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag, value_width_problems
+from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 
 TRACKER_KEEP, TRACKER_INPUT = (
@@ -56,8 +56,7 @@ class Config:
         problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
         if self.start not in ("published", "tracker"):
             problems.append(f"start must be published or tracker, not {self.start!r}.")
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         return problems
 
 

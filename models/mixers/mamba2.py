@@ -20,7 +20,7 @@ from kernels.short_conv import joint_gradient
 from kernels.ssd import border, ssd
 from kernels.step_sizes import step_sizes
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, step_size_problems, tag
+from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, untraced
@@ -50,8 +50,7 @@ class Config:
         elif inner // self.head_dim % self.n_groups:
             problems.append(f"the {inner // self.head_dim} heads are not divisible by n_groups {self.n_groups}.")
         problems += step_size_problems(self.dt_min, self.dt_max, self.dt_floor)
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         if self.dt_limit_min < 0 or self.dt_limit_max and self.dt_limit_max <= self.dt_limit_min:
             problems.append(f"dt_limit_min {self.dt_limit_min} must be zero or more and below dt_limit_max {self.dt_limit_max}.")
         return problems

@@ -32,7 +32,7 @@ from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import draw_step_sizes_, init_matrix, normal_, step_size_problems, tag
+from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, normal_, step_size_problems, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 
@@ -73,8 +73,7 @@ class Config:
         if not 2 <= self.q <= 16:
             problems.append(f"q must lie between 2 and 16, not {self.q}.")
         problems += step_size_problems(self.dt_min, self.dt_max)
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         return problems
 
 

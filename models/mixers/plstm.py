@@ -19,7 +19,7 @@ from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
-from models.init import init_matrix, tag
+from models.init import init_matrix, norm_eps_problems, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 
@@ -45,8 +45,7 @@ class Config:
             problems.append(
                 f"the width of a head, {self.head_dim or d_model // self.n_heads}, is not divisible by transition {self.transition}."
             )
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         return problems
 
 

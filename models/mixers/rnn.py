@@ -24,7 +24,7 @@ from kernels.parallel_rnn.cell import Cell, biased
 from kernels.short_conv import joint_gradient
 from models.cells import bias_init, load_cell
 from models.contract import Role, SequenceMixer
-from models.init import init_matrix, normal_, tag
+from models.init import init_matrix, norm_eps_problems, normal_, tag
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
 from models.slices import Slice, traffic, untraced
@@ -69,8 +69,7 @@ class Config:
             problems.append(f"recurrent_bound is {self.recurrent_bound!r}; choose none, clip or tanh.")
         if self.recurrent_max <= 0:
             problems.append(f"recurrent_max must be above zero, not {self.recurrent_max}.")
-        if not 0 < self.norm_eps <= 1:
-            problems.append(f"norm_eps must be above zero and at most 1, not {self.norm_eps}.")
+        problems += norm_eps_problems(self.norm_eps)
         if self.recurrent_init < 0:
             problems.append(f"recurrent_init must be a standard deviation or 0 (derived), not {self.recurrent_init}.")
         return problems

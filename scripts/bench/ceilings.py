@@ -1,9 +1,10 @@
-"""What a step's parts could take at best on the card that ran it: products as long as the same products take alone, the rest as long as its bytes take
-at the bandwidth of a copy, measured in the same process.
+"""What a step's parts could take at best on the card that ran it: products as long as the same products take one after the other, the rest as long as
+its bytes take at the bandwidth of a copy, measured in the same process.
 
 Counted is a step as written. A kernel of Triton moves the tensors it is given once (what it leaves out of a tensor counts too), an operation of torch
 reads its arguments and writes its results. Attention is that of torch, alone, at the same shape. So a part near its ceiling can only be made
-faster by moving fewer bytes, or by other products.
+faster by moving fewer bytes, or by other products. Products and attention are timed on a card that is as warm as in a step (`ceiling_ms`), and once
+more with pauses between the calls (`rested_ms`): clocks at the limit of power are lower than those of a card that rests.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from scripts.bench.timing import copy_bandwidth, milliseconds
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_scaled_mm"}
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "is_pinned", "_local_scalar_dense"}
 LARGEST = 5  # parts of the table
+WARM, CALLS = 300, 12  # products of 1.1 TFLOP before times are taken, half a second of them; calls of a time
 # kernel -> bytes that it moves beyond the tensors it is given: what a table has the addresses of, and what is written over after it was read
 BESIDE: dict[str, Callable[[dict[str, Any]], int]] = {
     "total_squares": lambda given: 4 * int(given["SIZES"].sum()),
     "adamw_step": lambda given: 28 * int(given["SIZES"].sum()),  # weights and two moments read and written, gradients read
     "muon_momentum": lambda given: 8 * given["M"].numel(),
     "muon_step": lambda given: 8 * given["U"].numel(),
+    "losses_and_gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size(),
     "logits_gradient": lambda given: given["LOGITS"].numel() * given["LOGITS"].element_size(),
 }
 
@@ -123,8 +126,30 @@ def counted(step: Callable[[], Any]) -> Calls:
     return calls
 
 
-def _alone(product: Product, device: torch.device) -> float:
-    """Milliseconds of a product on random numbers."""
+def _warm(device: torch.device) -> None:
+    """Keeps a GPU at products until its clocks are those of long work."""
+    if device.type == "cuda":
+        x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        for _ in range(WARM):
+            x @ x
+
+
+def _busy(f: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call among calls that follow each other."""
+    if device.type != "cuda":
+        return milliseconds(f, 3, device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    f()
+    start.record()
+    for _ in range(CALLS):
+        f()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / CALLS
+
+
+def _given(product: Product, device: torch.device) -> Callable[[], Any]:
+    """A product on random numbers."""
     function, arguments, named = product
 
     def tensor(value: Any) -> Any:
@@ -135,11 +160,11 @@ def _alone(product: Product, device: torch.device) -> float:
         return made.to(dtype)
 
     given, options = [tensor(a) for a in arguments], {k: tensor(v) for k, v in named}
-    return milliseconds(lambda: function(*given, **options), 8, device)
+    return lambda: function(*given, **options)
 
 
-def _attention(shape: tuple[int, ...], device: torch.device) -> float:
-    """Milliseconds of torch's causal attention, forward and backward, in bf16."""
+def _attention(shape: tuple[int, ...], device: torch.device) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """torch's causal attention in bf16, forward and backward."""
     q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     d = torch.randn(shape, device=device, dtype=torch.bfloat16)
 
@@ -147,14 +172,25 @@ def _attention(shape: tuple[int, ...], device: torch.device) -> float:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     y = forward()
-    return milliseconds(forward, 8, device) + milliseconds(lambda: torch.autograd.grad(y, (q, k, v), d, retain_graph=True), 8, device)
+    return forward, lambda: torch.autograd.grad(y, (q, k, v), d, retain_graph=True)
+
+
+def _both_ways(calls: Calls, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of a step's products and attention among others of their kind, and of those with pauses."""
+    ways: list[dict[str, float]] = []
+    for time in (_busy, lambda f, device: milliseconds(f, 8, device)):
+        if time is _busy:
+            _warm(device)
+        products = sum(count * time(_given(product, device), device) for product, count in calls.products.items())
+        attention = sum(count * time(f, device) for shape, count in calls.attention.items() for f in _attention(shape, device))
+        ways.append({"products": products, "attention": attention})
+    return ways[0], ways[1]
 
 
 def table(step: Callable[[], Any], parts_ms: dict[str, float], part_of: Callable[[str], str], device: torch.device) -> dict[str, Any]:
     """The largest of a profiled step's parts beside what they could take. step: the same as written; part_of: the part of a kernel by its name."""
     calls, rate = counted(step), copy_bandwidth(device)
-    ceilings = {"products": sum(count * _alone(product, device) for product, count in calls.products.items())}
-    ceilings["attention"] = sum(count * _attention(shape, device) for shape, count in calls.attention.items())
+    ceilings, rested = _both_ways(calls, device)
     moved: dict[str, int] = {}
     for name, count in calls.bytes.items():
         part = "optimizer" if "adam" in name or name.startswith("_foreach") else part_of(name)
@@ -165,7 +201,8 @@ def table(step: Callable[[], Any], parts_ms: dict[str, float], part_of: Callable
             ceilings[part] = count / rate
     rows = [
         {"part": part, "ms": ms, "ceiling_ms": round(ceilings.get(part, 0.0), 2), "over": round(ms / ceilings[part], 3) if ceilings.get(part) else None,
-         "of": "the same alone" if part in ("products", "attention") else "bytes at a copy's bandwidth"}
+         "of": "the same alone" if part in rested else "bytes at a copy's bandwidth"}
+        | ({"rested_ms": round(rested[part], 2)} if part in rested else {})
         for part, ms in sorted(parts_ms.items(), key=lambda item: -item[1])[:LARGEST]
     ]  # fmt: skip
     return {

@@ -2,16 +2,21 @@
 
 python -m scripts.bench.delta_rule --out docs/results/delta_rule/gpu.json                  # accuracy, kernels, parts, peers: three minutes
 python -m scripts.bench.delta_rule --out train.json --parts training                       # a 400M hybrid against the Transformer, four minutes
+python -m scripts.bench.delta_rule --out fla.json --parts kernels,peers --shapes 0,1 --ahead 14    # beside fla at the two shapes that have bars
 python -m scripts.bench.delta_rule --out sweep.json --parts sweep                          # tiles, warps and stages; builds many kernels
+
+--ahead compiles the kernels of the chosen parts first, in so many processes; those of fla in all their configurations, of which its tuner then times
+each at every shape anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +27,7 @@ from torch import Tensor
 from kernels.delta_rule import delta_rule, launch, reference
 from models.config import ModelConfig
 from models.lm import LanguageModel
-from scripts.bench.timing import Results, attempted, copy_bandwidth, milliseconds, seconds
+from scripts.bench.timing import Results, attempted, copy_bandwidth, milliseconds, seconds, unmeasured
 from scripts.studies.options import refuse
 
 # B, T, heads, key width, value width, updates a token. The first two have bars: forward, forward and backward, in milliseconds.
@@ -36,6 +41,7 @@ SHAPES = [
 BARS = {SHAPES[0]: (0.4, 1.5), SHAPES[1]: (2.0, 6.5)}
 PUBLISHED = {SHAPES[0]: (0.75, 2.09), SHAPES[1]: (1.58, 5.96)}  # fla's chunk_gdn on a GB200
 TFLOPS = 745e9  # operations a millisecond of a large bf16 product on an H100, measured
+DTYPES = ("bfloat16", "float16", "float32")
 NAMES = ("o", "final", "dq", "dk", "dv", "dbeta", "dg", "dh0")
 
 
@@ -70,11 +76,11 @@ def theirs() -> Callable[..., Any]:
     return rule
 
 
-def accuracy() -> dict[str, Any]:
+def accuracy(names: Sequence[str] = DTYPES, updates: Sequence[int] = (1, 2)) -> dict[str, Any]:
     """Relative distances from the float64 loop at (2, 700): of the kernels, and of the loop's own answer rounded to the dtype."""
     out: dict[str, Any] = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n in (1, 2):
+    for dtype in (getattr(torch, name) for name in names):
+        for n in updates:
             tensors = inputs(2, 700, 4, 128, 128, n, dtype)
             h0 = torch.randn(2, 4, 128, 128, device="cuda")
             do, d_final = torch.randn(2, 700, 4, 128, device="cuda").to(dtype), torch.randn_like(h0)
@@ -219,26 +225,79 @@ def sweep(results: Results, copy: float) -> None:
         launch.NARROW[name] = usual[name]
 
 
+def tried_in_shares(number: int, count: int) -> None:
+    """From here on Triton's tuner, in this process, tries every `count`-th configuration only, or one at least."""
+    from triton.runtime.autotuner import Autotuner
+
+    make = Autotuner.__init__
+
+    def make_some(self: Any, fn: Any, arg_names: Any, configs: Any, *rest: Any, **more: Any) -> None:
+        make(self, fn, arg_names, configs[number % max(1, len(configs)) :: count] if configs else configs, *rest, **more)
+
+    Autotuner.__init__ = make_some  # type: ignore[method-assign, unused-ignore]
+
+
+def compile_of(job: tuple[Any, ...]) -> str:
+    """Compiles what a part at a shape runs, in a process of its own; nothing, or why it could not."""
+    part, *what = job
+    if part == "peers":
+        tried_in_shares(*what[1:])
+    run: dict[str, Callable[[], Any]] = {
+        "accuracy": lambda: accuracy(*what), "kernels": lambda: kernel_row(what[0], 1.0),
+        "peers": lambda: dict(enumerate(map(peer_row, what[0]))),
+    }  # fmt: skip
+    with unmeasured():
+        row = attempted(run[part])
+    return f"{job}: {row['error']}" if "error" in row else ""
+
+
+def compile_ahead(parts_wanted: list[str], dtypes: list[str], shapes: Sequence[tuple[int, ...]], processes: int) -> None:
+    jobs: list[tuple[Any, ...]] = []
+    if "accuracy" in parts_wanted:
+        jobs += [("accuracy", [name], [n]) for name in reversed(dtypes) for n in (2, 1)]  # what takes longest first
+    if "kernels" in parts_wanted or "split" in parts_wanted:
+        jobs += [("kernels", shape) for shape in dict.fromkeys(shapes)]
+    if "peers" in parts_wanted:
+        jobs += [("peers", [*dict.fromkeys(shapes)], number, processes) for number in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for complaint in pool.imap_unordered(compile_of, jobs):
+            if complaint:
+                print(complaint, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--parts", default="accuracy,kernels,split,peers")
+    parser.add_argument(
+        "--shapes",
+        default=",".join(map(str, range(len(SHAPES)))),
+        help="numbers of SHAPES in this file; one that is named twice is measured again",
+    )
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="of the accuracy")
+    parser.add_argument("--ahead", type=int, default=0, help="processes that compile before anything is measured")
     arguments = parser.parse_args()
-    refuse(parser, arguments, lists={"parts": ("accuracy", "kernels", "split", "peers", "training", "sweep")})
+    lists = {"parts": ("accuracy", "kernels", "split", "peers", "training", "sweep"), "dtypes": DTYPES}
+    refuse(parser, arguments, lists={**lists, "shapes": [str(i) for i in range(len(SHAPES))]})
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
-    wanted, copy = arguments.parts.split(","), copy_bandwidth()
+    wanted, dtypes = arguments.parts.split(","), arguments.dtypes.split(",")
+    shapes = [SHAPES[int(number)] for number in arguments.shapes.split(",")]
+    if arguments.ahead > 0:
+        compile_ahead(wanted, dtypes, shapes, arguments.ahead)
+    copy = copy_bandwidth()
     sizes = {name: str(tile) for name, tile in launch.NARROW.items()}
     results = Results(arguments.out, torch.device("cuda"), sizes=sizes, copy_bytes_per_ms=copy)
     if "accuracy" in wanted:
-        results.keep("accuracy", attempted(accuracy))
-    for shape in SHAPES:
+        results.keep("accuracy", attempted(functools.partial(accuracy, dtypes)))
+    for place, shape in enumerate(shapes):
+        title = f"{shape} again" if shape in shapes[:place] else f"{shape}"
         if "kernels" in wanted:
-            results.keep(f"kernels {shape}", attempted(functools.partial(kernel_row, shape, copy)))
+            results.keep(f"kernels {title}", attempted(functools.partial(kernel_row, shape, copy)))
         if "peers" in wanted:
-            results.keep(f"fla {shape}", attempted(functools.partial(peer_row, shape)))
+            results.keep(f"fla {title}", attempted(functools.partial(peer_row, shape)))
     if "split" in wanted:
-        for shape in SHAPES[:3]:
+        for shape in dict.fromkeys(shapes[:3]):
             results.keep(f"split {shape}", attempted(functools.partial(parts, shape)))
     if "training" in wanted:
         train_all(results)

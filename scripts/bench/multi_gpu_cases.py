@@ -12,7 +12,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "paralstm": {"type": "rnn", "cell": "paralstm"},
     "window 4096": {"type": "attention", "n_heads": 8, "window": 4096},
 }
-MICRO = {"400m": 16, "1b": 8, "tiny": 2}  # rows of 2,048 tokens a GPU, what 80 GB hold of every model
+MICRO = {"400m": 16, "1b": 8, "35m": 8, "tiny": 2}  # rows of 2,048 tokens a GPU, what 80 GB hold of every model
 
 Task = tuple[int, dict[str, Any]]
 

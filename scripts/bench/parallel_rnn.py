@@ -3,7 +3,7 @@ in the same run.
 
     python -m scripts.bench.parallel_rnn --out docs/results/parallel_rnn/gpu.json            # everything, some minutes
     python -m scripts.bench.parallel_rnn --out sweep.json --sweep                            # launch sizes only
-    python -m scripts.bench.parallel_rnn --out part.json --only kernels corrected            # some parts
+    python -m scripts.bench.parallel_rnn --out part.json --only accuracy gates               # some parts
     python -m scripts.bench.parallel_rnn --corrections docs/results/parallel_rnn/corrections.json    # on the CPU, seconds
     python -m scripts.bench.parallel_rnn --plot docs/results/parallel_rnn/gpu.json           # draws the JSON
 """
@@ -30,6 +30,7 @@ from scripts.bench.parallel_rnn_solve import (
     SHAPES,
     accuracy,
     decode_row,
+    gate_row,
     graph_row,
     kernel_row,
     memory_row,
@@ -54,6 +55,8 @@ def parts(copy: float) -> list[tuple[str, Callable[[], Any]]]:
             add("kernels", kernel_row, name, *shape, copy)
         for shape in SHAPES[:3]:
             add("corrected", kernel_row, name, *shape, copy, memory=-5.0)
+    for shape, bias, name in itertools.product((SHAPES[2], SHAPES[0]), ("as initialised", *BIASES, "as initialised -6"), pair):
+        add("gates", gate_row, name, *shape, copy, bias)
     for name, shape in itertools.product(pair, SHAPES[:3:2]):
         add("layers", layer_row, name, *shape)
     for T in (512, 2048):
@@ -81,15 +84,22 @@ def parts(copy: float) -> list[tuple[str, Callable[[], Any]]]:
     return out
 
 
-COMPILED = ("accuracy", "kernels", "corrected", "layers", "graph", "memory", "decode")  # keys whose kernels are compiled beforehand
+BIASES = (-6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)  # of the gate that lets the state change
+COMPILED = (
+    "accuracy",
+    "kernels",
+    "corrected",
+    "gates",
+    "layers",
+    "graph",
+    "memory",
+    "decode",
+)  # keys whose kernels are compiled beforehand
 
 
-COMPILED = ("accuracy", "kernels", "corrected", "layers", "graph", "memory", "decode")  # keys whose kernels are compiled beforehand
-
-
-def warm(share: int, of: int) -> None:
+def warm(share: int, of: int, only: list[str] | None) -> None:
     """Runs every of-th part that compiles kernels once, unmeasured: Triton keeps what it compiled on disk."""
-    compiled_parts = [make for key, make in parts(1.0) if key in COMPILED]
+    compiled_parts = [make for key, make in parts(1.0) if key in COMPILED and (not only or key in only)]
     with unmeasured():
         for make in compiled_parts[share::of]:
             row = attempted(make)
@@ -97,8 +107,8 @@ def warm(share: int, of: int) -> None:
                 print(f"warm: {row['error']}"[:300], flush=True)
 
 
-def warm_up(processes: int) -> None:
-    command = [sys.executable, "-m", "scripts.bench.parallel_rnn", "--warm"]
+def warm_up(processes: int, only: list[str] | None) -> None:
+    command = [sys.executable, "-m", "scripts.bench.parallel_rnn", *(["--only", *only] if only else []), "--warm"]
     running = [subprocess.Popen([*command, f"{i}/{processes}"]) for i in range(processes)]
     for process in running:
         process.wait()
@@ -126,7 +136,7 @@ def main() -> None:
         sys.exit("This measures a GPU, and there is none here.")
     if options.warm:
         share, of = options.warm.split("/")
-        return warm(int(share), int(of))
+        return warm(int(share), int(of), options.only)
     results = Results(options.out, torch.device("cuda"), copy_bytes_per_ms=copy_bandwidth())
     copy = results.values["copy_bytes_per_ms"]
 
@@ -137,7 +147,7 @@ def main() -> None:
     if options.sweep:
         return sweep(copy, functools.partial(results.append, "sweep"))
     if options.processes > 1:
-        warm_up(options.processes)
+        warm_up(options.processes, options.only)
         print(f"{results.elapsed():.1f} s: kernels compiled", flush=True)
     for key, make in parts(copy):
         if options.only and key not in options.only:

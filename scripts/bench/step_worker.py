@@ -30,7 +30,7 @@ PARTS = (  # of a profile: the first that a kernel's name holds; other products 
     ("norm, convolution, gates", ("forward", "backward", "turn", "add_norm", "conv", "norm")),
     ("loss", ("losses", "logits_gradient")),
     ("recurrence", ("gradient",)),
-    ("copies and adds", ("elementwise", "copy", "cat", "fill", "reduce", "memcpy", "memset")),
+    ("copies and adds", ("elementwise", "copy", "cast", "cat", "fill", "reduce", "memcpy", "memset")),
 )
 
 
@@ -223,8 +223,8 @@ def _adamw_of(kind: str) -> Any:
 
 
 def update_of(model: Any, kind: str, symmetric: bool) -> Any:
-    """Two functions, of which the first has gradients clipped and the optimizer look for its tensors while the device is at the pass, and the second
-    takes the optimizer's step; and the optimizer. As training.engine does, where the code has it."""
+    """Two functions, of which the first, given the loss, has gradients clipped and the optimizer look for its tensors while the device is at the pass,
+    and the second takes the optimizer's step; and the optimizer. As training.engine does, where the code has it."""
     parameters = list(model.parameters())
     settings: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
     if kind.startswith("muon"):
@@ -247,10 +247,10 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     except ImportError:  # a commit from before it
         total_norm, use_triton = None, lambda tensors: False  # type: ignore[assignment]
 
-    def ahead() -> None:
+    def ahead(loss: torch.Tensor) -> None:
         gradients = [p.grad for p in parameters]
         if kind != "peer" and use_triton(gradients):
-            optimizer.grad_scale = (total_norm(gradients) + 1e-6).clamp(min=1.0)
+            optimizer.grad_scale = torch.add((total_norm(gradients) + 1e-6).clamp(min=1.0), loss.float(), alpha=0)
         else:
             norm = torch.nn.utils.get_total_norm(gradients)
             torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
@@ -260,12 +260,12 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     return ahead, optimizer.step, optimizer
 
 
-def update_ms(ahead: Any, update: Any) -> float:
+def update_ms(ahead: Any, update: Any, loss: torch.Tensor) -> float:
     """Median milliseconds of the update alone, on the device."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(10)]
     for start, end in events:
         start.record()
-        ahead()
+        ahead(loss)
         update()
         end.record()
     torch.cuda.synchronize()
@@ -301,13 +301,21 @@ def measure(
         peer(name, rows, length, device, kind == "causal") if is_peer else ours(name, rows, length, packed, graph, device)
     )
     ahead, update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
+    decides = hasattr(type(optimizer), "leaves_out")  # the update leaves itself out where loss or norm are not finite
+    if decides:
+        from training.passes import sent_to_host
 
     def step() -> float:
-        """As training.engine takes it: the norm is queued behind the pass, the loss read before the update is queued, and the next pass behind that."""
+        """As training.engine takes it: the norm is queued behind the pass; then the update, if it decides for itself, else when the loss is read; and
+        the next pass behind that."""
         optimizer.zero_grad(set_to_none=True)
         queued = gradients()
-        ahead()
-        loss = float(queued)
+        read = sent_to_host(queued) if decides else lambda: float(queued)
+        ahead(queued)
+        if decides and optimizer.leaves_out:
+            update()
+            return read()
+        loss = read()
         update()
         return loss
 
@@ -329,14 +337,13 @@ def measure(
     if device.type == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         row |= parts_of(step)
-        row["update_ms"] = update_ms(ahead, update)
+        row["update_ms"] = update_ms(ahead, update, torch.ones((), device=device))
         if ceilings:
             from scripts.bench.ceilings import table
 
             def plain() -> None:
                 optimizer.zero_grad(set_to_none=True)
-                written()
-                ahead()
+                ahead(written())
                 update()
 
             row["ceilings"] = table(plain, row["parts_ms"], part_of, device)

@@ -2,6 +2,7 @@
 
     python -m scripts.board corpus input=corpus.jsonl.xz data=DIR           order, tokenizer, held-out set and shards of the corpus, once
     python -m scripts.board plan data=DIR                                   the models, how they are counted, and the cells known so far
+    python -m scripts.board compile data=DIR rows=gdn,mamba2                kernels of these rows, all at once, before their first cells
     python -m scripts.board run data=DIR minutes=25                         runs cells until time is up; again, or `resume`: goes on
     python -m scripts.board run data=DIR only=grid.gdn.0.002.0              one cell by its name
     python -m scripts.board again data=DIR only=grid.gdn.0.002.0            a finished cell once more: are its bits the same?
@@ -14,6 +15,7 @@ Keys
   out         results: cells/, under_way/, attempts.jsonl      rows      architectures with commas between, or all [all]
   stages      stage0,time0,stage1,time1,grid,speed,pass,time,probe,leaders,speedrun  seeds     decisive rows have five from three on [3]
   first       stages whose cells this program takes before those that the plan has in front
+  rates       true: of stages 0 and 1 only the cells that choose a row's rate [false]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
@@ -50,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "stages": "all",
     "first": "",
     "seeds": 3,
+    "rates": False,
     "minutes": 0.0,
     "workers": 1,
     "streams": 1,
@@ -70,7 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "tokenizer": "",
     "vocabulary": 16_384,
 }
-ACTIONS = ("corpus", "plan", "run", "resume", "again", "beside", "draw", "export")
+ACTIONS = ("corpus", "plan", "compile", "run", "resume", "again", "beside", "draw", "export")
 
 
 def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -206,6 +209,11 @@ def main(words: list[str]) -> int:
 
         begin(values)
         beside(values)
+    elif action == "compile":
+        from scripts.board.compiling import compile_all
+
+        begin(values)
+        compile_all(values)
     elif action == "draw":
         from scripts.board.draw import draw
 

@@ -114,6 +114,7 @@ def _row(mine: list[Result]) -> dict[str, Any]:
         "leaders": {},
         "probe": {},
         "speedrun": [],
+        "settled": _settled(mine),
     }
     rate = {"stage0": _chosen(mine, "stage0"), "stage1": _chosen(mine, "stage1") if _settled(mine) else None}
     for result in sorted(mine, key=lambda r: r.name):

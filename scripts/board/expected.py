@@ -61,7 +61,10 @@ def collapsed(rows: Rows) -> str:
             for row, v in seen.items():
                 if row != "transformer":
                     others.setdefault(v[0].split(":")[0], []).append(_label(row))
-            told = [f"{len(labels)} hold" if said == "holds" else f"{'; '.join(labels)} {said}" for said, labels in sorted(others.items())]
+            told = [
+                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}" if said == "holds" else f"{'; '.join(labels)} {said}"
+                for said, labels in sorted(others.items())
+            ]
             rest = f"; of the {len(seen) - 1} others: {', '.join(told)}" if others else ""
             return f"{PREFIXES[stage].lower()}the Transformer {verdict}{rest}"
     return OPEN

@@ -28,29 +28,20 @@ def shown_stages(rows: dict[str, Any]) -> list[str]:
 
 
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:
-    """README.md of the page: negative results first, then the tables."""
+    """README.md of the page: of the stage that is whole negative results first, then the tables; the other stages behind it."""
     rows = found["rows"]
     stages = shown_stages(rows)
-    every = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)] + probe_answers(rows)
-    answers = sorted(every, key=lambda a: not a.negative)
-    known = [a for a in answers if a.known]
+    first, others = stages[:1] or ["pass"], stages[1:]
     lines = ["# The board", "", *_introduction(found, stages), "", "## Answered, and not", "", *summary(found), ""]
-    nulls = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
-    lines += ["## Nulls and negative results", ""]
-    compared = sum("bits per byte" in a.text for a in known)
-    if compared > 1:
-        lines += [
-            f"Each interval is of 95 %, so of {compared} comparisons such as these {compared / 20:.1f} miss by chance, on average.",
-            "",
-        ]
-    lines += [*nulls, ""]
+    front = [a for stage in first for a in all_answers(rows, stage)] + probe_answers(rows)
+    lines += ["## Nulls and negative results", "", *_nulls(front), ""]
     if found["outdated"]:
         lines += [*_filled(f"{found['outdated']} cells of equal time are left out: {OUTDATED}"), ""]
-    if rest := [a for a in known if not a.negative]:
+    if rest := [a for a in front if a.known and not a.negative]:
         lines += ["## What came out otherwise", "", *_items(rest), ""]
     lines += ["## What was expected", "", *expectation_lines(rows), ""]
     lines += ["## Loss", "", *(["No cell of the full pass is finished.", ""] if "pass" not in stages else [])]
-    for stage in stages:
+    for stage in first if stages else []:
         lines += [*loss_table(found, stage), ""]
     tried = [line for stage in RATES for line in grid_table(found, stage)]
     lines += ["## Rates tried", "", *(tried or ["No cell of the grid is finished.", ""])]
@@ -66,15 +57,34 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
         lines += [
             "## Models for transformers",
             "",
-            "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The",
+            *_filled(
+                "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are "
+                "not in this repository: the command in each card makes them again bit for bit, `python -m scripts.board export out=runs/board/again only=CELL` "
+                "exports them, and `python -m scripts.push runs/board/again/exported/CELL YOU/NAME` puts them on your Hub."
+            ),
+            "",
         ]
-        lines += ["weights are made again by the command in each card, `weights=true` and `export`.", ""]
         lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
+    for stage in others:
+        lines += [f"## {STAGE_NAMES[stage].capitalize()}", "", *loss_table(found, stage), "", *_nulls(all_answers(rows, stage)), ""]
+        if rest := [a for a in all_answers(rows, stage) if a.known and not a.negative]:
+            lines += ["Otherwise:", "", *_items(rest), ""]
+    answers = [a for stage in stages or ["pass"] for a in all_answers(rows, stage)]
     if found["earlier"]:
         lines += ["## Under earlier versions of the protocol", "", *earlier_table(found["earlier"]), ""]
     lines += ["## Not known yet", "", *missing_table(found, answers), ""]
     return "\n".join(lines)
+
+
+def _nulls(answers: list[Answer]) -> list[str]:
+    """The null and negative ones as a list, and of how many comparisons they are."""
+    known = [a for a in answers if a.known]
+    items = _items([a for a in known if a.negative]) or ["None yet: nothing has been compared."]
+    if (compared := sum("bits per byte" in a.text for a in known)) < 2:
+        return items
+    said = f"Each interval is of 95 %, so of {compared} comparisons such as these {compared / 20:.1f} miss by chance, on average."
+    return [*_filled(said), "", *items]
 
 
 def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
@@ -119,7 +129,8 @@ def hours_left(found: dict[str, Any]) -> str:
     slowest, seconds = min(known.values()), 0.0
     for name in ARCHITECTURES:
         seeds, row = DECISIVE_SEEDS if name in DECISIVE else SEEDS, rows.get(name, {})
-        left = max(0, 3 - len(row.get("grid", []))) * tokens["grid"] + max(0, seeds - len(row.get("pass", {}))) * tokens["pass"]
+        rates = 0 if row.get("settled") else max(0, 3 - len(row.get("grid", [])))  # the pass takes stage 1's rate where it is known
+        left = rates * tokens["grid"] + max(0, seeds - len(row.get("pass", {}))) * tokens["pass"]
         seconds += left / known.get(name, slowest)
     leaders = LEADERS * SEEDS * tokens["leaders"] / statistics.median(known.values())
     return (
@@ -229,8 +240,8 @@ def loss_table(found: dict[str, Any], stage: str) -> list[str]:
     rows = found["rows"]
     done = {name: bits(rows, name, stage) for name in rows}
     lines = [
-        f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:.3g}M tokens): held-out bits per byte, 95 % t-intervals over seeds; differences",
-        "at equal seeds.",
+        f"After {STAGE_NAMES[stage]} ({found['tokens'][stage] / 1e6:.3g}M tokens): held-out bits per byte, 95 % t-intervals over seeds;",
+        "differences at equal seeds.",
         "",
         *([*_filled(told), ""] if (told := standing(found, stage)) else []),
         "| row | parameters | FLOPs a token | rate | bits per byte | seeds | minus Transformer |",
@@ -323,7 +334,8 @@ def behaviour_table(rows: dict[str, Any]) -> list[str]:
             )
             probes.append(f"{100 * scores[len(scores) // 2]:.0f} ({100 * scores[-1]:.0f})" if scores else "")
         lines.append(f"| {row['label']} | {STAGE_NAMES.get(stage, '')} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
-    why = ["More than the loss is read off the cell of seed 1 of a row; what is empty has had no time on a device yet."]
+    why = ["More than the loss is read off every cell of the full pass and off seed 1 of the other stages. Probes: per cent right at the"]
+    why += ["training length, median of the seeds (the best); guessing has 50 of parity. What is empty has had no time on a device yet."]
     why += [f"Not read yet: {'; '.join(unread)}."] if unread else []
     why += ["No row has had its probes."] if len(unprobed) == len(rows) else [f"Without probes: {'; '.join(unprobed)}."] if unprobed else []
     return [*lines, "", *_filled(" ".join(why))]

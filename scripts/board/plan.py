@@ -1,7 +1,7 @@
 """The plan of the board: which cells there are, in which order, and what decides the result of each.
 
 A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
-with the results: a row's best rate on the grid decides its cells of the full pass, a best rate at the grid's edge asks for another rate, the leaders are
+with the results: a row's best rate in stage 1 or on the grid decides its cells of the full pass, a best rate at the edge asks for another rate, the leaders are
 known when the full pass is. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, at stage 0's rates with four times as many,
 each with its cells of equal time (time0, time1); then grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
 """
@@ -80,13 +80,20 @@ SPEEDRUN_TARGET = 1.7  # held-out bits per byte
 
 class Plan:
     """The cells of a size on the shards at `data`. rows: those wanted. precision: of matrix products on a GPU. speedrun: tokens
-    and rate of the cells of that stage."""
+    and rate of the cells of that stage. rates_only: of stages 0 and 1 no more than chooses a rate."""
 
     def __init__(
-        self, size: str, data: str, rows: list[str], precision: str = "bf16", seeds: int = SEEDS, speedrun: tuple[int, float] = (0, 0.0)
+        self,
+        size: str,
+        data: str,
+        rows: list[str],
+        precision: str = "bf16",
+        seeds: int = SEEDS,
+        speedrun: tuple[int, float] = (0, 0.0),
+        rates_only: bool = False,
     ) -> None:
         self.size, self.data, self.rows, self.precision, self.seeds, self.speedrun = size, data, rows, precision, seeds, speedrun
-        self.board = BOARDS[size]
+        self.board, self.rates_only = BOARDS[size], rates_only
         self.identities: dict[int, dict[str, Any]] = {}
 
     def _identity(self, span: int) -> dict[str, Any]:
@@ -179,8 +186,9 @@ class Plan:
         return self._widened(self.board.rates, cell, results)
 
     def rate(self, row: str, results: dict[str, Result]) -> float | None:
-        """The rate of a row's full pass. None: not known yet."""
-        return self._best(self.grid(row, results), results, lambda lr, seed: self._pass_cell(row, lr, seed))
+        """The rate of a row's full pass: the best of stage 1, which has more tokens than the grid, where it is known there. None: not known yet."""
+        tried = self._tried1(row, results) if self.rate1(row, results) is not None else self.grid(row, results)
+        return self._best(tried, results, lambda lr, seed: self._pass_cell(row, lr, seed))
 
     def _stage0_cell(self, row: str, lr: float, seed: int) -> Cell:
         return self.text("stage0", row, int(SHARE0 * self.board.tokens), self.board.grid_span, lr, seed)
@@ -244,15 +252,15 @@ class Plan:
             rows = [row for row in group if row in self.rows]
             if stage in ("stage0", "stage1"):
                 parts = [(self.stage0 if stage == "stage0" else self.stage1)(row, results) for row in rows]
-                for number in range(2):
+                for number in range(1 if self.rates_only else 2):
                     cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
-            elif stage in MORE_SEEDS:
+            elif stage in MORE_SEEDS and not self.rates_only:
                 cells += [c for turn in self._turns([self.more(stage, row, results) for row in rows]) for c in turn]
             elif stage == "speed":
                 cells += [self.speed(row) for row in rows]
             elif stage == "probe":
                 cells += [self.probe(row, task, 0) for task in TASKS for row in rows] if stage in stages else []
-            else:
+            elif stage in ("time0", "time1"):
                 cells += [cell for row in rows for cell in (self.equal_time0 if stage == "time0" else self.equal_time1)(row, results)]
         return list({cell.name: cell for cell in cells if cell.stage in stages}.values())
 
@@ -322,7 +330,11 @@ class Plan:
         """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""
         made: dict[str, list[Cell]] = {
             "stage0": self.small_cells(results, stages),
-            "grid": [cell for group in self._turns([self.grid(row, results) for row in self.rows]) for cell in group],
+            "grid": [
+                cell
+                for group in self._turns([self.grid(row, results) for row in self.rows if self.rate1(row, results) is None])
+                for cell in group
+            ],
             "speed": [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"] if "speed" in stages else [],
             "probe": [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
             if "probe" in stages

@@ -28,7 +28,7 @@ def make_plan(values: dict[str, Any]) -> Plan:
     """The plan of the size and shards. Raises UserError."""
     check(values["size"], values["data"])
     speedrun = (values["speedrun_tokens"], values["speedrun_lr"])
-    return Plan(values["size"], values["data"], values["rows"], values["precision"], values["seeds"], speedrun)
+    return Plan(values["size"], values["data"], values["rows"], values["precision"], values["seeds"], speedrun, values["rates"])
 
 
 def chosen_cells(values: dict[str, Any], plan: Plan, results: dict[str, Result]) -> list[Cell]:

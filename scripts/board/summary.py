@@ -32,7 +32,7 @@ def layer_answers(rows: Rows) -> list[tuple[Question, str, Interval, int, int]]:
 
 
 def layer_table(found: dict[str, Any]) -> list[str]:
-    """What one nonlinear layer does, a line a comparison, the narrowest interval first; empty where there is none."""
+    """What one nonlinear layer does, a line a comparison, the most tokens and then the narrowest interval first; empty where there is none."""
     heads = (
         "one nonlinear layer",
         "tokens",
@@ -41,7 +41,7 @@ def layer_table(found: dict[str, Any]) -> list[str]:
         "the one that decides is wide",
     )
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for question, stage, value, *_ in sorted(layer_answers(found["rows"]), key=lambda entry: entry[2].half):
+    for question, stage, value, *_ in sorted(layer_answers(found["rows"]), key=lambda entry: (-found["tokens"][entry[1]], entry[2].half)):
         one, other = sides(found["rows"], question, stage)
         paired, every = difference(one, other), unpaired(one, other)
         about = question.about.removeprefix("One layer of ")
@@ -57,19 +57,22 @@ def _layers(found: dict[str, Any], at: str) -> str:
     mine = [entry for entry in layer_answers(found["rows"]) if entry[0].about.endswith(at)]
     if not mine:
         return f"One nonlinear layer, {at}: not answered, no pair of rows has seeds enough."
-    narrow, wide = [], []
-    for question, stage, value, *_ in sorted(mine, key=lambda entry: entry[2].half):
+    final, narrow, wide = final_stage(found["rows"]), [], []
+    for question, stage, value, *_ in sorted(mine, key=lambda entry: (-found["tokens"][entry[1]], entry[2].half)):
         about = question.about.removeprefix("One layer of ").removesuffix(f", {at}")
         where = f"{about} after {found['tokens'][stage] / 1e6:.3g}M tokens"
-        effect = f"{'worse' if value.mean > 0 else 'better'} by {abs(value.mean):.4f}" if value.decides() else "no difference"
+        effect = f"{'worse' if value.mean > 0 else 'better'} by {abs(value.mean):.4f}" if value.decides() else "no difference shown"
         if 2 * value.half < NARROW:
             loose = unpaired(*sides(found["rows"], question, stage))
             other = (
                 f"; not in pairs {loose.low:+.4f} to {loose.high:+.4f}" if loose is not None and loose.decides() != value.decides() else ""
             )
             narrow.append(f"{where}, {effect} ({value.low:+.4f} to {value.high:+.4f}{other})")
-        else:
-            wide.append(f"{where}, {effect}{'' if value.decides() else ' shown'} ({2 * value.half:.3f} wide)")
+        elif stage == final:
+            wide.append(f"{where}, {effect} ({2 * value.half:.3f} wide)")
+    others = len(mine) - len(narrow) - len(wide)
+    more = f" other{'s' if others > 1 else ''}," if narrow or wide else ""
+    wide += [f"{others}{more} in the table below"] if others else []
     told = f"One nonlinear layer, {at}: " + (f"answered to {NARROW} bits per byte: {'; '.join(narrow)}. " if narrow else "")
     return (told + (f"{'Not' if narrow else 'not'} to {NARROW}: {'; '.join(wide)}." if wide else "")).strip()
 

@@ -3,7 +3,7 @@
 #   scripts/check/inputs.sh [PART-OF-A-COMMAND-OR-LABEL]        only the lines that hold it; exit status 1 where one does not do as it should
 # Lines:  label | status | expected word (extended regular expression) | command       A command that ends in a Python traceback always fails.
 # In commands: $T a folder of small things that is removed afterwards ($T/shards, $T/run a trained run, $T/one.txt one text), $TRAIN a tiny training run.
-# The commands run two at a time (JOBS=N for another number), under three minutes on two cores.
+# The commands run two at a time (JOBS=N for another number), five minutes on two cores.
 source "$(dirname "$0")/../common.sh"
 setup_venv dev core
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false only="${1:-}"
@@ -14,6 +14,20 @@ export TRAIN="python train.py experiment=smoke train.device=cpu data.path=$T/sha
 python -c "import json, lzma; [open(f'$T/{n}.txt', 'w').write(json.loads(line)['text'][:60000]) for n, line in zip(('one', 'two', 'three'), lzma.open('data/demo/demo_corpus.jsonl.xz'))]"
 python -m data.prepare input="$T/one.txt,$T/two.txt,$T/three.txt" out="$T/shards" tokenizer=bpe:512 valid_fraction=0.3 >/dev/null
 $TRAIN run_dir="$T/run" train.steps=2 >/dev/null 2>"$T/error" || { cat "$T/error" >&2; exit 1; }
+python - "$T" <<'END' # a run whose weights are NaN, as a checkpoint of it would be: with the right sizes and checksums
+import glob, hashlib, json, shutil, sys
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+shutil.copytree(sys.argv[1] + "/run", sys.argv[1] + "/nan")
+weights = Path(glob.glob(sys.argv[1] + "/nan/checkpoints/*/model.safetensors")[0])
+marker = weights.with_name("COMPLETE.json")
+tensors, complete = load_file(weights), json.loads(marker.read_text())
+tensors["norm.weight"].fill_(float("nan"))
+save_file(tensors, weights)
+complete["files"][weights.name] = {"bytes": weights.stat().st_size, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+marker.write_text(json.dumps(complete))
+END
+: >"$T/empty.txt"
 mkdir -p "$T/configs/experiment" && printf '# @package _global_\na: [1\nb: 2\n' >"$T/configs/experiment/bad.yaml"
 printf 'node-a slots=8 max_slots=16\n' >"$T/max_slots"; printf 'node-a:8\n' >"$T/colon"; : >"$T/empty"; printf 'node-a slots=1\nnode-a slots=1\n' >"$T/twice"
 printf '#!/bin/sh\necho "would run: $*"\n' >"$T/python"; chmod +x "$T/python"
@@ -59,6 +73,24 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 1 rate in the wrong group | 2 | did you mean 'optim.lr' | python train.py train.lr=1e-3
 1 steps beside their group | 2 | did you mean 'train.steps' | python train.py steps=10
 1 list of folders | 2 | 'data.path=\{a: 0.5, b: 0.5\}' | python train.py 'data.path=[a,b]'
+1 one folder twice | 2 | names one folder twice | $TRAIN run_dir=$T/x "data.path={$T/shards: 1, $T/./shards: 1}"
+1 a name that leads away | 2 | leads out of the folder of runs | python train.py dry_run=true name=../x
+1 a sequence of one token | 0 | step 1/1 | $TRAIN run_dir=$T/one_token train.seq_len=1 train.steps=1
+1 an odd sequence | 0 | step 1/1 | $TRAIN run_dir=$T/odd train.seq_len=7 train.steps=1
+1 a sequence longer than the text | 2 | shorten it | $TRAIN run_dir=$T/x train.seq_len=999999
+1 quotes and blanks in a path | 0 | saved .*mit leer | $TRAIN 'run_dir="'$T'/mit leer ü\"x"' train.steps=1
+1 too large a seed | 2 | from 0 to 4,294,967,295 | python train.py dry_run=true seed=99999999999999999999
+1 a group taken away | 0 | parameters | python train.py dry_run=true '~optim'
+1 a group that is null | 2 | there is no configs/optim/null.yaml | python train.py dry_run=true optim=null
+1 a vocabulary too small | 2 | smaller than the 512 tokens | $TRAIN run_dir=$T/x model.vocab_size=100
+1 a vocabulary with room | 0 | step 1/1 | $TRAIN run_dir=$T/room train.steps=1 model.vocab_size=1024
+1 no layers | 2 | model.n_layers must be above zero | python train.py dry_run=true model.n_layers=0
+1 no rotation at all | 2 | rope_theta must be above zero, not 0 | python train.py dry_run=true model=transformer model.mixers.attention.rope_theta=0
+1 an odd width | 2 | not divisible by n_heads | python train.py dry_run=true size.d_model=33
+1 an empty pattern | 2 | name at least one mixer | python train.py dry_run=true model.pattern=[]
+1 no checkpoint kept | 2 | checkpoint.keep must be above zero | python train.py dry_run=true checkpoint.keep=0
+1 steps in hexadecimal | 2 | must be a whole number or null | python train.py dry_run=true train.steps=0x2
+1 a rate as a fraction | 2 | must be a number or null | python train.py dry_run=true optim.lr=1/3
 
 # -- resuming, sweeps, comparison (2)
 2 another batch | 0 | resuming from .*step 2 | cp -r $T/run $T/batch && $TRAIN run_dir=$T/batch train.steps=3 train.global_batch=8
@@ -78,6 +110,14 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 2 compare, wrong picture | 2 | ends in .png | python -m training.compare $T/run out=x.txt
 2 the log is kept | 0 | step 2/2 | cat $T/run/log.txt
 2 another length | 2 | sequences of 32 tokens.*train.start_from= | cp -r $T/run $T/length && $TRAIN run_dir=$T/length train.steps=3 train.seq_len=64
+2 another optimizer | 2 | holds the moments of optim=adamw | cp -r $T/run $T/other_optim && $TRAIN run_dir=$T/other_optim train.steps=3 optim=muon
+2 another cell | 2 | holds another model | cp -r $T/run $T/other_cell && $TRAIN run_dir=$T/other_cell train.steps=3 model.mixers.paragru.cell=lstm
+2 every checkpoint damaged | 2 | Every checkpoint of .* is damaged | cp -r $T/run $T/damaged && truncate -s -9 $T/damaged/checkpoints/*/model.safetensors && $TRAIN run_dir=$T/damaged train.steps=3
+2 no resuming | 0 | starting at step 0 of 3 | cp -r $T/run $T/anew && $TRAIN run_dir=$T/anew train.steps=3 train.resume=none
+2 a hook that fails | 0 | ended with status 3 | $TRAIN run_dir=$T/hook train.steps=1 'checkpoint.hook="exit 3; echo {folder}"'
+2 weights that are NaN | 2 | Step 1 was not taken: loss is not finite | $TRAIN run_dir=$T/from_nan train.start_from=$T/nan train.steps=2
+2 a disk that is full | 2 | could not be written .*File too large | ulimit -f 100; $TRAIN run_dir=$T/full train.steps=1
+2 a trace after the end | 2 | lower profile_start | $TRAIN run_dir=$T/x train.steps=2 profile=true profile_start=9
 2 finished run | 0 | this run is finished.*raise train.steps | $TRAIN run_dir=$T/run train.steps=2
 2 phase | 0 | a new run from .*run | $TRAIN run_dir=$T/phase train.steps=2 train.start_from=$T/run
 2 no such start | 2 | There is no .*nosuch to begin from | $TRAIN run_dir=$T/x train.start_from=$T/nosuch
@@ -98,6 +138,21 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 3 an input twice | 2 | names .*one.txt twice | python -m data.prepare input=$T/one.txt,$T/one.txt out=$T/p12 tokenizer=bytes
 3 a file of two inputs | 0 | read already by an earlier input | mkdir $T/both && cp $T/one.txt $T/both/a.txt && python -m data.prepare input=$T/both,$T/both/a.txt out=$T/p13 tokenizer=bytes
 3 missing field | 2 | the fields there are body; set text_field | printf '{"body": "hello"}\n' >$T/f.jsonl && python -m data.prepare input=$T/f.jsonl out=$T/p5 tokenizer=bytes
+3 a word without end | 0 | trained a BPE of 512 | head -c 3000000 /dev/urandom | base64 -w 0 >$T/dna.txt && timeout 60 python -m data.prepare input=$T/dna.txt out=$T/dna tokenizer=bpe:512
+3 a token beyond the vocabulary | 2 | beyond the 512 of its vocabulary | cp -r $T/shards $T/beyond && truncate -s 0 $T/beyond/train-00000.bin && head -c $(stat -c %s $T/shards/train-00000.bin) /dev/zero | tr '\0' '\377' >$T/beyond/train-00000.bin && $TRAIN data.path=$T/beyond run_dir=$T/x
+3 a column twice | 2 | table with 2 columns of the name text | printf 'text,text\na,b\n' >$T/twice.csv && python -m data.prepare input=$T/twice.csv out=$T/p15 tokenizer=bytes
+3 a key twice | 2 | input is given twice | python -m data.prepare input=$T/one.txt input=$T/two.txt out=$T/p16 tokenizer=bytes
+3 a tilde that the shell left | 0 | /home/shards train | mkdir -p $T/home && HOME=$T/home python -m data.prepare input=$T/one.txt 'out=~/shards' tokenizer=bytes
+3 output inside of the input | 0 | left out, token shards | mkdir $T/within && cp $T/one.txt $T/within && python -m data.prepare input=$T/within out=$T/within/a tokenizer=bytes && python -m data.prepare input=$T/within out=$T/within/b tokenizer=bytes
+3 several packed parts | 0 | 19 tokens | printf 'one more\n' | gzip >$T/parts.txt.gz; printf 'two more\n' | gzip >>$T/parts.txt.gz; python -m data.prepare input=$T/parts.txt.gz out=$T/p17 tokenizer=bytes
+3 zero bytes | 2 | holds zero bytes | printf 'a \0 b' >$T/zero.txt && python -m data.prepare input=$T/zero.txt out=$T/p18 tokenizer=bytes
+3 text without tokens | 0 | lost, .* tokens .* are '\[UNK\]' | python -c "from tokenizers import *; t = Tokenizer(models.WordLevel({'[UNK]': 0, '</s>': 1, 'the': 2}, unk_token='[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace(); t.save('$T/unknown.json')" && python -m data.prepare input=$T/one.txt out=$T/p25 tokenizer=$T/unknown.json
+3 a surrogate and nothing | 0 | 1 not UTF-8 | printf '{"text": ""}\n{"text": "a"}\n{"text": "\\ud800x"}\n' >$T/odd.jsonl && python -m data.prepare input=$T/odd.jsonl out=$T/p19 tokenizer=bytes
+3 quotes that do not match | 2 | quotes do not match | printf 'text,n\n"a\nb,1\n' >$T/open.csv && python -m data.prepare input=$T/open.csv out=$T/p20 tokenizer=bytes
+3 a comma in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a,b.txt" && python -m data.prepare input="$T/a,b.txt" out=$T/p21 tokenizer=bytes
+3 a bracket in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a[1].txt" && python -m data.prepare input="$T/a[1].txt" out=$T/p22 tokenizer=bytes
+3 all held out | 2 | valid_fraction must be from 0 up to 1 | python -m data.prepare input=demo out=$T/p23 tokenizer=bytes valid_fraction=1
+3 a document that is not there | 2 | names document 99 | python -m data.prepare input=$T/one.txt out=$T/p24 tokenizer=bytes 'valid_docs=[0,99]'
 
 # -- evaluation (4)
 4 perplexity | 0 | bits per byte | python -m evals.run checkpoint=$T/run length=64 max_tokens=256 data=$T/shards
@@ -114,6 +169,18 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 4 compressed text | 0 | nats per token over | gzip -k $T/three.txt && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals text=$T/three.txt.gz rows=2 max_length=128
 4 perplexity of packed text, two models | 0 | bits per byte .* over | gzip -c $T/three.txt >$T/four.txt.gz && python -m evals.run checkpoint=$T/run,$T/run/checkpoints/step-00000002 out=$T/evals3 text=$T/four.txt.gz rows=2 length=128
 4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
+4 weights that are NaN | 2 | The logits are not finite | python -m evals.run checkpoint=$T/nan length=64 max_tokens=64 data=$T/shards
+4 NaN in a suite | 0 | NOT MEASURED: The logits are not finite | python -m evals.run checkpoint=$T/nan suite=quick only=position out=$T/evals5 text=$T/three.txt rows=2 max_length=64
+4 dynamics of NaN | 2 | The logits are not finite | python -m evals.dynamics checkpoint=$T/nan
+4 a text as output | 2 | is not written over | python -m evals.run checkpoint=$T/run length=64 max_tokens=64 data=$T/shards out=$T/one.txt
+4 text from NaN | 2 | The logits are not finite | python -m scripts.generate checkpoint=$T/nan prompt=a max_new_tokens=4 temperature=0
+4 rows of one token | 0 | over 16 tokens | python -m evals.run checkpoint=$T/run length=1 max_tokens=16 data=$T/shards
+4 a text of one letter | 0 | over 1 tokens | printf x >$T/letter.txt && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals6 text=$T/letter.txt max_length=64
+4 an empty text | 2 | holds no document | python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals7 text=$T/empty.txt
+4 shards of another tokenizer | 2 | made with another tokenizer | python -m data.prepare input=$T/one.txt out=$T/bytes tokenizer=bytes && python -m evals.run checkpoint=$T/run data=$T/bytes
+4 a tokenizer with more tokens than the model | 2 | is beyond the 512 tokens of the model | cp -r $T/run/checkpoints/step-00000002 $T/more && python -c "from tokenizers import Tokenizer; t = Tokenizer.from_file('$T/more/tokenizer.json'); t.add_tokens(['was']); t.save('$T/more/tokenizer.json')" && python -m scripts.generate checkpoint=$T/more prompt='It was' max_new_tokens=2
+4 a report of token shards | 2 | is no folder of measurements | python -m evals.report $T/shards
+4 no such cure | 2 | There is no cure 'nosuch' | python -m evals.run checkpoint=$T/run suite=quick cures=nosuch out=$T/evals8
 
 # -- Hub (5)
 5 export | 0 | agree | python -m scripts.export $T/run $T/hub
@@ -121,6 +188,10 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 5 export, read-only output | 2 | /proc/nowhere | python -m scripts.export $T/run /proc/nowhere
 5 export, a setting without dashes | 2 | write --dtype=bf16 | python -m scripts.export $T/run $T/y dtype=bf16
 5 export, no output | 2 | required: out | python -m scripts.export $T/run
+5 export of NaN | 2 | differ by nan | python -m scripts.export $T/nan $T/hubnan
+5 export over the run | 2 | exists already | python -m scripts.export $T/run $T/run
+5 import, a text | 2 | holds no config.json | python -m scripts.import_checkpoint $T/one.txt $T/y
+5 push, no model | 2 | export the checkpoint first | python -m scripts.push $T/run org/name
 5 import, no folder | 2 | config.json | python -m scripts.import_checkpoint $T/nosuch $T/y
 5 push, wrong name | 2 | org/name | python -m scripts.push $T/run nosuch
 5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
@@ -188,6 +259,15 @@ t a report of no folder | 2 | Give one folder of measurements | python -m evals.
 t an empty value | 2 | model | python train.py model=
 t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m scripts.generate checkpoint=$T/run prompt=a max_tokens=3
 t generation, negative length | 2 | max_new_tokens must be | python -m scripts.generate checkpoint=$T/run prompt=a max_new_tokens=-3
+t generation, no temperature | 2 | a finite number above it, not nan | python -m scripts.generate checkpoint=$T/run prompt=a temperature=nan
+t generation, too large a seed | 2 | from 0 up to 2\^63 | python -m scripts.generate checkpoint=$T/run prompt=a seed=99999999999999999999
+t generation, an empty document | 2 | is empty | python -m scripts.generate checkpoint=$T/run document=$T/empty.txt prompt=a
+t generation, a folder to save to | 2 | is a folder | python -m scripts.generate checkpoint=$T/run prompt=a save=$T
+t generation, a text to save to | 2 | is not written over | python -m scripts.generate checkpoint=$T/run prompt=a save=$T/one.txt
+t generation, half a session | 2 | cannot be read | head -c 100 $T/one.txt >$T/half && python -m scripts.generate checkpoint=$T/run prompt=a resume=$T/half
+t generation, an unknown id | 2 | token ids below 512 | python -m scripts.generate checkpoint=$T/run prompt=a stop_ids=5,9999
+t generation, two prompts | 0 | note: prompt=a does not hold, as prompt=b comes behind it | python -m scripts.generate checkpoint=$T/run prompt=a prompt=b max_new_tokens=2
+t conversion, nothing said | 2 | Say what to convert | python -m scripts.convert
 t generation, no such prompts | 2 | nosuch.* cannot be read | python -m scripts.generate checkpoint=$T/run prompts=$T/nosuch
 t golden losses, no such commit | 2 | There is no commit and no file 'nosuch' | python -m scripts.check.golden against=nosuch
 t golden losses, no such model | 2 | There is no model nosuch; there are | python -m scripts.check.golden against=stored only=nosuch

@@ -5,12 +5,13 @@
     python -m scripts.studies.delta_table --out runs/delta_table --seconds 290          # the same again: what the clock cut goes on
     python -m scripts.studies.delta_table --out runs/small --tasks s3 --updates 1,2 --seeds 1 --steps 300 --seconds 60
 
-One layer of width 64, four heads of 16, neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed along the
-ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as many tokens
-at every length. A process for each number of updates and task, in it every arm on a stream of its own, a burst of CUDA graphs of each in turn: so an arm
-that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved. Scored at 1, 2, 4 and 8 times the length.
-Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table are made of all of them. What an arm that
-is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt; one whose settings have changed begins anew.
+One layer of width 64, four heads of 16 (--head-dim), neither gate, a convolution of two tokens (of four for MQAR, 8 pairs in 64 tokens). Words are climbed
+along the ladder of lengths of scripts/studies/equal_cells.py up to `length`, at a rate that falls with the root of the length from 8 on; a batch has as
+many tokens at every length, and a length that is not learnt is not left. A process for each number of updates and task, in it every arm on a stream of its
+own, a burst of CUDA graphs of each in turn: so an arm that cannot learn takes as many steps as one that can, or more, as an arm ends when it is solved.
+Scored at 1, 2, 4 and 8 times the length. Every arm is a line of OUT/arms.TASK.UPDATES.jsonl, written when it ends; OUT/table.json and the printed table
+are made of all of them. What an arm that is not solved goes on from is kept in OUT/states.TASK.UPDATES.pt, every minute and in the end; one whose settings
+have changed begins anew.
 """
 
 from __future__ import annotations
@@ -41,15 +42,28 @@ PAIRS_LENGTH = 64
 CLIMBED = 0.2  # nats that end a rung: S4 by two updates was at words of 9 after 1,180 steps, but of 5 after 2,100 where 0.05 ended one
 SETTLES = 400  # steps at the longest words after which the rate falls as one over them: an A5 arm hovered at 0.997 for 1,900 steps without
 SCORING = 0.5  # seconds for the last scores of an arm
+KEPT_EVERY = 60.0  # seconds, after which what arms go on from is written again: whoever ends this study sooner than it thinks loses no more
 
 
 def settings(task: str, updates: int, negative: bool, given: argparse.Namespace) -> dict[str, Any]:
     """Of a cell of scripts/studies/equal_cells.py, with this task and layer."""
     mqar = task == "mqar"
     length, batch = (PAIRS_LENGTH, max(1, given.batch * given.length // PAIRS_LENGTH)) if mqar else (given.length, given.batch)
-    layer = {"type": "delta", "n_heads": 4, "head_dim": 16, "updates": updates, "negative": negative, "gate": False, "output_gate": False}
+    layer = {
+        "type": "delta",
+        "n_heads": 4,
+        "head_dim": given.head_dim,
+        "updates": updates,
+        "negative": negative,
+        "gate": False,
+        "output_gate": False,
+    }
     usual = settings_of("mqar" if mqar else "S4", "deltaproduct_2", {"length": length, "batch": batch})
-    changes = {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98} if mqar else {"climbed": CLIMBED, "settles": SETTLES}
+    changes = (
+        {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98}
+        if mqar
+        else {"climbed": CLIMBED, "settles": SETTLES, "curriculum": 0.0, "first": given.first}
+    )
     return {**usual, "task": TASKS[task], "layer": {**layer, "d_conv": 4 if mqar else 2}, "bound": None, **changes}
 
 
@@ -108,9 +122,13 @@ class Place:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # what is cached on one stream is of no use to the others
 
-    def close(self) -> None:
-        self.lines.close()
-        torch.save(self.after, self.path.with_suffix(".new"))
+    def keep(self, running: list[tuple[dict[str, Any], Learner]]) -> None:
+        """Writes what arms go on from: those that ended here and those that still run."""
+        now = {name_of(what): learner for what, learner in running}
+        on = {
+            name: {"settings": json.dumps(at.settings), "row": {"steps": at.progress.step}, "state": at.state()} for name, at in now.items()
+        }
+        torch.save({**self.after, **on}, self.path.with_suffix(".new"))
         self.path.with_suffix(".new").replace(self.path)
 
 
@@ -130,7 +148,11 @@ def work(task: str, updates: int, given: argparse.Namespace, began: float, devic
     place = Place(task, updates, given, began, torch.device(device_name))
     running = list(place.learners())
     print(f"{task} {updates}: {len(running)} arms begin after {time.time() - began:.0f} s", flush=True)
+    kept = time.time()
     while running and time.time() - began < given.seconds - SCORING * len(running):
+        if time.time() - kept > KEPT_EVERY:
+            place.keep(running)
+            kept = time.time()
         for arm in list(running):
             what, learner = arm
             learner.burst(BURST)
@@ -140,7 +162,8 @@ def work(task: str, updates: int, given: argparse.Namespace, began: float, devic
                 running.remove(arm)
     for what, learner in running:
         place.end(what, learner)
-    place.close()
+    place.lines.close()
+    place.keep([])
 
 
 def name_of(arm: dict[str, Any]) -> str:
@@ -175,11 +198,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--ranges", default="-1", help="the lowest eigenvalue of an update: -1, 0 or both")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=290.0, help="in all, compiling and scoring included")
-    parser.add_argument("--steps", type=int, default=8000, help="the most of an arm; by 0.6 of them the ladder is climbed at the latest")
+    parser.add_argument("--steps", type=int, default=8000, help="the most of an arm; over the last fifth of them the rate falls")
     parser.add_argument("--length", type=int, default=32, help="of the longest words that are trained on")
     parser.add_argument("--batch", type=int, default=256, help="rows of that length in a step")
+    parser.add_argument("--first", type=int, default=2, help="length of the first words; pairs can be learnt by heart, by the convolution")
+    parser.add_argument("--head-dim", type=int, default=16, help="width of the four heads; kernels take 64 at least")
     given = parser.parse_args()
-    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch"], {"tasks": TASKS})
+    refuse(parser, given, ["seeds", "seconds", "steps", "length", "batch", "first", "head_dim"], {"tasks": TASKS})
     given.tasks = given.tasks.split(",")
     for name, known in (("updates", range(1, 17)), ("ranges", (-1, 0))):
         try:

@@ -11,6 +11,7 @@ Legend: B rows of a batch, T length, n length of a rung, V tokens.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -61,7 +62,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 DENSE = {"dense_gru": 1, "dense_lstm": 2, "slstm": 2}  # blocks of the input projection where there is no output gate
 RATES = {"m2rnn": 5e-3}  # by type of the mixer, else RATE
 RATE, WARMUP, DECAY, INIT_STD, BURST, EVERY = 1e-2, 50, 1e-6, 0.125, 10, 20
-CURRICULUM = 0.6  # of the steps, by which the ladder is climbed at the latest
+CURRICULUM = 0.6  # of the steps, by which the ladder is climbed at the latest; 0: a rung that is not learnt is not left
 CLIMBED, PROMISING, SOLVED = 0.05, 0.01, 0.999  # nats that end a rung; nats from which on the last one is scored; accuracy that solves it
 POOL, PASSES = 16384, 6  # rows drawn at a time, and how often they are read, each time in another order
 LENGTHS, SCORED, CHECKED = (1, 2, 4, 8), 512, 256  # times the training length; sequences scored in the end, and on the way
@@ -197,6 +198,12 @@ class Learner:
         """Steps over which the rate of a solved cell falls to nothing."""
         return max(100, self.progress.solved // 4) // BURST * BURST
 
+    @property
+    def leaves(self) -> float:
+        """The step at which its rung is left, learnt or not."""
+        share = self.settings["curriculum"] * (self.progress.rung + 1) / max(1, len(self.rungs) - 1)
+        return share * self.progress.limit if share else math.inf
+
     def burst(self, steps: int = BURST) -> None:
         """Hands the device some steps; waits for those of the burst before the last."""
         p = self.progress
@@ -232,7 +239,7 @@ class Learner:
             p.solved = p.step
         elif p.step >= p.limit:
             self.ended = "steps"
-        elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= s["curriculum"] * p.limit * (p.rung + 1) / (len(self.rungs) - 1)):
+        elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= self.leaves):
             p.rung, p.fill = p.rung + 1, 0
             p.arrived = p.step if p.rung == len(self.rungs) - 1 else 0
             p.curve.append([p.step, self.n, loss, None])

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.recording import undisturbed
 from training.graph import leave_failed_capture
 
 Step = Callable[..., tuple[Tensor, ...]]
@@ -79,16 +80,17 @@ class GraphedStep:
         self.inputs = tuple(t.clone() for t in tensors)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         torch.cuda.current_stream().synchronize()
-        graph.capture_begin(pool, capture_error_mode="thread_local")
         problem = ""
-        try:
-            self.outputs = self.step(*self.inputs)
-        except Exception as error:
-            problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        try:
-            graph.capture_end()
-        except RuntimeError as error:
-            problem = problem or str(error).splitlines()[0]
+        with undisturbed():
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                self.outputs = self.step(*self.inputs)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                problem = problem or str(error).splitlines()[0]
         if problem:
             self.why_not = problem
             leave_failed_capture(self.inputs[0].device, torch.cuda.current_stream(), pool)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data.errors import UserError
 from data.loader import BatchLoader, StreamReader, WindowReader, build_reader
 from data.order import Blend, Mixture, Permutation
 from data.shards import ShardSet
@@ -176,6 +177,23 @@ def test_damaged_shards_are_refused_in_a_sentence(tmp_path: Path, damage: str, w
         (folder / "tokenizer.json").write_text(tokenizer.to_str())
     with pytest.raises(ValueError, match=words):
         ShardSet(folder, "train")
+
+
+def test_a_token_beyond_the_vocabulary_is_a_sentence_wherever_it_is_read(tmp_path: Path) -> None:
+    """A file of the right size with other content: the embedding would read past its end."""
+    shards = make(tmp_path / "s", [150, 80, 50])
+    tokens = np.fromfile(tmp_path / "s/train-00001.bin", "<u2")
+    for wrong in (shards.vocab_size, 65535):
+        tokens[7] = wrong
+        tokens.tofile(tmp_path / "s/train-00001.bin")
+        shards = ShardSet(tmp_path / "s", "train")
+        place = shards.shards[0]["tokens"] + 7
+        told = f"train-00001.bin holds the token {wrong} at place 7, beyond the {shards.vocab_size} of its vocabulary"
+        with pytest.raises(UserError, match=told):
+            shards.read(place - 20, 30)
+        with pytest.raises(UserError, match=told):
+            shards.rows(np.array([0, place - 3]), 5)
+        assert len(shards.read(0, place)) == place and len(shards.read(place + 1, 9)) == 9
 
 
 def test_too_little_data_is_a_sentence(tmp_path: Path) -> None:

@@ -186,12 +186,13 @@ def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsy
     (folder / "i.txt").write_bytes("wide letters without a mark".encode("utf-16-le"))
     (folder / "j.json").write_text('{"body": "x", "title": "y"}')
     (folder / "k.csv").write_text('body,title\n"a","b"\n')
+    (folder / "m.csv").write_text("text,id, text\nfirst,1,second\n")
     (folder / "l.csv").write_text('id,text\n1,fine\n2,"bad" quote\n3,good\n4\n')
     assert main([f"input={folder}", f"out={tmp_path / 'o'}", "tokenizer=bytes"]) == 0
     said = capsys.readouterr().out
     fields = "(the fields there are id, content, body, title, 1 of 2 columns; set text_field)"
     assert f"left out, 4 no field 'text' {fields}: first in {folder / 'b.parquet'}" in said
-    assert f"left out, 1 not a Parquet file: {folder / 'c.parquet'}" in said
+    assert f"left out, 1 not a Parquet file: {folder / 'c.parquet'}" in said and "1 table with 2 columns of the name text" in said
     assert (
         f"left out, 1 row of a table whose quotes do not match: {folder / 'l.csv'}" in said
         and f"left out, 1 no text (it holds zero bytes): {folder / 'i.txt'}" in said
@@ -199,10 +200,11 @@ def test_one_bad_file_is_counted_and_named_like_a_bad_line(tmp_path: Path, capsy
     for name in ("d.jsonl.gz", "e.jsonl.xz", "f.txt.zst", "g.txt.bz2"):
         assert any("file that cannot be read (" in line and line.endswith(str(folder / name)) for line in said.splitlines()), (name, said)
     meta = json.loads((tmp_path / "o" / "meta.json").read_text())
-    assert meta["bad_records"]["not UTF-8"] == 1 and len(meta["left_out"]) == 9
+    assert meta["bad_records"]["not UTF-8"] == 1 and len(meta["left_out"]) == 10
     for name, words in (
         ("c.parquet", "cannot be read to its end: not a Parquet file"),
         ("k.csv", "the fields there are body, title; set text_field"),
+        ("m.csv", "cannot be read to its end: table with 2 columns of the name text"),
     ):
         assert main([f"input={folder / name}", f"out={tmp_path / 'p'}", "tokenizer=bytes"]) == 2
         assert words in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from data.tokenizer import byte_tokenizer
 from evals import dynamics as program
@@ -139,6 +139,11 @@ def test_program_writes_a_page(ours: Path, capsys: pytest.CaptureFixture[str]) -
     assert report["layers"][0]["kind"] == "cell paragru" and len(report["layers"][0]["memory"]) == 5
     assert "| 0 | cell paragru |" in (ours / "dynamics.md").read_text()
     assert program.main([f"checkpoint={ours}", "length=4"]) == 2 and "length must be" in capsys.readouterr().err
+    (ours / "dynamics.json").unlink()
+    broken = load_file(ours / "model.safetensors")
+    save_file({**broken, "norm.weight": torch.full_like(broken["norm.weight"], math.nan)}, ours / "model.safetensors")
+    assert program.main([f"checkpoint={ours}", "length=32", "device=cpu"]) == 2 and "logits are not finite" in capsys.readouterr().err
+    assert not (ours / "dynamics.json").exists()
 
 
 @pytest.fixture

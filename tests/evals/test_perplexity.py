@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
+from data.errors import UserError
 from data.shards import ShardSet
 from data.tokenizer import byte_tokenizer, coder_of
 from evals.adapters.base import ItemError
@@ -19,6 +22,7 @@ from evals.inputs.texts import Text
 from evals.measures.baselines import DISCOUNT, CountBaselines, baselines
 from evals.measures.documents import document_perplexity
 from evals.measures.perplexity import bucket_sums, evaluate, held_out_rows, text_bytes
+from models.checkpoint import load_model
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from tests.conftest import run_program
@@ -132,6 +136,19 @@ def test_command_lines(demo_shards: Path, tmp_path: Path) -> None:
     ):
         done = run_program(["-m", "evals.run", *words])
         assert done.returncode == 2 and part in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(UserError, match="^The token id 50[0-9] of .* is beyond the 256 tokens of the model"):
+        small = LanguageModel(replace(load_model(run)[0].config, vocab_size=256))
+        evaluate(small, ShardSet(demo_shards, "valid"), length=64, max_tokens=20_000)
+    (tmp_path / "book.txt").write_text("It was")
+    done = run_program(["-m", "evals.run", f"checkpoint={run}", f"out={tmp_path / 'book.txt'}"])
+    assert done.returncode == 2 and "is not written over" in done.stderr and (tmp_path / "book.txt").read_text() == "It was"
+    weights = next((run / "checkpoints").glob("*/model.safetensors"))
+    tensors = load_file(weights)
+    tensors["norm.weight"].fill_(float("nan"))
+    save_file(tensors, weights)
+    (tmp_path / "r.json").unlink()
+    done = run_program(["-m", "evals.run", f"checkpoint={weights.parent}", "length=64", "max_tokens=64", f"out={tmp_path / 'r.json'}"])
+    assert done.returncode == 2 and "error: The logits are not finite, in fp32: " in done.stderr and not (tmp_path / "r.json").exists()
 
 
 def test_documents_are_scored_from_their_own_beginning() -> None:

@@ -20,6 +20,7 @@ from evals.adapters.trust import code_hash, may_run_code
 from evals.measures.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
 from evals.report.figures import grids_figure, pyplot, remembrance_figure
+from evals.report.sections import main as report
 from evals.report.sections import write_report
 from evals.run import main, where_to_write
 from models.hub.custom import custom, write_code
@@ -195,6 +196,12 @@ def test_more_mistakes_are_sentences(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2 and part in capsys.readouterr().err
+
+
+def test_a_folder_without_measurements_gets_no_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "meta.json").write_text("{}")
+    assert report([str(tmp_path)]) == 2 and "is no folder of measurements" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
 
 
 def test_progress_is_plain_lines_of_the_first_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def figures(made: Any) -> dict[str, int]:
-    return {**resources(made.asm["cubin"]), "copies": made.asm["ptx"].count("cp.async.ca")}
+    return {**resources(made.asm["cubin"]), "copies": sum(made.asm["ptx"].count(f"cp.async.{level}") for level in ("ca", "cg"))}
 
 
 def main(ahead: int, back: int, names: list[str], golden: bool) -> None:

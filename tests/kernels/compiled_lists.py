@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from kernels.float8 import triton as float8  # noqa: E402
 from kernels.symmetric import triton as symmetric  # noqa: E402
-from kernels.symmetric.sizes import TILE  # noqa: E402
+from kernels.symmetric.sizes import DEPTH, TILE  # noqa: E402
 from kernels.tensor_lists import triton as lists  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
@@ -50,11 +50,10 @@ def main(golden: bool) -> None:
     for side in (1, 3):
         flags = {"SIDE": side, "NESTEROV": True, "DIVIDE": True, "BLOCK": block}
         out[f"momentum {side}"] = made(f"momentum {side}", lists.muon_momentum, flags, lists.WARPS // 2)
-        out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "BLOCK": block}, lists.WARPS // 2)
+        out[f"step {side}"] = made(f"step {side}", lists.muon_step, {"SIDE": side, "DIVIDE": True, "BLOCK": block}, lists.WARPS // 2)
     out["scale"] = made("scale", lists.muon_scale, {"BLOCK": lists.BLOCK}, lists.WARPS, X="*bf16", SCALE="*fp32", OUT="*fp16")
     flags = {"DIVIDE": True, "CHUNK": lists.MOVED, "BLOCK": lists.TURN}
     out["adamw"] = made("adamw", lists.adamw_step, flags, lists.WARPS)
-    chosen = symmetric.CHOSEN
     for label, has_add, each, flipped, described in (
         ("x x^T", False, False, False, True),
         ("x^T x", False, False, True, True),
@@ -64,16 +63,12 @@ def main(golden: bool) -> None:
         ("a + b x + c x x^T by addresses", True, False, False, False),
     ):
         flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "DESCRIBED": described, "FLIPPED": flipped}
-        flags |= {"TILE": TILE, "ACROSS": chosen.across, "DEPTH": chosen.depth, "STRIDE_M" if flipped else "STRIDE_N": 1}
+        flags |= {"TILE": TILE, "DEPTH": DEPTH, "STRIDE_M" if flipped else "STRIDE_N": 1}
         kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "OUT"), "*fp16")}
         kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}
         if described:
-            rows = (TILE, chosen.across)
-            kinds |= {
-                n: f"tensordesc<fp16[{chosen.depth}, {r}]>" if flipped else f"tensordesc<fp16[{r}, {chosen.depth}]>"
-                for n, r in zip("XY", rows)
-            }
-        out[label] = made(label, symmetric.symmetric_product, flags, chosen.warps, chosen.stages, **kinds)
+            kinds |= dict.fromkeys("XY", f"tensordesc<fp16[{DEPTH}, {TILE}]>" if flipped else f"tensordesc<fp16[{TILE}, {DEPTH}]>")
+        out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, **kinds)
     types: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
     sizes = {"MOST": 448.0, "DIGITS": 3, "PARTS": float8.PARTS, "TILE": float8.TILE}
     for kind in ("bf16", "fp32"):

@@ -18,6 +18,7 @@ from kernels import cross_entropy, parts  # noqa: E402
 from kernels.add_norm import triton as add_norm  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
+from kernels.linear import triton as casts  # noqa: E402
 from kernels.residual import triton as residual  # noqa: E402
 from kernels.rotary import triton as rotary  # noqa: E402
 from kernels.short_conv import launch as conv  # noqa: E402
@@ -26,7 +27,7 @@ from kernels.swiglu import triton as swiglu  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-FP32 = {"FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "D_SCALE", "D_WEIGHT", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
+FP32 = {"A", "B", "C", "FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "D_SCALE", "D_WEIGHT", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 
@@ -35,7 +36,9 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
     def kind(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name.isupper() and len(name) > 1 or name in "XYHQ":
+        if name in ("NA", "NB", "NC"):
+            return "i32"
+        if name.isupper() and len(name) > 1 or name in "ABCXYHQ":
             return {
                 "STARTS": "*u8",
                 "LABELS": "*i64",
@@ -76,8 +79,10 @@ def main(golden: bool) -> None:
                 flags = {"G": 1, "HAS_GATE": gated, "NORM_FIRST": first, "BR": BR, "BK": BK}
                 name = f"{label} {'backward' if back else 'forward'} {K}"
                 out[name] = made(name, norm.kernels.backward if back else norm.kernels.forward, flags, warps)
-    for name in ("losses", "logits_gradient"):
-        out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": cross_entropy.BLOCK}, cross_entropy.WARPS)
+    for name in ("losses", "logits_gradient", "losses_and_gradient"):
+        sizes = (cross_entropy.BLOCK, cross_entropy.WARPS)
+        BV, warps = (cross_entropy.BLOCK_AT_ONCE, cross_entropy.WARPS_AT_ONCE) if name == "losses_and_gradient" else sizes
+        out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": BV}, warps)
     for name in ("forward", "backward"):
         out[f"swiglu {name}"] = made(f"swiglu {name}", getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
     BR, BD = residual.tile(32768, 1024, gpu)
@@ -92,6 +97,8 @@ def main(golden: bool) -> None:
             BR, BD, warps = add_norm.tile(1024, gpu, add_norm.PER_WARP_BACK if back else add_norm.PER_WARP)
             name = f"add and norm {'backward' if back else 'forward'}{', scaled' * scaled}"
             out[name] = made(name, add_norm.backward if back else add_norm.forward, {"SCALED": scaled, "BR": BR, "BD": BD}, warps)
+    flags = {"BLOCK": casts.BLOCK}
+    out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
         out[name] = made(name, rotary.turn, flags, rotary.WARPS)

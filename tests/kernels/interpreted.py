@@ -11,12 +11,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch  # noqa: E402
 
 from kernels.parallel_rnn import launch, op, reference  # noqa: E402
+from kernels.parallel_rnn import trace as trace_module  # noqa: E402
 from kernels.parallel_rnn.cell import Cell, Pre, State, biased  # noqa: E402
 from kernels.parallel_rnn.trace import trace  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 from tests.kernels.test_parallel_rnn import cells, problem  # noqa: E402
 
 # one, two and three states; the other cells differ in their step alone, which generated cells try in more ways
+CURVED = {"paragru": (-3.0, 0.4), "paralstm": (3.0, 0.1)}  # gate and recurrent weights of memories longer than a slice
 EVERY_SIZE = ("paragru", "paralstm", "three")
 
 
@@ -148,22 +150,40 @@ def heads(cell: Cell) -> None:
         assert gap(a, b) < 1e-4
 
 
-def curved() -> None:
+def curved(name: str, gate: float, weight: float) -> None:
     """Memories longer than a slice: with the second order the first correction leaves a fraction of what Newton's leaves, and what is returned is right
-    either way."""
-    cell, left = next(c for c in cells() if c.name == "paragru"), []
-    pre, rec, h0, _ = problem(cell, 1, 32, 16, 0.4)
-    pre[:, :, 0] -= 3.0
+    either way. gate: added to the first input projection, which keeps the state."""
+    cell, left = next(c for c in cells() if c.name == name), []
+    pre, rec, h0, _ = problem(cell, 1, 32, 16, weight)
+    pre[:, :, 0] += gate
     pre, rec, h0 = pre.float(), rec.float(), 0.1 * torch.sign(h0).float()
     states, _ = reference.sequential(cell, pre.double(), rec.double(), h0.double(), None)
+    trace_module.MOST_CURVED = 2
+    trace.cache_clear()
+    launch.kernels.cache_clear()
     launch.CORRECTIONS_FINE = 1
     for launch.CURVED in (False, True):
         launch.last_report()
         emitted, kept, _, _ = launch.forward(cell, pre, rec, h0, None, slices=4)
         assert gap(op.joined(emitted, kept), states) < 1e-6
         left.append(launch.last_report()["residual"])
-    launch.CURVED = True
+    trace_module.MOST_CURVED = 1
+    trace.cache_clear()
+    launch.kernels.cache_clear()
     assert left[1] < 0.3 * left[0], left
+
+
+def longer_groups() -> None:
+    """Tiles of four and eight steps, as on a GPU, with and without masks."""
+    cell = next(c for c in cells() if c.name == "paragru")
+    for ahead, T, D in ((8, 27, 5), (4, 32, 16)):
+        launch.AHEAD_SMALL = launch.MARK_SMALL = ahead
+        pre, rec, h0, starts = problem(cell, 2, T, D, 0.5, resets=0.1)
+        exact = [x.float().double() for x in (pre, rec, h0)]
+        states, _ = reference.sequential(cell, *(*exact, starts))
+        emitted, kept, _, _ = launch.forward(cell, pre.float(), rec.float(), h0.float(), starts, slices=2)
+        assert gap(op.joined(emitted, kept), states) < 1e-5
+    launch.AHEAD_SMALL, launch.MARK_SMALL = 2, 4
 
 
 def scaled(a: Pre, x: Pre, h: State) -> tuple[torch.Tensor, ...]:
@@ -327,5 +347,7 @@ if __name__ == "__main__":
         check(cell_name)
         at_once(next(c for c in cells() if c.name == cell_name))
         if cell_name == "paragru":
-            curved()
+            longer_groups()
+        if cell_name in CURVED:
+            curved(cell_name, *CURVED[cell_name])
     print("ok")

@@ -151,8 +151,12 @@ def registered() -> None:
     q, k, v, beta, g, h0 = (t.requires_grad_() for t in tensors)
     for gate, begin, new, keep in ((g, h0, starts, True), (None, None, None, False)):
         torch.library.opcheck(op.rule_op, (q, k, v, beta, gate, begin, new, True, 0.5, keep))
+    do, d_final = asked(tensors)
+    wanted = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
     with torch.no_grad():
-        do, d_final = asked(tensors)
         backward_op = torch.ops.everywhen.delta_rule_backward.default
         kept = op.rule(q, k, v, beta, g, h0, starts, True, 0.5, True)[2:]
         arguments = (do, d_final, *[None] * 6, q, k, v, beta, g, h0, starts, *kept, True, 0.5)

@@ -21,6 +21,8 @@ from kernels.cross_entropy import reference as cross_reference  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
+from kernels.linear import triton as linear_kernels  # noqa: E402
+from kernels.linear.op import runs  # noqa: E402
 from kernels.residual import op as residual_op  # noqa: E402
 from kernels.residual import reference as residual_reference  # noqa: E402
 from kernels.residual import residual  # noqa: E402
@@ -74,6 +76,9 @@ def cross_entropies() -> None:
         d = cross_entropy.gradient_(logits.clone(), labels, log_z, g_nll, g_log_z)
         ulp = torch.finfo(dtype).eps  # the interpreter cuts off what it does not store
         assert d.dtype == dtype and ((d - d_oracle).abs() <= ulp * d_oracle.abs() + 1e-6).all(), f"cross entropy {V} {dtype}"
+        d = cross_entropy.gradient_(logits.clone(), labels, log_z, torch.ones(6), torch.zeros(6))
+        both = cross_entropy.losses_and_gradient_(logits.clone(), labels)
+        assert all(torch.equal(a, b) for a, b in zip(both, (nll, log_z, d))), f"losses and gradient at once {V} {dtype}"
         logits[3, 1] = torch.nan
         nll, log_z = cross_entropy.losses(logits, labels)
         assert nll[3].isnan() and log_z[3].isnan() and nll.isfinite().sum() == 5
@@ -88,7 +93,10 @@ def labels_that_are_no_logits() -> None:
     assert nll.isnan().tolist() == [False, True, True, False, False] and log_z.isfinite().all()
     torch.testing.assert_close(nll[[0, 4]], torch.nn.functional.cross_entropy(logits[[0, 4]], labels[[0, 4]].long(), reduction="none"))
     d = cross_entropy.gradient_(logits.clone(), labels, log_z, torch.ones(5), torch.ones(5))
-    assert d[[1, 2]].isnan().all() and d[[0, 4]].isfinite().all() and not d[3].any()
+    at_once = cross_entropy.losses_and_gradient_(logits.clone(), labels)
+    assert at_once[0].isnan().tolist() == nll.isnan().tolist()
+    for one in (d, at_once[2]):
+        assert one[[1, 2]].isnan().all() and one[[0, 4]].isfinite().all() and not one[3].any()
 
 
 def documents_that_are_not_finite() -> None:
@@ -261,8 +269,20 @@ def rotations() -> None:
             y, oracle = (turned(turn, present(t), H, positions, *more) for turn, t in ((rotary, given), (rotary_reference.rotary, fine)))
             agree(y, oracle, present(given), present(fine), f"partial rotary {(B, T, H, G, K)} {dtype}")
     q, k = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 1, 5, 4, requires_grad=True)
+    turned_q, turned_k = rotary(q, k, torch.arange(5), 100.0)
+    gradients = [g.transpose(1, 2).reshape(10, -1) for g in torch.autograd.grad(turned_q.sum() + turned_k.sum(), (q, k))]
+    assert len(runs(gradients)) == 1, "gradients of queries and keys are one for the products that made both"
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False), test_utils=CHECKS)
     torch.library.opcheck(rotary_op.turn_op, (q, k, torch.arange(5), 100.0, False, torch.tensor([0.5]), 1.1), test_utils=CHECKS)
+
+
+def casts() -> None:
+    """Weights of one to seven projections side by side, of whole and odd sizes, each to the bit as torch casts what 16 bits hold."""
+    for shapes in ([(3, 5)], [(64, 70), (1, 70)], [(128, 64), (65, 64), (7, 64)], [(5, 16)] * 4, [(2, 16)] * 7):
+        weights = [torch.randn(shape).bfloat16().float() for shape in shapes]
+        out = torch.full((sum(rows for rows, _ in shapes), shapes[0][1]), torch.nan, dtype=torch.bfloat16)
+        linear_kernels.cast(weights, out.split([rows for rows, _ in shapes]))
+        assert torch.equal(out, torch.cat(weights).bfloat16()), f"casts of {shapes}"
 
 
 def chains() -> None:
@@ -296,7 +316,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()

@@ -169,6 +169,19 @@ def test_all_at_once_on_two_ranks() -> None:
     assert done.stdout.count("is equal") == 2
 
 
+@pytest.mark.parametrize("T", [1, 70])
+def test_autocast_changes_nothing(T: int) -> None:
+    tensors, starts = problem(1, T, 2, 8, 1, 16, 2, starts=0.05)
+    do, d_final = asked(tensors)
+    wanted = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = answers(delta_rule, tensors, starts, do, d_final, normalize=True)
+        with torch.no_grad():
+            alone = delta_rule(*(*tensors, starts), normalize=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+    compare([*alone], wanted[:2], 1e-6)
+
+
 @pytest.mark.slow
 def test_several_updates_compile() -> None:
     tensors, starts = problem(1, 70, 2, 8, 1, 8, 2, starts=0.1)

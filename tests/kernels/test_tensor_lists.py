@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.symmetric import symmetric, use_triton
-from kernels.tensor_lists import momentum_and_update, reference, take_step, total_norm
+from kernels.tensor_lists import momentum_and_update, muon_kernels_take, reference, take_step, total_norm
 from kernels.tensor_lists import use_triton as takes
 from tests.conftest import on_gpu
 from tests.kernels.test_triton import run
@@ -99,6 +99,9 @@ def test_a_step_of_adamw_is_torchs() -> None:
                 optimizer.grad_scale = torch.tensor(2.5, device="cuda")
             optimizer.step()
         assert not ours or torch.equal(weights[-1].grad, gradient)
+        for divisor in (torch.nan, torch.inf) if ours else ():  # the step is left out, its count too
+            optimizer.grad_scale = torch.tensor(divisor, device="cuda")
+            optimizer.step()
         made.append(  # the count of steps of torch's plain optimizer lies on the host
             [w.detach().double() for w in weights]
             + [s[k].double().cuda() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]
@@ -118,6 +121,10 @@ def test_ends_of_a_step_of_muon(K: int, R: int, C: int, side: int) -> None:
         torch.testing.assert_close(norms.double(), wanted.norm(dim=(1, 2)), atol=0, rtol=1e-6)
     torch.testing.assert_close(momenta.double(), fine, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(x.double(), wanted, atol=1e-2, rtol=4e-3)
+    bad, kept = torch.tensor(torch.nan, device="cuda"), [t.clone() for t in (momenta, *w)]
+    momentum_and_update(g, firsts, momenta, 0.95, True, side, torch.bfloat16, bad)
+    take_step(w, firsts, (R, C), x, 0.99, 0.3, side, bad)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (momenta, *w))) or not muon_kernels_take([*g, momenta], firsts)
     moved = [t.double() for t in w]
     reference.take_step(moved, firsts, (R, C), x.double(), 0.99, 0.3, side)
     take_step(w, firsts, (R, C), x, 0.99, 0.3, side)
@@ -150,10 +157,11 @@ def test_symmetric_products(K: int, M: int, N: int, flipped: bool) -> None:
 
 
 @on_gpu
+@pytest.mark.parametrize("steps", [3, 4])
 @pytest.mark.parametrize("rows, columns", [(1024, 1024), (2816, 1024), (256, 256), (32, 1024)])
-def test_updates_in_16_bits_are_orthogonal_enough(rows: int, columns: int) -> None:
+def test_updates_in_16_bits_are_orthogonal_enough(rows: int, columns: int, steps: int) -> None:
     x = torch.randn(4, rows, columns, device="cuda")
-    low, fine = orthogonalized(x.bfloat16(), 4, torch.float16), orthogonalized(x.double(), 4)
+    low, fine = orthogonalized(x.bfloat16(), steps, torch.float16), orthogonalized(x.double(), steps)
     assert (low - fine).norm() < 0.02 * fine.norm()
     values = torch.linalg.svdvals(low.float())
-    assert values.max() < 1.3 and values.median() > 0.65
+    assert values.max() < (1.3 if steps > 3 else 1.35) and values.median() > 0.65

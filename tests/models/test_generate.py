@@ -9,12 +9,15 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from data.errors import UserError
 from data.tokenizer import byte_tokenizer
+from evals.adapters.own import OwnAdapter
 from models.cells import available as cells
 from models.config import ModelConfig
 from models.generate import generate, left_pad
 from models.lm import LanguageModel
 from models.sampling import Sampling, TextStream
+from models.session import Session
 from scripts import generate as command
 
 V = 71
@@ -24,6 +27,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mamba2": {"type": "mamba2", "d_state": 8, "head_dim": 16, "n_groups": 2, "chunk": 5},
     **{name: {"type": "rnn", "cell": name, "n_heads": 2} for name in cells()},
     "m2rnn": {"type": "m2rnn", "n_heads": 2},
+    "delta": {"type": "delta", "n_heads": 4, "n_k_heads": 2, "updates": 2, "negative": True},
     "bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0},
 }
 HYBRID = ["paragru", "mamba2", "window", "attention"]
@@ -228,6 +232,12 @@ def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_pat
         (["stop=[1]"], "JSON list"),
         (["stop_ids=4,x"], "stop_ids"),
         (["stop_ids=100000"], "below 257"),
+        (["temperature=nan"], "temperature must be zero (the likeliest token) or a finite number above it, not nan"),
+        (["repetition_penalty=inf"], "repetition_penalty must be a finite number above zero, not inf"),
+        (["seed=99999999999999999999"], "seed must be a whole number from 0 up to 2^63"),
+        (["document=/dev/null"], "document=/dev/null is empty"),
+        (["save=/tmp"], "save=/tmp is a folder"),
+        (["save=README.md"], "README.md exists and is no session, so it is not written over"),
         (["precision=int3"], "choose fp32 or bf16"),
         (["promt=x"], "did you mean 'prompt"),
     ],
@@ -236,3 +246,34 @@ def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_pat
 def test_a_mistake_is_one_sentence(folder: Path, words: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *([f"checkpoint={folder}"] if words else []), *words)
     assert status == 2 and part in err and err.startswith("error: ") and not out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(temperature: float, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small(["paragru"])
+    whole: Any = type(model).forward
+
+    def broken(self: LanguageModel, ids: torch.Tensor, **more: Any) -> Any:
+        output = whole(self, ids, **more)
+        if when == "at once" or ids.shape[1] == 1:
+            output.logits[0, :, 5] = torch.nan if temperature else torch.inf
+        return output
+
+    monkeypatch.setattr(type(model), "forward", broken)
+    ids, lengths = left_pad(prompts(6, 4), 0)
+    with pytest.raises(UserError, match="^The logits are not finite: "):
+        Session(model, ids, lengths).generate(5, Sampling(temperature=temperature))
+
+
+def test_ids_that_the_model_does_not_have_are_told() -> None:
+    """Of a tokenizer that is another model's, or has had tokens added; the embedding would be read past its end."""
+    model = small(["attention"])
+    with pytest.raises(UserError, match=f"^The token id {V} of the text is beyond the {V} tokens of the model"):
+        Session(model, torch.tensor([[1, V, 2]]))
+    with pytest.raises(UserError, match="^The token id 500 of"):
+        Session(model, torch.tensor([[1, V - 1, 2]])).append(torch.tensor([[500]]))
+    adapter = OwnAdapter(model, None, "x", "")
+    for ids in ([[0, 1, V, 3]], [[0, 1, 2, V]]):
+        with pytest.raises(UserError, match=f"^The token id {V} of"):
+            adapter.stream(torch.tensor(ids), 8, lambda *_: None)

@@ -16,7 +16,7 @@ from training.errors import UserError
 DRAW = Sampling(0.9, 30, repetition_penalty=1.2)
 
 
-@pytest.mark.parametrize("name", ["attention", "window", "mamba2", "paragru", "paralstm", "bare"])
+@pytest.mark.parametrize("name", ["attention", "window", "mamba2", "paragru", "paralstm", "delta", "bare"])
 def test_a_reloaded_session_goes_on_exactly(name: str, tmp_path: Path) -> None:
     model = small([name, "paragru"] if name != "paragru" else HYBRID)
     ids_BT, lengths = left_pad(prompts(9, 4), 0)

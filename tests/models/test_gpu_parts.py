@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -71,9 +72,14 @@ def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close([nll.double(), log_z.double()], list(wanted), atol=1e-5, rtol=1e-6)
     g = [torch.randn(N, device="cuda") for _ in range(2)]
     d_wanted = reference.gradient(logits.double(), labels, wanted[1], (g[0] * (labels != -100)).double(), g[1].double())
-    d = cross_entropy.gradient_(logits, labels, log_z, *g)
+    d = cross_entropy.gradient_(logits.clone(), labels, log_z, *g)
     ulp = torch.finfo(dtype).eps
     assert ((d - d_wanted).abs() <= 0.6 * ulp * d_wanted.abs() + 1e-5 * (d_wanted.abs() + 1e-3)).all()
+    ones, zeros = torch.ones_like(g[0]), torch.zeros_like(g[0])
+    kept, d = logits.clone(), cross_entropy.gradient_(logits.clone(), labels, log_z, ones, zeros)
+    at_once = cross_entropy.losses_and_gradient_(logits, labels)
+    assert at_once[2].data_ptr() == logits.data_ptr() and not torch.equal(kept, logits)
+    torch.testing.assert_close(at_once, (nll, log_z, d), atol=2e-6, rtol=4 * ulp)
 
 
 @pytest.mark.slow
@@ -110,6 +116,46 @@ def test_a_label_that_is_no_logit_is_a_nan_loss(dtype: torch.dtype) -> None:
         assert nll.isnan().tolist() == [False, True, True, False, False, True] and not nll[3] and not log_z[3]
         (d_h,) = torch.autograd.grad(nll[[0, 3, 4]].sum(), h)
         assert not d_h[3].any() and d_h[[0, 4]].isfinite().all()
+
+
+class Rubbish:
+    """A recorded graph that only the collector lets go."""
+
+    def __init__(self) -> None:
+        self.me, self.graph, self.x = self, torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            self.y = self.x + 1
+
+
+def test_rubbish_that_ends_in_the_middle_of_a_recording_does_not_void_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(ModelConfig(64, 64, 2, ["d", "g"], {"d": {"type": "delta", "n_heads": 4}, "g": {"type": "rnn"}}))
+    model.init_weights(0)
+    model.cuda()
+    ids = torch.randint(0, 64, (1, 6), device="cuda")
+    enter, was_on, thresholds = torch.cuda.graph.__enter__, gc.isenabled(), gc.get_threshold()
+    gc.disable()
+    try:
+        for _ in range(3):
+            Rubbish()
+        torch.cuda.synchronize()
+
+        def entered(recording: Any) -> None:
+            enter(recording)
+            if gc.isenabled():  # the collector comes by
+                gc.collect()
+
+        monkeypatch.setattr(torch.cuda.graph, "__enter__", entered)
+        gc.enable()
+        gc.set_threshold(1 << 30)  # only where it is asked for
+        with torch.no_grad():
+            state = model(ids[:, :5], state=model.init_state(1)).state
+            assert state is not None
+            decoded = Decoder(model, state, 8).step(ids[:, 5]).clone()
+            torch.testing.assert_close(decoded, model(ids, state=model.init_state(1)).logits[:, 5], atol=1e-3, rtol=1e-3)
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if was_on else gc.disable)()
+        gc.collect()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

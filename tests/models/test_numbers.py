@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import models.head
 from kernels.ssd.reference import ssd_sequential
 from models import mixers
 from models.attend import attend_in_blocks
@@ -193,16 +194,67 @@ def test_head_loss_gradients_and_their_precision() -> None:
     assert torch.autograd.gradcheck(
         lambda h, w: torch.func.functional_call(head, {"weight": w}, (h, labels), {"chunk": 4}), (h, head.weight)
     )
+    assert torch.autograd.gradcheck(
+        lambda h, w: 0.7 * torch.func.functional_call(head, {"weight": w}, (h, labels), {"chunk": 4, "summed": True})[0].sum(),
+        (h, head.weight),
+    )
     head, h, labels = Head(16, 31), torch.randn(4096, 16), torch.randint(0, 31, (4096,))
     errors = []
-    for chunk in (4096, 8):  # under autocast, 512 chunks must sum as exactly as one
+    for chunk, summed in ((4096, False), (8, False), (8, True)):  # under autocast, 512 chunks must sum as exactly as one
         with torch.autocast("cpu", torch.bfloat16):
-            nll, _ = head(h, labels, chunk=chunk)
+            nll, _ = head(h, labels, chunk=chunk, summed=summed)
         assert nll.dtype == torch.float32
         low = torch.autograd.grad(nll.sum(), head.weight)[0]
         exact = torch.autograd.grad(F.cross_entropy(F.linear(h, head.weight), labels, reduction="sum"), head.weight)[0]
         errors.append(float((low - exact).norm() / exact.norm()))
-    assert errors[1] < 1.2 * errors[0] and errors[0] < 0.01, errors
+    assert max(errors) < 1.2 * errors[0] and errors[0] < 0.01, errors
+
+
+def test_logits_are_computed_once_where_losses_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again for any other gradient: of one token's loss, of the log-partition too, or both beside the sum's."""
+    torch.manual_seed(0)
+    head, h, labels = Head(8, 31), torch.randn(10, 8, requires_grad=True), torch.randint(0, 31, (10,))
+    calls = []
+    logits = models.head._logits
+
+    def counted(*a: Any) -> Any:
+        calls.append(0)
+        return logits(*a)
+
+    monkeypatch.setattr(models.head, "_logits", counted)
+    losses = {
+        "of the sum": lambda nll, log_z: nll.sum() / 3,
+        "of one": lambda nll, log_z: nll[4] / 3,
+        "with log z": lambda nll, log_z: nll.sum() + log_z.square().sum(),
+        "of both": lambda nll, log_z: nll.sum() + nll[3],
+        "of none": lambda nll, log_z: 0.5 * log_z.sum(),
+    }
+    for name, loss in losses.items():
+        found = []
+        for summed in (True, False):
+            calls.clear()
+            value = loss(*head(h, labels, chunk=4, summed=summed))
+            found.append(torch.autograd.grad(value, (h, head.weight), retain_graph=summed))
+            assert len(calls) == (3 if summed and name == "of the sum" else 6), name
+            if summed:  # what was made with the losses is not used up
+                torch.testing.assert_close(torch.autograd.grad(value, (h, head.weight)), found[0])
+        torch.testing.assert_close(*found)
+    calls.clear()
+    with torch.no_grad():
+        head(h, labels, chunk=4, summed=True)
+    for leaf in (h, head.weight):  # the other is wanted by nobody
+        h.requires_grad_(leaf is h)
+        head.weight.requires_grad_(leaf is not h)
+        torch.autograd.grad(head(h, labels, chunk=4, summed=True)[0].sum(), leaf)
+    assert len(calls) == 9
+    model = LanguageModel(ModelConfig(31, 8, 1, ["a"], {"a": {"type": "attention", "n_heads": 2}}, head_chunk=4))
+    model.init_weights(0)
+    for z_loss, times in ((0.0, 3), (1e-3, 6)):
+        model.config.z_loss = z_loss
+        calls.clear()
+        output = model(labels[None], labels[None])
+        (output.loss_sum + output.z_loss_sum).backward()
+        assert len(calls) == times and bool(output.z_loss_sum) == bool(z_loss)
 
 
 def test_gradients_flow_through_carried_state() -> None:

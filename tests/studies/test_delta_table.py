@@ -17,7 +17,7 @@ from scripts.studies.delta_table import kept_of, settings, summary, work
 
 def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(equal_cells, "SCORED", 8)
-    given = argparse.Namespace(out=tmp_path, ranges=[-1, 0], seeds=1, seconds=600.0, steps=20, length=8, batch=8)
+    given = argparse.Namespace(out=tmp_path, ranges=[-1, 0], seeds=1, seconds=600.0, steps=20, length=8, batch=8, first=2, head_dim=16)
     for task in ("s3", "mqar"):
         work(task, 2, given, time.time(), "cpu")
     rows = [json.loads(line) for task in ("s3", "mqar") for line in (tmp_path / f"arms.{task}.2.jsonl").read_text().splitlines()]
@@ -39,7 +39,7 @@ def test_what_the_clock_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         burst(learner)
 
     monkeypatch.setattr(equal_cells.Learner, "burst", lambda learner, steps: counted(learner))
-    given = argparse.Namespace(out=tmp_path, ranges=[-1], seeds=1, seconds=600.0, steps=20, length=8, batch=8)
+    given = argparse.Namespace(out=tmp_path, ranges=[-1], seeds=1, seconds=600.0, steps=20, length=8, batch=8, first=2, head_dim=16)
 
     def row() -> dict[str, Any]:
         taken[0] = 0

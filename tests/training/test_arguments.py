@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from data import prepare
 from data.files import write_json
 from data.program import Parser
 from training.config.arguments import parse_arguments, program
@@ -46,6 +47,23 @@ def test_every_mistake_is_a_sentence_and_all_are_told(word: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_arguments([word, "nothing=1"], DEFAULTS, lambda values: ["And one more."])
     assert len(caught.value.problems) == 3 and word.partition("=")[0] in caught.value.problems[0]
+
+
+def test_a_key_that_comes_twice_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_arguments(["path=a", "rows=2", "--path", "b"], DEFAULTS)["path"] == "b"
+    assert capsys.readouterr().err == "note: path=a does not hold, as path=b comes behind it.\n"
+    with pytest.raises(UserError, match="^input is given twice; the first would be lost"):  # no text is to be left out by a note alone
+        prepare.parse(["input=a.txt", "input=b.txt", "out=x", "tokenizer=bytes"])
+
+
+def test_a_leading_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zsh and dash leave it alone inside a word, bash behind a comma: a folder of that name would be made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    defaults = {"out": None, "checkpoint": None, "prompt": None, "name": "a"}
+    words = ["out=~/x", "checkpoint=~/a,b/~/c,~/d", "prompt=~/.profile is", "name=~x"]
+    assert parse_arguments(words, defaults) == {
+        "out": "/home/me/x", "checkpoint": "/home/me/a,b/~/c,/home/me/d", "prompt": "~/.profile is", "name": "~x",
+    }  # fmt: skip
 
 
 def test_a_program_ends_in_sentences(capsys: pytest.CaptureFixture[str]) -> None:

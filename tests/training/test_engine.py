@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import run_ranks
+from tests.conftest import run_program, run_ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -12,3 +12,9 @@ def test_an_engine_that_ends_leaves_neither_its_model_nor_another_linear_map(ran
     done = run_ranks(ranks, ["tests/training/ends.py"])
     assert done.returncode == 0 and f"ok {ranks}" in done.stdout, done.stdout + done.stderr
     assert "deprecated" not in done.stderr, "a warning that the person who trains can do nothing about"
+
+
+def test_an_update_that_the_device_decides_on_is_the_one_that_the_host_would_have_made() -> None:
+    """Through losses and gradients that are not finite: the same weights, moments and counts of steps bit for bit, without waiting for the loss."""
+    done = run_program(["tests/training/decided.py"], started=True)  # Triton's interpreter is chosen when it is imported
+    assert done.returncode == 0 and "ok" in done.stdout, done.stdout + done.stderr

@@ -171,6 +171,6 @@ def test_what_is_saved_can_be_read_back_and_is_told(made: Any) -> None:
 def test_a_step_that_is_to_end_the_run_does(made: Any) -> None:
     run, engine = made()
     run.policy.judge = lambda loss: "loss is not finite"
-    with pytest.raises(UserError, match="Step 0 was not taken"):
+    with pytest.raises(UserError, match="Step 1 was not taken"):
         walk(run)
     assert run.step == 0 and len(engine.taken) == 1

@@ -151,6 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_torn_one_is_never_loaded(trai
     (folder / "step-00000009").mkdir()
     out = ok(train("run", *QUIET, "train.steps=5"))
     assert "does not have the content" in out and "resuming from" in out and "step-00000002" in out
+    left = sorted(folder.iterdir())
+    for weights in folder.glob("*/model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-1])
+    mistake(train("run", *QUIET, "train.steps=6"), "Every checkpoint of")  # and does not begin anew, as if there were none
+    assert sorted(folder.iterdir()) == left
 
 
 def mistake(done: subprocess.CompletedProcess[str], words: str) -> None:
@@ -174,6 +179,9 @@ def test_mistakes_with_data_and_checkpoints_are_sentences(train: Train, demo_sha
     mistake(train("e", "train.seq_len=10000000"), "shorten it")
     mistake(train("f", "model.vocab_size=100"), "smaller than")
     mistake(train("g", "train.resume=/nowhere"), "There is no")
+    twice = f"data.path={{{demo_shards}: 1, {demo_shards}/../{demo_shards.name}: 1}}"
+    mistake(train("g", twice), "names one folder twice")
+    mistake(train("g", "name=a/../.."), "leads out of the folder of runs")
     mistake(train("h", f"run_dir={cut}", f"data.path={demo_shards}"), "is a folder of token shards; give the run a folder of its own")
     last = next((tmp_path / "c" / "checkpoints").iterdir())
     mistake(train("i", f"run_dir={last}"), "is a checkpoint; give the run")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +21,11 @@ def parse_arguments(words: list[str], defaults: Values, check: Callable[[Values]
 
     False or True: true or false; a whole number: one above zero (or zero, where that is the default); a fraction: any finite number; a list: whole
     numbers with commas between; None or text: text; the class int: a whole number above zero, None if not given. `--key=value` and
-    `--key value` are read as well. Raises UserError with all problems, those that `check` finds in the values among them.
+    `--key value` are read as well. Of a key that comes again, as behind the settings of a script, the last holds, and a note says so. Raises UserError with all problems, those that `check` finds in the values among them.
     """
     values: Values = {key: None if default is int else default for key, default in defaults.items()}
     problems: list[str] = []
-    values |= read_words(_joined(words), lambda key, text: _convert(text, defaults[key]), list(defaults), problems)
+    values |= read_words(_last_of_each(_joined(words)), lambda key, text: _convert(text, defaults[key]), list(defaults), problems)
     problems += check(values) if check is not None else []
     if problems:
         raise UserError(problems)
@@ -41,6 +42,14 @@ def _joined(words: list[str]) -> list[str]:
             joined.append(word.removeprefix("--"))
         waiting = not waiting and word.startswith("--") and "=" not in word
     return joined
+
+
+def _last_of_each(words: list[str]) -> list[str]:
+    last = {word.partition("=")[0]: i for i, word in enumerate(words)}
+    for i, word in enumerate(words):
+        if (key := word.partition("=")[0]) and last[key] != i:
+            print(f"note: {word} does not hold, as {words[last[key]]} comes behind it.", file=sys.stderr)
+    return [word for i, word in enumerate(words) if last[word.partition("=")[0]] == i]
 
 
 def _convert(text: str, default: Any) -> Any:

@@ -62,6 +62,7 @@ def at_home(config: Config) -> None:
     home = os.path.expanduser
     config.run_dir, config.train.resume = home(config.run_dir), home(config.train.resume)
     config.train.start_from = config.train.start_from and home(config.train.start_from)
+    config.distill.teacher = config.distill.teacher and home(config.distill.teacher)
     config.deepspeed.nvme_path = config.deepspeed.nvme_path and home(config.deepspeed.nvme_path)
     if isinstance(config.data.path, dict):
         config.data.path = {home(str(folder)): weight for folder, weight in config.data.path.items()}
@@ -163,6 +164,8 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append("train.start_with says what train.start_from takes from a checkpoint; give that as well.")
     if t.start_from and config.model.get("init_from"):
         problems.append("train.start_from and model=hf: both give the first weights; leave one of them out.")
+    if {".", ".."} & set(config.name.split("/")):
+        problems.append(f"name={config.name} leads out of the folder of runs; give a plain name, and run_dir=FOLDER for another place.")
     empty = {"name": config.name, "run_dir": config.run_dir, "train.resume": t.resume, "train.start_from": t.start_from}
     problems += [
         f"{key} is empty; give it a value, or leave it out." for key, value in empty.items() if value is not None and not value.strip()
@@ -314,7 +317,7 @@ def check(mapping: dict[str, Any], world_size: int = 1) -> Config:
     if not problems and config.parallel.sequence > 1:
         problems += split_problems(config)
     if problems:
-        raise UserError(problems)
+        raise UserError(list(dict.fromkeys(problems)))  # two checks may say the same
     if config.optim.lr is None:
         config.optim.lr = recipe.rate(config)[0]
     return config

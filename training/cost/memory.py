@@ -204,8 +204,9 @@ class Measured:
 
                 def loss(x: Tensor, y: Any) -> tuple[Tensor, None]:
                     h_ND = (norm(x) if y is None else norm.after(x, *y)[1]).flatten(0, 1)
-                    nll_N, log_z_N = head(h_ND, labels_N, chunk=settings.head_chunk, recompute=settings.recompute_head)
-                    return nll_N.sum() + settings.z_loss * log_z_N.square().sum(), None
+                    z_loss = settings.z_loss
+                    nll_N, log_z_N = head(h_ND, labels_N, chunk=settings.head_chunk, recompute=settings.recompute_head, summed=not z_loss)
+                    return nll_N.sum() + z_loss * log_z_N.square().sum() if z_loss else nll_N.sum(), None
 
                 self.costs[key] = _measure(loss, nn.ModuleList([norm, head]), x, self.bf16, self._owed(owed))
         return self.costs[key]

@@ -26,6 +26,11 @@ class BadStepPolicy:
         self.recent: deque[float] = deque(maxlen=faults.spike_window)
         self.skips = 0
 
+    @property
+    def only_finite(self) -> bool:
+        """Whether `judge` is against losses that are not finite, and no other."""
+        return not self.faults.spike_factor
+
     def judge(self, loss: float) -> str:
         """Why a step with this mean loss must not be taken, or ''."""
         if not math.isfinite(loss):
@@ -35,7 +40,8 @@ class BadStepPolicy:
         return ""
 
     def record(self, step: int, result: StepResult, sample_ids: list[int]) -> None:
-        """Keeps a good loss; writes a bad step's batch and norms to faults.jsonl and stops the run where the policy says so.
+        """Keeps a good loss; writes a bad step's batch and norms to faults.jsonl and stops the run where the policy says so. step: counted from 1, as in
+        the log.
 
         Raises UserError when the policy is to stop, or when max_skips is passed. The weights are those before the step.
         """

@@ -5,6 +5,7 @@ Weight decay goes to matrices only: a parameter tagged `no_decay` (norms, biases
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from models.init import roles
 
 class SkippableAdamW(torch.optim.AdamW):
     """torch.optim.AdamW whose next `step` does nothing, moments included, when `skip_next` is set. grad_scale: None, or what gradients are divided by as
-    they are read (one number on the GPU). Where kernels of ours take the tensors they take the step (kernels/tensor_lists), else torch's fused one."""
+    they are read (one number on the GPU). Where kernels of ours take the tensors they take the step (kernels/tensor_lists), else torch's fused one; and
+    leave it out where grad_scale is not finite, which the device knows before the host."""
 
     skip_next: bool = False
     grad_scale: Tensor | None = None
@@ -30,6 +32,11 @@ class SkippableAdamW(torch.optim.AdamW):
         self._ready = None
         if len(self.state) >= sum(len(group["params"]) for group in self.param_groups) and self._kernels_take():
             self._ready = [self._lists_of(group) for group in self.param_groups]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the next step, prepared, is left out where grad_scale is not finite."""
+        return self._ready is not None and self.before_step is None and self.grad_scale is not None
 
     def forget(self) -> None:
         """Drops what was looked up: the step is left out."""
@@ -46,9 +53,10 @@ class SkippableAdamW(torch.optim.AdamW):
             if closure is not None or not self._kernels_take():
                 return super().step(closure)
             ready = [self._lists_of(group) for group in self.param_groups]
+        taken = 1 if self.grad_scale is None else (self.grad_scale < math.inf).to(torch.float32)
         for lists, group in zip(ready, self.param_groups):
             if lists.weights:
-                torch._foreach_add_(lists.steps, 1)
+                torch._foreach_add_(lists.steps, taken)
                 adamw(
                     lists,
                     lr=group["lr"],

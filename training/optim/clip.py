@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from kernels.tensor_lists import total_norm, use_triton
@@ -13,16 +14,22 @@ from training.optim.muon import MuonWithAdamW
 EPS = 1e-6  # as torch.nn.utils.clip_grads_with_norm_ adds to the norm
 
 
-def norm_ahead(parameters: Iterable[nn.Parameter], optimizer: SkippableAdamW | MuonWithAdamW, limit: float) -> Tensor | None:
+def norm_ahead(
+    parameters: Iterable[nn.Parameter], optimizer: SkippableAdamW | MuonWithAdamW, limit: float, loss: Tensor | None = None
+) -> Tensor | None:
     """Clips gradients that are whole on every rank (ZeRO does it in its step), without waiting for the device: returns their norm before that, as it
     will be behind the passes that make them; limit 0: none is clipped. They stay as they are, and the optimizer divides them as it reads them: to the
-    rounding of a division the same, and a pass over memory less. None where they have to be changed, which `clip` does."""
+    rounding of a division the same, and a pass over memory less. None where they have to be changed, which `clip` does. loss: the divisor is not
+    finite where the loss or the norm is not."""
     gradients, optimizer.grad_scale = [p.grad for p in parameters if p.grad is not None], None
     if not use_triton(gradients):
         return None
     norm = total_norm(gradients)
     if limit:
         optimizer.grad_scale = ((norm + EPS) / limit).clamp(min=1.0)
+    if loss is not None:
+        divisor = 1.0 + 0.0 * norm if optimizer.grad_scale is None else optimizer.grad_scale
+        optimizer.grad_scale = torch.add(divisor, loss.to(divisor.dtype), alpha=0)
     return norm
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.tensor_lists import momentum_and_update, take_step
+from kernels.tensor_lists import momentum_and_update, muon_kernels_take, take_step
 from models.init import is_hidden_matrix, roles
 from training.optim.adamw import SkippableAdamW, parameter_groups
 from training.optim.newton_schulz import STEPS, orthogonalized
@@ -146,15 +146,15 @@ class Stack:
         every = own.new_empty(self.size * own.shape[0], *own.shape[1:])
         return every, dist.all_gather_into_tensor(every, own.contiguous(), async_op=True)
 
-    def take(self, parameters: dict[str, nn.Parameter], updates: Tensor, keep: float, step: float) -> None:
-        """weights = keep weights - step update, for the slabs of all ranks."""
+    def take(self, parameters: dict[str, nn.Parameter], updates: Tensor, keep: float, step: float, divisor: Tensor | None) -> None:
+        """weights = keep weights - step update, for the slabs of all ranks. divisor: that of the gradients."""
         each = self.share * self.side
         for rank in range(self.size):
             mine = self._share_of(rank)
             if mine:
                 weights, firsts = [parameters[slab.name] for slab in mine], [slab.first for slab in mine]
                 update = updates[rank * each : rank * each + len(mine) * self.side]
-                take_step(weights, firsts, (self.rows, self.columns), update, keep, step, self.side)
+                take_step(weights, firsts, (self.rows, self.columns), update, keep, step, self.side, divisor)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -172,6 +172,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     before_step: Callable[[], None] | None = None
     replay: Callable[[Hashable, Sequence[Callable[[Tensor | None], Tensor]], Tensor | None], Iterator[Tensor] | None] | None = None
     _beside: torch.cuda.Stream | None = None
+    _kernels_take: bool = False  # both ends of the next step, of all matrices
 
     def __init__(
         self,
@@ -212,6 +213,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def prepare(self) -> None:
         """Of AdamW's part, see there."""
         self.adamw.prepare()
+        tensors = [t for p in self.matrices.values() if p.grad is not None for t in (p.detach(), p.grad)]
+        firsts = [slab.first for stack in self.stacks for slab in stack.slabs]
+        alone = all(stack.size == 1 for stack in self.stacks) and len(tensors) == 2 * len(self.matrices)
+        self._kernels_take = alone and muon_kernels_take([*tensors, *(stack.momentum for stack in self.stacks)], firsts)
+
+    @property
+    def leaves_out(self) -> bool:
+        """As AdamW's: whether the next step, prepared, is left out where grad_scale is not finite."""
+        self.adamw.grad_scale = self.grad_scale
+        return self._kernels_take and self.before_step is None and self.adamw.leaves_out
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
@@ -273,7 +284,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if arriving is not None:
             arriving.wait()
         lr = float(group["lr"])
-        stack.take(self.matrices, updates, 1 - lr * group["weight_decay"], lr * self.factor(stack.fan_out, stack.fan_in))
+        factor = self.factor(stack.fan_out, stack.fan_in)
+        stack.take(self.matrices, updates, 1 - lr * group["weight_decay"], lr * factor, self.grad_scale)
 
     def factor(self, outputs: int, inputs: int) -> float:
         """By what an update of a matrix of `outputs` times `inputs` is multiplied."""

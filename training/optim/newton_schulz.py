@@ -9,7 +9,8 @@ the sum of all s^4 is nearer, and it is known once R = x x^T is. So x is divided
 
 A step is x <- (a + b R + c R^2) x. Of a matrix that is far from square the small R alone can be iterated, the factors gathered in one matrix Q, and
 x multiplied at the end: R <- Z R Z with Z = a + b R + c R^2. All of these commute and are symmetric, which halves their products. In 16 bits the
-smallest values of R drown after a few steps, and can come out below zero and grow: so x is multiplied and R made afresh every second step.
+smallest values of R drown after a few steps, and can come out below zero and grow: so x is multiplied and R made afresh every second step. Of three
+steps in all none is made afresh: in fp16 that is off by 0.7 to 5 % over spectra that fall as 1 / root of k to 1 / k^3, four steps by 0.3 to 12 %.
 
 Legend: k matrices, r rows, c columns.
 """
@@ -41,7 +42,7 @@ LEAST = 1e-18  # a norm below this is that of a matrix of zeros, which stays one
 ABOVE = 1.01  # the bound of the largest value is taken so much higher, for what rounding adds
 SPREAD = 8.0  # norm of x: 16 bits hold x, R and its square, none of them is above 4,096 and few of their entries are below 1e-4
 FAR_FROM_SQUARE = 1.25  # from this ratio of the sides on, R is iterated instead of x: fewer operations
-AFRESH = 2  # steps of R
+AFRESH = 2  # steps of R; three where there are no more: values below 0.01 are left behind there, so that drowned ones do not grow
 
 
 def coefficients(step: int, steps: int = STEPS) -> tuple[float, float, float]:
@@ -60,7 +61,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
     del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
     scale = None
-    again = AFRESH if large >= FAR_FROM_SQUARE * small else 1
+    again = (steps if steps == len(OF_THREE) else AFRESH) if large >= FAR_FROM_SQUARE * small else 1
     for first in range(0, steps, again):
         gram = symmetric(x if wide else x.mT)  # the smaller of x x^T and x^T x
         if not first:

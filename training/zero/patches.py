@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from training.zero import norms
+from training.zero.views import assert_within
 
 EPS = 1e-6  # as DeepSpeed adds to the norm
 LINEAR = nn.functional.linear
@@ -272,8 +273,7 @@ def gather_behind(optimizer: Any, gather: Callable[[], None]) -> None:
     ended, copies = optimizer._post_step, optimizer.fp16_partitioned_groups_flat
     optimizer.persistent_parameters = []
     for flat, parts in zip(copies, optimizer.fp16_partitioned_groups):
-        begin, end = flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size()
-        assert all(begin <= part.data_ptr() < end or not part.numel() for part in parts), "parts do not lie in their group"
+        assert_within(flat, parts, "parts")
 
     def reassign(group: int) -> None:
         masters = optimizer.fp32_partitioned_groups_flat[group]
@@ -291,8 +291,7 @@ def keep_views(optimizer: Any) -> None:
     """Has a ZeRO-1/2 optimizer leave the parameters as they are after its step: they are views of the memory into which it gathers. DeepSpeed makes all of
     them anew, twice, while the device waits for the next pass."""
     for group, parameters in zip(optimizer.bit16_groups_flat, optimizer.bit16_groups):
-        begin, end = group.data_ptr(), group.data_ptr() + group.numel() * group.element_size()
-        assert all(begin <= p.data_ptr() < end or not p.numel() for p in parameters), "parameters do not lie in their group"
+        assert_within(group, parameters, "parameters")
     optimizer._update_model_bit16_weights = lambda group: None
 
 

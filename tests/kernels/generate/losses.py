@@ -34,8 +34,12 @@ def loss_of_rows(draw: Draw) -> Answers:
         logits[:1] = torch.where(other, -math.inf, logits[:1])
     g = [draw.randn(rows).to(draw.device) for _ in range(2)]
     counted = labels != -100
-    nll, log_z = cross_entropy.losses(logits, labels)
-    d = cross_entropy.gradient_(logits.clone(), labels, log_z, *g)
+    if draw.chance(0.5):
+        g = [torch.ones(rows, device=draw.device), torch.zeros(rows, device=draw.device)]
+        nll, log_z, d = cross_entropy.losses_and_gradient_(logits.clone(), labels)
+    else:
+        nll, log_z = cross_entropy.losses(logits, labels)
+        d = cross_entropy.gradient_(logits.clone(), labels, log_z, *g)
 
     def exact(kind: torch.dtype) -> list[Tensor]:
         leaf = logits[counted].to(kind).requires_grad_()
@@ -57,7 +61,7 @@ def loss_of_rows(draw: Draw) -> Answers:
 def loss_of_head(draw: Draw) -> Answers:
     """The head and its loss in pieces, with rows that do not count."""
     rows, D, V = draw.size(100, 700, small=(0, 1, 2, 5, 9)), draw.size(64, 200), draw.size(127, 8193, small=(2, 64, 65))
-    chunk, recompute = draw.choice([1, 3, 2048]), draw.chance(0.6)
+    chunk, recompute, summed = draw.choice([1, 3, 2048]), draw.chance(0.6), draw.chance(0.5)
     labels = labels_of(draw, rows, V)
     h = (draw.magnitude(-8, 2) * draw.randn(rows, D)).to(draw.device)
     h[labels == -100] = math.nan
@@ -65,13 +69,16 @@ def loss_of_head(draw: Draw) -> Answers:
     with torch.no_grad():
         head.weight.copy_(draw.randn(V, D))
     counted, g = labels != -100, [draw.randn(rows).to(draw.device) for _ in range(2)]
+    kept = summed and draw.chance(0.6)  # gradients of the sum alone: those that were made with the losses
+    scale = draw.choice([1.0, -0.37, 1e-6])
+
+    def weighted(nll: Tensor, log_z: Tensor, kind: torch.dtype) -> Tensor:
+        return nll.sum() * scale if kept else (nll * g[0].to(kind)).sum() + (log_z * g[1].to(kind)).sum()
 
     def run(f: Function, kind: torch.dtype) -> list[Tensor]:
         leaf, weight = h.detach().to(kind).requires_grad_(), head.weight.detach().to(kind).requires_grad_()
         nll, log_z = f(leaf, weight)
-        d_h, d_weight = torch.autograd.grad(
-            (nll * g[0].to(kind)).sum() + (log_z * g[1].to(kind)).sum(), (leaf, weight if f is exact else head.weight)
-        )
+        d_h, d_weight = torch.autograd.grad(weighted(nll, log_z, kind), (leaf, weight if f is exact else head.weight))
         return [nll.detach(), log_z.detach(), torch.where(counted[:, None], d_h, 0.0) if f is exact else d_h, d_weight]
 
     def exact(leaf: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,8 +87,8 @@ def loss_of_head(draw: Draw) -> Answers:
         nll = z - logits.gather(1, labels.clamp(min=0).long()[:, None])[:, 0]
         return torch.where(counted, nll, 0.0), torch.where(counted, z, 0.0)
 
-    computed = run(lambda leaf, _: head(leaf, labels, chunk=chunk, recompute=recompute), torch.float32)
+    computed = run(lambda leaf, _: head(leaf, labels, chunk=chunk, recompute=recompute, summed=summed), torch.float32)
     return compared(
         ("nll", "log z", "d h", "d weight"), computed, run(exact, torch.float64), run(exact, torch.float32),
-        f"rows {rows}, D {D}, V {V}, chunk {chunk}, recompute {recompute}", 2.0,
+        f"rows {rows}, D {D}, V {V}, chunk {chunk}, recompute {recompute}, summed {summed}, kept {kept}", 2.0,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from scripts.board import results, work
 from scripts.board.plan import Plan
 from tests.studies.board.made import run
+from training.errors import UserError
 
 
 @pytest.mark.parametrize("row", ["gdn_hybrid_paragru", "paragru_pass", "mamba2_muon"])
@@ -124,3 +126,43 @@ def test_a_pass_reads_every_window_once_and_equal_seeds_read_the_same(data: Path
     assert sorted(first) == list(range(0, learner.windows * 32, 32)) and first.max() + 33 <= cell.settings["span"]
     second = read[0][learner.windows :]
     assert set(second) <= set(first) and not np.array_equal(second, first[: len(second)])
+
+
+def test_compiling_takes_the_steps_and_readings_of_a_cell_and_leaves_nothing(
+    data: Path, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.board import compiling, measure
+    from scripts.board.learner import Learner
+
+    taken: list[tuple[int, int, int]] = []
+    read: list[dict[str, Any]] = []
+    advance, everything = Learner.advance, measure.everything
+
+    def steps(learner: Learner, until: int) -> Iterator[int]:
+        taken.append((learner.B, learner.T, until))
+        yield from advance(learner, until)
+
+    def reading(model: Any, shards: str, settings: dict[str, Any], full: bool) -> None:
+        read.append(everything(model, shards, settings, full))
+
+    monkeypatch.setattr(measure, "BEYOND", 16)
+    monkeypatch.setattr(Learner, "advance", steps)
+    monkeypatch.setattr(measure, "everything", reading)
+    before = sorted(tmp_path.rglob("*"))
+    assert compiling.compile_row("paragru", values) > 0
+    assert taken == [(8, 32, compiling.STEPS)] and sorted(tmp_path.rglob("*")) == before
+    assert set(read[0]) == {"held_out", "position", "repeated", "memory"} and not any("failed" in part for part in read[0].values())
+
+    class Failing:
+        exitcode = 1
+
+        def __init__(self, target: Any, args: tuple[str, dict[str, Any], int]) -> None:
+            assert target is compiling.compile_row and args[2] == ["paragru", "gdn"].index(args[0])
+
+        def start(self) -> None: ...
+
+        def join(self) -> None: ...
+
+    monkeypatch.setattr(compiling.multiprocessing, "get_context", lambda name: type("Context", (), {"Process": Failing}))
+    with pytest.raises(UserError, match="rows=paragru"):
+        compiling.compile_all(values | {"rows": ["paragru", "gdn"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,33 @@ def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data
     assert rates_after(lambda cell: abs(math.log(cell.settings["lr"] / rates[2]))) == pytest.approx([*rates, 4 * rates[2]])
     assert rates_after(lambda cell: math.inf if cell.settings["lr"] > 1e-3 else 3 - cell.settings["lr"])[0] == pytest.approx(rates[0] / 16)
     assert len(rates_after(lambda cell: cell.settings["lr"])) == MOST_RATES
+
+
+def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_for_the_others(data: Path) -> None:
+    plan, known = Plan("tiny", str(data), ["gdn", "paragru"]), dict[str, Result]()
+    for best, stage, rate in ((8e-3, plan.stage0, plan.rate0), (2e-3, plan.stage1, plan.rate1)):
+        while rate("gdn", known) is None:
+            assert plan.rate("gdn", known) is None and {cell.row for cell in plan.cells(known, ["grid"])} == {"gdn", "paragru"}
+            known |= results_of(stage("gdn", known)[0], partial(_distance, best))
+    assert plan.rate("gdn", known) == pytest.approx(2e-3) and plan.rate("paragru", known) is None
+    assert {cell.row for cell in plan.cells(known, ["grid"])} == {"paragru"}
+    only = Plan("tiny", str(data), ["gdn", "paragru"], rates_only=True)
+    assert {(c.row, c.stage, c.settings["seed"]) for c in only.cells(known, ["stage0", "stage1", "pass"])} == {
+        *(("gdn", stage, 0) for stage in ("stage0", "stage1")),
+        ("paragru", "stage0", 0),
+        *(("gdn", "pass", seed) for seed in range(3)),
+    }
+    assert len(plan.cells(known, ["stage1"])) == len(only.cells(known, ["stage1"])) + 2
+    assert [cell.name for cell in plan.cells(known, ["pass"])] == [f"pass.gdn@tiny.0.002.{seed}" for seed in range(3)]
+    known |= results_of(plan.grid("paragru", known), partial(_distance, 8e-3))
+    cells = plan.cells(known, ["pass"])
+    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.rate("paragru", known) == 8e-3
+    known |= results_of(cells[:1], lambda cell: math.inf)  # a pass that diverged is run again at half the rate, wherever that came from
+    assert plan.rate("gdn", known) == pytest.approx(1e-3)
+
+
+def _distance(best: float, cell: Cell) -> float:
+    return abs(math.log(cell.settings["lr"] / best))
 
 
 def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: Path) -> None:
