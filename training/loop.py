@@ -77,7 +77,8 @@ class Run:
         start_up: StartUp | None = None,
     ) -> None:
         self.config, self.engine, self.world, self.shards = config, engine, engine.world, shards
-        self.reader, self.documents, self.stop, self.life, self.cursor = reader, documents, stop, life, start.cursor
+        self.reader, self.documents, self.stop, self.life = reader, documents, stop, life
+        self.cursor, self.begun = start.cursor, start.folder
         self.total, self.saved, self.run_dir = config.total_steps, start.cursor.step, Path(config.run_dir)
         self.metrics = self._metrics(engine.module, start)
         self.ranks = RankWatch(self.world, config.train.log_every)
@@ -118,6 +119,7 @@ class Run:
             minutes=config.deepspeed.timeout_minutes,
             saved=self.step,
             alive=self.beat,
+            begun=self.begun,
         )
         with contextlib.ExitStack() as opened:
             self.saver = opened.enter_context(saver)

@@ -18,9 +18,9 @@ class Alone(World):
         self.rank, self.size, self.device = 0, 1, torch.device("cpu")
 
 
-def saver_of(run: Path, start: int = 0, **settings: Any) -> tuple[Saver, list[str]]:
+def saver_of(run: Path, start: int = 0, begun: Path | None = None, **settings: Any) -> tuple[Saver, list[str]]:
     """A Saver over one parameter of five numbers whose checkpoints are all it does."""
     parameter = torch.nn.Parameter(torch.arange(5.0))
     engine: Any = SimpleNamespace(world=Alone(), stage=0, parameters={"w": parameter}, matrices={}, optimizer_steps=lambda: 0)
     said: list[str] = []
-    return Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append, saved=start), said
+    return Saver(run, engine, CheckpointSection(**settings), {"config.json": "{}"}, said.append, saved=start, begun=begun), said

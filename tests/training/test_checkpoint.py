@@ -251,6 +251,39 @@ def test_a_damaged_checkpoint_does_not_push_out_what_comes_after_it(tmp_path: Pa
     assert checkpoint.newest(tmp_path) == checkpoint.folder_of(tmp_path, 3)
 
 
+def tear(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-3])
+
+
+def alter(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+
+
+@pytest.mark.parametrize(("damage", "again", "keep"), [(tear, False, 2), (alter, True, 2), (alter, False, 3), (tear, True, 1)])
+def test_only_whole_checkpoints_take_a_place(tmp_path: Path, damage: Any, again: bool, keep: int) -> None:
+    """again: damaged before the run goes on, by another process than the one that wrote it; else under the hands of the one that did."""
+    saver, said = saver_of(tmp_path, keep=9, background=False)
+    for step in range(1, 6):
+        saver.save({"step": step})
+    for step in (3, 5):
+        damage(checkpoint.folder_of(tmp_path, step))
+    saver.settings.keep = keep
+    if again:
+        saver.__exit__(None)
+        saver, said = saver_of(tmp_path, start=4, keep=keep, background=False, begun=checkpoint.folder_of(tmp_path, 4))
+    with saver:
+        saver.save({"step": 6})
+        assert steps(tmp_path) == {1: [6], 2: [4, 5, 6], 3: [2, 3, 4, 5, 6]}[keep]
+        assert sum("takes none of the places of checkpoint.keep" in line for line in said) == {1: 0, 2: 1, 3: 2}[keep]
+        for step in range(7, 7 + keep):
+            saver.save({"step": step})
+    assert steps(tmp_path) == list(range(7, 7 + keep)), "damaged ones go with those that are older"
+
+
 def test_a_run_that_drops_checkpoints_is_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saver, _ = saver_of(tmp_path, keep=1, background=False)
     verify, warned = checkpoint.verify, list[str]()

@@ -31,6 +31,7 @@ from training.config.schema import CheckpointSection
 from training.engine import Engine
 from training.errors import UserError
 from training.saving.hook import Hook
+from training.saving.kept import Kept
 from training.zero.local_state import elements_to_write, to_write
 
 POLL = 0.02  # seconds between looks at what other ranks have written
@@ -86,10 +87,11 @@ class Saver:
         minutes: float = 30.0,
         saved: int = 0,
         alive: Callable[[int], Any] = lambda saved: None,
+        begun: Path | None = None,
     ) -> None:
         """say: where lines for people go; documents: text files that every checkpoint gets, by name; minutes: how long rank 0 waits for the others' parts; saved: the
         step of the checkpoint that the run started from; alive: called with the step of the newest checkpoint, now and then while the end of the run
-        waits for the hook."""
+        waits for the hook; begun: the checkpoint that the run started from, verified."""
         self.run_dir, self.engine, self.world, self.settings, self.documents = run_dir, engine, engine.world, settings, documents
         self.say, self.minutes, self.saved, self.alive = say, minutes, saved, alive
         self.token = f"{int(self.world.sum([float(secrets.randbits(40)) if self.world.main else 0.0])[0]):x}"
@@ -103,7 +105,11 @@ class Saver:
         self.problem = ""
         self.writing = -1  # the step that is being written
         self.numbers: list[dict[str, Any]] = []
+        self.kept = Kept(run_dir, say)
         if self.world.main:
+            if begun is not None:
+                with contextlib.suppress(OSError):
+                    self.kept.note_whole(begun)
             for left in (run_dir / "checkpoints").glob(".tmp-*"):  # of runs that died
                 shutil.rmtree(left, ignore_errors=True)
             if self.hook is not None:
@@ -263,14 +269,16 @@ class Saver:
         _sync(folder / MARKER)
         _sync(folder)
         final = folder_of(self.run_dir, step)
-        if final.exists():  # of another branch of the run, or damaged
-            _drop(final)
+        gone = _set_aside(final) if final.exists() else None  # of another branch of the run, or damaged
         os.replace(folder, final)
+        if gone is not None:
+            shutil.rmtree(gone, ignore_errors=True)
         times["save_seconds"] = time.perf_counter() - times.pop("started")
         self.numbers.append({"saved_step": step, **times, "save_bytes": sum(entry["bytes"] for entry in files.values())})
         if self.hook is not None:
             self.hook.add(final)
         try:
+            self.kept.note_whole(final)
             _sync(final.parent)
             self._drop_old()
         except OSError as error:
@@ -288,9 +296,9 @@ class Saver:
         return json.loads(path.read_text())
 
     def _drop_old(self) -> None:
-        for folder in checkpoints(self.run_dir)[: -self.settings.keep]:
+        for folder in self.kept.too_old(self.settings.keep):
             if step_of(folder) not in self.settings.milestones and not (self.hook is not None and self.hook.needs(folder)):
-                _drop(folder)
+                shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
     def __enter__(self) -> Saver:
         return self
@@ -309,11 +317,11 @@ class Saver:
             self.memory.release()
 
 
-def _drop(folder: Path) -> None:
-    """Removes a checkpoint, renamed first: an interrupted removal leaves what nobody takes for one and the next run removes. Raises OSError."""
+def _set_aside(folder: Path) -> Path:
+    """A checkpoint that is to go, renamed first: an interrupted removal leaves what nobody takes for one and the next run removes. Raises OSError."""
     gone = folder.with_name(f".tmp-dropped-{folder.name}-{secrets.token_hex(4)}")
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    return gone
 
 
 def _part(rank: int) -> str:
