@@ -53,10 +53,13 @@ class SkippableAdamW(torch.optim.AdamW):
             if closure is not None or not self._kernels_take():
                 return super().step(closure)
             ready = [self._lists_of(group) for group in self.param_groups]
-        taken = 1 if self.grad_scale is None else (self.grad_scale < math.inf).to(torch.float32)
+        taken = None if self.grad_scale is None else (self.grad_scale < math.inf).to(torch.float32)
         for lists, group in zip(ready, self.param_groups):
+            if lists.weights and taken is None:
+                torch._foreach_add_(lists.steps, 1)
+            elif lists.weights and taken is not None:  # a number for each: one tensor for all of them would be read by the host
+                torch._foreach_add_(lists.steps, [taken] * len(lists.steps))
             if lists.weights:
-                torch._foreach_add_(lists.steps, taken)
                 adamw(
                     lists,
                     lr=group["lr"],
