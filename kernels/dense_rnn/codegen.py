@@ -10,8 +10,9 @@ from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.products import trace_dense
 
 
-def source(cell: Cell, short: str, maths: str) -> str:
-    """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. Raises NotLowered."""
+def source(cell: Cell, short: str, maths: str, halves: bool = False) -> str:
+    """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. halves: products are not rounded to
+    16 bits, nor is the tangent of bf16's accuracy. Raises NotLowered."""
     dense = trace_dense(cell)
     w = forward.Writer(dense)
     forward.walk(w)
@@ -21,7 +22,7 @@ def source(cell: Cell, short: str, maths: str) -> str:
         chain_source.certify(w, back)
     backward_source.walk_back(w)
     backward_source.finish_back(w)
-    made = "\n\n".join(forward.parts(dense, short == "bfloat16", small=True))
+    made = "\n\n".join(forward.parts(dense, short == "bfloat16" and not halves, small=True))
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )

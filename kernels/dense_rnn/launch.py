@@ -40,9 +40,9 @@ _stats: dict[torch.device, Tensor] = {}
 
 
 @functools.cache
-def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
+def kernels(cell: Cell, maths: str, short: str, halves: bool = False) -> ModuleType:
     """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths))
+    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths, halves))
 
 
 @functools.cache
@@ -167,7 +167,7 @@ class Problem(Solve):
         self.plan = plan
         short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
         portable = interpreted() or torch.version.hip is not None
-        self.module = kernels(cell, "portable" if portable else "ptx", short)
+        self.module = kernels(cell, "portable" if portable else "ptx", short, halves)
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,

@@ -105,16 +105,18 @@ class Dense:
     def begun(self) -> dict[int, tuple[str, Node]]:
         """Products that enter as a + p alone, with one sum a of an input and weights, so that they may begin from it: (a as text, the node a + p)."""
         entries = [entry for row in self.jacobian for entry in row]
-        nodes = order([*self.operands, *self.new, *entries, *self.d_product, *self.d_pre, *self.d_rec, *self.d_state])
+        results = [*self.operands, *self.new, *entries, *self.d_product, *self.d_pre, *self.d_rec, *self.d_state]
+        nodes = order(results)
         found = dict[int, tuple[str, Node]]()
         for i in range(len(self.products)):
             users = [node for node in nodes if any(is_leaf(a, f"p{i}") for a in node.arguments)]
-            if len(users) != 1 or users[0].op != "add":
+            if len(users) != 1 or users[0].op != "add" or any(is_leaf(result, f"p{i}") for result in results):
                 continue
             a, b = users[0].arguments
             rest = order([a if is_leaf(b, f"p{i}") else b])
             leaves = [node.arguments[0] for node in rest if node.op == "var"]
-            if all(node.op in ("var", "add") for node in rest) and {leaf[0] for leaf in leaves} in ({"x"}, {"x", "w"}):
+            is_sum = all(node.op in ("var", "add") for node in rest) and len(rest) == 2 * len(leaves) - 1  # which has each of them once
+            if is_sum and {leaf[0] for leaf in leaves} in ({"x"}, {"x", "w"}):
                 found[i] = " + ".join(sorted(leaves, key=lambda leaf: leaf[0] != "x")), users[0]
         return found
 

@@ -22,10 +22,20 @@ def shared_matrix(x: Pre, y: Pre, R: Mat, a: Rec, m: State, h: State) -> tuple[S
     return m, torch.tanh(x + R @ h) * torch.sigmoid(m)
 
 
+def raw_products(x: Pre, R: Mat, Q: Mat, m: State, h: State) -> tuple[State, State]:
+    """Products that are also used as they are: as a new state and as another product's operand."""
+    p = R @ h
+    return p, torch.tanh(x + p + 0.1 * m) + 0.5 * torch.tanh(Q @ p)
+
+
+def repeated_input(x: Pre, R: Mat, h: State) -> tuple[State]:
+    return (torch.tanh(x + x + R @ h),)
+
+
 def known_cells() -> dict[str, Cell]:
     return {
         **{name: load_cell(name) for name in available() if load_cell(name).mat},
-        "shared_matrix": Cell.from_step(shared_matrix, "shared_matrix"),
+        **{step.__name__: Cell.from_step(step, step.__name__) for step in (shared_matrix, raw_products, repeated_input)},
     }
 
 

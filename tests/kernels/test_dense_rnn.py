@@ -26,7 +26,9 @@ def sliced(cell: Cell, tensors: list[Any], starts: Any, d_emitted: Any, d_final:
     return [states[:, :, -1], states[:, -1], *reference.backward(cell, *tensors, starts, states, d_states, d_final, slices, burn_in)]
 
 
-@pytest.mark.parametrize("name", ["dense_lstm", "dense_gru", "dense_gru_before", "dense_elman", "slstm", "shared_matrix"])
+@pytest.mark.parametrize(
+    "name", ["dense_lstm", "dense_gru", "dense_gru_before", "dense_elman", "slstm", "shared_matrix", "raw_products", "repeated_input"]
+)
 @pytest.mark.parametrize(("T", "slices", "burn_in", "starts"), [(60, 5, 8, 0.0), (61, 4, 15, 0.04), (20, 1, 0, 0.1), (40, 3, 30, 0.02)])
 def test_slices_equal_the_loop(name: str, T: int, slices: int, burn_in: int, starts: float) -> None:
     cell, tensors, new = problem(name, 2, T, 2, 8, starts=starts)

@@ -18,6 +18,17 @@ def test_every_kernel_in_the_interpreter() -> None:
     assert run("interpreted_dense_rnn.py") == "ok"
 
 
+def test_the_near_tangent_is_for_solves_that_round_to_bf16() -> None:
+    from kernels.dense_rnn import codegen
+    from models.cells import load_cell
+
+    def is_near(*of: object) -> bool:
+        return "= _near_tanh(" in codegen.source(load_cell("dense_lstm"), *of)  # type: ignore[arg-type]
+
+    assert is_near("bfloat16", "ptx") and not is_near("bfloat16", "ptx", True)
+    assert not is_near("float16", "ptx") and not is_near("", "ptx")
+
+
 @pytest.mark.slow
 def test_large_heads_in_the_interpreter() -> None:
     assert run("interpreted_large_rnn.py") == "ok"
