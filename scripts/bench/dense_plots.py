@@ -3,7 +3,7 @@
 python -m scripts.bench.dense_sets --plot docs/results/dense_rnn
 
 From sets.json time.png (time against T: the solve, the walk in order, cuDNN, and FlashRNN from flashrnn.json); from difficulty.json, or else sets.json, corrections.png (against the
-memory of the forget gates and the gain of the matrices); from init.json, or else from the trainings of sets.json, training.png (corrections and loss over training).
+memory of the forget gates and the gain of the matrices); from the trainings of sets.json training.png, and from init.json, or else init_cpu.json, initialisation.png (corrections and loss over training).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def difficulty(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
     write_bytes(folder / "corrections.png", png(plt, figure))
 
 
-def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     for name, steps in runs.items():
         at = [row["step"] for row in steps]
@@ -62,22 +62,23 @@ def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], folder: Path)
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    write_bytes(folder / "training.png", png(plt, figure))
+    write_bytes(path, png(plt, figure))
 
 
 def draw(folder: Path) -> None:
     plt = pyplot()
     if plt is None:
         sys.exit("Plots need matplotlib: pip install matplotlib.")
-    names = ("sets.json", "init.json", "difficulty.json", "flashrnn.json")
+    names = ("sets.json", "init.json", "init_cpu.json", "difficulty.json", "flashrnn.json")
     if not any((folder / name).exists() for name in names):
         sys.exit(f"{folder} has none of {', '.join(names)}; measure first, or name another folder.")
-    sets, init, hard, peers = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
+    sets, init, small, hard, peers = (json.loads(path.read_text()) if (path := folder / name).exists() else {} for name in names)
     if "over T" in sets:
         time_against_length(plt, sets["over T"], [r for r in peers.get("flashrnn", []) if r["backend"] == "triton_fused"], folder)
     if "difficulty" in hard or "difficulty" in sets:
         difficulty(plt, (hard or sets)["difficulty"], folder)
-    runs = {f"{run['kind']}, seed {run['seed']}": run["steps"] for run in init.get("runs", []) if run.get("steps")}
-    runs = runs or {name: steps for name, steps in sets.get("training", {}).items() if isinstance(steps, list) and steps}
-    if runs:
-        over_training(plt, runs, folder)
+    trained = {name: steps for name, steps in sets.get("training", {}).items() if isinstance(steps, list) and steps}
+    begun = {f"{run['kind']}, seed {run['seed']}": run["steps"] for run in (init or small).get("runs", []) if run.get("steps")}
+    for name, runs in (("training.png", trained), ("initialisation.png", begun)):
+        if runs:
+            over_training(plt, runs, folder / name)
