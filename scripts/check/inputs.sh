@@ -230,6 +230,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 6 host file, empty | 2 | names no machine | LAUNCHER=torchrun NODE_RANK=0 MASTER_ADDR=127.0.0.1 scripts/train_multinode.sh $T/empty a=b
 6 host file, a machine twice | 2 | twice | scripts/train_multinode.sh $T/twice a=b
 6 host file, none | 2 | no host file | scripts/train_multinode.sh $T/nosuch a=b
+6 a shell that allows few files | 2 | open 20 files at once | ulimit -n 20 && $TRAIN run_dir=$T/few
+6 a shell that allows few files, text | 2 | open 20 files at once | ulimit -n 20 && python -m scripts.generate checkpoint=$T/run prompt=a
 6 help of a script | 0 | HOSTFILE | scripts/train_multinode.sh --help
 6 export without arguments | 2 | CHECKPOINT OUT | NO_SETUP=1 scripts/export_hub.sh
 
