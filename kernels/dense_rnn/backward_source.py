@@ -1,7 +1,7 @@
 """The kernels of the adjoint, as kernels/dense_rnn/source.py writes them: each slice walked backwards, with the matrices transposed.
 
-The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. What needs no cotangent is made a step
-ahead, while that product is made (AHEAD), where registers hold it. A step starts from the emitted state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
+The states are known, so that of a step only R^T times the products' cotangents waits for the step after it. A step starts from the emitted
+state before it. Its products are taken again, or, where R and R^T are too much for a multiprocessor, read from PROD (KNOWN). The gradient of the matrices is one batched product afterwards, of
 the operands and D_PROD, the products' cotangents head by head (APART), or of D_PRE where these are the same. BEGINS are the adjoints
 that enter slices at their right end, ENDS those that leave at the left; a{i} is the adjoint carried.
 """
@@ -12,7 +12,7 @@ from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joi
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, H0_EMITTED, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
-FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr, AHEAD: tl.constexpr"
+FLAGS = "WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, KNOWN: tl.constexpr, APART: tl.constexpr"
 
 
 def early(w: Writer) -> bool:
@@ -20,15 +20,15 @@ def early(w: Writer) -> bool:
     return len(w.dense.levels) == 1 and sorted(w.as_inputs) == list(w.X)
 
 
-def _store_inputs(w: Writer, indent: int, values: list[str], t: str = "t") -> None:
-    w.put(indent, f"to = D_PRE + (b * db + {t}.to(tl.int64) * dt)[:, None] + columns_out")
+def _store_inputs(w: Writer, indent: int, values: list[str]) -> None:
+    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
     w.store_all(indent, "to", "dp", [f"{value}.to(D_PRE.dtype.element_ty)" for value in values])
 
 
 def _cotangents(w: Writer, indent: int, store: bool) -> None:
     """Cotangents of products and operands, from the last level on. store: and gradients of inputs, where these are the same."""
     dense = w.dense
-    given, states = w.known_before("k"), [f"g{i}" for i in w.S]
+    given, states = w.known_before(), [f"g{i}" for i in w.S]
     for l in reversed(range(len(dense.levels))):
         later = {i for level in dense.levels[l + 1 :] for i in level}
         q = [f"q{i}" if i in later else "g0" for i in range(len(dense.operands))]
@@ -61,15 +61,9 @@ def _cotangents(w: Writer, indent: int, store: bool) -> None:
             w.put(indent, "if SCALED:", f"    q{operand} = q{operand} / size")
 
 
-def _in_order(value: str) -> str:
-    """A value and a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in, nor
-    brought from one into another in every step."""
-    return f"tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc={value}, input_precision=PRECISION)"
-
-
 def _known(w: Writer, indent: int, products: bool) -> None:
-    """What step t of each row takes from inputs and states alone, ahead of the step itself: k{i} of `known_values`, and
-    in products of Jacobians its factor. Inputs are on their way steps ahead, resets one step ahead."""
+    """What step t of each row takes from inputs and states alone: y{i} of `known_values`, and in products of Jacobians its factor. Inputs are on their
+    way steps ahead, resets one step ahead."""
     n_kept, entries = len(w.S) - 1, [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
@@ -86,11 +80,12 @@ def _known(w: Writer, indent: int, products: bool) -> None:
     w.put(indent, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
     w.put(indent + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
     starts = {i: f" + ({start})" for i, start in w.begins.items()}
-    w.put(indent + 1, *(f"p{i} = {_in_order(f'p{i}' + starts.get(i, ''))}" for i in w.Q))
+    # and a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in
+    nothing = "tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc="
+    w.put(indent + 1, *(f"p{i} = {nothing}p{i}{starts.get(i, '')}, input_precision=PRECISION)" for i in w.Q))
     w.put(indent, "else:")
     w.dots(indent + 1)
-    w.put(indent, f"{', '.join(f'k{i}' for i in range(w.known))} = known_values({w.given()})")
-    w.put(indent, *(f"k{i} = {_in_order(f'k{i}')}" for i in w.loose))
+    w.put(indent, f"{', '.join(f'y{i}' for i in range(w.known))} = known_values({w.given()})")
     if entries and products:  # of states that are known, so that no correction changes them
         w.put(indent, "if FIRST:", f"    {', '.join(entries)} = jacobian({w.given()})")
         w.put(indent + 1, "if HAS_RESET:", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
@@ -102,29 +97,22 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, pie
     until the adjoints are those of before where it is a later one."""
     w.put(indent, f"t = {first}", "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= low) & (t < T), other=0)")
     if not pieces:
-        w.put(indent, "if AHEAD:")
-        _known(w, indent + 1, False)
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
         _step_back(w, indent + 1, store)
         return
-    w.put(indent, "if FIRST or not JOINS:", "    if AHEAD:")
-    _known(w, indent + 2, True)
-    w.put(indent + 1, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
+    w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
     _step_back(w, indent + 2, store, products=True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
     for i in w.S:
         w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"a{i}", "here[:, None] & inside")
-    w.put(indent, "else:", "    from_ = t", "    if AHEAD:")
-    _known(w, indent + 2, False)
+    w.put(indent, "else:", "    from_ = t")
     by_pieces(w, indent + 1, count, lambda deep: _step_back(w, deep, store, in_pieces=True), "a")
 
 
 def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pieces: bool = False) -> None:
-    """A step. AHEAD: what is known of it is there, and is made of the next one while the cotangents wait for the matrices."""
     n_kept = len(w.S) - 1
-    w.put(deep, "t = from_ - (m * LOOK + step_)" if in_pieces else "", "if not AHEAD:")
-    _known(w, deep + 1, products)
-    w.put(deep, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
+    w.put(deep, "t = from_ - (m * LOOK + step_)" if in_pieces else "")
+    _known(w, deep, products)
     w.put(deep, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     w.put(deep, *(f"g{i} = a{i}" for i in range(n_kept)), "if WITH_KEPT:" if n_kept else "")
     for i in range(n_kept):
@@ -132,28 +120,25 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
     _cotangents(w, deep, store and early(w))
     cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(len(w.dense.operands))])
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
-    w.put(deep, "now, at_now, t_now = go, at, t", "if HAS_RESET:", "    r_now = r")
-    w.put(deep, *(f"l{i} = k{i}" for i in range(w.known)), "t = t - 1", "if AHEAD:")
-    _known(w, deep + 1, products)
-    w.put(deep, f"{', '.join(results)} = gradients({w.known_before('l')}, {cotangents})")
+    w.put(deep, f"{', '.join(results)} = gradients({w.known_before()}, {cotangents})")
     if store:
-        w.put(deep, "both = now & inside", "close = now & (t_now < low + NEAR)[:, None]")
+        w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
-        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r_now & now, 0.0, A{i})" for i in w.S))
+        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         if in_pieces:
             w.put(
                 deep,
-                "close = now & (step_ >= steps - NEAR)",
+                "close = go & (step_ >= steps - NEAR)",
                 *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S),
             )
-            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r_now & now, 0.0, C{i})" for i in w.S))
+            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
         if not early(w):
-            _store_inputs(w, deep, [f"dx{i}" for i in w.X], "t_now")
-        w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at_now) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+            _store_inputs(w, deep, [f"dx{i}" for i in w.X])
+        w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
         w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
-        w.put(deep, *(f"W{i} += tl.where(now, dw{i}, 0.0)" for i in w.summed))
-    w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r_now, 0.0, dh{i})" for i in w.S))
-    w.put(deep, *(f"a{i} = tl.where(now, dh{i}, a{i})" for i in w.S))
+        w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
+    w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
+    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "" if in_pieces else "t -= 1")
 
 
 def _ready(w: Writer) -> None:

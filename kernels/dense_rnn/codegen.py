@@ -21,7 +21,7 @@ def source(cell: Cell, short: str, maths: str) -> str:
         chain_source.certify(w, back)
     backward_source.walk_back(w)
     backward_source.finish_back(w)
-    made = "\n\n".join(forward.parts(dense, short == "bfloat16", ahead=True))
+    made = "\n\n".join(forward.parts(dense, short == "bfloat16", small=True))
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )

@@ -16,8 +16,8 @@ def source(cell: Cell, short: str, maths: str) -> str:
     large_source.walk(w)
     large_backward_source.walk_back(w)
     for back in (False, True):
-        chain_source.correct(w, back, at_once=False)
-        chain_source.certify(w, back, joins=False, at_once=False)
+        chain_source.correct(w, back)
+        chain_source.certify(w, back, joins=False)
     made = "\n\n".join(narrow.parts(dense))
     header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_codegen.py."""\n'
     header += "import triton\nimport triton.language as tl\n"

@@ -35,7 +35,6 @@ SHORTEST = 32  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
-AHEAD = True  # of the adjoint in 16 bits: what needs no cotangent is made a step ahead, of heads whose matrices have room twice
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -352,8 +351,7 @@ def backward_with_border(
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, to.batch, to.time,
         to.projection, to.se,
     )  # fmt: skip
-    ahead = AHEAD and by_kernel  # in wide heads not in the first walk, whose products of Jacobians take the registers
-    flags, again = ((with_kept, pre.dtype == torch.float16, known, apart, a) for a in (ahead and not known, ahead))
+    flags = (with_kept, pre.dtype == torch.float16, known, apart)
     measures = (begins, ends, products, nearby)
     (marks, near, limit), (*how, _) = p.joins(todo, not written.summed)  # sums over slices are of whole ones
     joins = (marks, near, limit, plan.burn_in)
@@ -362,7 +360,7 @@ def backward_with_border(
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(p.rounds):
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
-            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *again, *p.sizes, **p.after)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.after)
         p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_after)
         p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
     else:

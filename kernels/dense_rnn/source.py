@@ -24,7 +24,6 @@ import re
 from collections.abc import Callable
 
 from kernels.parallel_rnn.expressions import function
-from kernels.parallel_rnn.graph import order
 from kernels.parallel_rnn.products import Dense, apart
 
 SIZES = "T, SLICE, n, B, sb, st, sp, se, K: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, NEAR: tl.constexpr"
@@ -60,9 +59,7 @@ class Writer:
         cell = dense.cell
         self.dense, self.lines = dense, list[str]()
         self.begins = {i: start for i, (start, _) in dense.begun.items()}
-        known = apart(dense).known
-        self.known = len(known)
-        self.loose = [i for i, node in enumerate(known) if not any(n.op == "var" and n.arguments[0][0] == "p" for n in order([node]))]
+        self.known = len(apart(dense).known)
         self.X, self.W, self.S, self.G = (range(len(a)) for a in (cell.pre, cell.rec, cell.state, cell.mat))
         self.Q = range(len(dense.products))
         carried = set(dense.carried)
@@ -83,9 +80,9 @@ class Writer:
         values = [f"{prefix}x{i}" for i in self.X] + [f"w{i}" for i in self.W] + [f"{prefix}h{i}" for i in self.S]
         return ", ".join(values + [f"{prefix}p{i}" for i in self.Q])
 
-    def known_before(self, prefix: str) -> str:
+    def known_before(self) -> str:
         """What the adjoint's functions take besides cotangents: values of a step that are known before these, and weights."""
-        return ", ".join([f"{prefix}{i}" for i in range(self.known)] + [f"w{i}" for i in self.W])
+        return ", ".join([f"y{i}" for i in range(self.known)] + [f"w{i}" for i in self.W])
 
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
@@ -148,11 +145,11 @@ class Writer:
         self.put(indent, f"tl.store({target} + (({where}) * {of} + {i})[:, None] * D + d, {value}, mask={mask})")
 
 
-def parts(dense: Dense, near: bool = False, ahead: bool = False) -> list[str]:
-    """The step's functions between products. near: new states are rounded so coarsely that a tangent may be near to it. ahead: products begin from what
-    they are added to, and the adjoint's functions take what `known_values` makes of inputs and states before cotangents are there."""
+def parts(dense: Dense, near: bool = False, small: bool = False) -> list[str]:
+    """The step's functions between products. near: new states are rounded so coarsely that a tangent may be near to it. small: of small heads, whose
+    products begin from what they are added to; their adjoint's functions take what `known_values` makes of inputs and states."""
     tracked, arguments, cotangents = Writer(dense).tracked, dense.arguments, dense.cotangents
-    begun = {node: f"p{i}" for i, (_, node) in dense.begun.items()} if ahead else {}
+    begun = {node: f"p{i}" for i, (_, node) in dense.begun.items()} if small else {}
     written = functools.partial(function, like="h0", given=begun)
     entries = [dense.jacobian[i][j] for i, j in tracked]
     made = [written(f"operands{l}", arguments, [dense.operands[i] for i in level]) for l, level in enumerate(dense.levels)]
@@ -160,17 +157,11 @@ def parts(dense: Dense, near: bool = False, ahead: bool = False) -> list[str]:
     made.append(re.sub(r"\b_tanh\(", "_near_tanh(", step) if near else step)
     made += [written("jacobian", arguments, entries)] if entries else []
     d_product, rest = dense.d_product, (*dense.d_pre, *dense.d_rec, *dense.d_state)
-    if ahead:
+    if small:
         known, d_product, rest = apart(dense)
-        # a truth is carried to the next step as a number, which lies as the others do
-        made.append(
-            written("known_values", arguments, [node.graph.make("where", node, 1.0, 0.0) if node.boolean else node for node in known])
-        )
-        names = {node: f"(k{i} != 0.0)" if node.boolean else f"k{i}" for i, node in enumerate(known)}
-        written, arguments = (
-            functools.partial(function, like="g0", given=names),
-            [*(f"k{i}" for i in range(len(known))), *(a for a in arguments if a[0] == "w")],
-        )
+        made.append(written("known_values", arguments, known))
+        names = {node: f"y{i}" for i, node in enumerate(known)}
+        written, arguments = functools.partial(function, like="g0", given=names), [*names.values(), *(a for a in arguments if a[0] == "w")]
     for l in range(len(dense.levels)):
         made.append(written(f"d_products{l}", [*arguments, *cotangents], [d_product[i] for i in dense.of_level(l)]))
     made.append(written("gradients", [*arguments, *cotangents], rest))

@@ -3,7 +3,6 @@ when Triton is imported. `python -m tests.kernels.interpreted_dense_rnn`"""
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import chain_source, launch, marks, op, ranks, reference, source  # noqa: E402
+from kernels.dense_rnn import launch, marks, op, ranks, reference, source  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -136,24 +135,6 @@ def joined_again() -> None:
     launch.last_report()
 
 
-def many_slices() -> None:
-    """Corrections that look at many slices together move those that they move one after the other, bit for bit."""
-    cell, tensors, _ = problem("slstm", 1, 54, 1, 16)
-    given, d_emitted = [t.half() if i in (0, 2) else t.float() for i, t in enumerate(tensors)], cotangents(tensors)[0].half()
-    before, found, told = (chain_source.MANY, launch.CORRECTIONS), list[list[torch.Tensor]](), list[dict[str, float]]()
-    for chain_source.MANY, launch.CORRECTIONS in itertools.product((before[0], 4), (before[1], {2: 0})):  # 0: with one, as slices are many
-        launch.kernels.cache_clear()
-        plan = Plan.of(given[0], 16, 18, 0)
-        emitted, kept, final = launch.forward(cell, *(*given, None, plan))
-        gradients = launch.backward(cell, *(*given, None, emitted, kept, d_emitted, None, torch.zeros_like(final), plan))
-        found.append([emitted, kept, final, *gradients])
-        told.append(launch.last_report())
-    chain_source.MANY, launch.CORRECTIONS = before
-    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(found[i], found[i + 2])) and told[:2] == told[2:], told
-    assert told[0]["corrections"] > 1 and told[0]["walked"] == 0 < told[1]["walked"], told
-    launch.kernels.cache_clear()
-
-
 def walked() -> None:
     check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
@@ -202,7 +183,6 @@ def main() -> None:
     halves()
     halves_through_the_op()
     walked()
-    many_slices()
     through_the_op()
     print("ok")
 

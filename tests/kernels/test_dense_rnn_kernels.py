@@ -50,7 +50,7 @@ def test_every_kernel_compiles_with_tensor_cores_and_hardly_spills() -> None:
     for kernels in (kernels for name, kernels in found.items() if name != "of matrices"):
         assert all(kernels[name]["products"] > 0 for name in ("walk", "finish", "walk_back", "finish_back")), kernels
         assert all(use["wgmma"] == 0 for use in kernels.values()), kernels  # which ptxas 12.8 assembles wrongly in blocks of 16 and 32
-        assert all(use.get("spilled", 0) <= 96 and use["shared"] <= 227 << 10 for use in kernels.values()), kernels
+        assert all(use.get("spilled", 0) <= 64 and use["shared"] <= 227 << 10 for use in kernels.values()), kernels
     if triton.__version__ == golden["triton"]:
         words = " ".join(map(str, golden["arguments"]))
         assert found == golden["cells"], f"If the change is wanted: python -m tests.kernels.compiled_dense_rnn {words} --golden"

@@ -77,7 +77,7 @@ def test_slices_that_join_what_was_before(name: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("name", ["dense_lstm", "slstm"])
-def test_so_many_slices_that_they_are_looked_at_together(name: str) -> None:
+def test_many_slices(name: str) -> None:
     check(name, 64, torch.bfloat16, 60, T=1980, burn_in=0)
 
 

@@ -76,7 +76,7 @@ class Steps:
     def news(self) -> list[str]:
         return []
 
-    def step(self, batches: Any, lr: float, is_bad: Any, tokens: float | None, tell: Any) -> StepResult:
+    def step(self, batches: Any, lr: float, is_bad: Any, tokens: float | None, tell: Any, only_finite: bool) -> StepResult:
         self.taken.append(([k for b in batches for k in b.sample_ids], tokens))
         return StepResult(1.0, 1.0, int(tokens or 0), is_bad(1.0), 0.1, told=self.world.sum([1.0, *tell()][1:]))
 
