@@ -188,10 +188,12 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 5 export, read-only output | 2 | /proc/nowhere | python -m scripts.export $T/run /proc/nowhere
 5 export, a setting without dashes | 2 | write --dtype=bf16 | python -m scripts.export $T/run $T/y dtype=bf16
 5 export, no output | 2 | required: out | python -m scripts.export $T/run
-5 export of NaN | 2 | differ by nan | python -m scripts.export $T/nan $T/hubnan
+5 export of NaN | 2 | would hold values that are not finite | python -m scripts.export $T/nan $T/hubnan
 5 export over the run | 2 | exists already | python -m scripts.export $T/run $T/run
 5 import, a text | 2 | holds no config.json | python -m scripts.import_checkpoint $T/one.txt $T/y
 5 push, no model | 2 | export the checkpoint first | python -m scripts.push $T/run org/name
+5 conversion of NaN | 2 | would hold values that are not finite | python -m scripts.convert checkpoint=$T/nan out=$T/convertednan layers=all
+5 import of NaN | 2 | would hold values that are not finite | python -m scripts.export $T/run $T/nanhub && python -c "from safetensors.torch import load_file, save_file; t = load_file('$T/nanhub/model.safetensors'); next(iter(t.values())).fill_(float('inf')); save_file(t, '$T/nanhub/model.safetensors', {'format': 'pt'})" && python -m scripts.import_checkpoint $T/nanhub $T/y verify=false
 5 import, no folder | 2 | config.json | python -m scripts.import_checkpoint $T/nosuch $T/y
 5 push, wrong name | 2 | org/name | python -m scripts.push $T/run nosuch
 5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
