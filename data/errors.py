@@ -7,6 +7,12 @@ fault of the program and keeps its traceback. A library may catch both as ValueE
 
 from __future__ import annotations
 
+import errno
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FILES = (errno.EMFILE, errno.ENFILE)
+RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 class UserError(ValueError):
     """Carries one sentence per problem; all problems found are reported together."""
@@ -18,8 +24,16 @@ class UserError(ValueError):
 
 def sentence_of(error: OSError) -> str:
     """What a disk, a port or the rights of this user did not allow, as one sentence."""
-    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if error.filename is None:
-        return f"The operating system refused: {reason}."
+        return f"The operating system refused: {reason_of(error)}."
     known = f" to {error.filename2}" if error.filename2 else ""
-    return f"{error.filename}{known} cannot be read or written: {reason}; give another place, or make this one readable and writable."
+    helped = "" if error.errno in FULL + FILES else "; give another place, or make this one readable and writable"
+    return f"{error.filename}{known} cannot be read or written: {reason_of(error)}{helped}."
+
+
+def reason_of(error: OSError) -> str:
+    """Why the operating system refused, and what helps where that is the same everywhere."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.errno in FULL:
+        return f"{reason}; free space there and start again"
+    return f"{reason}; allow more with ulimit -n 1024" if error.errno in FILES else reason

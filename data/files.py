@@ -16,15 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data.errors import UserError
+from data.errors import UserError, reason_of
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """A reader sees the old file or the new one; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)  # of a full disk, on which it would take room
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a write does not say of what
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -64,7 +68,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, final)
     except OSError as error:
-        raise UserError(f"{final} cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"{final} cannot be written: {reason_of(error)}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -76,7 +80,7 @@ def save_report(out: Path, report: Any, page: str = "") -> None:
         if page:
             write_bytes(out.with_suffix(".md"), page.encode())
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{out} cannot be written: {reason_of(error)}.") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -95,12 +99,17 @@ def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
     Waits seconds for a process of this machine or of another one that is about to end: a disk over the network hears of a dead machine late.
     Raises UserError when somebody else has it. A file system without locks gives it to everybody.
     """
-    file = (folder / "lock").open("a+")
+    path = folder / "lock"
+    file = path.open("a+")
     start = time.monotonic()
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # who had it before has removed it, and another process may have one of its own
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
         except BlockingIOError:
             file.seek(0)
             owner = file.read().split() or ["another", "machine"]

@@ -43,7 +43,7 @@ from tokenizers import Tokenizer
 
 from data.corpus import INPUTS, Corpus, change, tokenizer_identity
 from data.encode import Encoder, batches
-from data.errors import UserError
+from data.errors import UserError, reason_of
 from data.fields import arguments_of
 from data.listing import shown
 from data.program import program
@@ -225,7 +225,7 @@ def _locked(partial: Path) -> Iterator[None]:
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{partial} cannot be written: {reason_of(error)}.") from error
     try:
         import fcntl
     except ImportError:
@@ -266,7 +266,7 @@ def _open_partial(partial: Path, identity: str, settings: dict[str, Any], argume
         (partial / INPUTS).write_text(json.dumps(settings) + "\n")
         (partial / "identity.json").write_text(json.dumps(identity))
     except OSError as error:
-        raise UserError(f"{partial} cannot be written: {error.strerror}.") from error
+        raise UserError(f"{partial} cannot be written: {reason_of(error)}.") from error
     return tokenizer, marks
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import resource
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from data.errors import UserError, sentence_of
 from kernels.interrupts import INTERRUPTED
+
+FILES = 128  # that a program may have to open at once: a run of one rank takes 40, others more with their libraries
 
 
 def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] | None = None, interrupted: str = "interrupted") -> int:
@@ -24,6 +27,7 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
             print(doc, flush=True)
             return 0
         unreadable(words)
+        enough_files()
         return int(run(words) or 0)
     except UserError as error:
         for problem in error.problems:
@@ -38,6 +42,18 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+def enough_files() -> None:
+    """Lets this process open FILES files at once, which libraries do without a sentence of their own where they cannot. Raises UserError."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if now != unlimited and now < FILES:
+        if most != unlimited and most < FILES:
+            raise UserError(
+                f"This shell lets a program open {most} files at once, and {FILES} are wanted; allow more with ulimit -n 1024, in a new shell."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, most))
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,13 +20,33 @@ from data.listing import ending_of, kind_of
 BLOCK = 1 << 20
 NUMBER = 32  # characters behind a number in which it may go on: 1 and 1.5e-3 begin alike
 WHITE = re.compile(r"[ \t\r\n]*")
-DECODE = json.JSONDecoder().raw_decode
 MARKS = ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 Reject = Callable[[str], None]
 
 
 class BadFile(Exception):
     """A file that is not what its name says, or ends early; the message is a kind of fault."""
+
+
+class Twice:
+    """Stands for the value of a name that an object has several times: which of its values is meant nobody can say."""
+
+
+TWICE = Twice()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                made[name] = TWICE
+            seen.add(name)
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 class Missing:
@@ -93,7 +113,7 @@ def json_line(line: bytes, field: str, reject: Reject) -> Iterator[Any]:
     if not line.strip():
         return
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = DECODER.decode(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return reject("not UTF-8")
     except (ValueError, RecursionError):
@@ -105,7 +125,7 @@ def _json_lines(text: Any, reject: Reject) -> Iterator[Any]:
     for line in text:
         if line.strip():
             try:
-                yield json.loads(line)
+                yield DECODER.decode(line)
             except (ValueError, RecursionError):
                 reject("not JSON")
 
@@ -133,7 +153,7 @@ class _Window:
         self.size = BLOCK
         while True:
             try:
-                value, end = DECODE(self.left, self.at)
+                value, end = DECODER.raw_decode(self.left, self.at)
                 near = len(self.left) - end < NUMBER if isinstance(value, (int, float)) else False
                 if not near or self.ended:
                     self.at = end

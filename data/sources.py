@@ -15,7 +15,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.listing import Listing, list_files, shown
-from data.records import BadFile, Missing, records
+from data.records import BadFile, Missing, Twice, records
 
 DEMO = Path(__file__).parent / "demo" / "demo_corpus.jsonl.xz"
 FIELDS = 12  # names of other fields that a message gives
@@ -116,6 +116,8 @@ class Source:
                 if value is not None and len(self.fields) <= FIELDS:
                     self.fields |= dict.fromkeys(value.names or ())
                 self._reject(f"no field {self.field!r}", where)
+            elif isinstance(value, Twice):
+                self._reject(f"field {self.field!r} is there several times", where)
             elif not isinstance(value, str):
                 self._reject(f"field {self.field!r} is not text", where)
             elif not value.strip():

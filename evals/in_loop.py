@@ -5,6 +5,7 @@ Every rank calls the same methods: results are summed over ranks, and rank 0 wri
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class TextEvaluator:
         text = self.sample(step)
         if self.engine.world.main:
             counted = self._baselines() if result is not None else None
-            write_json(self.metrics.run_dir / "eval.json", {"step": step, "perplexity": result, "baselines": counted, "sample": text})
+            told = {"step": step, "perplexity": result, "baselines": counted, "sample": text}
+            self.metrics.keep("eval.json", lambda path: write_json(path, told))
             if result is not None and counted is not None:
                 rows = {**counted, self.config.name: result["bits_per_byte"]}
                 self.metrics.say("held-out bits per byte: " + "   ".join(f"{name} {bits:.3f}" for name, bits in rows.items()))
@@ -162,8 +164,7 @@ class TextEvaluator:
                     self.metrics.say(f"no sample after step {step}: {error}")
                 else:
                     text = coder.decode(ids[0].tolist())
-                    with (self.metrics.run_dir / "samples.txt").open("a") as file:
-                        file.write(f"--- step {step}\n{text}\n")
+                    self.metrics.keep("samples.txt", lambda path: _append(path, f"--- step {step}\n{text}\n"))
                     self.metrics.say(f"sample after step {step}: {text!r}")
                 module.train(training)
         self.engine.world.barrier()
@@ -176,6 +177,11 @@ class TextEvaluator:
             by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length)), s.share) for s in self.sources]
             self.baselines = {n: mixture.combined([(counted[n], share) for counted, share in by_source]).bits_per_byte for n in NAMES}
         return self.baselines
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
 
 
 def _numbers(judged: dict[str, Any]) -> dict[str, float]:
@@ -214,7 +220,7 @@ class TaskEvaluator:
         self.metrics.say("\n".join([f"accuracy on {to_dict(self.task)}", HEADING, *map(line, rows)]))
         if self.engine.world.main:
             result = {"task": to_dict(self.task), "train_length": self.length, "accuracy": trained_at.get("accuracy"), "lengths": rows}
-            write_json(self.metrics.run_dir / "eval.json", {"step": step, "state_tracking": result})
+            self.metrics.keep("eval.json", lambda path: write_json(path, {"step": step, "state_tracking": result}))
         return 1.0 - trained_at.get("accuracy", 0.0)
 
     def _row(self, length: int) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def by_tokens(values: dict[str, Any]) -> bool:
 
 
 def run_suite(values: dict[str, Any]) -> int:
-    """Runs a suite on every checkpoint; returns how many items could not be measured. Raises UserError where nothing can be."""
+    """Runs a suite on every checkpoint; returns 1 where none of its items could be measured, else 0. Raises UserError where nothing can be run."""
     from evals.suites.runner import evaluate
     from evals.suites.subject import Settings
 
@@ -270,14 +270,15 @@ def main(arguments: list[str] | None = None) -> int:
     return program(__doc__, _main, arguments)
 
 
-def _main(words: list[str]) -> None:
+def _main(words: list[str]) -> int:
     values = parse_arguments(words, DEFAULTS, problems_of)
     if by_tokens(values):
         run(values)
+        return 0
     else:
         if not any(word.startswith("chunk=") for word in words):
             values["chunk"] = 2048
-        run_suite(values)
+        return run_suite(values)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,12 @@ def _layers_with(part: str, config: ModelConfig) -> list[int]:
 def _amount(amount: Any, having: list[int], part: str, n_layers: int) -> list[int]:
     """The layers among `having` that an amount means."""
     if isinstance(amount, (int, float)):
+        if 0 < amount < 1 and not round(amount * len(having)) or len(having) < amount < float("inf"):
+            less = "none" if amount < 1 else "the first one alone"
+            raise UserError(
+                f"train.activation_checkpointing says {amount:g} of {part!r}, which of the {len(having)} layers that have it is {less}; take a "
+                f"number up to {len(having)}, a larger share, or layers by their numbers, as [0]."
+            )
         if 0 <= amount < 1:
             return having[: round(amount * len(having))]
         if amount >= 1 and amount == int(amount):

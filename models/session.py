@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, reason_of
 from data.files import save_tensors
 from models.decode import Decoder
 from models.lm import LanguageModel, LMState, check_ids
@@ -193,7 +193,7 @@ class Session:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"The session {path} cannot be written: {error.strerror}; choose another file or free space.") from error
+            raise UserError(f"The session {path} cannot be written: {reason_of(error)}; or choose another file.") from error
 
     @staticmethod
     def load(path: str | Path, model: LanguageModel) -> Session:

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Evaluates one or more models side by side:  scripts/eval_suite.sh DIR [DIR ...] [key=value ...]
 # DIR: a run, a checkpoint, or a Hugging Face causal language model; all are measured on one text. Keys are those of `python -m evals.run` (suite=quick text=FILE ...).
+# Status 1: no item of any model could be measured; 0: some were, and the report says which were not; 2: a mistake in what was asked for.
 source "$(dirname "$0")/common.sh"
-case "${1-}" in -h | --help | help) sed -n '2,3p' "scripts/eval_suite.sh" | cut -c3-; exit 0 ;; esac
-[ $# -gt 0 ] || { sed -n '2,3p' "scripts/eval_suite.sh" | cut -c3-; exit 2; }
+case "${1-}" in -h | --help | help) sed -n '2,4p' "scripts/eval_suite.sh" | cut -c3-; exit 0 ;; esac
+[ $# -gt 0 ] || { sed -n '2,4p' "scripts/eval_suite.sh" | cut -c3-; exit 2; }
 models=() keys=()
 for argument in "$@"; do case "$argument" in [a-z_]*=*) keys+=("$argument") ;; *) models+=("$argument") ;; esac; done
 [ ${#models[@]} -gt 0 ] || { echo "error: say which folders to evaluate." >&2; exit 2; }

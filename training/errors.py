@@ -6,9 +6,9 @@ saved; exit status 75 (EX_TEMPFAIL of sysexits.h: try again), so that whoever st
 
 from __future__ import annotations
 
-from data.errors import UserError, sentence_of
+from data.errors import FILES, FULL, RIGHTS, UserError, reason_of, sentence_of
 
-__all__ = ["STOPPED", "Stopped", "UserError", "sentence_of"]
+__all__ = ["FILES", "FULL", "RIGHTS", "STOPPED", "Stopped", "UserError", "reason_of", "sentence_of"]
 
 STOPPED = 75  # as a status
 

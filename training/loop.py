@@ -95,7 +95,8 @@ class Run:
         flops = training_flops_per_token(model, self.config.train.seq_len)
         metrics = Metrics(self.run_dir, self.config, self.world.device, self.world.size, flops, self.world.main)
         metrics.again_per_token = model.recomputed_flops_per_token(self.config.train.seq_len)
-        metrics.open(self.step, start.wandb_id)
+        metrics.wandb_id = start.wandb_id
+        self.world.on_main(self.run_dir, lambda: metrics.open(self.step, start.wandb_id))
         metrics.say(start.message)
         return metrics
 
@@ -214,11 +215,15 @@ class Run:
             self.metrics.say(f"stopped by {self.stop.signal or 'another rank'} after step {self.step}; {again} goes on from there.")
 
     def close(self) -> None:
-        """Closes what the run has written, and leaves the process group with the other ranks."""
+        """Closes what the run has written, and leaves the process group with the other ranks. Raises UserError on all of them where a result of the
+        last evaluation was not written; a start of the finished run evaluates again."""
         self.metrics.close()
+        lost = self.world.texts("\n".join(self.metrics.lost.values()))[0]
         self.life.close(stopped=not self.finished)
         self.world.barrier()  # a launcher that sees one rank end with another status than 0 kills the others
         self.engine.close()
+        if lost:
+            raise UserError(lost.splitlines())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside weights and moments (state.json)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         run_dir.mkdir(parents=True, exist_ok=True)
         locks.append(lock(run_dir))  # ranks that outlived their launcher would write the same files
 
-    _on_main(world, run_dir, claim)
+    world.on_main(run_dir, claim)
     try:
         folder, moments = _checkpoint_of(config, world), True
         begins = folder is None and bool(config.train.start_from)
@@ -163,7 +163,7 @@ def take_up(config: Config, world: World, model: LanguageModel, shards: Shards, 
         keep_history(run_dir, resolved_yaml, {**row, "command": facts["command"], "commit": facts["commit"], "ranks": world.size})
         write_json(run_dir / "environment.json", facts)
 
-    _on_main(world, run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
+    world.on_main(run_dir, write)  # not before here: a refused start leaves what the run folder says of its run
     return Start(cursor, folder, moments, wandb_id, "\n".join(told), locks)
 
 
@@ -204,7 +204,7 @@ def _from_nothing(config: Config, world: World, model: LanguageModel, shards: Sh
     origin, told = config.model.get("init_from"), f"starting at step 0{TOTAL}"
     if origin:
         verify = bool(config.model.get("verify", True))
-        _on_main(world, Path(config.run_dir), lambda: verify and read_stock(origin))
+        world.on_main(Path(config.run_dir), lambda: verify and read_stock(origin))
         load_into(origin, model, shards[0][0].tokenizer() if config.data.reader != "synthetic" else None, verify=False)
         told += f" from the weights of {origin}"
         told += _other_start(Path(str(origin)), shards[0][0]) if config.data.reader != "synthetic" else ""
@@ -295,21 +295,6 @@ def _told(config: Config, world: World, model: LanguageModel, cursor: Cursor, wh
     lines = [what, where, f"{rates}, schedule {s.kind} over {round(config.span * each):,} {s.unit}, {warmup * each:,} of warm-up{decay}"]
     compiling = "torch.compile is on: the first step compiles the model, which takes minutes for a large one and is no hang."
     return [*lines, compiling] if config.train.compile else lines
-
-
-def _on_main(world: World, run_dir: Path, write: Callable[[], Any]) -> None:
-    """`write()` on rank 0. Raises UserError on every rank when the run folder does not take it."""
-    problem = ""
-    if world.main:
-        try:
-            write()
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"The run folder {run_dir} cannot be written: {error.strerror}."
-    problem = world.texts(problem)[0]
-    if problem:
-        raise UserError(problem)
 
 
 def _branches(run_dir: Path, chosen: Path, by_name: bool) -> str:

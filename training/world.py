@@ -10,13 +10,15 @@ import datetime
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from training.errors import UserError
+from training.errors import UserError, reason_of
 from training.launch import USUAL, launch, local_rank, unreachable
 from training.watch.clock import CommunicationClock
 from training.zero import patches
@@ -89,6 +91,20 @@ class World:
         rows = [torch.empty_like(padded) for _ in lengths]
         dist.all_gather(rows, padded)
         return [bytes(row[:n].tolist()).decode() for row, n in zip(rows, lengths)]
+
+    def on_main(self, folder: Path, write: Callable[[], Any]) -> None:
+        """`write()` on rank 0. Raises UserError on every rank when `folder` does not take it."""
+        problem = ""
+        if self.main:
+            try:
+                write()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"The run folder {folder} cannot be written: {reason_of(error)}."
+        problem = self.texts(problem)[0]
+        if problem:
+            raise UserError(problem)
 
 
 def pick_device(wanted: str, key: str = "train.device") -> torch.device:

@@ -116,14 +116,14 @@ def evaluate(
 ) -> int:
     """Runs a suite on every checkpoint, all on one text, and writes OUT/NAME/SUITE.json, OUT/report.md and OUT/report.html.
 
-    device: auto, cpu or cuda; the other arguments are those of `load_adapter`. Returns the number of failed items. Raises UserError before
-    anything is measured where OUT cannot be written, and where no model could be loaded.
+    device: auto, cpu or cuda; the other arguments are those of `load_adapter`. Returns 1 where no item of any model could be measured by a process alone, else 0: what
+    failed beside others is in the report. Raises UserError before anything is measured where OUT cannot be written, and where no model could be loaded.
     """
     check_writable(out)
     common = CommonText(paths, settings.data, settings.text)
     started, where = launch(), device_of(device)
     names: dict[str, str] = {}
-    failed = loaded = having = 0
+    measured = loaded = having = 0
     for path in paths:
         name = _name(path, names)
         names[name] = path
@@ -133,7 +133,6 @@ def evaluate(
         except (UserError, torch.OutOfMemoryError) as error:
             if len(paths) == 1:
                 raise
-            failed += 1
             write_json(loading, _not_loaded(name, path, error, precision, where))
             continue
         loading.unlink(missing_ok=True)
@@ -145,7 +144,7 @@ def evaluate(
             continue
         having += 1
         records = run_items(items, adapter, out / name, settings.redo, started.rank, started.size)
-        failed += sum(r["status"] != "done" for r in records)
+        measured += sum(r["status"] == "done" for r in records) or started.size > 1  # a process of several has not seen all items
         everything = [r for item in items if (r := read_record(out / name / "items" / f"{item.name}.json"))]
         write_json(out / name / f"{settings.suite}.json", {"model": adapter.describe(), "settings": vars(settings), "items": everything})
         del adapter, items  # the next model may need the memory
@@ -155,7 +154,7 @@ def evaluate(
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
     if not loaded:
         raise UserError("None of the models could be loaded, so nothing was measured.")
-    return failed
+    return int(not measured)
 
 
 def _not_loaded(name: str, path: str, error: Exception, precision: str, device: torch.device) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def parse_size(text: str) -> int:
 
 
 def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tensor], limit: int) -> list[str]:
-    """Writes tensors `sizes` (bytes by name) as model.safetensors, or shards of at most `limit` bytes with an index (a tensor is never cut)."""
+    """Writes tensors `sizes` (bytes by name) as model.safetensors, or shards of at most `limit` bytes with an index (a tensor is never cut). Raises
+    UserError where a tensor holds NaN or infinity: nobody can do anything with a model of these."""
     groups: list[list[str]] = [[]]
     room = limit
     for name, size in sizes.items():
@@ -177,13 +178,20 @@ def write_shards(folder: Path, sizes: dict[str, int], get: Callable[[str], Tenso
     if len(groups) > 1:
         files = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     for file, names in zip(files, groups):
-        save_tensors(folder / file, {name: get(name).contiguous() for name in names}, {"format": "pt"})
+        save_tensors(folder / file, {name: _finite(name, get(name)).contiguous() for name in names}, {"format": "pt"})
         (folder / file).chmod(0o644)  # the library writes for the owner alone
     if len(groups) > 1:
         table = {name: file for file, names in zip(files, groups) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": table}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return files
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        narrow = ", or a dtype of a wider range than fp16" if tensor.dtype == torch.float16 else ""
+        raise UserError(f"The tensor {name} would hold values that are not finite, so nothing is written; take another checkpoint{narrow}.")
+    return tensor
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], cancel: threading.Event | None = None) -> dict[str, Any]:

@@ -149,6 +149,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 3 text without tokens | 0 | lost, .* tokens .* are '\[UNK\]' | python -c "from tokenizers import *; t = Tokenizer(models.WordLevel({'[UNK]': 0, '</s>': 1, 'the': 2}, unk_token='[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace(); t.save('$T/unknown.json')" && python -m data.prepare input=$T/one.txt out=$T/p25 tokenizer=$T/unknown.json
 3 a surrogate and nothing | 0 | 1 not UTF-8 | printf '{"text": ""}\n{"text": "a"}\n{"text": "\\ud800x"}\n' >$T/odd.jsonl && python -m data.prepare input=$T/odd.jsonl out=$T/p19 tokenizer=bytes
 3 quotes that do not match | 2 | quotes do not match | printf 'text,n\n"a\nb,1\n' >$T/open.csv && python -m data.prepare input=$T/open.csv out=$T/p20 tokenizer=bytes
+3 a name several times in a record | 0 | left out, field 'text' is there several times | printf '{"text": "a", "text": "b"}\n{"text": "whole", "n": 1, "n": 2}\n' >$T/several.jsonl && python -m data.prepare input=$T/several.jsonl out=$T/several tokenizer=bytes
 3 a comma in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a,b.txt" && python -m data.prepare input="$T/a,b.txt" out=$T/p21 tokenizer=bytes
 3 a bracket in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a[1].txt" && python -m data.prepare input="$T/a[1].txt" out=$T/p22 tokenizer=bytes
 3 all held out | 2 | valid_fraction must be from 0 up to 1 | python -m data.prepare input=demo out=$T/p23 tokenizer=bytes valid_fraction=1
@@ -170,7 +171,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 4 perplexity of packed text, two models | 0 | bits per byte .* over | gzip -c $T/three.txt >$T/four.txt.gz && python -m evals.run checkpoint=$T/run,$T/run/checkpoints/step-00000002 out=$T/evals3 text=$T/four.txt.gz rows=2 length=128
 4 a picture as text | 2 | of a kind that is not read | head -c 4000 /dev/urandom >$T/x.png && python -m evals.run checkpoint=$T/run suite=quick only=position out=$T/evals2 text=$T/x.png
 4 weights that are NaN | 2 | The logits are not finite | python -m evals.run checkpoint=$T/nan length=64 max_tokens=64 data=$T/shards
-4 NaN in a suite | 0 | NOT MEASURED: The logits are not finite | python -m evals.run checkpoint=$T/nan suite=quick only=position out=$T/evals5 text=$T/three.txt rows=2 max_length=64
+4 NaN in a suite | 1 | NOT MEASURED: The logits are not finite | python -m evals.run checkpoint=$T/nan suite=quick only=position out=$T/evals5 text=$T/three.txt rows=2 max_length=64
 4 dynamics of NaN | 2 | The logits are not finite | python -m evals.dynamics checkpoint=$T/nan
 4 a text as output | 2 | is not written over | python -m evals.run checkpoint=$T/run length=64 max_tokens=64 data=$T/shards out=$T/one.txt
 4 text from NaN | 2 | The logits are not finite | python -m scripts.generate checkpoint=$T/nan prompt=a max_new_tokens=4 temperature=0
@@ -188,10 +189,12 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 5 export, read-only output | 2 | /proc/nowhere | python -m scripts.export $T/run /proc/nowhere
 5 export, a setting without dashes | 2 | write --dtype=bf16 | python -m scripts.export $T/run $T/y dtype=bf16
 5 export, no output | 2 | required: out | python -m scripts.export $T/run
-5 export of NaN | 2 | differ by nan | python -m scripts.export $T/nan $T/hubnan
+5 export of NaN | 2 | would hold values that are not finite | python -m scripts.export $T/nan $T/hubnan
 5 export over the run | 2 | exists already | python -m scripts.export $T/run $T/run
 5 import, a text | 2 | holds no config.json | python -m scripts.import_checkpoint $T/one.txt $T/y
 5 push, no model | 2 | export the checkpoint first | python -m scripts.push $T/run org/name
+5 conversion of NaN | 2 | would hold values that are not finite | python -m scripts.convert checkpoint=$T/nan out=$T/convertednan layers=all
+5 import of NaN | 2 | would hold values that are not finite | python -m scripts.export $T/run $T/nanhub && python -c "from safetensors.torch import load_file, save_file; t = load_file('$T/nanhub/model.safetensors'); next(iter(t.values())).fill_(float('inf')); save_file(t, '$T/nanhub/model.safetensors', {'format': 'pt'})" && python -m scripts.import_checkpoint $T/nanhub $T/y verify=false
 5 import, no folder | 2 | config.json | python -m scripts.import_checkpoint $T/nosuch $T/y
 5 push, wrong name | 2 | org/name | python -m scripts.push $T/run nosuch
 5 train from no folder | 2 | nosuch | python train.py model=hf:$T/nosuch data=shards data.path=$T/shards
@@ -230,6 +233,8 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 6 host file, empty | 2 | names no machine | LAUNCHER=torchrun NODE_RANK=0 MASTER_ADDR=127.0.0.1 scripts/train_multinode.sh $T/empty a=b
 6 host file, a machine twice | 2 | twice | scripts/train_multinode.sh $T/twice a=b
 6 host file, none | 2 | no host file | scripts/train_multinode.sh $T/nosuch a=b
+6 a shell that allows few files | 2 | open 20 files at once | ulimit -n 20 && $TRAIN run_dir=$T/few
+6 a shell that allows few files, text | 2 | open 20 files at once | ulimit -n 20 && python -m scripts.generate checkpoint=$T/run prompt=a
 6 help of a script | 0 | HOSTFILE | scripts/train_multinode.sh --help
 6 export without arguments | 2 | CHECKPOINT OUT | NO_SETUP=1 scripts/export_hub.sh
 
@@ -249,6 +254,8 @@ t fp8 | 2 | it needs train.precision=bf16 | python train.py train.fp8=true
 t a device | 2 | choose one of auto, cpu, cuda | $TRAIN run_dir=$T/x train.device=gpu
 t a ZeRO stage | 2 | deepspeed | python train.py deepspeed=zero4
 t batches that do not divide | 2 | not a multiple | python train.py train.micro_batch=3
+t every 99th of four layers | 2 | the first one alone | $TRAIN run_dir=$T/x train.activation_checkpointing=99
+t a window beyond the sequences | 0 | window=100,000 is longer than train.seq_len | $TRAIN run_dir=$T/wide train.steps=1 model=transformer model.mixers.attention.window=100000
 t true with a capital | 0 | parameters | python train.py dry_run=True
 t yes for true | 2 | dry_run must be | python train.py dry_run=yes
 t a path with a blank | 2 | holds no token shards | python train.py data=shards "data.path='$T/no such'"

@@ -253,6 +253,8 @@ def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_pa
         ("x" * 300 + ".txt", None, "There is nothing to read at input="),
         ("empty.txt", b"", "holds no usable text (1 empty"),
         ("a.json", b'{"text": 5}', "holds no usable text (1 field 'text' is not text"),
+        ("a.json", b'{"text": "a", "text": "b"}', "holds no usable text (1 field 'text' is there several times"),
+        ("a.jsonl", b'{"text": "a", "n": 1, "text": "b"}', "holds no usable text (1 field 'text' is there several times"),
         ("deep.json", b"[" * 100_000, "holds no usable text (1 not JSON"),
         ("list.jsonl", b"[1]", "holds no usable text (1 neither an object nor a text"),
         ("data.json", b'{"data": [{"text": "x"}], "v": 1}', "no field 'text' (the fields there are data.text, v; set text_field)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from models.checkpoint import load_model, read_config
 from models.generate import generate
 from models.hub.export import write_folder
 from models.hub.importing import end_ids, import_folder, read_stock
+from scripts.convert import main as convert
+from scripts.export import main as export
 from scripts.import_checkpoint import main
 from tests.hub.stock_folders import stock_folder
 from tests.hub.test_custom_export import FAMILIES as CUSTOM
@@ -80,6 +83,34 @@ def test_the_round_trip_is_exact(name: str, tmp_path: Path) -> None:
     ids = torch.randint(0, read_config(source).vocab_size, (1, 19))
     with torch.no_grad():
         assert torch.equal(model(ids).logits, load_model(source)[0](ids).logits)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_written_nowhere(bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By import, export and conversion alike, before anything is compared; and weights that only fp16 cannot hold by an export in fp16."""
+    source = checkpoint(tmp_path / "c", FAMILIES["llama"])
+    (tmp_path / "hf").mkdir()
+    write_folder(source, tmp_path / "hf", "fp32", 10**9, "mit")
+    said = {
+        "bad": r"The tensor \S+ would hold values that are not finite, so nothing is written; take another checkpoint",
+        "wide": "than fp16",
+    }
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "norm.weight": tensors["norm.weight"] + 1e6}, source / "model.safetensors")
+    assert export([str(source), str(tmp_path / "out"), "--dtype=fp16"]) == 2
+    assert re.search(f"{said['bad']}, or a dtype of a wider range {said['wide']}", capsys.readouterr().err)
+    for folder in (source, tmp_path / "hf"):
+        tensors = load_file(folder / "model.safetensors")
+        next(iter(tensors.values())).view(-1)[-1] = bad
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for program, words in (
+        (main, [str(tmp_path / "hf"), str(tmp_path / "out"), "verify=false"]),
+        (export, [str(source), str(tmp_path / "out")]),
+        (convert, [f"checkpoint={source}", f"out={tmp_path / 'out'}"]),
+    ):
+        assert program(words) == 2
+        assert re.fullmatch(rf"error: {said['bad']}\.\n", capsys.readouterr().err), program.__module__
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "hf"]
 
 
 def test_what_does_not_fit_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

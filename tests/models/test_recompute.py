@@ -68,6 +68,11 @@ def test_states_of_dense_heads_are_made_again(monkeypatch: pytest.MonkeyPatch) -
     assert setting(parts_by_layer(["states", "mixer"], config(pattern=["d"], mixers=dense))) == "mixer"
     with pytest.raises(UserError, match="no mixer of this model has dense heads"):
         parts_by_layer("states", config())
+    for amount, words in ((99, "the first one alone"), (0.01, "is none"), ({"mlp": 99}, "the first one alone")):
+        with pytest.raises(UserError, match=words):
+            parts_by_layer(amount, config())
+    for amount in (1, config().n_layers, 0, 0.5):
+        parts_by_layer(amount, config())
 
 
 class Products(TorchDispatchMode):

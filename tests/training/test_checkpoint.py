@@ -346,6 +346,21 @@ def test_a_run_folder_belongs_to_one_process_until_it_ends(tmp_path: Path) -> No
     lock(tmp_path, here=0.0).close()
 
 
+def test_a_lock_that_was_removed_under_who_waits_for_it_is_nobodys(tmp_path: Path) -> None:
+    """A start that is refused takes its new folder back, lock and all, while another waits."""
+    first, had = lock(tmp_path), list[Any]()
+    waiting = threading.Thread(target=lambda: had.append(lock(tmp_path)))
+    waiting.start()
+    time.sleep(0.1)
+    (tmp_path / "lock").unlink()
+    tmp_path.rmdir()
+    first.close()
+    waiting.join()
+    with pytest.raises(UserError, match=f"belongs to process {os.getpid()}"):
+        lock(tmp_path, here=0.0)
+    had[0].close()
+
+
 def test_rank_0_says_what_train_resume_means(tmp_path: Path) -> None:
     class Second(World):
         """Rank 1, to whom rank 0 says `first`, and the step it has found."""

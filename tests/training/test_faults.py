@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.files import write_bytes
 from data.loader import BatchLoader
 from tests.conftest import ROOT, SMALL, environment, run_program, run_ranks
 from tests.training.test_runs import launcher, losses
@@ -200,6 +202,35 @@ def test_a_disk_that_is_full_for_metrics_does_not_end_rank_0_alone(tmp_path: Pat
     policy = BadStepPolicy(FaultSection(policy="skip"), Path("/dev/full"))
     policy.record(1, StepResult(1.0, float("nan"), 1, "gradient norm is not finite", 1.0), [1])
     assert policy.skips == 1
+
+
+def test_a_result_that_the_disk_does_not_take_ends_the_run_in_a_sentence(demo_shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code = (
+        "import errno, sys, train, evals.in_loop as e\n"
+        "def full(path, value): raise OSError(errno.ENOSPC, 'No space left on device', str(path))\n"
+        "e.write_json = full; sys.exit(train._entry())"
+    )
+    words = [*WORDS, "train.micro_batch=4", f"data.path={demo_shards}", f"run_dir={run}"]
+    done = run_program(["-c", code, *words])
+    told = f"error: {run / 'eval.json'} cannot be written: No space left on device; free space there and start again.\n"
+    assert done.returncode == 2 and done.stderr == told and "held out after step 8" in done.stdout, done.stdout + done.stderr
+    assert kept(run) == ["2", "4", "6", "8"]
+    again = run_program(["train.py", *words])
+    assert again.returncode == 0 and json.loads((run / "eval.json").read_text())["step"] == 8, again.stderr
+
+
+def test_a_file_of_which_half_was_written_does_not_stay(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk."""
+    write_bytes(tmp_path / "a", b"before")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_bytes(tmp_path / "a", b"x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"before"
 
 
 def test_shards_that_are_cut_under_a_reader_are_named(demo_shards: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -139,6 +140,24 @@ def test_an_empty_world_size_and_a_port_in_use_end_training_in_a_sentence(demo_s
 def test_a_folder_that_cannot_be_written_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert program("", lambda words: Path("/proc/nowhere/x").mkdir(parents=True)) == 2
     assert capsys.readouterr().err.startswith("error: /proc/nowhere") and program("", lambda words: Path("/dev/null/x").write_text("")) == 2
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "now", "says"),
+    [
+        (20, 20, 20, "lets a program open 20 files at once, and 128"),
+        (20, 4096, 128, ""),
+        (1024, 4096, 1024, ""),
+        (20, -1, 128, ""),
+        (-1, -1, -1, ""),
+    ],
+)
+def test_a_shell_that_allows_few_files(soft: int, hard: int, now: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    limits = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append(pair))
+    assert program("", lambda words: 0, []) == (2 if says else 0)
+    assert says in capsys.readouterr().err and limits[-1] == (now, hard)
 
 
 def test_an_interrupt_and_bytes_that_are_no_text(capsys: pytest.CaptureFixture[str]) -> None:

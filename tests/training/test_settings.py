@@ -119,6 +119,10 @@ def test_what_will_not_happen_in_a_short_run_is_noted() -> None:
     told = " ".join(checks.notes(config))
     assert "eval.every=500" in told and "checkpoint.every=60" in told and "holds 90" in told and "data.curriculum=64,000" in told
     assert checks.notes(checked(compose_config([]))) == []
+    words = ["model=transformer", "model.mixers.attention.window=1000", "train.steps=6", "profile=true", "distill.kl=2"]
+    told = " ".join(checks.notes(checked(compose_config(words))))
+    assert "window=1,000 is longer than train.seq_len=256" in told and "profile_steps=3 reaches beyond the run of 6" in told
+    assert "no distill.teacher: nothing is distilled" in told
 
 
 @pytest.mark.parametrize("plain", mixer_configs().values(), ids=mixer_configs())

@@ -119,5 +119,7 @@ def keep_history(run_dir: Path, resolved_yaml: str, row: dict[str, Any]) -> None
         copies.append(folder / f"config-{1 + int(copies[-1].stem.rpartition('-')[2]) if copies else 1:04d}.yaml")
         write_bytes(copies[-1], resolved_yaml.encode())
     write_bytes(present, resolved_yaml.encode())
-    with (folder / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "config": copies[-1].name, **row}, default=str) + "\n")
+    starts = folder / "starts.jsonl"
+    earlier = starts.read_text() if starts.exists() else ""
+    new = json.dumps({"time": time.time(), "config": copies[-1].name, **row}, default=str) + "\n"
+    write_bytes(starts, (earlier + new).encode())

@@ -12,7 +12,7 @@ from data.errors import UserError
 from models.param import rates_of_its_own
 from training import wrappers
 from training.config import ranges, recipe
-from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, parse
+from training.config.schema import OPTIMIZERS, PRECISIONS, STARTS, UPDATE_SCALES, Config, DistillSection, parse
 from training.schedule import KINDS
 
 NO_DATA = "data.path is not given; write data.path=FOLDER with a folder that python -m data.prepare has made."
@@ -46,6 +46,19 @@ def notes(config: Config) -> list[str]:
     sentences = [
         f"{key}={value:,} is longer than the run of {total:,} steps: only at the end" for key, value in rows.items() if value > total
     ]
+    if config.profile and config.profile_start + config.profile_steps - 1 > total:
+        sentences.append(
+            f"profile_steps={config.profile_steps:,} reaches beyond the run of {total:,} steps: only those up to its end are traced"
+        )
+    mixers = config.model.get("mixers") or {}
+    for name in dict.fromkeys(config.model.get("pattern") or ()):
+        window = mixers[name].get("window") if isinstance(mixers.get(name), dict) else None
+        if isinstance(window, int) and window > config.train.seq_len:
+            sentences.append(
+                f"model.mixers.{name}.window={window:,} is longer than train.seq_len={config.train.seq_len:,}: it cuts nothing in training"
+            )
+    if config.distill.teacher is None and config.distill != DistillSection():
+        sentences.append("distill has settings but no distill.teacher: nothing is distilled")
     late = [step for step in config.checkpoint.milestones if step > config.total_steps]
     if late:
         sentences.append(f"checkpoint.milestones holds {late[0]:,}, after the last step {config.total_steps:,}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import re
 import sys
@@ -32,11 +31,11 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from data.fields import nearest
 from kernels.interrupts import INTERRUPTED
 from training.config import suggest
-from training.config.arguments import unreadable
+from training.config.arguments import enough_files, unreadable
 from training.config.checks import check
 from training.config.groups import CONFIG_DIR, config_groups
 from training.config.schema import Config, schema_keys
-from training.errors import UserError, sentence_of
+from training.errors import FILES, FULL, RIGHTS, UserError, sentence_of
 from training.launch import first_here, launch, world_size
 
 
@@ -225,8 +224,8 @@ def report(error: UserError | ValueError) -> None:
 
 
 def refused(error: OSError) -> bool:
-    """Whether a file system does not let this user write, which another try does not change."""
-    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    """Whether the operating system does not let this user write or open files, which another try does not change."""
+    return error.errno in RIGHTS + FULL + FILES
 
 
 def in_sweep() -> bool:
@@ -240,6 +239,7 @@ def run(main: Callable[..., Any]) -> int:
     sys.argv[1:] = spelled_out(sys.argv[1:])
     try:
         unreadable(sys.argv[1:])
+        enough_files()
         launch()
         return _run(main)
     except UserError as error:

@@ -10,7 +10,6 @@ a number that rank 0 drew at the start of the run, so that parts of a run that d
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -29,7 +28,7 @@ from models.checkpoint import MARKER, checkpoints, digest, folder_of, order_of, 
 from models.hub.weights import write_tensors
 from training.config.schema import CheckpointSection
 from training.engine import Engine
-from training.errors import UserError
+from training.errors import FULL, UserError
 from training.saving.hook import Hook
 from training.saving.kept import Kept
 from training.zero.local_state import elements_to_write, to_write
@@ -170,7 +169,7 @@ class Saver:
         self.world.barrier()
         if self.world.main:
             shutil.rmtree(self._temporary(self.writing), ignore_errors=True)
-        full = any(os.strerror(number) in problem for number in (errno.ENOSPC, errno.EDQUOT))
+        full = any(os.strerror(number) in problem for number in FULL)
         advice = f"free space on the disk of {self.run_dir}" if full else f"see to {self.run_dir}"
         raise UserError(f"The checkpoint of step {self.writing} could not be written ({problem}); {advice} and run again.")
 

@@ -10,12 +10,14 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from data.errors import reason_of
 from data.files import finite
 from training.config.schema import Config
 from training.cost.flops import device_name, peak_flops
@@ -88,6 +90,7 @@ class Metrics:
         self.tensorboard: Any = None
         self.file: Any = None
         self.unwritten = 0
+        self.lost: dict[str, str] = {}
         self.compiling = config.train.compile
 
     def open(self, step: int, wandb_id: str | None) -> None:
@@ -170,6 +173,18 @@ class Metrics:
         if self.tensorboard is not None:
             for key, value in numbers.items():
                 self.tensorboard.add_scalar(key, value, step)
+
+    def keep(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Has rank 0 write the file `name` of the run folder. What the disk does not take is told, and kept in `lost` for the end of the run: rank 0
+        must not end alone."""
+        if not self.main:
+            return
+        self.lost.pop(name, None)
+        try:
+            write(self.run_dir / name)
+        except OSError as error:
+            self.lost[name] = f"{self.run_dir / name} cannot be written: {reason_of(error)}."
+            self.say(self.lost[name])
 
     def step(
         self, step: int, result: StepResult, lr: float, data_wait: float, ranks: dict[str, Any] | None = None, seen: int | None = None
