@@ -17,6 +17,7 @@ from kernels.float8 import reference as float8_reference  # noqa: E402
 from kernels.symmetric import symmetric  # noqa: E402
 from kernels.symmetric import triton as symmetric_kernel  # noqa: E402
 from kernels.tensor_lists import momentum_and_update, reference, scaled, take_step, total_norm, triton  # noqa: E402
+from tests.kernels import left_out_cases  # noqa: E402
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 
@@ -193,9 +194,15 @@ def whole_steps() -> None:
     torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-4)
 
 
+def steps_left_out() -> None:
+    for kind, limit in zip(left_out_cases.KINDS, (0.5, 0.0), strict=True):
+        left_out_cases.a_step_leaves_itself_out(kind, "cpu", (limit,), left_out_cases.BAD[::3])
+        left_out_cases.a_step_is_made_whose_divisor_would_overflow(kind, "cpu")
+
+
 if __name__ == "__main__":
     patch_once()
-    for part in (norms, quantising, ends_of_a_step, symmetric_products, steps_of_adamw, whole_steps):
+    for part in (norms, quantising, ends_of_a_step, symmetric_products, steps_of_adamw, whole_steps, steps_left_out):
         torch.manual_seed(0)
         part()
     print("ok")

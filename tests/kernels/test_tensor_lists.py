@@ -13,6 +13,7 @@ from kernels.symmetric import symmetric, use_triton
 from kernels.tensor_lists import momentum_and_update, muon_kernels_take, reference, take_step, total_norm
 from kernels.tensor_lists import use_triton as takes
 from tests.conftest import on_gpu
+from tests.kernels import left_out_cases
 from tests.kernels.test_triton import run
 from training.optim import SkippableAdamW
 from training.optim.newton_schulz import orthogonalized
@@ -107,6 +108,13 @@ def test_a_step_of_adamw_is_torchs() -> None:
             + [s[k].double().cuda() for s in optimizer.state.values() for k in ("step", "exp_avg", "exp_avg_sq")]
         )
     torch.testing.assert_close(made[1], made[0], atol=1e-6, rtol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("kind", left_out_cases.KINDS)
+def test_a_step_that_is_left_out_is_as_if_it_had_not_been(kind: str) -> None:
+    left_out_cases.a_step_leaves_itself_out(kind, "cuda")
+    left_out_cases.a_step_is_made_whose_divisor_would_overflow(kind, "cuda")
 
 
 @on_gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,15 @@ def test_buckets_hold_every_gradient_once_in_the_row_of_its_owner(ranks: int, co
             assert offsets[[p is run.parameter for p in parameters].index(True)] + run.first == run.rank * part + run.place
         assert filled.max() == 1
     assert all(bool((p == 1).all()) for p in parameters) and owned.max() == 1 and owned.sum() == 55
+
+
+def test_a_divisor_of_a_finite_norm_is_finite() -> None:
+    """AdamW's kernel leaves a step out where it is not, and the host would count that step as made."""
+    zero = SimpleNamespace(optimizer=SimpleNamespace(grad_scale=None), clip_grad=1e-30, loss_scale=1.0, device="cpu")
+    patches.divide_as_read(zero)
+    for norm in (1e15, math.inf):
+        zero.unscale_and_clip_grads([], norm)  # type: ignore[attr-defined]
+        assert bool(zero.optimizer.grad_scale.isfinite()) == math.isfinite(norm)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])

@@ -7,6 +7,7 @@ needless, its function, its row of FINDS and its one call go away.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -181,6 +182,7 @@ def divide_as_read(optimizer: Any) -> None:
 
     def clip(gradients: Any, norm: Any) -> None:
         divisor = (float(norm) + EPS) / optimizer.clip_grad if optimizer.clip_grad else 1.0
+        divisor = min(divisor, torch.finfo(torch.float32).max) if math.isfinite(norm) else divisor  # AdamW leaves out a step at infinity
         optimizer.optimizer.grad_scale = torch.full((), divisor, device=optimizer.device) if divisor > 1 else None
 
     assert optimizer.loss_scale == 1, "losses are scaled in fp16 alone, which is not offered"
