@@ -144,8 +144,7 @@ class Session:
         new: list[Tensor] = []
         decoder: Decoder | None = None
         sound_B = ~done_B
-        if graph is None:
-            graph = self.ids_BT.is_cuda and max_new_tokens >= GRAPH_FROM
+        graph = self.ids_BT.is_cuda and max_new_tokens >= GRAPH_FROM if graph is None else graph
         for _ in range(max_new_tokens):
             if not new:
                 logits_BV = self._feed(self.ids_BT.shape[1])
