@@ -215,9 +215,10 @@ class LanguageModel(Module):
         learnt = sum(block.flops_per_token(T) for block in self._blocks(self.config.learnt_visits()))
         return 3 * self.flops_per_token(T) - 2 * (whole - learnt)
 
-    def recomputed_flops_per_token(self, T: int) -> int:
-        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits with a z-loss."""
-        again = self.config.recompute_head and self.config.z_loss
+    def recomputed_flops_per_token(self, T: int, compiled: bool = False) -> int:
+        """Forward FLOPs of one token that a training step computes twice: of what the blocks compute again, and of the logits with a z-loss, or where
+        torch.compile traces the head (models/head.py: gradients are made with the losses where ops run as they are called)."""
+        again = self.config.recompute_head and (self.config.z_loss or compiled)
         twice = 2 * self.config.d_model * self.config.vocab_size if again else 0
         return twice + sum(block.recomputed_flops_per_token(T, block.remade) for block in self._blocks(self.config.learnt_visits()))
 

@@ -58,15 +58,22 @@ class Session:
         self.state = model.init_state(B)
         self.read_to = 0
         self.generator = torch.Generator().manual_seed(seed)
+        self.torn = False  # `generate` has not come to its end: the state is none that goes with the ids
+
+    def _refuse_torn(self) -> None:
+        if self.torn:
+            raise UserError("The session broke off while it generated, and cannot go on; load it again, or begin a new one.")
 
     def append(self, ids_BT: Tensor) -> Session:
         """Adds text to the end of every row; it is read later, by `read` or `generate`."""
+        self._refuse_torn()
         check_ids(ids_BT, self.model.config.vocab_size)
         self.ids_BT = torch.cat([self.ids_BT, ids_BT.to(self.ids_BT)], 1)
         return self
 
     def copy(self) -> Session:
         """Another session that goes on from here. The states are shared: no mixer writes into what an earlier state holds."""
+        self._refuse_torn()
         other = Session.__new__(Session)
         other.__dict__.update(self.__dict__)
         other.padding = list(self.padding)
@@ -77,6 +84,7 @@ class Session:
     @torch.no_grad()
     def read(self, progress: Callable[[int, int], None] | None = None) -> Session:
         """Brings the state up to the last token. progress(tokens read, tokens of the text) is called after each chunk."""
+        self._refuse_torn()
         last = self.ids_BT.shape[1] - 1
         while self.read_to < last:
             self._feed(min(self.read_to + CHUNK, last))
@@ -122,8 +130,9 @@ class Session:
         """The new ids (B, n), n <= max_new_tokens, also appended to the session.
 
         A row ends with one of stop_ids, or when stop_when(row, token) says so; it goes on with fill_id (the first stop id unless given)
-        until all rows have ended. Raises UserError for logits that are not finite, at the first token or once the last is drawn. on_token is given each step's ids (B,). graph: steps are those of models.decode.Decoder, a CUDA graph;
-        None: on a GPU, where the text is long enough to repay the capture.
+        until all rows have ended. Raises UserError for logits that are not finite, at the first token or once the last is drawn; those that a row has
+        behind its end do not count. A session in which anything was raised refuses to go on. on_token is given each step's ids (B,). graph: steps
+        are those of models.decode.Decoder, a CUDA graph; None: on a GPU, where the text is long enough to repay the capture.
         """
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.ids_BT.device)
         fill = fill_id if fill_id is not None else stop_ids[0] if len(stop_ids) else 0
@@ -131,20 +140,23 @@ class Session:
         ending = len(stop_ids) > 0 or stop_when is not None
         seen_BV = self._seen(self.model.config.vocab_size) if sampling.repetition_penalty != 1 else None
         self.read()
+        self.torn = True
         new: list[Tensor] = []
         decoder: Decoder | None = None
-        if graph is None:
-            graph = self.ids_BT.is_cuda and max_new_tokens >= GRAPH_FROM
+        sound_B = ~done_B
+        graph = self.ids_BT.is_cuda and max_new_tokens >= GRAPH_FROM if graph is None else graph
         for _ in range(max_new_tokens):
             if not new:
                 logits_BV = self._feed(self.ids_BT.shape[1])
-                refuse_not_finite(logits_BV)
+                refuse_not_finite(finite(logits_BV))
             elif graph:
                 decoder = decoder or Decoder(self.model, self.state, self.ids_BT.shape[1] + max_new_tokens)
                 logits_BV = decoder.step(new[-1])
                 self.read_to += 1
             else:
                 logits_BV = self._step(new[-1][:, None])
+            if ending and len(done_B) > 1:
+                sound_B &= done_B | finite(logits_BV)
             token_B = sampling.draw(logits_BV, self.generator, seen_BV)
             token_B = torch.where(done_B, torch.full_like(token_B, fill), token_B)
             new.append(token_B)
@@ -160,17 +172,18 @@ class Session:
             if ending and bool(done_B.all()):
                 break
         if new:
-            refuse_not_finite(logits_BV)
+            refuse_not_finite(sound_B if ending and len(done_B) > 1 else finite(logits_BV))
         if decoder is not None:
             self.state = decoder.release()
         new_BN = torch.stack(new, 1) if new else self.ids_BT[:, :0]
-        self.ids_BT = torch.cat([self.ids_BT, new_BN], 1)
+        self.ids_BT, self.torn = torch.cat([self.ids_BT, new_BN], 1), False
         return new_BN
 
     def save(self, path: str | Path) -> None:
         """One safetensors file: the state, the ids and the generator, with a JSON header. Raises UserError when it cannot be written, and where a file lies
         there that is no session."""
         path = Path(path)
+        self._refuse_torn()
         refuse_what_is_no_session(path)
         tensors = {"ids": self.ids_BT, "generator": self.generator.get_state()}
         plain: list[dict[str, int | None]] = []
@@ -228,9 +241,14 @@ def refuse_what_is_no_session(path: Path) -> None:
             raise UserError(f"{path} exists and is no session, so it is not written over; give another file.")
 
 
-def refuse_not_finite(logits_BV: Tensor) -> None:
-    """Raises UserError where a row's largest logit is NaN or infinite, which any NaN of the row makes it: what is drawn from it means nothing."""
-    if not bool(logits_BV.amax(-1).isfinite().all()):
+def finite(logits_BV: Tensor) -> Tensor:
+    """(B,) bool: whether a row's largest logit is a number, which any NaN of the row makes it not: what is drawn from it would mean nothing."""
+    return logits_BV.amax(-1).isfinite()
+
+
+def refuse_not_finite(finite_B: Tensor) -> None:
+    """Raises UserError where a row's logits are not `finite`."""
+    if not bool(finite_B.all()):
         raise UserError(
             "The logits are not finite: the weights hold values that are not finite, or a state grew without bound; take another checkpoint, or"
             " precision=fp32."

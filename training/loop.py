@@ -94,7 +94,7 @@ class Run:
     def _metrics(self, model: LanguageModel, start: Start) -> Metrics:
         flops = training_flops_per_token(model, self.config.train.seq_len)
         metrics = Metrics(self.run_dir, self.config, self.world.device, self.world.size, flops, self.world.main)
-        metrics.again_per_token = model.recomputed_flops_per_token(self.config.train.seq_len)
+        metrics.again_per_token = model.recomputed_flops_per_token(self.config.train.seq_len, self.config.train.compile)
         metrics.wandb_id = start.wandb_id
         self.world.on_main(self.run_dir, lambda: metrics.open(self.step, start.wandb_id))
         metrics.say(start.message)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +47,73 @@ def test_questions_start_from_the_same_document(name: str, monkeypatch: pytest.M
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         assert new[0].tolist() == ids[-8:]
+
+
+@pytest.mark.parametrize("at", ["first token", "later", "callback"])
+def test_a_session_that_broke_off_refuses_to_go_on(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state has read tokens that its ids do not hold; a copy of before goes on as if nothing had been."""
+    model, ids_BT = small(HYBRID), torch.tensor(prompts(9))
+    expected = Session(model, ids_BT, seed=3).generate(4, DRAW)
+    session = Session(model, ids_BT, seed=3).read()
+    kept = session.copy()
+    whole = type(model).forward
+
+    def broken(self: LanguageModel, ids: torch.Tensor, **more: Any) -> Any:
+        output = whole(self, ids, **more)
+        assert output.logits is not None
+        output.logits[:] = torch.nan if session.read_to >= (9 if at == "later" else 0) else output.logits
+        return output
+
+    def interrupted(token_B: torch.Tensor) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt if at == "callback" else UserError):
+        if at != "callback":
+            patch.setattr(type(model), "forward", broken)
+        session.generate(4, DRAW, on_token=interrupted if at == "callback" else None)
+    uses: list[Callable[[], Any]] = [
+        lambda: session.generate(4, DRAW),
+        session.read,
+        session.copy,
+        lambda: session.append(ids_BT),
+        lambda: session.save(tmp_path / "s"),
+    ]
+    for use in uses:
+        with pytest.raises(UserError, match="^The session broke off while it generated"):
+            use()
+    assert torch.equal(kept.generate(4, DRAW), expected) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("bad", ["behind its end", "before it", "at the last token"])
+def test_logits_behind_the_end_of_a_row_do_not_count(bad: str, graph: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 0 ends with its second token and is fed what fills it from then on; NaN before that is told, whether or not it stays."""
+    model, calls = small(HYBRID), 0
+    whole = type(model).forward
+
+    def broken(self: LanguageModel, ids: torch.Tensor, **more: Any) -> Any:
+        nonlocal calls
+        output = whole(self, ids, **more)
+        assert output.logits is not None
+        calls += 1
+        if (calls == 2 and bad == "before it") or (calls > 2 and bad == "behind its end"):
+            output.logits[0] = torch.nan
+        if calls == 5 and bad == "at the last token":
+            output.logits[1] = torch.nan
+        return output
+
+    session = Session(model, torch.tensor(prompts(6, 6))).read()
+    monkeypatch.setattr(type(model), "forward", broken)
+    drawn: list[torch.Tensor] = []
+
+    def told() -> torch.Tensor:
+        return session.generate(5, DRAW, stop_when=lambda row, token: row == 0 and len(drawn) == 2, on_token=drawn.append, graph=graph)
+
+    if bad == "behind its end":
+        assert told().shape == (2, 5)
+    else:
+        with pytest.raises(UserError, match="^The logits are not finite: "):
+            told()
 
 
 def test_torn_foreign_and_other_models_sessions_are_refused(tmp_path: Path) -> None:

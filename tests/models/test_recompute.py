@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.linear
@@ -144,3 +146,33 @@ def test_what_is_no_setting_is_a_sentence(choice: Any, said: str) -> None:
 def test_parts_of_an_mlp_need_one() -> None:
     with pytest.raises(UserError, match="no MLP"):
         parts_by_layer("mlp", config(d_ff=0))
+
+
+@pytest.mark.parametrize("compiled, z_loss", [(False, 0.0), (False, 1e-3), (True, 0.0)])
+def test_logits_that_are_computed_twice_are_counted(compiled: bool, z_loss: float) -> None:
+    """By the products that a compiled step or an eager one makes."""
+    model = LanguageModel(ModelConfig(53, 32, 1, ["a"], {"a": MIXERS["a"]}, z_loss=z_loss))
+    model.init_weights(0)
+    ids, made = torch.arange(34).view(2, 17), 0
+
+    def watched(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nonlocal made
+        made += sum(node.target == torch.ops.aten.mm.default and node.meta["val"].shape == (34, 53) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal made
+            y = func(*args, **(kwargs or {}))
+            made += func == torch.ops.aten.mm.default and y.shape == (34, 53)
+            return y
+
+    if compiled:
+        forward: Any = torch.compile(model, backend=aot_autograd(fw_compiler=watched, bw_compiler=watched))
+        forward(ids, labels=ids, reduction="sum").loss_sum.backward()
+    else:
+        with Watch():
+            output = model(ids, labels=ids, reduction="sum")
+            (output.loss_sum + output.z_loss_sum).backward()
+    assert made == (2 if compiled or z_loss else 1)
+    assert model.recomputed_flops_per_token(17, compiled) == (made - 1) * 2 * 32 * 53

@@ -66,16 +66,16 @@ def dry_run_report(config: Config, model_config: ModelConfig, note: str = "") ->
     lines += [f"  {part:<24}{count:>16,}  {100 * count / total:5.1f} %" for part, count in counts.items()]
     lines += [
         f"training FLOPs per token at T={config.train.seq_len}: {flops:.3e} (3x forward)",
-        again_line(model, config.train.seq_len),
+        again_line(model, config.train.seq_len, config.train.compile),
         f"steps {config.total_steps:,} of {config.tokens_per_step:,} tokens: {tokens:.3e} tokens, {tokens * flops:.3e} FLOPs",
         f"state carried per sequence at T={config.train.seq_len}: {model.state_bytes(config.train.seq_len) / 2**20:.2f} MiB",
     ]
     return "\n".join(lines + chosen + report(config, model_config, model, remade))
 
 
-def again_line(model: LanguageModel, seq_len: int) -> str:
+def again_line(model: LanguageModel, seq_len: int, compiled: bool) -> str:
     """What recomputation adds to the FLOPs of training, in words."""
-    flops, again = training_flops_per_token(model, seq_len), model.recomputed_flops_per_token(seq_len)
+    flops, again = training_flops_per_token(model, seq_len), model.recomputed_flops_per_token(seq_len, compiled)
     return f"computed again in the backward pass: {again:.3e} FLOPs per token, so that HFU is {1 + again / flops:.3f} times MFU"
 
 
