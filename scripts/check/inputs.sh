@@ -149,7 +149,7 @@ head that does not divide | 2 | is not divisible by head_size 12 | $TRAIN model=
 3 text without tokens | 0 | lost, .* tokens .* are '\[UNK\]' | python -c "from tokenizers import *; t = Tokenizer(models.WordLevel({'[UNK]': 0, '</s>': 1, 'the': 2}, unk_token='[UNK]')); t.pre_tokenizer = pre_tokenizers.Whitespace(); t.save('$T/unknown.json')" && python -m data.prepare input=$T/one.txt out=$T/p25 tokenizer=$T/unknown.json
 3 a surrogate and nothing | 0 | 1 not UTF-8 | printf '{"text": ""}\n{"text": "a"}\n{"text": "\\ud800x"}\n' >$T/odd.jsonl && python -m data.prepare input=$T/odd.jsonl out=$T/p19 tokenizer=bytes
 3 quotes that do not match | 2 | quotes do not match | printf 'text,n\n"a\nb,1\n' >$T/open.csv && python -m data.prepare input=$T/open.csv out=$T/p20 tokenizer=bytes
-3 a name several times in a record | 0 | left out, field 'text' is there several times | printf '{"text": "a", "text": "b"}\n{"text": "whole", "n": 1, "n": 2}\n' >$T/several.jsonl && python -m data.prepare input=$T/several.jsonl out=$T/several tokenizer=bytes
+3 a name several times in a record | 0 | field .text. is there several times | printf '{"text": "a", "text": "b"}\n{"text": "whole", "n": 1, "n": 2}\n' >$T/several.jsonl && python -m data.prepare input=$T/several.jsonl out=$T/several tokenizer=bytes
 3 a comma in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a,b.txt" && python -m data.prepare input="$T/a,b.txt" out=$T/p21 tokenizer=bytes
 3 a bracket in a name | 0 | train: 1 documents | cp $T/one.txt "$T/a[1].txt" && python -m data.prepare input="$T/a[1].txt" out=$T/p22 tokenizer=bytes
 3 all held out | 2 | valid_fraction must be from 0 up to 1 | python -m data.prepare input=demo out=$T/p23 tokenizer=bytes valid_fraction=1
@@ -259,7 +259,7 @@ t a window beyond the sequences | 0 | window=100,000 is longer than train.seq_le
 t true with a capital | 0 | parameters | python train.py dry_run=True
 t yes for true | 2 | dry_run must be | python train.py dry_run=yes
 t a path with a blank | 2 | holds no token shards | python train.py data=shards "data.path='$T/no such'"
-t a bench's output where nobody may write | 2 | cannot be written to | python -m scripts.bench.step out=/proc/nowhere/step.json
+t output of a bench where nobody may write | 2 | cannot be written to | python -m scripts.bench.step out=/proc/nowhere/step.json
 t a bench, no output | 2 | Give out=FILE | python -m scripts.bench.memory
 t pictures take no argument | 2 | takes none | python -m scripts.draw out=$T/x
 t a report of no folder | 2 | Give one folder of measurements | python -m evals.report
