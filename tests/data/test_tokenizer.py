@@ -122,7 +122,7 @@ def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Pa
     module = torch.nn.Linear(1, 1)
     evaluator.engine = SimpleNamespace(world=world, gathered=lambda _: torch.no_grad(), parameters=[], module=module)  # type: ignore[assignment]
     evaluator.config = SimpleNamespace(eval=SimpleNamespace(sample_prompt="the fox", sample_tokens=1))  # type: ignore[assignment]
-    evaluator.metrics = SimpleNamespace(run_dir=tmp_path, say=print)  # type: ignore[assignment]
+    evaluator.metrics = SimpleNamespace(keep=lambda name, write: write(tmp_path / name), say=print)  # type: ignore[assignment]
     evaluator.train = shards
     assert evaluator.sample(1) == "the fox" and seen[0].tolist() == [[3, 6, 7]]
 

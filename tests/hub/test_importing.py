@@ -16,7 +16,6 @@ from models.checkpoint import load_model, read_config
 from models.generate import generate
 from models.hub.export import write_folder
 from models.hub.importing import end_ids, import_folder, read_stock
-from scripts.convert import main as convert
 from scripts.export import main as export
 from scripts.import_checkpoint import main
 from tests.hub.stock_folders import stock_folder
@@ -87,7 +86,7 @@ def test_the_round_trip_is_exact(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_weights_that_are_not_finite_are_written_nowhere(bad: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By import, export and conversion alike, before anything is compared; and weights that only fp16 cannot hold by an export in fp16."""
+    """By import and export alike, before anything is compared; and weights that only fp16 cannot hold by an export in fp16."""
     source = checkpoint(tmp_path / "c", FAMILIES["llama"])
     (tmp_path / "hf").mkdir()
     write_folder(source, tmp_path / "hf", "fp32", 10**9, "mit")
@@ -106,7 +105,6 @@ def test_weights_that_are_not_finite_are_written_nowhere(bad: float, tmp_path: P
     for program, words in (
         (main, [str(tmp_path / "hf"), str(tmp_path / "out"), "verify=false"]),
         (export, [str(source), str(tmp_path / "out")]),
-        (convert, [f"checkpoint={source}", f"out={tmp_path / 'out'}"]),
     ):
         assert program(words) == 2
         assert re.fullmatch(rf"error: {said['bad']}\.\n", capsys.readouterr().err), program.__module__

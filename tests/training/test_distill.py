@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models.checkpoint import load_model
 from models.config import ModelConfig
@@ -61,6 +62,11 @@ def test_a_checkpoint_becomes_a_student_with_its_teacher(tmp_path: Path, capsys:
     other = LanguageModel(ModelConfig(vocab_size=300, d_model=32, n_layers=1))
     with pytest.raises(UserError, match="has other tokens than the student"):
         begin(config, other, CPU, tokenizer)
+    tensors = load_file(teacher / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[-1] = torch.nan
+    save_file(tensors, teacher / "model.safetensors")
+    assert convert.main([f"checkpoint={teacher}", f"out={tmp_path / 'x'}", "to=delta"]) == 2
+    assert "would hold values that are not finite" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_the_study_learns_from_the_teacher_first_and_says_after_how_many_tokens(demo_shards: Path) -> None:
