@@ -138,8 +138,9 @@ class Engine:
             self.plans.collect()
         read_loss = sent_to_host(loss)
         self.passes.reduce()  # the device is at it while the host reads the loss and asks for data
-        read_norm = None if self.stage else self._norm_ahead(loss if only_finite and self.world.size == 1 else None)
-        decided = only_finite and self._device_decides()
+        alone = only_finite and self.world.size == 1 and not self.stage  # over several ranks the loss is the sum of all
+        read_norm = None if self.stage else self._norm_ahead(loss if alone else None)
+        decided = alone and self.optimizer.leaves_out  # the update, prepared, is then queued right behind the norm
         if decided:
             self.deepspeed.step()
         local_loss = read_loss()
@@ -174,11 +175,6 @@ class Engine:
             return lambda: clip(parameters, limit)
         self.optimizer.prepare()
         return sent_to_host(norm)
-
-    def _device_decides(self) -> bool:
-        """Whether the prepared update leaves itself out where loss or norm are not finite: it is then queued right behind the norm. On one rank alone, as
-        over several the loss is the sum of all."""
-        return self.world.size == 1 and not self.stage and self.optimizer.leaves_out
 
     def _update(
         self, loss: float, is_bad: Callable[[float], str] | None, read_norm: Callable[[], float] | None, decided: bool
