@@ -55,11 +55,9 @@ class SkippableAdamW(torch.optim.AdamW):
             ready = [self._lists_of(group) for group in self.param_groups]
         taken = None if self.grad_scale is None else (self.grad_scale < math.inf).to(torch.float32)
         for lists, group in zip(ready, self.param_groups):
-            if lists.weights and taken is None:
-                torch._foreach_add_(lists.steps, 1)
-            elif lists.weights and taken is not None:  # a number for each: one tensor for all of them would be read by the host
-                torch._foreach_add_(lists.steps, [taken] * len(lists.steps))
             if lists.weights:
+                # a number for each: one tensor for all of them would be read by the host
+                torch._foreach_add_(lists.steps, 1 if taken is None else [taken] * len(lists.steps))
                 adamw(
                     lists,
                     lr=group["lr"],
