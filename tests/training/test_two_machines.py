@@ -86,12 +86,17 @@ def test_the_slurm_script_saves_and_queues_again_on_preemption_and_then_finishes
     assert max(losses(tmp_path / "run")) == reached + 2 and not (stubs / "requeued").exists() and not (tmp_path / "hosts.17").exists()
 
 
+@pytest.mark.parametrize("ends", ["at once", "while the script waits"])
 @pytest.mark.parametrize("status,again", [(75, True), (0, False), (1, False), (2, False)])
 def test_the_slurm_script_queues_again_by_the_status_of_a_stopped_run(
-    slurm: dict[str, str], tmp_path: Path, status: int, again: bool
+    slurm: dict[str, str], tmp_path: Path, status: int, again: bool, ends: str
 ) -> None:
     stub = Path(slurm["STUBS"]) / "srun"
-    stub.write_text(f"#!/bin/sh\nexit {status}\n")
+    stub.write_text(f"#!/bin/sh\n{'sleep 0.5' if ends != 'at once' else ''}\nexit {status}\n")
+    if ends == "at once":  # the script is held up where it sets its trap, so that the step is over before the script waits for it
+        slow = tmp_path / "slow.sh"
+        slow.write_text('trap() { builtin trap "$@"; sleep 0.5; }\n')
+        slurm = {**slurm, "BASH_ENV": str(slow)}
     done = subprocess.run(
         ["bash", "scripts/train.sbatch", "a=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60, check=False
     )
