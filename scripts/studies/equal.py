@@ -57,6 +57,7 @@ EARLY = (
     ("S5", FIRST),
 )
 MOST_COMPILING = 60.0  # seconds
+TOLD_EVERY = 60.0  # seconds, after which each cell says where it is
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
 Place = tuple[str, str, int]
@@ -113,6 +114,14 @@ def limit_of(out: Path, place: Place, most: int) -> int:
         slowest = [cell["solved"] for cell in cells if cell.get("ended") == "solved" and cell["mixer"] not in CONTROLS]
         steps = min(steps, max(500, 2 * max(slowest))) if len(slowest) >= 3 else steps
     return min(steps, most) if most else steps
+
+
+def tell(running: list[tuple[Place, Learner, float]]) -> None:
+    """Says where each cell under way is."""
+    for place, learner, _ in running:
+        curve = learner.progress.curve
+        loss = f", loss {curve[-1][2]:.3f}" if curve else ""
+        print(f"{name_of(place)} step {learner.progress.step}/{learner.progress.limit} at {learner.n} of {learner.T}{loss}", flush=True)
 
 
 def begin(place: Place, values: dict[str, Any], device: Any) -> Learner:
@@ -186,7 +195,7 @@ def work(
     device = pick(visible, device_name)
     waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []
-    more = True
+    more, told = True, time.time()
 
     def late() -> bool:
         return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
@@ -208,6 +217,9 @@ def work(
             time.sleep(0.05)
         if not running and (late() or not (more or waiting)):
             return
+        if time.time() > told + TOLD_EVERY:
+            told = time.time()
+            tell(running)
         for entry in list(running):
             place, learner, since = entry
             problem: Exception | None = None
