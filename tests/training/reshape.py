@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data.loader import BatchLoader
 from models.lm import LanguageModel
 from training import checkpoint
 from training.config.cli import checked, compose_config
+from training.config.schema import Config
 from training.engine import Engine
 from training.saving.saver import Saver
 from training.setup import model_config, open_reader, open_shards
@@ -28,20 +30,18 @@ from training.zero.local_state import MOMENTS
 LR = 1e-2
 
 
+@lru_cache
+def settings(*words: str) -> Config:
+    """Composed once, as many runs have the same ones."""
+    small = ["experiment=smoke", "train.device=cpu", "size.d_model=48", "model.mixers.mamba2.head_dim=16", "train.micro_batch=1"]
+    return checked(compose_config([*small, *words]))
+
+
 class Run:
     """A tiny model at a ZeRO stage with its data, from the start or from a checkpoint."""
 
     def __init__(self, world: World, shards: str, stage: int, folder: Path | None = None, *more: str) -> None:
-        words = [
-            "experiment=smoke",
-            "train.device=cpu",
-            f"data.path={shards}",
-            "size.d_model=48",
-            "model.mixers.mamba2.head_dim=16",
-            "train.micro_batch=1",
-            *more,
-        ]
-        self.config, self.world = checked(compose_config([*words, f"deepspeed=zero{stage}"])), world
+        self.config, self.world = settings(f"data.path={shards}", f"deepspeed=zero{stage}", *more), world
         sources = open_shards(self.config.data.path, "train")
         self.model = LanguageModel(model_config(self.config, sources)[0])
         self.model.init_weights(0 if folder is None else 1)
