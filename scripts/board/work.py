@@ -21,6 +21,7 @@ from scripts.board.order import READ0
 from scripts.board.queue import Queue
 from scripts.board.repeat import repeatable, source_hash
 from scripts.board.results import Cell, attempt, keep
+from scripts.studies.workers import end_with_parent
 
 SAVE_EVERY = 45.0  # seconds between two savings of a cell in training
 POINTS = 100  # of the training curve
@@ -209,6 +210,7 @@ KINDS = {"speed": timed, "speedrun": raced}
 
 def work(values: dict[str, Any], number: int = 0, fixed: list[Cell] | None = None) -> None:
     """Process `number`: takes cells until there are none or time is up. fixed: these, instead of those of the plan."""
+    end_with_parent()
     device = repeatable(number, values["device"])
     import torch
 

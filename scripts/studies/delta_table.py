@@ -31,7 +31,7 @@ from data.files import write_json
 from data.synthetic import build_task
 from scripts.studies.equal_cells import BURST, LENGTHS, Learner, settings_of
 from scripts.studies.options import refuse
-from scripts.studies.tracking import end_by
+from scripts.studies.workers import end_by, end_with_parent
 from training.watch.metrics import environment
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -144,6 +144,7 @@ def warmed(set_as: dict[str, Any], seed: int, device: torch.device, steps: int) 
 
 def work(task: str, updates: int, given: argparse.Namespace, began: float, device_name: str) -> None:
     """Every arm of a task and so many updates, a burst of each in turn."""
+    end_with_parent()
     torch.set_num_threads(1)
     place = Place(task, updates, given, began, torch.device(device_name))
     running = list(place.learners())

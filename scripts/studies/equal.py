@@ -28,7 +28,8 @@ from data.files import check_writable, write_json
 from data.synthetic import build_task
 from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of
 from scripts.studies.equal_table import plot, table
-from scripts.studies.tracking import end_by, place_and_time, visible_gpus
+from scripts.studies.tracking import place_and_time, visible_gpus
+from scripts.studies.workers import end_by, end_with_parent
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -164,6 +165,7 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
 def prepare(values: dict[str, Any], mixer: str, visible: str, ready: Any) -> None:
     """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it; then says so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
+    end_with_parent()
     try:
         device = pick(visible, "cuda")
         learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
@@ -192,6 +194,7 @@ def work(
     stopped: list[int] = []
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
+        end_with_parent()
     device = pick(visible, device_name)
     waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []

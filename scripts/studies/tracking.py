@@ -33,6 +33,7 @@ from data.fields import nearest
 from data.files import write_bytes, write_json
 from evals.report.figures import png, pyplot
 from scripts.studies.cells import LENGTHS, MIXERS, TASKS, settings_of, train_cell
+from scripts.studies.workers import end_by, end_with_parent
 from training.config.arguments import parse_arguments, program
 from training.errors import UserError
 
@@ -107,6 +108,7 @@ def work(values: dict[str, Any], cells: list[tuple[str, str, int]], taken: Any, 
 
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback; cells are written whole
+        end_with_parent()
     if visible:  # before anything here asks for a device
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     torch.set_num_threads(1)
@@ -249,14 +251,6 @@ def plot(cells: list[dict[str, Any]], values: dict[str, Any], path: Path) -> str
     figure.tight_layout(rect=(0, 0.06, 1, 0.99))
     write_bytes(path, png(plt, figure, dpi=130, bbox_inches=None))
     return f"plot: {path}"
-
-
-def end_by(processes: list[Any], moment: float) -> None:
-    """Waits for the processes until then, a second at least, and ends those that still run."""
-    for process in processes:
-        process.join(max(1.0, moment - time.time()))
-        if process.is_alive():
-            process.terminate()
 
 
 def report(values: dict[str, Any], device: str, seconds: float) -> None:
