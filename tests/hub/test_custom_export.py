@@ -65,6 +65,7 @@ FAMILIES = {
         },
     ),
 }
+WAYS = ("hybrid", "delta", "slstm", "m2rnn")  # every kind of state, in every way that transformers calls a model
 
 
 def test_any_mixers_and_cells_lie_in_one_file() -> None:
@@ -89,7 +90,8 @@ def test_the_exported_code_gives_the_checkpoints_numbers(tmp_path: Path) -> None
         pairs.append((source, out))
     verify(pairs)
     ids = [[(7 * i * i + row) % 251 + 1 for i in range(23)] for row in range(2)]
-    jobs = [{"folder": str(o), "ids": ids, "new_tokens": 1, "sample": "a", "out": str(tmp_path / o.name), "ways": True} for _, o in pairs]
+    folders = [out for _, out in pairs if out.name in WAYS]
+    jobs = [{"folder": str(o), "ids": ids, "new_tokens": 1, "sample": "a", "out": str(tmp_path / o.name), "ways": True} for o in folders]
     (tmp_path / "job.json").write_text(json.dumps({"folders": jobs}))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-I", str(CHECKER), str(tmp_path / "job.json")]
