@@ -245,8 +245,8 @@ def work(
 def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Every cell of these settings on disk, in the table's order."""
     out = Path(values["out"])
-    tasks = [*values["tasks"], "A5-long"]
-    places = [(t, m, s) for t in tasks for m in MIXERS if m in values["mixers"] for s in range(values["seeds"])]
+    places = [(t, m, s) for t in values["tasks"] for m in MIXERS if m in values["mixers"] for s in range(values["seeds"])]
+    places += [("A5-long", m, 0) for m in MIXERS if m in values["mixers"] or m in values["long"]]
     return [cell for place in places if (cell := read(out, place, settings_of(*place[:2], values))) is not None]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from scripts.studies import equal_cells
 from scripts.studies.cells import build_model
-from scripts.studies.equal import DEFAULTS, arguments, limit_of, main, order, work
+from scripts.studies.equal import DEFAULTS, arguments, collect, limit_of, main, order, work
 from scripts.studies.equal_cells import MIXERS, TASKS, Learner, ladder, settings_of
 from scripts.studies.equal_table import median, table
 from training.errors import UserError
@@ -60,6 +60,26 @@ def test_a_cell_that_was_cut_goes_on() -> None:
     later.load(early)
     later.burst()
     assert later.progress.step == 40 and torch.isfinite(later.loss_sum)
+
+
+def test_the_rate_of_long_words_falls_and_begins_again_at_the_next_length() -> None:
+    cell = Learner(settings_of("A5-long", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 100_000)
+    at = {"step": 1000, "climbed": 900, "rung": cell.rungs.index(7)}
+    rates = []
+    for changes in ({}, {"step": 1700}, {"climbed": 1700}, {"rung": len(cell.rungs) - 1}):
+        at |= changes
+        for key, value in at.items():
+            setattr(cell.progress, key, value)
+        rates.append(cell.rate())
+    assert rates == pytest.approx([1e-2, 0.5e-2, 1e-2, 0.5e-2])  # 400 steps of 800; words of 32 at the root of 8 / 32
+
+
+def test_a_long_run_alone_is_in_the_table(tmp_path: Path) -> None:
+    values = arguments(["tasks=", "mixers=", "long=dense_gru", f"out={tmp_path}"])
+    (tmp_path / "cells").mkdir()
+    cell = {"settings": settings_of("A5-long", "dense_gru", values)}
+    (tmp_path / "cells" / "A5-long.dense_gru.0.json").write_text(json.dumps(cell))
+    assert collect(values) == [cell]
 
 
 def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
