@@ -153,6 +153,29 @@ def start_program(arguments: list[str], timeout: float = 300, **extra: str) -> R
     return Running(arguments, environment(**extra), timeout)
 
 
+# A forked process has loaded the project already, which the checker is to do without.
+FORGET = """
+import runpy, sys
+for name in [n for n in sys.modules if n.split(".")[0] in ("models", "kernels", "training", "data", "evals", "train")]:
+    del sys.modules[name]
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def forked_checker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exported folder of transformers' own classes is loaded in a forked process; that they are found without this project is shown elsewhere
+    (tests/hub/test_families.py), in processes that are really started."""
+    from models.hub import export
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1:3] == ["-I", str(export.CHECKER)]
+        return run_forked(["-c", FORGET, *command[2:]], [{**environment(), **env}], 300)
+
+    monkeypatch.setattr(export.subprocess, "run", run)
+
+
 @pytest.fixture
 def train(demo_shards: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """train(run_name, *overrides) runs train.py on the small shards; the run folder is tmp_path/run_name. launcher: words before train.py,

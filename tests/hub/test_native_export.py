@@ -84,6 +84,7 @@ def within(settings: ModelConfig, mixer: str = "", **values: Any) -> ModelConfig
     return replace(settings, mixers={**settings.mixers, mixer: {**settings.mixers[mixer], **values}})
 
 
+@pytest.mark.usefixtures("forked_checker")
 def test_stock_classes_give_the_checkpoints_numbers(tmp_path: Path) -> None:
     pairs = []
     for name, settings in FAMILIES.items():
@@ -167,6 +168,7 @@ def test_bad_input_is_a_sentence_and_leaves_nothing(tmp_path: Path, capsys: pyte
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "taken"]
 
 
+@pytest.mark.usefixtures("forked_checker")
 def test_a_relative_folder_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint(tmp_path / "c", FAMILIES["llama"])
     monkeypatch.chdir(tmp_path)

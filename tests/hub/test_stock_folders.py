@@ -81,6 +81,7 @@ def test_dynamic_positions_are_not_split_over_ranks() -> None:
     assert "dynamic" in attention.Mixer(attention.Config(**settings), 32, 0).why_not_split()  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("forked_checker")
 def test_every_family_goes_back_as_its_class_with_the_same_bytes(tmp_path: Path) -> None:
     pairs = []
     for name, (kind, _) in STOCK.items():
