@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
 
-        policy.check_tools(config, world.device)
+        policy.check_tools(config, world.device, world.size)
         patches.load_muon_uncompiled()
         self.config, self.world = config, world
         self.module = model.to(world.device)
