@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, world: World) -> None:
         import deepspeed
 
-        policy.check_tools(config, world.device)
+        policy.check_tools(config, world.device, world.size)
         patches.load_muon_uncompiled()
         self.config, self.world = config, world
         self.module = model.to(world.device)
@@ -126,14 +126,17 @@ class Engine:
         is_bad: may veto the step from the global mean loss; it returns the reason, or ''. only_finite: it vetoes every loss that is not finite, and no
         other, so that the device may decide where it has what that takes, and the host is not waited for. tokens: `local_tokens` of all ranks together, where
         they are known already; else a sum over ranks of its own counts them. tell: called once the losses are computed; the numbers it returns,
-        equally many on every rank, are summed over ranks together with the loss.
+        equally many on every rank, are summed over ranks together with the loss. A step without a label is left out.
         """
         start, clock = time.perf_counter(), self.world.clock
         if clock is not None:
             clock.lap()
         tokens = self.world.sum([local_tokens(micro_batches)])[0] if tokens is None else tokens
+        if not tokens:
+            is_bad, only_finite = (lambda loss: "no token of its batch has a label"), False
+        over = max(tokens, 1.0)
         self.set_lr(lr)
-        loss = self.passes.run(micro_batches, self.world.size / tokens)  # DeepSpeed averages over ranks, and we sum over tokens
+        loss = self.passes.run(micro_batches, self.world.size / over)  # DeepSpeed averages over ranks, and we sum over tokens
         if self.plans is not None:
             self.plans.collect()
         read_loss = sent_to_host(loss)
@@ -152,9 +155,9 @@ class Engine:
         loss_sum, *told = self.world.sum([local_loss, *of_passes, *learnt, *words])
         self.passes.settle([told.pop(0) for _ in of_passes])
         self._learn([told.pop(0) for _ in learnt])
-        norm, skipped = self._update(loss_sum / tokens, is_bad, read_norm, decided)
+        norm, skipped = self._update(loss_sum / over, is_bad, read_norm, decided)
         seconds = time.perf_counter() - start - telling
-        return StepResult(loss_sum / tokens, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
+        return StepResult(loss_sum / over, norm, int(tokens), skipped, seconds, clock.lap() if clock is not None else 0.0, told)
 
     def _learn(self, words: list[float]) -> None:
         """Settles the plans of the steps that follow, from what all ranks' solves needed in this one; graphs are of the plans before."""

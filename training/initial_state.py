@@ -8,8 +8,9 @@ in training is the cheapest cure known (Buitrago and Gu, arXiv 2507.02782):
 * random: N(0, sigma^2) in every recurrent entry.
 * fitted: N(mean, std^2) of the final states met in training, for each layer and head (a running average over steps).
 
-With probability `drop` a row starts from the empty state, so that it stays known. Caches of attention always start empty. States are not
-part of checkpoints: a resumed run starts them anew.
+With probability `drop` a row starts from the empty state, so that it stays known, and so does a row whose state is not finite, as one of a step that
+was left out: passed on, it would be every later step's. Caches of attention always start empty. States are not part of checkpoints: a resumed run
+starts them anew.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ class InitialStates:
                 return state
             state = ended
         keep_B = (torch.rand(batch, generator=self.generator) >= self.drop).to(model.embedding.weight.device)
+        for mixer, part in zip(self.mixers, state.layers) if self.mode == "pass" else ():
+            for x in () if mixer.grows() else mixer.tensors_of(part, "recurrent", "history").values():
+                keep_B = keep_B & x.isfinite().flatten(1).all(1)
         layers = []
         for layer, (mixer, part) in enumerate(zip(self.mixers, state.layers)):
             if mixer.grows():
@@ -94,10 +98,12 @@ class InitialStates:
         return next((len(tensor) for part in parts for tensor in state_tensors(part).values()), None)
 
     def _fit(self, layer: int, name: str, x: Tensor) -> None:
-        """Mean and standard deviation over rows and the entries of a head; (B, S, I) of a cell has one pair for each of the S, (B, D) one in all."""
+        """Mean and standard deviation over rows and the entries of a head; (B, S, I) of a cell has one pair for each of the S, (B, D) one in all. What
+        is not finite counts for nothing."""
         over = (0, *range(min(2, x.ndim - 1), x.ndim))
         mean, std = x.mean(over, keepdim=True), x.std(over, keepdim=True)
-        before = self.fitted.get((layer, name))
+        fine, before = mean.isfinite() & std.isfinite(), self.fitted.get((layer, name))
         if before is not None:
             mean, std = (self.momentum * b + (1 - self.momentum) * a for b, a in zip(before, (mean, std)))
-        self.fitted[(layer, name)] = (mean, std)
+        kept_mean, kept_std = before or (torch.zeros_like(mean), torch.zeros_like(std))
+        self.fitted[(layer, name)] = (torch.where(fine, mean, kept_mean), torch.where(fine, std, kept_std))

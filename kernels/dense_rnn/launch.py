@@ -24,7 +24,7 @@ from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, dependently, load_source, multiprocessors
-from kernels.parallel_rnn.products import Dense, in_torch, trace_dense
+from kernels.parallel_rnn.products import Dense, in_torch, is_leaf, trace_dense
 from kernels.parallel_rnn.reference import product
 from kernels.parallel_rnn.step import HeadMatrix
 
@@ -282,7 +282,7 @@ def taken(mat: Tensor, matrices: Sequence[int]) -> Tensor:
 
 def _emitted_alone(p: Problem) -> bool:
     """Whether all that is multiplied with matrices is the emitted state."""
-    return len(p.dense.operands) == 1 and p.dense.operands[0].arguments[0] == f"h{p.S - 1}"
+    return len(p.dense.operands) == 1 and is_leaf(p.dense.operands[0], f"h{p.S - 1}")
 
 
 def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:

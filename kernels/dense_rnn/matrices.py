@@ -73,7 +73,8 @@ def gradient_by_kernel(
     before the first."""
     N, width = p.B * p.T, p.constants["BK"]
     d_mat, sums = p.h0.new_zeros(p.E, p.K, p.G, p.K), dict[int, Tensor]()
-    for operand, mine, first, last in groups(p, d.places):
+    found = groups(p, d.places)
+    for operand, mine, first, last in found:
         P = last - first + 1
         across, rows, warps = tile(P, width)
         programs, most = p.E * -(-P * width // across), multiprocessors(p.pre.device)
@@ -89,7 +90,8 @@ def gradient_by_kernel(
         )  # fmt: skip
         of_matrices, of_ones = partial.sum(0).split((p.E * p.K * P * p.K, p.E * P * p.K))
         each, ones = of_matrices.view(p.E, p.K, P, p.K), of_ones.view(p.E, P, p.K)
-        if [p.dense.products[i].matrix for i in sorted(mine, key=lambda i: d.places[i])] == list(range(p.G)) and p.G == P:
+        in_order = [p.dense.products[i].matrix for i in sorted(mine, key=lambda i: d.places[i])] == list(range(p.G)) and p.G == P
+        if in_order and len(found) == 1:
             d_mat = each  # one product for each matrix, in their order
         else:
             for i in mine:

@@ -155,8 +155,10 @@ def through_the_op() -> None:
 
 
 def gradients_of_matrices() -> None:
-    """Several pieces, the last one short, of steps and heads that fill no tile."""
-    for name, sizes, blocks in (("slstm", (3, 67, 2, 24), 2), ("dense_gru", (1, 130, 2, 16), 0), ("dense_gru_before", (2, 70, 1, 16), 1)):
+    """Several pieces, the last one short, of steps and heads that fill no tile; and a matrix that multiplies two operands, each in the order of all
+    matrices, whose gradient is the sum of both."""
+    cases = [("slstm", (3, 67, 2, 24), 2), ("dense_gru", (1, 130, 2, 16), 0), ("dense_gru_before", (2, 70, 1, 16), 1)]
+    for name, sizes, blocks in (*cases, ("shared_matrix", (1, 9, 1, 16), 0)):
         check_gradient_of_matrices(name, sizes, torch.float16, blocks, "cpu", 1e-5)
 
 

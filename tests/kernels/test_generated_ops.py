@@ -40,6 +40,15 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0 and " 0 of 8 cases failed" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
+def test_steps_that_nobody_has_written_in_the_interpreter() -> None:
+    """Among them a matrix that multiplies two operands in fp16, whose gradient was that of the second alone, and a lone operand that is no state, which
+    the backward pass refused."""
+    pytest.importorskip("triton")
+    for seed in ("117", "125"):
+        done = run_program(["-m", MODULE, "dense_step", seed, "--device", "interpreter"], TRITON_INTERPRET="1")
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
 def test_a_run_goes_on_where_it_stopped_and_says_what_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

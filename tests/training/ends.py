@@ -58,6 +58,10 @@ def left_behind(world: World, stage: int) -> bool:
             ):
                 result = engine.step(batches, 1e-3, tokens=tokens, tell=[told, 1.0].copy)
             assert not result.skipped and Sums.count == sums + 1 and result.told == [told * world.size, world.size]
+        for batch in batches:  # a step without a label: there is no mean of its losses, and nothing is updated
+            batch.labels.fill_(-100)
+        result = engine.step(batches, 1e-3, only_finite=True)
+        assert "has a label" in result.skipped and result.loss == 0 and result.tokens == 0 and engine.optimizer_steps() == 3
     if engine.stage in (1, 2):  # nodes that accumulate gradients live no longer than a pass, whose stream they are of
         patches.let_accumulators_go(engine.deepspeed.optimizer)
         for p in model.parameters():

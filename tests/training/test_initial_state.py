@@ -112,6 +112,22 @@ def test_a_dropped_state_is_gone_though_it_is_not_finite() -> None:
     assert lm(ids(9), state=dropped).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("mode", ["pass", "fitted"])
+def test_a_state_that_is_not_finite_is_nobodys_start(mode: str) -> None:
+    """One bad row of one step, which faults.policy=skip leaves out: the others go on from theirs, and it from zero."""
+    lm, initial = model(["m", "g"]), InitialStates(mode, drop=0.0)
+    first, bad = (lm(ids(9), state=lm.init_state(4)).state for _ in range(2))
+    initial.before(lm, 0, 4)
+    initial.after(0, first)
+    bad.layers[0].ssm_BHPN.detach()[2] = torch.nan
+    initial.after(0, bad)
+    start = initial.before(lm, 0, 4)
+    assert lm(ids(9), state=start).logits.isfinite().all()
+    if mode == "pass":
+        others, cell = [0, 1, 3], start.layers[1].cell_BSI
+        assert not cell[2].any() and torch.equal(cell[others], bad.layers[1].cell_BSI[others])
+
+
 def test_mistakes() -> None:
     with pytest.raises(ValueError, match="choose one of zero, pass"):
         InitialStates("warm")

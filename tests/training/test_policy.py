@@ -11,10 +11,11 @@ import torch
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from training.config.cli import checked, compose_config
+from training.errors import UserError
 from training.optim import SkippableAdamW
 from training.zero import patches
 from training.zero.at_once import buckets
-from training.zero.policy import deepspeed_config
+from training.zero.policy import check_tools, deepspeed_config
 
 
 @pytest.mark.parametrize("kind,linear,vocabulary", [("auto", "bf16", "fp32"), ("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16")])
@@ -90,3 +91,15 @@ def test_gradients_are_clipped_as_adamw_reads_them(limit: float) -> None:
         ours.step()
         other.step()
         torch.testing.assert_close(*weights)
+
+
+def test_a_deepspeed_that_steps_on_gradients_that_are_not_finite_is_refused_under_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Releases before 0.19.8 add the square of -1, their word for such a norm, to those of other groups, and step."""
+    from deepspeed.runtime import utils
+
+    config = checked(compose_config(["data.path=x", "deepspeed=zero1", "train.micro_batch=2"]))
+    check_tools(config, torch.device("cpu"), 2)
+    monkeypatch.delattr(utils, "combine_grad_norm_groups")
+    check_tools(config, torch.device("cpu"), 1)
+    with pytest.raises(UserError, match="install deepspeed>=0.19.8"):
+        check_tools(config, torch.device("cpu"), 2)

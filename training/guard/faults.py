@@ -54,7 +54,8 @@ class BadStepPolicy:
             with contextlib.suppress(OSError), self.log.open("a") as file:  # a full disk must not end rank 0 alone
                 file.write(json.dumps(finite(entry)) + "\n")
         if self.faults.policy == "stop":
-            raise UserError(f"Step {step} was not taken: {result.skipped}; lower optim.lr, or let faults.policy=skip leave such steps out.")
+            mend = "lower optim.lr" if result.tokens else "give longer rows or more of them (train.seq_len, train.global_batch)"
+            raise UserError(f"Step {step} was not taken: {result.skipped}; {mend}, or let faults.policy=skip leave such steps out.")
         if self.skips > self.faults.max_skips:
             raise UserError(
                 f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps were left out already."

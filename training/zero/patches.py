@@ -1,7 +1,7 @@
 """Everything that we change in DeepSpeed while it runs: one function for each change, with its reason.
 
-All of them are for the releases 0.19.5 to 0.19.8 and were read in the source of 0.19.8. FINDS says for each where in DeepSpeed it reaches, and
-which text must stand there; tests/training/test_patches.py looks it up in the release that is installed. When a release makes a change
+All of them are for release 0.19.8 and were read in its source; those before it take a step whose gradients are not finite (`policy.check_tools`).
+FINDS says for each where in DeepSpeed it reaches, and which text must stand there; tests/training/test_patches.py looks it up in the release that is installed. When a release makes a change
 needless, its function, its row of FINDS and its one call go away.
 """
 
@@ -41,6 +41,8 @@ FINDS: dict[str, tuple[tuple[str, str], ...]] = {
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3", "norm = self.get_grad_norm_direct(self.averaged_gradients[i], "),
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer", "_zero_padding"),
+        ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.scaled_global_norm", "combine_grad_norm_groups(norm_groups, "),
+        ("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.step", "is_invalid_grad_norm(scaled_global_grad_norm)"),
     ),
     "clip_as_read": (
         ("deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.step", "scaled_global_grad_norm = self.scaled_global_norm()"),

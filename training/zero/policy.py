@@ -13,10 +13,19 @@ from training.config.schema import Config
 from training.errors import UserError
 
 
-def check_tools(config: Config, device: torch.device) -> None:
-    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot, or products in 8
-    bits something that the device has not."""
+def check_tools(config: Config, device: torch.device, world_size: int) -> None:
+    """Raises UserError where the chosen offload or quantisation needs something that DeepSpeed would have to compile and cannot, products in 8
+    bits something that the device has not, or ZeRO a release of DeepSpeed that leaves out a step whose gradients are not finite."""
     ds, problems = config.deepspeed, []
+    if stage_of(config, world_size):
+        from deepspeed import version
+        from deepspeed.runtime import utils
+
+        # before this function there was, -1 for such a norm was squared with the norms of other groups, and became a small one
+        if not hasattr(utils, "combine_grad_norm_groups"):
+            problems.append(
+                f"DeepSpeed {version} takes the step of gradients that are not finite under ZeRO; install deepspeed>=0.19.8, or set deepspeed.stage=0."
+            )
     if "nvme" in (ds.offload_optimizer, ds.offload_parameters):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 

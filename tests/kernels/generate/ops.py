@@ -19,7 +19,7 @@ import torch
 from tests.kernels.generate.attention import packed_attention
 from tests.kernels.generate.case import Answers, Draw, Result, main, run_one
 from tests.kernels.generate.delta import delta, delta_borders, delta_not_finite, delta_token
-from tests.kernels.generate.dense import dense
+from tests.kernels.generate.dense import dense, dense_step
 from tests.kernels.generate.layers import (
     convolution,
     convolution_history,
@@ -40,14 +40,18 @@ KINDS: dict[str, Callable[[Draw], Answers]] = {
     "ssd": scan, "ssd_borders": scan_borders, "ssd_not_finite": scan_not_finite, "conv": convolution, "conv_not_finite": convolution_not_finite, "conv_history": convolution_history, "norm": norm,
     "residual": sum_of_stream, "add_norm": stream_and_norm, "swiglu": product, "rotary": turning, "loss": loss_of_rows, "head": loss_of_head, "mamba2_step": mamba2_token,
     "delta": delta, "delta_borders": delta_borders, "delta_not_finite": delta_not_finite, "delta_step": delta_token, "dense": dense,
+    "dense_step": dense_step,
     "m2rnn": matrix_states, "m2rnn_step": matrix_token,
     "cell_step": cell_token, "project": fused_projection, "fused_step": fused_recurrences,
     "attention": packed_attention, "norm_of_many": norm_of_many, "muon": ends_of_muon, "symmetric": symmetric_product,
 }  # fmt: skip
 KERNELS_ONLY = ("project", "fused_step")
+COMPILED = ("dense_step",)  # cases that are kernels of their own, which a GPU's processes would compile for minutes: by name only
 
 
 def usable(kind: str, device: str) -> bool:
+    if device == "cuda" and kind in COMPILED:
+        return False
     return device != "cpu" or kind not in KERNELS_ONLY or os.environ.get("TRITON_INTERPRET") == "1"
 
 
