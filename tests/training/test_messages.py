@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -218,12 +218,13 @@ def test_a_command_that_has_moved_says_where(path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "scripts.generate"], ["-m", "scripts.print_kernels"]])
-def test_an_interrupt_while_libraries_load(words: list[str]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
-        time.sleep(0.005)
+def test_an_interrupt_while_libraries_load(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
+    )  # else, under load, it may be done too soon
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and said.strip() == "interrupted", said
@@ -283,10 +284,35 @@ def test_every_program_answers_help(words: list[str]) -> None:
     assert done.returncode == 0 and len(done.stdout) > 100 and "Traceback" not in done.stderr and "error" not in done.stderr
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
-def test_every_script_answers_help(script: Path) -> None:
-    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=False, timeout=20)
+@pytest.mark.parametrize("script", sorted(p for p in (ROOT / "scripts").rglob("*") if p.suffix in (".sh", ".sbatch")), ids=lambda p: p.name)
+def test_every_script_answers_help_by_a_link_in_another_folder(script: Path, tmp_path: Path) -> None:
+    (tmp_path / script.name).symlink_to(script)
+    done = subprocess.run(["bash", script.name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 0 and len(done.stdout) > 40 and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "words,ends",
+    [
+        (["eval_suite.sh", "rün 1", "lr=0.1", "org/model", "text=a b", "out=öut 1", "seed=1"],
+         "{root}\n-m\nevals.run\ncheckpoint={here}/rün 1,{here}/lr=0.1,org/model\ntext={here}/a b\nout={here}/öut 1\nseed=1\nsuite=all\n"),
+        (["export_hub.sh", "rün 1", "öut 1", "--dtype", "bf16"], "{here}\n-m\nscripts.export\nrün 1\nöut 1\n--dtype\nbf16\n"),
+        (["export_hub.sh", "rün 1"], ""),
+        (["eval_suite.sh"], ""),
+        (["eval_suite.sh", "seed=1"], ""),
+    ],
+)  # fmt: skip
+def test_a_script_takes_the_folders_of_whoever_calls_it(words: list[str], ends: str, tmp_path: Path) -> None:
+    for name in ("rün 1", "lr=0.1", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a b").write_text("text")
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", NO_SETUP="1")
+    words = [os.path.relpath(ROOT / "scripts" / words[0], tmp_path), *words[1:]]
+    done = subprocess.run(["bash", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20, env=env)
+    assert done.stdout == ends.format(root=ROOT, here=tmp_path) and done.returncode == (0 if ends else 2), done.stderr
+    assert bool(done.stderr) != bool(ends) and "sed" not in done.stderr
 
 
 def test_a_script_uses_the_active_environment(tmp_path: Path) -> None:
