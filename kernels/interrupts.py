@@ -1,7 +1,7 @@
 """Ctrl-C while a program loads its libraries ends it with a word and status 130, as it does later, not with the traceback of an import.
 
 Every package of the project calls `quiet` when it is imported for a program (`python -m PACKAGE.PROGRAM`), before anything large is loaded;
-as a library it changes nothing. This module imports nothing large either.
+as a library it changes nothing. Of what is large this module imports numpy alone, and only then.
 """
 
 from __future__ import annotations
@@ -32,3 +32,4 @@ def quiet() -> None:
         os._exit(INTERRUPTED)  # the interpreter would end itself by the signal instead
 
     sys.excepthook = hook
+    import numpy  # noqa: F401  torch would load it from C++, where an interrupt counts as a numpy that is missing, and the program goes on

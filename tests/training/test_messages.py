@@ -217,9 +217,10 @@ def test_a_command_that_has_moved_says_where(path: Path) -> None:
     assert "__main__" in (ROOT / match[1].replace(".", "/")).with_suffix(".py").read_text()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "scripts.generate"], ["-m", "scripts.print_kernels"]])
-def test_an_interrupt_while_libraries_load(words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text(
+def test_an_interrupt_while_libraries_load(words: list[str], library: str, tmp_path: Path) -> None:
+    (tmp_path / f"{library}.py").write_text(
         "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
     )  # else, under load, it may be done too soon
     env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
