@@ -19,6 +19,7 @@ from data.sources import DEMO, Source
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint, train_bpe
 from data.verify import main as verify
 from data.writer import ShardWriter, publish
+from evals.measures.perplexity import held_out_rows
 from tests.data.test_order_and_loader import make
 
 ALPHABET = [
@@ -233,6 +234,9 @@ def test_rows_and_segments_against_brute_force(tmp_path: Path) -> None:
     for start, tokens_L, segments_L in zip(starts, tokens_RL, segments_RL):
         np.testing.assert_array_equal(tokens_L, whole[start : start + 150])
         np.testing.assert_array_equal(segments_L, owner[start : start + 150] - owner[start])
+    for number, (tokens, segments) in enumerate(held_out_rows(shards, 100, None)):  # nor is it in evaluation
+        np.testing.assert_array_equal(tokens, whole[100 * number : 100 * number + 101])
+        np.testing.assert_array_equal(np.diff(segments) > 0, np.diff(owner[100 * number : 100 * number + 101]) > 0)
     for start, n in ((-1, 4), (len(whole) - 3, 4)):
         with pytest.raises(ValueError, match="outside"):
             shards.rows(np.array([start]), n)
