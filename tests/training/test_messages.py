@@ -168,6 +168,19 @@ def test_an_interrupt_and_bytes_that_are_no_text(capsys: pytest.CaptureFixture[s
     assert program("", stop, ["prompt=a\udcffb"]) == 2 and "prompt=a\\xffb holds bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "extra,status,out,err",
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, 0, b"gr\xfc\xdfe \\ufffd\n", ""),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, 2, b"", "set PYTHONUTF8=1"),
+    ],
+)
+def test_a_terminal_that_is_not_utf8_prints_all_and_files_are_utf8(extra: dict[str, str], status: int, out: bytes, err: str) -> None:
+    said = "from data.program import program; raise SystemExit(program('', lambda words: print('gr\\xfc\\xdfe \\ufffd'), []))"
+    done = subprocess.run([sys.executable, "-c", said], cwd=ROOT, env=environment(**extra), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (status, out) and err in done.stderr.decode()
+
+
 def test_sources_are_written_of_cells_that_are_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     main = print_kernels.main
     assert main(["nosuch"]) == 2 and "there is no cell 'nosuch'" in capsys.readouterr().err
