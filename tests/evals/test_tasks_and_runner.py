@@ -306,6 +306,10 @@ def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(
     assert "There is no" in said and "was not trained on a generated task" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| nowhere | loading | There is no" in report and "| llama | state_tracking |" in report
+    (tmp_path / "a,b").mkdir()
+    assert main([f"checkpoint={tmp_path}/a,b", *words[1:]]) == 2 and f"{tmp_path}/a,b" in capsys.readouterr().err, (
+        "one folder that is there"
+    )
 
 
 def test_a_model_of_a_generated_task_is_scored_on_it_by_every_suite(tmp_path: Path) -> None:
