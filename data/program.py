@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from data.errors import UserError, sentence_of
+from kernels import interrupts
 from kernels.interrupts import INTERRUPTED
 
 FILES = 128  # that a program may have to open at once: a run of one rank takes 40, others more with their libraries
@@ -29,6 +30,7 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
         if any(word in ("-h", "--help", "help") for word in words):
             print(doc, flush=True)
             return 0
+        interrupts.begin()
         printable()
         unreadable(words)
         enough_files()

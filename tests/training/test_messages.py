@@ -233,15 +233,33 @@ def test_a_command_that_has_moved_says_where(path: Path) -> None:
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "scripts.generate"], ["-m", "scripts.print_kernels"]])
 def test_an_interrupt_while_libraries_load(words: list[str], library: str, tmp_path: Path) -> None:
-    (tmp_path / f"{library}.py").write_text(
-        "import time\nprint('loading', flush=True)\ntime.sleep(60)\n"
-    )  # else, under load, it may be done too soon
+    stub = "import time\nprint('loading', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"  # as torch does in C++
+    (tmp_path / f"{library}.py").write_text(stub)
     env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and said.strip() == "interrupted", said
+
+
+def test_an_interrupt_in_an_import_of_a_program_that_has_begun_waits_for_it(tmp_path: Path) -> None:
+    stub = (
+        "import time\nprint('loading', flush=True)\ntry:\n    time.sleep(0.5)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
+    )
+    (tmp_path / "library.py").write_text(stub)
+    run = (
+        "def run(words):\n    import library, time\n    try:\n        time.sleep(60)\n    finally:\n        print('put away', flush=True)\n"
+    )
+    code = (
+        f"from kernels import interrupts\ninterrupts.quiet()\nfrom data.program import program\n{run}raise SystemExit(program('', run, []))"
+    )
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate()
+    assert (process.returncode, out, said.strip()) == (130, "put away\n", "interrupted")
 
 
 def test_an_interrupt_of_a_library_user_is_left_alone() -> None:
