@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import difflib
+import io
+import locale
 import os
 import resource
 import sys
@@ -11,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from data.errors import UserError, sentence_of
+from kernels import interrupts
 from kernels.interrupts import INTERRUPTED
 
 FILES = 128  # that a program may have to open at once: a run of one rank takes 40, others more with their libraries
@@ -26,6 +30,8 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
         if any(word in ("-h", "--help", "help") for word in words):
             print(doc, flush=True)
             return 0
+        interrupts.begin()
+        printable()
         unreadable(words)
         enough_files()
         return int(run(words) or 0)
@@ -42,6 +48,17 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+def printable() -> None:
+    """Lets this process print any text: letters that its terminal's encoding does not have (latin-1, say) become escapes, instead of an error that
+    ends a run at a sample of its text. Raises UserError where files would be read and written in another encoding than UTF-8, that of the project's."""
+    files = locale.getpreferredencoding(False)
+    if codecs.lookup(files).name != "utf-8":
+        raise UserError(f"Python takes text files for {files} here, and they are UTF-8: set PYTHONUTF8=1 and run the same command again.")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def enough_files() -> None:

@@ -148,8 +148,10 @@ class ShardSet:
                 offset = start + done - self._first_token[shard]
                 piece = self._piece(shard, offset, n - done)
                 tokens_L[done : done + len(piece)] = piece
-                begun = self._index[shard].between(offset, offset + len(piece))
-                segments_L[(begun - np.uint64(offset)).astype(np.int64) + done] = 1
+                begun = (self._index[shard].between(offset, offset + len(piece)) - np.uint64(offset)).astype(np.int64)
+                if len(begun) and (begun.min() < 0 or begun.max() >= len(piece) or (piece[begun] != self.eot_id).any()):
+                    raise _damaged(self._index[shard].path)
+                segments_L[begun + done] = 1
                 done, shard = done + len(piece), shard + 1
         if n:
             segments_RL[:, 0] = 0
@@ -174,17 +176,34 @@ class ShardSet:
         shard = bisect.bisect_right(self._first_document, i) - 1
         place, index, tokens = i - self._first_document[shard], self._index[shard], self._bins[shard]
         start, end = index.at(place), index.at(place + 1) if place + 1 < index.count else tokens.count
-        return tokens.read(start, end - start), self._lengths[shard].at(place)
+        if not start < end <= tokens.count or (document := tokens.read(start, end - start))[0] != self.eot_id:
+            raise _damaged(index.path)
+        return document, self._lengths[shard].at(place)
 
     def verify(self) -> None:
-        """Reads every token file and compares it with its checksum. Raises UserError at the first that differs."""
-        for shard in self.shards:
-            digest = hashlib.sha256()
-            with (self.directory / f"{shard['file']}.bin").open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+        """Reads every file and compares it with what was written: tokens with their checksum, starts of documents with the marks that stand there,
+        lengths with their sum. Raises UserError at the first that differs."""
+        for number, shard in enumerate(self.shards):
+            tokens, index, digest, place = self._bins[number], self._index[number], hashlib.sha256(), 0
+            starts = index.read(0, index.count)
+            sound = starts[0] == 0 and starts[-1] < tokens.count and bool((starts[1:] > starts[:-1]).all())
+            while place < tokens.count:
+                block = tokens.read(place, min(1 << 21, tokens.count - place))
+                digest.update(block.tobytes())
+                if sound:
+                    low, high = starts.searchsorted(np.array([place, place + len(block)], OFFSETS))
+                    sound = bool((block[(starts[low:high] - np.uint64(place)).astype(np.int64)] == self.eot_id).all())
+                place += len(block)
             if shard.get("sha256", digest.hexdigest()) != digest.hexdigest():
-                raise UserError(f"The shard {self.directory / shard['file']}.bin is damaged; copy it again or prepare the data again.")
+                raise _damaged(tokens.path)
+            if not sound:
+                raise _damaged(index.path)
+            if len(self._lengths) == len(self.shards) and int(self._lengths[number].read(0, index.count).sum()) != shard["bytes"]:
+                raise _damaged(self._lengths[number].path)
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"The shard {path} is damaged; copy it again or prepare the data again (python -m data.verify looks at all of it).")
 
 
 @functools.lru_cache(maxsize=8)

@@ -90,7 +90,8 @@ def run_suite(values: dict[str, Any]) -> int:
     settings = Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
     if settings.suite == "perplexity":
         settings.max_length = settings.max_length or values["length"]
-    paths = [path for path in values["checkpoint"].split(",") if path]
+    named = values["checkpoint"]
+    paths = [named] if Path(named).exists() else [path for path in named.split(",") if path]
     return evaluate(
         paths,
         settings,

@@ -1,9 +1,10 @@
 # Sourced by the other scripts: goes to the project's root and answers --help with the script's own first lines. The Python is that of the
 # environment that is active (venv or conda); without one .venv is made, once, with what the project needs. VENV=DIR names another.
 set -euo pipefail
-script="$(realpath "$0")"
-case "${1:-}" in -h | --help) sed -n '2,/^[^#]/{/^#/!q; s/^# \{0,1\}//; p}' "$script"; exit 0 ;; esac
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+script="$(realpath "$0")" here="$PWD"
+usage() { sed -n '2,/^[^#]/{/^#/!q; s/^# \{0,1\}//; p}' "$script"; }
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 PYTHON="${PYTHON:-python3}"
 active="${VIRTUAL_ENV:-}"
 [ -n "$active" ] || [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-base}" = base ] || active="$CONDA_PREFIX"

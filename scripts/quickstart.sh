@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a clone to a trained, evaluated, resumable hybrid language model. Extra arguments go to train.py, e.g. train.steps=50.
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(realpath "$0")")/common.sh" || exit
 setup_venv dev core
 started=$(date +%s)
 data=runs/data/demo run=runs/quickstart

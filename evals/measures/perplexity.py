@@ -74,8 +74,8 @@ def held_out_rows(shards: ShardSet, length: int, max_tokens: int | None) -> list
         n = min(length, total - start, budget - taken)
         if n <= 0:
             break
-        tokens = np.asarray(shards.read(start, n + 1)).astype(np.int64)
-        rows.append((tokens, np.cumsum(tokens == shards.eot_id).astype(np.int32)))
+        tokens_RL, segments_RL = shards.rows(np.array([start]), n + 1)
+        rows.append((tokens_RL[0], segments_RL[0]))
         taken += n
     return rows
 

@@ -125,7 +125,7 @@ def evaluate(
     names: dict[str, str] = {}
     measured = loaded = having = 0
     for path in paths:
-        name = _name(path, names)
+        name = _name(path, names, out)
         names[name] = path
         loading = out / name / "items" / "loading.json"
         try:
@@ -182,11 +182,24 @@ def _not_loaded(name: str, path: str, error: Exception, precision: str, device: 
     }
 
 
-def _name(path: str, taken: dict[str, str]) -> str:
-    """The last telling part of a path: run folders are called something, their checkpoints step-... A number where the name is taken."""
+def _name(path: str, taken: dict[str, str], out: Path) -> str:
+    """The last telling part of a path: run folders are called something, their checkpoints step-... A number where the name is taken, also by what
+    an earlier command measured of another model."""
     parts = [p for p in Path(path).resolve().parts if p not in ("checkpoints", "/")]
     name = parts[-1] if not parts[-1].startswith("step-") or len(parts) < 2 else f"{parts[-2]}-{parts[-1]}"
     number, base = 2, name
-    while name in taken:
+    while name in taken or _of_another(out / name / "items", path):
         name, number = f"{base}-{number}", number + 1
     return name
+
+
+def _of_another(items: Path, path: str) -> bool:
+    """Whether the results in `items` are of another model than that of `path`, which is still where it was measured."""
+
+    def home(folder: str | Path) -> Path:
+        whole = Path(folder).resolve()
+        return whole.parent.parent if whole.parent.name == "checkpoints" else whole
+
+    record = next((record for file in sorted(items.glob("*.json")) if (record := read_record(file))), {})
+    folder = record.get("model", {}).get("folder")
+    return folder is not None and Path(folder).exists() and home(folder) != home(path)

@@ -4,11 +4,12 @@
 # A part that fails, or takes more than PART_SECONDS (600), does not stop the next; its log is OUT/PART.log. The long ones go on where they were
 # when the same command is given again. STUDY_DATA: shards for the study of state collapse (default: made from the bundled books).
 set -uo pipefail
+script="$(realpath "$0")"
 case "${1:-}" in -h | --help) sed -n '2,5p' "$0" | cut -c3-; exit 0 ;; esac
 [ $# -ge 1 ] || { sed -n '2,5p' "$0" | cut -c3- >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out="$(cd "$1" && pwd)"; shift
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$script")/../.."
 python="${PYTHON:-$([ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}" # an active environment comes first
 "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "error: $python sees no GPU; set PYTHON to one whose torch does." >&2; exit 2; }
 seconds="${PART_SECONDS:-600}" budget=$(( ${PART_SECONDS:-600} * 19 / 20 )) failed=()

@@ -4,7 +4,7 @@
 # Lines:  label | status | expected word (extended regular expression) | command       A command that ends in a Python traceback always fails.
 # In commands: $T a folder of small things that is removed afterwards ($T/shards, $T/run a trained run, $T/one.txt one text), $TRAIN a tiny training run.
 # The commands run two at a time (JOBS=N for another number), five minutes on two cores.
-source "$(dirname "$0")/../common.sh"
+source "$(dirname "$(realpath "$0")")/../common.sh" || exit
 setup_venv dev core
 export OMP_NUM_THREADS=1 WANDB_MODE=disabled HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false only="${1:-}"
 export T; T="$(mktemp -d)"

@@ -17,7 +17,9 @@ from data.prepare import main
 from data.shards import ShardSet
 from data.sources import DEMO, Source
 from data.tokenizer import byte_tokenizer, eot_id, fingerprint, train_bpe
+from data.verify import main as verify
 from data.writer import ShardWriter, publish
+from evals.measures.perplexity import held_out_rows
 from tests.data.test_order_and_loader import make
 
 ALPHABET = [
@@ -189,15 +191,29 @@ def test_a_partial_folder_that_lost_bytes_is_not_gone_on_with(tmp_path: Path) ->
         ShardWriter(tmp_path, np.dtype("uint16"), 1000).resume()
 
 
-def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
-    shards = make(tmp_path / "s", [50, 60, 70])
+@pytest.mark.parametrize("ending", [".bin", ".idx", ".len"])
+def test_verify_finds_any_flipped_bit(ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "s"
+    shards = make(folder, [50, 60, 70, 40], shard_tokens=150)
     shards.verify()
-    file = tmp_path / "s" / "train-00000.bin"
-    content = bytearray(file.read_bytes())
-    content[17] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged"):
-        ShardSet(tmp_path / "s", "train").verify()
+    assert verify([str(folder)]) == 0 and "train: 3 documents, 183 tokens, as" in capsys.readouterr().out
+    file = folder / f"train-00000{ending}"
+    content = file.read_bytes()
+    for bit in range(0, 8 * len(content), 13):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+            ShardSet(folder, "train").verify()
+        if ending == ".idx":  # segments or a document would be of other places
+            with pytest.raises(ValueError, match=f"{file.name} is damaged"):
+                damaged_set = ShardSet(folder, "train")
+                damaged_set.rows(np.array([0]), 183)
+                for i in range(3):
+                    damaged_set.document(i)
+    assert verify([str(folder)]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and str(file) in told.err and "valid: 1 documents" in told.out
 
 
 def test_rows_and_segments_against_brute_force(tmp_path: Path) -> None:
@@ -205,7 +221,7 @@ def test_rows_and_segments_against_brute_force(tmp_path: Path) -> None:
     folder = tmp_path / "s.partial"
     folder.mkdir()
     writer = ShardWriter(folder, np.dtype("uint16"), 64)
-    texts = [rng.integers(200, 257, int(n)) for n in rng.integers(1, 40, 60)]  # 256 inside a document is no start of one
+    texts = [np.array([256, *rng.integers(200, 257, int(n))]) for n in rng.integers(0, 39, 60)]  # 256 inside a document is no start of one
     writer.extend("train", texts, [len(t) for t in texts])
     finished(writer, tmp_path / "s")
     shards = ShardSet(tmp_path / "s", "train")
@@ -218,6 +234,9 @@ def test_rows_and_segments_against_brute_force(tmp_path: Path) -> None:
     for start, tokens_L, segments_L in zip(starts, tokens_RL, segments_RL):
         np.testing.assert_array_equal(tokens_L, whole[start : start + 150])
         np.testing.assert_array_equal(segments_L, owner[start : start + 150] - owner[start])
+    for number, (tokens, segments) in enumerate(held_out_rows(shards, 100, None)):  # nor is it in evaluation
+        np.testing.assert_array_equal(tokens, whole[100 * number : 100 * number + 101])
+        np.testing.assert_array_equal(np.diff(segments) > 0, np.diff(owner[100 * number : 100 * number + 101]) > 0)
     for start, n in ((-1, 4), (len(whole) - 3, 4)):
         with pytest.raises(ValueError, match="outside"):
             shards.rows(np.array([start]), n)

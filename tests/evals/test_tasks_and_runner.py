@@ -22,7 +22,7 @@ from evals.measures.statistics import PositionSums, bootstrap_ratio, log_edges, 
 from evals.report.sections import write_report
 from evals.run import main
 from evals.suites.items import Item, items_of
-from evals.suites.runner import guarded, run_items
+from evals.suites.runner import _name, guarded, run_items
 from evals.suites.subject import Settings, Subject
 from tests.conftest import run_ranks
 from tests.evals.conftest import VOCABULARY, own_adapter
@@ -197,6 +197,18 @@ def test_items_fail_alone_and_are_not_done_twice(tmp_path: Path, capsys: pytest.
     assert sum(map(len, parts)) == 5
 
 
+def test_results_of_another_model_of_that_name_stay(tmp_path: Path) -> None:
+    old, other, out = tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "out"
+    for folder in (old / "checkpoints" / "step-00000002", old / "checkpoints" / "step-00000004", other, out / "run" / "items"):
+        folder.mkdir(parents=True)
+    record = {"item": "x", "model": {"folder": str(old / "checkpoints" / "step-00000002")}}
+    (out / "run" / "items" / "x.json").write_text(json.dumps(record))
+    assert _name(str(other), {}, out) == "run-2" and _name(str(old), {}, out) == "run", "a run that has gone on is measured anew"
+    assert _name(str(other), {"run-2": ""}, out) == "run-3"
+    old.rename(tmp_path / "a" / "moved")
+    assert _name(str(other), {}, out) == "run"
+
+
 def tried(item: Item) -> dict[str, Any]:
     return guarded(lambda: item.run(lambda a, b: None))
 
@@ -294,6 +306,10 @@ def test_one_model_that_cannot_be_loaded_is_a_sentence_and_the_others_go_on(
     assert "There is no" in said and "was not trained on a generated task" in said
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| nowhere | loading | There is no" in report and "| llama | state_tracking |" in report
+    (tmp_path / "a,b").mkdir()
+    assert main([f"checkpoint={tmp_path}/a,b", *words[1:]]) == 2 and f"{tmp_path}/a,b" in capsys.readouterr().err, (
+        "one folder that is there"
+    )
 
 
 def test_a_model_of_a_generated_task_is_scored_on_it_by_every_suite(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,19 @@ def test_an_interrupt_and_bytes_that_are_no_text(capsys: pytest.CaptureFixture[s
     assert program("", stop, ["prompt=a\udcffb"]) == 2 and "prompt=a\\xffb holds bytes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "extra,status,out,err",
+    [
+        ({"PYTHONIOENCODING": "latin-1"}, 0, b"gr\xfc\xdfe \\ufffd\n", ""),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, 2, b"", "set PYTHONUTF8=1"),
+    ],
+)
+def test_a_terminal_that_is_not_utf8_prints_all_and_files_are_utf8(extra: dict[str, str], status: int, out: bytes, err: str) -> None:
+    said = "from data.program import program; raise SystemExit(program('', lambda words: print('gr\\xfc\\xdfe \\ufffd'), []))"
+    done = subprocess.run([sys.executable, "-c", said], cwd=ROOT, env=environment(**extra), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (status, out) and err in done.stderr.decode()
+
+
 def test_sources_are_written_of_cells_that_are_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     main = print_kernels.main
     assert main(["nosuch"]) == 2 and "there is no cell 'nosuch'" in capsys.readouterr().err
@@ -217,16 +230,36 @@ def test_a_command_that_has_moved_says_where(path: Path) -> None:
     assert "__main__" in (ROOT / match[1].replace(".", "/")).with_suffix(".py").read_text()
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("words", [["train.py"], ["-m", "scripts.generate"], ["-m", "scripts.print_kernels"]])
-def test_an_interrupt_while_libraries_load(words: list[str]) -> None:
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
-        time.sleep(0.005)
+def test_an_interrupt_while_libraries_load(words: list[str], library: str, tmp_path: Path) -> None:
+    stub = "import time\nprint('loading', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"  # as torch does in C++
+    (tmp_path / f"{library}.py").write_text(stub)
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130 and said.strip() == "interrupted", said
+
+
+def test_an_interrupt_in_an_import_of_a_program_that_has_begun_waits_for_it(tmp_path: Path) -> None:
+    stub = (
+        "import time\nprint('loading', flush=True)\ntry:\n    time.sleep(0.5)\nexcept BaseException:\n    print('swallowed', flush=True)\n"
+    )
+    (tmp_path / "library.py").write_text(stub)
+    run = (
+        "def run(words):\n    import library, time\n    try:\n        time.sleep(60)\n    finally:\n        print('put away', flush=True)\n"
+    )
+    code = (
+        f"from kernels import interrupts\ninterrupts.quiet()\nfrom data.program import program\n{run}raise SystemExit(program('', run, []))"
+    )
+    env = environment(PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate()
+    assert (process.returncode, out, said.strip()) == (130, "put away\n", "interrupted")
 
 
 def test_an_interrupt_of_a_library_user_is_left_alone() -> None:
@@ -283,10 +316,35 @@ def test_every_program_answers_help(words: list[str]) -> None:
     assert done.returncode == 0 and len(done.stdout) > 100 and "Traceback" not in done.stderr and "error" not in done.stderr
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda p: p.name)
-def test_every_script_answers_help(script: Path) -> None:
-    done = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, check=False, timeout=20)
+@pytest.mark.parametrize("script", sorted(p for p in (ROOT / "scripts").rglob("*") if p.suffix in (".sh", ".sbatch")), ids=lambda p: p.name)
+def test_every_script_answers_help_by_a_link_in_another_folder(script: Path, tmp_path: Path) -> None:
+    (tmp_path / script.name).symlink_to(script)
+    done = subprocess.run(["bash", script.name, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20)
     assert done.returncode == 0 and len(done.stdout) > 40 and not done.stderr
+
+
+@pytest.mark.parametrize(
+    "words,ends",
+    [
+        (["eval_suite.sh", "rün 1", "lr=0.1", "org/model", "text=a b", "out=öut 1", "seed=1"],
+         "{root}\n-m\nevals.run\ncheckpoint={here}/rün 1,{here}/lr=0.1,org/model\ntext={here}/a b\nout={here}/öut 1\nseed=1\nsuite=all\n"),
+        (["export_hub.sh", "rün 1", "öut 1", "--dtype", "bf16"], "{here}\n-m\nscripts.export\nrün 1\nöut 1\n--dtype\nbf16\n"),
+        (["export_hub.sh", "rün 1"], ""),
+        (["eval_suite.sh"], ""),
+        (["eval_suite.sh", "seed=1"], ""),
+    ],
+)  # fmt: skip
+def test_a_script_takes_the_folders_of_whoever_calls_it(words: list[str], ends: str, tmp_path: Path) -> None:
+    for name in ("rün 1", "lr=0.1", "bin"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a b").write_text("text")
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$PWD" "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    env = environment(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", NO_SETUP="1")
+    words = [os.path.relpath(ROOT / "scripts" / words[0], tmp_path), *words[1:]]
+    done = subprocess.run(["bash", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=20, env=env)
+    assert done.stdout == ends.format(root=ROOT, here=tmp_path) and done.returncode == (0 if ends else 2), done.stderr
+    assert bool(done.stderr) != bool(ends) and "sed" not in done.stderr
 
 
 def test_a_script_uses_the_active_environment(tmp_path: Path) -> None:

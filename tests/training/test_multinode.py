@@ -58,13 +58,16 @@ def test_two_machines_and_the_loss_of_one(
         ({"NODE_RANK": "2", "MASTER_ADDR": "x"}, "names 2 machine"),
         ({"LAUNCHER": "mpi"}, "choose"),
         ({"LAUNCHER": "torchrun"}, "NODE_RANK"),
+        ({"PYTHON": "/no such/python"}, "there is no program /no such/python"),
+        ({"MASTER_PORT": "99999999999999999999"}, "must be a port"),
+        ({}, "start on each machine with its NODE_RANK"),
     ],
 )
 def test_mistakes_are_sentences(extra: dict[str, str], part: str, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text(NODES)
     done = subprocess.run([SCRIPT, str(hosts), "a=1"], env=environment(**extra), capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and part in done.stderr
+    assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,7 @@ def test_mistakes_are_sentences(extra: dict[str, str], part: str, tmp_path: Path
         ("node-a slots=0\n", "slots=GPUS"),
         ("node-a max_slots=8\n", "slots=GPUS"),
         ("node-a slots=1\nnode-a slots=1\n", "twice"),
+        ("\ufeffnode-a slots=1\n", "byte-order mark"),
     ],
 )
 def test_a_host_file_that_says_nothing_useful_is_a_sentence(hosts: str, part: str, tmp_path: Path) -> None:
@@ -86,11 +90,20 @@ def test_a_host_file_that_says_nothing_useful_is_a_sentence(hosts: str, part: st
     assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("hosts", ["node-a slots=8 max_slots=16\n", "# ours\r\n  node-a max_slots=16  slots=8  # the first\r\n\r\n"])
-def test_torchrun_gets_the_slots_of_this_machine(hosts: str, tmp_path: Path) -> None:
-    (tmp_path / "hosts").write_text(hosts)
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "python").chmod(0o755)
-    env = environment(NODE_RANK="0", MASTER_ADDR="127.0.0.1", LAUNCHER="torchrun", PYTHON=str(tmp_path / "python"), MASTER_PORT=free_port())
-    done = subprocess.run([SCRIPT, str(tmp_path / "hosts"), "a=1"], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "--nnodes 1 --node_rank 0 --nproc_per_node 8 " in done.stdout, done.stderr
+@pytest.mark.parametrize("hosts", ["node-a slots=8 max_slots=16\n", "# ours\r\n  node-a slots=8 max_slots=16  # größte\r\n\r\n"])
+@pytest.mark.parametrize(
+    "launcher,words",
+    [
+        ("torchrun", "--nnodes 1 --node_rank 0 --nproc_per_node 8 --master_addr 127.0.0.1 "),
+        ("deepspeed", "--no_local_rank --no_ssh --node_rank 0 --master_addr 127.0.0.1 "),
+    ],
+)
+def test_a_machine_alone_starts_its_slots_and_needs_no_ssh(hosts: str, launcher: str, words: str, tmp_path: Path) -> None:
+    folder = tmp_path / "größte 1"
+    folder.mkdir()
+    (folder / "hosts").write_text(hosts)
+    (folder / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (folder / "python").chmod(0o755)
+    env = environment(LAUNCHER=launcher, PYTHON="./python", MASTER_PORT=free_port())
+    done = subprocess.run([SCRIPT, "hosts", "a=b c"], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and words in done.stdout and done.stdout.endswith(" train.py a=b c\n"), done.stderr

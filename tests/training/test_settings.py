@@ -192,7 +192,7 @@ def test_a_wrong_place_or_name_gets_the_right_one(argument: str, expected: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["run#1", "~x", "ä,ö", "中文#1", "a=b", "run(1)", "x&y", "a'b", 'a"b', "{a}", "a: b, c", "[v2]", "back\\slash\\"]
+    "name", ["run#1", "~x", "ä,ö", "中文#1", "a=b c", "run(1)", "x&y", "a'b", 'a"b', "{a}", "a: b, c", "[v2]", "back\\slash\\"]
 )
 def test_names_that_hydra_cannot_read_get_the_quoting_that_works(name: str) -> None:
     words = suggest.quoted("name", name)
@@ -208,6 +208,10 @@ def test_text_stays_text_and_home_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert (config.name, config.data.path, config.run_dir) == ("1e3", "007", "/home/me/run")
     config = checked(compose_config(["name=läuft 💡", "data.path=資料/a-1", "run_dir=~/größer"]))
     assert (config.name, config.data.path, config.run_dir) == ("läuft 💡", "資料/a-1", "/home/me/größer")
+    config = checked(compose_config(["train.start_from=runs/läuft/seed=1", "run_dir=~/optim.lr=1e-3"]))
+    assert (config.train.start_from, config.run_dir) == ("runs/läuft/seed=1", "/home/me/optim.lr=1e-3"), "folders of a sweep"
+    with pytest.raises(UserError, match="Cannot read"):  # quotes around two arguments, not a name
+        compose_config(["name=läuft train.steps=3"])
 
 
 def test_dashes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,13 @@ def test_the_slurm_script_queues_again_by_the_status_of_a_stopped_run(
     assert done.returncode == status and (Path(slurm["STUBS"]) / "requeued").exists() == again, done.stderr
 
 
+@pytest.mark.parametrize("job,part", [("", "sbatch scripts/train.sbatch"), ("17", "is not the project's folder")])
+def test_the_slurm_script_where_it_cannot_start_is_a_sentence(slurm: dict[str, str], tmp_path: Path, job: str, part: str) -> None:
+    words, env = ["bash", str(ROOT / "scripts" / "train.sbatch"), "a=1"], {**slurm, "SLURM_JOB_ID": job}
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and part in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.glob("hosts*"))
+
+
 def test_the_slurm_script_does_not_queue_a_mistake_again(slurm: dict[str, str], tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", "scripts/train.sbatch", "train.stesp=1"], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=200, check=False

@@ -9,9 +9,9 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import from_text, read_words
-from data.program import enough_files, program, unreadable
+from data.program import enough_files, printable, program, unreadable
 
-__all__ = ["enough_files", "parse_arguments", "program", "unreadable"]
+__all__ = ["enough_files", "parse_arguments", "printable", "program", "unreadable"]
 
 Values = dict[str, Any]
 

@@ -29,9 +29,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from data.fields import nearest
+from kernels import interrupts
 from kernels.interrupts import INTERRUPTED
 from training.config import suggest
-from training.config.arguments import enough_files, unreadable
+from training.config.arguments import enough_files, printable, unreadable
 from training.config.checks import check
 from training.config.groups import CONFIG_DIR, config_groups
 from training.config.schema import Config, schema_keys
@@ -108,9 +109,16 @@ PLAIN = re.compile(r"[\w./:~+%@-]([\w ./:~+%@-]*[\w./:~+%@-])?", re.ASCII)  # of
 NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|false", re.IGNORECASE)
 
 
+def _unquoted(value: str) -> bool:
+    """Whether a value is a name or path that Hydra takes in quotes only: with other letters, of a home, or with an equals sign, as folders of sweeps
+    have. An equals sign behind a blank is one of the next argument, whose quotes are wrong."""
+    letters = re.sub(r"[^\x00-\x7f]" if " " in value else r"[^\x00-\x7f]|=", "x", value)
+    return (letters != value or value.startswith("~/")) and PLAIN.fullmatch(letters.removeprefix("~/")) is not None
+
+
 def spelled_out(arguments: list[str]) -> list[str]:
     """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
-    text gets is text, numbers too (`name=1e3`), and in any language (`run_dir=/home/jürgen/run`)."""
+    text gets is text, numbers too (`name=1e3`), in any language (`run_dir=/home/jürgen/run`), and of a sweep (`train.start_from=runs/x/seed=1`)."""
     spelled = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -119,7 +127,7 @@ def spelled_out(arguments: list[str]) -> list[str]:
         if argument.startswith("model=hf:"):
             path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
             spelled += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
-        elif key in TEXTS and (NUMBER.fullmatch(value) or not value.isascii() and PLAIN.fullmatch(re.sub(r"[^\x00-\x7f]", "x", value))):
+        elif key in TEXTS and (NUMBER.fullmatch(value) or _unquoted(value)):
             spelled.append(f"{key}='{value}'")
         else:
             spelled.append(argument)
@@ -238,6 +246,8 @@ def run(main: Callable[..., Any]) -> int:
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     sys.argv[1:] = spelled_out(sys.argv[1:])
     try:
+        interrupts.begin()
+        printable()
         unreadable(sys.argv[1:])
         enough_files()
         launch()
