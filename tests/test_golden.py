@@ -60,3 +60,10 @@ def test_losses_are_renewed_with_a_reason_and_compared_with_the_right_commit(tmp
         golden.unpack(tmp_path, "nowhere", tmp_path / "base")
     with pytest.raises(golden.UserError, match="leave out only="):
         golden.main(["renew=why", "only=hybrid"])
+
+
+def test_the_faults_that_are_put_in_to_be_caught_stand_in_the_code_as_it_is() -> None:
+    """scripts/check/faults.py takes minutes to put each in; that it still can is seen here."""
+    from scripts.check.faults import FAULTS, place
+
+    assert all(place(fault).exists() and fault.text != fault.becomes for fault in FAULTS.values())
