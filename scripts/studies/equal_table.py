@@ -90,7 +90,7 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
         axis.set_ylabel("right answers, %")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8, frameon=False)
-    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10)
+    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10, wrap=True)
     figure.tight_layout(rect=(0, 0.08, 1, 0.99))
     write_bytes(path, png(plt, figure, dpi=120, bbox_inches=None))
     return f"plot: {path}"
