@@ -58,11 +58,11 @@ def settings(task: str, updates: int, negative: bool, given: argparse.Namespace)
         "gate": False,
         "output_gate": False,
     }
-    usual = settings_of("mqar" if mqar else "S4", "deltaproduct_2", {"length": length, "batch": batch})
+    usual = settings_of("mqar" if mqar else "S3", "deltaproduct_2", {"length": length, "batch": batch})
     changes = (
         {"first": PAIRS_LENGTH, "lr": 3e-3, "promising": 0.1, "solved": 0.98}
         if mqar
-        else {"climbed": CLIMBED, "settles": SETTLES, "curriculum": 0.0, "first": given.first}
+        else {"falls": True, "climbed": CLIMBED, "settles": SETTLES, "curriculum": 0.0, "first": given.first}
     )
     return {**usual, "task": TASKS[task], "layer": {**layer, "d_conv": 4 if mqar else 2}, "bound": None, **changes}
 

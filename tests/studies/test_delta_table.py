@@ -27,6 +27,7 @@ def test_every_arm_is_trained_and_told_of(tmp_path: Path, monkeypatch: pytest.Mo
     assert [*rows[0]["scores"]] == ["8", "16", "32", "64"] and [*rows[2]["scores"]] == ["64", "128", "256", "512"]
     assert summary(rows).count("\n") == 5 and "| mqar | 2 | -1 | 0 of 1 | 20 to 20 |" in summary(rows)
     layer = settings("a5", 3, True, given)["layer"]
+    assert "eases" not in settings("a5", 3, True, given), "its tables are of a rate that falls at the longest words alone"
     assert (layer["updates"], layer["negative"], layer["d_conv"], settings("a5", 3, True, given)["falls"]) == (3, True, 2, True)
 
 
