@@ -117,8 +117,8 @@ def held_out(mapping: str, n: int, rows: int, device: torch.device) -> tuple[Ten
 
 @dataclass
 class Progress:
-    """Where a cell is: steps taken, its rung, the steps it may take, the step at which it was solved (0: not yet), pools drawn for the rung, the steps at
-    which it came to the last rung and to this one, and the curve of (step, length, loss, accuracy or None)."""
+    """Where a cell is: steps taken, its rung, the steps it may take, the step at which it was solved (0: not yet), pools drawn for the rung, the step at
+    which it came to this rung, and the curve of (step, length, loss, accuracy or None)."""
 
     limit: int
     step: int = 0
@@ -126,7 +126,6 @@ class Progress:
     solved: int = 0
     fill: int = 0
     arrived: int = 0
-    climbed: int = 0
     seconds: float = 0.0
     curve: list[list[float | None]] = field(default_factory=list)
 
@@ -192,12 +191,17 @@ class Learner:
         p, s = self.progress, self.settings
         fall = max(0.0, 1 - (p.step - p.solved) / self.fall) if p.solved else 1.0
         late = min(1.0, max(0.05, (p.limit - p.step) / (0.2 * p.limit)))  # of a cell that is not solved: the last fifth of its steps
-        if s.get("settles") and p.arrived:  # one that hovers below what solves it is taken there by smaller steps
-            late *= min(1.0, s["settles"] / max(1, p.step - p.arrived))
-        if s.get("eases"):
-            late *= min(1.0, s["eases"] / max(1, p.step - p.climbed))
+        # one that hovers below what solves it, or ends its rung, is taken there by smaller steps: at every length, or at the longest alone
+        full = s.get("eases") or (s.get("settles") if p.arrived and self.last else None)
+        if full:
+            late *= min(1.0, full / max(1, p.step - p.arrived))
         long = min(1.0, (8 / self.n) ** 0.5) if s.get("falls") else 1.0  # at a rate of 1e-2 S4 was lost again at lengths of 42 to 64
         return s["lr"] * long * min(1.0, (p.step + 1) / s["warmup"]) * (fall if p.solved else late)
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the longest length."""
+        return self.progress.rung == len(self.rungs) - 1
 
     @property
     def fall(self) -> int:
@@ -233,11 +237,11 @@ class Learner:
         with self.trainer.here():
             loss = float(self.loss_sum) / self.pending
             self.loss_sum.zero_()
-        self.pending, last, accuracy = 0, p.rung == len(self.rungs) - 1, None
+        self.pending, accuracy = 0, None
         if not np.isfinite(loss):
             self.ended = "diverged"
             return
-        if last and loss <= s.get("promising", PROMISING):
+        if self.last and loss <= s.get("promising", PROMISING):
             accuracy = self.score(self.T, CHECKED)["accuracy"]
         if p.step % (EVERY * 5) == 0 or accuracy is not None:
             p.curve.append([p.step, self.n, loss, accuracy])
@@ -245,9 +249,8 @@ class Learner:
             p.solved = p.step
         elif p.step >= p.limit:
             self.ended = "steps"
-        elif not last and (loss <= s.get("climbed", CLIMBED) or p.step >= self.leaves):
-            p.rung, p.fill, p.climbed = p.rung + 1, 0, p.step
-            p.arrived = p.step if p.rung == len(self.rungs) - 1 else 0
+        elif not self.last and (loss <= s.get("climbed", CLIMBED) or p.step >= self.leaves):
+            p.rung, p.fill, p.arrived = p.rung + 1, 0, p.step
             p.curve.append([p.step, self.n, loss, None])
             self._fill()
 

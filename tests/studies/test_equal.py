@@ -64,9 +64,9 @@ def test_a_cell_that_was_cut_goes_on() -> None:
 
 def test_the_rate_of_long_words_falls_and_begins_again_at_the_next_length() -> None:
     cell = Learner(settings_of("A5-long", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 100_000)
-    at = {"step": 1000, "climbed": 900, "rung": cell.rungs.index(7)}
+    at = {"step": 1000, "arrived": 900, "rung": cell.rungs.index(7)}
     rates = []
-    for changes in ({}, {"step": 1700}, {"climbed": 1700}, {"rung": len(cell.rungs) - 1}):
+    for changes in ({}, {"step": 1700}, {"arrived": 1700}, {"rung": len(cell.rungs) - 1}):
         at |= changes
         for key, value in at.items():
             setattr(cell.progress, key, value)
