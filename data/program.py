@@ -30,10 +30,7 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
         if any(word in ("-h", "--help", "help") for word in words):
             print(doc, flush=True)
             return 0
-        interrupts.begin()
-        printable()
-        unreadable(words)
-        enough_files()
+        ready(words)
         return int(run(words) or 0)
     except UserError as error:
         for problem in error.problems:
@@ -48,6 +45,14 @@ def program(doc: str | None, run: Callable[[list[str]], Any], words: list[str] |
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+def ready(words: list[str]) -> None:
+    """What a program does before it begins, once it has loaded what that needs. Raises UserError with what stands in the way of it."""
+    interrupts.begin()
+    printable()
+    unreadable(words)
+    enough_files()
 
 
 def printable() -> None:

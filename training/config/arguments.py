@@ -9,9 +9,9 @@ from typing import Any
 
 from data.errors import UserError
 from data.fields import from_text, read_words
-from data.program import enough_files, printable, program, unreadable
+from data.program import program, ready
 
-__all__ = ["enough_files", "parse_arguments", "printable", "program", "unreadable"]
+__all__ = ["parse_arguments", "program", "ready"]
 
 Values = dict[str, Any]
 

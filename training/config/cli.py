@@ -29,10 +29,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from data.fields import nearest
-from kernels import interrupts
 from kernels.interrupts import INTERRUPTED
 from training.config import suggest
-from training.config.arguments import enough_files, printable, unreadable
+from training.config.arguments import ready
 from training.config.checks import check
 from training.config.groups import CONFIG_DIR, config_groups
 from training.config.schema import Config, schema_keys
@@ -246,10 +245,7 @@ def run(main: Callable[..., Any]) -> int:
     sys.argv[1:] = [a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank"))]
     sys.argv[1:] = spelled_out(sys.argv[1:])
     try:
-        interrupts.begin()
-        printable()
-        unreadable(sys.argv[1:])
-        enough_files()
+        ready(sys.argv[1:])
         launch()
         return _run(main)
     except UserError as error:
