@@ -156,7 +156,8 @@ def start_program(arguments: list[str], timeout: float = 300, **extra: str) -> R
 # A forked process has loaded the project already, which the checker is to do without.
 FORGET = """
 import runpy, sys
-for name in [n for n in sys.modules if n.split(".")[0] in ("models", "kernels", "training", "data", "evals", "train")]:
+from models.hub.check_folder import HIDDEN
+for name in [n for n in sys.modules if n.split(".")[0] in HIDDEN]:
     del sys.modules[name]
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

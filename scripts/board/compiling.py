@@ -13,6 +13,7 @@ from typing import Any
 
 from scripts.board.plan import Plan
 from scripts.board.repeat import repeatable
+from scripts.studies.workers import end_with_parent
 from training.errors import UserError
 
 STEPS = 5  # three as written, the capture, a replay
@@ -23,6 +24,7 @@ def compile_row(row: str, values: dict[str, Any], number: int = 0) -> float:
     from scripts.board.learner import Learner
     from scripts.board.measure import everything
 
+    end_with_parent()
     start, device = time.perf_counter(), repeatable(number, values["device"])
     plan = Plan(values["size"], values["data"], [row], values["precision"])
     settings = plan.text("compile", row, plan.board.tokens, plan.board.grid_span, plan.board.rates[0], 0).settings
