@@ -145,7 +145,7 @@ def in_parts() -> None:
         report = compare(f"{name} in parts", problem(name, 1, T, 1, 16, starts=0.03), n, 4 if n == 4 else 0, dtype)
         assert report["corrections"] > 0 and report["walked"] == report["walked_backward"] == 0, report
     reference.TOLERANCE[torch.float32] = 2.0**-60
-    for name, gain, most in (("slstm", 1.0, 1), ("slstm", 1.0, 8), ("dense_lstm", 12.0, 2)):
+    for name, gain, most in (("slstm", 1.0, 8), ("dense_lstm", 12.0, 2)):
         cell, tensors, starts = problem(name, 1, 64, 1, 16, gain=gain, starts=0.02, seed=3)
         tensors[0][:, :, 0] += 4 * (gain > 1)
         given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
