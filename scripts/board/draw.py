@@ -14,8 +14,9 @@ from typing import Any
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
 from scripts.board.page import RATES, log_text, page_text
-from scripts.board.plan import BOARDS, GRID_SHARE, MOST_RATES, PROTOCOL, SHARE0, Board
+from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
+from scripts.board.rates import MOST_RATES, said
 from scripts.board.results import Result, attempts, final_loss, gather, gather_again
 from training.cost.flops import peak_flops
 from training.errors import UserError
@@ -75,7 +76,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "pass": board.tokens,
     }
     tokens["leaders"] = board.leaders_tokens
-    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1]
+    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1 and not said(r.content)]
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
         "protocol": PROTOCOL,
@@ -127,7 +128,8 @@ def _row(mine: list[Result]) -> dict[str, Any]:
                 continue
         if stage in RATES:
             row[RATES[stage]].append(
-                {"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, **_held(content)}
+                {"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, "behind": said(content)}
+                | _held(content)
             )
         elif stage in ("pass", "leaders"):
             row[stage][seed] = _text_cell(result)
@@ -177,7 +179,7 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
 
 
 def _tried(mine: list[Result], stage: str) -> dict[float, float]:
-    """Bits per byte of seed 0 by rate; infinite where it diverged."""
+    """Bits per byte of seed 0 by rate; infinite where it diverged or was outrun."""
     cells = [r for r in mine if r.content["stage"] == stage and not r.content["settings"]["seed"]]
     return {r.content["settings"]["lr"]: math.inf if (loss := final_loss(r, r.content["settings"])) is None else loss for r in cells}
 

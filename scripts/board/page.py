@@ -283,7 +283,7 @@ def grid_table(found: dict[str, Any], stage: str) -> list[str]:
         texts = []
         for rate in rates:
             cell = values.get(rate)
-            text = "" if cell is None else "diverged" if cell["diverged"] else _number(cell["bits_per_byte"], ".4f")
+            text = "" if cell is None else "diverged" if cell["diverged"] else cell["behind"] or _number(cell["bits_per_byte"], ".4f")
             texts.append(f"**{text}**" if cell and best is not None and cell["bits_per_byte"] == best else text)
         lines.append(f"| {row['label']} | {row['parameters'] / 1e6:.2f}M | " + " | ".join(texts) + " |")
     return [*lines, ""]

@@ -9,6 +9,7 @@ each with its cells of equal time (time0, time1); then grid, speed, pass, time, 
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
+from scripts.board import rates as trying
 from scripts.board.architectures import ARCHITECTURES, SIZES, model_config, update_of
 from scripts.board.corpus import identity, training_tokens
 from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, ORDER, SEEDS
@@ -67,7 +69,7 @@ BOARDS = {
     "tiny": Board(32, 8, 25_600, 60_000, 10_100, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
 }
 BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3))
-GRID_SHARE, SHARE0, MOST_RATES, LEADERS = 0.2, 0.1, 7, 4
+GRID_SHARE, SHARE0, LEADERS = 0.2, 0.1, 4
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
     "parity": {"name": "parity"},
@@ -153,29 +155,9 @@ class Plan:
 
     # What follows from results
 
-    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
-        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
-        tried, factor = list(rates), rates[1] / rates[0]
-        while True:
-            cells = [cell(lr) for lr in tried]
-            losses = [final_loss(results.get(one.name), one.settings) for one in cells]
-            if None in losses or len(tried) >= MOST_RATES:
-                return cells
-            best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(tried) - 1:
-                return cells
-            tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
-
-    def _best(self, cells: list[Cell], results: dict[str, Result], run: Callable[[float, int], Cell]) -> float | None:
-        """The best rate of these cells; half of it once a cell `run(rate, seed)` at that rate has diverged. None: not known yet."""
-        losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
-        known = [loss for loss in losses if loss is not None]
-        if len(known) < len(losses):
-            return None
-        best: float = cells[known.index(min(known))].settings["lr"]
-        tried = [run(best, seed) for seed in range(DECISIVE_SEEDS)]
-        diverged = any(results[c.name].diverged for c in tried if c.name in results and results[c.name].of(c.settings))
-        return best / 2 if diverged else best
+    @staticmethod
+    def _best(cells: list[Cell], results: dict[str, Result], run: Callable[[float, int], Cell]) -> float | None:
+        return trying.best(cells, results, lambda lr: [run(lr, seed) for seed in range(DECISIVE_SEEDS)])
 
     def grid(self, row: str, results: dict[str, Result]) -> list[Cell]:
         """The rates of the full pass tried so far, at a fifth of it, and the one to try next."""
@@ -183,7 +165,7 @@ class Plan:
         def cell(lr: float) -> Cell:
             return self.text("grid", row, int(GRID_SHARE * self.board.tokens), self.board.grid_span, lr, 0)
 
-        return self._widened(self.board.rates, cell, results)
+        return trying.widened(self.board.rates, cell, results)
 
     def rate(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row's full pass: the best of stage 1, which has more tokens than the grid, where it is known there. None: not known yet."""
@@ -200,11 +182,11 @@ class Plan:
         rates, factor = self.board.rates, self.board.rates[1] / self.board.rates[0]
         if row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
             rates = tuple(rate * factor for rate in rates)
-        return self._widened(rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        return trying.widened(rates, lambda lr: self._stage0_cell(row, lr, 0), results)
 
     def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
         lr0 = self.rate0(row, results)
-        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results)
+        return [] if lr0 is None else trying.widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results)
 
     def rate0(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 0. None: not known yet."""
@@ -212,8 +194,7 @@ class Plan:
 
     def rate1(self, row: str, results: dict[str, Result]) -> float | None:
         """The rate of a row in stage 1. None: not known yet."""
-        tried = self._tried1(row, results)
-        return self._best(tried, results, partial(self._stage1_cell, row)) if tried else None
+        return self._best(self._tried1(row, results), results, partial(self._stage1_cell, row))
 
     @staticmethod
     def _then_seeds(tried: list[Cell], lr: float | None, run: Callable[[float, int], Cell], seeds: int) -> list[list[Cell]]:
@@ -229,9 +210,11 @@ class Plan:
         return self._then_seeds(self._tried0(row, results), lr, partial(self._stage0_cell, row), self._seeds0(row))
 
     def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 1: its rate of stage 0, half of it, and the next one while the best lies at an edge; then the other seeds."""
-        lr = self.rate1(row, results)
-        return self._then_seeds(self._tried1(row, results)[::-1], lr, partial(self._stage1_cell, row), self.seeds)
+        """A row of stage 1: its rate of stage 0, half of it, and the next one while the best lies at an edge; then the other seeds. The rate nearest to
+        the grid's middle is first: where it is the best, it ends the others early."""
+        middle, lr = math.log(self.board.rates[1]), self.rate1(row, results)
+        tried = sorted(self._tried1(row, results), key=lambda cell: abs(math.log(cell.settings["lr"]) - middle))
+        return self._then_seeds(tried, lr, partial(self._stage1_cell, row), self.seeds)
 
     def more(self, which: str, row: str, results: dict[str, Result]) -> list[Cell]:
         """Seeds of stage 0 or 1 beyond the usual ones, once the row's rate there is known."""

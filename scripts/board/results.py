@@ -22,17 +22,22 @@ T975 = (
 )
 
 
+OUTRUN = "outrun"  # how a try at a rate ended that another rate was ahead of (scripts/board/rates.py)
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run. alone: nothing else may use the device meanwhile."""
+    """One run. rival: of a try at a rate, the finished one that ends it where it is ahead."""
 
     stage: str
     name: str
     row: str
     settings: dict[str, Any]
+    rival: Result | None = None
 
     @property
     def alone(self) -> bool:
+        """Whether nothing else may use the device meanwhile."""
         return self.stage in ("speed", "speedrun")
 
     def of_text(self) -> bool:
@@ -142,7 +147,7 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
 
 
 def final_loss(result: Result | None, settings: dict[str, Any]) -> float | None:
-    """Held-out bits per byte of the cell with these settings; infinite where it diverged, None where it is not done."""
+    """Held-out bits per byte of the cell with these settings; infinite where it diverged or was outrun, None where it is not done."""
     if result is None or not result.of(settings):
         return None
     value = result.bits_per_byte

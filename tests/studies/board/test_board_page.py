@@ -67,7 +67,7 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
             **{**vars(BOARDS["tiny"]), "tokens": 2560, "rates": (2e-3, 8e-3), "held_out_tokens": 500, "burst": 1, "contexts": (8,)}
         ),
     )
-    monkeypatch.setattr("scripts.board.plan.MOST_RATES", 2)
+    monkeypatch.setattr("scripts.board.rates.MOST_RATES", 2)
     monkeypatch.setattr(measure, "BEYOND", 16)
     words = [
         f"data={data}",

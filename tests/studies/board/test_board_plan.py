@@ -19,8 +19,9 @@ from scripts.board import architectures, work
 from scripts.board.draw import collect
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, MOST_RATES, Plan
+from scripts.board.plan import BOARDS, Plan
 from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
+from scripts.board.rates import MOST_RATES
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
 from training.errors import UserError
@@ -141,7 +142,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     half = [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
     one = "stage1.gdn_hybrid_paragru@tiny"
-    assert waves[2] == [*half, f"{one}.0.016.0", "stage1.gdn_hybrid@tiny.0.002.0", "stage1.transformer@tiny.0.002.0"]
+    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", f"{one}.0.016.0", "stage1.transformer@tiny.0.002.0"]
     assert waves[3] == ["stage1.gdn_hybrid@tiny.0.001.0", *rest, "stage1.transformer@tiny.0.016.0", *five, *time1]
     last = [f"stage1.{row}.{seed}" for row in ("gdn_hybrid@tiny.0.002", "transformer@tiny.0.008") for seed in (1, 2)]
     assert waves[4:] == [[*last, *(f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in (3, 4))]]
