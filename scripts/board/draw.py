@@ -13,17 +13,19 @@ from typing import Any
 
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
-from scripts.board.page import RATES, log_text, page_text
+from scripts.board.details import details_text, log_text
+from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
 from scripts.board.rates import MOST_RATES, said
 from scripts.board.results import Result, attempts, final_loss, gather, gather_again
+from scripts.board.tables import RATES
 from training.cost.flops import peak_flops
 from training.errors import UserError
 
 
 def draw(values: dict[str, Any]) -> None:
-    """Writes board.json, README.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
+    """Writes README.md, details.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
     page, out = Path(values["page"]), Path(values["out"])
     every = gather(out, page)
     if not every:
@@ -39,6 +41,7 @@ def draw(values: dict[str, Any]) -> None:
     found |= {"cards": [path.name for path in cards], "passkey": any("passkey" in path.read_text() for path in cards)}
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
+    write_bytes(page / "details.md", details_text(found).encode())
     write_bytes(page / "log.md", log_text(found).encode())
     print(f"{page / 'README.md'}: {len(every)} cells")
 

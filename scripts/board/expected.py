@@ -132,4 +132,4 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
 def expectation_lines(rows: Rows) -> list[str]:
     """The page's table of them."""
     lines = ["| expected before any result | what came out, bits per byte |", "|---|---|"]
-    return lines + [f"| {expected} | {'; '.join(said) or OPEN} |" for expected, said in expectations(rows)]
+    return lines + [f"| {expected} | {'<br>'.join(said) or OPEN} |" for expected, said in expectations(rows)]

@@ -16,9 +16,9 @@ from data.files import write_json
 from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, work
+from scripts.board.details import details_text
 from scripts.board.draw import collect
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
-from scripts.board.page import page_text
 from scripts.board.plan import BOARDS, Plan
 from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
 from scripts.board.rates import MOST_RATES
@@ -161,11 +161,11 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         4e-3,
         8e-3,
     ]
-    text = page_text(found, [])
-    assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
+    text = details_text(found)
+    assert "Stage 0: One layer of ParaGRU in GDN hybrid, at equal tokens: +0.0000" in text and "without seed 0" in text
     assert "a difference beyond 0.0000 is ruled out" in " ".join(text.split())
-    assert "Stage 1: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal time: +0.0000" in text
-    assert "No cell of the full pass is finished" in text and "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
+    assert "Stage 1: One layer of ParaGRU in GDN hybrid, at equal time: +0.0000" in text
+    assert "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
     # Before half of a rate was tried at 25M tokens its seeds there are no result; and a row that is no slower has no cells of equal time.
     del known["stage1.gdn_hybrid_paragru@tiny.0.004.0"]
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 0.9e5
@@ -173,7 +173,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         del known[time0[seed]]
     found = collect("tiny", list(known.values()), [])
     assert not found["rows"]["gdn_hybrid_paragru"]["stage1"] and plan.equal_time0("gdn_hybrid_paragru", known) == []
-    assert "at equal time: it trains at 1.11 times the speed of the other" in " ".join(page_text(found, []).split())
+    assert "at equal time: it trains at 1.11 times the speed of the other" in " ".join(details_text(found).split())
 
 
 def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[str, Any]) -> None:

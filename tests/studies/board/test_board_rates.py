@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from scripts.board.details import details_text
 from scripts.board.draw import collect
-from scripts.board.page import page_text
 from scripts.board.plan import Plan
 from scripts.board.rates import HIGHER, LOWER, WINDOW, outrun
 from scripts.board.results import OUTRUN, Result
@@ -83,7 +83,7 @@ def test_a_try_is_ended_by_its_better_neighbour_and_again_at_the_same_step(data:
     assert tried[0].rival is known[middle.name] and tried[1].rival is None and tried[2].rival is None
     for other in known.values():
         other.content.update({"tokens": 2560, "curve": [], "seconds": 1.0} | other.content)
-    assert "| ParaGRU | 0.05M | behind at 30 % | **1.0000** | 1.1000 |" in page_text(collect("tiny", list(known.values()), []), [])
+    assert "| ParaGRU | 0.05M | behind at 30 % | **1.0000** | 1.1000 |" in details_text(collect("tiny", list(known.values()), []))
     again = run(tried[0], values)
     assert again is not None and [again[k] for k in ("curve", "weights_sha256", "ended")] == [
         result[k] for k in ("curve", "weights_sha256", "ended")
