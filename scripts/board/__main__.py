@@ -110,9 +110,9 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
     return words[0], parse_arguments(words[1:], DEFAULTS, chosen)
 
 
-def run(values: dict[str, Any]) -> None:
-    """Runs what is pending, and what follows from its results, until nothing is left or time is up."""
-    from scripts.board.queue import make_plan, pending
+def run(values: dict[str, Any]) -> int:
+    """Runs what is pending, and what follows from its results, until nothing is left or time is up; 1 where a cell failed."""
+    from scripts.board.queue import failed, make_plan, pending
     from scripts.board.work import run_all
 
     begin(values)
@@ -122,6 +122,9 @@ def run(values: dict[str, Any]) -> None:
     run_all(values)
     cells, _ = pending(values, plan)
     print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
+    if lost := failed(values):
+        print(f"Failed: {', '.join(lost)}; {Path(values['out']) / 'attempts.jsonl'} says why, and the same command tries again.")
+    return int(bool(lost))
 
 
 def begin(values: dict[str, Any]) -> None:
@@ -223,7 +226,7 @@ def main(words: list[str]) -> int:
 
         export_cells(values)
     else:
-        run(values)
+        return run(values)
     return 0
 
 

@@ -373,6 +373,6 @@ def check(size: str, data: str) -> None:
     assert size in SIZES
     if not (Path(data) / "meta.json").exists():
         raise UserError(f"{data} holds no token shards; make them with: python -m scripts.board corpus input=TEXT data={data}")
-    shards = ShardSet(Path(data), "train")
+    shards, _ = ShardSet(Path(data), "train"), ShardSet(Path(data), "valid")
     if shards.vocab_size != BOARDS[size].vocabulary:
         raise UserError(f"{data} has a vocabulary of {shards.vocab_size:,}, the board of size {size} one of {BOARDS[size].vocabulary:,}.")

@@ -50,6 +50,11 @@ def pending(values: dict[str, Any], plan: Plan) -> tuple[list[Cell], dict[str, R
     return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))], results
 
 
+def failed(values: dict[str, Any]) -> list[str]:
+    """The cells that failed in the run that ended last."""
+    return sorted(path.stem for path in (Path(values["out"]) / "taken").glob("*.failed"))
+
+
 class Queue:
     """Gives out cells to process `number` on device `place`. fixed: these and no others, instead of what the plan has."""
 
