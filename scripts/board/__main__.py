@@ -83,7 +83,8 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
         raise UserError(f"Say first what is to be done: {', '.join(ACTIONS)}{said}.")
 
     def chosen(values: dict[str, Any]) -> list[str]:
-        from scripts.board.plan import BOARDS, STAGES, rows_of
+        from scripts.board.cells import BOARDS
+        from scripts.board.plan import STAGES, rows_of
 
         problems = []
         values["stages"] = [s.strip() for s in values["stages"].split(",") if s.strip() not in ("", "all")] or list(STAGES)
@@ -172,7 +173,8 @@ def again(values: dict[str, Any]) -> int:
 def show(values: dict[str, Any]) -> None:
     """Prints the models, their counts, and the cells by stage."""
     from scripts.board.architectures import ARCHITECTURES, WAITING, counts
-    from scripts.board.plan import BOARDS, STAGES
+    from scripts.board.cells import BOARDS
+    from scripts.board.plan import STAGES
     from scripts.board.queue import make_plan
     from scripts.board.results import read
 

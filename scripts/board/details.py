@@ -7,8 +7,8 @@ from typing import Any
 
 from scripts.board.answers import Answer, all_answers, bits, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
+from scripts.board.cells import TASKS
 from scripts.board.order import SEEDS
-from scripts.board.plan import TASKS
 from scripts.board.summary import layer_table
 from scripts.board.tables import (
     RATES,

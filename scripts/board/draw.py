@@ -13,9 +13,9 @@ from typing import Any
 
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
+from scripts.board.cells import BOARDS, PROTOCOL, Board, tokens_of
 from scripts.board.details import details_text, log_text
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, GRID_SHARE, PROTOCOL, SHARE0, Board
 from scripts.board.plots import plots
 from scripts.board.rates import MOST_RATES, said
 from scripts.board.results import Result, attempts, final_loss, gather, gather_again
@@ -72,13 +72,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         for r in every
         if r.content["settings"]["protocol"] < PROTOCOL and r.content["row"] in ARCHITECTURES and r.bits_per_byte is not None
     ]
-    tokens = {
-        "stage0": int(SHARE0 * board.tokens),
-        "stage1": board.grid_span - board.T,
-        "grid": int(GRID_SHARE * board.tokens),
-        "pass": board.tokens,
-    }
-    tokens["leaders"] = board.leaders_tokens
+    tokens = {stage: tokens_of(board, stage) for stage in ("stage0", "stage1", "grid", "pass", "leaders")}
     alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1 and not said(r.content)]
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
@@ -172,7 +166,7 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
     for key in [key for key in rows[name] if key.startswith("time")]:
         other = ARCHITECTURES[name].of if key == "time1" else key.partition("_of_")[2]
         speeds = [rows.get(row, {}).get("speed", {}).get("tokens_per_s") for row in (name, other)]
-        tokens = {"time0": int(SHARE0 * board.tokens), "time1": board.grid_span - board.T}.get(key.split("_")[0], board.tokens)
+        tokens = tokens_of(board, {"time0": "stage0", "time1": "stage1"}.get(key.split("_")[0], "pass"))
         steps = int(round(speeds[0] / speeds[1], 2) * tokens) // (board.rows * board.T) if all(speeds) else None
         stale = [seed for seed, cell in rows[name][key].items() if cell["of_steps"] != steps]
         for seed in stale:

@@ -8,9 +8,9 @@ from typing import Any
 
 from scripts.board.answers import Answer, answer, bits, questions
 from scripts.board.architectures import ARCHITECTURES, counts
+from scripts.board.cells import LEADERS
 from scripts.board.expected import expectation_lines
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, SEEDS, TEN
-from scripts.board.plan import LEADERS
 from scripts.board.results import difference, interval
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import leading, summary

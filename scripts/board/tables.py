@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.plan import TASKS
+from scripts.board.cells import TASKS
 from scripts.board.results import Interval, difference, interval
 from scripts.board.summary import leading
 

@@ -19,7 +19,7 @@ from training.errors import UserError
 
 @pytest.mark.parametrize("row", ["gdn_hybrid_paragru", "paragru_pass", "mamba2_muon"])
 def test_a_killed_cell_goes_on_and_ends_in_the_same_bits(row: str, data: Path, values: dict[str, Any], tmp_path: Path) -> None:
-    cell = Plan("tiny", str(data), [row]).grid(row, {})[1]
+    cell = Plan("tiny", str(data), [row]).tried("grid", row, {})[1]
     cell.settings.update(steps=14, held_out_tokens=500)
     whole = run(cell, values)
     assert whole is not None and whole["steps"] == cell.settings["steps"] and whole["ended"] == "tokens"
@@ -37,7 +37,7 @@ def test_a_killed_cell_goes_on_and_ends_in_the_same_bits(row: str, data: Path, v
 
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
     plan = Plan("tiny", str(data), ["paragru"])
-    cell = plan.grid("paragru", {})[0]
+    cell = plan.tried("grid", "paragru", {})[0]
     with pytest.raises(work.Stopped, match="after step 1 of 20"):
         run(cell, values | {"until": 1.0})
     [under_way] = (Path(values["out"]) / "under_way").iterdir()
@@ -73,7 +73,7 @@ def test_a_cell_that_failed_ends_a_run_with_1_and_is_tried_again(
     from scripts.board import __main__ as program
 
     plan = Plan("tiny", str(data), ["paragru"])
-    cell = plan.grid("paragru", {})[0]
+    cell = plan.tried("grid", "paragru", {})[0]
     words = [f"{key}={values[key]}" for key in ("data", "out", "page", "size", "device")] + [
         "stages=grid",
         "rows=paragru",
@@ -96,7 +96,7 @@ def test_training_is_strict_and_a_model_without_an_order_says_so(
     """What torch cannot sum in order raises while a cell trains; that step is then taken all the same, once, and the result tells."""
     from scripts.board.learner import Learner
 
-    cell = Plan("tiny", str(data), ["paragru"]).grid("paragru", {})[0]
+    cell = Plan("tiny", str(data), ["paragru"]).tried("grid", "paragru", {})[0]
     cell.settings.update(steps=3, held_out_tokens=500)
     taken, strict = Learner._taken, []
 
@@ -126,7 +126,7 @@ def test_a_cell_repeats_on_a_gpu(row: str, data: Path, values: dict[str, Any]) -
 
     device = repeatable(0, "cuda")
     try:
-        cell = Plan("tiny", str(data), [row], "bf16").grid(row, {})[1]
+        cell = Plan("tiny", str(data), [row], "bf16").tried("grid", row, {})[1]
         cell.settings.update(steps=40, rows=64, held_out_tokens=500)
         path = Path(values["out"]) / "cells" / f"{cell.name}.json"
         for _ in work.train(cell, values, device):
@@ -159,7 +159,7 @@ def test_a_pass_reads_every_window_once_and_equal_seeds_read_the_same(data: Path
     plan = Plan("tiny", str(data), ["gdn", "paragru"])
     read = []
     for row in ("gdn", "paragru"):
-        cell = plan.grid(row, {})[0]
+        cell = plan.tried("grid", row, {})[0]
         learner = Learner(cell.settings | {"steps": 1}, str(data), torch.device("cpu"))
         a_pass = [learner._offsets(n) for n in range(2 * learner.windows // learner.B)]
         read.append(np.concatenate(a_pass))

@@ -14,12 +14,13 @@ from data.files import write_json
 from scripts.board import __main__ as program
 from scripts.board import measure
 from scripts.board.answers import Question, all_answers, answer
+from scripts.board.cells import BOARDS
 from scripts.board.details import details_text
 from scripts.board.draw import collect, draw
 from scripts.board.expected import expectation_lines, expectations
 from scripts.board.export import export_cells
 from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, Plan
+from scripts.board.plan import Plan
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of, run
 from training.errors import UserError
@@ -110,7 +111,7 @@ def test_the_whole_way_on_a_cpu(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert program.main(["run", *words]) == 0
     assert not (tmp_path / "out" / "cells").exists()
     # Under a new version of the protocol the old cells are shown and do not count.
-    monkeypatch.setattr("scripts.board.plan.PROTOCOL", 9)
+    monkeypatch.setattr("scripts.board.cells.PROTOCOL", 9)
     monkeypatch.setattr("scripts.board.draw.PROTOCOL", 9)
     draw({"page": str(page), "out": str(tmp_path / "out"), "size": "tiny"})
     detailed = (page / "details.md").read_text()
@@ -165,7 +166,7 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path, values: dict[str, Any]) -> None:
-    cell = Plan("tiny", str(data), ["gdn_hybrid_dense_lstm"]).stage0("gdn_hybrid_dense_lstm", {})[0][0]
+    cell = Plan("tiny", str(data), ["gdn_hybrid_dense_lstm"]).small("stage0", "gdn_hybrid_dense_lstm", {})[0][0]
     cell.settings.update(steps=4, held_out_tokens=500)
     result = run(cell, values | {"weights": True, "only": [cell.name]})
     assert result is not None
@@ -200,7 +201,7 @@ def test_cells_side_by_side_are_measured_and_shown(data: Path, values: dict[str,
     assert capsys.readouterr().out.startswith("paragru: tokens/s of so many cells together")
     [rates] = json.loads((Path(values["out"]) / "beside.json").read_text())["rows"].values()
     assert len(rates) == 2 and min(rates) > 0
-    cells = results_of(Plan("tiny", str(data), ["paragru"]).grid("paragru", {}), lambda cell: 1.0)
+    cells = results_of(Plan("tiny", str(data), ["paragru"]).tried("grid", "paragru", {}), lambda cell: 1.0)
     for result in cells.values():
         write_json(Path(values["out"]) / "cells" / f"{result.name}.json", result.content | {"tokens": 2560, "curve": []})
     draw(values)

@@ -16,10 +16,11 @@ from data.files import write_json
 from models.lm import LanguageModel
 from scripts.board import __main__ as program
 from scripts.board import architectures, work
+from scripts.board.cells import BOARDS
 from scripts.board.details import details_text
 from scripts.board.draw import collect
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
-from scripts.board.plan import BOARDS, Plan
+from scripts.board.plan import Plan
 from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
 from scripts.board.rates import MOST_RATES
 from scripts.board.results import Cell, Result
@@ -49,11 +50,11 @@ def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data
     def rates_after(loss: Callable[[Cell], float]) -> list[float]:
         known: dict[str, Result] = {}
         while True:
-            cells = plan.grid("gdn", known)
+            cells = plan.tried("grid", "gdn", known)
             if all(cell.name in known for cell in cells):
-                assert (plan.rate("gdn", known) or 0) == min(cells, key=loss).settings["lr"]
+                assert (plan.best_rate("pass", "gdn", known) or 0) == min(cells, key=loss).settings["lr"]
                 return [cell.settings["lr"] for cell in cells]
-            assert plan.rate("gdn", known) is None and plan.passes("gdn", known) == []
+            assert plan.best_rate("pass", "gdn", known) is None and plan.passes("gdn", known) == []
             known |= results_of(cells, loss)
 
     assert rates_after(lambda cell: abs(math.log(cell.settings["lr"] / rates[1]))) == rates
@@ -64,11 +65,11 @@ def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data
 
 def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_for_the_others(data: Path) -> None:
     plan, known = Plan("tiny", str(data), ["gdn", "paragru"]), dict[str, Result]()
-    for best, stage, rate in ((8e-3, plan.stage0, plan.rate0), (2e-3, plan.stage1, plan.rate1)):
-        while rate("gdn", known) is None:
-            assert plan.rate("gdn", known) is None and {cell.row for cell in plan.cells(known, ["grid"])} == {"gdn", "paragru"}
-            known |= results_of(stage("gdn", known)[0], partial(_distance, best))
-    assert plan.rate("gdn", known) == pytest.approx(2e-3) and plan.rate("paragru", known) is None
+    for best, stage in ((8e-3, "stage0"), (2e-3, "stage1")):
+        while plan.best_rate(stage, "gdn", known) is None:
+            assert plan.best_rate("pass", "gdn", known) is None and {cell.row for cell in plan.cells(known, ["grid"])} == {"gdn", "paragru"}
+            known |= results_of(plan.small(stage, "gdn", known)[0], partial(_distance, best))
+    assert plan.best_rate("pass", "gdn", known) == pytest.approx(2e-3) and plan.best_rate("pass", "paragru", known) is None
     assert {cell.row for cell in plan.cells(known, ["grid"])} == {"paragru"}
     only = Plan("tiny", str(data), ["gdn", "paragru"], rates_only=True)
     assert {(c.row, c.stage, c.settings["seed"]) for c in only.cells(known, ["stage0", "stage1", "pass"])} == {
@@ -78,11 +79,11 @@ def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_
     }
     assert len(plan.cells(known, ["stage1"])) == len(only.cells(known, ["stage1"])) + 2
     assert [cell.name for cell in plan.cells(known, ["pass"])] == [f"pass.gdn@tiny.0.002.{seed}" for seed in range(3)]
-    known |= results_of(plan.grid("paragru", known), partial(_distance, 8e-3))
+    known |= results_of(plan.tried("grid", "paragru", known), partial(_distance, 8e-3))
     cells = plan.cells(known, ["pass"])
-    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.rate("paragru", known) == 8e-3
+    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.best_rate("pass", "paragru", known) == 8e-3
     known |= results_of(cells[:1], lambda cell: math.inf)  # a pass that diverged is run again at half the rate, wherever that came from
-    assert plan.rate("gdn", known) == pytest.approx(1e-3)
+    assert plan.best_rate("pass", "gdn", known) == pytest.approx(1e-3)
 
 
 def _distance(best: float, cell: Cell) -> float:
@@ -91,7 +92,7 @@ def _distance(best: float, cell: Cell) -> float:
 
 def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: Path) -> None:
     plan = Plan("tiny", str(data), [*DECISIVE, "gdn"])
-    known = results_of(plan.grid("gdn", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known = results_of(plan.tried("grid", "gdn", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
     cells = plan.passes("gdn", known)
     assert [cell.settings["lr"] for cell in cells] == [8e-3] * 3
     known |= results_of(cells, lambda cell: math.inf if cell.settings["seed"] == 2 else 1.0)
@@ -99,8 +100,8 @@ def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: 
     assert [cell.settings["lr"] for cell in halved] == [4e-3] * 3
     known |= results_of(halved, lambda cell: math.inf)
     assert [cell.settings["lr"] for cell in plan.passes("gdn", known)] == [4e-3] * 3
-    known |= results_of(plan.grid("gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
-    known |= results_of(plan.grid("gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.tried("grid", "gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.tried("grid", "gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
     assert len(plan.passes("gdn_hybrid_paragru", known)) == DECISIVE_SEEDS
     known |= results_of([plan.speed(row) for row in ("gdn_hybrid", "gdn_hybrid_paragru")], lambda cell: 1.0)
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
@@ -198,7 +199,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     timing = Queue(values | {"first": ["speed"]}, "cuda3").take()
     assert timing is not None and timing.stage == "speed"
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
-    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).small("stage0", "paragru", {})[0][:2], lambda cell: 2.0)
     for name, result in done.items():
         write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"tokens_per_s": 2.56})
     late = Queue(values | {"until": time.time() + 100}, "cuda0")
@@ -209,7 +210,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     # A training is expected to last as long as its row's best speed says, a row's first one as the slowest of all and a while to compile.
     known = {name: Result(name, result.content | {"tokens_per_s": speed}) for (name, result), speed in zip(done.items(), (2.56, 5.12))}
     plan = Plan("tiny", str(data), values["rows"], values["precision"])
-    (mine, *_), (first_of_row, *_) = (plan.stage0(row, {})[0] for row in ("paragru", "gdn"))
+    (mine, *_), (first_of_row, *_) = (plan.small("stage0", row, {})[0] for row in ("paragru", "gdn"))
     assert expected_seconds(mine, known) == pytest.approx(500 + ABOUT) and expected_seconds(mine, known, 2) == pytest.approx(1000 + ABOUT)
     assert expected_seconds(first_of_row, known) == pytest.approx(500 + ABOUT + COMPILING)
     assert expected_seconds(plan.probe("gdn", "parity", 0), known) == 0.0 == expected_seconds(mine, {})
@@ -248,11 +249,11 @@ def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out
 
 def test_cells_of_muon_count_while_its_update_is_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan("tiny", str(data), ["gdn", "gdn_muon"])
-    known = results_of([plan.stage0(row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
+    known = results_of([plan.small("stage0", row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
     for result in known.values():
         result.content.update(tokens=2560, curve=[])
     assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn", "gdn_muon"]
     monkeypatch.setattr("training.optim.newton_schulz.COEFFICIENTS", (2.0, -1.5, 0.5))
     assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn"]
-    mine = {row: plan.stage0(row, {})[0][0] for row in plan.rows}
+    mine = {row: plan.small("stage0", row, {})[0][0] for row in plan.rows}
     assert [known[cell.name].of(cell.settings) for cell in mine.values()] == [True, False]

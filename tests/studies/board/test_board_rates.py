@@ -66,20 +66,20 @@ def test_no_try_that_was_kept_would_have_ended_and_been_the_better_one() -> None
 
 def test_a_try_is_ended_by_its_better_neighbour_and_again_at_the_same_step(data: Path, values: dict[str, Any]) -> None:
     plan = Plan("tiny", str(data), ["paragru"])
-    low, middle, high = plan.grid("paragru", {})
+    low, middle, high = plan.tried("grid", "paragru", {})
     assert low.rival is None
     known = results_of([middle], lambda cell: 1.0)
     for content in (known[middle.name].content,):
         content["curve"] = [[step, 1.0] for step in range(1, 21)]  # no model of this size comes near
-    low, _, high = plan.grid("paragru", known)
+    low, _, high = plan.tried("grid", "paragru", known)
     assert low.rival is known[middle.name] is high.rival
     result = run(low, values)
     assert result is not None and result["ended"] == OUTRUN and result["outrun_by"] == middle.name and not result["measured"]
     assert result["steps"] == 6 and result["curve"][-1][0] == 5  # a loss is read a step later than it is made
     known[low.name] = Result(low.name, json.loads((Path(values["out"]) / "cells" / f"{low.name}.json").read_text()))
     known |= results_of([high], lambda cell: 1.1)
-    tried = plan.grid("paragru", known)
-    assert len(tried) == 3 and plan.rate("paragru", known) == middle.settings["lr"]
+    tried = plan.tried("grid", "paragru", known)
+    assert len(tried) == 3 and plan.best_rate("pass", "paragru", known) == middle.settings["lr"]
     assert tried[0].rival is known[middle.name] and tried[1].rival is None and tried[2].rival is None
     for other in known.values():
         other.content.update({"tokens": 2560, "curve": [], "seconds": 1.0} | other.content)
