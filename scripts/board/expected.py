@@ -62,7 +62,9 @@ def collapsed(rows: Rows) -> str:
                 if row != "transformer":
                     others.setdefault(v[0].split(":")[0], []).append(_label(row))
             told = [
-                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}" if said == "holds" else f"{'; '.join(labels)} {said}"
+                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}"
+                if said == "holds"
+                else f"{'; '.join(labels)} {said if len(labels) == 1 else said.replace('degrades', 'degrade').replace('collapses', 'collapse')}"
                 for said, labels in sorted(others.items())
             ]
             rest = f"; of the {len(seen) - 1} others: {', '.join(told)}" if others else ""

@@ -13,7 +13,7 @@ from scripts.board.expected import expectation_lines
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, SEEDS, TEN
 from scripts.board.results import difference, interval
 from scripts.board.speedrun import speedrun_lines
-from scripts.board.summary import leading, summary
+from scripts.board.summary import in_tokens, leading, summary, whole
 from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, number, plus_minus, shown_stages, speed_table
 
 
@@ -24,9 +24,9 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     lines += [*leading_table(found), ""]
     lines += ["![loss](loss.png)", ""] if "loss.png" in pictures else []
     lines += ["## Comparisons, nulls and negative results first", "", *comparison_table(found), ""]
-    lines += ["## What was expected", "", *expectation_lines(rows), ""]
+    lines += ["## What was expected", "", *(in_tokens(line, found) for line in expectation_lines(rows)), ""]
     if shown_stages(rows) or any(row["probe"] for row in rows.values()):
-        lines += ["## Behaviour", "", *behaviour_table(rows), ""]
+        lines += ["## Behaviour", "", *behaviour_table(found), ""]
     lines += ["![position](position.png)", ""] if "position.png" in pictures else []
     lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row or row["trained"] for row in rows.values()) else []
     lines += ["![speed](speed.png)", ""] if "speed.png" in pictures else []
@@ -60,10 +60,10 @@ def _introduction(found: dict[str, Any]) -> list[str]:
     if not stages:
         return [*text, "", "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"]
     stage = stages[0]
-    whole = [row for row in rows if len(bits(rows, row, stage)) >= SEEDS]
-    lacking = [ARCHITECTURES[row].label for row in TEN if row not in whole]
-    said = f"**{len(whole)} rows have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
-    said += f" ({len(lacking)} of the ten planned first lack them)" if 0 < len(lacking) < len(TEN) else ""
+    there = whole(rows, stage)
+    lacking = [ARCHITECTURES[row].label for row in TEN if row not in there]
+    said = f"**{len(there)} architectures have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
+    said += f" (of the ten planned first not yet: {'; '.join(lacking)})" if 0 < len(lacking) < len(TEN) else ""
     said += f"; the full pass of {tokens['pass'] / 1e6:.3g}M tokens was not run, and this does not rank what it is for.**"
     return [*text, "", *filled(said)]
 

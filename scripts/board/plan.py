@@ -17,7 +17,7 @@ from scripts.board import rates as trying
 from scripts.board.architectures import ARCHITECTURES, SIZES
 from scripts.board.cells import BOARDS, LEADERS, SHARE0, TASKS, Cells
 from scripts.board.corpus import training_tokens
-from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, ORDER, SEEDS
+from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, NO_STAGE0, ORDER, SEEDS
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
@@ -50,7 +50,7 @@ class Plan(Cells):
         if stage == "stage0" and row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
             rates = tuple(rate * factor for rate in rates)
         elif stage == "stage1":
-            lr0 = self.best_rate("stage0", row, results)
+            lr0 = rates[-1] if row in NO_STAGE0 else self.best_rate("stage0", row, results)
             if lr0 is None:
                 return []
             rates = (lr0 / 2, lr0)

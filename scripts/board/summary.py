@@ -8,13 +8,20 @@ from typing import Any
 from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, probe_counts, questions, shown, sides
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
-from scripts.board.order import FINAL, SEEDS, TEN
+from scripts.board.order import FINAL, LEADING_ROWS, SEEDS
 from scripts.board.results import Interval, difference, unpaired
 
 
 def leading(rows: Rows) -> str:
-    """The stage of the page's first table: the one of most tokens in which the ten rows have SEEDS seeds or more; before there is one, FINAL."""
-    return next((stage for stage in PREFIXES if all(len(bits(rows, row, stage)) >= SEEDS for row in TEN)), FINAL)
+    """The stage of the page's first table: the one of most tokens in which LEADING_ROWS architectures have SEEDS seeds or more; before there is one,
+    FINAL."""
+    return next((stage for stage in PREFIXES if len(whole(rows, stage)) >= LEADING_ROWS), FINAL)
+
+
+def whole(rows: Rows, stage: str) -> list[str]:
+    """The architectures (AdamW, empty state) with SEEDS seeds or more in a stage."""
+    plain = [row for row in rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
+    return [row for row in plain if len(bits(rows, row, stage)) >= SEEDS]
 
 
 def layer_answers(rows: Rows) -> list[tuple[Question, str, Interval, int, int]]:
@@ -97,10 +104,16 @@ def summary(found: dict[str, Any]) -> list[str]:
     items.append(f"What state passing costs, bits per byte. {'; '.join(cost) or OPEN}.")
     items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
     items += [said] if (said := _probes(rows)) else []
-    for stage, prefix in PREFIXES.items():
-        items = [item.replace(prefix.lower(), f"after {found['tokens'][stage] / 1e6:.3g}M tokens: ") if prefix else item for item in items]
+    items = [in_tokens(item, found) for item in items]
     return [
         line
         for item in items
         for line in textwrap.wrap(f"- {item}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     ]
+
+
+def in_tokens(text: str, found: dict[str, Any]) -> str:
+    """The text with a stage's tokens in place of its name."""
+    for stage, prefix in PREFIXES.items():
+        text = text.replace(prefix.lower(), f"after {found['tokens'][stage] / 1e6:.3g}M tokens: ") if prefix else text
+    return text

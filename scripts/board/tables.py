@@ -101,10 +101,10 @@ def earlier_table(cells: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def behaviour_table(rows: dict[str, Any]) -> list[str]:
+def behaviour_table(found: dict[str, Any]) -> list[str]:
     """Beyond the training length, copying, memory and probes, of the stage of most tokens in which a row was read (median of the seeds; probes: the
     best seed as well)."""
-    names = [task["name"] + task.get("group", "") for task in TASKS.values()]
+    rows, names = found["rows"], [task["name"] + task.get("group", "") for task in TASKS.values()]
     lines = [
         "| row | read after | 64 times the length | copied at once | after T/2 | after 4 T | memory in T, in 8 T | "
         + " | ".join(TASKS)
@@ -132,7 +132,8 @@ def behaviour_table(rows: dict[str, Any]) -> list[str]:
             ends = [sorted(100 * seed[end]["accuracy"] for seed in seeds) for end in (0, -1)]
             best = f" ({ends[0][-1]:.0f})" if len(seeds) > 1 else ""
             probes.append(f"{ends[0][len(seeds) // 2]:.0f}{best}, {ends[1][len(seeds) // 2]:.0f}" if seeds else "")
-        lines.append(f"| {row['label']} | {STAGE_NAMES.get(stage, '')} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
+        read = f"{found['tokens'][stage] / 1e6:.3g}M tokens" if stage else ""
+        lines.append(f"| {row['label']} | {read} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
     why = ["More than the loss is read off every cell of the full pass and off seed 1 of the other stages. Probes: per cent right at the"]
     why += [
         "training length, and at four times it; of several seeds the median (the best). Parity is asked at every place and guessing has"

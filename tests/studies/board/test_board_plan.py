@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ import torch
 from data.files import write_json
 from models.lm import LanguageModel
 from scripts.board import __main__ as program
-from scripts.board import architectures, work
+from scripts.board import architectures, corpus, work
 from scripts.board.cells import BOARDS
 from scripts.board.details import details_text
 from scripts.board.draw import collect
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
 from scripts.board.plan import Plan
-from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
+from scripts.board.queue import ABOUT, COMPILING, Queue, chosen_cells, expected_seconds
 from scripts.board.rates import MOST_RATES
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
@@ -175,6 +176,26 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     found = collect("tiny", list(known.values()), [])
     assert not found["rows"]["gdn_hybrid_paragru"]["stage1"] and plan.equal_time0("gdn_hybrid_paragru", known) == []
     assert "at equal time: it trains at 1.11 times the speed of the other" in " ".join(details_text(found).split())
+
+
+def test_a_row_without_stage_0_begins_with_the_upper_rates_and_named_cells_ask_for_no_other_stage(
+    data: Path, values: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = Plan("tiny", str(data), ["paragru_hybrid"])
+    tried = plan.tried("stage1", "paragru_hybrid", {})
+    assert [cell.settings["lr"] for cell in tried] == pytest.approx([1.6e-2, 3.2e-2])
+    known = results_of(tried, partial(_distance, 1.6e-2))
+    assert [cell.settings["lr"] for cell in plan.tried("stage1", "paragru_hybrid", known)] == pytest.approx([8e-3, 1.6e-2, 3.2e-2])
+    # With stage 1's rate the full pass is in the plan, and asks for more text than these shards have.
+    corpus.part(data, tmp_path / "small")
+    small = Plan("tiny", str(tmp_path / "small"), ["paragru_hybrid"])
+    known = results_of([*small.tried("stage1", "paragru_hybrid", {})], partial(_distance, 1.6e-2))
+    known |= results_of(small.tried("stage1", "paragru_hybrid", known), partial(_distance, 1.6e-2))
+    small.board = replace(small.board, span=10**9)
+    with pytest.raises(UserError, match="name the stages that need less with stages="):
+        small.cells(known, values["stages"])
+    name = tried[0].name
+    assert [cell.name for cell in chosen_cells(values | {"only": [name]}, small, known)] == [name]
 
 
 def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[str, Any]) -> None:
