@@ -38,7 +38,7 @@ def forward(X, Y, SCALE, WEIGHT, STREAM, NORM, N, D, EPS, SCALED: tl.constexpr, 
 @triton.jit
 def backward(
     DR, DN, STREAM, X, SCALE, WEIGHT, DX, DY, D_SCALE, D_WEIGHT, N, D, ROWS, EPS,
-    SCALED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, COPY: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BD)[None, :]
     w = tl.load(WEIGHT + c, mask=c < D, other=0.0).to(tl.float32)
@@ -65,7 +65,8 @@ def backward(
             tl.store(DX + i, (d * s).to(DX.dtype.element_ty), mask=inside)
         else:
             tl.store(DX + i, d.to(DX.dtype.element_ty), mask=inside)
-        tl.store(DY + i, d.to(DY.dtype.element_ty), mask=inside)
+        if COPY:
+            tl.store(DY + i, d.to(DY.dtype.element_ty), mask=inside)
     part = tl.program_id(0).to(tl.int64) * D + c
     tl.store(D_WEIGHT + part, tl.sum(d_weight, 0)[None, :], mask=c < D)
     if SCALED:
@@ -87,18 +88,19 @@ def add_norm(x, y, scale, weight, eps, dtype):
 
 
 def add_norm_backward(d_r, d_n, r, x, scale, weight, eps, dtypes):
-    """Gradients of x and y in `dtypes`, of scale (None without one) and weight."""
+    """Gradients of x and y in `dtypes` (one tensor where they are the same), of scale (None without one) and weight."""
     d_r, d_n, D = d_r.contiguous(), d_n.contiguous(), r.shape[-1]
     N = r.numel() // D
     BR, BD, warps = tile(D, r.device, PER_WARP_BACK)
     each, programs = runs(N, BR)
     dx = torch.empty(r.shape, dtype=dtypes[0], device=r.device)
-    dy = torch.empty(r.shape, dtype=dtypes[1], device=r.device)
+    copied = scale is not None or dtypes[0] != dtypes[1]
+    dy = torch.empty(r.shape, dtype=dtypes[1], device=r.device) if copied else dx
     partial = torch.empty(2 if scale is not None else 1, programs, D, dtype=torch.float32, device=r.device)
     given = (r, r) if scale is None else (x.contiguous(), scale.contiguous())
     backward[(programs,)](
         d_r, d_n, r, *given, weight.contiguous(), dx, dy, partial[-1], partial[0], N, D, each, eps,
-        SCALED=scale is not None, BR=BR, BD=BD, num_warps=warps,
+        SCALED=scale is not None, COPY=copied, BR=BR, BD=BD, num_warps=warps,
     )  # fmt: skip
     d_scale = summed(partial[1]).to(scale.dtype) if scale is not None else None
     return dx, dy, d_scale, summed(partial[0]).to(weight.dtype)
