@@ -297,7 +297,10 @@ def backward(
     products, operands = launch._known(p, before, kept, starts, True)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    d_prod = before.new_empty(p.E, p.B * p.T, len(p.dense.products), p.K)
+    # gradients of inputs that are the products' cotangents, in their order, lie as these do: one is the other
+    same = p.E == 1 and pre.dim() == 4 and to.tensor.data_ptr() == d_whole.data_ptr() and d_whole.is_contiguous()
+    same = same and launch.facts(cell).as_inputs == list(range(pre.shape[2])) == list(range(Q))
+    d_prod = d_whole.view(1, p.B * p.T, Q, p.K) if same else before.new_empty(p.E, p.B * p.T, Q, p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     with_kept, scaled = d_kept is not None and p.S > 1, pre.dtype == torch.float16
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
@@ -321,8 +324,9 @@ def backward(
         d_h0 = p.ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    d_rec = partial.sum((0, 1))
-    for r in range(p.rec.shape[0]):
-        if (of := large_source.bias_of(dense, r)) is not None:
-            d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
+    d_rec, biases = partial.sum((0, 1)), {r: large_source.bias_of(dense, r) for r in range(p.rec.shape[0])}
+    if any(of is not None for of in biases.values()):
+        sums = d_whole.sum((0, 1), dtype=torch.float32).flatten(1)
+        for r, of in biases.items():
+            d_rec[r] = sums[of] if of is not None else d_rec[r]
     return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0
