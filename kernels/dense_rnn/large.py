@@ -99,6 +99,8 @@ class Tiles:
         dense = trace_dense(cell)
         if not large_held_source.held(dense) or pre.element_size() != 2 or K > ON_CHIP or len(dense.products) not in (3, 4):
             return None
+        if pre.is_cuda and not planned() and torch.cuda.get_device_capability(pre.device) != (9, 0):  # wgmma, and 227 KB of shared memory
+            return None
         both, depth = pre.dtype == torch.bfloat16, 128 if K % 256 else 256
         if interpreted():
             return Tiles(16, 16, 16, 16, 64, 4, 1, held=True, held_back=both)
