@@ -141,10 +141,13 @@ def test_dynamic_positions_stretch_by_the_document(fixed: bool) -> None:
 
     prompts = [ids[0, :11].tolist(), ids[0, 11:14].tolist(), ids[0, 14:30].tolist()]
     padded, lengths = left_pad(prompts, 0)
-    greedy = Sampling(temperature=0)
-    together = Session(model, padded, lengths).generate(9, greedy, graph=fixed)
+    greedy, together = Sampling(temperature=0), Session(model, padded, lengths)
+    texts = together.generate(9, greedy, graph=fixed)
+    logits = together._feed(together.ids_BT.shape[1])  # behind the last token, from the cache
     for row, prompt in enumerate(prompts):
-        assert together[row].tolist() == Session(model, torch.tensor([prompt])).generate(9, greedy, graph=False)[0].tolist()
+        alone = Session(model, torch.tensor([prompt]))
+        assert texts[row].tolist() == alone.generate(9, greedy, graph=False)[0].tolist()
+        torch.testing.assert_close(logits[row : row + 1], alone._feed(alone.ids_BT.shape[1]), atol=2e-5, rtol=1e-4)
     windowed = Mixer(Config(n_heads=2, window=4, rope_scaling=scaling), 32, 0)
     windowed.init_weights(0.1, 0)
     x, rows = torch.randn(2, 12, 32), torch.tensor([[0] * 3 + [1] * 9, [0] * 12])
