@@ -102,14 +102,14 @@ def _called(name: str, run: Function, op: CustomOpDef, saved: Function, differen
 
 
 def _backward_op(name: str, run: Function, like: Function, first: int, schema: str) -> CustomOpDef:
-    """everywhen::NAME_backward. A custom op may return neither None nor one of its arguments: it returns an empty tensor and a copy
-    instead."""
+    """everywhen::NAME_backward. A custom op may return neither None, nor one of its arguments, nor one tensor twice: it returns an empty tensor and
+    copies instead."""
 
     def tensors_only(gradients: Sequence[Tensor | None], arguments: Sequence[Any]) -> tuple[Tensor, ...]:
         return tuple(arguments[first].new_empty(0) if g is None else g for g in gradients)
 
     def implementation(*arguments: Any) -> tuple[Tensor, ...]:
-        cotangents = {t.data_ptr() for t in arguments[:first] if t is not None and t.numel()}
+        taken = {t.data_ptr() for t in arguments[:first] if t is not None and t.numel()}
         made = tensors_only(run(*arguments), arguments)
         # where the fakes lie, which compiled code relies on: kernels may write columns of one tensor
         shapes = [t.to("meta") if isinstance(t, Tensor) else t for t in arguments]
@@ -117,7 +117,11 @@ def _backward_op(name: str, run: Function, like: Function, first: int, schema: s
         made = tuple(
             g if g.stride() == s else torch.empty_strided(g.shape, s, dtype=g.dtype, device=g.device).copy_(g) for g, s in zip(made, places)
         )
-        return tuple(g.clone() if g.data_ptr() in cotangents else g for g in made)
+        own = []
+        for g in made:
+            own.append(g.clone() if g.data_ptr() in taken else g)
+            taken |= {own[-1].data_ptr()} if g.numel() else set()
+        return tuple(own)
 
     back = custom_op(f"everywhen::{name}_backward", implementation, mutates_args=(), schema=schema)
     back.register_fake(lambda *arguments: tensors_only(like(*arguments), arguments))

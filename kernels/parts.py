@@ -60,10 +60,10 @@ def convolved(
     return silu(mixed)
 
 
-def runs(N: int, tile: int) -> tuple[int, int]:
+def runs(N: int, tile: int, at_most: int = RUNS) -> tuple[int, int]:
     """(rows of a run, number of runs) for N >= 1 rows that programs take `tile` at a time. Each run leaves one partial sum of a weight's gradient in
     memory, so their number has a limit."""
-    each = triton.cdiv(triton.cdiv(N, RUNS), tile) * tile
+    each = triton.cdiv(triton.cdiv(N, at_most), tile) * tile
     return each, triton.cdiv(N, each)
 
 

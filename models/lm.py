@@ -74,6 +74,7 @@ class LanguageModel(Module):
             self.norm = RMSNorm(config.d_model, config.norm_eps, centred=config.centred_norms)
             self.head = Head(config.d_model, config.vocab_size)
         self.beside: Any = None  # what adds to the loss in training, as training/distill.py
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream in training (train.residual); None: the embedding's
         tag(self.embedding.weight, "no_decay", "vocabulary")
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -162,7 +163,10 @@ class LanguageModel(Module):
     def _walk(self, input_ids: Tensor, segment_ids: Tensor | None, state: LMState | None) -> Walk:
         """Tokens that have gone through all blocks."""
         documents = None if segment_ids is None or state is not None else Documents(segment_ids)
-        walk = Walk(self.embedding(input_ids), None if state is None else state.layers, segment_ids, documents)
+        x_BTD = self.embedding(input_ids)
+        if self.training and self.residual_dtype is not None:
+            x_BTD = x_BTD.to(self.residual_dtype)
+        walk = Walk(x_BTD, None if state is None else state.layers, segment_ids, documents)
         if self.depth is not None:
             self.depth(self.blocks, walk)
         else:

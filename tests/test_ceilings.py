@@ -38,7 +38,11 @@ def test_what_is_written_over_is_counted_of_every_tensor() -> None:
     calls = Calls()
     calls.launched("muon_momentum", {"M": torch.ones(50), "X": torch.ones(50).bfloat16(), "EACH": 50})
     calls.launched("total_squares", {"SIZES": torch.tensor([30, 20]), "OUT": torch.ones(1)})
-    assert calls.bytes == {"muon_momentum": 50 * (4 + 8 + 2), "total_squares": 16 + 4 + 200}
+    x = torch.ones(50)
+    calls.launched(
+        "backward", {"STREAM": x, "X": x, "SCALE": x, "DX": torch.ones(50)}
+    )  # a kernel that has no scale is given another tensor for it
+    assert calls.bytes == {"muon_momentum": 50 * (4 + 8 + 2), "total_squares": 16 + 4 + 200, "backward": 400}
 
 
 def test_a_table_of_a_small_step() -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data.loader import Batch
 from models.block import Block
 from training import wrappers
-from training.choices import choose_kernels
+from training.choices import choose_kernels, residual_dtype
 from training.config.schema import Config
 from training.graph import GraphedUpdate
 from training.optim import MuonWithAdamW, SkippableAdamW, optimizer_of
@@ -55,6 +55,7 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
         t = config.train
         choose_kernels(t)
+        model.residual_dtype = residual_dtype(t)  # type: ignore[assignment]
         largest = max(p.numel() for p in self.parameters.values())
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=policy.deepspeed_config(config, world.size, largest)

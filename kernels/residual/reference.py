@@ -10,8 +10,9 @@ from torch import Tensor
 
 
 def residual(x: Tensor, y: Tensor, scale_D: Tensor) -> Tensor:
-    """x scale + y."""
-    return x * scale_D.to(x.dtype) + y
+    """x scale + y, rounded once."""
+    inner = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(inner) * scale_D.to(inner) + y).to(torch.promote_types(x.dtype, y.dtype))
 
 
 def residual_backward(d: Tensor, x: Tensor, scale_D: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """What a step's parts could take at best on the card that ran it: products as long as the same products take one after the other, the rest as long as
 its bytes take at the bandwidth of a copy, measured in the same process.
 
-Counted is a step as written. A kernel of Triton moves the tensors it is given once (what it leaves out of a tensor counts too), an operation of torch
+Counted is a step as written. A kernel of Triton moves each tensor it is given once (what it leaves out of a tensor counts too), an operation of torch
 reads its arguments and writes its results. Attention is that of torch, alone, at the same shape. So a part near its ceiling can only be made
 faster by moving fewer bytes, or by other products. Products and attention are timed on a card that is as warm as in a step (`ceiling_ms`), and once
 more with pauses between the calls (`rested_ms`): clocks at the limit of power are lower than those of a card that rests.
@@ -83,7 +83,10 @@ class Calls(TorchDispatchMode):
         self.bytes[name] = self.bytes.get(name, 0) + total
 
     def launched(self, name: str, given: dict[str, Any]) -> None:
-        total = sum(t.numel() * t.element_size() for t in given.values() if isinstance(t, Tensor))
+        read = {
+            (t.data_ptr(), t.numel()): t for t in given.values() if isinstance(t, Tensor)
+        }  # one given twice stands where none is wanted
+        total = sum(t.numel() * t.element_size() for t in read.values())
         self.bytes[name] = self.bytes.get(name, 0) + total + BESIDE.get(name, lambda given: 0)(given)
 
 

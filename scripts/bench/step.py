@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "graph": True,  # forward and backward as one CUDA graph, as train.cuda_graph=auto has them
     "attention": "auto",  # of packed documents, as train.packed_attention: auto, own or torch
     "fp8": False,  # large products of our rows in 8-bit floats, as train.fp8
+    "residual": "fp32",  # the residual stream of our rows, as train.residual: fp32, bf16, or both (fp32,bf16), a row for each
     "optimizer": "adamw",  # of our rows: adamw, muon, muon3 (with three steps of Newton and Schulz), or several
     "symmetric": True,  # Muon's symmetric products by the kernel that computes half of them
     "ceilings": True,  # beside the largest parts of a step what they could take at best on this card, see scripts/bench/ceilings.py
@@ -54,11 +55,13 @@ SLOWER = 0.02  # of its rate before, from which a row is called slower
 SHOWN = "tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()  # of a row, on the screen
 
 
-def run_row(tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None, kind: str) -> dict[str, Any]:
+def run_row(
+    tree: Path, name: str, rows: int, values: dict[str, Any], is_peer: bool, peak: float | None, kind: str, residual: str = "fp32"
+) -> dict[str, Any]:
     """`measure` in a process of its own, of the code under `tree`."""
     words = {
         **{key: values[key] for key in ("length", "steps", "graph", "symmetric", "attention", "fp8")},
-        **{"name": name, "rows": rows, "is_peer": is_peer, "kind": kind, "packed": values["packed"] and not is_peer},
+        **{"name": name, "rows": rows, "is_peer": is_peer, "kind": kind, "residual": residual, "packed": values["packed"] and not is_peer},
         "ceilings": values["ceilings"] and not is_peer and tree == ROOT,
     }
     environment_ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH", "")])])}
@@ -105,6 +108,9 @@ def run(words: list[str]) -> None:
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
     if not kinds or set(kinds) - {"adamw", "muon", "muon3"}:
         raise UserError(f"optimizer={values['optimizer']} is not adamw, muon, muon3 or several of them, optimizer=adamw,muon.")
+    streams = [residual for residual in values["residual"].split(",") if residual]
+    if not streams or set(streams) - {"fp32", "bf16"}:
+        raise UserError(f"residual={values['residual']} is not fp32, bf16 or both of them, residual=fp32,bf16.")
     check_writable(Path(values["out"]).parent)
     with tempfile.TemporaryDirectory() as folder:
         trees = {"ours": ROOT}
@@ -117,18 +123,25 @@ def run(words: list[str]) -> None:
         for name in names:
             rows = values["rows"] or max(1, SIZES[name.partition("-")[2]][5] * T // values["length"])
             cells = [
-                (label if kind == "adamw" else f"{label}, {kind}", tree, False, kind)
+                (
+                    ", ".join([label, *[kind] * (kind != "adamw"), *["stream of 16 bits"] * (residual == "bf16")]),
+                    tree,
+                    False,
+                    kind,
+                    residual,
+                )
+                for residual in streams
                 for kind in kinds
                 for label, tree in trees.items()
-                if kind == "adamw" or label == "ours"
+                if kind == "adamw" and residual == "fp32" or label == "ours"
             ]
             if values["peers"] and name.startswith("transformer"):
                 cells += [
-                    ("transformers compiled", ROOT, True, "adamw"),
-                    ("transformers compiled, attention without a mask", ROOT, True, "causal"),
+                    ("transformers compiled", ROOT, True, "adamw", "fp32"),
+                    ("transformers compiled, attention without a mask", ROOT, True, "causal", "fp32"),
                 ]
-            for label, tree, is_peer, kind in cells:
-                row = run_row(tree, name, rows, values, is_peer, peak, kind)
+            for label, tree, is_peer, kind, residual in cells:
+                row = run_row(tree, name, rows, values, is_peer, peak, kind, residual)
                 result["rows"].setdefault(name, {})[label] = row
                 write_json(Path(values["out"]), result)
                 shown = {k: row.get(k) for k in SHOWN}

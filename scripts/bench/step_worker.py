@@ -7,6 +7,7 @@ Nothing of ours is imported but what the commit's own code has: its models, and 
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import sys
@@ -243,16 +244,14 @@ def update_of(model: Any, kind: str, symmetric: bool) -> Any:
     else:
         optimizer = _adamw_of(kind)(parameters, fused=True, **settings)
     try:
-        from kernels.tensor_lists import total_norm, use_triton
+        from training.optim.clip import norm_ahead
     except ImportError:  # a commit from before it
-        total_norm, use_triton = None, lambda tensors: False  # type: ignore[assignment]
+        norm_ahead = None  # type: ignore[assignment]
+    of_loss = norm_ahead is not None and "loss" in inspect.signature(norm_ahead).parameters
 
     def ahead(loss: torch.Tensor) -> None:
-        gradients = [p.grad for p in parameters]
-        if kind != "peer" and use_triton(gradients):
-            optimizer.grad_scale = torch.add((total_norm(gradients) + 1e-6).clamp(min=1.0), loss.float(), alpha=0)
-        else:
-            norm = torch.nn.utils.get_total_norm(gradients)
+        if kind == "peer" or norm_ahead is None or norm_ahead(parameters, optimizer, 1.0, *[loss] * of_loss) is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         if hasattr(optimizer, "prepare"):
             optimizer.prepare()
@@ -284,6 +283,7 @@ def measure(
     symmetric: bool,
     attention: str,
     fp8: bool,
+    residual: str,
     ceilings: bool,
 ) -> dict[str, Any]:
     """A row: what `name` does with `rows` sequences of `length` tokens a step."""
@@ -300,6 +300,8 @@ def measure(
     model, gradients, written, flops = (
         peer(name, rows, length, device, kind == "causal") if is_peer else ours(name, rows, length, packed, graph, device)
     )
+    if residual == "bf16" and not is_peer:
+        model.residual_dtype = torch.bfloat16
     ahead, update, optimizer = update_of(model, "peer" if is_peer else kind, symmetric)
     decides = hasattr(type(optimizer), "leaves_out")  # the update leaves itself out where loss or norm are not finite
     if decides:

@@ -96,7 +96,8 @@ def main(golden: bool) -> None:
         for back in (False, True):
             BR, BD, warps = add_norm.tile(1024, gpu, add_norm.PER_WARP_BACK if back else add_norm.PER_WARP)
             name = f"add and norm {'backward' if back else 'forward'}{', scaled' * scaled}"
-            out[name] = made(name, add_norm.backward if back else add_norm.forward, {"SCALED": scaled, "BR": BR, "BD": BD}, warps)
+            flags = {"SCALED": scaled, "BR": BR, "BD": BD} | ({"COPY": True, "STAGES": add_norm.stages(1024)} if back else {})
+            out[name] = made(name, add_norm.backward if back else add_norm.forward, flags, warps)
     flags = {"BLOCK": casts.BLOCK}
     out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
     for name, back in (("rotary", False), ("rotary backward", True)):

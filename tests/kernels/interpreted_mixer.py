@@ -221,6 +221,27 @@ def residuals() -> None:
     torch.library.opcheck(residual_op.add_op, (x, y.detach().half().requires_grad_(), scale), test_utils=CHECKS)
 
 
+def narrow_streams(shape: tuple[int, ...], dtype: torch.dtype, scaled: bool) -> None:
+    """A stream of 16 bits is rounded once, its norm is that of what it then holds, and so are the gradients, of which two may be one tensor."""
+    scale = torch.randn(shape[-1]) if scaled else None
+    given, fine = leaves(torch.randn(shape).half(), torch.randn(shape).half(), scale, 1 + 0.1 * torch.randn(shape[-1]))
+    (r, n), (oracle_r, _) = add_norm(*(*given, 1e-5, dtype)), add_norm_reference.add_norm(*(*fine, 1e-5))
+    assert r.dtype == torch.float16 and n.dtype == dtype
+    error, rounding = (r.detach() - oracle_r.detach()).abs(), (oracle_r.detach().half() - oracle_r.detach()).abs()
+    assert (error <= 1.001 * rounding + 1e-6).all()
+    inner = r.detach().double().requires_grad_()
+    oracle_n = norm_reference.gated_norm(inner, None, fine[3], 1e-5)
+    limit = 1e-3 if dtype == torch.float16 else 1e-5
+    assert (n.detach() - oracle_n.detach()).abs().max() <= limit * (1 + oracle_n.detach().abs().max())
+    d_r, d_n = torch.randn(shape).half(), torch.randn(shape).to(dtype)
+    wanted_r, wanted_weight = torch.autograd.grad([inner, oracle_n], [inner, fine[3]], [d_r.double(), d_n.double()])
+    wanted = [wanted_r if scale is None else wanted_r * fine[2].detach(), wanted_r]
+    wanted += [] if scale is None else [(wanted_r * fine[0].detach()).flatten(0, -2).sum(0)]
+    for got, exact in zip(torch.autograd.grad([r, n], present(given), [d_r, d_n]), [*wanted, wanted_weight]):
+        assert (got - exact).norm() <= (1e-3 if got.dtype == torch.float16 else 1e-4) * (1e-3 + exact.norm()), (shape, dtype, scaled)
+    print(f"narrow stream {shape} {dtype} {scaled}")
+
+
 def streams() -> None:
     """Rows and widths below, at and above a tile, with and without a scale, the dtypes of stream, sublayer and norm alike and not."""
     for shape, other, dtype, scaled in (
@@ -230,6 +251,7 @@ def streams() -> None:
         ((2, 5, 33), torch.float16, torch.float16, False),
         ((3, 34), torch.float16, torch.float16, True),
     ):
+        narrow_streams(shape, dtype, scaled)
         scale = torch.randn(shape[-1]) if scaled else None
         given, fine = leaves(torch.randn(shape), torch.randn(shape).to(other), scale, torch.randn(shape[-1]))
         (r, n), (oracle_r, oracle_n) = add_norm(*(*given, 1e-5, dtype)), add_norm_reference.add_norm(*(*fine, 1e-5))
@@ -241,6 +263,8 @@ def streams() -> None:
     x, y, scale, weight = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,), (4,)))
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, scale, weight, 1e-5, torch.float32), test_utils=CHECKS)
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, None, weight, 1e-5, torch.bfloat16), test_utils=CHECKS)
+    low = [t.detach().half().requires_grad_() for t in (x, y)]
+    torch.library.opcheck(add_norm_op.add_norm_op, (*low, None, weight, 1e-5, torch.float16), test_utils=CHECKS)
 
 
 def turned(turn: Any, tensors: list[Tensor], H: int, positions: Tensor, *more: Any) -> Tensor:

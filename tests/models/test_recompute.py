@@ -28,9 +28,10 @@ def config(**more: Any) -> ModelConfig:
     return ModelConfig(53, 32, 6, **{"pattern": list(MIXERS), "mixers": MIXERS, **more})
 
 
-def numbers(choice: Any, bf16: bool, **more: Any) -> list[Tensor]:
+def numbers(choice: Any, bf16: bool, stream: torch.dtype | None = None, **more: Any) -> list[Tensor]:
     """Loss and gradients of a step."""
     model = LanguageModel(config(**more))
+    model.residual_dtype = stream
     model.init_weights(0)
     model.set_activation_checkpointing(choice)
     ids = torch.arange(34).view(2, 17)
@@ -50,6 +51,16 @@ def test_no_choice_changes_a_number(bf16: bool, more: dict[str, Any]) -> None:
     for choice in CHOICES if more.get("d_ff") != 0 else ["full", "mixer", {"a": 1, "layer": [0, 4]}]:
         computed = numbers(choice, bf16, **more)
         assert len(computed) == len(expected) and all(torch.equal(a, b) for a, b in zip(computed, expected)), choice
+
+
+@pytest.mark.parametrize("more", [{}, {"learnable_residual": True}, {"d_ff": 0}, BEHIND], ids=["plain", "scaled", "no MLP", "behind"])
+def test_a_stream_of_16_bits_is_rounded_alike_however_it_is_computed(more: dict[str, Any]) -> None:
+    """The same numbers whatever is computed again, others than with a stream of 32 bits, and of its order as far from those of fp32."""
+    narrow, wide, exact = (numbers("none", bf16, stream, **more) for bf16, stream in ((True, torch.bfloat16), (True, None), (False, None)))
+    for choice in ("full", {"layer": 2, "mixer": [1]}):
+        assert all(torch.equal(a, b) for a, b in zip(numbers(choice, True, torch.bfloat16, **more), narrow)), choice
+    off = [float(torch.cat([(a - b).flatten() for a, b in zip(of[1:], exact[1:])]).norm()) for of in (narrow, wide)]
+    assert off[0] != off[1] and off[0] < 3 * off[1] and abs(narrow[0] - exact[0]) < 2e-3 * exact[0], off
 
 
 def test_states_of_dense_heads_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,12 @@ def left_behind(world: World, stage: int) -> bool:
     import deepspeed
 
     rows = 2 * world.size
-    config = checked(
-        compose_config(["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"])
-    )
+    words = ["size=tiny", f"deepspeed=zero{stage}", "train.seq_len=16", "train.micro_batch=2", f"train.global_batch={rows}"]
+    config = checked(compose_config([*words, "train.precision=bf16", "train.residual=bf16"]))
     model = LanguageModel(ModelConfig.from_dict({**config.model, "vocab_size": 64, "d_model": 32, "n_layers": 2}))
     model.init_weights(0)
     engine, alive = Engine(model, config, world), weakref.ref(model)
+    assert model.residual_dtype == torch.bfloat16
     assert engine.stage == (stage if world.size > 1 else 0), "a single rank has nothing to split"
     with BatchLoader(RandomTokens(16, 64), global_batch=rows, micro_batch=2, replica=world.replica, replicas=world.replicas) as loader:
         for told, batches in zip((1.0, 2.0, 3.0), loader):

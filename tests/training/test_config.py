@@ -66,6 +66,8 @@ def test_small_sizes(model: str, size: str, low: float, high: float) -> None:
         (["deepspeed.offload_parameters=cpu"], ["stage=3"]),
         (["train.fp8=true"], ["train.fp8", "train.precision=bf16"]),
         (["train.packed_attention=flash"], ["auto, own, torch"]),
+        (["train.residual=fp16"], ["train.residual", "fp32, bf16"]),
+        (["train.residual=bf16"], ["train.residual", "train.precision=bf16"]),
         (["train.tokens=1e6"], ["train.steps or train.tokens"]),
         (["train.steps=[1"], ["Cannot read"]),
     ],

@@ -14,6 +14,7 @@ from kernels.dispatch import planned, planned_compiled
 from models.attend import sdpa
 from models.lm import LanguageModel
 from models.remade import Parts, parts_by_layer, setting
+from training.choices import residual_dtype
 from training.config.cli import checked, compose_config
 from training.cost import memory, recomputation
 from training.cost.flops import meta_model
@@ -38,6 +39,7 @@ def whole(overrides: list[str]) -> tuple[int, int, int]:
     with memory._as_on_a_gpu():
         model = LanguageModel(model_config(config, None)[0]).train()
         model.set_activation_checkpointing(config.train.activation_checkpointing)
+        model.residual_dtype = residual_dtype(config.train)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         ids = torch.zeros(config.train.micro_batch, config.train.seq_len, dtype=torch.int64)
@@ -53,12 +55,16 @@ def whole(overrides: list[str]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("model", ["transformer", "mamba2", "paragru", "hybrid"])
-@pytest.mark.parametrize("words", ["bf16 none", "fp32 full", "bf16 {mixer:2,layer:[1]}", "bf16 {swiglu:0.5,mlp:2}", "fp32 [mlp,mixer]"])
+@pytest.mark.parametrize(
+    "words",
+    ["bf16 none", "fp32 full", "bf16 {mixer:2,layer:[1]}", "bf16 {swiglu:0.5,mlp:2}", "fp32 [mlp,mixer]", "bf16 {layer:[1]} narrow"],
+)
 def test_parts_put_together_are_the_whole(model: str, words: str) -> None:
-    precision, choice = words.split(" ")
+    precision, choice, *narrow = words.split(" ")
     if model == "mamba2" and "mlp" in choice:
         choice = "mixer"
     overrides = [f"model={model}", *TINY, f"train.precision={precision}", f"train.activation_checkpointing={choice}"]
+    overrides += ["train.residual=bf16"] if narrow else []
     config = checked(compose_config(overrides))
     parts = memory.activations(config, model_config(config, None)[0])
     after_forward, forward, backward = whole(overrides)

@@ -112,6 +112,7 @@ def _weight(value: Any) -> bool:
 def _choices(config: Config) -> list[str]:
     rows: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("train.precision", config.train.precision, PRECISIONS),
+        ("train.residual", config.train.residual, PRECISIONS),
         ("train.cuda_graph", config.train.cuda_graph, ("auto", "all", "off")),
         ("train.packed_attention", config.train.packed_attention, ("auto", "own", "torch")),
         ("data.reader", config.data.reader, ("windows", "stream", "synthetic")),
@@ -157,6 +158,10 @@ def _combinations(config: Config, world_size: int) -> list[str]:
         problems.append("distill.kl and distill.next_token are both zero: nothing would be learnt for distill.steps; set one above zero.")
     if t.fp8 and (t.precision != "bf16" or t.compile):
         problems.append("train.fp8=true takes products out of bf16 as they are run: it needs train.precision=bf16 and train.compile=false.")
+    if t.residual == "bf16" and t.precision != "bf16":
+        problems.append(
+            "train.residual=bf16 adds up in 16 bits what layers in 16 bits have made: set train.precision=bf16, or train.residual=fp32."
+        )
     if ds.offload_parameters != "none" and ds.stage != 3:
         problems.append(f"deepspeed.offload_parameters needs deepspeed.stage=3, not {ds.stage}.")
     if ds.offload_optimizer != "none" and ds.stage == 0:

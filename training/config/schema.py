@@ -29,6 +29,7 @@ class TrainSection:
     steps: Annotated[int | None, COUNT] = 300
     tokens: Annotated[float | None, Range(1, 10**18)] = None
     precision: str = "fp32"
+    residual: str = "fp32"
     grad_clip: Annotated[float, Range(0, hint="0 switches clipping off")] = 1.0
     fp8: bool = False
     compile: bool = False

@@ -29,7 +29,7 @@ from models.config import ModelConfig
 from models.head import Head
 from models.layers import RMSNorm
 from models.remade import Parts, parts_by_layer, setting
-from training.choices import choose_kernels
+from training.choices import choose_kernels, residual_dtype
 from training.config.schema import Config
 from training.graph import wanted
 from training.optim import parameter_groups
@@ -166,6 +166,7 @@ class Measured:
         self.config, self.settings = config, settings
         self.shape = t.micro_batch, t.seq_len // config.parallel.sequence, settings.d_model
         self.bf16 = t.precision == "bf16"
+        self.stream = residual_dtype(t) or torch.float32
         self.costs: dict[Any, Cost] = {}
 
     def of(self, remade: list[Parts]) -> Activations:
@@ -175,7 +176,7 @@ class Measured:
             i > 0 and "layer" not in remade[visits[i - 1]] for i in range(len(visits) + 1)
         ]  # whether the layer before leaves something to add
         layers = [self.layer(layer, remade[layer], owed[i]) for i, layer in enumerate(visits)]
-        embedding = 4 * self.shape[0] * self.shape[1] * self.shape[2]
+        embedding = self.stream.itemsize * self.shape[0] * self.shape[1] * self.shape[2]
         tied = 4 * self.settings.vocab_size * self.shape[2] if self.settings.tie_embeddings else 0
         return Activations(embedding, layers, self._head(owed[-1]), tied)
 
@@ -187,7 +188,7 @@ class Measured:
         key = self.settings.mixer_name(layer), parts, owed
         if key not in self.costs:
             with _as_on_a_gpu(self.config.train.compile):
-                x = torch.empty(self.shape, requires_grad=True)
+                x = torch.empty(self.shape, dtype=self.stream, requires_grad=True)
                 segments = None if self.config.data.reader == "synthetic" else torch.zeros(self.shape[:2], dtype=torch.int32)
                 block = Block(self.settings, layer).train()
                 block.remade = parts
@@ -198,7 +199,7 @@ class Measured:
         key, settings = ("head", owed), self.settings
         if key not in self.costs:
             with _as_on_a_gpu(self.config.train.compile):
-                x = torch.empty(self.shape, requires_grad=True)
+                x = torch.empty(self.shape, dtype=self.stream, requires_grad=True)
                 norm, head = RMSNorm(settings.d_model), Head(settings.d_model, settings.vocab_size)
                 labels_N = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.int64)
 
