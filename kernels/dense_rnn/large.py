@@ -25,8 +25,8 @@ from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
-PROVEN = {2: 1024, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
-HELD, HELD_BACK = 0, 0  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
+PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
 SHORTEST = 32  # steps of a slice
@@ -35,6 +35,11 @@ SHORTEST = 32  # steps of a slice
 def proven(pre: Tensor, K: int) -> bool:
     """Whether the kernels run on a GPU without being asked for by name."""
     return K <= PROVEN.get(pre.element_size(), 0) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+
+
+def proven_on_chip(cell: Cell) -> bool:
+    """Whether a GPU was seen to be right with matrices that stay on chip: an LSTM's. Those of a GRU and an sLSTM only the interpreter has run."""
+    return (len(cell.mat), len(cell.state)) == (4, 2) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -84,11 +89,13 @@ class Tiles:
 
     @staticmethod
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
-        """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can."""
+        """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can and a GPU was seen to be right."""
         tiles, on = Tiles.streamed(cell, pre, K), Tiles.on_chip(cell, pre, K)
-        if on is not None and K <= HELD:
+        if on is None or not proven_on_chip(cell):
+            return tiles
+        if K <= HELD:
             tiles = replace(tiles, rows=on.rows, columns=on.columns, depth=on.depth, depth_back=tiles.depth_back or tiles.depth, held=True)
-        if on is not None and K <= HELD_BACK and on.held_back:
+        if K <= HELD_BACK and on.held_back:
             tiles = replace(tiles, rows_back=on.rows_back, columns_back=on.columns_back, depth_back=on.depth, held_back=True)
         return tiles
 

@@ -138,18 +138,27 @@ def not_run(found: dict[str, Any]) -> list[str]:
     def entry(what: str, names: list[str], cells: dict[str, int], each: int, dearer: float = 1.0) -> str:
         slowest = min(known.values(), default=math.nan)
         seconds = sum(cells[name] * each * dearer / known.get(name, slowest) for name in names)
-        return f"| {what} | {sum(cells[name] for name in names)} | {number(seconds / 3600, '.1f')} |"
+        return f"| {what} | {sum(cells[name] for name in names)} | {number(seconds / 3600, '.2g')} |"
 
     missing = {
         name: max(0, (DECISIVE_SEEDS if name in DECISIVE else SEEDS) - len(rows.get(name, {}).get("pass", {}))) for name in ARCHITECTURES
     }
     ten = {name: max(0, SEEDS - len(rows.get(name, {}).get("pass", {}))) for name in TEN}
-    each = f"{tokens['pass'] / 1e6:.3g}M tokens"
+    stage, each = leading(rows), f"{tokens['pass'] / 1e6:.3g}M tokens"
+    lacking = {name: SEEDS - len(bits(rows, name, stage)) for name in TEN if len(bits(rows, name, stage)) < SEEDS}
+    if stage != "pass" and lacking:
+        lines.append(
+            entry(
+                f"the seeds of the ten planned rows that lack them after {tokens[stage] / 1e6:.3g}M tokens",
+                list(lacking),
+                lacking,
+                tokens[stage],
+            )
+        )
     if any(ten.values()):
         lines.append(entry(f"the full pass, {each}: ten rows, {SEEDS} seeds", list(ten), ten, tokens["pass"]))
     if any(missing.values()):
         lines.append(entry(f"the full pass of all {len(ARCHITECTURES)} rows", list(missing), missing, tokens["pass"]))
-    stage = leading(rows)
     best = sorted((n for n in TEN if bits(rows, n, stage)), key=lambda n: statistics.fmean(bits(rows, n, stage).values()))[:LEADERS]
     best = best or list(TEN[:LEADERS])
     seeds = dict.fromkeys(best, SEEDS)
