@@ -8,7 +8,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, by_parts, by_pieces, keep_joined, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, H0_EMITTED, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -100,20 +100,18 @@ def _steps_back(w: Writer, indent: int, first: str, count: str, store: bool, pie
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
         _step_back(w, indent + 1, store)
         return
-    w.put(indent, "if FIRST and PARTS > 1:", "    from_ = t")
-    by_parts(w, indent + 1, "PARTS - 1 - q", lambda deep: _step_back(w, deep, store, True, "q * PART + step_", "low_"), "a")
-    w.put(indent, "elif FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
+    w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
     _step_back(w, indent + 2, store, products=True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
-    w.keep_all(indent + 4, "MARKS", "piece", "a", "here[:, None] & inside")
+    for i in w.S:
+        w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"a{i}", "here[:, None] & inside")
     w.put(indent, "else:", "    from_ = t")
-    by_pieces(w, indent + 1, count, lambda deep: _step_back(w, deep, store, anew="m * LOOK + step_"), "a")
+    by_pieces(w, indent + 1, count, lambda deep: _step_back(w, deep, store, in_pieces=True), "a")
 
 
-def _step_back(w: Writer, deep: int, store: bool, products: bool = False, anew: str = "", low: str = "low") -> None:
-    """anew: as of a step forwards; low: where what is stored as a slice begins."""
-    n_kept, in_pieces = len(w.S) - 1, anew.startswith("m ")
-    w.put(deep, f"t = from_ - ({anew})" if anew else "")
+def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pieces: bool = False) -> None:
+    n_kept = len(w.S) - 1
+    w.put(deep, "t = from_ - (m * LOOK + step_)" if in_pieces else "")
     _known(w, deep, products)
     w.put(deep, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     w.put(deep, *(f"g{i} = a{i}" for i in range(n_kept)), "if WITH_KEPT:" if n_kept else "")
@@ -124,7 +122,7 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, anew: 
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.known_before()}, {cotangents})")
     if store:
-        w.put(deep, f"close = go & (t < {low} + NEAR)[:, None]")
+        w.put(deep, "close = go & (t < low + NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
         w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
         if in_pieces:
@@ -140,7 +138,7 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, anew: 
         w.put(deep + 1, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=both)" for i in w.Q))
         w.put(deep, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in w.summed))
     w.put(deep, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
-    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "" if anew else "t -= 1")
+    w.put(deep, *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S), "" if in_pieces else "t -= 1")
 
 
 def _ready(w: Writer) -> None:
@@ -153,10 +151,10 @@ def walk_back(w: Writer) -> None:
     S, V, R = len(w.S), len(w.tracked), len(w.summed)
     w.head(
         "walk_back",
-        f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, PARTS: tl.constexpr, {FLAGS}",
+        f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}",
     )
     slice_rows(w)
-    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + (place * PARTS + PARTS - 1) * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     _ready(w)
     w.put(1, "low = s * SLICE", "right = (s + 1) * SLICE")
@@ -165,20 +163,21 @@ def walk_back(w: Writer) -> None:
         w.put(2, f"a{i} = {w.vector('D_FINAL', 'b', i, S, 'known')}")
     _steps_back(w, 2, "right + BURN - 1", "BURN", store=False)
     w.put(2, "both = here[:, None] & inside")
-    w.keep_all(2, "BEGINS", "place * PARTS + PARTS - 1", "a")
+    for i in w.S:
+        w.keep(2, "BEGINS", "place", i, S, f"a{i}")
     w.put(1, "else:")
     for i in w.S:
-        w.put(2, f"a{i} = {w.vector('BEGINS', 'place * PARTS + PARTS - 1', i, S)}")
+        w.put(2, f"a{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
     _steps_back(w, 1, "right - 1", "SLICE", store=True, pieces=True)
     w.put(1, "both = here[:, None] & inside")
     keep_joined(w, 1)
-    w.put(1, "if not FIRST or PARTS == 1:", "    part = place * PARTS")
-    w.keep_all(2, "ENDS", "part", "a")
-    w.keep_all(2, "NEARBY", "part", "A")
-    w.put(2, "if FIRST:" if w.tracked else "")
+    for i in w.S:
+        w.keep(1, "ENDS", "place", i, S, f"a{i}")
+        w.keep(1, "NEARBY", "place", i, S, f"A{i}")
+    w.put(1, "if FIRST:" if w.tracked else "")
     for v, (i, j) in enumerate(w.tracked):
-        w.keep(3, "PRODUCTS", "part", v, V, f"P{i}{j}")
+        w.keep(2, "PRODUCTS", "place", v, V, f"P{i}{j}")
     for place, i in enumerate(w.summed):
         w.keep(1, "PARTIAL", "place", place, R, f"W{i}")
 

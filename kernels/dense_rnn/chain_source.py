@@ -35,22 +35,18 @@ def _chain(w: Writer, back: bool) -> None:
     w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
 
 
-def correct(w: Writer, back: bool, parts: bool = False) -> None:
-    """parts: of slices, each of which is one of EACH parts that are walked as one. Only the first one's start is corrected; the others begin where
-    the one before them ends."""
+def correct(w: Writer, back: bool) -> None:
     S = len(w.S)
     name = "correct_back" if back else "correct"
-    each = "EACH: tl.constexpr, " if parts else ""
-    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {each}{CHAIN}):")
+    w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
     w.wait(short=True)
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
     _chain(w, back)
-    w.put(2, "stands = stands | (m % EACH != 0)" if parts else "")
     w.put(
         2,
         "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
-        f"move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE){' & (m % EACH == 0)' if parts else ''}",
+        "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
     )
     for i in w.S:
         w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")

@@ -18,7 +18,7 @@ def source(cell: Cell, short: str, maths: str, halves: bool = False) -> str:
     forward.walk(w)
     forward.finish(w)
     for back in (False, True):
-        chain_source.correct(w, back, parts=True)
+        chain_source.correct(w, back)
         chain_source.certify(w, back)
     backward_source.walk_back(w)
     backward_source.finish_back(w)

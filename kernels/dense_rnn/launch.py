@@ -10,7 +10,7 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.dense_rnn import codegen, matrices, source
-from kernels.dense_rnn.plans import SLOTS, Layer, parts_of
+from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
@@ -126,11 +126,10 @@ class Plan:
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
 
 
-def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool, cut: bool = False) -> Plan:
-    """The reckoned plan, or what a layer has learnt to do. A memory that the diagonal carries is not found by a burn-in, but by corrections. cut: long
-    slices are cut into parts."""
+def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
+    """The reckoned plan, or what a layer has learnt to do. A memory that the diagonal carries is not found by a burn-in, but by corrections."""
     plan = Plan.of(pre, K, burn_in=0 if facts(cell).tracked else None)
-    return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1], cut))
+    return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
 
 
 class Solve:
@@ -159,45 +158,38 @@ class Solve:
 
 
 class Problem(Solve):
-    """A solve of small heads. joins: whether walks may end where they come back to the one before them, and slices be cut into parts."""
+    """A solve of small heads."""
 
     def __init__(
-        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool, joins: bool = False
-    ) -> None:  # fmt: skip
-        parts = parts_of(pre.shape[1], plan.slices, plan.length) if joins and plan.slices > 1 else 1
-        super().__init__(cell, pre, rec, mat, h0, starts, plan.slices * parts)
-        self.plan, self.parts = plan, parts
+        self, cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan, halves: bool
+    ) -> None:
+        super().__init__(cell, pre, rec, mat, h0, starts, plan.slices)
+        self.plan = plan
         short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
         portable = interpreted() or torch.version.hip is not None
         self.module = kernels(cell, "portable" if portable else "ptx", short, halves)
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
-        self.of_parts = (self.T, plan.length // parts, self.slices, *self.sizes[3:])
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "DEPENDENT": False, "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
-        self.grid, self.grid_of_parts = ((self.E, -(-self.B * n // plan.rows)) for n in (plan.slices, self.slices))
-        self.chain = (self.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
-        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + self.slices // MORE_FOR, self.slices - 1)
+        self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
+        self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
+        self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "DEPENDENT": False, "num_warps": 1 if self.K <= 64 else 2}
         # of launches that read what the one before them writes
         self.after, self.chain_after = dependently(self.constants), dependently(self.chain_constants)
 
-    def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int, int, bool]]:
+    def joins(self, todo: Tensor, wanted: bool) -> tuple[tuple[Tensor, Tensor, float], tuple[bool, int, bool]]:
         """Arguments and constants of walks of corrected slices, which end where they have come back to the walk before, if that is wanted: the states
-        of that one every LOOK steps, which slices joined one that they were only near to (if not wanted, none), and how near that is. The last two of the
-        constants: into how many parts slices are cut later, and whether states are stored beside the products of the next step, which makes a walk of several slices quicker and one in order slower."""
+        of that one every LOOK steps, which slices joined one that they were only near to (if not wanted, none), and how near that is. The last of the
+        constants: whether states are stored beside the products of the next step, which makes a walk of several slices quicker and one in order slower."""
         pieces, n = self.plan.length // source.LOOK, self.plan.slices
         if not wanted or n == 1 or self.plan.length <= source.LOOK:
-            return (self.h0, torch.zeros_like(todo) if n > 1 else todo, 0.0), (False, source.LOOK, 1, n > 1)
+            return (self.h0, torch.zeros_like(todo) if n > 1 else todo, 0.0), (False, source.LOOK, n > 1)
         marks = self.h0.new_empty(self.B * n, pieces, self.S, self.D)
-        return (marks, torch.empty_like(todo), self.chain[1]), (True, source.LOOK, self.parts, True)
-
-    def each_round(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, ...]]]:
-        """(parts of a slice that are walked as one, grid, sizes) of each correction: the first one corrects slices, later ones their parts."""
-        for k in range(self.rounds):
-            yield (self.parts, self.grid, self.sizes) if k == 0 else (1, self.grid_of_parts, self.of_parts)
+        return (marks, torch.empty_like(todo), self.chain[1]), (True, source.LOOK, True)
 
     def on_chip(self) -> Tensor:
         """The matrices (E, K, G, K) in the dtype of products, filled up with zeros."""
@@ -250,9 +242,9 @@ def solved(
     """`forward`; of each slice the tracked products (B, n, tracked, D), the sizes near its end and the states it starts from (B, n, S, D); and the
     first slice of each head (of `joined`) that was walked in order (B, E), n if none was. join: corrections end where they have come back. track: the
     tracked products are those of the last pass, not of the first one, which corrections are as quick with."""
-    plan = plan or in_force(cell, pre, mat.shape[1], layer, False, join)
-    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves, join)
-    B, T, S, D, n = p.B, p.T, p.S, p.D, p.slices
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, False)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
+    B, T, S, D, n = p.B, p.T, p.S, p.D, plan.slices
     emitted, kept, final = (p.h0 if halves else p.pre).new_empty(B, T, D), p.h0.new_empty(B, T, S - 1, D), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)
     todo, bad = torch.empty(B, n, p.E, dtype=torch.int32, device=pre.device), torch.empty(B, p.E, dtype=torch.int32, device=pre.device)
@@ -264,11 +256,11 @@ def solved(
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]
-    for k, (each, grid, sizes) in enumerate(p.each_round()):
-        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), each, *p.chain, **p.chain_after)
-        p.module.walk[grid](*walked, False, track, how[0], how[1], each, how[3], *sizes, **p.after)
+    for k in range(p.rounds):
+        p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+        p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.after)
     p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_after)
-    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.of_parts, **p.after)
+    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.after)
     return emitted, kept, final, products, nearby, begins, bad
 
 
@@ -335,16 +327,17 @@ def backward_with_border(
     layer: Layer | None = None, halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`backward`, and the adjoint's size near the first step (B, S, D)."""
-    join = not facts(cell).summed  # sums over slices are of whole ones
-    plan = plan or in_force(cell, pre, mat.shape[1], layer, True, join)
-    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves, join)
-    B, T, S, n = p.B, p.T, p.S, p.slices
-    known, by_kernel = pad(p.K) * pre.element_size() > TWICE, pre.element_size() == 2 and not halves
+    plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
+    p = Problem(cell, pre, rec, joined(mat), h0, starts, plan, halves)
+    B, T, S, n = p.B, p.T, p.S, plan.slices
+    known = pad(p.K) * pre.element_size() > TWICE
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     written, h0_emitted = facts(p.cell), p.h0[:, -1].to(emitted.dtype, copy=True).contiguous()
+    by_kernel = pre.element_size() == 2 and not halves
     apart = not (by_kernel and written.as_inputs)
-    products_known, operands = None, None
+    products_known: Tensor | None = None
+    operands: list[Tensor] | None = None
     if known or not by_kernel or not _emitted_alone(p):
         products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
     d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K) if apart else emitted
@@ -360,16 +353,16 @@ def backward_with_border(
     )  # fmt: skip
     flags = (with_kept, pre.dtype == torch.float16, known, apart)
     measures = (begins, ends, products, nearby)
-    (marks, near, limit), (*how, _) = p.joins(todo, join)
+    (marks, near, limit), (*how, _) = p.joins(todo, not written.summed)  # sums over slices are of whole ones
     joins = (marks, near, limit, plan.burn_in)
     p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, True, *how, *flags, *p.sizes, **p.constants)
     if n > 1:
         stats = (_counters(pre.device) if layer is None else layer.counters)[SLOTS:]
-        for k, (each, grid, sizes) in enumerate(p.each_round()):
-            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), each, *p.chain, **p.chain_after)
-            p.module.walk_back[grid](*tensors, *measures, todo, *joins, False, how[0], how[1], each, *flags, *sizes, **p.after)
+        for k in range(p.rounds):
+            p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
+            p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.after)
         p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_after)
-        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.of_parts, **p.after)
+        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
     else:
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write

@@ -7,11 +7,8 @@ step. From the counts of all ranks together every rank draws the same choices fo
 passes that are made again for recomputation solve as they did. What was learnt goes into a checkpoint as JSON, whole: a run that goes on from
 there chooses what it would have chosen. A CUDA graph holds the choices that it was captured with: capture it again when `decide` says so.
 
-The cost of a choice is the number of steps that follow one another: burn-in, then a slice's length for the pass and for each correction (a
-part's for all but the first), then the time that is walked in order, of the slowest head.
-
-Heads with short memories stand after one correction, so that later ones leave most of the device empty: for these a long slice is cut into `parts_of`
-parts, which take as many times fewer steps one after the other.
+The cost of a choice is the number of steps that follow one another: burn-in, then a slice's length for the pass and for each correction,
+then the time that is walked in order, of the slowest head.
 
 Legend: T steps, n slices.
 """
@@ -26,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import source
 from kernels.dense_rnn.maps import Maps, Share
 from kernels.dense_rnn.reference import Report
 
@@ -38,15 +34,9 @@ BURN_INS = (0, 16, 32, 64)
 HALVINGS = 4  # of the slices that fill the device; behind the last of them is the walk in order
 FEWEST = 4  # slices; with fewer it is the walk in order
 FIRST_GUESS = 2.0  # corrections of slices of which nothing is known
-PART = 128  # steps of a part, or more
 WORDS = 3  # numbers that a pass of a layer tells the other ranks
 
 Key = tuple[int, int]
-
-
-def parts_of(T: int, n: int, length: int) -> int:
-    """Parts into which each of n slices of so many steps is cut once all of them were corrected: equal ones, whole pieces of a walk, none empty."""
-    return next((p for p in (4, 2) if length % (p * source.LOOK) == 0 and length >= p * PART and (n * p - 1) * (length // p) < T), 1)
 
 
 @dataclass
@@ -60,26 +50,21 @@ class Pass:
     sums: list[float] = field(default_factory=lambda: [0.0] * (WORDS + 1))  # over ranks and steps; at last how many they were
     reckoned: int = 1  # slices that fill the device, and steps, of the last solve
     T: int = 0
-    cut: bool = False  # whether the last solve might cut slices into parts
-
-    def parts(self, n: int) -> int:
-        return parts_of(self.T, n, -(-self.T // n)) if self.cut and n > 1 else 1
 
     def slices(self, reckoned: int, halvings: int | None = None) -> int:
         n = reckoned >> (self.halvings if halvings is None else halvings)
         return n if n >= FEWEST else 1
 
-    def plan(self, reckoned: int, T: int, cut: bool = False) -> tuple[int, int]:
+    def plan(self, reckoned: int, T: int) -> tuple[int, int]:
         """(slices, steps of burn-in) in force, where `reckoned` slices would fill the device."""
-        self.reckoned, self.T, self.cut = reckoned, T, cut
+        self.reckoned, self.T = reckoned, T
         n = self.slices(reckoned)
         return n, 0 if n == 1 else min(self.burn_in, -(-T // n))
 
     def cost(self, key: Key, corrections: float, walked: float) -> float:
         n = self.slices(self.reckoned, key[0])
         length = -(-self.T // n)
-        later = max(0.0, corrections - 1) / self.parts(n)
-        return self.T if n == 1 else min(key[1], length) + length * (1 + min(1.0, corrections) + later) + walked * self.T
+        return self.T if n == 1 else min(key[1], length) + length * (1 + corrections) + walked * self.T
 
     def expected(self, key: Key) -> float:
         """What a choice costs: as seen not long ago, or reckoned from the nearest that was: a notch of burn-in more saves a correction, and a shorter
@@ -110,15 +95,14 @@ class Pass:
             return False
         mine = (self.halvings, self.burn_in)
         # one head that is walked takes as long as all: so many slices in a step are of one, as far as it has them
-        n = self.slices(self.reckoned)
-        self.seen[mine] = corrections / times, min(1.0, walked / times / (n * self.parts(n))), self.now
+        self.seen[mine] = corrections / times, min(1.0, walked / times / self.slices(self.reckoned)), self.now
         keys = [k for k in itertools.product(range(HALVINGS + 1), BURN_INS) if self.slices(self.reckoned, k[0]) > 1 or k[1] == 0]
         best = min(keys, key=lambda key: (self.expected(key), key != mine))
         if self.expected(best) >= GAIN * self.expected(mine):
             return False
-        before = self.plan(self.reckoned, self.T, self.cut)
+        before = self.plan(self.reckoned, self.T)
         self.halvings, self.burn_in = best
-        return self.plan(self.reckoned, self.T, self.cut) != before
+        return self.plan(self.reckoned, self.T) != before
 
     @property
     def failed(self) -> bool:
@@ -128,12 +112,12 @@ class Pass:
 
     def state(self) -> dict[str, Any]:
         seen = [[*key, *value] for key, value in sorted(self.seen.items())]
-        last = {"reckoned": self.reckoned, "T": self.T, "cut": self.cut}
+        last = {"reckoned": self.reckoned, "T": self.T}
         return {"halvings": self.halvings, "burn_in": self.burn_in, "now": self.now, "seen": seen, "sums": self.sums, **last}
 
     def load(self, state: dict[str, Any]) -> None:
         self.halvings, self.burn_in, self.now = state["halvings"], state["burn_in"], state["now"]
-        self.reckoned, self.T, self.cut = state["reckoned"], state["T"], state.get("cut", False)
+        self.reckoned, self.T = state["reckoned"], state["T"]
         self.seen, self.sums = {(h, W): (c, w, when) for h, W, c, w, when in state["seen"]}, list(state["sums"])
 
 
@@ -232,7 +216,7 @@ class Plans:
         told: dict[str, float] = {}
         for back, name in enumerate(("", "_backward")):
             corrections, walked, slices, times = self._since[back]
-            plans = [one.plan(one.reckoned, one.T, one.cut) for one in (layer.passes[back] for layer in self.layers) if one.T]
+            plans = [one.plan(one.reckoned, one.T) for one in (layer.passes[back] for layer in self.layers) if one.T]
             told |= {f"dense_corrections{name}": corrections / max(1.0, times), f"dense_walked{name}": walked / max(1.0, slices)}
             for i, what in enumerate(("slices", "burn_in")):
                 told[f"dense_{what}{name}"] = sum(plan[i] for plan in plans) / max(1, len(plans))

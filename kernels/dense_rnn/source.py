@@ -144,11 +144,6 @@ class Writer:
     def keep(self, indent: int, target: str, where: str, i: int, of: int, value: str, mask: str = "both") -> None:
         self.put(indent, f"tl.store({target} + (({where}) * {of} + {i})[:, None] * D + d, {value}, mask={mask})")
 
-    def keep_all(self, indent: int, target: str, where: str, values: str, mask: str = "both") -> None:
-        """Entries of all states."""
-        for i in self.S:
-            self.keep(indent, target, where, i, len(self.S), f"{values}{i}", mask)
-
 
 def parts(dense: Dense, near: bool = False, small: bool = False) -> list[str]:
     """The step's functions between products. near: new states are rounded so coarsely that a tangent may be near to it. small: of small heads, whose
@@ -189,20 +184,17 @@ def _steps(w: Writer, indent: int, first: str, count: str, store: bool, pieces: 
     w.put(indent, "if HAS_RESET:", "    nr = tl.load(RESET + b * T + t, mask=here & (t >= 0) & (t < last), other=0)")
     if not pieces:
         w.put(indent, f"for step_ in tl.range(0, {count}, num_stages=STAGES):")
-        _step(w, indent + 1, store, "", False)
+        _step(w, indent + 1, store, False, False)
         return
-    w.put(indent, "if FIRST and PARTS > 1:")
-    by_parts(w, indent + 1, "q", lambda deep: _step(w, deep, store, "q * PART + step_", True, "end_"), "h")
-    w.put(indent + 1, f"t = from_ + {count}", "if EARLY:")
-    _store_before(w, indent + 2, "h")
-    w.put(indent, "elif FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
-    _step(w, indent + 2, store, "", True)
+    w.put(indent, "if FIRST or not JOINS:", f"    for step_ in tl.range(0, {count}, num_stages=STAGES):")
+    _step(w, indent + 2, store, False, True)
     w.put(indent + 2, "if JOINS:", "    if (step_ + 1) % LOOK == 0:", "        piece = place * (SLICE // LOOK) + step_ // LOOK")
-    w.keep_all(indent + 4, "MARKS", "piece", "h", "here[:, None] & inside")
+    for i in w.S:
+        w.keep(indent + 4, "MARKS", "piece", i, len(w.S), f"h{i}", "here[:, None] & inside")
     w.put(indent + 1, "if EARLY:")
     _store_before(w, indent + 2, "h")
     w.put(indent, "else:")
-    by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, "m * LOOK + step_", True), "h")
+    by_pieces(w, indent + 1, count, lambda deep: _step(w, deep, store, True, True), "h")
     w.put(indent + 1, "if EARLY:", f"    t = from_ + {count}", "    if joined == 0:  # where it joined, the state there stands as well")
     _store_before(w, indent + 3, "h")
 
@@ -230,10 +222,7 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
     step(deep + 1)
     w.put(deep, f"if (joined == 0) & ((m + 1) * LOOK < {count}):")
     deep += 1
-    back = states == "a"
     w.put(deep, "piece, both = place * (SLICE // LOOK) + m, here[:, None] & inside", "share = tl.zeros((BM, BK), tl.float32)")
-    w.put(deep, "if PARTS > 1:", "    q = m * LOOK // PART", f"    part = place * PARTS + {'PARTS - 1 - q' if back else 'q'}")
-    w.put(deep + 1, "piece = part * (PART // LOOK) + m - q * (PART // LOOK)" if back else "")
     for i in w.S:
         w.put(deep, f"old = {w.vector('MARKS', 'piece', i, S)}", f"near = tl.maximum(C{i}, tl.abs({states}{i}))")
         if i in w.dense.cell.logs and states == "h":  # as reference.certified_size
@@ -245,52 +234,24 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
         "joined = tl.where(worst <= JOIN, tl.where(worst > 0.0, 2, 1), 0)",
         "both = both & (joined + tl.zeros((BM, BK), tl.int32) == 0)",
     )
-    w.keep_all(deep, "MARKS", "piece", states)  # what follows goes on from where it did
-    w.put(deep, "if PARTS > 1:", "    how_ = joined + tl.zeros((BM,), tl.int32)")
-    w.put(deep + 1, "tl.store(JOINED + part * tl.num_programs(0) + e, how_ // 2, mask=here & (how_ > 0))", "if (m + 1) * LOOK % PART == 0:")
-    for target, value in (("ENDS", states), ("NEARBY", "C")):
-        w.keep_all(deep + 2, target, "part", value, "here[:, None] & inside")
-    w.keep_all(deep + 2, "BEGINS", "part - 1" if back else "part + 1", states)
-
-
-def by_parts(w: Writer, indent: int, part: str, step: Callable[[int], None], states: str) -> None:
-    """The first walk, of slices that are cut into PARTS of PART steps once they were corrected: what each part begins from, ends in and is measured
-    by. part: the q-th part that is walked, counted from the slice's first."""
-    V, back = len(w.tracked), states == "a"
-    w.put(indent, "for q in tl.range(0, PARTS):")
-    deep = indent + 1
-    begin_measures(w, deep)
-    w.put(deep, f"part = place * PARTS + {part}")
-    w.put(deep, f"low_ = low + ({part}) * PART" if back else "end_ = tl.minimum(s * SLICE + (q + 1) * PART, T)")
-    w.put(deep, "for step_ in tl.range(0, PART, num_stages=STAGES):")
-    step(deep + 1)
-    w.put(deep + 1, "if (step_ + 1) % LOOK == 0:", "    piece = part * (PART // LOOK) + step_ // LOOK")
-    w.keep_all(deep + 2, "MARKS", "piece", states, "here[:, None] & inside")
-    w.put(deep, "both = here[:, None] & inside")
-    w.keep_all(deep, "ENDS", "part", states)
-    w.keep_all(deep, "NEARBY", "part", "A")
-    for v, (i, j) in enumerate(w.tracked):
-        w.keep(deep, "PRODUCTS", "part", v, V, f"P{i}{j}")
-    w.put(deep, "if q + 1 < PARTS:")
-    w.keep_all(deep + 1, "BEGINS", "part - 1" if back else "part + 1", states)
+    for i in w.S:  # what follows goes on from where it did
+        w.keep(deep, "MARKS", "piece", i, S, f"{states}{i}")
 
 
 def keep_joined(w: Writer, indent: int) -> None:
     """JOINED: whether a slice's states join others which they are only near to. Then leaves `both` empty if what follows stands as it was."""
-    w.put(indent, "if JOINS:", "    at_ = JOINED + place * PARTS * tl.num_programs(0) + e", "    if FIRST:")
-    w.put(indent + 2, "for q in tl.static_range(PARTS):", "    tl.store(at_ + q * tl.num_programs(0), 0, mask=here)")
+    w.put(indent, "if JOINS:", "    at_ = JOINED + place * tl.num_programs(0) + e", "    if FIRST:", "        tl.store(at_, 0, mask=here)")
     w.put(
         indent + 1,
         "else:",
         "    how_ = joined + tl.zeros((BM,), tl.int32)",
-        "    if PARTS == 1:",
-        "        tl.store(at_, how_ // 2, mask=here & (how_ != 1))",
+        "    tl.store(at_, how_ // 2, mask=here & (how_ != 1))",
         "    both = both & (how_ == 0)[:, None]",
     )
 
 
-def _step(w: Writer, deep: int, store: bool, anew: str, track: bool, end: str = "last") -> None:
-    """track: of the walk of slices, where products of Jacobians may be wanted and stores be EARLY. anew: the steps before it, of one in a piece or part, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step. end: where what is stored as a slice ends."""
+def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
+    """track: of the walk of slices, where products of Jacobians may be wanted and stores be EARLY. pieces: one of a piece, where t is counted anew: carried through two loops it would lie in one layout alone and change it in every step."""
     states = [f"y{i}" for i in w.S]
     entries = [f"j{i}{j}" for i, j in w.tracked]
 
@@ -298,8 +259,7 @@ def _step(w: Writer, deep: int, store: bool, anew: str, track: bool, end: str = 
         w.put(deep, "if EARLY:")
         _store_before(w, deep + 1, "e")
 
-    pieces = anew.startswith("m ")
-    w.put(deep, f"t = from_ + ({anew})" if anew else "")
+    w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
     w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
@@ -320,7 +280,7 @@ def _step(w: Writer, deep: int, store: bool, anew: str, track: bool, end: str = 
         if track and w.tracked:
             w.put(deep, "if TRACK:")
             products_of_jacobians(w, deep + 1, back=False)
-        w.put(deep, f"close = go & (t >= {end} - NEAR)[:, None]")
+        w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
         w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
         if pieces:
             w.put(
@@ -331,7 +291,7 @@ def _step(w: Writer, deep: int, store: bool, anew: str, track: bool, end: str = 
         if track:
             w.put(deep, "if not EARLY:")
         _store_states(w, deep + int(track), "at", "h", "both")
-    w.put(deep, "" if anew else "t += 1")
+    w.put(deep, "" if pieces else "t += 1")
 
 
 def begin_measures(w: Writer, indent: int) -> None:
@@ -340,29 +300,29 @@ def begin_measures(w: Writer, indent: int) -> None:
 
 
 def _keep_measures(w: Writer, indent: int, states: str) -> None:
-    V = len(w.tracked)
+    S, V = len(w.S), len(w.tracked)
     w.put(indent, "both = here[:, None] & inside")
     keep_joined(w, indent)
-    w.put(indent, "if not FIRST or PARTS == 1:", "    part = place * PARTS + PARTS - 1")
-    w.keep_all(indent + 1, "ENDS", "part", states)
-    w.keep_all(indent + 1, "NEARBY", "part", "A")
-    w.put(indent + 1, "if TRACK:" if w.tracked else "")
+    for i in w.S:
+        w.keep(indent, "ENDS", "place", i, S, f"{states}{i}")
+        w.keep(indent, "NEARBY", "place", i, S, f"A{i}")
+    w.put(indent, "if TRACK:" if w.tracked else "")
     for v, (i, j) in enumerate(w.tracked):
-        w.keep(indent + 2, "PRODUCTS", "part", v, V, f"P{i}{j}")
+        w.keep(indent + 1, "PRODUCTS", "place", v, V, f"P{i}{j}")
 
 
 def slice_rows(w: Writer) -> None:
-    """Rows are slices of batch rows, of PARTS parts each, whose measures lie at parts."""
-    w.put(1, "PART = SLICE // PARTS", "here = rows < B * n", "b = (rows // n).to(tl.int64)", "s = rows % n", "place = b * n + s")
+    """Rows are slices of batch rows."""
+    w.put(1, "here = rows < B * n", "b = (rows // n).to(tl.int64)", "s = rows % n", "place = b * n + s")
     w.put(1, "both = here[:, None] & inside")
 
 
 def walk(w: Writer) -> None:
     S = len(w.S)
-    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr"
+    own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, EARLY: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
-    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * PARTS * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.minimum((s + 1) * SLICE, T)")
@@ -371,10 +331,11 @@ def walk(w: Writer) -> None:
         w.put(2, f"h{i} = {w.vector('H0', 'b', i, S, 'known')}")
     _steps(w, 2, "s * SLICE - BURN", "BURN", store=False)
     w.put(2, "both = here[:, None] & inside")
-    w.keep_all(2, "BEGINS", "place * PARTS", "h")
+    for i in w.S:
+        w.keep(2, "BEGINS", "place", i, S, f"h{i}")
     w.put(1, "else:")
     for i in w.S:
-        w.put(2, f"h{i} = {w.vector('BEGINS', 'place * PARTS', i, S)}")
+        w.put(2, f"h{i} = {w.vector('BEGINS', 'place', i, S)}")
     begin_measures(w, 1)
     _steps(w, 1, "s * SLICE", "SLICE", store=True, pieces=True)
     _keep_measures(w, 1, "h")

@@ -33,10 +33,6 @@ KERNELS = (
     "walk again",
     "walk_back again",
     "walk in order",
-    "walk parts",
-    "walk_back parts",
-    "walk parts again",
-    "walk_back parts again",
 )
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "H0_EMITTED", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD"}
@@ -74,7 +70,7 @@ def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     warps = launch.Plan.warps_for(K)
     constants = {
         "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "TRACK": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "PARTS": 2 if "parts" in kernel else 1, "EACH": 1, "EARLY": True,"WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES, "DEPENDENT": not kernel.startswith("walk") or kernel.endswith("again"),
+        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "TRACK": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "EARLY": True,"WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES, "DEPENDENT": not kernel.startswith("walk") or kernel.endswith("again"),
     }  # fmt: skip
     constants |= {"JOINS": False, "EARLY": False, "n": 1} if kernel.endswith("in order") else {}
 

@@ -10,7 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
 
-from kernels.dense_rnn import launch, marks, op, plans, ranks, reference, source  # noqa: E402
+from kernels.dense_rnn import launch, marks, op, ranks, reference, source  # noqa: E402
 from kernels.dense_rnn.launch import Plan  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -135,33 +135,6 @@ def joined_again() -> None:
     launch.last_report()
 
 
-def in_parts() -> None:
-    """Slices that are cut into parts after their first correction give the states and gradients of the float64 loop; and those of one slice bit for
-    bit where every bit counts, and where some are walked in order."""
-    before, corrections, shares = (source.LOOK, plans.PART), launch.CORRECTIONS, dict(reference.TOLERANCE)
-    source.LOOK, plans.PART = 4, 8
-    assert [plans.parts_of(T, n, -(-T // n)) for T, n in ((62, 4), (63, 2), (56, 4), (58, 4), (50, 4))] == [2, 4, 1, 1, 1]
-    for name, T, n, dtype in (("dense_lstm", 62, 4, torch.float32), ("slstm", 63, 2, torch.float16)):
-        report = compare(f"{name} in parts", problem(name, 1, T, 1, 16, starts=0.03), n, 4 if n == 4 else 0, dtype)
-        assert report["corrections"] > 0 and report["walked"] == report["walked_backward"] == 0, report
-    reference.TOLERANCE[torch.float32] = 2.0**-60
-    for name, gain, most in (("slstm", 1.0, 8), ("dense_lstm", 12.0, 2)):
-        cell, tensors, starts = problem(name, 1, 64, 1, 16, gain=gain, starts=0.02, seed=3)
-        tensors[0][:, :, 0] += 4 * (gain > 1)
-        given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
-        launch.CORRECTIONS, made = {2: most, 4: most}, []
-        for n in (1, 4):
-            plan = Plan.of(given[0], 16, n, 0)
-            states = launch.forward(cell, *(*given, starts, plan))
-            d_pre, _, _, d_h0 = launch.backward(cell, *(*given, starts, *states[:2], d_emitted, None, d_final, plan))
-            made.append((*states, d_pre, d_h0))
-        report = launch.last_report()
-        assert all(torch.equal(a, b) for a, b in zip(*made)), (name, most)
-        assert (report["walked"] > 0, report["walked_backward"] > 0) == (most < 8, most < 8), report
-    (source.LOOK, plans.PART), launch.CORRECTIONS = before, corrections
-    reference.TOLERANCE.update(shares)
-
-
 def walked() -> None:
     check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
@@ -209,7 +182,6 @@ def main() -> None:
     borders()
     restored()
     joined_again()
-    in_parts()
     halves()
     halves_through_the_op()
     walked()

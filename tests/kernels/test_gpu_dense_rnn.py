@@ -7,7 +7,6 @@ import torch
 
 from kernels.dense_rnn import dense_rnn, large, launch
 from kernels.dense_rnn.launch import Plan
-from kernels.dense_rnn.plans import parts_of
 from tests.kernels.dense_rnn_cases import check_gradient_of_matrices, cotangents, distance, known_cells, problem, wanted
 
 pytestmark = pytest.mark.gpu
@@ -80,15 +79,6 @@ def test_slices_that_join_what_was_before(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("name", ["dense_lstm", "slstm"])
 def test_many_slices(name: str) -> None:
     check(name, 64, torch.bfloat16, 60, T=1980, burn_in=0)
-
-
-@pytest.mark.parametrize("name", ["dense_lstm", "slstm"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_slices_in_parts(name: str, dtype: torch.dtype) -> None:
-    """Long slices that are cut once they were corrected: into two, and into four with resets."""
-    for blocks, n in ((0, 8), (2, 4)):
-        assert parts_of(2046, n, -(-2046 // n)) == 16 // n
-        check(name, 64, dtype, n, blocks, T=2046, burn_in=0, starts=0.002 * blocks)
 
 
 def test_memories_that_expand_are_walked_bit_for_bit() -> None:

@@ -47,23 +47,6 @@ def test_the_cheapest_plan_is_found_and_kept() -> None:
     assert settled({}).plan(16, 1024)[0] == 1  # walked in order
 
 
-def test_a_correction_of_parts_costs_a_part() -> None:
-    """Eight slices of 256 steps that need three corrections, or four of 512 that need two: the second are dearer, but by less if later corrections
-    walk parts; and of what is walked in order a slice counts as its parts do."""
-    one = Pass()
-    one.plan(8, 2048)
-    assert [one.cost((halvings, 0), c, 0.0) for halvings, c in ((0, 3.0), (1, 2.0))] == [1024, 1536]
-    one.plan(8, 2048, True)
-    assert [one.cost((halvings, 0), c, 0.0) for halvings, c in ((0, 3.0), (1, 2.0), (1, 0.5))] == [768, 1152, 768]
-    assert one.parts(8) == 2 and one.parts(4) == 4 and one.parts(1) == 1
-    one.add(9.0, 16.0, 32.0, 1)
-    one.decide()
-    assert one.seen[0, 0] == (9.0, 1.0, 1)
-    again = Pass()
-    again.load(json.loads(json.dumps(one.state())))
-    assert again == one
-
-
 def test_another_plan_is_tried_again_when_weights_may_have_changed() -> None:
     one = settled({})
     tried = set()
