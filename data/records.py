@@ -250,8 +250,19 @@ def _rows(file: Any, ending: str, field: str, reject: Reject) -> Iterator[Any]:
             yield row[column] if len(row) == len(names) else Missing([f"{len(row)} of {len(names)} columns"])
 
 
+def column_of(field: str, columns: list[str]) -> str | None:
+    """The column that holds `field`, which is one itself or lies inside of one, as a.b; None where there is none."""
+    return next((name for name in (field, field.split(".")[0]) if name in columns), None)
+
+
+def _has(kind: Any, field: str) -> bool:
+    """Whether structs of an Arrow type, or those in its lists, have the field."""
+    inner = getattr(kind, "value_type", kind)
+    return hasattr(inner, "get_field_index") and inner.get_field_index(field) >= 0
+
+
 def parquet_rows(path: Path, field: str) -> Iterator[Any]:
-    """The column `field`, a batch at a time. Raises BadFile."""
+    """The column `field`, a batch at a time; a.b goes into structs and through lists. Raises BadFile."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -263,12 +274,15 @@ def parquet_rows(path: Path, field: str) -> Iterator[Any]:
         file = pq.ParquetFile(source)
     except pa.ArrowInvalid as error:
         raise BadFile("not a Parquet file") from error
-    if field not in file.schema_arrow.names:
-        yield Missing(file.schema_arrow.names)
+    schema = file.schema_arrow
+    column = column_of(field, schema.names)
+    if column is None:
+        yield Missing([f"{one.name}.{field}" if _has(one.type, field) else one.name for one in schema])
         return
     try:
-        for batch in file.iter_batches(columns=[field], batch_size=1024):
-            yield from batch.column(0).to_pylist()
+        for batch in file.iter_batches(columns=[column], batch_size=1024):
+            for value in batch.column(0).to_pylist():
+                yield from [value] if column == field else pick({column: value}, field)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None):
             raise

@@ -15,7 +15,7 @@ from typing import Any
 
 from data.errors import UserError
 from data.listing import Listing, list_files, shown
-from data.records import BadFile, Missing, Twice, records
+from data.records import BadFile, Missing, Twice, column_of, pick, records
 
 DEMO = Path(__file__).parent / "demo" / "demo_corpus.jsonl.xz"
 FIELDS = 12  # names of other fields that a message gives
@@ -90,9 +90,10 @@ class Source:
         except Exception as error:  # datasets raises many kinds; the first line says what is the matter
             raise UserError(f"The data set {name} cannot be opened: {_first_line(error)}.") from error
         columns = list(rows.features or ())
-        if columns and self.field not in columns:
+        column = column_of(self.field, columns)
+        if columns and column is None:
             raise UserError(f"The data set {name} has no column {self.field!r}; set text_field to one of {', '.join(columns)}.")
-        stream = iter(rows.select_columns([self.field]) if columns else rows)
+        stream = iter(rows.select_columns([column]) if columns else rows)
         while True:
             try:
                 row = next(stream, None)
@@ -100,7 +101,7 @@ class Source:
                 raise UserError(f"The data set {name} cannot be read on: {_first_line(error)}; the same command goes on here.") from error
             if row is None:
                 return
-            yield row.get(self.field)
+            yield from pick(row, self.field)
 
     def _texts(self, values: Iterator[Any], where: str) -> Iterator[str]:
         for value in values:

@@ -53,6 +53,13 @@ class FixedCache:
             room.v.masked_fill_(gone, 0.0)
         return FixedCache(room.k, room.v, segments, torch.tensor([cached], device=room.k.device), seen - cached)
 
+    def length(self) -> Tensor:
+        """(B,): tokens of each row's last document, with the one that is written next."""
+        last_B1 = self.segments_BC[:, -1:]
+        place = torch.arange(self.segments_BC.shape[1], device=last_B1.device)
+        here_BC = (self.segments_BC == last_B1) & (place <= self.seen)
+        return here_BC.sum(1) + self.offset * here_BC[:, 0]
+
     def write(self, k_BGTK: Tensor, v_BGTK: Tensor, window: int) -> Tensor:
         """Writes the next token's (T = 1) and returns the mask (B, 1, 1, C) of what it sees; `seen` is left to the caller."""
         self.k_BGCK.index_copy_(2, self.seen, k_BGTK.to(self.k_BGCK.dtype))

@@ -128,7 +128,7 @@ class CausalConv(Module):
         super().__init__()
         self.weight = tag(nn.Parameter(torch.empty(channels, width)), "no_decay")
         self.bias: Any = tag(nn.Parameter(torch.empty(channels)), "no_decay") if bias else None
-        self.width = width
+        self.channels, self.width = channels, width  # ZeRO-3 divides the weight over the ranks, and its shape with it, between passes
 
     def init_weights(self) -> None:
         bound = self.width**-0.5
@@ -137,7 +137,7 @@ class CausalConv(Module):
             nn.init.zeros_(self.bias)
 
     def init_state(self, batch: int, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-        return torch.zeros(batch, self.width - 1, self.weight.shape[0], device=device, dtype=dtype)
+        return torch.zeros(batch, self.width - 1, self.channels, device=device, dtype=dtype)
 
     def with_memory(
         self, batch: int, memory: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
@@ -151,7 +151,7 @@ class CausalConv(Module):
 
     def bytes_with(self, numbers: int, batch: int, dtype: torch.dtype) -> int:
         """Bytes of that state without the segment, its memory of so many numbers a row in fp32."""
-        return batch * ((self.width - 1) * self.weight.shape[0] * dtype.itemsize + 4 * numbers)
+        return batch * ((self.width - 1) * self.channels * dtype.itemsize + 4 * numbers)
 
     def why_not_split(self, T: int) -> str:
         """Why slices of T tokens are too short to lie on different ranks, or ''."""

@@ -146,10 +146,15 @@ class Rope:
                 is_eager(positions_T) and not recorded and device != "meta"
             ):  # memory from a CUDA graph's capture belongs to that graph: do not reuse it
                 self.by_device[device] = fixed
-        if self.kind != "dynamic" or not positions_T.numel():
-            return fixed
+        return fixed if self.kind != "dynamic" or not positions_T.numel() else self._stretched(positions_T.max() + 1, fixed)
+
+    def of_lengths(self, lengths: Tensor) -> Tensor:
+        """(..., J) frequencies under dynamic scaling of tokens whose documents have these lengths (...): those of the documents alone."""
+        return self._stretched(lengths[..., None], self._fixed().to(lengths.device))
+
+    def _stretched(self, context: Tensor, fixed: Tensor) -> Tensor:
         factor, length = self.scaling["factor"], self.scaling["original_max_position_embeddings"]
-        context = (positions_T.max() + 1).clamp(min=length)
+        context = context.clamp(min=length)
         base = self.theta * ((factor * context / length) - (factor - 1)) ** (self.dim / (self.dim - 2))
-        columns = torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions_T.device) / self.dim
+        columns = torch.arange(0, self.dim, 2, dtype=torch.float32, device=context.device) / self.dim
         return torch.where(context > length, 1.0 / base**columns, fixed)

@@ -7,8 +7,9 @@
 # from the project's folder, as that is where every machine has it. See docs/many_machines.md.
 set -euo pipefail
 script="$(realpath "$0")"
-case "${1:-}" in -h | --help) sed -n '2,7p' "$script" | cut -c3-; exit 0 ;; esac
-[ $# -ge 2 ] || { sed -n '2,7p' "$script" | cut -c3- >&2; exit 2; }
+usage() { sed -n '2,/^[^#]/{/^#/!q; s/^# \{0,1\}//; p}' "$script"; } # not that of common.sh, which would make an environment
+case "${1:-}" in -h | --help) usage; exit 0 ;; esac
+[ $# -ge 2 ] || { usage >&2; exit 2; }
 [ -f "$1" ] && [ -r "$1" ] || { echo "error: there is no host file $1; write one with a line 'name slots=GPUS' for each machine." >&2; exit 2; }
 hostfile="$(realpath "$1")"
 shift

@@ -53,6 +53,12 @@ def open_shards(path: Any, split: str) -> Shards:
             )
         places[place] = folder
     shards = [(ShardSet(folder, split), float(weight)) for folder, weight in weights.items()]
+    of_tokens: dict[str, str] = {}
+    for folder, (shard, _) in zip(weights, shards):
+        if (other := of_tokens.setdefault(shard.fingerprint, folder)) != folder:
+            raise UserError(
+                f"data.path names {folder}, which holds the very tokens of {other}; give one of them, with the sum of their weights."
+            )
     tokenizers = {s.tokenizer_sha256 for s, _ in shards}
     if len(tokenizers) > 1:
         raise UserError(f"The folders of data.path were made with {len(tokenizers)} different tokenizers; prepare them again with one.")

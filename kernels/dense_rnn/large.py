@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import large_codegen, large_source, launch, matrices
+from kernels.dense_rnn import large_codegen, large_held_source, large_source, launch, matrices
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -25,7 +25,9 @@ from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
-PROVEN = {2: 1024, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
+ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
 SHORTEST = 32  # steps of a slice
 
@@ -33,6 +35,11 @@ SHORTEST = 32  # steps of a slice
 def proven(pre: Tensor, K: int) -> bool:
     """Whether the kernels run on a GPU without being asked for by name."""
     return K <= PROVEN.get(pre.element_size(), 0) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+
+
+def proven_on_chip(cell: Cell) -> bool:
+    """Whether a GPU was seen to be right with matrices that stay on chip: an LSTM's. Those of a GRU and an sLSTM only the interpreter has run."""
+    return (len(cell.mat), len(cell.state)) == (4, 2) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -73,6 +80,8 @@ class Tiles:
     stages: int
     depth_back: int = 0
     warps_back: int = 0
+    held: bool = False  # forwards and backwards: matrices that stay on chip (large_held_source.py)
+    held_back: bool = False
 
     @property
     def multiple(self) -> int:
@@ -80,6 +89,34 @@ class Tiles:
 
     @staticmethod
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
+        """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can and a GPU was seen to be right."""
+        tiles, on = Tiles.streamed(cell, pre, K), Tiles.on_chip(cell, pre, K)
+        if on is None or not proven_on_chip(cell):
+            return tiles
+        if K <= HELD:
+            tiles = replace(tiles, rows=on.rows, columns=on.columns, depth=on.depth, depth_back=tiles.depth_back or tiles.depth, held=True)
+        if K <= HELD_BACK and on.held_back:
+            tiles = replace(tiles, rows_back=on.rows_back, columns_back=on.columns_back, depth_back=on.depth, held_back=True)
+        return tiles
+
+    @staticmethod
+    def on_chip(cell: Cell, pre: Tensor, K: int) -> Tiles | None:
+        """64 rows and four matrices of 32 channels make products 64 wide for each group of four warps. In fp16 every program's cotangents have a scale
+        of their own, so that a product backwards cannot take those of several programs."""
+        dense = trace_dense(cell)
+        if not large_held_source.held(dense) or pre.element_size() != 2 or K > ON_CHIP or len(dense.products) not in (3, 4):
+            return None
+        if pre.is_cuda and not planned() and torch.cuda.get_device_capability(pre.device) != (9, 0):  # wgmma, and 227 KB of shared memory
+            return None
+        both, depth = pre.dtype == torch.bfloat16, 128 if K % 256 else 256
+        if interpreted():
+            return Tiles(16, 16, 16, 16, 64, 4, 1, held=True, held_back=both)
+        return (
+            Tiles(64, 32, 64, 32, depth, 8, 1, held=True, held_back=True) if both else Tiles(64, 32, 32, 64, depth, 8, 3, depth, held=True)
+        )
+
+    @staticmethod
+    def streamed(cell: Cell, pre: Tensor, K: int) -> Tiles:
         """A step has some 16 values for each row and channel, which fit into registers of tiles of 2,048. Matrices of four gates side by side make
         products 128 wide and 64 or more rows high, of wgmma; backwards, and where one matrix stands alone, 32 rows take mma.sync instead: ptxas 12.8
         assembles wgmma of narrow products wrongly. Where matrices outweigh all else, twice the rows are worth some spilled registers."""
@@ -130,8 +167,9 @@ def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -
 
 
 @functools.cache
-def kernels(cell: Cell, maths: str, short: str) -> ModuleType:
-    return load_source(f"{cell.name}_large", large_codegen.source(cell, short, maths))
+def kernels(cell: Cell, maths: str, short: str, pieces: int = 0) -> ModuleType:
+    """pieces: tiles of depth that a program's matrices make, where they stay on chip."""
+    return load_source(f"{cell.name}_large", large_codegen.source(cell, short, maths, pieces))
 
 
 def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -166,18 +204,22 @@ class _Problem(launch.Solve):
         self.plan, tiles, n = plan, plan.tiles, plan.slices
         self.back = back
         self.rows, self.columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
-        self.module = kernels(cell, "portable" if interpreted() else "ptx", str(pre.dtype)[6:] if pre.element_size() == 2 else "")
+        self.held = tiles.held_back if back else tiles.held
         self.KP = -(-self.K // tiles.multiple) * tiles.multiple
+        depth = (tiles.depth_back or tiles.depth) if back else tiles.depth
+        pieces = self.KP // depth if self.held else 0
+        self.module = kernels(cell, "portable" if interpreted() else "ptx", str(pre.dtype)[6:] if pre.element_size() == 2 else "", pieces)
         self.programs = self.KP // self.columns
         self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
         self.RT = self.groups // self.E * self.rows
         self.most = max(1, multiprocessors(pre.device) // self.programs)
-        self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], self.most, dtype=torch.int32, device=pre.device)
+        each = self.most * (1 + self.programs) * large_held_source.LINE if self.held else self.most
+        self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], each, dtype=torch.int32, device=pre.device)
         self.passes = 0
         self.constants: dict[str, Any] = {
             "E": self.E, "K": self.K, "KP": self.KP, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None,
             **self.of_products(self.module.tl), "BM": self.rows, "BN": self.columns,
-            "BK": self.columns if back and pre.dtype == torch.float16 else tiles.depth_back or tiles.depth if back else tiles.depth, "STAGES": tiles.stages,
+            "BK": self.columns if back and pre.dtype == torch.float16 and not self.held else depth, "STAGES": tiles.stages,
             "num_warps": tiles.warps_back or tiles.warps if back else tiles.warps, "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
@@ -191,8 +233,13 @@ class _Problem(launch.Solve):
         """What programs of a team exchange, of even and odd steps: zero where rows and channels are filled up."""
         return torch.zeros(2, *shape, self.RT, self.E * self.KP, dtype=self.product, device=self.pre.device)
 
-    def walk(self, kernel: Any, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
+    def summed(self) -> Tensor:
+        """What programs that share columns exchange."""
+        return self.h0.new_empty(large_source.padded(len(self.dense.products)), self.RT, self.E * self.KP)
+
+    def walk(self, name: str, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
         """A pass in one launch, or, in the interpreter, phase by phase."""
+        kernel = getattr(self.module, f"{name}_held" if self.held else name)
         at, plan, groups = self.at, self.plan, self.groups_finish if finish else self.groups
         begin = -plan.burn_in if first else 0
         sizes = (self.T, plan.length, plan.slices, self.B, self.RT, at.batch, at.time, at.projection, at.se, plan.burn_in)
@@ -204,8 +251,8 @@ class _Problem(launch.Solve):
             kernel[(teams * self.programs,)](*tensors, counter, begin, teams, *sizes, **constants)
             return
         end = (plan.slices - int(self.bad.min())) * plan.length if finish else plan.length
-        levels = range(len(self.dense.levels))
-        phases = [(begin, -1), *((it, l) for it in range(begin, end) for l in (reversed(levels) if self.back else levels))]
+        levels = list(reversed(range(len(self.dense.levels)))) if self.back else list(range(len(self.dense.levels)))
+        phases = [(begin, -1), *((it, l) for it in range(begin, end) for l in ([0, 1] if self.held and self.back else levels))]
         for it, mode in phases:
             constants = {**self.constants, "FIRST": first, "FINISH": finish, "MODE": mode}
             kernel[(groups * self.programs,)](*tensors, counter, it, groups, *sizes, **constants)
@@ -233,15 +280,15 @@ def forward(
         p.at.tensor, p.rec, forward_tiles(dense, mat, p.KP, p.columns, p.product), p.h0, p.reset, emitted, kept, p.begins, p.ends,
         p.products, p.nearby, p.todo, p.bad, final, p.shared(len(dense.operands)), p.per_slice(len(dense.products)) if several else p.ends,
     )  # fmt: skip
-    p.walk(p.module.walk, tensors, first=True)
+    p.walk("walk", tensors, first=True)
     if n == 1:
         return emitted, kept, p.ends[:, 0]
     stats = (launch._counters(pre.device) if layer is None else layer.counters)[:SLOTS]
     for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
         p.module.correct[p.E, p.B](*p.measures, p.todo, p.bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-        p.walk(p.module.walk, tensors)
+        p.walk("walk", tensors)
     p.module.certify[p.E, p.B](*p.measures, p.bad, final, stats, *p.chain, **p.chain_constants)
-    p.walk(p.module.walk, tensors, finish=True)
+    p.walk("walk", tensors, finish=True)
     return emitted, kept, final
 
 
@@ -259,7 +306,10 @@ def backward(
     products, operands = launch._known(p, before, kept, starts, True)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
-    d_prod = before.new_empty(p.E, p.B * p.T, len(p.dense.products), p.K)
+    # gradients of inputs that are the products' cotangents, in their order, lie as these do: one is the other
+    same = p.E == 1 and pre.dim() == 4 and to.tensor.data_ptr() == d_whole.data_ptr() and d_whole.is_contiguous()
+    same = same and launch.facts(cell).as_inputs == list(range(pre.shape[2])) == list(range(Q))
+    d_prod = d_whole.view(1, p.B * p.T, Q, p.K) if same else before.new_empty(p.E, p.B * p.T, Q, p.K)
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     with_kept, scaled = d_kept is not None and p.S > 1, pre.dtype == torch.float16
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
@@ -268,23 +318,24 @@ def backward(
     tensors = (
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
-        p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.per_slice(len(dense.operands)) if several else p.ends,
+        p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
         to.batch, to.time, to.projection, to.se, with_kept, scaled,
     )  # fmt: skip
-    p.walk(p.module.walk_back, tensors, first=True)
+    p.walk("walk_back", tensors, first=True)
     if n > 1:
         stats = (launch._counters(pre.device) if layer is None else layer.counters)[SLOTS:]
         for k in range(min(launch.CORRECTIONS[pre.element_size()], n - 1)):
             p.module.correct_back[p.E, p.B](*p.measures, p.todo, p.bad, stats, float(k + 1), *p.chain, **p.chain_constants)
-            p.walk(p.module.walk_back, tensors)
+            p.walk("walk_back", tensors)
         p.module.certify_back[p.E, p.B](*p.measures, p.bad, d_h0, stats, *p.chain, **p.chain_constants)
-        p.walk(p.module.walk_back, tensors, finish=True)
+        p.walk("walk_back", tensors, finish=True)
     else:
         d_h0 = p.ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write
         d_whole.copy_(to.tensor.view(d_whole.shape))
-    d_rec = partial.sum((0, 1))
-    for r in range(p.rec.shape[0]):
-        if (of := large_source.bias_of(dense, r)) is not None:
-            d_rec[r] = d_whole[:, :, of].flatten(2).sum((0, 1), dtype=torch.float32)
+    d_rec, biases = partial.sum((0, 1)), {r: large_source.bias_of(dense, r) for r in range(p.rec.shape[0])}
+    if any(of is not None for of in biases.values()):
+        sums = d_whole.sum((0, 1), dtype=torch.float32).flatten(1)
+        for r, of in biases.items():
+            d_rec[r] = sums[of] if of is not None else d_rec[r]
     return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0

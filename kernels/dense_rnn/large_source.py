@@ -77,7 +77,15 @@ def head(w: Writer, name: str, own: str, back: bool) -> None:
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
     w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
     w.put(1, "team = tl.program_id(0) // C", "c = tl.program_id(0) % C", "k = c * BN + tl.arange(0, BN)", "inside = (k < K)[None, :]")
-    w.put(1, "ks = tl.arange(0, BK)", "meetings = 0", "if FINISH:", "    groups = E * tl.cdiv(B, BM)", "else:")
+    w.put(
+        1,
+        "ks = tl.arange(0, BK)",
+        "meetings = 0",
+        "exchanges = 0" if name == "walk_back_held" else "",
+        "if FINISH:",
+        "    groups = E * tl.cdiv(B, BM)",
+        "else:",
+    )
     w.put(2, "groups = E * tl.cdiv(B * n, BM)")
     w.put(1, "for group in tl.range(team, groups, teams, num_stages=1):")
     w.put(2, "e = group % E", "rows = (group // E) * BM + tl.arange(0, BM)", "d = (e * K + k)[None, :]", "low = tl.zeros_like(rows)")
@@ -150,10 +158,10 @@ def _multiply(w: Writer, indent: int, level: int) -> None:
         w.put(indent, "for at_ in tl.range(0, KP, BK, num_stages=STAGES):")
         w.put(indent + 1, f"sums = tl.dot(tl.load(u_ + at_), tl.load(m_ + at_ * ({M} * BN)), sums, input_precision=PRECISION)")
         names = [f"p{mine[m]}" if m < len(mine) else f"spare{m}_" for m in range(M)]
-        w.put(indent, *_apart(names))
+        w.put(indent, *apart(names))
 
 
-def _apart(names: list[str]) -> list[str]:
+def apart(names: list[str]) -> list[str]:
     """Takes columns that lie side by side, matrix by matrix, apart."""
     if len(names) == 1:
         return [f"{names[0]} = sums"]
@@ -191,9 +199,9 @@ def _fresh(w: Writer, indent: int) -> None:
     w.put(indent, *(f"P{i}{j} = tl.zeros((BM, BN), tl.float32) + {float(i == j)}" for i, j in w.tracked))
 
 
-def near(w: Writer, indent: int, values: str, back: bool) -> None:
-    """The largest values near the slice's end, which are kept in memory, as few steps need them."""
-    w.put(indent, "if not FINISH:", "    if it >= tl.maximum(SLICE - NEAR, 0):")
+def near(w: Writer, indent: int, values: str, back: bool, it: str = "it") -> None:
+    """The largest values near the slice's end, which are kept in memory, as few steps need them. it: the step."""
+    w.put(indent, "if not FINISH:", f"    if {it} >= tl.maximum(SLICE - NEAR, 0):")
     passed = "origin - t" if back else "t - origin"
     w.put(indent + 2, f"more = all_ & (({passed} > 0) & ({passed} > SLICE - NEAR))[:, None]")
     for i in w.S:

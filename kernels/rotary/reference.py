@@ -13,12 +13,12 @@ def frequencies(K: int, theta: float, device: torch.device, dtype: torch.dtype =
 
 def rotate(x_BHTK: Tensor, positions_T: Tensor, theta: float, frequencies_J: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """Rotary position embedding (Su et al. 2021) in the half-split layout of Llama; angles in fp32, each rounded as in transformers: far out,
-    another rounding of the frequencies is another angle."""
+    another rounding of the frequencies is another angle. Positions and frequencies may be of rows, (B, 1, T) and (B, 1, T, J)."""
     inner = torch.float64 if x_BHTK.dtype == torch.float64 else torch.float32
     turns = frequencies(x_BHTK.shape[-1], theta, x_BHTK.device, inner) if frequencies_J is None else frequencies_J.to(inner)
-    angle = positions_T.to(inner)[:, None] * turns
+    angle = positions_T.to(inner)[..., None] * turns
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    J = turns.shape[0]
+    J = turns.shape[-1]
     x = x_BHTK.to(inner)
     a, b = x[..., :J], x[..., J : 2 * J]
     return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * J :]], -1).to(x_BHTK.dtype)

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from data.errors import UserError
 from kernels import decode_step
 from kernels.linear import linear, linears
 from kernels.rotary import rotary
@@ -99,6 +100,8 @@ class Mixer(SequenceMixer):
         plain_rope = config.rope_fraction == 1 and not config.rope_scaling  # theta alone says it all
         self.scaled = None if plain_rope else Rope(int(self.K * config.rope_fraction), config.rope_theta, config.rope_scaling or {})
 
+        self.dynamic = self.scaled if self.scaled is not None and self.scaled.kind == "dynamic" else None
+
     def _new_norm(self, heads: int) -> RMSNorm | None:
         c, width = self.config, self.K if self.config.qk_norm_over == "head" else heads * self.K
         return RMSNorm(width, c.qk_norm_eps, centred=c.qk_norm_centred) if c.qk_norm else None
@@ -133,14 +136,30 @@ class Mixer(SequenceMixer):
         }  # fmt: skip
 
     def why_not_split(self, T: int = 1 << 62) -> str:
-        dynamic = self.scaled is not None and self.scaled.kind == "dynamic"
-        return "dynamic rotary positions depend on the length of the whole sequence" if dynamic else ""
+        return "dynamic rotary positions depend on the length of the whole sequence" if self.dynamic is not None else ""
 
     def turned(self, positions_T: Tensor) -> tuple[float, Tensor | None, float]:
         """(theta, frequencies or None for theta's, a factor) with which `rotary` turns queries and keys at these positions."""
         if self.scaled is None:
             return self.config.rope_theta, None, 1.0
         return self.config.rope_theta, self.scaled.frequencies(positions_T), self.scaled.scale
+
+    def _turns(self, seen: int, T: int, documents: Documents | None, device: torch.device) -> tuple[Tensor, float, Tensor | None, float]:
+        """What `rotary` turns T tokens behind `seen` by. Dynamic positions are counted and stretched by the document, as if it were alone; the first of
+        the cache may have begun before what a window left of it."""
+        positions_T = torch.arange(seen, seen + T, device=device)
+        if self.dynamic is None or documents is None:
+            return positions_T, *self.turned(positions_T)
+        begins_BT, ends_BT = (bound[:, -T:] if T else bound[:, :0] for bound in documents.bounds())
+        gone = seen + T - documents.segments_BL.shape[1]
+        if gone and self.config.window and seen + T > self.dynamic.scaling["original_max_position_embeddings"]:
+            raise UserError(
+                "Dynamic rotary positions stretch with a document's length, which a window forgets where rows hold several documents or are padded; "
+                "read one document a row, without padding."
+            )
+        before_BT = torch.where(begins_BT == 0, gone, -begins_BT)
+        places_BT = torch.arange(seen - gone, seen - gone + T, device=device) + before_BT
+        return places_BT[:, None], self.config.rope_theta, self.dynamic.of_lengths(ends_BT + before_BT + 1)[:, None], 1.0
 
     def forward(
         self,
@@ -160,15 +179,15 @@ class Mixer(SequenceMixer):
             assert T == 1, "a fixed cache takes one token at a time"
             return self.o_proj(self._gated(self._fixed_attend(q_BHTK, k_BGTK, v_BGTK, state)[:, None], x_BTD)), state
         seen = state.seen if state is not None else self.slice.rank * T if self.slice is not None else 0
-        if self.config.rope:
-            positions = torch.arange(seen, seen + T, device=x_BTD.device)
-            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, *self.turned(positions))
         if state is not None:
-            k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
             segments = self._all_segments(state, segment_ids, B, T)
             documents = None if segments is None else Documents(segments)
         elif documents is None and segment_ids is not None:
             documents = Documents(segment_ids)
+        if self.config.rope:
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, *self._turns(seen, T, documents, x_BTD.device))
+        if state is not None:
+            k_BGTK, v_BGTK, room = self._joined(state, k_BGTK, v_BGTK)
         if self.slice is not None and state is None:
             y_BHTK = self.over_ranks(self.slice, q_BHTK, k_BGTK, v_BGTK, segment_ids)
         else:
@@ -216,7 +235,11 @@ class Mixer(SequenceMixer):
 
     def _fixed_attend(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, state: FixedCache) -> Tensor:
         """(B, H K) of one token, which is written into the cache."""
-        if self.config.rope:
+        if self.config.rope and self.dynamic is not None:
+            lengths_B = state.length()
+            frequencies_B11J = self.dynamic.of_lengths(lengths_B)[:, None, None]
+            q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, lengths_B[:, None, None] - 1, self.config.rope_theta, frequencies_B11J)
+        elif self.config.rope:
             positions = state.seen + state.offset
             q_BHTK, k_BGTK = rotary(q_BHTK, k_BGTK, positions, *self.turned(positions))
         mask = state.write(k_BGTK, v_BGTK, self.config.window)

@@ -1,6 +1,7 @@
 """Accuracy, then speed, of LSTMs with one large dense head on one GPU, with cuDNN's LSTM in the same run; JSON to --out, written after every part.
 
 python -m scripts.bench.large_rnn --out docs/results/dense_rnn/large.json       # a minute and a half
+python -m scripts.bench.large_rnn --held 768 --held-back 768 --shapes 0 --parts accuracy,times --widest 768     # matrices that stay on chip
 
 Every case is a process of its own with a limit of time: programs of these kernels wait for one another, so that a fault in them may hang.
 """
@@ -32,11 +33,16 @@ ACCURACY = [("dense_lstm", dtype, K) for K in (256, 768, 2048) for dtype in ("bf
 ACCURACY += [(cell, "bfloat16", 256) for cell in ("dense_gru", "dense_gru_before", "dense_elman", "slstm")]
 SHAPES = [(16, 1024, 1, 768), (16, 1024, 1, 2048), (16, 1024, 3, 256)]  # B, T, heads, channels of a head
 # of tiles tried beside those that are reckoned
-TILES: list[dict[str, int]] = [
+TILES: list[dict[str, Any]] = [
     {"depth": 64}, {"depth": 64, "warps_back": 16}, {"depth": 64, "depth_back": 128}, {"depth": 64, "depth_back": 128, "warps_back": 16},
     {"rows_back": 64, "columns_back": 64, "depth_back": 128, "warps_back": 16}, {"warps": 16},
 ]  # fmt: skip
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
+OPTIONS: dict[str, Any] = {
+    "held": large.HELD,
+    "dtype": "bfloat16",
+    "burn_in": None,
+}  # as said to this program, for those that it starts too
 
 
 def problem(name: str, B: int, T: int, E: int, K: int, gain: float = 1.0) -> tuple[Cell, list[Tensor]]:
@@ -96,16 +102,18 @@ def replayed(f: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def timed(shape: tuple[int, ...], tiles: Tiles | None, walk: bool, warm: bool) -> list[dict[str, Any]]:
-    """Milliseconds of forward, and of forward and backward with all gradients, in bf16; corrections, residual and share walked. warm: builds the
-    kernels and measures nothing."""
+def timed(
+    shape: tuple[int, ...], tiles: Tiles | None, walk: bool, warm: bool, dtype: torch.dtype = torch.bfloat16, burn_in: int | None = None
+) -> list[dict[str, Any]]:
+    """Milliseconds of forward, and of forward and backward with all gradients; corrections, residual and share walked. warm: builds the kernels and
+    measures nothing."""
     B, T, E, K = shape
     cell, (pre, rec, mat, h0) = problem("dense_lstm", B, T, E, K)
-    given = [pre.bfloat16(), rec, mat, h0]
-    d_emitted, d_final = torch.randn(B, T, E * K, device="cuda").bfloat16(), torch.zeros_like(h0)
+    given = [pre.to(dtype), rec, mat, h0]
+    d_emitted, d_final = torch.randn(B, T, E * K, device="cuda").to(dtype), torch.zeros_like(h0)
     rows = []
     for slices in (None, 1) if walk else (None,):
-        plan, back = (Plan.of(cell, given[0], K, slices, tiles=tiles, back=back) for back in (False, True))
+        plan, back = (Plan.of(cell, given[0], K, slices, burn_in, tiles, back) for back in (False, True))
         launch.last_report()
         solved(cell, given, None, d_emitted, d_final, plan, back)
         report, repeats = launch.last_report(), 5
@@ -114,7 +122,7 @@ def timed(shape: tuple[int, ...], tiles: Tiles | None, walk: bool, warm: bool) -
         forward = milliseconds(replayed(functools.partial(large.forward, cell, *(*given, None, plan))), repeats)
         both = milliseconds(replayed(functools.partial(solved, cell, given, None, d_emitted, d_final, plan, back)), repeats)
         rows.append(
-            {"shape": shape, "tiles": str(plan.tiles), "slices": plan.slices, "slices_backward": back.slices, "forward_ms": forward,
+            {"shape": shape, "dtype": str(dtype), "tiles": str(plan.tiles), "burn_in": plan.burn_in, "slices": plan.slices, "slices_backward": back.slices, "forward_ms": forward,
              "forward_backward_ms": both, **report}
         )  # fmt: skip
     return rows
@@ -172,16 +180,19 @@ def job(words: list[str]) -> list[dict[str, Any]]:
     shape = SHAPES[int(words[1])]
     if words[0] == "cudnn":
         return cudnn(shape)
-    cell, given = load_cell("dense_lstm"), torch.empty(1, 1, 4, shape[3], dtype=torch.bfloat16)
+    dtype = getattr(torch, OPTIONS["dtype"])
+    cell, given = load_cell("dense_lstm"), torch.empty(1, 1, 4, shape[3], dtype=dtype)
     tiles = Tiles.of(cell, given, shape[3])
     if len(words) > 2:
         tiles = replace(tiles, **TILES[int(words[2])])
-    return timed(shape, tiles, len(words) == 2, words[0] == "warm")
+    burn_in = OPTIONS["burn_in"]
+    return timed(shape, tiles, len(words) == 2 and burn_in is None, words[0] == "warm", dtype, burn_in)
 
 
 def apart(*words: object, seconds: float = 70) -> list[dict[str, Any]]:
     """`job` in a process of its own. Raises RuntimeError with the end of what it said, if it failed or took too long."""
     command = [sys.executable, "-m", "scripts.bench.large_rnn", "--job", *map(str, words)]
+    command += [word for name, value in OPTIONS.items() if value is not None for word in (f"--{name.replace('_', '-')}", str(value))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired as late:
@@ -201,8 +212,14 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which of the shapes, by number")
     parser.add_argument("--widest", type=int, default=2048, help="channels of a head up to which accuracy is measured")
     parser.add_argument("--stages", type=int, default=0, help="a head of so many channels, call by call, in 16 bits; nothing else")
+    parser.add_argument("--held", type=int, default=large.HELD, help="channels up to which matrices stay on chip forwards, where they can")
+    parser.add_argument("--held-back", type=int, default=large.HELD_BACK, help="the same backwards")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"], help="in which times are taken")
+    parser.add_argument("--burn-in", type=int, help="steps, of the times over slices")
     parser.add_argument("--job", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    OPTIONS.update(held=arguments.held, held_back=arguments.held_back, dtype=arguments.dtype, burn_in=arguments.burn_in)
+    large.HELD, large.HELD_BACK = arguments.held, arguments.held_back
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here.")
     if arguments.job:

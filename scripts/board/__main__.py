@@ -83,7 +83,8 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
         raise UserError(f"Say first what is to be done: {', '.join(ACTIONS)}{said}.")
 
     def chosen(values: dict[str, Any]) -> list[str]:
-        from scripts.board.plan import BOARDS, STAGES, rows_of
+        from scripts.board.cells import BOARDS
+        from scripts.board.plan import STAGES, rows_of
 
         problems = []
         values["stages"] = [s.strip() for s in values["stages"].split(",") if s.strip() not in ("", "all")] or list(STAGES)
@@ -110,9 +111,9 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
     return words[0], parse_arguments(words[1:], DEFAULTS, chosen)
 
 
-def run(values: dict[str, Any]) -> None:
-    """Runs what is pending, and what follows from its results, until nothing is left or time is up."""
-    from scripts.board.queue import make_plan, pending
+def run(values: dict[str, Any]) -> int:
+    """Runs what is pending, and what follows from its results, until nothing is left or time is up; 1 where a cell failed."""
+    from scripts.board.queue import failed, make_plan, pending
     from scripts.board.work import run_all
 
     begin(values)
@@ -122,6 +123,9 @@ def run(values: dict[str, Any]) -> None:
     run_all(values)
     cells, _ = pending(values, plan)
     print(f"{len(cells)} cells are left of those known so far" if cells else "All cells known so far are finished.")
+    if lost := failed(values):
+        print(f"Failed: {', '.join(lost)}; {Path(values['out']) / 'attempts.jsonl'} says why, and the same command tries again.")
+    return int(bool(lost))
 
 
 def begin(values: dict[str, Any]) -> None:
@@ -169,7 +173,8 @@ def again(values: dict[str, Any]) -> int:
 def show(values: dict[str, Any]) -> None:
     """Prints the models, their counts, and the cells by stage."""
     from scripts.board.architectures import ARCHITECTURES, WAITING, counts
-    from scripts.board.plan import BOARDS, STAGES
+    from scripts.board.cells import BOARDS
+    from scripts.board.plan import STAGES
     from scripts.board.queue import make_plan
     from scripts.board.results import read
 
@@ -223,7 +228,7 @@ def main(words: list[str]) -> int:
 
         export_cells(values)
     else:
-        run(values)
+        return run(values)
     return 0
 
 

@@ -30,11 +30,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sentence; negative: whether it is a null or goes against what was expected; known: whether there is a result at all."""
+    """A sentence; negative: whether it is a null or goes against what was expected; known: whether there is a result at all. Of a difference also what it
+    is about, its stage, the interval that decides, and what that says in a word or two."""
 
     text: str
     negative: bool
     known: bool = True
+    about: str = ""
+    stage: str = ""
+    value: Interval | None = None
+    verdict: str = ""
 
 
 def _label(row: str) -> str:
@@ -132,10 +137,11 @@ def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
             if found.n > 2:  # two say nothing of how seeds differ
                 needed = seeds_each(one, other, NARROW) if found is every else found.seeds_for(NARROW)
                 wide += f" (as they differ here, about {needed} seeds{' of each row' if found is every else ''} make it so narrow)"
-        return Answer(f"{said}: no difference is shown{wide}.", True)
+        return Answer(f"{said}: no difference is shown{wide}.", True, True, question.about, stage, found, "no difference shown")
     better = "better" if found.mean < 0 else "worse"
     against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)
-    return Answer(f"{said}: {better}{', against what was expected' if against else ''}.", against or found.mean > 0)
+    better += ", against what was expected" if against else ""
+    return Answer(f"{said}: {better}.", against or found.mean > 0, True, question.about, stage, found, better)
 
 
 def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
@@ -186,18 +192,31 @@ def tokens_to_equal(rows: Rows, stage: str = "pass") -> list[Answer]:
 LEARNT = 0.9  # accuracy at the training length from which a probe counts as learnt
 
 
+PROBES = {"mqar": "MQAR", "parity": "Parity", "word_problems3": "The word problem of S3", "word_problema5": "The word problem of A5"}
+
+
+def _probed(rows: Rows, task: str) -> tuple[dict[str, tuple[float, float]], list[str], list[str]]:
+    """(best accuracy of a seed at the training length and at four times it by row, rows that learn a probe, those that keep it there)."""
+    scores = {row: list(found["probe"][task].values()) for row, found in rows.items() if task in found.get("probe", {})}
+    best = {row: max((seed[0]["accuracy"], seed[-1]["accuracy"]) for seed in seeds) for row, seeds in scores.items()}
+    learnt = [row for row, (first, _) in best.items() if first >= LEARNT]
+    return best, learnt, [row for row in learnt if best[row][1] >= LEARNT]
+
+
+def probe_counts(rows: Rows) -> list[tuple[str, int, int, int]]:
+    """(probe, rows that learn it, that keep it at four times the length, that were asked) of each probe that was asked."""
+    each = [(title, *_probed(rows, task)) for task, title in PROBES.items()]
+    return [(title, len(learnt), len(kept), len(best)) for title, best, learnt, kept in each if best]
+
+
 def probe_answers(rows: Rows) -> list[Answer]:
     """Of each probe, which rows learn it, and which of those keep it at four times the length."""
     made = []
-    for task in ("mqar", "parity", "word_problems3", "word_problema5"):
-        scores = {row: list(found["probe"][task].values()) for row, found in rows.items() if task in found.get("probe", {})}
-        if not scores:
+    for task, name in PROBES.items():
+        best, learnt, kept = _probed(rows, task)
+        if not best:
             continue
-        best = {row: max((seed[0]["accuracy"], seed[-1]["accuracy"]) for seed in seeds) for row, seeds in scores.items()}
-        learnt = [row for row, (first, _) in best.items() if first >= LEARNT]
-        kept = [row for row in learnt if best[row][1] >= LEARNT]
         others = "; ".join(f"{_label(row)} {100 * first:.0f} %" for row, (first, _) in best.items() if row not in learnt)
-        name = {"mqar": "MQAR", "parity": "Parity"}.get(task, f"The word problem of {task[-2:].upper()}")
         said = f"{name}, of {len(best)} rows: " + (f"learnt by {'; '.join(map(_label, learnt))}" if learnt else "learnt by none")
         said += f" (at four times the length too: {'; '.join(map(_label, kept)) or 'none'})" if learnt else ""
         made.append(Answer(said + (f"; not by {others}." if others else "."), not learnt))

@@ -81,10 +81,11 @@ def _rows() -> list[Architecture]:
     kinds = RECURRENT | {name: label for name, (label, _) in DENSE.items() if name not in WAITING}
     rows = [Architecture("transformer", "Transformer", ("attention",))]
     rows += [Architecture(name, label, (name,), bare=name == "mamba2") for name, label in kinds.items()]
-    rows += [Architecture(f"{name}_hybrid", f"{label} 3:1 attention", (name,) * 3 + ("attention",)) for name, label in kinds.items()]
+    short = kinds | {"gdn": "GDN"}
+    rows += [Architecture(f"{name}_hybrid", f"{label} hybrid", (name,) * 3 + ("attention",)) for name, label in short.items()]
     for base in ("mamba2", "gdn"):
         for one in ("paragru", *(name for name in ("dense_lstm", "m2rnn") if name in kinds)):
-            layers, label = (base,) * 3 + ("attention",), f"{kinds[base]} 3:1 attention, one {kinds[one]}"
+            layers, label = (base,) * 3 + ("attention",), f"{short[base]} hybrid, one {kinds[one]}"
             rows.append(Architecture(f"{base}_hybrid_{one}", label, layers, one, of=f"{base}_hybrid"))
     named = {row.name: row for row in rows}
     for name in ("transformer", "mamba2", "gdn", "paragru"):

@@ -91,7 +91,9 @@ def identity(data: str | Path, tokens: int | None = None) -> dict[str, Any]:
             shards.append(shard["sha256"])
             there += shard["tokens"]
     if tokens is not None and there < tokens:
-        raise UserError(f"{data} holds {there:,} training tokens of the {tokens:,} that are asked for; prepare more text, or lower span.")
+        raise UserError(
+            f"{data} holds {there:,} training tokens of the {tokens:,} that are asked for; prepare more text, or name the stages that need less with stages=."
+        )
     held_out = [shard["sha256"] for shard in meta["splits"]["valid"]["shards"]]
     return {"tokenizer": meta["tokenizer_sha256"], "train": shards, "held_out": held_out}
 

@@ -13,16 +13,19 @@ from typing import Any
 
 from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
-from scripts.board.page import RATES, log_text, page_text
-from scripts.board.plan import BOARDS, GRID_SHARE, MOST_RATES, PROTOCOL, SHARE0, Board
+from scripts.board.cells import BOARDS, PROTOCOL, Board, tokens_of
+from scripts.board.details import details_text, log_text
+from scripts.board.page import page_text
 from scripts.board.plots import plots
+from scripts.board.rates import MOST_RATES, said
 from scripts.board.results import Result, attempts, final_loss, gather, gather_again
+from scripts.board.tables import RATES
 from training.cost.flops import peak_flops
 from training.errors import UserError
 
 
 def draw(values: dict[str, Any]) -> None:
-    """Writes board.json, README.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
+    """Writes README.md, details.md, log.md and the plots into the page's folder. Raises UserError where there is nothing to draw."""
     page, out = Path(values["page"]), Path(values["out"])
     every = gather(out, page)
     if not every:
@@ -38,6 +41,7 @@ def draw(values: dict[str, Any]) -> None:
     found |= {"cards": [path.name for path in cards], "passkey": any("passkey" in path.read_text() for path in cards)}
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
+    write_bytes(page / "details.md", details_text(found).encode())
     write_bytes(page / "log.md", log_text(found).encode())
     print(f"{page / 'README.md'}: {len(every)} cells")
 
@@ -68,14 +72,8 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         for r in every
         if r.content["settings"]["protocol"] < PROTOCOL and r.content["row"] in ARCHITECTURES and r.bits_per_byte is not None
     ]
-    tokens = {
-        "stage0": int(SHARE0 * board.tokens),
-        "stage1": board.grid_span - board.T,
-        "grid": int(GRID_SHARE * board.tokens),
-        "pass": board.tokens,
-    }
-    tokens["leaders"] = board.leaders_tokens
-    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1]
+    tokens = {stage: tokens_of(board, stage) for stage in ("stage0", "stage1", "grid", "pass", "leaders")}
+    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1 and not said(r.content)]
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
         "protocol": PROTOCOL,
@@ -127,7 +125,8 @@ def _row(mine: list[Result]) -> dict[str, Any]:
                 continue
         if stage in RATES:
             row[RATES[stage]].append(
-                {"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, **_held(content)}
+                {"lr": settings["lr"], "bits_per_byte": result.bits_per_byte, "diverged": result.diverged, "behind": said(content)}
+                | _held(content)
             )
         elif stage in ("pass", "leaders"):
             row[stage][seed] = _text_cell(result)
@@ -167,7 +166,7 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
     for key in [key for key in rows[name] if key.startswith("time")]:
         other = ARCHITECTURES[name].of if key == "time1" else key.partition("_of_")[2]
         speeds = [rows.get(row, {}).get("speed", {}).get("tokens_per_s") for row in (name, other)]
-        tokens = {"time0": int(SHARE0 * board.tokens), "time1": board.grid_span - board.T}.get(key.split("_")[0], board.tokens)
+        tokens = tokens_of(board, {"time0": "stage0", "time1": "stage1"}.get(key.split("_")[0], "pass"))
         steps = int(round(speeds[0] / speeds[1], 2) * tokens) // (board.rows * board.T) if all(speeds) else None
         stale = [seed for seed, cell in rows[name][key].items() if cell["of_steps"] != steps]
         for seed in stale:
@@ -177,7 +176,7 @@ def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) 
 
 
 def _tried(mine: list[Result], stage: str) -> dict[float, float]:
-    """Bits per byte of seed 0 by rate; infinite where it diverged."""
+    """Bits per byte of seed 0 by rate; infinite where it diverged or was outrun."""
     cells = [r for r in mine if r.content["stage"] == stage and not r.content["settings"]["seed"]]
     return {r.content["settings"]["lr"]: math.inf if (loss := final_loss(r, r.content["settings"])) is None else loss for r in cells}
 

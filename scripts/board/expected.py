@@ -62,7 +62,9 @@ def collapsed(rows: Rows) -> str:
                 if row != "transformer":
                     others.setdefault(v[0].split(":")[0], []).append(_label(row))
             told = [
-                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}" if said == "holds" else f"{'; '.join(labels)} {said}"
+                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}"
+                if said == "holds"
+                else f"{'; '.join(labels)} {said if len(labels) == 1 else said.replace('degrades', 'degrade').replace('collapses', 'collapse')}"
                 for said, labels in sorted(others.items())
             ]
             rest = f"; of the {len(seen) - 1} others: {', '.join(told)}" if others else ""
@@ -132,4 +134,4 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
 def expectation_lines(rows: Rows) -> list[str]:
     """The page's table of them."""
     lines = ["| expected before any result | what came out, bits per byte |", "|---|---|"]
-    return lines + [f"| {expected} | {'; '.join(said) or OPEN} |" for expected, said in expectations(rows)]
+    return lines + [f"| {expected} | {'<br>'.join(said) or OPEN} |" for expected, said in expectations(rows)]

@@ -19,8 +19,8 @@ from models.hub.card import Evaluation
 from models.hub.export import export
 from scripts.board.answers import bits
 from scripts.board.draw import collect
-from scripts.board.page import STAGE_NAMES
 from scripts.board.results import Result, attempts, every, interval
+from scripts.board.tables import STAGE_NAMES
 from training.errors import UserError
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -210,11 +210,14 @@ class Learner:
         """The record that `save` was given last, everything set back to that moment; None where there is no such file of these settings."""
         if not path.exists():
             return None
-        with safe_open(path, "pt") as file:
-            record = json.loads(file.metadata()["record"])
-            if record.pop("settings") != json.loads(json.dumps(self.settings)):
-                return None
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            with safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["record"])
+                if record.pop("settings") != json.loads(json.dumps(self.settings)):
+                    return None
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is cut off or no saved cell; delete it, and the cell begins anew.") from error
         with self.trainer.here(), torch.no_grad():
             self._restore(tensors)
         self.done = record.pop("done")

@@ -18,6 +18,7 @@ TEN = (*DECISIVE0, *PLAIN, *RECURRENT)
 MUON = tuple(f"{row}_muon" for row in DECISIVE0)
 MUON_TIME_SEEDS = 7  # of the hybrid under Muon at equal time
 MORE_SEEDS = {"twenty": ("stage0", 5, 20), "ten": ("stage0", SEEDS, 10), "five": ("stage1", SEEDS, DECISIVE_SEEDS)}
+ONE_BY_ONE = ("paragru", "paralstm", "gdn", "gdn_hybrid_dense_lstm", "deltaproduct", "paragru_hybrid", "dense_lstm")
 ORDER = (
     ("stage0", DECISIVE0),
     ("stage0", PLAIN),
@@ -33,10 +34,8 @@ ORDER = (
     ("ten", MUON),
     ("speed", (*MUON, *PLAIN, *RECURRENT, "transformer_muon")),
     ("time0", MUON),
-    ("stage1", ("gdn", "paragru")),
-    ("stage1", ("paralstm", *DECISIVE0)),
+    *(("stage1", (row,)) for row in ONE_BY_ONE),
     ("probe", (*PLAIN, *RECURRENT, *DECISIVE0)),
-    ("stage1", ("deltaproduct", "dense_lstm")),
     ("stage0", ("m2rnn", "slstm")),
     ("five", DECISIVE0[:2]),
     ("stage1", ("transformer_muon",)),
@@ -52,6 +51,8 @@ ORDER = (
     ("stage1", MUON),
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
+NO_STAGE0 = ("paragru_hybrid",)  # rows whose stage 1 begins with the grid's two upper rates, as they have no stage 0 (protocol.md)
+LEADING_ROWS = 8  # of architectures with SEEDS seeds that a stage needs to lead the page
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
 MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
 READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate

@@ -1,84 +1,31 @@
-"""The plan of the board: which cells there are, in which order, and what decides the result of each.
+"""The plan of the board: which cells there are (scripts/board/cells.py), and in which order.
 
-A cell's settings hold all that its number depends on but the code and the device; a result counts as long as its settings are the plan's. The plan grows
-with the results: a row's best rate in stage 1 or on the grid decides its cells of the full pass, a best rate at the edge asks for another rate, the leaders are
-known when the full pass is. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, at stage 0's rates with four times as many,
-each with its cells of equal time (time0, time1); then grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and rate.
+The plan grows with the results: a row's best rate in stage 1 or on the grid decides its cells of the full pass, a best rate at the edge asks for another
+rate, the leaders are known when the full pass is. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, with four times as
+many, each with its cells of equal time (time0, time1); then grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and
+rate.
 """
 
 from __future__ import annotations
 
-import functools
+import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.fields import nearest
-from scripts.board.architectures import ARCHITECTURES, SIZES, model_config, update_of
-from scripts.board.corpus import identity, training_tokens
-from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, ORDER, SEEDS
+from scripts.board import rates as trying
+from scripts.board.architectures import ARCHITECTURES, SIZES
+from scripts.board.cells import BOARDS, LEADERS, SHARE0, TASKS, Cells
+from scripts.board.corpus import training_tokens
+from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, NO_STAGE0, ORDER, SEEDS
 from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
 from training.errors import UserError
 
 STAGES = ("stage0", "time0", "stage1", "time1", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
-PROTOCOL = 3  # raise it when a number of the protocol changes: earlier results then count no more
+Results = dict[str, Result]  # what is finished, by name
 
 
-@dataclass(frozen=True)
-class Board:
-    """The numbers of a size. tokens: of the full pass; the grid has a fifth of it, from the first `grid_span` tokens of the corpus, stage 0 a tenth, and
-    stage 1 all of those first tokens. leaders_tokens: of the leaders' longer run. burst: steps of a timed burst. held_out_tokens: None for all."""
-
-    T: int
-    rows: int
-    tokens: int
-    span: int
-    grid_span: int
-    leaders_tokens: int
-    rates: tuple[float, ...]
-    contexts: tuple[int, ...]
-    burst: int
-    held_out_tokens: int | None
-    measured_rows: int
-    probe_steps: int
-    probe_size: str
-    vocabulary: int = 16_384
-
-
-BOARDS = {
-    "25m": Board(
-        512,
-        32,
-        60_000_000,
-        60_500_000,
-        25_000_000,
-        350_000_000,
-        (1e-3, 2e-3, 4e-3),
-        (1024, 131_072),
-        30,
-        None,
-        8,
-        2000,
-        "probe",
-    ),
-    "tiny": Board(32, 8, 25_600, 60_000, 10_100, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
-}
-BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3))
-GRID_SHARE, SHARE0, MOST_RATES, LEADERS = 0.2, 0.1, 7, 4
-TASKS: dict[str, dict[str, Any]] = {
-    "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
-    "parity": {"name": "parity"},
-    "S3": {"name": "word_problem", "group": "s3"},
-    "A5": {"name": "word_problem", "group": "a5"},
-}
-PROBE_T, PROBE_ROWS, PROBE_RATE, PROBE_LENGTHS = 64, 64, 2e-3, (1, 2, 4)
-SPEEDRUN_TARGET = 1.7  # held-out bits per byte
-
-
-class Plan:
+class Plan(Cells):
     """The cells of a size on the shards at `data`. rows: those wanted. precision: of matrix products on a GPU. speedrun: tokens
     and rate of the cells of that stage. rates_only: of stages 0 and 1 no more than chooses a rate."""
 
@@ -92,222 +39,120 @@ class Plan:
         speedrun: tuple[int, float] = (0, 0.0),
         rates_only: bool = False,
     ) -> None:
-        self.size, self.data, self.rows, self.precision, self.seeds, self.speedrun = size, data, rows, precision, seeds, speedrun
-        self.board, self.rates_only = BOARDS[size], rates_only
-        self.identities: dict[int, dict[str, Any]] = {}
+        super().__init__(size, data, precision)
+        self.rows, self.seeds, self.speedrun, self.rates_only = rows, seeds, speedrun, rates_only
 
-    def _identity(self, span: int) -> dict[str, Any]:
-        if span not in self.identities:
-            self.identities[span] = identity(self.data, span)
-        return self.identities[span]
+    # Rates
 
-    def _named(self, row: str) -> str:
-        """The row in names of cells, which are those of all sizes."""
-        return row if self.size == "25m" else f"{row}@{self.size}"
-
-    def _common(self, row: str, size: str, vocabulary: int) -> dict[str, Any]:
-        chosen = ARCHITECTURES[row]
-        return {
-            "protocol": PROTOCOL,
-            "row": row,
-            "model": _model_settings(row, size, vocabulary),
-            "optimizer": chosen.optimizer,
-            "initial": chosen.initial,
-            "precision": self.precision,
-            **update_of(chosen.optimizer),
-        }
-
-    def text(self, stage: str, row: str, tokens: int, span: int, lr: float, seed: int, note: str = "") -> Cell:
-        """A language model's training."""
-        board = self.board
-        settings = self._common(row, self.size, board.vocabulary) | {
-            "T": board.T,
-            "rows": board.rows,
-            "steps": tokens // (board.rows * board.T),
-            "span": span,
-            "lr": lr,
-            "seed": seed,
-            "held_out_tokens": board.held_out_tokens,
-            "measured_rows": board.measured_rows,
-            "data": self._identity(span),
-        }
-        return Cell(stage, f"{stage}{note}.{self._named(row)}.{lr:g}.{seed}", row, settings)
-
-    def speed(self, row: str) -> Cell:
-        board = self.board
-        cell = self.text("speed", row, board.tokens, board.grid_span, board.rates[0], 0)
-        cell.settings.update(burst=board.burst, contexts=list(board.contexts), seeds=1, logits="made again")
-        return Cell("speed", f"speed.{self._named(row)}", row, cell.settings)
-
-    def probe(self, row: str, task: str, seed: int) -> Cell:
-        settings = self._common(row, self.board.probe_size, 256) | {
-            "task": TASKS[task],
-            "T": PROBE_T,
-            "rows": PROBE_ROWS,
-            "steps": self.board.probe_steps,
-            "lr": PROBE_RATE,
-            "seed": seed,
-            "lengths": [PROBE_T * times for times in PROBE_LENGTHS],
-        }
-        return Cell("probe", f"probe.{task}.{self._named(row)}.{seed}", row, settings)
-
-    # What follows from results
-
-    def _widened(self, rates: tuple[float, ...], cell: Callable[[float], Cell], results: dict[str, Result]) -> list[Cell]:
-        """The rates tried so far and the one to try next: beyond the edge where the best lies there, at most MOST_RATES."""
-        tried, factor = list(rates), rates[1] / rates[0]
-        while True:
-            cells = [cell(lr) for lr in tried]
-            losses = [final_loss(results.get(one.name), one.settings) for one in cells]
-            if None in losses or len(tried) >= MOST_RATES:
-                return cells
-            best = losses.index(min(x for x in losses if x is not None))
-            if 0 < best < len(tried) - 1:
-                return cells
-            tried = [tried[0] / factor, *tried] if best == 0 else [*tried, tried[-1] * factor]
-
-    def _best(self, cells: list[Cell], results: dict[str, Result], run: Callable[[float, int], Cell]) -> float | None:
-        """The best rate of these cells; half of it once a cell `run(rate, seed)` at that rate has diverged. None: not known yet."""
-        losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
-        known = [loss for loss in losses if loss is not None]
-        if len(known) < len(losses):
-            return None
-        best: float = cells[known.index(min(known))].settings["lr"]
-        tried = [run(best, seed) for seed in range(DECISIVE_SEEDS)]
-        diverged = any(results[c.name].diverged for c in tried if c.name in results and results[c.name].of(c.settings))
-        return best / 2 if diverged else best
-
-    def grid(self, row: str, results: dict[str, Result]) -> list[Cell]:
-        """The rates of the full pass tried so far, at a fifth of it, and the one to try next."""
-
-        def cell(lr: float) -> Cell:
-            return self.text("grid", row, int(GRID_SHARE * self.board.tokens), self.board.grid_span, lr, 0)
-
-        return self._widened(self.board.rates, cell, results)
-
-    def rate(self, row: str, results: dict[str, Result]) -> float | None:
-        """The rate of a row's full pass: the best of stage 1, which has more tokens than the grid, where it is known there. None: not known yet."""
-        tried = self._tried1(row, results) if self.rate1(row, results) is not None else self.grid(row, results)
-        return self._best(tried, results, lambda lr, seed: self._pass_cell(row, lr, seed))
-
-    def _stage0_cell(self, row: str, lr: float, seed: int) -> Cell:
-        return self.text("stage0", row, int(SHARE0 * self.board.tokens), self.board.grid_span, lr, seed)
-
-    def _stage1_cell(self, row: str, lr: float, seed: int) -> Cell:
-        return self.text("stage1", row, self.board.grid_span - self.board.T, self.board.grid_span, lr, seed)
-
-    def _tried0(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def tried(self, stage: str, row: str, results: Results) -> list[Cell]:
+        """The rates of a row tried so far in stage 0, stage 1 or on the grid of the full pass, with seed 0, and the one to try next."""
         rates, factor = self.board.rates, self.board.rates[1] / self.board.rates[0]
-        if row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
+        if stage == "stage0" and row in MUON:  # the other rows under Muon were best at the highest of these, and worst at the lowest
             rates = tuple(rate * factor for rate in rates)
-        return self._widened(rates, lambda lr: self._stage0_cell(row, lr, 0), results)
+        elif stage == "stage1":
+            lr0 = rates[-1] if row in NO_STAGE0 else self.best_rate("stage0", row, results)
+            if lr0 is None:
+                return []
+            rates = (lr0 / 2, lr0)
+        cells = trying.widened(rates, lambda lr: self.of_stage(stage, row, lr, 0), results)
+        if stage == "stage1":  # the one nearest to the grid's middle first: where it is the best, it ends the others early
+            middle = math.log(self.board.rates[1])
+            cells.sort(key=lambda cell: abs(math.log(cell.settings["lr"]) - middle))
+        return cells
 
-    def _tried1(self, row: str, results: dict[str, Result]) -> list[Cell]:
-        lr0 = self.rate0(row, results)
-        return [] if lr0 is None else self._widened((lr0 / 2, lr0), lambda lr: self._stage1_cell(row, lr, 0), results)
+    def best_rate(self, stage: str, row: str, results: Results) -> float | None:
+        """The rate of a row in stage 0, stage 1 or the full pass, which takes the best of stage 1, as that has more tokens than the grid, where it is
+        known there. None: not known yet."""
+        where = stage
+        if stage == "pass":
+            where = "stage1" if self.best_rate("stage1", row, results) is not None else "grid"
+        tried = self.tried(where, row, results)
+        return trying.best(tried, results, lambda lr: [self.of_stage(stage, row, lr, seed) for seed in range(DECISIVE_SEEDS)])
 
-    def rate0(self, row: str, results: dict[str, Result]) -> float | None:
-        """The rate of a row in stage 0. None: not known yet."""
-        return self._best(self._tried0(row, results), results, partial(self._stage0_cell, row))
+    # Stages 0 and 1
 
-    def rate1(self, row: str, results: dict[str, Result]) -> float | None:
-        """The rate of a row in stage 1. None: not known yet."""
-        tried = self._tried1(row, results)
-        return self._best(tried, results, partial(self._stage1_cell, row)) if tried else None
-
-    @staticmethod
-    def _then_seeds(tried: list[Cell], lr: float | None, run: Callable[[float, int], Cell], seeds: int) -> list[list[Cell]]:
-        """The rates tried with seed 0, and, once the best is known, the other seeds at it."""
+    def small(self, stage: str, row: str, results: Results) -> tuple[list[Cell], list[Cell]]:
+        """A row of stage 0 or 1: (the rates tried with seed 0, the other seeds at the best one, once it is known)."""
+        tried, lr = self.tried(stage, row, results), self.best_rate(stage, row, results)
         if lr is None:
-            return [tried] if tried else []
-        rest = [run(lr, seed) for seed in range(seeds)]
-        return [[*tried, *(cell for cell in rest[:1] if cell.name not in {t.name for t in tried})], rest[1:]]
+            return tried, []
+        seeds = DECISIVE_SEEDS if stage == "stage0" and row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+        first, *rest = (self.of_stage(stage, row, lr, seed) for seed in range(seeds))
+        return [*tried, *([first] if first.name not in {cell.name for cell in tried} else [])], rest
 
-    def stage0(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 0: its rates, then the other seeds, the one that is read first."""
-        lr = self.rate0(row, results)
-        return self._then_seeds(self._tried0(row, results), lr, partial(self._stage0_cell, row), self._seeds0(row))
-
-    def stage1(self, row: str, results: dict[str, Result]) -> list[list[Cell]]:
-        """A row of stage 1: its rate of stage 0, half of it, and the next one while the best lies at an edge; then the other seeds."""
-        lr = self.rate1(row, results)
-        return self._then_seeds(self._tried1(row, results)[::-1], lr, partial(self._stage1_cell, row), self.seeds)
-
-    def more(self, which: str, row: str, results: dict[str, Result]) -> list[Cell]:
+    def more(self, which: str, row: str, results: Results) -> list[Cell]:
         """Seeds of stage 0 or 1 beyond the usual ones, once the row's rate there is known."""
         stage, first, last = MORE_SEEDS[which]
-        rate, run = (self.rate0, self._stage0_cell) if stage == "stage0" else (self.rate1, self._stage1_cell)
-        lr = rate(row, results)
-        return [] if lr is None else [run(row, lr, seed) for seed in range(first, last)]
+        lr = self.best_rate(stage, row, results)
+        return [] if lr is None else [self.of_stage(stage, row, lr, seed) for seed in range(first, last)]
 
-    def _seeds0(self, row: str) -> int:
-        return DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
-
-    def small_cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
+    def small_cells(self, results: Results, stages: list[str]) -> list[Cell]:
         """The cells of stages 0 and 1 known so far, what they are timed and asked by with them, in ORDER."""
         listed = {row for stage, group in ORDER for row in group if stage == "stage0"}
         rest = tuple(row for row in self.rows if row not in listed)
         cells: list[Cell] = []
         for stage, group in (*ORDER, ("stage0", rest)):
-            rows = [row for row in group if row in self.rows]
-            if stage in ("stage0", "stage1"):
-                parts = [(self.stage0 if stage == "stage0" else self.stage1)(row, results) for row in rows]
-                for number in range(1 if self.rates_only else 2):
-                    cells += [c for turn in self._turns([part[number] for part in parts if len(part) > number]) for c in turn]
-            elif stage in MORE_SEEDS and not self.rates_only:
-                cells += [c for turn in self._turns([self.more(stage, row, results) for row in rows]) for c in turn]
-            elif stage == "speed":
-                cells += [self.speed(row) for row in rows]
-            elif stage == "probe":
-                cells += [self.probe(row, task, 0) for task in TASKS for row in rows] if stage in stages else []
-            elif stage in ("time0", "time1"):
-                cells += [cell for row in rows for cell in (self.equal_time0 if stage == "time0" else self.equal_time1)(row, results)]
+            cells += self._group(stage, [row for row in group if row in self.rows], results, stages)
         return list({cell.name: cell for cell in cells if cell.stage in stages}.values())
 
-    def equal_time0(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def _group(self, stage: str, rows: list[str], results: Results, stages: list[str]) -> list[Cell]:
+        """An entry of ORDER."""
+        if stage in ("stage0", "stage1"):
+            rates, seeds = zip(*(self.small(stage, row, results) for row in rows)) if rows else ((), ())
+            return self._turns(list(rates)) + ([] if self.rates_only else self._turns(list(seeds)))
+        if stage in MORE_SEEDS:
+            return [] if self.rates_only else self._turns([self.more(stage, row, results) for row in rows])
+        if stage == "speed":
+            return [self.speed(row) for row in rows]
+        if stage == "probe":
+            return [self.probe(row, task, 0) for task in TASKS for row in rows] if stage in stages else []
+        equal = {"time0": self.equal_time0, "time1": self.equal_time1}[stage]
+        return [cell for row in rows for cell in equal(row, results)]
+
+    def equal_time0(self, row: str, results: Results) -> list[Cell]:
         """For a row of stage 0 with one other layer: the row it is compared with, for as many tokens as it reads in the same time, where that is more."""
         of = ARCHITECTURES[row].of
-        lr, ratio = (self.rate0(of, results), self._ratio(of, row, results)) if ARCHITECTURES[row].instead else (None, None)
+        lr, ratio = (self.best_rate("stage0", of, results), self._ratio(of, row, results)) if ARCHITECTURES[row].instead else (None, None)
         if lr is None or ratio is None or ratio <= 1.0:
             return []
-        tokens, seeds = int(ratio * SHARE0 * self.board.tokens), MUON_TIME_SEEDS if row in MUON else self._seeds0(of)
+        usual = DECISIVE_SEEDS if of in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+        tokens, seeds = int(ratio * SHARE0 * self.board.tokens), MUON_TIME_SEEDS if row in MUON else usual
         return [self.text("time0", of, tokens, self.board.grid_span, lr, seed, f"_of_{row}") for seed in range(seeds)]
 
-    def equal_time1(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def equal_time1(self, row: str, results: Results) -> list[Cell]:
         """The same in stage 1, where no more text is there: the row itself, for as many tokens as it reads in the time of the one it is compared with."""
         of = ARCHITECTURES[row].of
         ratio = self._ratio(row, of, results) if ARCHITECTURES[row].instead else None
-        lr = self.rate1(row, results)
+        lr = self.best_rate("stage1", row, results)
         if ratio is None or ratio >= 1.0 or lr is None:
             return []
-        span = self.board.grid_span
-        return [self.text("time1", row, int(ratio * (span - self.board.T)), span, lr, seed) for seed in range(self._seeds0(row))]
+        span, seeds = self.board.grid_span, DECISIVE_SEEDS if row in DECISIVE0 and self.seeds >= SEEDS else self.seeds
+        return [self.text("time1", row, int(ratio * (span - self.board.T)), span, lr, seed) for seed in range(seeds)]
 
-    def _ratio(self, one: str, other: str, results: dict[str, Result]) -> float | None:
+    def _ratio(self, one: str, other: str, results: Results) -> float | None:
         """Training tokens/s of one row over another's, each alone on the device."""
         return ratio_of_speed(results, self.speed(one), self.speed(other))
 
-    def _pass_cell(self, row: str, lr: float, seed: int) -> Cell:
-        return self.text("pass", row, self.board.tokens, self.board.span, lr, seed)
+    # The full pass
 
-    def passes(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def passes(self, row: str, results: Results) -> list[Cell]:
         """The full pass at the row's rate, a cell a seed."""
-        lr = self.rate(row, results)
+        lr = self.best_rate("pass", row, results)
         seeds = max(self.seeds, DECISIVE_SEEDS) if row in DECISIVE and self.seeds >= SEEDS else self.seeds
-        return [] if lr is None else [self._pass_cell(row, lr, seed) for seed in range(seeds)]
+        return [] if lr is None else [self.of_stage("pass", row, lr, seed) for seed in range(seeds)]
 
-    def equal_time(self, row: str, results: dict[str, Result]) -> list[Cell]:
+    def equal_time(self, row: str, results: Results) -> list[Cell]:
         """For a row with one other layer: the row it is compared with, trained for as many tokens as it reads in the same time."""
         of = ARCHITECTURES[row].of
         if not ARCHITECTURES[row].instead:
             return []
-        ratio, lr = ratio_of_speed(results, self.speed(of), self.speed(row)), self.rate(of, results)
+        ratio, lr = self._ratio(of, row, results), self.best_rate("pass", of, results)
         if ratio is None or lr is None:
             return []
         tokens = int(ratio * self.board.tokens)
         return [self.text("time", of, tokens, self.board.span, lr, seed, f"_of_{row}") for seed in range(self.seeds)]
 
-    def leaders(self, results: dict[str, Result]) -> list[Cell]:
+    def leaders(self, results: Results) -> list[Cell]:
         """The longer run of the rows with AdamW and empty states that are best after the full pass, once all of them are done."""
         means: dict[str, float] = {}
         rows = [row for row in self.rows if not ARCHITECTURES[row].of]
@@ -321,37 +166,30 @@ class Plan:
         best = sorted(means, key=means.__getitem__)[:LEADERS]
         board, cells = self.board, []
         for row in best:
-            lr = self.rate(row, results)
+            lr = self.best_rate("pass", row, results)
             assert lr is not None
             cells += [self.text("leaders", row, board.leaders_tokens, board.span, lr, seed) for seed in range(self.seeds)]
         return cells
 
-    def cells(self, results: dict[str, Result], stages: list[str]) -> list[Cell]:
+    def cells(self, results: Results, stages: list[str]) -> list[Cell]:
         """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""
-        made: dict[str, list[Cell]] = {
-            "stage0": self.small_cells(results, stages),
-            "grid": [
-                cell
-                for group in self._turns([self.grid(row, results) for row in self.rows if self.rate1(row, results) is None])
-                for cell in group
-            ],
-            "speed": [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"] if "speed" in stages else [],
-            "probe": [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
-            if "probe" in stages
-            else [],
-        }
+        made: dict[str, list[Cell]] = {"stage0": self.small_cells(results, stages)}
+        if "grid" in stages:
+            unknown = [row for row in self.rows if self.best_rate("stage1", row, results) is None]
+            made["grid"] = self._turns([self.tried("grid", row, results) for row in unknown])
+        if "speed" in stages:
+            made["speed"] = [self.speed(row) for row in self.rows if ARCHITECTURES[row].initial == "zero"]
+        if "probe" in stages:
+            made["probe"] = [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
         if {"pass", "time", "leaders"} & set(stages):
-            made["pass"] = [c for group in self._turns([self.passes(row, results) for row in self.rows]) for c in group]
+            made["pass"] = self._turns([self.passes(row, results) for row in self.rows])
             made["time"] = [cell for row in self.rows for cell in self.equal_time(row, results)]
             made["leaders"] = self.leaders(results)
         tokens, lr = self.speedrun
         if tokens and lr:
-            span = (
-                self.board.span if training_tokens(self.data) >= self.board.span else self.board.grid_span
-            )  # read again where tokens are more
-            made["speedrun"] = [
-                self.text("speedrun", row, tokens, span, lr, s, f".{tokens}") for s in range(self.seeds) for row in self.rows
-            ]
+            whole = training_tokens(self.data) >= self.board.span  # what there is is read again where tokens are more
+            span, note = self.board.span if whole else self.board.grid_span, f".{tokens}"
+            made["speedrun"] = [self.text("speedrun", row, tokens, span, lr, seed, note) for seed in range(self.seeds) for row in self.rows]
         every = [cell for stage in STAGES if stage in stages or stage == "stage0" for cell in made.get(stage, [])]
         return list({cell.name: cell for cell in every}.values())  # some of speed and probe are in ORDER too
 
@@ -360,16 +198,10 @@ class Plan:
         return [row for row in self.rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
 
     @staticmethod
-    def _turns(groups: list[list[Cell]]) -> list[list[Cell]]:
+    def _turns(groups: list[list[Cell]]) -> list[Cell]:
         """The first cells of all groups, then the second ones: what breaks off early has something of every row."""
         longest = max((len(group) for group in groups), default=0)
-        return [[group[i] for group in groups if i < len(group)] for i in range(longest)]
-
-
-@functools.cache
-def _model_settings(row: str, size: str, vocabulary: int) -> dict[str, Any]:
-    """A model's configuration as settings hold it; nobody changes it. A plan asks for it a thousand times between two cells."""
-    return model_config(row, size, vocabulary).to_dict()
+        return [group[i] for i in range(longest) for group in groups if i < len(group)]
 
 
 def rows_of(text: str) -> list[str]:
@@ -390,6 +222,6 @@ def check(size: str, data: str) -> None:
     assert size in SIZES
     if not (Path(data) / "meta.json").exists():
         raise UserError(f"{data} holds no token shards; make them with: python -m scripts.board corpus input=TEXT data={data}")
-    shards = ShardSet(Path(data), "train")
+    shards, _ = ShardSet(Path(data), "train"), ShardSet(Path(data), "valid")
     if shards.vocab_size != BOARDS[size].vocabulary:
         raise UserError(f"{data} has a vocabulary of {shards.vocab_size:,}, the board of size {size} one of {BOARDS[size].vocabulary:,}.")

@@ -11,9 +11,9 @@ from evals.report.figures import line, png, pyplot
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.order import SEEDS
-from scripts.board.page import STAGE_NAMES, shown_stages
 from scripts.board.results import Interval, interval
-from scripts.board.summary import final_stage
+from scripts.board.summary import leading
+from scripts.board.tables import STAGE_NAMES, shown_stages
 
 STAGES = tuple(STAGE_NAMES)
 
@@ -39,7 +39,7 @@ def plots(found: dict[str, Any], page: Path) -> list[str]:
 
 def stage_of(rows: dict[str, Any]) -> str:
     """The stage that is drawn: the full pass where three rows have it, or else that of the whole table."""
-    return "pass" if sum(bool(row["pass"]) for row in rows.values()) > 2 else final_stage(rows)
+    return "pass" if sum(bool(row["pass"]) for row in rows.values()) > 2 else leading(rows)
 
 
 def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:

@@ -33,7 +33,11 @@ def make_plan(values: dict[str, Any]) -> Plan:
 
 def chosen_cells(values: dict[str, Any], plan: Plan, results: dict[str, Result]) -> list[Cell]:
     """The cells asked for, of those known so far. Raises UserError for a name that the plan does not have."""
-    cells = plan.cells(results, values["stages"])
+    stages = values["stages"]
+    named = {name.split(".")[0].split("_of_")[0] for name in values["only"]}
+    if named and named <= set(stages):  # the plan of other stages may ask for more text than is at hand
+        stages = [stage for stage in stages if stage in named]
+    cells = plan.cells(results, stages)
     if values["only"]:
         names = [cell.name for cell in cells]
         unknown = [name for name in values["only"] if name not in names]
@@ -48,6 +52,11 @@ def pending(values: dict[str, Any], plan: Plan) -> tuple[list[Cell], dict[str, R
     results = read(Path(values["out"]), Path(values["page"]))
     cells = chosen_cells(values, plan, results)
     return [cell for cell in cells if not (cell.name in results and results[cell.name].of(cell.settings))], results
+
+
+def failed(values: dict[str, Any]) -> list[str]:
+    """The cells that failed in the run that ended last."""
+    return sorted(path.stem for path in (Path(values["out"]) / "taken").glob("*.failed"))
 
 
 class Queue:

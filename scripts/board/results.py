@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.files import finite, write_bytes, write_json
+from training.errors import UserError
 
 # 97.5 % quantiles of Student's t by degrees of freedom
 T975 = (
@@ -22,17 +23,22 @@ T975 = (
 )
 
 
+OUTRUN = "outrun"  # how a try at a rate ended that another rate was ahead of (scripts/board/rates.py)
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run. alone: nothing else may use the device meanwhile."""
+    """One run. rival: of a try at a rate, the finished one that ends it where it is ahead."""
 
     stage: str
     name: str
     row: str
     settings: dict[str, Any]
+    rival: Result | None = None
 
     @property
     def alone(self) -> bool:
+        """Whether nothing else may use the device meanwhile."""
         return self.stage in ("speed", "speedrun")
 
     def of_text(self) -> bool:
@@ -63,11 +69,12 @@ class Result:
 
 def every(out: Path, page: Path) -> list[Result]:
     """Every finished cell: those that the page keeps (`gather`), then those under `out`; of equal name and version of the protocol the last one."""
-    lines = [json.loads(line) for line in _lines(page / "cells.jsonl")]
+    results = [(content["name"], content["settings"]["protocol"], content) for content in _parsed(page / "cells.jsonl")]
     for path in sorted((out / "cells").glob("*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            lines.append(json.loads(path.read_text()))
-    return list({(content["name"], content["settings"]["protocol"]): Result(content["name"], content) for content in lines}.values())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # what is no result is run again
+            content = json.loads(path.read_text())
+            results.append((content["name"], content["settings"]["protocol"], content))
+    return list({(name, protocol): Result(name, content) for name, protocol, content in results}.values())
 
 
 def read(out: Path, page: Path) -> dict[str, Result]:
@@ -81,8 +88,9 @@ def gather(out: Path, page: Path) -> list[Result]:
     if found:
         write_bytes(page / "cells.jsonl", "".join(json.dumps(finite(r.content), default=str) + "\n" for r in found).encode())
     known = _lines(page / "attempts.jsonl")
-    there = [line for folder in (out, out / "again") for line in _lines(folder / "attempts.jsonl")]
-    if new := sorted((line for line in there if line not in set(known)), key=lambda line: str(json.loads(line)["at"])):
+    logs = [folder / "attempts.jsonl" for folder in (out, out / "again")]
+    there = [(str(entry["at"]), line) for log in logs for entry, line in zip(_parsed(log), _lines(log))]
+    if new := [line for _, line in sorted((entry for entry in there if entry[1] not in set(known)), key=lambda entry: entry[0])]:
         write_bytes(page / "attempts.jsonl", "".join(line + "\n" for line in [*known, *new]).encode())
     return found
 
@@ -90,7 +98,7 @@ def gather(out: Path, page: Path) -> list[Result]:
 def gather_again(out: Path, page: Path, every: list[Result]) -> list[dict[str, Any]]:
     """Takes what was run a second time under OUT/again into PAGE/again.jsonl, each compared with its first run; all of them."""
     first = {(r.name, r.content["settings"]["protocol"]): r.content for r in every}
-    runs = {(run["name"], run["protocol"], run["stops"]): run for run in map(json.loads, _lines(page / "again.jsonl"))}
+    runs = {(run["name"], run["protocol"], run["stops"]): run for run in _parsed(page / "again.jsonl")}
     for path in sorted((out / "again" / "cells").glob("*.json")):
         second = json.loads(path.read_text())
         key = (second["name"], second["settings"]["protocol"])
@@ -117,6 +125,17 @@ def _lines(path: Path) -> list[str]:
         return []
 
 
+def _parsed(path: Path) -> list[dict[str, Any]]:
+    """The file's lines. Raises UserError for one that is cut off."""
+    made = []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            made.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"Line {number} of {path} is cut off or no JSON; take it out, or bring the file back as it was.") from None
+    return made
+
+
 def keep(out: Path, cell: Cell, content: dict[str, Any]) -> None:
     """Writes a cell's result."""
     write_json(
@@ -138,11 +157,11 @@ def attempt(out: Path, cell: str, event: str, **about: Any) -> None:
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
     """The log, in order."""
-    return [json.loads(line) for line in _lines(folder / "attempts.jsonl")]
+    return _parsed(folder / "attempts.jsonl")
 
 
 def final_loss(result: Result | None, settings: dict[str, Any]) -> float | None:
-    """Held-out bits per byte of the cell with these settings; infinite where it diverged, None where it is not done."""
+    """Held-out bits per byte of the cell with these settings; infinite where it diverged or was outrun, None where it is not done."""
     if result is None or not result.of(settings):
         return None
     value = result.bits_per_byte

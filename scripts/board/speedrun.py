@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
+from scripts.board.cells import SPEEDRUN_TARGET
 from scripts.board.order import SEEDS
-from scripts.board.plan import SPEEDRUN_TARGET
 
 
 def speedrun_lines(found: dict[str, Any]) -> list[str]:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, questions, shown, sides
+from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, probe_counts, questions, shown, sides
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
-from scripts.board.order import FINAL, SEEDS, TEN
+from scripts.board.order import FINAL, LEADING_ROWS, SEEDS
 from scripts.board.results import Interval, difference, unpaired
 
 
-def final_stage(rows: Rows) -> str:
-    """The stage of most tokens in which the ten rows have SEEDS seeds or more; the one that was planned to be whole before there is one."""
-    return next((stage for stage in PREFIXES if all(len(bits(rows, row, stage)) >= SEEDS for row in TEN)), FINAL)
+def leading(rows: Rows) -> str:
+    """The stage of the page's first table: the one of most tokens in which LEADING_ROWS architectures have SEEDS seeds or more; before there is one,
+    FINAL."""
+    return next((stage for stage in PREFIXES if len(whole(rows, stage)) >= LEADING_ROWS), FINAL)
+
+
+def whole(rows: Rows, stage: str) -> list[str]:
+    """The architectures (AdamW, empty state) with SEEDS seeds or more in a stage."""
+    plain = [row for row in rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
+    return [row for row in plain if len(bits(rows, row, stage)) >= SEEDS]
 
 
 def layer_answers(rows: Rows) -> list[tuple[Question, str, Interval, int, int]]:
@@ -53,54 +60,60 @@ def layer_table(found: dict[str, Any]) -> list[str]:
 
 
 def _layers(found: dict[str, Any], at: str) -> str:
-    """Of the comparisons at equal tokens or time: which are answered to NARROW, how, and which are not."""
+    """Of the comparisons at equal tokens or time: the one of most tokens and the narrowest one of each layer."""
     mine = [entry for entry in layer_answers(found["rows"]) if entry[0].about.endswith(at)]
     if not mine:
         return f"One nonlinear layer, {at}: not answered, no pair of rows has seeds enough."
-    final, narrow, wide = final_stage(found["rows"]), [], []
-    for question, stage, value, *_ in sorted(mine, key=lambda entry: (-found["tokens"][entry[1]], entry[2].half)):
-        about = question.about.removeprefix("One layer of ").removesuffix(f", {at}")
-        where = f"{about} after {found['tokens'][stage] / 1e6:.3g}M tokens"
-        effect = f"{'worse' if value.mean > 0 else 'better'} by {abs(value.mean):.4f}" if value.decides() else "no difference shown"
-        if 2 * value.half < NARROW:
-            loose = unpaired(*sides(found["rows"], question, stage))
-            other = (
-                f"; not in pairs {loose.low:+.4f} to {loose.high:+.4f}" if loose is not None and loose.decides() != value.decides() else ""
-            )
-            narrow.append(f"{where}, {effect} ({value.low:+.4f} to {value.high:+.4f}{other})")
-        elif stage == final:
-            wide.append(f"{where}, {effect} ({2 * value.half:.3f} wide)")
-    others = len(mine) - len(narrow) - len(wide)
-    more = f" other{'s' if others > 1 else ''}," if narrow or wide else ""
-    wide += [f"{others}{more} in the table below"] if others else []
-    told = f"One nonlinear layer, {at}: " + (f"answered to {NARROW} bits per byte: {'; '.join(narrow)}. " if narrow else "")
-    return (told + (f"{'Not' if narrow else 'not'} to {NARROW}: {'; '.join(wide)}." if wide else "")).strip()
+    told = []
+    for layer in dict.fromkeys(ARCHITECTURES[entry[0].one].instead for entry in mine):
+        of_layer = [entry for entry in mine if ARCHITECTURES[entry[0].one].instead == layer]
+        most = min(of_layer, key=lambda entry: (-found["tokens"][entry[1]], entry[2].half))
+        narrowest = min(of_layer, key=lambda entry: entry[2].half)
+        each = [_layer(found, *entry) for entry in ([most] if most is narrowest else [most, narrowest])]
+        told.append(f"{ARCHITECTURES[layer].label}: {'; '.join(each)}")
+    return f"One nonlinear layer, {at}, bits per byte. " + ". ".join(told) + ". All of them: [details](details.md#one-nonlinear-layer)."
+
+
+def _layer(found: dict[str, Any], question: Question, stage: str, value: Interval, *seeds: int) -> str:
+    effect = ("worse" if value.mean > 0 else "better") if value.decides() else "no difference shown"
+    wide = "" if 2 * value.half < NARROW else f", {2 * value.half:.3f} wide"
+    where = f"{ARCHITECTURES[question.other].label}, {found['tokens'][stage] / 1e6:.3g}M tokens"
+    said = f"{effect} in the {where}, {value.mean:+.4f} ({value.low:+.4f} to {value.high:+.4f}{wide})"
+    if value.decides() and (loose := unpaired(*sides(found["rows"], question, stage))) is not None and not loose.decides():
+        said += f"; not in pairs {loose.low:+.4f} to {loose.high:+.4f}"
+    return said
+
+
+def _probes(rows: Rows) -> str:
+    """How many rows learn each probe."""
+    said = []
+    for title, learnt, kept, asked in probe_counts(rows):
+        said.append(f"{title} by {learnt} of {asked} rows" + (f", kept at four times the length by {kept}" if learnt else ""))
+    return f"Learnt at one rate by models of 0.7M parameters: {'; '.join(said)}." if said else ""
 
 
 def summary(found: dict[str, Any]) -> list[str]:
-    """The section, without its title."""
-    rows, tokens = found["rows"], found["tokens"]
-    whole = {stage: [row for row in rows if len(bits(rows, row, stage)) >= SEEDS] for stage in PREFIXES}
-    counted = [
-        f"{len(whole[s])} after {tokens[s] / 1e6:.3g}M tokens ({len(set(TEN) & set(whole[s]))} of the {len(TEN)} that the plan has first)"
-        for s in PREFIXES
-        if whole[s]
+    """The page's answers, each in a sentence or two."""
+    rows = found["rows"]
+    items = [_layers(found, "at equal tokens"), _layers(found, "at equal time")]
+    items.append(f"Past the training length, to 64 times it, {collapsed(rows)}.")
+    cost = [
+        said.replace("did not hold, ", "it costs ").replace("held, ", "nothing within 0.01, ").replace("open, ", "not known, ")
+        for said in passing(rows)
     ]
-    items = [f"Rows with {SEEDS} seeds or more: {'; '.join(counted) or 'none yet'}."]
-    items += [_layers(found, "at equal tokens"), _layers(found, "at equal time")]
-    items.append(f"Past the training length, 64 times, {collapsed(rows)}.")
-    items.append(f"What state passing costs: {'; '.join(passing(rows)) or OPEN}.")
+    items.append(f"What state passing costs, bits per byte. {'; '.join(cost) or OPEN}.")
     items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
-    items += ["Passkey was asked of a leader alone; what came out is in [its card](#models-for-transformers)."] if found["passkey"] else []
-    lacking = [] if whole["pass"] else [f"the full pass of {tokens['pass'] / 1e6:.3g}M tokens"]
-    if not any(row["leaders"] for row in rows.values()):
-        lacking.append(f"the leaders on {tokens['leaders'] / 1e6:.3g}M tokens")
-    lacking += ["125M parameters", *([] if found["passkey"] else ["passkey"])]
-    items.append(f"Not run, so nothing here says it: {', '.join(lacking)}.")
-    lines = [
+    items += [said] if (said := _probes(rows)) else []
+    items = [in_tokens(item, found) for item in items]
+    return [
         line
         for item in items
         for line in textwrap.wrap(f"- {item}", 110, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     ]
-    table = layer_table(found)
-    return [*lines, *(["", *table] if table else [])]
+
+
+def in_tokens(text: str, found: dict[str, Any]) -> str:
+    """The text with a stage's tokens in place of its name."""
+    for stage, prefix in PREFIXES.items():
+        text = text.replace(prefix.lower(), f"after {found['tokens'][stage] / 1e6:.3g}M tokens: ") if prefix else text
+    return text

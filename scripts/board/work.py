@@ -19,8 +19,9 @@ from typing import Any
 
 from scripts.board.order import READ0
 from scripts.board.queue import Queue
+from scripts.board.rates import outrun
 from scripts.board.repeat import repeatable, source_hash
-from scripts.board.results import Cell, attempt, keep
+from scripts.board.results import OUTRUN, Cell, attempt, keep
 from scripts.studies.workers import end_with_parent
 
 SAVE_EVERY = 45.0  # seconds between two savings of a cell in training
@@ -73,8 +74,12 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
         settle(left=int(learner.done < learner.steps))
         if record["curve"] and diverged(record["curve"], learner.steps):
             ended = "diverged"
+        elif outrun(record["curve"], learner.steps, cell.settings["lr"], cell.rival):
+            ended = OUTRUN
     record["seconds"] = time.perf_counter() - start
     result = record | {"ended": ended, "steps": learner.done, "tokens": learner.done * learner.B * learner.T}
+    if ended == OUTRUN and cell.rival is not None:
+        result["outrun_by"] = cell.rival.name
     with learner.trainer.here():
         sha256 = learner.sha256_later()
         result |= {
@@ -85,7 +90,7 @@ def train(cell: Cell, values: dict[str, Any], device: Any) -> Generator[None, No
             "tokens_per_s": _speed(record["clock"], record["curve"], learner.B * learner.T),
         }
         phases |= {"train": record["seconds"] - before, "hash": time.perf_counter() - start - record["seconds"]}
-        result |= {"measured": _measured(cell, learner, values), "weights_sha256": sha256()}
+        result |= {"measured": {} if ended == OUTRUN else _measured(cell, learner, values), "weights_sha256": sha256()}
         kept = cell.stage == "leaders" or values["weights"] and (reads_all(cell) and cell.stage != "stage0" or values["only"])
         if kept and cell.of_text() and ended == "tokens":
             write_folder(learner, Path(values["out"]) / "models" / cell.name, values["data"])

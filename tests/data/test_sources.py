@@ -37,7 +37,7 @@ def table(delimiter: str) -> bytes:
     return ("\r\n".join([f"id{delimiter}text", *quoted]) + "\r\n").encode()
 
 
-def parquet(texts: list[str] = TEXTS, name: str = "text") -> bytes:
+def parquet(texts: list[Any] = TEXTS, name: str = "text") -> bytes:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"id": list(range(len(texts))), name: texts}), sink)
     return sink.getvalue().to_pybytes()
@@ -61,6 +61,8 @@ FILES: dict[str, bytes] = {
     "l.csv": b"\xff\xfe" + table(",").decode().encode("utf-16-le"),
     "m.jsonl": b"\xfe\xff" + LINES.decode().encode("utf-16-be"),
     "n.json": json.dumps({"a": {"text": TEXTS}}).encode(),
+    "o.parquet": parquet([{"text": text} for text in TEXTS], "a"),
+    "p.parquet": parquet([[{"n": 1, "text": text} for text in TEXTS], []], "a"),
 }
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".ZST": zstd}
 
@@ -70,7 +72,7 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress,
 def test_every_kind_of_file_gives_the_same_documents(name: str, packer: str, tmp_path: Path) -> None:
     path = tmp_path / (name + packer)
     path.write_bytes(PACKERS[packer](FILES[name]))
-    source = Source(str(tmp_path), "a.text" if name == "n.json" else "text")
+    source = Source(str(tmp_path), "a.text" if name[0] in "nop" else "text")
     assert list(source) == TEXTS and not source.bad
 
 
@@ -258,6 +260,7 @@ def test_one_byte_that_is_not_utf_8_costs_its_own_record_alone(name: str, tmp_pa
         ("deep.json", b"[" * 100_000, "holds no usable text (1 not JSON"),
         ("list.jsonl", b"[1]", "holds no usable text (1 neither an object nor a text"),
         ("data.json", b'{"data": [{"text": "x"}], "v": 1}', "no field 'text' (the fields there are data.text, v; set text_field)"),
+        ("a.parquet", parquet([{"text": "x"}], "data"), "no field 'text' (the fields there are id, data.text; set text_field)"),
         ("a.csv", b"", "holds no usable text"),
         ("b.csv", b"id,body\n1,x\n", "no field 'text' (the fields there are id, body; set text_field)"),
     ],

@@ -26,6 +26,7 @@ KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "BEFORE", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD", "U", "V"}
 OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32"}
 WHOLE = {"T", "B", "SLICE", "BURN", "RT"}
+KERNELS = ("walk", "walk_back", "walk_held", "walk_back_held")
 STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
 GOLDEN = Path(__file__).with_name("resources_large_rnn.json")
 
@@ -44,10 +45,12 @@ def figures(kernel: Any) -> dict[str, int]:
 def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None = None) -> dict[str, int]:
     """Resources of one kernel, a whole pass of a slice's first."""
     kind, short = KINDS[dtype]
-    back = kernel == "walk_back"
-    fn = getattr(large.kernels(biased(load_cell(name)), "ptx", short), kernel)
-    tiles = tiles or large.Tiles.of(
-        load_cell(name), torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]), K
+    back, cell = kernel.startswith("walk_back"), load_cell(name)
+    pre = torch.empty(0, dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    tiles = tiles or (large.Tiles.on_chip(cell, pre, K) if kernel.endswith("_held") else large.Tiles.streamed(cell, pre, K))
+    assert tiles is not None, f"The matrices of {name} of {K} channels in {dtype} do not stay on chip."
+    fn = getattr(
+        large.kernels(biased(cell), "ptx", short, -(-K // tiles.multiple) * tiles.multiple // tiles.depth if tiles.held else 0), kernel
     )
     rows, columns = (tiles.rows_back, tiles.columns_back) if back else (tiles.rows, tiles.columns)
     constants = {
@@ -67,7 +70,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
 
 
 def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
-    out = {name: {kernel: made(name, kernel, dtype, K) for kernel in ("walk", "walk_back")} for name in cells}
+    out = {name: {kernel: made(name, kernel, dtype, K) for kernel in KERNELS} for name in cells}
     registers.report(out, GOLDEN if golden else None, "cells", arguments=[dtype, K, *cells])
 
 

@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch  # noqa: E402
 
 from kernels.dense_rnn import large, launch, op  # noqa: E402
-from kernels.dense_rnn.large import Plan  # noqa: E402
+from kernels.dense_rnn.large import Plan, Tiles  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
 from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
@@ -23,15 +23,25 @@ LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (3e-3, 5e-3), torch.bfloat
 
 
 def compare(
-    label: str, problem_: Any, slices: int, burn_in: int, dtype: torch.dtype = torch.float32, bias: bool = True
+    label: str,
+    problem_: Any,
+    slices: int,
+    burn_in: int,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    held: bool = False,
 ) -> dict[str, float]:
+    """held: by matrices that stay on chip."""
     cell, tensors, starts = problem_
     if bias:
         cell, tensors[1] = biased(cell), with_bias(tensors[1], torch.randn(len(cell.pre), tensors[0].shape[3], dtype=torch.float64))
     d_emitted, d_final = cotangents(tensors)
     given = [t.to(dtype if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
     low = d_emitted.to(dtype)
-    plan = Plan.of(cell, given[0], given[2].shape[1], slices, burn_in)
+    K = given[2].shape[1]
+    tiles = Tiles.on_chip(cell, given[0], K) if held else None
+    assert tiles is None or tiles.held and tiles.held_back == (dtype == torch.bfloat16)
+    plan = Plan.of(cell, given[0], K, slices, burn_in, tiles)
     launch.last_report()
     emitted, kept, final = large.forward(cell, *(*given, starts, plan))
     gradients = large.backward(cell, *(*given, starts, emitted, kept, low, None, d_final.float(), plan))
@@ -45,6 +55,26 @@ def compare(
 
 def walked() -> None:
     check_walked(large, (1, 8, 1, 24), lambda cell, pre: [Plan.of(cell, pre, 24, n, 1) for n in (1, 3)])
+
+
+def held_walks_in_order() -> None:
+    """Matrices that expand, in bf16: what is walked in order has the bits of one slice, forwards and backwards."""
+    before, launch.CORRECTIONS = launch.CORRECTIONS, {2: 1, 4: 1}
+    cell, tensors, starts = problem("dense_lstm", 1, 8, 1, 24, gain=12.0, starts=0.02, seed=3)
+    d_emitted, d_final = cotangents(tensors)
+    given = [t.to(torch.bfloat16 if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)]
+    tiles, made = Tiles.on_chip(cell, given[0], 24), []
+    launch.last_report()
+    for slices in (1, 4):
+        plan = Plan.of(cell, given[0], 24, slices, 1, tiles)
+        emitted, kept, final = large.forward(cell, *(*given, starts, plan))
+        ends = (emitted, kept, d_emitted.bfloat16(), None, d_final.float())
+        made.append([emitted, kept, final, *large.backward(cell, *(*given, starts, *ends, plan))])
+    assert all(torch.equal(a, b) for a, b in zip(made[0][:4], made[1][:4])), "not walked alike"
+    assert all(distance(a, b) < 1e-5 for a, b in zip(*made)), [distance(a, b) for a, b in zip(*made)]
+    report = launch.last_report()
+    assert report["walked"] > 0.1 and report["walked_backward"] > 0.1, report
+    launch.CORRECTIONS = before
 
 
 def through_the_op() -> None:
@@ -74,10 +104,16 @@ def main() -> None:
     report = compare("bf16", problem("dense_lstm", 2, 10, 1, 16), 2, 5, torch.bfloat16)
     assert report["walked"] == 0, report
     compare("fp16", problem("dense_lstm", 1, 4, 1, 24, starts=0.2), 2, 1, torch.float16)
+    compare("held", problem("dense_lstm", 2, 6, 2, 16, starts=0.3), 3, 1, torch.bfloat16, held=True)
+    compare("held, in two tiles", problem("dense_gru", 1, 4, 1, 72, starts=0.2), 2, 1, torch.bfloat16, held=True)
+    held_walks_in_order()
     # two levels of products; with --all also one matrix for two operands, no diagonal at all, a weight beside the product, four states
     for name in known_cells() if "--all" in sys.argv else ("dense_gru_before",):
         if name != "dense_lstm":
             compare(name, problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, bias=name != "dense_elman")
+        if "--all" in sys.argv and name in ("dense_lstm", "slstm"):
+            compare(f"{name}, held", problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, torch.bfloat16, held=True)
+            compare(f"{name}, held", problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, torch.float16, held=True)
     walked()
     through_the_op()
     print("ok")

@@ -16,7 +16,9 @@ from models.attend import packed_attention
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixers.attention import Config, Mixer
+from models.sampling import Sampling
 from models.segments import Documents
+from models.session import Session, left_pad
 
 
 def test_documents_are_looked_up_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,3 +122,34 @@ def test_norms_of_queries_and_keys_read_them_as_they_lie(over: str) -> None:
     mixer.init_weights(0.02, 1)
     mixer(torch.randn(2, 9, 32))
     assert len(given) == 2 and all(rows(x).data_ptr() == x.data_ptr() for x in given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fixed", [False, True])
+def test_dynamic_positions_stretch_by_the_document(fixed: bool) -> None:
+    """Beyond the original length of 8: packed documents, and rows of other lengths beside each other, are what each of them is alone."""
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 8}
+    mixers = {"a": {"type": "attention", "n_heads": 2, "rope_scaling": scaling}}
+    model = LanguageModel(ModelConfig(vocab_size=16, d_model=32, n_layers=2, pattern=["a"], mixers=mixers))
+    model.init_weights(0)
+    for parameter in model.parameters():
+        parameter.mul_(8.0 if parameter.ndim == 2 else 1.0)
+    ids = torch.randint(16, (1, 40), generator=torch.Generator().manual_seed(0))
+    packed = model(ids, segment_ids=torch.tensor([[0] * 5 + [1] * 21 + [2] * 14])).logits
+    for first, end in ((0, 5), (5, 26), (26, 40)):
+        torch.testing.assert_close(packed[:, first:end], model(ids[:, first:end]).logits, atol=2e-5, rtol=1e-4)
+
+    prompts = [ids[0, :11].tolist(), ids[0, 11:14].tolist(), ids[0, 14:30].tolist()]
+    padded, lengths = left_pad(prompts, 0)
+    greedy, together = Sampling(temperature=0), Session(model, padded, lengths)
+    texts = together.generate(9, greedy, graph=fixed)
+    logits = together._feed(together.ids_BT.shape[1])  # behind the last token, from the cache
+    for row, prompt in enumerate(prompts):
+        alone = Session(model, torch.tensor([prompt]))
+        assert texts[row].tolist() == alone.generate(9, greedy, graph=False)[0].tolist()
+        torch.testing.assert_close(logits[row : row + 1], alone._feed(alone.ids_BT.shape[1]), atol=2e-5, rtol=1e-4)
+    windowed = Mixer(Config(n_heads=2, window=4, rope_scaling=scaling), 32, 0)
+    windowed.init_weights(0.1, 0)
+    x, rows = torch.randn(2, 12, 32), torch.tensor([[0] * 3 + [1] * 9, [0] * 12])
+    with pytest.raises(ValueError, match="read one document a row"):
+        windowed(x, windowed(x, windowed.init_state(2), rows)[1])

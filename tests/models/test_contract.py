@@ -89,6 +89,16 @@ def test_state_has_the_bytes_it_says(mixer: Any, length: int) -> None:
     assert tensor_bytes(state) == mixer.state_bytes(length, 2, torch.float32)
 
 
+def test_the_empty_state_asks_no_weight_for_its_shape(mixer: Any) -> None:
+    """Between passes ZeRO-3 leaves weights without elements, and states are made then."""
+    whole = {name: tensor.shape for name, tensor in state_tensors(mixer.init_state(2)).items()}
+    sizes = mixer.state_bytes(T, 2)
+    for p in mixer.parameters():
+        p.data = p.data.new_empty(0)
+    assert {name: tensor.shape for name, tensor in state_tensors(mixer.init_state(2)).items()} == whole
+    assert mixer.state_bytes(T, 2) == sizes
+
+
 def test_gradients_against_float64(mixer: Any) -> None:
     x32 = x_of().requires_grad_()
     weight = torch.randn(2, T, D, generator=torch.Generator().manual_seed(2))

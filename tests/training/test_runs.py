@@ -181,6 +181,8 @@ def test_mistakes_with_data_and_checkpoints_are_sentences(train: Train, demo_sha
     mistake(train("g", "train.resume=/nowhere"), "There is no")
     twice = f"data.path={{{demo_shards}: 1, {demo_shards}/../{demo_shards.name}: 1}}"
     mistake(train("g", twice), "names one folder twice")
+    copy = shutil.copytree(demo_shards, tmp_path / "copy")
+    mistake(train("g", f"data.path={{{demo_shards}: 1, {copy}: 1}}"), "holds the very tokens of")
     mistake(train("g", "name=a/../.."), "leads out of the folder of runs")
     mistake(train("h", f"run_dir={cut}", f"data.path={demo_shards}"), "is a folder of token shards; give the run a folder of its own")
     last = next((tmp_path / "c" / "checkpoints").iterdir())

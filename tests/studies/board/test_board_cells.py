@@ -19,7 +19,7 @@ from training.errors import UserError
 
 @pytest.mark.parametrize("row", ["gdn_hybrid_paragru", "paragru_pass", "mamba2_muon"])
 def test_a_killed_cell_goes_on_and_ends_in_the_same_bits(row: str, data: Path, values: dict[str, Any], tmp_path: Path) -> None:
-    cell = Plan("tiny", str(data), [row]).grid(row, {})[1]
+    cell = Plan("tiny", str(data), [row]).tried("grid", row, {})[1]
     cell.settings.update(steps=14, held_out_tokens=500)
     whole = run(cell, values)
     assert whole is not None and whole["steps"] == cell.settings["steps"] and whole["ended"] == "tokens"
@@ -37,7 +37,7 @@ def test_a_killed_cell_goes_on_and_ends_in_the_same_bits(row: str, data: Path, v
 
 def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path, values: dict[str, Any]) -> None:
     plan = Plan("tiny", str(data), ["paragru"])
-    cell = plan.grid("paragru", {})[0]
+    cell = plan.tried("grid", "paragru", {})[0]
     with pytest.raises(work.Stopped, match="after step 1 of 20"):
         run(cell, values | {"until": 1.0})
     [under_way] = (Path(values["out"]) / "under_way").iterdir()
@@ -46,6 +46,48 @@ def test_time_that_is_up_saves_the_cell_and_other_settings_begin_anew(data: Path
 
     assert Learner(cell.settings, str(data), torch.device("cpu")).load(under_way) is not None
     assert Learner(cell.settings | {"lr": 1.0}, str(data), torch.device("cpu")).load(under_way) is None
+    under_way.write_bytes(under_way.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="is cut off or no saved cell; delete it"):
+        Learner(cell.settings, str(data), torch.device("cpu")).load(under_way)
+
+
+def test_files_that_were_cut_off_are_run_again_or_named(tmp_path: Path) -> None:
+    """A result that is none is run again; a line of a kept file that is cut off would take results out of the page, and is named."""
+    out, page = tmp_path / "out", tmp_path / "page"
+    (out / "cells").mkdir(parents=True)
+    page.mkdir()
+    for name, text in (("a", "{}"), ("b", "[1]"), ("c", '{"name": "x", "settings": []}'), ("d", '{"name": "x", "sett'), ("e", "null")):
+        (out / "cells" / f"{name}.json").write_text(text)
+    assert results.read(out, page) == {} and results.gather(out, page) == []
+    whole = json.dumps({"name": "x", "settings": {"protocol": 3}, "at": "1"})
+    for name in ("cells.jsonl", "attempts.jsonl", "again.jsonl"):
+        (page / name).write_text(f"{whole}\n{whole[:9]}\n")
+    for call in (lambda: results.read(out, page), lambda: results.attempts(page), lambda: results.gather_again(out, page, [])):
+        with pytest.raises(UserError, match="Line 2 of .* is cut off or no JSON"):
+            call()
+
+
+def test_a_cell_that_failed_ends_a_run_with_1_and_is_tried_again(
+    data: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.board import __main__ as program
+
+    plan = Plan("tiny", str(data), ["paragru"])
+    cell = plan.tried("grid", "paragru", {})[0]
+    words = [f"{key}={values[key]}" for key in ("data", "out", "page", "size", "device")] + [
+        "stages=grid",
+        "rows=paragru",
+        f"only={cell.name}",
+    ]
+    under_way = Path(values["out"]) / "under_way" / f"{cell.name}.safetensors"
+    under_way.parent.mkdir(parents=True)
+    under_way.write_bytes(b"none")
+    assert program.main(["run", *words]) == 1
+    said = capsys.readouterr().out
+    assert "delete it, and the cell begins anew." in said and f"Failed: {cell.name}; " in said
+    under_way.unlink()
+    monkeypatch.setattr("scripts.board.work._measured", lambda *given: {"held_out": {"bits_per_byte": 1.0}})
+    assert program.main(["run", *words]) == 0 and "All cells known so far are finished" in capsys.readouterr().out
 
 
 def test_training_is_strict_and_a_model_without_an_order_says_so(
@@ -54,7 +96,7 @@ def test_training_is_strict_and_a_model_without_an_order_says_so(
     """What torch cannot sum in order raises while a cell trains; that step is then taken all the same, once, and the result tells."""
     from scripts.board.learner import Learner
 
-    cell = Plan("tiny", str(data), ["paragru"]).grid("paragru", {})[0]
+    cell = Plan("tiny", str(data), ["paragru"]).tried("grid", "paragru", {})[0]
     cell.settings.update(steps=3, held_out_tokens=500)
     taken, strict = Learner._taken, []
 
@@ -84,7 +126,7 @@ def test_a_cell_repeats_on_a_gpu(row: str, data: Path, values: dict[str, Any]) -
 
     device = repeatable(0, "cuda")
     try:
-        cell = Plan("tiny", str(data), [row], "bf16").grid(row, {})[1]
+        cell = Plan("tiny", str(data), [row], "bf16").tried("grid", row, {})[1]
         cell.settings.update(steps=40, rows=64, held_out_tokens=500)
         path = Path(values["out"]) / "cells" / f"{cell.name}.json"
         for _ in work.train(cell, values, device):
@@ -117,7 +159,7 @@ def test_a_pass_reads_every_window_once_and_equal_seeds_read_the_same(data: Path
     plan = Plan("tiny", str(data), ["gdn", "paragru"])
     read = []
     for row in ("gdn", "paragru"):
-        cell = plan.grid(row, {})[0]
+        cell = plan.tried("grid", row, {})[0]
         learner = Learner(cell.settings | {"steps": 1}, str(data), torch.device("cpu"))
         a_pass = [learner._offsets(n) for n in range(2 * learner.windows // learner.B)]
         read.append(np.concatenate(a_pass))

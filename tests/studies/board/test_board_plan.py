@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import torch
 from data.files import write_json
 from models.lm import LanguageModel
 from scripts.board import __main__ as program
-from scripts.board import architectures, work
+from scripts.board import architectures, corpus, work
+from scripts.board.cells import BOARDS
+from scripts.board.details import details_text
 from scripts.board.draw import collect
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, MOST_SEEDS
-from scripts.board.page import page_text
-from scripts.board.plan import BOARDS, MOST_RATES, Plan
-from scripts.board.queue import ABOUT, COMPILING, Queue, expected_seconds
+from scripts.board.plan import Plan
+from scripts.board.queue import ABOUT, COMPILING, Queue, chosen_cells, expected_seconds
+from scripts.board.rates import MOST_RATES
 from scripts.board.results import Cell, Result
 from tests.studies.board.made import results_of
 from training.errors import UserError
@@ -48,11 +51,11 @@ def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data
     def rates_after(loss: Callable[[Cell], float]) -> list[float]:
         known: dict[str, Result] = {}
         while True:
-            cells = plan.grid("gdn", known)
+            cells = plan.tried("grid", "gdn", known)
             if all(cell.name in known for cell in cells):
-                assert (plan.rate("gdn", known) or 0) == min(cells, key=loss).settings["lr"]
+                assert (plan.best_rate("pass", "gdn", known) or 0) == min(cells, key=loss).settings["lr"]
                 return [cell.settings["lr"] for cell in cells]
-            assert plan.rate("gdn", known) is None and plan.passes("gdn", known) == []
+            assert plan.best_rate("pass", "gdn", known) is None and plan.passes("gdn", known) == []
             known |= results_of(cells, loss)
 
     assert rates_after(lambda cell: abs(math.log(cell.settings["lr"] / rates[1]))) == rates
@@ -63,11 +66,11 @@ def test_the_grid_widens_where_its_best_is_at_the_edge_and_decides_the_pass(data
 
 def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_for_the_others(data: Path) -> None:
     plan, known = Plan("tiny", str(data), ["gdn", "paragru"]), dict[str, Result]()
-    for best, stage, rate in ((8e-3, plan.stage0, plan.rate0), (2e-3, plan.stage1, plan.rate1)):
-        while rate("gdn", known) is None:
-            assert plan.rate("gdn", known) is None and {cell.row for cell in plan.cells(known, ["grid"])} == {"gdn", "paragru"}
-            known |= results_of(stage("gdn", known)[0], partial(_distance, best))
-    assert plan.rate("gdn", known) == pytest.approx(2e-3) and plan.rate("paragru", known) is None
+    for best, stage in ((8e-3, "stage0"), (2e-3, "stage1")):
+        while plan.best_rate(stage, "gdn", known) is None:
+            assert plan.best_rate("pass", "gdn", known) is None and {cell.row for cell in plan.cells(known, ["grid"])} == {"gdn", "paragru"}
+            known |= results_of(plan.small(stage, "gdn", known)[0], partial(_distance, best))
+    assert plan.best_rate("pass", "gdn", known) == pytest.approx(2e-3) and plan.best_rate("pass", "paragru", known) is None
     assert {cell.row for cell in plan.cells(known, ["grid"])} == {"paragru"}
     only = Plan("tiny", str(data), ["gdn", "paragru"], rates_only=True)
     assert {(c.row, c.stage, c.settings["seed"]) for c in only.cells(known, ["stage0", "stage1", "pass"])} == {
@@ -77,11 +80,11 @@ def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_
     }
     assert len(plan.cells(known, ["stage1"])) == len(only.cells(known, ["stage1"])) + 2
     assert [cell.name for cell in plan.cells(known, ["pass"])] == [f"pass.gdn@tiny.0.002.{seed}" for seed in range(3)]
-    known |= results_of(plan.grid("paragru", known), partial(_distance, 8e-3))
+    known |= results_of(plan.tried("grid", "paragru", known), partial(_distance, 8e-3))
     cells = plan.cells(known, ["pass"])
-    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.rate("paragru", known) == 8e-3
+    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.best_rate("pass", "paragru", known) == 8e-3
     known |= results_of(cells[:1], lambda cell: math.inf)  # a pass that diverged is run again at half the rate, wherever that came from
-    assert plan.rate("gdn", known) == pytest.approx(1e-3)
+    assert plan.best_rate("pass", "gdn", known) == pytest.approx(1e-3)
 
 
 def _distance(best: float, cell: Cell) -> float:
@@ -90,7 +93,7 @@ def _distance(best: float, cell: Cell) -> float:
 
 def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: Path) -> None:
     plan = Plan("tiny", str(data), [*DECISIVE, "gdn"])
-    known = results_of(plan.grid("gdn", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known = results_of(plan.tried("grid", "gdn", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
     cells = plan.passes("gdn", known)
     assert [cell.settings["lr"] for cell in cells] == [8e-3] * 3
     known |= results_of(cells, lambda cell: math.inf if cell.settings["seed"] == 2 else 1.0)
@@ -98,8 +101,8 @@ def test_a_row_that_diverged_is_run_again_at_half_its_rate_and_then_stays(data: 
     assert [cell.settings["lr"] for cell in halved] == [4e-3] * 3
     known |= results_of(halved, lambda cell: math.inf)
     assert [cell.settings["lr"] for cell in plan.passes("gdn", known)] == [4e-3] * 3
-    known |= results_of(plan.grid("gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
-    known |= results_of(plan.grid("gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.tried("grid", "gdn_hybrid_paragru", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    known |= results_of(plan.tried("grid", "gdn_hybrid", {}), lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
     assert len(plan.passes("gdn_hybrid_paragru", known)) == DECISIVE_SEEDS
     known |= results_of([plan.speed(row) for row in ("gdn_hybrid", "gdn_hybrid_paragru")], lambda cell: 1.0)
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.5e5
@@ -141,7 +144,7 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
     half = [f"stage0.transformer@tiny.0.004.{seed}" for seed in range(3)]
     time1 = [f"time1.gdn_hybrid_paragru@tiny.0.008.{seed}" for seed in range(5)]
     one = "stage1.gdn_hybrid_paragru@tiny"
-    assert waves[2] == [*half, f"{one}.0.016.0", "stage1.gdn_hybrid@tiny.0.002.0", "stage1.transformer@tiny.0.002.0"]
+    assert waves[2] == [*half, "stage1.gdn_hybrid@tiny.0.002.0", f"{one}.0.016.0", "stage1.transformer@tiny.0.002.0"]
     assert waves[3] == ["stage1.gdn_hybrid@tiny.0.001.0", *rest, "stage1.transformer@tiny.0.016.0", *five, *time1]
     last = [f"stage1.{row}.{seed}" for row in ("gdn_hybrid@tiny.0.002", "transformer@tiny.0.008") for seed in (1, 2)]
     assert waves[4:] == [[*last, *(f"stage1.gdn_hybrid@tiny.0.002.{seed}" for seed in (3, 4))]]
@@ -160,11 +163,11 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         4e-3,
         8e-3,
     ]
-    text = page_text(found, [])
-    assert "Stage 0: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal tokens: +0.0000" in text and "without seed 0" in text
+    text = details_text(found)
+    assert "Stage 0: One layer of ParaGRU in GDN hybrid, at equal tokens: +0.0000" in text and "without seed 0" in text
     assert "a difference beyond 0.0000 is ruled out" in " ".join(text.split())
-    assert "Stage 1: One layer of ParaGRU in Gated DeltaNet 3:1 attention, at equal time: +0.0000" in text
-    assert "No cell of the full pass is finished" in text and "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
+    assert "Stage 1: One layer of ParaGRU in GDN hybrid, at equal time: +0.0000" in text
+    assert "| stage 0, 0.00256M tokens, 3 seeds or more | 2 of" in text
     # Before half of a rate was tried at 25M tokens its seeds there are no result; and a row that is no slower has no cells of equal time.
     del known["stage1.gdn_hybrid_paragru@tiny.0.004.0"]
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 0.9e5
@@ -172,7 +175,27 @@ def test_stages_0_and_1_go_from_rates_to_seeds_to_equal_time_group_after_group(d
         del known[time0[seed]]
     found = collect("tiny", list(known.values()), [])
     assert not found["rows"]["gdn_hybrid_paragru"]["stage1"] and plan.equal_time0("gdn_hybrid_paragru", known) == []
-    assert "at equal time: it trains at 1.11 times the speed of the other" in " ".join(page_text(found, []).split())
+    assert "at equal time: it trains at 1.11 times the speed of the other" in " ".join(details_text(found).split())
+
+
+def test_a_row_without_stage_0_begins_with_the_upper_rates_and_named_cells_ask_for_no_other_stage(
+    data: Path, values: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = Plan("tiny", str(data), ["paragru_hybrid"])
+    tried = plan.tried("stage1", "paragru_hybrid", {})
+    assert [cell.settings["lr"] for cell in tried] == pytest.approx([1.6e-2, 3.2e-2])
+    known = results_of(tried, partial(_distance, 1.6e-2))
+    assert [cell.settings["lr"] for cell in plan.tried("stage1", "paragru_hybrid", known)] == pytest.approx([8e-3, 1.6e-2, 3.2e-2])
+    # With stage 1's rate the full pass is in the plan, and asks for more text than these shards have.
+    corpus.part(data, tmp_path / "small")
+    small = Plan("tiny", str(tmp_path / "small"), ["paragru_hybrid"])
+    known = results_of([*small.tried("stage1", "paragru_hybrid", {})], partial(_distance, 1.6e-2))
+    known |= results_of(small.tried("stage1", "paragru_hybrid", known), partial(_distance, 1.6e-2))
+    small.board = replace(small.board, span=10**9)
+    with pytest.raises(UserError, match="name the stages that need less with stages="):
+        small.cells(known, values["stages"])
+    name = tried[0].name
+    assert [cell.name for cell in chosen_cells(values | {"only": [name]}, small, known)] == [name]
 
 
 def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[str, Any]) -> None:
@@ -197,7 +220,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     timing = Queue(values | {"first": ["speed"]}, "cuda3").take()
     assert timing is not None and timing.stage == "speed"
     # With time for a speed cell but not for what a cell of this row took, the former is taken; it shares its device with nobody.
-    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).stage0("paragru", {})[0][:2], lambda cell: 2.0)
+    done = results_of(Plan("tiny", str(data), values["rows"], values["precision"]).small("stage0", "paragru", {})[0][:2], lambda cell: 2.0)
     for name, result in done.items():
         write_json(Path(values["out"]) / "cells" / f"{name}.json", result.content | {"tokens_per_s": 2.56})
     late = Queue(values | {"until": time.time() + 100}, "cuda0")
@@ -208,7 +231,7 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     # A training is expected to last as long as its row's best speed says, a row's first one as the slowest of all and a while to compile.
     known = {name: Result(name, result.content | {"tokens_per_s": speed}) for (name, result), speed in zip(done.items(), (2.56, 5.12))}
     plan = Plan("tiny", str(data), values["rows"], values["precision"])
-    (mine, *_), (first_of_row, *_) = (plan.stage0(row, {})[0] for row in ("paragru", "gdn"))
+    (mine, *_), (first_of_row, *_) = (plan.small("stage0", row, {})[0] for row in ("paragru", "gdn"))
     assert expected_seconds(mine, known) == pytest.approx(500 + ABOUT) and expected_seconds(mine, known, 2) == pytest.approx(1000 + ABOUT)
     assert expected_seconds(first_of_row, known) == pytest.approx(500 + ABOUT + COMPILING)
     assert expected_seconds(plan.probe("gdn", "parity", 0), known) == 0.0 == expected_seconds(mine, {})
@@ -247,11 +270,11 @@ def test_timings_and_probes_have_their_place_in_the_order_and_no_row_is_left_out
 
 def test_cells_of_muon_count_while_its_update_is_the_same(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan("tiny", str(data), ["gdn", "gdn_muon"])
-    known = results_of([plan.stage0(row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
+    known = results_of([plan.small("stage0", row, {})[0][0] for row in plan.rows], lambda cell: 2.0)
     for result in known.values():
         result.content.update(tokens=2560, curve=[])
     assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn", "gdn_muon"]
     monkeypatch.setattr("training.optim.newton_schulz.COEFFICIENTS", (2.0, -1.5, 0.5))
     assert sorted(collect("tiny", list(known.values()), [])["rows"]) == ["gdn"]
-    mine = {row: plan.stage0(row, {})[0][0] for row in plan.rows}
+    mine = {row: plan.small("stage0", row, {})[0][0] for row in plan.rows}
     assert [known[cell.name].of(cell.settings) for cell in mine.values()] == [True, False]
