@@ -64,7 +64,7 @@ def _introduction(found: dict[str, Any]) -> list[str]:
     lacking = [ARCHITECTURES[row].label for row in TEN if row not in there]
     said = f"**{len(there)} architectures have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
     said += f" (of the ten planned first not yet: {'; '.join(lacking)})" if 0 < len(lacking) < len(TEN) else ""
-    said += f"; the full pass of {tokens['pass'] / 1e6:.3g}M tokens was not run, and this does not rank what it is for.**"
+    said += f"; the full pass of {tokens['pass'] / 1e6:.3g}M tokens was not run, and may rank them otherwise.**"
     return [*text, "", *filled(said)]
 
 
