@@ -6,7 +6,7 @@ the one before it (`_open`). BEFORE are the emitted states that steps start from
 
 from __future__ import annotations
 
-from kernels.dense_rnn.large_source import begin, between, bias_of, columns, head, inputs, meet, near, of_operand, products, reset
+from kernels.dense_rnn.large_source import begin, between, bias_of, bounds, columns, end, head, inputs, meet, near, of_operand, reset
 from kernels.dense_rnn.source import Writer, products_of_jacobians
 
 BACKWARD = (
@@ -15,22 +15,72 @@ BACKWARD = (
 BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
 
 
-def summed(w: Writer) -> list[int]:
+def summed(w: Writer) -> tuple[int, ...]:
     """The weights whose gradient the walk sums over steps; that of a bias is the sum of an input projection's."""
-    return [r for r in w.W if bias_of(w.dense, r) is None]
+    return tuple(r for r in w.W if bias_of(w.dense, r) is None)
+
+
+def begin_back(w: Writer, sums: tuple[int, ...]) -> None:
+    """The adjoints that rows begin with, the sums over steps, and the steps of this launch."""
+    begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
+    w.put(3, "if MODE < 0:" if sums else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in sums), "else:" if sums else "")
+    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, len(w.W), 'all_')}" for i in sums))
+    bounds(w)
+
+
+def states_before(w: Writer, indent: int) -> None:
+    """A step's inputs and the states before it."""
+    n_kept = len(w.S) - 1
+    inputs(w, indent, "t", "both", list(w.X))
+    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    for i in range(n_kept):
+        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
+        w.put(indent, f"h{i} += {w.vector('H0', 'b', i, len(w.S), 'both & (t == 0)[:, None]')}")
+
+
+def products_made(w: Writer, indent: int) -> None:
+    """Whether a document starts at a step, and its products."""
+    w.put(indent, "if HAS_RESET:")
+    reset(w, indent + 1, "r", "t", "live")
+    w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in range(len(w.S) - 1)))
+    w.put(indent, f"q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
+    w.put(indent, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+
+
+def at_border(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
+    """Where a slice ends: the adjoints that it begins with are kept, its products of Jacobians and sums begin."""
+    for i in w.S:
+        w.keep(indent, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
+    w.put(indent, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
+    w.put(indent, *(f"{name} = tl.where(border, 0.0, {name})" for name in (f"W{i}" for i in sums)))
+
+
+def jacobians(w: Writer, indent: int) -> None:
+    """The Jacobian's entries, and what of them and of the adjoints a document's start cuts."""
+    entries = [f"j{i}{j}" for i, j in w.tracked]
+    w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
+    w.put(
+        indent,
+        "if HAS_RESET:",
+        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
+        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
+    )
+    products_of_jacobians(w, indent, back=True)
+
+
+def gradients_out(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
+    """Stores a step's gradients of inputs, adds those of weights, and goes on to the adjoints of the states before it."""
+    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
+    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
 
 
 def walk_back(w: Writer) -> None:
-    dense, S, R, deep = w.dense, len(w.S), len(w.W), 4
-    sums = summed(w)
+    dense, deep, sums = w.dense, 4, summed(w)
     head(w, "walk_back", BACKWARD, back=True)
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
-    begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
-    w.put(3, "if MODE < 0:" if sums else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in sums), "else:" if sums else "")
-    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in sums))
-    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
-    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    begin_back(w, sums)
     _open(w, 4, "begin", "parity")
     meet(w, 4)
     w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    parity = (it + BURN) & 1")
@@ -38,42 +88,21 @@ def walk_back(w: Writer) -> None:
         w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
         _phase_back(w, deep + 1, l)
         meet(w, deep + 1)
-    w.put(3, "if FINISH:")
-    for i in w.S:
-        w.keep(4, "D_H0", "place", i, S, f"a{i}", "all_")
-    if sums:
-        w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
-        for i in sums:
-            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
-            w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
-    w.put(3, "else:")
-    for i in w.S:
-        w.keep(4, "ENDS", "place", i, S, f"a{i}", "all_")
-    products(w, 4, load=False)
-    for i in sums:
-        w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
+    end(w, "a", "D_H0", sums)
 
 
 def _known(w: Writer, indent: int) -> None:
     """What a step reads: inputs, the states before it, its products, and the adjoints g of those after it."""
     n_kept = len(w.S) - 1
     w.put(indent, "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t")
-    inputs(w, indent, "t", "both", list(w.X))
-    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    for i in range(n_kept):
-        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
-        w.put(indent, f"h{i} += {w.vector('H0', 'b', i, len(w.S), 'both & (t == 0)[:, None]')}")
+    states_before(w, indent)
     w.put(indent, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     w.put(indent, *(f"g{i} = a{i}" for i in range(n_kept)))
     if n_kept:
         w.put(indent, "if WITH_KEPT:")
         for i in range(n_kept):
             w.put(indent + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    w.put(indent, "if HAS_RESET:")
-    reset(w, indent + 1, "r", "t", "live")
-    w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
-    w.put(indent, f"q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-    w.put(indent, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    products_made(w, indent)
 
 
 def _cotangents(w: Writer, indent: int, level: int, parity: str) -> None:
@@ -103,10 +132,7 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     """The first cotangents of a step."""
     sums = summed(w)
     w.put(indent, f"t = origin - ({it})", "if FIRST:", "    border = (t == origin)[:, None]")
-    for i in w.S:
-        w.keep(indent + 1, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
-    w.put(indent + 1, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
-    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in (f"W{i}" for i in sums)))
+    at_border(w, indent + 1, sums)
     _known(w, indent)
     _cotangents(w, indent, len(w.dense.levels) - 1, parity)
 
@@ -158,19 +184,9 @@ def _phase_back(w: Writer, indent: int, level: int) -> None:
         return
     cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(operands)])
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
-    entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
-    w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(
-        indent,
-        "if HAS_RESET:",
-        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
-        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
-    )
-    products_of_jacobians(w, indent, back=True)
+    jacobians(w, indent)
     near(w, indent, "g", back=True)
     w.put(indent, "kept = both & (it >= 0)")
-    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
-    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
+    gradients_out(w, indent, sums)
     _open(w, indent, "it + 1", "1 - parity")

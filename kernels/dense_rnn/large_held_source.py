@@ -13,8 +13,17 @@ COUNTER: of each team one for itself and one for each M programs, LINE apart. V:
 
 from __future__ import annotations
 
-from kernels.dense_rnn.large_backward_source import BACKWARD, summed
-from kernels.dense_rnn.large_source import FORWARD, apart, begin, columns, head, inputs, near, padded, products, reset
+from kernels.dense_rnn.large_backward_source import (
+    BACKWARD,
+    at_border,
+    begin_back,
+    gradients_out,
+    jacobians,
+    products_made,
+    states_before,
+    summed,
+)
+from kernels.dense_rnn.large_source import FORWARD, apart, begin, bounds, columns, end, head, inputs, near, padded, reset
 from kernels.dense_rnn.source import Writer, products_of_jacobians
 from kernels.parallel_rnn.products import Dense, is_leaf
 
@@ -66,8 +75,7 @@ def walk(w: Writer, pieces: int) -> None:
     columns(w, 3, "columns", "se")
     w.put(3, "counter = COUNTER + team * LINE")
     begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
-    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
-    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    bounds(w)
     _ahead(w, 4, "begin")
     _operand(w, 4, "parity")
     w.put(4, "if MODE == -2:", "    meetings += C", "    _arrive(counter)", "    _wait(counter, meetings)")
@@ -102,13 +110,7 @@ def walk(w: Writer, pieces: int) -> None:
     w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
     w.put(deep, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
     w.put(deep, "if MODE == -2:", "    _wait(counter, meetings)")
-    w.put(3, "if FINISH:")
-    for i in w.S:
-        w.keep(4, "FINAL", "place", i, S, f"h{i}", "all_")
-    w.put(3, "else:")
-    for i in w.S:
-        w.keep(4, "ENDS", "place", i, S, f"h{i}", "all_")
-    products(w, 4, load=False)
+    end(w, "h", "FINAL")
 
 
 def _ahead(w: Writer, indent: int, it: str) -> None:
@@ -125,16 +127,12 @@ def _operand(w: Writer, indent: int, parity: str) -> None:
 
 
 def walk_back(w: Writer, pieces: int) -> None:
-    S, R, Q, M, deep, sums = len(w.S), len(w.W), len(w.Q), padded(len(w.Q)), 4, summed(w)
-    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS"), back=True)
+    Q, M, deep, sums = len(w.Q), padded(len(w.Q)), 4, summed(w)
+    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS"), back=True, counts=("meetings", "exchanges"))
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
     w.put(3, f"counter = COUNTER + team * (1 + C // {M}) * LINE", f"mates = counter + (1 + c // {M}) * LINE")
-    begin(w, 3, "a", ("D_FINAL", "ENDS", "D_H0"), "origin + 1 + BURN >= T")
-    w.put(3, "if MODE < 0:" if sums else "", *(f"    W{i} = tl.zeros((BM, BN), tl.float32)" for i in sums), "else:" if sums else "")
-    w.put(4, *(f"W{i} = {w.vector('PARTIAL', 'own', i, R, 'all_')}" for i in sums))
-    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
-    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    begin_back(w, sums)
     _known(w, 4, "begin")
     _open(w, 4, "begin", "parity")
     w.put(3, f"mine = tl.minimum(c % {M}, {Q - 1})", f"wide = (c // {M}) * ({M} * BN) + tl.arange(0, {M} * BN)")
@@ -150,20 +148,7 @@ def walk_back(w: Writer, pieces: int) -> None:
     w.put(deep + 1, "if MODE == -2:", f"    exchanges += {M}", "    _arrive(mates)")
     w.put(deep, "if (MODE == -2) | (MODE == 1):")
     _close(w, deep + 1)
-    w.put(3, "if FINISH:")
-    for i in w.S:
-        w.keep(4, "D_H0", "place", i, S, f"a{i}", "all_")
-    if sums:
-        w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
-        for i in sums:
-            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
-            w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
-    w.put(3, "else:")
-    for i in w.S:
-        w.keep(4, "ENDS", "place", i, S, f"a{i}", "all_")
-    products(w, 4, load=False)
-    for i in sums:
-        w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
+    end(w, "a", "D_H0", sums)
 
 
 def _known(w: Writer, indent: int, it: str) -> None:
@@ -172,21 +157,13 @@ def _known(w: Writer, indent: int, it: str) -> None:
     w.put(
         indent, f"t = origin - ({it})", "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t"
     )
-    inputs(w, indent, "t", "both", list(w.X))
-    w.put(indent, f"h{n_kept} = tl.load(BEFORE + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    for i in range(n_kept):
-        w.put(indent, f"h{i} = tl.load(KEPT + ((at - 1) * {n_kept} + {i})[:, None] * D + d, mask=both & (t > 0)[:, None], other=0.0)")
-        w.put(indent, f"h{i} += {w.vector('H0', 'b', i, len(w.S), 'both & (t == 0)[:, None]')}")
+    states_before(w, indent)
     w.put(indent, f"l{n_kept} = tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     if n_kept:
         w.put(indent, "if WITH_KEPT:")
         for i in range(n_kept):
             w.put(indent + 1, f"l{i} = tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
-    w.put(indent, "if HAS_RESET:")
-    reset(w, indent + 1, "r", "t", "live")
-    w.put(indent + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in range(n_kept)))
-    w.put(indent, f"q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-    w.put(indent, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    products_made(w, indent)
 
 
 def _open(w: Writer, indent: int, it: str, parity: str) -> None:
@@ -194,10 +171,7 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     a{i} is then the adjoint of the states before it, but for what its products bring."""
     sums, n_kept = summed(w), len(w.S) - 1
     w.put(indent, "if FIRST:", "    border = (t == origin)[:, None]")
-    for i in w.S:
-        w.keep(indent + 1, "BEGINS", "place", i, len(w.S), f"a{i}", "all_ & border")
-    w.put(indent + 1, *(f"P{i}{j} = tl.where(border, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
-    w.put(indent + 1, *(f"{name} = tl.where(border, 0.0, {name})" for name in (f"W{i}" for i in sums)))
+    at_border(w, indent + 1, sums)
     w.put(indent, f"g{n_kept} = a{n_kept} + l{n_kept}", *(f"g{i} = a{i}" for i in range(n_kept)))
     w.put(indent, "if WITH_KEPT:" if n_kept else "", *(f"    g{i} += l{i}" for i in range(n_kept)))
     given = f"{w.given()}, {', '.join(f'g{i}' for i in w.S)}, zero"
@@ -213,20 +187,10 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     )
     w.put(indent, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=kept)" for i in w.Q))
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
-    entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join(results)} = gradients({given})")
-    w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(
-        indent,
-        "if HAS_RESET:",
-        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
-        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
-    )
-    products_of_jacobians(w, indent, back=True)
+    jacobians(w, indent)
     near(w, indent, "g", back=True, it=it)
-    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
-    w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
+    gradients_out(w, indent, sums)
     w.put(indent, "if MODE == -2:", "    _wait(counter, meetings)")
 
 

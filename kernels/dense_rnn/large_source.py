@@ -72,20 +72,12 @@ def bias_of(dense: Dense, r: int) -> int | None:
     return next((k for k, d in enumerate(dense.d_pre) if d is dense.d_rec[r]), None)
 
 
-def head(w: Writer, name: str, own: str, back: bool) -> None:
+def head(w: Writer, name: str, own: str, back: bool, counts: tuple[str, ...] = ("meetings",)) -> None:
     """Teams take one group of rows of a head after the other."""
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
     w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
     w.put(1, "team = tl.program_id(0) // C", "c = tl.program_id(0) % C", "k = c * BN + tl.arange(0, BN)", "inside = (k < K)[None, :]")
-    w.put(
-        1,
-        "ks = tl.arange(0, BK)",
-        "meetings = 0",
-        "exchanges = 0" if name == "walk_back_held" else "",
-        "if FINISH:",
-        "    groups = E * tl.cdiv(B, BM)",
-        "else:",
-    )
+    w.put(1, "ks = tl.arange(0, BK)", *(f"{name} = 0" for name in counts), "if FINISH:", "    groups = E * tl.cdiv(B, BM)", "else:")
     w.put(2, "groups = E * tl.cdiv(B * n, BM)")
     w.put(1, "for group in tl.range(team, groups, teams, num_stages=1):")
     w.put(2, "e = group % E", "rows = (group // E) * BM + tl.arange(0, BM)", "d = (e * K + k)[None, :]", "low = tl.zeros_like(rows)")
@@ -229,13 +221,37 @@ def begin(w: Writer, indent: int, letter: str, sources: tuple[str, str, str], kn
     products(w, indent + 2, load=True)
 
 
+def bounds(w: Writer) -> None:
+    """The steps that a launch walks, and what must be opened before the first of them."""
+    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
+    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+
+
+def end(w: Writer, letter: str, finished: str, sums: tuple[int, ...] = ()) -> None:
+    """Where states, or adjoints, and what was summed over steps lie when a row's walk has ended: `finished`, or for the next launch."""
+    S, R = len(w.S), len(w.W)
+    w.put(3, "if FINISH:")
+    for i in w.S:
+        w.keep(4, finished, "place", i, S, f"{letter}{i}", "all_")
+    if sums:
+        w.put(4, "for m in range(0, n - earliest):  # the sums of all steps that were walked here lie at the first of their slices")
+        for i in sums:
+            value = f"tl.where((m == n - 1 - bad)[:, None], W{i}, 0.0)"
+            w.put(5, f"tl.store(PARTIAL + ((b * n + m) * {R} + {i})[:, None] * D + d, {value}, mask=all_ & (m < n - bad)[:, None])")
+    w.put(3, "else:")
+    for i in w.S:
+        w.keep(4, "ENDS", "place", i, S, f"{letter}{i}", "all_")
+    products(w, 4, load=False)
+    for i in sums:
+        w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
+
+
 def walk(w: Writer) -> None:
-    dense, S, deep = w.dense, len(w.S), 4
+    dense, deep = w.dense, 4
     head(w, "walk", FORWARD, back=False)
     columns(w, 3, "columns", "se")
     begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
-    w.put(3, "begin, end = first, first + 1", "if MODE == -1:", "    end = begin", "if MODE == -2:", "    begin, end = first, steps")
-    w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
+    bounds(w)
     _next_operands(w, 4, "begin", "parity")
     meet(w, 4)
     w.put(3, "for it in tl.range(begin, end, num_stages=1):")
@@ -245,13 +261,7 @@ def walk(w: Writer) -> None:
         w.put(deep, f"if (MODE == -2) | (MODE == {l}):")
         _phase(w, deep + 1, l)
         meet(w, deep + 1)
-    w.put(3, "if FINISH:")
-    for i in w.S:
-        w.keep(4, "FINAL", "place", i, S, f"h{i}", "all_")
-    w.put(3, "else:")
-    for i in w.S:
-        w.keep(4, "ENDS", "place", i, S, f"h{i}", "all_")
-    products(w, 4, load=False)
+    end(w, "h", "FINAL")
 
 
 def _next_operands(w: Writer, indent: int, it: str, parity: str) -> None:
