@@ -55,4 +55,4 @@ NO_STAGE0 = ("paragru_hybrid",)  # rows whose stage 1 begins with the grid's two
 LEADING_ROWS = 8  # of architectures with SEEDS seeds that a stage needs to lead the page
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
 MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
-READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
+READ0 = 1  # the seed whose cell of stages 0 and 1 and of the full pass has more read off it than the held-out loss; the first one that chose no rate

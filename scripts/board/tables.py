@@ -134,7 +134,7 @@ def behaviour_table(found: dict[str, Any]) -> list[str]:
             probes.append(f"{ends[0][len(seeds) // 2]:.0f}{best}, {ends[1][len(seeds) // 2]:.0f}" if seeds else "")
         read = f"{found['tokens'][stage] / 1e6:.3g}M tokens" if stage else ""
         lines.append(f"| {row['label']} | {read} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
-    why = ["More than the loss is read off every cell of the full pass and off seed 1 of the other stages. Probes: per cent right at the"]
+    why = ["More than the loss is read off seed 1 of a row in each stage. Probes: per cent right at the"]
     why += [
         "training length, and at four times it; of several seeds the median (the best). Parity is asked at every place and guessing has"
     ]
