@@ -55,16 +55,16 @@ def _introduction(found: dict[str, Any]) -> list[str]:
         f"is missing are in [details](details.md), {begun} attempts, of which {failed} failed, in the [log](log.md)."
     )
     stages = shown_stages(rows)
-    if "pass" in stages:
-        return text
     if not stages:
         return [*text, "", "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"]
-    stage = stages[0]
-    there = whole(rows, stage)
+    stage, wide = stages[0], len(ARCHITECTURES)
+    there, passed = whole(rows, stage), len(whole(rows, "pass"))
     lacking = [ARCHITECTURES[row].label for row in TEN if row not in there]
-    said = f"**{len(there)} architectures have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
+    said = f"**{len(there)} of the plan's {wide} rows have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
     said += f" (of the ten planned first not yet: {'; '.join(lacking)})" if 0 < len(lacking) < len(TEN) else ""
-    said += f"; the full pass of {tokens['pass'] / 1e6:.3g}M tokens was not run, and may rank them otherwise.**"
+    if stage != "pass":
+        said += f"; after the full pass, {tokens['pass'] / 1e6:.3g}M tokens, {passed or 'none'} of them, and it may rank them otherwise"
+    said += ".**"
     return [*text, "", *filled(said)]
 
 
@@ -89,8 +89,7 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         for stage in stages:
             mean = interval(done[stage][name].values())
             cells.append("" if mean is None else f"{plus_minus(mean, '.4f')} ({mean.n})")
-        first = next(stage for stage in stages if done[stage][name])
-        apart = difference(done[first][name], done[first].get("transformer", {})) if name != "transformer" else None
+        apart = difference(done[stages[0]][name], done[stages[0]].get("transformer", {})) if name != "transformer" else None
         cells.append("" if apart is None else plus_minus(apart, "+.4f"))
         read = next((s for s in STAGE_NAMES if any(cell["verdict"] for cell in row[s].values())), "")
         cells.append(", ".join(sorted({str(c["verdict"]).split(" (")[0] for c in (row[read].values() if read else []) if c["verdict"]})))
@@ -99,8 +98,8 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         cells += [number(speed.get("tokens_per_s"), ",.0f"), number(decode[0]["tokens_per_s"], ",.0f") if decode else ""]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     said = (
-        f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, {STAGE_NAMES[stages[0]]} where "
-        "the row is in it. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
+        f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, after "
+        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
         "and one sequence decoded behind 131,072 tokens."
     )
     return [*lines, "", *filled(said)]
