@@ -28,7 +28,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     if shown_stages(rows) or any(row["probe"] for row in rows.values()):
         lines += ["## Behaviour", "", *behaviour_table(found), ""]
     lines += ["![position](position.png)", ""] if "position.png" in pictures else []
-    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row or row["trained"] for row in rows.values()) else []
+    lines += ["## Speed", "", *speed_table(rows), ""] if any(row["training"] for row in rows.values()) else []
     lines += ["![speed](speed.png)", ""] if "speed.png" in pictures else []
     if found["cards"]:
         lines += ["## Models for transformers", "", *filled(MODELS), ""]
@@ -93,9 +93,8 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         cells.append("" if apart is None else plus_minus(apart, "+.4f"))
         read = next((s for s in STAGE_NAMES if any(cell["verdict"] for cell in row[s].values())), "")
         cells.append(", ".join(sorted({str(c["verdict"]).split(" (")[0] for c in (row[read].values() if read else []) if c["verdict"]})))
-        speed = row.get("speed") or row["trained"] or {}
-        decode = (speed.get("decode") or [])[-1:]
-        cells += [number(speed.get("tokens_per_s"), ",.0f"), number(decode[0]["tokens_per_s"], ",.0f") if decode else ""]
+        decode = (row.get("speed", {}).get("decode") or [])[-1:]
+        cells += [number(row["training"].get("tokens_per_s"), ",.0f"), number(decode[0]["tokens_per_s"], ",.0f") if decode else ""]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     said = (
         f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, after "
@@ -130,7 +129,7 @@ def comparison_table(found: dict[str, Any]) -> list[str]:
 def not_run(found: dict[str, Any]) -> list[str]:
     """The stages that have no results, with the cells that they are and the hours of one device, by the speeds measured so far."""
     rows, tokens, size = found["rows"], found["tokens"], found["size"]
-    speeds = {name: (row.get("speed") or row["trained"] or {}).get("tokens_per_s") for name, row in rows.items()}
+    speeds = {name: row["training"].get("tokens_per_s") for name, row in rows.items()}
     known = {name: speed for name, speed in speeds.items() if speed}
     lines = ["| what | cells | hours of one such device |", "|---|---|---|"]
 
