@@ -101,7 +101,18 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
         "and one sequence decoded behind 131,072 tokens."
     )
+    said += _rates_of_the_pass(found) if "pass" in stages else ""
     return [*lines, "", *filled(said)]
+
+
+def _rates_of_the_pass(found: dict[str, Any]) -> str:
+    """That the full pass has the rates of stage 1, and how far the best one moved before."""
+    each = [[{c["lr"] for c in row[stage].values()} for stage in ("stage0", "stage1")] for row in found["rows"].values()]
+    pairs = [(min(before), min(after)) for before, after in each if before and after]  # the cells of a stage that count are of one rate
+    moved = [max(one / other, other / one) for one, other in pairs]
+    small, large, whole = (f"{found['tokens'][stage] / 1e6:.3g}M" for stage in ("stage0", "stage1", "pass"))
+    said = f" After {whole} tokens a row has the rate that was its best after {large}, and was not tuned again"
+    return said + (f"; between {small} and {large} the best one of a row moved by up to {max(moved):.0f} times." if moved else ".")
 
 
 def comparison_table(found: dict[str, Any]) -> list[str]:
