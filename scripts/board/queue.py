@@ -21,7 +21,7 @@ from scripts.board.plan import Plan, check
 from scripts.board.results import Cell, Result, read
 from training.errors import UserError
 
-ABOUT, READING, COMPILING = 2.5, 4.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
+ABOUT, READING, COMPILING = 2.0, 3.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
 
 
 def make_plan(values: dict[str, Any]) -> Plan:
@@ -114,10 +114,8 @@ class Queue:
             return True
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
-            beside = self.values.get("beside", 1)
             # Cells together are no slower than one after the other, and the last one has the device alone.
-            spare = 1.03 if beside == 1 else 1.0
-            least = max(least, spare * expected_seconds(cell, results, beside))
+            least = max(least, expected_seconds(cell, results, self.values.get("beside", 1)))
         return bool(time.time() < self.values["until"] - least)
 
     def _lock(self, cell: Cell) -> bool:
