@@ -9,8 +9,10 @@ from typing import Any
 
 from data.files import write_bytes
 from evals.report.figures import png, pyplot
+from training.errors import UserError
 
 Cell = dict[str, Any]
+MARK = "<!-- table of scripts/studies/equal.py -->"
 
 
 def at(cell: Cell, length: int) -> float:
@@ -29,25 +31,31 @@ def median(cells: Sequence[Cell]) -> Cell:
 
 def summary(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """One entry of the table: how many seeds were solved in how many steps, the median seed by length, and what was not to its end."""
-    middle = median(cells)
+    reach = ", ".join(f"{100 * at(median(cells), T * m):.0f}" for m in lengths)
+    cut = [cell["step"] for cell in cells if cell["ended"] == "time"]
+    if len(cut) == len(cells):
+        return f"cut at {min(cut):,} to {max(cut):,}; {reach}" if min(cut) < max(cut) else f"cut at {cut[0]:,}; {reach}"
     solved = sorted(cell["solved"] for cell in cells if cell["ended"] == "solved")
-    reach = ", ".join(f"{100 * at(middle, T * m):.0f}" for m in lengths)
     text = f"**{len(solved)}/{len(cells)}** in {statistics.median_high(solved):,}; " if solved else f"0/{len(cells)}; "
-    text += reach
     steps = [cell["step"] for cell in cells if cell["ended"] == "steps"]
-    late = [cell["step"] for cell in cells if cell["ended"] == "time"]
-    text += f"; {max(steps):,} steps" if steps else ""
-    text += f"; out of time: {len(late)} at {max(late):,}" if late else ""
+    text += reach + (f"; {max(steps):,} steps" if steps else "")
+    text += f"; {len(cut)} cut at {max(cut):,}" if cut else ""
     diverged = sum(cell["ended"] == "diverged" for cell in cells)
     return text + (f"; diverged: {diverged}" if diverged else "")
+
+
+def where(cells: Sequence[Cell]) -> str:
+    """A mark where a CPU trained some of them."""
+    return " °" if any(cell.get("device") == "cpu" for cell in cells) else ""
 
 
 def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """Markdown, a row a mixer and a column a task."""
     tasks, mixers = names(cells, "task"), names(cells, "mixer")
     lines = [
-        f"Seeds that were solved (of those trained) and the median of their steps; accuracy in per cent of the median seed at "
-        f"{', '.join(str(T * m) for m in lengths)} tokens; steps of seeds that took all of theirs unsolved, and of those that ran out of time.",
+        f"Seeds that were solved, of those trained, and the median of their steps; accuracy in per cent of the median seed at "
+        f"{', '.join(str(T * m) for m in lengths)} tokens; the steps of seeds that took all of theirs unsolved; cut: by the clock, which "
+        "says nothing of what the mixer can do; °: some or all on a CPU.",
         "",
         "| mixer | parameters | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 2) + "|",
@@ -56,10 +64,18 @@ def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
         row, mine = [], [cell for cell in cells if cell["mixer"] == mixer]
         for task in tasks:
             chosen = [cell for cell in mine if cell["task"] == task]
-            row.append(summary(chosen, T, lengths) if chosen else "")
+            row.append(summary(chosen, T, lengths) + where(chosen) if chosen else "")
         lines.append(f"| {mixer} | {mine[0]['parameters']:,} | " + " | ".join(row) + " |")
     chance = [100 * max(cell["lengths"][0]["chance"] for cell in cells if cell["task"] == task) for task in tasks]
     return "\n".join([*lines, "| chance | | " + " | ".join(f"{c:.0f}" for c in chance) + " |"])
+
+
+def into_page(page: Path, text: str) -> None:
+    """Writes `text` between the page's two marks. Raises UserError if they are not there."""
+    parts = page.read_text().split(MARK) if page.exists() else []
+    if len(parts) != 3:
+        raise UserError(f"{page} has not two lines {MARK!r}, between which the table goes; add them, or leave page out.")
+    write_bytes(page, MARK.join([parts[0], f"\n{text}\n", parts[2]]).encode())
 
 
 def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
