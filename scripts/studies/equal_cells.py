@@ -39,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "S3": {**GROUP, "task": {"name": "word_problem", "group": "s3"}, "steps": 4000},
     "S4": {**LARGE, "task": {"name": "word_problem", "group": "s4"}, "steps": 8000},
     "A5": {**LARGE, "task": {"name": "word_problem", "group": "a5"}, "steps": 20_000},
-    "S5": {**LARGE, "task": {"name": "word_problem", "group": "s5"}, "steps": 8000},
+    "S5": {**LARGE, "task": {"name": "word_problem", "group": "s5"}, "steps": 12_000},
     "2-hop": {"task": {"name": "khop", "hops": 2, "symbols": 5}, "bound": 0.9, "steps": 6000, "first": 16, "grow": 2.0},
     "mqar": {"task": {"name": "mqar", "pairs": 2, "symbols": 128}, "bound": 0.9, "steps": 8000, "first": 8, "grow": 2.0},
 }
@@ -52,7 +52,6 @@ MIXERS: dict[str, dict[str, Any]] = {
     "slstm": {**RNN, "cell": "slstm"},
     "m2rnn": {"type": "m2rnn", "n_heads": 6, "head_dim": 16},
     "m2rnn_tracker": {"type": "m2rnn", "n_heads": 2, "head_dim": 1, "expand_v": 64.0, "start": "tracker"},
-    "transformer": {"type": "attention", "n_heads": 4, "d_ff": 77},
     "paragru": {**RNN, "cell": "paragru", "expand": 1.75},
     "paralstm": {**RNN, "cell": "paralstm", "expand": 1.75},
     "mamba2": {"type": "mamba2", "d_state": 48, "expand": 2, "head_dim": 16},
@@ -60,6 +59,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "gated_deltanet_2": {**DELTA, "n_heads": 6, "negative": True},
     "deltaproduct_2": {**DELTA, "n_heads": 4, "updates": 2, "negative": True, "gate": False},
     "deltaproduct_4": {**DELTA, "n_heads": 3, "updates": 4, "negative": True, "gate": False, "output_gate": False},
+    "transformer": {"type": "attention", "n_heads": 4, "d_ff": 77},
 }
 DENSE = {"dense_gru": 1, "dense_lstm": 2, "slstm": 2}  # blocks of the input projection where there is no output gate
 RATES = {"m2rnn": 5e-3}  # by type of the mixer, else RATE

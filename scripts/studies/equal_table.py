@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
 from evals.report.figures import png, pyplot
+from scripts.studies.equal_cells import MIXERS, TASKS
 from training.errors import UserError
 
 Cell = dict[str, Any]
@@ -19,8 +21,10 @@ def at(cell: Cell, length: int) -> float:
     return next(row["accuracy"] for row in cell["lengths"] if row["length"] == length)
 
 
-def names(cells: Sequence[Cell], key: str) -> list[str]:
-    return list(dict.fromkeys(cell[key] for cell in cells))
+def names(cells: Sequence[Cell], key: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that there are."""
+    there = {cell[key] for cell in cells}
+    return [name for name in known if name in there]
 
 
 def median(cells: Sequence[Cell]) -> Cell:
@@ -51,11 +55,14 @@ def where(cells: Sequence[Cell]) -> str:
 
 def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """Markdown, a row a mixer and a column a task."""
-    tasks, mixers = names(cells, "task"), names(cells, "mixer")
-    lines = [
+    tasks, mixers = names(cells, "task", TASKS), names(cells, "mixer", MIXERS)
+    said = (
         f"Seeds that were solved, of those trained, and the median of their steps; accuracy in per cent of the median seed at "
         f"{', '.join(str(T * m) for m in lengths)} tokens; the steps of seeds that took all of theirs unsolved; cut: by the clock, which "
-        "says nothing of what the mixer can do; °: some or all on a CPU.",
+        "says nothing of what the mixer can do; °: some or all on a CPU."
+    )
+    lines = [
+        *textwrap.wrap(said, 118),
         "",
         "| mixer | parameters | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 2) + "|",
@@ -65,7 +72,8 @@ def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
         for task in tasks:
             chosen = [cell for cell in mine if cell["task"] == task]
             row.append(summary(chosen, T, lengths) + where(chosen) if chosen else "")
-        lines.append(f"| {mixer} | {mine[0]['parameters']:,} | " + " | ".join(row) + " |")
+        sizes = [f"{count:,}" for count in sorted({cell["parameters"] for cell in mine})]
+        lines.append(f"| {mixer} | {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} | " + " | ".join(row) + " |")
     chance = [100 * max(cell["lengths"][0]["chance"] for cell in cells if cell["task"] == task) for task in tasks]
     return "\n".join([*lines, "| chance | | " + " | ".join(f"{c:.0f}" for c in chance) + " |"])
 
@@ -83,7 +91,7 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
     plt = pyplot()
     if plt is None or not cells:
         return "There is no plot: matplotlib is not installed, or there is no cell."
-    tasks, mixers = names(cells, "task"), names(cells, "mixer")
+    tasks, mixers = names(cells, "task", TASKS), names(cells, "mixer", MIXERS)
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.9 * rows + 0.7), squeeze=False, sharey=True)
@@ -94,8 +102,9 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
         for mixer in mixers:
             chosen = [c for c in cells if (c["task"], c["mixer"]) == (task, mixer)]
             if chosen:
-                points = [(row["length"], 100 * row["accuracy"]) for row in median(chosen)["lengths"]]
-                axis.plot(*zip(*points), marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
+                middle, line = median(chosen), "--" if all(c["ended"] == "time" for c in chosen) else "-"
+                points = [(row["length"], 100 * row["accuracy"]) for row in middle["lengths"]]
+                axis.plot(*zip(*points), line, marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
         axis.axhline(100 * max(c["lengths"][0]["chance"] for c in cells if c["task"] == task), color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda length, _: f"{length:g}")
@@ -106,7 +115,7 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
         axis.set_ylabel("right answers, %")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8, frameon=False)
-    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10, wrap=True)
+    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance; dashed: cut by the clock", fontsize=10, wrap=True)
     figure.tight_layout(rect=(0, 0.08, 1, 0.99))
     write_bytes(path, png(plt, figure, dpi=120, bbox_inches=None))
     return f"plot: {path}"
