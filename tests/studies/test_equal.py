@@ -75,6 +75,15 @@ def test_the_rate_of_long_words_falls_and_begins_again_at_the_next_length() -> N
     assert rates == pytest.approx([1e-2, 0.5e-2, 1e-2, 0.5e-2])  # 400 steps of 800; words of 32 at the root of 8 / 32
 
 
+def test_the_rate_of_recall_falls_at_the_longest_length_alone() -> None:
+    cell = Learner(settings_of("mqar", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 100_000)
+    rates = []
+    for rung in (1, len(cell.rungs) - 1):
+        cell.progress.step, cell.progress.arrived, cell.progress.rung = 1700, 900, rung
+        rates.append(cell.rate())
+    assert rates == pytest.approx([1e-2, 0.5e-2])
+
+
 def recorded_cell(task: str, mixer: str, seed: int, ended: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
     cell = {"task": task, "mixer": mixer, "seed": seed, "ended": ended, "step": step, "solved": step * (ended == "solved"), "limit": 1000}
     return {**cell, "settings": settings_of(task, mixer, values)}
