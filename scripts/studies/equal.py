@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
 }
 FIRST = ("dense_gru", "dense_lstm", "slstm", "m2rnn_tracker", "deltaproduct_4", "deltaproduct_2")
 CONTROLS = ("mamba2", "paragru", "paralstm", "m2rnn", "gated_deltanet", "gated_deltanet_2", "transformer")
-LEAST_CONTROL = 2000  # steps of a mixer that should fail, but where the task has fewer
+LEAST_CONTROL = 2000  # steps that a mixer that should fail may take in any case
 MOST_COMPILING = 60.0  # seconds
 TOLD_EVERY = 60.0  # seconds, after which each cell says where it is
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
