@@ -58,6 +58,7 @@ CONTROLS = ("mamba2", "paragru", "paralstm", "m2rnn", "gated_deltanet", "gated_d
 LEAST_CONTROL = 2000  # steps that a mixer that should fail may take in any case
 MOST_COMPILING = 60.0  # seconds
 TOLD_EVERY = 60.0  # seconds, after which each cell says where it is
+REST = 5.0  # seconds, after which a cell that found no memory is tried again
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
 Place = tuple[str, str, int]
@@ -189,6 +190,11 @@ def pick(visible: str, device_name: str) -> Any:
     return torch.device(device_name)
 
 
+def no_room(error: Exception) -> bool:
+    """Whether the device's memory was full, as PyTorch's allocator or the driver says it."""
+    return "out of memory" in str(error).lower()
+
+
 def work(
     values: dict[str, Any], cells: list[Place], taken: Any, ready: dict[str, Any], deadline: float, device_name: str, visible: str
 ) -> None:
@@ -201,7 +207,7 @@ def work(
     device = pick(visible, device_name)
     waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []
-    more, told = True, time.time()
+    more, told, rest = True, time.time(), 0.0
 
     def late() -> bool:
         return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
@@ -213,12 +219,16 @@ def work(
             more = number < len(cells)
             waiting += cells[number : number + 1]
         place = next((p for p in waiting if (kind := variant(*p[:2])) not in ready or ready[kind].is_set()), None)
-        if place is not None and not late():  # one, and the others go on
+        if place is not None and not late() and time.time() > rest:  # one, and the others go on
             waiting.remove(place)
             try:
                 running.append((place, begin(place, values, device), time.perf_counter()))
             except Exception as error:
-                keep(place, None, values, error)
+                if no_room(error):  # others have the card's memory, for now
+                    waiting, rest = [place, *waiting], time.time() + REST
+                    print(f"{name_of(place)} finds no room in the device's memory and is tried again in {REST:.0f} s", flush=True)
+                else:
+                    keep(place, None, values, error)
         elif not running and waiting:
             time.sleep(0.05)
         if not running and (late() or not (more or waiting)):
@@ -241,7 +251,7 @@ def work(
                 problem = error
                 keep(place, None, values, problem)
             running.remove(entry)
-            if problem is not None and device.type == "cuda" and "CUDA" in str(problem) and "OutOfMemory" not in type(problem).__name__:
+            if problem is not None and device.type == "cuda" and "CUDA" in str(problem) and not no_room(problem):
                 return  # the device is lost to this process
 
 
@@ -321,7 +331,7 @@ def main(words: list[str]) -> None:
             event.wait(max(1.0, began + MOST_COMPILING - time.time()))
             event.set()
         print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
-        end_by(workers, deadline + 20)
+        end_by([*workers, *compilers], deadline + 20)
     report(values, device, time.time() - began)
 
 

@@ -196,6 +196,28 @@ def test_controls_take_twice_the_steps_of_the_slowest_success(tmp_path: Path, mo
     assert limit_of(solved, ("S4", "mamba2", 0), 0) == TASKS["S4"]["steps"]
 
 
+def test_a_cell_that_finds_no_memory_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {**VALUES, "out": str(tmp_path), "streams": 1}
+    (tmp_path / "cells").mkdir()
+    asked: list[str] = []
+
+    def begin(place: Any, *_: Any) -> Any:
+        asked.append(place[1])
+        raise RuntimeError("CUDA error: out of memory" if len(asked) < 3 else "a kernel is broken")
+
+    class Taken:
+        value = 0
+
+        def get_lock(self) -> Any:
+            return torch.no_grad()
+
+    monkeypatch.setattr(equal, "begin", begin)
+    monkeypatch.setattr(equal, "REST", 0.01)
+    work(values, [("S3", "slstm", 0), ("S3", "dense_gru", 0)], Taken(), {}, 4e9, "cpu", "")
+    assert asked == ["slstm", "slstm", "slstm", "dense_gru"]
+    assert "broken" in json.loads((tmp_path / "cells" / "S3.slstm.0.json").read_text())["error"]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
