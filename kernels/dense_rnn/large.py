@@ -213,7 +213,7 @@ class _Problem(launch.Solve):
         self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
         self.RT = self.groups // self.E * self.rows
         self.most = max(1, multiprocessors(pre.device) // self.programs)
-        each = self.most * (1 + self.programs) * large_held_source.LINE if self.held else self.most
+        each = self.most * large_held_source.LINE if self.held else self.most
         self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], each, dtype=torch.int32, device=pre.device)
         self.passes = 0
         self.constants: dict[str, Any] = {
@@ -234,8 +234,9 @@ class _Problem(launch.Solve):
         return torch.zeros(2, *shape, self.RT, self.E * self.KP, dtype=self.product, device=self.pre.device)
 
     def summed(self) -> Tensor:
-        """What programs that share columns exchange."""
-        return self.h0.new_empty(large_source.padded(len(self.dense.products)), self.RT, self.E * self.KP)
+        """What programs that share columns exchange: bits of fp32, nothing yet."""
+        shape = (large_source.padded(len(self.dense.products)), self.RT, self.E * self.KP)
+        return torch.full(shape, large_held_source.EMPTY, dtype=torch.int32, device=self.pre.device)
 
     def walk(self, name: str, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
         """A pass in one launch, or, in the interpreter, phase by phase."""
@@ -319,7 +320,7 @@ def backward(
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
         p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
-        to.batch, to.time, to.projection, to.se, with_kept, scaled,
+        to.batch, to.time, to.projection, to.se, with_kept, scaled, same,
     )  # fmt: skip
     p.walk("walk_back", tensors, first=True)
     if n > 1:

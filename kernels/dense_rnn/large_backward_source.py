@@ -12,7 +12,7 @@ from kernels.dense_rnn.source import Writer, products_of_jacobians
 BACKWARD = (
     "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
 )
-BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
+BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, SAME: tl.constexpr"
 
 
 def summed(w: Writer) -> tuple[int, ...]:
@@ -69,9 +69,10 @@ def jacobians(w: Writer, indent: int) -> None:
 
 
 def gradients_out(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
-    """Stores a step's gradients of inputs, adds those of weights, and goes on to the adjoints of the states before it."""
-    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
+    """Stores a step's gradients of inputs, but where those of products are the SAME and lie there already, adds those of weights, and goes on to the
+    adjoints of the states before it."""
+    w.put(indent, "if not SAME:", "    to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+    w.put(indent + 1, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
     w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
 
 

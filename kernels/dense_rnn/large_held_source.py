@@ -4,18 +4,20 @@ large_backward_source.py otherwise, of cells that multiply one state alone (`hel
 Forwards each program loads its columns of the matrices, PIECES tiles of BK rows, before its first step, and reads the team's operands alone in each.
 
 Backwards all columns of all products would be as many bytes of the matrices, but four times those of operands in each step. So M programs, one for
-each product, share M BN columns: each multiplies the cotangents of its product with all of these columns, they exchange the sums (SUMS, at a barrier
-of these M programs alone), and each goes on with its own BN channels. What a step reads besides comes while the first barrier is waited for, and what
-no other program needs is computed and stored while the second one is.
+each product, share M BN columns: each multiplies the cotangents of its product with all of these columns, they exchange the sums (SUMS), and each goes
+on with its own BN channels. What a step reads besides comes while the sums are waited for, and what no other program needs is computed and stored while
+the team's barrier is.
 
-COUNTER: of each team one for itself and one for each M programs, LINE apart. V: (2, products, rows, E KP), SUMS: (M, rows, E KP) in fp32.
+The sums are their own message: a place holds EMPTY until one is written there, its only reader looks until none is left and leaves EMPTY behind, which
+the team's barrier puts before the next sum. That is one way to the second-level cache and back where a barrier takes three.
+
+COUNTER: of each team one, LINE apart. V: (2, products, rows, E KP), SUMS: (M, rows, E KP) in fp32, as their bits.
 """
 
 from __future__ import annotations
 
 from kernels.dense_rnn.large_backward_source import (
     BACKWARD,
-    at_border,
     begin_back,
     gradients_out,
     jacobians,
@@ -28,6 +30,7 @@ from kernels.dense_rnn.source import Writer, products_of_jacobians
 from kernels.parallel_rnn.products import Dense, is_leaf
 
 LINE = 32  # counters of four bytes in a line of the cache
+EMPTY = -5921371  # 0xFFA5A5A5: as fp32 a NaN that no product has, the tensor cores' own is 0x7FFFFFFF and those of 16 bits end in zeros
 HELPERS = f"""
 
 @triton.jit
@@ -45,6 +48,7 @@ def _wait(counter, target):  # until so many have arrived
 
 
 LINE: tl.constexpr = tl.constexpr({LINE})
+EMPTY: tl.constexpr = tl.constexpr({EMPTY})
 """
 
 
@@ -88,9 +92,9 @@ def walk(w: Writer, pieces: int) -> None:
     w.put(3, "for it in tl.range(begin, end, num_stages=1):")
     w.put(deep, "t = origin + it", "parity = (it + BURN) & 1", "live = here & (t >= 0) & (t < last)", "go = live[:, None]")
     w.put(deep, "both = go & inside", "at = b * T + t", "kept = both & (it >= 0)")
-    w.put(deep, "if FIRST:")
+    w.put(deep, "if FIRST:", "    if it == 0:")
     for i in w.S:
-        w.keep(deep + 1, "BEGINS", "place", i, S, f"h{i}", "all_ & (it == 0)")
+        w.keep(deep + 2, "BEGINS", "place", i, S, f"h{i}", "all_")
     w.put(deep + 1, *(f"P{i}{j} = tl.where(it == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
     inputs(w, deep, "t", "both", list(w.X))
     w.put(deep, "if HAS_RESET:")
@@ -128,10 +132,10 @@ def _operand(w: Writer, indent: int, parity: str) -> None:
 
 def walk_back(w: Writer, pieces: int) -> None:
     Q, M, deep, sums = len(w.Q), padded(len(w.Q)), 4, summed(w)
-    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS"), back=True, counts=("meetings", "exchanges"))
+    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS"), back=True)
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
-    w.put(3, f"counter = COUNTER + team * (1 + C // {M}) * LINE", f"mates = counter + (1 + c // {M}) * LINE")
+    w.put(3, "counter = COUNTER + team * LINE")
     begin_back(w, sums)
     _known(w, 4, "begin")
     _open(w, 4, "begin", "parity")
@@ -143,9 +147,8 @@ def walk_back(w: Writer, pieces: int) -> None:
     w.put(
         deep + 1,
         f"s_ = SUMS + (c % {M}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + wide[None, :]",
-        "tl.store(s_, sums)",
+        "tl.store(s_, sums.to(tl.int32, bitcast=True))",
     )
-    w.put(deep + 1, "if MODE == -2:", f"    exchanges += {M}", "    _arrive(mates)")
     w.put(deep, "if (MODE == -2) | (MODE == 1):")
     _close(w, deep + 1)
     end(w, "a", "D_H0", sums)
@@ -170,8 +173,11 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     """Begins step `it`, of which `_known` was read: the cotangents of its products, for the team; then, before the team has met, all the rest of it.
     a{i} is then the adjoint of the states before it, but for what its products bring."""
     sums, n_kept = summed(w), len(w.S) - 1
-    w.put(indent, "if FIRST:", "    border = (t == origin)[:, None]")
-    at_border(w, indent + 1, sums)
+    w.put(indent, "if FIRST:", f"    if {it} == 0:  # elsewhere nothing is brought into the order of memory")
+    for i in w.S:
+        w.keep(indent + 2, "BEGINS", "place", i, len(w.S), f"a{i}", "all_")
+    w.put(indent + 1, *(f"P{i}{j} = tl.where({it} == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
+    w.put(indent + 1, *(f"W{i} = tl.where({it} == 0, 0.0, W{i})" for i in sums))
     w.put(indent, f"g{n_kept} = a{n_kept} + l{n_kept}", *(f"g{i} = a{i}" for i in range(n_kept)))
     w.put(indent, "if WITH_KEPT:" if n_kept else "", *(f"    g{i} += l{i}" for i in range(n_kept)))
     given = f"{w.given()}, {', '.join(f'g{i}' for i in w.S)}, zero"
@@ -200,8 +206,12 @@ def _close(w: Writer, indent: int) -> None:
     w.put(indent, "t = origin - it", "over = here & (t >= low) & (t < T)", "if HAS_RESET:")
     w.put(indent + 1, "over = over & (tl.load(RESET + b * T + t, mask=over, other=0) == 0)")
     _known(w, indent, "it + 1")
-    w.put(indent, "if MODE == -2:", "    _wait(mates, exchanges)")
     w.put(indent, "s_ = SUMS + rows[:, None].to(tl.int64) * W + e * KP + k[None, :]", "far_ = (c * 0 + 1).to(tl.int64) * RT * W")
-    terms = [f"tl.load(s_{f' + {i} * far_' if i else ''}, mask=all_, other=0.0, cache_modifier='.cg')" for i in w.Q]
-    w.put(indent, f"q0 = {' + '.join(terms)}", f"{last} = tl.where(over[:, None], {last} + q0, {last})")
+    places = [f"s_{f' + {i} * far_' if i else ''}" for i in w.Q]
+    looks = [f"b{i} = tl.load({place}, mask=all_, other=0, volatile=True)" for i, place in enumerate(places)]
+    missing = f"missing = tl.max(({' | '.join(f'(b{i} == EMPTY)' for i in w.Q)}).to(tl.int32))"
+    w.put(indent, *looks, missing, "while missing > 0:", *(f"    {line}" for line in [*looks, missing]))
+    w.put(indent, *(f"tl.store({place}, EMPTY, mask=all_)" for place in places))
+    total = " + ".join(f"b{i}.to(tl.float32, bitcast=True)" for i in w.Q)
+    w.put(indent, f"q0 = {total}", f"{last} = tl.where(over[:, None], {last} + q0, {last})")
     _open(w, indent, "(it + 1)", "1 - parity")

@@ -24,7 +24,7 @@ from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "BEFORE", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD", "U", "V"}
-OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32"}
+OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32", "SUMS": "*i32"}
 WHOLE = {"T", "B", "SLICE", "BURN", "RT"}
 KERNELS = ("walk", "walk_back", "walk_held", "walk_back_held")
 STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")
@@ -56,7 +56,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     constants = {
         "E": 1, "K": K, "KP": -(-K // tiles.multiple) * tiles.multiple, "HEAD": K // 4, "NEAR": large.NEAR, "HAS_RESET": True, "DOT": kind,
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
-        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "STAGES": tiles.stages,
+        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "SAME": False, "STAGES": tiles.stages,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
