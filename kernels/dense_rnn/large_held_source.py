@@ -5,16 +5,21 @@ Forwards each program loads its columns of the matrices, PIECES tiles of BK rows
 
 Backwards all columns of all products would be as many bytes of the matrices, but four times those of operands in each step. So M programs, one for
 each product, share M BN columns: each multiplies the cotangents of its product with all of these columns, they exchange the sums (SUMS), and each goes
-on with its own BN channels. What a step reads besides comes while the sums are waited for, and what no other program needs is computed and stored while
-the team's barrier is.
+on with its own BN channels. What a step reads besides comes while the sums are waited for.
 
-The sums are their own message: a place holds EMPTY until one is written there, its only reader looks until none is left and leaves EMPTY behind, which
-the team's barrier puts before the next sum. That is one way to the second-level cache and back where a barrier takes three.
+No step has a barrier: what programs exchange is its own message, in words of 32 bits. A word is EMPTY until it is written, and who reads it looks until
+no word of all that it wants is. So a step waits for one way to the second-level cache and back, where a barrier takes three. Words are EMPTY again
+before they are written again: operands and cotangents lie in four SLOTS, one step after the other, and their writer, who has seen all of step s, knows
+that the whole team has read step s - 1; sums lie in two, and their only reader empties them. Either comes two steps before the place is written again,
+with a fence between the two that is made while others are waited for. A pass ends with a barrier, behind which all slots are emptied.
 
-COUNTER: of each team one, LINE apart. V: (2, products, rows, E KP), SUMS: (M, rows, E KP) in fp32, as their bits.
+COUNTER: of each team one, LINE apart. U: (SLOTS, rows, E KP), V: (SLOTS, products, rows, E KP), WORDS: their words; SUMS: (2, M, rows, E KP) in fp32, as
+words.
 """
 
 from __future__ import annotations
+
+import functools
 
 from kernels.dense_rnn.large_backward_source import (
     BACKWARD,
@@ -30,7 +35,8 @@ from kernels.dense_rnn.source import Writer, products_of_jacobians
 from kernels.parallel_rnn.products import Dense, is_leaf
 
 LINE = 32  # counters of four bytes in a line of the cache
-EMPTY = -5921371  # 0xFFA5A5A5: as fp32 a NaN that no product has, the tensor cores' own is 0x7FFFFFFF and those of 16 bits end in zeros
+SLOTS = 4
+EMPTY = -1  # the largest word without a sign; two NaN of 16 bits or one of 32 that no instruction makes: a product's is 0x7FFFFFFF, a rounded one 0x7FFF, and 16 bits widened end in zeros
 HELPERS = f"""
 
 @triton.jit
@@ -47,9 +53,32 @@ def _wait(counter, target):  # until so many have arrived
     tl.debug_barrier()
 
 
+@triton.jit
+def _fence():  # what a thread wrote comes before all that it writes from here on
+    FENCE
+
+
+@triton.jit
+def _of_words(words, DOT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):  # the numbers that lie in words
+    if DOT == tl.float32:
+        return words.to(tl.float32, bitcast=True)
+    else:
+        both = tl.join((words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16))
+        return tl.reshape(both, (BM, BK)).to(DOT, bitcast=True)
+
+
 LINE: tl.constexpr = tl.constexpr({LINE})
+SLOTS: tl.constexpr = tl.constexpr({SLOTS})
 EMPTY: tl.constexpr = tl.constexpr({EMPTY})
 """
+FENCES = {
+    "ptx": 'tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)',
+    "portable": "tl.debug_barrier()",
+}
+
+
+def helpers(maths: str) -> str:
+    return HELPERS.replace("FENCE", FENCES[maths])
 
 
 def held(dense: Dense) -> bool:
@@ -57,32 +86,71 @@ def held(dense: Dense) -> bool:
     return len(dense.operands) == 1 and is_leaf(dense.operands[0], f"h{len(dense.cell.state) - 1}")
 
 
+PACK = "PACK: tl.constexpr = 2 - (DOT == tl.float32)  # numbers in a word"
+
+
 def _matrices(w: Writer, pieces: int, place: str, stride: str) -> None:
     """The tiles R0, R1 .. of a program."""
     w.put(3, place, *(f"R{i} = tl.load(m_ + {i} * BK * {stride})" for i in range(pieces)))
 
 
-def _multiply(w: Writer, indent: int, pieces: int, source: str, M: int) -> None:
-    """sums: what lies at `source` for all of the team's channels times the tiles. It comes from the second-level cache, where others wrote it. All is
-    on its way before the first product; a loop of one turn holds each product, as the compiler copies what is multiplied to shared memory where a
-    loop's body receives it, tile by tile then, but what a load gave where it was loaded, all tiles at once."""
-    w.put(indent, *(f"u{i} = tl.load({source} + {i} * BK, cache_modifier='.cg')" for i in range(pieces)))
+def _wanted(w: Writer, indent: int, places: list[str], names: list[str]) -> None:
+    """Reads words until none of them is EMPTY."""
+    looks = [f"{name} = tl.load({place}, mask=here[:, None], other=0, volatile=True)" for name, place in zip(names, places)]
+    largest = functools.reduce("tl.maximum({}, {})".format, (f"{name}.to(tl.uint32, bitcast=True)" for name in names))
+    missing = f"missing = tl.max({largest}).to(tl.int32, bitcast=True) == EMPTY"
+    w.put(indent, *looks, missing, "while missing:", *(f"    {line}" for line in [*looks, missing]))
+
+
+def _at(of: str, width: str) -> str:
+    """Where the rows' shares of slot and product `of` begin, of so wide rows."""
+    return f"({of}).to(tl.int64) * RT * ({width}) + rows[:, None].to(tl.int64) * ({width}) + e * (({width}) // E)"
+
+
+def _multiply(w: Writer, indent: int, pieces: int, of: str, M: int) -> None:
+    """sums: what lies in WORDS at slot and product `of`, of all of the team's channels, times the tiles. All is on its way before the first product; a
+    loop of one turn holds each product, as the compiler copies what is multiplied to shared memory where a loop's body receives it, tile by tile then,
+    but what a load gave where it was loaded, all tiles at once."""
+    w.put(indent, f"u_ = WORDS + {_at(of, 'W // PACK')} + tl.arange(0, BK // PACK)[None, :]")
+    _wanted(w, indent, [f"u_ + {i} * (BK // PACK)" for i in range(pieces)], [f"n{i}" for i in range(pieces)])
+    w.put(indent, *(f"u{i} = _of_words(n{i}, DOT, BM, BK)" for i in range(pieces)))
     w.put(indent, f"sums = tl.zeros((BM, {M} * BN), tl.float32)", "once = tl.where(T > 0, 1, 0)", "turn_ = u0")
     for i in range(pieces):
         w.put(indent, "for _ in tl.range(0, once, num_stages=1):", f"    sums = tl.dot(turn_, R{i}, sums, input_precision=PRECISION)")
         w.put(indent + 1, f"turn_ = u{(i + 1) % pieces}")
 
 
+def _share(w: Writer, indent: int, name: str, of: str, value: str) -> None:
+    """Stores this program's channels of an operand or a product's cotangents, zeros where the head is filled up, as words are whole."""
+    w.put(indent, f"u_ = {name} + {_at(of, 'W')} + k[None, :]")
+    w.put(indent, f"tl.store(u_, tl.where(inside, {value}, 0.0).to(DOT), mask=here[:, None])")
+
+
+def _empty(w: Writer, indent: int, slot: str, count: int) -> None:
+    """Empties what this program wrote to a slot, of `count` operands or products."""
+    for i in range(count):
+        w.put(
+            indent, f"u_ = WORDS + {_at(f'({slot}) * {count} + {i}', 'W // PACK')} + (c * (BN // PACK) + tl.arange(0, BN // PACK))[None, :]"
+        )
+        w.put(indent, "tl.store(u_, EMPTY, mask=here[:, None])")
+
+
+def _ends(w: Writer, count: int) -> None:
+    """The end of a pass: nobody reads any more, and all slots are emptied."""
+    w.put(3, "if MODE == -2:", "    meetings += C", "    _arrive(counter)", "    _wait(counter, meetings)")
+    for slot in range(SLOTS):
+        _empty(w, 4, f"c * 0 + {slot}", count)
+
+
 def walk(w: Writer, pieces: int) -> None:
     S, deep, M = len(w.S), 4, padded(len(w.Q))
-    head(w, "walk_held", FORWARD, back=False)
+    head(w, "walk_held", FORWARD.replace("EARLIER", "WORDS"), back=False)
     columns(w, 3, "columns", "se")
-    w.put(3, "counter = COUNTER + team * LINE")
+    w.put(3, PACK, "counter = COUNTER + team * LINE")
     begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
     bounds(w)
     _ahead(w, 4, "begin")
-    _operand(w, 4, "parity")
-    w.put(4, "if MODE == -2:", "    meetings += C", "    _arrive(counter)", "    _wait(counter, meetings)")
+    _operand(w, 4, "begin")
     _matrices(
         w,
         pieces,
@@ -90,7 +158,7 @@ def walk(w: Writer, pieces: int) -> None:
         f"{M} * BN",
     )
     w.put(3, "for it in tl.range(begin, end, num_stages=1):")
-    w.put(deep, "t = origin + it", "parity = (it + BURN) & 1", "live = here & (t >= 0) & (t < last)", "go = live[:, None]")
+    w.put(deep, "t = origin + it", "live = here & (t >= 0) & (t < last)", "go = live[:, None]")
     w.put(deep, "both = go & inside", "at = b * T + t", "kept = both & (it >= 0)")
     w.put(deep, "if FIRST:", "    if it == 0:")
     for i in w.S:
@@ -101,19 +169,19 @@ def walk(w: Writer, pieces: int) -> None:
     reset(w, deep + 1, "r", "t", "live")
     w.put(deep + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
     _ahead(w, deep, "it + 1")
-    w.put(deep, "u_ = U + parity.to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]")
-    _multiply(w, deep, pieces, "u_", M)
+    _multiply(w, deep, pieces, "(it + BURN) % SLOTS", M)
+    _empty(w, deep, "(it + BURN + SLOTS - 1) % SLOTS", 1)
     w.put(deep, *apart([f"p{i}" if i in w.Q else f"spare{i}_" for i in range(M)]))
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(deep, f"{', '.join([*(f'y{i}' for i in w.S), *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
-    _operand(w, deep, "1 - parity")
-    w.put(deep, "if MODE == -2:", "    meetings += C", "    _arrive(counter)")
+    _operand(w, deep, "it + 1")
+    w.put(deep, "if MODE == -2:", "    _fence()")
     products_of_jacobians(w, deep, back=False)
     near(w, deep, "h", back=False)
     w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
     w.put(deep, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
-    w.put(deep, "if MODE == -2:", "    _wait(counter, meetings)")
+    _ends(w, 1)
     end(w, "h", "FINAL")
 
 
@@ -123,34 +191,31 @@ def _ahead(w: Writer, indent: int, it: str) -> None:
     reset(w, indent + 1, "rn", "tn", "ahead")
 
 
-def _operand(w: Writer, indent: int, parity: str) -> None:
-    """This program's share of the operand of the step that `_ahead` looked at."""
+def _operand(w: Writer, indent: int, it: str) -> None:
+    """This program's share of the operand of step `it`, at which `_ahead` looked."""
     w.put(indent, f"next_ = h{len(w.S) - 1}", "if HAS_RESET:", "    next_ = tl.where(rn, 0.0, next_)")
-    w.put(indent, f"u_ = U + ({parity}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
-    w.put(indent, "tl.store(u_ + k[None, :], next_.to(DOT), mask=all_)")
+    _share(w, indent, "U", f"({it} + BURN) % SLOTS", "next_")
 
 
 def walk_back(w: Writer, pieces: int) -> None:
     Q, M, deep, sums = len(w.Q), padded(len(w.Q)), 4, summed(w)
-    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS"), back=True)
+    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS").replace("SCALES", "WORDS"), back=True)
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
-    w.put(3, "counter = COUNTER + team * LINE")
+    w.put(3, PACK, "counter = COUNTER + team * LINE")
     begin_back(w, sums)
     _known(w, 4, "begin")
-    _open(w, 4, "begin", "parity")
+    _open(w, 4, "begin")
     w.put(3, f"mine = tl.minimum(c % {M}, {Q - 1})", f"wide = (c // {M}) * ({M} * BN) + tl.arange(0, {M} * BN)")
     _matrices(w, pieces, f"m_ = MAT + (e.to(tl.int64) * {Q} + mine) * KP * KP + ks[:, None] * KP + wide[None, :]", "KP")
-    w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    parity = (it + BURN) & 1", "    if (MODE == -2) | (MODE == 0):")
-    w.put(deep + 1, f"v_ = V + (parity * {Q} + mine).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + ks[None, :]")
-    _multiply(w, deep + 1, pieces, "v_", M)
-    w.put(
-        deep + 1,
-        f"s_ = SUMS + (c % {M}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP + wide[None, :]",
-        "tl.store(s_, sums.to(tl.int32, bitcast=True))",
-    )
+    w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    if (MODE == -2) | (MODE == 0):")
+    _multiply(w, deep + 1, pieces, f"((it + BURN) % SLOTS) * {Q} + mine", M)
+    _empty(w, deep + 1, "(it + BURN + SLOTS - 1) % SLOTS", Q)
+    place = _at(f"((it + BURN) % 2) * {M} + c % {M}", "W")
+    w.put(deep + 1, f"tl.store(SUMS + {place} + wide[None, :], sums.to(tl.int32, bitcast=True), mask=here[:, None])")
     w.put(deep, "if (MODE == -2) | (MODE == 1):")
     _close(w, deep + 1)
+    _ends(w, Q)
     end(w, "a", "D_H0", sums)
 
 
@@ -169,8 +234,8 @@ def _known(w: Writer, indent: int, it: str) -> None:
     products_made(w, indent)
 
 
-def _open(w: Writer, indent: int, it: str, parity: str) -> None:
-    """Begins step `it`, of which `_known` was read: the cotangents of its products, for the team; then, before the team has met, all the rest of it.
+def _open(w: Writer, indent: int, it: str) -> None:
+    """Begins step `it`, of which `_known` was read: the cotangents of its products, for the team; then, while those of the others come, the rest of it.
     a{i} is then the adjoint of the states before it, but for what its products bring."""
     sums, n_kept = summed(w), len(w.S) - 1
     w.put(indent, "if FIRST:", f"    if {it} == 0:  # elsewhere nothing is brought into the order of memory")
@@ -183,9 +248,8 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     given = f"{w.given()}, {', '.join(f'g{i}' for i in w.S)}, zero"
     w.put(indent, "zero = tl.zeros((BM, BN), tl.float32)", f"{', '.join(f'dp{i}' for i in w.Q)} = d_products0({given})")
     for i in w.Q:
-        w.put(indent, f"v_ = V + (({parity}) * {len(w.Q)} + {i}).to(tl.int64) * RT * W + rows[:, None].to(tl.int64) * W + e * KP")
-        w.put(indent, f"tl.store(v_ + k[None, :], dp{i}.to(DOT), mask=all_)")
-    w.put(indent, "if MODE == -2:", "    meetings += C", "    _arrive(counter)")
+        _share(w, indent, "V", f"(({it} + BURN) % SLOTS) * {len(w.Q)} + {i}", f"dp{i}")
+    w.put(indent, "if MODE == -2:", "    _fence()")
     w.put(
         indent,
         "kept = both & (t <= origin)[:, None]",
@@ -197,7 +261,6 @@ def _open(w: Writer, indent: int, it: str, parity: str) -> None:
     jacobians(w, indent)
     near(w, indent, "g", back=True, it=it)
     gradients_out(w, indent, sums)
-    w.put(indent, "if MODE == -2:", "    _wait(counter, meetings)")
 
 
 def _close(w: Writer, indent: int) -> None:
@@ -206,12 +269,11 @@ def _close(w: Writer, indent: int) -> None:
     w.put(indent, "t = origin - it", "over = here & (t >= low) & (t < T)", "if HAS_RESET:")
     w.put(indent + 1, "over = over & (tl.load(RESET + b * T + t, mask=over, other=0) == 0)")
     _known(w, indent, "it + 1")
-    w.put(indent, "s_ = SUMS + rows[:, None].to(tl.int64) * W + e * KP + k[None, :]", "far_ = (c * 0 + 1).to(tl.int64) * RT * W")
-    places = [f"s_{f' + {i} * far_' if i else ''}" for i in w.Q]
-    looks = [f"b{i} = tl.load({place}, mask=all_, other=0, volatile=True)" for i, place in enumerate(places)]
-    missing = f"missing = tl.max(({' | '.join(f'(b{i} == EMPTY)' for i in w.Q)}).to(tl.int32))"
-    w.put(indent, *looks, missing, "while missing > 0:", *(f"    {line}" for line in [*looks, missing]))
-    w.put(indent, *(f"tl.store({place}, EMPTY, mask=all_)" for place in places))
-    total = " + ".join(f"b{i}.to(tl.float32, bitcast=True)" for i in w.Q)
+    M = padded(len(w.Q))
+    w.put(indent, f"s_ = SUMS + {_at(f'((it + BURN) % 2) * {M}', 'W')} + k[None, :]", "far_ = (c * 0 + 1).to(tl.int64) * RT * W")
+    places, names = [f"s_{f' + {i} * far_' if i else ''}" for i in w.Q], [f"n{i}" for i in w.Q]
+    _wanted(w, indent, places, names)
+    w.put(indent, *(f"tl.store({place}, EMPTY, mask=here[:, None])" for place in places))
+    total = " + ".join(f"{name}.to(tl.float32, bitcast=True)" for name in names)
     w.put(indent, f"q0 = {total}", f"{last} = tl.where(over[:, None], {last} + q0, {last})")
-    _open(w, indent, "(it + 1)", "1 - parity")
+    _open(w, indent, "(it + 1)")
