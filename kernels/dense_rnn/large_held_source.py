@@ -94,12 +94,21 @@ def _matrices(w: Writer, pieces: int, place: str, stride: str) -> None:
     w.put(3, place, *(f"R{i} = tl.load(m_ + {i} * BK * {stride})" for i in range(pieces)))
 
 
+def _look(w: Writer, indent: int, places: list[str], names: list[str]) -> None:
+    w.put(indent, *(f"{name} = tl.load({place}, mask=here[:, None], other=0, volatile=True)" for name, place in zip(names, places)))
+
+
 def _wanted(w: Writer, indent: int, places: list[str], names: list[str]) -> None:
     """Reads words until none of them is EMPTY."""
-    looks = [f"{name} = tl.load({place}, mask=here[:, None], other=0, volatile=True)" for name, place in zip(names, places)]
+    w.put(indent, "while missing:")
+    _look(w, indent + 1, places, names)
+    w.put(indent + 1, _missing(names))
+
+
+def _missing(names: list[str]) -> str:
+    """Whether a word is EMPTY."""
     largest = functools.reduce("tl.maximum({}, {})".format, (f"{name}.to(tl.uint32, bitcast=True)" for name in names))
-    missing = f"missing = tl.max({largest}).to(tl.int32, bitcast=True) == EMPTY"
-    w.put(indent, *looks, missing, "while missing:", *(f"    {line}" for line in [*looks, missing]))
+    return f"missing = tl.max({largest}).to(tl.int32, bitcast=True) == EMPTY"
 
 
 def _at(of: str, width: str) -> str:
@@ -108,16 +117,22 @@ def _at(of: str, width: str) -> str:
 
 
 def _multiply(w: Writer, indent: int, pieces: int, of: str, M: int) -> None:
-    """sums: what lies in WORDS at slot and product `of`, of all of the team's channels, times the tiles. All is on its way before the first product; a
-    loop of one turn holds each product, as the compiler copies what is multiplied to shared memory where a loop's body receives it, tile by tile then,
-    but what a load gave where it was loaded, all tiles at once."""
-    w.put(indent, f"u_ = WORDS + {_at(of, 'W // PACK')} + tl.arange(0, BK // PACK)[None, :]")
-    _wanted(w, indent, [f"u_ + {i} * (BK // PACK)" for i in range(pieces)], [f"n{i}" for i in range(pieces)])
-    w.put(indent, *(f"u{i} = _of_words(n{i}, DOT, BM, BK)" for i in range(pieces)))
-    w.put(indent, f"sums = tl.zeros((BM, {M} * BN), tl.float32)", "once = tl.where(T > 0, 1, 0)", "turn_ = u0")
+    """sums: what lies in WORDS at slot and product `of`, of all of the team's channels, times the tiles. Once the first tile is there, the others are
+    wanted, which are by then, and come while it is multiplied: looking for all at once would read all of them in vain. A loop of one turn holds each
+    product, as the compiler copies what is multiplied to shared memory where a loop's body receives it, tile by tile then, but what a load gave where
+    it was loaded, all tiles at once."""
+    w.put(
+        indent, f"u_ = WORDS + {_at(of, 'W // PACK')} + tl.arange(0, BK // PACK)[None, :]", f"sums = tl.zeros((BM, {M} * BN), tl.float32)"
+    )
+    w.put(indent, "n0 = tl.zeros((BM, BK // PACK), tl.int32)", "once = tl.where(T > 0, 1, 0)", "missing = once > 0")
+    names, places = [f"n{i}" for i in range(pieces)], [f"u_ + {i} * (BK // PACK)" for i in range(pieces)]
     for i in range(pieces):
-        w.put(indent, "for _ in tl.range(0, once, num_stages=1):", f"    sums = tl.dot(turn_, R{i}, sums, input_precision=PRECISION)")
-        w.put(indent + 1, f"turn_ = u{(i + 1) % pieces}")
+        _wanted(w, indent, places[i : i + 1], names[i : i + 1])
+        if i == 0:
+            _look(w, indent, places[1:], names[1:])
+        w.put(indent, f"turn_ = _of_words(n{i}, DOT, BM, BK)", "for _ in tl.range(0, once, num_stages=1):")
+        w.put(indent + 1, f"sums = tl.dot(turn_, R{i}, sums, input_precision=PRECISION)", "turn_ = tl.zeros((BM, BK), DOT)")
+        w.put(indent, _missing(names[i + 1 : i + 2]) if i + 1 < pieces else "")
 
 
 def _share(w: Writer, indent: int, name: str, of: str, value: str) -> None:
@@ -272,6 +287,7 @@ def _close(w: Writer, indent: int) -> None:
     M = padded(len(w.Q))
     w.put(indent, f"s_ = SUMS + {_at(f'((it + BURN) % 2) * {M}', 'W')} + k[None, :]", "far_ = (c * 0 + 1).to(tl.int64) * RT * W")
     places, names = [f"s_{f' + {i} * far_' if i else ''}" for i in w.Q], [f"n{i}" for i in w.Q]
+    w.put(indent, *(f"{name} = tl.zeros((BM, BN), tl.int32)" for name in names), "missing = tl.where(T > 0, 1, 0) > 0")
     _wanted(w, indent, places, names)
     w.put(indent, *(f"tl.store({place}, EMPTY, mask=here[:, None])" for place in places))
     total = " + ".join(f"{name}.to(tl.float32, bitcast=True)" for name in names)
