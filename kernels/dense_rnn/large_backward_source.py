@@ -56,16 +56,16 @@ def at_border(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
 
 
 def jacobians(w: Writer, indent: int) -> None:
-    """The Jacobian's entries, and what of them and of the adjoints a document's start cuts."""
+    """The Jacobian's entries, and their products."""
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(
-        indent,
-        "if HAS_RESET:",
-        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
-        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
-    )
+    w.put(indent, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
     products_of_jacobians(w, indent, back=True)
+
+
+def cut(w: Writer, indent: int) -> None:
+    """Nothing goes back over a document's start."""
+    w.put(indent, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
 
 
 def gradients_out(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
@@ -187,6 +187,7 @@ def _phase_back(w: Writer, indent: int, level: int) -> None:
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     jacobians(w, indent)
+    cut(w, indent)
     near(w, indent, "g", back=True)
     w.put(indent, "kept = both & (it >= 0)")
     gradients_out(w, indent, sums)

@@ -20,17 +20,19 @@ words.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 from kernels.dense_rnn.large_backward_source import (
     BACKWARD,
     begin_back,
+    cut,
     gradients_out,
     jacobians,
     products_made,
     states_before,
     summed,
 )
-from kernels.dense_rnn.large_source import FORWARD, apart, begin, bounds, columns, end, head, inputs, near, padded, reset
+from kernels.dense_rnn.large_source import FORWARD, apart, begin, bounds, columns, end, head, inputs, near, padded, read_weights, reset
 from kernels.dense_rnn.source import Writer, products_of_jacobians
 from kernels.parallel_rnn.products import Dense, is_leaf
 
@@ -116,20 +118,24 @@ def _at(of: str, width: str) -> str:
     return f"({of}).to(tl.int64) * RT * ({width}) + rows[:, None].to(tl.int64) * ({width}) + e * (({width}) // E)"
 
 
-def _multiply(w: Writer, indent: int, pieces: int, of: str, M: int) -> None:
+def _multiply(w: Writer, indent: int, pieces: int, of: str, M: int, meanwhile: Callable[[], None] = lambda: None) -> None:
     """sums: what lies in WORDS at slot and product `of`, of all of the team's channels, times the tiles. Once the first tile is there, the others are
     wanted, which are by then, and come while it is multiplied: looking for all at once would read all of them in vain. A loop of one turn holds each
     product, as the compiler copies what is multiplied to shared memory where a loop's body receives it, tile by tile then, but what a load gave where
-    it was loaded, all tiles at once."""
+    it was loaded, all tiles at once. meanwhile: writes what is read while the last one is multiplied, when others have left their registers."""
     w.put(
-        indent, f"u_ = WORDS + {_at(of, 'W // PACK')} + tl.arange(0, BK // PACK)[None, :]", f"sums = tl.zeros((BM, {M} * BN), tl.float32)"
+        indent,
+        f"words_ = WORDS + {_at(of, 'W // PACK')} + tl.arange(0, BK // PACK)[None, :]",
+        f"sums = tl.zeros((BM, {M} * BN), tl.float32)",
     )
     w.put(indent, "n0 = tl.zeros((BM, BK // PACK), tl.int32)", "once = tl.where(T > 0, 1, 0)", "missing = once > 0")
-    names, places = [f"n{i}" for i in range(pieces)], [f"u_ + {i} * (BK // PACK)" for i in range(pieces)]
+    names, places = [f"n{i}" for i in range(pieces)], [f"words_ + {i} * (BK // PACK)" for i in range(pieces)]
     for i in range(pieces):
         _wanted(w, indent, places[i : i + 1], names[i : i + 1])
         if i == 0:
             _look(w, indent, places[1:], names[1:])
+        if i == pieces - 1:
+            meanwhile()
         w.put(indent, f"turn_ = _of_words(n{i}, DOT, BM, BK)", "for _ in tl.range(0, once, num_stages=1):")
         w.put(indent + 1, f"sums = tl.dot(turn_, R{i}, sums, input_precision=PRECISION)", "turn_ = tl.zeros((BM, BK), DOT)")
         w.put(indent, _missing(names[i + 1 : i + 2]) if i + 1 < pieces else "")
@@ -145,9 +151,10 @@ def _empty(w: Writer, indent: int, slot: str, count: int) -> None:
     """Empties what this program wrote to a slot, of `count` operands or products."""
     for i in range(count):
         w.put(
-            indent, f"u_ = WORDS + {_at(f'({slot}) * {count} + {i}', 'W // PACK')} + (c * (BN // PACK) + tl.arange(0, BN // PACK))[None, :]"
+            indent,
+            f"empty_ = WORDS + {_at(f'({slot}) * {count} + {i}', 'W // PACK')} + (c * (BN // PACK) + tl.arange(0, BN // PACK))[None, :]",
         )
-        w.put(indent, "tl.store(u_, EMPTY, mask=here[:, None])")
+        w.put(indent, "tl.store(empty_, EMPTY, mask=here[:, None])")
 
 
 def _ends(w: Writer, count: int) -> None:
@@ -159,7 +166,7 @@ def _ends(w: Writer, count: int) -> None:
 
 def walk(w: Writer, pieces: int) -> None:
     S, deep, M = len(w.S), 4, padded(len(w.Q))
-    head(w, "walk_held", FORWARD.replace("EARLIER", "WORDS"), back=False)
+    head(w, "walk_held", FORWARD.replace("EARLIER", "WORDS"), back=False, weights=False)
     columns(w, 3, "columns", "se")
     w.put(3, PACK, "counter = COUNTER + team * LINE")
     begin(w, 3, "h", ("H0", "ENDS", "FINAL"), "s * SLICE <= BURN")
@@ -182,22 +189,24 @@ def walk(w: Writer, pieces: int) -> None:
     inputs(w, deep, "t", "both", list(w.X))
     w.put(deep, "if HAS_RESET:")
     reset(w, deep + 1, "r", "t", "live")
-    w.put(deep + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
+    w.put(deep + 1, *(f"h{i} = tl.where(r, 0.0, h{i})" for i in w.S), "if FIRST:" if w.tracked else "")
+    w.put(deep + 2, *(f"P{i}{j} = tl.where(r, 0.0, P{i}{j})" for i, j in w.tracked))
     _ahead(w, deep, "it + 1")
-    _multiply(w, deep, pieces, "(it + BURN) % SLOTS", M)
-    _empty(w, deep, "(it + BURN + SLOTS - 1) % SLOTS", 1)
+    _multiply(w, deep, pieces, "(it + BURN) % SLOTS", M, lambda: read_weights(w, deep))
     w.put(deep, *apart([f"p{i}" if i in w.Q else f"spare{i}_" for i in range(M)]))
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(deep, f"{', '.join([*(f'y{i}' for i in w.S), *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
     _operand(w, deep, "it + 1")
+    _empty(w, deep, "(it + BURN + SLOTS - 1) % SLOTS", 1)
     w.put(deep, "if MODE == -2:", "    _fence()")
-    products_of_jacobians(w, deep, back=False)
+    w.put(deep, "if FIRST:" if w.tracked else "")
+    products_of_jacobians(w, deep + 1, back=False)
     near(w, deep, "h", back=False)
     w.put(deep, f"tl.store(EMITTED + at[:, None] * D + d, h{S - 1}.to(EMITTED.dtype.element_ty), mask=kept)")
     w.put(deep, *(f"tl.store(KEPT + (at * {S - 1} + {i})[:, None] * D + d, h{i}, mask=kept)" for i in range(S - 1)))
     _ends(w, 1)
-    end(w, "h", "FINAL")
+    end(w, "h", "FINAL", tracked="FIRST")
 
 
 def _ahead(w: Writer, indent: int, it: str) -> None:
@@ -214,7 +223,7 @@ def _operand(w: Writer, indent: int, it: str) -> None:
 
 def walk_back(w: Writer, pieces: int) -> None:
     Q, M, deep, sums = len(w.Q), padded(len(w.Q)), 4, summed(w)
-    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS").replace("SCALES", "WORDS"), back=True)
+    head(w, "walk_back_held", BACKWARD.replace("LATER", "SUMS").replace("SCALES", "WORDS"), back=True, weights=False)
     columns(w, 3, "columns", "se")
     columns(w, 3, "columns_out", "de")
     w.put(3, PACK, "counter = COUNTER + team * LINE")
@@ -225,13 +234,12 @@ def walk_back(w: Writer, pieces: int) -> None:
     _matrices(w, pieces, f"m_ = MAT + (e.to(tl.int64) * {Q} + mine) * KP * KP + ks[:, None] * KP + wide[None, :]", "KP")
     w.put(3, "for it in tl.range(begin, end, num_stages=1):", "    if (MODE == -2) | (MODE == 0):")
     _multiply(w, deep + 1, pieces, f"((it + BURN) % SLOTS) * {Q} + mine", M)
-    _empty(w, deep + 1, "(it + BURN + SLOTS - 1) % SLOTS", Q)
     place = _at(f"((it + BURN) % 2) * {M} + c % {M}", "W")
     w.put(deep + 1, f"tl.store(SUMS + {place} + wide[None, :], sums.to(tl.int32, bitcast=True), mask=here[:, None])")
     w.put(deep, "if (MODE == -2) | (MODE == 1):")
     _close(w, deep + 1)
     _ends(w, Q)
-    end(w, "a", "D_H0", sums)
+    end(w, "a", "D_H0", sums, tracked="FIRST")
 
 
 def _known(w: Writer, indent: int, it: str) -> None:
@@ -241,6 +249,7 @@ def _known(w: Writer, indent: int, it: str) -> None:
         indent, f"t = origin - ({it})", "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t"
     )
     states_before(w, indent)
+    read_weights(w, indent)
     w.put(indent, f"l{n_kept} = tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     if n_kept:
         w.put(indent, "if WITH_KEPT:")
@@ -249,8 +258,9 @@ def _known(w: Writer, indent: int, it: str) -> None:
     products_made(w, indent)
 
 
-def _open(w: Writer, indent: int, it: str) -> None:
-    """Begins step `it`, of which `_known` was read: the cotangents of its products, for the team; then, while those of the others come, the rest of it.
+def _open(w: Writer, indent: int, it: str, taken: Sequence[str] = ()) -> None:
+    """Begins step `it`, of which `_known` was read: the cotangents of its products, for the team; then, while those of the others come, the rest of it,
+    the places of sums that were `taken` emptied first.
     a{i} is then the adjoint of the states before it, but for what its products bring."""
     sums, n_kept = summed(w), len(w.S) - 1
     w.put(indent, "if FIRST:", f"    if {it} == 0:  # elsewhere nothing is brought into the order of memory")
@@ -264,7 +274,8 @@ def _open(w: Writer, indent: int, it: str) -> None:
     w.put(indent, "zero = tl.zeros((BM, BN), tl.float32)", f"{', '.join(f'dp{i}' for i in w.Q)} = d_products0({given})")
     for i in w.Q:
         _share(w, indent, "V", f"(({it} + BURN) % SLOTS) * {len(w.Q)} + {i}", f"dp{i}")
-    w.put(indent, "if MODE == -2:", "    _fence()")
+    _empty(w, indent, f"({it} + BURN + SLOTS - 2) % SLOTS", len(w.Q))
+    w.put(indent, *(f"tl.store({place}, EMPTY, mask=here[:, None])" for place in taken), "if MODE == -2:", "    _fence()")
     w.put(
         indent,
         "kept = both & (t <= origin)[:, None]",
@@ -273,7 +284,9 @@ def _open(w: Writer, indent: int, it: str) -> None:
     w.put(indent, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=kept)" for i in w.Q))
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(indent, f"{', '.join(results)} = gradients({given})")
-    jacobians(w, indent)
+    w.put(indent, "if FIRST:" if w.tracked else "")
+    jacobians(w, indent + 1)
+    cut(w, indent)
     near(w, indent, "g", back=True, it=it)
     gradients_out(w, indent, sums)
 
@@ -289,7 +302,6 @@ def _close(w: Writer, indent: int) -> None:
     places, names = [f"s_{f' + {i} * far_' if i else ''}" for i in w.Q], [f"n{i}" for i in w.Q]
     w.put(indent, *(f"{name} = tl.zeros((BM, BN), tl.int32)" for name in names), "missing = tl.where(T > 0, 1, 0) > 0")
     _wanted(w, indent, places, names)
-    w.put(indent, *(f"tl.store({place}, EMPTY, mask=here[:, None])" for place in places))
     total = " + ".join(f"{name}.to(tl.float32, bitcast=True)" for name in names)
     w.put(indent, f"q0 = {total}", f"{last} = tl.where(over[:, None], {last} + q0, {last})")
-    _open(w, indent, "(it + 1)")
+    _open(w, indent, "(it + 1)", places)
