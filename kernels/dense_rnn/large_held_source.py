@@ -34,7 +34,9 @@ from kernels.dense_rnn.large_backward_source import (
 )
 from kernels.dense_rnn.large_source import FORWARD, apart, begin, bounds, columns, end, head, inputs, near, padded, read_weights, reset
 from kernels.dense_rnn.source import Writer, products_of_jacobians
+from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense, is_leaf
+from kernels.parallel_rnn.products import apart as parted
 
 LINE = 32  # counters of four bytes in a line of the cache
 SLOTS = 4
@@ -242,8 +244,20 @@ def walk_back(w: Writer, pieces: int) -> None:
     end(w, "a", "D_H0", sums, tracked="FIRST")
 
 
+def functions_back(dense: Dense) -> list[str]:
+    """A step's adjoint in two parts: what is known before there are cotangents, and what comes of it."""
+    known, d_product, rest = parted(dense)
+    names = {node: f"y{i}" for i, node in enumerate(known)}
+    given = [*names.values(), *(a for a in dense.arguments if a[0] == "w"), *dense.cotangents]
+    made = [function("known_before", dense.arguments, known, like="h0")]
+    made.append(function("d_products_of", given, list(d_product), like="g0", given=names))
+    made.append(function("gradients_of", given, list(rest), like="g0", given=names))
+    return made
+
+
 def _known(w: Writer, indent: int, it: str) -> None:
-    """What step `it` reads but for the adjoint of the states after it: inputs, the states before it, its products, cotangents of what it gave."""
+    """What step `it` reads but for the adjoint of the states after it: inputs, the states before it, its products, cotangents of what it gave; and what
+    is computed of these alone, while sums are waited for."""
     n_kept = len(w.S) - 1
     w.put(
         indent, f"t = origin - ({it})", "live = here & (t >= low) & (t < T)", "go = live[:, None]", "both = go & inside", "at = b * T + t"
@@ -256,6 +270,10 @@ def _known(w: Writer, indent: int, it: str) -> None:
         for i in range(n_kept):
             w.put(indent + 1, f"l{i} = tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
     products_made(w, indent)
+    names = ", ".join(f"y{i}" for i in range(w.known))
+    w.put(indent, f"{names} = known_before({w.given()})", "if FIRST:" if w.tracked else "")
+    w.put(indent + 1, *(f"P{i}{j} = tl.where({it} == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
+    jacobians(w, indent + 1)
 
 
 def _open(w: Writer, indent: int, it: str, taken: Sequence[str] = ()) -> None:
@@ -266,12 +284,11 @@ def _open(w: Writer, indent: int, it: str, taken: Sequence[str] = ()) -> None:
     w.put(indent, "if FIRST:", f"    if {it} == 0:  # elsewhere nothing is brought into the order of memory")
     for i in w.S:
         w.keep(indent + 2, "BEGINS", "place", i, len(w.S), f"a{i}", "all_")
-    w.put(indent + 1, *(f"P{i}{j} = tl.where({it} == 0, {float(i == j)}, P{i}{j})" for i, j in w.tracked))
     w.put(indent + 1, *(f"W{i} = tl.where({it} == 0, 0.0, W{i})" for i in sums))
     w.put(indent, f"g{n_kept} = a{n_kept} + l{n_kept}", *(f"g{i} = a{i}" for i in range(n_kept)))
     w.put(indent, "if WITH_KEPT:" if n_kept else "", *(f"    g{i} += l{i}" for i in range(n_kept)))
-    given = f"{w.given()}, {', '.join(f'g{i}' for i in w.S)}, zero"
-    w.put(indent, "zero = tl.zeros((BM, BN), tl.float32)", f"{', '.join(f'dp{i}' for i in w.Q)} = d_products0({given})")
+    given = f"{w.known_before()}, {', '.join(f'g{i}' for i in w.S)}, zero"
+    w.put(indent, "zero = tl.zeros((BM, BN), tl.float32)", f"{', '.join(f'dp{i}' for i in w.Q)} = d_products_of({given})")
     for i in w.Q:
         _share(w, indent, "V", f"(({it} + BURN) % SLOTS) * {len(w.Q)} + {i}", f"dp{i}")
     _empty(w, indent, f"({it} + BURN + SLOTS - 2) % SLOTS", len(w.Q))
@@ -283,9 +300,7 @@ def _open(w: Writer, indent: int, it: str, taken: Sequence[str] = ()) -> None:
     )
     w.put(indent, *(f"tl.store(to + {i} * K, dp{i}.to(D_PROD.dtype.element_ty), mask=kept)" for i in w.Q))
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
-    w.put(indent, f"{', '.join(results)} = gradients({given})")
-    w.put(indent, "if FIRST:" if w.tracked else "")
-    jacobians(w, indent + 1)
+    w.put(indent, f"{', '.join(results)} = gradients_of({given})")
     cut(w, indent)
     near(w, indent, "g", back=True, it=it)
     gradients_out(w, indent, sums)
