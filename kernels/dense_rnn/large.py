@@ -213,7 +213,7 @@ class _Problem(launch.Solve):
         self.groups, self.groups_finish = (self.E * -(-rows // self.rows) for rows in (self.B * n, self.B))
         self.RT = self.groups // self.E * self.rows
         self.most = max(1, multiprocessors(pre.device) // self.programs)
-        each = self.most * large_held_source.LINE if self.held else self.most
+        each = self.most * (1 + self.programs) * large_held_source.LINE if self.held else self.most
         self.counters = torch.zeros(2 + launch.CORRECTIONS[pre.element_size()], each, dtype=torch.int32, device=pre.device)
         self.passes = 0
         self.constants: dict[str, Any] = {
@@ -229,21 +229,13 @@ class _Problem(launch.Solve):
         self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))
         self.measures = (self.begins, self.ends, self.products, self.nearby)
 
-    def shared(self, count: int) -> Tensor:
-        """What programs of a team exchange, `count` numbers for each row and channel of a step. Of even and odd steps, zero where rows and channels are
-        filled up; where matrices stay on chip of a few more steps, and empty."""
-        if self.held:
-            return self.words(large_held_source.SLOTS, count, self.product).view(self.product)
-        return torch.zeros(2, count, self.RT, self.E * self.KP, dtype=self.product, device=self.pre.device)
+    def shared(self, *shape: int) -> Tensor:
+        """What programs of a team exchange, of even and odd steps: zero where rows and channels are filled up."""
+        return torch.zeros(2, *shape, self.RT, self.E * self.KP, dtype=self.product, device=self.pre.device)
 
-    def words(self, slots: int, count: int, dtype: torch.dtype) -> Tensor:
-        """Empty words for numbers of `dtype` (large_held_source.py)."""
-        shape = (slots, count, self.RT, self.E * self.KP * dtype.itemsize // 4)
-        return torch.full(shape, large_held_source.EMPTY, dtype=torch.int32, device=self.pre.device)
-
-    def between(self, count: int) -> Tensor:
-        """What phases of a step leave for later ones, if there are several."""
-        return self.per_slice(count) if len(self.dense.levels) > 1 else self.ends
+    def summed(self) -> Tensor:
+        """What programs that share columns exchange."""
+        return self.h0.new_empty(large_source.padded(len(self.dense.products)), self.RT, self.E * self.KP)
 
     def walk(self, name: str, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
         """A pass in one launch, or, in the interpreter, phase by phase."""
@@ -283,11 +275,10 @@ def forward(
     p = _Problem(cell, pre, rec, mat, h0, starts, plan, back=False)
     dense, n = p.dense, plan.slices
     emitted, kept, final = p.pre.new_empty(p.B, p.T, p.D), p.h0.new_empty(p.B, p.T, p.S - 1, p.D), torch.empty_like(p.h0)
-    exchanged = p.shared(len(dense.operands))
+    several = len(dense.levels) > 1
     tensors = (
         p.at.tensor, p.rec, forward_tiles(dense, mat, p.KP, p.columns, p.product), p.h0, p.reset, emitted, kept, p.begins, p.ends,
-        p.products, p.nearby, p.todo, p.bad, final, exchanged,
-        exchanged.view(torch.int32) if p.held else p.between(len(dense.products)),
+        p.products, p.nearby, p.todo, p.bad, final, p.shared(len(dense.operands)), p.per_slice(len(dense.products)) if several else p.ends,
     )  # fmt: skip
     p.walk("walk", tensors, first=True)
     if n == 1:
@@ -322,15 +313,12 @@ def backward(
     partial, d_h0 = p.per_slice(p.rec.shape[0]), torch.empty_like(p.h0)
     with_kept, scaled = d_kept is not None and p.S > 1, pre.dtype == torch.float16
     d_emitted, d_final = d_emitted.contiguous(), d_final.float().contiguous()
-    exchanged, scales, later = p.shared(Q), p.h0, p.between(len(dense.operands))
-    if p.held:
-        scales, later = exchanged.view(torch.int32), p.words(2, large_source.padded(Q), torch.float32)
-    elif scaled:
-        scales = p.h0.new_zeros(2, len(dense.levels), p.RT, p.E * p.programs)
+    scales = p.h0.new_zeros(2, len(dense.levels), p.RT, p.E * p.programs) if scaled else p.h0
+    several = len(dense.levels) > 1
     tensors = (
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
-        p.products, p.nearby, p.todo, p.bad, d_h0, exchanged, scales, later,
+        p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
         to.batch, to.time, to.projection, to.se, with_kept, scaled, same,
     )  # fmt: skip
     p.walk("walk_back", tensors, first=True)

@@ -72,12 +72,12 @@ def bias_of(dense: Dense, r: int) -> int | None:
     return next((k for k, d in enumerate(dense.d_pre) if d is dense.d_rec[r]), None)
 
 
-def head(w: Writer, name: str, own: str, back: bool, weights: bool = True) -> None:
+def head(w: Writer, name: str, own: str, back: bool, counts: tuple[str, ...] = ("meetings",), weights: bool = True) -> None:
     """Teams take one group of rows of a head after the other. weights: they are read once."""
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
     w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
     w.put(1, "team = tl.program_id(0) // C", "c = tl.program_id(0) % C", "k = c * BN + tl.arange(0, BN)", "inside = (k < K)[None, :]")
-    w.put(1, "ks = tl.arange(0, BK)", "meetings = 0", "if FINISH:", "    groups = E * tl.cdiv(B, BM)", "else:")
+    w.put(1, "ks = tl.arange(0, BK)", *(f"{name} = 0" for name in counts), "if FINISH:", "    groups = E * tl.cdiv(B, BM)", "else:")
     w.put(2, "groups = E * tl.cdiv(B * n, BM)")
     w.put(1, "for group in tl.range(team, groups, teams, num_stages=1):")
     w.put(2, "e = group % E", "rows = (group // E) * BM + tl.arange(0, BM)", "d = (e * K + k)[None, :]", "low = tl.zeros_like(rows)")

@@ -24,7 +24,7 @@ from tests.kernels.registers import Registers, source_of  # noqa: E402
 
 KINDS = {"bf16": (tl.bfloat16, "bfloat16"), "fp16": (tl.float16, "float16"), "fp32": (tl.float32, "")}
 LIKE_PRE = {"PRE", "MAT", "EMITTED", "BEFORE", "D_EMITTED", "D_KEPT", "D_PRE", "D_PROD", "U", "V"}
-OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32", "SUMS": "*i32", "WORDS": "*i32"}
+OTHERS = {"RESET": "*u8", "TODO": "*i32", "BAD": "*i32", "COUNTER": "*i32"}
 WHOLE = {"T", "B", "SLICE", "BURN", "RT"}
 KERNELS = ("walk", "walk_back", "walk_held", "walk_back_held")
 STRIDES = ("sb", "st", "sp", "se", "db", "dt", "dp", "de")

@@ -114,7 +114,7 @@ def side_by_side(self: Any, name: str, tensors: tuple[Any, ...], first: bool = F
 
 
 def held_side_by_side(name: str = "dense_lstm", seed: int = 4) -> None:
-    """Programs that wait for one another's words have the bits of those that come one after the other, in every pass of a solve."""
+    """Programs that meet at barriers have the bits of those that come one after the other, in every pass of a solve."""
     cell, tensors, starts = problem(name, 7, 6, 1, 24, starts=0.2, seed=seed)
     d_emitted, d_final = cotangents(tensors)
     given, made, before = [t.to(torch.bfloat16 if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)], [], large._Problem.walk
