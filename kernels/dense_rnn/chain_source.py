@@ -8,6 +8,7 @@ from kernels.dense_rnn.source import JIT, SHARE_OF_FP32, Writer
 
 CHAIN_STAGES = 4  # slices whose ends are on their way
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"
+WORST = "worst = tl.max(worst_, 0)"  # of all slices, behind _chain
 
 
 def _place(w: Writer) -> None:
@@ -18,7 +19,7 @@ def _place(w: Writer) -> None:
 def _chain(w: Writer, back: bool, slices: str = "n") -> None:
     """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
     S, V = len(w.S), len(w.tracked)
-    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst = 0.0")
+    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst_ = tl.zeros((BK,), tl.float32)")
     w.put(1, f"for m in tl.range(1, {slices}, num_stages={CHAIN_STAGES}):")
     w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
@@ -35,8 +36,11 @@ def _chain(w: Writer, back: bool, slices: str = "n") -> None:
         if i in w.dense.cell.logs and not back:  # as reference.certified_size
             w.put(2, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
         w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
-    w.put(2, "gap = tl.max(tl.where(inside, share, 0.0), 0)", "stands = gap <= TOLERANCE", "worst = tl.maximum(worst, gap)")
-    w.put(2, *(f"c{i} = tl.where(stands, 0.0, c{i})" for i in w.S))
+    # the next slice waits for whether this one stands: a warp finds the largest of whole numbers in one instruction
+    w.put(
+        2, "share = tl.where(inside, share, 0.0)", "far = tl.max((share > TOLERANCE).to(tl.int32), 0)", "worst_ = tl.maximum(worst_, share)"
+    )
+    w.put(2, *(f"c{i} = tl.where(far > 0, c{i}, 0.0)" for i in w.S))
 
 
 def correct(w: Writer, back: bool, joins: bool = True) -> None:
@@ -51,11 +55,12 @@ def correct(w: Writer, back: bool, joins: bool = True) -> None:
     _chain(w, back)
     w.put(
         2,
-        "tl.store(TODO + now * tl.num_programs(0) + e, tl.where(stands, 0, 1))",
-        "move = inside & (gap + tl.zeros((BK,), tl.float32) > TOLERANCE)",
+        "tl.store(TODO + now * tl.num_programs(0) + e, far)",
+        "move = inside & (far + tl.zeros((BK,), tl.int32) > 0)",
     )
     for i in w.S:
         w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
+    w.put(1, WORST)
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
     w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
@@ -86,7 +91,7 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
         "other += tl.load(JOINED + now * tl.num_programs(0) + e)" if joins else "",
         "first = tl.where((other > 0) & (first == n), m, first)",
     )
-    w.put(1, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
+    w.put(1, WORST, "bad = tl.where(worst > TOLERANCE, first, n)", "tl.store(BAD + b * tl.num_programs(0) + e, bad)")
     w.put(1, "tl.atomic_max(STATS + 0, worst)", "tl.atomic_add(STATS + 2, 1.0)", "tl.atomic_add(STATS + 3, (n - bad).to(tl.float32))")
     w.put(1, "tl.atomic_add(STATS + 4, n.to(tl.float32))")
     end = "b * n" if back else "b * n + n - 1"
