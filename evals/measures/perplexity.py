@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.byte_counts import bytes_of
 from data.shards import ShardSet
 from models.lm import LanguageModel, check_ids
 from models.parallel import split
@@ -80,10 +81,9 @@ def held_out_rows(shards: ShardSet, length: int, max_tokens: int | None) -> list
     return rows
 
 
-def text_bytes(shards: ShardSet, labels: np.ndarray) -> int:
-    """UTF-8 bytes that the label tokens stand for; end-of-text marks stand for none."""
-    text = shards.tokenizer().decode(labels[labels != shards.eot_id].tolist(), skip_special_tokens=True)
-    return max(1, len(text.encode("utf-8", errors="surrogatepass")))
+def text_bytes(shards: ShardSet, tokens: np.ndarray, scored: np.ndarray | None = None) -> int:
+    """UTF-8 bytes that tokens[1:], of them those that are `scored`, stand for; marks around documents stand for none."""
+    return max(1, bytes_of(shards.tokenizer(), tokens, shards.marks.end_ids, scored))
 
 
 def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]], scored_BC: np.ndarray | None = None) -> None:
@@ -187,4 +187,4 @@ def _score(
         result.tokens += int(scored_BC.sum())
         bucket_sums(nll_BC, first, result.by_position, scored_BC)
     for (tokens, _), told_T in zip(rows, told_BT.cpu().numpy()) if slice_of[0] == 0 else ():
-        result.bytes += text_bytes(shards, tokens[1:][~told_T])
+        result.bytes += text_bytes(shards, tokens, ~told_T)
