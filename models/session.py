@@ -86,11 +86,16 @@ class Session:
         """Brings the state up to the last token. progress(tokens read, tokens of the text) is called after each chunk."""
         self._refuse_torn()
         last = self.ids_BT.shape[1] - 1
+        chunk = last if self._whole() else CHUNK
         while self.read_to < last:
-            self._feed(min(self.read_to + CHUNK, last))
+            self._feed(min(self.read_to + chunk, last))
             if progress is not None:
                 progress(self.read_to, last + 1)
         return self
+
+    def _whole(self) -> bool:
+        """Whether the text is longer than the model may read in pieces."""
+        return self.model.whole_beyond is not None and self.ids_BT.shape[1] > self.model.whole_beyond
 
     def _feed(self, end: int) -> Tensor:
         """Reads up to `end`; the logits (B, V) after the last token of it."""
@@ -139,7 +144,8 @@ class Session:
         done_B = torch.zeros(len(self.ids_BT), dtype=torch.bool, device=self.ids_BT.device)
         ending = len(stop_ids) > 0 or stop_when is not None
         seen_BV = self._seen(self.model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-        self.read()
+        if self.read_to or not self._whole():
+            self.read()
         self.torn = True
         new: list[Tensor] = []
         decoder: Decoder | None = None

@@ -57,6 +57,20 @@ def test_chunked_evaluation_equals_whole_rows_and_brute_force(model: LanguageMod
     assert whole.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_positions_that_stretch_with_a_text_do_not_follow_the_chunks(demo_shards: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 20}
+    mixers = {"a": {"type": "attention", "n_heads": 2, "rope_scaling": scaling}}
+    model = LanguageModel(ModelConfig(vocab_size=512, d_model=32, n_layers=2, pattern=["a"], mixers=mixers))
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)
+    shards = ShardSet(demo_shards, "valid")
+    for length in (90, 20):
+        whole, cut = (evaluate(model, shards, length=length, max_tokens=360, chunk=chunk) for chunk in (length, 7))
+        assert cut.nll_nats == pytest.approx(whole.nll_nats, rel=1e-6)
+
+
 def test_ranks_share_the_rows(model: LanguageModel, demo_shards: Path) -> None:
     shards = ShardSet(demo_shards, "valid")
     whole = evaluate(model, shards, length=64, max_tokens=640)
