@@ -18,7 +18,7 @@ from data.byte_counts import bytes_of
 from data.shards import ShardSet
 from models.lm import LanguageModel, check_ids
 from models.parallel import split
-from models.prompt import prompt_of, told_by_prompt
+from models.prompt import prompt_of, read_at_once, told_by_prompt
 
 
 @dataclass
@@ -168,7 +168,7 @@ def _score(
     n, N = tokens_BT.shape[1] - 1, slice_of[1]
     begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N
     prompt = prompt_of(model)
-    chunk = max(chunk, prompt, n if model.whole_beyond is not None and n > model.whole_beyond else 0)
+    chunk = max(chunk, read_at_once(model, n))
     told_BT = told_by_prompt(segments_BT[:, :-1], prompt)
     state = model.init_state(len(rows), device=device) if end - begin > chunk else None
     for first in range(begin, end, chunk):
