@@ -46,7 +46,7 @@ class Perplexity:
     @property
     def bits_per_byte(self) -> float:
         """Summed loss in bits over bytes: comparable between tokenizers."""
-        return self.nll_nats / math.log(2) / self.bytes
+        return self.nll_nats / math.log(2) / self.bytes if self.tokens else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-able; by_position: from and to are places in the row, both inclusive."""
