@@ -19,6 +19,8 @@ from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixers.jrt import taylor
 from models.prompt import told_by_prompt, whole_prompt
+from models.sampling import Sampling
+from models.session import Session
 from scripts.studies.methods.jrt import told_apart
 from training.config.cli import checked, compose_config
 from training.errors import UserError
@@ -137,6 +139,27 @@ def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     got, _ = adapter.prefill(ids, chunk=4)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, OwnAdapter(model_of(0), None, "causal", "").prefill(ids, chunk=4)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, M - 2, M, M + 1, 30])
+def test_text_goes_on_from_its_whole_prompt(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token of a short one is of the prompt as well, and chunks do not cut it."""
+    monkeypatch.setattr("models.session.CHUNK", 4)
+    drawn: list[torch.Tensor] = []
+
+    def draw(self: Sampling, logits_BV: torch.Tensor, *more: object) -> torch.Tensor:
+        drawn.append(logits_BV)
+        return logits_BV.argmax(-1)
+
+    monkeypatch.setattr(Sampling, "draw", draw)
+    model, ids = model_of(M).eval(), torch.arange(length)[None] % 50
+    Session(model, ids).generate(1, Sampling())
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    Session(model, torch.cat([padded, torch.arange(length + 3)[None] % 50]), [length, length + 3]).generate(1, Sampling())
+    with torch.no_grad():
+        wanted = model(ids).logits[0, -1]
+    for logits in drawn:
+        torch.testing.assert_close(logits[0], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_entropy_of_what_is_written_has_not_seen_it() -> None:
