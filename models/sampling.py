@@ -98,7 +98,10 @@ class TextStream:
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         """before: ids of the text that goes before, so that a word's pieces join as in one decoding."""
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        self.ids = list(before)[-8:]
+        first = max(0, len(before) - 8)
+        while first and tokenizer.decode(list(before[first:])).startswith("\ufffd"):
+            first -= 1  # inside of a character: of a run of bytes (Llama 2) all that follow would be lost with it
+        self.ids = list(before[first:])
         self.start, self.end = 0, len(self.ids)  # ids[start:end] are decoded again as the context of what follows
         self.text, self.undecided, self.stopped = "", "", False
 

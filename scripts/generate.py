@@ -171,7 +171,7 @@ class Writer:
             session = start.copy()
             if prompt:
                 session.append(torch.tensor([self.ids(prompt, start=False)], device=self.device))
-            self.show(session, prompt, session.ids_BT[0, -8:].tolist())
+            self.show(session, prompt, session.ids_BT[0].tolist())
 
     @staticmethod
     def progress(read: int, total: int) -> None:

@@ -284,8 +284,7 @@ class Adapter:
             whole = torch.cat([prompt_BT.to(self.device), answer_BA[:, :-1].clamp(min=0)], 1)
             self.check_length(whole.shape[1])
             hidden, _ = self._run(whole, self.start(whole.shape[0]))
-            with torch.no_grad():
-                predicted = self._finite(self._head(hidden[:, -A:]).float()).argmax(-1)
+            predicted = self._finite(self._wide_logits(hidden[:, -A:])).argmax(-1)
         else:
             first, state = self.prefill(prompt_BT, chunk)
             predicted = first.argmax(-1)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models.lm import LanguageModel
 from models.sampling import LEAST, Sampling, TextStream
 from models.session import Session
 from scripts import generate as command
+from tests.data.test_byte_counts import llama
 
 V = 71
 MIXERS: dict[str, dict[str, Any]] = {
@@ -168,6 +170,18 @@ def test_an_empty_prompt_in_a_batch_is_refused() -> None:
     for rows in ([[1, 2], []], []):
         with pytest.raises(ValueError, match="at least one token"):
             left_pad(rows, 0)
+
+
+@pytest.mark.parametrize("made", [byte_tokenizer, llama], ids=["bytes", "llama"])
+def test_a_stream_goes_on_inside_of_what_stood_before(made: Callable[[], Any]) -> None:
+    """However many of the bytes before it are of one run, and wherever in a character the last eight tokens begin."""
+    tokenizer, text = made(), "a cat 春眠不觉晓处处闻啼鸟 sat"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    for first in range(1, len(ids)):
+        said = tokenizer.decode(ids[:first])
+        if "\ufffd" not in said:
+            stream = TextStream(tokenizer, ids[:first], ["闻"])
+            assert "".join([*map(stream.push, ids[first:]), stream.finish()]) == text[len(said) :].partition("闻")[0]
 
 
 def stream_of(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
