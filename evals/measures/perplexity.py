@@ -168,7 +168,8 @@ def _score(
     n, N = tokens_BT.shape[1] - 1, slice_of[1]
     begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N
     prompt = prompt_of(model)
-    chunk = max(chunk, read_at_once(model, n))
+    several = bool((segments_BT != segments_BT[:, :1]).any())  # documents, whose prompts a border would cut
+    chunk = n if prompt and several else max(chunk, read_at_once(model, n))
     told_BT = told_by_prompt(segments_BT[:, :-1], prompt)
     state = model.init_state(len(rows), device=device) if end - begin > chunk else None
     for first in range(begin, end, chunk):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,13 @@ import pytest
 import torch
 
 from data.loader import Reader
+from data.prepare import main as prepare
 from data.prompted import IGNORE, PromptReader
+from data.shards import ShardSet
 from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
 from evals.measures.documents import document_perplexity
+from evals.measures.perplexity import evaluate
 from evals.measures.position import position_curve, windows
 from models import mixers
 from models.config import ModelConfig
@@ -129,6 +134,17 @@ def test_only_what_comes_after_a_prompt_is_scored() -> None:
     assert again["nats_per_token"] == found["nats_per_token"] and "1 within the prompt of 9 left out" in again["summary"]
     with pytest.raises(ItemError, match="lies within the prompt"):
         document_perplexity(adapter, [(rows[0, :5], 5)])
+
+
+def test_prompts_of_packed_documents_are_not_cut_by_chunks(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number of some digits"[: 12 + i % 15]}) for i in range(40)))
+    assert prepare([f"input={tmp_path / 'a.jsonl'}", f"out={tmp_path / 'x'}", "tokenizer=bytes", "valid_fraction=0.5", "workers=1"]) == 0
+    mixer = {"type": "jrt", "n_heads": 2, "feature_dim": 4, "prompt": M}
+    model = LanguageModel(ModelConfig(257, D, 2, ["j"], {"j": mixer}, init_std=0.3))
+    model.init_weights(0)
+    found = [evaluate(model, ShardSet(tmp_path / "x", "valid"), length=60, chunk=chunk) for chunk in (60, 11)]
+    assert found[0].tokens == found[1].tokens > 0
+    assert abs(found[0].nll_nats - found[1].nll_nats) < 1e-4 * found[0].nll_nats
 
 
 def test_the_prompt_of_a_passkey_is_read_whole() -> None:
