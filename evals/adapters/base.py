@@ -243,6 +243,8 @@ class Adapter:
         self.check_length(T)
         if prompt > T:
             raise ItemError(f"A text of {T:,} tokens lies within the prompt of {prompt:,} that this model sees whole; ask for longer ones.")
+        if self.after_chunk is not None and self.reads_whole(T):
+            raise ItemError(f"This cure acts between chunks, and {T:,} tokens of this model are read at once; ask for shorter lengths.")
         state = self.start(ids_BT.shape[0]) if batch_state is None else batch_state
         for first, last in pieces(T, T if self.reads_whole(T) else chunk, prompt):
             nll_BC, state = self.losses(ids_BT[:, first:last], ids_BT[:, first + 1 : last + 1], state)

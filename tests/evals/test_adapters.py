@@ -16,6 +16,8 @@ from evals.adapters.base import Adapter, ItemError, pieces
 from evals.adapters.hf import HFAdapter
 from evals.adapters.load import load_adapter
 from evals.adapters.own import OwnAdapter
+from evals.cures.setting import Setting
+from evals.cures.state import restart
 from evals.measures.position import position_curve
 from models.config import ModelConfig
 from models.generate import generate
@@ -212,6 +214,9 @@ def test_positions_that_stretch_with_a_text_are_those_of_the_text(kind: str) -> 
         logits = adapter.prefill(ids[:, :-1], 7)[0]
         torch.testing.assert_close(logits.double(), whole_logits(fresh, ids[:, :-1])[:, -1], atol=1e-4, rtol=1e-4)
     assert adapter.describe()["carry"] == "chunks up to 32 tokens, else none"
+    with restart(adapter, Setting(8, 90, np.zeros((1, 9), np.int64), 8)):
+        with pytest.raises(ItemError, match="acts between chunks, and 90 tokens"):
+            adapter.stream(torch.zeros(1, 91, dtype=torch.long), 8, lambda first, nll, state: None)
 
 
 def test_a_prompt_that_stretches_positions_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
