@@ -188,7 +188,8 @@ class Adapter:
         if self.position_limit is not None and T > self.position_limit:
             raise ItemError(f"{T:,} tokens are more than the {self.position_limit:,} positions the model has; ask for shorter lengths.")
         if self.reads_whole(T) and T > 1 << 15:
-            raise ItemError(f"This model cannot carry its state between chunks, and {T:,} tokens at once are too many.")
+            where = "" if self.carry == "none" else f" beyond {self.whole_beyond:,} tokens, where its positions stretch"
+            raise ItemError(f"This model cannot carry its state between chunks{where}, and {T:,} tokens at once are too many.")
 
     def _run(self, ids_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(what the head reads (B, T, D), state after the chunk and what a cure makes of it)."""

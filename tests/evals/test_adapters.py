@@ -214,6 +214,8 @@ def test_positions_that_stretch_with_a_text_are_those_of_the_text(kind: str) -> 
         logits = adapter.prefill(ids[:, :-1], 7)[0]
         torch.testing.assert_close(logits.double(), whole_logits(fresh, ids[:, :-1])[:, -1], atol=1e-4, rtol=1e-4)
     assert adapter.describe()["carry"] == "chunks up to 32 tokens, else none"
+    with pytest.raises(ItemError, match="chunks beyond 32 tokens, where its positions stretch, and 40,000"):
+        adapter.check_length(40_000)
     with restart(adapter, Setting(8, 90, np.zeros((1, 9), np.int64), 8)):
         with pytest.raises(ItemError, match="acts between chunks, and 90 tokens"):
             adapter.stream(torch.zeros(1, 91, dtype=torch.long), 8, lambda first, nll, state: None)
