@@ -99,6 +99,11 @@ class LanguageModel(Module):
         """The blocks in the order in which tokens go through them, where nothing is trained: one for each state of `init_state`."""
         return self._blocks(range(len(self.blocks)) if self.depth is None else self.depth.visits())
 
+    @property
+    def whole_beyond(self) -> int | None:
+        """Tokens beyond which a sequence has to be one call, as what it gives depends on how it is cut; None: however long it is."""
+        return min((n for block in self._blocks(range(len(self.blocks))) if (n := block.mixer.whole_beyond) is not None), default=None)
+
     def _blocks(self, layers: Iterable[int]) -> list[Block]:
         return [self.blocks[i] for i in layers]  # type: ignore[misc]
 

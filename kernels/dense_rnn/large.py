@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.dense_rnn import large_codegen, large_held_source, large_source, launch, matrices
@@ -26,6 +27,7 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+BURN_BACK = 24  # steps before a slice's end from which adjoints are guessed where matrices stay on chip: no more corrections than with 32
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
@@ -156,13 +158,14 @@ class Plan:
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
-        burn_in = BURN_IN if burn_in is None else burn_in
+        if burn_in is None:
+            burn_in = BURN_BACK if back and tiles.held_back else BURN_IN
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
-    """The reckoned plan, or what a layer has learnt to do, as of small heads."""
-    plan = Plan.of(cell, pre, K, burn_in=0 if launch.facts(cell).tracked else None, back=back)
+    """The reckoned plan, or what a layer has learnt to do, as of small heads. A burn-in of 32 steps saves a correction of some 50 here."""
+    plan = Plan.of(cell, pre, K, back=back)
     return plan if layer is None else Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]), back=back)
 
 
@@ -174,22 +177,21 @@ def kernels(cell: Cell, maths: str, short: str, pieces: int = 0) -> ModuleType:
 
 def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The matrices in `dtype`, flat: of each operand (E, KP / columns, KP, M, columns), the M matrices that multiply it side by side."""
-    (E, K), parts = mat.shape[:2], []
+    K, parts = mat.shape[1], []
     for operand in range(len(dense.operands)):
         mine = large_source.of_operand(dense, operand)
         M = large_source.padded(len(mine))
-        part = torch.zeros(E, KP // columns, KP, M, columns, dtype=dtype, device=mat.device)
-        wide = torch.zeros(E, KP, len(mine), KP, dtype=dtype, device=mat.device)
-        wide[:, :K, :, :K] = launch.taken(mat, [dense.products[i].matrix for i in mine])
-        part[:, :, :, : len(mine)] = wide.unflatten(3, (-1, columns)).permute(0, 3, 1, 2, 4)
-        parts.append(part.flatten())
+        wide = launch.taken(mat, [dense.products[i].matrix for i in mine]).to(dtype)
+        wide = F.pad(wide, (0, KP - K, 0, M - len(mine), 0, KP - K)) if KP > K or M > len(mine) else wide
+        parts.append(wide.unflatten(3, (-1, columns)).permute(0, 3, 1, 2, 4).flatten())
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Tensor:
     """(E, products, KP outputs, KP inputs) in `dtype`."""
     E, K = mat.shape[:2]
-    wide = torch.zeros(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
+    new = torch.zeros if KP > K else torch.empty
+    wide = new(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
     wide[:, :, :K, :K] = launch.taken(mat, [product.matrix for product in dense.products]).permute(0, 2, 3, 1)
     return wide
 
@@ -319,7 +321,7 @@ def backward(
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
         p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
-        to.batch, to.time, to.projection, to.se, with_kept, scaled,
+        to.batch, to.time, to.projection, to.se, with_kept, scaled, same,
     )  # fmt: skip
     p.walk("walk_back", tensors, first=True)
     if n > 1:

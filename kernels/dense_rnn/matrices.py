@@ -105,8 +105,9 @@ def gradient(p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, 
     """((E, K, G, K) in fp32: operand^T cotangent over all steps, in pieces so that there are enough to fill the device; of the weights `as_ones` the
     sums (D,) of their product's cotangents, one more row of it). The cotangents (E, N, products, K) lie as they are multiplied: those of an operand
     (E, N, K) are neighbours."""
-    N, as_ones = p.B * p.T, as_ones or {}
-    d_mat, sums = torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device), dict[int, Tensor]()
+    N, as_ones, sums = p.B * p.T, as_ones or {}, dict[int, Tensor]()
+    in_order = len(p.dense.operands) == 1 and [product.matrix for product in p.dense.products] == list(range(p.G))
+    d_mat = d_prod.new_empty(0) if in_order else torch.zeros(p.E, p.K, p.G, p.K, device=d_prod.device)
     each = p.E * p.K * len(p.dense.products) * p.K
     pieces = next(c for c in (PIECES, 8, 4, 2, 1) if N % c == 0 and (c * each <= PARTIAL or c == 1))
     for operand, mine, first, last in groups(p, range(len(p.dense.products))):
@@ -117,7 +118,10 @@ def gradient(p: Any, operands: list[Tensor], d_prod: Tensor, as_ones: dict[int, 
             u = torch.cat([u, one.expand(p.E, N, ROW)], 2)
         u, d = (v.unflatten(1, (pieces, N // pieces)).flatten(0, 1) for v in (u, d))
         found = product_of(u.transpose(1, 2), d).unflatten(0, (p.E, pieces)).sum(1).unflatten(2, (-1, p.K))
+        if in_order:
+            d_mat = found[:, : p.K].contiguous()  # one product for each matrix, in their order
         for i in mine:
-            d_mat[:, :, p.dense.products[i].matrix] += found[:, : p.K, i - first]
+            if not in_order:
+                d_mat[:, :, p.dense.products[i].matrix] += found[:, : p.K, i - first]
             sums |= {r: found[:, p.K, i - first].flatten() for r, product in as_ones.items() if product == i}
     return d_mat, sums

@@ -1,9 +1,8 @@
-"""The products in plain torch, each by itself: the oracle, and what runs where `kernels.linear.joins` says no."""
+"""The products in plain torch, each by itself: the oracle, and what exported code runs, where a layer may have been replaced by one that wraps it."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -15,7 +14,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]:
     """What each of `layers` makes of x (..., D). apart: of those at the end, which lie apart from the others; here all do."""
-    return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
+    return tuple(layer(x) for layer in layers)
 
 
 def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
@@ -25,4 +24,5 @@ def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """What `layer` makes of x (..., D)."""
-    return F.linear(x, layer.weight, layer.bias)
+    made: Tensor = layer(x)  # called, not multiplied by its weight: an adapter, a hook or a quantised layer acts in its call
+    return made

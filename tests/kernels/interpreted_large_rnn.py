@@ -4,12 +4,14 @@ interpreter is chosen when Triton is imported. `python -m tests.kernels.interpre
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 
 from kernels.dense_rnn import large, launch, op  # noqa: E402
 from kernels.dense_rnn.large import Plan, Tiles  # noqa: E402
@@ -19,6 +21,7 @@ from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, kn
 from tests.kernels.interpreter import patch_once  # noqa: E402
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
+TEAMS = 1  # side by side: of as many programs as have cores to run on
 LIMITS = {torch.float32: (1e-5, 1e-4), torch.float16: (3e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)}
 
 
@@ -77,6 +80,55 @@ def held_walks_in_order() -> None:
     launch.CORRECTIONS = before
 
 
+def as_program(program: int, programs: int) -> None:
+    """This process runs that program of a launch alone."""
+    builder = interpreter.interpreter_builder
+    place, grid = builder.set_grid_idx, builder.set_grid_dim
+    builder.set_grid_idx, builder.set_grid_dim = lambda *_: place(program, 0, 0), lambda *_: grid(programs, 1, 1)
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # they are what the others write to
+
+
+def side_by_side(self: Any, name: str, tensors: tuple[Any, ...], first: bool = False, finish: bool = False) -> None:
+    """`_Problem.walk` as on a GPU: a whole pass in one launch, each program in a process of its own, in memory that all of them share."""
+    kernel, at, plan = getattr(self.module, f"{name}_held"), self.at, self.plan
+    counter, groups = self.counters[self.passes], self.groups_finish if finish else self.groups
+    self.passes += 1
+    for t in (*tensors, counter):
+        if isinstance(t, torch.Tensor):
+            t.share_memory_()
+    sizes = (self.T, plan.length, plan.slices, self.B, self.RT, at.batch, at.time, at.projection, at.se, plan.burn_in)
+    constants = {**self.constants, "FIRST": first, "FINISH": finish, "MODE": -2}
+    teams = min(groups, TEAMS)
+    given, children = (*tensors, counter, -plan.burn_in if first else 0, teams, *sizes), []
+    for program in range(teams * self.programs):
+        children.append(os.fork())
+        if children[-1] == 0:
+            as_program(program, teams * self.programs)
+            kernel[(1,)](*given, **constants)
+            os._exit(0)
+    for _ in children:
+        if os.wait()[1]:  # the others would wait for it
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            raise RuntimeError(f"A program of {name} failed.")
+
+
+def held_side_by_side(name: str = "dense_lstm", seed: int = 4) -> None:
+    """Programs that meet at barriers have the bits of those that come one after the other, in every pass of a solve."""
+    cell, tensors, starts = problem(name, 7, 6, 1, 24, starts=0.2, seed=seed)
+    d_emitted, d_final = cotangents(tensors)
+    given, made, before = [t.to(torch.bfloat16 if i in (0, 2) else torch.float32) for i, t in enumerate(tensors)], [], large._Problem.walk
+    solve: Any = large._Problem
+    plan = Plan.of(cell, given[0], 24, 3, 1, Tiles.on_chip(cell, given[0], 24))
+    for walk in (before, side_by_side):
+        solve.walk = walk
+        emitted, kept, final = large.forward(cell, *(*given, starts, plan))
+        ends = (emitted, kept, d_emitted.bfloat16(), None, d_final.float())
+        made.append([emitted, kept, final, *large.backward(cell, *(*given, starts, *ends, plan))])
+    solve.walk = before
+    assert all(torch.equal(a, b) for a, b in zip(*made))
+
+
 def through_the_op() -> None:
     """The op takes them where a head is too large for the other kernels: inputs laid out as a block-diagonal projection makes them, a gradient of
     the kept states, and results that repeat bit for bit."""
@@ -107,6 +159,7 @@ def main() -> None:
     compare("held", problem("dense_lstm", 2, 6, 2, 16, starts=0.3), 3, 1, torch.bfloat16, held=True)
     compare("held, in two tiles", problem("dense_gru", 1, 4, 1, 72, starts=0.2), 2, 1, torch.bfloat16, held=True)
     held_walks_in_order()
+    held_side_by_side()
     # two levels of products; with --all also one matrix for two operands, no diagonal at all, a weight beside the product, four states
     for name in known_cells() if "--all" in sys.argv else ("dense_gru_before",):
         if name != "dense_lstm":
@@ -114,6 +167,7 @@ def main() -> None:
         if "--all" in sys.argv and name in ("dense_lstm", "slstm"):
             compare(f"{name}, held", problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, torch.bfloat16, held=True)
             compare(f"{name}, held", problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, torch.float16, held=True)
+            held_side_by_side(name, seed=5)
     walked()
     through_the_op()
     print("ok")
