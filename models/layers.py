@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels import decode_step
 from kernels.add_norm import add_norm
+from kernels.embedding import embedding
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear, linears, product_dtype
 from kernels.short_conv import last_inputs, short_conv_columns
@@ -62,6 +63,13 @@ class RMSNorm(Module):
 
     def init_weights(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.centred else 1.0)
+
+
+class Embedding(nn.Embedding):
+    """torch's, whose gradient on a GPU is a kernel of ours."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(self.weight, ids)
 
 
 class SwiGLU(Module):

@@ -18,11 +18,11 @@ WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies wh
 
 @triton.jit
 def symmetric_product(
-    X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, DIAGONAL,
-    HAS_ADD: tl.constexpr, HAS_DIAGONAL: tl.constexpr, EACH: tl.constexpr, DESCRIBED: tl.constexpr, FLIPPED: tl.constexpr,
+    X, Y, ADD, SELF, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, DIAGONAL, OWN,
+    HAS_ADD: tl.constexpr, HAS_OWN: tl.constexpr, HAS_DIAGONAL: tl.constexpr, EACH: tl.constexpr, DESCRIBED: tl.constexpr, FLIPPED: tl.constexpr,
     TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile on or below the diagonal, and its mirror image. EACH: ALPHA, BETA and DIAGONAL have a number for each matrix. DESCRIBED: X and Y are
+    """One tile on or below the diagonal, and its mirror image. SELF: X as it lies in memory, contiguous, of which OWN is added. EACH: ALPHA, BETA and DIAGONAL have a number for each matrix. DESCRIBED: X and Y are
     descriptors of (K M, N), or FLIPPED of (K N, M)."""
     tile, k = tl.program_id(0), tl.program_id(1)
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # before row i of tiles lie i (i + 1) / 2
@@ -53,6 +53,8 @@ def symmetric_product(
     here = down[:, None] * M + across[None, :]
     if HAS_ADD:
         total += beta * tl.load(ADD + k * M * M + here).to(tl.float32)
+    if HAS_OWN:
+        total += OWN * tl.load(SELF + k * M * M + here).to(tl.float32)
     if HAS_DIAGONAL:
         total += tl.where(down[:, None] == across[None, :], diagonal, 0.0)
     rounded = total.to(OUT.dtype.element_ty)
@@ -61,7 +63,7 @@ def symmetric_product(
         tl.store(OUT + k * M * M + across[:, None] * M + down[None, :], tl.trans(rounded))
 
 
-def symmetric(x, y, add, alpha, beta, diagonal):
+def symmetric(x, y, add, alpha, beta, diagonal, own):
     K, M, N = x.shape
     if x.stride() != y.stride():
         x, y = x.contiguous(), y.contiguous()
@@ -74,7 +76,8 @@ def symmetric(x, y, add, alpha, beta, diagonal):
     if min(x.stride()[1:]) == 1 and x.stride(0) == M * N and _takes_descriptors(x.device):
         given = [_described(t, flipped) for t in (x, y)]
     symmetric_product[(tiles * (tiles + 1) // 2, K)](
-        *given, out if add is None else add, out, M, N, *x.stride(), *numbers, HAS_ADD=add is not None, HAS_DIAGONAL=has_diagonal, EACH=each,
+        *given, out if add is None else add, x.contiguous() if own else out, out, M, N, *x.stride(), *numbers, own,
+        HAS_ADD=add is not None, HAS_OWN=own != 0.0, HAS_DIAGONAL=has_diagonal, EACH=each,
         DESCRIBED=given[0] is not x, FLIPPED=flipped, TILE=TILE, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out

@@ -108,9 +108,15 @@ def _polynomial(gram: Tensor, step: tuple[float, ...], scale: Tensor | None, tim
     if len(step) == 3:
         a, b, c = step
         return symmetric(gram, None, gram, c * s * s * times, b * s * times, (a - aside) * times)
-    last = step[4]
-    half = step[3] / (2 * last)
-    constant = (step[2] / last - half * half) / 2
+    last, half = step[4], step[3] / (2 * step[4])
+    square = (
+        step[2] - last * half * half
+    )  # beside the one in H^2, which a constant in H brings too; but rounded with H it is off by 13 roundings
+    constant = 0.0 if aside else square / (2 * last)
     squared = symmetric(gram, None, gram, s * s, half * s, constant)
+    if aside:
+        return symmetric(
+            squared, None, gram, last * times, (step[1] - half * square) * s * times, (step[0] - aside) * times, square * times
+        )
     linear, rest = step[1] - 2 * half * constant * last, step[0] - constant * constant * last
-    return symmetric(squared, None, gram, last * times, linear * s * times, (rest - aside) * times)
+    return symmetric(squared, None, gram, last * times, linear * s * times, rest * times)
