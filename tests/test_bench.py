@@ -39,7 +39,12 @@ def test_losses_of_two_settings_are_of_the_same_weights_and_rows(tmp_path: Path)
         "lr": 1e-2,
     }
     runs = []
-    for arm, more in (("plain", {"held_out": 1}), ("plain", {}), ("narrow", {}), ("plain", {"warm_up": 1})):
+    for arm, more in (
+        ("plain", {"held_out": 1, "held_out_tokens": str(tmp_path / "tokens.bin")}),
+        ("plain", {}),
+        ("narrow", {}),
+        ("plain", {"warm_up": 1}),
+    ):
         losses_worker.main({**given, "arm": arm, "out": str(tmp_path / "out.json"), **more})
         runs.append(json.loads((tmp_path / "out.json").read_text())["runs"])
     plain, again, narrow, faster = ({seed: run["losses"] for seed, run in one.items()} for one in runs)

@@ -4,6 +4,7 @@
 
 runs with the code of any commit in PYTHONPATH, as scripts/bench/step_worker.py does. arm: `plain`; `flash` or `efficient`, torch's other kernels of
 attention, which differ by rounding alone, and so tell how far runs of one commit lie apart; `narrow`, a residual stream of 16 bits; `fp8`.
+held_out: so many batches of `held_out_tokens`, another file, behind the last step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ARMS = ("plain", "flash", "efficient", "narrow", "fp8")
-SETTINGS: dict[str, Any] = {"vocabulary": 4096, "rows": 8, "length": 512, "steps": 200, "warm_up": 100, "lr": 1e-4, "held_out": 0}
+SETTINGS: dict[str, Any] = {
+    "vocabulary": 4096,
+    "rows": 8,
+    "length": 512,
+    "steps": 200,
+    "warm_up": 100,
+    "lr": 1e-4,
+    "held_out": 0,
+    "held_out_tokens": "",
+}
 
 
 def beside(name: str) -> Any:
@@ -72,7 +82,7 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
     losses: list[Tensor] = []
     began = time.perf_counter()
 
-    def passed(step: int) -> Tensor:
+    def passed(step: int, tokens: Any = tokens) -> Tensor:
         ids = rows_of(tokens, seed, step, given["rows"], given["length"], device)
         with torch.autocast(device.type, torch.bfloat16), nullcontext() if attention is None else sdpa_kernel(attention):
             loss: Tensor = model(ids[:, :-1], labels=ids[:, 1:].contiguous()).loss_sum / (given["rows"] * given["length"])
@@ -90,7 +100,8 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
         if step % 50 == 0 or step == given["steps"]:
             kept({"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1)})
     with torch.no_grad():
-        held = [float(passed(-1 - i)) for i in range(given["held_out"])]
+        apart = numpy.memmap(given["held_out_tokens"] or given["tokens"], dtype=numpy.uint16, mode="r")
+        held = [float(passed(-1 - i, apart)) for i in range(given["held_out"])]
     kept(
         {"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1), "held_out": held}
     )
