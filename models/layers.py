@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.add_norm import add_norm
+from kernels.add_norm import add_norm, norm_beside
 from kernels.embedding import embedding
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear, linears, product_dtype
@@ -46,15 +46,18 @@ class RMSNorm(Module):
         dtype: torch.dtype | None = None,
         columns: tuple[int, Any] = (0, None),
         owed: tuple[Tensor, Tensor | None] | None = None,
+        beside: bool = False,
     ) -> Any:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
-        owed: (added, scale or None) of `after`, whose two results are returned.
+        owed: (added, scale or None) of `after`, whose two results are returned. beside: returns x too, to be read in the place of the one given.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         if owed is not None:
             return self.after(x, *owed)
+        if beside:
+            return norm_beside(x, self.gain, self.eps, product_dtype(x))
         return gated_norm(x, gate, self.gain, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.add_norm import reference
 from kernels.dispatch import no_triton
@@ -75,3 +76,25 @@ add_norm, add_norm_op = define(
         (inputs[4], inputs[0].dtype, inputs[1].dtype),
     ),
 )
+
+
+class NormBeside(torch.autograd.Function):
+    """x, weight, eps, dtype -> (x, its norm): the gradient of both is made in one pass, as behind an addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        from kernels.gated_norm import launch
+
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return x, launch.norm(x, None, weight, eps, 1, False, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor | None, d_n: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = ctx.saved_tensors
+        with torch.cuda.device_of(x):
+            d, _, _, d_weight = _backward(d_x, d_n, x, None, None, weight, ctx.eps, x.dtype, x.dtype)
+        return d, d_weight, None, None

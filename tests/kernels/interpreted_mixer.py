@@ -14,7 +14,7 @@ from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels import cross_entropy  # noqa: E402
-from kernels.add_norm import add_norm  # noqa: E402
+from kernels.add_norm import add_norm, norm_beside  # noqa: E402
 from kernels.add_norm import op as add_norm_op  # noqa: E402
 from kernels.add_norm import reference as add_norm_reference  # noqa: E402
 from kernels.cross_entropy import reference as cross_reference  # noqa: E402
@@ -264,6 +264,13 @@ def streams() -> None:
         agree(torch.cat(both), torch.cat(oracles), present(given), present(fine), f"stream and norm {shape} {other} {scaled}")
         alone, oracle = add_norm(*(*given, 1e-5, torch.float32))[0], add_norm_reference.add_norm(*(*fine, 1e-5))[0]
         agree(alone, oracle, present(given)[:-1], present(fine)[:-1], f"stream alone {shape} {other} {scaled}")
+        one, fine_one = leaves(torch.randn(shape).to(other), torch.randn(shape[-1]))
+        for alone in (False, True):
+            r, n = norm_beside(*one, 1e-5, torch.float32)
+            oracle_n = norm_reference.gated_norm(fine_one[0], None, fine_one[1], 1e-5)
+            assert torch.equal(r, one[0]) and r.grad_fn is not None
+            y, oracle = (n, oracle_n) if alone else (torch.cat([r.float(), n]), torch.cat([fine_one[0], oracle_n]))
+            agree(y, oracle, one, fine_one, f"norm beside {shape} {other} {alone}")
     x, y, scale, weight = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,), (4,)))
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, scale, weight, 1e-5, torch.float32), test_utils=CHECKS)
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, None, weight, 1e-5, torch.bfloat16), test_utils=CHECKS)
