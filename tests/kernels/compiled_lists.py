@@ -76,6 +76,7 @@ def main(golden: bool) -> None:
         kinds["OWN"] = "fp32"
         kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}
         if described:
+            kinds |= dict.fromkeys(("ADD", "SELF", "OUT"), f"tensordesc<fp16[{TILE}, {TILE}]>")
             kinds |= dict.fromkeys("XY", f"tensordesc<fp16[{DEPTH}, {TILE}]>" if flipped else f"tensordesc<fp16[{TILE}, {DEPTH}]>")
         out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, **kinds)
     types: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}
