@@ -31,7 +31,12 @@ registers = Registers("lists")
 
 
 def figures(kernel: Any) -> dict[str, int]:
-    wide = len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|(?:ld|st)\.global(?:\.\w+)*\.v2\.b64|cp\.async\.cg", kernel.asm["ptx"]))
+    wide = len(
+        re.findall(
+            r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|(?:ld|st)\.global(?:\.\w+)*\.v2\.b64|cp\.async\.cg|cp\.async\.bulk\.tensor",
+            kernel.asm["ptx"],
+        )
+    )
     return {**resources(kernel.asm["cubin"]), "wide": wide, "tensor_cores": len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))}
 
 
