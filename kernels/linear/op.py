@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import planned
-from kernels.linear.ahead import recorded
 from kernels.linear.spared import is_unread
 from kernels.op import runs_kernels
 
@@ -64,11 +63,9 @@ def runs(gradients: list[Tensor]) -> list[tuple[int, int, Tensor]]:
     return made
 
 
-def cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights' rows one below the other, in `dtype`."""
-    casts, rows = recorded(), [w.shape[0] for w in weights]
-    if casts is not None and all(w.dtype == torch.float32 and w.is_contiguous() for w in weights):
-        return casts.take(weights, dtype)
+    rows = [w.shape[0] for w in weights]
     joined_ND = torch.empty(sum(rows), weights[0].shape[1], dtype=dtype, device=weights[0].device)
     pieces = joined_ND.split(rows)
     if runs_kernels(joined_ND) and not planned() and all(w.dtype == torch.float32 for w in weights):
@@ -91,7 +88,7 @@ class Joined(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [w.shape[0] for w in weights]
         with torch.autocast(x.device.type, enabled=False):
-            joined_ND = cast(weights, dtype)
+            joined_ND = _cast(weights, dtype)
             x_MD = x.to(dtype).flatten(0, -2)
             made: list[Tensor] = []
             at = 0

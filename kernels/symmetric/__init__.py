@@ -26,22 +26,16 @@ def symmetric(
     alpha: float | Tensor = 1.0,
     beta: float | Tensor = 0.0,
     diagonal: float | Tensor = 0.0,
-    own: float = 0.0,
 ) -> Tensor:
-    """(k, m, m): alpha x y^T + beta add + diagonal I + own x, which has to be symmetric, as with y = x (None) or for two symmetric matrices that commute.
-    Sums in fp32 (fp64), the result in x's dtype; x and y may be transposed views of one layout, and x has to be symmetric where `own` is not 0. Each of
-    the first three numbers may be one for each matrix, (k,)."""
+    """(k, m, m): alpha x y^T + beta add + diagonal I, which has to be symmetric, as with y = x (None) or for two symmetric matrices that commute. Sums
+    in fp32 (fp64), the result in x's dtype; x and y may be transposed views of one layout. Each of the three numbers may be one for each matrix, (k,)."""
     y_kmn = x_kmn if y_kmn is None else y_kmn
     if use_triton(x_kmn):
         from kernels.symmetric import triton
 
         with torch.cuda.device_of(x_kmn):
-            return triton.symmetric(x_kmn, y_kmn, add_kmm, alpha, beta, diagonal, own)
+            return triton.symmetric(x_kmn, y_kmn, add_kmm, alpha, beta, diagonal)
     wide = torch.promote_types(x_kmn.dtype, torch.float32)
-    if own:  # a second summand
-        return (
-            symmetric(x_kmn.to(wide), y_kmn.to(wide), add_kmm if add_kmm is None else add_kmm.to(wide), alpha, beta, diagonal) + own * x_kmn
-        ).to(x_kmn.dtype)
     if any(isinstance(number, Tensor) for number in (alpha, beta, diagonal)):
         each = [n.to(wide)[:, None, None] if isinstance(n, Tensor) else n for n in (alpha, beta, diagonal)]
         product = torch.bmm(x_kmn, y_kmn.mT).to(wide) * each[0]

@@ -31,12 +31,7 @@ registers = Registers("lists")
 
 
 def figures(kernel: Any) -> dict[str, int]:
-    wide = len(
-        re.findall(
-            r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|(?:ld|st)\.global(?:\.\w+)*\.v2\.b64|cp\.async\.cg|cp\.async\.bulk\.tensor",
-            kernel.asm["ptx"],
-        )
-    )
+    wide = len(re.findall(r"(?:ld|st)\.global(?:\.\w+)*\.v4\.b32|(?:ld|st)\.global(?:\.\w+)*\.v2\.b64|cp\.async\.cg", kernel.asm["ptx"]))
     return {**resources(kernel.asm["cubin"]), "wide": wide, "tensor_cores": len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))}
 
 
@@ -63,25 +58,15 @@ def main(golden: bool) -> None:
         ("x x^T", False, False, False, True),
         ("x^T x", False, False, True, True),
         ("a + b x + c x x^T", True, False, False, True),
-        ("a + b x + c x x^T, own", True, False, False, True),
         ("a + b x + c x x^T, each", True, True, False, True),
         ("x^T x by addresses", False, False, True, False),
         ("a + b x + c x x^T by addresses", True, False, False, False),
     ):
-        flags = {
-            "HAS_ADD": has_add,
-            "HAS_OWN": "own" in label,
-            "HAS_DIAGONAL": has_add,
-            "EACH": each,
-            "DESCRIBED": described,
-            "FLIPPED": flipped,
-        }
+        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "DESCRIBED": described, "FLIPPED": flipped}
         flags |= {"TILE": TILE, "DEPTH": DEPTH, "STRIDE_M" if flipped else "STRIDE_N": 1}
-        kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "SELF", "OUT"), "*fp16")}
-        kinds["OWN"] = "fp32"
+        kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "OUT"), "*fp16")}
         kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}
         if described:
-            kinds |= dict.fromkeys(("ADD", "SELF", "OUT"), f"tensordesc<fp16[{TILE}, {TILE}]>")
             kinds |= dict.fromkeys("XY", f"tensordesc<fp16[{DEPTH}, {TILE}]>" if flipped else f"tensordesc<fp16[{TILE}, {DEPTH}]>")
         out[label] = made(label, symmetric.symmetric_product, flags, symmetric.WARPS, symmetric.STAGES, **kinds)
     types: dict[str, Any] = {"STEP": "*fp32", "LARGEST": "*fp32", "ROWS": "*i32", "COLUMNS": "*i32"}

@@ -133,19 +133,20 @@ def test_small_values_do_not_grow_out_of_rounding(rows: int, columns: int, falls
     assert torch.linalg.svdvals(low).max() < 1.3 and (low - wanted).norm() < 0.12 * wanted.norm()
     for steps, low in ((2, two), (3, three)):
         fine = orthogonalized(x, steps)
-        assert torch.linalg.svdvals(low).max() < 1.4 and (low - fine).norm() < 0.06 * fine.norm()
+        assert (
+            torch.linalg.svdvals(low).max() < (1.5 if steps == 2 else 1.35)
+            and (low - fine).norm() < (0.08 if steps == 2 else 0.06) * fine.norm()
+        )
 
 
 def mirrored(product: torch.Tensor) -> torch.Tensor:
     return product.tril() + product.tril(-1).mT
 
 
-def once_rounded(
-    x: torch.Tensor, y: Any = None, add: Any = None, alpha: Any = 1.0, beta: Any = 0.0, diagonal: Any = 0.0, own: float = 0.0
-) -> torch.Tensor:
+def once_rounded(x: torch.Tensor, y: Any = None, add: Any = None, alpha: Any = 1.0, beta: Any = 0.0, diagonal: Any = 0.0) -> torch.Tensor:
     """As the kernel has it, whose sums are whole before they are rounded."""
     alpha, beta, diagonal = (n[:, None, None].double() if isinstance(n, torch.Tensor) else n for n in (alpha, beta, diagonal))
-    product = alpha * (x.double() @ (x if y is None else y).double().mT) + (own * x.double() if own else 0.0)
+    product = alpha * (x.double() @ (x if y is None else y).double().mT)
     product += diagonal * torch.eye(x.shape[1], dtype=torch.float64)
     return mirrored((product + (0.0 if add is None else beta * add.double())).to(x.dtype))
 

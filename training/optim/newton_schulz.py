@@ -109,14 +109,13 @@ def _polynomial(gram: Tensor, step: tuple[float, ...], scale: Tensor | None, tim
         a, b, c = step
         return symmetric(gram, None, gram, c * s * s * times, b * s * times, (a - aside) * times)
     last, half = step[4], step[3] / (2 * step[4])
-    square = (
-        step[2] - last * half * half
-    )  # beside the one in H^2, which a constant in H brings too; but rounded with H it is off by 13 roundings
-    constant = 0.0 if aside else square / (2 * last)
-    squared = symmetric(gram, None, gram, s * s, half * s, constant)
-    if aside:
-        return symmetric(
-            squared, None, gram, last * times, (step[1] - half * square) * s * times, (step[0] - aside) * times, square * times
-        )
-    linear, rest = step[1] - 2 * half * constant * last, step[0] - constant * constant * last
-    return symmetric(squared, None, gram, last * times, linear * s * times, rest * times)
+    square = step[2] - last * half * half  # of R^2, beside what H^2 has of it
+    if not aside:  # a constant in H brings it, too
+        constant = square / (2 * last)
+        squared = symmetric(gram, None, gram, s * s, half * s, constant)
+        linear, rest = step[1] - half * square, step[0] - constant * constant * last
+        return symmetric(squared, None, gram, last * times, linear * s * times, rest * times)
+    squared = symmetric(gram, None, gram, s * s, half * s)
+    linear = (step[1] - half * square) * s
+    beside = gram * (linear[:, None, None].to(gram.dtype) if isinstance(linear, Tensor) else linear) + square * squared
+    return symmetric(squared, None, beside, last, 1.0, step[0] - aside)
