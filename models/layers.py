@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.add_norm import add_norm
+from kernels.add_norm import add_norm, norm_beside
+from kernels.embedding import embedding
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear, linears, product_dtype
 from kernels.short_conv import last_inputs, short_conv_columns
@@ -45,15 +46,18 @@ class RMSNorm(Module):
         dtype: torch.dtype | None = None,
         columns: tuple[int, Any] = (0, None),
         owed: tuple[Tensor, Tensor | None] | None = None,
+        beside: bool = False,
     ) -> Any:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
-        owed: (added, scale or None) of `after`, whose two results are returned.
+        owed: (added, scale or None) of `after`, whose two results are returned. beside: returns x too, to be read in the place of the one given.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         if owed is not None:
             return self.after(x, *owed)
+        if beside:
+            return norm_beside(x, self.gain, self.eps, product_dtype(x))
         return gated_norm(x, gate, self.gain, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,6 +66,13 @@ class RMSNorm(Module):
 
     def init_weights(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.centred else 1.0)
+
+
+class Embedding(nn.Embedding):
+    """torch's, whose gradient on a GPU is a kernel of ours."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(self.weight, ids)
 
 
 class SwiGLU(Module):

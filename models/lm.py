@@ -19,7 +19,7 @@ from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
 from models.init import Module, Unset, normal_, tag
-from models.layers import RMSNorm
+from models.layers import Embedding, RMSNorm
 from models.remade import parts_by_layer
 from models.segments import Documents
 from models.walk import Walk
@@ -68,7 +68,7 @@ class LanguageModel(Module):
             raise UserError(problems)
         self.config = config
         with Unset():
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding = Embedding(config.vocab_size, config.d_model)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
             self.depth = depth.build(config.depth, config.d_model, config.n_layers)
             self.norm = RMSNorm(config.d_model, config.norm_eps, centred=config.centred_norms)
