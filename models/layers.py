@@ -47,18 +47,21 @@ class RMSNorm(Module):
         columns: tuple[int, Any] = (0, None),
         owed: tuple[Tensor, Tensor | None] | None = None,
         beside: bool = False,
+        heads: int = 1,
     ) -> Any:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
         owed: (added, scale or None) of `after`, whose two results are returned. beside: returns x too, to be read in the place of the one given.
+        heads: so many rows of the last dimension side by side, each by itself.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         if owed is not None:
             return self.after(x, *owed)
         if beside:
             return norm_beside(x, self.gain, self.eps, product_dtype(x))
-        return gated_norm(x, gate, self.gain, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
+        gain = self.gain if heads == 1 else self.gain.repeat(heads)
+        return gated_norm(x, gate, gain, self.eps, self.groups * heads, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(r, the norm of r) with r = x scale + added, or x + added: the residual stream after a sublayer, and what the next one reads."""

@@ -84,9 +84,8 @@ STRETCHED = {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0, "original_m
         {"type": "mamba2", "d_state": 8, "head_dim": 16},
         {"type": "attention", "n_heads": 2},
         {"type": "attention", "n_heads": 2, **STRETCHED},
-        {"type": "jrt", "n_heads": 2, "prompt": 20},
     ],
-    ids=["rnn", "mamba2", "attention", "stretched", "jrt"],
+    ids=["rnn", "mamba2", "attention", "stretched"],
 )
 def test_chunks_give_what_the_whole_gives(mixer: dict[str, Any]) -> None:
     task = build_task({"name": "word_problem"})

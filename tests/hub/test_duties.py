@@ -18,6 +18,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.hub.export import write_folder
 from tests.hub.folders import checkpoint
+from tests.mixers import mixer_configs
 
 GRU: dict[str, Any] = {"type": "rnn", "n_heads": 4}
 MAMBA: dict[str, Any] = {"type": "mamba2", "d_state": 5, "head_dim": 8, "n_groups": 2, "chunk": 5}
@@ -243,6 +244,23 @@ def test_what_takes_a_layers_place_acts_and_learns(model: Any) -> None:
     model(ids, labels=ids).loss.backward()
     for name in names:
         assert float(model.get_submodule(name).up.grad.abs().max()) > 0, name
+
+
+@torch.no_grad()
+def test_weights_may_be_elsewhere_until_a_layer_is_called(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """As accelerate leaves them on the host or the disk where a GPU is too small for all."""
+    accelerate = pytest.importorskip("accelerate")
+    mixers = {str(mapping["type"]): mapping for mapping in mixer_configs().values()}
+    source, folder = checkpoint(tmp_path / "c", small(list(mixers), mixers, n_layers=len(mixers))), tmp_path / "every"
+    folder.mkdir()
+    write_folder(source, folder, None, 10**9, "mit")
+    here = load(folder).eval()
+    away = accelerate.cpu_offload(copy.deepcopy(here), execution_device=torch.device("cpu"))
+    ids, caches = ids_of(2, 8), [None, None]
+    for piece in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+        found = [m(piece, past_key_values=cache, use_cache=True) for m, cache in zip((away, here), caches)]
+        caches = [out.past_key_values for out in found]
+        torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -14,11 +14,13 @@ from data.loader import Reader
 from data.prepare import main as prepare
 from data.prompted import IGNORE, PromptReader
 from data.shards import ShardSet
+from data.synthetic import build_task
 from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
 from evals.measures.documents import document_perplexity
 from evals.measures.perplexity import evaluate
 from evals.measures.position import position_curve, windows
+from evals.measures.tracking import count
 from models import mixers
 from models.config import ModelConfig
 from models.lm import LanguageModel
@@ -145,6 +147,12 @@ def test_prompts_of_packed_documents_are_not_cut_by_chunks(tmp_path: Path) -> No
     found = [evaluate(model, ShardSet(tmp_path / "x", "valid"), length=60, chunk=chunk) for chunk in (60, 11)]
     assert found[0].tokens == found[1].tokens > 0
     assert abs(found[0].nll_nats - found[1].nll_nats) < 1e-4 * found[0].nll_nats
+
+
+def test_prompts_of_generated_tasks_are_not_cut_by_chunks() -> None:
+    model, task = model_of(M), build_task({"name": "word_problem"})
+    whole, cut = (count(model, task, 53, sequences=9, chunk=chunk).to_dict(53) for chunk in (512, 4))
+    assert whole == cut
 
 
 def test_the_prompt_of_a_passkey_is_read_whole() -> None:
