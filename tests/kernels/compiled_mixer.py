@@ -123,9 +123,9 @@ def main(golden: bool) -> None:
     flags = {"BLOCK": casts.BLOCK}
     out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
     for name in ("pieces", "rows"):
-        sizes = {"PIECE": embedding.PIECE, "AT_ONCE": embedding.AT_ONCE, "BD": embedding.COLUMNS}
+        flags = {"PIECE": embedding.PIECE, "AT_ONCE": embedding.AT_ONCE, "BD": embedding.COLUMNS}
         fn = getattr(embedding, f"embedding_{name}")
-        out[f"embedding {name}"] = made(f"embedding {name}", fn, sizes, embedding.WARPS)
+        out[f"embedding {name}"] = made(f"embedding {name}", fn, flags, embedding.WARPS)
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
         out[name] = made(name, rotary.turn, flags, rotary.WARPS)

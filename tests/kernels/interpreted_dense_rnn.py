@@ -140,6 +140,7 @@ def measured() -> None:
     step, of the adjoint, those that plain torch finds."""
     before, source.LOOK, launch.NEAR, reference.NEAR = (source.LOOK, launch.NEAR), 4, 3, 3
     cell, tensors, starts = problem("slstm", 2, 26, 1, 16, starts=0.1, seed=4)
+    assert starts is not None
     given = [t.float() for t in tensors]
     emitted, kept, _, _, nearby, *_ = launch.solved(cell, *(*given, starts, Plan.of(given[0], 16, 3, 0), None))
     states = joined(emitted, kept).abs()

@@ -265,7 +265,7 @@ def streams() -> None:
         agree(alone, oracle, present(given)[:-1], present(fine)[:-1], f"stream alone {shape} {other} {scaled}")
         one, fine_one = leaves(torch.randn(shape).to(other), torch.randn(shape[-1]))
         for alone in (False, True):
-            r, n = norm_beside(*one, 1e-5, torch.float32)
+            r, n = norm_beside(*(*one, 1e-5, torch.float32))
             oracle_n = norm_reference.gated_norm(fine_one[0], None, fine_one[1], 1e-5)
             assert torch.equal(r, one[0]) and r.grad_fn is not None
             y, oracle = (n, oracle_n) if alone else (torch.cat([r.float(), n]), torch.cat([fine_one[0], oracle_n]))
