@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from training.config import cli
 from training.config.schema import Config
 from training.errors import STOPPED, Stopped, UserError, sentence_of
+from training.launch import leave
 
 
 @hydra.main(version_base=None, config_path=str(Path(__file__).resolve().parent / "configs"), config_name="train")
@@ -129,4 +130,4 @@ def _entry() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(_entry())
+    leave(_entry)

@@ -139,6 +139,10 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         )
     if not math.isfinite(result.nll_nats):
         raise UserError(not_finite(values["precision"]))
+    if not result.tokens:
+        raise UserError(
+            f"All of the held-out text of {folder} lies in prompts that this model sees whole, so nothing of it can be scored; prepare more."
+        )
     seconds = time.perf_counter() - start
     counted = baselines(train, held_out, values["length"], values["max_tokens"])
     report = {
@@ -227,7 +231,7 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     reports: dict[str, dict[str, Any]] = {}
     parts = []
     for name, folder in zip(mixture.names_of(scored), scored):
-        out_of_all = Path(values["out"]) if values["out"] else None
+        out_of_all = where_to_write(values, Path(folder)) if values["out"] else None
         out_of_one = str(out_of_all.with_name(f"{out_of_all.stem}-{len(reports)}{out_of_all.suffix}")) if out_of_all else None
         print(f"source {name}")
         reports[name] = run({**values, "data": folder, "out": out_of_one})

@@ -67,7 +67,7 @@ class Block(Module):
             x_BTD = x_BTD if owed is None else _added(x_BTD, *owed)
             normed = x_BTD.to(product_dtype(x_BTD))
         elif owed is None:
-            normed = self.mixer_norm(x_BTD)
+            x_BTD, normed = self.mixer_norm(x_BTD, beside=True)
         else:
             x_BTD, normed = self.mixer_norm(x_BTD, owed=owed)
         remade = self.remade_now()

@@ -46,6 +46,7 @@ class SequenceMixer(Module):
     takes_documents: forward is also given documents=Documents(segment_ids), or None, in which layers share where documents lie.
     recurrence: the op that forward runs along time, by its name in the mixer's module, where evaluation may watch or replace it
     (evals/cures/hooks.py knows ssd, delta_rule and parallel_rnn); '' if it has none.
+    whole_beyond: tokens beyond which it does depend on that, so that a longer sequence has to be one call; None: no such number.
     remakes_states: set in training where the backward pass is to make the recurrence's states again (models/remade.py); a Config that can says so in a
     property of this name.
     """
@@ -53,6 +54,7 @@ class SequenceMixer(Module):
     slice: Slice | None = None
     takes_documents: ClassVar[bool] = False
     recurrence: str = ""
+    whole_beyond: int | None = None
     remakes_states: bool = False
 
     def forward(self, x_BTD: Tensor, state: Any = None, segment_ids: Tensor | None = None) -> tuple[Tensor, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels import decode_step
-from kernels.add_norm import add_norm
+from kernels.add_norm import add_norm, norm_beside
+from kernels.embedding import embedding
 from kernels.gated_norm import gated_norm
 from kernels.linear import linear, linears, product_dtype
 from kernels.short_conv import last_inputs, short_conv_columns
@@ -45,16 +46,22 @@ class RMSNorm(Module):
         dtype: torch.dtype | None = None,
         columns: tuple[int, Any] = (0, None),
         owed: tuple[Tensor, Tensor | None] | None = None,
+        beside: bool = False,
+        heads: int = 1,
     ) -> Any:
         """Normalises x, or x * silu(gate) as Mamba-2 does; with `norm_first` the gate comes after. In `dtype`, by default that in which
         matrix products take x.
 
-        owed: (added, scale or None) of `after`, whose two results are returned.
+        owed: (added, scale or None) of `after`, whose two results are returned. beside: returns x too, to be read in the place of the one given.
+        heads: so many rows of the last dimension side by side, each by itself.
         columns (first, joint): the gate is columns, from `first` on, of the projection that a `CausalConv` splits, given the same `joint_gradient`.
         """
         if owed is not None:
             return self.after(x, *owed)
-        return gated_norm(x, gate, self.gain, self.eps, self.groups, norm_first, dtype or product_dtype(x), columns=columns)
+        if beside:
+            return norm_beside(x, self.gain, self.eps, product_dtype(x))
+        gain = self.gain if heads == 1 else self.gain.repeat(heads)
+        return gated_norm(x, gate, gain, self.eps, self.groups * heads, norm_first, dtype or product_dtype(x), columns=columns)
 
     def after(self, x: Tensor, added: Tensor, scale_D: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(r, the norm of r) with r = x scale + added, or x + added: the residual stream after a sublayer, and what the next one reads."""
@@ -62,6 +69,13 @@ class RMSNorm(Module):
 
     def init_weights(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.centred else 1.0)
+
+
+class Embedding(nn.Embedding):
+    """torch's, whose gradient on a GPU is a kernel of ours."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(self.weight, ids)
 
 
 class SwiGLU(Module):

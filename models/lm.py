@@ -19,7 +19,7 @@ from models.config import ModelConfig
 from models.contract import tensor_bytes
 from models.head import Head
 from models.init import Module, Unset, normal_, tag
-from models.layers import RMSNorm
+from models.layers import Embedding, RMSNorm
 from models.remade import parts_by_layer
 from models.segments import Documents
 from models.walk import Walk
@@ -68,7 +68,7 @@ class LanguageModel(Module):
             raise UserError(problems)
         self.config = config
         with Unset():
-            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.embedding = Embedding(config.vocab_size, config.d_model)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
             self.depth = depth.build(config.depth, config.d_model, config.n_layers)
             self.norm = RMSNorm(config.d_model, config.norm_eps, centred=config.centred_norms)
@@ -98,6 +98,11 @@ class LanguageModel(Module):
     def visits(self) -> list[Block]:
         """The blocks in the order in which tokens go through them, where nothing is trained: one for each state of `init_state`."""
         return self._blocks(range(len(self.blocks)) if self.depth is None else self.depth.visits())
+
+    @property
+    def whole_beyond(self) -> int | None:
+        """Tokens beyond which a sequence has to be one call, as what it gives depends on how it is cut; None: however long it is."""
+        return min((n for block in self._blocks(range(len(self.blocks))) if (n := block.mixer.whole_beyond) is not None), default=None)
 
     def _blocks(self, layers: Iterable[int]) -> list[Block]:
         return [self.blocks[i] for i in layers]  # type: ignore[misc]

@@ -50,6 +50,11 @@ def prompt_of(model: nn.Module) -> int:
     return max((module.prompt for module in readers(model)), default=0)
 
 
+def read_at_once(model: Any, T: int) -> int:
+    """How many tokens of a sequence of T have to be its first call: its prompt, or all of them where the model has to see them so."""
+    return T if model.whole_beyond is not None and T > model.whole_beyond else prompt_of(model)
+
+
 @contextmanager
 def whole_prompt(model: nn.Module, tokens: int) -> Iterator[None]:
     """Inside, prompts of a model that reads some twice have so many tokens."""

@@ -17,6 +17,10 @@ from torch import Tensor
 from data.errors import UserError
 
 NEVER = float("-inf")
+LEAST, MOST = (
+    1e-6,
+    1e6,
+)  # of what logits are divided or multiplied by: beyond, they may be infinite or NaN in fp32, which draws the last token
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         problems = []
-        if not 0 <= self.temperature < math.inf:
-            problems.append(f"temperature must be zero (the likeliest token) or a finite number above it, not {self.temperature}.")
+        if self.temperature != 0 and not LEAST <= self.temperature < math.inf:
+            problems.append(f"temperature must be zero (the likeliest token) or a finite number from {LEAST:g} on, not {self.temperature}.")
         if self.top_k is not None and self.top_k < 0:
             problems.append(f"top_k must be zero (all tokens) or more, not {self.top_k}.")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             problems.append(f"top_p must lie between 0 and 1, not {self.top_p}.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             problems.append(f"min_p must lie between 0 and 1, not {self.min_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            problems.append(f"repetition_penalty must be a finite number above zero, not {self.repetition_penalty}.")
+        if not LEAST <= self.repetition_penalty <= MOST:
+            problems.append(f"repetition_penalty must be from {LEAST:g} to {MOST:,.0f} (1: none), not {self.repetition_penalty}.")
         if problems:
             raise UserError(problems)
 
@@ -94,7 +98,10 @@ class TextStream:
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         """before: ids of the text that goes before, so that a word's pieces join as in one decoding."""
         self.tokenizer, self.stop = tokenizer, [s for s in stop if s]
-        self.ids = list(before)[-8:]
+        first = max(0, len(before) - 8)
+        while first and tokenizer.decode(list(before[first:])).startswith("\ufffd"):
+            first -= 1  # inside of a character: of a run of bytes (Llama 2) all that follow would be lost with it
+        self.ids = list(before[first:])
         self.start, self.end = 0, len(self.ids)  # ids[start:end] are decoded again as the context of what follows
         self.text, self.undecided, self.stopped = "", "", False
 

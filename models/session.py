@@ -27,6 +27,7 @@ from data.errors import UserError, reason_of
 from data.files import save_tensors
 from models.decode import Decoder
 from models.lm import LanguageModel, LMState, check_ids
+from models.prompt import read_at_once
 from models.sampling import Sampling
 
 CHUNK = 2048  # tokens read at once
@@ -86,11 +87,17 @@ class Session:
         """Brings the state up to the last token. progress(tokens read, tokens of the text) is called after each chunk."""
         self._refuse_torn()
         last = self.ids_BT.shape[1] - 1
+        chunk = max(CHUNK, self._first_call())
         while self.read_to < last:
-            self._feed(min(self.read_to + CHUNK, last))
+            self._feed(min(self.read_to + chunk, last))
             if progress is not None:
                 progress(self.read_to, last + 1)
         return self
+
+    def _first_call(self) -> int:
+        """Tokens that have to be read at once, padding and, where it lies within, the last one of the text among them."""
+        T, first = self.ids_BT.shape[1], read_at_once(self.model, self.ids_BT.shape[1])
+        return min(T, first + max(self.padding)) if first else 0
 
     def _feed(self, end: int) -> Tensor:
         """Reads up to `end`; the logits (B, V) after the last token of it."""
@@ -139,7 +146,8 @@ class Session:
         done_B = torch.zeros(len(self.ids_BT), dtype=torch.bool, device=self.ids_BT.device)
         ending = len(stop_ids) > 0 or stop_when is not None
         seen_BV = self._seen(self.model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-        self.read()
+        if self.read_to or self._first_call() < self.ids_BT.shape[1]:
+            self.read()
         self.torn = True
         new: list[Tensor] = []
         decoder: Decoder | None = None

@@ -73,7 +73,7 @@ def _stops(values: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int
     else:
         strings = [text.replace("\\n", "\n").replace("\\t", "\t")] if text else []
     parts = [part.strip() for part in ids.split(",")] if ids else []
-    if not all(part.isdigit() and int(part) < vocab_size for part in parts):
+    if not all(part.isdecimal() and int(part) < vocab_size for part in parts):
         raise UserError(f"stop_ids must be token ids below {vocab_size} with commas between them, not {ids!r}.")
     return strings, [int(part) for part in parts]
 
@@ -135,7 +135,7 @@ class Writer:
     def _prompts(self) -> list[str]:
         if self.values["prompts"] is None:
             return [self.values["prompt"] if self.values["prompt"] is not None else "The "]
-        prompts = [line for line in _lines(self.values["prompts"], "prompts").splitlines() if line.strip()]
+        prompts = [line for line in _lines(self.values["prompts"], "prompts").split("\n") if line.strip()]
         if not prompts:
             raise UserError(f"prompts={self.values['prompts']} holds no prompt; write one a line.")
         return prompts
@@ -171,7 +171,7 @@ class Writer:
             session = start.copy()
             if prompt:
                 session.append(torch.tensor([self.ids(prompt, start=False)], device=self.device))
-            self.show(session, prompt, session.ids_BT[0, -8:].tolist())
+            self.show(session, prompt, session.ids_BT[0].tolist())
 
     @staticmethod
     def progress(read: int, total: int) -> None:

@@ -24,6 +24,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from training.launch import leave
+
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = ("deepspeed", "hydra", "safetensors.torch", "torch._dynamo", "transformers", "transformers.modeling_utils")
 STARTED = (  # what a run of the smallest model loads, and Hydra and DeepSpeed only then
@@ -168,15 +170,10 @@ def fork(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    status = 1
     try:
-        status = child(job)
-        threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter ends: threads first
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        leave(lambda: child(job))
     finally:
-        os._exit(status & 0xFF)
+        os._exit(1)
 
 
 def statuses(pids: list[int]) -> list[int]:

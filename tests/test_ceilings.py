@@ -7,7 +7,7 @@ import torch
 
 from scripts.bench.ceilings import Calls, counted, table
 from scripts.bench.spans import covered, exposed
-from scripts.bench.step_worker import ours, part_of, peer
+from scripts.bench.step_worker import learnt, ours, part_of, peer
 
 CPU = torch.device("cpu")
 
@@ -67,3 +67,10 @@ def test_time_of_nccl_alone_and_of_nothing() -> None:
     assert covered(spans) == 4000.0
     assert (made["span_ms"], made["kernels_alone_ms"], made["nccl_ms"], made["nccl_alone_ms"], made["idle_ms"]) == (5.0, 3.0, 2.0, 1.0, 1.0)
     assert made["gaps"] == [(1.0, "ncclDevKernel_ReduceScatter(x)", "gemm")] and made["nccl"] == {"ncclDevKernel_ReduceScatter": 2.0}
+
+
+def test_a_time_of_steps_that_do_not_learn_is_none() -> None:
+    assert learnt([11.0303, 10.6871, 10.44, 10.2231]) == [11.0303, 10.2231]
+    for losses in ([11.0303, 10.687, 10.8284, 10.8284], [11.0, 10.7, float("nan"), 10.2], [11.0, 11.0, 11.0, 11.0]):
+        with pytest.raises(RuntimeError, match=r"The losses do not fall \(11\.0"):
+            learnt(losses)

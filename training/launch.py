@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from training.errors import UserError
 
@@ -98,3 +104,25 @@ def unreachable(error: Exception) -> UserError:
             f"Port {port} of this machine is in use, by another job perhaps; give a free one: MASTER_PORT, or --master_port of torchrun and deepspeed."
         )
     return UserError(f"The ranks could not meet at {address}, port {port} (MASTER_ADDR, MASTER_PORT): {text[:200]}.")
+
+
+def leave(main: Callable[[], Any]) -> NoReturn:
+    """Runs `main` and ends the process with the status that it returns or raises as SystemExit, before the interpreter takes itself apart.
+
+    A thread of Gloo that still lets go of the last tensor then would abort the process, whose work is done (PyTorch issue 190489): DeepSpeed's
+    modules and every parameter hold the process group, so that its threads outlive `destroy_process_group`. Threads are waited for and what
+    is registered to run at exit runs, as in an ordinary end.
+    """
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with suppress(OSError, ValueError):  # nobody reads on the other side, or it is closed
+            if stream is not None:
+                stream.flush()
+    os._exit((status if isinstance(status, int) else int(status is not None)) & 0xFF)

@@ -89,6 +89,9 @@ class Adapter:
     train_length: int | None = None  # tokens of a training sequence, where known
     position_limit: int | None = None  # tokens that learned position embeddings allow; None: no such limit
     carry = "chunks"  # how its state goes on: in "chunks", in "steps" of one token, or "none": it reads whole sequences only
+    whole_beyond: int | None = (
+        None  # tokens beyond which sequences are read whole all the same; None: however long they are, they are carried so
+    )
     trusted = False  # whether code of the folder was run
     after_chunk: Callable[[Any], Any] | None = None  # state -> state, between chunks: where cures act
     on_start: Callable[[], None] | None = None  # called when a new sequence begins: where cures forget the last one
@@ -160,7 +163,7 @@ class Adapter:
             "vocabulary": self.vocab_size,
             "train_length": self.train_length,
             "position_limit": self.position_limit,
-            "carry": self.carry,
+            "carry": self.carry if self.whole_beyond is None else f"{self.carry} up to {self.whole_beyond:,} tokens, else none",
             "precision": self.precision,
         }
 
@@ -176,12 +179,17 @@ class Adapter:
             )
         return self.coder
 
+    def reads_whole(self, T: int) -> bool:
+        """Whether a sequence of T tokens has to be read in one call."""
+        return self.carry == "none" or self.whole_beyond is not None and T > self.whole_beyond
+
     def check_length(self, T: int) -> None:
         """Raises ItemError where this model cannot read a sequence of T tokens."""
         if self.position_limit is not None and T > self.position_limit:
             raise ItemError(f"{T:,} tokens are more than the {self.position_limit:,} positions the model has; ask for shorter lengths.")
-        if self.carry == "none" and T > 1 << 15:
-            raise ItemError(f"This model cannot carry its state between chunks, and {T:,} tokens at once are too many.")
+        if self.reads_whole(T) and T > 1 << 15:
+            where = "" if self.carry == "none" else f" beyond {self.whole_beyond:,} tokens, where its positions stretch"
+            raise ItemError(f"This model cannot carry its state between chunks{where}, and {T:,} tokens at once are too many.")
 
     def _run(self, ids_BT: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(what the head reads (B, T, D), state after the chunk and what a cure makes of it)."""
@@ -236,8 +244,10 @@ class Adapter:
         self.check_length(T)
         if prompt > T:
             raise ItemError(f"A text of {T:,} tokens lies within the prompt of {prompt:,} that this model sees whole; ask for longer ones.")
+        if self.after_chunk is not None and self.reads_whole(T):
+            raise ItemError(f"This cure acts between chunks, and {T:,} tokens of this model are read at once; ask for shorter lengths.")
         state = self.start(ids_BT.shape[0]) if batch_state is None else batch_state
-        for first, last in pieces(T, T if self.carry == "none" else chunk, prompt):
+        for first, last in pieces(T, T if self.reads_whole(T) else chunk, prompt):
             nll_BC, state = self.losses(ids_BT[:, first:last], ids_BT[:, first + 1 : last + 1], state)
             told = max(0, prompt - 1 - first)
             if told < nll_BC.shape[1]:
@@ -252,7 +262,7 @@ class Adapter:
         state = self.start(ids_BT.shape[0]) if state is None else state
         hidden = None
         with whole_prompt(self.model, T) if whole else contextlib.nullcontext():
-            for first, last in [(0, T)] if whole or self.carry == "none" else pieces(T, chunk):
+            for first, last in [(0, T)] if whole or self.reads_whole(T) else pieces(T, chunk):
                 hidden, state = self._run(ids_BT[:, first:last], state)
         assert hidden is not None
         return self._finite(self._wide_logits(hidden[:, -1])), state
@@ -273,12 +283,11 @@ class Adapter:
         """
         A = answer_BA.shape[1]
         answer_BA = answer_BA.to(self.device)
-        if self.carry == "none":
+        if self.reads_whole(prompt_BT.shape[1] + A - 1):
             whole = torch.cat([prompt_BT.to(self.device), answer_BA[:, :-1].clamp(min=0)], 1)
             self.check_length(whole.shape[1])
             hidden, _ = self._run(whole, self.start(whole.shape[0]))
-            with torch.no_grad():
-                predicted = self._finite(self._head(hidden[:, -A:]).float()).argmax(-1)
+            predicted = self._finite(self._wide_logits(hidden[:, -A:])).argmax(-1)
         else:
             first, state = self.prefill(prompt_BT, chunk)
             predicted = first.argmax(-1)[:, None]
@@ -289,7 +298,7 @@ class Adapter:
 
     def greedy(self, prompt_BT: Tensor, new_tokens: int, chunk: int) -> Tensor:
         """(B, new_tokens): the ids that greedy decoding writes after the prompt, on the CPU."""
-        if self.carry == "none":
+        if self.reads_whole(prompt_BT.shape[1] + new_tokens - 1):
             ids = prompt_BT.to(self.device)
             for _ in range(new_tokens):
                 logits, _ = self.prefill(ids, chunk)

@@ -21,6 +21,7 @@ class OwnAdapter(Adapter):
     def __init__(self, model: Any, coder: TextCoder | None, name: str, folder: str, precision: str = "fp32") -> None:
         self.model, self.coder, self.name, self.folder, self.precision = model.eval(), coder, name, folder, precision
         self.vocab_size, self.device = model.config.vocab_size, model.embedding.weight.device
+        self.whole_beyond = model.whole_beyond
 
     def _start(self, batch: int) -> Any:
         model: Any = self.model

@@ -9,18 +9,18 @@ ids = text.rows(count, length, seed=0)           # rows do not overlap
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.byte_counts import bytes_of
 from data.encode import Encoder, batches
 from data.shards import ShardSet
 from data.sources import DEMO as DEMO
 from data.sources import Source
-from data.tokenizer import Marks
+from data.tokenizer import Marks, TextCoder
 from evals.adapters.base import Adapter, ItemError
 from training.errors import UserError
 
@@ -84,7 +84,7 @@ class Text:
         offsets = np.arange(count) * part + np.random.default_rng([seed, length]).integers(0, part - length + 1, count)
         return np.stack([np.asarray(self.ids[start : start + length]) for start in offsets.tolist()]).astype(np.int64)
 
-    def documents(self, count: int, length: int, decode: Callable[[list[int]], str]) -> list[tuple[np.ndarray, int]]:
+    def documents(self, count: int, length: int, coder: TextCoder) -> list[tuple[np.ndarray, int]]:
         """(ids (n+1,), bytes of all but the first) of `count` documents, evenly from all of them, each cut to `length` + 1 ids. Where there
         are fewer documents, they are cut into pieces of that length, and `count` pieces are taken evenly."""
         borders = [*self.starts, len(self.ids)]
@@ -94,7 +94,7 @@ class Text:
         cut = []
         for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).round().astype(int)):
             ids = np.asarray(self.ids[places[i][0] : min(places[i][1], places[i][0] + length + 1)]).astype(np.int64)
-            cut.append((ids, max(1, len(decode(ids[1:].tolist()).encode("utf-8", errors="replace")))))
+            cut.append((ids, max(1, bytes_of(coder.tokenizer, ids, [*coder.start_ids, *coder.end_ids]))))
         return cut
 
 

@@ -47,5 +47,5 @@ def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int 
     """
     counts, rows = CountBaselines(train), held_out_rows(held_out, length, max_tokens)
     nats = [counts.nll(tokens) for tokens, _ in rows]
-    scored, size = sum(len(tokens) - 1 for tokens, _ in rows), sum(text_bytes(held_out, tokens[1:]) for tokens, _ in rows)
+    scored, size = sum(len(tokens) - 1 for tokens, _ in rows), sum(text_bytes(held_out, tokens) for tokens, _ in rows)
     return {name: Perplexity(sum(row[i] for row in nats), scored, size) for i, name in enumerate(NAMES)}

@@ -59,7 +59,7 @@ def score_pairs(adapter: Adapter, pairs: list[tuple[list[int], list[int]]], chun
         for a in range(0, len(members), batch):
             part = members[a : a + batch]
             contexts, targets = torch.tensor([pairs[i][0] for i in part]), torch.tensor([pairs[i][1] for i in part])
-            if adapter.carry == "none":
+            if adapter.reads_whole(contexts.shape[1] + targets.shape[1] - 1):
                 whole = torch.cat([contexts, targets[:, :-1]], 1)
                 logits = adapter.logits(whole, adapter.start(len(part)))[0][:, -targets.shape[1] :]
             else:

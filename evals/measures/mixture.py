@@ -45,12 +45,13 @@ def names_of(folders: list[str]) -> list[str]:
 
 def combined(parts: Sequence[tuple[Perplexity, float]]) -> Perplexity:
     """The sums over all (source, share) pairs, scaled so that each source counts by its share however many tokens were scored of it. A
-    single source's sums are returned unchanged."""
+    single source's sums are returned unchanged. Sources of which nothing was scored leave their share to the others."""
+    parts = [pair for pair in parts if pair[0].tokens] or parts[:1]
     if len(parts) == 1:
         return parts[0][0]
-    total = Perplexity(tokens=sum(part.tokens for part, _ in parts))
+    total, whole = Perplexity(tokens=sum(part.tokens for part, _ in parts)), sum(share for _, share in parts)
     for part, share in parts:
-        factor = share * total.tokens / part.tokens
+        factor = share / whole * total.tokens / part.tokens
         total.nll_nats += factor * part.nll_nats
         total.bytes += factor * part.bytes  # type: ignore[assignment]
         for low, (nats, count) in part.by_position.items():

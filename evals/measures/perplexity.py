@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.byte_counts import bytes_of
 from data.shards import ShardSet
 from models.lm import LanguageModel, check_ids
 from models.parallel import split
-from models.prompt import prompt_of, told_by_prompt
+from models.prompt import prompt_of, read_at_once, told_by_prompt
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Perplexity:
     @property
     def bits_per_byte(self) -> float:
         """Summed loss in bits over bytes: comparable between tokenizers."""
-        return self.nll_nats / math.log(2) / self.bytes
+        return self.nll_nats / math.log(2) / self.bytes if self.tokens else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, JSON-able; by_position: from and to are places in the row, both inclusive."""
@@ -80,10 +81,9 @@ def held_out_rows(shards: ShardSet, length: int, max_tokens: int | None) -> list
     return rows
 
 
-def text_bytes(shards: ShardSet, labels: np.ndarray) -> int:
-    """UTF-8 bytes that the label tokens stand for; end-of-text marks stand for none."""
-    text = shards.tokenizer().decode(labels[labels != shards.eot_id].tolist(), skip_special_tokens=True)
-    return max(1, len(text.encode("utf-8", errors="surrogatepass")))
+def text_bytes(shards: ShardSet, tokens: np.ndarray, scored: np.ndarray | None = None) -> int:
+    """UTF-8 bytes that tokens[1:], of them those that are `scored`, stand for; marks around documents stand for none."""
+    return max(1, bytes_of(shards.tokenizer(), tokens, shards.marks.end_ids, scored))
 
 
 def bucket_sums(nll_BC: np.ndarray, first: int, into: dict[int, list[float]], scored_BC: np.ndarray | None = None) -> None:
@@ -168,7 +168,8 @@ def _score(
     n, N = tokens_BT.shape[1] - 1, slice_of[1]
     begin, end, chunk = slice_of[0] * n // N, (slice_of[0] + 1) * n // N, chunk if N == 1 else n // N
     prompt = prompt_of(model)
-    chunk = max(chunk, prompt)
+    several = bool((segments_BT != segments_BT[:, :1]).any())  # documents, whose prompts a border would cut
+    chunk = n if prompt and several else max(chunk, read_at_once(model, n))
     told_BT = told_by_prompt(segments_BT[:, :-1], prompt)
     state = model.init_state(len(rows), device=device) if end - begin > chunk else None
     for first in range(begin, end, chunk):
@@ -187,4 +188,4 @@ def _score(
         result.tokens += int(scored_BC.sum())
         bucket_sums(nll_BC, first, result.by_position, scored_BC)
     for (tokens, _), told_T in zip(rows, told_BT.cpu().numpy()) if slice_of[0] == 0 else ():
-        result.bytes += text_bytes(shards, tokens[1:][~told_T])
+        result.bytes += text_bytes(shards, tokens, ~told_T)

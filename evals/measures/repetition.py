@@ -112,7 +112,7 @@ def repetition(
 
 def _entropy(adapter: Adapter, ids_BT: torch.Tensor, context: int, chunk: int) -> float:
     """Mean entropy (nats) of the predictions of the tokens after the context, which is read as it was for writing them."""
-    if adapter.carry == "none":
+    if adapter.reads_whole(ids_BT.shape[1] - 1):
         logits = adapter.logits(ids_BT[:, :-1], adapter.start(ids_BT.shape[0]))[0][:, context - 1 :]
     else:
         first_BV, state = adapter.prefill(ids_BT[:, :context], chunk)

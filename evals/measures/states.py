@@ -62,6 +62,11 @@ def state_curve(
     stops = sorted({int(e) for e in log_edges(length, 1, 64)[1:]} | ({train_length} if train_length < length else set()))
     ids, snapshots = torch.from_numpy(rows_RT), []
     adapter.check_length(length)
+    if adapter.whole_beyond is not None and length > adapter.whole_beyond:
+        raise ItemError(
+            f"Positions of this model stretch with what is read at once beyond {adapter.whole_beyond:,} tokens, so {length:,} have no states on the way; "
+            "ask for shorter lengths."
+        )
     with measure_retention(adapter) as retention:
         at_T: dict[tuple[int, str], tuple[Tensor, int]] = {}
         state, at = adapter.start(R), 0

@@ -17,6 +17,7 @@ import torch
 from data.synthetic import build_task, to_dict
 from data.synthetic.task import IGNORE, Draws, Task
 from models.lm import LanguageModel
+from models.prompt import read_at_once
 from training.errors import UserError
 
 BUCKETS = 16  # positions are counted in this many stretches of the sequence
@@ -142,6 +143,7 @@ def count(
 def _answers(model: LanguageModel, inputs_RT: torch.Tensor, chunk: int) -> np.ndarray | None:
     """The likeliest token (R, T) at each position, None where logits are not finite."""
     T = inputs_RT.shape[1]
+    chunk = max(chunk, read_at_once(model, T))
     state = model.init_state(inputs_RT.shape[0]) if T > chunk else None
     best, finite = [], torch.ones((), dtype=torch.bool, device=inputs_RT.device)
     for i in range(0, T, chunk):

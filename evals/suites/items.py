@@ -121,11 +121,11 @@ def documents_items(subject: Subject) -> list[Item]:
 
     def run(progress: OnProgress) -> dict[str, Any]:
         adapter, corpus = subject.adapter, subject.common.corpus
-        decode = adapter.need_coder().decode
+        coder = adapter.need_coder()
         parts = corpus.excerpts(count, characters)
         text = tokenised(Corpus(corpus.name, parts), adapter)
         limit = adapter.position_limit  # of a model with learned positions: longer parts are read in several pieces
-        documents = text.documents(1 << 30, limit, decode) if limit else text.documents(len(parts), len(text.ids), decode)
+        documents = text.documents(1 << 30, limit, coder) if limit else text.documents(len(parts), len(text.ids), coder)
         unit = "documents" if len(corpus.documents) >= count else f"pieces of at most {characters:,} characters"
         result = document_perplexity(adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, unit=unit, on_progress=progress)
         return {**result, "source": corpus.name, "characters": characters, **subject.about_text()}

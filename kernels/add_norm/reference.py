@@ -20,6 +20,11 @@ def add_norm(
     return r, gated_norm(r, None, weight_D, eps, dtype=dtype)
 
 
+def norm_beside(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(x, its norm times weight)."""
+    return x, gated_norm(x, None, weight_D, eps, dtype=dtype)
+
+
 def add_norm_backward(
     d_r: Tensor, d_n: Tensor, r: Tensor, x: Tensor | None, scale_D: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

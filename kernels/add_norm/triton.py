@@ -41,7 +41,7 @@ def forward(X, Y, SCALE, WEIGHT, STREAM, NORM, N, D, EPS, SCALED: tl.constexpr, 
 @triton.jit
 def backward(
     DR, DN, STREAM, X, SCALE, WEIGHT, DX, DY, D_SCALE, D_WEIGHT, N, D, ROWS, EPS,
-    SCALED: tl.constexpr, COPY: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    SCALED: tl.constexpr, COPY: tl.constexpr, HAS_DR: tl.constexpr, STAGES: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, BD)[None, :]
     w = tl.load(WEIGHT + c, mask=c < D, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def backward(
         i = row.to(tl.int64)[:, None] * D + c
         r = tl.load(STREAM + i, mask=inside, other=0.0).to(tl.float32)
         dn = tl.load(DN + i, mask=inside, other=0.0).to(tl.float32)
-        d = tl.load(DR + i, mask=inside, other=0.0).to(tl.float32)
+        d = tl.load(DR + i, mask=inside, other=0.0).to(tl.float32) if HAS_DR else 0.0
         scale = tl.rsqrt(tl.sum(r * r, 1) / D + EPS)[:, None]
         n = r * scale
         d_weight += dn * n
@@ -96,8 +96,9 @@ def add_norm(x, y, scale, weight, eps, dtype):
 
 
 def add_norm_backward(d_r, d_n, r, x, scale, weight, eps, dtypes):
-    """Gradients of x and y in `dtypes` (one tensor where they are the same), of scale (None without one) and weight."""
-    d_r, d_n, D = d_r.contiguous(), d_n.contiguous(), r.shape[-1]
+    """Gradients of x and y in `dtypes` (one tensor where they are the same), of scale (None without one) and weight. d_r: None where nobody reads r."""
+    has_d_r, d_n, D = d_r is not None, d_n.contiguous(), r.shape[-1]
+    d_r = d_r.contiguous() if has_d_r else r
     N = r.numel() // D
     BR, BD, warps = tile(D, r.device, PER_WARP_BACK)
     copied = scale is not None or dtypes[0] != dtypes[1]
@@ -108,7 +109,7 @@ def add_norm_backward(d_r, d_n, r, x, scale, weight, eps, dtypes):
     given = (r, r) if scale is None else (x.contiguous(), scale.contiguous())
     backward[(programs,)](
         d_r, d_n, r, *given, weight.contiguous(), dx, dy, partial[-1], partial[0], N, D, each, eps,
-        SCALED=scale is not None, COPY=copied, STAGES=stages(BD), BR=BR, BD=BD, num_warps=warps,
+        SCALED=scale is not None, COPY=copied, HAS_DR=has_d_r, STAGES=stages(BD), BR=BR, BD=BD, num_warps=warps,
     )  # fmt: skip
     d_scale = summed(partial[1]).to(scale.dtype) if scale is not None else None
     return dx, dy, d_scale, summed(partial[0]).to(weight.dtype)

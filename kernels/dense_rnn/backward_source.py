@@ -8,7 +8,7 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, measure, products_of_jacobians, slice_rows
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, H0_EMITTED, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"
@@ -122,16 +122,8 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(deep, f"{', '.join(results)} = gradients({w.known_before()}, {cotangents})")
     if store:
-        w.put(deep, "close = go & (t < low + NEAR)[:, None]")
-        w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(g{i})), A{i})" for i in w.S))
-        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r & go, 0.0, A{i})" for i in w.S))
-        if in_pieces:
-            w.put(
-                deep,
-                "close = go & (step_ >= steps - NEAR)",
-                *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(g{i})), C{i})" for i in w.S),
-            )
-            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r & go, 0.0, C{i})" for i in w.S))
+        if products or in_pieces:  # of the walk of slices
+            measure(w, deep, f"step_ >= {'steps' if in_pieces else 'SLICE'} - NEAR", "t < low + NEAR", "g", in_pieces, back=True)
         if not early(w):
             _store_inputs(w, deep, [f"dx{i}" for i in w.X])
         w.put(deep, "if APART:", f"    to = D_PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
@@ -142,7 +134,7 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
 
 
 def _ready(w: Writer) -> None:
-    w.matrices("MAT")
+    w.matrices("MAT", held=len(w.S) <= 2)  # twice, once transposed: with more states than that there are no registers for them
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
 
@@ -191,7 +183,6 @@ def finish_back(w: Writer) -> None:
     w.put(1, "low = tl.zeros_like(bad)", "both = here[:, None] & inside")
     for i in w.S:
         w.put(1, f"a{i} = {w.vector('ENDS', 'b * n + n - bad', i, S)}")
-    begin_measures(w, 1)
     _steps_back(w, 1, "(n - bad) * SLICE - 1", "(n - earliest) * SLICE", store=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:

@@ -34,7 +34,7 @@ NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some 
 SHORTEST = 32  # steps of a slice
 ROWS = 16  # of a program, the fewest that a matrix product takes
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
-STAGES, STAGES_WIDE = 3, 2  # steps whose inputs are on their way, and where matrices leave little room for them
+STAGES, STAGES_WIDE = 4, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
 _stats: dict[torch.device, Tensor] = {}
 
@@ -252,7 +252,7 @@ def solved(
     shared = (p.at.tensor, p.rec, R)
     (marks, near, limit), how = p.joins(todo, join)
     walked = (*shared, p.h0, p.reset, emitted, kept, begins, ends, products, nearby, todo, marks, near, limit, plan.burn_in)
-    p.module.walk[p.grid](*walked, True, True, *how, *p.sizes, **p.constants)
+    p.module.walk[p.grid](*walked, True, track or n > 1, *how, *p.sizes, **p.constants)
     if n == 1:
         return emitted, kept, ends[:, 0], products, nearby, begins, bad.fill_(n)
     stats = (_counters(pre.device) if layer is None else layer.counters)[:SLOTS]

@@ -49,6 +49,16 @@ def _share(change, size):  # no change is no share of anything, and what is not 
 @triton.jit
 def _times(J, x):  # nothing stays nothing, whatever it is multiplied with
     return tl.where((x == 0.0) | (J == 0.0), 0.0, J * x)
+
+
+@triton.jit
+def _held(p, BK: tl.constexpr, G: tl.constexpr):  # up to four matrices that lie side by side, to stay in registers
+    k, g = tl.arange(0, BK), tl.arange(0, 4)[:, None, None]
+    R = tl.load(p + k[None, :, None] * (G * BK) + g * BK + k[None, None, :], mask=g < G, other=0.0)
+    even, odd = tl.split(tl.reshape(tl.permute(R, (1, 2, 0)), (BK, BK, 2, 2)))
+    R0, R2 = tl.split(even)
+    R1, R3 = tl.split(odd)
+    return R0, R1, R2, R3
 """
 
 
@@ -95,10 +105,18 @@ class Writer:
         be launched now; behind a walk that would fill the multiprocessors unevenly, as its programs end."""
         self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()" if short else "", "    tl.extra.cuda.gdc_wait()")
 
-    def matrices(self, source: str) -> None:
-        G = len(self.G)
-        for g in self.G:
-            self.put(1, f"R{g} = tl.load({source} + e.to(tl.int64) * (BK * {G} * BK) + k[:, None] * ({G} * BK) + {g} * BK + k[None, :])")
+    def matrices(self, source: str, held: bool = True) -> None:
+        """Loads the matrices of a head. held: those of 64 channels in 16 bits stay in registers. The compiler (Triton 3.6) reads a matrix from shared
+        memory in each step otherwise, between the barrier and the product: it moves there what brings a load into the order of products, but not the
+        parts that a larger one is split into."""
+        G, one = len(self.G), "R{g} = tl.load(R_ + k[:, None] * ({G} * BK) + {g} * BK + k[None, :])"
+        loads = [one.format(g=g, G=G) for g in self.G]
+        self.put(1, f"R_ = {source} + e.to(tl.int64) * (BK * {G} * BK)")
+        if held and G <= 4:
+            names = ", ".join(f"R{g}" if g in self.G else "_" for g in range(4))
+            self.put(1, "if BK <= 64 and DOT.primitive_bitwidth == 16:", f"    {names} = _held(R_, BK, {G})", "else:")
+            loads = [f"    {load}" for load in loads]
+        self.put(1, *loads)
         for r in self.W:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
@@ -218,17 +236,21 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
     S, deep = len(w.S), indent + 1
     w.put(indent, "joined = 0", f"for m in tl.range(0, tl.cdiv({count}, LOOK)):")
     w.put(deep, f"steps = tl.where(joined > 0, 0, tl.minimum(LOOK, {count} - m * LOOK))")
+    # read here, as nothing waits for them before all steps of the piece are made
+    another = f"(m + 1) * LOOK + tl.zeros((BM, BK), tl.int32) < {count}"
+    w.put(deep, f"piece, both = place * (SLICE // LOOK) + m, here[:, None] & inside & ({another})")
+    w.put(deep, *(f"m{i}_ = {w.vector('MARKS', 'piece', i, S)}" for i in w.S))
     w.put(deep, *(f"C{i} = tl.zeros((BM, BK), tl.float32)" for i in w.S), "for step_ in tl.range(0, steps, num_stages=STAGES):")
     step(deep + 1)
     w.put(deep, f"if (joined == 0) & ((m + 1) * LOOK < {count}):")
     deep += 1
-    w.put(deep, "piece, both = place * (SLICE // LOOK) + m, here[:, None] & inside", "share = tl.zeros((BM, BK), tl.float32)")
+    w.put(deep, "both, share = here[:, None] & inside, tl.zeros((BM, BK), tl.float32)")
     for i in w.S:
-        w.put(deep, f"old = {w.vector('MARKS', 'piece', i, S)}", f"near = tl.maximum(C{i}, tl.abs({states}{i}))")
+        w.put(deep, f"near = tl.maximum(C{i}, tl.abs({states}{i}))")
         if i in w.dense.cell.logs and states == "h":  # as reference.certified_size
             w.put(deep, f"near = tl.maximum(1.0, near * tl.minimum(1.0, {SHARE_OF_FP32} / JOIN))")
-        w.put(deep, f"share = tl.maximum(share, _share({states}{i} - old, near))")
-    w.put(deep, "worst = tl.max(tl.max(tl.where(both, share, 0.0), 1), 0)")
+        w.put(deep, f"share = tl.maximum(share, _share({states}{i} - m{i}_, near))")
+    w.put(deep, "worst = tl.max(tl.where(both, share, 0.0))")
     w.put(
         deep,
         "joined = tl.where(worst <= JOIN, tl.where(worst > 0.0, 2, 1), 0)",
@@ -270,9 +292,6 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
     if store:
         if track and w.tracked:
             w.put(deep, "if HAS_RESET and TRACK:", *(f"    P{i}{j} = tl.where(r & go, 0.0, P{i}{j})" for i, j in w.tracked))
-        w.put(deep, "if HAS_RESET:", *(f"    A{i} = tl.where(r, 0.0, A{i})" for i in w.S))
-        if pieces:
-            w.put(deep, "if HAS_RESET:", *(f"    C{i} = tl.where(r, 0.0, C{i})" for i in w.S))
     w.dots(deep, early if store and track else None)
     w.put(deep, f"{', '.join([*states, *entries])} = new_and_jacobian({w.given()})")
     w.put(deep, *(f"h{i} = tl.where(go, y{i}, h{i})" for i in w.S))
@@ -280,18 +299,27 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
         if track and w.tracked:
             w.put(deep, "if TRACK:")
             products_of_jacobians(w, deep + 1, back=False)
-        w.put(deep, "close = go & (t >= last - NEAR)[:, None]")
-        w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs(h{i})), A{i})" for i in w.S))
-        if pieces:
-            w.put(
-                deep,
-                "close = go & (step_ >= steps - NEAR)",
-                *(f"C{i} = tl.where(close, tl.maximum(C{i}, tl.abs(h{i})), C{i})" for i in w.S),
-            )
         if track:
+            end = "steps" if pieces else "tl.minimum(SLICE, T - (n - 1) * SLICE)"
+            measure(w, deep, f"step_ >= {end} - NEAR", "t >= last - NEAR", "h", pieces)
             w.put(deep, "if not EARLY:")
         _store_states(w, deep + int(track), "at", "h", "both")
     w.put(deep, "" if pieces else "t += 1")
+
+
+def measure(w: Writer, indent: int, when: str, close: str, states: str, pieces: bool, back: bool = False) -> None:
+    """A: the largest states of the last steps, where a row is `close` to its end; C: those of a piece. when: whether any row is, or all of a piece are;
+    of the last slice of a batch row, which ends where time does and is followed by none, pieces leave A out."""
+    names, deep = (["A", "C"] if pieces else ["A"]), indent + 1
+    anew = [f"    {x}{i} = tl.where({'r & go' if back else 'r'}, 0.0, {x}{i})" for x in names for i in w.S]
+    w.put(indent, f"if {when}:", f"    close = go & ({close})[:, None]")
+    if not back:
+        w.put(deep, "if HAS_RESET:", *anew)
+    w.put(deep, *(f"A{i} = tl.where(close, tl.maximum(A{i}, tl.abs({states}{i})), A{i})" for i in w.S))
+    if pieces:
+        w.put(deep, *(f"C{i} = tl.where(go, tl.maximum(C{i}, tl.abs({states}{i})), C{i})" for i in w.S))
+    if back:
+        w.put(deep, "if HAS_RESET:", *anew)
 
 
 def begin_measures(w: Writer, indent: int) -> None:
@@ -350,7 +378,6 @@ def finish(w: Writer) -> None:
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.zeros_like(bad) + T", "both = here[:, None] & inside")
     for i in w.S:
         w.put(1, f"h{i} = {w.vector('ENDS', 'b * n + bad - 1', i, S)}")
-    begin_measures(w, 1)
     _steps(w, 1, "bad * SLICE", "(n - earliest) * SLICE", store=True)
     w.put(1, "both = here[:, None] & inside")
     for i in w.S:

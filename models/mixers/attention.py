@@ -101,6 +101,8 @@ class Mixer(SequenceMixer):
         self.scaled = None if plain_rope else Rope(int(self.K * config.rope_fraction), config.rope_theta, config.rope_scaling or {})
 
         self.dynamic = self.scaled if self.scaled is not None and self.scaled.kind == "dynamic" else None
+        if self.dynamic is not None:
+            self.whole_beyond = self.dynamic.scaling["original_max_position_embeddings"]
 
     def _new_norm(self, heads: int) -> RMSNorm | None:
         c, width = self.config, self.K if self.config.qk_norm_over == "head" else heads * self.K

@@ -20,7 +20,6 @@ from kernels.delta_rule import border, delta_rule
 from kernels.delta_step import delta_step
 from kernels.delta_step.op import launch as launch_step
 from kernels.delta_step.op import usable
-from kernels.gated_norm import gated_norm
 from kernels.joint import columns
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
@@ -119,7 +118,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
+        here = self.conv.weight.device == x_BTD.device  # weights that are offloaded come where a layer is called
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and here and not torch.is_grad_enabled():
             return self._decode(projected, state, segment_ids)
         if self.slice is not None and state is None:
             starts = self.slice.starts(segment_ids)
@@ -192,9 +192,11 @@ class Mixer(SequenceMixer):
 
     def _normed(self, o_BTI: Tensor, z_BTI: Tensor, joint: Any) -> Tensor:
         """RMSNorm of every head, with one weight for all of them, and the gate behind it."""
-        weight, gated = self.norm.weight.repeat(self.H), self.config.output_gate
-        of_joint = (0, joint if gated else None)
-        return gated_norm(o_BTI, z_BTI if gated else None, weight, self.norm.eps, self.H, True, o_BTI.dtype, columns=of_joint)
+        gated = self.config.output_gate
+        normed: Tensor = self.norm(
+            o_BTI, z_BTI if gated else None, heads=self.H, norm_first=True, dtype=o_BTI.dtype, columns=(0, joint if gated else None)
+        )
+        return normed
 
     @untraced
     def over_ranks(

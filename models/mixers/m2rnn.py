@@ -123,7 +123,8 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and not torch.is_grad_enabled():
+        here = self.conv.weight.device == x_BTD.device  # weights that are offloaded come where a layer is called
+        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and here and not torch.is_grad_enabled():
             return self._decode(projected, state, segment_ids)
         starts = document_starts(segment_ids, state.segment_B if state is not None else None)
         joint = joint_gradient(projected)

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
@@ -154,7 +153,7 @@ class Mixer(SequenceMixer):
                 y, memory = self._token(memory, q[:, t], k[:, t], v[:, t], eta[:, t], None if decay is None else decay[:, t], limit)
                 out.append(y[:, None, ..., 0])
             o = torch.cat(out, 1).flatten(2).to(projected.dtype) * self.K**-0.5
-        o = gated_norm(o, z, self.norm.weight.repeat(self.H), self.norm.eps, self.H, True, o.dtype, columns=(0, joint))
+        o = self.norm(o, z, heads=self.H, norm_first=True, dtype=o.dtype, columns=(0, joint))
         y = linear(o, self.out_proj)
         return y, None if state is None else self._closed(history, memory, last_segment(segment_ids, state.segment_B))
 

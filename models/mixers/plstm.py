@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kernels.gated_norm import gated_norm
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
 from models.contract import Role, SequenceMixer
@@ -109,7 +108,7 @@ class Mixer(SequenceMixer):
             r_BTHJV, cell = plstm(q, k, written, self.transitions(rates.to(inner)), before, starts)
             seen = (self.direct.to(inner) * (q * k).sum(-1))[..., None, None] * v_BTHJV
             o = ((self.mark.to(inner) @ r_BTHJV + seen) * self.K**-0.5).flatten(2).to(projected.dtype)
-        o = gated_norm(o, z, self.norm.weight.repeat(self.H), self.norm.eps, self.H, True, o.dtype, columns=(0, joint))
+        o = self.norm(o, z, heads=self.H, norm_first=True, dtype=o.dtype, columns=(0, joint))
         y = linear(o, self.out_proj)
         return y, None if state is None else State(history, cell, last_segment(segment_ids, state.segment_B))
 

@@ -52,7 +52,9 @@ DEFAULTS: dict[str, Any] = {
     "against": "",  # another commit, whose rows are measured in turn
 }
 SLOWER = 0.02  # of its rate before, from which a row is called slower
-SHOWN = "tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()  # of a row, on the screen
+SHOWN = (
+    "losses_from_to tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()
+)  # of a row, on the screen
 
 
 def run_row(
@@ -106,8 +108,8 @@ def run(words: list[str]) -> None:
     if values["attention"] not in ("auto", "own", "torch"):
         raise UserError(f"attention={values['attention']} is none of auto, own and torch.")
     kinds = [kind for kind in values["optimizer"].split(",") if kind]
-    if not kinds or set(kinds) - {"adamw", "muon", "muon3"}:
-        raise UserError(f"optimizer={values['optimizer']} is not adamw, muon, muon3 or several of them, optimizer=adamw,muon.")
+    if not kinds or set(kinds) - {"adamw", "muon", "muon3", "muon2"}:
+        raise UserError(f"optimizer={values['optimizer']} is not adamw, muon, muon3, muon2 or several of them, optimizer=adamw,muon.")
     streams = [residual for residual in values["residual"].split(",") if residual]
     if not streams or set(streams) - {"fp32", "bf16"}:
         raise UserError(f"residual={values['residual']} is not fp32, bf16 or both of them, residual=fp32,bf16.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import statistics
 import sys
 import time
@@ -271,6 +272,16 @@ def update_ms(ahead: Any, update: Any, loss: torch.Tensor) -> float:
     return round(statistics.median(start.elapsed_time(end) for start, end in events), 3)
 
 
+def learnt(losses: list[float]) -> list[float]:
+    """The first and the last loss of steps on the same tokens. Raises RuntimeError where they do not fall: products of zeros, or of what is no number,
+    take a GPU less power and so less time, and a time of those is none."""
+    if not all(math.isfinite(loss) for loss in losses) or losses[-1] >= min(losses[:3]):
+        raise RuntimeError(
+            f"The losses do not fall ({', '.join(f'{loss:.4f}' for loss in losses)}): a pass or an update is wrong, and its time is none."
+        )
+    return [round(losses[0], 4), round(losses[-1], 4)]
+
+
 def measure(
     name: str,
     rows: int,
@@ -333,7 +344,7 @@ def measure(
         times.append(time.perf_counter() - start)
     ms = 1e3 * statistics.median(times)
     row = {
-        "rows": rows, "length": length, "step_ms": round(ms, 2), "tokens_per_s": round(rows * length / ms * 1e3), "first_step_s": round(first, 1), "losses": losses,
+        "rows": rows, "length": length, "step_ms": round(ms, 2), "tokens_per_s": round(rows * length / ms * 1e3), "first_step_s": round(first, 1), "losses": losses, "losses_from_to": learnt(losses),
         "flops": flops * rows * length, "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     if device.type == "cuda":

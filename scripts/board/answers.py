@@ -13,7 +13,7 @@ from scripts.board.architectures import ARCHITECTURES
 from scripts.board.results import Interval, difference, seeds_each, unpaired
 
 Rows = dict[str, dict[str, Any]]  # of scripts/board/draw.py: what was found, by row
-PREFIXES = {"pass": "", "stage1": "Stage 1: ", "stage0": "Stage 0: "}  # the one of most tokens first
+PREFIXES = {"pass": "The full pass: ", "stage1": "Stage 1: ", "stage0": "Stage 0: "}  # the one of most tokens first
 NARROW = 0.01  # bits per byte that an answer's interval is to be narrower than
 
 
@@ -153,7 +153,7 @@ def beyond_length(rows: Rows, stage: str = "pass") -> list[Answer]:
             by_verdict.setdefault(" or ".join(verdicts), []).append(_label(row))
     return [
         Answer(
-            f"{PREFIXES[stage]}{'past' if PREFIXES[stage] else 'Past'} the training length, 64 times: {'; '.join(names)}: {v}.",
+            f"{PREFIXES[stage]}past the training length, 64 times: {'; '.join(names)}: {v}.",
             v != "holds" and not v.startswith("no verdict"),
         )
         for v, names in sorted(by_verdict.items())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from scripts.board.answers import Answer, all_answers, bits, probe_answers
+from scripts.board.answers import Answer, all_answers, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.cells import TASKS
 from scripts.board.order import SEEDS
-from scripts.board.summary import layer_table
+from scripts.board.summary import layer_table, whole
 from scripts.board.tables import (
     RATES,
     STAGE_NAMES,
@@ -63,15 +63,13 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
     """What the board is to have and does not, by stage, and the questions without an answer."""
     rows = found["rows"]
 
-    def whole(stage: str) -> list[str]:
-        return [name for name in rows if len(bits(rows, name, stage)) >= SEEDS]
-
     def lacking(done: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in ARCHITECTURES if name not in done) if done else "all of it"
 
     wanted = [name for name, row in ARCHITECTURES.items() if (row.optimizer, row.initial) == ("adamw", "zero")]
     entries = [
-        (f"{STAGE_NAMES[stage]}, {found['tokens'][stage] / 1e6:.3g}M tokens, {SEEDS} seeds or more", whole(stage)) for stage in STAGE_NAMES
+        (f"{STAGE_NAMES[stage]}, {found['tokens'][stage] / 1e6:.3g}M tokens, {SEEDS} seeds or more", whole(rows, stage))
+        for stage in STAGE_NAMES
     ]
     entries.append(("speed alone on the device, decoding, memory", [name for name, row in rows.items() if "speed" in row]))
     lines = ["| what | rows done | missing |", "|---|---|---|"]

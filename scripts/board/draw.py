@@ -59,7 +59,7 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         if mine:
             rows[name] = {"label": ARCHITECTURES[name].label, **counts(name, size, board.T, board.vocabulary), **_row(mine)}
     for row in rows.values():
-        row["trained"] = _trained(row)
+        row["training"] = _training(row)
     outdated = sum(_drop_other_times(rows, name, board) for name in rows)
     devices = sorted({str((r.content.get("environment") or {}).get("device")) for r in every})
     earlier = [
@@ -149,15 +149,20 @@ def _row(mine: list[Result]) -> dict[str, Any]:
     return row
 
 
-def _trained(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Tokens/s and MFU of a row's own cells, of those that had the device alone and sums in order; the median."""
-    cells = [c for stage in ("stage0", "stage1", "pass") for c in row[stage].values() if c["tokens_per_s"] and c["code"]]
+def _training(row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens/s and MFU of a row's training alone on the device: the median of its cells of the full pass, which are newer than the stage speed; else that
+    stage's; else the median of the cells that it has, of those with sums in order. own: whether of its cells. Empty where there are none."""
+
+    def of(stages: tuple[str, ...]) -> list[dict[str, Any]]:
+        return [c for stage in stages for c in row[stage].values() if c["tokens_per_s"] and c["code"]]
+
+    cells = of(("pass",)) or ([] if "speed" in row else of(("stage0", "stage1")))
     if not cells:
-        return None
+        return {key: row["speed"][key] for key in ("tokens_per_s", "mfu", "device")} | {"own": False} if "speed" in row else {}
     speed, device = statistics.median(c["tokens_per_s"] for c in cells), cells[0]["device"]
     peak = peak_flops(device, "bf16")
     mfu = row["training_flops_per_token"] * speed / peak if peak else None
-    return {"tokens_per_s": speed, "mfu": mfu, "cells": len(cells), "device": device}
+    return {"tokens_per_s": speed, "mfu": mfu, "device": device, "own": True}
 
 
 def _drop_other_times(rows: dict[str, dict[str, Any]], name: str, board: Board) -> int:

@@ -6,9 +6,11 @@ decide is said to be open, and what has no cells is not answered yet.
 
 from __future__ import annotations
 
-from scripts.board.answers import NARROW, PREFIXES, Question, Rows, compared, muon_shares, shown
+import statistics
+
+from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, compared, muon_shares, shown
 from scripts.board.architectures import ARCHITECTURES
-from scripts.board.results import Interval
+from scripts.board.results import Interval, interval
 
 OPEN = "not answered yet"
 STAGES = tuple(PREFIXES)
@@ -52,24 +54,39 @@ def _pairs(rows: Rows, pairs: list[tuple[str, str, str, float, float]]) -> list[
 
 
 def collapsed(rows: Rows) -> str:
-    """What becomes of the Transformer past its length, and of the others, in the stage of most tokens in which it was read."""
+    """What becomes of the Transformer past its length, and of the others, in the stage of most tokens in which it was read; where a row did better after
+    fewer tokens, that too."""
     for stage in STAGES:
-        seen = {row: v for row, r in rows.items() if (v := sorted({c["verdict"] for c in r.get(stage, {}).values() if c.get("verdict")}))}
+        seen = {row: verdict for row in rows if (verdict := _past_length(rows, row, stage))}
         if "transformer" in seen:
-            verdict = seen["transformer"][0].split(":")[0]
-            others: dict[str, list[str]] = {}
-            for row, v in seen.items():
+            groups: dict[tuple[str, str], list[str]] = {}
+            for row, verdict in seen.items():
                 if row != "transformer":
-                    others.setdefault(v[0].split(":")[0], []).append(_label(row))
-            told = [
-                f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}"
-                if said == "holds"
-                else f"{'; '.join(labels)} {said if len(labels) == 1 else said.replace('degrades', 'degrade').replace('collapses', 'collapse')}"
-                for said, labels in sorted(others.items())
-            ]
-            rest = f"; of the {len(seen) - 1} others: {', '.join(told)}" if others else ""
-            return f"{PREFIXES[stage].lower()}the Transformer {verdict}{rest}"
+                    before = [
+                        (s, was) for s in STAGES[STAGES.index(stage) + 1 :] if (was := _past_length(rows, row, s)) not in ("", verdict)
+                    ]
+                    told = "".join(f"; {PREFIXES[s].lower()}{was}" for s, was in before)
+                    groups.setdefault((verdict, told), []).append(_label(row))
+            others = [_many(labels, verdict, told) for (verdict, told), labels in sorted(groups.items())]
+            rest = f"; of the {len(seen) - 1} others: {', '.join(others)}" if others else ""
+            return f"{PREFIXES[stage].lower()}the Transformer {seen['transformer']}{rest}"
     return OPEN
+
+
+def _past_length(rows: Rows, row: str, stage: str) -> str:
+    """The verdict of a row's cells past the training length in a stage, the first of several; empty where it was not read."""
+    verdicts = sorted({cell["verdict"] for cell in rows[row].get(stage, {}).values() if cell.get("verdict")})
+    return verdicts[0].split(":")[0] if verdicts else ""
+
+
+def _many(labels: list[str], verdict: str, told: str) -> str:
+    """'A; B collapse (0.5 nat; after 25M tokens: degrades)' of rows with one verdict; of those that hold how many they are."""
+    if verdict == "holds" and not told:
+        return f"{len(labels)} {'holds' if len(labels) == 1 else 'hold'}"
+    plural = {"holds": "hold", "degrades": "degrade", "collapses": "collapse"}
+    word, _, rest = verdict.partition(" ")
+    about = f"{rest.strip('()')}{told}".removeprefix("; ")
+    return f"{'; '.join(labels)} {word if len(labels) == 1 else plural.get(word, word)}{f' ({about})' if about else ''}"
 
 
 def _free(rows: Rows, row: str) -> str:
@@ -97,6 +114,28 @@ def muon_tokens(rows: Rows) -> str:
 def passing(rows: Rows) -> list[str]:
     """What state passing costs each row that has it, where that is known."""
     return [f"{_label(row)}: {said}" for row, chosen in ARCHITECTURES.items() if chosen.initial == "pass" and (said := _free(rows, row))]
+
+
+def before_the_pass(rows: Rows) -> list[tuple[str, list[str]]]:
+    """What was expected of the full pass when stage 1 was known, and what came out; empty before a row has both."""
+    means = {row: (interval(bits(rows, row, "pass").values()), interval(bits(rows, row, "stage1").values())) for row in rows}
+    gains = {row: small.mean - whole.mean for row, (whole, small) in means.items() if whole and small and min(whole.n, small.n) > 1}
+    if not gains:
+        return []
+    within = sum(0.12 <= gain <= 0.18 for gain in gains.values())
+    hybrids = {row: bits(rows, row, "pass") for row in ("gdn_hybrid", "gdn_hybrid_paragru", "gdn_hybrid_dense_lstm", "paragru_hybrid")}
+    middles = [statistics.fmean(values.values()) for values in hybrids.values() if len(values) > 1]
+    apart = [f"{len(middles)} of 4 are there, their means {max(middles) - min(middles):.4f} apart"] if len(middles) > 1 else []
+    ahead = [(f"Transformer minus {_label(row)}", "transformer", row, -1.0, 0.0) for row in ("mamba2", "gdn")]
+    behind = [(f"{_label(row)} minus Transformer", row, "transformer", 0.07, 1.0) for row in ("paragru", "paralstm")]
+    only = {row: {"pass": found["pass"]} for row, found in rows.items()}
+    said = f"{within} of {len(gains)} rows: {min(gains.values()):.3f} to {max(gains.values()):.3f}"
+    return [
+        ("Said of the pass before its first cell: each row is 0.12 to 0.18 below its own 25M tokens", [said]),
+        ("Said of the pass before its first cell: the four hybrids within 0.02 of one another", apart),
+        ("Said of the pass before its first cell: the Transformer ahead of Mamba-2 and GDN", _pairs(only, ahead)),
+        ("Said of the pass before its first cell: ParaGRU and ParaLSTM more than 0.07 behind the Transformer", _pairs(only, behind)),
+    ]
 
 
 def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
@@ -128,6 +167,7 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
         ("The Transformer collapses past its length, recurrent rows hold or degrade", [s for s in (collapsed(rows),) if s != OPEN]),
         ("State passing costs nothing within the interval", passing(rows)),
         ("Muon reaches AdamW's final loss with a quarter fewer tokens", [s for s in (muon_tokens(rows),) if s != OPEN]),
+        *before_the_pass(rows),
     ]
 
 

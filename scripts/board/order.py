@@ -52,7 +52,7 @@ ORDER = (
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
 NO_STAGE0 = ("paragru_hybrid",)  # rows whose stage 1 begins with the grid's two upper rates, as they have no stage 0 (protocol.md)
-LEADING_ROWS = 8  # of architectures with SEEDS seeds that a stage needs to lead the page
+LEADING_ROWS = 8  # with SEEDS seeds that a stage needs to lead the page
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
 MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())
-READ0 = 1  # the seed whose cell of stages 0 and 1 has more read off it than the held-out loss; the first one that chose no rate
+READ0 = 1  # the seed whose cell of stages 0 and 1 and of the full pass has more read off it than the held-out loss; the first one that chose no rate

@@ -28,7 +28,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     if shown_stages(rows) or any(row["probe"] for row in rows.values()):
         lines += ["## Behaviour", "", *behaviour_table(found), ""]
     lines += ["![position](position.png)", ""] if "position.png" in pictures else []
-    lines += ["## Speed", "", *speed_table(rows), ""] if any("speed" in row or row["trained"] for row in rows.values()) else []
+    lines += ["## Speed", "", *speed_table(rows), ""] if any(row["training"] for row in rows.values()) else []
     lines += ["![speed](speed.png)", ""] if "speed.png" in pictures else []
     if found["cards"]:
         lines += ["## Models for transformers", "", *filled(MODELS), ""]
@@ -55,16 +55,16 @@ def _introduction(found: dict[str, Any]) -> list[str]:
         f"is missing are in [details](details.md), {begun} attempts, of which {failed} failed, in the [log](log.md)."
     )
     stages = shown_stages(rows)
-    if "pass" in stages:
-        return text
     if not stages:
         return [*text, "", "**No full pass is finished, so nothing below ranks the architectures: the grid has one seed.**"]
-    stage = stages[0]
-    there = whole(rows, stage)
+    stage, wide = stages[0], len(ARCHITECTURES)
+    there, passed = whole(rows, stage), len(whole(rows, "pass"))
     lacking = [ARCHITECTURES[row].label for row in TEN if row not in there]
-    said = f"**{len(there)} architectures have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
+    said = f"**{len(there)} of the plan's {wide} rows have {SEEDS} seeds or more after {tokens[stage] / 1e6:.3g}M tokens"
     said += f" (of the ten planned first not yet: {'; '.join(lacking)})" if 0 < len(lacking) < len(TEN) else ""
-    said += f"; the full pass of {tokens['pass'] / 1e6:.3g}M tokens was not run, and may rank them otherwise.**"
+    if stage != "pass":
+        said += f"; after the full pass, {tokens['pass'] / 1e6:.3g}M tokens, {passed or 'none'} of them, and it may rank them otherwise"
+    said += ".**"
     return [*text, "", *filled(said)]
 
 
@@ -89,21 +89,30 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         for stage in stages:
             mean = interval(done[stage][name].values())
             cells.append("" if mean is None else f"{plus_minus(mean, '.4f')} ({mean.n})")
-        first = next(stage for stage in stages if done[stage][name])
-        apart = difference(done[first][name], done[first].get("transformer", {})) if name != "transformer" else None
+        apart = difference(done[stages[0]][name], done[stages[0]].get("transformer", {})) if name != "transformer" else None
         cells.append("" if apart is None else plus_minus(apart, "+.4f"))
         read = next((s for s in STAGE_NAMES if any(cell["verdict"] for cell in row[s].values())), "")
         cells.append(", ".join(sorted({str(c["verdict"]).split(" (")[0] for c in (row[read].values() if read else []) if c["verdict"]})))
-        speed = row.get("speed") or row["trained"] or {}
-        decode = (speed.get("decode") or [])[-1:]
-        cells += [number(speed.get("tokens_per_s"), ",.0f"), number(decode[0]["tokens_per_s"], ",.0f") if decode else ""]
+        decode = (row.get("speed", {}).get("decode") or [])[-1:]
+        cells += [number(row["training"].get("tokens_per_s"), ",.0f"), number(decode[0]["tokens_per_s"], ",.0f") if decode else ""]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     said = (
-        f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, {STAGE_NAMES[stages[0]]} where "
-        "the row is in it. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
+        f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, after "
+        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
         "and one sequence decoded behind 131,072 tokens."
     )
+    said += _rates_of_the_pass(found) if "pass" in stages else ""
     return [*lines, "", *filled(said)]
+
+
+def _rates_of_the_pass(found: dict[str, Any]) -> str:
+    """That the full pass has the rates of stage 1, and how far the best one moved before."""
+    each = [[{c["lr"] for c in row[stage].values()} for stage in ("stage0", "stage1")] for row in found["rows"].values()]
+    pairs = [(min(before), min(after)) for before, after in each if before and after]  # the cells of a stage that count are of one rate
+    moved = [max(one / other, other / one) for one, other in pairs]
+    small, large, whole = (f"{found['tokens'][stage] / 1e6:.3g}M" for stage in ("stage0", "stage1", "pass"))
+    said = f" After {whole} tokens a row has the rate that was its best after {large}, and was not tuned again"
+    return said + (f"; between {small} and {large} the best one of a row moved by up to {max(moved):.0f} times." if moved else ".")
 
 
 def comparison_table(found: dict[str, Any]) -> list[str]:
@@ -131,7 +140,7 @@ def comparison_table(found: dict[str, Any]) -> list[str]:
 def not_run(found: dict[str, Any]) -> list[str]:
     """The stages that have no results, with the cells that they are and the hours of one device, by the speeds measured so far."""
     rows, tokens, size = found["rows"], found["tokens"], found["size"]
-    speeds = {name: (row.get("speed") or row["trained"] or {}).get("tokens_per_s") for name, row in rows.items()}
+    speeds = {name: row["training"].get("tokens_per_s") for name, row in rows.items()}
     known = {name: speed for name, speed in speeds.items() if speed}
     lines = ["| what | cells | hours of one such device |", "|---|---|---|"]
 

@@ -182,7 +182,9 @@ class Plan(Cells):
         if "probe" in stages:
             made["probe"] = [self.probe(row, task, seed) for seed in range(self.seeds) for task in TASKS for row in self._probed()]
         if {"pass", "time", "leaders"} & set(stages):
-            made["pass"] = self._turns([self.passes(row, results) for row in self.rows])
+            passes = [self.passes(row, results) for row in self.rows]
+            # A row with all its seeds before the next: what time breaks off are rows, as two seeds say next to nothing of a third.
+            made["pass"] = [cell for row in passes for cell in row[:SEEDS]] + self._turns([row[SEEDS:] for row in passes])
             made["time"] = [cell for row in self.rows for cell in self.equal_time(row, results)]
             made["leaders"] = self.leaders(results)
         tokens, lr = self.speedrun

@@ -114,7 +114,7 @@ def _speed_plot(plt: Any, rows: dict[str, Any], stage: str, tokens: str) -> byte
     drawn = 0
     for name, row in rows.items():
         values = list(bits(rows, name, stage).values())
-        speed = (row.get("speed") or row["trained"] or {}).get("tokens_per_s")
+        speed = row["training"].get("tokens_per_s")
         if len(values) >= SEEDS and speed:
             value, style = interval(values), line(drawn)
             assert value is not None

@@ -21,7 +21,7 @@ from scripts.board.plan import Plan, check
 from scripts.board.results import Cell, Result, read
 from training.errors import UserError
 
-ABOUT, READING, COMPILING = 2.5, 6.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
+ABOUT, READING, COMPILING = 2.0, 3.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
 
 
 def make_plan(values: dict[str, Any]) -> Plan:
@@ -114,10 +114,8 @@ class Queue:
             return True
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
-            beside = self.values.get("beside", 1)
             # Cells together are no slower than one after the other, and the last one has the device alone.
-            spare = 1.1 if beside == 1 else 1.0
-            least = max(least, spare * expected_seconds(cell, results, beside))
+            least = max(least, expected_seconds(cell, results, self.values.get("beside", 1)))
         return bool(time.time() < self.values["until"] - least)
 
     def _lock(self, cell: Cell) -> bool:
@@ -149,16 +147,19 @@ class Queue:
 
 def expected_seconds(cell: Cell, results: dict[str, Result], beside: int = 1) -> float:
     """Of a text: its tokens at the row's best speed so far (of a row that has none, the slowest of all, and a while to compile), what is about a
-    training, and what is read off it. Of a task: the median of others. beside: cells that share the device."""
+    training, and what is read off it; of a row that never had a device alone, the median of what all on it made together. Of a task: the median of
+    others. beside: cells that share the device."""
     if not cell.of_text():
         return statistics.median(
             [r.content["took"] for r in results.values() if r.content["stage"] == cell.stage and "took" in r.content] or [0.0]
         )
-    best: dict[str, float] = {}
+    alone: dict[str, list[float]] = {}
+    together: dict[str, list[float]] = {}
     for result in results.values():
-        speed = result.content.get("tokens_per_s")
+        speed, sharing = result.content.get("tokens_per_s"), result.content.get("beside") or 1
         if speed and result.content["stage"] not in ("probe", "speed"):
-            best[result.content["row"]] = max(best.get(result.content["row"], 0.0), speed)
+            (alone if sharing == 1 else together).setdefault(result.content["row"], []).append(speed * sharing)
+    best = {row: statistics.median(speeds) for row, speeds in together.items()} | {row: max(speeds) for row, speeds in alone.items()}
     if not best:
         return 0.0
     settings = cell.settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from typing import Any
 
@@ -13,15 +14,42 @@ from scripts.board.results import Interval, difference, unpaired
 
 
 def leading(rows: Rows) -> str:
-    """The stage of the page's first table: the one of most tokens in which LEADING_ROWS architectures have SEEDS seeds or more; before there is one,
-    FINAL."""
+    """The stage of the page's first table: the one of most tokens in which LEADING_ROWS rows are whole; before there is one, FINAL."""
     return next((stage for stage in PREFIXES if len(whole(rows, stage)) >= LEADING_ROWS), FINAL)
 
 
 def whole(rows: Rows, stage: str) -> list[str]:
-    """The architectures (AdamW, empty state) with SEEDS seeds or more in a stage."""
-    plain = [row for row in rows if (ARCHITECTURES[row].optimizer, ARCHITECTURES[row].initial) == ("adamw", "zero")]
-    return [row for row in plain if len(bits(rows, row, stage)) >= SEEDS]
+    """The rows with SEEDS seeds or more in a stage: the one count of them that there is."""
+    return [row for row in rows if len(bits(rows, row, stage)) >= SEEDS]
+
+
+def ranking(found: dict[str, Any]) -> str:
+    """Who is best at equal tokens in the leading stage, and how the others stand to the Transformer, of the whole rows; empty before there are some."""
+    rows, stage = found["rows"], leading(found["rows"])
+    means = {row: statistics.fmean(bits(rows, row, stage).values()) for row in whole(rows, stage)}
+    if "transformer" not in means or len(means) < 2:
+        return ""
+    best, *others = sorted(means, key=means.__getitem__)
+
+    def apart(row: str, other: str) -> Interval:
+        value = deciding(bits(rows, row, stage), bits(rows, other, stage))
+        assert value is not None
+        return value
+
+    def named(chosen: list[str]) -> str:
+        return "; ".join(f"{ARCHITECTURES[row].label} ({means[row] - means['transformer']:+.3f})" for row in chosen) or "none"
+
+    near = [ARCHITECTURES[row].label for row in others if not apart(row, best).decides()]
+    beside = {row: apart(row, "transformer") for row in means if row != "transformer"}
+    level = [row for row in (best, *others) if row in beside and not beside[row].decides()]
+    ahead, behind = (
+        [row for row in (best, *others) if row in beside and row not in level and beside[row].mean * sign > 0] for sign in (-1, 1)
+    )
+    return (
+        f"Equal tokens, {found['tokens'][stage] / 1e6:.3g}M, {len(means)} rows: {ARCHITECTURES[best].label} has the fewest bits per byte, {means[best]:.4f}; not told "
+        f"apart from it at these seeds: {'; '.join(near) or 'none'}. Against the Transformer ({means['transformer']:.4f}) not told apart: {named(level)}; ahead: "
+        f"{named(ahead)}; behind: {named(behind)}."
+    )
 
 
 def layer_answers(rows: Rows) -> list[tuple[Question, str, Interval, int, int]]:
@@ -95,7 +123,8 @@ def _probes(rows: Rows) -> str:
 def summary(found: dict[str, Any]) -> list[str]:
     """The page's answers, each in a sentence or two."""
     rows = found["rows"]
-    items = [_layers(found, "at equal tokens"), _layers(found, "at equal time")]
+    items = [said] if (said := ranking(found)) else []
+    items += [_layers(found, "at equal tokens"), _layers(found, "at equal time")]
     items.append(f"Past the training length, to 64 times it, {collapsed(rows)}.")
     cost = [
         said.replace("did not hold, ", "it costs ").replace("held, ", "nothing within 0.01, ").replace("open, ", "not known, ")
@@ -115,5 +144,5 @@ def summary(found: dict[str, Any]) -> list[str]:
 def in_tokens(text: str, found: dict[str, Any]) -> str:
     """The text with a stage's tokens in place of its name."""
     for stage, prefix in PREFIXES.items():
-        text = text.replace(prefix.lower(), f"after {found['tokens'][stage] / 1e6:.3g}M tokens: ") if prefix else text
+        text = text.replace(prefix.lower(), f"after {found['tokens'][stage] / 1e6:.3g}M tokens: ")
     return text

@@ -134,7 +134,7 @@ def behaviour_table(found: dict[str, Any]) -> list[str]:
             probes.append(f"{ends[0][len(seeds) // 2]:.0f}{best}, {ends[1][len(seeds) // 2]:.0f}" if seeds else "")
         read = f"{found['tokens'][stage] / 1e6:.3g}M tokens" if stage else ""
         lines.append(f"| {row['label']} | {read} | {verdict} | " + " | ".join([*copied, memory, *probes]) + " |")
-    why = ["More than the loss is read off every cell of the full pass and off seed 1 of the other stages. Probes: per cent right at the"]
+    why = ["More than the loss is read off seed 1 of a row in each stage. Probes: per cent right at the"]
     why += [
         "training length, and at four times it; of several seeds the median (the best). Parity is asked at every place and guessing has"
     ]
@@ -150,19 +150,23 @@ def speed_table(rows: dict[str, Any]) -> list[str]:
     lines += ["| row | training tokens/s | MFU | memory | decode tokens/s, 1k | 128k | state bytes, 1k | 128k | device |", "|---" * 9 + "|"]
     starred = False
     untimed: list[str] = []
-    for row in sorted(rows.values(), key=lambda r: -float((r.get("speed") or r["trained"] or {}).get("tokens_per_s", 0.0))):
-        speed = row.get("speed") or row["trained"] or {}
-        star = " *" if speed and "speed" not in row else ""
+    for row in sorted(rows.values(), key=lambda r: -float(r["training"].get("tokens_per_s", 0.0))):
+        speed, training = row.get("speed", {}), row["training"]
+        star = " *" if training.get("own") else ""
         starred = starred or bool(star)
         untimed += [] if "speed" in row else [row["label"]]
         decode = [f"{d['tokens_per_s']:,.0f}" for d in (speed.get("decode") or [])] + ["", ""]
-        mfu, peak = number(speed.get("mfu") and 100 * speed["mfu"], ".1f"), speed.get("peak_memory_bytes")
+        mfu, peak = number(training.get("mfu") and 100 * training["mfu"], ".1f"), speed.get("peak_memory_bytes")
         lines.append(
-            f"| {row['label']} | {number(speed.get('tokens_per_s'), ',.0f')}{star} | {mfu + ' %' if mfu else ''} | "
+            f"| {row['label']} | {number(training.get('tokens_per_s'), ',.0f')}{star} | {mfu + ' %' if mfu else ''} | "
             f"{f'{peak / 2**30:.1f} GiB' if peak else ''} | {decode[0]} | {decode[1]} | "
-            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {speed.get('device', '')} |"
+            f"{row['state_bytes_1k']:,} | {row['state_bytes_128k']:,} | {training.get('device', '')} |"
         )
-    why = ["* of the row's own cells, which had the device alone (median)."] if starred else []
+    why = (
+        ["* of the row's own cells, those of the full pass where it has some (median); the others by the stage speed, with older kernels."]
+        if starred
+        else []
+    )
     why += [f"Not timed by the stage speed yet, so without decoding and memory: {'; '.join(untimed)}."] if untimed else []
     return [*lines, *(["", *filled(" ".join(why))] if why else [])]
 

@@ -129,8 +129,8 @@ def diverged(curve: list[list[float]], steps: int) -> bool:
 
 
 def reads_all(cell: Cell) -> bool:
-    """Whether more is read off a cell than its held-out loss: not off those of the grid, and in stages 0 and 1 off one seed's."""
-    few = ("stage0", "stage1")
+    """Whether more is read off a cell than its held-out loss: not off those of the grid, and in stages 0 and 1 and the full pass off one seed's."""
+    few = ("stage0", "stage1", "pass")
     return cell.stage not in ("grid", "time0", "time1", *few) or cell.stage in few and cell.settings["seed"] == READ0
 
 

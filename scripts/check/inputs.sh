@@ -266,7 +266,7 @@ t a report of no folder | 2 | Give one folder of measurements | python -m evals.
 t an empty value | 2 | model | python train.py model=
 t generation, wrong key | 2 | did you mean 'max_new_tokens' | python -m scripts.generate checkpoint=$T/run prompt=a max_tokens=3
 t generation, negative length | 2 | max_new_tokens must be | python -m scripts.generate checkpoint=$T/run prompt=a max_new_tokens=-3
-t generation, no temperature | 2 | a finite number above it, not nan | python -m scripts.generate checkpoint=$T/run prompt=a temperature=nan
+t generation, no temperature | 2 | a finite number from 1e-06 on, not nan | python -m scripts.generate checkpoint=$T/run prompt=a temperature=nan
 t generation, too large a seed | 2 | from 0 up to 2\^63 | python -m scripts.generate checkpoint=$T/run prompt=a seed=99999999999999999999
 t generation, an empty document | 2 | is empty | python -m scripts.generate checkpoint=$T/run document=$T/empty.txt prompt=a
 t generation, a folder to save to | 2 | is a folder | python -m scripts.generate checkpoint=$T/run prompt=a save=$T

@@ -1,12 +1,13 @@
-"""State tracking at equal parameters: the table of eight tasks, thirteen mixers and three seeds, and one long run of A5; JSON, table and plot to OUT.
+"""State tracking at equal parameters: the table of eight tasks, thirteen mixers and three seeds; JSON, table and plot to OUT.
 
     python -m scripts.studies.equal minutes=6                              # all GPUs that are visible; the same command goes on where it stopped
     python -m scripts.studies.equal tasks=S3,parity mixers=dense_gru,deltaproduct_2 seeds=1 minutes=3
     python -m scripts.studies.equal minutes=0                              # only the table and the plot of what is there
+    python -m scripts.studies.equal minutes=0 known=docs/results/state_tracking page=docs/results/state_tracking.md     # those of all calls
 
-Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered a seed after the other: S3,
-parity and modulo 5 by all mixers, S4, MQAR and S5 by those that are expected to succeed, and the rest when all seeds have these. Mixers that should
-fail take twice the steps of the slowest success there.
+Some processes a GPU, each with several cells on streams of their own (scripts/studies/equal_cells.py). Cells are ordered task after task and mixer
+after mixer, those that decide most first, so that rows become whole, all seeds of them. known: a folder of tables of earlier calls; a cell that
+ended there is not trained again, and stands in the table. Mixers that should fail take twice the steps of the slowest of those that succeed.
 Each result is a file in OUT/cells; what the clock cuts is kept in OUT/states and goes on in a later call. `ended` says whether a cell was solved, took
 all its steps, or ran out of time: a cell that ran out of time is no evidence that the mixer cannot do the task.
 """
@@ -17,17 +18,20 @@ import json
 import multiprocessing
 import os
 import signal
+import statistics
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.fields import nearest
 from data.files import check_writable, write_json
 from data.synthetic import build_task
-from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of
-from scripts.studies.equal_table import plot, table
+from scripts.studies.equal_cells import BURST, LENGTHS, MIXERS, TASKS, Learner, settings_of, variant
+from scripts.studies.equal_known import furthest, recorded
+from scripts.studies.equal_table import into_page, plot, table
 from scripts.studies.tracking import place_and_time, visible_gpus
 from scripts.studies.workers import end_by, end_with_parent
 from training.config.arguments import parse_arguments, program
@@ -35,10 +39,12 @@ from training.errors import UserError
 
 DEFAULTS: dict[str, Any] = {
     "out": "runs/state_tracking_equal",
-    "tasks": "S3,parity,S4,A5,mod-5,S5,2-hop,mqar",
+    "tasks": "S3,parity,mod-5,2-hop,S4,mqar,A5,S5",
     "mixers": "all",
     "seeds": 3,
-    "long": "",  # mixers that run A5-long beside the table, one seed each, from the beginning to the end
+    "long": "",  # mixers of which seed 0 of A5 runs from the beginning to the end
+    "known": "",  # a folder of tables (JSON) of earlier calls
+    "page": "",  # a page of Markdown that takes up the table, between its marks
     "minutes": 6.0,
     "processes": 7,  # of a GPU
     "streams": 4,  # cells that a process trains at a time
@@ -47,18 +53,12 @@ DEFAULTS: dict[str, Any] = {
     "most": 0,  # steps at most, for a trial; 0: those of the task
     "device": "auto",
 }
-FIRST = ("dense_gru", "m2rnn_tracker", "dense_lstm", "slstm", "deltaproduct_4", "deltaproduct_2", "m2rnn")
-CONTROLS = ("transformer", "mamba2", "gated_deltanet", "paragru", "gated_deltanet_2", "paralstm")
-EARLY = (
-    ("S3", (*FIRST, *CONTROLS)),
-    ("parity", (*FIRST, *CONTROLS)),
-    ("mod-5", (*FIRST, *CONTROLS)),
-    ("S4", FIRST),
-    ("mqar", (*FIRST, *CONTROLS)),
-    ("S5", FIRST),
-)
+FIRST = ("dense_gru", "dense_lstm", "slstm", "m2rnn_tracker", "deltaproduct_4", "deltaproduct_2")
+CONTROLS = ("mamba2", "paragru", "paralstm", "m2rnn", "gated_deltanet", "gated_deltanet_2", "transformer")
+LEAST_CONTROL = 2000  # steps that a mixer that should fail may take in any case
 MOST_COMPILING = 60.0  # seconds
 TOLD_EVERY = 60.0  # seconds, after which each cell says where it is
+REST = 5.0  # seconds, after which a cell that found no memory is tried again
 SCORING = 2.0  # seconds kept for the scores of each cell that is under way in the end
 
 Place = tuple[str, str, int]
@@ -85,12 +85,11 @@ def arguments(words: list[str]) -> dict[str, Any]:
 
 
 def order(values: dict[str, Any]) -> list[Place]:
-    """All cells: long runs, what decides most, seed after seed, then the rest."""
-    tasks, mixers, seeds = values["tasks"], values["mixers"], range(values["seeds"])
-    decisive = [(t, m, s) for s in seeds for t, chosen in EARLY for m in chosen]
-    rest = [(t, m, s) for s in seeds for t in tasks for m in (*FIRST, *CONTROLS)]
-    every = [place for place in [*decisive, *rest] if place[0] in tasks and place[1] in mixers]
-    return [("A5-long", m, 0) for m in values["long"]] + list(dict.fromkeys(every))
+    """All cells: long runs, then row by row in the order in which tasks and mixers are named (`all`: FIRST, then CONTROLS), all seeds of one."""
+    tasks, seeds = values["tasks"], range(values["seeds"])
+    mixers = values["mixers"] if values["mixers"] != list(MIXERS) else (*FIRST, *CONTROLS)
+    long = [("A5", mixer, 0) for mixer in values["long"]]
+    return list(dict.fromkeys([*long, *((task, mixer, seed) for task in tasks for mixer in mixers for seed in seeds)]))
 
 
 def name_of(place: Place) -> str:
@@ -106,14 +105,18 @@ def read(out: Path, place: Place, settings: dict[str, Any]) -> dict[str, Any] | 
     return cell if cell.get("settings") == settings and "error" not in cell else None
 
 
-def limit_of(out: Path, place: Place, most: int) -> int:
-    """Steps that a cell may take: those of its task, of a control twice those that the slowest success took, where there were three."""
+def limit_of(cells: Sequence[dict[str, Any]], place: Place, most: int) -> int:
+    """Steps that a cell may take: those of its task; of a control twice those that the slowest other mixer took to succeed, by the median of its
+    seeds, where there is one. cells: all that are known."""
     task, mixer, _ = place
     steps = TASKS[task]["steps"]
     if mixer in CONTROLS:
-        cells = [json.loads(path.read_text()) for path in (out / "cells").glob(f"{task}.*.json")]
-        slowest = [cell["solved"] for cell in cells if cell.get("ended") == "solved" and cell["mixer"] not in CONTROLS]
-        steps = min(steps, max(500, 2 * max(slowest))) if len(slowest) >= 3 else steps
+        solved: dict[str, list[int]] = {}
+        for cell in cells:
+            if cell["task"] == task and cell.get("ended") == "solved" and cell["mixer"] not in CONTROLS:
+                solved.setdefault(cell["mixer"], []).append(cell["solved"])
+        slowest = max((statistics.median_high(s) for s in solved.values()), default=steps)
+        steps = min(steps, max(LEAST_CONTROL, int(2 * slowest)))
     return min(steps, most) if most else steps
 
 
@@ -130,7 +133,7 @@ def begin(place: Place, values: dict[str, Any], device: Any) -> Learner:
     import torch
 
     out, settings = Path(values["out"]), settings_of(*place[:2], values)
-    learner = Learner(settings, place[2], device, limit_of(out, place, values["most"]))
+    learner = Learner(settings, place[2], device, limit_of(known(values), place, values["most"]))
     learner.warm()
     cut = read(out, place, settings)
     if cut is not None and (path := out / "states" / f"{name_of(place)}.pt").exists():
@@ -144,6 +147,7 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
 
     out, name = Path(values["out"]), name_of(place)
     cell: dict[str, Any] = dict(zip(("task", "mixer", "seed"), place)) | {"settings": settings_of(*place[:2], values)}
+    cell["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() and values["device"] != "cpu" else "cpu"
     path = out / "states" / f"{name}.pt"
     if learner is None or error is not None:
         cell |= {"error": f"{type(error).__name__}: {str(error)[:300]}", "traceback": traceback.format_exc()[-3000:]}
@@ -162,13 +166,13 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
     write_json(out / "cells" / f"{name}.json", cell)
 
 
-def prepare(values: dict[str, Any], mixer: str, visible: str, ready: Any) -> None:
-    """Compiles what a mixer needs on a GPU, so that no process that trains has to wait for it; then says so."""
+def prepare(values: dict[str, Any], task: str, mixer: str, visible: str, ready: Any) -> None:
+    """Compiles what a mixer needs on a GPU for such tasks, so that no process that trains has to wait for it; then says so."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     end_with_parent()
     try:
         device = pick(visible, "cuda")
-        learner = Learner(settings_of("S3", mixer, values), 0, device, 1)
+        learner = Learner(settings_of(task, mixer, values), 0, device, 1)
         learner.warm()
         learner.score(values["length"] * LENGTHS[-1], values["batch"])
     finally:
@@ -186,11 +190,16 @@ def pick(visible: str, device_name: str) -> Any:
     return torch.device(device_name)
 
 
+def no_room(error: Exception) -> bool:
+    """Whether the device's memory was full, as PyTorch's allocator or the driver says it."""
+    return "out of memory" in str(error).lower()
+
+
 def work(
     values: dict[str, Any], cells: list[Place], taken: Any, ready: dict[str, Any], deadline: float, device_name: str, visible: str
 ) -> None:
-    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: of mixers whose kernels are
-    being compiled, when they are; deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
+    """One process: takes cells until none or no time is left, `streams` at a time. taken: counts those given out; ready: of variants of mixers whose
+    kernels are being compiled, when they are; deadline: of time.time(). Ctrl-C is as if time were up: what is under way is kept."""
     stopped: list[int] = []
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
@@ -198,7 +207,7 @@ def work(
     device = pick(visible, device_name)
     waiting: list[Place] = []
     running: list[tuple[Place, Learner, float]] = []
-    more, told = True, time.time()
+    more, told, rest = True, time.time(), 0.0
 
     def late() -> bool:
         return bool(stopped) or time.time() > deadline - SCORING * len(running) / 4 - 1
@@ -209,13 +218,17 @@ def work(
                 number, taken.value = taken.value, taken.value + 1
             more = number < len(cells)
             waiting += cells[number : number + 1]
-        place = next((place for place in waiting if place[1] not in ready or ready[place[1]].is_set()), None)
-        if place is not None and not late():  # one, and the others go on
+        place = next((p for p in waiting if (kind := variant(*p[:2])) not in ready or ready[kind].is_set()), None)
+        if place is not None and not late() and time.time() > rest:  # one, and the others go on
             waiting.remove(place)
             try:
                 running.append((place, begin(place, values, device), time.perf_counter()))
             except Exception as error:
-                keep(place, None, values, error)
+                if no_room(error):  # others have the card's memory, for now
+                    waiting, rest = [place, *waiting], time.time() + REST
+                    print(f"{name_of(place)} finds no room in the device's memory and is tried again in {REST:.0f} s", flush=True)
+                else:
+                    keep(place, None, values, error)
         elif not running and waiting:
             time.sleep(0.05)
         if not running and (late() or not (more or waiting)):
@@ -238,16 +251,25 @@ def work(
                 problem = error
                 keep(place, None, values, problem)
             running.remove(entry)
-            if problem is not None and device.type == "cuda" and "CUDA" in str(problem) and "OutOfMemory" not in type(problem).__name__:
+            if problem is not None and device.type == "cuda" and "CUDA" in str(problem) and not no_room(problem):
                 return  # the device is lost to this process
 
 
+def known(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every cell of these settings on disk, here and in the folder `known`, each as far as it came; in the table's order."""
+    seeds = range(values["seeds"])
+    places = [(t, m, s) for t in TASKS for m in MIXERS for s in seeds]
+    here = [cell for place in places if (cell := read(Path(values["out"]), place, settings_of(*place[:2], values))) is not None]
+    before = recorded(Path(values["known"])) if values["known"] else []
+    found = furthest([cell for cell in before if cell["settings"] == settings_of(cell["task"], cell["mixer"], values)] + here)
+    return [found[place] for place in places if place in found]
+
+
 def collect(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every cell of these settings on disk, in the table's order."""
-    out = Path(values["out"])
-    places = [(t, m, s) for t in values["tasks"] for m in MIXERS if m in values["mixers"] for s in range(values["seeds"])]
-    places += [("A5-long", m, 0) for m in MIXERS if m in values["mixers"] or m in values["long"]]
-    return [cell for place in places if (cell := read(out, place, settings_of(*place[:2], values))) is not None]
+    """The known cells that were asked for, but those that the clock cut before a tenth of their steps, which are as good as not begun."""
+    asked = set(order(values))
+    begun = [cell for cell in known(values) if cell["ended"] != "time" or 10 * cell["step"] >= cell["limit"]]
+    return [cell for cell in begun if (cell["task"], cell["mixer"], cell["seed"]) in asked]
 
 
 def report(values: dict[str, Any], device: str, seconds: float) -> None:
@@ -264,6 +286,8 @@ def report(values: dict[str, Any], device: str, seconds: float) -> None:
     if values["minutes"] or not (out / "table.json").exists():
         write_json(out / "table.json", kept)
     (out / "table.md").write_text(text + "\n")
+    if values["page"]:
+        into_page(Path(values["page"]), text)
     print(f"\n{text}\n\n{len(cells)} cells: {out / 'table.json'}")
     print(plot(cells, values["length"], out / "table.png"))
 
@@ -281,8 +305,8 @@ def main(words: list[str]) -> None:
         check_writable(out)
         for folder in ("cells", "states"):
             (out / folder).mkdir(parents=True, exist_ok=True)
-    there = {place: read(out, place, settings_of(*place[:2], values)) for place in order(values)}
-    cells = [place for place, cell in there.items() if cell is None or cell["ended"] == "time"]
+    over = {(cell["task"], cell["mixer"], cell["seed"]) for cell in known(values) if cell["ended"] != "time"}
+    cells = [place for place in order(values) if place not in over]
     deadline = began + 60 * values["minutes"]
     if cells and values["minutes"] > 0:
         processes = values["processes"] * len(gpus) if device == "cuda" else 1
@@ -291,15 +315,15 @@ def main(words: list[str]) -> None:
             flush=True,
         )
         spawn = multiprocessing.get_context("spawn")
-        first = list(dict.fromkeys(mixer for _, mixer, _ in cells)) if device == "cuda" else []
-        taken, ready = spawn.Value("i", 0), {mixer: spawn.Event() for mixer in first}
+        first = {variant(task, mixer): (task, mixer) for task, mixer, _ in reversed(cells)} if device == "cuda" else {}
+        taken, ready = spawn.Value("i", 0), {kind: spawn.Event() for kind in reversed(first)}
         workers = [
             spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
             for i in range(min(processes, len(cells)))
         ]
         compilers = [
-            spawn.Process(target=prepare, args=(values, mixer, gpus[i % len(gpus)], event))
-            for i, (mixer, event) in enumerate(ready.items())
+            spawn.Process(target=prepare, args=(values, *first[kind], gpus[i % len(gpus)], event))
+            for i, (kind, event) in enumerate(ready.items())
         ]
         for process in (*compilers, *workers):
             process.start()
@@ -307,7 +331,7 @@ def main(words: list[str]) -> None:
             event.wait(max(1.0, began + MOST_COMPILING - time.time()))
             event.set()
         print(f"kernels compiled after {time.time() - began:.0f} s", flush=True)
-        end_by(workers, deadline + 20)
+        end_by([*workers, *compilers], deadline + 20)
     report(values, device, time.time() - began)
 
 

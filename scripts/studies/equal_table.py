@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.files import write_bytes
 from evals.report.figures import png, pyplot
+from scripts.studies.equal_cells import MIXERS, TASKS
+from training.errors import UserError
 
 Cell = dict[str, Any]
+MARK = "<!-- table of scripts/studies/equal.py -->"
 
 
 def at(cell: Cell, length: int) -> float:
     return next(row["accuracy"] for row in cell["lengths"] if row["length"] == length)
 
 
-def names(cells: Sequence[Cell], key: str) -> list[str]:
-    return list(dict.fromkeys(cell[key] for cell in cells))
+def names(cells: Sequence[Cell], key: str, known: Iterable[str]) -> list[str]:
+    """Those of `known` that there are."""
+    there = {cell[key] for cell in cells}
+    return [name for name in known if name in there]
 
 
 def median(cells: Sequence[Cell]) -> Cell:
@@ -27,27 +33,41 @@ def median(cells: Sequence[Cell]) -> Cell:
     return order[len(order) // 2]
 
 
+def percent(accuracy: float) -> str:
+    """Whole per cent, but of nearly all answers a tenth: 100 is kept for those that are."""
+    return f"{100 * accuracy:.1f}" if 0.985 <= accuracy < 0.9995 else f"{100 * accuracy:.0f}"
+
+
 def summary(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """One entry of the table: how many seeds were solved in how many steps, the median seed by length, and what was not to its end."""
-    middle = median(cells)
+    reach = ", ".join(percent(at(median(cells), T * m)) for m in lengths)
+    cut = [cell["step"] for cell in cells if cell["ended"] == "time"]
+    if len(cut) == len(cells):
+        return f"cut at {min(cut):,} to {max(cut):,}; {reach}" if min(cut) < max(cut) else f"cut at {cut[0]:,}; {reach}"
     solved = sorted(cell["solved"] for cell in cells if cell["ended"] == "solved")
-    reach = ", ".join(f"{100 * at(middle, T * m):.0f}" for m in lengths)
     text = f"**{len(solved)}/{len(cells)}** in {statistics.median_high(solved):,}; " if solved else f"0/{len(cells)}; "
-    text += reach
     steps = [cell["step"] for cell in cells if cell["ended"] == "steps"]
-    late = [cell["step"] for cell in cells if cell["ended"] == "time"]
-    text += f"; {max(steps):,} steps" if steps else ""
-    text += f"; out of time: {len(late)} at {max(late):,}" if late else ""
+    text += reach + (f"; {max(steps):,} steps" if steps else "")
+    text += f"; {len(cut)} cut at {max(cut):,}" if cut else ""
     diverged = sum(cell["ended"] == "diverged" for cell in cells)
     return text + (f"; diverged: {diverged}" if diverged else "")
 
 
+def where(cells: Sequence[Cell]) -> str:
+    """A mark where a CPU trained some of them."""
+    return " °" if any(cell.get("device") == "cpu" for cell in cells) else ""
+
+
 def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """Markdown, a row a mixer and a column a task."""
-    tasks, mixers = names(cells, "task"), names(cells, "mixer")
+    tasks, mixers = names(cells, "task", TASKS), names(cells, "mixer", MIXERS)
+    said = (
+        f"Seeds that were solved, of those trained, and the median of their steps; accuracy in per cent of the median seed at "
+        f"{', '.join(str(T * m) for m in lengths)} tokens; the steps of seeds that took all of theirs unsolved; cut: by the clock, which "
+        "says nothing of what the mixer can do; °: some or all on a CPU."
+    )
     lines = [
-        f"Seeds that were solved (of those trained) and the median of their steps; accuracy in per cent of the median seed at "
-        f"{', '.join(str(T * m) for m in lengths)} tokens; steps of seeds that took all of theirs unsolved, and of those that ran out of time.",
+        *textwrap.wrap(said, 118),
         "",
         "| mixer | parameters | " + " | ".join(tasks) + " |",
         "|---" * (len(tasks) + 2) + "|",
@@ -56,10 +76,19 @@ def table(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
         row, mine = [], [cell for cell in cells if cell["mixer"] == mixer]
         for task in tasks:
             chosen = [cell for cell in mine if cell["task"] == task]
-            row.append(summary(chosen, T, lengths) if chosen else "")
-        lines.append(f"| {mixer} | {mine[0]['parameters']:,} | " + " | ".join(row) + " |")
+            row.append(summary(chosen, T, lengths) + where(chosen) if chosen else "")
+        sizes = [f"{count:,}" for count in sorted({cell["parameters"] for cell in mine})]
+        lines.append(f"| {mixer} | {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))} | " + " | ".join(row) + " |")
     chance = [100 * max(cell["lengths"][0]["chance"] for cell in cells if cell["task"] == task) for task in tasks]
     return "\n".join([*lines, "| chance | | " + " | ".join(f"{c:.0f}" for c in chance) + " |"])
+
+
+def into_page(page: Path, text: str) -> None:
+    """Writes `text` between the page's two marks. Raises UserError if they are not there."""
+    parts = page.read_text().split(MARK) if page.exists() else []
+    if len(parts) != 3:
+        raise UserError(f"{page} has not two lines {MARK!r}, between which the table goes; add them, or leave page out.")
+    write_bytes(page, MARK.join([parts[0], f"\n{text}\n", parts[2]]).encode())
 
 
 def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
@@ -67,7 +96,7 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
     plt = pyplot()
     if plt is None or not cells:
         return "There is no plot: matplotlib is not installed, or there is no cell."
-    tasks, mixers = names(cells, "task"), names(cells, "mixer")
+    tasks, mixers = names(cells, "task", TASKS), names(cells, "mixer", MIXERS)
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.9 * rows + 0.7), squeeze=False, sharey=True)
@@ -78,8 +107,9 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
         for mixer in mixers:
             chosen = [c for c in cells if (c["task"], c["mixer"]) == (task, mixer)]
             if chosen:
-                points = [(row["length"], 100 * row["accuracy"]) for row in median(chosen)["lengths"]]
-                axis.plot(*zip(*points), marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
+                middle, line = median(chosen), "--" if all(c["ended"] == "time" for c in chosen) else "-"
+                points = [(row["length"], 100 * row["accuracy"]) for row in middle["lengths"]]
+                axis.plot(*zip(*points), line, marker="o", markersize=3.5, linewidth=1.2, alpha=0.85, label=mixer, color=colours[mixer])
         axis.axhline(100 * max(c["lengths"][0]["chance"] for c in cells if c["task"] == task), color="grey", linewidth=0.8, linestyle=":")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda length, _: f"{length:g}")
@@ -90,7 +120,7 @@ def plot(cells: Sequence[Cell], T: int, path: Path) -> str:
         axis.set_ylabel("right answers, %")
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=6, fontsize=8, frameon=False)
-    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance", fontsize=10, wrap=True)
+    figure.suptitle(f"Median of the seeds, trained at length {T}; dotted: chance; dashed: cut by the clock", fontsize=10, wrap=True)
     figure.tight_layout(rect=(0, 0.08, 1, 0.99))
     write_bytes(path, png(plt, figure, dpi=120, bbox_inches=None))
     return f"plot: {path}"

@@ -29,6 +29,8 @@ from training.errors import UserError
 class Machine(torch.nn.Module):
     """Stands in for a model: `right` gives the parity with a carried state, otherwise always `constant`."""
 
+    whole_beyond = None
+
     def __init__(self, right: bool, constant: float = 0.0) -> None:
         super().__init__()
         self.embedding, self.config = torch.nn.Embedding(2, 1), SimpleNamespace(vocab_size=2)
@@ -72,7 +74,19 @@ def test_counts_of_ranks_add_up() -> None:
     assert total.share == pytest.approx(whole.share) and total.by_place == whole.by_place
 
 
-@pytest.mark.parametrize("mixer", [{"type": "rnn"}, {"type": "mamba2", "d_state": 8, "head_dim": 16}, {"type": "attention", "n_heads": 2}])
+STRETCHED = {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0, "original_max_position_embeddings": 16}}
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"type": "rnn"},
+        {"type": "mamba2", "d_state": 8, "head_dim": 16},
+        {"type": "attention", "n_heads": 2},
+        {"type": "attention", "n_heads": 2, **STRETCHED},
+    ],
+    ids=["rnn", "mamba2", "attention", "stretched"],
+)
 def test_chunks_give_what_the_whole_gives(mixer: dict[str, Any]) -> None:
     task = build_task({"name": "word_problem"})
     model = LanguageModel(ModelConfig(vocab_size=6, d_model=16, n_layers=2, pattern=["m"], mixers={"m": mixer}, d_ff=0, init_std=0.3))

@@ -15,9 +15,16 @@ from safetensors.torch import save_file
 from evals.adapters.base import Adapter, ItemError, pieces
 from evals.adapters.hf import HFAdapter
 from evals.adapters.load import load_adapter
+from evals.adapters.own import OwnAdapter
+from evals.cures.setting import Setting
+from evals.cures.state import restart
 from evals.measures.position import position_curve
+from models.config import ModelConfig
 from models.generate import generate
-from tests.evals.conftest import VOCABULARY, own_adapter
+from models.lm import LanguageModel
+from models.sampling import Sampling
+from models.session import Session
+from tests.evals.conftest import HF, VOCABULARY, loud, own_adapter
 from training.errors import UserError
 
 
@@ -118,6 +125,109 @@ def test_hard_position_limits_are_found() -> None:
     assert adapter.position_limit == 64
     with pytest.raises(ItemError, match="64 positions"):
         adapter.prefill(torch.zeros(1, 65, dtype=torch.long), 16)
+
+
+def test_a_learned_table_may_have_places_more_than_it_says() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    adapter = HFAdapter(OPTForCausalLM(config).eval(), None, "opt", "opt")
+    assert adapter.position_limit == 64
+    adapter.prefill(torch.ones(1, 64, dtype=torch.long), 16)
+    with pytest.raises(ItemError, match="64 positions"):
+        adapter.prefill(torch.ones(1, 65, dtype=torch.long), 16)
+
+
+def test_a_cache_that_is_right_of_one_row_alone_is_noticed() -> None:
+    """RWKV's in transformers: of several rows a single token comes back as many."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    config = RwkvConfig(hidden_size=32, attention_hidden_size=32, intermediate_size=48, **HF)
+    adapter = HFAdapter(loud(RwkvForCausalLM(config)), None, "rwkv", "rwkv")
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (3, 40)))
+    for _ in range(4):
+        ids = torch.cat([ids, whole_logits(adapter, ids)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(adapter.greedy(ids[:, :40], 4, 16), ids[:, 40:])
+
+
+def test_a_head_with_a_soft_cap_is_not_called_apart() -> None:
+    """Small logits it changes by less than a thousandth, so that those of seven tokens can look the same."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8,
+        final_logit_softcapping=30.0, **HF,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    assert 0.01 < float(model(torch.arange(7)[None]).logits.abs().max()) < 1
+    assert not HFAdapter(model, None, "gemma2", "gemma2").split_head
+
+
+def stretched(kind: str) -> Adapter:
+    """A model whose rotary frequencies follow the length of what is read, beyond 32 tokens."""
+    if kind == "own":
+        attention = {"type": "attention", "n_heads": 2, "rope_scaling": {**DYNAMIC, "original_max_position_embeddings": 32}}
+        model = LanguageModel(ModelConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, pattern=["a"], mixers={"a": attention}))
+        model.init_weights(0)
+        return OwnAdapter(loud(model, 0.4), None, kind, kind)
+    from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "pad_token_id": 0, **HF}
+    if kind == "dynamic":
+        config = LlamaConfig(max_position_embeddings=32, rope_parameters={"rope_theta": 10000.0, **DYNAMIC}, **sizes)
+        return HFAdapter(loud(LlamaForCausalLM(config), 0.4), None, kind, kind)
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 32}
+    config = Phi3Config(
+        max_position_embeddings=64,
+        original_max_position_embeddings=32,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors},
+        **sizes,
+    )
+    return HFAdapter(loud(Phi3ForCausalLM(config), 0.4), None, kind, kind)
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", ["own", "dynamic", "longrope"])
+def test_positions_that_stretch_with_a_text_are_those_of_the_text(kind: str) -> None:
+    """Whatever chunks it is asked to be read in, and whatever was read before."""
+    adapter, rng = stretched(kind), np.random.default_rng(0)
+    assert adapter.carry == "chunks" and adapter.whole_beyond == 32
+    for length in (90, 50, 32, 9, 50):
+        ids = torch.from_numpy(rng.integers(0, VOCABULARY, (2, length + 1)))
+        fresh = stretched(kind)
+        expected = F.cross_entropy(whole_logits(fresh, ids[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
+        found: list[torch.Tensor] = []
+
+        def each(first: int, nll: torch.Tensor, state: Any, found: list[torch.Tensor] = found) -> None:
+            found.append(nll)
+
+        adapter.stream(ids, 7, each)
+        torch.testing.assert_close(torch.cat(found, 1).double(), expected, atol=1e-4, rtol=1e-4)
+        logits = adapter.prefill(ids[:, :-1], 7)[0]
+        torch.testing.assert_close(logits.double(), whole_logits(fresh, ids[:, :-1])[:, -1], atol=1e-4, rtol=1e-4)
+    assert adapter.describe()["carry"] == "chunks up to 32 tokens, else none"
+    with pytest.raises(ItemError, match="chunks beyond 32 tokens, where its positions stretch, and 40,000"):
+        adapter.check_length(40_000)
+    with restart(adapter, Setting(8, 90, np.zeros((1, 9), np.int64), 8)):
+        with pytest.raises(ItemError, match="acts between chunks, and 90 tokens"):
+            adapter.stream(torch.zeros(1, 91, dtype=torch.long), 8, lambda first, nll, state: None)
+
+
+def test_a_prompt_that_stretches_positions_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.session.CHUNK", 5)
+    model: Any = stretched("own").model
+    for length in (12, 50):
+        ids = torch.from_numpy(np.random.default_rng(length).integers(0, VOCABULARY, (1, length)))
+        first = Session(model, ids).generate(1, Sampling(temperature=0))[0, 0]
+        assert int(first) == int(model(ids).logits[0, -1].argmax())
 
 
 def test_states_are_found_and_can_be_replaced(adapters: dict[str, Adapter]) -> None:

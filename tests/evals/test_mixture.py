@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,11 @@ def test_the_total_weighs_sources_as_if_their_share_had_been_scored() -> None:
     assert total.nll_nats / total.bytes == pytest.approx((0.75 * 2 + 0.25 * 1) / (0.75 * 2 + 0.25 * 3), rel=1e-2)
     assert total.by_position[0][0] / total.by_position[0][1] == pytest.approx(total.nats_per_token)
     assert combined([(one, 1.0)]) is one
+    nothing = Perplexity(bytes=1)
+    assert math.isnan(nothing.bits_per_byte) and math.isnan(combined([(nothing, 0.5), (nothing, 0.5)]).bits_per_byte)
+    assert combined([(nothing, 0.9), (one, 0.1)]) is one
+    three = combined([(one, 0.6), (nothing, 0.2), (two, 0.2)])
+    assert (three.nll_nats, three.bytes) == pytest.approx((total.nll_nats, total.bytes))
     assert names_of(["a/web", "b/web", "c"]) == ["a/web", "b/web", "c"]
 
 
@@ -51,6 +57,10 @@ def test_a_mixture_is_evaluated_by_source_in_training_and_after(train: Train, tm
     assert any("bits_per_byte/a" in row for row in rows) and any("held_out_loss/b" in row for row in rows)
 
     words = ["suite=perplexity", "length=32", "device=cpu", f"checkpoint={tmp_path / 'run'}"]
+    (tmp_path / "results").mkdir()
+    assert evaluate([*words, f"out={tmp_path / 'results'}"]) == 0
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [f"eval-perplexity{part}.json" for part in ("-0", "-1", "")]
+    assert not list(tmp_path.glob("results-*")) and capsys.readouterr().out
     assert evaluate([*words, f"out={tmp_path / 'all.json'}"]) == 0
     said, whole = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
     assert "weighed as in training: by source: a " in said and f"{none} has no held-out documents and is not evaluated" in said

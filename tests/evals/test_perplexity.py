@@ -52,9 +52,23 @@ def test_chunked_evaluation_equals_whole_rows_and_brute_force(model: LanguageMod
             inside = np.flatnonzero(segments[:-1] == segment)
             ids = torch.from_numpy(tokens[inside])[None]
             nats += float(F.cross_entropy(model(ids).logits[0], torch.from_numpy(tokens[inside + 1]), reduction="sum"))
-        size += text_bytes(shards, tokens[1:])
+        size += text_bytes(shards, tokens)
     assert whole.nll_nats == pytest.approx(nats, rel=1e-5)
     assert whole.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_positions_that_stretch_with_a_text_do_not_follow_the_chunks(demo_shards: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 20}
+    mixers = {"a": {"type": "attention", "n_heads": 2, "rope_scaling": scaling}}
+    model = LanguageModel(ModelConfig(vocab_size=512, d_model=32, n_layers=2, pattern=["a"], mixers=mixers))
+    model.init_weights(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(8)
+    shards = ShardSet(demo_shards, "valid")
+    for length in (90, 20):
+        whole, cut = (evaluate(model, shards, length=length, max_tokens=360, chunk=chunk) for chunk in (length, 7))
+        assert cut.nll_nats == pytest.approx(whole.nll_nats, rel=1e-6)
 
 
 def test_ranks_share_the_rows(model: LanguageModel, demo_shards: Path) -> None:
@@ -156,8 +170,8 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     rng, sizes = np.random.default_rng(0), [40, 7, 101, 40, 12, 2, 40, 9, 33]
     starts = np.cumsum([0, *sizes[:-1]]).tolist()
     text = Text(rng.integers(0, 256, sum(sizes)), "test", starts=starts)
-    decode = coder_of(byte_tokenizer()).decode
-    chosen = text.documents(9, 30, decode)
+    coder = coder_of(byte_tokenizer())
+    chosen = text.documents(9, 30, coder)
     assert [len(ids) for ids, _ in chosen] == [31, 7, 31, 31, 12, 2, 31, 9, 31] and [ids[0] for ids, _ in chosen] == text.ids[
         starts
     ].tolist()
@@ -170,7 +184,7 @@ def test_documents_are_scored_from_their_own_beginning() -> None:
     assert result["tokens"] == tokens and result["nats_per_token"] == pytest.approx(total / tokens, rel=1e-5)
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / sum(size for _, size in chosen), rel=1e-5)
     assert result["perplexity_low"] < result["perplexity"] < result["perplexity_high"] and "over documents" in result["interval"]
-    pieces = Text(text.ids, "test").documents(5, 30, decode)  # one document: pieces of it
+    pieces = Text(text.ids, "test").documents(5, 30, coder)  # one document: pieces of it
     assert [len(ids) for ids, _ in pieces] == [31] * 4 + [sum(sizes) - 9 * 30] and pieces[1][0][0] == text.ids[60]
     one = document_perplexity(adapter, pieces[:1], unit="pieces of 384 characters")
     assert one["perplexity_low"] is None and one["summary"].endswith("over 1 piece of 384 characters")

@@ -18,6 +18,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.hub.export import write_folder
 from tests.hub.folders import checkpoint
+from tests.mixers import mixer_configs
 
 GRU: dict[str, Any] = {"type": "rnn", "n_heads": 4}
 MAMBA: dict[str, Any] = {"type": "mamba2", "d_state": 5, "head_dim": 8, "n_groups": 2, "chunk": 5}
@@ -211,6 +212,55 @@ def test_activations_are_computed_again_with_the_same_gradients(model: Any, reen
         torch.testing.assert_close(p.grad, wanted[n])
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
+
+
+class Adapted(torch.nn.Module):
+    """What adapters such as LoRA put in the place of a layer: its weight is still to be seen, and what they learn acts in the call alone."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(base.weight.numel())
+        self.base, self.weight, self.bias = base, base.weight, base.bias
+        self.down = torch.nn.Parameter(torch.randn(2, base.in_features, generator=generator) / base.in_features**0.5)
+        self.up = torch.nn.Parameter(0.3 * torch.randn(base.out_features, 2, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.down), self.up)
+
+
+def test_what_takes_a_layers_place_acts_and_learns(model: Any) -> None:
+    merged, ids = copy.deepcopy(model), ids_of(2, 9)
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, Adapted(model.get_submodule(name)))
+        new = model.get_submodule(name)
+        with torch.no_grad():
+            merged.get_submodule(name).weight += new.up @ new.down
+    found, wanted = model(ids, use_cache=True), merged(ids, use_cache=True)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=1e-4)
+    step = [m(ids[:, :1], past_key_values=out.past_key_values).logits for m, out in ((model, found), (merged, wanted))]
+    torch.testing.assert_close(*step, atol=1e-4, rtol=1e-4)
+    model(ids, labels=ids).loss.backward()
+    for name in names:
+        assert float(model.get_submodule(name).up.grad.abs().max()) > 0, name
+
+
+@torch.no_grad()
+def test_weights_may_be_elsewhere_until_a_layer_is_called(tmp_path: Path, folders: dict[str, Path]) -> None:
+    """As accelerate leaves them on the host or the disk where a GPU is too small for all."""
+    accelerate = pytest.importorskip("accelerate")
+    mixers = {str(mapping["type"]): mapping for mapping in mixer_configs().values()}
+    source, folder = checkpoint(tmp_path / "c", small(list(mixers), mixers, n_layers=len(mixers))), tmp_path / "every"
+    folder.mkdir()
+    write_folder(source, folder, None, 10**9, "mit")
+    here = load(folder).eval()
+    away = accelerate.cpu_offload(copy.deepcopy(here), execution_device=torch.device("cpu"))
+    ids, caches = ids_of(2, 8), [None, None]
+    for piece in (ids[:, :6], ids[:, 6:7], ids[:, 7:]):
+        found = [m(piece, past_key_values=cache, use_cache=True) for m, cache in zip((away, here), caches)]
+        caches = [out.past_key_values for out in found]
+        torch.testing.assert_close(found[0].logits, found[1].logits, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import cross_entropy, parts  # noqa: E402
 from kernels.add_norm import triton as add_norm  # noqa: E402
 from kernels.cross_entropy import triton as cross  # noqa: E402
+from kernels.embedding import triton as embedding  # noqa: E402
 from kernels.gated_norm import launch as norm  # noqa: E402
 from kernels.linear import triton as casts  # noqa: E402
 from kernels.residual import triton as residual  # noqa: E402
@@ -27,7 +28,23 @@ from kernels.swiglu import triton as swiglu  # noqa: E402
 from tests.kernels.compiled import resources  # noqa: E402
 from tests.kernels.registers import Registers  # noqa: E402
 
-FP32 = {"A", "B", "C", "FREQUENCIES", "WEIGHT", "BIAS", "PARTIAL", "D_SCALE", "D_WEIGHT", "NLL", "LOG_Z", "G_NLL", "G_LOG_Z"}
+FP32 = {
+    "A",
+    "B",
+    "C",
+    "GIVEN",
+    "TABLE",
+    "FREQUENCIES",
+    "WEIGHT",
+    "BIAS",
+    "PARTIAL",
+    "D_SCALE",
+    "D_WEIGHT",
+    "NLL",
+    "LOG_Z",
+    "G_NLL",
+    "G_LOG_Z",
+}
 ODD = {"T", "N", "slices", "ROWS"}  # numbers that need not be multiples of 16
 GOLDEN = Path(__file__).with_name("resources_mixer.json")
 
@@ -42,6 +59,9 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
             return {
                 "STARTS": "*u8",
                 "LABELS": "*i64",
+                "IDS": "*i32",
+                "BEGINS": "*i32",
+                "ORDER": "*i64",
                 "POSITIONS": "*i64",
                 "EPS": "fp32",
                 "FACTOR": "fp32",
@@ -96,10 +116,16 @@ def main(golden: bool) -> None:
         for back in (False, True):
             BR, BD, warps = add_norm.tile(1024, gpu, add_norm.PER_WARP_BACK if back else add_norm.PER_WARP)
             name = f"add and norm {'backward' if back else 'forward'}{', scaled' * scaled}"
-            flags = {"SCALED": scaled, "BR": BR, "BD": BD} | ({"COPY": True, "STAGES": add_norm.stages(1024)} if back else {})
+            flags = {"SCALED": scaled, "BR": BR, "BD": BD} | (
+                {"COPY": True, "HAS_DR": True, "STAGES": add_norm.stages(1024)} if back else {}
+            )
             out[name] = made(name, add_norm.backward if back else add_norm.forward, flags, warps)
     flags = {"BLOCK": casts.BLOCK}
     out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
+    for name in ("pieces", "rows"):
+        flags = {"PIECE": embedding.PIECE, "AT_ONCE": embedding.AT_ONCE, "BD": embedding.COLUMNS}
+        fn = getattr(embedding, f"embedding_{name}")
+        out[f"embedding {name}"] = made(f"embedding {name}", fn, flags, embedding.WARPS)
     for name, back in (("rotary", False), ("rotary backward", True)):
         flags = {"H": 8, "G": 8, "BACK": back, "HEADS": rotary.HEADS, "BR": rotary.ELEMENTS // 64, "BK": 64}
         out[name] = made(name, rotary.turn, flags, rotary.WARPS)

@@ -135,6 +135,32 @@ def joined_again() -> None:
     launch.last_report()
 
 
+def measured() -> None:
+    """Sizes near the ends of slices, of which the last piece is shorter than what is measured, are those of the states that were stored; near the first
+    step, of the adjoint, those that plain torch finds."""
+    before, source.LOOK, launch.NEAR, reference.NEAR = (source.LOOK, launch.NEAR), 4, 3, 3
+    cell, tensors, starts = problem("slstm", 2, 26, 1, 16, starts=0.1, seed=4)
+    assert starts is not None
+    given = [t.float() for t in tensors]
+    emitted, kept, _, _, nearby, *_ = launch.solved(cell, *(*given, starts, Plan.of(given[0], 16, 3, 0), None))
+    states = joined(emitted, kept).abs()
+    for s in range(2):
+        whole = torch.zeros_like(states[:, 0])
+        for t in range(9 * s + 6, 9 * s + 9):
+            whole = torch.maximum(whole.masked_fill(starts[:, t, None, None], 0), states[:, t])
+        assert torch.equal(nearby[:, s], whole), s
+    d_emitted, d_final = (t.float() for t in cotangents(tensors))
+    for n in (1, 3):
+        *_, near = launch.backward_with_border(
+            cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, Plan.of(given[0], 16, n, 0))
+        )
+        d_states = joined(d_emitted, torch.zeros_like(kept))
+        exact = reference.backward_with_border(cell, *(*given, starts, joined(emitted, kept), d_states, d_final))[4]
+        assert torch.allclose(near, exact, rtol=2e-3, atol=1e-5), n
+    (source.LOOK, launch.NEAR), reference.NEAR = before, before[1]
+    launch.last_report()
+
+
 def walked() -> None:
     check_walked(launch, (2, 28, 1, 16), lambda cell, pre: [Plan.of(pre, 16, n, 4) for n in (1, 4)])
 
@@ -182,6 +208,7 @@ def main() -> None:
     borders()
     restored()
     joined_again()
+    measured()
     halves()
     halves_through_the_op()
     walked()

@@ -14,10 +14,11 @@ from torch import Tensor  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from kernels import cross_entropy  # noqa: E402
-from kernels.add_norm import add_norm  # noqa: E402
+from kernels.add_norm import add_norm, norm_beside  # noqa: E402
 from kernels.add_norm import op as add_norm_op  # noqa: E402
 from kernels.add_norm import reference as add_norm_reference  # noqa: E402
 from kernels.cross_entropy import reference as cross_reference  # noqa: E402
+from kernels.embedding import table_gradient  # noqa: E402
 from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
@@ -260,6 +261,15 @@ def streams() -> None:
         agree(n, oracle_n, present(given), present(fine), f"norm of the stream {shape} {other} {dtype} {scaled}")
         both, oracles = add_norm(*(*given, 1e-5, torch.float32)), add_norm_reference.add_norm(*(*fine, 1e-5))
         agree(torch.cat(both), torch.cat(oracles), present(given), present(fine), f"stream and norm {shape} {other} {scaled}")
+        alone, oracle = add_norm(*(*given, 1e-5, torch.float32))[0], add_norm_reference.add_norm(*(*fine, 1e-5))[0]
+        agree(alone, oracle, present(given)[:-1], present(fine)[:-1], f"stream alone {shape} {other} {scaled}")
+        one, fine_one = leaves(torch.randn(shape).to(other), torch.randn(shape[-1]))
+        for alone in (False, True):
+            r, n = norm_beside(*(*one, 1e-5, torch.float32))
+            oracle_n = norm_reference.gated_norm(fine_one[0], None, fine_one[1], 1e-5)
+            assert torch.equal(r, one[0]) and r.grad_fn is not None
+            y, oracle = (n, oracle_n) if alone else (torch.cat([r.float(), n]), torch.cat([fine_one[0], oracle_n]))
+            agree(y, oracle, one, fine_one, f"norm beside {shape} {other} {alone}")
     x, y, scale, weight = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (2, 3, 4), (4,), (4,)))
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, scale, weight, 1e-5, torch.float32), test_utils=CHECKS)
     torch.library.opcheck(add_norm_op.add_norm_op, (x, y, None, weight, 1e-5, torch.bfloat16), test_utils=CHECKS)
@@ -309,6 +319,29 @@ def casts() -> None:
         assert torch.equal(out, torch.cat(weights).bfloat16()), f"casts of {shapes}"
 
 
+def tables() -> None:
+    """Gradients of a table: ids that never come, come once and fill pieces, tables above and below the ids, widths of one program and of two."""
+    for N, V, D, dtype, kind in (
+        (1, 3, 5, torch.float32, "any"), (63, 40, 8, torch.float32, "any"), (300, 9, 24, torch.float32, "any"), (257, 5, 33, torch.bfloat16, "one"),
+        (320, 7, 4, torch.float32, "often"), (130, 300, 1030, torch.float32, "any"), (64, 2, 16, torch.float16, "one"),
+    ):  # fmt: skip
+        ids = torch.randint(0, V, (N,))
+        if kind != "any":
+            ids[torch.rand(N) < (1.0 if kind == "one" else 0.9)] = V - 1
+        d = torch.randn(N, D).to(dtype)
+        given = d.T.contiguous().T if kind == "often" else d
+        made = table_gradient(given, ids, V)
+        wanted = torch.zeros(V, D, dtype=torch.float64).index_add_(0, ids, d.double())
+        assert made.dtype == torch.float32 and made.shape == (V, D) and torch.equal(made, table_gradient(given, ids, V)), "not repeatable"
+        torch.testing.assert_close(made.double(), wanted, atol=2e-5, rtol=2e-6)
+        never = torch.bincount(ids, minlength=V) == 0
+        assert (made[never] == 0).all()
+        print(f"table {(N, V, D, dtype, kind)}")
+    assert table_gradient(torch.randn(0, 4), torch.zeros(0, dtype=torch.long), 3).eq(0).all()
+    d = torch.tensor([[torch.nan, 1.0], [2.0, 3.0]])
+    assert torch.equal(table_gradient(d, torch.tensor([1, 0]), 2)[0], torch.tensor([2.0, 3.0])), "what is no number stays in its row"
+
+
 def chains() -> None:
     """A projection split, convolved, and gated: values, gradients made in one piece, the same again, and under torch.compile's autograd."""
     B, T, I, before = 2, 9, 6, 3
@@ -340,7 +373,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, tables, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()

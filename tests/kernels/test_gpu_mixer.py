@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.add_norm import add_norm
 from kernels.add_norm import reference as add_norm_reference
+from kernels.embedding import embedding
 from kernels.gated_norm import gated_norm
 from kernels.gated_norm import op as norm_op
 from kernels.gated_norm import reference as norm_reference
@@ -250,3 +251,18 @@ def test_beyond_int32_elements(most_of_a_gpu: None) -> None:
     assert ((y - wanted).abs() / (1 + wanted.abs())).max() < 1e-2
     y, wanted = gated_norm(x, x, bias, 1e-5, 1, True)[:, -90:], norm_reference.gated_norm(tail, tail, bias.double(), 1e-5, 1, True)[:, -90:]
     assert ((y - wanted).abs() / (1 + wanted.abs())).max() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "D", "often"), [(50432, 1024, 0.0), (50432, 1000, 0.05), (300, 2048, 0.9), (7, 64, 1.0)])
+def test_the_gradient_of_an_embedding(V: int, D: int, often: float, dtype: torch.dtype) -> None:
+    """Ids that come never, once, and in most places; the same bits each time."""
+    weight = torch.randn(V, D, device="cuda", requires_grad=True)
+    ids = torch.randint(0, V, (16, 2048), device="cuda")
+    ids[torch.rand(16, 2048, device="cuda") < often] = 5
+    y = embedding(weight, ids).to(dtype)
+    assert torch.equal(y, weight[ids].to(dtype))
+    d = torch.randn(y.shape, device="cuda").to(dtype)
+    found, again = (torch.autograd.grad(y, weight, d, retain_graph=True)[0] for _ in range(2))
+    wanted = torch.zeros(V, D, device="cuda", dtype=torch.float64).index_add_(0, ids.flatten(), d.flatten(0, 1).double())
+    assert torch.equal(found, again) and (found - wanted).norm() <= 1e-6 * wanted.norm()

@@ -165,7 +165,7 @@ def test_symmetric_products(K: int, M: int, N: int, flipped: bool) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("steps", [3, 4])
+@pytest.mark.parametrize("steps", [2, 3, 4])
 @pytest.mark.parametrize("rows, columns", [(1024, 1024), (2816, 1024), (256, 256), (32, 1024)])
 def test_updates_in_16_bits_are_orthogonal_enough(rows: int, columns: int, steps: int) -> None:
     x = torch.randn(4, rows, columns, device="cuda")

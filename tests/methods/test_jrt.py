@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,23 @@ import pytest
 import torch
 
 from data.loader import Reader
+from data.prepare import main as prepare
 from data.prompted import IGNORE, PromptReader
+from data.shards import ShardSet
+from data.synthetic import build_task
 from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
 from evals.measures.documents import document_perplexity
+from evals.measures.perplexity import evaluate
 from evals.measures.position import position_curve, windows
+from evals.measures.tracking import count
 from models import mixers
 from models.config import ModelConfig
 from models.lm import LanguageModel
 from models.mixers.jrt import taylor
 from models.prompt import told_by_prompt, whole_prompt
+from models.sampling import Sampling
+from models.session import Session
 from scripts.studies.methods.jrt import told_apart
 from training.config.cli import checked, compose_config
 from training.errors import UserError
@@ -129,6 +138,23 @@ def test_only_what_comes_after_a_prompt_is_scored() -> None:
         document_perplexity(adapter, [(rows[0, :5], 5)])
 
 
+def test_prompts_of_packed_documents_are_not_cut_by_chunks(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} is a number of some digits"[: 12 + i % 15]}) for i in range(40)))
+    assert prepare([f"input={tmp_path / 'a.jsonl'}", f"out={tmp_path / 'x'}", "tokenizer=bytes", "valid_fraction=0.5", "workers=1"]) == 0
+    mixer = {"type": "jrt", "n_heads": 2, "feature_dim": 4, "prompt": M}
+    model = LanguageModel(ModelConfig(257, D, 2, ["j"], {"j": mixer}, init_std=0.3))
+    model.init_weights(0)
+    found = [evaluate(model, ShardSet(tmp_path / "x", "valid"), length=60, chunk=chunk) for chunk in (60, 11)]
+    assert found[0].tokens == found[1].tokens > 0
+    assert abs(found[0].nll_nats - found[1].nll_nats) < 1e-4 * found[0].nll_nats
+
+
+def test_prompts_of_generated_tasks_are_not_cut_by_chunks() -> None:
+    model, task = model_of(M), build_task({"name": "word_problem"})
+    whole, cut = (count(model, task, 53, sequences=9, chunk=chunk).to_dict(53) for chunk in (512, 4))
+    assert whole == cut
+
+
 def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     """Longer than the model's own prompts and than a chunk; the answer is what follows the prompt read in one call."""
     adapter, ids = OwnAdapter(model_of(M), None, "jrt", ""), torch.arange(30)[None]
@@ -137,6 +163,27 @@ def test_the_prompt_of_a_passkey_is_read_whole() -> None:
     got, _ = adapter.prefill(ids, chunk=4)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(got, OwnAdapter(model_of(0), None, "causal", "").prefill(ids, chunk=4)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, M - 2, M, M + 1, 30])
+def test_text_goes_on_from_its_whole_prompt(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last token of a short one is of the prompt as well, and chunks do not cut it."""
+    monkeypatch.setattr("models.session.CHUNK", 4)
+    drawn: list[torch.Tensor] = []
+
+    def draw(self: Sampling, logits_BV: torch.Tensor, *more: object) -> torch.Tensor:
+        drawn.append(logits_BV)
+        return logits_BV.argmax(-1)
+
+    monkeypatch.setattr(Sampling, "draw", draw)
+    model, ids = model_of(M).eval(), torch.arange(length)[None] % 50
+    Session(model, ids).generate(1, Sampling())
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    Session(model, torch.cat([padded, torch.arange(length + 3)[None] % 50]), [length, length + 3]).generate(1, Sampling())
+    with torch.no_grad():
+        wanted = model(ids).logits[0, -1]
+    for logits in drawn:
+        torch.testing.assert_close(logits[0], wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_entropy_of_what_is_written_has_not_seen_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from models.cells import available as cells
 from models.config import ModelConfig
 from models.generate import generate, left_pad
 from models.lm import LanguageModel
-from models.sampling import Sampling, TextStream
+from models.sampling import LEAST, Sampling, TextStream
 from models.session import Session
 from scripts import generate as command
+from tests.data.test_byte_counts import llama
 
 V = 71
 MIXERS: dict[str, dict[str, Any]] = {
@@ -94,12 +96,22 @@ def test_draws_follow_the_filtered_distribution_and_the_seed() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0}],
-    ids=lambda s: next(iter(s)),
+    [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"min_p": -0.1}, {"repetition_penalty": 0}]
+    + [{"temperature": 1e-320}, {"temperature": 1e-38}, {"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}],
+    ids=str,
 )
 def test_a_value_out_of_range_is_refused(settings: dict[str, Any]) -> None:
+    """Logits divided by less than fp32 has are infinite or NaN, from which the last token of the vocabulary was drawn."""
     with pytest.raises(ValueError, match=next(iter(settings))):
         Sampling(**settings)
+
+
+def test_the_least_values_draw_what_is_likeliest() -> None:
+    logits = torch.where(LOGITS < 0, LOGITS * 1e30, LOGITS)
+    assert Sampling(LEAST, top_k=None).draw(logits).equal(logits.argmax(-1))
+    seen = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, IDS, True)
+    wanted = torch.where(seen & (LOGITS > 0), LOGITS * 1e6, LOGITS).argmax(-1)
+    assert Sampling(0, repetition_penalty=LEAST).draw(logits, seen_BV=seen).equal(wanted)
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
@@ -160,6 +172,18 @@ def test_an_empty_prompt_in_a_batch_is_refused() -> None:
             left_pad(rows, 0)
 
 
+@pytest.mark.parametrize("made", [byte_tokenizer, llama], ids=["bytes", "llama"])
+def test_a_stream_goes_on_inside_of_what_stood_before(made: Callable[[], Any]) -> None:
+    """However many of the bytes before it are of one run, and wherever in a character the last eight tokens begin."""
+    tokenizer, text = made(), "a cat 春眠不觉晓处处闻啼鸟 sat"
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    for first in range(1, len(ids)):
+        said = tokenizer.decode(ids[:first])
+        if "\ufffd" not in said:
+            stream = TextStream(tokenizer, ids[:first], ["闻"])
+            assert "".join([*map(stream.push, ids[first:]), stream.finish()]) == text[len(said) :].partition("闻")[0]
+
+
 def stream_of(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
     tokenizer = byte_tokenizer()
     stream = TextStream(tokenizer, tokenizer.encode("Before ").ids, stop)
@@ -202,7 +226,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = (f"checkpoint={folder}", "max_new_tokens=12", "temperature=0", "repetition_penalty=1.3", "top_k=0")
-    lines = ["It was", "A somewhat longer prompt", "é"]
+    lines = ["It was", "A somewhat\u2028longer\x0cprompt", "é"]
     alone = []
     for line in lines:
         status, out, _ = run(capsys, *common, f"prompt={line}")
@@ -231,9 +255,10 @@ def test_the_command_streams_one_prompt_and_batches_a_file(folder: Path, tmp_pat
         (["prompts=/nowhere"], "cannot be read"),
         (["stop=[1]"], "JSON list"),
         (["stop_ids=4,x"], "stop_ids"),
+        (["stop_ids=4²"], "stop_ids"),
         (["stop_ids=100000"], "below 257"),
-        (["temperature=nan"], "temperature must be zero (the likeliest token) or a finite number above it, not nan"),
-        (["repetition_penalty=inf"], "repetition_penalty must be a finite number above zero, not inf"),
+        (["temperature=nan"], "temperature must be zero (the likeliest token) or a finite number from 1e-06 on, not nan"),
+        (["repetition_penalty=inf"], "repetition_penalty must be from 1e-06 to 1,000,000 (1: none), not inf"),
         (["seed=99999999999999999999"], "seed must be a whole number from 0 up to 2^63"),
         (["document=/dev/null"], "document=/dev/null is empty"),
         (["save=/tmp"], "save=/tmp is a folder"),

@@ -46,9 +46,12 @@ def with_gradients(model: nn.Module, seed: int) -> None:
 def followed(values: torch.Tensor, steps: int = STEPS) -> torch.Tensor:
     """Singular values (..., n) after so many steps, by their polynomials alone."""
     s = values / (1.01 * (values**4).sum(-1, keepdim=True) ** 0.25)
+    return polynomials(s, steps)
+
+
+def polynomials(s: torch.Tensor, steps: int) -> torch.Tensor:
     for i in range(steps):
-        a, b, c = coefficients(i, steps)
-        s = a * s + b * s**3 + c * s**5
+        s = sum(c * s ** (2 * j + 1) for j, c in enumerate(coefficients(i, steps)))  # type: ignore[assignment]
     return s
 
 
@@ -78,7 +81,7 @@ def test_updates_that_something_else_runs_are_the_same_updates() -> None:
 
 
 @pytest.mark.parametrize("rows, columns", [(24, 24), (16, 40), (40, 16), (1, 8)])
-@pytest.mark.parametrize("steps", [1, 3, STEPS, 7])
+@pytest.mark.parametrize("steps", [1, 2, 3, STEPS, 7])
 def test_the_directions_are_those_of_the_singular_value_decomposition(rows: int, columns: int, steps: int) -> None:
     """Singular vectors are kept, values are those of the polynomials, and the scale of the matrix does not count."""
     x = torch.randn(5, rows, columns, dtype=torch.float64)
@@ -88,7 +91,7 @@ def test_the_directions_are_those_of_the_singular_value_decomposition(rows: int,
     torch.testing.assert_close(values, torch.diag_embed(followed(s, steps)), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(orthogonalized(1e-12 * x, steps), y)
     low = orthogonalized(x.bfloat16(), steps, torch.float16)
-    assert low.dtype == torch.float16 and (low - y).norm() < 0.04 * y.norm()
+    assert low.dtype == torch.float16 and (low - y).norm() < (0.08 if steps == 2 else 0.04) * y.norm()
     assert (orthogonalized(torch.zeros(2, rows, columns), steps) == 0).all()
     assert orthogonalized(1e-25 * x.float(), steps, torch.float16).isfinite().all(), "squares that are none"
 
@@ -96,12 +99,9 @@ def test_the_directions_are_those_of_the_singular_value_decomposition(rows: int,
 def test_four_steps_do_what_five_of_one_polynomial_do() -> None:
     """Values down to 1/400 of the largest come near 1; over spectra of 1,024 that fall by a power of their place, the update points where
     five steps of Jordan's polynomial, of values over the root of the sum of their squares, make it point, to 0.04 of a cosine."""
-    for steps, least in ((STEPS, -2.6), (3, -2.0)):
-        s = torch.logspace(least, 0, 10000, dtype=torch.float64)
-        for i in range(steps):
-            a, b, c = coefficients(i, steps)
-            s = a * s + b * s**3 + c * s**5
-        assert s.min() > 0.7 and s.max() < 1.28
+    for steps, least in ((STEPS, 1 / 398), (3, 1 / 100), (2, 1 / 80)):
+        s = polynomials(torch.linspace(least, 1, 10000, dtype=torch.float64), steps)
+        assert s.min() > 0.7 and s.max() < 1.29
     for falls in (0.0, 0.3, 0.5, 0.75, 1.0):
         values = torch.arange(1, 1025, dtype=torch.float64) ** -falls
         four, five = followed(values), values / values.norm()
@@ -128,13 +128,27 @@ def test_small_values_do_not_grow_out_of_rounding(rows: int, columns: int, falls
         assert (orthogonalized(x.float()) - wanted).norm() < 1e-4 * wanted.norm()
         low = orthogonalized(x.float(), STEPS, torch.float16).double()  # whose rounding only the smallest values feel
         three = orthogonalized(x.float(), 3, torch.float16).double()
+        patch.setattr(newton_schulz, "symmetric", once_rounded)
+        two = orthogonalized(x.float(), 2, torch.float16).double()
     assert torch.linalg.svdvals(low).max() < 1.3 and (low - wanted).norm() < 0.12 * wanted.norm()
-    fine = orthogonalized(x, 3)
-    assert torch.linalg.svdvals(three).max() < 1.35 and (three - fine).norm() < 0.06 * fine.norm()
+    for steps, low in ((2, two), (3, three)):
+        fine = orthogonalized(x, steps)
+        assert (
+            torch.linalg.svdvals(low).max() < (1.5 if steps == 2 else 1.35)
+            and (low - fine).norm() < (0.08 if steps == 2 else 0.06) * fine.norm()
+        )
 
 
 def mirrored(product: torch.Tensor) -> torch.Tensor:
     return product.tril() + product.tril(-1).mT
+
+
+def once_rounded(x: torch.Tensor, y: Any = None, add: Any = None, alpha: Any = 1.0, beta: Any = 0.0, diagonal: Any = 0.0) -> torch.Tensor:
+    """As the kernel has it, whose sums are whole before they are rounded."""
+    alpha, beta, diagonal = (n[:, None, None].double() if isinstance(n, torch.Tensor) else n for n in (alpha, beta, diagonal))
+    product = alpha * (x.double() @ (x if y is None else y).double().mT)
+    product += diagonal * torch.eye(x.shape[1], dtype=torch.float64)
+    return mirrored((product + (0.0 if add is None else beta * add.double())).to(x.dtype))
 
 
 def test_roles_tell_what_is_a_hidden_matrix() -> None:

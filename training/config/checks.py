@@ -389,4 +389,5 @@ def model_problems(mapping: dict[str, Any]) -> list[str]:
         ModelConfig.from_dict({**mapping, "vocab_size": mapping.get("vocab_size") or 256})
     except UserError as error:
         return error.problems
-    return []
+    gone = [key for key in ("pattern", "mixers") if key not in mapping]
+    return [f"model.{key} is missing; choose a model (model=hybrid), or give it." for key in gone]

@@ -193,7 +193,7 @@ class Config:
     def prompt(self) -> int:
         """Tokens of the prompts that the model's mixers read twice; 0 where none does."""
         mixers = (self.model.get("mixers") or {}).get
-        used = (mixers(name) for name in self.model.get("pattern") or ())
+        used = (mixers(str(name)) for name in self.model.get("pattern") or ())
         return max((int(m.get("prompt") or 0) for m in used if isinstance(m, dict) and str(m.get("prompt") or 0).isdigit()), default=0)
 
     @property

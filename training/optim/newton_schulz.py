@@ -36,6 +36,10 @@ OF_THREE = (  # likewise of 0.01 to 1, where there are three steps in all: value
     (3.56528, -2.56493, 0.48597),
     (2.60912, -1.86312, 0.40995),
 )
+OF_TWO = (  # of degree 9, of 1/80 to 1, where there are two steps in all: values of it come out between 0.7 and 1.29
+    (13.61669, -128.93859, 424.81054, -543.41457, 235.75598),
+    (4.39196, -9.11296, 7.85597, -2.753, 0.33332),
+)
 LATER = (1.875, -1.25, 0.375)  # of all further ones: it takes values near 1 to 1
 STEPS = 4
 LEAST = 1e-18  # a norm below this is that of a matrix of zeros, which stays one: squares of 1e-20 are none in fp32
@@ -45,10 +49,10 @@ FAR_FROM_SQUARE = 1.25  # from this ratio of the sides on, R is iterated instead
 AFRESH = 2  # steps of R; three where there are no more: values below 0.01 are left behind there, so that drowned ones do not grow
 
 
-def coefficients(step: int, steps: int = STEPS) -> tuple[float, float, float]:
-    """(a, b, c) of a step, counted from 0, of so many."""
-    if steps == len(OF_THREE):
-        return OF_THREE[step]
+def coefficients(step: int, steps: int = STEPS) -> tuple[float, ...]:
+    """Of s, s^3, s^5 and so on: the polynomial of a step, counted from 0, of so many."""
+    if steps in (len(OF_TWO), len(OF_THREE)):
+        return (OF_TWO if steps == len(OF_TWO) else OF_THREE)[step]
     return COEFFICIENTS[step] if step < len(COEFFICIENTS) else LATER
 
 
@@ -61,7 +65,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
     del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
     scale = None
-    again = (steps if steps == len(OF_THREE) else AFRESH) if large >= FAR_FROM_SQUARE * small else 1
+    again = (steps if steps in (len(OF_TWO), len(OF_THREE)) else AFRESH) if large >= FAR_FROM_SQUARE * small else 1
     for first in range(0, steps, again):
         gram = symmetric(x if wide else x.mT)  # the smaller of x x^T and x^T x
         if not first:
@@ -72,19 +76,46 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
     return x
 
 
-def _factor(gram: Tensor, steps: list[tuple[float, float, float]], scale: Tensor | None) -> Tensor:
+def _factor(gram: Tensor, steps: list[tuple[float, ...]], scale: Tensor | None) -> Tensor:
     """What x is multiplied with for these steps, R = x x^T being `gram`. scale (k,): what R and the square of x have to be multiplied with before, if it
     is not 1."""
-    a, b, c = steps[0]
-    if scale is None:
-        factor = near = symmetric(gram, None, gram, c, b, a)
-    elif len(steps) == 1:
-        root = scale.sqrt()
-        return symmetric(gram, None, gram, c * scale * scale * root, b * scale * root, a * root)
-    else:
-        factor = near = symmetric(gram, None, gram, c * scale * scale, b * scale, a)
-    for i, (a, b, c) in enumerate(steps[1:]):
-        gram = symmetric(symmetric(gram, near, alpha=1.0 if scale is None or i else scale), near)
-        near = symmetric(gram, None, gram, c, b, a)
-        factor = symmetric(factor, near, alpha=1.0 if scale is None or i else scale.sqrt())
+    root = 1.0 if scale is None else scale.sqrt()
+    if len(steps) == 1:
+        return _polynomial(gram, steps[0], scale, root)
+    first, *more = steps
+    # the constant of a steep polynomial, rounded with the rest, would come back in R as often as two of them do not commute
+    aside = first[0] if len(first) == 5 else 0.0
+    near, factor = _polynomial(gram, first, scale, aside=aside), None
+    for i, step in enumerate(more):
+        gram = _times(_times(gram, near, aside, 1.0 if scale is None or i else scale), near, aside, 1.0)
+        after = _polynomial(gram, step, None)
+        if factor is None:
+            factor = symmetric(near, after, after if aside else None, root, aside * root)
+        else:
+            factor = symmetric(factor, after)
+        near, aside = after, 0.0
     return factor
+
+
+def _times(x: Tensor, near: Tensor, aside: float, times: float | Tensor) -> Tensor:
+    """times x (near + aside I)."""
+    return symmetric(x, near, x if aside else None, times, aside * times)
+
+
+def _polynomial(gram: Tensor, step: tuple[float, ...], scale: Tensor | None, times: float | Tensor = 1.0, aside: float = 0.0) -> Tensor:
+    """`times` the polynomial of a step over s, with R = scale `gram` in the place of s^2, less `aside` times I."""
+    s = 1.0 if scale is None else scale
+    if len(step) == 3:
+        a, b, c = step
+        return symmetric(gram, None, gram, c * s * s * times, b * s * times, (a - aside) * times)
+    last, half = step[4], step[3] / (2 * step[4])
+    square = step[2] - last * half * half  # of R^2, beside what H^2 has of it
+    if not aside:  # a constant in H brings it, too
+        constant = square / (2 * last)
+        squared = symmetric(gram, None, gram, s * s, half * s, constant)
+        linear, rest = step[1] - half * square, step[0] - constant * constant * last
+        return symmetric(squared, None, gram, last * times, linear * s * times, rest * times)
+    squared = symmetric(gram, None, gram, s * s, half * s)
+    linear = (step[1] - half * square) * s
+    beside = gram * (linear[:, None, None].to(gram.dtype) if isinstance(linear, Tensor) else linear) + square * squared
+    return symmetric(squared, None, beside, last, 1.0, step[0] - aside)

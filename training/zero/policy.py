@@ -106,7 +106,7 @@ def bucket_elements(config: Config, world_size: int, largest: int) -> int:
 
 
 # Layers whose gradients DeepSpeed sums in bf16 under its autocast; by default those that are nn.Linear and nothing more.
-MATRICES = ["torch.nn.Linear", "models.head.Head", "torch.nn.Embedding"]
+MATRICES = ["torch.nn.Linear", "models.head.Head", "models.layers.Embedding"]
 
 
 def reduction(config: Config) -> tuple[dict[str, Any], dict[str, Any]]:

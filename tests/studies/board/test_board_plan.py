@@ -82,7 +82,16 @@ def test_the_pass_takes_the_rate_of_stage_1_where_it_is_known_and_asks_the_grid_
     assert [cell.name for cell in plan.cells(known, ["pass"])] == [f"pass.gdn@tiny.0.002.{seed}" for seed in range(3)]
     known |= results_of(plan.tried("grid", "paragru", known), partial(_distance, 8e-3))
     cells = plan.cells(known, ["pass"])
-    assert [cell.settings["seed"] for cell in cells] == [0, 0, 1, 1, 2, 2] and plan.best_rate("pass", "paragru", known) == 8e-3
+    assert plan.best_rate("pass", "paragru", known) == 8e-3
+    # A row with its three seeds before the next, what decisive rows have beyond them behind all.
+    assert [(cell.row, cell.settings["seed"]) for cell in cells] == [(row, seed) for row in ("gdn", "paragru") for seed in range(3)]
+    assert {cell.settings["seed"] for cell in cells if work.reads_all(cell)} == {1}
+    pair = Plan("tiny", str(data), ["gdn_hybrid", "gdn"])
+    known |= results_of(pair.tried("grid", "gdn_hybrid", known), partial(_distance, 8e-3))
+    assert [cell.name.split(".", 1)[0] + cell.row + str(cell.settings["seed"]) for cell in pair.cells(known, ["pass"])] == [
+        *(f"pass{row}{seed}" for row in pair.rows for seed in range(3)),
+        *(f"passgdn_hybrid{seed}" for seed in (3, 4)),
+    ]
     known |= results_of(cells[:1], lambda cell: math.inf)  # a pass that diverged is run again at half the rate, wherever that came from
     assert plan.best_rate("pass", "gdn", known) == pytest.approx(1e-3)
 
@@ -235,6 +244,10 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     assert expected_seconds(mine, known) == pytest.approx(500 + ABOUT) and expected_seconds(mine, known, 2) == pytest.approx(1000 + ABOUT)
     assert expected_seconds(first_of_row, known) == pytest.approx(500 + ABOUT + COMPILING)
     assert expected_seconds(plan.probe("gdn", "parity", 0), known) == 0.0 == expected_seconds(mine, {})
+    # Of cells that shared a device the speed is a share; one that had it alone says more than they.
+    shared = {name: Result(name, result.content | {"beside": 2}) for name, result in known.items()}
+    assert expected_seconds(mine, shared) == pytest.approx(2560 / (2.56 + 5.12) + ABOUT)
+    assert expected_seconds(mine, dict([*list(shared.items())[:1], *list(known.items())[1:]])) == pytest.approx(2560 / 5.12 + ABOUT)
 
 
 @pytest.mark.parametrize(
