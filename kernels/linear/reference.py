@@ -1,8 +1,9 @@
-"""The products in plain torch, each by itself: the oracle, and what exported code runs, where a layer may have been replaced by one that wraps it."""
+"""The products in plain torch, each by itself: the oracle, and what runs where `kernels.linear.joins` says no."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,7 +15,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]:
     """What each of `layers` makes of x (..., D). apart: of those at the end, which lie apart from the others; here all do."""
-    return tuple(layer(x) for layer in layers)
+    return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
 
 
 def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
@@ -24,5 +25,4 @@ def of_heads(x_MEK: Tensor, weight_EKO: Tensor) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """What `layer` makes of x (..., D)."""
-    made: Tensor = layer(x)  # called, not multiplied by its weight: an adapter, a hook or a quantised layer acts in its call
-    return made
+    return F.linear(x, layer.weight, layer.bias)

@@ -18,6 +18,7 @@ OURS = ("models", "kernels", "training", "data", "evals")
 # by the template, where a mixer or a cell imports them
 PROVIDED = {
     "parallel_rnn", "parallel_rnn_step", "dense_rnn", "dense_rnn_step", "ssd", "delta_rule", "m2rnn", "load_cell", "bias_init", "torch_functions", "jumps", "Cell",
+    "linear", "linears",
     "Pre", "Rec", "Mat", "State", "LogState", "Walk",
 }  # fmt: skip
 # operations whose reference.py has the same functions

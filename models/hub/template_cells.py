@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.delta_rule.reference import delta_rule_chunked, delta_rule_step
 from kernels.m2rnn.reference import m2rnn_sequential
@@ -68,6 +68,17 @@ def jumps(cell: Cell) -> bool:
 def bias_init(name: str) -> Any:
     """Where the biases of a cell's inputs start: (lowest, highest over the channels) by argument."""
     return BIASES.get(name, {})
+
+
+def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]:
+    """What each of `layers` makes of x (..., D). They are called, not multiplied by their weights: an adapter, a hook or a quantised layer that took the
+    place of one acts in its call. apart: says nothing here."""
+    return tuple(layer(x) for layer in layers)
+
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """What `layer` makes of x (..., D)."""
+    return linears(x, layer)[0]
 
 
 def parallel_rnn(

@@ -33,9 +33,14 @@ def median(cells: Sequence[Cell]) -> Cell:
     return order[len(order) // 2]
 
 
+def percent(accuracy: float) -> str:
+    """Whole per cent, but of nearly all answers a tenth: 100 is kept for those that are."""
+    return f"{100 * accuracy:.1f}" if 0.985 <= accuracy < 0.9995 else f"{100 * accuracy:.0f}"
+
+
 def summary(cells: Sequence[Cell], T: int, lengths: Sequence[int]) -> str:
     """One entry of the table: how many seeds were solved in how many steps, the median seed by length, and what was not to its end."""
-    reach = ", ".join(f"{100 * at(median(cells), T * m):.0f}" for m in lengths)
+    reach = ", ".join(percent(at(median(cells), T * m)) for m in lengths)
     cut = [cell["step"] for cell in cells if cell["ended"] == "time"]
     if len(cut) == len(cells):
         return f"cut at {min(cut):,} to {max(cut):,}; {reach}" if min(cut) < max(cut) else f"cut at {cut[0]:,}; {reach}"

@@ -12,7 +12,7 @@ from scripts.studies import equal, equal_cells
 from scripts.studies.cells import build_model
 from scripts.studies.equal import DEFAULTS, arguments, collect, limit_of, main, order, work
 from scripts.studies.equal_cells import LENGTHS, MIXERS, TASKS, Learner, ladder, settings_of
-from scripts.studies.equal_table import MARK, into_page, median, table
+from scripts.studies.equal_table import MARK, into_page, median, percent, table
 from training.errors import UserError
 
 VALUES = {**DEFAULTS, "length": 8, "batch": 8}
@@ -236,6 +236,7 @@ def test_table_and_plot_show_the_same_seed() -> None:
         {"seed": seed, "lengths": [{"accuracy": a}, {"accuracy": b}]} for seed, a, b in ((0, 1.0, 0.98), (1, 1.0, 0.58), (2, 1.0, 0.8))
     ]
     assert median(cells)["seed"] == 2
+    assert [percent(a) for a in (0.9996, 0.9951, 0.984, 0.1751)] == ["100", "99.5", "98", "18"]
 
 
 def test_the_table_says_what_ran_out_of_time() -> None:
