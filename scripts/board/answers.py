@@ -141,6 +141,8 @@ def answer(rows: Rows, question: Question, stage: str = "pass") -> Answer:
     better = "better" if found.mean < 0 else "worse"
     against = question.expected != 0 and (found.mean > 0) != (question.expected > 0)
     better += ", against what was expected" if against else ""
+    loose = unpaired(one, other)
+    better += ", in pairs; not over all seeds" if loose is not None and not loose.decides() and found is not every else ""
     return Answer(f"{said}: {better}.", against or found.mean > 0, True, question.about, stage, found, better)
 
 

@@ -20,7 +20,7 @@ from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, number, p
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     """README.md of the page."""
     rows = found["rows"]
-    lines = ["# The board", "", *_introduction(found), "", "## Answers", "", *summary(found), ""]
+    lines = ["# The board", "", *_introduction(found), "", "## Answers, nulls and negative results first", "", *summary(found), ""]
     lines += [*leading_table(found), ""]
     lines += ["![loss](loss.png)", ""] if "loss.png" in pictures else []
     lines += ["## Comparisons, nulls and negative results first", "", *comparison_table(found), ""]
