@@ -71,8 +71,7 @@ def logits_gradient(LOGITS, LABELS, LOG_Z, G_NLL, G_LOG_Z, V, BV: tl.constexpr):
 
 @triton.jit
 def losses_and_gradient(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
-    """Both at once: what a row's first pass has read the second finds in the cache, from its end on; what is read and written for the last time leaves
-    it first."""
+    """Both at once: what a row's first pass has read the second finds in the cache, from its end on."""
     row = tl.program_id(0).to(tl.int64)
     at, column = LOGITS + row * V, _by_eight(BV)
     label = tl.load(LABELS + row)
@@ -85,11 +84,11 @@ def losses_and_gradient(LOGITS, LABELS, NLL, LOG_Z, V, BV: tl.constexpr):
     whole = V // BV * BV
     if whole < V:
         inside = whole + column < V
-        d = tl.exp2((tl.load(at + whole + column, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32) - log_z) * LOG2E)
-        tl.store(at + whole + column, tl.where(counted, d, 0.0).to(LOGITS.dtype.element_ty), mask=inside, eviction_policy="evict_first")
+        d = tl.exp2((tl.load(at + whole + column, mask=inside, other=0.0).to(tl.float32) - log_z) * LOG2E)
+        tl.store(at + whole + column, tl.where(counted, d, 0.0).to(LOGITS.dtype.element_ty), mask=inside)
     for i in range(0, whole, BV):
         turn = at + (whole - BV - i) + column
-        d = tl.exp2((tl.load(turn, eviction_policy="evict_first").to(tl.float32) - log_z) * LOG2E)
-        tl.store(turn, tl.where(counted, d, 0.0).to(LOGITS.dtype.element_ty), eviction_policy="evict_first")
+        d = tl.exp2((tl.load(turn).to(tl.float32) - log_z) * LOG2E)
+        tl.store(turn, tl.where(counted, d, 0.0).to(LOGITS.dtype.element_ty))
     tl.debug_barrier()  # the label's place is written twice
     tl.store(at + label, (tl.exp2((picked - log_z) * LOG2E) - 1.0).to(LOGITS.dtype.element_ty), mask=known)
