@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import sys
 import threading
@@ -111,8 +112,10 @@ def leave(main: Callable[[], Any]) -> NoReturn:
 
     A thread of Gloo that still lets go of the last tensor then would abort the process, whose work is done (PyTorch issue 190489): DeepSpeed's
     modules and every parameter hold the process group, so that its threads outlive `destroy_process_group`. Threads are waited for and what
-    is registered to run at exit runs, as in an ordinary end.
+    is registered to run at exit runs, as in an ordinary end. A child of multiprocessing is left to it: what is registered there is its parent's.
     """
+    if multiprocessing.parent_process() is not None:
+        sys.exit(main())
     try:
         status = main()
     except SystemExit as stop:

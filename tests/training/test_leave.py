@@ -70,3 +70,18 @@ leave(main)
 def test_an_error_that_nobody_expected_has_its_traceback() -> None:
     done = ended("from training.launch import leave\nleave(lambda: 1 / 0)")
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_child_of_multiprocessing_leaves_what_its_parent_has_registered(tmp_path: Path) -> None:
+    program = """
+import multiprocessing, sys, tempfile
+from pathlib import Path
+from training.launch import leave
+with tempfile.TemporaryDirectory() as folder:
+    child = multiprocessing.get_context("fork").Process(target=leave, args=(lambda: 75,))
+    child.start()
+    child.join()
+    print(child.exitcode, Path(folder).is_dir())
+"""
+    done = ended(program)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "75 True\n", "")
