@@ -14,14 +14,8 @@ from collections.abc import Collection
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
-BY_TOKEN = {
-    "ByteLevel",
-    "ByteFallback",
-    "Metaspace",
-    "Replace",
-    "Fuse",
-    "Strip",
-}  # decoders that write a token alike wherever it stands, but for the first
+# Decoders that write a token alike wherever it stands, but for the first.
+BY_TOKEN = {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Fuse", "Strip"}
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 

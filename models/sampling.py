@@ -17,10 +17,8 @@ from torch import Tensor
 from data.errors import UserError
 
 NEVER = float("-inf")
-LEAST, MOST = (
-    1e-6,
-    1e6,
-)  # of what logits are divided or multiplied by: beyond, they may be infinite or NaN in fp32, which draws the last token
+# Of what logits are divided or multiplied by: beyond, they may be infinite or NaN in fp32, which draws the last token.
+LEAST, MOST = 1e-6, 1e6
 
 
 @dataclass(frozen=True)

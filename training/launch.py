@@ -1,4 +1,5 @@
-"""What a launcher (torchrun, deepspeed, srun) says in the environment of each rank, read in one place and checked before it is believed."""
+"""What a launcher (torchrun, deepspeed, srun) says in the environment of each rank, read in one place and checked before it is believed; and
+how the program of a rank ends."""
 
 from __future__ import annotations
 

@@ -89,9 +89,7 @@ class Adapter:
     train_length: int | None = None  # tokens of a training sequence, where known
     position_limit: int | None = None  # tokens that learned position embeddings allow; None: no such limit
     carry = "chunks"  # how its state goes on: in "chunks", in "steps" of one token, or "none": it reads whole sequences only
-    whole_beyond: int | None = (
-        None  # tokens beyond which sequences are read whole all the same; None: however long they are, they are carried so
-    )
+    whole_beyond: int | None = None  # tokens beyond which sequences are read whole all the same; None: however long, they are carried so
     trusted = False  # whether code of the folder was run
     after_chunk: Callable[[Any], Any] | None = None  # state -> state, between chunks: where cures act
     on_start: Callable[[], None] | None = None  # called when a new sequence begins: where cures forget the last one

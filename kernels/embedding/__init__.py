@@ -44,7 +44,7 @@ class _Rows(torch.autograd.Function):
 
 def embedding(weight_VD: Tensor, ids: Tensor) -> Tensor:
     """(..., D): the rows of `ids`, differentiable once."""
-    ours = (weight_VD.is_cuda or planned()) and (is_eager(weight_VD) or planned()) and weight_VD.dtype == torch.float32
+    ours = (weight_VD.is_cuda and is_eager(weight_VD) or planned()) and weight_VD.dtype == torch.float32
     if not ours or not (torch.is_grad_enabled() and weight_VD.requires_grad):
         return F.embedding(ids, weight_VD)
     made: Tensor = _Rows.apply(weight_VD, ids)

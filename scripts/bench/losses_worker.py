@@ -82,6 +82,9 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
     losses: list[Tensor] = []
     began = time.perf_counter()
 
+    def keep(**more: Any) -> None:
+        kept({"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1), **more})
+
     def passed(step: int, tokens: Any = tokens) -> Tensor:
         ids = rows_of(tokens, seed, step, given["rows"], given["length"], device)
         with torch.autocast(device.type, torch.bfloat16), nullcontext() if attention is None else sdpa_kernel(attention):
@@ -98,13 +101,11 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
         ahead(losses[-1])
         update()
         if step % 50 == 0 or step == given["steps"]:
-            kept({"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1)})
+            keep()
     with torch.no_grad():
         apart = numpy.memmap(given["held_out_tokens"] or given["tokens"], dtype=numpy.uint16, mode="r")
         held = [float(passed(-1 - i, apart)) for i in range(given["held_out"])]
-    kept(
-        {"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1), "held_out": held}
-    )
+    keep(held_out=held)
 
 
 def main(given: dict[str, Any]) -> None:

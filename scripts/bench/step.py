@@ -52,9 +52,8 @@ DEFAULTS: dict[str, Any] = {
     "against": "",  # another commit, whose rows are measured in turn
 }
 SLOWER = 0.02  # of its rate before, from which a row is called slower
-SHOWN = (
-    "losses_from_to tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()
-)  # of a row, on the screen
+# Of a row, on the screen.
+SHOWN = "losses_from_to tokens_per_s mfu step_ms update_ms kernels_ms idle peak_gib first_step_s parts_ms".split()
 
 
 def run_row(

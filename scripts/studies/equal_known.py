@@ -41,10 +41,5 @@ def recorded(folder: Path) -> list[Cell]:
 
 def furthest(cells: Iterable[Cell]) -> dict[tuple[str, str, int], Cell]:
     """By task, mixer and seed: of several a cell that ended over one that the clock cut, then the one of most steps, then the last."""
-    found: dict[tuple[str, str, int], Cell] = {}
-    for cell in cells:
-        place = (cell["task"], cell["mixer"], cell["seed"])
-        rank = (cell["ended"] != "time", cell["step"])
-        if place not in found or rank >= (found[place]["ended"] != "time", found[place]["step"]):
-            found[place] = cell
-    return found
+    ranked = sorted(cells, key=lambda cell: (cell["ended"] != "time", cell["step"]))  # of equals the last stays last
+    return {(cell["task"], cell["mixer"], cell["seed"]): cell for cell in ranked}

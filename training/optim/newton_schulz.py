@@ -40,6 +40,7 @@ OF_TWO = (  # of degree 9, of 1/80 to 1, where there are two steps in all: value
     (13.61669, -128.93859, 424.81054, -543.41457, 235.75598),
     (4.39196, -9.11296, 7.85597, -2.753, 0.33332),
 )
+WHOLE = {2: OF_TWO, 3: OF_THREE}  # by how many steps there are in all: made for one another, and of one R
 LATER = (1.875, -1.25, 0.375)  # of all further ones: it takes values near 1 to 1
 STEPS = 4
 LEAST = 1e-18  # a norm below this is that of a matrix of zeros, which stays one: squares of 1e-20 are none in fp32
@@ -51,8 +52,8 @@ AFRESH = 2  # steps of R; three where there are no more: values below 0.01 are l
 
 def coefficients(step: int, steps: int = STEPS) -> tuple[float, ...]:
     """Of s, s^3, s^5 and so on: the polynomial of a step, counted from 0, of so many."""
-    if steps in (len(OF_TWO), len(OF_THREE)):
-        return (OF_TWO if steps == len(OF_TWO) else OF_THREE)[step]
+    if steps in WHOLE:
+        return WHOLE[steps][step]
     return COEFFICIENTS[step] if step < len(COEFFICIENTS) else LATER
 
 
@@ -65,7 +66,7 @@ def orthogonalized(x_krc: Tensor, steps: int = STEPS, dtype: torch.dtype | None 
     del x_krc
     wide, (small, large) = x.shape[1] <= x.shape[2], sorted(x.shape[1:])
     scale = None
-    again = (steps if steps in (len(OF_TWO), len(OF_THREE)) else AFRESH) if large >= FAR_FROM_SQUARE * small else 1
+    again = (steps if steps in WHOLE else AFRESH) if large >= FAR_FROM_SQUARE * small else 1
     for first in range(0, steps, again):
         gram = symmetric(x if wide else x.mT)  # the smaller of x x^T and x^T x
         if not first:
