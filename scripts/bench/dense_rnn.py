@@ -46,7 +46,7 @@ CASES = [
 # a group is a process: one cell in one dtype, of LSTMs one size
 GROUPS = [list(cases) for _, cases in itertools.groupby(CASES, key=lambda case: case[:3])]
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
-TILES = {32: ((16, 8), (32, 8)), 64: ((16, 4), (16, 8), (32, 8)), 128: ((16, 8), (16, 16))}  # rows and warps of a program
+TILES = {32: ((8, 4), (16, 8)), 64: ((8, 4), (16, 4), (16, 8), (32, 8)), 128: ((16, 8), (16, 16))}  # rows and warps of a program
 
 
 def problem(name: str, B: int, T: int, E: int, K: int, kind: str = "init") -> tuple[Cell, list[Tensor]]:
