@@ -78,10 +78,11 @@ def _known(w: Writer, indent: int, products: bool) -> None:
     w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
     w.put(indent, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-    w.put(indent + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    w.put(indent + 1, *(f"p{i} = {w.load(f'q_ + {i} * K')}" for i in w.Q))
     starts = {i: f" + ({start})" for i, start in w.begins.items()}
     # and a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in
-    nothing = "tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc="
+    first, last = ("BM", "BK") if w.across else ("BK", "BM")
+    nothing = f"tl.dot(tl.zeros(({first}, 16), DOT), tl.zeros((16, {last}), DOT), acc="
     w.put(indent + 1, *(f"p{i} = {nothing}p{i}{starts.get(i, '')}, input_precision=PRECISION)" for i in w.Q))
     w.put(indent, "else:")
     w.dots(indent + 1)

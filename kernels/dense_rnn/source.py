@@ -205,12 +205,15 @@ class Narrow(Writer):
 
     def store_all(self, indent: int, to: str, stride: str, values: list[str], mask: str = "both") -> None:
         """As one axis more, which the compiler brings into the order of memory as a whole."""
-        if len(values) not in (2, 4):
+        if len(values) not in (2, 3, 4):
             return super().store_all(indent, to, stride, values, mask)
+        mask = f"{mask}[:, :, None]"
+        if len(values) == 3:
+            values, mask = [*values, values[2]], f"{mask} & (tl.arange(0, 4) < 3)"
         pairs = [f"tl.join({a}, {b})" for a, b in zip(values, values[len(values) // 2 :])]
-        both = pairs[0] if len(pairs) == 1 else f"tl.reshape(tl.join({', '.join(pairs)}), (BM, BK, 4))"
-        self.put(indent, f"all_ = {both}", f"places_ = ({to})[:, :, None] + tl.arange(0, {len(values)}) * {stride}")
-        self.put(indent, f"tl.store(places_, all_, mask={mask}[:, :, None])")
+        all_ = pairs[0] if len(pairs) == 1 else f"tl.reshape(tl.join({', '.join(pairs)}), (BM, BK, 4))"
+        self.put(indent, f"all_ = {all_}", f"places_ = ({to})[:, :, None] + tl.arange(0, {len(values)}) * {stride}")
+        self.put(indent, f"tl.store(places_, all_, mask={mask})")
 
 
 def _turned(line: str) -> str:
