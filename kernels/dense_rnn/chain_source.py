@@ -11,11 +11,12 @@ CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPEN
 WORST = "worst = tl.max(worst_, 0)"  # of all slices, behind _chain
 
 
-def _chain(w: Writer, back: bool) -> None:
-    """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
+def _chain(w: Writer, back: bool, measured: bool) -> None:
+    """From slice to slice: where it should begin (to), how far that is from where it did (c), and whether that is too far (far). measured: and the share of
+    its size that it is, which takes a division for each state."""
     S, V = len(w.S), len(w.tracked)
     w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
-    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst_ = tl.zeros((BK,), tl.float32)")
+    w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst_ = tl.zeros((BK,), tl.float32)" if measured else "some = 0")
     w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
     w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
@@ -26,16 +27,19 @@ def _chain(w: Writer, back: bool) -> None:
     for i in w.S:
         terms = [f"_times(P{a}{c}, c{a if back else c})" for a, c in w.tracked if (c if back else a) == i]
         w.put(2, f"more{i} = {' + '.join(terms) or 'c0 * 0.0'}", f"to{i} = end{i} + tl.where(tl.abs(more{i}) <= 3.0e38, more{i}, 0.0)")
-    w.put(2, "share = tl.zeros((BK,), tl.float32)")
+    w.put(2, "share = tl.zeros((BK,), tl.float32)" if measured else "stands = k >= 0")
     for i in w.S:
         w.put(2, f"near{i} = tl.load(NEARBY + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
         if i in w.dense.cell.logs and not back:  # as reference.certified_size
             w.put(2, f"near{i} = tl.maximum(1.0, near{i} * tl.minimum(1.0, {SHARE_OF_FP32} / TOLERANCE))")
-        w.put(2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))")
+        close = f"(tl.abs(c{i}) <= TOLERANCE * near{i}) & (tl.abs(c{i}) <= 3.0e38)"  # which holds where the share is no larger, as TOLERANCE is a power of two
+        w.put(
+            2, f"c{i} = to{i} - old{i}", f"share = tl.maximum(share, _share(c{i}, near{i}))" if measured else f"stands = stands & {close}"
+        )
     # the next slice waits for whether this one stands: a warp finds the largest of whole numbers in one instruction
-    w.put(
-        2, "share = tl.where(inside, share, 0.0)", "far = tl.max((share > TOLERANCE).to(tl.int32), 0)", "worst_ = tl.maximum(worst_, share)"
-    )
+    if measured:
+        w.put(2, "share = tl.where(inside, share, 0.0)", "stands = share <= TOLERANCE", "worst_ = tl.maximum(worst_, share)")
+    w.put(2, "far = tl.max(tl.where(stands, 0, 1), 0)", "" if measured else "some = tl.maximum(some, far)")
     w.put(2, *(f"c{i} = tl.where(far > 0, c{i}, 0.0)" for i in w.S))
 
 
@@ -46,7 +50,7 @@ def correct(w: Writer, back: bool) -> None:
     w.wait(short=True)
     w.put(1, "done = DONE + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)")
     w.put(1, "if ROUND > 1.0:  # what stood in the last round still does", "    if tl.load(done) > 0:", "        return")
-    _chain(w, back)
+    _chain(w, back, measured=False)
     w.put(
         2,
         "tl.store(TODO + now * tl.num_programs(0) + e, far)",
@@ -54,11 +58,9 @@ def correct(w: Writer, back: bool) -> None:
     )
     for i in w.S:
         w.put(2, f"tl.store(BEGINS + (now * {S} + {i}) * D + d, to{i}, mask=move)")
-    w.put(1, WORST)
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
-    w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
-    w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
+    w.put(1, "tl.store(done, 1 - some)", "if some > 0:", "    tl.atomic_max(STATS + 1, ROUND)")
 
 
 def certify(w: Writer, back: bool, joins: bool = True) -> None:
@@ -69,7 +71,7 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
     w.wait(short=True)
     w.put(1, "first = n")
-    _chain(w, back)
+    _chain(w, back, measured=True)
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(
         2,
