@@ -11,12 +11,12 @@ CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPEN
 WORST = "worst = tl.max(worst_, 0)"  # of all slices, behind _chain
 
 
-def _chain(w: Writer, back: bool) -> None:
+def _chain(w: Writer, back: bool, slices: str = "n") -> None:
     """From slice to slice: where it should begin (to), how far that is from where it did (c), and the share of its size that this is."""
     S, V = len(w.S), len(w.tracked)
     w.put(1, "b = tl.program_id(1).to(tl.int64)", "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = k < K", "d = e * K + k")
     w.put(1, *(f"c{i} = tl.zeros((BK,), tl.float32)" for i in w.S), "worst_ = tl.zeros((BK,), tl.float32)")
-    w.put(1, f"for m in tl.range(1, n, num_stages={CHAIN_STAGES}):")
+    w.put(1, f"for m in tl.range(1, {slices}, num_stages={CHAIN_STAGES}):")
     w.put(2, "now, before = (b * n + n - 1 - m, b * n + n - m)" if back else "now, before = (b * n + m, b * n + m - 1)")
     for i in w.S:
         w.put(2, f"end{i} = tl.load(ENDS + (before * {S} + {i}) * D + d, mask=inside, other=0.0)")
@@ -39,7 +39,8 @@ def _chain(w: Writer, back: bool) -> None:
     w.put(2, *(f"c{i} = tl.where(far > 0, c{i}, 0.0)" for i in w.S))
 
 
-def correct(w: Writer, back: bool) -> None:
+def correct(w: Writer, back: bool, joins: bool = True) -> None:
+    """joins: walks may end early, where they join states that are only near, so that a round's residual is not yet the certificate's."""
     S = len(w.S)
     name = "correct_back" if back else "correct"
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, TODO, DONE, STATS, ROUND, {CHAIN}):")
@@ -58,7 +59,8 @@ def correct(w: Writer, back: bool) -> None:
     first = "n - 1" if back else "0"
     w.put(1, f"tl.store(TODO + (b * n + {first}) * tl.num_programs(0) + e, 0)")
     w.put(1, "tl.store(done, tl.where(worst > TOLERANCE, 0, 1))")
-    w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)")
+    w.put(1, "if worst > TOLERANCE:", "    tl.atomic_max(STATS + 1, ROUND)", "" if joins else "else:")
+    w.put(2, "" if joins else "tl.atomic_max(STATS + 0, worst)")
 
 
 def certify(w: Writer, back: bool, joins: bool = True) -> None:
@@ -69,7 +71,9 @@ def certify(w: Writer, back: bool, joins: bool = True) -> None:
     w.put(0, "", "", JIT, f"def {name}(BEGINS, ENDS, PRODUCTS, NEARBY, {'JOINED, ' if joins else ''}BAD, FINAL, STATS, {CHAIN}):")
     w.wait(short=True)
     w.put(1, "first = n")
-    _chain(w, back)
+    if not joins:  # 1: the last round has found that all stand
+        w.put(1, "slices = tl.where(tl.load(BAD + tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) > 0, 1, n)")
+    _chain(w, back, "n" if joins else "slices")
     differ = " | ".join(f"((end{i} != old{i}) & inside)" for i in w.S)
     w.put(
         2,

@@ -27,6 +27,7 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+BURN_BACK = 24  # steps before a slice's end from which adjoints are guessed where matrices stay on chip: no more corrections than with 32
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
@@ -157,7 +158,8 @@ class Plan:
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
-        burn_in = BURN_IN if burn_in is None else burn_in
+        if burn_in is None:
+            burn_in = BURN_BACK if back and tiles.held_back else BURN_IN
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
 
 
@@ -319,7 +321,7 @@ def backward(
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
         p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
-        to.batch, to.time, to.projection, to.se, with_kept, scaled,
+        to.batch, to.time, to.projection, to.se, with_kept, scaled, same,
     )  # fmt: skip
     p.walk("walk_back", tensors, first=True)
     if n > 1:

@@ -56,7 +56,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     constants = {
         "E": 1, "K": K, "KP": -(-K // tiles.multiple) * tiles.multiple, "HEAD": K // 4, "NEAR": large.NEAR, "HAS_RESET": True, "DOT": kind,
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
-        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "STAGES": tiles.stages,
+        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "SAME": False, "STAGES": tiles.stages,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
