@@ -7,7 +7,7 @@ Legend: B batch, T time, H heads of values, G heads of queries and keys, K key w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from kernels.linear import linear
 from kernels.m2rnn import m2rnn
 from kernels.m2rnn_step import m2rnn_step
 from kernels.short_conv import joint_gradient
-from models.contract import Role, SequenceMixer, document_starts, last_segment
+from models.contract import Role, document_starts, last_segment
+from models.convolved import ConvolvedMixer
 from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 
@@ -71,9 +72,8 @@ class State:
     in_place: bool = False
 
 
-class Mixer(SequenceMixer):
+class Mixer(ConvolvedMixer):
     recurrence = "m2rnn"
-    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -123,8 +123,7 @@ class Mixer(SequenceMixer):
 
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        here = self.conv.weight.device == x_BTD.device  # weights that are offloaded come where a layer is called
-        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and here and not torch.is_grad_enabled():
+        if state is not None and self.decodes(x_BTD):
             return self._decode(projected, state, segment_ids)
         starts = document_starts(segment_ids, state.segment_B if state is not None else None)
         joint = joint_gradient(projected)
@@ -145,14 +144,6 @@ class Mixer(SequenceMixer):
         )  # fmt: skip
         y = linear(self.norm(o_BI[:, None], projected_B1E[..., : self.values]), self.out_proj)
         return y, State(conv, memory, last_segment(segment_ids, state.segment_B), state.in_place)
-
-    def fixed_state(self, state: State, capacity: int) -> State:
-        """A copy of `state` whose matrix states a decoding step writes over."""
-        return replace(super().fixed_state(state, capacity), in_place=True)
-
-    def open_state(self, state: State) -> State:
-        """The same tensors as a state that nothing writes into."""
-        return replace(state, in_place=False)
 
     def _gates(self, after_BTH: Tensor) -> Tensor:
         """The logarithms of the forget gates, in fp32 (fp64)."""
