@@ -22,12 +22,14 @@ def kernels_for(pre: Tensor, K: int) -> ModuleType:
 
 
 def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False) -> bool:
-    """Whether the kernels run; small: what is wanted of them only those of small heads have (halves, borders, ranks). Raises ValueError if they were
-    asked for by name and cannot."""
+    """Whether the kernels run; small: what is wanted of them only those of small heads have. Raises ValueError if they were asked for by name and
+    cannot."""
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
     module = kernels_for(pre, K)
     reason = module.why_not(cell, pre, K)
+    if not reason and small and module is large:
+        reason = f"Heads of {K} channels have no kernels that save borders, multiply in two halves or go from rank to rank."
     if not reason and method == "auto" and pre.is_cuda and module is large and not large.proven(pre, K):
         warn_once(
             f"Heads of {K} channels in {str(pre.dtype)[6:]} are solved in plain torch, which is slow: their kernels have not been seen to be right "
@@ -38,7 +40,7 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False
         raise ValueError(f"method='triton' is not possible: {reason}")
     if reason and pre.is_cuda:
         warn_once(f"{reason} It is solved in plain torch, which is slow.")
-    return not reason and (method == "triton" or pre.is_cuda) and not (small and module is large)
+    return not reason and (method == "triton" or pre.is_cuda)
 
 
 def chosen(pre: Tensor, h0: Tensor, layer: plans.Layer | None, back: bool) -> tuple[int, int] | tuple[()]:
