@@ -20,7 +20,7 @@ from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
 from models.cells import load_cell  # noqa: E402
 from tests.kernels.dense_rnn_cases import check_walked, cotangents, distance, known_cells, problem, wanted  # noqa: E402
-from tests.kernels.interpreter import patch_once  # noqa: E402
+from tests.kernels.interpreter import far_apart, patch_once  # noqa: E402
 
 NAMES = ("emitted", "final", "pre", "rec", "mat", "h0")
 TEAMS = 1  # side by side: of as many programs as have cores to run on
@@ -203,6 +203,20 @@ def small_losses() -> None:
     launch.last_report()
 
 
+def long_rows() -> None:
+    """Inputs whose steps lie far apart, as those of a wide layer and many tokens do."""
+    cell, tensors, _ = problem("dense_gru", 1, 3, 1, 16)
+    emitted = torch.zeros(1, 3, 16, dtype=torch.float16)
+    given = [tensors[0].half(), *(t.float() for t in tensors[1:])]
+    for tiles in (None, Tiles.on_chip(cell, given[0], 16)):
+        plan, made = Plan.of(cell, given[0], 16, 1, tiles=tiles), []
+        for pre in (given[0], far_apart(given[0])):
+            ends = (emitted, torch.zeros(1, 3, 0, 16), emitted + 1, None, given[3])
+            states = large.forward(cell, *(pre, *given[1:], None, plan))
+            made.append([*states, *large.backward(cell, *(pre, *given[1:], None, *ends, plan))])
+        assert all(torch.equal(a, b) for a, b in zip(*made)), tiles
+
+
 def registered() -> None:
     """The op with these kernels under opcheck, which traces it too; autocast and activation checkpointing give the bits of the plain call."""
     before, launch.LARGEST = launch.LARGEST, {2: 8, 4: 8}
@@ -248,6 +262,7 @@ def main() -> None:
     walked()
     not_finite()
     small_losses()
+    long_rows()
     through_the_op()
     registered()
     print("ok")

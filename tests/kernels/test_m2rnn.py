@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kernels.m2rnn import launch, m2rnn
+from kernels.parallel_rnn.launch import Layout
 from models.mixers.m2rnn import Config, Mixer
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem
 
@@ -116,6 +117,14 @@ def test_a_tracker_begins_with_a_convolution_of_one_token() -> None:
         assert looks_back or torch.allclose(keep, torch.full_like(keep, 0.05))
         assert mixer(x)[0].isfinite().all() and not config.problems(16)
     assert "published or tracker" in Config(start="identity").problems(64)[0]
+
+
+def test_what_32_bits_do_not_count_is_brought_together() -> None:
+    """Heads, and projections of cells, each before all steps of the next."""
+    for heads, apart in ((31, True), (32, False)):
+        x = torch.empty(heads, 1, 1 << 20, 64, device="meta").permute(1, 2, 0, 3)
+        assert (launch.neighbours(x) is x) == apart
+        assert (Layout(x[..., None, :]).tensor.stride(2) == 1 << 26) == apart
 
 
 @pytest.mark.parametrize("B, H, K, rows", [(4, 16, 64, 16), (4, 16, 128, 32), (16, 12, 64, 64), (1, 12, 64, 16)])
