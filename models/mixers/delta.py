@@ -113,19 +113,11 @@ class Mixer(ConvolvedMixer):
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "delta_BHVK": "recurrent", "segment_B": "bookkeeping"}
 
-    def why_not_split(self, T: int = 1 << 62) -> str:
-        return self.conv.why_not_split(T)
-
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
         if state is not None and self.decodes(x_BTD):
             return self._decode(projected, state, segment_ids)
-        if self.slice is not None and state is None:
-            starts = self.slice.starts(segment_ids)
-            past = self.slice.halo(projected[..., self.first : self.first + self.convolved], self.conv.width, segment_ids)
-        else:
-            starts = document_starts(segment_ids, state.segment_B if state is not None else None)
-            past = state.conv_BWI if state is not None else None
+        starts, past = self.before(projected, self.first, state, segment_ids)
         joint = joint_gradient(projected)
         z, qkv, after, conv_state = self.conv(projected, self.first, past, starts, joint)
         q, k, v = columns(qkv, [self.keys, self.n * self.keys, self.n * self.values])

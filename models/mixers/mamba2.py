@@ -101,19 +101,11 @@ class Mixer(ConvolvedMixer):
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "ssm_BHPN": "recurrent", "segment_B": "bookkeeping"}
 
-    def why_not_split(self, T: int = 1 << 62) -> str:
-        return self.conv.why_not_split(T)
-
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
         if state is not None and self.decodes(x_BTD):
             return self._decode(projected, state, segment_ids)
-        if self.slice is not None and state is None:
-            starts = self.slice.starts(segment_ids)
-            past = self.slice.halo(projected[..., self.inner : -self.H], self.conv.width, segment_ids)
-        else:
-            starts = document_starts(segment_ids, state.segment_B if state is not None else None)
-            past = state.conv_BWI if state is not None else None
+        starts, past = self.before(projected, self.inner, state, segment_ids)
         joint = joint_gradient(projected)
         z, xBC, dt, conv_state = self.conv(projected, self.inner, past, starts, joint)
         x, B_, C_ = columns(xBC, [self.inner, self.BC, self.BC])
