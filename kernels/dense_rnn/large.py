@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dense_rnn import large_codegen, large_held_source, large_source, launch, matrices
+from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, matrices
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -32,6 +32,7 @@ HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on c
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
 SHORTEST = 32  # steps of a slice
+CHAINED = 220 << 10  # bytes of shared memory for ends of slices; 7 KB are left to sums
 
 
 def proven(pre: Tensor, K: int) -> bool:
@@ -40,8 +41,8 @@ def proven(pre: Tensor, K: int) -> bool:
 
 
 def proven_on_chip(cell: Cell) -> bool:
-    """Whether a GPU was seen to be right with matrices that stay on chip: an LSTM's. Those of a GRU and an sLSTM only the interpreter has run."""
-    return (len(cell.mat), len(cell.state)) == (4, 2) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+    """Whether a GPU was seen to be right with matrices that stay on chip: those of an LSTM, of a GRU and of an sLSTM."""
+    return (len(cell.mat), len(cell.state)) in ((4, 2), (3, 1), (4, 3)) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -196,6 +197,12 @@ def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Te
     return wide
 
 
+def stages_of_chain(cell: Cell, block: int) -> int:
+    """How many slices' ends are on their way to the kernels that go from slice to slice, which hold all but one of them on chip."""
+    values = 4 * block * (3 * len(cell.state) + len(launch.facts(cell).tracked))  # bytes of a slice
+    return min(chain_source.CHAIN_STAGES, 1 + CHAINED // values)
+
+
 class _Problem(launch.Solve):
     """A solve of large heads."""
 
@@ -225,7 +232,10 @@ class _Problem(launch.Solve):
             "num_warps": tiles.warps_back or tiles.warps if back else tiles.warps, "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "DEPENDENT": False, "num_warps": 8}
+        block = 1 << (self.K - 1).bit_length()
+        self.chain_constants = {
+            "K": self.K, "D": self.D, "BK": block, "DEPENDENT": False, "STAGES": stages_of_chain(cell, block), "num_warps": 8,
+        }  # fmt: skip
         self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
         self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
         self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))
@@ -300,6 +310,15 @@ def backward(
     halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer, halves)[:4]
+
+
+def backward_with_border(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None, layer: Layer | None = None,
+    halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, and the adjoint's size near the first step (B, S, D)."""
     assert not halves  # such are solved in plain torch
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
     p: Any = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
@@ -340,4 +359,4 @@ def backward(
         sums = d_whole.sum((0, 1), dtype=torch.float32).flatten(1)
         for r, of in biases.items():
             d_rec[r] = sums[of] if of is not None else d_rec[r]
-    return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0
+    return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0, p.nearby[:, 0]

@@ -29,7 +29,7 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False
     module = kernels_for(pre, K)
     reason = module.why_not(cell, pre, K)
     if not reason and small and module is large:
-        reason = f"Heads of {K} channels have no kernels that save borders, multiply in two halves or go from rank to rank."
+        reason = f"Heads of {K} channels have no kernels that save borders or multiply in two halves."
     if not reason and method == "auto" and pre.is_cuda and module is large and not large.proven(pre, K):
         warn_once(
             f"Heads of {K} channels in {str(pre.dtype)[6:]} are solved in plain torch, which is slow: their kernels have not been seen to be right "

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from kernels.dense_rnn import dense_rnn, large, launch, op  # noqa: E402
+from kernels.dense_rnn import dense_rnn, large, launch, op, reference  # noqa: E402
 from kernels.dense_rnn.large import Plan, Tiles  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -165,6 +165,21 @@ def solved(held: bool, dtype: torch.dtype, given: list[Any], starts: Any, d_emit
     return [emitted, final, *large.backward(cell, *(*given, starts, emitted, kept, d_emitted.to(dtype), None, d_final.float(), plan))]
 
 
+def border() -> None:
+    """What ranks exchange of the adjoint, of one slice and of several, as plain torch finds it."""
+    cell, tensors, starts = problem("dense_gru", 2, 5, 1, 16, starts=0.1, seed=2)
+    given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
+    before, large.NEAR, reference.NEAR = large.NEAR, 2, 2
+    for n in (1, 2):
+        plan = Plan.of(cell, given[0], 16, n, 1)
+        emitted, kept, _ = large.forward(cell, *(*given, starts, plan))
+        *_, near = large.backward_with_border(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))
+        wanted_ = reference.backward_with_border(cell, *(*given, starts, emitted[:, :, None], d_emitted[:, :, None], d_final))[4]
+        assert torch.allclose(near, wanted_, rtol=1e-4, atol=1e-5), n
+    large.NEAR = reference.NEAR = before
+    launch.last_report()
+
+
 def not_finite() -> None:
     """A document that is not finite leaves the results and the gradients of the others as they are, to the bit."""
     cell, tensors, _ = problem("dense_lstm", 2, 4, 1, 16)
@@ -260,6 +275,7 @@ def main() -> None:
             compare(f"{name}, held", problem(name, 1, 6, 1, 24, starts=0.2), 2, 2, torch.float16, held=True)
             held_side_by_side(name, seed=5)
     walked()
+    border()
     not_finite()
     small_losses()
     long_rows()
