@@ -27,7 +27,6 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
-BURN_BACK = 24  # steps before a slice's end from which adjoints are guessed where matrices stay on chip: no more corrections than with 32
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
@@ -134,6 +133,14 @@ class Tiles:
         return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64 if K > 1024 else depth, 8, 3, back)
 
 
+def burn_in_back(dtype: torch.dtype, held: bool, length: int) -> int:
+    """Steps behind a slice of `length` from which its adjoints are guessed: half of it in bf16, where that leaves one correction of two, and otherwise as
+    few as cost none (an LSTM with starting weights, 768 and 2,048 channels, 1,024 steps)."""
+    if held:
+        return 24
+    return {torch.float16: 16, torch.bfloat16: min(64, max(BURN_IN, length // 2))}.get(dtype, BURN_IN)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Slices of how many steps, steps of burn-in, and a program's tiles."""
@@ -160,7 +167,7 @@ class Plan:
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         if burn_in is None:
-            burn_in = BURN_BACK if back and tiles.held_back else BURN_IN
+            burn_in = burn_in_back(pre.dtype, tiles.held_back, length) if back else BURN_IN
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
 
 
