@@ -172,9 +172,11 @@ class Plan:
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
-    """The reckoned plan, or what a layer has learnt to do, as of small heads. A burn-in of 32 steps saves a correction of some 50 here."""
+    """The reckoned plan, or what a layer has learnt to do since, as of small heads. A burn-in of 32 steps saves a correction of some 50 here."""
     plan = Plan.of(cell, pre, K, back=back)
-    return plan if layer is None else Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]), back=back)
+    if layer is None:
+        return plan
+    return Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1], plan.burn_in), back=back)
 
 
 @functools.cache
