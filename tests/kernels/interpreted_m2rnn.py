@@ -27,9 +27,16 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 
 
 def compare(
-    label: object, tensors: list[torch.Tensor], starts: torch.Tensor | None, limits: tuple[float, float], scale: float = 1.0
+    label: object,
+    tensors: list[torch.Tensor],
+    starts: torch.Tensor | None,
+    limits: tuple[float, float],
+    scale: float = 1.0,
+    last: bool = False,
 ) -> None:
+    """last: of a loss at the last step alone."""
     do, d_final = asked(tensors)
+    do[:, : do.shape[1] - 1 if last else 0] = 0
     wanted, made = oracle(tensors, starts, do, d_final), answers(m2rnn, tensors, starts, do, d_final, scale)
     for i, (name, a, b) in enumerate(zip(LABELS, made, wanted)):
         error = distance(a, b) if b.norm() > 1e-6 else float((a - b).norm())
@@ -51,6 +58,7 @@ def extremes() -> None:
     compare("borders", tensors, starts, (1e-5, 1e-4))
     many, launch.SCRATCH = launch.SCRATCH, 1
     compare("chunk by chunk, of a small loss", tensors, starts, (1e-5, 1e-4), scale=1e-8)
+    compare("of a small loss at the last step", tensors, None, (1e-5, 1e-4), scale=1e-8, last=True)
     launch.SCRATCH = many
 
 
