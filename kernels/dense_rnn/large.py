@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, matrices
+from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, marks, matrices
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -311,6 +311,23 @@ def forward(
     p.module.certify[p.E, p.B](*p.measures, p.bad, final, stats, *p.chain, **p.chain_constants)
     p.walk("walk", tensors, finish=True)
     return emitted, kept, final
+
+
+def forward_with_marks(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`forward` with zeros in place of the kept states, in the shape of marks.py's."""
+    emitted, _, final = forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)
+    return emitted, final.new_zeros(final.shape[0], marks.marks_of(pre.shape[1]), *final.shape[1:]), final
+
+
+def restore(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, empty: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> Tensor:  # fmt: skip
+    """The kept states (B, T, S - 1, D), bit for bit, by another solve under the plan of the first one."""
+    return forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)[1]
 
 
 def backward(

@@ -133,15 +133,15 @@ def held_side_by_side(name: str = "dense_lstm", seed: int = 4) -> None:
 
 def through_the_op() -> None:
     """The op takes them where a head is too large for the other kernels: inputs laid out as a block-diagonal projection makes them, a gradient of
-    the kept states, and results that repeat bit for bit."""
+    the kept states, and results that repeat bit for bit, also of states that are made again."""
     before, launch.LARGEST = launch.LARGEST, {2: 16, 4: 16}
     cell, tensors, starts = problem("dense_lstm", 1, 3, 1, 32, starts=0.1)
     pre, rec, mat, h0 = (t.float() for t in tensors)
-    assert op.use_triton(cell, pre, 32, "triton") and not op.use_triton(cell, pre, 32, "auto", small=True)
+    assert op.use_triton(cell, pre, 32, "triton") and not op.use_triton(cell, pre, 32, "auto", halves=True)
     try:
-        op.use_triton(cell, pre, 32, "triton", small=True)
+        op.use_triton(cell, pre, 32, "triton", halves=True)
     except ValueError as refused:
-        assert "save borders" in str(refused)
+        assert "two halves" in str(refused)
     else:
         raise AssertionError("Large heads were said to have all kernels that small ones have.")
     blocks = pre.unflatten(3, (4, 8)).permute(3, 0, 1, 2, 4).contiguous().permute(1, 2, 3, 0, 4)
@@ -153,6 +153,12 @@ def through_the_op() -> None:
         made.append([emitted, kept, final, *(g.flatten(3) if g.dim() == 5 else g for g in gradients)])
     assert all(torch.equal(a, b) for a, b in zip(made[0], made[1]))
     assert all(distance(a, b) < 1e-5 for a, b in zip(made[0], made[2]))
+    again = []
+    for save in ("states", "borders"):
+        given = [t.detach().requires_grad_() for t in (pre, rec, mat, h0)]
+        emitted, final = dense_rnn(cell, *(*given, starts), method="triton", save=save)
+        again.append([emitted, final, *torch.autograd.grad((emitted**2).sum() + final.sum(), given)])
+    assert all(torch.equal(a, b) for a, b in zip(*again))
     launch.LARGEST = before
 
 
