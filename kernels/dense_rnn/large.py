@@ -27,6 +27,8 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+# dtypes in which they were with matrices on chip, by matrices and states of a cell: an LSTM, a GRU, an sLSTM
+PROVEN_ON_CHIP = {(4, 2): (torch.bfloat16, torch.float16), (3, 1): (torch.bfloat16, torch.float16), (4, 3): (torch.bfloat16,)}
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
@@ -39,9 +41,9 @@ def proven(pre: Tensor, K: int) -> bool:
     return K <= PROVEN.get(pre.element_size(), 0) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
-def proven_on_chip(cell: Cell) -> bool:
-    """Whether a GPU was seen to be right with matrices that stay on chip: those of an LSTM, of a GRU and of an sLSTM."""
-    return (len(cell.mat), len(cell.state)) in ((4, 2), (3, 1), (4, 3)) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+def proven_on_chip(cell: Cell, pre: Tensor) -> bool:
+    """Whether a GPU was seen to be right with matrices that stay on chip."""
+    return pre.dtype in PROVEN_ON_CHIP.get((len(cell.mat), len(cell.state)), ()) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -93,7 +95,7 @@ class Tiles:
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
         """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can and a GPU was seen to be right."""
         tiles, on = Tiles.streamed(cell, pre, K), Tiles.on_chip(cell, pre, K)
-        if on is None or not proven_on_chip(cell):
+        if on is None or not proven_on_chip(cell, pre):
             return tiles
         if K <= HELD:
             tiles = replace(tiles, rows=on.rows, columns=on.columns, depth=on.depth, depth_back=tiles.depth_back or tiles.depth, held=True)

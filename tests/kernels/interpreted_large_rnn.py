@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-from kernels.dense_rnn import dense_rnn, large, launch, op, reference  # noqa: E402
+from kernels.dense_rnn import dense_rnn, large, launch, op, ranks, reference  # noqa: E402
 from kernels.dense_rnn.large import Plan, Tiles  # noqa: E402
 from kernels.parallel_rnn import with_bias  # noqa: E402
 from kernels.parallel_rnn.cell import biased  # noqa: E402
@@ -172,17 +172,22 @@ def solved(held: bool, dtype: torch.dtype, given: list[Any], starts: Any, d_emit
 
 
 def border() -> None:
-    """What ranks exchange of the adjoint, of one slice and of several, as plain torch finds it."""
+    """What ranks exchange of the adjoint, of one slice and of several, as plain torch finds it; and ranks ask for it."""
     cell, tensors, starts = problem("dense_gru", 2, 5, 1, 16, starts=0.1, seed=2)
     given, (d_emitted, d_final) = [t.float() for t in tensors], [t.float() for t in cotangents(tensors)]
-    before, large.NEAR, reference.NEAR = large.NEAR, 2, 2
-    for n in (1, 2):
+    before, large.NEAR, reference.NEAR = (large.NEAR, launch.LARGEST, op.use_triton), 2, 2
+    launch.LARGEST = {4: 8}
+    for n in (2, 1):
         plan = Plan.of(cell, given[0], 16, n, 1)
         emitted, kept, _ = large.forward(cell, *(*given, starts, plan))
-        *_, near = large.backward_with_border(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))
+        made = large.backward_with_border(cell, *(*given, starts, emitted, kept, d_emitted, None, d_final, plan))
         wanted_ = reference.backward_with_border(cell, *(*given, starts, emitted[:, :, None], d_emitted[:, :, None], d_final))[4]
-        assert torch.allclose(near, wanted_, rtol=1e-4, atol=1e-5), n
-    large.NEAR = reference.NEAR = before
+        assert torch.allclose(made[4], wanted_, rtol=1e-4, atol=1e-5), n
+    vars(op)["use_triton"] = lambda *_: True
+    found = ranks._back(cell, *(*given, starts, emitted, kept, d_emitted, d_final, 0))
+    assert len(found) == len(made) and all(torch.equal(a, b) for a, b in zip(found, made))
+    large.NEAR, launch.LARGEST, vars(op)["use_triton"] = before
+    reference.NEAR = before[0]
     launch.last_report()
 
 
