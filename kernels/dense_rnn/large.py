@@ -27,7 +27,7 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
-# dtypes in which they were with matrices on chip, by matrices and states of a cell: an LSTM, a GRU, an sLSTM
+# dtypes in which matrices on chip were seen to be right on a GPU, by numbers of matrices and states of a cell: of an LSTM, a GRU, an sLSTM
 PROVEN_ON_CHIP = {(4, 2): (torch.bfloat16, torch.float16), (3, 1): (torch.bfloat16, torch.float16), (4, 3): (torch.bfloat16,)}
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
