@@ -59,6 +59,11 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
             return {
                 "STARTS": "*u8",
                 "LABELS": "*i64",
+                "ADDRESSES": "*i64",
+                "SIZES": "*i64",
+                "TENSOR": "*i32",
+                "PLACE": "*i32",
+                "TENSORS": "i32",
                 "IDS": "*i32",
                 "BEGINS": "*i32",
                 "ORDER": "*i64",
@@ -122,6 +127,7 @@ def main(golden: bool) -> None:
             out[name] = made(name, add_norm.backward if back else add_norm.forward, flags, warps)
     flags = {"BLOCK": casts.BLOCK}
     out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
+    out["casts of all weights"] = made("casts of all weights", casts.cast_listed, flags | {"CHUNK": casts.ALL}, casts.WARPS)
     for name in ("pieces", "rows"):
         flags = {"PIECE": embedding.PIECE, "AT_ONCE": embedding.AT_ONCE, "BD": embedding.COLUMNS}
         fn = getattr(embedding, f"embedding_{name}")

@@ -23,7 +23,8 @@ from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
 from kernels.linear import triton as linear_kernels  # noqa: E402
-from kernels.linear.op import runs  # noqa: E402
+from kernels.linear.ahead import Casts  # noqa: E402
+from kernels.linear.op import cast, runs  # noqa: E402
 from kernels.residual import op as residual_op  # noqa: E402
 from kernels.residual import reference as residual_reference  # noqa: E402
 from kernels.residual import residual  # noqa: E402
@@ -317,6 +318,27 @@ def casts() -> None:
         out = torch.full((sum(rows for rows, _ in shapes), shapes[0][1]), torch.nan, dtype=torch.bfloat16)
         linear_kernels.cast(weights, out.split([rows for rows, _ in shapes]))
         assert torch.equal(out, torch.cat(weights).bfloat16()), f"casts of {shapes}"
+    casts_ahead()
+
+
+def casts_ahead() -> None:
+    """As a recorded pass finds them: made anew at every run, each where it was found first, none over another or past the room."""
+    casts, given = Casts(), [torch.randn(s).bfloat16().float() for s in ((3, 5), (160, 128), (8, 128), (1, 128), (1, 7), (2400, 7))]
+    taken = [given[:1], given[1:4], given[4:], given[1:2]]
+    with casts.recording(64 + 169 * 128 + 16832 + 160 * 128, torch.bfloat16, torch.device("cpu")):
+        made = [cast(weights, torch.bfloat16) for weights in taken]
+        assert cast(taken[1], torch.bfloat16) is made[1] and len(casts.made) == 4
+        others = [cast(given[2:3], torch.float16), cast(given[1:2], torch.float16), cast(given[3:4], torch.bfloat16)]
+        assert len(casts.made) == 4, "of another dtype, and one too many"
+    assert cast(taken[0], torch.bfloat16) is not made[0], "outside of a recording"
+    for joined, weight in zip(others, (given[2], given[1], given[3])):
+        assert torch.equal(joined, weight.to(joined.dtype)), "cast where they are read"
+    for _ in range(2):
+        casts.run()
+        for weights, joined in zip(taken, made):
+            assert joined.dtype == torch.bfloat16 and torch.equal(joined, torch.cat(list(weights)).bfloat16()), "weights as they are"
+        for weight in given:
+            weight.copy_(torch.randn(weight.shape).bfloat16().float())
 
 
 def tables() -> None:
