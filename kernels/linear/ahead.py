@@ -20,7 +20,7 @@ _recorded: Casts | None = None
 
 def room_of(module: nn.Module) -> int:
     """Elements that the casts of a module's products may take."""
-    weights = {layer.weight for layer in module.modules() if isinstance(layer, nn.Linear)}
+    weights = {layer.weight for layer in module.modules() if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.float32}
     return sum(-(-weight.numel() // WHOLE) * WHOLE for weight in weights)
 
 
