@@ -347,7 +347,9 @@ def casts_ahead() -> None:
     casts, given = Casts(), [torch.randn(s).bfloat16().float() for s in ((3, 5), (160, 128), (8, 128), (1, 128), (1, 7), (2400, 7))]
     taken = [given[:1], given[1:4], given[4:], given[1:2]]
     with casts.recording(64 + 169 * 128 + 16832 + 160 * 128, torch.bfloat16, torch.device("cpu")):
+        assert casts.memory is not None and not casts.made, "memory is asked for before anything of the pass is"
         made = [cast(weights, torch.bfloat16) for weights in taken]
+        assert all(joined.untyped_storage().data_ptr() == casts.memory.untyped_storage().data_ptr() for joined in made)
         assert cast(taken[1], torch.bfloat16) is made[1] and len(casts.made) == 4
         others = [cast(given[2:3], torch.float16), cast(given[1:2], torch.float16), cast(given[3:4], torch.bfloat16)]
         assert len(casts.made) == 4, "of another dtype, and one too many"
