@@ -48,8 +48,8 @@ def by_rows(logits_NV: Tensor) -> bool:
         return False
     if interpreted():
         return True
-    room = torch.cuda.get_device_properties(logits_NV.device).shared_memory_per_block_optin
-    return not torch.version.hip and room >= 4 * (STAGES - 1) * (6 * pieces(V)[0] + pieces(V)[1]) + 1024
+    room = torch.cuda.get_device_properties(logits_NV.device).shared_memory_per_multiprocessor - 1024  # what a program may have
+    return not torch.version.hip and room >= 4 * (STAGES - 1) * (6 * pieces(V)[0] + pieces(V)[1]) + 1024  # words, and sums over warps
 
 
 def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
