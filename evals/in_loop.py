@@ -22,6 +22,7 @@ from evals.measures.perplexity import Perplexity, evaluate
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from evals.measures.tracking import HEADING, Counts, count, default_lengths, line
 from models.generate import generate
+from models.prompt import prompt_of
 from training.config.schema import Config
 from training.engine import Engine
 from training.errors import UserError
@@ -173,8 +174,8 @@ class TextEvaluator:
     def _baselines(self) -> dict[str, float]:
         """Bits per byte of counts, of each source from its own training tokens."""
         if self.baselines is None:
-            length, tokens = self.config.train.seq_len, self.config.eval.tokens
-            by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length)), s.share) for s in self.sources]
+            length, tokens, prompt = self.config.train.seq_len, self.config.eval.tokens, prompt_of(self.engine.module)
+            by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length), prompt), s.share) for s in self.sources]
             self.baselines = {n: mixture.combined([(counted[n], share) for counted, share in by_source]).bits_per_byte for n in NAMES}
         return self.baselines
 

@@ -111,6 +111,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
     from evals.measures.baselines import baselines
     from evals.measures.perplexity import evaluate
     from models.checkpoint import load_model
+    from models.prompt import prompt_of
     from training.watch.metrics import environment
 
     device = device_of(values["device"])
@@ -144,7 +145,7 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
             f"All of the held-out text of {folder} lies in prompts that this model sees whole, so nothing of it can be scored; prepare more."
         )
     seconds = time.perf_counter() - start
-    counted = baselines(train, held_out, values["length"], values["max_tokens"])
+    counted = baselines(train, held_out, values["length"], values["max_tokens"], prompt_of(model))
     report = {
         "suite": values["suite"],
         "arguments": values,
