@@ -228,7 +228,10 @@ class Session:
         if not isinstance(header, dict) or header.get("format") != 1:
             raise UserError(f"{path} holds no session; give a file that save= wrote.")
         if header["model"] != model_hash(model):
-            raise UserError(f"The session {path} belongs to another model; give the checkpoint it was saved with.")
+            raise UserError(
+                f"The session {path} belongs to another model, or to this one in another precision; give the checkpoint and the precision that it was"
+                " saved with."
+            )
         device = model.embedding.weight.device
         session = Session(model, tensors["ids"].to(device))
         layers = []
