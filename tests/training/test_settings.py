@@ -123,6 +123,10 @@ def test_what_will_not_happen_in_a_short_run_is_noted() -> None:
     told = " ".join(checks.notes(checked(compose_config(words))))
     assert "window=1,000 is longer than train.seq_len=256" in told and "profile_steps=3 reaches beyond the run of 6" in told
     assert "no distill.teacher: nothing is distilled" in told
+    config = checked(compose_config(["schedule=wsd", "train.steps=20", "schedule.warmup=0.02", "schedule.decay=0.07"]))
+    assert {config.lr_at(step, 0) for step in range(20)} == {config.peak_lr}
+    told = " ".join(checks.notes(config))
+    assert "schedule.warmup=0.02 is less than a step" in told and "schedule.decay=0.07 is less than two steps" in told
 
 
 @pytest.mark.parametrize("plain", mixer_configs().values(), ids=mixer_configs())
