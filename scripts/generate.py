@@ -124,11 +124,11 @@ class Writer:
         self.document = _text(values["document"], "document") if values["document"] else None
         if self.document == "":
             raise UserError(f"document={values['document']} is empty; give a file that holds text.")
-        self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
+        self.model, tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)
         self.device = self.model.embedding.weight.device
-        self.coder = coder_of(self.tokenizer, meta["folder"])
+        self.coder = coder_of(tokenizer, meta["folder"])
         self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
         # a folder from elsewhere may have an end of its own
         self.stop_ids = [*self.coder.end_ids, *end_ids(Path(meta["folder"])), *stop_ids]
@@ -183,7 +183,7 @@ class Writer:
 
     def show(self, session: Session, prompt: str, before: list[int]) -> None:
         """One text, as it comes."""
-        stream = TextStream(self.tokenizer, before, self.stop)
+        stream = TextStream(self.coder.tokenizer, before, self.stop)
         print(prompt, end="", flush=True)
 
         def stop_when(row: int, token: int) -> bool:
@@ -198,7 +198,7 @@ class Writer:
     def show_batch(self, prompts: list[str], seed: int) -> None:
         """Several texts side by side, printed when all are written."""
         rows = [self.ids(p) for p in prompts]
-        streams = [TextStream(self.tokenizer, row, self.stop) for row in rows]
+        streams = [TextStream(self.coder.tokenizer, row, self.stop) for row in rows]
         ids_BT, lengths = left_pad(rows, rows[0][0], self.device)
 
         def stop_when(row: int, token: int) -> bool:
