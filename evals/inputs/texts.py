@@ -133,13 +133,13 @@ def corpus_of_shards(folder: str, limit: int = LIMIT) -> Corpus:
     for number, part in enumerate(folders, 1):
         try:
             shards = ShardSet(part, "valid")
-            tokenizer, room = shards.tokenizer(), limit * number // len(folders)
+            coder, room = shards.coder(), limit * number // len(folders)
             for i in range(shards.n_documents):
                 if size >= room:
                     notes.append(f"the first {i:,} of {shards.n_documents:,} documents of {part}")
                     break
                 ids, _ = shards.document(i)
-                documents.append(tokenizer.decode(ids[ids != shards.eot_id].tolist(), skip_special_tokens=True)[: room - size])
+                documents.append(coder.decode(ids.tolist())[: room - size])
                 size += len(documents[-1])
             opened.append(shards)
         except UserError as error:
