@@ -263,8 +263,9 @@ def reader_of(tokenizer: Tokenizer, marks: Iterable[int] = ()) -> Tokenizer:
     """
     copy = encode_bare(tokenizer)
     special = {token.content for token in copy.get_added_tokens_decoder().values() if token.special}
-    copy.add_special_tokens([name for i in marks if (name := copy.id_to_token(i)) is not None and name not in special])
-    special |= {token.content for token in copy.get_added_tokens_decoder().values() if token.special}
+    named = {name for i in marks if (name := copy.id_to_token(i)) is not None} - special
+    copy.add_special_tokens(sorted(named))
+    special |= named
     pieces = copy.get_vocab(with_added_tokens=False)
     spelt = [name for name in sorted(special) if len(name) > 1 and name in pieces]
     if spelt and (not isinstance(copy.model, models.BPE) or copy.model.ignore_merges):

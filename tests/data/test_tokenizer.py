@@ -163,7 +163,7 @@ PIECES = [("<unk>", 0.0), ("</s>", 0.0), ("<|x|>", 0.0), ("\u2581", -2.0), *((le
 
 def whole_pieces(kind: str) -> Tokenizer:
     """A tokenizer whose model finds its special tokens in a text, of which one is not told to be special."""
-    if kind == "unigram":  # as of T5
+    if kind.startswith("unigram"):  # as of T5
         tokenizer = Tokenizer(models.Unigram(PIECES, 0, False))
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     else:
@@ -172,10 +172,12 @@ def whole_pieces(kind: str) -> Tokenizer:
         tokenizer = Tokenizer(model({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens([AddedToken("<|x|>", special=True)])
+    if kind.endswith("plain"):
+        tokenizer.add_tokens([AddedToken("</s>", special=False)])
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["unigram", "words", "pieces"])
+@pytest.mark.parametrize("kind", ["unigram", "unigram, plain", "words", "pieces"])
 def test_no_text_spells_a_mark_or_a_special_token(kind: str) -> None:
     tokenizer, marks = whole_pieces(kind), Marks(1)
     coder, encoder = coder_of(tokenizer, marks=marks), Encoder(tokenizer, marks)
