@@ -289,6 +289,6 @@ def no_unknown_token() -> Iterator[None]:
         if type(error) is not Exception:
             raise
         raise UserError(
-            f"The tokenizer has no token for a part of the text, nor one for what it does not know ({str(error).rstrip('.')}); take another one,"
-            " or bpe:SIZE or bytes, which have one for every text."
+            f"The tokenizer has no token for a part of the text, nor one for what it does not know ({str(error).rstrip('.')}); give other text, or"
+            " another tokenizer (bpe:SIZE and bytes have a token for every text)."
         ) from error

@@ -155,11 +155,11 @@ class TextEvaluator:
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
                 coder = self.train.coder()
-                prompt = torch.tensor([coder.encode(self.config.eval.sample_prompt, start=True)], device=self.engine.world.device)
                 module = self.engine.module
                 training = module.training
                 module.eval()
                 try:
+                    prompt = torch.tensor([coder.encode(self.config.eval.sample_prompt, start=True)], device=self.engine.world.device)
                     ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
                 except UserError as error:  # the run itself may well go on
                     self.metrics.say(f"no sample after step {step}: {error}")

@@ -104,7 +104,9 @@ def test_every_reader_of_text_gives_the_ids_that_prepare_wrote(tmp_path: Path) -
     assert there is not None and there.encode(TEXT, start=True) == back.encode(TEXT, start=True) == [3, *inner]
 
 
-def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from evals import in_loop
 
     seen: list[torch.Tensor] = []
@@ -127,6 +129,9 @@ def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Pa
     evaluator.metrics = SimpleNamespace(keep=lambda name, write: write(tmp_path / name), say=print)  # type: ignore[assignment]
     evaluator.train = shards
     assert evaluator.sample(1) == "the fox" and seen[0].tolist() == [[3, 6, 7]]
+    nothing = coder_of(Tokenizer(models.WordLevel({"</s>": 0, "A": 1})))
+    evaluator.train = SimpleNamespace(coder=lambda: nothing)  # type: ignore[assignment]
+    assert evaluator.sample(2) == "" and "no sample after step 2: The tokenizer has no token" in capsys.readouterr().out
 
 
 def _written(folder: Path, values: dict[str, Any]) -> Path:
