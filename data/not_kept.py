@@ -17,8 +17,8 @@ def not_kept(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[st
 
 def _lost(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[str]:
     """A line about text that has become the tokenizer's unknown token: it is gone, and a model is praised for predicting that."""
-    unknown = unknown_id(tokenizer)
-    if unknown is None or unknown in (marks.start, marks.end) or not (lost := writer.occurrences(unknown)):
+    unknown = unknown_id(tokenizer, [*marks.start_ids, *marks.end_ids])
+    if unknown is None or not (lost := writer.occurrences(unknown)):
         return []
     total = sum(split.tokens for split in writer.splits.values())
     return [

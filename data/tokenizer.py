@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,10 +200,12 @@ def hub_away() -> str:
         return f"{constants.ENDPOINT} cannot be reached ({reason})"
 
 
-def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The token that stands for text which the tokenizer has none for; None where it has such a token for every text, or leaves it out."""
+def unknown_id(tokenizer: Tokenizer, marks: Collection[int]) -> int | None:
+    """The token that stands for text which the tokenizer has none for; None where it has such a token for every text, leaves it out, or has one of
+    `marks` for it, which cannot be told from those around documents."""
     model = json.loads(tokenizer.to_str())["model"]
-    return model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+    unknown = model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+    return None if unknown in marks else unknown
 
 
 def has_every_byte(tokenizer: Tokenizer) -> bool:

@@ -20,7 +20,7 @@ from data.encode import Encoder, batches
 from data.shards import ShardSet
 from data.sources import DEMO as DEMO
 from data.sources import Source
-from data.tokenizer import Marks, TextCoder
+from data.tokenizer import Marks, TextCoder, unknown_id
 from evals.adapters.base import Adapter, ItemError
 from training.errors import UserError
 
@@ -59,10 +59,28 @@ class Corpus:
 
 
 class Text:
-    """A corpus in a model's tokens, as one long sequence of ids. starts: where its documents begin."""
+    """A corpus in a model's tokens, as one long sequence of ids. starts: where its documents begin; unknown: the token that stands for what the model has
+    no token for, None where there is none."""
 
-    def __init__(self, ids: np.ndarray, source: str, bytes_per_token: float | None = None, starts: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        source: str,
+        bytes_per_token: float | None = None,
+        starts: list[int] | None = None,
+        unknown: int | None = None,
+    ) -> None:
         self.ids, self.source, self.bytes_per_token, self.starts = ids, source, bytes_per_token, starts or [0]
+        self.lost = 0.0 if unknown is None or not len(ids) else float((ids == unknown).mean())  # share of the tokens
+
+    @property
+    def note(self) -> str:
+        """What a result on this text has to say of its tokens; '' for one of which nothing was lost."""
+        return (
+            f"{self.lost:.1%} of the text's tokens are the unknown one, whose text is lost: bits per byte look better than they are"
+            if self.lost
+            else ""
+        )
 
     def fitting(self, count: int, length: int) -> tuple[int, int]:
         """(rows, tokens of a row) nearest to `count` rows of `length` that the text gives without any token in two of them."""
@@ -161,7 +179,8 @@ def tokenised(corpus: Corpus, adapter: Adapter) -> Text:
     ids = [part for group in batches(iter(corpus.documents)) for part in encoder.encode(group)]
     whole = np.concatenate(ids).astype(np.int64)
     starts = np.cumsum([0, *map(len, ids[:-1])]).tolist()
-    return Text(whole, corpus.name, corpus.bytes / max(1, len(whole)), starts)
+    unknown = unknown_id(coder.tokenizer, [*coder.start_ids, *coder.end_ids])
+    return Text(whole, corpus.name, corpus.bytes / max(1, len(whole)), starts, unknown)
 
 
 def _ids_of_shards(shards: ShardSet, adapter: Adapter) -> Text:

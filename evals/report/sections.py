@@ -65,7 +65,7 @@ def texts(page: Page, records: Records) -> None:
     ]
     page.table(["model", "sha256", "held out", "why"], rows)
     notes = [[m, r["item"], r["result"]["note"]] for m, items in records.items() for r in items if (r.get("result") or {}).get("note")]
-    page.table(["model", "item", "the text is shorter than what was asked for"], notes)
+    page.table(["model", "item", "what to know of its text"], notes)
 
 
 def _between(x: dict[str, Any], key: str) -> str:
