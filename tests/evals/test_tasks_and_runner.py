@@ -94,7 +94,10 @@ def test_a_tokenizer_that_cannot_spell_the_answers_is_not_asked() -> None:
     adapter.coder = coder_of(words)
     text = tokenised(Corpus("c", ["the passkey is lost"]), adapter)
     assert text.lost == 0.4 and text.note.startswith("40.0% of the text's tokens are the unknown one")
-    assert tokenised(Corpus("c", ["the passkey"]), adapter).note == "" == PROSE.note
+    adapter.coder = coder_of(spaced)  # "1 2" for "12", and a blank before it
+    assert tokenised(Corpus("c", ["12"]), adapter).note.startswith("the tokens stand for 200.0% of the text's bytes")
+    adapter.coder = CODER
+    assert tokenised(Corpus("c", ["the passkey", "é"]), adapter).note == "" == PROSE.note
 
 
 def test_scores_of_a_model_that_always_knows_and_one_that_never_does() -> None:
