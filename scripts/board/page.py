@@ -8,9 +8,8 @@ from typing import Any
 
 from scripts.board.answers import Answer, answer, bits, questions
 from scripts.board.architectures import ARCHITECTURES, counts
-from scripts.board.cells import LEADERS
 from scripts.board.expected import expectation_lines
-from scripts.board.order import DECISIVE, DECISIVE_SEEDS, SEEDS, TEN
+from scripts.board.order import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TEN
 from scripts.board.results import difference, interval
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import in_tokens, leading, summary, whole
@@ -170,17 +169,17 @@ def not_run(found: dict[str, Any]) -> list[str]:
         lines.append(entry(f"the full pass, {each}: {which}, {SEEDS} seeds", list(ten), ten, tokens["pass"]))
     if any(missing.values()):
         lines.append(entry(f"the full pass of all {len(ARCHITECTURES)} rows", list(missing), missing, tokens["pass"]))
-    best = sorted((n for n in TEN if bits(rows, n, stage)), key=lambda n: statistics.fmean(bits(rows, n, stage).values()))[:LEADERS]
-    best = best or list(TEN[:LEADERS])
-    seeds = dict.fromkeys(best, SEEDS)
-    if not any(row["leaders"] for row in rows.values()):
-        lines.append(entry(f"the {LEADERS} leaders on {tokens['leaders'] / 1e6:.3g}M tokens", best, seeds, tokens["leaders"]))
-    if size == "25m":
+    named = [name for name in LEADERS if name in rows]
+    longer = {name: SEEDS - len(bits(rows, name, "leaders")) for name in named}
+    budget = f"{tokens['leaders'] / 1e6:.3g}M tokens"
+    if any(left > 0 for left in longer.values()):
+        lines.append(entry(f"the leaders on {budget}, {SEEDS} seeds", named, longer, tokens["leaders"]))
+    if size == "25m" and named:
         dearer = statistics.fmean(
-            counts(n, "125m", found["T"])["training_flops_per_token"] / rows[n]["training_flops_per_token"] for n in best
+            counts(n, "125m", found["T"])["training_flops_per_token"] / rows[n]["training_flops_per_token"] for n in named
         )
-        what = f"the same {LEADERS} at 125M parameters, {tokens['leaders'] / 1e6:.3g}M tokens (at the same share of the peak)"
-        lines.append(entry(what, best, seeds, tokens["leaders"], dearer))
+        what = f"the same {len(named)} at 125M parameters, {budget} (at the same share of the peak)"
+        lines.append(entry(what, named, dict.fromkeys(named, SEEDS), tokens["leaders"], dearer))
     said = "Nothing here says what these would show. By the tokens/s above (rows without: the slowest); building, measuring, compiling and rates that are not known yet come on top. Passkey"
     said += " was asked of a leader alone ([its card](#models-for-transformers))." if found["passkey"] else " has not been asked."
     return [*lines, "", *filled(said)]
