@@ -185,7 +185,7 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     assert "4.0 s (mean of 3), GDN hybrid, 0.0M tokens, 1.4000, 1.4100, 1.4200" in comparisons
     assert "speedrun_tokens=2560 speedrun_lr=0.01" in comparisons
     # 30 seeds of ten rows less the six that are there, at 1e5 tokens/s all of them.
-    assert f"ten rows, 3 seeds | 24 | {24 * 25_600 / 1e5 / 3600:.2g} |" in comparisons and "leaders on 0.0512M tokens | " in comparisons
+    assert f"ten rows, 3 seeds | 24 | {24 * 25_600 / 1e5 / 3600:.2g} |" in comparisons and "leaders on 0.0512M tokens, 3 seeds | " in comparisons
     # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5
     other = collect("tiny", list(known.values()), [])
