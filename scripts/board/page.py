@@ -9,11 +9,12 @@ from typing import Any
 from scripts.board.answers import Answer, answer, bits, questions
 from scripts.board.architectures import ARCHITECTURES, counts
 from scripts.board.expected import expectation_lines
+from scripts.board.longer import longer_table
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TEN
 from scripts.board.results import difference, interval
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import in_tokens, leading, summary, whole
-from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, number, plus_minus, shown_stages, speed_table
+from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, loaded_table, number, plus_minus, shown_stages, speed_table
 
 
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:
@@ -22,6 +23,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     lines = ["# The board", "", *_introduction(found), "", "## Answers, nulls and negative results first", "", *summary(found), ""]
     lines += [*leading_table(found), ""]
     lines += ["![loss](loss.png)", ""] if "loss.png" in pictures else []
+    if longer := longer_table(found):
+        lines += [f"## {found['tokens']['leaders'] / 1e6:.3g}M tokens", "", *longer, *filled(LONGER), ""]
     lines += ["## Comparisons, nulls and negative results first", "", *comparison_table(found), ""]
     lines += ["## What was expected", "", *(in_tokens(line, found) for line in expectation_lines(rows)), ""]
     if shown_stages(rows) or any(row["probe"] for row in rows.values()):
@@ -32,11 +35,17 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     if found["cards"]:
         lines += ["## Models for transformers", "", *filled(MODELS), ""]
         lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
+        lines += [*loaded_table(found["loaded"]), ""] if found["loaded"] else []
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
     lines += ["## Not run, and what it would take", "", *not_run(found), ""]
     return "\n".join(lines)
 
 
+LONGER = (
+    "Held-out bits per byte of the rows that go on, one seed each, beside the same seed of the full pass; which rows and why is in the "
+    "[protocol](protocol.md#350m-tokens). No text is new in the later passes, and no rate was tried at this length. With one seed there is no interval: what lies "
+    "below 0.01 is told as no difference. In the second table what the full pass had is in brackets; passkey (95 % by Wilson) is of the exported weights."
+)
 MODELS = (
     "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are not in this "
     "repository: the command in each card makes them again bit for bit, `python -m scripts.board export out=runs/board/again only=CELL` exports "
@@ -181,5 +190,5 @@ def not_run(found: dict[str, Any]) -> list[str]:
         what = f"the same {len(named)} at 125M parameters, {budget} (at the same share of the peak)"
         lines.append(entry(what, named, dict.fromkeys(named, SEEDS), tokens["leaders"], dearer))
     said = "Nothing here says what these would show. By the tokens/s above (rows without: the slowest); building, measuring, compiling and rates that are not known yet come on top. Passkey"
-    said += " was asked of a leader alone ([its card](#models-for-transformers))." if found["passkey"] else " has not been asked."
+    said += " was asked of leaders alone ([cards](#models-for-transformers))." if found["passkey"] else " has not been asked."
     return [*lines, "", *filled(said)]

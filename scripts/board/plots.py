@@ -46,7 +46,7 @@ def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes |
     """Every stage with intervals, one below the other, the whole one first; before there is one, the rates tried."""
     if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values() for stage in STAGES):
         return None
-    panels = [(stage, done) for stage in shown_stages(rows) if (done := _means(rows, stage))]
+    panels = [(stage, done) for stage in _drawn(rows) if (done := _means(rows, stage))]
     if not panels:
         return _rates_plot(plt, rows)
     sizes = [1.0 + len(done) for _, done in panels]
@@ -64,6 +64,11 @@ def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes |
     every[0, 0].set_title(f"mean, 95 % over {SEEDS} seeds or more (grey: each seed)", fontsize=9)
     figure.tight_layout()
     return png(plt, figure)
+
+
+def _drawn(rows: dict[str, Any]) -> list[str]:
+    """The stages of the page's plots: the leaders' longer run before the others, where there is one."""
+    return [stage for stage in ("leaders", *shown_stages(rows)) if any(bits(rows, name, stage) for name in rows)]
 
 
 def _means(rows: dict[str, Any], stage: str) -> list[tuple[str, Interval, dict[int, float]]]:
@@ -88,7 +93,7 @@ def _rates_plot(plt: Any, rows: dict[str, Any]) -> bytes:
 def _position_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:
     """Loss by position in long held-out documents, with a mark at the training length: a panel for each stage in which rows were read."""
     curves: dict[str, list[tuple[int, str, list[dict[str, float]]]]] = {}
-    for stage in shown_stages(rows):
+    for stage in _drawn(rows):
         # Rows that are compared with another one are too near to it to be told apart.
         for i, row in enumerate(row for name, row in rows.items() if not ARCHITECTURES[name].of):
             if cell := next((cell for cell in row[stage].values() if cell.get("buckets")), None):
