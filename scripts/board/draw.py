@@ -15,6 +15,7 @@ from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
 from scripts.board.cells import BOARDS, PROTOCOL, Board, tokens_of
 from scripts.board.details import details_text, log_text
+from scripts.board.longer import with_passkey
 from scripts.board.page import page_text
 from scripts.board.plots import plots
 from scripts.board.rates import MOST_RATES, said
@@ -39,6 +40,7 @@ def draw(values: dict[str, Any]) -> None:
         write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
     cards = sorted((page / "cards").glob("*.txt"))
     found |= {"cards": [path.name for path in cards], "passkey": gather_passkey(out, page), "loaded": gather_loaded(out, page)}
+    with_passkey(found["rows"], found["passkey"])
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "details.md", details_text(found).encode())

@@ -44,7 +44,7 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
 LONGER = (
     "Held-out bits per byte of the rows that go on, one seed each, beside the same seed of the full pass; which rows and why is in the "
     "[protocol](protocol.md#350m-tokens). No text is new in the later passes, and no rate was tried at this length. With one seed there is no interval: what lies "
-    "below 0.01 is told as no difference. In the second table what the full pass had is in brackets; passkey (95 % by Wilson) is of the exported weights."
+    "below 0.01 is told as no difference. In the second table what the full pass had is in brackets; passkey (50 keys a length, 95 % by Wilson) is of the weights that were kept, in bf16."
 )
 MODELS = (
     "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are not in this "

@@ -58,7 +58,8 @@ def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes |
             axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=3)
         axes.errorbar([value.mean for _, value, _ in done], range(len(done)), xerr=halves, fmt="D", markersize=4, capsize=3, zorder=2)
         axes.set_yticks(range(len(done)), [label for label, _, _ in done], fontsize=8)
-        axes.set_xlabel(f"held-out bits per byte after {found['tokens'][stage] / 1e6:.3g}M tokens", fontsize=9)
+        alone = ", one seed and so no interval" if all(value.n == 1 for _, value, _ in done) else ""
+        axes.set_xlabel(f"held-out bits per byte after {found['tokens'][stage] / 1e6:.3g}M tokens{alone}", fontsize=9)
         axes.set_ylim(-0.6, len(done) - 0.4)
         axes.grid(alpha=0.3)
     every[0, 0].set_title(f"mean, 95 % over {SEEDS} seeds or more (grey: each seed)", fontsize=9)

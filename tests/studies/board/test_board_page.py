@@ -19,7 +19,7 @@ from scripts.board.details import details_text
 from scripts.board.draw import collect, draw
 from scripts.board.expected import expectation_lines, expectations
 from scripts.board.export import export_cells
-from scripts.board.longer import longer_answer, longer_table
+from scripts.board.longer import longer_answer, longer_table, with_passkey
 from scripts.board.order import LEADERS
 from scripts.board.page import page_text
 from scripts.board.plan import Plan
@@ -229,6 +229,7 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
         write_json(tmp_path / "evals" / name, item | {"result": result})
     found = collect("tiny", list(known.values()), []) | {"passkey": gather_passkey(tmp_path, tmp_path)}
     assert gather_passkey(tmp_path / "none", tmp_path) == found["passkey"]
+    with_passkey(found["rows"], found["passkey"])
     said = longer_answer(found)
     assert (
         "0.0512M, 0.9 passes over the same text, one seed each and so no interval: GDN hybrid 1.1500 (-0.200); ParaGRU hybrid 1.1640 (-0.200)"
@@ -243,6 +244,7 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
     assert outcome[f"{about}the two hybrids within 0.01 of one another"] == ["GDN hybrid minus ParaGRU hybrid: did not hold, -0.0140"]
     assert outcome[f"{about}GDN within 0.015 of the Transformer"] == ["Gated DeltaNet minus Transformer: held, +0.0060"]
     assert "Gated DeltaNet collapses: did not hold" in outcome[f"{about}three with attention collapse past their length, GDN holds"]
+    assert outcome[f"{about}passkey at 512 tokens found by none in more than a tenth"] == ["GDN hybrid 100 %: did not hold"]
     front = page_text(found, [])
     assert said.split(",")[0] in " ".join(front.split()) and "## 0.0512M tokens" in front
 
