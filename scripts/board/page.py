@@ -106,7 +106,7 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     said = (
         f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, after "
-        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
+        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most of these tokens that it was read at. Speeds: alone on the device, training, "
         "and one sequence decoded behind 131,072 tokens."
     )
     said += _rates_of_the_pass(found) if "pass" in stages else ""
