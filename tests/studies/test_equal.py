@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import multiprocessing
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,24 @@ def test_cells_of_earlier_calls_are_joined_and_not_trained_again(tmp_path: Path,
     assert not {("S3", "slstm", 0), ("S3", "slstm", 1), ("A5", "dense_gru", 0)} & set(trained)
     with pytest.raises(UserError, match="no folder"):
         main(["minutes=0", f"known={tmp_path / 'none'}", f"out={tmp_path}"])
+
+
+def test_compilers_share_the_kinds_and_one_that_fails_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    class Fails(Learner):
+        def warm(self) -> None:
+            if self.settings["layer"]["type"] == "m2rnn":
+                raise RuntimeError("no kernel")
+            compiled.append(self.settings["layer"]["cell"])
+
+    monkeypatch.setattr(equal, "Learner", Fails)
+    monkeypatch.setattr(equal, "pick", lambda visible, device: torch.device("cpu"))
+    monkeypatch.setattr(equal.signal, "signal", lambda *_: None)
+    kinds = [(mixer, "parity", mixer) for mixer in ("paragru", "m2rnn", "dense_gru", "slstm")]
+    begun, ready = multiprocessing.Value("i", 1), {kind: threading.Event() for kind, *_ in kinds}  # the first is another compiler's
+    equal.prepare(VALUES, kinds, begun, "", ready)
+    assert compiled == ["dense_gru", "slstm"] and [event.is_set() for event in ready.values()] == [False, True, True, True]
 
 
 def test_the_page_holds_the_table_of_the_recorded_cells() -> None:
