@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,12 +67,13 @@ def read(kind: str, seed: int) -> dict[str, Any]:
 
 def train(arguments: argparse.Namespace, results: Results) -> None:
     """All runs, seed after seed, so many at a time, each kept as soon as it is over. Those that the time cuts are kept as far as they came."""
-    waiting = [(kind, seed) for seed in range(arguments.seeds) for kind in KINDS]
+    waiting = [(kind, seed) for seed in range(arguments.seeds) for kind in arguments.kinds.split(",")]
     running: list[tuple[str, int, subprocess.Popen[str]]] = []
     late = False
     while running or waiting and not late:
         while waiting and not late and len(running) < arguments.together:
             kind, seed = waiting.pop(0)
+            shutil.rmtree(RUNS / f"{kind}-{seed}", ignore_errors=True)  # of an earlier call, whose metrics would be read as this one's
             RUNS.mkdir(parents=True, exist_ok=True)
             with open(RUNS / f"{kind}-{seed}.txt", "w") as said:
                 words = command(kind, seed, [*sizes(arguments.steps), *arguments.settings])
@@ -98,10 +100,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="initialisations")
     parser.add_argument("--together", type=int, default=6, help="runs side by side")
     parser.add_argument("settings", nargs="*", help="more settings of train.py")
     arguments = parser.parse_args()
-    refuse(parser, arguments, ["seconds", "steps", "seeds", "together"])
+    refuse(parser, arguments, ["seconds", "steps", "seeds", "together"], {"kinds": KINDS})
     results = Results(arguments.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if not DATA.exists():
         prepare = [sys.executable, "-m", "data.prepare", "input=demo", f"out={DATA}", "tokenizer=bpe:2048", "valid_docs=[2]"]
