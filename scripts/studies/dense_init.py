@@ -28,17 +28,24 @@ from scripts.studies.options import refuse
 HEAD = 64
 RUNS = Path("runs/dense_init")
 DATA = Path("runs/data/dense_sets")
-# the cell's BIAS_INIT, None: its own; deviation of the matrices as a multiple of 1 / sqrt(head)
-KINDS: dict[str, tuple[dict[str, float] | None, float]] = {"here": (None, 1.0), "published": ({"f": 1.0}, 3**-0.5), "bounded": (None, 0.5)}
+# biases in place of the cell's; deviation of the matrices as a multiple of 1 / sqrt(head)
+KINDS: dict[str, tuple[str, float]] = {"here": ("null", 1.0), "published": ("{f: 1, i: 0}", 3**-0.5), "bounded": ("null", 0.5)}
 
 
 def command(kind: str, seed: int, settings: list[str]) -> list[str]:
-    """Trains one model; the cell's biases are set before train.py reads them."""
+    """Trains one model."""
     biases, gain = KINDS[kind]
-    set_biases = f"import models.cells.dense_lstm as c; c.BIAS_INIT = {biases!r}; " if biases is not None else ""
-    program = f"import runpy, sys; {set_biases}sys.argv[0] = 'train.py'; runpy.run_path('train.py', run_name='__main__')"
-    words = ["model=dense_lstm", f"model.mixers.dense_lstm.recurrent_init={gain * HEAD**-0.5}", f"seed={seed}", f"data.path={DATA}"]
-    return [sys.executable, "-c", program, *words, f"run_dir={RUNS / f'{kind}-{seed}'}", *settings]
+    mixer = [f"model.mixers.dense_lstm.bias_init={biases}", f"model.mixers.dense_lstm.recurrent_init={gain * HEAD**-0.5}"]
+    return [
+        sys.executable,
+        "train.py",
+        "model=dense_lstm",
+        *mixer,
+        f"seed={seed}",
+        f"data.path={DATA}",
+        f"run_dir={RUNS / f'{kind}-{seed}'}",
+        *settings,
+    ]
 
 
 def sizes(steps: int) -> list[str]:
