@@ -77,6 +77,18 @@ def test_the_rate_of_long_words_falls_and_begins_again_at_the_next_length() -> N
     assert rates == pytest.approx([1e-2, 0.5e-2, 1e-2, 0.5e-2])  # 400 steps of 800; words of 32 at the root of 8 / 32
 
 
+def test_the_rate_of_a_solved_cell_falls_from_where_it_was() -> None:
+    cell = Learner(settings_of("A5", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 20_000)
+    cell.progress.arrived, cell.progress.rung, cell.progress.step = 4000, len(cell.rungs) - 1, 12_000
+    before = cell.rate()  # 400 of 8,000 steps at this length
+    rates = []
+    cell.progress.solved = 12_000
+    for step in (12_000, 12_000 + cell.fall // 2, 12_000 + cell.fall):
+        cell.progress.step = step
+        rates.append(cell.rate())
+    assert before == pytest.approx(1e-2 * 0.5 * 400 / 8000) and rates == pytest.approx([before, before / 2, 0.0])
+
+
 def test_the_rate_of_recall_falls_at_the_longest_length_alone() -> None:
     cell = Learner(settings_of("mqar", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 100_000)
     rates = []
