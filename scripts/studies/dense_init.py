@@ -1,4 +1,4 @@
-"""Does the initialisation that keeps dense LSTMs cheap to solve learn as well as the published one? Trains both with the same seeds and data on the
+"""Which initialisation of a dense LSTM is cheap to solve, and learns as well as the others? Trains three with the same seeds and data on the
 bundled books; losses over training, held-out loss, and what the solves needed go to --out.
 
 python -m scripts.studies.dense_init --out docs/results/dense_rnn/init.json --seconds 90       # one GPU, six runs side by side
