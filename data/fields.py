@@ -74,7 +74,7 @@ def _exactly(value: Any, hint: Any) -> Any:
     for option in options_of(hint):
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return value
-        if isinstance(value, option) and (option is bool or not isinstance(value, bool)):
+        if isinstance(value, typing.get_origin(option) or option) and (option is bool or not isinstance(value, bool)):
             return value
     raise ValueError
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import keyword
+import math
 import pkgutil
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from data.errors import UserError
 from kernels.parallel_rnn.cell import Cell
@@ -52,22 +55,25 @@ def load_cell(name: str) -> Cell:
     return cell
 
 
-def bias_init(name: str) -> dict[str, tuple[float, float]]:
-    """BIAS_INIT of models/cells/<name>.py: initial biases of input projections, as (lowest, highest over the channels). Raises UserError."""
+def bias_init(name: str, changed: Mapping[str, Any] | None = None) -> dict[str, tuple[float, float]]:
+    """BIAS_INIT of models/cells/<name>.py: initial biases of input projections, as (lowest, highest over the channels). changed: of some of them a
+    number or pair instead. Raises UserError."""
     module = cell_module(name)
-    declared, pre = getattr(module, "BIAS_INIT", {}), Cell.from_step(module.step, name).pre
+    pre, file = Cell.from_step(module.step, name).pre, f"models/cells/{name}.py: BIAS_INIT"
+    declared = _ranges(getattr(module, "BIAS_INIT", {}), pre, file)
+    return {**declared, **_ranges(dict(changed or {}), pre, f"bias_init of the cell {name}")}
+
+
+def _ranges(declared: Any, pre: Sequence[str], where: str) -> dict[str, tuple[float, float]]:
+    """Numbers and pairs by Pre argument, as pairs."""
     if not isinstance(declared, dict):
-        raise UserError(
-            f"models/cells/{name}.py: BIAS_INIT must be a dict of numbers or pairs by Pre argument, not a {type(declared).__name__}."
-        )
+        raise UserError(f"{where} must be a dict of numbers or pairs by Pre argument, not a {type(declared).__name__}.")
     ranges = {}
     for argument, value in declared.items():
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if argument not in pre:
-            raise UserError(
-                f"models/cells/{name}.py: BIAS_INIT names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}."
-            )
-        if len(pair) != 2 or not all(isinstance(v, (int, float)) for v in pair):
-            raise UserError(f"models/cells/{name}.py: BIAS_INIT[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
+            raise UserError(f"{where} names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}.")
+        if len(pair) != 2 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pair):
+            raise UserError(f"{where}[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
         ranges[argument] = (float(pair[0]), float(pair[1]))
     return ranges

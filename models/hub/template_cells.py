@@ -65,9 +65,10 @@ def jumps(cell: Cell) -> bool:
     return bool(cell.jumps)
 
 
-def bias_init(name: str) -> Any:
-    """Where the biases of a cell's inputs start: (lowest, highest over the channels) by argument."""
-    return BIASES.get(name, {})
+def bias_init(name: str, changed: Any = None) -> Any:
+    """Where the biases of a cell's inputs start: (lowest, highest over the channels) by argument. changed: of some of them, instead."""
+    pairs = {argument: value if isinstance(value, (tuple, list)) else (value, value) for argument, value in (changed or {}).items()}
+    return {**BIASES.get(name, {}), **pairs}
 
 
 def linears(x: Tensor, *layers: nn.Linear, apart: int = 0) -> tuple[Tensor, ...]:

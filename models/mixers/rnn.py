@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +45,16 @@ class Config:
     recurrent_bound: str = "clip"  # none | clip (to +-recurrent_max) | tanh (recurrent_max * tanh of the parameter)
     recurrent_max: float = 0.5
     recurrent_init: float = 0.0  # standard deviation of the initial recurrent weights; 0: 1/sqrt(inner width)
+    bias_init: dict[str, Any] | None = (
+        None  # initial biases of the cell's inputs by name, a number or a pair over the channels; null: the cell's
+    )
     norm_eps: float = 1e-5
 
     def problems(self, d_model: int) -> list[str]:
         problems, inner, dense = [], round(self.expand * d_model), False
         try:
             cell = load_cell(self.cell)
+            bias_init(self.cell, self.bias_init)
             problem, dense = cell.problem(inner) if inner > 0 else "", bool(cell.mat)
         except ValueError as reason:
             problem = str(reason)
@@ -133,7 +138,7 @@ class Mixer(SequenceMixer):
             self.norm.init_weights()
         with torch.no_grad():
             self.cell_bias.zero_()
-            for name, (low, high) in bias_init(self.config.cell).items():
+            for name, (low, high) in bias_init(self.config.cell, self.config.bias_init).items():
                 self.cell_bias[self.cell.pre.index(name)] = torch.linspace(low, high, self.inner)
         if self.matrices is not None:
             normal_(self.matrices, self.config.recurrent_init or self.matrices.shape[1] ** -0.5)

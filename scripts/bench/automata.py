@@ -2,9 +2,10 @@
 
 python -m scripts.bench.automata --out docs/results/dense_rnn/automata.json                  # one GPU, a minute and a half
 python -m scripts.bench.automata --out automata.json --device cpu --seconds 300 --train 200  # in plain torch: a trained tracker, nothing timed
+python -m scripts.bench.automata --out automata.json --seconds 0 --train 60 --groups S3,S4   # trained trackers alone
 
 Exact trackers of parity, mod-5, S3, S4 and A5 (scripts/bench/trackers.py) at one row of 16,384 to 65,536 steps in bf16, then a GRU that was trained
-for --train seconds to follow S3. Each row says slices and candidates, times of both as they are called and as CUDA graphs, and whether all is
+for --train seconds to follow S3, or one for each of --groups. Each row says slices and candidates, times of both as they are called and as CUDA graphs, and whether all is
 equal bit for bit; `walked` is the share of slices that were not certified and walked in order.
 """
 
@@ -28,7 +29,8 @@ from kernels.dense_rnn.maps import CANDIDATES
 from kernels.parallel_rnn.cell import Cell
 from models.cells import load_cell
 from scripts.bench.timing import Results, attempted, milliseconds
-from scripts.bench.trackers import products, size, tracker
+from scripts.bench.trackers import TRACKERS, products, size, tracker
+from scripts.studies.options import refuse
 
 SHAPES = [("S3", 65536, 1), ("S3", 16384, 12), ("S4", 65536, 1), ("A5", 65536, 1), ("parity", 65536, 1), ("mod-5", 65536, 1)]
 SHAPES += [("S4", 16384, 1), ("A5", 16384, 1), ("S3", 65536, 12), ("S4", 65536, 12), ("S3", 16384, 1)]
@@ -152,26 +154,27 @@ def given_of(model: nn.ModuleList, B: int, T: int, dtype: torch.dtype, seed: int
     return [pre.to(dtype), c[2:].clone(), R.permute(2, 0, 1)[None].contiguous(), torch.zeros(B, 1, WIDTH, device=device)]
 
 
-def trained_on_gpu(model: nn.ModuleList, accuracy: float, T: int) -> dict[str, Any]:
-    cell = load_cell("dense_gru")
+def trained_on_gpu(model: nn.ModuleList, accuracy: float, name: str, T: int) -> dict[str, Any]:
+    """Twice as many candidates as the group has elements, and more, over slices of 128 to 512 steps in bf16."""
+    cell, few = load_cell("dense_gru"), 2 * size(name)[1]
     given, seen = given_of(model, 1, T, torch.bfloat16, 0), given_of(model, 4, 1024, torch.bfloat16, 1)
     walk = milliseconds(lambda: launch.forward(cell, *(*given, None, launch.Plan.of(given[0], WIDTH, 1))), 5)
     rows = []
-    for M in (12, 16, 32):
+    for M in (few, *[m for m in CANDIDATES if m > few][:2]):
         dictionary = borders(cell, seen, 1, M)
         for slices in (T // 512, T // 256, T // 128):
             row = attempted(partial(compared, cell, given, dictionary.states, slices, 16, 3))
             rows.append({"candidates": M, "spread": dictionary.spread.max().item(), **row})
-    return {"accuracy": accuracy, "shape": [1, T, 1, WIDTH], "walk_ms": walk, "rows": rows}
+    return {"group": name, "accuracy": accuracy, "shape": [1, T, 1, WIDTH], "walk_ms": walk, "rows": rows}
 
 
-def trained_in_torch(model: nn.ModuleList, accuracy: float, T: int = 1024) -> dict[str, Any]:
+def trained_in_torch(model: nn.ModuleList, accuracy: float, name: str, T: int = 1024) -> dict[str, Any]:
     """What repetition and composed maps take, in fp32 and plain torch."""
-    cell = load_cell("dense_gru")
+    cell, elements = load_cell("dense_gru"), size(name)[1]
     given, seen = given_of(model, 4, T, torch.float32, 0), given_of(model, 4, 512, torch.float32, 1)
     wanted, states = (reference.sequential(cell, g[0], g[1], g[2], g[3], None)[0] for g in (given, seen))
     rows = []
-    for M in (6, 12, 16):
+    for M in (elements, 2 * elements, next(m for m in CANDIDATES if m > 2 * elements)):
         dictionary = Dictionary(1, M, 1, WIDTH)
         dictionary.learn(states[:, 32:].flatten(0, 1))
         for n in (8, 16, 32):
@@ -179,7 +182,7 @@ def trained_in_torch(model: nn.ModuleList, accuracy: float, T: int = 1024) -> di
             error = (got - wanted).abs().max().item()
             rows.append({"candidates": M, "spread": dictionary.spread.max().item(), "distance": error, **vars(automata.last_report)})
     reference.solve(cell, *given, None, 16)
-    return {"accuracy": accuracy, "rows": rows, "corrections_of_16_slices": reference.last_report.corrections}
+    return {"group": name, "accuracy": accuracy, "rows": rows, "corrections_of_16_slices": reference.last_report.corrections}
 
 
 def main() -> None:
@@ -187,8 +190,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=90.0, help="for all of it, but what was begun is ended")
-    parser.add_argument("--train", type=float, default=20.0, help="seconds of training the tracker; 0: none")
+    parser.add_argument("--train", type=float, default=20.0, help="seconds of training a tracker; 0: none")
+    parser.add_argument("--groups", default="S3", help="of the trained trackers")
     given = parser.parse_args()
+    refuse(parser, given, lists={"groups": TRACKERS})
     given.out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device(given.device)
     out = Results(given.out, device)
@@ -197,10 +202,10 @@ def main() -> None:
     for name, T, E in shapes:
         if out.elapsed() < rest:
             out.append("exact", attempted(partial(exact, name, T, E, device, out, rest)))
-    if given.train:
-        model, accuracy = train(given.train, device)
+    for name in given.groups.split(",") if given.train else ():
+        model, accuracy = train(given.train, device, name)
         for T in (16384, 65536) if shapes else (1024,):
-            measure = partial(trained_on_gpu, model, accuracy, T) if shapes else partial(trained_in_torch, model, accuracy)
+            measure = partial(trained_on_gpu, model, accuracy, name, T) if shapes else partial(trained_in_torch, model, accuracy, name)
             out.append("trained", attempted(measure))
 
 

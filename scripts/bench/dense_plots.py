@@ -53,11 +53,15 @@ def difficulty(plt: Any, rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 def over_training(plt: Any, runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A line for each run by name; runs whose names end in ", seed N" have one colour."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    kinds: list[str] = []
     for name, steps in runs.items():
-        at = [row["step"] for row in steps]
+        kind, at = name.partition(", seed ")[0], [row["step"] for row in steps]
+        style = {"label": None if kind in kinds else kind}
+        kinds += [kind] if kind not in kinds else []
         for axis, key in zip(axes, ("loss", "dense_corrections", "dense_slices")):
-            axis.plot(at, [row[key] for row in steps], label=name)
+            axis.plot(at, [row[key] for row in steps], color=f"C{kinds.index(kind)}", linewidth=1.2, alpha=0.8, **style)
     for axis, label in zip(axes, ("loss", "corrections of a forward solve", "slices in force")):
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)

@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "minutes": 6.0,
     "processes": 7,  # of a GPU
     "streams": 4,  # cells that a process trains at a time
+    "compilers": 6,  # more processes, which compile kernels first and end then
     "length": 64,
     "batch": 128,
     "most": 0,  # steps at most, for a trial; 0: those of the task
@@ -166,17 +167,26 @@ def keep(place: Place, learner: Learner | None, values: dict[str, Any], error: E
     write_json(out / "cells" / f"{name}.json", cell)
 
 
-def prepare(values: dict[str, Any], task: str, mixer: str, visible: str, ready: Any) -> None:
-    """Compiles what a mixer needs on a GPU for such tasks, so that no process that trains has to wait for it; then says so."""
+def prepare(values: dict[str, Any], kinds: list[tuple[str, str, str]], taken: Any, visible: str, ready: dict[str, Any]) -> None:
+    """Compiles what mixers need on a GPU for such tasks, one after the other, so that no process that trains has to wait for it, and says so of each.
+    kinds: names of `variant`, each with a task and a mixer; taken: counts those begun by all compilers."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
     end_with_parent()
-    try:
-        device = pick(visible, "cuda")
-        learner = Learner(settings_of(task, mixer, values), 0, device, 1)
-        learner.warm()
-        learner.score(values["length"] * LENGTHS[-1], values["batch"])
-    finally:
-        ready.set()
+    device = pick(visible, "cuda")
+    while True:
+        with taken.get_lock():
+            number, taken.value = taken.value, taken.value + 1
+        if number >= len(kinds):
+            return
+        kind, task, mixer = kinds[number]
+        try:
+            learner = Learner(settings_of(task, mixer, values), 0, device, 1)
+            learner.warm()
+            learner.score(values["length"] * LENGTHS[-1], values["batch"])
+        except Exception as error:  # the process that trains it will say so again, in the cell
+            print(f"{kind} was not compiled: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        finally:
+            ready[kind].set()
 
 
 def pick(visible: str, device_name: str) -> Any:
@@ -316,14 +326,16 @@ def main(words: list[str]) -> None:
         )
         spawn = multiprocessing.get_context("spawn")
         first = {variant(task, mixer): (task, mixer) for task, mixer, _ in reversed(cells)} if device == "cuda" else {}
-        taken, ready = spawn.Value("i", 0), {kind: spawn.Event() for kind in reversed(first)}
+        kinds = [(kind, *first[kind]) for kind in reversed(first)]
+        taken, ready = spawn.Value("i", 0), {kind: spawn.Event() for kind, *_ in kinds}
         workers = [
             spawn.Process(target=work, args=(values, cells, taken, ready, deadline, device, gpus[i % len(gpus)]))
             for i in range(min(processes, len(cells)))
         ]
+        begun = spawn.Value("i", 0)
         compilers = [
-            spawn.Process(target=prepare, args=(values, *first[kind], gpus[i % len(gpus)], event))
-            for i, (kind, event) in enumerate(ready.items())
+            spawn.Process(target=prepare, args=(values, kinds, begun, gpus[i % len(gpus)], ready))
+            for i in range(min(values["compilers"], len(kinds)))
         ]
         for process in (*compilers, *workers):
             process.start()

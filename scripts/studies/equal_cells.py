@@ -195,13 +195,14 @@ class Learner:
     def rate(self) -> float:
         p, s = self.progress, self.settings
         fall = max(0.0, 1 - (p.step - p.solved) / self.fall) if p.solved else 1.0
-        late = min(1.0, max(0.05, (p.limit - p.step) / (0.2 * p.limit)))  # of a cell that is not solved: the last fifth of its steps
+        now = p.solved or p.step  # what follows is held from then on, so that the rate falls from where it was
+        late = min(1.0, max(0.05, (p.limit - now) / (0.2 * p.limit)))  # the last fifth of all steps
         # one that hovers below what solves it, or ends its rung, is taken there by smaller steps: at every length, or at the longest alone
         full = s.get("eases") or (s.get("settles") if p.arrived and self.last else None)
         if full:
-            late *= min(1.0, full / max(1, p.step - p.arrived))
+            late *= min(1.0, full / max(1, now - p.arrived))
         long = min(1.0, (8 / self.n) ** 0.5) if s.get("falls") else 1.0  # at a rate of 1e-2 S4 was lost again at lengths of 42 to 64
-        return s["lr"] * long * min(1.0, (p.step + 1) / s["warmup"]) * (fall if p.solved else late)
+        return s["lr"] * long * min(1.0, (p.step + 1) / s["warmup"]) * late * fall
 
     @property
     def last(self) -> bool:

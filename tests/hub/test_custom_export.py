@@ -29,7 +29,7 @@ FAMILIES = {
     "paragru": config(GRU, learnable_residual=True),
     "paralstm": config({**GRU, "cell": "paralstm", "recurrent_bound": "tanh"}, tie_embeddings=True),
     "mingru": config({**GRU, "cell": "mingru", "d_conv": 0, "gate": False, "norm": False}, d_ff=0),
-    "slstm": config({**GRU, "cell": "slstm", "head_size": 16}),
+    "slstm": config({**GRU, "cell": "slstm", "head_size": 16, "bias_init": {"f": [1.0, 3.0], "z": -1}}),
     "m2rnn": config({"type": "m2rnn", "n_heads": 4, "n_k_heads": 2, "expand_v": 1.5}),
     "mamba2_mlp": config(MAMBA),
     "norms": ModelConfig(

@@ -87,6 +87,19 @@ def test_starting_values() -> None:
     assert mixer.A_log.exp().min() >= 1 and mixer.A_log.exp().max() <= 16 and bool((mixer.D == 1).all())
 
 
+def test_biases_start_where_the_config_asks_and_else_where_the_cell_does() -> None:
+    mixer: Any = mixers.build(rnn(cell="dense_lstm", bias_init={"f": 1, "g": [-2.0, 2.0]}), 32, 0)
+    mixer.init_weights(0.02, 8)
+    rows = dict(zip(mixer.cell.pre, mixer.cell_bias.detach()))
+    wanted = {"i": torch.linspace(0, -4, 32), "f": torch.ones(32), "g": torch.linspace(-2, 2, 32), "o": torch.zeros(32)}
+    assert rows.keys() == wanted.keys()
+    for name, row in wanted.items():
+        torch.testing.assert_close(rows[name], row, msg=name)
+    for wrong in ({"q": 1}, {"f": "one"}, {"f": [1, 2, 3]}, {"f": float("nan")}):
+        config, problems = mixers.parse("a", rnn(cell="dense_lstm", bias_init=wrong), 32)
+        assert config is None and len(problems) == 1 and "bias_init of the cell dense_lstm" in problems[0], problems
+
+
 def test_bounds_of_recurrent_weights() -> None:
     for bound, low in (("none", 2.0), ("clip", 0.5), ("tanh", 0.5)):
         mixer: Any = mixers.build(rnn(recurrent_bound=bound), 32, 0)

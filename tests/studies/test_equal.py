@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import multiprocessing
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,18 @@ def test_the_rate_of_long_words_falls_and_begins_again_at_the_next_length() -> N
     assert rates == pytest.approx([1e-2, 0.5e-2, 1e-2, 0.5e-2])  # 400 steps of 800; words of 32 at the root of 8 / 32
 
 
+def test_the_rate_of_a_solved_cell_falls_from_where_it_was() -> None:
+    cell = Learner(settings_of("A5", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 20_000)
+    cell.progress.arrived, cell.progress.rung, cell.progress.step = 4000, len(cell.rungs) - 1, 12_000
+    before = cell.rate()  # 400 of 8,000 steps at this length
+    rates = []
+    cell.progress.solved = 12_000
+    for step in (12_000, 12_000 + cell.fall // 2, 12_000 + cell.fall):
+        cell.progress.step = step
+        rates.append(cell.rate())
+    assert before == pytest.approx(1e-2 * 0.5 * 400 / 8000) and rates == pytest.approx([before, before / 2, 0.0])
+
+
 def test_the_rate_of_recall_falls_at_the_longest_length_alone() -> None:
     cell = Learner(settings_of("mqar", "dense_gru", {**VALUES, "length": 32}), 0, torch.device("cpu"), 100_000)
     rates = []
@@ -145,6 +159,24 @@ def test_cells_of_earlier_calls_are_joined_and_not_trained_again(tmp_path: Path,
     assert not {("S3", "slstm", 0), ("S3", "slstm", 1), ("A5", "dense_gru", 0)} & set(trained)
     with pytest.raises(UserError, match="no folder"):
         main(["minutes=0", f"known={tmp_path / 'none'}", f"out={tmp_path}"])
+
+
+def test_compilers_share_the_kinds_and_one_that_fails_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    class Fails(Learner):
+        def warm(self) -> None:
+            if self.settings["layer"]["type"] == "m2rnn":
+                raise RuntimeError("no kernel")
+            compiled.append(self.settings["layer"]["cell"])
+
+    monkeypatch.setattr(equal, "Learner", Fails)
+    monkeypatch.setattr(equal, "pick", lambda visible, device: torch.device("cpu"))
+    monkeypatch.setattr(equal.signal, "signal", lambda *_: None)
+    kinds = [(mixer, "parity", mixer) for mixer in ("paragru", "m2rnn", "dense_gru", "slstm")]
+    begun, ready = multiprocessing.Value("i", 1), {kind: threading.Event() for kind, *_ in kinds}  # the first is another compiler's
+    equal.prepare(VALUES, kinds, begun, "", ready)
+    assert compiled == ["dense_gru", "slstm"] and [event.is_set() for event in ready.values()] == [False, True, True, True]
 
 
 def test_the_page_holds_the_table_of_the_recorded_cells() -> None:
