@@ -83,19 +83,6 @@ def test_chunks_with_carried_state_equal_the_whole(mixer: Any, cuts: list[int], 
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:var()")
-@pytest.mark.parametrize("carried", ["none", "empty", "after"])
-def test_no_tokens_change_nothing(mixer: Any, carried: str) -> None:
-    x = x_of()
-    state = None if carried == "none" else mixer.init_state(2)
-    if carried == "after":
-        _, state = mixer(x[:, :5], state)
-    y, after = mixer(x[:, :0], state)
-    assert y.shape == (2, 0, D)
-    if state is not None:
-        torch.testing.assert_close(mixer(x[:, 5:], after)[0], mixer(x[:, 5:], state)[0], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("length", [1, 4, T])
 def test_state_has_the_bytes_it_says(mixer: Any, length: int) -> None:
     _, state = mixer(x_of()[:, :length], mixer.init_state(2))
