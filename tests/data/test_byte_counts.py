@@ -85,7 +85,7 @@ def test_a_tokenizer_that_has_no_a(unknown: bool) -> None:
     tokenizer = Tokenizer(models.Unigram(pieces if unknown else pieces[1:], 0 if unknown else None, False))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.add_special_tokens(SPECIAL[::2] if unknown else SPECIAL[2:])
-    mark, text = tokenizer.token_to_id("</s>"), "GT GT AC 01 GT"
+    mark, text = tokenizer.get_vocab()["</s>"], "GT GT AC 01 GT"
     ids = np.array([mark, *tokenizer.encode(text, add_special_tokens=False).ids])
     assert bytes_of(tokenizer, ids, [mark]) == len(text)
     assert bytes_of(tokenizer, ids[:2], [mark]) + bytes_of(tokenizer, ids[1:], [mark]) == len(text)
