@@ -278,7 +278,7 @@ def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path
     item = {"item": "passkey-32", "kind": "retrieval", "status": "done", "settings": {"task": "passkey"}, "result": found}
     items = Path(values["out"]) / "evals" / cell.name / "items"
     items.mkdir(parents=True)
-    write_json(items / "passkey-32.json", item | {"key": "0", "seconds": 1.0, "model": {"name": cell.name}})
+    write_json(items / "passkey-32.json", item | {"key": "0", "seconds": 1.0, "model": {"name": cell.name}, "environment": {}})
     [folder] = export_cells(values)
     card = (folder / "README.md").read_text()
     assert card.count("## Evaluation") == 1 and f"| {cell.name} | 25 (7-59) |" in card
