@@ -160,7 +160,7 @@ def forward(
     """launch.forward by composed maps: (emitted (B, T, D), kept (B, T, S - 1, D), final (B, S, D), and the first slice (B, E) that was walked in
     order, the number of slices where none was). Waits for nothing."""
     B, T = pre.shape[:2]
-    plan = launch.Plan.of(pre, mat.shape[1], slices, 0)
+    plan = launch.plan_of(cell, pre, mat.shape[1], slices, 0)
     n, L = plan.slices, plan.length
     begins = h0.float()[:, None].expand(-1, n, -1, -1).contiguous()
     if n > 1:

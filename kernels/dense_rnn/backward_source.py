@@ -81,8 +81,7 @@ def _known(w: Writer, indent: int, products: bool) -> None:
     w.put(indent + 1, *(f"p{i} = {w.load(f'q_ + {i} * K')}" for i in w.Q))
     starts = {i: f" + ({start})" for i, start in w.begins.items()}
     # and a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in
-    first, last = ("BM", "BK") if w.across else ("BK", "BM")
-    nothing = f"tl.dot(tl.zeros(({first}, 16), DOT), tl.zeros((16, {last}), DOT), acc="
+    nothing = "tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc="
     w.put(indent + 1, *(f"p{i} = {nothing}p{i}{starts.get(i, '')}, input_precision=PRECISION)" for i in w.Q))
     w.put(indent, "else:")
     w.dots(indent + 1)

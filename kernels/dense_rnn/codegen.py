@@ -26,5 +26,4 @@ def source(cell: Cell, short: str, maths: str, halves: bool = False, narrow: boo
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )
-    helpers = (forward.HELPERS + forward.PUT[maths]).strip("\n")
-    return "\n\n".join([header, functions(made, short, maths), helpers, made, "\n".join(w.lines)]) + "\n"
+    return "\n\n".join([header, functions(made, short, maths), forward.HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"

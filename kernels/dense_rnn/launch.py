@@ -120,10 +120,11 @@ class Plan:
     warps: int
 
     @staticmethod
-    def tile(K: int, itemsize: int) -> tuple[int, int]:
-        """(rows, warps) of a program. Of heads of 64 channels in 16 bits two programs share a multiprocessor and hide each other's waiting; others have it
-        for themselves, with a warp for each eight channels, up to eight, as registers are shared."""
-        return (FEW_ROWS, 4) if pad(K) * itemsize <= TWICE and _by_eight() else (ROWS, min(8, pad(K) // 8))
+    def tile(K: int, itemsize: int, few: bool = True) -> tuple[int, int]:
+        """(rows, warps) of a program. Of heads of 64 channels in 16 bits two programs share a multiprocessor and hide each other's waiting, if they may be of
+        few rows; others have it for themselves, with a warp for each eight channels, up to eight, as registers are shared."""
+        few = few and pad(K) * itemsize <= TWICE and _by_eight()
+        return (FEW_ROWS, 4) if few else (ROWS, min(8, pad(K) // 8))
 
     @staticmethod
     def of(
@@ -142,10 +143,15 @@ class Plan:
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or tile[0], warps or tile[1])
 
 
+def plan_of(cell: Cell, pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None) -> Plan:
+    """By the tile that is quickest: a GRU, of one state, takes longer backwards by programs of few rows."""
+    return Plan.of(pre, K, slices, burn_in, *Plan.tile(K, pre.element_size(), len(cell.state) > 1))
+
+
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
     """The reckoned plan, or what a layer has learnt to do. A memory that the diagonal carries is not found by a burn-in, but by corrections."""
-    plan = Plan.of(pre, K, burn_in=0 if facts(cell).tracked else None)
-    return plan if layer is None else Plan.of(pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
+    plan = plan_of(cell, pre, K, burn_in=0 if facts(cell).tracked else None)
+    return plan if layer is None else plan_of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]))
 
 
 class Solve:

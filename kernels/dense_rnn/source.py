@@ -61,22 +61,6 @@ def _held(p, BK: tl.constexpr, G: tl.constexpr):  # up to four matrices that lie
     return R0, R1, R2, R3
 """
 
-PUT = {  # a store that lies as its value does; the compiler brings what tl.store takes into the order of memory
-    "ptx": """
-@triton.jit
-def _put(p, x, mask):
-    tl.inline_asm_elementwise(
-        "{.reg .pred q; setp.ne.s32 q, $3, 0; @q st.global.f32 [$1], $2; mov.u32 $0, 0;}",
-        "=r,l,f,r", [p.to(tl.int64), x, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )
-""",
-    "portable": """
-@triton.jit
-def _put(p, x, mask):
-    tl.store(p, x, mask=mask)
-""",
-}
-
 
 class Writer:
     """Lines of kernels with indentation, and what the kernels of a cell share. across: the axis of channels."""
@@ -190,10 +174,6 @@ class Writer:
         self.put(indent, f"all_ = {pairs[0] if len(pairs) == 1 else f'tl.join({pairs[0]}, {pairs[1]})'}", f"places_ = ({to})[:, :, {more}]")
         self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask={mask}[:, :, {more}])")
 
-    def keep_all(self, indent: int, to: str, stride: str, values: list[str], mask: str) -> None:
-        """As `store_all`, states in fp32."""
-        self.store_all(indent, to, stride, values, mask)
-
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
         return f"tl.load({source} + (({where}) * {of} + {i})[:, None] * D + d, mask={mask}, other=0.0)"
@@ -234,11 +214,6 @@ class Narrow(Writer):
         all_ = pairs[0] if len(pairs) == 1 else f"tl.reshape(tl.join({', '.join(pairs)}), (BM, BK, 4))"
         self.put(indent, f"all_ = {all_}", f"places_ = ({to})[:, :, None] + tl.arange(0, {len(values)}) * {stride}")
         self.put(indent, f"tl.store(places_, all_, mask={mask})")
-
-    def keep_all(self, indent: int, to: str, stride: str, values: list[str], mask: str) -> None:
-        """From the order in which products lie, where eight channels of a row are neighbours, a sector of memory: without a way through shared memory, which
-        ends at a barrier before the step's product."""
-        self.put(indent, *(f"_put({to} + {i} * {stride}, {value}, {mask})" for i, value in enumerate(values)))
 
 
 def _turned(line: str) -> str:
@@ -311,7 +286,7 @@ def _store_states(w: Writer, indent: int, at: str, states: str, mask: str) -> No
     """Stores the states after the steps that lie at `at`."""
     n_kept = len(w.S) - 1
     w.put(indent, f"tl.store(EMITTED + {at}[:, None] * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask={mask})")
-    w.keep_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
+    w.store_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
