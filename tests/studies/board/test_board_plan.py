@@ -251,9 +251,9 @@ def test_processes_share_a_plan_and_run_no_cell_twice(data: Path, values: dict[s
     assert expected_seconds(mine, shared) == pytest.approx(2560 / (2.56 + 5.12) * (1 + BETWEEN) + ABOUT)
     assert expected_seconds(mine, dict([*list(shared.items())[:1], *list(known.items())[1:]])) == pytest.approx(steps + ABOUT)
     # What is left is not all to be counted on where others halt this program for so long.
-    for spare, taken in ((0.0, True), (20.0, False)):
-        late = values | {"until": time.time() + steps + ABOUT + 15, "whole": True, "spare": spare, "least": 1.0}
-        assert Queue(late, "cuda0")._time_for(mine, known) is taken
+    for spare, fits in ((0.0, True), (20.0, False)):
+        short = values | {"until": time.time() + steps + ABOUT + 15, "whole": True, "spare": spare, "least": 1.0}
+        assert Queue(short, "cuda0")._time_for(mine, known) is fits
 
 
 def test_leaders_are_the_rows_named_beforehand_at_their_rate_of_the_pass_one_seed_of_all_first(data: Path) -> None:
