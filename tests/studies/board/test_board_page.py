@@ -224,7 +224,7 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
         )
     item = {"status": "done", "environment": {"device": "H"}, "model": {"precision": "bf16"}}
     for length in (1024, 512):
-        passed = {"length": length, "accuracy": 512 / length, "low": 0.25, "high": 0.75, "n": 50, "cells": []}
+        passed: dict[str, object] = {"length": length, "accuracy": 512 / length, "low": 0.25, "high": 0.75, "n": 50, "cells": []}
         name = f"leaders.gdn_hybrid@tiny.0.008.1/items/passkey-{length}.json"
         write_json(tmp_path / "evals" / name, item | {"result": passed})
     found = collect("tiny", list(known.values()), []) | {"passkey": gather_passkey(tmp_path, tmp_path)}
