@@ -67,8 +67,6 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
                 "IDS": "*i32",
                 "BEGINS": "*i32",
                 "ORDER": "*i64",
-                "WORDS": "*i32",
-                "W": "i32",
                 "POSITIONS": "*i64",
                 "EPS": "fp32",
                 "FACTOR": "fp32",
@@ -110,9 +108,6 @@ def main(golden: bool) -> None:
         sizes = (cross_entropy.BLOCK, cross_entropy.WARPS)
         BV, warps = (cross_entropy.BLOCK_AT_ONCE, cross_entropy.WARPS_AT_ONCE) if name == "losses_and_gradient" else sizes
         out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": BV}, warps)
-    flags = {**dict(zip(("A", "REST"), cross_entropy.pieces(50432))), "STAGES": cross_entropy.STAGES}
-    fn = cross.losses_and_gradient_by_rows
-    out["cross entropy by rows"] = made("cross entropy by rows", fn, flags, cross_entropy.WARPS_AT_ONCE)
     for name in ("forward", "backward"):
         out[f"swiglu {name}"] = made(f"swiglu {name}", getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
     BR, BD = residual.tile(32768, 1024, gpu)

@@ -87,27 +87,6 @@ def cross_entropies() -> None:
         print(f"cross entropy {V} {dtype}")
 
 
-def rows_held_whole() -> None:
-    """Losses and gradient of rows that are read once, by two programs: as of rows that are read twice, to the last bit or two, whatever is in them."""
-    usual = cross_entropy.LEAST_ROW
-    for V, N in ((400, 1), (1536, 3), (1656, 7)):
-        logits, labels = (4 * torch.randn(N, V)).bfloat16(), torch.randint(0, V, (N,))
-        if N > 1:
-            labels[1], labels[2] = -100, V
-            logits[1, 3] = torch.nan
-        if N > 3:
-            labels[5], logits[4, 5] = -1, torch.nan
-            logits[3, torch.arange(V) != labels[3]] = -torch.inf
-            logits[6] = -torch.inf
-        answers = []
-        for cross_entropy.LEAST_ROW in (usual, 256):
-            assert cross_entropy.by_rows(logits) == (V >= cross_entropy.LEAST_ROW)
-            answers.append(cross_entropy.losses_and_gradient_(logits.clone(), labels))
-        for a, b, close in zip(*answers, (2e-6, 2e-6, 2**-7)):
-            torch.testing.assert_close(a, b, atol=2e-6, rtol=close, equal_nan=True)
-    cross_entropy.LEAST_ROW = usual
-
-
 def labels_that_are_no_logits() -> None:
     """NaN for their rows, in the loss and in its gradient, and nothing of the rows beside them; labels of 32 bits; a row that does not count."""
     logits, labels = torch.randn(5, 70), torch.tensor([3, 70, -1, -100, 69], dtype=torch.int32)
@@ -418,7 +397,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, rows_held_whole, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, tables, chains,
+        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, tables, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()
