@@ -27,8 +27,8 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
-# dtypes in which matrices on chip were seen to be right on a GPU, by numbers of matrices and states of a cell: of an LSTM, a GRU, an sLSTM
-PROVEN_ON_CHIP = {(4, 2): (torch.bfloat16, torch.float16), (3, 1): (torch.bfloat16, torch.float16), (4, 3): (torch.bfloat16,)}
+PROVEN_ON_CHIP = ((4, 2), (3, 1), (4, 3))  # numbers of matrices and states of an LSTM, a GRU and an sLSTM
+BURN_BACK = 24  # steps before a slice's end from which adjoints are guessed where matrices stay on chip: no more corrections than with 32
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
@@ -41,9 +41,9 @@ def proven(pre: Tensor, K: int) -> bool:
     return K <= PROVEN.get(pre.element_size(), 0) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
-def proven_on_chip(cell: Cell, pre: Tensor) -> bool:
-    """Whether a GPU was seen to be right with matrices that stay on chip."""
-    return pre.dtype in PROVEN_ON_CHIP.get((len(cell.mat), len(cell.state)), ()) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+def proven_on_chip(cell: Cell) -> bool:
+    """Whether a GPU was seen to be right with matrices that stay on chip, in bf16 and fp16."""
+    return (len(cell.mat), len(cell.state)) in PROVEN_ON_CHIP or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -95,7 +95,7 @@ class Tiles:
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
         """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can and a GPU was seen to be right."""
         tiles, on = Tiles.streamed(cell, pre, K), Tiles.on_chip(cell, pre, K)
-        if on is None or not proven_on_chip(cell, pre):
+        if on is None or not proven_on_chip(cell):
             return tiles
         if K <= HELD:
             tiles = replace(tiles, rows=on.rows, columns=on.columns, depth=on.depth, depth_back=tiles.depth_back or tiles.depth, held=True)
@@ -135,14 +135,6 @@ class Tiles:
         return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64 if K > 1024 else depth, 8, 3, back)
 
 
-def burn_in_back(dtype: torch.dtype, held: bool, length: int) -> int:
-    """Steps behind a slice of `length` from which its adjoints are guessed: half of it in bf16, where that leaves one correction of two, and otherwise as
-    few as cost none (an LSTM with starting weights, 768 and 2,048 channels, 1,024 steps)."""
-    if held:
-        return 24
-    return {torch.float16: 16, torch.bfloat16: min(64, max(BURN_IN, length // 2))}.get(dtype, BURN_IN)
-
-
 @dataclass(frozen=True)
 class Plan:
     """Slices of how many steps, steps of burn-in, and a program's tiles."""
@@ -169,7 +161,7 @@ class Plan:
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         if burn_in is None:
-            burn_in = burn_in_back(pre.dtype, tiles.held_back, length) if back else BURN_IN
+            burn_in = BURN_BACK if back and tiles.held_back else BURN_IN
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
 
 
