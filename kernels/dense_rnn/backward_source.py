@@ -8,7 +8,8 @@ that enter slices at their right end, ENDS those that leave at the left; a{i} is
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import Writer, begin_measures, by_pieces, keep_joined, measure, products_of_jacobians, slice_rows
+from kernels.dense_rnn.source import begin_measures, by_pieces, keep_joined, measure, products_of_jacobians, slice_rows
+from kernels.dense_rnn.writer import Writer
 
 INPUTS = "PRE, REC, MAT, RESET, EMITTED, KEPT, H0, H0_EMITTED, PROD, D_EMITTED, D_KEPT, D_FINAL"
 OUTPUTS = "D_PRE, D_PROD, PARTIAL, db, dt, dp, de"

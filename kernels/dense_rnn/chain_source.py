@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from kernels.dense_rnn.source import JIT, SHARE_OF_FP32, Writer
+from kernels.dense_rnn.source import SHARE_OF_FP32
+from kernels.dense_rnn.writer import JIT, Writer
 
 CHAIN_STAGES = 4  # slices whose ends are on their way, the most
 CHAIN = "n, TOLERANCE, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, DEPENDENT: tl.constexpr"

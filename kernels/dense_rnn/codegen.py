@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from kernels.dense_rnn import backward_source, chain_source
 from kernels.dense_rnn import source as forward
+from kernels.dense_rnn.writer import Narrow, Writer
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.products import trace_dense
@@ -14,7 +15,7 @@ def source(cell: Cell, short: str, maths: str, halves: bool = False, narrow: boo
     """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. halves: products are not rounded to
     16 bits, nor is the tangent of bf16's accuracy. narrow: of programs of eight rows. Raises NotLowered."""
     dense = trace_dense(cell)
-    w = (forward.Narrow if narrow else forward.Writer)(dense)
+    w = (Narrow if narrow else Writer)(dense)
     forward.walk(w)
     forward.finish(w)
     for back in (False, True):

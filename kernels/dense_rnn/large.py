@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, marks, matrices
+from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, marks, matrices, recompute
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -185,7 +185,7 @@ def forward_tiles(dense: Dense, mat: Tensor, KP: int, columns: int, dtype: torch
     for operand in range(len(dense.operands)):
         mine = large_source.of_operand(dense, operand)
         M = large_source.padded(len(mine))
-        wide = launch.taken(mat, [dense.products[i].matrix for i in mine]).to(dtype)
+        wide = matrices.taken(mat, [dense.products[i].matrix for i in mine]).to(dtype)
         wide = F.pad(wide, (0, KP - K, 0, M - len(mine), 0, KP - K)) if KP > K or M > len(mine) else wide
         parts.append(wide.unflatten(3, (-1, columns)).permute(0, 3, 1, 2, 4).flatten())
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -196,7 +196,7 @@ def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Te
     E, K = mat.shape[:2]
     new = torch.zeros if KP > K else torch.empty
     wide = new(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
-    wide[:, :, :K, :K] = launch.taken(mat, [product.matrix for product in dense.products]).permute(0, 2, 3, 1)
+    wide[:, :, :K, :K] = matrices.taken(mat, [product.matrix for product in dense.products]).permute(0, 2, 3, 1)
     return wide
 
 
@@ -343,8 +343,8 @@ def backward_with_border(
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
     p: Any = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
     dense, n, Q = p.dense, plan.slices, len(p.dense.products)
-    before = launch._before(p, emitted, starts)
-    products, operands = launch._known(p, before, kept, starts, True)
+    before = recompute.states_before(p, emitted, starts)
+    products, operands = recompute.products_and_operands(p, before, kept, starts, True)
     d_whole = torch.empty_like(pre)
     to = Layout(d_whole.unsqueeze(3) if pre.dim() == 4 else d_whole)
     # gradients of inputs that are the products' cotangents, in their order, lie as these do: one is the other

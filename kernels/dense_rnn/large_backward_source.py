@@ -7,7 +7,8 @@ the one before it (`_open`). BEFORE are the emitted states that steps start from
 from __future__ import annotations
 
 from kernels.dense_rnn.large_source import begin, between, bias_of, bounds, columns, end, head, inputs, meet, near, of_operand, reset
-from kernels.dense_rnn.source import Writer, products_of_jacobians
+from kernels.dense_rnn.source import products_of_jacobians
+from kernels.dense_rnn.writer import Writer
 
 BACKWARD = (
     "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.dense_rnn import chain_source, large_backward_source, large_held_source, large_source
 from kernels.dense_rnn import source as narrow
+from kernels.dense_rnn.writer import Writer
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.products import trace_dense
@@ -13,7 +14,7 @@ def source(cell: Cell, short: str, maths: str, pieces: int = 0) -> str:
     """All kernels of a cell with large heads. Arguments as of kernels/dense_rnn/codegen.py. pieces: tiles of a program whose matrices stay on chip, if
     there are to be kernels for that. Raises NotLowered."""
     dense = trace_dense(cell)
-    w = narrow.Writer(dense)
+    w = Writer(dense)
     large_source.walk(w)
     large_backward_source.walk_back(w)
     if pieces:

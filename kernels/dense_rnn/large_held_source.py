@@ -26,7 +26,8 @@ from kernels.dense_rnn.large_backward_source import (
     summed,
 )
 from kernels.dense_rnn.large_source import FORWARD, apart, begin, bounds, columns, end, head, inputs, near, padded, read_weights, reset
-from kernels.dense_rnn.source import Writer, products_of_jacobians
+from kernels.dense_rnn.source import products_of_jacobians
+from kernels.dense_rnn.writer import Writer
 from kernels.parallel_rnn.expressions import function
 from kernels.parallel_rnn.products import Dense, is_leaf
 from kernels.parallel_rnn.products import apart as parted

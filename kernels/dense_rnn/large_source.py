@@ -19,7 +19,8 @@ or, backwards, since its end, negative in the burn-in.
 from __future__ import annotations
 
 from kernels.dense_rnn import source as narrow
-from kernels.dense_rnn.source import Writer, products_of_jacobians
+from kernels.dense_rnn.source import products_of_jacobians
+from kernels.dense_rnn.writer import Writer
 from kernels.parallel_rnn.graph import order
 from kernels.parallel_rnn.products import Dense
 

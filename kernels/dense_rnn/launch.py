@@ -10,7 +10,6 @@ Legend: B batch, T time, n slices, P input projections, R recurrent weights, G m
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import codegen, matrices, source
+from kernels.dense_rnn import codegen, matrices, recompute, source
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
+from kernels.dense_rnn.writer import Writer
 from kernels.dispatch import interpreted, no_triton
 from kernels.parallel_rnn.cell import Cell
 from kernels.parallel_rnn.launch import Layout, dependently, load_source, multiprocessors
-from kernels.parallel_rnn.products import Dense, in_torch, is_leaf, trace_dense
+from kernels.parallel_rnn.products import Dense, trace_dense
 from kernels.parallel_rnn.reference import product
-from kernels.parallel_rnn.step import HeadMatrix
 
 CORRECTIONS = {2: 8, 4: 10}  # quasi-Newton steps before the walk in order, by bytes of an input
 MORE_FOR = 16  # slices for which one more is made: a walk in order then costs as much as so many
@@ -47,9 +46,9 @@ def kernels(cell: Cell, maths: str, short: str, halves: bool = False, narrow: bo
 
 
 @functools.cache
-def facts(cell: Cell) -> source.Writer:
+def facts(cell: Cell) -> Writer:
     """What the kernels of a cell track and store."""
-    return source.Writer(trace_dense(cell))
+    return Writer(trace_dense(cell))
 
 
 @functools.cache
@@ -286,58 +285,6 @@ def solved(
     return emitted, kept, final, products, nearby, begins, bad
 
 
-def _before(p: Problem, emitted: Tensor, starts: Tensor | None) -> Tensor:
-    """The emitted state that each step starts from (B, T, D), in the dtype of products."""
-    before = emitted.new_empty(emitted.shape)  # torch.cat takes four times the bytes' time here
-    before[:, 0], before[:, 1:] = p.h0[:, -1], emitted[:, :-1]
-    return before if starts is None else before.masked_fill_(starts[..., None], 0)
-
-
-def _by_head(p: Problem, x: Tensor) -> Tensor:
-    """(B, T, D) as (E, B T, K)."""
-    return x.reshape(p.B * p.T, p.E, p.K).transpose(0, 1)
-
-
-def taken(mat: Tensor, matrices: Sequence[int]) -> Tensor:
-    """These matrices of mat (E, K, G, K). An index would come from the host, which a CUDA graph cannot hold."""
-    first = matrices[0]
-    if list(matrices) == list(range(first, first + len(matrices))):  # neighbours are not copied
-        return mat[:, :, first : first + len(matrices)]
-    return torch.stack([mat[:, :, g] for g in matrices], 2)
-
-
-def _emitted_alone(p: Problem) -> bool:
-    """Whether all that is multiplied with matrices is the emitted state."""
-    return len(p.dense.operands) == 1 and is_leaf(p.dense.operands[0], f"h{p.S - 1}")
-
-
-def _known(p: Problem, before: Tensor, kept: Tensor, starts: Tensor | None, products: bool) -> tuple[Tensor | None, list[Tensor]]:
-    """(products (E, B T, products, K) in fp32, where they are wanted, operands (E, B T, K) in the dtype of products) of all steps, at the known
-    states."""
-    dense, mat, Q = p.dense, p.mat.to(p.pre.dtype).to(before.dtype), len(p.dense.products)
-    if _emitted_alone(p):
-        u = _by_head(p, before)
-        R = taken(mat, [product.matrix for product in dense.products]).reshape(p.E, p.K, Q * p.K) if products else mat
-        return matrices.product_of(u, R).view(p.E, -1, Q, p.K) if products else None, [u]
-    memory = torch.cat([p.h0[:, None, :-1], kept[:, :-1]], 1)
-    memory = memory if starts is None else memory.masked_fill(starts[..., None, None], 0)
-    x, w, h = p.pre.flatten(3).float().unbind(2), p.rec.unbind(0), [*memory.unbind(2), before.float()]
-    rounded = [_Rounded(R, p, before.dtype) for R in mat.unbind(2)]
-    found, operands = in_torch(p.cell).products(x, w, h, rounded)  # type: ignore[arg-type]
-    return torch.stack([_by_head(p, v) for v in found], 2) if products else None, [_by_head(p, u.to(before.dtype)) for u in operands]
-
-
-class _Rounded(HeadMatrix):
-    """A matrix that rounds what it is multiplied with, as the kernels do."""
-
-    def __init__(self, R_EKJ: Tensor, p: Problem, dtype: torch.dtype) -> None:
-        super().__init__(R_EKJ)
-        self.p, self.dtype = p, dtype
-
-    def __matmul__(self, x: Tensor) -> Tensor:
-        return matrices.product_of(_by_head(self.p, x.to(self.dtype)), self.R_EKJ).transpose(0, 1).reshape(self.p.B, self.p.T, self.p.D)
-
-
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None,
@@ -364,8 +311,8 @@ def backward_with_border(
     apart = not (by_kernel and written.as_inputs)
     products_known: Tensor | None = None
     operands: list[Tensor] | None = None
-    if known or not by_kernel or not _emitted_alone(p):
-        products_known, operands = _known(p, _before(p, emitted, starts), kept, starts, known)
+    if known or not by_kernel or not recompute.emitted_alone(p):
+        products_known, operands = recompute.products_and_operands(p, recompute.states_before(p, emitted, starts), kept, starts, known)
     d_prod = emitted.new_empty(p.E, B * T, len(p.dense.products), p.K) if apart else emitted
     partial, d_h0 = p.per_slice(len(written.summed)), torch.empty_like(p.h0)
     begins, ends, nearby, products = p.per_slice(S), p.per_slice(S), p.per_slice(S), p.per_slice(p.tracked)

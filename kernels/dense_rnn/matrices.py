@@ -32,6 +32,14 @@ def product_of(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.float(), b.float())
 
 
+def taken(mat: Tensor, which: Sequence[int]) -> Tensor:
+    """These matrices of mat (E, K, G, K). An index would come from the host, which a CUDA graph cannot hold."""
+    first = which[0]
+    if list(which) == list(range(first, first + len(which))):  # neighbours are not copied
+        return mat[:, :, first : first + len(which)]
+    return torch.stack([mat[:, :, g] for g in which], 2)
+
+
 class Cotangents:
     """Those of the products, as they lie: like inputs (B, T, products, blocks, channels of a block), or head by head (E, N, products, K). places: of each product in them."""
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dense_rnn import launch, matrices, reference
+from kernels.dense_rnn import launch, matrices, recompute, reference
 from kernels.parallel_rnn import with_bias
 from kernels.parallel_rnn.cell import Cell, Mat, Pre, Rec, State, biased
 from kernels.parallel_rnn.launch import Layout
@@ -112,16 +112,16 @@ def check_gradient_of_matrices(
     like, emitted = draw(max(1, blocks), B, T, len(cell.pre), D // max(1, blocks)).permute(1, 2, 3, 0, 4), draw(B, T, D)
     rec = with_bias(rec, rec.new_zeros(len(cell.pre), D))
     p = launch.Problem(cell, like, rec, launch.joined(mat), h0, starts, launch.Plan.of(like, K, 1), False)
-    written, before = launch.facts(cell), launch._before(p, emitted, starts)
+    written, before = launch.facts(cell), recompute.states_before(p, emitted, starts)
     by_head = draw(p.E, N, len(p.dense.products), p.K)
-    alone = launch._emitted_alone(p)
-    operands = None if alone else [launch._by_head(p, before), launch._by_head(p, draw(B, T, D))][: len(p.dense.operands)]
+    alone = recompute.emitted_alone(p)
+    operands = None if alone else [recompute.by_head(p, before), recompute.by_head(p, draw(B, T, D))][: len(p.dense.operands)]
     assert not blocks or written.as_inputs
     d = matrices.Cotangents(p, Layout(like) if blocks else None, by_head, written.as_inputs)
     h0_emitted = p.h0[:, -1].to(dtype).contiguous()
     d_mat, sums = matrices.gradient_by_kernel(p, emitted, h0_emitted, operands, d, written.as_ones)
     d_mat = launch.parted(d_mat, E, K)
-    wanted_, u = torch.zeros_like(d_mat, dtype=torch.float64), [launch._by_head(p, before)] if operands is None else operands
+    wanted_, u = torch.zeros_like(d_mat, dtype=torch.float64), [recompute.by_head(p, before)] if operands is None else operands
     for i, product in enumerate(p.dense.products):
         dp = like.double()[:, :, written.as_inputs[i]].reshape(N, p.E, p.K).transpose(0, 1) if blocks else by_head[:, :, i].double()
         whole = u[product.operand].double().transpose(1, 2) @ dp
