@@ -176,11 +176,7 @@ class Session:
                 seen_BV.scatter_(1, token_B[:, None], True)
             if on_token is not None:
                 on_token(token_B)
-            if len(stop_ids):
-                done_B = done_B | torch.isin(token_B, stops)
-            if stop_when is not None:
-                said = [done or stop_when(row, int(t)) for row, (done, t) in enumerate(zip(done_B.tolist(), token_B.tolist()))]
-                done_B = torch.tensor(said, device=done_B.device)
+            done_B = _ended(done_B, token_B, stops, stop_when)
             if ending and bool(done_B.all()):
                 break
         if new:
@@ -245,6 +241,16 @@ class Session:
         session.state, session.read_to, session.padding = LMState(layers), header["read_to"], header["padding"]
         session.generator.set_state(tensors["generator"])
         return session
+
+
+def _ended(done_B: Tensor, token_B: Tensor, stops: Tensor, stop_when: Callable[[int, int], bool] | None) -> Tensor:
+    """(B,) bool: the rows that had ended, and those that do with this token."""
+    if len(stops):
+        done_B = done_B | torch.isin(token_B, stops)
+    if stop_when is None:
+        return done_B
+    said = [done or stop_when(row, int(t)) for row, (done, t) in enumerate(zip(done_B.tolist(), token_B.tolist()))]
+    return torch.tensor(said, device=done_B.device)
 
 
 def refuse_what_is_no_session(path: Path) -> None:
