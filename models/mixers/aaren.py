@@ -90,7 +90,8 @@ class Mixer(SequenceMixer):
             k_BTHK, v_BTHK = (part.to(inner).unflatten(-1, (self.H, self.K)) for part in kv.chunk(2, -1))
             s_BTH = (k_BTHK * self.query.to(inner)).sum(-1) * self.K**-0.5
             if state is None:
-                log_sum, average = torch.full_like(s_BTH[:, 0], NOTHING), torch.zeros_like(v_BTHK[:, 0])
+                B, H, K = x_BTD.shape[0], self.H, self.K
+                log_sum, average = s_BTH.new_full((B, H), NOTHING), v_BTHK.new_zeros(B, H, K)
             else:
                 log_sum, average = state.log_sum_BH.to(inner), state.average_BHK.to(inner)
             o_BTHK, log_sum, average = running_average(s_BTH, v_BTHK, log_sum, average, starts)

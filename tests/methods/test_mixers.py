@@ -14,6 +14,7 @@ import torch
 from models import mixers
 from models.config import ModelConfig
 from models.hub.custom import write_code
+from models.lm import LanguageModel
 from scripts.check.methods import PAGES, ROOT, files_of
 from scripts.check.whole_way import cases
 from tests.mixers import mixer_configs
@@ -59,6 +60,20 @@ def test_exported_code_has_the_same_mixers(tmp_path: Path, monkeypatch: pytest.M
     finally:
         for module in [n for n in sys.modules if n.startswith("exported_methods")]:
             del sys.modules[module]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_tokens_change_nothing(name: str) -> None:
+    model = LanguageModel(ModelConfig(64, 32, 1, ["m"], {"m": CONFIGS[name]}))
+    model.init_weights(0)
+    ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+    none, segments = ids[:, :0], torch.zeros(2, 0, dtype=torch.int32)
+    assert model(none, labels=none, segment_ids=segments).loss_sum == model(none, labels=none).loss_sum == 0
+    model.eval()
+    with torch.no_grad():
+        before = model(ids[:, :4], state=model.init_state(2)).state
+        after = model(none, state=before, segment_ids=segments).state
+        torch.testing.assert_close(model(ids[:, 4:], state=after).logits, model(ids[:, 4:], state=before).logits, rtol=0, atol=0)
 
 
 def test_the_whole_way_is_gone_by_every_mixer_of_the_pages() -> None:

@@ -41,6 +41,15 @@ def test_every_way_on_disk_is_tried() -> None:
     assert {way["type"] for way in WAYS.values()} == set(depth.KINDS.available())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("way", WAYS)
+def test_no_tokens_change_nothing(way: str) -> None:
+    model = model_of(WAYS[way], "delta")
+    before = model(IDS[:, :5], state=model.init_state(2)).state
+    after = model(IDS[:, :0], state=before).state
+    torch.testing.assert_close(model(IDS[:, 5:], state=after).logits, model(IDS[:, 5:], state=before).logits, rtol=0, atol=0)
+
+
 def test_one_step_is_the_model_of_one_layer() -> None:
     plain = model_of({}, n_layers=1)
     for way in ({"type": "universal", "loops": 1}, {"type": "universal", "loops": 1, "halting": True}):
