@@ -44,7 +44,7 @@ def test_every_way_on_disk_is_tried() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)
 def test_no_tokens_change_nothing(way: str) -> None:
-    model = model_of(WAYS[way], "delta")
+    model = model_of(WAYS[way], "mamba2")
     before = model(IDS[:, :5], state=model.init_state(2)).state
     after = model(IDS[:, :0], state=before).state
     torch.testing.assert_close(model(IDS[:, 5:], state=after).logits, model(IDS[:, 5:], state=before).logits, rtol=0, atol=0)
