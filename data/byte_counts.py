@@ -37,19 +37,23 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray] | None:
     """(bytes of each token within a text, of each that begins one); None where a token's text depends on others."""
     vocabulary = tokenizer.get_vocab()
     kinds, ids = _kinds(json.loads(tokenizer.to_str()).get("decoder")), sorted(vocabulary.values())
-    letter = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-    if not kinds or not kinds <= BY_TOKEN or not letter:
+    if not kinds or not kinds <= BY_TOKEN:
+        return None
+    texts, bytes_ = tokenizer.decode_batch([[i] for i in ids]), {i for token, i in vocabulary.items() if BYTE.fullmatch(token)}
+    # any token that is some text: the one of "a" a tokenizer of capitals or digits has not, and an unknown token may be no text
+    letter = next(([i] for i, text in zip(ids, texts) if text.strip() and "\ufffd" not in text and i not in bytes_), [])
+    if not letter:
         return None
     inside, first = np.zeros(ids[-1] + 1, np.int64), np.zeros(ids[-1] + 1, np.int64)
     alone = len(tokenizer.decode(letter).encode())
-    first[ids] = [len(text.encode()) for text in tokenizer.decode_batch([[i] for i in ids])]
+    first[ids] = [len(text.encode()) for text in texts]
     inside[ids] = [len(text.encode()) - alone for text in tokenizer.decode_batch([[*letter, i] for i in ids])]
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     for token, i in vocabulary.items():
         if i not in special and "ByteLevel" in kinds and alphabet.issuperset(token):
             inside[i] = first[i] = len(token)
-        elif i not in special and "ByteFallback" in kinds and BYTE.fullmatch(token):
+        elif i not in special and "ByteFallback" in kinds and i in bytes_:
             inside[i] = first[i] = 1
     return inside, first
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import Marks, byte_table, encode_bare, marks_of
+from data.tokenizer import Marks, byte_table, marks_of, no_unknown_token, reader_of
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 128, 4_000_000
 PIECE_CHARACTERS = 50_000
@@ -63,17 +63,19 @@ class Encoder:
     """Encodes batches of documents with their marks around them, each as `TextCoder` would; marks: None takes those of the bare tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, marks: Marks | None = None) -> None:
-        self.tokenizer, self.marks = encode_bare(tokenizer), marks or marks_of(tokenizer)
+        self.marks = marks or marks_of(tokenizer)
+        self.tokenizer = reader_of(tokenizer, [*self.marks.start_ids, *self.marks.end_ids])
         self.before, self.after = self.marks.start_ids, [] if self.marks.end is None else [self.marks.end]
         self.table, self.cuts = byte_table(tokenizer), can_cut(tokenizer)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids (uint32) of each document, the mark that starts it first."""
+        """Token ids (uint32) of each document, the mark that starts it first. Raises UserError where the tokenizer has none for a part of one."""
         if self.table is not None:
             before, after = np.array(self.before, dtype=np.uint32), np.array(self.after, dtype=np.uint32)
             return [np.concatenate([before, self.table[np.frombuffer(text.encode(), np.uint8)], after]) for text in texts]
         parts = [pieces(text) if self.cuts else [text] for text in texts]
-        encodings = iter(self.tokenizer.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False))
+        with no_unknown_token():
+            encodings = iter(self.tokenizer.encode_batch_fast([p for part in parts for p in part], add_special_tokens=False))
         result = []
         for part in parts:
             ids = list(self.before)

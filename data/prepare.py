@@ -46,10 +46,11 @@ from data.encode import Encoder, batches
 from data.errors import UserError, reason_of
 from data.fields import arguments_of
 from data.listing import shown
+from data.not_kept import not_kept
 from data.program import program
 from data.progress import Progress
 from data.shards import FORMAT, read_meta
-from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe, unknown_id
+from data.tokenizer import Marks, fingerprint, load_tokenizer, marks_of, tokenizer_config, train_bpe
 from data.writer import ShardWriter, digest_of, publish
 
 COMMIT_SECONDS = 5.0
@@ -177,7 +178,7 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
                     "identity": identity,
                     "input": arguments.input,
                     "bad_records": dict(corpus.bad),
-                    "left_out": [*corpus.left_out(), *_lost(writer, tokenizer, marks)],
+                    "left_out": [*corpus.left_out(), *not_kept(writer, tokenizer, marks)],
                 }
             )
             publish(partial, out)
@@ -186,18 +187,6 @@ def prepare(arguments: Arguments) -> dict[str, Any]:
     if arguments.benchmark:
         _benchmark(corpus, encoder, rate)
     return meta
-
-
-def _lost(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[str]:
-    """A line about text that has become the tokenizer's unknown token: it is gone, and a model is praised for predicting that."""
-    unknown = unknown_id(tokenizer)
-    if unknown is None or unknown in (marks.start, marks.end) or not (lost := writer.occurrences(unknown)):
-        return []
-    total = sum(split.tokens for split in writer.splits.values())
-    return [
-        f"lost, {lost:,} of {total:,} tokens ({lost / total:.1%}) are {tokenizer.id_to_token(unknown)!r}, as the tokenizer has none for their text: bits "
-        "per byte look better than they are, and are not comparable with those of other tokenizers; bpe:SIZE and bytes lose nothing"
-    ]
 
 
 def _finished(out: Path, identity: str, arguments: Arguments, settings: dict[str, Any]) -> dict[str, Any] | None:

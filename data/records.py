@@ -77,8 +77,7 @@ def records(path: Path, field: str, reject: Reject) -> Iterator[Any]:
         yield from parquet_rows(path, field)
         return
     with open_file(path) as file:
-        head = file.peek(4)[:4]
-        wide = next((name for mark, name in MARKS if head.startswith(mark)), None)
+        wide = wide_of(file.peek(4))
         if kind == "text":
             yield from _text(file, wide, reject)
             return
@@ -98,12 +97,22 @@ def records(path: Path, field: str, reject: Reject) -> Iterator[Any]:
             reject(f"not {(wide or 'utf-8').upper()} from some place on")
 
 
+def wide_of(head: bytes) -> str | None:
+    """The UTF-16 or UTF-32 that a byte-order mark at the beginning of a file tells of; None: UTF-8."""
+    return next((name for mark, name in MARKS if head.startswith(mark)), None)
+
+
+def decoded(content: bytes) -> str:
+    """A file's text: UTF-8, or what its byte-order mark says, which is none of the text; line ends are as they were. Raises UnicodeDecodeError."""
+    return content.decode(wide_of(content) or "utf-8-sig")
+
+
 def _text(file: Any, wide: str | None, reject: Reject) -> Iterator[Any]:
     content = file.read()
     if wide is None and b"\0" in content[:4096]:
         return reject("no text (it holds zero bytes)")
     try:
-        yield content.decode(wide or "utf-8-sig")
+        yield decoded(content)
     except UnicodeDecodeError:
         reject(f"not {(wide or 'utf-8').upper()}")
 

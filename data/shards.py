@@ -101,9 +101,7 @@ class ShardSet:
 
     def coder(self) -> TextCoder:
         """Text to ids as these documents were encoded."""
-        coder = coder_of(self.tokenizer())
-        coder.start_ids, coder.end_ids = self.marks.start_ids, self.marks.end_ids
-        return coder
+        return coder_of(self.tokenizer(), marks=self.marks)
 
     def tokenizer_config(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the tokenizer to know how documents begin."""

@@ -84,6 +84,8 @@ class Source:
         import datasets
 
         name, _, rest = self.spec.removeprefix("hf:").partition(":")
+        if not name:
+            raise UserError(f"input={self.spec} names no data set; write hf:NAME, or hf:NAME:CONFIG:SPLIT.")
         config, _, split = rest.partition(":")
         try:
             rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

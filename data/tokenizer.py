@@ -6,16 +6,17 @@ the spelling of a special token is plain text). What stands around a document is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.errors import UserError
 
@@ -126,21 +127,23 @@ class TextCoder:
     """Text to ids and back, the same for prepare, generation, samples, evaluation and export; `start_ids` is what every document begins with."""
 
     def __init__(self, tokenizer: Tokenizer, start_ids: list[int], special_ids: set[int], end_ids: list[int] | None = None) -> None:
-        self.tokenizer, self.start_ids, self.special_ids = encode_bare(tokenizer), start_ids, special_ids
+        self.start_ids, self.special_ids = start_ids, special_ids
         self.end_ids = start_ids if end_ids is None else end_ids
+        self.tokenizer = reader_of(tokenizer, [*self.start_ids, *self.end_ids])
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        """Ids of the text, with `start_ids` before them where it begins a document."""
-        return [*(self.start_ids if start else ()), *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        """Ids of the text, with `start_ids` before them where it begins a document. Raises UserError where the tokenizer has none for a part of it."""
+        with no_unknown_token():
+            return [*(self.start_ids if start else ()), *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
-def coder_of(tokenizer: Tokenizer, folder: str | Path | None = None) -> TextCoder:
-    """The coder of a tokenizer and the folder it lies in: shards, a checkpoint, or one from elsewhere."""
-    marks = marks_of(tokenizer, None if folder is None else Path(folder))
+def coder_of(tokenizer: Tokenizer, folder: str | Path | None = None, marks: Marks | None = None) -> TextCoder:
+    """The coder of a tokenizer and the folder it lies in, a checkpoint or one from elsewhere. marks: where they are known."""
+    marks = marks or marks_of(tokenizer, None if folder is None else Path(folder))
     known = {i for name in END_NAMES if (i := tokenizer.token_to_id(name)) is not None}
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     return TextCoder(tokenizer, marks.start_ids, known | special | set(marks.end_ids), marks.end_ids)
@@ -197,10 +200,17 @@ def hub_away() -> str:
         return f"{constants.ENDPOINT} cannot be reached ({reason})"
 
 
-def unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The token that stands for text which the tokenizer has none for; None where it has such a token for every text, or leaves it out."""
+def unknown_id(tokenizer: Tokenizer, marks: Collection[int]) -> int | None:
+    """The token that stands for text which the tokenizer has none for; None where it has such a token for every text, leaves it out, or has one of
+    `marks` for it, which cannot be told from those around documents."""
     model = json.loads(tokenizer.to_str())["model"]
-    return model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+    unknown = model["unk_id"] if model.get("unk_id") is not None else tokenizer.token_to_id(model.get("unk_token") or "")
+    return None if unknown in marks else unknown
+
+
+def has_every_byte(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has a token for each of the 256 bytes, in the spelling of byte-level tokenizers."""
+    return all(tokenizer.token_to_id(letter) is not None for letter in pre_tokenizers.ByteLevel.alphabet())
 
 
 def byte_table(tokenizer: Tokenizer) -> np.ndarray | None:
@@ -237,9 +247,50 @@ def file_fingerprint(path: Path) -> str:
 
 
 def encode_bare(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that truncates and pads nothing and reads the spelling of a special token in a text as plain text."""
+    """A copy that truncates and pads nothing, drops no merges at random, and does not look for special tokens in a text."""
     copy = Tokenizer.from_str(tokenizer.to_str())
+    if getattr(copy.model, "dropout", None):
+        copy.model.dropout = None
     copy.encode_special_tokens = True
     copy.no_truncation()
     copy.no_padding()
     return copy
+
+
+def reader_of(tokenizer: Tokenizer, marks: Iterable[int] = ()) -> Tokenizer:
+    """What texts are read with: `encode_bare`, for which no text spells a special token, or one of `marks`, and which decodes neither.
+
+    Models that look whole pieces of a text up (Unigram, as of T5, and of words) have special tokens among these. A piece that spells one is cut behind
+    its first letter, which changes no other text.
+    """
+    copy = encode_bare(tokenizer)
+    special = {token.content for token in copy.get_added_tokens_decoder().values() if token.special}
+    named = {name for i in marks if (name := copy.id_to_token(i)) is not None} - special
+    copy.add_special_tokens(sorted(named))
+    special |= named
+    pieces = copy.get_vocab(with_added_tokens=False)
+    spelt = [name for name in sorted(special) if len(name) > 1 and name in pieces]
+    if spelt and (not isinstance(copy.model, models.BPE) or copy.model.ignore_merges):
+        cut = "|".join(f"{_letters(name[0])}(?={_letters(name[1:])})" for name in spelt)
+        steps = [copy.pre_tokenizer] if copy.pre_tokenizer is not None else []
+        copy.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.Split(Regex(cut), "isolated")])
+    return copy
+
+
+def _letters(text: str) -> str:
+    """A regular expression of `tokenizers` that matches the text itself."""
+    return "".join(f"\\x{{{ord(letter):x}}}" for letter in text)
+
+
+@contextlib.contextmanager
+def no_unknown_token() -> Iterator[None]:
+    """Inside, a tokenizer that meets what it has no token for is a UserError; `tokenizers` raises bare Exceptions."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise UserError(
+            f"The tokenizer has no token for a part of the text, nor one for what it does not know ({str(error).rstrip('.')}); give other text, or"
+            " another tokenizer (bpe:SIZE and bytes have a token for every text)."
+        ) from error

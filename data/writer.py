@@ -20,6 +20,7 @@ import numpy as np
 from data.errors import UserError
 
 ENDINGS = (".bin", ".idx", ".len")
+BLOCK = 1 << 22  # tokens looked at together
 TEMPORARY = "written.tmp"  # of a small file, until it has its name
 TOGETHER = "together.json"  # the side, and the digest, of a document that goes there with all of its copies
 
@@ -182,10 +183,15 @@ class ShardWriter:
 
     def occurrences(self, token: int) -> int:
         """How often a token stands in what has been committed."""
-        shards = [(base, n) for name in self.splits for base, n, _ in self._committed(name)]
-        return sum(
-            int(np.count_nonzero(np.memmap(self.folder / f"{base}.bin", self.dtype, "r", shape=(n,)) == token)) for base, n in shards
-        )
+        return sum(int(np.count_nonzero(block[1:] == token)) for block in self.blocks())
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """What has been committed, piece by piece; the first token of each is what stands before it, the mark of a document where a shard begins."""
+        for name in self.splits:
+            for base, n, _ in self._committed(name):
+                tokens = np.memmap(self.folder / f"{base}.bin", self.dtype, "r", shape=(n,))
+                for first in range(0, max(1, n - 1), BLOCK):
+                    yield tokens[first : first + BLOCK + 1]
 
     def _committed(self, name: str) -> list[tuple[str, int, int]]:
         """(file without its ending, tokens, documents) of each shard of a split."""

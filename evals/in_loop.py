@@ -22,6 +22,7 @@ from evals.measures.perplexity import Perplexity, evaluate
 from evals.measures.position import collapse, position_curve, unlearnt_rows, windows
 from evals.measures.tracking import HEADING, Counts, count, default_lengths, line
 from models.generate import generate
+from models.prompt import prompt_of
 from training.config.schema import Config
 from training.engine import Engine
 from training.errors import UserError
@@ -154,11 +155,11 @@ class TextEvaluator:
         with self.engine.gathered(list(self.engine.parameters)):
             if self.engine.world.main:
                 coder = self.train.coder()
-                prompt = torch.tensor([coder.encode(self.config.eval.sample_prompt, start=True)], device=self.engine.world.device)
                 module = self.engine.module
                 training = module.training
                 module.eval()
                 try:
+                    prompt = torch.tensor([coder.encode(self.config.eval.sample_prompt, start=True)], device=self.engine.world.device)
                     ids = generate(module, prompt, self.config.eval.sample_tokens, temperature=0.8, top_k=50, top_p=None, seed=step)
                 except UserError as error:  # the run itself may well go on
                     self.metrics.say(f"no sample after step {step}: {error}")
@@ -173,8 +174,8 @@ class TextEvaluator:
     def _baselines(self) -> dict[str, float]:
         """Bits per byte of counts, of each source from its own training tokens."""
         if self.baselines is None:
-            length, tokens = self.config.train.seq_len, self.config.eval.tokens
-            by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length)), s.share) for s in self.sources]
+            length, tokens, prompt = self.config.train.seq_len, self.config.eval.tokens, prompt_of(self.engine.module)
+            by_source = [(baselines(s.train, s.shards, length, s.budget(tokens, length), prompt), s.share) for s in self.sources]
             self.baselines = {n: mixture.combined([(counted[n], share) for counted, share in by_source]).bits_per_byte for n in NAMES}
         return self.baselines
 

@@ -57,6 +57,7 @@ DEFAULTS: dict[str, Any] = {
     "trust_remote_code": False,
     "add_bos_token": "auto",
 }
+BY_TOKENS = ("checkpoint", "suite", "data", "length", "chunk", "batch", "max_tokens", "device", "precision", "out")
 SUITES = ("perplexity", "quick", "long_context", "harness", "all", "state_tracking", *extra.available())
 
 
@@ -82,6 +83,14 @@ def by_tokens(values: dict[str, Any]) -> bool:
     return bool(values["suite"] == "perplexity" and values["text"] is None and alone)
 
 
+def without_meaning(values: dict[str, Any]) -> list[str]:
+    """The keys that were given and do not count in what is asked for."""
+    given = [key for key, value in values.items() if value != (None if DEFAULTS[key] is int else DEFAULTS[key])]
+    if by_tokens(values):
+        return [key for key in given if key not in BY_TOKENS]
+    return [key for key in given if key == "max_tokens" or key == "length" and values["suite"] != "perplexity"]
+
+
 def run_suite(values: dict[str, Any]) -> int:
     """Runs a suite on every checkpoint; returns 1 where none of its items could be measured, else 0. Raises UserError where nothing can be run."""
     from evals.suites.runner import evaluate
@@ -105,25 +114,33 @@ def run_suite(values: dict[str, Any]) -> int:
 
 def run(values: dict[str, Any]) -> dict[str, Any]:
     """Scores one checkpoint on the held-out split of token shards: writes the result as JSON, prints and returns it. Raises UserError."""
-    from data.files import save_report
-    from evals.adapters.base import not_finite
     from evals.adapters.load import device_of
-    from evals.measures.baselines import baselines
-    from evals.measures.perplexity import evaluate
     from models.checkpoint import load_model
-    from training.watch.metrics import environment
 
-    device = device_of(values["device"])
-    model, tokenizer, meta = load_model(values["checkpoint"], device)
+    model, tokenizer, meta = load_model(values["checkpoint"], device_of(values["device"]))
     folder = values["data"] or meta.get("run", {}).get("data", {}).get("path")
     if isinstance(folder, str) and "," in folder and not Path(folder).exists():
         folder = dict.fromkeys(folder.split(","), 1.0)
     if isinstance(folder, dict) and folder:
-        return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()})
+        return run_mixture(values, {str(name): float(weight) for name, weight in folder.items()}, model, tokenizer, meta)
     if not isinstance(folder, str):
         raise UserError("Say which token shards to score: data=DIR.")
-    held_out, train = open_splits(folder, tokenizer, Path(meta["folder"]))
+    splits = open_splits(folder, tokenizer, Path(meta["folder"]))
     out = where_to_write(values, Path(meta["folder"]))
+    report = score(values, folder, splits, model, meta)
+    _keep(report, out)
+    return report
+
+
+def score(values: dict[str, Any], folder: str, splits: tuple[Any, Any], model: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """The result on the held-out split of one folder of shards. splits: what `open_splits` gives. Raises UserError where nothing can be scored."""
+    from evals.adapters.base import not_finite
+    from evals.measures.baselines import baselines
+    from evals.measures.perplexity import evaluate
+    from models.prompt import prompt_of
+    from training.watch.metrics import environment
+
+    held_out, train = splits
     exposure = what_is_known(meta, held_out)
     start = time.perf_counter()
     with Progress("perplexity", "rows", every=True) as progress:
@@ -144,10 +161,10 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
             f"All of the held-out text of {folder} lies in prompts that this model sees whole, so nothing of it can be scored; prepare more."
         )
     seconds = time.perf_counter() - start
-    counted = baselines(train, held_out, values["length"], values["max_tokens"])
-    report = {
+    counted = baselines(train, held_out, values["length"], values["max_tokens"], prompt_of(model))
+    return {
         "suite": values["suite"],
-        "arguments": values,
+        "arguments": {**values, "data": folder},
         "checkpoint": meta["folder"],
         "step": meta.get("state", {}).get("step"),
         **result.to_dict(),
@@ -156,11 +173,8 @@ def run(values: dict[str, Any]) -> dict[str, Any]:
         "baselines_bits_per_byte": {name: part.bits_per_byte for name, part in counted.items()},
         "seconds": seconds,
         "tokens_per_second": result.tokens / seconds,
-        "environment": environment(device),
+        "environment": environment(model.embedding.weight.device),
     }
-    save_report(out, report)
-    _show(report, out)
-    return report
 
 
 def open_splits(folder: str, tokenizer: Any, checkpoint: Path) -> tuple[Any, Any]:
@@ -213,12 +227,12 @@ def where_to_write(values: dict[str, Any], folder: Path) -> Path:
         return other / name
 
 
-def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, Any]:
-    """Evaluates every source of a mixture by itself as `run` does, and all of them by their weights. folders: weight by folder of shards.
+def run_mixture(values: dict[str, Any], folders: dict[str, float], model: Any, tokenizer: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """Scores every source of a mixture by itself, and all of them by their weights. folders: weight by folder of shards.
 
-    The figures of the mixture are those of its tokens if each source gave its share of them. Raises UserError where no source can be scored.
+    The figures of the mixture are those of its tokens if each source gave its share of them. Those of a source have a file of their own where out=
+    names one. Raises UserError where no source can be scored, and before anything is measured where one cannot be read.
     """
-    from data.files import save_report
     from data.shards import open_held_out
     from evals.measures import mixture
 
@@ -227,18 +241,22 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
         print(f"{', '.join(left)} has no held-out documents and is not evaluated; prepare it with valid_fraction above zero.")
     if not scored:
         raise UserError("No source of this mixture has held-out documents; prepare one with valid_fraction above zero, or give data=DIR.")
+    splits = [open_splits(folder, tokenizer, Path(meta["folder"])) for folder in scored]
+    out = where_to_write(values, Path(meta["folder"]))
     total_weight = sum(folders[folder] for folder in scored)
     reports: dict[str, dict[str, Any]] = {}
     parts = []
-    for name, folder in zip(mixture.names_of(scored), scored):
-        out_of_all = where_to_write(values, Path(folder)) if values["out"] else None
-        out_of_one = str(out_of_all.with_name(f"{out_of_all.stem}-{len(reports)}{out_of_all.suffix}")) if out_of_all else None
+    for name, folder, opened in zip(mixture.names_of(scored), scored, splits):
         print(f"source {name}")
-        reports[name] = run({**values, "data": folder, "out": out_of_one})
-        parts.append((mixture.of_report(reports[name]), folders[folder] / total_weight if total_weight else 1 / len(scored)))
+        report = score(values, folder, opened, model, meta)
+        _keep(report, out.with_name(f"{out.stem}-{len(reports)}{out.suffix}") if values["out"] else None)
+        reports[name] = report
+        parts.append((mixture.of_report(report), folders[folder] / total_weight if total_weight else 1 / len(scored)))
     total, first = mixture.combined(parts), next(iter(reports.values()))
     sources = {name: mixture.figures(part, share) for name, (part, share) in zip(reports, parts)}
+    seconds = sum(one["seconds"] for one in reports.values())
     report = {**first, "arguments": {**values, "data": folders}, **total.to_dict(), "sources": sources}
+    report |= {"seconds": seconds, "tokens_per_second": total.tokens / seconds}
     statuses = sorted({one["seen"]["status"] for one in reports.values()})
     report["text"] = {"name": " and ".join(one["text"]["name"] for one in reports.values())}
     report["seen"] = {
@@ -249,14 +267,21 @@ def run_mixture(values: dict[str, Any], folders: dict[str, float]) -> dict[str, 
     bases = [one["baselines_bits_per_byte"] for one in reports.values()]
     sizes = [share * part.bytes / part.tokens for part, share in parts]  # bytes of each source in a token of the mixture
     report["baselines_bits_per_byte"] = {n: sum(b[n] * size for b, size in zip(bases, sizes)) / sum(sizes) for n in bases[0]}
-    out = where_to_write(values, Path(first["checkpoint"]))
-    save_report(out, report)
     print(f"the mixture, {'each source alike' if values['data'] else 'weighed as in training'}: {mixture.by_source(sources)}")
-    _show(report, out)
+    _keep(report, out)
     return report
 
 
-def _show(report: dict[str, Any], out: Path) -> None:
+def _keep(report: dict[str, Any], out: Path | None) -> None:
+    """Writes a result to `out`, unless that is None, and shows it."""
+    from data.files import save_report
+
+    if out is not None:
+        save_report(out, report)
+    _show(report, out)
+
+
+def _show(report: dict[str, Any], out: Path | None) -> None:
     base = report["baselines_bits_per_byte"]
     print(
         f"{report['checkpoint']}: {report['bits_per_byte']:.4f} bits per byte, perplexity {report['perplexity']:.2f} over {report['tokens']:,} tokens of "
@@ -267,7 +292,8 @@ def _show(report: dict[str, Any], out: Path) -> None:
     for row in report["by_position"]:
         places = f"{row['from']}-{row['to']}" if row["to"] > row["from"] else f"{row['from']}"
         print(f"  {places:<15}{row['nats_per_token']:>10.4f} {row['tokens']:>8}")
-    print(f"written to {out}")
+    if out is not None:
+        print(f"written to {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -277,6 +303,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     values = parse_arguments(words, DEFAULTS, problems_of)
+    if unread := without_meaning(values):
+        way = "perplexity of one checkpoint on token shards" if by_tokens(values) else f"suite={values['suite']}"
+        print(f"note: {way} does not look at {', '.join(unread)}.", file=sys.stderr)
     if by_tokens(values):
         run(values)
         return 0

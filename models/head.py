@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import gradient_, losses, losses_and_gradient_, reference
 from kernels.dispatch import is_eager, planned
-from kernels.linear.op import add_product
+from kernels.linear.op import add_product, cast
 from models.init import tag
 
 
@@ -48,7 +48,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, h_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk: int, dtype: torch.dtype, summed: bool
     ) -> tuple[Tensor, Tensor]:
         of_h, of_weight = (summed and needed for needed in ctx.needs_input_grad[:2])
-        cast_VD, ignored_N1, pieces = weight_VD.to(dtype), (labels_N == reference.IGNORED)[:, None], []
+        cast_VD = cast([weight_VD], dtype) if is_eager(weight_VD) and weight_VD.dtype != dtype else weight_VD.to(dtype)
+        ignored_N1, pieces = (labels_N == reference.IGNORED)[:, None], []
         d_h_ND, d_weight_VD = torch.empty_like(h_ND) if of_h else None, None
         for a in range(0, max(1, h_ND.shape[0]), chunk):
             rows = slice(a, a + chunk)

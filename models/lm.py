@@ -172,6 +172,9 @@ class LanguageModel(Module):
         if self.training and self.residual_dtype is not None:
             x_BTD = x_BTD.to(self.residual_dtype)
         walk = Walk(x_BTD, None if state is None else state.layers, segment_ids, documents)
+        if not input_ids.shape[1]:  # no tokens: nothing changes
+            walk.after = [] if state is None else list(state.layers)
+            return walk
         if self.depth is not None:
             self.depth(self.blocks, walk)
         else:

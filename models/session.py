@@ -48,10 +48,14 @@ class Session:
     one."""
 
     def __init__(self, model: LanguageModel, ids_BT: Tensor, lengths: Sequence[int] | None = None, seed: int = 0) -> None:
-        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row, UserError for ids that
-        the model does not have."""
-        if ids_BT.ndim != 2 or ids_BT.shape[1] == 0 or (lengths is not None and min(lengths) < 1):
+        """ids (B, T) int64; lengths: row b is its last lengths[b] ids, what stands before is padding. Raises ValueError for an empty row or lengths that are
+        not those of the rows, UserError for ids that the model does not have."""
+        if ids_BT.ndim != 2 or not ids_BT.numel() or (lengths is not None and min(lengths, default=0) < 1):
             raise ValueError("The prompt must hold at least one token.")
+        if lengths is not None and (len(lengths) != len(ids_BT) or max(lengths) > ids_BT.shape[1]):
+            raise ValueError(
+                f"lengths must name {len(ids_BT)} numbers of tokens, one a row and at most {ids_BT.shape[1]}, not {list(lengths)}."
+            )
         check_ids(ids_BT, model.config.vocab_size)
         self.model, self.ids_BT = model, ids_BT
         B, T = ids_BT.shape
@@ -228,7 +232,10 @@ class Session:
         if not isinstance(header, dict) or header.get("format") != 1:
             raise UserError(f"{path} holds no session; give a file that save= wrote.")
         if header["model"] != model_hash(model):
-            raise UserError(f"The session {path} belongs to another model; give the checkpoint it was saved with.")
+            raise UserError(
+                f"The session {path} belongs to another model, or to this one in another precision; give the checkpoint and the precision that it was"
+                " saved with."
+            )
         device = model.embedding.weight.device
         session = Session(model, tensors["ids"].to(device))
         layers = []

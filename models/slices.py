@@ -84,6 +84,37 @@ class _AdjointFromRight(torch.autograd.Function):
         return gradients[0], final.to(ctx.final_dtype), None, None, None, *(None for _ in tensors)
 
 
+class _FromLeft(torch.autograd.Function):
+    """The state that the rank before hands over, zeros on the first; its gradient goes there. anchor: makes a node of this, whatever needs gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, empty: Tensor, slice_: Slice, purpose: str) -> Tensor:
+        ctx.slice, ctx.purpose = slice_, purpose
+        return slice_.receive(empty, slice_.rank - 1, purpose)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.slice.send(gradients[0], ctx.slice.rank - 1)
+        return None, None, None, None
+
+
+class _ToRight(torch.autograd.Function):
+    """The outputs as they are, when the final state is handed to the rank behind; its gradient comes from there."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, final: Tensor, slice_: Slice, purpose: str) -> Tensor:
+        ctx.slice, ctx.purpose, ctx.like = slice_, purpose, (final.shape, final.dtype)
+        slice_.send(final, slice_.rank + 1)
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (shape, dtype), outputs = ctx.like, gradients[0]
+        return outputs, ctx.slice.receive(outputs.new_empty(shape, dtype=dtype), ctx.slice.rank + 1, f"{ctx.purpose} back"), None, None
+
+
 class Slice:
     """This rank's slice of time among those of `group` (None: all ranks), in the order of the ranks; slices are equally long.
 
@@ -126,17 +157,31 @@ class Slice:
             parts, source = self.gather(value, purpose), self.rank - by
             return parts[source] if 0 <= source < self.size else torch.zeros_like(parts[0])
         value, out = value.contiguous(), torch.zeros_like(value, memory_format=torch.contiguous_format)
-        to, source = self.rank + by, self.rank - by
+        self._exchange((dist.isend, value, self.rank + by), (dist.irecv, out, self.rank - by))
+        traffic.received[purpose] += out.nbytes if 0 <= self.rank - by < self.size else 0
+        return out
+
+    def send(self, value: Tensor, to: int) -> None:
+        """To that rank of the group, if there is one, which calls `receive`."""
+        self._exchange((dist.isend, value.contiguous(), to))
+
+    def receive(self, empty: Tensor, source: int, purpose: str) -> Tensor:
+        """What that rank sends, written into `empty`; zeros if there is no such rank."""
+        if not 0 <= source < self.size:
+            return empty.zero_()
+        self._exchange((dist.irecv, empty, source))
+        traffic.received[purpose] += empty.nbytes
+        return empty
+
+    def _exchange(self, *wanted: tuple[Any, Tensor, int]) -> None:
+        """(operation, tensor, rank) at once, of ranks that are there."""
         work = []
-        for operation, tensor, peer in ((dist.isend, value, to), (dist.irecv, out, source)):
+        for operation, tensor, peer in wanted:
             if 0 <= peer < self.size:
-                work.append(
-                    dist.P2POp(operation, tensor, peer if self.group is None else dist.get_global_rank(self.group, peer), self.group)
-                )
+                there = peer if self.group is None else dist.get_global_rank(self.group, peer)
+                work.append(dist.P2POp(operation, tensor, there, self.group))
         for request in dist.batch_isend_irecv(work) if work else ():
             request.wait()
-        traffic.received[purpose] += out.nbytes if 0 <= source < self.size else 0
-        return out
 
     # Differentiable
 
@@ -185,6 +230,15 @@ class Slice:
         the start itself is needed.
         """
         return _AdjointFromRight.apply(outputs, final, self, local, reach, *tensors)
+
+    @untraced
+    def in_turn(self, run: Callable[[Tensor], tuple[Tensor, Tensor]], empty: Tensor, purpose: str) -> Tensor:
+        """The outputs of run(the state before this slice) -> (outputs, final state), on one rank after the other, and backwards from the last to the
+        first: for a recurrence that can be walked in order alone. empty: memory for a state."""
+        anchor = torch.zeros((), requires_grad=torch.is_grad_enabled())
+        outputs, final = run(_FromLeft.apply(anchor, empty, self, purpose))
+        handed: Tensor = _ToRight.apply(outputs, final, self, purpose)
+        return handed
 
     # Segments and convolutions, alike in all mixers
 

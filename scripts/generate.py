@@ -15,6 +15,7 @@ prompt and prompts then continue it, each from the same place. See docs/generati
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from data.errors import UserError
+from data.records import decoded
 from data.tokenizer import coder_of
 from models.checkpoint import load_model
 from models.decode import cast
@@ -31,6 +33,7 @@ from models.session import Session, left_pad, refuse_what_is_no_session
 from training.config.arguments import parse_arguments, program
 from training.world import pick_device
 
+LINE_END = re.compile(r"\r\n|\r|\n")
 DEFAULTS: dict[str, Any] = {
     "checkpoint": None,
     "prompt": None,
@@ -78,11 +81,12 @@ def _stops(values: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int
     return strings, [int(part) for part in parts]
 
 
-def _lines(path: str, key: str) -> str:
+def _text(path: str, key: str) -> str:
+    """What a file says, as data.prepare reads it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return decoded(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text, nor UTF-16 or UTF-32 with a byte-order mark"
         raise UserError(f"{key}={path} cannot be read: {reason}.") from error
 
 
@@ -117,14 +121,14 @@ class Writer:
             raise UserError(f"seed must be a whole number from 0 up to 2^63, not {self.seed}.")
         self.sampling = Sampling(**numbers)
         self.prompts = self._prompts()
-        self.document = _lines(values["document"], "document") if values["document"] else None
+        self.document = _text(values["document"], "document") if values["document"] else None
         if self.document == "":
             raise UserError(f"document={values['document']} is empty; give a file that holds text.")
-        self.model, self.tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
+        self.model, tokenizer, meta = load_model(values["checkpoint"], pick_device(values["device"], "device"))
         if values["precision"] == "bf16":
             cast(self.model, torch.bfloat16)
         self.device = self.model.embedding.weight.device
-        self.coder = coder_of(self.tokenizer, meta["folder"])
+        self.coder = coder_of(tokenizer, meta["folder"])
         self.stop, stop_ids = _stops(values, self.model.config.vocab_size)
         # a folder from elsewhere may have an end of its own
         self.stop_ids = [*self.coder.end_ids, *end_ids(Path(meta["folder"])), *stop_ids]
@@ -135,7 +139,7 @@ class Writer:
     def _prompts(self) -> list[str]:
         if self.values["prompts"] is None:
             return [self.values["prompt"] if self.values["prompt"] is not None else "The "]
-        prompts = [line for line in _lines(self.values["prompts"], "prompts").split("\n") if line.strip()]
+        prompts = [line for line in LINE_END.split(_text(self.values["prompts"], "prompts")) if line.strip()]
         if not prompts:
             raise UserError(f"prompts={self.values['prompts']} holds no prompt; write one a line.")
         return prompts
@@ -179,7 +183,7 @@ class Writer:
 
     def show(self, session: Session, prompt: str, before: list[int]) -> None:
         """One text, as it comes."""
-        stream = TextStream(self.tokenizer, before, self.stop)
+        stream = TextStream(self.coder.tokenizer, before, self.stop)
         print(prompt, end="", flush=True)
 
         def stop_when(row: int, token: int) -> bool:
@@ -194,7 +198,7 @@ class Writer:
     def show_batch(self, prompts: list[str], seed: int) -> None:
         """Several texts side by side, printed when all are written."""
         rows = [self.ids(p) for p in prompts]
-        streams = [TextStream(self.tokenizer, row, self.stop) for row in rows]
+        streams = [TextStream(self.coder.tokenizer, row, self.stop) for row in rows]
         ids_BT, lengths = left_pad(rows, rows[0][0], self.device)
 
         def stop_when(row: int, token: int) -> bool:

@@ -1,7 +1,7 @@
 """Prints the Triton source that is written for a cell (models/cells/NAME.py).
 
     python -m scripts.print_kernels paragru            # the kernels of the parallel solve (kernels/parallel_rnn/codegen.py)
-    python -m scripts.print_kernels dense_lstm         # of a cell with matrices, those of kernels/dense_rnn/codegen.py
+    python -m scripts.print_kernels dense_lstm         # of a cell with matrices, those of heads of up to 64 channels (kernels/dense_rnn/codegen.py)
     python -m scripts.print_kernels paragru decode     # the step of decoding (kernels/decode_step/cell.py)
 
 Without a name it is that of paragru.
@@ -28,7 +28,7 @@ def text(cell: Cell, kind: str) -> str:
     """Raises NotLowered."""
     if not cell.mat:
         return SOURCES[kind](cell)
-    return dense_codegen.source(cell, "bfloat16", "ptx") if kind == "solve" else dense_cell.source(cell)
+    return dense_codegen.source(cell, "bfloat16", "ptx", narrow=True) if kind == "solve" else dense_cell.source(cell)
 
 
 def main(words: list[str] | None = None) -> int:

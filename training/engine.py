@@ -90,6 +90,7 @@ class Engine:
     def follow(self, steps: int) -> None:
         """Tells the engine and the model that `steps` steps of the run are behind the next one."""
         self.steps_taken = steps
+        self.passes.initial.begin_step(steps)
         model: Any = self.module
         if model.follow(self.config.share_at(steps)):
             self.passes.forget()

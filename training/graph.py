@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from data.loader import Batch
+from kernels.linear import float8
+from kernels.linear.ahead import Casts, room_of
 from kernels.recording import undisturbed
 from models.lm import LanguageModel
 from models.segments import documents_in, most_documents
@@ -96,6 +98,7 @@ class GraphedPass:
         self._news: list[str] = []
         self.calls: dict[tuple[object, ...], int] = {}
         self.graphs: dict[tuple[object, ...], _Captured] = {}
+        self.casts = Casts()
         self.parameters = [p for p in module.parameters() if p.requires_grad]
 
     def news(self) -> list[str]:
@@ -106,6 +109,7 @@ class GraphedPass:
     def forget(self) -> None:
         """Drops what was recorded: the model's passes are made of other operations from now on."""
         self.graphs.clear()
+        self.casts.forget()
         self.calls.clear()
 
     def run(self, batch: Batch, scale: float) -> Tensor | None:
@@ -124,6 +128,7 @@ class GraphedPass:
             return None
         captured = self.graphs[key]
         captured.fill(batch, scale)
+        self.casts.run()
         captured.graph.replay()
         for parameter, gradient in zip(self.parameters, captured.gradients):
             parameter.grad = gradient
@@ -144,11 +149,12 @@ class GraphedPass:
         pool = self.pool or torch.cuda.graph_pool_handle()
         before, stream = [p.grad for p in self.parameters], torch.cuda.current_stream(self.device)
         try:
-            with undisturbed(), torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"):
+            with undisturbed(), torch.cuda.graph(captured.graph, pool=pool, capture_error_mode="thread_local"), self._cast_ahead():
                 loss_sum = self._pass(captured.input_ids, captured.labels, captured.segment_ids, captured.scale, cached=False)
                 captured.loss_sum.copy_(loss_sum)
         except (RuntimeError, torch.AcceleratorError) as error:
             leave_failed_capture(self.device, stream, pool)
+            self.casts.forget()
             for parameter, gradient in zip(self.parameters, before):
                 parameter.grad = gradient
             return self._give_up(f"a pass cannot be recorded ({first_line(error)})")
@@ -157,6 +163,13 @@ class GraphedPass:
         captured.gradients = [p.grad for p in self.parameters]
         self.graphs[key] = captured
         return True
+
+    def _cast_ahead(self) -> contextlib.AbstractContextManager[None]:
+        """Casts lie in memory of their own then, so not where parts of blocks are computed again, which keep none of them meanwhile."""
+        remade = any(getattr(block, "remade", ()) for block in getattr(self.module, "blocks", ()))
+        if remade or float8.wanted or not self.autocast:
+            return contextlib.nullcontext()
+        return self.casts.recording(room_of(self.module), torch.bfloat16, self.device)
 
     @property
     def pool(self) -> Any:

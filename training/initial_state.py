@@ -9,8 +9,8 @@ in training is the cheapest cure known (Buitrago and Gu, arXiv 2507.02782):
 * fitted: N(mean, std^2) of the final states met in training, for each layer and head (a running average over steps).
 
 With probability `drop` a row starts from the empty state, so that it stays known, and so does a row whose state is not finite, as one of a step that
-was left out: passed on, it would be every later step's. Caches of attention always start empty. States are not part of checkpoints: a resumed run
-starts them anew.
+was left out: passed on, it would be every later step's. Caches of attention always start empty. What is drawn follows from the seed, the rank and the
+step; states, and the averages of fitted ones, are not part of checkpoints: a resumed run starts them anew.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class InitialStates:
         if not 0 <= drop <= 1 or sigma < 0:
             raise ValueError(f"drop must lie between 0 and 1 and sigma be zero or more, not {drop} and {sigma}.")
         self.mode, self.sigma, self.drop, self.momentum = mode, sigma, drop, momentum
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator().manual_seed(seed)
         self.mixers: list[SequenceMixer] = []
         self.ended: dict[int, Any] = {}  # the state in which each micro-batch of the step before ended
         self.fitted: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+
+    def begin_step(self, step: int) -> None:
+        """To be called before the training step that follows `step` steps: what it draws depends on nothing else."""
+        self.generator.manual_seed((self.seed * 1_000_003 + step) % (1 << 63))
 
     def before(self, model: Any, slot: int, batch: int, segment_ids: Tensor | None = None, stream: bool = False) -> Any:
         """The LMState to begin with, or None (zero). stream: the rows go on with their text, so a document that ended stays ended;

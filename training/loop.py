@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from data.loader import Batch, BatchLoader, Reader
 from models.config import ModelConfig
 from models.lm import LanguageModel
+from training.checkpoint import read_state
 from training.config.schema import Config
 from training.cost.flops import training_flops_per_token
 from training.engine import Engine
@@ -87,6 +88,8 @@ class Run:
             config.profile, self.run_dir, self.world.rank, self.world.device, first_traced, config.profile_steps, self.metrics.say
         )
         self.policy = BadStepPolicy(config.faults, self.run_dir / "faults.jsonl" if self.world.main else None)
+        if start.folder is not None and start.cursor.step > start.cursor.first_step:  # a run of its own has no steps to judge by yet
+            self.policy.load(read_state(start.folder).get("faults") or self.policy.state())
         self.start_up = start_up  # until its first step is told
         self.batches: list[Batch] = []
         self.waited, self.lost, self.agreed = 0.0, "", Agreed()
@@ -228,7 +231,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside weights and moments (state.json)."""
         learnt = {} if self.engine.plans is None else {"plans": self.engine.plans.state()}
-        return {**self.cursor.state(), "fingerprint": [s.fingerprint for s, _ in self.shards], "wandb_id": self.metrics.wandb_id, **learnt}
+        prints = [s.fingerprint for s, _ in self.shards]
+        return {**self.cursor.state(), "fingerprint": prints, "wandb_id": self.metrics.wandb_id, "faults": self.policy.state(), **learnt}
 
     def tell(self) -> None:
         """Writes what the saves since the last call took, and a sign of life."""

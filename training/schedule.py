@@ -10,8 +10,9 @@ KINDS = ("cosine", "wsd", "linear", "constant")
 def lr_factor(step: float, total: float, *, kind: str, warmup: int, decay: int = 0, final: float = 0.0) -> float:
     """Factor of the peak rate for optimizer step `step` (0-based) of `total`; both may be fractions, of a run that counts tokens.
 
-    Warm-up rises linearly over `warmup` steps and is never zero. cosine and linear fall to `final` at the last step; wsd
-    (warm-up, stable, decay) stays at 1 and falls linearly over the last `decay` steps; constant stays at 1.
+    Warm-up rises linearly over `warmup` steps and is never zero. cosine and linear fall to `final`, which a step behind the last
+    would have; wsd (warm-up, stable, decay) stays at 1 and falls so over the last `decay` steps, of which the first is still at 1;
+    constant stays at 1.
     Raises ValueError for an unknown kind.
     """
     if kind not in KINDS:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from data.shards import ShardSet
-from data.tokenizer import encode_bare
 from training.errors import UserError
 
 PROBES = 256  # passages looked for
@@ -136,7 +135,7 @@ def share_found(documents: Sequence[str], shards: ShardSet) -> float:
 
 def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndarray:
     """Hashes (uint64, sorted, each once) of passages of `width` tokens, evenly from all of the documents."""
-    tokenizer = encode_bare(shards.tokenizer())
+    tokenizer = shards.coder().tokenizer
     ends = np.cumsum([len(d) for d in documents])
     if not len(ends) or not ends[-1]:
         return np.zeros(0, np.uint64)

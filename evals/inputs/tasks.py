@@ -113,11 +113,24 @@ class Task:
         head, needles, question, answer, answers = getattr(self, f"_{self.name}")(rng)
         depths = [depth, *rng.random(len(needles) - 1).tolist()] if self.has_depth else np.sort(rng.random(len(needles))).tolist()
         question_ids, answer_ids = after_question(coder, question, answer)
+        self._check(coder, answer_ids, answers)
         document = self._document(coder, head, needles, depths, length - len(coder.start_ids) - len(question_ids), rng, text)
         ids = self._ordered(coder, document, question, question_ids)
         chance = {"passkey": 1e-5, "vt": 0.0}.get(self.name, 1 / 9_000_000)
         new_tokens = len(answer_ids) if self.by_ids else len(answer_ids) + 10
         return Sample(ids, answer_ids, answers, new_tokens, document[len(coder.encode(head)) :], chance)
+
+    def _check(self, coder: TextCoder, answer_ids: list[int], answers: list[str]) -> None:
+        """Raises ItemError where the tokens of the answers do not spell them: of unknown tokens any text would be the answer, and a text that comes back
+        otherwise (with other blanks) is looked for in vain in what a model writes."""
+        written = coder.decode(answer_ids)
+        blanks = "" if self.by_ids else " "  # what is told by its ids may be written with any blanks
+        found = blanks.join(written.lower().split())
+        for answer in answers:
+            if blanks.join(answer.lower().split()) not in found:
+                raise ItemError(
+                    f"The tokenizer cannot be asked task {self.label}: it has no tokens that spell {answer!r}, which comes back as {written[:80]!r}."
+                )
 
     def _ordered(self, coder: TextCoder, document: list[int], question: str, question_ids: list[int]) -> list[int]:
         """The prompt; a question before the last one is whole, the last one what `after_question` leaves of it."""
@@ -210,6 +223,7 @@ class Task:
             vocabulary = ["".join(rng.choice(list("bcdfghjklmnpqrstvwxz"), 6)) for _ in range(60)]
             weights, chance = 1 / np.arange(3, len(vocabulary) + 3), 0.0
         question_ids, answer = after_question(coder, question, " " + " ".join(vocabulary[:n_answers]))
+        self._check(coder, answer, vocabulary[:n_answers])
         head_ids = coder.encode(head)
         room = length - len(coder.start_ids) - len(head_ids) - len(question_ids)
         encoded = [coder.encode(" " + w) for w in vocabulary]

@@ -20,10 +20,11 @@ from data.encode import Encoder, batches
 from data.shards import ShardSet
 from data.sources import DEMO as DEMO
 from data.sources import Source
-from data.tokenizer import Marks, TextCoder
+from data.tokenizer import Marks, TextCoder, unknown_id
 from evals.adapters.base import Adapter, ItemError
 from training.errors import UserError
 
+REWRITTEN = 0.001  # share of a text's bytes from which it is said that its tokens stand for more or fewer
 LIMIT = 16_000_000  # characters of a text that are read
 
 
@@ -59,10 +60,30 @@ class Corpus:
 
 
 class Text:
-    """A corpus in a model's tokens, as one long sequence of ids. starts: where its documents begin."""
+    """A corpus in a model's tokens, as one long sequence of ids. starts: where its documents begin; unknown: the token that stands for what the model has
+    no token for, None where there is none; told: the share of the text's bytes that the ids stand for, above 1 where the tokenizer adds some."""
 
-    def __init__(self, ids: np.ndarray, source: str, bytes_per_token: float | None = None, starts: list[int] | None = None) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        source: str,
+        bytes_per_token: float | None = None,
+        starts: list[int] | None = None,
+        unknown: int | None = None,
+        told: float = 1.0,
+    ) -> None:
         self.ids, self.source, self.bytes_per_token, self.starts = ids, source, bytes_per_token, starts or [0]
+        self.told = told
+        self.lost = 0.0 if unknown is None or not len(ids) else float((ids == unknown).mean())  # share of the tokens
+
+    @property
+    def note(self) -> str:
+        """What a result on this text has to say of its tokens; '' for one of which nothing was lost or written otherwise."""
+        if self.lost:
+            return f"{self.lost:.1%} of the text's tokens are the unknown one, whose text is lost: bits per byte look better than they are"
+        if abs(self.told - 1) >= REWRITTEN:
+            return f"the tokens stand for {self.told:.1%} of the text's bytes, by which bits per byte divide: the tokenizer writes it otherwise"
+        return ""
 
     def fitting(self, count: int, length: int) -> tuple[int, int]:
         """(rows, tokens of a row) nearest to `count` rows of `length` that the text gives without any token in two of them."""
@@ -133,13 +154,13 @@ def corpus_of_shards(folder: str, limit: int = LIMIT) -> Corpus:
     for number, part in enumerate(folders, 1):
         try:
             shards = ShardSet(part, "valid")
-            tokenizer, room = shards.tokenizer(), limit * number // len(folders)
+            coder, room = shards.coder(), limit * number // len(folders)
             for i in range(shards.n_documents):
                 if size >= room:
                     notes.append(f"the first {i:,} of {shards.n_documents:,} documents of {part}")
                     break
                 ids, _ = shards.document(i)
-                documents.append(tokenizer.decode(ids[ids != shards.eot_id].tolist(), skip_special_tokens=True)[: room - size])
+                documents.append(coder.decode(ids.tolist())[: room - size])
                 size += len(documents[-1])
             opened.append(shards)
         except UserError as error:
@@ -161,7 +182,9 @@ def tokenised(corpus: Corpus, adapter: Adapter) -> Text:
     ids = [part for group in batches(iter(corpus.documents)) for part in encoder.encode(group)]
     whole = np.concatenate(ids).astype(np.int64)
     starts = np.cumsum([0, *map(len, ids[:-1])]).tolist()
-    return Text(whole, corpus.name, corpus.bytes / max(1, len(whole)), starts)
+    marks = [*coder.start_ids, *coder.end_ids]
+    told = bytes_of(coder.tokenizer, whole, marks) / max(1, corpus.bytes) if coder.start_ids else 1.0  # else the first token is not counted
+    return Text(whole, corpus.name, corpus.bytes / max(1, len(whole)), starts, unknown_id(coder.tokenizer, marks), told)
 
 
 def _ids_of_shards(shards: ShardSet, adapter: Adapter) -> Text:

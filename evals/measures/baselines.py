@@ -7,9 +7,11 @@ with n(v) the number of distinct followers of v, and the unigram p(w) = (c(w) + 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from data.shards import ShardSet
 from evals.measures.perplexity import Perplexity, held_out_rows, text_bytes
+from models.prompt import told_by_prompt
 
 DISCOUNT = 0.75
 MOST = 50_000_000  # training tokens that are counted
@@ -27,8 +29,8 @@ class CountBaselines:
         self.context = np.bincount(tokens[:-1], minlength=self.vocabulary).astype(np.float64)
         self.followers = np.bincount(self.keys // self.vocabulary, minlength=self.vocabulary).astype(np.float64)
 
-    def nll(self, tokens: np.ndarray) -> tuple[float, float]:
-        """(unigram, bigram): nats of tokens[1:] given tokens[:-1], summed. tokens: ids (n+1,)."""
+    def nll(self, tokens: np.ndarray, scored: np.ndarray | None = None) -> tuple[float, float]:
+        """(unigram, bigram): nats of tokens[1:] given tokens[:-1], summed over those that are `scored` (n,), None: all. tokens: ids (n+1,)."""
         previous, word = tokens[:-1].astype(np.int64), tokens[1:].astype(np.int64)
         p_unigram = self.unigram[word]
         key = previous * self.vocabulary + word
@@ -37,15 +39,22 @@ class CountBaselines:
         occurrences = np.maximum(self.context[previous], 1)
         p_bigram = np.maximum(count - DISCOUNT, 0) / occurrences + DISCOUNT * self.followers[previous] / occurrences * p_unigram
         p_bigram = np.where(self.context[previous] > 0, p_bigram, p_unigram)
-        return float(-np.log(p_unigram).sum()), float(-np.log(p_bigram).sum())
+        every = np.ones(len(word), bool) if scored is None else scored
+        return float(-np.log(p_unigram[every]).sum()), float(-np.log(p_bigram[every]).sum())
 
 
-def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int | None) -> dict[str, Perplexity]:
-    """The scores of unigram and bigram counts of `train` on the held-out rows that `perplexity.evaluate` scores with the same settings.
+def baselines(train: ShardSet, held_out: ShardSet, length: int, max_tokens: int | None, prompt: int = 0) -> dict[str, Perplexity]:
+    """The scores of unigram and bigram counts of `train` on the held-out tokens that `perplexity.evaluate` scores with the same settings.
 
-    length: tokens of a row; max_tokens: scored in all, None for the whole split.
+    length: tokens of a row; max_tokens: scored in all, None for the whole split; prompt: `models.prompt.prompt_of` the model beside them, whose
+    prompts are not scored.
     """
-    counts, rows = CountBaselines(train), held_out_rows(held_out, length, max_tokens)
-    nats = [counts.nll(tokens) for tokens, _ in rows]
-    scored, size = sum(len(tokens) - 1 for tokens, _ in rows), sum(text_bytes(held_out, tokens) for tokens, _ in rows)
-    return {name: Perplexity(sum(row[i] for row in nats), scored, size) for i, name in enumerate(NAMES)}
+    counts, totals = CountBaselines(train), [Perplexity() for _ in NAMES]
+    for tokens, segments in held_out_rows(held_out, length, max_tokens):
+        scored = ~told_by_prompt(torch.from_numpy(segments)[None, :-1], prompt)[0].numpy()
+        size = text_bytes(held_out, tokens, scored)
+        for total, nats in zip(totals, counts.nll(tokens, scored)):
+            total.nll_nats += nats
+            total.tokens += int(scored.sum())
+            total.bytes += size
+    return dict(zip(NAMES, totals))

@@ -49,7 +49,8 @@ def combined(parts: Sequence[tuple[Perplexity, float]]) -> Perplexity:
     parts = [pair for pair in parts if pair[0].tokens] or parts[:1]
     if len(parts) == 1:
         return parts[0][0]
-    total, whole = Perplexity(tokens=sum(part.tokens for part, _ in parts)), sum(share for _, share in parts)
+    tokens, length = sum(part.tokens for part, _ in parts), max(part.length for part, _ in parts)
+    total, whole = Perplexity(tokens=tokens, length=length), sum(share for _, share in parts)
     for part, share in parts:
         factor = share / whole * total.tokens / part.tokens
         total.nll_nats += factor * part.nll_nats
@@ -64,7 +65,8 @@ def combined(parts: Sequence[tuple[Perplexity, float]]) -> Perplexity:
 def of_report(report: dict[str, Any]) -> Perplexity:
     """The sums behind a report of one source."""
     by_position = {row["from"]: [row["nats_per_token"] * row["tokens"], float(row["tokens"])] for row in report["by_position"]}
-    return Perplexity(report["nats_per_token"] * report["tokens"], report["tokens"], report["bytes"], by_position)
+    length = max((row["to"] + 1 for row in report["by_position"]), default=0)
+    return Perplexity(report["nats_per_token"] * report["tokens"], report["tokens"], report["bytes"], by_position, length)
 
 
 def figures(part: Perplexity, share: float) -> dict[str, float]:

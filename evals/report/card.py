@@ -7,7 +7,8 @@ from typing import Any
 
 from evals.report.figures import curves_figure, pyplot
 from evals.report.page import Page
-from evals.report.sections import SECTIONS, Records, done, read, texts
+from evals.report.records import Records, read
+from evals.report.sections import draw_sections, texts
 from models.hub.card import Evaluation, is_number, read_or_empty
 
 SHOWN = ("bits_per_byte", "perplexity", "nats_per_token", "tokens")  # of an evaluation of held-out text
@@ -30,11 +31,7 @@ def evaluation(source: Path, evals: Path | None = None) -> Evaluation | None:
         length = (read_or_empty(source / "run.json").get("train") or {}).get("seq_len")
         page.figure("held_out", curves_figure(plt, [(f"text ({status})", curve, length)], "loss by position"), "loss by position")
     texts(page, records)
-    for kind, title, meaning, draw in SECTIONS:
-        if measured := done(records, kind):
-            page.head(title)
-            page.say(meaning or "Measured by `python -m evals.run`.")
-            draw(page, plt, measured)
+    draw_sections(page, plt, records, "Measured by `python -m evals.run`.")
     plots = {value[0]: value[1] for kind, value in page.parts if kind == "figure"}
     return Evaluation(page.markdown().removeprefix("# Evaluation\n"), plots)
 

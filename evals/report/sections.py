@@ -7,7 +7,6 @@ Everything is drawn from the JSON files OUT/MODEL/items/*.json, so a report can 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,27 +15,9 @@ from typing import Any
 from data.files import write_bytes
 from evals.report.figures import curves_figure, grids_figure, mean, pyplot, remembrance_figure, rise_figure, states_figure, tracking_figure
 from evals.report.page import Page
+from evals.report.records import Records, done, read
 from training.config.arguments import program
 from training.errors import UserError
-
-Records = dict[str, list[dict[str, Any]]]  # by model
-
-
-def read(out: Path) -> Records:
-    """All records under OUT by model, models in the order of their names; torn files are passed over."""
-    records: Records = {}
-    for path in sorted(out.glob("*/items/*.json")):
-        try:
-            records.setdefault(path.parent.parent.name, []).append(json.loads(path.read_text()))
-        except (OSError, ValueError):
-            continue
-    return records
-
-
-def done(records: Records, kind: str) -> Records:
-    """The records of measured items of one kind; models without any are left out."""
-    chosen = {model: [r for r in items if r["kind"] == kind and r["status"] == "done"] for model, items in records.items()}
-    return {model: items for model, items in chosen.items() if items}
 
 
 def documents_section(page: Page, plt: Any, records: Records) -> None:
@@ -66,7 +47,7 @@ def texts(page: Page, records: Records) -> None:
     for model, items in records.items():
         for r in items:
             result = r.get("result") or {}
-            if isinstance(text := result.get("text"), dict):
+            if isinstance(text := result.get("text"), dict) and text.keys() >= {"name", "sha256", "documents", "bytes"}:
                 by_hash[text["sha256"]] = text
                 exposure_by[(model, text["sha256"])] = result.get("seen") or {}
     if not by_hash:
@@ -84,7 +65,7 @@ def texts(page: Page, records: Records) -> None:
     ]
     page.table(["model", "sha256", "held out", "why"], rows)
     notes = [[m, r["item"], r["result"]["note"]] for m, items in records.items() for r in items if (r.get("result") or {}).get("note")]
-    page.table(["model", "item", "the text is shorter than what was asked for"], notes)
+    page.table(["model", "item", "what to know of its text"], notes)
 
 
 def _between(x: dict[str, Any], key: str) -> str:
@@ -333,6 +314,41 @@ SECTIONS: list[tuple[str, str, str, Callable[[Page, Any, Records], None]]] = [
 ]
 
 
+def draw_sections(page: Page, plt: Any, records: Records, otherwise: str = "") -> None:
+    """Every section of what was measured. otherwise: what is said of figures that explain themselves. Results that cannot be drawn, as those of another
+    version, do not keep the others from it: they are named at the end."""
+    lost: list[list[str]] = []
+    for kind, title, meaning, draw in SECTIONS:
+        if measured := done(records, kind):
+            page.head(title)
+            if meaning or otherwise:
+                page.say(meaning or otherwise)
+            lost += _drawn(page, plt, draw, measured)
+    if lost:
+        page.head("Not drawn")
+        page.table(["model", "item", "why"], lost)
+
+
+def _drawn(page: Page, plt: Any, draw: Callable[[Page, Any, Records], None], records: Records) -> list[list[str]]:
+    """Draws a section of all records, or of those that can be drawn; a table's rows about the others."""
+    whole, lost, good = Page(), [], records
+    try:
+        draw(whole, plt, records)
+    except Exception:
+        good, whole = {}, Page()
+        for model, record in ((model, record) for model, items in records.items() for record in items):
+            try:
+                draw(Page(), plt, {model: [record]})
+                good.setdefault(model, []).append(record)
+            except Exception as error:
+                why = f"its JSON is of another version or was changed ({type(error).__name__}: {error}); redo=true measures it again"
+                lost.append([model, record["item"], why])
+        if good:
+            draw(whole, plt, good)
+    page.parts += whole.parts
+    return lost
+
+
 def failures(page: Page, records: Records) -> None:
     """What could not be measured, and why."""
     rows = [[m, r["item"], r["reason"]] for m, items in records.items() for r in items if r["status"] != "done"]
@@ -347,18 +363,13 @@ def write_report(out: Path) -> Page:
     rows = []
     for model, items in records.items():
         d, e = items[0]["model"], items[0]["environment"]
-        about = [d[key] for key in ("kind", "parameters", "train_length", "carry", "precision")]
-        rows.append([model, *about, e["device"], e["torch"], e["commit"][:12], len(items)])
+        about = [d.get(key) for key in ("kind", "parameters", "train_length", "carry", "precision")]
+        rows.append([model, *about, e.get("device"), e.get("torch"), str(e.get("commit", ""))[:12], len(items)])
     page.table("model,kind,parameters,training length,state carried in,precision,device,torch,commit,items".split(","), rows)
     if plt is None:
         page.say("There are no plots: matplotlib is not installed (pip install matplotlib, then python -m evals.report OUT).")
     texts(page, records)
-    for kind, title, meaning, draw in SECTIONS:
-        if measured := done(records, kind):
-            page.head(title)
-            if meaning:
-                page.say(meaning)
-            draw(page, plt, measured)
+    draw_sections(page, plt, records)
     failures(page, records)
     for name, png in page.figures().items():
         write_bytes(out / "plots" / f"{name}.png", png)

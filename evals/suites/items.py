@@ -128,6 +128,8 @@ def documents_items(subject: Subject) -> list[Item]:
         documents = text.documents(1 << 30, limit, coder) if limit else text.documents(len(parts), len(text.ids), coder)
         unit = "documents" if len(corpus.documents) >= count else f"pieces of at most {characters:,} characters"
         result = document_perplexity(adapter, documents, chunk=s.chunk, batch=s.batch, seed=s.seed, unit=unit, on_progress=progress)
+        if text.note:
+            result |= {"note": text.note, "summary": f"{result['summary']}; {text.note}"}
         return {**result, "source": corpus.name, "characters": characters, **subject.about_text()}
 
     return [Item("documents", "documents", _settings(subject, True, documents=count, characters=characters), run)]

@@ -121,15 +121,16 @@ class Subject:
         return self.text.rows(*self.text.fitting(rows, length), self.settings.seed)
 
     def reach(self, prompt: str, ids_RL: np.ndarray, rows: int, length: int) -> dict[str, Any]:
-        """What a result on `rows_of` says of its rows: the text, and how far it reaches where it does not give all that was asked for."""
+        """What a result on `rows_of` says of its rows: the text, how far it reaches where it does not give all that was asked for, and what was lost."""
         if prompt != "prose":
             return {}
         about: dict[str, Any] = {"asked_length": length, "asked_rows": rows, **self.about_text()}
+        notes = [self.text.note] if self.text.note else []
         if ids_RL.shape[1] < length:
-            about["note"] = f"the text reaches {ids_RL.shape[1]:,} tokens of the {length:,} asked for"
+            notes.insert(0, f"the text reaches {ids_RL.shape[1]:,} tokens of the {length:,} asked for")
         elif ids_RL.shape[0] < rows:
-            about["note"] = f"the text gives {ids_RL.shape[0]} row(s) of the {rows} asked for"
-        return about
+            notes.insert(0, f"the text gives {ids_RL.shape[0]} row(s) of the {rows} asked for")
+        return {**about, "note": "; ".join(notes)} if notes else about
 
     def in_windows(self, prompt: str, ids_RL: np.ndarray) -> dict[str, Any] | None:
         """The same rows in windows of T tokens, which the long ones are judged against; None for constant tokens and for rows within T."""

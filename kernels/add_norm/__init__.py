@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 
 from kernels.add_norm import op, reference
-from kernels.dispatch import is_eager
-from kernels.gated_norm import gated_norm
 
 
 def add_norm(
@@ -22,7 +20,6 @@ def add_norm(
 
 def norm_beside(x: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(x, rms(x) weight) of a stream (..., D) that has nothing added yet; what reads the first needs no sum of gradients of its own."""
-    if not (torch.is_grad_enabled() and x.requires_grad and x.numel() and is_eager(x) and op.use_triton(x, x)):
-        return x, gated_norm(x, None, weight_D, eps, dtype=dtype)
-    made: tuple[Tensor, Tensor] = op.NormBeside.apply(x, weight_D, eps, dtype or x.dtype)
-    return made
+    if op.use_triton(x, x):
+        return op.norm_beside(x, weight_D, eps, dtype or x.dtype)
+    return reference.norm_beside(x, weight_D, eps, dtype)

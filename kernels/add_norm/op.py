@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.add_norm import reference
-from kernels.dispatch import no_triton
+from kernels.dispatch import is_eager, no_triton
+from kernels.gated_norm import gated_norm
 from kernels.op import define
 
 WIDEST = 16384  # columns that the registers of a program hold
@@ -98,3 +99,11 @@ class NormBeside(torch.autograd.Function):
         with torch.cuda.device_of(x):
             d, _, _, d_weight = _backward(d_x, d_n, x, None, None, weight, ctx.eps, x.dtype, x.dtype)
         return d, d_weight, None, None
+
+
+def norm_beside(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and its norm. An op cannot return its argument: where this is traced the norm is an op alone, as where there is nothing to differentiate."""
+    if is_eager(x) and x.numel() and x.requires_grad and torch.is_grad_enabled():
+        made: tuple[Tensor, Tensor] = NormBeside.apply(x, weight, eps, dtype)
+        return made
+    return x, gated_norm(x, None, weight, eps, dtype=dtype)

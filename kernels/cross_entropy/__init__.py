@@ -14,6 +14,11 @@ from kernels.dispatch import interpreted, is_eager, no_triton, planned
 
 BLOCK, WARPS = 8192, 8  # columns at a time of a program, and its warps
 BLOCK_AT_ONCE, WARPS_AT_ONCE = 16384, 32  # of losses and gradient at once: two programs a multiprocessor, whose rows the cache holds
+LEAST_ROW, MOST_ROW = (
+    16384,
+    57344,
+)  # logits of rows in bf16 that are held whole: enough for 32 warps, and what registers and shared memory hold
+STAGES = 3  # two rows are on their way or have come while one is in work
 
 
 def use_triton(logits_NV: Tensor) -> bool:
@@ -27,6 +32,24 @@ def use_triton(logits_NV: Tensor) -> bool:
 
 def block(V: int, most: int = BLOCK) -> int:
     return 64 if interpreted() else min(most, 1 << max(7, (V - 1).bit_length()))
+
+
+def pieces(V: int) -> tuple[int, int]:
+    """Words of each of the first six pieces of a row and of the last one."""
+    words = V // 2
+    each = 1 << ((words // 6).bit_length() - 1)
+    return each, 1 << max(5, (words - 6 * each - 1).bit_length())
+
+
+def by_rows(logits_NV: Tensor) -> bool:
+    """Whether losses and gradient at once hold whole rows: bf16, in words of 16 bytes, as many as fit."""
+    V = logits_NV.shape[1]
+    if logits_NV.dtype != torch.bfloat16 or V % 8 or logits_NV.data_ptr() % 16 or not LEAST_ROW <= V <= MOST_ROW:
+        return False
+    if interpreted():
+        return True
+    room = torch.cuda.get_device_properties(logits_NV.device).shared_memory_per_multiprocessor - 1024  # what a program may have
+    return not torch.version.hip and room >= 4 * (STAGES - 1) * (6 * pieces(V)[0] + pieces(V)[1]) + 1024  # words, and sums over warps
 
 
 def losses(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +83,17 @@ def losses_and_gradient_(logits_NV: Tensor, labels_N: Tensor) -> tuple[Tensor, T
     if planned():
         return nll_N, log_z_N, logits_NV
     with torch.cuda.device_of(logits_NV):
-        BV = block(V, BLOCK_AT_ONCE)
-        kernels.losses_and_gradient[(N,)](
-            logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=BV, num_warps=WARPS_AT_ONCE if BV == BLOCK_AT_ONCE else WARPS
-        )
+        if by_rows(logits_NV):
+            (A, REST), words = pieces(V), logits_NV.view(torch.int32)
+            programs = min(N, 2 if interpreted() else torch.cuda.get_device_properties(words.device).multi_processor_count)
+            kernels.losses_and_gradient_by_rows[(programs,)](
+                words, labels_N.contiguous(), nll_N, log_z_N, N, V, V // 2, A=A, REST=REST, STAGES=STAGES, num_warps=WARPS_AT_ONCE
+            )
+        else:
+            BV = block(V, BLOCK_AT_ONCE)
+            kernels.losses_and_gradient[(N,)](
+                logits_NV, labels_N.contiguous(), nll_N, log_z_N, V, BV=BV, num_warps=WARPS_AT_ONCE if BV == BLOCK_AT_ONCE else WARPS
+            )
     return nll_N, log_z_N, logits_NV
 
 

@@ -138,8 +138,7 @@ class _Rows:
     def finish(self, bad: Tensor, final: Tensor) -> None:
         """Walks in order from slice `bad` (B, E) on; n: nothing to do."""
         p = self.p
-        grid = (p.E, -(-p.B // p.plan.rows))
-        p.module.finish[grid](*self.shared, p.reset, self.emitted, self.kept, self.ends, bad, final, *p.sizes, **p.constants)
+        p.module.finish[p.grid_in_order](*self.shared, p.reset, self.emitted, self.kept, self.ends, bad, final, *p.sizes, **p.constants)
 
 
 def _from_each(cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, starts: Tensor | None, plan: launch.Plan, begins_BNMSD: Tensor) -> Tensor:

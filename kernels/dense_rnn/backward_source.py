@@ -40,7 +40,7 @@ def _cotangents(w: Writer, indent: int, store: bool) -> None:
             size = f"tl.maximum({size}, tl.abs(dp{i}))"
         w.put(
             indent + 1,
-            f"size = tl.max({size}, 1)",
+            f"size = tl.max({size}, {w.across})",
             "size = tl.where((size > 1.0e-37) & (size < 1.0e37), tl.exp2(-tl.floor(tl.log2(size))), 1.0)",
         )
         w.put(indent + 1, "size = size[:, None]")
@@ -67,21 +67,22 @@ def _known(w: Writer, indent: int, products: bool) -> None:
     n_kept, entries = len(w.S) - 1, [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, "live = here & (t >= low) & (t < T)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(indent, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
-    w.put(indent, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(indent, *(f"x{i} = {w.load(f'p_ + {i} * sp')}" for i in w.X))
     # of the first step the initial state, by another address: added to what is read, it would have to be brought into the order that products lie in
     w.put(indent, "later, first_ = (t > 0)[:, None], b[:, None] * D")
     w.put(indent, "h_ = tl.where(later, EMITTED + (at - 1)[:, None] * D, H0_EMITTED + first_) + d")
     w.put(indent, f"h{n_kept} = tl.load(h_, mask=both, other=0.0).to(tl.float32)")
     if n_kept:
         w.put(indent, f"h_ = tl.where(later, KEPT + (at - 1)[:, None] * ({n_kept} * D), H0 + first_ * {n_kept + 1}) + d")
-        w.put(indent, *(f"h{i} = tl.load(h_ + {i} * D, mask=both, other=0.0)" for i in range(n_kept)))
+        w.put(indent, *(f"h{i} = {w.load(f'h_ + {i} * D')}" for i in range(n_kept)))
     w.put(indent, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
     w.put(indent + 1, "nr = tl.load(RESET + at - 1, mask=here & (t > low) & (t <= T), other=0)")
     w.put(indent, "if KNOWN:", f"    q_ = PROD + ((e.to(tl.int64) * B * T + at) * ({len(w.Q)} * K))[:, None] + k[None, :]")
-    w.put(indent + 1, *(f"p{i} = tl.load(q_ + {i} * K, mask=both, other=0.0)" for i in w.Q))
+    w.put(indent + 1, *(f"p{i} = {w.load(f'q_ + {i} * K')}" for i in w.Q))
     starts = {i: f" + ({start})" for i, start in w.begins.items()}
     # and a product with nothing: what comes out of one lies as the others do, and is not computed once for each order that it is wanted in
-    nothing = "tl.dot(tl.zeros((BM, 16), DOT), tl.zeros((16, BK), DOT), acc="
+    first, last = ("BM", "BK") if w.across else ("BK", "BM")
+    nothing = f"tl.dot(tl.zeros(({first}, 16), DOT), tl.zeros((16, {last}), DOT), acc="
     w.put(indent + 1, *(f"p{i} = {nothing}p{i}{starts.get(i, '')}, input_precision=PRECISION)" for i in w.Q))
     w.put(indent, "else:")
     w.dots(indent + 1)
@@ -113,10 +114,10 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
     n_kept = len(w.S) - 1
     w.put(deep, "t = from_ - (m * LOOK + step_)" if in_pieces else "")
     _known(w, deep, products)
-    w.put(deep, f"g{n_kept} = a{n_kept} + tl.load(D_EMITTED + at[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+    w.put(deep, f"g{n_kept} = a{n_kept} + {w.load('D_EMITTED + at[:, None] * D + d')}")
     w.put(deep, *(f"g{i} = a{i}" for i in range(n_kept)), "if WITH_KEPT:" if n_kept else "")
     for i in range(n_kept):
-        w.put(deep + 1, f"g{i} += tl.load(D_KEPT + (at * {n_kept} + {i})[:, None] * D + d, mask=both, other=0.0).to(tl.float32)")
+        w.put(deep + 1, f"g{i} += {w.load(f'D_KEPT + (at * {n_kept} + {i})[:, None] * D + d')}")
     _cotangents(w, deep, store and early(w))
     cotangents = ", ".join([f"g{i}" for i in w.S] + [f"q{i}" for i in range(len(w.dense.operands))])
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
@@ -134,7 +135,9 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
 
 
 def _ready(w: Writer) -> None:
-    w.matrices("MAT", held=len(w.S) <= 2)  # twice, once transposed: with more states than that there are no registers for them
+    w.matrices(
+        "MAT", "R" if len(w.S) <= 2 else w.room
+    )  # twice, once transposed: with more states than that there are no registers for both
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
 
@@ -146,7 +149,7 @@ def walk_back(w: Writer) -> None:
         f"{INPUTS}, {OUTPUTS}, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, {FLAGS}",
     )
     slice_rows(w)
-    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * E + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     _ready(w)
     w.put(1, "low = s * SLICE", "right = (s + 1) * SLICE")
@@ -177,7 +180,7 @@ def walk_back(w: Writer) -> None:
 def finish_back(w: Writer) -> None:
     S, R = len(w.S), len(w.summed)
     w.head("finish_back", f"{INPUTS}, {OUTPUTS}, ENDS, BAD, D_H0, {FLAGS}")
-    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * tl.num_programs(0) + e, mask=rows < B, other=n)")
+    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * E + e, mask=rows < B, other=n)")
     w.put(1, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "if earliest == n:", "    return")
     _ready(w)
     w.put(1, "low = tl.zeros_like(bad)", "both = here[:, None] & inside")

@@ -10,11 +10,11 @@ from kernels.parallel_rnn.functions import functions
 from kernels.parallel_rnn.products import trace_dense
 
 
-def source(cell: Cell, short: str, maths: str, halves: bool = False) -> str:
+def source(cell: Cell, short: str, maths: str, halves: bool = False, narrow: bool = False) -> str:
     """All kernels of a cell. short: the type of inputs in 16 bits, or ''. maths: of kernels/parallel_rnn/functions.py. halves: products are not rounded to
-    16 bits, nor is the tangent of bf16's accuracy. Raises NotLowered."""
+    16 bits, nor is the tangent of bf16's accuracy. narrow: of programs of eight rows. Raises NotLowered."""
     dense = trace_dense(cell)
-    w = forward.Writer(dense)
+    w = (forward.Narrow if narrow else forward.Writer)(dense)
     forward.walk(w)
     forward.finish(w)
     for back in (False, True):
@@ -26,4 +26,5 @@ def source(cell: Cell, short: str, maths: str, halves: bool = False) -> str:
     header = (
         f'"""Kernels of the cell {cell.name}, written by kernels/dense_rnn/codegen.py."""\nimport triton\nimport triton.language as tl\n'
     )
-    return "\n\n".join([header, functions(made, short, maths), forward.HELPERS.strip("\n"), made, "\n".join(w.lines)]) + "\n"
+    helpers = (forward.HELPERS + forward.PUT[maths]).strip("\n")
+    return "\n\n".join([header, functions(made, short, maths), helpers, made, "\n".join(w.lines)]) + "\n"

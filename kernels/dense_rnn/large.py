@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.dense_rnn import large_codegen, large_held_source, large_source, launch, matrices
+from kernels.dense_rnn import chain_source, large_codegen, large_held_source, large_source, launch, marks, matrices
 from kernels.dense_rnn.plans import SLOTS, Layer
 from kernels.dense_rnn.reference import BURN_IN, NEAR, TOLERANCE
 from kernels.dispatch import interpreted, no_triton, planned
@@ -27,10 +27,13 @@ from kernels.parallel_rnn.launch import Layout, load_source, multiprocessors
 from kernels.parallel_rnn.products import Dense, trace_dense
 
 PROVEN = {2: 2048, 4: 2048}  # channels up to which they were seen to be right on a GPU, by bytes of an input
+# dtypes in which matrices on chip were seen to be right on a GPU, by numbers of matrices and states of a cell: of an LSTM, a GRU, an sLSTM
+PROVEN_ON_CHIP = {(4, 2): (torch.bfloat16, torch.float16), (3, 1): (torch.bfloat16, torch.float16), (4, 3): (torch.bfloat16,)}
 HELD, HELD_BACK = 768, 768  # channels up to which matrices of 16 bits stay on chip, forwards and backwards, where the cell lets them
 ON_CHIP = 768  # the most that fit there
 LARGEST = 2048  # channels of a head
 SHORTEST = 32  # steps of a slice
+CHAINED = 220 << 10  # bytes of shared memory for ends of slices; 7 KB are left to sums
 
 
 def proven(pre: Tensor, K: int) -> bool:
@@ -38,9 +41,9 @@ def proven(pre: Tensor, K: int) -> bool:
     return K <= PROVEN.get(pre.element_size(), 0) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
-def proven_on_chip(cell: Cell) -> bool:
-    """Whether a GPU was seen to be right with matrices that stay on chip: an LSTM's. Those of a GRU and an sLSTM only the interpreter has run."""
-    return (len(cell.mat), len(cell.state)) == (4, 2) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
+def proven_on_chip(cell: Cell, pre: Tensor) -> bool:
+    """Whether a GPU was seen to be right with matrices that stay on chip."""
+    return pre.dtype in PROVEN_ON_CHIP.get((len(cell.mat), len(cell.state)), ()) or os.environ.get("EVERYWHEN_DENSE_KERNELS") == "1"
 
 
 def takes(pre: Tensor, K: int) -> bool:
@@ -92,7 +95,7 @@ class Tiles:
     def of(cell: Cell, pre: Tensor, K: int) -> Tiles:
         """Those of matrices that stay on chip, up to as many channels as HELD and HELD_BACK say, where they can and a GPU was seen to be right."""
         tiles, on = Tiles.streamed(cell, pre, K), Tiles.on_chip(cell, pre, K)
-        if on is None or not proven_on_chip(cell):
+        if on is None or not proven_on_chip(cell, pre):
             return tiles
         if K <= HELD:
             tiles = replace(tiles, rows=on.rows, columns=on.columns, depth=on.depth, depth_back=tiles.depth_back or tiles.depth, held=True)
@@ -132,6 +135,14 @@ class Tiles:
         return Tiles(32 if not wide else 128 if K > 1024 else 64, 32, 32, 64, 64 if K > 1024 else depth, 8, 3, back)
 
 
+def burn_in_back(dtype: torch.dtype, held: bool, length: int) -> int:
+    """Steps behind a slice of `length` from which its adjoints are guessed: half of it in bf16, where that leaves one correction of two, and otherwise as
+    few as cost none (an LSTM with starting weights, 768 and 2,048 channels, 1,024 steps)."""
+    if held:
+        return 24
+    return {torch.float16: 16, torch.bfloat16: min(64, max(BURN_IN, length // 2))}.get(dtype, BURN_IN)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Slices of how many steps, steps of burn-in, and a program's tiles."""
@@ -157,14 +168,17 @@ class Plan:
             slices = slices if slices >= 4 else 1
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
-        burn_in = BURN_IN if burn_in is None else burn_in
+        if burn_in is None:
+            burn_in = burn_in_back(pre.dtype, tiles.held_back, length) if back else BURN_IN
         return Plan(n, length, min(burn_in, length) if n > 1 else 0, tiles)
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
-    """The reckoned plan, or what a layer has learnt to do, as of small heads. A burn-in of 32 steps saves a correction of some 50 here."""
+    """The reckoned plan, or what a layer has learnt to do since, as of small heads. A burn-in of 32 steps saves a correction of some 50 here."""
     plan = Plan.of(cell, pre, K, back=back)
-    return plan if layer is None else Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1]), back=back)
+    if layer is None:
+        return plan
+    return Plan.of(cell, pre, K, *layer.passes[back].plan(plan.slices, pre.shape[1], plan.burn_in), back=back)
 
 
 @functools.cache
@@ -192,6 +206,12 @@ def backward_tiles(dense: Dense, mat: Tensor, KP: int, dtype: torch.dtype) -> Te
     wide = new(E, len(dense.products), KP, KP, dtype=dtype, device=mat.device)
     wide[:, :, :K, :K] = launch.taken(mat, [product.matrix for product in dense.products]).permute(0, 2, 3, 1)
     return wide
+
+
+def stages_of_chain(cell: Cell, block: int) -> int:
+    """How many slices' ends are on their way to the kernels that go from slice to slice, which hold all but one of them on chip."""
+    values = 4 * block * (3 * len(cell.state) + len(launch.facts(cell).tracked))  # bytes of a slice
+    return min(chain_source.CHAIN_STAGES, 1 + CHAINED // values)
 
 
 class _Problem(launch.Solve):
@@ -223,7 +243,10 @@ class _Problem(launch.Solve):
             "num_warps": tiles.warps_back or tiles.warps if back else tiles.warps, "num_stages": 1,
         }  # fmt: skip
         self.chain = (n, TOLERANCE[pre.dtype])
-        self.chain_constants = {"K": self.K, "D": self.D, "BK": 1 << (self.K - 1).bit_length(), "DEPENDENT": False, "num_warps": 8}
+        block = 1 << (self.K - 1).bit_length()
+        self.chain_constants = {
+            "K": self.K, "D": self.D, "BK": block, "DEPENDENT": False, "STAGES": stages_of_chain(cell, block), "num_warps": 8,
+        }  # fmt: skip
         self.todo = torch.empty(self.B, n, self.E, dtype=torch.int32, device=pre.device)
         self.bad = torch.empty(self.B, self.E, dtype=torch.int32, device=pre.device)
         self.begins, self.ends, self.nearby, self.products = (self.per_slice(i) for i in (self.S, self.S, self.S, self.tracked))
@@ -292,12 +315,38 @@ def forward(
     return emitted, kept, final
 
 
+def forward_with_marks(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`forward` with zeros in place of the kept states, in the shape of marks.py's."""
+    emitted, _, final = forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)
+    return emitted, final.new_zeros(final.shape[0], marks.marks_of(pre.shape[1]), *final.shape[1:]), final
+
+
+def restore(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, empty: Tensor, plan: Plan | None = None,
+    layer: Layer | None = None, halves: bool = False,
+) -> Tensor:  # fmt: skip
+    """The kept states (B, T, S - 1, D), bit for bit, by another solve under the plan of the first one."""
+    return forward(cell, pre, rec, mat, h0, starts, plan, layer, halves)[1]
+
+
 def backward(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
     d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None, layer: Layer | None = None,
     halves: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of pre (its dtype, laid out as torch.empty_like does), rec, mat and h0 (fp32)."""
+    return backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, d_kept, d_final, plan, layer, halves)[:4]
+
+
+def backward_with_border(
+    cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, emitted: Tensor, kept: Tensor,
+    d_emitted: Tensor, d_kept: Tensor | None, d_final: Tensor, plan: Plan | None = None, layer: Layer | None = None,
+    halves: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward`, and the adjoint's size near the first step (B, S, D)."""
     assert not halves  # such are solved in plain torch
     plan = plan or in_force(cell, pre, mat.shape[1], layer, True)
     p: Any = _Problem(cell, pre, rec, mat, h0, starts, plan, back=True)
@@ -319,7 +368,7 @@ def backward(
         p.at.tensor, p.rec, backward_tiles(dense, mat, p.KP, p.product), p.reset, before, kept, p.h0, products, d_emitted,
         d_kept.contiguous() if with_kept and d_kept is not None else d_emitted, d_final, to.tensor, d_prod, partial, p.begins, p.ends,
         p.products, p.nearby, p.todo, p.bad, d_h0, p.shared(Q), scales, p.summed() if p.held else p.per_slice(len(dense.operands)) if several else p.ends,
-        to.batch, to.time, to.projection, to.se, with_kept, scaled,
+        to.batch, to.time, to.projection, to.se, with_kept, scaled, same,
     )  # fmt: skip
     p.walk("walk_back", tensors, first=True)
     if n > 1:
@@ -338,4 +387,4 @@ def backward(
         sums = d_whole.sum((0, 1), dtype=torch.float32).flatten(1)
         for r, of in biases.items():
             d_rec[r] = sums[of] if of is not None else d_rec[r]
-    return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0
+    return d_whole, d_rec, matrices.gradient(p, operands, d_prod)[0], d_h0, p.nearby[:, 0]

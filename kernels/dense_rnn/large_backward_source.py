@@ -12,7 +12,7 @@ from kernels.dense_rnn.source import Writer, products_of_jacobians
 BACKWARD = (
     "PRE, REC, MAT, RESET, BEFORE, KEPT, H0, PROD, D_EMITTED, D_KEPT, D_FINAL, D_PRE, D_PROD, PARTIAL, BEGINS, ENDS, PRODUCTS, NEARBY"
 )
-BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr"
+BACKWARD += ", TODO, BAD, D_H0, V, SCALES, LATER, db, dt, dp, de, WITH_KEPT: tl.constexpr, SCALED: tl.constexpr, SAME: tl.constexpr"
 
 
 def summed(w: Writer) -> tuple[int, ...]:
@@ -56,22 +56,23 @@ def at_border(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
 
 
 def jacobians(w: Writer, indent: int) -> None:
-    """The Jacobian's entries, and what of them and of the adjoints a document's start cuts."""
+    """The Jacobian's entries, and their products."""
     entries = [f"j{i}{j}" for i, j in w.tracked]
     w.put(indent, f"{', '.join(entries)} = jacobian({w.given()})" if entries else "")
-    w.put(
-        indent,
-        "if HAS_RESET:",
-        *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries),
-        *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S),
-    )
+    w.put(indent, "if HAS_RESET:" if entries else "", *(f"    {j} = tl.where(r, 0.0, {j})" for j in entries))
     products_of_jacobians(w, indent, back=True)
 
 
+def cut(w: Writer, indent: int) -> None:
+    """Nothing goes back over a document's start."""
+    w.put(indent, "if HAS_RESET:", *(f"    dh{i} = tl.where(r, 0.0, dh{i})" for i in w.S))
+
+
 def gradients_out(w: Writer, indent: int, sums: tuple[int, ...]) -> None:
-    """Stores a step's gradients of inputs, adds those of weights, and goes on to the adjoints of the states before it."""
-    w.put(indent, "to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
-    w.put(indent, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
+    """Stores a step's gradients of inputs, but where those of products are the SAME and lie there already, adds those of weights, and goes on to the
+    adjoints of the states before it."""
+    w.put(indent, "if not SAME:", "    to = D_PRE + (b * db + t.to(tl.int64) * dt)[:, None] + columns_out")
+    w.put(indent + 1, *(f"tl.store(to + {i} * dp, dx{i}.to(D_PRE.dtype.element_ty), mask=kept)" for i in w.X))
     w.put(indent, *(f"W{i} += tl.where(go, dw{i}, 0.0)" for i in sums), *(f"a{i} = tl.where(go, dh{i}, a{i})" for i in w.S))
 
 
@@ -186,6 +187,7 @@ def _phase_back(w: Writer, indent: int, level: int) -> None:
     results = [f"dx{i}" for i in w.X] + [f"dw{i}" for i in w.W] + [f"dh{i}" for i in w.S]
     w.put(indent, f"{', '.join(results)} = gradients({w.given()}, {cotangents})")
     jacobians(w, indent)
+    cut(w, indent)
     near(w, indent, "g", back=True)
     w.put(indent, "kept = both & (it >= 0)")
     gradients_out(w, indent, sums)

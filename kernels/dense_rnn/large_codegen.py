@@ -20,9 +20,9 @@ def source(cell: Cell, short: str, maths: str, pieces: int = 0) -> str:
         large_held_source.walk(w, pieces)
         large_held_source.walk_back(w, pieces)
     for back in (False, True):
-        chain_source.correct(w, back)
+        chain_source.correct(w, back, joins=False)
         chain_source.certify(w, back, joins=False)
-    made = "\n\n".join(narrow.parts(dense))
+    made = "\n\n".join([*narrow.parts(dense, short == "bfloat16"), *(large_held_source.functions_back(dense) if pieces else [])])
     header = f'"""Kernels of the cell {cell.name} with large heads, written by kernels/dense_rnn/large_codegen.py."""\n'
     header += "import triton\nimport triton.language as tl\n"
     helpers = large_source.HELPERS + (large_held_source.HELPERS if pieces else "")

@@ -72,8 +72,8 @@ def bias_of(dense: Dense, r: int) -> int | None:
     return next((k for k, d in enumerate(dense.d_pre) if d is dense.d_rec[r]), None)
 
 
-def head(w: Writer, name: str, own: str, back: bool, counts: tuple[str, ...] = ("meetings",)) -> None:
-    """Teams take one group of rows of a head after the other."""
+def head(w: Writer, name: str, own: str, back: bool, counts: tuple[str, ...] = ("meetings",), weights: bool = True) -> None:
+    """Teams take one group of rows of a head after the other. weights: they are read once."""
     w.put(0, "", "", "@triton.jit", f"def {name}({own},", f"        {SIZES},", f"        {FLAGS},", f"        {WIDTHS}):")
     w.put(1, "C: tl.constexpr = KP // BN", "D: tl.constexpr = E * K", "W: tl.constexpr = E * KP")
     w.put(1, "team = tl.program_id(0) // C", "c = tl.program_id(0) % C", "k = c * BN + tl.arange(0, BN)", "inside = (k < K)[None, :]")
@@ -96,7 +96,12 @@ def head(w: Writer, name: str, own: str, back: bool, counts: tuple[str, ...] = (
     w.put(3, "low = s * SLICE" if back else "last = tl.minimum((s + 1) * SLICE, T)", "work = True", "if not FIRST:")
     w.put(4, "work = tl.max(tl.load(TODO + place * E + e, mask=here, other=0), 0) > 0")
     w.put(2, "if work:", "    all_ = here[:, None] & inside")
-    w.put(3, *(f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)" for r in w.W))
+    if weights:
+        read_weights(w, 3)
+
+
+def read_weights(w: Writer, indent: int) -> None:
+    w.put(indent, *(f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)" for r in w.W))
 
 
 def columns(w: Writer, indent: int, name: str, stride: str) -> None:
@@ -227,8 +232,9 @@ def bounds(w: Writer) -> None:
     w.put(3, "if MODE < 0:", "    parity = (begin + BURN) & 1")
 
 
-def end(w: Writer, letter: str, finished: str, sums: tuple[int, ...] = ()) -> None:
-    """Where states, or adjoints, and what was summed over steps lie when a row's walk has ended: `finished`, or for the next launch."""
+def end(w: Writer, letter: str, finished: str, sums: tuple[int, ...] = (), tracked: str = "") -> None:
+    """Where states, or adjoints, and what was summed over steps lie when a row's walk has ended: `finished`, or for the next launch. tracked: on what
+    condition there are products of Jacobians."""
     S, R = len(w.S), len(w.W)
     w.put(3, "if FINISH:")
     for i in w.S:
@@ -241,7 +247,8 @@ def end(w: Writer, letter: str, finished: str, sums: tuple[int, ...] = ()) -> No
     w.put(3, "else:")
     for i in w.S:
         w.keep(4, "ENDS", "place", i, S, f"{letter}{i}", "all_")
-    products(w, 4, load=False)
+    w.put(4, f"if {tracked}:" if tracked and w.tracked else "")
+    products(w, 4 + bool(tracked), load=False)
     for i in sums:
         w.keep(4, "PARTIAL", "own", i, R, f"W{i}", "all_")
 

@@ -32,7 +32,7 @@ CORRECTIONS = {2: 8, 4: 10}  # quasi-Newton steps before the walk in order, by b
 MORE_FOR = 16  # slices for which one more is made: a walk in order then costs as much as so many
 NARROWEST = 64  # width to which heads are filled up: ptxas 12.8 assembles some products with blocks of 16 or 32 wrongly
 SHORTEST = 32  # steps of a slice
-ROWS = 16  # of a program, the fewest that a matrix product takes
+ROWS, FEW_ROWS = 16, 8  # that a multiprocessor walks, the fewest that a product takes on its left; and on its right
 LARGEST = {2: 128, 4: 64}  # channels of a head whose matrices fit on a multiprocessor, by bytes of an input
 STAGES, STAGES_WIDE = 4, 2  # steps whose inputs are on their way, and where matrices leave little room for them
 TWICE = 128  # bytes of a row of a matrix up to which it has room twice, once transposed
@@ -40,15 +40,29 @@ _stats: dict[torch.device, Tensor] = {}
 
 
 @functools.cache
-def kernels(cell: Cell, maths: str, short: str, halves: bool = False) -> ModuleType:
-    """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. Raises NotLowered (the cell) or ImportError (no Triton)."""
-    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths, halves))
+def kernels(cell: Cell, maths: str, short: str, halves: bool = False, narrow: bool = False) -> ModuleType:
+    """The module of a cell's kernels, `short`: the type of inputs in 16 bits, else empty. narrow: of FEW_ROWS rows. Raises NotLowered (the cell) or
+    ImportError (no Triton)."""
+    return load_source(f"{cell.name}_dense", codegen.source(cell, short, maths, halves, narrow))
 
 
 @functools.cache
 def facts(cell: Cell) -> source.Writer:
     """What the kernels of a cell track and store."""
     return source.Writer(trace_dense(cell))
+
+
+@functools.cache
+def _by_eight() -> bool:
+    """Whether products of FEW_ROWS rows are what was tried on a GPU: Triton 3.6 takes them by mma.sync, 3.9 by wgmma, of which the assembler has made
+    wrong ones (NARROWEST)."""
+    if interpreted():
+        return True
+    try:
+        import triton
+    except ImportError:
+        return False
+    return triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 
 def pad(width: int) -> int:
@@ -106,15 +120,16 @@ class Plan:
     warps: int
 
     @staticmethod
-    def warps_for(K: int) -> int:
-        """Of a program of ROWS rows: a warp for each eight channels, in which a product's columns lie, up to eight, as registers are shared."""
-        return min(8, pad(K) // 8)
+    def tile(K: int, itemsize: int) -> tuple[int, int]:
+        """(rows, warps) of a program. Of heads of 64 channels in 16 bits two programs share a multiprocessor and hide each other's waiting; others have it
+        for themselves, with a warp for each eight channels, up to eight, as registers are shared."""
+        return (FEW_ROWS, 4) if pad(K) * itemsize <= TWICE and _by_eight() else (ROWS, min(8, pad(K) // 8))
 
     @staticmethod
     def of(
         pre: Tensor, K: int, slices: int | None = None, burn_in: int | None = None, rows: int | None = None, warps: int | None = None
     ) -> Plan:
-        """A program walks ROWS rows of one head, bound by the latency of a step, and fills a multiprocessor's registers: each gets one."""
+        """A multiprocessor walks ROWS rows of one head or two, bound by the latency of a step, and its registers are full."""
         (B, T), E = pre.shape[:2], pre.shape[3:].numel() // K
         E, K = E // beside(E, K), K * beside(E, K)
         if slices is None:
@@ -123,7 +138,8 @@ class Plan:
         length = -(-T // max(1, min(slices, T)))
         n = -(-T // length)
         burn_in = BURN_IN if burn_in is None else burn_in
-        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or ROWS, warps or Plan.warps_for(K))
+        tile = Plan.tile(K, pre.element_size())
+        return Plan(n, length, min(burn_in, length) if n > 1 else 0, rows or tile[0], warps or tile[1])
 
 
 def in_force(cell: Cell, pre: Tensor, K: int, layer: Layer | None, back: bool) -> Plan:
@@ -167,14 +183,14 @@ class Problem(Solve):
         self.plan = plan
         short = str(pre.dtype)[6:] if pre.element_size() == 2 else ""
         portable = interpreted() or torch.version.hip is not None
-        self.module = kernels(cell, "portable" if portable else "ptx", short, halves)
+        self.module = kernels(cell, "portable" if portable else "ptx", short, halves, plan.rows < ROWS)
         self.sizes = (self.T, plan.length, plan.slices, self.B, self.at.batch, self.at.time, self.at.projection, self.at.se)
         self.constants: dict[str, Any] = {
             "K": self.K, "D": self.D, "HEAD": self.at.head, "NEAR": NEAR, "HAS_RESET": starts is not None, "HALVES": halves,
             **self.of_products(self.module.tl), "BM": plan.rows, "BK": pad(self.K), "STAGES": STAGES if pad(self.K) * self.product.itemsize <= TWICE else STAGES_WIDE,
             "DEPENDENT": False, "num_warps": plan.warps, "num_stages": 1,
         }  # fmt: skip
-        self.grid = (self.E, -(-self.B * plan.slices // plan.rows))
+        self.grid, self.grid_in_order = ((-(-rows // plan.rows), self.E) for rows in (self.B * plan.slices, self.B))
         self.chain = (plan.slices, TOLERANCE[torch.float32 if halves else pre.dtype])
         self.rounds = min(CORRECTIONS[4 if halves else pre.element_size()] + plan.slices // MORE_FOR, plan.slices - 1)
         self.chain_constants = {"K": self.K, "D": self.D, "BK": pad(self.K), "DEPENDENT": False, "num_warps": 1 if self.K <= 64 else 2}
@@ -260,7 +276,7 @@ def solved(
         p.module.correct[p.E, B](begins, ends, products, nearby, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
         p.module.walk[p.grid](*walked, False, track, *how, *p.sizes, **p.after)
     p.module.certify[p.E, B](begins, ends, products, nearby, near, bad, final, stats, *p.chain, **p.chain_after)
-    p.module.finish[p.E, -(-B // plan.rows)](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.after)
+    p.module.finish[p.grid_in_order](*shared, p.reset, emitted, kept, ends, bad, final, *p.sizes, **p.after)
     return emitted, kept, final, products, nearby, begins, bad
 
 
@@ -366,7 +382,7 @@ def backward_with_border(
             p.module.correct_back[p.E, B](*measures, todo, bad, stats, float(k + 1), *p.chain, **p.chain_after)
             p.module.walk_back[p.grid](*tensors, *measures, todo, *joins, False, *how, *flags, *p.sizes, **p.after)
         p.module.certify_back[p.E, B](*measures, near, bad, d_h0, stats, *p.chain, **p.chain_after)
-        p.module.finish_back[p.E, -(-B // plan.rows)](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
+        p.module.finish_back[p.grid_in_order](*tensors, ends, bad, d_h0, *flags, *p.sizes, **p.after)
     else:
         d_h0 = ends[:, 0]
     if to.tensor.data_ptr() != d_whole.data_ptr():  # a layout the kernels cannot write

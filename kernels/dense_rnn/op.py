@@ -21,13 +21,19 @@ def kernels_for(pre: Tensor, K: int) -> ModuleType:
     return large if large.takes(pre, K) else launch
 
 
-def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False) -> bool:
-    """Whether the kernels run; small: what is wanted of them only those of small heads have (halves, borders, ranks). Raises ValueError if they were
-    asked for by name and cannot."""
+def saving(module: ModuleType) -> ModuleType:
+    """The module that saves borders in place of states for it, and makes states again."""
+    return marks if module is launch else module
+
+
+def use_triton(cell: Cell, pre: Tensor, K: int, method: str, halves: bool = False) -> bool:
+    """Whether the kernels run. Raises ValueError if they were asked for by name and cannot."""
     if method == "sliced" or pre.dtype == torch.float64 and method != "triton":
         return False
     module = kernels_for(pre, K)
     reason = module.why_not(cell, pre, K)
+    if not reason and halves and module is large:
+        reason = f"Heads of {K} channels have no kernels that multiply in two halves."
     if not reason and method == "auto" and pre.is_cuda and module is large and not large.proven(pre, K):
         warn_once(
             f"Heads of {K} channels in {str(pre.dtype)[6:]} are solved in plain torch, which is slow: their kernels have not been seen to be right "
@@ -38,7 +44,7 @@ def use_triton(cell: Cell, pre: Tensor, K: int, method: str, small: bool = False
         raise ValueError(f"method='triton' is not possible: {reason}")
     if reason and pre.is_cuda:
         warn_once(f"{reason} It is solved in plain torch, which is slow.")
-    return not reason and (method == "triton" or pre.is_cuda) and not (small and module is large)
+    return not reason and (method == "triton" or pre.is_cuda)
 
 
 def chosen(pre: Tensor, h0: Tensor, layer: plans.Layer | None, back: bool) -> tuple[int, int] | tuple[()]:
@@ -71,11 +77,12 @@ def _forward(
     the dtype of the arithmetic. borders: in place of kept, marks (B, M, S, D) from which the backward pass makes it again."""
     cell, dtype, layer = REGISTRY[key], reference.compute_dtype(pre), plans.find(learner)
     by_maps = None if layer is None or halves or borders else layer.maps.in_force(pre, mat, h0.shape[1])
-    if use_triton(cell, pre, mat.shape[1], method, halves or borders):
+    if use_triton(cell, pre, mat.shape[1], method, halves):
+        module = kernels_for(pre, mat.shape[1])
         with torch.cuda.device_of(pre):  # Triton launches on the current device
-            if layer is not None and not borders and not halves and kernels_for(pre, mat.shape[1]) is launch:
+            if layer is not None and not borders and not halves and module is launch:
                 return _learning(layer, by_maps, cell, pre, rec, mat, h0, starts)
-            solved = marks.forward_with_marks if borders else kernels_for(pre, mat.shape[1]).forward
+            solved = saving(module).forward_with_marks if borders else module.forward
             return solved(cell, pre, rec, mat, h0, starts, layer=layer, halves=halves)
     with torch.autocast(pre.device.type, enabled=False):
         given = (cell, flat(pre).to(dtype), rec.to(dtype), mat.to(dtype), h0.to(dtype), starts)
@@ -145,9 +152,10 @@ def _backward(
     d_emitted = torch.zeros_like(emitted) if d_emitted is None else d_emitted
     d_final = torch.zeros_like(h0) if d_final is None else d_final
     with torch.cuda.device_of(pre), torch.autocast(pre.device.type, enabled=False):
-        if use_triton(cell, pre, mat.shape[1], method, halves or borders):
-            kept = marks.restore(cell, pre, rec, mat, h0, starts, kept, layer=layer, halves=halves) if borders else kept
-            d_pre, d_rec, d_mat, d_h0 = kernels_for(pre, mat.shape[1]).backward(
+        if use_triton(cell, pre, mat.shape[1], method, halves):
+            module = kernels_for(pre, mat.shape[1])
+            kept = saving(module).restore(cell, pre, rec, mat, h0, starts, kept, layer=layer, halves=halves) if borders else kept
+            d_pre, d_rec, d_mat, d_h0 = module.backward(
                 cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None if borders else d_kept, d_final, layer=layer, halves=halves
             )
             return d_pre, d_rec.to(rec.dtype), d_mat.to(mat.dtype), d_h0.to(h0.dtype)

@@ -55,9 +55,11 @@ class Pass:
         n = reckoned >> (self.halvings if halvings is None else halvings)
         return n if n >= FEWEST else 1
 
-    def plan(self, reckoned: int, T: int) -> tuple[int, int]:
-        """(slices, steps of burn-in) in force, where `reckoned` slices would fill the device."""
+    def plan(self, reckoned: int, T: int, begin: int = 0) -> tuple[int, int]:
+        """(slices, steps of burn-in) in force, where `reckoned` slices would fill the device. begin: the least burn-in until a first step has ended."""
         self.reckoned, self.T = reckoned, T
+        if not self.now:
+            self.burn_in = max(self.burn_in, next((b for b in BURN_INS if b >= begin), BURN_INS[-1]))
         n = self.slices(reckoned)
         return n, 0 if n == 1 else min(self.burn_in, -(-T // n))
 

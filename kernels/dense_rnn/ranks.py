@@ -59,7 +59,7 @@ def _solved(
     cell: Cell, pre: Tensor, rec: Tensor, mat: Tensor, h0: Tensor, starts: Tensor | None, learner: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(emitted, kept, final) of a part, its diagonal product, and its channels' size near the end."""
-    if op.use_triton(cell, pre, mat.shape[1], "auto", small=True):
+    if op.kernels_for(pre, mat.shape[1]) is launch and op.use_triton(cell, pre, mat.shape[1], "auto"):
         with torch.cuda.device_of(pre):
             return launch.forward_with_border(cell, pre, rec, mat, h0, starts, layer=plans.find(learner))
     dtype = reference.compute_dtype(pre)
@@ -74,9 +74,10 @@ def _back(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of pre, rec, mat and h0, and the adjoint's size near the part's beginning."""
     layer = plans.find(learner)
-    if op.use_triton(cell, pre, mat.shape[1], "auto", small=True):
+    if op.use_triton(cell, pre, mat.shape[1], "auto"):
+        given = (cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None, d_final)
         with torch.cuda.device_of(pre):
-            return launch.backward_with_border(cell, pre, rec, mat, h0, starts, emitted, kept, d_emitted, None, d_final, layer=layer)
+            return op.kernels_for(pre, mat.shape[1]).backward_with_border(*given, layer=layer)
     dtype = reference.compute_dtype(pre)
     states, d_states = joined(emitted.to(dtype), kept), joined(d_emitted.to(dtype), torch.zeros_like(kept))
     x, w, R = flat(pre).to(dtype), rec.to(dtype), mat.to(dtype)

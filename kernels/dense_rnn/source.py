@@ -61,9 +61,28 @@ def _held(p, BK: tl.constexpr, G: tl.constexpr):  # up to four matrices that lie
     return R0, R1, R2, R3
 """
 
+PUT = {  # a store that lies as its value does; the compiler brings what tl.store takes into the order of memory
+    "ptx": """
+@triton.jit
+def _put(p, x, mask):
+    tl.inline_asm_elementwise(
+        "{.reg .pred q; setp.ne.s32 q, $3, 0; @q st.global.f32 [$1], $2; mov.u32 $0, 0;}",
+        "=r,l,f,r", [p.to(tl.int64), x, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )
+""",
+    "portable": """
+@triton.jit
+def _put(p, x, mask):
+    tl.store(p, x, mask=mask)
+""",
+}
+
 
 class Writer:
-    """Lines of kernels with indentation, and what the kernels of a cell share."""
+    """Lines of kernels with indentation, and what the kernels of a cell share. across: the axis of channels."""
+
+    across = 1
+    room = ""  # which matrices are held backwards, where there are more than two states
 
     def __init__(self, dense: Dense) -> None:
         cell = dense.cell
@@ -97,23 +116,33 @@ class Writer:
     def head(self, name: str, arguments: str) -> None:
         self.put(0, "", "", JIT, f"def {name}({arguments}, {SIZES},", f"        {WIDTHS}):")
         self.wait()
-        self.put(1, "e = tl.program_id(0)", "k = tl.arange(0, BK)", "inside = (k < K)[None, :]", "d = (e * K + k)[None, :]")
-        self.put(1, "rows = tl.program_id(1) * BM + tl.arange(0, BM)")
+        self.put(
+            1,
+            "e, E = tl.program_id(1), tl.num_programs(1)",
+            "k = tl.arange(0, BK)",
+            "inside = (k < K)[None, :]",
+            "d = (e * K + k)[None, :]",
+        )
+        self.put(1, "rows = tl.program_id(0) * BM + tl.arange(0, BM)")
 
     def wait(self, short: bool = False) -> None:
         """DEPENDENT: the kernel may be launched before the one has ended whose results it reads, and waits for it here. short: what comes after it may
         be launched now; behind a walk that would fill the multiprocessors unevenly, as its programs end."""
         self.put(1, "if DEPENDENT:", "    tl.extra.cuda.gdc_launch_dependents()" if short else "", "    tl.extra.cuda.gdc_wait()")
 
-    def matrices(self, source: str, held: bool = True) -> None:
-        """Loads the matrices of a head. held: those of 64 channels in 16 bits stay in registers. The compiler (Triton 3.6) reads a matrix from shared
-        memory in each step otherwise, between the barrier and the product: it moves there what brings a load into the order of products, but not the
-        parts that a larger one is split into."""
-        G, one = len(self.G), "R{g} = tl.load(R_ + k[:, None] * ({G} * BK) + {g} * BK + k[None, :])"
-        loads = [one.format(g=g, G=G) for g in self.G]
+    def matrices(self, source: str, held: str = "R") -> None:
+        """Loads the matrices of a head. held: those of 64 channels in 16 bits stay in registers ("R"), or where they are multiplied transposed ("RT"). The
+        compiler (Triton 3.6) reads a matrix from shared memory in each step otherwise, between the barrier and the product: it moves there what brings a
+        load into the order of products, but not the parts that a larger one is split into."""
+        G = len(self.G)
+        loads = [f"R{g} = tl.load(R_ + tl.expand_dims(k, 1) * ({G} * BK) + {g} * BK + tl.expand_dims(k, 0))" for g in self.G]
         self.put(1, f"R_ = {source} + e.to(tl.int64) * (BK * {G} * BK)")
+        self.transposed = "RT" if held == "RT" and G <= 4 else "R"
+        if self.transposed == "RT":
+            self.put(1, *loads)
+            loads = [f"RT{g} = R{g}" for g in self.G]
         if held and G <= 4:
-            names = ", ".join(f"R{g}" if g in self.G else "_" for g in range(4))
+            names = ", ".join(f"{held}{g}" if g in self.G else "_" for g in range(4))
             self.put(1, "if BK <= 64 and DOT.primitive_bitwidth == 16:", f"    {names} = _held(R_, BK, {G})", "else:")
             loads = [f"    {load}" for load in loads]
         self.put(1, *loads)
@@ -121,7 +150,9 @@ class Writer:
             self.put(1, f"w{r} = tl.load(REC + {r} * D + d, mask=inside, other=0.0)")
 
     def dot(self, value: str, g: int, back: bool = False, start: str = "") -> str:
-        return f"tl.dot({value}, {f'tl.trans(R{g})' if back else f'R{g}'}{start and f', {start}'}, input_precision=PRECISION)"
+        return (
+            f"tl.dot({value}, {f'tl.trans({self.transposed}{g})' if back else f'R{g}'}{start and f', {start}'}, input_precision=PRECISION)"
+        )
 
     def dots(self, indent: int, meanwhile: Callable[[], None] | None = None) -> None:
         """All products of the states h, those that may from the inputs and weights that they are added to. meanwhile: writes what may be done while the first ones are made."""
@@ -141,6 +172,10 @@ class Writer:
                 matrix, operand = self.dense.products[i]
                 self.put(indent + 1, f"p{i} += {self.dot(f'v{operand}', matrix)}")
 
+    def load(self, places: str) -> str:
+        """What a step reads, in fp32."""
+        return f"tl.load({places}, mask=both, other=0.0).to(tl.float32)"
+
     def store_all(self, indent: int, to: str, stride: str, values: list[str], mask: str = "both") -> None:
         """Stores values that lie `stride` apart. Two or four of them at once: on its way from a product's layout to that of memory each would wait at
         two barriers."""
@@ -155,12 +190,61 @@ class Writer:
         self.put(indent, f"all_ = {pairs[0] if len(pairs) == 1 else f'tl.join({pairs[0]}, {pairs[1]})'}", f"places_ = ({to})[:, :, {more}]")
         self.put(indent, f"tl.store(places_ + ({steps} * {stride})[{at}], all_, mask={mask}[:, :, {more}])")
 
+    def keep_all(self, indent: int, to: str, stride: str, values: list[str], mask: str) -> None:
+        """As `store_all`, states in fp32."""
+        self.store_all(indent, to, stride, values, mask)
+
     def vector(self, source: str, where: str, i: int, of: int, mask: str = "both") -> str:
         """Entry i of a small array (.., of, D) at row `where`."""
         return f"tl.load({source} + (({where}) * {of} + {i})[:, None] * D + d, mask={mask}, other=0.0)"
 
     def keep(self, indent: int, target: str, where: str, i: int, of: int, value: str, mask: str = "both") -> None:
         self.put(indent, f"tl.store({target} + (({where}) * {of} + {i})[:, None] * D + d, {value}, mask={mask})")
+
+
+class Narrow(Writer):
+    """Writes the same with both axes of all values changed, (BK, BM): products have the matrices on their left, where a tile of them is 16 wide, and rows
+    on the other side, where it is eight. So a program may walk eight rows with four warps, and two of them on a multiprocessor hide each other's waiting;
+    in late rounds, when few heads are left, each has a multiprocessor for itself and is done sooner."""
+
+    across = 0
+    room = "RT"
+
+    def put(self, indent: int, *lines: str) -> None:
+        super().put(indent, *(_turned(line) for line in lines))
+
+    def dot(self, value: str, g: int, back: bool = False, start: str = "") -> str:
+        return (
+            f"tl.dot({f'{self.transposed}{g}' if back else f'tl.trans(R{g})'}, {value}{start and f', {start}'}, input_precision=PRECISION)"
+        )
+
+    def load(self, places: str) -> str:
+        """As a load of three axes: one of two that is brought straight into the order of products the compiler (Triton 3.6) keeps in registers for as many
+        steps as it is ahead, where it has this one copied to shared memory."""
+        return f"tl.reshape(tl.load(({places})[:, :, None], mask=both[:, :, None], other=0.0), (BM, BK)).to(tl.float32)"
+
+    def store_all(self, indent: int, to: str, stride: str, values: list[str], mask: str = "both") -> None:
+        """As one axis more, which the compiler brings into the order of memory as a whole."""
+        if len(values) not in (2, 3, 4):
+            return super().store_all(indent, to, stride, values, mask)
+        mask = f"{mask}[:, :, None]"
+        if len(values) == 3:
+            values, mask = [*values, values[2]], f"{mask} & (tl.arange(0, 4) < 3)"
+        pairs = [f"tl.join({a}, {b})" for a, b in zip(values, values[len(values) // 2 :])]
+        all_ = pairs[0] if len(pairs) == 1 else f"tl.reshape(tl.join({', '.join(pairs)}), (BM, BK, 4))"
+        self.put(indent, f"all_ = {all_}", f"places_ = ({to})[:, :, None] + tl.arange(0, {len(values)}) * {stride}")
+        self.put(indent, f"tl.store(places_, all_, mask={mask})")
+
+    def keep_all(self, indent: int, to: str, stride: str, values: list[str], mask: str) -> None:
+        """From the order in which products lie, where eight channels of a row are neighbours, a sector of memory: without a way through shared memory, which
+        ends at a barrier before the step's product."""
+        self.put(indent, *(f"_put({to} + {i} * {stride}, {value}, {mask})" for i, value in enumerate(values)))
+
+
+def _turned(line: str) -> str:
+    """A line of kernels with the axes of rows and channels changed; of what has one axis, or more than two, nothing is."""
+    line = line.replace("[:, None]", "[@]").replace("[None, :]", "[:, None]").replace("[@]", "[None, :]")
+    return re.sub(r"\(BM, BK\b", "(BK, BM", line)
 
 
 def parts(dense: Dense, near: bool = False, small: bool = False) -> list[str]:
@@ -227,7 +311,7 @@ def _store_states(w: Writer, indent: int, at: str, states: str, mask: str) -> No
     """Stores the states after the steps that lie at `at`."""
     n_kept = len(w.S) - 1
     w.put(indent, f"tl.store(EMITTED + {at}[:, None] * D + d, {states}{n_kept}.to(EMITTED.dtype.element_ty), mask={mask})")
-    w.store_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
+    w.keep_all(indent, f"KEPT + {at}[:, None] * ({n_kept} * D) + d", "D", [f"{states}{i}" for i in range(n_kept)], mask)
 
 
 def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], states: str) -> None:
@@ -262,7 +346,7 @@ def by_pieces(w: Writer, indent: int, count: str, step: Callable[[int], None], s
 
 def keep_joined(w: Writer, indent: int) -> None:
     """JOINED: whether a slice's states join others which they are only near to. Then leaves `both` empty if what follows stands as it was."""
-    w.put(indent, "if JOINS:", "    at_ = JOINED + place * tl.num_programs(0) + e", "    if FIRST:", "        tl.store(at_, 0, mask=here)")
+    w.put(indent, "if JOINS:", "    at_ = JOINED + place * E + e", "    if FIRST:", "        tl.store(at_, 0, mask=here)")
     w.put(
         indent + 1,
         "else:",
@@ -284,7 +368,7 @@ def _step(w: Writer, deep: int, store: bool, pieces: bool, track: bool) -> None:
     w.put(deep, "t = from_ + (m * LOOK + step_)" if pieces else "")
     w.put(deep, "live = here & (t >= 0) & (t < last)", "go, both, at = live[:, None], live[:, None] & inside, b * T + t")
     w.put(deep, "p_ = PRE + (b * sb + t.to(tl.int64) * st)[:, None] + columns")
-    w.put(deep, *(f"x{i} = tl.load(p_ + {i} * sp, mask=both, other=0.0).to(tl.float32)" for i in w.X))
+    w.put(deep, *(f"x{i} = {w.load(f'p_ + {i} * sp')}" for i in w.X))
     if store and track:
         w.put(deep, "if EARLY:", *(f"    e{i} = h{i}" for i in w.S))
     w.put(deep, "if HAS_RESET:", "    r = (nr != 0)[:, None]", *(f"    h{i} = tl.where(r, 0.0, h{i})" for i in w.S))
@@ -350,7 +434,7 @@ def walk(w: Writer) -> None:
     own = "PRE, REC, MAT, H0, RESET, EMITTED, KEPT, BEGINS, ENDS, PRODUCTS, NEARBY, TODO, MARKS, JOINED, JOIN, BURN, FIRST: tl.constexpr, TRACK: tl.constexpr, JOINS: tl.constexpr, LOOK: tl.constexpr, EARLY: tl.constexpr"
     w.head("walk", own)
     slice_rows(w)
-    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * tl.num_programs(0) + e, mask=here, other=0)")
+    w.put(1, "if not FIRST:", "    todo = tl.load(TODO + place * E + e, mask=here, other=0)")
     w.put(2, "if tl.max(todo, 0) == 0:", "    return")
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.minimum((s + 1) * SLICE, T)")
@@ -372,7 +456,7 @@ def walk(w: Writer) -> None:
 def finish(w: Writer) -> None:
     S = len(w.S)
     w.head("finish", "PRE, REC, MAT, RESET, EMITTED, KEPT, ENDS, BAD, FINAL")
-    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * tl.num_programs(0) + e, mask=rows < B, other=n)")
+    w.put(1, "b = rows.to(tl.int64)", "bad = tl.load(BAD + b * E + e, mask=rows < B, other=n)")
     w.put(1, "here = (rows < B) & (bad < n)", "earliest = tl.min(bad, 0)", "if earliest == n:", "    return")
     w.matrices("MAT")
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "last = tl.zeros_like(bad) + T", "both = here[:, None] & inside")

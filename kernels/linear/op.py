@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import planned
+from kernels.linear.ahead import recorded
 from kernels.linear.spared import is_unread
 from kernels.op import runs_kernels
 
@@ -63,9 +64,13 @@ def runs(gradients: list[Tensor]) -> list[tuple[int, int, Tensor]]:
     return made
 
 
-def _cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def cast(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weights' rows one below the other, in `dtype`."""
-    rows = [w.shape[0] for w in weights]
+    casts, rows = recorded(), [w.shape[0] for w in weights]
+    if casts is not None and all(w.dtype == torch.float32 and w.is_contiguous() for w in weights):
+        ahead = casts.take(weights, dtype)
+        if ahead is not None:
+            return ahead
     joined_ND = torch.empty(sum(rows), weights[0].shape[1], dtype=dtype, device=weights[0].device)
     pieces = joined_ND.split(rows)
     if runs_kernels(joined_ND) and not planned() and all(w.dtype == torch.float32 for w in weights):
@@ -88,7 +93,7 @@ class Joined(torch.autograd.Function):
         weights, biases = parameters[:count], parameters[count:]
         rows = [w.shape[0] for w in weights]
         with torch.autocast(x.device.type, enabled=False):
-            joined_ND = _cast(weights, dtype)
+            joined_ND = cast(weights, dtype)
             x_MD = x.to(dtype).flatten(0, -2)
             made: list[Tensor] = []
             at = 0

@@ -1,13 +1,15 @@
-"""The Triton kernel that casts weights which take one input, and its launch; imported when it is first wanted."""
+"""The Triton kernels that cast weights, those that take one input or all of a pass, and their launches; imported when one is first wanted."""
 
 from __future__ import annotations
 
 # mypy: ignore-errors
 # (arguments of kernels are pointers and numbers of Triton's own kinds)
+import torch
 import triton
 import triton.language as tl
 
 BLOCK, WARPS = 4096, 8  # elements of a program, and its warps
+ALL = 16384  # elements of a program that casts a part of one of many weights
 
 
 @triton.jit
@@ -26,6 +28,40 @@ def cast_weights(A, B, C, OUT_A, OUT_B, OUT_C, NA, NB, NC, BLOCK: tl.constexpr):
         _cast(B, OUT_B, b - of_a, NB, BLOCK)
     else:
         _cast(C, OUT_C, b - of_a - of_b, NC, BLOCK)
+
+
+@triton.jit
+def cast_listed(ADDRESSES, SIZES, TENSOR, PLACE, OUT, TENSORS, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Chunk PLACE[b] of weight TENSOR[b]. ADDRESSES: of TENSORS weights, then of their casts, which are of OUT's dtype."""
+    b = tl.program_id(0)
+    t = tl.load(TENSOR + b)
+    of_x, of_y = tl.load(ADDRESSES + t), tl.load(ADDRESSES + TENSORS + t)
+    x, y = of_x.to(tl.pointer_type(tl.float32)), of_y.to(tl.pointer_type(OUT.dtype.element_ty))
+    first = tl.load(PLACE + b).to(tl.int64) * CHUNK
+    left = tl.load(SIZES + t) - first
+    if (left >= CHUNK) & ((of_x | of_y) % 16 == 0):  # without a mask, which would keep loads from being wide
+        for i in range(0, CHUNK, BLOCK):
+            e = first + i + tl.arange(0, BLOCK)
+            tl.store(tl.multiple_of(y + e, 16), tl.load(tl.multiple_of(x + e, 16)).to(OUT.dtype.element_ty))
+    else:
+        for i in range(0, CHUNK, BLOCK):
+            c = i + tl.arange(0, BLOCK)
+            tl.store(y + first + c, tl.load(x + first + c, mask=c < left).to(OUT.dtype.element_ty), mask=c < left)
+
+
+def table(pairs):
+    """What `cast_all` takes of pairs (weight in fp32, its cast), contiguous, the casts of one dtype."""
+    weights, casts = zip(*pairs)
+    device, sizes = casts[0].device, [w.numel() for w in weights]
+    tensor = [i for i, n in enumerate(sizes) for _ in range(triton.cdiv(n, ALL))]
+    place = [j for n in sizes for j in range(triton.cdiv(n, ALL))]
+    addresses = torch.tensor([t.data_ptr() for t in (*weights, *casts)], dtype=torch.int64, device=device)
+    kinds = ((sizes, torch.int64), (tensor, torch.int32), (place, torch.int32))
+    return addresses, *(torch.tensor(n, dtype=kind, device=device) for n, kind in kinds), casts[0], len(weights)
+
+
+def cast_all(addresses, sizes, tensor, place, out, tensors):
+    cast_listed[(len(tensor),)](addresses, sizes, tensor, place, out, tensors, CHUNK=ALL, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def cast(weights, pieces):

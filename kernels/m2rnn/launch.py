@@ -59,8 +59,8 @@ def pad(width: int, least: int) -> int:
 
 
 def neighbours(x: Tensor) -> Tensor:
-    """Neighbours along the last dimension; other strides are free."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """(B, T, heads, width), neighbours along the last dimension. Other strides are free, but that kernels count the heads of a step in 32 bits."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.shape[2] * x.stride(2) < 1 << 31 else x.contiguous()
 
 
 def kernels() -> Any:

@@ -157,10 +157,12 @@ def plan_of(pre: Tensor, states: int, slices: int | None = None, borders: bool =
 
 
 class Layout:
-    """How a tensor (B, T, P, E, K) lies in memory: channels of a head are neighbours, all else has strides."""
+    """How a tensor (B, T, P, E, K) lies in memory: channels of a head are neighbours, all else has strides. Kernels count the projections of a step in
+    32 bits; those that lie further apart are brought together."""
 
     def __init__(self, pre: Tensor) -> None:
-        self.tensor = pre if pre.stride(-1) == 1 or pre.shape[-1] == 1 else pre.contiguous()
+        beside = (pre.stride(-1) == 1 or pre.shape[-1] == 1) and pre.shape[2] * pre.stride(2) < 1 << 31
+        self.tensor = pre if beside else pre.contiguous()
         self.batch, self.time, self.projection, head, _ = self.tensor.stride()
         self.head, self.se = int(pre.shape[-1]), int(head) if pre.shape[-2] > 1 else 0
 

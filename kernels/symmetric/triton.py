@@ -17,13 +17,26 @@ WARPS, STAGES = 4, 3  # two programs a multiprocessor, so that one multiplies wh
 
 
 @triton.jit
+def _described_sum(X, Y, left, right, first, K, total, ONE: tl.constexpr, FLIPPED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """total + a tile of x y^T: rows from `left` of x on, from `right` of y on. ONE: they are the same, and read once."""
+    for n in range(0, K, DEPTH):
+        if FLIPPED:
+            x = X.load([first + n, left])
+            total = tl.dot(tl.trans(x), x if ONE else Y.load([first + n, right]), total)
+        else:
+            x = X.load([first + left, n])
+            total = tl.dot(x, tl.trans(x if ONE else Y.load([first + right, n])), total)
+    return total
+
+
+@triton.jit
 def symmetric_product(
     X, Y, ADD, OUT, M, N, STRIDE_K, STRIDE_M, STRIDE_N, ALPHA, BETA, DIAGONAL,
     HAS_ADD: tl.constexpr, HAS_DIAGONAL: tl.constexpr, EACH: tl.constexpr, DESCRIBED: tl.constexpr, FLIPPED: tl.constexpr,
-    TILE: tl.constexpr, DEPTH: tl.constexpr,
+    SAME: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """One tile on or below the diagonal, and its mirror image. EACH: ALPHA, BETA and DIAGONAL have a number for each matrix. DESCRIBED: X and Y are
-    descriptors of (K M, N), or FLIPPED of (K N, M)."""
+    descriptors of (K M, N), or FLIPPED of (K N, M). SAME: y is x."""
     tile, k = tl.program_id(0), tl.program_id(1)
     i = ((tl.sqrt(8.0 * tile.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)  # before row i of tiles lie i (i + 1) / 2
     i = tl.where(i * (i + 1) // 2 > tile, i - 1, i)
@@ -32,11 +45,14 @@ def symmetric_product(
     down, across, inner = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
     total = tl.zeros((TILE, TILE), tl.float32)
     if DESCRIBED:
-        for n in range(0, N, DEPTH):
-            if FLIPPED:
-                total = tl.dot(tl.trans(X.load([k * N + n, i * TILE])), Y.load([k * N + n, j * TILE]), total)
+        first, left, right = k * (N if FLIPPED else M), i * TILE, j * TILE
+        if SAME:
+            if i == j:
+                total = _described_sum(X, X, left, left, first, N, total, True, FLIPPED, TILE, DEPTH)
             else:
-                total = tl.dot(X.load([k * M + i * TILE, n]), tl.trans(Y.load([k * M + j * TILE, n])), total)
+                total = _described_sum(X, Y, left, right, first, N, total, False, FLIPPED, TILE, DEPTH)
+        else:
+            total = _described_sum(X, Y, left, right, first, N, total, False, FLIPPED, TILE, DEPTH)
         k = k.to(tl.int64)
     else:
         k = k.to(tl.int64)
@@ -62,7 +78,7 @@ def symmetric_product(
 
 
 def symmetric(x, y, add, alpha, beta, diagonal):
-    K, M, N = x.shape
+    (K, M, N), same = x.shape, y is x
     if x.stride() != y.stride():
         x, y = x.contiguous(), y.contiguous()
     out = torch.empty(K, M, M, dtype=x.dtype, device=x.device)
@@ -75,7 +91,7 @@ def symmetric(x, y, add, alpha, beta, diagonal):
         given = [_described(t, flipped) for t in (x, y)]
     symmetric_product[(tiles * (tiles + 1) // 2, K)](
         *given, out if add is None else add, out, M, N, *x.stride(), *numbers, HAS_ADD=add is not None, HAS_DIAGONAL=has_diagonal, EACH=each,
-        DESCRIBED=given[0] is not x, FLIPPED=flipped, TILE=TILE, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES,
+        DESCRIBED=given[0] is not x, FLIPPED=flipped, SAME=same, TILE=TILE, DEPTH=DEPTH, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return out
 

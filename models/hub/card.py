@@ -57,7 +57,7 @@ print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=50)[0])
 {%- endif %}
 ```
 {% if begins %}
-Every training document began with the end-of-text token; start prompts with it.
+Every training document began with `bos_token`, which the tokenizer does not add by itself; start prompts with it.
 {% endif -%}
 {% if trust %}
 The code is in this folder and needs torch and transformers; on a GPU it uses Triton where that is installed.

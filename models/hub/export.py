@@ -7,6 +7,7 @@ fp32, unless another dtype is asked for. The command is scripts/export.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from models.lm import LanguageModel
 CHECKER = Path(__file__).with_name("check_folder.py")
 GREEDY = 64
 ATOL = 1e-4
+SPELT = 40  # tokens that make a text
 SAMPLE = "Say 1 thing,\n then another: naïve."
 
 
@@ -157,6 +159,19 @@ def _write_tokenizer(tokenizer: Tokenizer | None, source: Path, out: Path, limit
     return marks
 
 
+def sample_of(source: Path) -> str:
+    """A text by which tokenizers are compared: SAMPLE, or what the tokens of one spell that cannot read it, as of sequences of letters without an
+    unknown token."""
+    if not (source / "tokenizer.json").is_file():
+        return SAMPLE
+    coder = coder_of(Tokenizer.from_file(str(source / "tokenizer.json")), source)
+    for text in (SAMPLE, coder.decode(sorted(coder.tokenizer.get_vocab().values())[:SPELT])):
+        with contextlib.suppress(UserError):
+            coder.encode(text)
+            return text
+    return ""
+
+
 def verify(pairs: list[tuple[Path, Path]]) -> None:
     """Compares each (checkpoint, exported folder) in one fresh process without this project. Raises UserError naming what differs."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -164,7 +179,9 @@ def verify(pairs: list[tuple[Path, Path]]) -> None:
         for i, (source, folder) in enumerate(pairs):
             vocabulary = read_config(source).vocab_size
             ids = torch.randint(0, vocabulary, (2, 37), generator=torch.Generator().manual_seed(i))
-            jobs.append({"folder": str(folder), "ids": ids.tolist(), "new_tokens": GREEDY, "sample": SAMPLE, "out": f"{scratch}/{i}"})
+            jobs.append(
+                {"folder": str(folder), "ids": ids.tolist(), "new_tokens": GREEDY, "sample": sample_of(source), "out": f"{scratch}/{i}"}
+            )
         Path(scratch, "job.json").write_text(json.dumps({"folders": jobs}))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{scratch}/modules"}
         done = subprocess.run(
@@ -222,7 +239,7 @@ def _differences(source: Path, job: dict[str, Any]) -> str:
         return f"transformers reads another {wrong[0]} from its config.json"
     if "tokenizer" in read_by_them:
         tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
-        if read_by_them["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(SAMPLE):
+        if read_by_them["tokenizer"]["ids"] != coder_of(tokenizer, source).encode(job["sample"]):
             return "its tokenizer splits text differently"
     return ""
 

@@ -105,7 +105,7 @@ class EverywhenPreTrainedModel(PreTrainedModel):
 
 def padding(mask_BL: Any, T: int, seen: int) -> Tensor | None:
     """(B, T) the last T columns of the mask, 1 for text, or None where the T tokens are all text. Raises ValueError for a mask that cannot be followed."""
-    if mask_BL is None or (T == 1 and seen):  # one decoded token is text
+    if mask_BL is None or not T or (T == 1 and seen):  # one decoded token is text
         return None
     if not isinstance(mask_BL, Tensor) or mask_BL.ndim != 2 or mask_BL.shape[1] < T:
         raise ValueError(
@@ -220,6 +220,8 @@ class EverywhenModel(EverywhenPreTrainedModel):
         return y_BTD, every
 
     def _run(self, x_BTD: Tensor, states: Any, segments: Tensor | None) -> tuple[Tensor, list[Any], list[Tensor]]:
+        if not x_BTD.shape[1]:  # no tokens: nothing changes
+            return x_BTD, states, [x_BTD] * (1 + len(self.layers if self.depth is None else self.depth.visits()))
         walk = Walk(x_BTD, states, segments, None if segments is None or states is not None else Documents(segments))
         if self.depth is not None:
             self.depth(self.layers, walk)

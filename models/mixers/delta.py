@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from kernels.delta_step.op import usable
 from kernels.joint import columns
 from kernels.linear import linear
 from kernels.short_conv import joint_gradient
-from models.contract import Role, SequenceMixer
+from models.contract import Role
+from models.convolved import ConvolvedMixer
 from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
 from models.segments import document_starts, last_segment
@@ -72,9 +73,8 @@ class State:
     in_place: bool = False
 
 
-class Mixer(SequenceMixer):
+class Mixer(ConvolvedMixer):
     recurrence = "delta_rule"
-    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -113,20 +113,11 @@ class Mixer(SequenceMixer):
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "delta_BHVK": "recurrent", "segment_B": "bookkeeping"}
 
-    def why_not_split(self, T: int = 1 << 62) -> str:
-        return self.conv.why_not_split(T)
-
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        here = self.conv.weight.device == x_BTD.device  # weights that are offloaded come where a layer is called
-        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and here and not torch.is_grad_enabled():
+        if state is not None and self.decodes(x_BTD):
             return self._decode(projected, state, segment_ids)
-        if self.slice is not None and state is None:
-            starts = self.slice.starts(segment_ids)
-            past = self.slice.halo(projected[..., self.first : self.first + self.convolved], self.conv.width, segment_ids)
-        else:
-            starts = document_starts(segment_ids, state.segment_B if state is not None else None)
-            past = state.conv_BWI if state is not None else None
+        starts, past = self.before(projected, self.first, state, segment_ids)
         joint = joint_gradient(projected)
         z, qkv, after, conv_state = self.conv(projected, self.first, past, starts, joint)
         q, k, v = columns(qkv, [self.keys, self.n * self.keys, self.n * self.values])
@@ -148,14 +139,6 @@ class Mixer(SequenceMixer):
         )  # fmt: skip
         y = linear(self._normed(o_BI[:, None], projected_B1E[..., : self.first], None), self.out_proj)
         return y, State(conv, delta, last_segment(segment_ids, state.segment_B), state.in_place)
-
-    def fixed_state(self, state: State, capacity: int) -> State:
-        """A copy of `state` whose matrix states a decoding step writes over."""
-        return replace(super().fixed_state(state, capacity), in_place=True)
-
-    def open_state(self, state: State) -> State:
-        """The same tensors as a state that nothing writes into."""
-        return replace(state, in_place=False)
 
     def fused_step(self, x_BD: Tensor, norm: RMSNorm, keep_D: Tensor | None, state: State) -> Callable[[], None] | None:
         if not usable(x_BD.device):

@@ -7,7 +7,7 @@ Legend: B batch, T time, H heads of values, G heads of queries and keys, K key w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from kernels.linear import linear
 from kernels.m2rnn import m2rnn
 from kernels.m2rnn_step import m2rnn_step
 from kernels.short_conv import joint_gradient
-from models.contract import Role, SequenceMixer, document_starts, last_segment
+from models.contract import Role, document_starts, last_segment
+from models.convolved import ConvolvedMixer
 from models.init import draw_step_sizes_, init_matrix, norm_eps_problems, step_size_problems, tag, value_width_problems
 from models.layers import CausalConv, RMSNorm
+from models.slices import Slice, untraced
 
 TRACKER_KEEP, TRACKER_INPUT = (
     0.05,
@@ -71,9 +73,8 @@ class State:
     in_place: bool = False
 
 
-class Mixer(SequenceMixer):
+class Mixer(ConvolvedMixer):
     recurrence = "m2rnn"
-    one_kernel = True  # takes a decoded token; without it as any other tokens, by the function that evaluations watch and change
 
     def __init__(self, config: Config, d_model: int, layer: int) -> None:
         super().__init__()
@@ -118,24 +119,31 @@ class Mixer(SequenceMixer):
     def state_roles(self) -> dict[str, Role]:
         return {"conv_BWI": "history", "m2rnn_BHKV": "recurrent", "segment_B": "bookkeeping"}
 
-    def why_not_split(self, T: int = 1 << 62) -> str:
-        return "its states pass through a tanh"
-
     def forward(self, x_BTD: Tensor, state: State | None = None, segment_ids: Tensor | None = None) -> tuple[Tensor, State | None]:
         projected = linear(x_BTD, self.in_proj)
-        here = self.conv.weight.device == x_BTD.device  # weights that are offloaded come where a layer is called
-        if state is not None and x_BTD.shape[1] == 1 and self.one_kernel and here and not torch.is_grad_enabled():
+        if state is not None and self.decodes(x_BTD):
             return self._decode(projected, state, segment_ids)
-        starts = document_starts(segment_ids, state.segment_B if state is not None else None)
+        starts, past = self.before(projected, self.values, state, segment_ids)
         joint = joint_gradient(projected)
-        z, qkv, after, conv_state = self.conv(projected, self.values, state.conv_BWI if state is not None else None, starts, joint)
+        z, qkv, after, conv_state = self.conv(projected, self.values, past, starts, joint)
         q, k, v = qkv.split([self.keys, self.keys, self.values], -1)
         q_BTGK, k_BTGK, v_BTHV = q.unflatten(-1, (self.G, self.K)), k.unflatten(-1, (self.G, self.K)), v.unflatten(-1, (self.H, self.V))
-        h0 = state.m2rnn_BHKV if state is not None else None
-        o_BTHV, final = m2rnn(q_BTGK, k_BTGK, v_BTHV, self._gates(after), self.state_weight, h0, starts)
+        g_BTH = self._gates(after)
+        if self.slice is not None and state is None:
+            o_BTHV = self.over_ranks(self.slice, q_BTGK, k_BTGK, v_BTHV, g_BTH, starts)
+        else:
+            h0 = state.m2rnn_BHKV if state is not None else None
+            o_BTHV, final = m2rnn(q_BTGK, k_BTGK, v_BTHV, g_BTH, self.state_weight, h0, starts)
         o_BTI = (o_BTHV + self.skip.to(o_BTHV.dtype) * v_BTHV).flatten(2)
         y = linear(self.norm(o_BTI, z, columns=(0, joint)), self.out_proj)
         return y, None if state is None else State(conv_state, final, last_segment(segment_ids, state.segment_B))
+
+    @untraced
+    def over_ranks(self, slice_: Slice, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, g_BTH: Tensor, starts: Tensor | None) -> Tensor:
+        """The outputs (B, T, H, V) on a slice of time. States pass through a tanh: each rank waits for the one before it, while all else is done side by
+        side."""
+        empty = g_BTH.new_empty(q_BTGK.shape[0], self.H, self.K, self.V)
+        return slice_.in_turn(lambda h0: m2rnn(q_BTGK, k_BTGK, v_BTHV, g_BTH, self.state_weight, h0, starts), empty, "states")
 
     def _decode(self, projected_B1E: Tensor, state: State, segment_ids: Tensor | None) -> tuple[Tensor, State]:
         starts = document_starts(segment_ids, state.segment_B)
@@ -145,14 +153,6 @@ class Mixer(SequenceMixer):
         )  # fmt: skip
         y = linear(self.norm(o_BI[:, None], projected_B1E[..., : self.values]), self.out_proj)
         return y, State(conv, memory, last_segment(segment_ids, state.segment_B), state.in_place)
-
-    def fixed_state(self, state: State, capacity: int) -> State:
-        """A copy of `state` whose matrix states a decoding step writes over."""
-        return replace(super().fixed_state(state, capacity), in_place=True)
-
-    def open_state(self, state: State) -> State:
-        """The same tensors as a state that nothing writes into."""
-        return replace(state, in_place=False)
 
     def _gates(self, after_BTH: Tensor) -> Tensor:
         """The logarithms of the forget gates, in fp32 (fp64)."""

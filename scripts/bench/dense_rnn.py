@@ -46,7 +46,7 @@ CASES = [
 # a group is a process: one cell in one dtype, of LSTMs one size
 GROUPS = [list(cases) for _, cases in itertools.groupby(CASES, key=lambda case: case[:3])]
 NAMES = ("emitted", "final", "d pre", "d rec", "d mat", "d h0")
-TILES = {32: ((16, 8), (32, 8)), 64: ((16, 4), (16, 8), (32, 8)), 128: ((16, 8), (16, 16))}  # rows and warps of a program
+TILES = {32: ((8, 4), (16, 8)), 64: ((8, 4), (16, 4), (16, 8), (32, 8)), 128: ((16, 8), (16, 16))}  # rows and warps of a program
 
 
 def problem(name: str, B: int, T: int, E: int, K: int, kind: str = "init") -> tuple[Cell, list[Tensor]]:
@@ -223,25 +223,25 @@ def sweep(results: Results, shapes: list[tuple[int, ...]], kinds: tuple[str, ...
 
 
 def final(results: Results) -> None:
-    """All shapes by the reckoned plan, those of 64 channels with either number of warps, and other cells beside the LSTM; a line each."""
-    tiles = {32: (8,), 64: (4, 8), 128: (16,)}
-    wanted = {(name, E * K, K, launch.ROWS, warps) for _, _, E, K in SHAPES for name in ("dense_lstm",) for warps in tiles[K]}
-    wanted |= {(name, 768, 64, launch.ROWS, 8) for name in ("dense_gru", "dense_gru_before", "slstm")}
+    """All shapes by the reckoned plan with every tile, and other cells beside the LSTM; a line each."""
+    first = TILES[64][0]
+    wanted = {("dense_lstm", E * K, K, *tile) for _, _, E, K in SHAPES for tile in TILES[K]}
+    wanted |= {(name, 768, 64, *first) for name in ("dense_gru", "dense_gru_before", "slstm")}
     few = [
         i
         for i, ((name, dtype, K, _), *_) in enumerate(GROUPS)
         if K == 64 and (name == "dense_lstm" or name == "slstm" and dtype == "bfloat16")
     ]
     side_by_side(results, few, sorted(wanted))
-    cases: list[tuple[str, tuple[int, ...], str, int, int | None]] = [("dense_lstm", SHAPES[0], "init", 8, 1)]
-    cases += [("dense_lstm", shape, kind, warps, None) for shape in SHAPES for kind in ("init", "sketch") for warps in tiles[shape[3]]]
-    cases += [("dense_lstm", shape, kind, 4, 2) for shape in SHAPES[:3] for kind in ("init", "sketch")]  # twice as many slices
-    cases += [(name, SHAPES[0], "init", 8, None) for name in ("dense_gru", "dense_gru_before", "slstm")]
-    for name, shape, kind, warps, slices in cases:
+    cases: list[tuple[str, tuple[int, ...], str, tuple[int, int], int | None]] = [("dense_lstm", SHAPES[0], "init", first, 1)]
+    cases += [("dense_lstm", shape, kind, tile, None) for shape in SHAPES for kind in ("init", "sketch") for tile in TILES[shape[3]]]
+    cases += [("dense_lstm", shape, kind, first, 2) for shape in SHAPES[:3] for kind in ("init", "sketch")]  # twice as many slices
+    cases += [(name, SHAPES[0], "init", first, None) for name in ("dense_gru", "dense_gru_before", "slstm")]
+    for name, shape, kind, tile, slices in cases:
         B, T, E, K = shape
         like = torch.empty(B, T, 1, E, K, device="cuda", dtype=torch.bfloat16)
         slices = 2 * Plan.of(like, K).slices if slices == 2 else slices
-        plan = Plan.of(like, K, slices, 0, None, warps)
+        plan = Plan.of(like, K, slices, 0, *tile)
         row = {"plan": str(plan), **attempted(functools.partial(timed, shape, kind, plan, repeats=5, name=name))}
         results.quiet("final", [row])
         print(name, shape, short(row), flush=True)

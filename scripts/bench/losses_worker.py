@@ -4,7 +4,7 @@
 
 runs with the code of any commit in PYTHONPATH, as scripts/bench/step_worker.py does. arm: `plain`; `flash` or `efficient`, torch's other kernels of
 attention, which differ by rounding alone, and so tell how far runs of one commit lie apart; `narrow`, a residual stream of 16 bits; `fp8`.
-held_out: so many batches of `held_out_tokens`, another file, behind the last step.
+held_out: so many batches of `held_out_tokens`, another file, behind the last step. graph: passes are replayed as a CUDA graph, on a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-4,
     "held_out": 0,
     "held_out_tokens": "",
+    "graph": False,
 }
 
 
@@ -66,6 +67,23 @@ def built(name: str, vocabulary: int, seed: int, device: torch.device, step_work
     return model.to(device)
 
 
+def replays_of(model: Any, device: torch.device) -> Any:
+    """A function that replays the pass of rows and returns their mean loss, or None where they have to run as written."""
+    from data.loader import Batch
+    from training.graph import GraphedPass
+
+    graphed = GraphedPass(model, device, autocast=True)
+
+    def replayed(ids: Tensor) -> Tensor | None:
+        given, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        loss_sum = graphed.run(Batch(given, labels, None, [0] * len(ids)), 1 / labels.numel())
+        if graphed.why_not:
+            raise RuntimeError(graphed.why_not)
+        return None if loss_sum is None else (loss_sum / labels.numel()).float()
+
+    return replayed
+
+
 def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: Any) -> None:
     """Hands `kept` the losses and norms so far, every fifty steps and at the end."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,23 +98,29 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
     ahead, update, optimizer = step_worker.update_of(model, "adamw", True)
     attention: Any = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}.get(arm)
     losses: list[Tensor] = []
-    began = time.perf_counter()
+    began, numbers = time.perf_counter(), given["rows"] * given["length"]
+    graphed = replays_of(model, device) if given["graph"] and device.type == "cuda" else lambda ids: None
 
     def keep(**more: Any) -> None:
         kept({"losses": [round(x, 5) for x in torch.stack(losses).tolist()], "seconds": round(time.perf_counter() - began, 1), **more})
 
-    def passed(step: int, tokens: Any = tokens) -> Tensor:
-        ids = rows_of(tokens, seed, step, given["rows"], given["length"], device)
+    def passed(ids: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16), nullcontext() if attention is None else sdpa_kernel(attention):
-            loss: Tensor = model(ids[:, :-1], labels=ids[:, 1:].contiguous()).loss_sum / (given["rows"] * given["length"])
+            loss: Tensor = model(ids[:, :-1], labels=ids[:, 1:].contiguous()).loss_sum / numbers
             return loss
+
+    def rows(step: int, tokens: Any = tokens) -> Tensor:
+        return rows_of(tokens, seed, step, given["rows"], given["length"], device)
 
     for step in range(1, given["steps"] + 1):
         for group in optimizer.param_groups:
             group["lr"] = given["lr"] * min(1.0, step / given["warm_up"])
         optimizer.zero_grad(set_to_none=True)
-        loss = passed(step)
-        loss.backward()
+        ids = rows(step)
+        loss = graphed(ids)
+        if loss is None:
+            loss = passed(ids)
+            loss.backward()
         losses.append(loss.detach())
         ahead(losses[-1])
         update()
@@ -104,7 +128,7 @@ def trained(given: dict[str, Any], seed: int, arm: str, step_worker: Any, kept: 
             keep()
     with torch.no_grad():
         apart = numpy.memmap(given["held_out_tokens"] or given["tokens"], dtype=numpy.uint16, mode="r")
-        held = [float(passed(-1 - i, apart)) for i in range(given["held_out"])]
+        held = [float(passed(rows(-1 - i, apart))) for i in range(given["held_out"])]
     keep(held_out=held)
 
 

@@ -18,6 +18,7 @@ Keys
   rates       true: of stages 0 and 1 only the cells that choose a row's rate [false]
   minutes     after which cells are saved and stopped; 0: run until nothing is left [0]
   whole       true: begins no cell that would not end in time, by what others took [false]
+  spare       of the time that is left, seconds that whole=true does not count on: other programs, a halt of this one [0]
   workers     processes, over all GPUs in turn [1]              streams   cells a process keeps going [1]
   gpu         the GPU that `again` uses [0]                    others    other programs on the same device, beside which no speed counts [0]
   speedrun_tokens, speedrun_lr                                  of the cells of stages=speedrun
@@ -65,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "save_every": 45.0,
     "least": 2.0,  # seconds that must be left for a cell to begin
     "whole": False,
+    "spare": 0.0,
     "gpu": 0,
     "others": 0,
     "input": "",
@@ -98,8 +100,8 @@ def arguments(words: list[str]) -> tuple[str, dict[str, Any]]:
             problems.append(f"precision is {values['precision']!r}; choose bf16 or fp32.")
         if values["device"] not in ("auto", "cpu", "cuda"):
             problems.append(f"device is {values['device']!r}; choose auto, cpu or cuda.")
-        if values["minutes"] < 0 or values["save_every"] <= 0:
-            problems.append("minutes must be zero or more, and save_every above zero.")
+        if min(values["minutes"], values["spare"]) < 0 or values["save_every"] <= 0:
+            problems.append("minutes and spare must be zero or more, and save_every above zero.")
         if "speedrun" in values["stages"] and len(values["stages"]) == 1 and not (values["speedrun_tokens"] and values["speedrun_lr"] > 0):
             problems.append("A speedrun needs speedrun_tokens and speedrun_lr above zero.")
         try:

@@ -57,7 +57,7 @@ BOARDS = {
     "tiny": Board(32, 8, 25_600, 60_000, 10_100, 51_200, (2e-3, 8e-3, 3.2e-2), (64, 256), 2, 8_000, 2, 20, "tiny_probe", 512),
 }
 BOARDS["125m"] = replace(BOARDS["25m"], rates=(5e-4, 1e-3, 2e-3))
-GRID_SHARE, SHARE0, LEADERS = 0.2, 0.1, 4
+GRID_SHARE, SHARE0 = 0.2, 0.1
 TASKS: dict[str, dict[str, Any]] = {
     "mqar": {"name": "mqar", "pairs": 8, "symbols": 128},
     "parity": {"name": "parity"},

@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from scripts.board.answers import Answer, all_answers, probe_answers
+from scripts.board.answers import Answer, all_answers, bits, probe_answers
 from scripts.board.architectures import ARCHITECTURES, WAITING
 from scripts.board.cells import TASKS
-from scripts.board.order import SEEDS
+from scripts.board.order import LEADERS, SEEDS
 from scripts.board.summary import layer_table, whole
 from scripts.board.tables import (
     RATES,
@@ -74,6 +74,12 @@ def missing_table(found: dict[str, Any], answers: list[Answer]) -> list[str]:
     entries.append(("speed alone on the device, decoding, memory", [name for name, row in rows.items() if "speed" in row]))
     lines = ["| what | rows done | missing |", "|---|---|---|"]
     lines += [f"| {what} | {len(done)} of {len(ARCHITECTURES)} | {lacking(done)} |" for what, done in entries]
+    seeds = {name: len(bits(rows, name, "leaders")) for name in LEADERS}
+    each = ", ".join(f"`{name}` {SEEDS - n}" for name, n in seeds.items() if n < SEEDS)
+    done = [name for name, n in seeds.items() if n >= SEEDS]
+    lines.append(
+        f"| the leaders, {found['tokens']['leaders'] / 1e6:.3g}M tokens, {SEEDS} seeds | {len(done)} of {len(LEADERS)} | seeds of {each or 'none'} |"
+    )
     for title, task in TASKS.items():
         probed = [name for name, row in rows.items() if task["name"] + task.get("group", "") in row["probe"]]
         missing = ", ".join(f"`{name}`" for name in wanted if name not in probed) if probed else "all of it"

@@ -15,10 +15,11 @@ from data.files import write_bytes
 from scripts.board.architectures import ARCHITECTURES, SIZES, counts, update_of
 from scripts.board.cells import BOARDS, PROTOCOL, Board, tokens_of
 from scripts.board.details import details_text, log_text
+from scripts.board.longer import with_passkey
 from scripts.board.page import page_text
 from scripts.board.plots import plots
 from scripts.board.rates import MOST_RATES, said
-from scripts.board.results import Result, attempts, final_loss, gather, gather_again
+from scripts.board.results import Result, attempts, final_loss, gather, gather_again, gather_loaded, gather_passkey
 from scripts.board.tables import RATES
 from training.cost.flops import peak_flops
 from training.errors import UserError
@@ -38,7 +39,8 @@ def draw(values: dict[str, Any]) -> None:
     for card in sorted((out / "cards").glob("*.md")):
         write_bytes(page / "cards" / f"{card.stem}.txt", card.read_bytes())
     cards = sorted((page / "cards").glob("*.txt"))
-    found |= {"cards": [path.name for path in cards], "passkey": any("passkey" in path.read_text() for path in cards)}
+    found |= {"cards": [path.name for path in cards], "passkey": gather_passkey(out, page), "loaded": gather_loaded(out, page)}
+    with_passkey(found["rows"], found["passkey"])
     pictures = plots(found, page)
     write_bytes(page / "README.md", page_text(found, pictures).encode())
     write_bytes(page / "details.md", details_text(found).encode())
@@ -73,7 +75,9 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         if r.content["settings"]["protocol"] < PROTOCOL and r.content["row"] in ARCHITECTURES and r.bits_per_byte is not None
     ]
     tokens = {stage: tokens_of(board, stage) for stage in ("stage0", "stage1", "grid", "pass", "leaders")}
-    alone = [r for r in results if "phases" in r.content and r.content.get("beside", 1) == 1 and not said(r.content)]
+    # The leaders' cells shared their devices with programs that their results do not know of (protocol.md).
+    few = [r for r in results if "phases" in r.content and r.content["stage"] != "leaders" and not said(r.content)]
+    alone = [r for r in few if r.content.get("beside", 1) == 1]
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
         "protocol": PROTOCOL,
@@ -89,7 +93,9 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
         "again": [],
         "beside": {},
         "cards": [],
-        "passkey": False,
+        "passkey": {},
+        "loaded": {},
+        "span": board.span,
     }
 
 
@@ -209,6 +215,7 @@ def _held(content: dict[str, Any]) -> dict[str, Any]:
     return {
         "low": held.get("low"),
         "high": held.get("high"),
+        "nats_per_token": held.get("nats_per_token"),
         "seconds": content.get("seconds"),
         "weights_sha256": content.get("weights_sha256"),
     }

@@ -10,6 +10,7 @@ import statistics
 
 from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, compared, muon_shares, shown
 from scripts.board.architectures import ARCHITECTURES
+from scripts.board.longer import before_the_leaders
 from scripts.board.results import Interval, interval
 
 OPEN = "not answered yet"
@@ -168,6 +169,7 @@ def expectations(rows: Rows) -> list[tuple[str, list[str]]]:
         ("State passing costs nothing within the interval", passing(rows)),
         ("Muon reaches AdamW's final loss with a quarter fewer tokens", [s for s in (muon_tokens(rows),) if s != OPEN]),
         *before_the_pass(rows),
+        *before_the_leaders(rows),
     ]
 
 

@@ -52,6 +52,9 @@ ORDER = (
     ("stage1", ("gdn_muon", "mamba2_pass", "gdn_pass", "gdn_hybrid_m2rnn", "m2rnn", "slstm", "mamba2_hybrid")),
 )
 NO_STAGE0 = ("paragru_hybrid",)  # rows whose stage 1 begins with the grid's two upper rates, as they have no stage 0 (protocol.md)
+# The rows that go on to 350M tokens, in the order of their cells, and the seeds of each: protocol.md says by which rule, written before the first of them.
+LEADERS = ("paragru_hybrid", "transformer", "gdn_hybrid", "gdn")
+LEADERS_SEEDS = (1, 0, 2)
 LEADING_ROWS = 8  # with SEEDS seeds that a stage needs to lead the page
 FINAL = "stage0"  # the stage whose table is whole, by the time that can be had on a device (protocol.md)
 MOST_SEEDS = max(last for _, _, last in MORE_SEEDS.values())

@@ -8,13 +8,13 @@ from typing import Any
 
 from scripts.board.answers import Answer, answer, bits, questions
 from scripts.board.architectures import ARCHITECTURES, counts
-from scripts.board.cells import LEADERS
 from scripts.board.expected import expectation_lines
-from scripts.board.order import DECISIVE, DECISIVE_SEEDS, SEEDS, TEN
+from scripts.board.longer import longer_table
+from scripts.board.order import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TEN
 from scripts.board.results import difference, interval
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import in_tokens, leading, summary, whole
-from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, number, plus_minus, shown_stages, speed_table
+from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, loaded_table, number, plus_minus, shown_stages, speed_table
 
 
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:
@@ -23,6 +23,8 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     lines = ["# The board", "", *_introduction(found), "", "## Answers, nulls and negative results first", "", *summary(found), ""]
     lines += [*leading_table(found), ""]
     lines += ["![loss](loss.png)", ""] if "loss.png" in pictures else []
+    if longer := longer_table(found):
+        lines += [f"## {found['tokens']['leaders'] / 1e6:.3g}M tokens", "", *longer, *filled(LONGER), ""]
     lines += ["## Comparisons, nulls and negative results first", "", *comparison_table(found), ""]
     lines += ["## What was expected", "", *(in_tokens(line, found) for line in expectation_lines(rows)), ""]
     if shown_stages(rows) or any(row["probe"] for row in rows.values()):
@@ -33,11 +35,17 @@ def page_text(found: dict[str, Any], pictures: list[str]) -> str:
     if found["cards"]:
         lines += ["## Models for transformers", "", *filled(MODELS), ""]
         lines += [f"- [{name.removesuffix('.txt')}](cards/{name})" for name in found["cards"]] + [""]
+        lines += [*loaded_table(found["loaded"]), ""] if found["loaded"] else []
     lines += ["## Speedrun", "", *speedrun_lines(found), ""]
     lines += ["## Not run, and what it would take", "", *not_run(found), ""]
     return "\n".join(lines)
 
 
+LONGER = (
+    "Held-out bits per byte of the rows that go on, one seed each, beside the same seed of the full pass; which rows and why is in the "
+    "[protocol](protocol.md#350m-tokens). No text is new in the later passes, and no rate was tried at this length. With one seed there is no interval: what lies "
+    "below 0.01 is told as no difference. In the second table what the full pass had is in brackets; passkey (50 keys a length, 95 % by Wilson) is of the weights that were kept, in bf16."
+)
 MODELS = (
     "Exported where they were trained, loaded by transformers alone in a fresh process and compared. The weights, 130 MB each, are not in this "
     "repository: the command in each card makes them again bit for bit, `python -m scripts.board export out=runs/board/again only=CELL` exports "
@@ -98,7 +106,7 @@ def leading_table(found: dict[str, Any]) -> list[str]:
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     said = (
         f"Held-out bits per byte, 95 % t-interval over so many seeds (least is best). Minus Transformer: at equal seeds, after "
-        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most tokens that it was read at. Speeds: alone on the device, training, "
+        f"{found['tokens'][stages[0]] / 1e6:.3g}M tokens. Past its length: to 64 times 512 tokens, after the most of these tokens that it was read at. Speeds: alone on the device, training, "
         "and one sequence decoded behind 131,072 tokens."
     )
     said += _rates_of_the_pass(found) if "pass" in stages else ""
@@ -170,17 +178,17 @@ def not_run(found: dict[str, Any]) -> list[str]:
         lines.append(entry(f"the full pass, {each}: {which}, {SEEDS} seeds", list(ten), ten, tokens["pass"]))
     if any(missing.values()):
         lines.append(entry(f"the full pass of all {len(ARCHITECTURES)} rows", list(missing), missing, tokens["pass"]))
-    best = sorted((n for n in TEN if bits(rows, n, stage)), key=lambda n: statistics.fmean(bits(rows, n, stage).values()))[:LEADERS]
-    best = best or list(TEN[:LEADERS])
-    seeds = dict.fromkeys(best, SEEDS)
-    if not any(row["leaders"] for row in rows.values()):
-        lines.append(entry(f"the {LEADERS} leaders on {tokens['leaders'] / 1e6:.3g}M tokens", best, seeds, tokens["leaders"]))
-    if size == "25m":
+    named = [name for name in LEADERS if name in rows]
+    longer = {name: SEEDS - len(bits(rows, name, "leaders")) for name in named}
+    budget = f"{tokens['leaders'] / 1e6:.3g}M tokens"
+    if any(left > 0 for left in longer.values()):
+        lines.append(entry(f"the leaders on {budget}, {SEEDS} seeds", named, longer, tokens["leaders"]))
+    if size == "25m" and named:
         dearer = statistics.fmean(
-            counts(n, "125m", found["T"])["training_flops_per_token"] / rows[n]["training_flops_per_token"] for n in best
+            counts(n, "125m", found["T"])["training_flops_per_token"] / rows[n]["training_flops_per_token"] for n in named
         )
-        what = f"the same {LEADERS} at 125M parameters, {tokens['leaders'] / 1e6:.3g}M tokens (at the same share of the peak)"
-        lines.append(entry(what, best, seeds, tokens["leaders"], dearer))
+        what = f"the same {len(named)} at 125M parameters, {budget} (at the same share of the peak)"
+        lines.append(entry(what, named, dict.fromkeys(named, SEEDS), tokens["leaders"], dearer))
     said = "Nothing here says what these would show. By the tokens/s above (rows without: the slowest); building, measuring, compiling and rates that are not known yet come on top. Passkey"
-    said += " was asked of a leader alone ([its card](#models-for-transformers))." if found["passkey"] else " has not been asked."
+    said += " was asked of leaders alone ([cards](#models-for-transformers))." if found["passkey"] else " has not been asked."
     return [*lines, "", *filled(said)]

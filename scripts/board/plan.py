@@ -1,7 +1,7 @@
 """The plan of the board: which cells there are (scripts/board/cells.py), and in which order.
 
 The plan grows with the results: a row's best rate in stage 1 or on the grid decides its cells of the full pass, a best rate at the edge asks for another
-rate, the leaders are known when the full pass is. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, with four times as
+rate. Stages: stage0, a small board of its own with a tenth of the tokens, and stage1, with four times as
 many, each with its cells of equal time (time0, time1); then grid, speed, pass, time, probe, leaders; and speedrun, for which the command names tokens and
 rate.
 """
@@ -9,16 +9,27 @@ rate.
 from __future__ import annotations
 
 import math
-import statistics
 from pathlib import Path
 
 from data.fields import nearest
 from scripts.board import rates as trying
 from scripts.board.architectures import ARCHITECTURES, SIZES
-from scripts.board.cells import BOARDS, LEADERS, SHARE0, TASKS, Cells
+from scripts.board.cells import BOARDS, SHARE0, TASKS, Cells
 from scripts.board.corpus import training_tokens
-from scripts.board.order import DECISIVE, DECISIVE0, DECISIVE_SEEDS, MORE_SEEDS, MUON, MUON_TIME_SEEDS, NO_STAGE0, ORDER, SEEDS
-from scripts.board.results import Cell, Result, final_loss, ratio_of_speed
+from scripts.board.order import (
+    DECISIVE,
+    DECISIVE0,
+    DECISIVE_SEEDS,
+    LEADERS,
+    LEADERS_SEEDS,
+    MORE_SEEDS,
+    MUON,
+    MUON_TIME_SEEDS,
+    NO_STAGE0,
+    ORDER,
+    SEEDS,
+)
+from scripts.board.results import Cell, Result, ratio_of_speed
 from training.errors import UserError
 
 STAGES = ("stage0", "time0", "stage1", "time1", "grid", "speed", "pass", "time", "probe", "leaders", "speedrun")
@@ -153,23 +164,10 @@ class Plan(Cells):
         return [self.text("time", of, tokens, self.board.span, lr, seed, f"_of_{row}") for seed in range(self.seeds)]
 
     def leaders(self, results: Results) -> list[Cell]:
-        """The longer run of the rows with AdamW and empty states that are best after the full pass, once all of them are done."""
-        means: dict[str, float] = {}
-        rows = [row for row in self.rows if not ARCHITECTURES[row].of]
-        for row in rows:
-            cells = self.passes(row, results)
-            losses = [final_loss(results.get(cell.name), cell.settings) for cell in cells]
-            known = [loss for loss in losses if loss is not None]
-            if not cells or len(known) < len(losses):
-                return []
-            means[row] = statistics.fmean(known)
-        best = sorted(means, key=means.__getitem__)[:LEADERS]
-        board, cells = self.board, []
-        for row in best:
-            lr = self.best_rate("pass", row, results)
-            assert lr is not None
-            cells += [self.text("leaders", row, board.leaders_tokens, board.span, lr, seed) for seed in range(self.seeds)]
-        return cells
+        """The longer run of the rows that LEADERS names, each at its rate of the full pass once that is known: a seed of all of them before the next."""
+        board, rates = self.board, {row: self.best_rate("pass", row, results) for row in LEADERS if row in self.rows}
+        seeds, known = LEADERS_SEEDS[: self.seeds], {row: lr for row, lr in rates.items() if lr is not None}
+        return [self.text("leaders", row, board.leaders_tokens, board.span, lr, seed) for seed in seeds for row, lr in known.items()]
 
     def cells(self, results: Results, stages: list[str]) -> list[Cell]:
         """All cells known so far, in the order in which they are run. A pass is only in it where the shards have its tokens."""

@@ -46,7 +46,7 @@ def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes |
     """Every stage with intervals, one below the other, the whole one first; before there is one, the rates tried."""
     if not any(row[stage] or row["grid"] or row["rates0"] for row in rows.values() for stage in STAGES):
         return None
-    panels = [(stage, done) for stage in shown_stages(rows) if (done := _means(rows, stage))]
+    panels = [(stage, done) for stage in _drawn(rows) if (done := _means(rows, stage))]
     if not panels:
         return _rates_plot(plt, rows)
     sizes = [1.0 + len(done) for _, done in panels]
@@ -58,12 +58,18 @@ def _loss_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes |
             axes.plot(list(seeds.values()), [place] * len(seeds), "o", markersize=3, color="0.6", zorder=3)
         axes.errorbar([value.mean for _, value, _ in done], range(len(done)), xerr=halves, fmt="D", markersize=4, capsize=3, zorder=2)
         axes.set_yticks(range(len(done)), [label for label, _, _ in done], fontsize=8)
-        axes.set_xlabel(f"held-out bits per byte after {found['tokens'][stage] / 1e6:.3g}M tokens", fontsize=9)
+        alone = ", one seed and so no interval" if all(value.n == 1 for _, value, _ in done) else ""
+        axes.set_xlabel(f"held-out bits per byte after {found['tokens'][stage] / 1e6:.3g}M tokens{alone}", fontsize=9)
         axes.set_ylim(-0.6, len(done) - 0.4)
         axes.grid(alpha=0.3)
     every[0, 0].set_title(f"mean, 95 % over {SEEDS} seeds or more (grey: each seed)", fontsize=9)
     figure.tight_layout()
     return png(plt, figure)
+
+
+def _drawn(rows: dict[str, Any]) -> list[str]:
+    """The stages of the page's plots: the leaders' longer run before the others, where there is one."""
+    return [stage for stage in ("leaders", *shown_stages(rows)) if any(bits(rows, name, stage) for name in rows)]
 
 
 def _means(rows: dict[str, Any], stage: str) -> list[tuple[str, Interval, dict[int, float]]]:
@@ -88,7 +94,7 @@ def _rates_plot(plt: Any, rows: dict[str, Any]) -> bytes:
 def _position_plot(plt: Any, rows: dict[str, Any], found: dict[str, Any]) -> bytes | None:
     """Loss by position in long held-out documents, with a mark at the training length: a panel for each stage in which rows were read."""
     curves: dict[str, list[tuple[int, str, list[dict[str, float]]]]] = {}
-    for stage in shown_stages(rows):
+    for stage in _drawn(rows):
         # Rows that are compared with another one are too near to it to be told apart.
         for i, row in enumerate(row for name, row in rows.items() if not ARCHITECTURES[name].of):
             if cell := next((cell for cell in row[stage].values() if cell.get("buckets")), None):

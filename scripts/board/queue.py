@@ -21,6 +21,7 @@ from scripts.board.plan import Plan, check
 from scripts.board.results import Cell, Result, read
 from training.errors import UserError
 
+BETWEEN = 0.02  # by which a training takes longer than its tokens at the row's best speed
 ABOUT, READING, COMPILING = 2.0, 3.0, 20.0  # seconds of a cell beside its training: always, where more is read off it, of a row's first one
 
 
@@ -115,7 +116,7 @@ class Queue:
         least = self.values["least"]
         if self.values["whole"] and cell.stage != "speed":
             # Cells together are no slower than one after the other, and the last one has the device alone.
-            least = max(least, expected_seconds(cell, results, self.values.get("beside", 1)))
+            least = max(least, expected_seconds(cell, results, self.values.get("beside", 1)) + self.values["spare"])
         return bool(time.time() < self.values["until"] - least)
 
     def _lock(self, cell: Cell) -> bool:
@@ -164,5 +165,5 @@ def expected_seconds(cell: Cell, results: dict[str, Result], beside: int = 1) ->
         return 0.0
     settings = cell.settings
     tokens, speed = settings["steps"] * settings["rows"] * settings["T"], best.get(cell.row, min(best.values()))
-    reads = READING if settings["seed"] == READ0 else 0.0
-    return tokens * beside / speed + ABOUT + reads + (COMPILING if cell.row not in best else 0.0)
+    reads = READING if settings["seed"] == READ0 or cell.stage == "leaders" else 0.0
+    return (1 + BETWEEN) * tokens * beside / speed + ABOUT + reads + (COMPILING if cell.row not in best else 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 from scripts.board.answers import NARROW, PREFIXES, Question, Rows, bits, deciding, probe_counts, questions, shown, sides
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.expected import OPEN, collapsed, muon_tokens, passing
+from scripts.board.longer import longer_answer
 from scripts.board.order import FINAL, LEADING_ROWS, SEEDS
 from scripts.board.results import Interval, difference, unpaired
 
@@ -128,7 +129,7 @@ def summary(found: dict[str, Any]) -> list[str]:
         for said in passing(rows)
     ]
     items.append(f"What state passing costs, bits per byte. {'; '.join(cost) or OPEN}.")
-    items += [said] if (said := ranking(found)) else []
+    items += [said for said in (ranking(found), longer_answer(found)) if said]
     items.append(f"Muon against AdamW, {muon_tokens(rows)}.")
     items += [said] if (said := _probes(rows)) else []
     items = [in_tokens(item, found) for item in items]

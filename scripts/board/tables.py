@@ -171,6 +171,21 @@ def speed_table(rows: dict[str, Any]) -> list[str]:
     return [*lines, *(["", *filled(" ".join(why))] if why else [])]
 
 
+def loaded_table(loaded: dict[str, dict[str, Any]]) -> list[str]:
+    """Exported folders as transformers loaded them where they were made, beside our own model on the same held-out windows."""
+    lines = [
+        "| folder | transformers | windows | nats a token, loaded by transformers | by our own code | largest difference of a token |",
+        "|---" * 6 + "|",
+    ]
+    for name, about in sorted(loaded.items()):
+        nats = [f"{about[f'nats_per_token_{who}']:.5f}" for who in ("transformers", "ours")]
+        windows = f"{about['windows']} of {about['of_tokens']} tokens, {about['device'].upper()}"
+        lines.append(
+            f"| {name} | {about['transformers']} | {windows} | {' | '.join(nats)} | {about['largest_difference_of_a_token']:.1e} |"
+        )
+    return lines
+
+
 def again_table(found: dict[str, Any]) -> list[str]:
     """Cells that were run a second time from their command."""
     lines = ["| cell | version | bits | stops, first and second time | code, first and second time | device |", "|---" * 6 + "|"]

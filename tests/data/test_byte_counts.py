@@ -78,6 +78,19 @@ def test_pieces_add_up_to_the_text(kind: str) -> None:
         assert sum(halves) == sum(pieces) and min(halves) >= 0
 
 
+@pytest.mark.parametrize("unknown", [True, False])
+def test_a_tokenizer_that_has_no_a(unknown: bool) -> None:
+    """Of capitals and digits: words were taken for those that begin a text, without their spaces, or there was a traceback."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), *((letter, -3.0) for letter in "ACGT0123"), ("▁GT", -1.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces if unknown else pieces[1:], 0 if unknown else None, False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(SPECIAL[::2] if unknown else SPECIAL[2:])
+    mark, text = tokenizer.token_to_id("</s>"), "GT GT AC 01 GT"
+    ids = np.array([mark, *tokenizer.encode(text, add_special_tokens=False).ids])
+    assert bytes_of(tokenizer, ids, [mark]) == len(text)
+    assert bytes_of(tokenizer, ids[:2], [mark]) + bytes_of(tokenizer, ids[1:], [mark]) == len(text)
+
+
 def test_words_that_depend_on_their_neighbours_are_decoded() -> None:
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, ".": 3, "a": 4}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()

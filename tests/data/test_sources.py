@@ -171,6 +171,8 @@ def test_a_file_that_two_inputs_have_is_read_once(tmp_path: Path, capsys: pytest
     for twice in (str(folder), "demo", "hf:some/set"):
         assert main([f"input={twice},{twice}", f"out={tmp_path / 'p'}", "tokenizer=bytes"]) == 2
         assert f"input names {twice} twice" in capsys.readouterr().err
+    assert main(["input=hf:", f"out={tmp_path / 'p'}", "tokenizer=bytes"]) == 2
+    assert "input=hf: names no data set" in capsys.readouterr().err
     assert not (tmp_path / "p").exists()
 
 

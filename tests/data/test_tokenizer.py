@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.encode import Encoder
+from data.errors import UserError
 from data.prepare import main
 from data.shards import ShardSet
-from data.tokenizer import Marks, coder_of, load_tokenizer, marks_of, train_bpe
+from data.tokenizer import Marks, coder_of, encode_bare, load_tokenizer, marks_of, train_bpe
 from evals.adapters.hf import hf_coder
 from evals.adapters.load import load_adapter
 from models.config import ModelConfig
@@ -102,7 +104,9 @@ def test_every_reader_of_text_gives_the_ids_that_prepare_wrote(tmp_path: Path) -
     assert there is not None and there.encode(TEXT, start=True) == back.encode(TEXT, start=True) == [3, *inner]
 
 
-def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from evals import in_loop
 
     seen: list[torch.Tensor] = []
@@ -125,6 +129,9 @@ def test_samples_in_training_and_checkpoints_begin_as_the_shards_do(tmp_path: Pa
     evaluator.metrics = SimpleNamespace(keep=lambda name, write: write(tmp_path / name), say=print)  # type: ignore[assignment]
     evaluator.train = shards
     assert evaluator.sample(1) == "the fox" and seen[0].tolist() == [[3, 6, 7]]
+    nothing = coder_of(Tokenizer(models.WordLevel({"</s>": 0, "A": 1})))
+    evaluator.train = SimpleNamespace(coder=lambda: nothing)  # type: ignore[assignment]
+    assert evaluator.sample(2) == "" and "no sample after step 2: The tokenizer has no token" in capsys.readouterr().out
 
 
 def _written(folder: Path, values: dict[str, Any]) -> Path:
@@ -153,6 +160,73 @@ def test_text_that_a_tokenizer_has_no_token_for_is_counted(tmp_path: Path, capsy
         assert main([f"input={tmp_path / 'in'}", f"out={out}", f"tokenizer={spec}", "shard_tokens=5"]) == 0
         told = json.loads((out / "meta.json").read_text())["left_out"]
         assert (lost in capsys.readouterr().out and told[0].startswith(lost)) if lost else not told
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz</>|"
+PIECES = [("<unk>", 0.0), ("</s>", 0.0), ("<|x|>", 0.0), ("\u2581", -2.0), *((letter, -3.0) for letter in LETTERS)]
+
+
+def whole_pieces(kind: str) -> Tokenizer:
+    """A tokenizer whose model finds its special tokens in a text, of which one is not told to be special."""
+    if kind.startswith("unigram"):  # as of T5
+        tokenizer = Tokenizer(models.Unigram(PIECES, 0, False))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        model = models.WordLevel if kind == "words" else models.WordPiece
+        words = ["<unk>", "</s>", "<|x|>", *LETTERS, *(f"##{letter}" for letter in LETTERS if kind == "pieces"), "the"]
+        tokenizer = Tokenizer(model({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken("<|x|>", special=True)])
+    if kind.endswith("plain"):
+        tokenizer.add_tokens([AddedToken("</s>", special=False)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["unigram", "unigram, plain", "words", "pieces"])
+def test_no_text_spells_a_mark_or_a_special_token(kind: str) -> None:
+    tokenizer, marks = whole_pieces(kind), Marks(1)
+    coder, encoder = coder_of(tokenizer, marks=marks), Encoder(tokenizer, marks)
+    for text in ("the </s> the", "</s>", "<|x|></s><|x|>", "a<|x|> </s></s>", "</ s> < /s>", "<</s>>"):
+        ids = coder.encode(text)
+        assert ids and not {1, 2} & set(ids) and encoder.encode([text])[0].tolist() == [1, *ids]
+    draw, plain = random.Random(0), encode_bare(tokenizer)
+    for _ in range(200):  # what spells neither has the ids that it had
+        text = "".join(draw.choices(LETTERS + "  ", k=12)).replace("</s>", "").replace("<|x|>", "")
+        assert coder.encode(text) == plain.encode(text).ids
+    assert coder.decode([1, *coder.encode("the"), 1, 2]) == coder.decode(coder.encode("the"))
+
+
+def test_merges_are_not_dropped_at_random() -> None:
+    tokenizer = train_bpe(["the fox over the fox " * 20], 280)
+    tokenizer.model.dropout = 0.5
+    coder, encoder = coder_of(tokenizer), Encoder(tokenizer)
+    once = coder.encode("the fox over the fox")
+    assert all(coder.encode("the fox over the fox") == once == encoder.encode(["the fox over the fox"])[0].tolist()[1:] for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    "model", [models.WordLevel({"</s>": 0, "a": 1}), models.WordPiece({"</s>": 0, "a": 1}), models.Unigram([("</s>", 0.0)])]
+)
+def test_what_no_token_stands_for_ends_in_a_sentence(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a zebra")
+    assert main([f"input={tmp_path / 'a.txt'}", f"out={tmp_path / 'out'}", f"tokenizer={tmp_path / 'tokenizer.json'}"]) == 2
+    assert "error: The tokenizer has no token for a part of the text" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no token for a part of the text"):
+        coder_of(Tokenizer(model)).encode("zebra")
+
+
+def test_text_that_a_tokenizer_leaves_out_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(["</s>", *"abcdefghij"])}, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        (tmp_path / f"in/{i}.txt").write_text("abc z " * (2 + i))
+    spec = ["shard_tokens=7", f"input={tmp_path / 'in'}"]
+    assert main([*spec, f"out={tmp_path / 'out'}", f"tokenizer={tmp_path / 'tokenizer.json'}"]) == 0
+    assert "changed, 54 bytes of text have become tokens that stand for 27" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "meta.json").read_text())["left_out"][0].startswith("changed, 54 bytes")
 
 
 def test_shards_made_before_marks_were_written_are_read_as_before() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from data.prepare import main
 from data.shards import open_held_out
-from evals.measures.mixture import combined, names_of
+from evals.measures.mixture import combined, names_of, of_report
 from evals.measures.perplexity import Perplexity
 from evals.run import main as evaluate
 from tests.conftest import run_program
@@ -39,6 +39,8 @@ def test_the_total_weighs_sources_as_if_their_share_had_been_scored() -> None:
     assert combined([(nothing, 0.9), (one, 0.1)]) is one
     three = combined([(one, 0.6), (nothing, 0.2), (two, 0.2)])
     assert (three.nll_nats, three.bytes) == pytest.approx((total.nll_nats, total.bytes))
+    far = combined([(Perplexity(9.0, 9, 9, {8: [9.0, 9.0]}, 9), 0.5), (Perplexity(9.0, 9, 9, {8: [9.0, 9.0]}, 13), 0.5)])
+    assert far.to_dict()["by_position"][-1]["to"] == 12 and of_report(far.to_dict()).length == 13
     assert names_of(["a/web", "b/web", "c"]) == ["a/web", "b/web", "c"]
 
 
@@ -62,7 +64,16 @@ def test_a_mixture_is_evaluated_by_source_in_training_and_after(train: Train, tm
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == [f"eval-perplexity{part}.json" for part in ("-0", "-1", "")]
     assert not list(tmp_path.glob("results-*")) and capsys.readouterr().out
     assert evaluate([*words, f"out={tmp_path / 'all.json'}"]) == 0
+    parts = [json.loads((tmp_path / f"all{part}.json").read_text()) for part in ("-0", "-1", "")]
+    assert parts[2]["seconds"] == parts[0]["seconds"] + parts[1]["seconds"] and parts[2]["by_position"][-1]["to"] == 31
     said, whole = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
+    (tmp_path / "o.txt").write_text("xyz " * 400)
+    assert main([f"input={tmp_path / 'o.txt'}", f"out={tmp_path / 'other'}", "tokenizer=bpe:260"]) == 0
+    capsys.readouterr()
+    assert evaluate([*words, f"data={a},{tmp_path / 'other'}", "rows=3"]) == 2  # nothing is measured, nothing written beside the weights
+    captured = capsys.readouterr()
+    assert "source a" not in captured.out and "another tokenizer" in captured.err and "does not look at rows." in captured.err
+    assert not list((tmp_path / "run" / "checkpoints").rglob("eval-perplexity*"))
     assert "weighed as in training: by source: a " in said and f"{none} has no held-out documents and is not evaluated" in said
     assert evaluate([*words, f"data={b}", f"out={tmp_path / 'b.json'}"]) == 0
     assert json.loads((tmp_path / "b.json").read_text())["bits_per_byte"] == pytest.approx(whole["sources"]["b"]["bits_per_byte"])

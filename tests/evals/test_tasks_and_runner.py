@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data.tokenizer import byte_tokenizer, coder_of
+from data.tokenizer import byte_tokenizer, coder_of, train_bpe
 from evals.adapters.base import ItemError
 from evals.adapters.hf import HFAdapter
 from evals.inputs.tasks import NAMES, NOISE, Task
-from evals.inputs.texts import DEMO, Text, corpus_of_file
+from evals.inputs.texts import DEMO, Corpus, Text, corpus_of_file, tokenised
 from evals.measures.position import collapse, position_curve, windows
 from evals.measures.retrieval import grid, score
 from evals.measures.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
@@ -76,6 +77,27 @@ def test_too_short_a_prompt_is_a_sentence() -> None:
             Task(name).sample(CODER, 60, 0.5, 0, seed=0)
     with pytest.raises(ValueError, match="There is no task"):
         Task("nonsense")
+
+
+def test_a_tokenizer_that_cannot_spell_the_answers_is_not_asked() -> None:
+    """Of unknown tokens every text is the answer: a model of one symbol had 100 % of the passkeys."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "passkey": 2, "the": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    spaced = train_bpe(["The passkey is 12345. VAR ABCDE = 1"], 257)
+    spaced.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(True)])
+    for name in NAMES:
+        with pytest.raises(ItemError, match="has no tokens that spell"):
+            Task(name).sample(coder_of(words), 6000, 0.5, 0, seed=0)
+    assert "1 2" in coder_of(spaced).decode(coder_of(spaced).encode("12"))
+    assert Task("passkey").sample(coder_of(spaced), 2000, 0.5, 0, seed=0).answer  # told by its ids, however it is written
+    adapter = own_adapter()
+    adapter.coder = coder_of(words)
+    text = tokenised(Corpus("c", ["the passkey is lost"]), adapter)
+    assert text.lost == 0.4 and text.note.startswith("40.0% of the text's tokens are the unknown one")
+    adapter.coder = coder_of(spaced)  # "1 2" for "12", and a blank before it
+    assert tokenised(Corpus("c", ["12"]), adapter).note.startswith("the tokens stand for 200.0% of the text's bytes")
+    adapter.coder = CODER
+    assert tokenised(Corpus("c", ["the passkey", "é"]), adapter).note == "" == PROSE.note
 
 
 def test_scores_of_a_model_that_always_knows_and_one_that_never_does() -> None:

@@ -295,6 +295,20 @@ def test_a_report_compares_models_and_names_their_text(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "passkey.png").exists() and page.count("passkey.png") == 1
 
 
+def test_results_that_cannot_be_drawn_are_named_and_the_others_drawn(tmp_path: Path) -> None:
+    """Of another version, or changed by hand: the report of an evaluation that has just ended must not fail for them."""
+    document = {"documents": 2, "tokens": 5, "bytes": 10, "bits_per_byte": 1.0, "perplexity": 2.0}
+    write_items(tmp_path, "a", [("documents", "documents", document), ("position-prose", "position", {"prompt": "prose", "rows": 1})])
+    write_items(tmp_path, "b", [("documents", "documents", {"text": 3}), ("passkey-256", "retrieval", grid(256, 0.5))])
+    for i, text in enumerate(("{}", "[]", "null", "", '{"status": "done"}', '{"item": "x", "kind": "position", "status": "failed"}')):
+        (tmp_path / "a" / "items" / f"odd-{i}.json").write_text(text)
+    write_report(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "| a | - | - | not known | 2 | 5 |" in page and (tmp_path / "plots" / "passkey.png").exists()
+    assert "| b | documents | its JSON is of another version or was changed (KeyError" in page and "| a | position-prose | its JSON" in page
+    assert "odd" not in page
+
+
 def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
     plt = pyplot()
     figures: list[Any] = []

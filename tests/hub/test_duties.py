@@ -187,6 +187,19 @@ def test_a_prompt_in_pieces_is_the_prompt(model: Any) -> None:
 
 
 @torch.no_grad()
+def test_no_tokens_change_nothing(model: Any, name: str) -> None:
+    if name == "llama":
+        pytest.skip("a stock Llama cannot")
+    ids, none = ids_of(2, 9), ids_of(2, 0)
+    found = model(none, attention_mask=none, output_hidden_states=True)
+    assert found.logits.shape == (2, 0, 269) and [h.shape for h in found.hidden_states] == [(2, 0, 32)] * 4
+    assert model(none, use_cache=False).logits.shape == (2, 0, 269)
+    cache = model(ids[:, :4], use_cache=True).past_key_values
+    assert model(none, attention_mask=torch.ones(2, 4), past_key_values=cache).logits.shape == (2, 0, 269)
+    torch.testing.assert_close(model(ids[:, 4:], past_key_values=cache).logits, model(ids).logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_packed_texts_do_not_see_each_other(model: Any) -> None:
     one, two = ids_of(1, 6), ids_of(1, 9)
     positions = torch.cat([torch.arange(6), torch.arange(9)])[None]

@@ -66,11 +66,11 @@ def figures(kernel: Any) -> dict[str, int]:
 def made(name: str, kernel: str, dtype: str, K: int) -> dict[str, int]:
     """Resources of one kernel."""
     kind, short = KINDS[dtype]
-    fn = getattr(launch.kernels(biased(load_cell(name)), "ptx", short), kernel.split()[0])
-    warps = launch.Plan.warps_for(K)
+    rows, warps = launch.Plan.tile(K, kind.primitive_bitwidth // 8)
+    fn = getattr(launch.kernels(biased(load_cell(name)), "ptx", short, narrow=rows < launch.ROWS), kernel.split()[0])
     constants = {
         "K": K, "D": D, "HEAD": D // 4, "NEAR": launch.NEAR, "HAS_RESET": True, "HALVES": False, "DOT": kind, "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",
-        "BM": launch.ROWS, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "TRACK": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "EARLY": True,"WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES, "DEPENDENT": not kernel.startswith("walk") or kernel.endswith("again"),
+        "BM": rows, "BK": launch.pad(K), "FIRST": not kernel.endswith("again"), "TRACK": not kernel.endswith("again"), "JOINS": True, "LOOK": forward.LOOK, "EARLY": True,"WITH_KEPT": False, "SCALED": dtype == "fp16", "KNOWN": False, "APART": False, "STAGES": launch.STAGES, "DEPENDENT": not kernel.startswith("walk") or kernel.endswith("again"),
     }  # fmt: skip
     constants |= {"JOINS": False, "EARLY": False, "n": 1} if kernel.endswith("in order") else {}
 

@@ -56,7 +56,7 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     constants = {
         "E": 1, "K": K, "KP": -(-K // tiles.multiple) * tiles.multiple, "HEAD": K // 4, "NEAR": large.NEAR, "HAS_RESET": True, "DOT": kind,
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee", "BM": rows, "BN": columns, "FIRST": True, "FINISH": False, "MODE": -2,
-        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "STAGES": tiles.stages,
+        "BK": columns if back and dtype == "fp16" else tiles.depth_back or tiles.depth if back else tiles.depth, "WITH_KEPT": False, "SCALED": dtype == "fp16", "SAME": False, "STAGES": tiles.stages,
     }  # fmt: skip
 
     def type_of(argument: str) -> str:
@@ -69,8 +69,31 @@ def made(name: str, kernel: str, dtype: str, K: int, tiles: large.Tiles | None =
     return registers.figures(f"{name} {kernel}", source, options, figures)
 
 
+def chain(name: str, kernel: str, K: int) -> dict[str, int]:
+    """Resources of a kernel that goes from slice to slice."""
+    cell = biased(load_cell(name))
+    fn, block = getattr(large.kernels(cell, "ptx", "bfloat16", 0), kernel), 1 << (K - 1).bit_length()
+    constants = {"K": K, "D": K, "BK": block, "DEPENDENT": False, "STAGES": large.stages_of_chain(cell, block)}
+    floats = {"TOLERANCE", "ROUND"}
+
+    def type_of(argument: str) -> str:
+        return (
+            "fp32"
+            if argument in floats
+            else "*i32"
+            if argument == "DONE"
+            else OTHERS.get(argument, "*fp32" if argument.isupper() else "i32")
+        )
+
+    source = source_of(fn, constants, type_of, lambda a: type_of(a).startswith("*"))
+    return registers.figures(f"{name} {kernel} of {K}", source, {"num_warps": 8}, figures)
+
+
 def main(dtype: str, K: int, cells: list[str], golden: bool) -> None:
     out = {name: {kernel: made(name, kernel, dtype, K) for kernel in KERNELS} for name in cells}
+    out["chains of 2048"] = {
+        f"{name} {kernel}": chain(name, kernel, 2048) for name in ("dense_lstm", "slstm") for kernel in ("correct", "certify_back")
+    }
     registers.report(out, GOLDEN if golden else None, "cells", arguments=[dtype, K, *cells])
 
 

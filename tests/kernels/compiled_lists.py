@@ -62,7 +62,7 @@ def main(golden: bool) -> None:
         ("x^T x by addresses", False, False, True, False),
         ("a + b x + c x x^T by addresses", True, False, False, False),
     ):
-        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "DESCRIBED": described, "FLIPPED": flipped}
+        flags = {"HAS_ADD": has_add, "HAS_DIAGONAL": has_add, "EACH": each, "DESCRIBED": described, "FLIPPED": flipped, "SAME": True}
         flags |= {"TILE": TILE, "DEPTH": DEPTH, "STRIDE_M" if flipped else "STRIDE_N": 1}
         kinds: dict[str, Any] = {"M": "i32", **dict.fromkeys(("X", "Y", "OUT"), "*fp16")}
         kinds |= dict.fromkeys(("ALPHA", "BETA", "DIAGONAL"), "*fp32") if each else {}

@@ -59,9 +59,16 @@ def made(label: str, fn: Any, constants: dict[str, Any], warps: int) -> dict[str
             return {
                 "STARTS": "*u8",
                 "LABELS": "*i64",
+                "ADDRESSES": "*i64",
+                "SIZES": "*i64",
+                "TENSOR": "*i32",
+                "PLACE": "*i32",
+                "TENSORS": "i32",
                 "IDS": "*i32",
                 "BEGINS": "*i32",
                 "ORDER": "*i64",
+                "WORDS": "*i32",
+                "W": "i32",
                 "POSITIONS": "*i64",
                 "EPS": "fp32",
                 "FACTOR": "fp32",
@@ -103,6 +110,9 @@ def main(golden: bool) -> None:
         sizes = (cross_entropy.BLOCK, cross_entropy.WARPS)
         BV, warps = (cross_entropy.BLOCK_AT_ONCE, cross_entropy.WARPS_AT_ONCE) if name == "losses_and_gradient" else sizes
         out[f"cross entropy {name}"] = made(f"cross entropy {name}", getattr(cross, name), {"BV": BV}, warps)
+    flags = {**dict(zip(("A", "REST"), cross_entropy.pieces(50432))), "STAGES": cross_entropy.STAGES}
+    fn = cross.losses_and_gradient_by_rows
+    out["cross entropy by rows"] = made("cross entropy by rows", fn, flags, cross_entropy.WARPS_AT_ONCE)
     for name in ("forward", "backward"):
         out[f"swiglu {name}"] = made(f"swiglu {name}", getattr(swiglu, name), {"BLOCK": swiglu.BLOCK}, swiglu.WARPS)
     BR, BD = residual.tile(32768, 1024, gpu)
@@ -122,6 +132,7 @@ def main(golden: bool) -> None:
             out[name] = made(name, add_norm.backward if back else add_norm.forward, flags, warps)
     flags = {"BLOCK": casts.BLOCK}
     out["casts of weights"] = made("casts of weights", casts.cast_weights, flags, casts.WARPS)
+    out["casts of all weights"] = made("casts of all weights", casts.cast_listed, flags | {"CHUNK": casts.ALL}, casts.WARPS)
     for name in ("pieces", "rows"):
         flags = {"PIECE": embedding.PIECE, "AT_ONCE": embedding.AT_ONCE, "BD": embedding.COLUMNS}
         fn = getattr(embedding, f"embedding_{name}")

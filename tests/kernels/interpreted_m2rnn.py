@@ -11,7 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch  # noqa: E402
 
 from kernels.m2rnn import launch, m2rnn, op, reference  # noqa: E402
-from tests.kernels.interpreter import patch_once  # noqa: E402
+from tests.kernels.interpreter import far_apart, patch_once  # noqa: E402
 from tests.kernels.m2rnn_cases import LABELS, answers, asked, distance, oracle, problem  # noqa: E402
 
 reference.EVERY = launch.EVERY = 8  # the interpreter is slow
@@ -27,9 +27,16 @@ CASES: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 
 
 def compare(
-    label: object, tensors: list[torch.Tensor], starts: torch.Tensor | None, limits: tuple[float, float], scale: float = 1.0
+    label: object,
+    tensors: list[torch.Tensor],
+    starts: torch.Tensor | None,
+    limits: tuple[float, float],
+    scale: float = 1.0,
+    last: bool = False,
 ) -> None:
+    """last: of a loss at the last step alone."""
     do, d_final = asked(tensors)
+    do[:, : do.shape[1] - 1 if last else 0] = 0
     wanted, made = oracle(tensors, starts, do, d_final), answers(m2rnn, tensors, starts, do, d_final, scale)
     for i, (name, a, b) in enumerate(zip(LABELS, made, wanted)):
         error = distance(a, b) if b.norm() > 1e-6 else float((a - b).norm())
@@ -51,6 +58,7 @@ def extremes() -> None:
     compare("borders", tensors, starts, (1e-5, 1e-4))
     many, launch.SCRATCH = launch.SCRATCH, 1
     compare("chunk by chunk, of a small loss", tensors, starts, (1e-5, 1e-4), scale=1e-8)
+    compare("of a small loss at the last step", tensors, None, (1e-5, 1e-4), scale=1e-8, last=True)
     launch.SCRATCH = many
 
 
@@ -84,6 +92,15 @@ def not_finite() -> None:
         assert not found[0][0].isfinite().all() and torch.equal(found[0][1], wanted[0][1])
 
 
+def long_rows() -> None:
+    """Inputs whose steps lie far apart, as columns of a wide projection of many tokens do."""
+    tensors, starts = problem(1, 3, 2, 8, 2, 8, dtype=torch.float16, starts=0.3)
+    do, d_final = asked(tensors)
+    near = answers(m2rnn, tensors, starts, do, d_final)
+    far = answers(m2rnn, [*(far_apart(x) for x in tensors[:3]), *tensors[3:]], starts, do, d_final)
+    assert all(torch.equal(a, b) for a, b in zip(near, far))
+
+
 def registered() -> None:
     tensors, starts = problem(1, 9, 2, 16, 1, 16, starts=0.2)
     q, k, v, g, w, h0 = (t.requires_grad_() for t in tensors)
@@ -106,5 +123,6 @@ if __name__ == "__main__":
     extremes()
     blocks_beyond_others()
     not_finite()
+    long_rows()
     registered()
     print("ok")

@@ -23,7 +23,8 @@ from kernels.gated_norm import gated_norm  # noqa: E402
 from kernels.gated_norm import op as norm_op  # noqa: E402
 from kernels.gated_norm import reference as norm_reference  # noqa: E402
 from kernels.linear import triton as linear_kernels  # noqa: E402
-from kernels.linear.op import runs  # noqa: E402
+from kernels.linear.ahead import Casts  # noqa: E402
+from kernels.linear.op import cast, runs  # noqa: E402
 from kernels.residual import op as residual_op  # noqa: E402
 from kernels.residual import reference as residual_reference  # noqa: E402
 from kernels.residual import residual  # noqa: E402
@@ -84,6 +85,27 @@ def cross_entropies() -> None:
         nll, log_z = cross_entropy.losses(logits, labels)
         assert nll[3].isnan() and log_z[3].isnan() and nll.isfinite().sum() == 5
         print(f"cross entropy {V} {dtype}")
+
+
+def rows_held_whole() -> None:
+    """Losses and gradient of rows that are read once, by two programs: as of rows that are read twice, to the last bit or two, whatever is in them."""
+    usual = cross_entropy.LEAST_ROW
+    for V, N in ((400, 1), (1536, 3), (1656, 7)):
+        logits, labels = (4 * torch.randn(N, V)).bfloat16(), torch.randint(0, V, (N,))
+        if N > 1:
+            labels[1], labels[2] = -100, V
+            logits[1, 3] = torch.nan
+        if N > 3:
+            labels[5], logits[4, 5] = -1, torch.nan
+            logits[3, torch.arange(V) != labels[3]] = -torch.inf
+            logits[6] = -torch.inf
+        answers = []
+        for cross_entropy.LEAST_ROW in (usual, 256):
+            assert cross_entropy.by_rows(logits) == (V >= cross_entropy.LEAST_ROW)
+            answers.append(cross_entropy.losses_and_gradient_(logits.clone(), labels))
+        for a, b, close in zip(*answers, (2e-6, 2e-6, 2**-7)):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=close, equal_nan=True)
+    cross_entropy.LEAST_ROW = usual
 
 
 def labels_that_are_no_logits() -> None:
@@ -317,6 +339,29 @@ def casts() -> None:
         out = torch.full((sum(rows for rows, _ in shapes), shapes[0][1]), torch.nan, dtype=torch.bfloat16)
         linear_kernels.cast(weights, out.split([rows for rows, _ in shapes]))
         assert torch.equal(out, torch.cat(weights).bfloat16()), f"casts of {shapes}"
+    casts_ahead()
+
+
+def casts_ahead() -> None:
+    """As a recorded pass finds them: made anew at every run, each where it was found first, none over another or past the room."""
+    casts, given = Casts(), [torch.randn(s).bfloat16().float() for s in ((3, 5), (160, 128), (8, 128), (1, 128), (1, 7), (2400, 7))]
+    taken = [given[:1], given[1:4], given[4:], given[1:2]]
+    with casts.recording(64 + 169 * 128 + 16832 + 160 * 128, torch.bfloat16, torch.device("cpu")):
+        assert casts.memory is not None and not casts.made, "memory is asked for before anything of the pass is"
+        made = [cast(weights, torch.bfloat16) for weights in taken]
+        assert all(joined.untyped_storage().data_ptr() == casts.memory.untyped_storage().data_ptr() for joined in made)
+        assert cast(taken[1], torch.bfloat16) is made[1] and len(casts.made) == 4
+        others = [cast(given[2:3], torch.float16), cast(given[1:2], torch.float16), cast(given[3:4], torch.bfloat16)]
+        assert len(casts.made) == 4, "of another dtype, and one too many"
+    assert cast(taken[0], torch.bfloat16) is not made[0], "outside of a recording"
+    for joined, weight in zip(others, (given[2], given[1], given[3])):
+        assert torch.equal(joined, weight.to(joined.dtype)), "cast where they are read"
+    for _ in range(2):
+        casts.run()
+        for weights, joined in zip(taken, made):
+            assert joined.dtype == torch.bfloat16 and torch.equal(joined, torch.cat(list(weights)).bfloat16()), "weights as they are"
+        for weight in given:
+            weight.copy_(torch.randn(weight.shape).bfloat16().float())
 
 
 def tables() -> None:
@@ -373,7 +418,7 @@ def chains() -> None:
 if __name__ == "__main__":
     patch_once()
     for part in (
-        cross_entropies, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, tables, chains,
+        cross_entropies, rows_held_whole, labels_that_are_no_logits, documents_that_are_not_finite, convolutions, norms, gated_products, sizes_of_steps, residuals, streams, rotations, casts, tables, chains,
     ):  # fmt: skip
         torch.manual_seed(0)
         part()

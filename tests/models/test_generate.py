@@ -170,6 +170,17 @@ def test_an_empty_prompt_in_a_batch_is_refused() -> None:
     for rows in ([[1, 2], []], []):
         with pytest.raises(ValueError, match="at least one token"):
             left_pad(rows, 0)
+    model = small(["attention"])
+    for ids in (torch.zeros(0, 3, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long), torch.zeros(3, dtype=torch.long)):
+        with pytest.raises(ValueError, match="at least one token"):
+            Session(model, ids)
+
+
+def test_lengths_are_those_of_the_rows() -> None:
+    """One number for two rows was taken for both, and one beyond the row for all of it."""
+    for lengths in ([2], [2, 2, 2], [2, 4]):
+        with pytest.raises(ValueError, match="lengths must name 2 numbers of tokens"):
+            generate(small(["attention"]), torch.ones(2, 3, dtype=torch.long), 1, lengths=lengths)
 
 
 @pytest.mark.parametrize("made", [byte_tokenizer, llama], ids=["bytes", "llama"])

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from data.sources import Source
+from models.decode import cast
 from models.lm import LanguageModel
 from models.sampling import Sampling
 from models.session import Session, left_pad
+from scripts.generate import DEFAULTS, Writer
 from tests.models.test_generate import HYBRID, MIXERS, folder, prompts, run, small  # noqa: F401
 from training.errors import UserError
 
@@ -130,6 +133,8 @@ def test_torn_foreign_and_other_models_sessions_are_refused(tmp_path: Path) -> N
     for wrong in (other, small(["mamba2"])):
         with pytest.raises(UserError, match="another model"):
             Session.load(path, wrong)
+    with pytest.raises(UserError, match="another precision"):
+        Session.load(path, cast(small(HYBRID), torch.bfloat16))
     with pytest.raises(UserError, match="cannot be read"):
         Session.load(tmp_path / "none", model)
     with pytest.raises(UserError, match="cannot be written"):
@@ -158,6 +163,15 @@ def test_the_command_reads_once_and_asks_many(folder: Path, tmp_path: Path, caps
     assert status == 2 and "not both" in err
     status, _, err = run(capsys, *common, f"resume={folder / 'model.safetensors'}")
     assert status == 2 and "holds no session" in err
+
+
+@pytest.mark.parametrize("written", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_document_is_the_text_that_data_prepare_reads(folder: Path, tmp_path: Path, written: str) -> None:  # noqa: F811
+    text = "Two lines,\r\nof which\rone — ends\n otherwise.\n"
+    (tmp_path / "d.txt").write_bytes(text.encode(written))
+    values = {**DEFAULTS, "checkpoint": str(folder), "device": "cpu"}
+    assert Writer({**values, "document": str(tmp_path / "d.txt")}).document == text == next(iter(Source(str(tmp_path / "d.txt"))))
+    assert Writer({**values, "prompts": str(tmp_path / "d.txt")}).prompts == ["Two lines,", "of which", "one — ends", " otherwise."]
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))

@@ -62,7 +62,7 @@ def test_packed_attention(settings: dict[str, int], packed: bool, own: bool, mon
         assert (a - b).norm() < 1e-2 * b.norm()
 
 
-@pytest.mark.parametrize(("N", "V"), [(1, 5), (33, 1000), (257, 50_432)])
+@pytest.mark.parametrize(("N", "V"), [(1, 5), (33, 1000), (300, 32_000), (700, 50_432)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy(N: int, V: int, dtype: torch.dtype) -> None:
     logits, labels = (3 * torch.randn(N, V, device="cuda")).to(dtype), torch.randint(0, V, (N,), device="cuda")

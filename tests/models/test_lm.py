@@ -76,6 +76,20 @@ def test_generation_with_state_equals_reading_the_prefix_again() -> None:
     assert torch.equal(ids, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["aaren", "rnn", "mamba2", "attention", "delta"])
+def test_no_tokens_change_nothing(mixer: str) -> None:
+    extra: dict[str, object] = {"depth": {"type": "universal", "loops": 2}} if mixer == "rnn" else {}
+    model = small(pattern=["m"], mixers={"m": {"type": mixer, **({"head_dim": 8} if mixer == "mamba2" else {})}}, **extra).eval()
+    ids = torch.randint(0, model.config.vocab_size, (2, 7), generator=torch.Generator().manual_seed(0))
+    none, segments = ids[:, :0], torch.zeros(2, 0, dtype=torch.int32)
+    assert model(none).logits.shape == model(none, segment_ids=segments).logits.shape == (2, 0, model.config.vocab_size)
+    assert model(none, labels=none).loss_sum == 0
+    before = model(ids[:, :3], state=model.init_state(2)).state
+    after = model(none, state=before, segment_ids=segments).state
+    torch.testing.assert_close(model(ids[:, 3:], state=after).logits, model(ids[:, 3:], state=before).logits, rtol=0, atol=0)
+
+
 def test_sampling_keeps_to_top_k_and_top_p() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(2000, 4)
     generator = torch.Generator().manual_seed(0)

@@ -28,10 +28,11 @@ VARIANTS = {
 # (model, ranks of a sequence, ZeRO stage, variant); the rest of the ranks is data parallel. The hybrid has a layer of ParaGRU, Mamba-2 and attention;
 # test_sequence.py has every mixer.
 RUNS = {
-    1: [*(("hybrid", 1, 1, variant) for variant in ("plain", "bf16", "stream")), (DENSE, 1, 1, "plain")],
+    1: [*(("hybrid", 1, 1, variant) for variant in ("plain", "bf16", "stream")), (DENSE, 1, 1, "plain"), ("m2rnn", 1, 1, "plain")],
     2: [
         *(("hybrid", 2, stage, variant) for stage, variant in ((1, "plain"), (0, "bf16"), (1, "stream"), (3, "recompute"), (1, "compile"))),
         (DENSE, 2, 1, "recompute"),
+        ("m2rnn", 2, 1, "recompute"),
     ],
     4: [("hybrid", 4, 1, "plain"), ("hybrid", 2, 2, "recompute")],
 }

@@ -15,10 +15,7 @@ from tests.mixers import mixer_configs, with_new_mixer
 
 N, D = 4, 16
 SMALLER = {"mamba2": {"d_state": 4, "head_dim": 8, "chunk": 5}, "swa": {"window": 6}}
-REFUSED = {"m2rnn": "its states pass through a tanh"}  # no form over ranks, and what they say
-CONFIGS: dict[str, dict[str, Any]] = {
-    name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items() if name not in REFUSED
-}
+CONFIGS: dict[str, dict[str, Any]] = {name: {**mapping, **SMALLER.get(name, {})} for name, mapping in mixer_configs().items()}
 CONFIGS |= {
     "paragru-bare": {"type": "rnn", "cell": "paragru", "gate": False, "norm": False, "d_conv": 0, "n_heads": 2},
     "mamba2-groups": {"type": "mamba2", "d_state": 4, "head_dim": 8, "n_groups": 2, "chunk": 5},
@@ -149,6 +146,7 @@ def check_all(rank: int) -> None:
         "new",
         "dense_lstm",
         "slstm",
+        "m2rnn",
     ):
         check_isolation(name, 7, rank)
 

@@ -131,6 +131,24 @@ class Ranks(World):
         return [own, *(json.dumps({**json.loads(own), **other}) for other in self.others)]
 
 
+def test_a_resumed_run_judges_steps_by_those_before_it(tmp_path: Path) -> None:
+    draw, faults = np.random.default_rng(0), FaultSection("skip", 10**6, 1.05, 16)
+    whole = BadStepPolicy(faults, None)
+    half: BadStepPolicy | None = None
+    verdicts: list[tuple[str, str]] = []
+    for step in range(200):
+        if step % 20 == 10:
+            half = BadStepPolicy(faults, None)
+            half.load(json.loads(json.dumps(whole.state())))
+        loss = float(draw.normal(5.0, 0.2))
+        why = whole.judge(loss)
+        for policy in (whole, half):
+            if policy is not None:
+                verdicts.append((policy.judge(loss), why))
+                policy.record(step, StepResult(loss, 1.0, 8, why, 1.0), [])
+    assert all(a == b for a, b in verdicts) and half is not None and half.skips == whole.skips > 20
+
+
 def test_ranks_that_differ_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config(model={"mixers": {"a": {"n": 1}}})
     facts = agreement.facts(config, ["f"])

@@ -99,6 +99,17 @@ def test_noise_has_the_wanted_moments() -> None:
         assert float(drawn[:, head].std()) == pytest.approx(std, rel=0.03)
 
 
+def test_draws_of_a_step_do_not_depend_on_the_steps_before_it() -> None:
+    lm, whole, resumed = model(["m", "g"]), InitialStates("random", drop=0.5, seed=3), InitialStates("random", drop=0.5, seed=3)
+    steps = []
+    for step in range(3):
+        whole.begin_step(step)
+        steps.append([whole.before(lm, slot, 4).layers[0].ssm_BHPN for slot in range(2)])
+    resumed.begin_step(2)
+    again = [resumed.before(lm, slot, 4).layers[0].ssm_BHPN for slot in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(steps[2], again)) and not torch.equal(steps[2][0], steps[1][0])
+
+
 def test_a_dropped_state_is_gone_though_it_is_not_finite() -> None:
     lm = model(["m", "g"])
     initial = InitialStates("pass", drop=1.0)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kernels.dense_rnn import dense_rnn, reference
+from kernels.dense_rnn import dense_rnn, large, reference
 from kernels.dense_rnn.plans import GAIN, PERIOD, STALE, Pass, Plans
+from models.cells import load_cell
 from tests.kernels.dense_rnn_cases import problem
 
 DENSE = [
@@ -56,6 +57,20 @@ def test_another_plan_is_tried_again_when_weights_may_have_changed() -> None:
         one.add(0.0, 0.0, n, 1)
         one.decide()
     assert max(tried) == 16 and one.plan(16, 1024) == (16, 0) and GAIN < 1
+
+
+def test_a_large_head_begins_with_a_burn_in_and_learns_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "multiprocessors", lambda device: 132)
+    cell, pre = load_cell("dense_lstm"), torch.empty(16, 1024, 4, 256, dtype=torch.bfloat16, device="meta")
+    layer = Plans(1, torch.device("cpu")).layers[0]
+    plan = large.in_force(cell, pre, 256, layer, False)
+    assert plan.slices > 1 and plan.burn_in == reference.BURN_IN == large.in_force(cell, pre, 256, None, False).burn_in
+    states = layer.passes[0]
+    states.add(0.0, 0.0, plan.slices, 1)
+    states.decide()
+    states.burn_in = 0
+    assert large.in_force(cell, pre, 256, layer, False).burn_in == 0
+    assert Pass().plan(16, 1024, 24) == (16, 32) and Pass().plan(16, 1024, 100) == (16, 64)
 
 
 def test_a_layer_solves_by_its_plan_and_says_what_it_needed() -> None:

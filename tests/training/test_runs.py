@@ -47,6 +47,8 @@ def test_stop_and_resume_equals_an_uninterrupted_run_bit_for_bit(train: Train, t
     done = ok(train("parts", *QUIET, "train.steps=8"))
     assert "resuming from" in done and "step-00000003" in done
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    state = json.loads((tmp_path / "parts" / "checkpoints" / "step-00000008" / "state.json").read_text())
+    assert state["faults"] == {"recent": list(losses(tmp_path / "whole").values()), "skips": 0}  # those of the steps before it stopped, too
     names = {p.name for p in (tmp_path / "whole").iterdir()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "eval.json", "samples.txt"} <= names
 

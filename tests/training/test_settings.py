@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from data.files import finite
@@ -123,6 +124,10 @@ def test_what_will_not_happen_in_a_short_run_is_noted() -> None:
     told = " ".join(checks.notes(checked(compose_config(words))))
     assert "window=1,000 is longer than train.seq_len=256" in told and "profile_steps=3 reaches beyond the run of 6" in told
     assert "no distill.teacher: nothing is distilled" in told
+    config = checked(compose_config(["schedule=wsd", "train.steps=20", "schedule.warmup=0.02", "schedule.decay=0.07"]))
+    assert {config.lr_at(step, 0) for step in range(20)} == {config.peak_lr}
+    told = " ".join(checks.notes(config))
+    assert "schedule.warmup=0.02 is less than a step" in told and "schedule.decay=0.07 is less than two steps" in told
 
 
 @pytest.mark.parametrize("plain", mixer_configs().values(), ids=mixer_configs())
@@ -212,6 +217,27 @@ def test_text_stays_text_and_home_is_found(monkeypatch: pytest.MonkeyPatch) -> N
     assert (config.train.start_from, config.run_dir) == ("runs/läuft/seed=1", "/home/me/optim.lr=1e-3"), "folders of a sweep"
     with pytest.raises(UserError, match="Cannot read"):  # quotes around two arguments, not a name
         compose_config(["name=läuft train.steps=3"])
+
+
+@pytest.mark.parametrize("folder", ["資料/a-1", "../größer (2)", "it's", 'a"b', "a\\b", "a,b: c=d", "x#y&z", "a{b}"])
+def test_the_folders_of_a_mixture_may_have_any_name(folder: str) -> None:
+    for written in (
+        json.dumps({folder: 0.25, "b": 1}, ensure_ascii=False),
+        yaml.safe_dump({folder: 0.25, "b": 1}, default_flow_style=True),
+    ):
+        composed = compose_config([f"data.path={written.strip()}"])
+        assert checked(composed).data.path == {folder: 0.25, "b": 1}
+        assert yaml.safe_load(resolved_yaml(composed, checked(composed)))["data"]["path"] == {folder: 0.25, "b": 1}
+
+
+def test_a_mixture_that_cannot_be_read_is_not_taken_for_a_folder() -> None:
+    for wrong in ("{é:1}", "{é: x}", "{é: 1", "{'a': [1]}"):
+        assert "a mixture is written 'data.path={a: 1, b: 2}', with a space behind each colon" in refusal(f"data.path={wrong}")
+
+
+@pytest.mark.parametrize("words", ["hf:a b/c", "'hf:a b/c'", '"hf:a b/c"'])
+def test_a_folder_of_weights_may_stand_in_quotes(words: str) -> None:
+    assert compose_config([f"model={words}"]).model.init_from == "a b/c"
 
 
 def test_dashes_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

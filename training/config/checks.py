@@ -46,6 +46,11 @@ def notes(config: Config) -> list[str]:
     sentences = [
         f"{key}={value:,} is longer than the run of {total:,} steps: only at the end" for key, value in rows.items() if value > total
     ]
+    schedule = config.schedule
+    if schedule.warmup and not config.in_steps(schedule.warmup):
+        sentences.append(f"schedule.warmup={schedule.warmup:,g} is less than a step of the run: there is no warm-up")
+    if schedule.kind == "wsd" and schedule.decay and config.in_steps(schedule.decay) < 2:
+        sentences.append(f"schedule.decay={schedule.decay:,g} is less than two steps of the run: the rate stays at its peak to the end")
     if config.profile and config.profile_start + config.profile_steps - 1 > total:
         sentences.append(
             f"profile_steps={config.profile_steps:,} reaches beyond the run of {total:,} steps: only those up to its end are traced"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
@@ -105,6 +106,8 @@ def _key_problems(overrides: list[Override], base: DictConfig, groups: dict[str,
 
 TEXTS = {*(key for key in schema_keys(Config, kind=str)), "data.path"}
 PLAIN = re.compile(r"[\w./:~+%@-]([\w ./:~+%@-]*[\w./:~+%@-])?", re.ASCII)  # of a name or path
+FOLDER = re.compile(r"(['\"]?)hf:(.*)\1")
+QUOTE, DOUBLE = "'", '"'
 NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?[\d_]*|\.\d+)(e[+-]?\d+)?|nan|inf|true|false", re.IGNORECASE)
 
 
@@ -115,19 +118,39 @@ def _unquoted(value: str) -> bool:
     return (letters != value or value.startswith("~/")) and PLAIN.fullmatch(letters.removeprefix("~/")) is not None
 
 
+def _weights(argument: str, value: str) -> str:
+    """A mixture as YAML has it, whose folders may have any name, in words that Hydra and OmegaConf read; '' where Hydra reads it as it is, or where it
+    is none."""
+    try:
+        OverridesParser.create().parse_overrides([argument])
+        return ""
+    except HydraException:
+        pass
+    try:
+        weights = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return ""
+    if not isinstance(weights, dict) or not all(isinstance(weight, (int, float)) for weight in weights.values()):
+        return ""
+    return f'${{oc.create:"{suggest.escaped(json.dumps(weights), DOUBLE)}"}}'
+
+
 def spelled_out(arguments: list[str]) -> list[str]:
     """Arguments as Hydra takes them: `model=hf:PATH` is the transformer's training settings and everything else from the folder; what a key for
-    text gets is text, numbers too (`name=1e3`), in any language (`run_dir=/home/jürgen/run`), and of a sweep (`train.start_from=runs/x/seed=1`)."""
+    text gets is text, numbers too (`name=1e3`), in any language (`run_dir=/home/jürgen/run`), and of a sweep (`train.start_from=runs/x/seed=1`); so are
+    the folders of a mixture."""
     spelled = []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if argument == "experiment=null":  # the default is no experiment, and Hydra refuses null for a group
             continue
-        if argument.startswith("model=hf:"):
-            path = os.path.expanduser(argument.removeprefix("model=hf:")).replace("\\", "\\\\").replace("'", "\\'")
+        if key == "model" and (folder := FOLDER.fullmatch(value)):
+            path = os.path.expanduser(folder[2]).replace("\\", "\\\\").replace("'", "\\'")
             spelled += ["model=transformer", f"+model.init_from='{path}'", "+model.verify=true"]
         elif key in TEXTS and (NUMBER.fullmatch(value) or _unquoted(value)):
             spelled.append(f"{key}='{value}'")
+        elif key == "data.path" and value.startswith("{") and (weights := _weights(argument, value)):
+            spelled.append(f"{key}='{suggest.escaped(weights, QUOTE)}'")
         else:
             spelled.append(argument)
     return spelled

@@ -126,9 +126,13 @@ def quoted(name: str, value: str) -> str:
     """`name=value` as a shell and then Hydra read it as text: quoted twice where it has to be."""
     if value.isascii() and re.fullmatch(r"[\w/.-]+", value):
         return f"{name}={value}"
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', value)  # Hydra leaves backslashes alone but for those before a quote
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return shlex.quote(f'{name}="{escaped}"')
+    text = escaped(value, '"')
+    return shlex.quote(f'{name}="{text}"')
+
+
+def escaped(text: str, quote: str) -> str:
+    """What stands between two quotes for `text`, as Hydra and OmegaConf read it: they leave backslashes alone but for those before a quote."""
+    return re.sub(r"(\\+)$", r"\1\1", re.sub(rf"(\\*){quote}", lambda found: f"{found[1]}{found[1]}\\{quote}", text))
 
 
 def unreadable(argument: str, reads: Callable[[str], Any]) -> str:
@@ -139,6 +143,8 @@ def unreadable(argument: str, reads: Callable[[str], Any]) -> str:
     if not re.fullmatch(r"(\+\+?|~)?[\w@/.-]+", name) or ".." in name:
         mended = re.sub(r"[^\w@/-]+", ".", name).strip(".") or "key"
         return f"Cannot read the argument {argument!r}; write {mended}={value.strip() or 'VALUE'}, without spaces and with single dots in the key."
+    if name == "data.path" and value.startswith("{"):
+        return f"Cannot read the argument {argument!r}; a mixture is written '{name}={{a: 1, b: 2}}', with a space behind each colon."
     text = quoted(name, value)
     try:
         reads(shlex.split(text)[0])

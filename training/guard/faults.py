@@ -39,6 +39,14 @@ class BadStepPolicy:
             return f"loss {loss:.3f} is over {self.faults.spike_factor:g}x the median {median(self.recent):.3f} of recent steps"
         return ""
 
+    def state(self) -> dict[str, Any]:
+        """For state.json: what later steps are judged by; `load` takes it back."""
+        return {"recent": list(self.recent), "skips": self.skips}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.recent.extend(state["recent"])
+        self.skips = state["skips"]
+
     def record(self, step: int, result: StepResult, sample_ids: list[int]) -> None:
         """Keeps a good loss; writes a bad step's batch and norms to faults.jsonl and stops the run where the policy says so. step: counted from 1, as in
         the log.
@@ -58,7 +66,8 @@ class BadStepPolicy:
             raise UserError(f"Step {step} was not taken: {result.skipped}; {mend}, or let faults.policy=skip leave such steps out.")
         if self.skips > self.faults.max_skips:
             raise UserError(
-                f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps were left out already."
+                f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps of the run were left out already;"
+                " lower optim.lr, or raise it."
             )
 
 

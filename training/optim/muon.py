@@ -171,7 +171,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     before_step: Callable[[], None] | None = None
     replay: Callable[[Hashable, Sequence[Callable[[Tensor | None], Tensor]], Tensor | None], Iterator[Tensor] | None] | None = None
-    _beside: torch.cuda.Stream | None = None
     _kernels_take: bool = False  # both ends of the next step, of all matrices
 
     def __init__(
@@ -237,9 +236,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in self.matrices.items()}
         replayed = self._replayed(gradients)
-        if replayed is not None:
-            return self._take_beside(group, replayed)
         self.adamw.step(closure)
+        if replayed is not None:  # one after another on one stream: with a second one Memsets of the recorded pass wait longer
+            for stack, update in zip(self.stacks, replayed):
+                self._take(group, stack, update, None)
+            return None
         waiting: list[tuple[Stack, Tensor, Any]] = []
         for stack in self.stacks:
             own = self._updates(stack, gradients, self.grad_scale)
@@ -260,25 +261,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             return None
         memory = tuple(t.data_ptr() for t in (*gradients.values(), *(stack.momentum for stack in self.stacks)))
         return self.replay(memory, [partial(self._updates, stack, gradients) for stack in self.stacks], self.grad_scale)
-
-    def _take_beside(self, group: dict[str, Any], updates: Iterator[Tensor]) -> None:
-        """AdamW's step and those of the matrices on a stream of their own: they wait for memory, of which the products of the next stack want little."""
-        device = self.stacks[0].momentum.device
-        if device.type != "cuda":
-            self.adamw.step()
-            for stack, update in zip(self.stacks, updates):
-                self._take(group, stack, update, None)
-            return
-        main = torch.cuda.current_stream(device)
-        self._beside = beside = self._beside or torch.cuda.Stream(device)
-        beside.wait_stream(main)
-        with torch.cuda.stream(beside):
-            self.adamw.step()
-        for stack, update in zip(self.stacks, updates):
-            beside.wait_stream(main)
-            with torch.cuda.stream(beside):
-                self._take(group, stack, update, None)
-        main.wait_stream(beside)
 
     def _take(self, group: dict[str, Any], stack: Stack, updates: Tensor, arriving: Any) -> None:
         if arriving is not None:

@@ -19,9 +19,11 @@ from scripts.board.details import details_text
 from scripts.board.draw import collect, draw
 from scripts.board.expected import expectation_lines, expectations
 from scripts.board.export import export_cells
+from scripts.board.longer import longer_answer, longer_table, with_passkey
+from scripts.board.order import LEADERS
 from scripts.board.page import page_text
 from scripts.board.plan import Plan
-from scripts.board.results import Cell, Result
+from scripts.board.results import Cell, Result, gather_passkey
 from scripts.board.summary import ranking, whole
 from tests.studies.board.made import results_of, run
 from training.errors import UserError
@@ -185,7 +187,10 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     assert "4.0 s (mean of 3), GDN hybrid, 0.0M tokens, 1.4000, 1.4100, 1.4200" in comparisons
     assert "speedrun_tokens=2560 speedrun_lr=0.01" in comparisons
     # 30 seeds of ten rows less the six that are there, at 1e5 tokens/s all of them.
-    assert f"ten rows, 3 seeds | 24 | {24 * 25_600 / 1e5 / 3600:.2g} |" in comparisons and "leaders on 0.0512M tokens | " in comparisons
+    assert (
+        f"ten rows, 3 seeds | 24 | {24 * 25_600 / 1e5 / 3600:.2g} |" in comparisons
+        and "leaders on 0.0512M tokens, 3 seeds | " in comparisons
+    )
     # Where the speeds are others by now, cells of equal time have not the steps that they ask for.
     known[plan.speed("gdn_hybrid").name].content["tokens_per_s"] = 1.3e5
     other = collect("tiny", list(known.values()), [])
@@ -194,6 +199,61 @@ def test_the_page_of_a_whole_board(data: Path, tmp_path: Path) -> None:
     next(iter(known.values())).content["settings"]["data"]["held_out"] = ["another"]
     with pytest.raises(UserError, match="different held-out texts"):
         collect("tiny", list(known.values()), [])
+
+
+def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_differences_are_told_as_none(
+    data: Path, tmp_path: Path
+) -> None:
+    rows = [*LEADERS]
+    plan, known = Plan("tiny", str(data), rows, seeds=1), dict[str, Result]()
+    while cells := [cell for row in rows for cell in plan.tried("grid", row, known) if cell.name not in known]:
+        known |= results_of(cells, lambda cell: abs(math.log(cell.settings["lr"] / 8e-3)))
+    found = collect("tiny", list(known.values()), [])
+    assert (
+        longer_answer(found) == "" and longer_table(found) == [] and "tokens\n" not in page_text(found, []).split("## Comparisons")[0][-40:]
+    )
+    first = {"paragru_hybrid": 1.164, "transformer": 1.19, "gdn_hybrid": 1.15, "gdn": 1.196}
+    known |= results_of(plan.leaders(known), lambda cell: first[cell.row])
+    passes = [_pass_of(plan, row, seed, known) for row in rows for seed in (0, 1)]
+    known |= results_of(passes, lambda cell: 0.2 * cell.settings["seed"] + first[cell.row] + 0.01 * (cell.row == "gdn"))
+    for name, result in known.items():
+        position, gaps = {"collapse": {"verdict": "collapses (0.5 nat)"}}, [{"gap": gap, "copied": 0.6} for gap in (0, 16, 128)]
+        measured = result.content["measured"] | {"position": position, "repeated": {"gaps": gaps}} if name.startswith("leaders") else {}
+        known[name] = Result(
+            name, result.content | {"tokens": 2560, "curve": [[1, 4.0], [10, 3.0]], **({"measured": measured} if measured else {})}
+        )
+    item = {"status": "done", "environment": {"device": "H"}, "model": {"precision": "bf16"}}
+    for length in (1024, 512):
+        result = {"length": length, "accuracy": 512 / length, "low": 0.25, "high": 0.75, "n": 50, "cells": []}
+        name = f"leaders.gdn_hybrid@tiny.0.008.1/items/passkey-{length}.json"
+        write_json(tmp_path / "evals" / name, item | {"result": result})
+    found = collect("tiny", list(known.values()), []) | {"passkey": gather_passkey(tmp_path, tmp_path)}
+    assert gather_passkey(tmp_path / "none", tmp_path) == found["passkey"]
+    with_passkey(found["rows"], found["passkey"])
+    said = longer_answer(found)
+    assert (
+        "0.0512M, 0.9 passes over the same text, one seed each and so no interval: GDN hybrid 1.1500 (-0.200); ParaGRU hybrid 1.1640 (-0.200)"
+        in said
+    )
+    assert "Gated DeltaNet +0.0060, none that one seed tells (after one pass +0.0160)" in said and "GDN hybrid -0.0400 (after" in said
+    table = "\n".join(longer_table(found))
+    assert "| Gated DeltaNet | 1 | 0.008 | 1.1960 | 1.4060 | +0.0060 | +0.0160 | 3.500 | 3.500 |" in table
+    assert "| GDN hybrid | collapses | 60 % | 60 % | 60 % |  | 100 (25 to 75), 50 (25 to 75) |" in table
+    outcome = dict(expectations(found["rows"]))
+    about = "Said of 350M tokens before their first cell (one seed each): "
+    assert outcome[f"{about}the two hybrids within 0.01 of one another"] == ["GDN hybrid minus ParaGRU hybrid: did not hold, -0.0140"]
+    assert outcome[f"{about}GDN within 0.015 of the Transformer"] == ["Gated DeltaNet minus Transformer: held, +0.0060"]
+    assert "Gated DeltaNet collapses: did not hold" in outcome[f"{about}three with attention collapse past their length, GDN holds"]
+    assert outcome[f"{about}passkey at 512 tokens found by none in more than a tenth"] == ["GDN hybrid 100 %: did not hold"]
+    front = page_text(found, [])
+    assert said.split(",")[0] in " ".join(front.split()) and "## 0.0512M tokens" in front
+
+
+def _pass_of(plan: Plan, row: str, seed: int, known: dict[str, Result]) -> Cell:
+    """A cell of the full pass."""
+    lr = plan.best_rate("pass", row, known)
+    assert lr is not None
+    return plan.of_stage("pass", row, lr, seed)
 
 
 def test_a_trained_cell_becomes_a_folder_with_its_numbers_in_the_card(data: Path, values: dict[str, Any]) -> None:
