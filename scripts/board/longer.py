@@ -54,7 +54,9 @@ def longer_answer(found: dict[str, Any]) -> str:
         + (f" ({long['bits_per_byte'] - short['bits_per_byte']:+.3f})" if short else "")
         for row, (long, short) in each.items()
     )
-    said = f"Equal tokens, {tokens:.3g}M, {passes:.1f} passes over the same text, one seed each and so no interval: {shown}"
+    alone = all(len(bits(rows, row, "leaders")) == 1 for row in each)
+    seeds = "one seed each and so no interval" if alone else "one seed of each (the others that are done are in the plot)"
+    said = f"Equal tokens, {tokens:.3g}M, {passes:.1f} passes over the same text, {seeds}: {shown}"
     said += f", in brackets what was gained over {found['tokens']['pass'] / 1e6:.3g}M tokens of the same seed."
     if "transformer" in each and len(each) > 1:
         base = each["transformer"]
